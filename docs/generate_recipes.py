@@ -81,6 +81,17 @@ slower base of the rotations, `sft` goes on from there; its checkpoints are prob
 [ssp.md](ssp.md). `typhoon-s-8b-opd` is for `distill`, from what `typhoon-s-8b` has fine-tuned;
 `solar-open-102b-dpo` is for a round of `prefer`.
 
+Runs of reinforcement learning are for `rl run`, or for `rl generate`, `rl reward` and `rl train`
+([rl.md](rl.md)), from the model that was fine-tuned: `typhoon-s-4b-legal` and `-agent` (InK-GRPO),
+`vibethinker-1.5b-math-16k`, `-math-32k` and `-code` (MGPO), `solar-open-102b-rl` (GSPO), `k-exaone-236b-rl`
+(AGAPO, with a router that stays as it is). MGPO's lambda and VibeThinker's clip were not published, nor the
+bound of K-EXAONE's ratios: these runs are refused until `--set` says them.
+
+```sh
+megatron-sov rl run typhoon-s-4b-legal --from work/qwen3-4b-2507 --data work/laws --prompts questions.jsonl \\
+  --reward judge --store work/store --run runs/legal
+```
+
 ## Where values come from
 
 What no table names is the default. `*` stands for any text.

@@ -20,7 +20,7 @@ from megatron_sov.plugins.loading import is_reference
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-TRAINS = ("pretrain", "extend", "sft", "prefer", "distill", "rl train")
+TRAINS = ("pretrain", "extend", "sft", "prefer", "distill", "rl run", "rl train")
 
 
 def commands_of(text: str) -> list[str]:

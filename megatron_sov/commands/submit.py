@@ -6,7 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.commands import convert, distill, extend, prefer, pretrain, rl_generate, rl_reward, sft
+from megatron_sov.commands import (
+    convert,
+    distill,
+    extend,
+    prefer,
+    pretrain,
+    rl_generate,
+    rl_reward,
+    rl_run,
+    rl_train,
+    sft,
+)
 from megatron_sov.commands import eval as eval_command
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import chain_file, cluster
@@ -17,16 +28,16 @@ DEFAULTS: dict[str, Any] = {
     "partition": None, "time": None, "dry_run": False, "continue_chain": False, "scripts": None}
 COMMANDS: Commands = {name: module.add_arguments for name, module in {
     "pretrain": pretrain, "extend": extend, "sft": sft, "prefer": prefer, "distill": distill,
-    "convert": convert, "eval": eval_command, "rl-generate": rl_generate,
-    "rl-reward": rl_reward}.items()}
+    "convert": convert, "eval": eval_command, "rl-run": rl_run, "rl-train": rl_train,
+    "rl-generate": rl_generate, "rl-reward": rl_reward}.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; its options may stand before the stage or among the
     stage's own arguments."""
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
-                     "sft, prefer, distill, convert, eval, rl generate, rl reward; sov-tokenizer; "
-                     "sov-data.  Chains that come "
+                     "sft, prefer, distill, convert, eval, rl run, rl train, rl generate, rl reward; "
+                     "sov-tokenizer; sov-data.  Chains that come "
                      f"with the package, besides files of your own: {', '.join(chain_file.names())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,

@@ -14,7 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
-from megatron_sov.recipes import k_exaone, qwen, solar_open, typhoon_s, vibethinker
+from megatron_sov.recipes import k_exaone, policies, qwen, solar_open, typhoon_s, vibethinker
 from megatron_sov.recipes.sources import Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
 
@@ -34,11 +34,18 @@ RECIPES: dict[str, Recipe] = {
     "solar-open-102b-mid": Recipe(solar_open.solar_open_102b_mid, solar_open.MID_SOURCES),
     "solar-open-102b-extend": Recipe(solar_open.solar_open_102b_extend, solar_open.EXTEND_SOURCES),
     "solar-open-102b-dpo": Recipe(solar_open.solar_open_102b_dpo, solar_open.DPO_SOURCES),
+    "solar-open-102b-rl": Recipe(policies.solar_open_102b_rl, policies.SNAPPO_SOURCES),
     "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
     "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
+    "k-exaone-236b-rl": Recipe(policies.k_exaone_236b_rl, policies.AGAPO_SOURCES),
     "typhoon-s-8b": Recipe(typhoon_s.typhoon_s_8b, typhoon_s.SOURCES),
     "typhoon-s-8b-opd": Recipe(typhoon_s.typhoon_s_8b_opd, typhoon_s.OPD_SOURCES),
+    "typhoon-s-4b-legal": Recipe(policies.typhoon_s_4b_legal, policies.LEGAL_SOURCES),
+    "typhoon-s-4b-legal-agent": Recipe(policies.typhoon_s_4b_legal_agent, policies.LEGAL_AGENT_SOURCES),
     "vibethinker-1.5b": Recipe(vibethinker.vibethinker_1_5b, vibethinker.SOURCES),
+    "vibethinker-1.5b-math-16k": Recipe(policies.vibethinker_1_5b_math_16k, policies.MATH_16K_SOURCES),
+    "vibethinker-1.5b-math-32k": Recipe(policies.vibethinker_1_5b_math_32k, policies.MATH_32K_SOURCES),
+    "vibethinker-1.5b-code": Recipe(policies.vibethinker_1_5b_code, policies.CODE_SOURCES),
     "qwen2-1.5b": Recipe(qwen.qwen2_1_5b, qwen.dense_sources("Qwen/Qwen2.5-Math-1.5B")),
     "qwen3-4b": Recipe(qwen.qwen3_4b, qwen.dense_sources("Qwen/Qwen3-4B")),
     "qwen3-4b-2507": Recipe(qwen.qwen3_4b_2507, qwen.dense_sources("Qwen/Qwen3-4B-Instruct-2507")),
@@ -52,11 +59,18 @@ TINY = {
     "tiny-solar-open-mid": "solar-open-102b-mid",
     "tiny-solar-open-extend": "solar-open-102b-extend",
     "tiny-solar-open-dpo": "solar-open-102b-dpo",
+    "tiny-solar-open-rl": "solar-open-102b-rl",
     "tiny-k-exaone": "k-exaone-236b",
     "tiny-k-exaone-extend": "k-exaone-236b-extend",
+    "tiny-k-exaone-rl": "k-exaone-236b-rl",
     "tiny-typhoon-s": "typhoon-s-8b",
     "tiny-typhoon-s-opd": "typhoon-s-8b-opd",
+    "tiny-typhoon-s-legal": "typhoon-s-4b-legal",
+    "tiny-typhoon-s-legal-agent": "typhoon-s-4b-legal-agent",
     "tiny-vibethinker": "vibethinker-1.5b",
+    "tiny-vibethinker-math-16k": "vibethinker-1.5b-math-16k",
+    "tiny-vibethinker-math-32k": "vibethinker-1.5b-math-32k",
+    "tiny-vibethinker-code": "vibethinker-1.5b-code",
     "tiny-qwen2": "qwen2-1.5b",
     "tiny-qwen3-4b": "qwen3-4b",
     "tiny-qwen3-4b-2507": "qwen3-4b-2507",

@@ -38,7 +38,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
     extend = _small_extension(run.extend)
     lengths = {stage.name: stage.seq_len for stage in extend.stages}
-    return replace(
+    tiny = replace(
         run,
         recipe=name,
         model=small,
@@ -52,6 +52,20 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
         extend=extend,
     )
+    return _small_rounds(tiny) if run.objective.name == "policy" else tiny
+
+
+def _small_rounds(run: RunConfig) -> RunConfig:
+    """Return two short rounds of a method that is kept, at a steady rate that is lower than pretraining's."""
+    policy, rollout = run.policy, run.rollout
+    return replace(
+        run,
+        optim=replace(run.optim, lr=2e-3, min_lr=2e-3, warmup_steps=0),
+        train=replace(run.train, steps=2 * rollout.steps_per_round),
+        rollout=replace(rollout, rounds=2, prompts_per_round=8, samples_per_prompt=4, max_prompt_tokens=64,
+                        max_new_tokens=64),
+        policy=replace(policy, overlong_buffer_tokens=16 if policy.overlong_buffer_tokens else 0,
+                       knowledge_batch_size=4 if policy.knowledge_batch_size else None))
 
 
 def _small_extension(extend: ExtendConfig) -> ExtendConfig:

@@ -11,27 +11,21 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from megatron_sov.artifacts import atomic_write, disk_errors
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.warning import warn
+from megatron_sov.process_identity import has_ended, identity
 
 LOCK = "lock.json"
 LEASE_S = 60.0
-CLOCK_TOLERANCE_S = 5.0
-"""Start times of one process, as read by two others, may differ by the corrections of
-the clock in between."""
 
 
 class RunLock:
@@ -67,10 +61,8 @@ class RunLock:
                 self._file.unlink(missing_ok=True)
 
     def _record(self) -> str:
-        me = psutil.Process()
-        return json.dumps({"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
-                           "expires_s": time.time() + self._lease_s, "token": self._token,
-                           "process_table": _process_table(), **_slurm_job()})
+        return json.dumps({**identity(), "expires_s": time.time() + self._lease_s, "token": self._token,
+                           **_slurm_job()})
 
     def _renew(self) -> None:
         while not self._stop.wait(self._lease_s / 4):
@@ -110,17 +102,6 @@ def forget(run: Path) -> None:
         (run / LOCK).unlink(missing_ok=True)
 
 
-@cache
-def _process_table() -> str:
-    """Return what tells one table of processes from others: the boot of the kernel, and the namespace of
-    process numbers in it, which a container has of its own.  Empty where the kernel does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 def _slurm_job() -> dict[str, Any]:
     """Return the Slurm job that this process belongs to, and how often it was started anew;
     nothing outside of Slurm."""
@@ -144,16 +125,8 @@ def _is_living(record: dict[str, Any]) -> bool:
     now = _slurm_job()
     if now and record["slurm_job"] == now["slurm_job"] and record["slurm_restart"] < now["slurm_restart"]:
         return False
-    here = (socket.gethostname(), _process_table())
-    if (record["host"], record["process_table"]) != here:  # its process number means nothing here
-        return bool(time.time() < record["expires_s"])
-    try:
-        holder = psutil.Process(record["pid"])
-        if holder.status() == psutil.STATUS_ZOMBIE:  # it has ended, and its parent may never take note of it
-            return False
-        return bool(abs(holder.create_time() - record["started_s"]) < CLOCK_TOLERANCE_S)
-    except psutil.NoSuchProcess:
-        return False
+    ended = has_ended(record)
+    return bool(time.time() < record["expires_s"]) if ended is None else not ended
 
 
 @contextlib.contextmanager

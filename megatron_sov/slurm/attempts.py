@@ -171,8 +171,12 @@ def end(job: Job) -> str:
         return job.again()
     shown = last_lines(args.logs / f"rank-{failure.rank}.log")
     print(shown, file=sys.stderr, flush=True)
+    lines = [line.strip() for line in shown.splitlines()]
+    if failure.exit_code == ExitCode.STOPPED:  # what it waits for has not come: no node is to blame
+        ended("stopped", lines[-1] if lines else "it waits for others")
+        return job.again()
     if failure.exit_code == ExitCode.USER_ERROR:
-        sentences = [line.strip() for line in shown.splitlines() if line.strip().startswith("error:")]
+        sentences = [line for line in lines if line.startswith("error:")]
         ended(
             "mistake",
             f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")

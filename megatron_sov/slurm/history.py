@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.artifacts import MANIFEST
 from megatron_sov.obs.events import EventLog, read_events
 
 ATTEMPTS = "attempts.jsonl"
@@ -108,12 +109,13 @@ def progress_of(target: Path) -> int:
     """Return a number that grows whenever a stage leaves something new behind.
 
     Args:
-        target: the run's folder (steps of its newest checkpoints count, of all stages of an extension) or the
-            artifact's (files of its hidden, unfinished neighbours count).
+        target: the run's folder (steps of its newest checkpoints count, of all stages of an extension), the
+            artifact's (files of its hidden, unfinished neighbours count), or a rollout store (its parts do).
     """
     steps = 0
     for folder in (target, *target.glob("stages/*")):
         steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdigit()),
                      default=0)
-    return steps + sum(1 for hidden in target.parent.glob(f".{target.name}*") for p in hidden.rglob("*")
-                       if p.is_file())
+    parts = sum(1 for pattern in ("rollouts/*", "rewards/*/*") for _ in target.glob(f"{pattern}/{MANIFEST}"))
+    hidden = (path for folder in target.parent.glob(f".{target.name}*") for path in folder.rglob("*"))
+    return steps + parts + sum(path.is_file() for path in hidden)

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.command_line import Parser
 from megatron_sov.config import RunConfig, apply_settings, data_paths
+from megatron_sov.config.rounds import with_rounds
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.plan.fitting import refuse_too_large
 from megatron_sov.plan.gpus import GPUS
@@ -71,6 +72,12 @@ STAGES = {
     "distill": StageKind(
         "Distillation: a teacher reads the data, and a student learns its distributions.",
         ("megatron_sov", "distill"), ranks=True, gpus=True, objective="distill"),
+    "rl-run": StageKind(
+        "Reinforcement learning: writes, judges and trains its rounds, all in one job.",
+        ("megatron_sov", "rl", "run"), ranks=True, gpus=True, objective="policy"),
+    "rl-train": StageKind(
+        "Reinforcement learning: trains the rounds that other jobs write and judge, and waits for them.",
+        ("megatron_sov", "rl", "train"), ranks=True, gpus=True, objective="policy"),
     "convert": StageKind(
         "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  "
         "Reads and writes files, needs no GPU.",
@@ -150,13 +157,15 @@ def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Wor
     if getattr(args, "rounds", None) is not None:
         raise UserError(f"--rounds {args.rounds}: starts processes of its own; submit the commands of a "
                         "round one by one, as docs/prefer.md shows them")
-    request = training_request(args, STAGES[stage].objective)
-    config = request.config()
+    has_rounds = STAGES[stage].objective == "policy"
+    request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds)
+    config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
     argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]
-    models = (args.start_from, args.config, getattr(args, "teacher", None), getattr(args, "reference", None))
-    inputs += [path for path in models if path is not None]
+    others = (args.start_from, args.config,
+              *(getattr(args, name, None) for name in ("teacher", "reference", "prompts")))
+    inputs += [path for path in others if path is not None]
     return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                 inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
                 layout_open=leaves_layout_open(request))

@@ -22,6 +22,9 @@ STRUCTURE = (
 )
 """Fields of a model that are choices and not sizes; shrinking must not touch them."""
 
+NOT_PUBLISHED = re.compile(r"policy\.\w+ is missing: ")
+"""What a recipe may leave to be set: test_policies.py says which."""
+
 
 def smallest_world(config: RunConfig) -> int:
     """Return a number of processes that the recipe's layout accepts."""
@@ -32,7 +35,8 @@ def smallest_world(config: RunConfig) -> int:
 def test_every_recipe_builds_and_is_sound(name: str) -> None:
     config = get(name)
     assert config.recipe == name
-    assert config.problems(smallest_world(config)) == []
+    lacking = [p for p in config.problems(smallest_world(config)) if not NOT_PUBLISHED.match(p)]
+    assert lacking == []
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -48,7 +52,8 @@ def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
     assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
     assert set(tiny.model.layer_types()) == set(big.model.layer_types())
     assert tiny.model.num_heads // tiny.model.num_kv_heads > 1, "grouped-query attention stays grouped"
-    assert [(p.name, p.share) for p in tiny.data.phases] == [(p.name, p.tokens) for p in big.data.phases]
+    assert [(p.name, p.share) for p in tiny.data.phases] == [
+        (p.name, p.tokens or p.share) for p in big.data.phases]
     assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "any data will do"
     assert (tiny.optim.schedule, tiny.objective) == (big.optim.schedule, big.objective)
     assert [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in tiny.extend.stages] \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
@@ -56,6 +57,22 @@ def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_lease(tmp_path: Pa
     assert Claims(tmp_path, 60).take("a") is None and taken.renew()
 
 
+def test_who_died_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    def die() -> None:
+        take(Claims(tmp_path, 60))
+        os._exit(0)
+
+    holder = multiprocessing.get_context("fork").Process(target=die)
+    holder.start()
+    holder.join()
+    assert take(Claims(tmp_path, 60)).renew()
+    # of a process on another machine the number means nothing here
+    take(Claims(tmp_path, 60), "b")
+    file = tmp_path / "b/1.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "another", "pid": holder.pid}))
+    assert Claims(tmp_path, 60).take("b") is None
+
+
 def test_a_sign_of_life_is_a_change_and_no_time(tmp_path: Path) -> None:
     clock = Clock()
     living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
@@ -107,27 +124,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Claims(tmp_path / "file", 60).take("a")
 
 
-def take_all(number: int, folder: Path, log: Path, names: list[str], is_dead: bool, started: Any) -> None:
-    """Take all claims at the same moment as others do, and die with them.
+def take_all(number: int, folder: Path, log: Path, names: list[str], started: Any) -> None:
+    """Take all claims at the same moment as others do, and die with them: those of the dead are free.
 
     Args:
         number: of the process.
         folder: of the claims.
         log: gets a line for each that was taken.
         names: what to take.
-        is_dead: look at them as someone who has seen no sign of life for a lease.
-        started: where the processes meet.
+        started: where the processes meet, at the beginning and at the end.
     """
-    clock = Clock()
-    claims = Claims(folder, 60, clock)
-    if is_dead:
-        assert [claims.take(name) for name in names] == [None] * len(names)
-        clock.now_s += 60
+    claims = Claims(folder, 60)
     started.wait()
     for name in names[number % 3:] + names[:number % 3]:
         if claims.take(name) is not None:
             with open(log, "a", encoding="utf-8") as f:
                 f.write(f"{name} {number}\n")
+    started.wait()  # none is dead before all have looked
     os._exit(0)
 
 
@@ -136,7 +149,7 @@ def test_of_many_processes_one_takes_and_one_takes_over(tmp_path: Path) -> None:
     names, fork = [f"piece-{i}" for i in range(40)], multiprocessing.get_context("fork")
     for holder in (1, 2, 3):
         log, started = tmp_path / f"{holder}.log", fork.Barrier(4)
-        arguments = (tmp_path / "claims", log, names, holder > 1, started)
+        arguments = (tmp_path / "claims", log, names, started)
         processes = [fork.Process(target=take_all, args=(number, *arguments)) for number in range(4)]
         for process in processes:
             process.start()

@@ -88,6 +88,16 @@ def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: 
     assert ended(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
 
 
+def test_who_waits_for_others_goes_on_and_no_node_is_to_blame(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n1: task 1: Exited with exit code 75\n",
+                     "round 2 waits for a policy that round 1 has trained\n")
+    for restart in range(2):
+        question("begin", restart=restart)
+        assert question("end", "--code", "75", *logs, restart=restart) == "requeue"
+    assert ended(run)["outcome"] == "stopped" and ended(run)["blamed"] == []
+    assert ended(run)["reason"] == "round 2 waits for a policy that round 1 has trained"
+
+
 def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -> None:
     question("begin")
     (run / "stages/1-long").mkdir(parents=True)

@@ -70,3 +70,11 @@ def test_progress_grows_with_checkpoints_of_all_stages_and_with_unfinished_parts
     (tmp_path / ".run.units").mkdir()
     (tmp_path / ".run.units/0.bin").write_text("")
     assert progress_of(run) == 108
+
+
+def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
+    for part in ("rollouts/round-0001-piece-0000", "rollouts/round-0001-piece-0001",
+                 "rewards/0123456789ab/round-0001-piece-0000"):
+        (tmp_path / "store" / part).mkdir(parents=True)
+        (tmp_path / "store" / part / "manifest.json").write_text("{}")
+    assert progress_of(tmp_path / "store") == 3

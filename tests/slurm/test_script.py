@@ -33,6 +33,11 @@ ARGUMENTS = {
     "distill": ("tiny-solar-open", "--from", "runs/a", "--teacher", "runs/b", *TRAIN),
     "convert": ("to-hf", "runs/a", "hf"),
     "eval": ("ppl", "hf", "--data", "tokens"),
+    **dict.fromkeys(("rl-run", "rl-train"), (
+        "tiny-solar-open", "--prompts", "p.jsonl", "--store", "store", "--reward", "math", "--from", "runs/a",
+        "--run", "runs/b", "--set", "rollout.rounds=3", "--set", "rollout.max_new_tokens=128", "--set",
+        "rollout.max_prompt_tokens=128", "--set", "train.global_batch_size=64", "--set",
+        "train.micro_batch_size=1")),
     "rl-generate": ("tiny-solar-open", "--prompts", "p.jsonl", "--store", "store", "--from", "runs/a",
                     "--run", "runs/b", "--set", "rollout.rounds=3", "--wait", "3600"),
     "rl-reward": ("--store", "store", "--reward", "math", "--wait", "3600"),
@@ -137,6 +142,19 @@ def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
     assert more.work.done != prepared("rl-generate", ARGUMENTS["rl-generate"], profile).work.done
     with pytest.raises(UserError, match="leave it out for convert"):
         prepared("convert", ARGUMENTS["convert"], profile, array=2)
+
+
+@pytest.mark.parametrize("stage", ["rl-run", "rl-train"])
+def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> None:
+    (text,), work = (found := prepared(stage, ARGUMENTS[stage], cluster.load("h100", account="me"))).texts, \
+        found.work
+    assert words_of(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
+    assert "#SBATCH --ntasks-per-node=8" in text and work.done == Path("runs/b/complete.json").absolute()
+    assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store need not be there yet"
+    assert work.config is not None and [p.name for p in work.config.data.phases] == [
+        "round-0001", "round-0002", "round-0003"]
+    with pytest.raises(UserError, match=r"rollout\.rounds = 0: there is nothing to train"):
+        prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), cluster.load("h100", account="me"))
 
 
 def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:

@@ -103,9 +103,10 @@ ON_THE_PAGE = [line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MUL
 
 @pytest.mark.parametrize("line", ON_THE_PAGE)
 def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
-    (chain,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-                if "stages:" in block)
-    (site / "chain.yaml").write_text(chain)
+    chains = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+              if "stages:" in block)
+    for name, chain in zip(("chain", "rounds"), chains, strict=True):
+        (site / f"{name}.yaml").write_text(chain)
     account = () if "--account" in line else ("--account", "mine")
     assert cli.main([*shlex.split(line)[1:], *account, "--dry-run"]) == 0
     assert "#SBATCH --account=mine\n" in capsys.readouterr().out
