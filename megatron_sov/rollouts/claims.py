@@ -2,8 +2,9 @@
 
 A claim's n-th holder is the one process that could make its file n: who lost never believes to have won, on
 whatever file system.  A sign of life is a counter in that file, which others watch on their own clock: no two
-machines' clocks are compared, and a clock that is set harms nothing.  A claim only saves work: should two
-jobs ever do the same, the store keeps what is published first.
+machines' clocks are compared, and a clock that is set harms nothing.  A holder that has ended where it can be
+looked up, on the same machine, is seen at once.  A claim only saves work: should two jobs ever do the same,
+the store keeps what is published first.
 
     CLAIMS/NAME/1.json                    its first holder, and so on; the last one counts
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from typing import Any
 from megatron_sov.artifacts import atomic_write, disk_errors
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
+from megatron_sov.processes import has_ended, this_process
 
 RENEWALS = 4
 """Signs of life within a lease, so that some may be late."""
@@ -62,8 +63,8 @@ class Claims:
     def take(self, name: str) -> Claim | None:
         """Return a claim on something, or None where another job holds it.
 
-        One that shows no sign of life for a whole lease, from the first time that this job looked at it,
-        is taken over.
+        One whose process has ended on this machine is taken over, and one that shows no sign of life for a
+        whole lease, from the first time that this job looked at it.
 
         Raises:
             UserError: the folder cannot be written.
@@ -81,12 +82,14 @@ class Claims:
             return Claim(self._folder, name, number + 1, self._lease_s)
 
     def _is_free(self, name: str, number: int) -> bool:
-        """Return whether a claim's last holder gave it back, or showed no sign of life for a lease."""
+        """Return whether a claim's last holder gave it back, has ended, or showed no sign of life for a
+        lease."""
         try:
             content = _file(self._folder, name, number).read_bytes()
         except FileNotFoundError:
             return False
-        if _told(content).get("is_released"):
+        told = _told(content)
+        if told.get("is_released") or (told and has_ended(told)):
             return True
         seen_number, seen, since_s = self._seen.get(name, (0, b"", 0.0))
         if (seen_number, seen) != (number, content):
@@ -152,8 +155,7 @@ class Claim:
                 return False
             self._beat += 1
             self._is_over = is_released
-            told = {"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beat,
-                    "slurm_job": os.environ.get("SLURM_JOB_ID", ""), "is_released": is_released}
+            told = {**this_process(), "beat": self._beat, "is_released": is_released}
             try:
                 atomic_write(file, json.dumps(told))
             except FileNotFoundError:  # cleared away: what it was for is done

@@ -11,27 +11,21 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from megatron_sov.artifacts import atomic_write, disk_errors
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.warning import warn
+from megatron_sov.processes import has_ended, this_process
 
 LOCK = "lock.json"
 LEASE_S = 60.0
-CLOCK_TOLERANCE_S = 5.0
-"""Start times of one process, as read by two others, may differ by the corrections of
-the clock in between."""
 
 
 class RunLock:
@@ -67,10 +61,8 @@ class RunLock:
                 self._file.unlink(missing_ok=True)
 
     def _record(self) -> str:
-        me = psutil.Process()
-        return json.dumps({"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
-                           "expires_s": time.time() + self._lease_s, "token": self._token,
-                           "process_table": _process_table(), **_slurm_job()})
+        return json.dumps({**this_process(), "expires_s": time.time() + self._lease_s,
+                           "token": self._token})
 
     def _renew(self) -> None:
         while not self._stop.wait(self._lease_s / 4):
@@ -110,24 +102,6 @@ def forget(run: Path) -> None:
         (run / LOCK).unlink(missing_ok=True)
 
 
-@cache
-def _process_table() -> str:
-    """Return what tells one table of processes from others: the boot of the kernel, and the namespace of
-    process numbers in it, which a container has of its own.  Empty where the kernel does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _slurm_job() -> dict[str, Any]:
-    """Return the Slurm job that this process belongs to, and how often it was started anew;
-    nothing outside of Slurm."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return {"slurm_job": job, "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)} if job else {}
-
-
 def living_holder(run: Path) -> dict[str, Any] | None:
     """Return the host, pid and lease of the living process that holds a run folder, as far as can be known
     from here, or None."""
@@ -136,24 +110,9 @@ def living_holder(run: Path) -> dict[str, Any] | None:
 
 
 def _is_living(record: dict[str, Any]) -> bool:
-    """Return whether the process that wrote a record works still, as far as can be known from here.
-
-    Slurm starts a job anew when it has given up the nodes of the start before, so that one's processes need
-    not be waited for.
-    """
-    now = _slurm_job()
-    if now and record["slurm_job"] == now["slurm_job"] and record["slurm_restart"] < now["slurm_restart"]:
-        return False
-    here = (socket.gethostname(), _process_table())
-    if (record["host"], record["process_table"]) != here:  # its process number means nothing here
-        return bool(time.time() < record["expires_s"])
-    try:
-        holder = psutil.Process(record["pid"])
-        if holder.status() == psutil.STATUS_ZOMBIE:  # it has ended, and its parent may never take note of it
-            return False
-        return bool(abs(holder.create_time() - record["started_s"]) < CLOCK_TOLERANCE_S)
-    except psutil.NoSuchProcess:
-        return False
+    """Return whether the process that wrote a record works still, as far as can be known from here."""
+    ended = has_ended(record)
+    return bool(time.time() < record["expires_s"]) if ended is None else not ended
 
 
 @contextlib.contextmanager

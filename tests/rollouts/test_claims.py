@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
@@ -107,7 +108,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Claims(tmp_path / "file", 60).take("a")
 
 
-def take_all(number: int, folder: Path, log: Path, names: list[str], is_dead: bool, started: Any) -> None:
+def test_a_holder_that_was_killed_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=lambda: take(Claims(tmp_path, 600)))
+    process.start()
+    process.join()
+    content = json.loads((tmp_path / "a/1.json").read_text())
+    assert content["pid"] == process.pid
+    for elsewhere in ({"host": "another"}, {"process_table": "another"}):  # where the number means nothing
+        (tmp_path / "a/1.json").write_text(json.dumps(content | elsewhere))
+        assert Claims(tmp_path, 600).take("a") is None
+    (tmp_path / "a/1.json").write_text(json.dumps(content))
+    assert take(Claims(tmp_path, 600)).renew()  # by a job that waits for nothing
+
+
+def take_all(number: int, folder: Path, log: Path, names: list[str], started: Any) -> None:
     """Take all claims at the same moment as others do, and die with them.
 
     Args:
@@ -115,14 +129,9 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], is_dead: bo
         folder: of the claims.
         log: gets a line for each that was taken.
         names: what to take.
-        is_dead: look at them as someone who has seen no sign of life for a lease.
         started: where the processes meet.
     """
-    clock = Clock()
-    claims = Claims(folder, 60, clock)
-    if is_dead:
-        assert [claims.take(name) for name in names] == [None] * len(names)
-        clock.now_s += 60
+    claims = Claims(folder, 60)
     started.wait()
     for name in names[number % 3:] + names[:number % 3]:
         if claims.take(name) is not None:
@@ -136,7 +145,7 @@ def test_of_many_processes_one_takes_and_one_takes_over(tmp_path: Path) -> None:
     names, fork = [f"piece-{i}" for i in range(40)], multiprocessing.get_context("fork")
     for holder in (1, 2, 3):
         log, started = tmp_path / f"{holder}.log", fork.Barrier(4)
-        arguments = (tmp_path / "claims", log, names, holder > 1, started)
+        arguments = (tmp_path / "claims", log, names, started)
         processes = [fork.Process(target=take_all, args=(number, *arguments)) for number in range(4)]
         for process in processes:
             process.start()

@@ -15,13 +15,14 @@ import psutil
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.runs.lock import LOCK, RunLock, _process_table
+from megatron_sov.processes import process_table
+from megatron_sov.runs.lock import LOCK, RunLock
 
 
 def write_record(run: Path, **changed: Any) -> None:
     me = psutil.Process()
     record = {"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
-              "expires_s": time.time() + 60, "process_table": _process_table(), "token": "another"}
+              "expires_s": time.time() + 60, "process_table": process_table(), "token": "another"}
     (run / LOCK).write_text(json.dumps(record | changed))
 
 
