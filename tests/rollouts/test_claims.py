@@ -129,7 +129,7 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
         folder: of the claims.
         log: gets a line for each that was taken.
         names: what to take.
-        started: where the processes meet.
+        started: where the processes meet, before and behind it.
     """
     claims = Claims(folder, 60)
     started.wait()
@@ -137,6 +137,7 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
         if claims.take(name) is not None:
             with open(log, "a", encoding="utf-8") as f:
                 f.write(f"{name} {number}\n")
+    started.wait()  # whoever had ended would be taken over at once
     os._exit(0)
 
 
