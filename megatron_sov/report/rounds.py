@@ -111,6 +111,7 @@ def _table(rounds: Sequence[dict[str, Any]]) -> Table:
         rows.append([f"{number(content['round']):,.0f}", f"{number(means.get('responses')):,.0f}",
                      f"{number(means.get('reward')):.4f}", f"{number(means.get('response_tokens')):,.1f}",
                      f"{number(means.get('truncated')):.1%}", f"{learns:,.0f}", others or "–",
-                     unjudged or "–", f"{len(content.get('late') or []):,}"])
+                     unjudged or "–", f"{len(content.get('late') or []):,}",
+                     f"{len(content.get('late_from') or []):,}"])
     return Table(["round", "judged responses", "mean reward", "mean tokens", "did not end", "groups trained",
-                  "groups not trained", "without a reward", "came too late"], rows)
+                  "groups not trained", "without a reward", "left out as late", "late ones joined"], rows)

@@ -19,7 +19,7 @@ from megatron_sov.train.feed import FeedView
 
 POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
-TOLD = ("groups", "late", "unjudged", "reward_version", "policies", "means")
+TOLD = ("groups", "late", "late_from", "unjudged", "reward_version", "policies", "means")
 """What of a round's manifest its event tells."""
 Produce = Callable[[FeedView, int], Mapping[str, float]]
 """Writes and judges what is missing of a round, on all processes together; returns figures for its event."""

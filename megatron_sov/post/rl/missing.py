@@ -1,7 +1,8 @@
 """What of the asked rounds is not written yet, piece by piece, and which of it this job takes up.
 
-No torch here.  Fresh pieces come before responses that a deadline cut off: those wait until nothing else can
-be written, so that a newer policy may be there; where there is none the same one goes on.
+No torch here.  Responses that a deadline cut off wait for a newer policy and then come before fresh pieces:
+were they always the last, a job that is never idle would not end the long ones at all.  Where no fresh piece
+can be written either, the same policy goes on with them.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Missing:
         self._policy_of, self._sampling_of = policy_of, sampling_of
         self._open: dict[int, list[Piece] | None] = dict.fromkeys(rounds)
         self._attempts: dict[str, int] = {}
+        self._cut_at: dict[str, tuple[int, int]] = {}
         self._held = contextlib.ExitStack()
         self.num_pieces = len(rounds) * -(-rollout.prompts_per_round // rollout.piece_prompts)
         """Pieces of all asked rounds."""
@@ -81,11 +83,12 @@ class Missing:
 
     def take(self) -> Attempt | None:
         """Return the next attempt, which is claimed until `leave`; None: there is none at this moment."""
-        offers = [(piece, number, policy) for round_, policy in self._ready()
-                  for piece, number in self._attempts_of(round_)]
+        offers = [(self._rank(piece, number, policy), piece, number, policy)
+                  for round_, policy in self._ready() for piece, number in self._attempts_of(round_)]
         # the sort is stable: by round and piece inside
-        for piece, number, policy in sorted(offers, key=lambda offer: offer[1] > 0):
+        for _, piece, number, policy in sorted(offers, key=lambda offer: offer[0]):
             if self._claimed(piece.part(number)):
+                self._cut_at[piece.part()] = (number + 1, policy.step)
                 begun = self._unfinished(piece.part(number - 1)) if number else ()
                 return Attempt(piece, number, policy, begun)
         return None
@@ -93,6 +96,17 @@ class Missing:
     def leave(self) -> None:
         """Give up the claim on the attempt that was taken, be it published or not."""
         self._held.close()
+
+    def _rank(self, piece: Piece, number: int, policy: Policy) -> int:
+        """Return the place of an attempt: 0 of one that goes on behind a deadline by a newer policy than
+        cut it off (or than this job first saw there); 1 of a fresh piece; 2 of others."""
+        if not number:
+            return 1
+        seen_number, step = self._cut_at.get(piece.part(), (0, 0))
+        if seen_number != number:
+            step = policy.step
+            self._cut_at[piece.part()] = (number, step)
+        return 0 if policy.step > step else 2
 
     def _ready(self) -> Iterator[tuple[int, Policy]]:
         """Yield the rounds that are not done and can be written, with their policies."""
@@ -123,6 +137,7 @@ class Missing:
             self._refuse_others(piece, number, rows)
             if all(row.finish_reason != UNFINISHED for row in rows):
                 self._attempts.pop(piece.part(), None)
+                self._cut_at.pop(piece.part(), None)
                 return None
             number += 1
             self._attempts[piece.part()] = number

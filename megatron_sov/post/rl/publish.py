@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from megatron_sov.documents import ROLLOUTS
 from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
-from megatron_sov.post.parts.advantages import advantages
-from megatron_sov.post.rl.gathering import Gathered, RoundOfStore
+from megatron_sov.post.parts.advantages import Group, advantages
+from megatron_sov.post.rl.gathering import Gathered, Response, RoundOfStore
+from megatron_sov.post.rl.late import LATE, LATE_FROM, LateGroup, late_groups, late_rows
 from megatron_sov.post.rl.round_means import means_of
 from megatron_sov.rollouts.prompts import Prompt, round_prompts
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, Rollout, later
@@ -89,21 +91,26 @@ class Publisher:
         return store
 
     def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
-        chosen = self._chosen(gathered)
+        late = late_groups(self.rounds, source) if self.config.policy.missing_share else []
+        chosen = self._chosen(gathered, late)
+        parts = [*gathered.parts, *{part.name: part for group in late
+                                    for part in group.joining.values()}.values()]
         with new_artifact(out, "tokens") as artifact:
-            counts = self._write(artifact.path / PREFIX, source, gathered, chosen.advantages)
+            rows = chain(late_rows(source.store, late), _rows(source, gathered))
+            counts = self._write(artifact.path / PREFIX, rows, chosen.advantages)
             artifact.content = {
                 "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
                 "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
                 "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
                 "sources": [_described(counts, self._routes)], "round": gathered.number,
                 "steps": chosen.steps, "groups": chosen.reasons,
-                "late": [list(key[:2]) for key in gathered.late],
+                LATE: [list(key[:2]) for key in gathered.late], LATE_FROM: chosen.late_from,
                 "unjudged": dict(gathered.unjudged), "reward_version": source.reward_version,
                 "temperature": self.config.rollout.temperature,
-                "policies": sorted({r.rollout.key.policy for group in gathered.groups for r in group}),
+                "policies": sorted({r.rollout.key.policy for group in gathered.groups for r in group}
+                                   | {key.policy for group in late for key in group.joining}),
                 "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
-                    source.store.rewards_path(source.reward_version, part.name))} for part in gathered.parts],
+                    source.store.rewards_path(source.reward_version, part.name))} for part in parts],
                 "means": means_of(gathered, source.store, self.config.rollout)}
             artifact.settings = {"rollout": self.config.to_dict()["rollout"],
                                  "policy": self.config.to_dict()["policy"]}
@@ -116,35 +123,56 @@ class Publisher:
     def _bytes_of_token(self) -> np.ndarray:
         return token_bytes(self.tokenizer, self.config.model.vocab_size)
 
-    def _chosen(self, gathered: Gathered) -> _Chosen:
-        """Give each step's groups their advantages."""
-        rollout, policy = self.config.rollout, self.config.policy
+    def _chosen(self, gathered: Gathered, late: Sequence[LateGroup]) -> _Chosen:
+        """Give each step's groups their advantages; late responses belong to the first step."""
+        rollout = self.config.rollout
         size = rollout.prompts_per_round // rollout.steps_per_round
-        found: dict[Key, float] = {}
+        found, late_from = self._joining(gathered.groups[:size], late)
         reasons: dict[str, int] = {}
         steps: list[list[int]] = []
         for first in range(0, rollout.prompts_per_round, size):
             groups = gathered.groups[first:first + size]
-            judged = advantages([np.array([r.reward for r in group]) for group in groups],
-                                [np.array([written_tokens(r.rollout) for r in group]) for group in groups],
-                                policy, rollout.max_new_tokens)
-            before = len(found)
-            for group, said in zip(groups, judged, strict=True):
+            for group, said in zip(groups, self._judged(groups), strict=True):
                 reasons[said.reason or LEARNS] = reasons.get(said.reason or LEARNS, 0) + 1
                 if not said.reason:
                     found |= {r.rollout.key: float(value)
                               for r, value in zip(group, said.advantages, strict=True)}
+            before = sum(steps[-1]) if steps else 0
             steps.append([before, len(found) - before])
-        return _Chosen(found, steps, reasons)
+        return _Chosen(found, steps, reasons, late_from)
 
-    def _write(self, prefix: Path, source: RoundOfStore, gathered: Gathered,
-               chosen: dict[Key, float]) -> dict[str, int]:
-        """Write the documents, a piece of the round in memory at a time; returns what they count."""
+    def _judged(self, groups: Sequence[Sequence[Response]]) -> list[Group]:
+        return advantages([np.array([r.reward for r in group]) for group in groups],
+                          [np.array([written_tokens(r.rollout) for r in group]) for group in groups],
+                          self.config.policy, self.config.rollout.max_new_tokens)
+
+    def _joining(self, beside: Sequence[Sequence[Response]], late: Sequence[LateGroup]
+                 ) -> tuple[dict[Key, float], list[list[Any]]]:
+        """Return the advantages of late responses, and what the manifest says of them.
+
+        Args:
+            beside: groups of the step that they join, over which advantages may be normalised.
+            late: the groups that they belong to.
+        """
+        found: dict[Key, float] = {}
+        late_from: list[list[Any]] = []
+        judged = self._judged([*beside, *(group.group for group in late)])[len(beside):]
+        for group, said in zip(late, judged, strict=True):
+            values = {r.rollout.key: float(value)
+                      for r, value in zip(group.group, said.advantages, strict=True)}
+            if not said.reason:
+                found |= {key: values[key] for key in group.joining}
+            told = dict.fromkeys(group.joining, said.reason) | dict(group.without)
+            late_from += [[group.number, key.prompt, key.sample, why] for key, why in told.items()]
+        return found, late_from
+
+    def _write(self, prefix: Path, rows: Iterator[Rollout], chosen: dict[Key, float]) -> dict[str, int]:
+        """Write those rows that are chosen as documents; returns what they count."""
         counts = dict.fromkeys(("num_documents", "num_tokens", "num_bytes"), 0)
         prefix.parent.mkdir()
         sidecars = SIDECARS | ({ROUTES: self._routes.dtype} if self._routes is not None else {})
         with IndexedWriter(prefix, DTYPE, sidecars) as writer:
-            for row in _rows(source, gathered, chosen):
+            for row in (row for row in rows if row.key in chosen):
                 ids = np.concatenate([row.prompt_tokens, row.tokens])
                 self._refuse_too_long(row, len(ids))
                 writer.write(np.array([len(ids)], np.int32), {
@@ -183,7 +211,9 @@ class _Chosen:
     steps: list[list[int]]
     """First document and number of documents of each optimizer step."""
     reasons: dict[str, int]
-    """`LEARNS`, or why not -> groups."""
+    """`LEARNS`, or why not -> groups of the round itself."""
+    late_from: list[list[Any]]
+    """Responses of earlier rounds, see `late.LATE_FROM`."""
 
 
 def written_tokens(row: Rollout) -> int:
@@ -191,13 +221,12 @@ def written_tokens(row: Rollout) -> int:
     return int((row.versions != NOT_WRITTEN).sum())
 
 
-def _rows(source: RoundOfStore, gathered: Gathered, chosen: dict[Key, float]) -> Iterator[Rollout]:
-    """Yield the chosen responses, whole, by prompt and sample."""
+def _rows(source: RoundOfStore, gathered: Gathered) -> Iterator[Rollout]:
+    """Yield the round's responses, whole, by prompt and sample, a piece in memory at a time."""
     for parts in gathered.pieces():
         rows = later([row for part in parts for row in source.store.read_rollouts(part.name)])
         place = {prompt: i for i, prompt in enumerate(source.prompts)}
-        yield from sorted((row for row in rows if row.key in chosen),
-                          key=lambda row: (place[row.key.prompt], row.key.sample))
+        yield from sorted(rows, key=lambda row: (place[row.key.prompt], row.key.sample))
 
 
 def _labels(row: Rollout, advantage: float) -> dict[str, np.ndarray]:

@@ -124,6 +124,50 @@ def test_unfinished_responses_are_waited_for_or_left_out_by_the_share_that_may_m
         part_name(1, 0), part_name(1, 0, 1), part_name(1, 1), part_name(1, 1, 1)]
 
 
+def test_a_late_response_joins_a_later_round_once_with_its_own_groups_baseline(
+        publisher: Publisher, write_round: Any, tmp_path: Path) -> None:
+    early = dataclasses.replace(publisher, rounds=tmp_path / "early", config=config_of(0.5))
+    cut = [(1, 0), (1, 3), (4, 2), (0, 1)]
+    write(publisher, write_round, unfinished=cut)
+    assert early.publish(1) == ""
+    store = write(publisher, write_round, number=2)
+    # by then those of the second and first prompt are finished, and the first prompt's is not judged
+    write(publisher, write_round, attempt=1, unfinished=[(1, 0), (1, 3), (0, 1)], judge=False)
+    late_part, ids = part_name(1, 0, 1), [p.id for p in round_prompts(publisher.prompts, ROLLOUT, 1)]
+    rows = {row.key[:2]: row for row in store.read_rollouts(late_part)}
+    store.add_rewards(VERSION, late_part, [
+        Judged(rows[ids[1], 0].key, 1, VERSION, 1.0, "scored"),
+        Judged(rows[ids[1], 3].key, 1, VERSION, 0.0, "scored"),
+        Judged(rows[ids[0], 1].key, 1, VERSION, None, "failed")])
+    alone = dataclasses.replace(publisher, rounds=tmp_path / "alone")
+    assert early.publish(2) == alone.publish(2) == ""
+    joined, without = (read_manifest(rounds / "0002").content for rounds in (early.rounds, alone.rounds))
+    assert without["late_from"] == [] and sorted(joined["late_from"]) == sorted(
+        [[1, ids[1], 0, ""], [1, ids[1], 3, ""], [1, ids[0], 1, "failed"]])
+    (first, count), (_, last) = without["steps"]
+    assert joined["steps"] == [[first, count + 2], [count + 2, last]]
+    assert joined["groups"] == without["groups"]
+    assert late_part in [part["name"] for part in joined["store"]]
+    assert set(joined["policies"]) == {f"{number:064d}" for number in (1, 2)}
+
+    assert check(early.rounds / "0002") == ([], [])
+    [source] = open_sources({str(early.rounds / "0002"): 1.0}, 368, ("rollouts",))
+    documents, rewards = source.shard("train"), np.array([1.0, 1.0, 0.0, 0.0])
+    expected = (rewards - 0.5) / (np.std(rewards, ddof=1) + 1e-4)  # over all four of its group
+    for i, sample in enumerate((0, 3)):
+        row = rows[ids[1], sample]
+        begin, length = len(row.prompt_tokens), len(row.prompt_tokens) + len(row.tokens)
+        assert documents.tokens(i, 0, length).tolist() == [*row.prompt_tokens, *row.tokens]
+        assert documents.column("behaviour_logprobs", i, begin, length - begin).tolist() == (
+            row.logprobs.tolist())
+        assert documents.column("advantage", i, begin, 1)[0] == pytest.approx(expected[sample], rel=1e-6)
+
+    write(publisher, write_round, number=3)
+    write(publisher, write_round, attempt=1, unfinished=[(4, 2)])  # its piece's, which comes last of all
+    assert early.publish(3) == ""
+    assert read_manifest(early.rounds / "0003").content["late_from"] == [[1, ids[4], 2, ""]]
+
+
 def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(
         publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
