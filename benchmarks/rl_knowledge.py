@@ -1,5 +1,5 @@
-"""What text beside responses adds to reinforcement learning (InK-GRPO, arXiv 2601.18129): rounds ask after one
-half of some facts, and the other half stands in the text alone.
+"""What text beside responses adds to reinforcement learning (InK-GRPO, arXiv 2601.18129): rounds ask after half
+of some facts, and the others stand in the text alone.
 
 Usage: python benchmarks/rl_knowledge.py --work FOLDER [--seeds 0 1 2] [--arms ink_grpo no_text grpo]
        python benchmarks/rl_knowledge.py --work FOLDER --print
@@ -91,7 +91,8 @@ class Seed:
         shards = self.folder / f"{name}.shards"
         if not (shards / "manifest.json").exists():
             run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
-                "chat", "--workers", "1", "--input", f"{name}={file}", "--output", shards, "--overwrite")
+                "chat", "--heldout", "0", "--workers", "1", "--input", f"{name}={file}", "--output", shards,
+                "--overwrite")
         return shards
 
     def start(self) -> Path:
