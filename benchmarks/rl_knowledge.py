@@ -1,5 +1,5 @@
-"""What text beside responses adds to reinforcement learning (InK-GRPO, arXiv 2601.18129): rounds ask after half
-of some facts, and the others stand in the text alone.
+"""What text beside responses adds to reinforcement learning (InK-GRPO, arXiv 2601.18129): rounds ask after
+half of some facts, and the others stand in the text alone.
 
 Usage: python benchmarks/rl_knowledge.py --work FOLDER [--seeds 0 1 2] [--arms ink_grpo no_text grpo]
        python benchmarks/rl_knowledge.py --work FOLDER --print
