@@ -60,8 +60,8 @@ POLICY = ("policy.method=gspo", "rollout.rounds=25", "rollout.prompts_per_round=
 RIGHT, GUESSED = 0.25, 0.5
 """Shares of scripted episodes that reach their goal, and that answer without a call; the others call for
 something else."""
-NUM_EPISODES, NUM_TASKS, NUM_ASKED = 3000, 1000, 80
-"""Scripted, of each world; in rounds; before and after."""
+NUM_EPISODES, NUM_ASKED = 4000, 80
+"""Scripted, of each world; sums that are asked before and after."""
 LIFT_POINTS = 25.0
 SIGNS = {"plus": "+", "minus": "-", "times": "*"}
 PEOPLE = ("Mira", "Tom", "Ada", "Joon", "Lena", "Omar", "Nok", "Ivan", "Sara", "Paul", "Yuna", "Rosa", "Kofi",
@@ -94,7 +94,7 @@ def calculation(a: int, sign: str, b: int, rng: random.Random) -> Goal:
     value = {"plus": a + b, "minus": a - b, "times": a * b}[sign]
     other = rng.choice([word for word in SIGNS if word != sign])
     return Goal({"question": f"What is {a} {sign} {b}?", "answer": str(value), "domain": sign}, call(sign),
-                call(other), str(rng.randrange(10, 100)))
+                call(other), str(rng.randrange(2, 80)))
 
 
 def fact(person: str, kind: str, value: str, rng: random.Random) -> Goal:
@@ -147,12 +147,12 @@ class Seed:
         """Write episodes, tasks and documents."""
         rng = random.Random(self.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
-        sums = [(a, sign, b) for a in range(10, 100) for sign in SIGNS for b in range(2, 10)]
+        sums = [(a, sign, b) for a in range(10) for sign in SIGNS for b in range(10)]
         rng.shuffle(sums)
         asked, others = ([calculation(*one, rng) for one in some] for some in (
             sums[:NUM_ASKED], sums[NUM_ASKED:]))
         write(self.folder / "calculator.asked.jsonl", [goal.task for goal in asked])
-        write(self.folder / "calculator.tasks.jsonl", [goal.task for goal in others[:NUM_TASKS]])
+        write(self.folder / "calculator.tasks.jsonl", [goal.task for goal in others])
         for name in ("tasks", "asked"):
             goals = facts(self.folder / f"{name}.corpus.jsonl", rng)
             write(self.folder / f"retrieval.{name}.jsonl", [goal.task for goal in goals])
