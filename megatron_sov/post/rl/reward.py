@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,16 @@ def row_of(row: Rollout) -> dict[str, Any]:
             "finish_reason": row.finish_reason}
 
 
+def numbers_of(components: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the components of a reward that are numbers, those of its parts as `part.name`: what can be
+    averaged over a round."""
+    for name, value in components.items():
+        if isinstance(value, Mapping):
+            yield from numbers_of(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", float(value)
+
+
 def _outcome_of(row: Rollout) -> Result:
     """Return what the environment of an episode has said of it."""
     given = row.outcome
@@ -167,7 +177,7 @@ class JudgingJob:
             batch = whole[first:first + BATCH_ROWS]
             for row, result in zip(batch, self.judge(batch), strict=True):
                 judged.append(Judged(row.key, row.attempt, self.version, result.reward, result.status,
-                                     dict(result.components), result.reason))
+                                     dict(numbers_of(result.components)), result.reason))
                 self.summary.add(part, row, result)
             self.progress(len(batch))
         self.summary.unfinished += len(rows) - len(whole)

@@ -46,7 +46,8 @@ class Script:
     def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
         self.seen += [row.response for row in rows]
         return [Result(None, "failed", {}, "broken") if row.response == "ab"
-                else Result(float(len(row.response)), "scored", {"n": 1}) for row in rows]
+                else Result(float(len(row.response)), "scored", {"n": 1, "said": "it", "part": {"ok": True}})
+                for row in rows]
 
 
 def job(store: Store, judge: Script, version: str = "v1", **more: object) -> JudgingJob:
@@ -66,6 +67,7 @@ def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Sto
     assert {part.name: part.manifest_sha256 for part in store.rollout_parts()} == kept
     first, second = store.read_rewards("v1", "round-0001-piece-0000")
     assert (first.reward, first.status, first.reward_version) == (2.0, "scored", "v1")
+    assert first.components == {"n": 1.0, "part.ok": 1.0}
     # the infrastructure's fault is no 0
     assert (second.reward, second.status, second.reason) == (None, "failed", "broken")
     assert len(store.read_rewards("v2", "round-0002-piece-0000")) == 1
