@@ -136,7 +136,7 @@ def _chapter(name: str, read: _Read, decode: Decode | None) -> Chapter:
     steps = "" if not len(written) else f"{written.min()}" if written.min() == written.max() else (
         f"{written.min()} to {written.max()}")
     figures = [("reward", reward, "" if judged is None else _plain(judged.reason)),
-               *((_plain(part), f"{value:g}", "") for part, value in
+               *((_plain(part), _plain(str(value)), "") for part, value in
                  ({} if judged is None else judged.components).items()),
                ("end", row.finish_reason, ""), ("tokens", f"{len(row.tokens):,}", ""),
                ("weights of step", steps, "")]
