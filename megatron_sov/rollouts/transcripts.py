@@ -11,11 +11,11 @@ from typing import Any
 from megatron_sov.documents.visible import visible
 from megatron_sov.pages import render
 from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.rollouts.rows import NOT_WRITTEN, STOP, UNFINISHED, Judged, Rollout, later
+from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, Judged, Rollout, later
 from megatron_sov.rollouts.store import Store
 
-ANSWERED = "answered"
-"""Finish reason of an episode with tools that came to its end, see `tools.episode.ENDS`."""
+CUT_OFF = (LENGTH, "turns", "tokens", "unended")
+"""Finish reasons of what a limit ended; the last three are those of episodes, see `tools.episode.ENDS`."""
 MAX_CHARS = 20_000
 """Of one thing said."""
 _COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
@@ -35,7 +35,7 @@ class _Read:
 
     @property
     def is_cut(self) -> bool:
-        return self.row.finish_reason not in (STOP, ANSWERED, UNFINISHED)
+        return self.row.finish_reason in CUT_OFF
 
     @property
     def place(self) -> tuple[int, str]:
