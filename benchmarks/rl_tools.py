@@ -54,7 +54,7 @@ MAX_PROMPT, MAX_RESPONSE, MAX_TURN, MAX_TURNS = 128, 120, 48, 3
 POLICY = ("policy.method=gspo", "rollout.rounds=25", "rollout.prompts_per_round=16",
           "rollout.samples_per_prompt=8", "rollout.piece_prompts=16",
           f"rollout.max_new_tokens={MAX_RESPONSE}", f"rollout.max_prompt_tokens={MAX_PROMPT}",
-          "optim.lr=2e-3", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",
+          "optim.lr=5e-4", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",
           "train.global_batch_size=8", "train.micro_batch_size=8", "train.eval_every_steps=0",
           'data.phases=[{"name": "main", "seq_len": 256}]')
 RIGHT, GUESSED = 0.25, 0.5
@@ -213,7 +213,7 @@ class Seed:
             run(self.log, "megatron_sov", "rl", "run", "tiny-solar-open", "--from", start, "--run",
                 run_folder, "--store", self.folder / f"{name}.store", "--prompts",
                 self.folder / f"{name}.tasks.jsonl", "--environment", name, "--reward", "environment",
-                "--batch-size", "32", "--workers", "1", "--resume", *self.limits(),
+                "--batch-size", "64", "--workers", "1", "--resume", *self.limits(),
                 *(word for key, value in self.settings(name, "tasks.corpus").items()
                   for word in ("--env-set", f"{key}={value}")),
                 *words((*POLICY, f"train.seed={self.seed}", f"rollout.seed={self.seed}")))
