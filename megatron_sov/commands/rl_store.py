@@ -1,4 +1,4 @@
-"""`megatron-sov rl store ls | show | stats | verify | gc STORE`."""
+"""`megatron-sov rl store ls | show | page | stats | verify | gc STORE`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sov.artifacts import write_output
+from megatron_sov.digests import SHA256, file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.figures import size
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.outputs import check_output
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.rows import Rollout
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     ls = _action(actions, "ls", "list the parts, who judged them, and who works on what")
     show = _action(actions, "show", "print one row with its rewards")
+    page = _action(actions, "page", "write some responses of a round as an HTML page to read")
     stats = _action(actions, "stats", "figures by round and by domain")
     verify = _action(actions, "verify", "check bytes, rows, keys and rewards; exit code 3 where one is wrong")
     gc = _action(actions, "gc", "delete what killed jobs left, claims on what is done, and what you name")
@@ -37,6 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--round", type=int, metavar="R", help="of this round alone")
     show.add_argument("part", metavar="PART", help="name of the part, e.g. round-0001-piece-0000")
     show.add_argument("row", metavar="ROW", type=int, help="its row, from 0")
+    page.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="file to write")
+    page.add_argument("--round", type=int, action="append", metavar="R",
+                      help="a round to show; may be repeated (default: the newest one)")
+    page.add_argument("--version", metavar="V", help="version of the reward, where there are several")
+    page.add_argument("--count", type=int, default=5, metavar="N",
+                      help="responses of a round with the highest rewards, with the lowest, that were cut "
+                           "off, and without a reward, N each (default %(default)s)")
+    page.add_argument("--tokenizer", type=Path, metavar="DIR",
+                      help="tokenizer of the store: shows apart what the model wrote and what tools said")
     gc.add_argument("--version", action="append", default=[], metavar="V",
                     help="also what this version of a reward said; may be repeated")
     gc.add_argument("--rounds", metavar="A-B", help="also these rounds, with all that was said of them")
@@ -57,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from megatron_sov.rollouts.store import Store
 
-    actions = {"ls": _ls, "show": _show, "stats": _stats, "verify": _verify, "gc": _gc}
+    actions = {"ls": _ls, "show": _show, "page": _page, "stats": _stats, "verify": _verify, "gc": _gc}
     return actions[args.action](args, Store.open(args.store))
 
 
@@ -144,6 +157,51 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         elif value not in (None, ""):
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield visible(f"{name}: {shown}").replace("\n", "\\n")
+
+
+def _page(args: argparse.Namespace, store: Store) -> int:
+    from megatron_sov.rollouts.transcripts import page_of
+
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
+    check_output("--output", args.output)
+    there = sorted({part.round for part in store.rollout_parts()})
+    rounds = sorted(set(args.round or there[-1:]))
+    if missing := [number for number in rounds if number not in there]:
+        raise UserError(f"--round {missing[0]}: {args.store} has no parts of it (`megatron-sov rl store ls` "
+                        "lists them)")
+    if not rounds:
+        raise UserError(f"{args.store}: has no parts to show; write some with `megatron-sov rl generate`")
+    decode = None if args.tokenizer is None else _decode_of(args.tokenizer, store)
+    version = _version(args.version, store)
+    write_output(args.output, page_of(store, rounds, version, args.count, decode))
+    print(f"{args.output}: responses of round {', '.join(map(str, rounds))}"
+          + (f", reward {version}" if version else ""))
+    return ExitCode.OK
+
+
+def _version(given: str | None, store: Store) -> str | None:
+    """Return the whole version of the reward that is asked for, or of the only one; None: there is none."""
+    there = {part.reward_version for folder in store.reward_versions() for part in store.reward_parts(folder)}
+    found = sorted(version for version in there if given is None or version.startswith(given))
+    if len(found) > 1 or (given is not None and not found):
+        raise UserError(f"--version {given or 'is missing'}: {store.path} has rewards of "
+                        f"{', '.join(sorted(there)) or 'no version'}; name one of them")
+    return found[0] if found else None
+
+
+def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
+    """Return what makes texts of tokens, special ones among them."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"--tokenizer {folder}: has no tokenizer.json; name a tokenizer's folder")
+    if (digest := file_digest(file, SHA256)) != store.tokenizer_digest:
+        raise UserError(f"--tokenizer {folder}: its digest is {digest}, and {store.path} was written with "
+                        f"{store.tokenizer_digest}; name the tokenizer of the model that wrote it")
+    tokenizer = Tokenizer.from_file(str(file))
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def _stats(args: argparse.Namespace, store: Store) -> int:
