@@ -26,12 +26,14 @@ from megatron_sov.documents import ROLLOUTS
 from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
+from megatron_sov.obs.warning import warn
 from megatron_sov.post.parts.advantages import advantages
 from megatron_sov.post.rl.gathering import Gathered, RoundOfStore
 from megatron_sov.post.rl.round_means import means_of
 from megatron_sov.rollouts.prompts import Prompt, round_prompts
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, Rollout, later
 from megatron_sov.rollouts.store import Store
+from megatron_sov.runs import checkpoints
 
 LEARNS = "learns"
 """Reason that groups which are trained are counted under."""
@@ -64,15 +66,16 @@ class Publisher:
         out = folder_of_round(self.rounds, number)
         if (out / MANIFEST).is_file():
             return ""
-        if not self.store.exists():
+        if not self.store.exists() or not any(self.store.iterdir()):
             return f"nobody has written to {self.store} yet"
         rollout = self.config.rollout
         ids = [prompt.id for prompt in round_prompts(self.prompts, rollout, number)]
-        source = RoundOfStore(self._opened(), number, ids, rollout.piece_prompts, self.reward_version,
-                              self.config.policy.missing_share)
+        source = RoundOfStore(self._opened(), number, ids, rollout.piece_prompts, rollout.samples_per_prompt,
+                              self.reward_version, self.config.policy.missing_share)
         gathered = source.gather()
         if isinstance(gathered, str):
             return gathered
+        self._warn_of_other_policies(gathered)
         self._write_round(source, gathered, out)
         return ""
 
@@ -87,6 +90,19 @@ class Publisher:
             raise UserError(f"{self.store}: is written in another tokenizer ({store.tokenizer_digest[:24]}) "
                             f"than {file}; pass the store that this model's policies write to")
         return store
+
+    def _warn_of_other_policies(self, gathered: Gathered) -> None:
+        """Tell where responses were begun by none of the run's checkpoints: a store gives what it has to
+        whoever asks the same, and another run may have written it."""
+        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
+        newest = checkpoints.latest(folder)
+        last = 0 if newest is None else checkpoints.step_of(newest)
+        for step, sha256 in sorted({_begun_by(r.rollout) for group in gathered.groups for r in group}):
+            own = folder / f"step-{step}"
+            if step > last or (step and (own / MANIFEST).is_file() and manifest_sha256(own) != sha256):
+                warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "
+                     f"of step {step}, which is no checkpoint of {self.rounds.parent}: where another run has "
+                     "written them, give each run a store of its own")
 
     def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
         chosen = self._chosen(gathered)
@@ -146,7 +162,7 @@ class Publisher:
         with IndexedWriter(prefix, DTYPE, sidecars) as writer:
             for row in _rows(source, gathered, chosen):
                 ids = np.concatenate([row.prompt_tokens, row.tokens])
-                self._refuse_too_long(row, len(ids))
+                self._refuse_other_settings(row, len(ids))
                 writer.write(np.array([len(ids)], np.int32), {
                     "bin": ids, **_labels(row, chosen[row.key]), **self._routes_of(row, len(ids))})
                 counts["num_documents"] += 1
@@ -166,12 +182,17 @@ class Publisher:
             raise UserError(f"{where} {problem}; it was written by another model")
         return {ROUTES: self._routes.of_document(row.routes, num_tokens)}
 
-    def _refuse_too_long(self, row: Rollout, num_tokens: int) -> None:
-        seq_len = self.config.data.phases[0].seq_len
+    def _refuse_other_settings(self, row: Rollout, num_tokens: int) -> None:
+        """Raise `UserError` where a response was not written as this run takes it."""
+        where = f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt}"
+        temperature, seq_len = self.config.rollout.temperature, self.config.data.phases[0].seq_len
+        if row.temperature != temperature:
+            raise UserError(f"{where} was drawn at temperature {row.temperature:g}, and the trainer computes "
+                            f"at rollout.temperature = {temperature:g}; give the one that it was written "
+                            "with, or another --store")
         if num_tokens > seq_len:
-            raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} has "
-                            f"{num_tokens} tokens with its prompt, and a row data.phases.0.seq_len = "
-                            f"{seq_len}; a response is never cut: make rows longer")
+            raise UserError(f"{where} has {num_tokens} tokens with its prompt, and a row "
+                            f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer")
 
 
 @dataclass(frozen=True)
@@ -184,6 +205,12 @@ class _Chosen:
     """First document and number of documents of each optimizer step."""
     reasons: dict[str, int]
     """`LEARNS`, or why not -> groups."""
+
+
+def _begun_by(row: Rollout) -> tuple[int, str]:
+    """Return the step and the hash of the policy that began a response."""
+    written = row.versions[row.versions != NOT_WRITTEN]
+    return int(written[0]) if len(written) else 0, row.key.policy
 
 
 def written_tokens(row: Rollout) -> int:
