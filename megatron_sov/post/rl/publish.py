@@ -61,7 +61,8 @@ class Publisher:
         """Publish a round, unless it is; returns what it lacks, or "".
 
         Raises:
-            UserError: the store holds something else, a response is longer than a row, or the disk is full.
+            UserError: the store holds something else, no response has a reward, one is longer than a row, or
+                the disk is full.
         """
         out = folder_of_round(self.rounds, number)
         if (out / MANIFEST).is_file():
@@ -75,6 +76,7 @@ class Publisher:
         gathered = source.gather()
         if isinstance(gathered, str):
             return gathered
+        self._refuse_nothing_judged(gathered)
         self._warn_of_other_policies(gathered)
         self._write_round(source, gathered, out)
         return ""
@@ -91,13 +93,23 @@ class Publisher:
                             f"than {file}; pass the store that this model's policies write to")
         return store
 
+    def _refuse_nothing_judged(self, gathered: Gathered) -> None:
+        """Raise `UserError` where the reward has failed throughout: a run would pass over one round after the
+        other."""
+        if gathered.unjudged and not any(gathered.groups):
+            told = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
+            raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}); "
+                            "mend what the reward runs on, and have it judge again behind `megatron-sov rl "
+                            f"store gc {self.store} --version {self.reward_version}`")
+
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
         """Tell where responses were begun by none of the run's checkpoints: a store gives what it has to
         whoever asks the same, and another run may have written it."""
         folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
         newest = checkpoints.latest(folder)
         last = 0 if newest is None else checkpoints.step_of(newest)
-        for step, sha256 in sorted({_begun_by(r.rollout) for group in gathered.groups for r in group}):
+        begun = {_begun_by(r.rollout) for group in gathered.groups for r in group if not r.rollout.attempt}
+        for step, sha256 in sorted(begun):
             own = folder / f"step-{step}"
             if step > last or (step and (own / MANIFEST).is_file() and manifest_sha256(own) != sha256):
                 warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "

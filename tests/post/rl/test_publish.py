@@ -181,6 +181,16 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
     assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
 
 
+def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, write_round: Any) -> None:
+    store = write(publisher, write_round, judge=False)
+    for name in (part_name(1, 0), part_name(1, 1)):
+        store.add_rewards(VERSION, name, [Judged(row.key, 0, VERSION, None, "failed")
+                                          for row in store.read_rollouts(name)])
+    with pytest.raises(UserError, match=r"no response of round 1 has a reward \(24 failed\); mend .* gc "):
+        publisher.publish(1)
+    assert not publisher.rounds.exists()
+
+
 def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, write_round: Any,
                                                         tmp_path: Path) -> None:
     model = dataclasses.replace(publisher.config.model, num_experts=8, num_experts_per_token=2)
