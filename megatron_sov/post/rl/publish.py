@@ -61,8 +61,8 @@ class Publisher:
         """Publish a round, unless it is; returns what it lacks, or "".
 
         Raises:
-            UserError: the store holds something else, no response has a reward, one is longer than a row, or
-                the disk is full.
+            UserError: the store holds something else, a response is longer than a row or of another
+                temperature, or the disk is full.
         """
         out = folder_of_round(self.rounds, number)
         if (out / MANIFEST).is_file():
@@ -174,7 +174,8 @@ class Publisher:
         with IndexedWriter(prefix, DTYPE, sidecars) as writer:
             for row in _rows(source, gathered, chosen):
                 ids = np.concatenate([row.prompt_tokens, row.tokens])
-                self._refuse_other_settings(row, len(ids))
+                self._refuse_other_temperature(row)
+                self._refuse_too_long(row, len(ids))
                 writer.write(np.array([len(ids)], np.int32), {
                     "bin": ids, **_labels(row, chosen[row.key]), **self._routes_of(row, len(ids))})
                 counts["num_documents"] += 1
@@ -194,17 +195,20 @@ class Publisher:
             raise UserError(f"{where} {problem}; it was written by another model")
         return {ROUTES: self._routes.of_document(row.routes, num_tokens)}
 
-    def _refuse_other_settings(self, row: Rollout, num_tokens: int) -> None:
-        """Raise `UserError` where a response was not written as this run takes it."""
-        where = f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt}"
-        temperature, seq_len = self.config.rollout.temperature, self.config.data.phases[0].seq_len
-        if row.temperature != temperature:
-            raise UserError(f"{where} was drawn at temperature {row.temperature:g}, and the trainer computes "
-                            f"at rollout.temperature = {temperature:g}; give the one that it was written "
-                            "with, or another --store")
+    def _refuse_other_temperature(self, row: Rollout) -> None:
+        ours = self.config.rollout.temperature
+        if row.temperature != ours:
+            raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} was "
+                            f"written at temperature {row.temperature:g}, and rollout.temperature = "
+                            f"{ours:g}: its log-probabilities would be compared with those of another "
+                            "distribution; set it to what they were written with, or pass another --store")
+
+    def _refuse_too_long(self, row: Rollout, num_tokens: int) -> None:
+        seq_len = self.config.data.phases[0].seq_len
         if num_tokens > seq_len:
-            raise UserError(f"{where} has {num_tokens} tokens with its prompt, and a row "
-                            f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer")
+            raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} has "
+                            f"{num_tokens} tokens with its prompt, and a row data.phases.0.seq_len = "
+                            f"{seq_len}; a response is never cut: make rows longer")
 
 
 @dataclass(frozen=True)
