@@ -78,7 +78,8 @@ class TrainerColumns:
             raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
         if begun != self.reference_sha256:
             raise UserError(f"{file}: the run's divergence is from a model of sha256 {begun[:12]}, and "
-                            f"--from is {self.reference_sha256[:12]}; resume --from the one that it began with")
+                            f"--from is {self.reference_sha256[:12]}; resume --from the one that it began "
+                            "with")
 
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
