@@ -24,6 +24,7 @@ from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.tools.limits import EpisodeLimits, limits_of
 from megatron_sov.tools.registry import BUILT_IN, make, order
@@ -52,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rounds_argument(parser, "rounds to write (default: all of rollout.rounds)")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
                         help="how long to wait for a policy, or for pieces that other jobs have claimed "
-                             "(default: not at all; the command then ends with 75)")
+                             "(default: not at all, but until it is known that these jobs live; the command "
+                             "then ends with 75)")
     add_asking_arguments(parser)
     parser.add_argument("--engine", choices=ENGINES,
                         help="what runs the policies (default: transformers for a Hugging Face folder)")
@@ -88,7 +90,7 @@ def rounds_of(given: str | None, last: int) -> range:
     Raises:
         UserError: it has another form.
     """
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", given if given is not None else f"1-{last}")
+    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", given if given is not None else f"1-{last}")
     first, end = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= end:
         raise UserError(f"--rounds {given}: must be a round or two, from 1, e.g. --rounds 2 or --rounds 1-3"
@@ -129,9 +131,21 @@ def _config(args: argparse.Namespace) -> RunConfig:
     problems = [*config.rollout.problems(), *Batching(args.batch_size).problems()]
     if not 0 <= args.wait < float("inf"):
         problems.append(f"--wait {args.wait}: must be a number that is not negative")
+    problems += _other_settings(args.run, config.rollout)
     if problems:
         raise UserError(list_problems("rl generate", problems))
     return config
+
+
+def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
+    """Return a sentence for each setting by which the trainer, where it has begun, would not take what is
+    written, or counts its rounds otherwise."""
+    trained = RunFolder(run).config()
+    if trained is None:
+        return []
+    return [f"rollout.{name} = {getattr(rollout, name)}: --run {run} trains with "
+            f"{getattr(trained.rollout, name)}; give the same" for name in ROLLOUT
+            if getattr(rollout, name) != getattr(trained.rollout, name)]
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -201,6 +215,7 @@ def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: 
            start: Target, engine_name: str, environment: tuple[Any, str, EpisodeLimits] | None
            ) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
+    from megatron_sov.mcore.parallel.world import on_first
     from megatron_sov.post.rl.generate import Desk, write_rounds
     from megatron_sov.post.rl.missing import Missing
     from megatron_sov.post.rl.policy_weights import Take, run_policies
@@ -212,7 +227,10 @@ def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: 
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
-        store = Store.create(args.store, file_digest(folder / "tokenizer.json", SHA256), start.vocab_size)
+        create = partial(Store.create, args.store, file_digest(folder / "tokenizer.json", SHA256),
+                         start.vocab_size)
+        on_first(lambda: create() and None)  # made by one, before all open it
+        store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           lambda number: key_digest(rollout, number, writer.chosen_by))
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}

@@ -137,7 +137,7 @@ class Reference:
         """
         self._folder, self._max_tokens = run / REFERENCE, max_tokens
         self._identity: dict[str, Any] = {
-            "reference_sha256": _files_sha256(start), "max_tokens": max_tokens,
+            "reference_sha256": files_sha256(start), "max_tokens": max_tokens,
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
         self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
@@ -240,7 +240,7 @@ class Reference:
             raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
 
 
-def _files_sha256(start: Path) -> str:
+def files_sha256(start: Path) -> str:
     """Return what stands for a checkpoint's weights: a Hugging Face folder that is converted once more gives
     the same files, under a manifest of another time."""
     manifest = read_manifest(start)

@@ -59,6 +59,7 @@ class Claims:
         """
         self._folder, self._lease_s, self._clock = folder, lease_s, clock
         self._seen: dict[str, tuple[int, bytes, float]] = {}
+        self._watched: set[str] = set()
 
     def take(self, name: str) -> Claim | None:
         """Return a claim on something, or None where another job holds it.
@@ -71,15 +72,21 @@ class Claims:
         """
         with disk_errors(self._folder):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
-            number = _last_number(self._folder / name)
-            if number and not self._is_free(name, number):
-                return None
-            file = _file(self._folder, name, number + 1)
             try:
+                number = _last_number(self._folder / name)
+                if number and not self._is_free(name, number):
+                    return None
+                self._watched.discard(name)
+                file = _file(self._folder, name, number + 1)
                 os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except (FileExistsError, FileNotFoundError):  # another was faster; or cleared away: it is done
                 return None
             return Claim(self._folder, name, number + 1, self._lease_s)
+
+    def may_be_dead(self, name: str) -> bool:
+        """Return whether a claim that was not given has shown no sign of life yet: who stops to ask for it
+        leaves it to nobody, where its holder was killed."""
+        return name in self._watched
 
     def _is_free(self, name: str, number: int) -> bool:
         """Return whether a claim's last holder gave it back, has ended, or showed no sign of life for a
@@ -93,6 +100,7 @@ class Claims:
             return True
         seen_number, seen, since_s = self._seen.get(name, (0, b"", 0.0))
         if (seen_number, seen) != (number, content):
+            (self._watched.discard if seen_number else self._watched.add)(name)
             self._seen[name] = (number, content, self._clock())
             return False
         return self._clock() - since_s >= self._lease_s

@@ -39,10 +39,13 @@ def clearable(store: Store, versions: Collection[str] = (), rounds: Collection[i
         rounds: rounds to let go, with all that was said of them.
     """
     folders = {version[:VERSION_CHARS] for version in versions}
-    return [Clearable(path, why, _size_bytes(path)) for path, why in _found(store, folders, set(rounds))]
+    return [Clearable(path, why, _size_bytes(path)) for path, why in _found(store, folders, rounds)]
 
 
-def _found(store: Store, folders: set[str], rounds: set[int]) -> Iterator[tuple[Path, str]]:
+def _found(store: Store, folders: set[str], rounds: Collection[int]) -> Iterator[tuple[Path, str]]:
+    for path in (*sorted((store.path / REWARDS).iterdir()), *sorted(store.claims.iterdir())):
+        if path.name.startswith(".") and _is_left(path):
+            yield path, "a killed job left it"
     kept = [folder for folder in store.reward_versions() if folder not in folders]
     for below in (ROLLOUTS, *(f"{REWARDS}/{folder}" for folder in kept)):
         for path in sorted((store.path / below).iterdir()):
@@ -54,7 +57,7 @@ def _found(store: Store, folders: set[str], rounds: set[int]) -> Iterator[tuple[
     for folder in folders & set(store.reward_versions()):
         yield store.path / REWARDS / folder, "of that version"
     for path in sorted(store.claims.iterdir()):
-        if (_claimed(store, path.name) / MANIFEST).is_file():
+        if not path.name.startswith(".") and (_claimed(store, path.name) / MANIFEST).is_file():
             yield path, "what it claims is done"
 
 

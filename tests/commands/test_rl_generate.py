@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from megatron_sov import recipes
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.cli import main
 from megatron_sov.commands.rl_generate import rounds_of
 from megatron_sov.errors import UserError
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import Store
+from megatron_sov.runs.folder import RunFolder
 
 # a temperature at which a sample is the most probable token
 ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
@@ -94,6 +96,18 @@ def test_what_cannot_be_asked_is_told_before_torch(case: str, asked: list[str], 
     more, message = WRONG[case]
     assert main([*asked, *more]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.declare(recipes.get("tiny-solar-open"))  # one step in a round, at temperature 1
+    assert main([*asked, "--set", "rollout.steps_per_round=2"]) == 2
+    said = capsys.readouterr().err
+    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; give the same" in said
+    assert "rollout.temperature = 0.0001: --run" in said and "rollout.rounds" not in said
     assert not (tmp_path / "store").exists()
 
 

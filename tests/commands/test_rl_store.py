@@ -193,13 +193,14 @@ def test_gc_takes_what_nobody_needs_and_no_more(store: Store) -> None:
     for name in (*done, *open_ones):
         assert claims.take(name) is not None
     old, new = store.path / "rollouts/.round-0002-piece-0000.new-1", store.path / "rollouts/.a.new-2"
-    for folder in (old, new):
+    half = [store.path / "rewards/.v.gone-1", store.claims / ".c.gone-2"]  # another `gc` was killed
+    for folder in (old, new, *half):
         folder.mkdir()
         (folder / "rollouts.parquet").write_bytes(b"1")
     for path in (old / "rollouts.parquet", old):
         os.utime(path, (time.time() - 7200,) * 2)
     code, out, _ = told("gc", str(store.path))
-    assert code == 0 and "deleted 3 folders" in out
+    assert code == 0 and "deleted 5 folders" in out and not any(map(Path.exists, half))
     assert (old.exists(), new.exists()) == (False, True)
     assert sorted(path.name for path in store.claims.iterdir()) == sorted(open_ones)
     assert len(store.rollout_parts()) == 3 and len(store.reward_parts(VERSION)) == 3

@@ -73,6 +73,19 @@ def test_who_died_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
     assert Claims(tmp_path, 60).take("b") is None
 
 
+def test_a_claim_may_be_a_dead_jobs_until_it_shows_a_sign_of_life(tmp_path: Path) -> None:
+    clock = Clock()
+    living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    dead = take(Claims(tmp_path, 60), "dead")
+    assert not other.may_be_dead("a")  # nobody asked for it
+    assert other.take("a") is None and other.take("dead") is None
+    assert other.may_be_dead("a") and other.may_be_dead("dead")
+    assert living.renew() and other.take("a") is None and other.take("dead") is None
+    assert not other.may_be_dead("a") and other.may_be_dead("dead")
+    clock.now_s += 60
+    assert take(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
+
+
 def test_a_sign_of_life_is_a_change_and_no_time(tmp_path: Path) -> None:
     clock = Clock()
     living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)

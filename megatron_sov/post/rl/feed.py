@@ -21,8 +21,9 @@ POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
 TOLD = ("groups", "late", "late_from", "unjudged", "reward_version", "policies", "means")
 """What of a round's manifest its event tells."""
-Produce = Callable[[FeedView, int], Mapping[str, float]]
-"""Writes and judges what is missing of a round, on all processes together; returns figures for its event."""
+Produce = Callable[[FeedView, int, Callable[[], bool]], Mapping[str, float]]
+"""Writes and judges what is missing of a round, on all processes together, unless it is asked to stop before
+the end; returns figures for its event."""
 
 
 @dataclass
@@ -62,7 +63,7 @@ class RoundFeed:
                 told = True
                 view.checkpointer.finish()  # the policy that is to write the round
                 if self.produce is not None:
-                    self._figures = self.produce(view, number)
+                    self._figures = self.produce(view, number, asked_to_stop)
                     continue
                 view.events.write("waiting", step=view.step, round=number, reason=lacking)
             waited_s = time.monotonic() - begin_s

@@ -13,6 +13,8 @@ from megatron_sov.rollouts.store import Store
 
 LIGHT = ("versions", "finish_reason")
 """Columns that say what is there and how long it is."""
+KEPT_OUT = "kept_out"
+"""Status of a response whose last attempt breaks a rule of the store."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class RoundOfStore:
     """Ids of its prompts, in order."""
     piece_prompts: int
     """Prompts of a piece."""
+    samples_per_prompt: int
+    """Responses to each prompt."""
     reward_version: str
     missing_share: float
     """Share of its groups that may go without their unfinished responses."""
@@ -69,20 +73,20 @@ class RoundOfStore:
         """Return the round, or what it still lacks.
 
         Raises:
-            UserError: the store holds responses to other prompts, or a part is damaged.
+            UserError: the store holds responses to other prompts, or in other pieces, or a part is damaged.
         """
         parts = self.store.rollout_parts(self.number)
+        self._refuse_other_pieces(parts)
         if lacking := self._lacking(parts):
             return lacking
-        rows = later([row for part in parts for row in self.store.read_rollouts(part.name, LIGHT)])
-        self._refuse_other_prompts(rows)
+        rows, num_kept_out = self._last_rows(parts)
         late = tuple(row.key for row in rows if row.finish_reason == UNFINISHED)
         waiting = len({key.prompt for key in late})
         if waiting > self.missing_share * len(self.prompts):
             return (f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished "
                     f"(policy.missing_share = {self.missing_share:g})")
         judged = self.judged(parts)
-        unjudged: Counter[str] = Counter()
+        unjudged = Counter({KEPT_OUT: num_kept_out} if num_kept_out else {})
         groups: dict[str, list[Response]] = {prompt: [] for prompt in self.prompts}
         for row in sorted(rows, key=lambda row: row.key.sample):
             said = judged.get((row.key, row.attempt))
@@ -111,9 +115,38 @@ class RoundOfStore:
                     f"{self.reward_version[:12]}, the first is {unjudged[0]}")
         return ""
 
-    def _refuse_other_prompts(self, rows: Sequence[Rollout]) -> None:
-        others = {row.key.prompt for row in rows} - set(self.prompts)
+    def _last_rows(self, parts: Sequence[Part]) -> tuple[list[Rollout], int]:
+        """Return the last attempt at each response, and the number of those that are kept out: what stands
+        behind an unfinished row stands in its place, sound or not, and nobody goes on with it again."""
+        rows: list[Rollout] = []
+        kept_out: set[tuple[Key, int]] = set()
+        for part in parts:
+            found, problems = self.store.read_all(part.name, LIGHT)
+            self._refuse_other_prompts(part, found)
+            rows += found
+            kept_out |= {(row.key, row.attempt) for row, problem in zip(found, problems, strict=True)
+                         if problem}
+        last = later(rows)
+        sound = [row for row in last if (row.key, row.attempt) not in kept_out]
+        return sound, len(last) - len(sound)
+
+    def _prompts_of(self, piece: int) -> Sequence[str]:
+        return self.prompts[piece * self.piece_prompts:(piece + 1) * self.piece_prompts]
+
+    def _refuse_other_pieces(self, parts: Sequence[Part]) -> None:
+        """Raise `UserError` where a part was cut otherwise: some pieces would be taken for the whole
+        round."""
+        for part in parts:
+            num_rows = len(self._prompts_of(part.piece)) * self.samples_per_prompt
+            if part.num_rows > num_rows or (part.attempt == 0 and part.num_rows != num_rows):
+                raise UserError(f"{part.path}: has {part.num_rows:,} responses, and rollout.piece_prompts = "
+                                f"{self.piece_prompts} with rollout.samples_per_prompt = "
+                                f"{self.samples_per_prompt} make {num_rows:,}; give the settings that "
+                                "they were written with, or another --store")
+
+    def _refuse_other_prompts(self, part: Part, rows: Sequence[Rollout]) -> None:
+        others = {row.key.prompt for row in rows}.difference(self._prompts_of(part.piece))
         if others:
             raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
-                            f"{min(others)}, which is none of its {len(self.prompts)} prompts now; pass the "
-                            "--prompts and rollout settings that they were written with, or another --store")
+                            f"{min(others)}, which is none of piece {part.piece} now; pass the --prompts and "
+                            "rollout settings that they were written with, or another --store")

@@ -54,10 +54,13 @@ class Desk:
     missing: Missing
     store: Store
     wait_s: float
-    """How long to wait where nothing can be done, before the job ends."""
+    """How long to wait where nothing can be done, before the job ends; claims that may be a dead job's are
+    watched in any case."""
     provenance: Mapping[str, Any]
     """What stands in the parts' manifests."""
     sleep: Callable[[float], object] = time.sleep
+    asked_to_stop: Callable[[], bool] = lambda: False
+    """Whether to begin nothing more."""
     summary: dict[str, Any] = field(default_factory=lambda: {
         "parts": 0, "responses": 0, "unfinished": 0, "tokens": 0, "waits_for": ""})
     """What this job did, and why it ended before all was done."""
@@ -65,16 +68,19 @@ class Desk:
 
     def next(self) -> Attempt | str | None:
         """Return what to write; `WAIT`; None: this is the end."""
+        if self.asked_to_stop():
+            return None
         attempt = self.missing.take()
         if attempt is not None:
             self._waited_s = 0.0
             return attempt
         if self.missing.is_done:
             return None
-        if self._waited_s >= self.wait_s:
+        left_s = self.wait_s - self._waited_s
+        if left_s <= 0 and not self.missing.may_be_dead:
             self.summary["waits_for"] = self.missing.waits_for
             return None
-        pause_s = min(POLL_S, self.wait_s - self._waited_s)
+        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
         self.sleep(pause_s)
         self._waited_s += pause_s
         return WAIT

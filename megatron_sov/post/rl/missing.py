@@ -61,6 +61,7 @@ class Missing:
         self._open: dict[int, list[Piece] | None] = dict.fromkeys(rounds)
         self._attempts: dict[str, int] = {}
         self._cut_at: dict[str, tuple[int, int]] = {}
+        self._refused: list[str] = []
         self._held = contextlib.ExitStack()
         self.num_pieces = len(rounds) * -(-rollout.prompts_per_round // rollout.piece_prompts)
         """Pieces of all asked rounds."""
@@ -81,8 +82,14 @@ class Missing:
             return f"round {number} waits for a policy that round {at_least} has trained"
         return f"round {number} waits for pieces that other jobs have claimed"
 
+    @property
+    def may_be_dead(self) -> bool:
+        """Whether a job whose claim was in the way of the last `take` has shown no sign of life yet."""
+        return any(map(self._claims.may_be_dead, self._refused))
+
     def take(self) -> Attempt | None:
         """Return the next attempt, which is claimed until `leave`; None: there is none at this moment."""
+        self._refused = []
         offers = [(self._rank(piece, number, policy), piece, number, policy)
                   for round_, policy in self._ready() for piece, number in self._attempts_of(round_)]
         # the sort is stable: by round and piece inside
@@ -166,6 +173,7 @@ class Missing:
     def _claimed(self, name: str) -> bool:
         claim = self._claims.take(name)
         if claim is None:
+            self._refused.append(name)
             return False
         self._held.enter_context(claim.renewing())
         if self._store.has_rollouts(name):  # by another job, since we looked

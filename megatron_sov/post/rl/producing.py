@@ -19,8 +19,10 @@ from megatron_sov.post.rl.generate import Desk, Writer, write_rounds
 from megatron_sov.post.rl.missing import Missing
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
+from megatron_sov.rewards.reward import Result
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt
+from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.train.feed import FeedView
@@ -52,13 +54,14 @@ class Producer:
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _judge: JudgeRows | None = None
 
-    def produce(self, view: FeedView, number: int) -> dict[str, float]:
+    def produce(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Write and judge what is missing of a round, and of those that its policy may write besides
         (`rollout.max_staleness`).
 
         Args:
             view: the run, whose model is the policy.
             number: of the round, from 1.
+            asked_to_stop: looked at behind each piece and each part that is judged; rank 0's counts.
 
         Returns:
             Seconds of writing and of judging.
@@ -70,29 +73,37 @@ class Producer:
         rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
         engine = MegatronEngine(view.policy, self.batching)
         engine.update(None, policy.step)
-        write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of))
+        on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
+        write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
         written_s = time.monotonic()
-        on_main(view.world, lambda: self._judge_rounds(rounds))
+        job = self._judging_job(rounds) if view.world.is_main else None
+        # part by part: the others wait no longer for one than for any message of another process
+        while on_main(view.world, lambda: job is not None and not asked_to_stop() and job.step()):
+            pass
         return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s}
 
     def close(self) -> None:
         """End the processes that judge."""
         self._open.close()
 
-    def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None]) -> Desk:
+    def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],
+              asked_to_stop: Callable[[], bool]) -> Desk:
         store = self.store()
         missing = Missing(store, Claims(store.claims, self.rollout.lease_s), self.prompts, self.rollout,
                           rounds, policy_of,
                           lambda number: key_digest(self.rollout, number, self.writer.chosen_by))
         # pieces that another job is at are waited for until it is taken for dead
-        return Desk(missing, store, 2 * self.rollout.lease_s, self.provenance)
+        return Desk(missing, store, 2 * self.rollout.lease_s, self.provenance, asked_to_stop=asked_to_stop)
 
-    def _judge_rounds(self, rounds: range) -> None:
+    def _judging_job(self, rounds: range) -> JudgingJob:
+        store = self.store()
+        return JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judged,
+                          rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s)
+
+    def _judged(self, rows: Sequence[Rollout]) -> Sequence[Result]:
         if self._judge is None:
             self._judge = self._open.enter_context(self.judging())
-        store = self.store()
-        JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judge, rounds,
-                   dict(self.provenance), 0.0).run()
+        return self._judge(rows)
 
 
 def _take_none(policy: Policy) -> None:

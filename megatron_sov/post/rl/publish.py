@@ -27,6 +27,7 @@ from megatron_sov.documents import ROLLOUTS
 from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
+from megatron_sov.obs.warning import warn
 from megatron_sov.post.parts.advantages import Group, advantages
 from megatron_sov.post.rl.gathering import Gathered, Response, RoundOfStore
 from megatron_sov.post.rl.late import LATE, LATE_FROM, LateGroup, late_groups, late_rows
@@ -34,6 +35,7 @@ from megatron_sov.post.rl.round_means import means_of
 from megatron_sov.rollouts.prompts import Prompt, round_prompts
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, Rollout, later
 from megatron_sov.rollouts.store import Store
+from megatron_sov.runs import checkpoints
 
 LEARNS = "learns"
 """Reason that groups which are trained are counted under."""
@@ -61,20 +63,23 @@ class Publisher:
         """Publish a round, unless it is; returns what it lacks, or "".
 
         Raises:
-            UserError: the store holds something else, a response is longer than a row, or the disk is full.
+            UserError: the store holds something else, a response is longer than a row or of another
+                temperature, or the disk is full.
         """
         out = folder_of_round(self.rounds, number)
         if (out / MANIFEST).is_file():
             return ""
-        if not self.store.exists():
+        if not self.store.exists() or not any(self.store.iterdir()):
             return f"nobody has written to {self.store} yet"
         rollout = self.config.rollout
         ids = [prompt.id for prompt in round_prompts(self.prompts, rollout, number)]
-        source = RoundOfStore(self._opened(), number, ids, rollout.piece_prompts, self.reward_version,
-                              self.config.policy.missing_share)
+        source = RoundOfStore(self._opened(), number, ids, rollout.piece_prompts, rollout.samples_per_prompt,
+                              self.reward_version, self.config.policy.missing_share)
         gathered = source.gather()
         if isinstance(gathered, str):
             return gathered
+        self._refuse_nothing_judged(gathered)
+        self._warn_of_other_policies(gathered)
         self._write_round(source, gathered, out)
         return ""
 
@@ -89,6 +94,29 @@ class Publisher:
             raise UserError(f"{self.store}: is written in another tokenizer ({store.tokenizer_digest[:24]}) "
                             f"than {file}; pass the store that this model's policies write to")
         return store
+
+    def _refuse_nothing_judged(self, gathered: Gathered) -> None:
+        """Raise `UserError` where the reward has failed throughout: a run would pass over one round after the
+        other."""
+        if gathered.unjudged and not any(gathered.groups):
+            told = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
+            raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}); "
+                            "mend what the reward runs on, and have it judge again behind `megatron-sov rl "
+                            f"store gc {self.store} --version {self.reward_version}`")
+
+    def _warn_of_other_policies(self, gathered: Gathered) -> None:
+        """Tell where responses were begun by none of the run's checkpoints: a store gives what it has to
+        whoever asks the same, and another run may have written it."""
+        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
+        newest = checkpoints.latest(folder)
+        last = 0 if newest is None else checkpoints.step_of(newest)
+        begun = {_begun_by(r.rollout) for group in gathered.groups for r in group if not r.rollout.attempt}
+        for step, sha256 in sorted(begun):
+            own = folder / f"step-{step}"
+            if step > last or (step and (own / MANIFEST).is_file() and manifest_sha256(own) != sha256):
+                warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "
+                     f"of step {step}, which is no checkpoint of {self.rounds.parent}: where another run has "
+                     "written them, give each run a store of its own")
 
     def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
         late = late_groups(self.rounds, source) if self.config.policy.missing_share else []
@@ -174,6 +202,7 @@ class Publisher:
         with IndexedWriter(prefix, DTYPE, sidecars) as writer:
             for row in (row for row in rows if row.key in chosen):
                 ids = np.concatenate([row.prompt_tokens, row.tokens])
+                self._refuse_other_temperature(row)
                 self._refuse_too_long(row, len(ids))
                 writer.write(np.array([len(ids)], np.int32), {
                     "bin": ids, **_labels(row, chosen[row.key]), **self._routes_of(row, len(ids))})
@@ -193,6 +222,14 @@ class Publisher:
         if problem := self._routes.problem(row.routes):
             raise UserError(f"{where} {problem}; it was written by another model")
         return {ROUTES: self._routes.of_document(row.routes, num_tokens)}
+
+    def _refuse_other_temperature(self, row: Rollout) -> None:
+        ours = self.config.rollout.temperature
+        if row.temperature != ours:
+            raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} was "
+                            f"written at temperature {row.temperature:g}, and rollout.temperature = "
+                            f"{ours:g}: its log-probabilities would be compared with those of another "
+                            "distribution; set it to what they were written with, or pass another --store")
 
     def _refuse_too_long(self, row: Rollout, num_tokens: int) -> None:
         seq_len = self.config.data.phases[0].seq_len
@@ -214,6 +251,12 @@ class _Chosen:
     """`LEARNS`, or why not -> groups of the round itself."""
     late_from: list[list[Any]]
     """Responses of earlier rounds, see `late.LATE_FROM`."""
+
+
+def _begun_by(row: Rollout) -> tuple[int, str]:
+    """Return the step and the hash of the policy that began a response."""
+    written = row.versions[row.versions != NOT_WRITTEN]
+    return int(written[0]) if len(written) else 0, row.key.policy
 
 
 def written_tokens(row: Rollout) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,11 +128,18 @@ class JudgingJob:
     provenance: dict[str, Any]
     """What stands in the manifests."""
     wait_s: float = 0.0
-    """How long to wait for more, before the job ends."""
+    """How long to wait for more, before the job ends; claims that may be a dead job's are watched in any
+    case."""
+    claimed_wait_s: float = 0.0
+    """How long to wait at least where other jobs have claimed what is left."""
     progress: Callable[[int], object] = lambda count: None
     """Is told how many more responses are judged."""
     sleep: Callable[[float], object] = time.sleep
     summary: Summary = field(default_factory=Summary)
+    _looked_at: deque[Part] | None = None
+    _refused: list[Part] = field(default_factory=list)
+    _has_judged: bool = False
+    _waited_s: float = 0.0
 
     def run(self) -> Summary:
         """Judge until nothing is left, and nothing more has come for as long as is waited.
@@ -140,18 +147,40 @@ class JudgingJob:
         Raises:
             UserError: the reward meets a fault that would meet every row; parts that are published stay.
         """
-        waited_s = 0.0
-        while True:
-            parts = self.missing()
-            if sum([self._taken(part) for part in parts]):
-                waited_s = 0.0
-                continue
-            if waited_s >= self.wait_s:
-                self.summary.left = len(parts)
-                return self.summary
-            pause_s = min(POLL_S, self.wait_s - waited_s)
-            self.sleep(pause_s)
-            waited_s += pause_s
+        while self.step():
+            pass
+        return self.summary
+
+    def step(self) -> bool:
+        """Judge a part, or wait for a moment; returns whether there may be more to judge.
+
+        Raises:
+            UserError: as `run`.
+        """
+        if self._looked_at is None:
+            self._looked_at, self._refused, self._has_judged = deque(self.missing()), [], False
+        while self._looked_at:
+            part = self._looked_at.popleft()
+            if self._taken(part):
+                self._has_judged, self._waited_s = True, 0.0
+                return True
+            self._refused.append(part)
+        self._looked_at = None
+        return self._has_judged or self._waits()
+
+    def _waits(self) -> bool:
+        """Wait for a moment where nothing can be judged; returns False where it was waited long enough."""
+        left_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0) - self._waited_s
+        if left_s <= 0 and not any(self.claims.may_be_dead(self._claim_of(part)) for part in self._refused):
+            self.summary.left = len(self._refused)
+            return False
+        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
+        self.sleep(pause_s)
+        self._waited_s += pause_s
+        return True
+
+    def _claim_of(self, part: Part) -> str:
+        return f"reward-{self.version[:VERSION_CHARS]}-{part.name}"
 
     def missing(self) -> list[Part]:
         """Return the parts that the reward has not judged."""
@@ -161,7 +190,7 @@ class JudgingJob:
 
     def _taken(self, part: Part) -> bool:
         """Judge a part, unless another job is at it; returns whether this one was."""
-        claim = self.claims.take(f"reward-{self.version[:VERSION_CHARS]}-{part.name}")
+        claim = self.claims.take(self._claim_of(part))
         if claim is None:
             return False
         with claim.renewing():

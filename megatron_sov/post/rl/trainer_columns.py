@@ -7,14 +7,15 @@ run stands before the round's first step; later its weights are others, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.artifacts import atomic_write
+from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import Round
 from megatron_sov.data.routes import shape_of
@@ -23,8 +24,12 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
+from megatron_sov.post.reference import files_sha256
 from megatron_sov.post.rl.start_weights import with_weights_of
 from megatron_sov.train.feed import FeedView
+
+REFERENCE_NOTE = "reference.json"
+"""File of RUN/rounds: which model `REFERENCE` is of."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class TrainerColumns:
     """Of routes that are replayed, by the policy alone: the reference routes as it does; None: none are."""
     with_reference: Callable[[FeedView, Callable[[], np.ndarray]], np.ndarray]
     """(run, compute) -> what `compute` returns where the model has the reference's weights."""
+    reference_sha256: str = ""
+    """What stands for the reference's weights."""
 
     def of_round(self, view: FeedView, number: int, opened: Round, *, is_first: bool
                  ) -> dict[str, np.ndarray]:
@@ -52,11 +59,27 @@ class TrainerColumns:
             is_first: whether the next step is its first.
 
         Raises:
-            UserError: the run stands inside of a round, and a column of it is not there.
+            UserError: the run stands inside of a round, and a column of it is not there; or its reference is
+                another one than that of the rounds before.
         """
         if opened.documents is None:
             return {}
+        if REFERENCE in self.names:
+            on_main(view.world, partial(self._refuse_other_reference, opened.path.with_name(REFERENCE_NOTE)))
         return {name: self._column(view, name, opened, is_first=is_first) for name in self.names}
+
+    def _refuse_other_reference(self, file: Path) -> None:
+        if not file.is_file():
+            atomic_write(file, to_json({"sha256": self.reference_sha256}))
+            return
+        try:
+            begun = str(json.loads(file.read_text(encoding="utf-8"))["sha256"])
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
+        if begun != self.reference_sha256:
+            raise UserError(f"{file}: the run's divergence is from a model of sha256 {begun[:12]}, and "
+                            f"--from is {self.reference_sha256[:12]}; resume --from the one that it began "
+                            "with")
 
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
@@ -85,7 +108,7 @@ def file_of(path: Path, name: str) -> Path:
     return path.with_name(f"{path.name}.{name}.f32")
 
 
-def columns_of_run(config: RunConfig, needed: Iterable[str], start: Path) -> TrainerColumns:
+def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> TrainerColumns:
     """Return the columns that a run's objective reads, and that are not published.
 
     Args:
@@ -95,7 +118,8 @@ def columns_of_run(config: RunConfig, needed: Iterable[str], start: Path) -> Tra
     """
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
                           config.rollout.temperature, replayed_routes(config),
-                          partial(with_weights_of, start))
+                          partial(with_weights_of, start),
+                          files_sha256(start) if REFERENCE in needed else "")
 
 
 def replayed_routes(config: RunConfig) -> RouteShape | None:

@@ -51,7 +51,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
-            wait_s: float = 0.0) -> Any:
+            wait_s: float = 0.0, reference: str = "") -> Any:
     from megatron_sov.post.rl.feed import RoundFeed
     from megatron_sov.post.rl.trainer_columns import TrainerColumns
 
@@ -63,7 +63,7 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
                      np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
-    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100)
+    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100, reference)
     return RoundFeed(rounds, RolloutConfig(steps_per_round=2, prompts_per_round=2), lacking, columns, wait_s)
 
 
@@ -110,3 +110,15 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(view: Any, tmp
     (tmp_path / "0002.reference_logprobs.f32").write_bytes(b"")
     with pytest.raises(UserError, match=r"has 0 bytes, the round's 12 tokens need 4 each; delete it$"):
         opened(2)
+
+
+def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(reference: str) -> None:
+        feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("reference_logprobs",), reference=reference)
+        assert feed.bring(view, lambda: False) is None
+
+    for _ in range(2):
+        opened("a" * 64)
+    with pytest.raises(UserError, match=r"reference.json: .* of sha256 aaaaaaaaaaaa, and --from is bb"):
+        opened("b" * 64)

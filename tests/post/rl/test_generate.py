@@ -215,11 +215,19 @@ def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[Pro
 def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: list[Prompt],
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     slept: list[float] = []
-    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, sleep=slept.append) for _ in range(2))
+
+    def sleep(pause_s: float) -> None:
+        slept.append(pause_s)
+        for claim in (tmp_path / "store/claims").glob("*/1.json"):  # a sign of life
+            claim.write_text(json.dumps({"beat": len(slept)}))
+
+    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, sleep=sleep) for _ in range(2))
     attempt = one.missing.take()
     assert attempt is not None and attempt.name == "round-0001-piece-0000"
     assert two.run()["waits_for"] == "round 1 waits for pieces that other jobs have claimed"
     assert slept == [5.0, 2.0], "it waits as long as it was told"
+    two.desk.asked_to_stop = lambda: True
+    assert two.run() is two.desk.summary and len(slept) == 2
     # a job that was taken for dead has written the same piece, by another policy
     taken = Responses(Numbers(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
     other = Counting()

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.verify import check
 from megatron_sov import recipes
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.config.rounds import with_rounds
 from megatron_sov.data.rounds import RoundDocuments
@@ -92,6 +92,8 @@ def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, writ
                                                       tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(publisher, store=tmp_path / "no store")
     assert elsewhere.publish(1) == f"nobody has written to {tmp_path / 'no store'} yet"
+    elsewhere.store.mkdir()
+    assert elsewhere.publish(1) == f"nobody has written to {tmp_path / 'no store'} yet"
     assert publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write(publisher, write_round, judge=False)
     assert publisher.publish(1) == ("2 of 2 parts are not judged yet by reward version aaaaaaaaaaaa, the "
@@ -100,6 +102,15 @@ def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, writ
     write(publisher, write_round, 2)
     assert publisher.publish(2) == ""  # in whatever order
     assert not RoundDocuments(publisher.rounds).is_published(1)
+
+
+@pytest.mark.parametrize("other", [{"piece_prompts": 2}, {"samples_per_prompt": 2}])
+def test_pieces_of_another_size_are_no_whole_round(publisher: Publisher, write_round: Any,
+                                                   other: dict[str, int]) -> None:
+    rollout = dataclasses.replace(ROLLOUT, **other)
+    write_round(Store.open(publisher.store), publisher.prompts, rollout, 1, VERSION)
+    with pytest.raises(UserError, match=r"has 8 responses, and rollout.piece_prompts = 4 with .* make 16;"):
+        publisher.publish(1)
 
 
 def test_unfinished_responses_are_waited_for_or_left_out_by_the_share_that_may_miss(
@@ -168,6 +179,32 @@ def test_a_late_response_joins_a_later_round_once_with_its_own_groups_baseline(
     assert read_manifest(early.rounds / "0003").content["late_from"] == [[1, ids[4], 2, ""]]
 
 
+def test_a_continuation_that_is_kept_out_is_waited_for_no_longer(publisher: Publisher,
+                                                                  write_round: Any) -> None:
+    store = write(publisher, write_round, unfinished=[(1, 0)])
+    [row] = [row for row in store.read_rollouts(part_name(1, 0)) if row.finish_reason == "unfinished"]
+    broken = dataclasses.replace(row, attempt=1, finish_reason="stop",
+                                 logprobs=np.full(len(row.tokens), np.nan, np.float32))
+    store.add_rollouts(part_name(1, 0, 1), [broken], {})
+    store.add_rewards(VERSION, part_name(1, 0, 1), [])
+    assert publisher.publish(1) == ""  # nobody writes it again: its job was done
+    content = read_manifest(publisher.rounds / "0001").content
+    assert content["unjudged"] == {"kept_out": 1} and content["late"] == []
+    assert content["steps"] == [[0, 11], [11, 12]]
+
+
+def test_responses_of_another_runs_policy_are_told(publisher: Publisher, write_round: Any, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    write(publisher, write_round, 1)
+    write(publisher, write_round, 2)  # by step 2, whose hash is made up
+    with new_artifact(tmp_path / "checkpoints/step-2", "checkpoint"):
+        pass
+    assert publisher.publish(1) == "" and capsys.readouterr().err == ""  # of the start, which is any folder
+    assert publisher.publish(2) == ""
+    said = capsys.readouterr().err
+    assert f"of round 2 were begun by policy {'0' * 12} of step 2, which is no checkpoint of" in said
+
+
 def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(
         publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
@@ -186,6 +223,16 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
     assert content["unjudged"] == {"failed": 4} and content["steps"] == [[0, 0], [0, 11]]
     rounds = RoundDocuments(publisher.rounds, 368)
     assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
+
+
+def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, write_round: Any) -> None:
+    store = write(publisher, write_round, judge=False)
+    for name in (part_name(1, 0), part_name(1, 1)):
+        store.add_rewards(VERSION, name, [Judged(row.key, 0, VERSION, None, "failed")
+                                          for row in store.read_rollouts(name)])
+    with pytest.raises(UserError, match=r"no response of round 1 has a reward \(24 failed\); mend .* gc "):
+        publisher.publish(1)
+    assert not publisher.rounds.exists()
 
 
 def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, write_round: Any,
@@ -226,6 +273,10 @@ def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_
     short = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, data=data))
     with pytest.raises(UserError, match=r"round 1: sample \d of prompt \w+ has 1\d tokens .* = 12; .*cut"):
         short.publish(1)
+    rollout = dataclasses.replace(ROLLOUT, temperature=0.7)
+    cooler = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, rollout=rollout))
+    with pytest.raises(UserError, match=r"written at temperature 1, and rollout.temperature = 0.7: its log"):
+        cooler.publish(1)
     assert not publisher.rounds.exists() or not any(publisher.rounds.iterdir())
     assert publisher.publish(1) == ""
     rounds = RoundDocuments(publisher.rounds, 368)

@@ -51,7 +51,8 @@ class Script:
 
 
 def job(store: Store, judge: Script, version: str = "v1", **more: object) -> JudgingJob:
-    return JudgingJob(store, Claims(store.claims, 60), version, judge, **{  # type: ignore[arg-type]
+    return JudgingJob(**{  # type: ignore[arg-type]
+        "store": store, "claims": Claims(store.claims, 60), "version": version, "judge": judge,
         "rounds": None, "provenance": {"reward": "script"}, **more})
 
 
@@ -77,11 +78,32 @@ def test_what_another_job_has_claimed_is_waited_for(store: Store) -> None:
     slept: list[float] = []
     claim = Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000")
     assert claim is not None
+
+    def sleep(pause_s: float) -> None:
+        slept.append(pause_s)
+        assert claim.renew()
+
     script = Script()
-    assert job(store, script, wait_s=6.0, sleep=slept.append).run().left == 1
+    assert job(store, script, wait_s=6.0, sleep=sleep).run().left == 1
     assert slept == [5.0, 1.0] and script.seen == ["가a"]
+    assert job(store, script, sleep=sleep).run().left == 1
+    assert job(store, script, claimed_wait_s=3.0, sleep=sleep).run().left == 1
+    assert slept[2:] == [5.0, 3.0], "until a sign of life is seen, and as long as it was told"
     claim.release()
     assert job(store, script).run().left == 0
+
+
+def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: Store) -> None:
+    assert Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000") is not None
+    now_s = 0.0
+
+    def sleep(pause_s: float) -> None:
+        nonlocal now_s
+        now_s += pause_s
+
+    claims = Claims(store.claims, 60, lambda: now_s)
+    summary = job(store, Script(), claims=claims, sleep=sleep).run()
+    assert (summary.parts, summary.left, now_s) == (2, 0, 60.0)
 
 
 def test_another_verdict_under_the_same_version_is_told(store: Store,
