@@ -59,7 +59,8 @@ class Publisher:
         """Publish a round, unless it is; returns what it lacks, or "".
 
         Raises:
-            UserError: the store holds something else, a response is longer than a row, or the disk is full.
+            UserError: the store holds something else, a response is longer than a row or of another
+                temperature, or the disk is full.
         """
         out = folder_of_round(self.rounds, number)
         if (out / MANIFEST).is_file():
@@ -146,6 +147,7 @@ class Publisher:
         with IndexedWriter(prefix, DTYPE, sidecars) as writer:
             for row in _rows(source, gathered, chosen):
                 ids = np.concatenate([row.prompt_tokens, row.tokens])
+                self._refuse_other_temperature(row)
                 self._refuse_too_long(row, len(ids))
                 writer.write(np.array([len(ids)], np.int32), {
                     "bin": ids, **_labels(row, chosen[row.key]), **self._routes_of(row, len(ids))})
@@ -165,6 +167,14 @@ class Publisher:
         if problem := self._routes.problem(row.routes):
             raise UserError(f"{where} {problem}; it was written by another model")
         return {ROUTES: self._routes.of_document(row.routes, num_tokens)}
+
+    def _refuse_other_temperature(self, row: Rollout) -> None:
+        ours = self.config.rollout.temperature
+        if row.temperature != ours:
+            raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} was "
+                            f"written at temperature {row.temperature:g}, and rollout.temperature = "
+                            f"{ours:g}: its log-probabilities would be compared with those of another "
+                            "distribution; set it to what the store was written with, or pass another --store")
 
     def _refuse_too_long(self, row: Rollout, num_tokens: int) -> None:
         seq_len = self.config.data.phases[0].seq_len

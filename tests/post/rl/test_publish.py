@@ -182,6 +182,10 @@ def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_
     short = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, data=data))
     with pytest.raises(UserError, match=r"round 1: sample \d of prompt \w+ has 1\d tokens .* = 12; .*cut"):
         short.publish(1)
+    rollout = dataclasses.replace(ROLLOUT, temperature=0.7)
+    cooler = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, rollout=rollout))
+    with pytest.raises(UserError, match=r"written at temperature 1, and rollout.temperature = 0.7: its log"):
+        cooler.publish(1)
     assert not publisher.rounds.exists() or not any(publisher.rounds.iterdir())
     assert publisher.publish(1) == ""
     rounds = RoundDocuments(publisher.rounds, 368)
