@@ -169,6 +169,7 @@ def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job:
 def test_it_reads_what_its_settings_need() -> None:
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
+    from megatron_sov.data.token_shards import Source
     from megatron_sov.post.policy_data import check_sources, objective_of
     from megatron_sov.train.objective import columns_of, formats_of
 
@@ -186,3 +187,6 @@ def test_it_reads_what_its_settings_need() -> None:
     config = apply_settings(recipes.get("tiny-k-exaone"), ["policy.method=ink_grpo"])
     with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs text; add --data"):
         check_sources(config, [])
+    only_heldout = Source("text", None, "text", {}, {"train": 0, "heldout": 9}, 1.0)
+    with pytest.raises(UserError, match=r"needs text; add --data with packed text to train on"):
+        check_sources(config, [only_heldout])

@@ -174,7 +174,7 @@ class Publisher:
             raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} was "
                             f"written at temperature {row.temperature:g}, and rollout.temperature = "
                             f"{ours:g}: its log-probabilities would be compared with those of another "
-                            "distribution; set it to what the store was written with, or pass another --store")
+                            "distribution; set it to what they were written with, or pass another --store")
 
     def _refuse_too_long(self, row: Rollout, num_tokens: int) -> None:
         seq_len = self.config.data.phases[0].seq_len
