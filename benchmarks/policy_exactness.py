@@ -71,9 +71,9 @@ def ours(asked: dict[str, Any], at: dict[str, Any], logprobs: Any) -> Any:
     columns = {ADVANTAGE: at["advantages"][:, None].expand_as(mask), BEHAVIOUR: at["behaviour"],
                OLD: at["old"], REFERENCE: at["reference"]}
     columns = {name: column.flatten() for name, column in columns.items()}
-    responses, factors = made.learned(Responses(index, mask.sum(1).double()), columns)
-    terms, _ = made.terms(logprobs.flatten(), columns, responses, factors)
-    counts = made.denominators(responses)
+    responses = Responses(index, mask.sum(1).double())
+    terms, _ = made.terms(logprobs.flatten(), columns, responses)
+    counts = made.denominators(responses, columns)
     return sum(coefficient * terms[term] / counts[term] for term, coefficient in made.coefficients.items())
 
 

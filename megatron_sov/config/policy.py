@@ -218,7 +218,8 @@ class PolicyConfig:
         if rollout.rounds and samples < 2:
             p.append(f"rollout.samples_per_prompt = {samples} must be at least 2: objective policy compares "
                      "the responses of a group")
-        if told["advantage"] == "pass_at_k" and not 1 <= (told["pkpo_k"] or 1) <= samples:
+        if told["advantage"] == "pass_at_k" and told["pkpo_k"] is not None and not (
+                1 <= told["pkpo_k"] <= samples):
             p.append(f"policy.pkpo_k = {told['pkpo_k']} must lie between 1 and rollout.samples_per_prompt = "
                      f"{samples}")
         if not 0 <= self.overlong_buffer_tokens <= rollout.max_new_tokens:

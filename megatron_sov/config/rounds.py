@@ -16,11 +16,13 @@ def with_rounds(config: RunConfig) -> RunConfig:
     checkpoints stay that a generator finds the policy of each round that it may still write.
 
     Raises:
-        UserError: no rounds are asked for, or a row does not hold the longest response.
+        UserError: no rounds are asked for, or no row, or a row does not hold the longest response.
     """
     rollout, train = config.rollout, config.train
     if rollout.rounds < 1:
         raise UserError(f"rollout.rounds = {rollout.rounds}: there is nothing to train; set it to at least 1")
+    if not config.data.phases:
+        raise UserError("data.phases = []: must have one phase, whose seq_len is the length of rows")
     seq_len = config.data.phases[0].seq_len
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > seq_len:
@@ -31,7 +33,8 @@ def with_rounds(config: RunConfig) -> RunConfig:
     phases = tuple(PhaseConfig(f"round-{number:04d}", seq_len=seq_len)
                    for number in range(1, rollout.rounds + 1))
     # those inside of a round, and the one at its end
-    of_a_round = 1 + (rollout.steps_per_round - 1) // train.checkpoint_every_steps
+    # a number that is not positive is named by `RunConfig.check`, which comes later
+    of_a_round = 1 + (rollout.steps_per_round - 1) // max(1, train.checkpoint_every_steps)
     needed = (rollout.max_staleness + 2) * of_a_round
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, phases=phases),

@@ -14,6 +14,8 @@ from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with
 from megatron_sov.train.objective_context import ObjectiveContext
 
 KNOWLEDGE = "knowledge"
+WRITTEN = "written tokens"
+"""A count beside the terms' denominators."""
 
 
 class PolicyLearning(DataObjective):
@@ -35,17 +37,19 @@ class PolicyLearning(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count tokens or responses of the global batch; what a correction masks out does not count."""
         hosts = [m.host for m in batch.micro_batches]
-        counts = [self._loss.denominators(self._loss.learned(responses_of(m), m.columns)[0]) for m in hosts]
+        written = [responses_of(m) for m in hosts]
+        counts = [self._loss.denominators(r, m.columns) for r, m in zip(written, hosts, strict=True)]
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
+        if self._loss.masks:  # data of which a mask leaves nothing are no mistake: nothing is learned of them
+            targets[WRITTEN] = sum(float(r.lengths.sum()) for r in written)
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
         return with_denominators(batch, targets | self._mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed losses of a micro-batch's responses, and of its text."""
-        responses, factors = self._loss.learned(responses_of(batch), batch.columns)
         logprobs = head.logprobs(hidden[0], batch.labels, self._temperature)
-        terms, meters = self._loss.terms(logprobs, batch.columns, responses, factors)
+        terms, meters = self._loss.terms(logprobs, batch.columns, responses_of(batch))
         losses = -logprobs.detach()
         if KNOWLEDGE in self.coefficients:
             terms[KNOWLEDGE], losses = self._of_text(hidden[0], head, batch, losses)

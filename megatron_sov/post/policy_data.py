@@ -43,6 +43,7 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
     Raises:
         UserError: there is no text.
     """
-    if config.policy.has_text and all(source.format != "text" for source in sources):
+    if config.policy.has_text and not any(source.format == "text" and source.num_tokens["train"]
+                                          and source.share > 0 for source in sources):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
-                        "--data with packed text, or set it to 0")
+                        "--data with packed text to train on, or set it to 0")

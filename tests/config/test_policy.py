@@ -39,6 +39,7 @@ def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: A
     ({"overlong_buffer_tokens": 2000}, "must lie between 0 and rollout.max_new_tokens = 1024"),
     ({"overlong_penalty": -1.0}, "policy.overlong_penalty = -1.0"),
     ({"method": "pkpo", "pkpo_k": 9}, "policy.pkpo_k = 9 must lie between 1 and rollout.samples"),
+    ({"method": "pkpo", "pkpo_k": 0}, "policy.pkpo_k = 0 must lie between 1 and rollout.samples"),
     ({"correction": "token_mask"}, "policy.correction_high is missing"),
     ({"correction": "token_mask", "correction_low": 3.0, "correction_high": 2.0}, "0 <= low < high"),
     ({"correction_high": 2.0}, "belong to a policy.correction"),

@@ -27,6 +27,9 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             f"policy.correction_low={LOW}", f"policy.correction_high={HIGH}",
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=1.0", "policy.knowledge_batch_size=1"]
 STEPS = 2
+ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0",
+              "model.mtp_loss_coeff=0", "model.seq_aux_loss_coeff=0"]
+"""Nothing is left to learn, which must not end the run."""
 
 
 class Rollouts:
@@ -149,22 +152,24 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
 
 @pytest.mark.distributed
 def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job: Any, tmp_path: Path) -> None:
-    runs = {"alone": (1, []), **LAYOUTS}
+    runs = {"alone": (1, []), **LAYOUTS, "all masked": (1, ALL_MASKED)}
     found = ranks(*(job(__file__, "curve", nproc, {"settings": settings, "run": str(tmp_path / name),
                                                    "write_out": name == "alone"})
                     for name, (nproc, settings) in runs.items()))
-    (expected, *alone), *others = (per_rank[0] for per_rank in found)
+    (expected, *alone), *others, masked = (per_rank[0] for per_rank in found)
     for term, value in expected.items():
         assert alone[0][term] == pytest.approx(value, rel=1e-10, abs=1e-12), term
     assert 0 < alone[0]["clip_share"] < 1 and abs(alone[0]["policy"]) > 1e-3
     for name, steps in zip(LAYOUTS, others, strict=True):
         for ours, theirs in zip(steps, alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
+    assert [(step["loss"], step["grad_norm"], step["masked_share"]) for step in masked] == [(0, 0, 1)] * STEPS
 
 
 def test_it_reads_what_its_settings_need() -> None:
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
+    from megatron_sov.data.token_shards import Source
     from megatron_sov.post.policy_data import check_sources, objective_of
     from megatron_sov.train.objective import columns_of, formats_of
 
@@ -182,3 +187,6 @@ def test_it_reads_what_its_settings_need() -> None:
     config = apply_settings(recipes.get("tiny-k-exaone"), ["policy.method=ink_grpo"])
     with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs text; add --data"):
         check_sources(config, [])
+    only_heldout = Source("text", None, "text", {}, {"train": 0, "heldout": 9}, 1.0)
+    with pytest.raises(UserError, match=r"needs text; add --data with packed text to train on"):
+        check_sources(config, [only_heldout])

@@ -44,32 +44,35 @@ class PolicyLoss:
         self.columns = (ADVANTAGE, BEHAVIOUR, *([OLD] if policy.needs_old_logprobs else []),
                         *([REFERENCE] if KL in self.coefficients else []))
         """Those that are read."""
+        self.masks = policy.correction.endswith("mask")
+        """Whether a correction may leave labels out."""
         self.meters = ("ratio", "clip_share", "entropy_estimate", "engine_gap", "engine_kl",
+                       *(["masked_share"] if self.masks else []),
                        *(["reference_kl"] if KL in self.coefficients else []))
 
-    def learned(self, responses: Responses, columns: Columns) -> tuple[Responses, torch.Tensor]:
+    def _learned(self, written: Responses, columns: Columns) -> tuple[Responses, torch.Tensor]:
         """Return the responses without labels that a correction masks out, and [T] float64 what each label's
         loss is multiplied by."""
-        factors = mismatch.importance(columns[self._before], columns[BEHAVIOUR], responses, self._policy)
-        masks = self._policy.correction.endswith("mask")
-        return responses.only(factors > 0) if masks else responses, factors
+        factors = mismatch.importance(columns[self._before], columns[BEHAVIOUR], written, self._policy)
+        return written.only(factors > 0) if self.masks else written, factors
 
-    def denominators(self, responses: Responses) -> dict[str, float]:
+    def denominators(self, written: Responses, columns: Columns) -> dict[str, float]:
         """Return what each term's sum is divided by, as far as it is of these responses, on the host."""
+        responses, _ = self._learned(written, columns)
         kinds = {POLICY: self._parts.aggregation,
                  KL: "sequence" if self._parts.kl == "sequence" else self._parts.aggregation}
         return {term: denominator(responses, kinds[term], self._longest) for term in self.coefficients}
 
-    def terms(self, logprobs: torch.Tensor, columns: Columns, responses: Responses,
-              factors: torch.Tensor) -> tuple[dict[str, torch.Tensor], Measured]:
-        """Return each term's sum over the row, and each meter's sum and count over learned labels.
+    def terms(self, logprobs: torch.Tensor, columns: Columns,
+              written: Responses) -> tuple[dict[str, torch.Tensor], Measured]:
+        """Return each term's sum over the row, and each meter's sum and count.
 
         Args:
             logprobs: [T] of the policy, differentiable; of what is not learned they may be anything.
             columns: the numbers.
-            responses: as `learned` gives them.
-            factors: likewise.
+            written: the responses, with what a correction masks out.
         """
+        responses, factors = self._learned(written, columns)
         learned = responses.index < len(responses)
         # not products: what is not learned may be impossible, and -inf times 0 is no number
         logprobs = torch.where(learned, logprobs.double(), 0.0)
@@ -85,14 +88,26 @@ class PolicyLoss:
                          else ((kl.k1 if self._parts.kl == "k1" else kl.k3)(logprobs, reference)
                                * weights).sum())
         with torch.no_grad():
-            values = self._measured(ratio, logprobs, numbers)
-            count = learned.sum()
-            return terms, {name: (torch.where(learned, value.double(), 0.0).sum(), count)
-                           for name, value in zip(self.meters, values, strict=True)}
+            of_learned = _sums(learned, self._of_learned(ratio, logprobs, numbers))
+            of_written = _sums(written.index < len(written), self._of_written(learned, logprobs, columns))
+        return terms, of_learned | of_written
 
-    def _measured(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns) -> list[torch.Tensor]:
-        """Return what is watched at each label, in the order of `meters`."""
-        trainer, behaviour = (numbers[OLD] if self._before == OLD else logprobs), numbers[BEHAVIOUR]
-        watched = [ratio, is_clipped(ratio, numbers[ADVANTAGE], self._parts), -logprobs, trainer - behaviour,
-                   mismatch.k3(trainer, behaviour)]
-        return watched + ([kl.k3(logprobs, numbers[REFERENCE])] if KL in self.coefficients else [])
+    def _of_learned(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns) -> Columns:
+        """Return what is watched at each label that is learned."""
+        watched = {"ratio": ratio, "clip_share": is_clipped(ratio, numbers[ADVANTAGE], self._parts),
+                   "entropy_estimate": -logprobs}
+        return watched | ({"reference_kl": kl.k3(logprobs, numbers[REFERENCE])} if KL in self.coefficients
+                          else {})
+
+    def _of_written(self, learned: torch.Tensor, logprobs: torch.Tensor, columns: Columns) -> Columns:
+        """Return what is watched at each label that a policy wrote: a mask must not hide what it is for."""
+        trainer, behaviour = (columns[OLD] if self._before == OLD else logprobs), columns[BEHAVIOUR]
+        watched = {"engine_gap": trainer.double() - behaviour.double(),
+                   "engine_kl": mismatch.k3(trainer, behaviour)}
+        return watched | ({"masked_share": ~learned} if self.masks else {})
+
+
+def _sums(counted: torch.Tensor, watched: Columns) -> Measured:
+    """Return each meter's sum over the labels that are counted, and their count."""
+    return {name: (torch.where(counted, value.double(), 0.0).sum(), counted.sum())
+            for name, value in watched.items()}

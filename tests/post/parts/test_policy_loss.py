@@ -60,9 +60,8 @@ def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> t
 
     made = PolicyLoss(policy, LONGEST)
     logprobs = logprobs.clone().requires_grad_()
-    kept, factors = made.learned(responses, columns)
-    terms, meters = made.terms(logprobs, columns, kept, factors)
-    counts = made.denominators(kept)
+    terms, meters = made.terms(logprobs, columns, responses)
+    counts = made.denominators(responses, columns)
     loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
     (slopes,) = torch.autograd.grad(loss, logprobs)
     return loss.item(), slopes.tolist(), {name: float(a / b) for name, (a, b) in meters.items()}
@@ -166,7 +165,21 @@ def test_what_is_masked_leaves_the_denominator() -> None:
             policy: Any = PolicyConfig("dapo", aggregation=aggregation,
                                        correction=correction, correction_high=2.0)
             made = PolicyLoss(policy, LONGEST)
-            assert made.denominators(made.learned(responses, columns)[0]) == {"policy": count}, correction
+            assert made.denominators(responses, columns) == {"policy": count}, correction
+
+
+def test_what_is_masked_is_still_measured() -> None:
+    columns, logprobs, responses = row()
+    written = responses.index < len(responses)
+    gaps = (columns["old_logprobs"] - columns["behaviour_logprobs"])[written]
+    for correction, masked in (("token_mask", ((gaps.exp() < 0.9) | (gaps.exp() > 1.1)).double().mean()),
+                               ("token_truncate", None)):
+        policy: Any = PolicyConfig("dapo", correction=correction, correction_low=0.9, correction_high=1.1)
+        _, _, meters = ours(policy, columns, logprobs, responses)
+        assert meters["engine_gap"] == pytest.approx(float(gaps.mean()), abs=1e-12)
+        assert meters["engine_kl"] == pytest.approx(float((gaps.exp() - gaps - 1).mean()), abs=1e-12)
+        assert meters.get("masked_share") == (None if masked is None else pytest.approx(float(masked)))
+        assert masked is None or 0 < masked < 1
 
 
 def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
