@@ -6,17 +6,17 @@ VibeThinker-1.5B, and the bound of K-EXAONE's ratios, are left out, so that a ru
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
 from megatron_sov.config import (
     ExtendConfig,
+    GroupConfig,
     NeedleConfig,
     ParallelConfig,
+    PhaseConfig,
     PreferenceConfig,
     RunConfig,
-    apply_settings,
 )
 from megatron_sov.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES
 from megatron_sov.recipes.k_exaone import k_exaone_236b
@@ -34,13 +34,14 @@ Values = dict[str, tuple[Any, Source]]
 
 def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
     """Return `base` as another recipe, with values over it, and rows that hold a prompt and a response."""
-    run = apply_settings(base, [f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-                                for key, (value, _) in values.items()])
+    run = base
+    for key, (value, _) in values.items():
+        room, _, field = key.partition(".")
+        run = replace(run, **{room: replace(getattr(run, room), **{field: value})})
     rollout = run.rollout
-    seq_len = rollout.max_prompt_tokens + rollout.max_new_tokens
-    return apply_settings(replace(run, recipe=recipe), [
-        f"data.phases={json.dumps([{'name': 'rounds', 'seq_len': seq_len}])}",
-        f"train.steps={rollout.rounds * rollout.steps_per_round}"])
+    rows = PhaseConfig("rounds", seq_len=rollout.max_prompt_tokens + rollout.max_new_tokens)
+    return replace(run, recipe=recipe, data=replace(run.data, phases=(rows,)),
+                   train=replace(run.train, steps=rollout.rounds * rollout.steps_per_round))
 
 
 def _sources(base: Sources, values: Values) -> Sources:
@@ -186,7 +187,7 @@ _AGAPO = published(f"{K_EXAONE}, reinforcement learning: AGAPO")
 AGAPO: Values = {
     **_large(_AGAPO),
     "policy.method": ("agapo", _AGAPO),
-    "optim.groups": ([{"pattern": "*router.weight", "frozen": True}],
+    "optim.groups": ((GroupConfig("*router.weight", frozen=True),),
                      published(f"{K_EXAONE}, reinforcement learning: the router stays as it is")),
     "model.router_bias_update_rate": (
         0.0, published(f"{K_EXAONE}, reinforcement learning: the router stays as it is")),
