@@ -31,15 +31,15 @@ def values(chart: Chart) -> dict[str, list[float]]:
 
 def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
     publish(tmp_path, 2, means=means(0.75), groups={"learns": 6, "all right": 2}, late=[["p", 1]],
-            unjudged={"failed": 3})
+            late_from=[[1, "q", 0, ""], [1, "q", 3, "all_right"]], unjudged={"failed": 3})
     publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, late=[], unjudged={})
     section = round_section(read_rounds(tmp_path))
     assert values(section.charts[0]) == {"reward": [0.5, 0.75], "&lt;b&gt;form&lt;/b&gt;": [1, 1],
                                          "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
-        ["1", "64", "0.5000", "12.5", "25.0%", "8", "–", "–", "0"],
-        ["2", "64", "0.7500", "12.5", "25.0%", "6", "all right 2", "failed 3", "1"]]
+        ["1", "64", "0.5000", "12.5", "25.0%", "8", "–", "–", "0", "0"],
+        ["2", "64", "0.7500", "12.5", "25.0%", "6", "all right 2", "failed 3", "1", "2"]]
 
 
 def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_p
     publish(tmp_path, 2, means=means(0.5), groups={"learns": 1}, late=[], unjudged={})
     (tmp_path / "rounds" / "0002" / "manifest.json").write_text("{")
     rows = round_section(read_rounds(tmp_path)).tables[0].rows
-    assert [row[0] for row in rows] == ["1"] and rows[0][-2] == "failed 9"
+    assert [row[0] for row in rows] == ["1"] and rows[0][-3] == "failed 9"
 
 
 def test_a_run_without_rounds_has_no_section(tmp_path: Path) -> None:
