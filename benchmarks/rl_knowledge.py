@@ -100,7 +100,7 @@ class Seed:
         run_folder = self.folder / "start"
         if not (self.folder / "tokenizer/manifest.json").exists():
             self.data()
-            run(self.log, "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "512",
+            run(self.log, "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "400",
                 "--input", self.folder / "chats.jsonl", "--output", self.folder / "tokenizer", "--overwrite")
         if not (run_folder / "complete.json").exists():
             run(self.log, "megatron_sov", "pretrain", "tiny-solar-open", "--data",

@@ -86,11 +86,10 @@ def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float =
         produce: writes and judges rounds; None: other jobs do.
     """
     from megatron_sov.data.rounds import rounds_of, rounds_source
-    from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.policy_data import check_sources, objective_of
+    from megatron_sov.post.policy_data import check_sources, objective_of, texts_of
     from megatron_sov.post.rl.feed import RoundFeed
     from megatron_sov.post.rl.publish import Publisher
     from megatron_sov.post.rl.trainer_columns import columns_of_run
@@ -107,8 +106,7 @@ def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float =
     columns = columns_of_run(config, objective.columns, start)
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                            columns.routes)
-    texts = tuple(open_sources(config.data.paths, config.model.vocab_size, ("text",))
-                  if config.data.paths else ())
+    texts = texts_of(config)
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"

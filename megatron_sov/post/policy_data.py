@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_sov.config import RunConfig
+from megatron_sov.data.as_text import TEXT, as_text
 from megatron_sov.data.columns import NeededColumn
-from megatron_sov.data.token_shards import Source
+from megatron_sov.data.token_shards import TEXTS, Source, open_sources
 from megatron_sov.documents import ROLLOUTS
 from megatron_sov.errors import UserError
 from megatron_sov.post.parts.policy_loss import PolicyLoss
@@ -33,8 +34,21 @@ def objective_of(config: RunConfig) -> PolicyObjective:
     """Return what makes the objective of a run's `policy`."""
     needed = NeededColumn("`megatron-sov rl train`", (ROLLOUTS,))
     columns = PolicyLoss(config.policy, config.rollout.max_new_tokens).columns
-    return PolicyObjective((ROLLOUTS, *(["text"] if config.policy.has_text else [])),
+    return PolicyObjective((ROLLOUTS, *([TEXT] if config.policy.has_text else [])),
                            dict.fromkeys(columns, needed))
+
+
+def texts_of(config: RunConfig) -> tuple[Source, ...]:
+    """Return the packed data of a run: text, and where text is learned beside responses, chats as such.
+
+    Raises:
+        UserError: they cannot be read, are of another kind, or do not fit the model.
+    """
+    if not config.data.paths:
+        return ()
+    formats = TEXTS if config.policy.has_text else (TEXT,)
+    return tuple(as_text(source) for source in
+                 open_sources(config.data.paths, config.model.vocab_size, formats))
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
@@ -43,7 +57,7 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
     Raises:
         UserError: there is no text.
     """
-    if config.policy.has_text and not any(source.format == "text" and source.num_tokens["train"]
+    if config.policy.has_text and not any(source.format == TEXT and source.num_tokens["train"]
                                           and source.share > 0 for source in sources):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
                         "--data with packed text to train on, or set it to 0")
