@@ -53,6 +53,7 @@ class Producer:
     """What stands in the manifests of parts."""
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _judge: JudgeRows | None = None
+    _job: JudgingJob | None = None
 
     def produce(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Write and judge what is missing of a round, and of those that its policy may write besides
@@ -76,9 +77,9 @@ class Producer:
         on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
         write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
         written_s = time.monotonic()
-        job = self._judging_job(rounds) if view.world.is_main else None
-        # part by part: the others wait no longer for one than for any message of another process
-        while on_main(view.world, lambda: job is not None and not asked_to_stop() and job.step()):
+        on_main(view.world, lambda: self._begin_judging(rounds))
+        # part by part: there is a limit to how long the others wait for a message
+        while on_main(view.world, lambda: not asked_to_stop() and self._judge_part()):
             pass
         return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s}
 
@@ -95,10 +96,14 @@ class Producer:
         # pieces that another job is at are waited for until it is taken for dead
         return Desk(missing, store, 2 * self.rollout.lease_s, self.provenance, asked_to_stop=asked_to_stop)
 
-    def _judging_job(self, rounds: range) -> JudgingJob:
+    def _begin_judging(self, rounds: range) -> None:
         store = self.store()
-        return JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judged,
-                          rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s)
+        self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judged,
+                               rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s)
+
+    def _judge_part(self) -> bool:
+        assert self._job is not None, "nothing is begun"
+        return self._job.step()
 
     def _judged(self, rows: Sequence[Rollout]) -> Sequence[Result]:
         if self._judge is None:

@@ -3,10 +3,13 @@ says which policy wrote it, whatever comes in between."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,11 @@ import pytest
 
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.errors import UserError
-from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.generate.request import Batching, Bounds, Generated, Sampling, Stop, Tokens
 from megatron_sov.post.rl.generate import Desk, write_rounds
 from megatron_sov.post.rl.missing import Attempt, Missing
 from megatron_sov.post.rl.responses import Responses, key_digest
+from megatron_sov.rewards.reward import Result
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
@@ -253,3 +257,34 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[Prompt
     with pytest.raises(UserError, match=r"--prompts: line \d+ \(prompt [0-9a-f]{16}\) has 2 tokens"):
         job.run()
     assert job.missing.take() is not None, "the claim was given back"
+
+
+def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
+        tmp_path: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.post.rl import producing
+
+    @contextlib.contextmanager
+    def judging() -> Iterator[Callable[[Sequence[Rollout]], list[Result]]]:
+        yield lambda rows: [Result(1.0, "scored") for _ in rows]
+
+    engine: Any = Counting()
+    engine.update = lambda weights, version: None
+    monkeypatch.setattr(producing, "MegatronEngine", lambda model, batching: engine)
+    monkeypatch.setattr(producing, "on_main", lambda world, action: action())
+    monkeypatch.setattr(producing, "policy_of_round", lambda run, start, number, rollout: policy(0))
+    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=None,
+                                checkpointer=SimpleNamespace(finish=lambda: None))
+    rollout = replace(ROLLOUT, deadline_s=0.0)
+    writer = Responses(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
+    producer = producing.Producer(
+        partial(Store.create, tmp_path / "store", "sha256:0", 1000), prompts, rollout, tmp_path / "run",
+        tmp_path / "start", writer, Batching(), "v1", judging, {})
+    store = producer.store()
+    producer.produce(view, 1, lambda: bool(store.rollout_parts()))
+    assert (len(store.rollout_parts()), len(store.reward_parts("v1"))) == (1, 0)
+    producer.produce(view, 1, lambda: bool(store.reward_parts("v1")))
+    assert (len(store.rollout_parts()), len(store.reward_parts("v1"))) == (2, 1)
+    assert set(producer.produce(view, 1, lambda: False)) == {"write_s", "judge_s"}
+    assert len(store.reward_parts("v1")) == 2
+    check_whole(store, prompts, (1,))
+    producer.close()
