@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sov.config import PhaseConfig, RunConfig, curriculum
-from megatron_sov.data.rounds import SOURCE
+from megatron_sov.data.rounds import SOURCE, rounds_of
 from megatron_sov.data.token_shards import Source
-from megatron_sov.documents import ROLLOUTS
 from megatron_sov.errors import UserError, nearest
 
 
@@ -56,7 +55,7 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     """
     starts = [*config.phase_starts(), config.num_steps()]
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
-    rounds = any(s.format == ROLLOUTS for s in sources)
+    rounds = rounds_of(sources) is not None
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)

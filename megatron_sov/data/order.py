@@ -15,7 +15,7 @@ from typing import Any
 from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import Ledger, LedgerEntry, plan
 from megatron_sov.data.packing import Row, best_fit
-from megatron_sov.data.rounds import SOURCE, rounds_of
+from megatron_sov.data.rounds import SOURCE, RoundDocuments, rounds_of
 from megatron_sov.data.streams import Cursor, Packing, Stream
 from megatron_sov.data.token_shards import Documents, Source
 
@@ -100,8 +100,8 @@ class SampleOrder:
         entry = self.ledger.at(s.step)
         if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
             s.taken = {}
-        if entry.is_round:
-            samples = self._of_round(entry)
+        if self._rounds is not None and entry.is_round:  # any source may have the name
+            samples = self._of_round(entry, self._rounds)
         else:
             samples = [self._next_sample(entry.weights, entry.seq_len)
                        for _ in range(entry.global_batch_size)]
@@ -114,12 +114,11 @@ class SampleOrder:
         return (self._rounds is None or not self.ledger.at(step).is_round
                 or self._rounds.is_open(step // self._steps_per_round + 1))
 
-    def _of_round(self, entry: LedgerEntry) -> list[Sample]:
+    def _of_round(self, entry: LedgerEntry, rounds: RoundDocuments) -> list[Sample]:
         """Return the rows of a round's step: all of its documents, none of them cut, and the text that is
         learned beside them."""
-        assert self._rounds is not None, f"phase {entry.phase} is a round, and there is no source of rounds"
         number, step = divmod(self.state.step, self._steps_per_round)
-        segments = self._rounds.of_step(number + 1, step)
+        segments = rounds.of_step(number + 1, step)
         cursor = self.state.cursors.setdefault(SOURCE, Cursor())
         rows = best_fit(segments, entry.seq_len)
         cursor.tokens += sum(s.count for s in segments)

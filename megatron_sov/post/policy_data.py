@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_sov.config import RunConfig
 from megatron_sov.data.as_text import TEXT, as_text
 from megatron_sov.data.columns import NeededColumn
+from megatron_sov.data.rounds import SOURCE
 from megatron_sov.data.token_shards import TEXTS, Source, open_sources
 from megatron_sov.documents import ROLLOUTS
 from megatron_sov.errors import UserError
@@ -52,11 +53,14 @@ def texts_of(config: RunConfig) -> tuple[Source, ...]:
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
-    """Refuse data that leave the term of text without targets.
+    """Refuse data that leave the term of text without targets, or are called as the run's own rounds are.
 
     Raises:
-        UserError: there is no text.
+        UserError: there is no text, or a source has the rounds' name.
     """
+    if [source.name for source in sources].count(SOURCE) > 1:
+        raise UserError(f"--data: has a source {SOURCE!r}, as the run's own rounds are called; pack it under "
+                        "another name")
     if config.policy.has_text and not any(source.format == TEXT and source.num_tokens["train"]
                                           and source.share > 0 for source in sources):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "

@@ -185,6 +185,14 @@ def test_a_later_phase_goes_on_behind_what_an_earlier_one_took(make_source: Make
     assert order.state.cursors["web"].tokens == 30 * 7 and order.state.cursors["web"].samples == 20
 
 
+def test_a_source_may_be_called_as_rounds_of_reinforcement_learning_are(make_source: MakeSource) -> None:
+    config = dataclasses.replace(
+        recipes.get("tiny-solar-open"), data=DataConfig(phases=(PhaseConfig("main", seq_len=16),)),
+        train=TrainConfig(steps=2, global_batch_size=3))
+    _, samples = SampleOrder(config, [make_source("rollouts", [9, 7, 16, 5, 8, 20, 11], 1.0)]).next_batch()
+    assert len(samples) == 3 and all(sample.segments for sample in samples)
+
+
 def test_held_out_documents_never_occur(packed_data: Any) -> None:
     """Two epochs of real shards give every training document twice, and none of the other split."""
     sources = open_sources({str(packed_data.text): 1.0, str(packed_data.chats): 1.0}, 368)

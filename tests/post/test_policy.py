@@ -190,3 +190,6 @@ def test_it_reads_what_its_settings_need() -> None:
     only_heldout = Source("text", None, "text", {}, {"train": 0, "heldout": 9}, 1.0)
     with pytest.raises(UserError, match=r"needs text; add --data with packed text to train on"):
         check_sources(config, [only_heldout])
+    namesakes = [Source(ROLLOUTS, None, kind, {}, {"train": 9}, 1.0) for kind in ("text", ROLLOUTS)]
+    with pytest.raises(UserError, match=r"--data: has a source 'rollouts', as the run's own rounds are"):
+        check_sources(config, namesakes)
