@@ -76,6 +76,8 @@ class Job:
     """Something on record -> what changes when it is done once more."""
     final: Callable[[Path], dict[str, str]]
     """All that is left at the end -> its hash."""
+    is_complete: Callable[[Path], bool] = lambda folder: False
+    """Whether the command would refuse to be given again, since all is there."""
 
 
 def main() -> int:
@@ -116,13 +118,16 @@ def survives(name: str, job: Job, work: Path, kills: int, drawn: random.Random) 
         doing += 1
         begin(job, folder)
         for point in sorted(drawn.uniform(0, total) for _ in range(kills - moments.total())):
+            if job.is_complete(folder):  # the last kill came between its last file and its end
+                break
             behind = job.progress(folder) >= point
             if not killed(job, folder, point, drawn.uniform(0, start_s if behind else length_s / total)):
                 break  # it came to its end before
             moments["while it started" if behind else "at work"] += 1
             # what was on record at an earlier kill is judged by what it was then
             seen = {one: job.proof(folder, one) for one in job.recorded(folder)} | seen
-        ended(command(job, folder), folder)
+        if not job.is_complete(folder):
+            ended(command(job, folder), folder)
         again = [one for one, proof in seen.items() if job.proof(folder, one) != proof]
         equal = job.final(folder) == expected
         sound = sound and equal and not again
@@ -239,7 +244,8 @@ def teacher(work: Path, base: Path, nproc: int) -> Job:
         begin=lambda: None, progress=lambda folder: len(names(folder)),
         spent=lambda folder: len(names(folder)), recorded=names,
         proof=lambda folder, name: same_file(file(folder, name)),
-        final=lambda folder: {name: r.digest for name, r in read_manifest(folder / "states").files.items()})
+        final=lambda folder: {name: r.digest for name, r in read_manifest(folder / "states").files.items()},
+        is_complete=lambda folder: (folder / "states").exists())
 
 
 class Judge(ThreadingHTTPServer):
