@@ -16,14 +16,19 @@ def with_rounds(config: RunConfig) -> RunConfig:
     checkpoints stay that a generator finds the policy of each round that it may still write.
 
     Raises:
-        UserError: no rounds are asked for, or no row, or a row does not hold the longest response.
+        UserError: no rounds are asked for, or no row, or a row does not hold the longest response; or the
+            phase has a learning rate of its own.
     """
     rollout, train = config.rollout, config.train
     if rollout.rounds < 1:
         raise UserError(f"rollout.rounds = {rollout.rounds}: there is nothing to train; set it to at least 1")
     if not config.data.phases:
         raise UserError("data.phases = []: must have one phase, whose seq_len is the length of rows")
-    seq_len = config.data.phases[0].seq_len
+    phase = config.data.phases[0]
+    if phase.lr or phase.rewarm_steps:
+        raise UserError(f"data.phases.0 has lr = {phase.lr:g} and rewarm_steps = {phase.rewarm_steps}: "
+                        "rounds follow optim.lr and optim.schedule; set these, and leave the phase alone")
+    seq_len = phase.seq_len
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > seq_len:
         raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole responses, the longest has "

@@ -42,3 +42,8 @@ def test_rows_that_do_not_hold_a_response_are_refused() -> None:
         with_rounds(dataclasses.replace(asked(), data=dataclasses.replace(asked().data, phases=())))
     with pytest.raises(UserError, match=r"train.checkpoint_every_steps = 0 must be positive"):
         with_rounds(asked("train.checkpoint_every_steps=0")).check()
+
+
+def test_a_rate_of_the_phase_is_not_passed_over_in_silence() -> None:
+    with pytest.raises(UserError, match=r"data.phases.0 has lr = 0.001 and .*follow optim.lr"):
+        with_rounds(asked("data.phases.0.lr=1e-3"))

@@ -115,11 +115,16 @@ class Responses:
 
 
 def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
-    """Return the routes of a row that has grown: what an earlier policy read stays where that one sent it."""
+    """Return the routes of a row that has grown: what an earlier policy read stays where that one sent it;
+    what a deadline had it not read went where this one sent it."""
     if found.routes is None:
         return None
     read = found.routes[number][:len(row.prompt_tokens) + len(row.tokens) + kept - 1]
-    return read if row.routes is None else np.concatenate([row.routes, read[len(row.routes):]])
+    if row.routes is None:
+        return read
+    was_read = (row.routes != np.iinfo(row.routes.dtype).max).all(axis=2, keepdims=True)
+    before = np.where(was_read, row.routes, read[:len(row.routes)])
+    return np.concatenate([before, read[len(row.routes):]])
 
 
 def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from megatron_sov.post.rl.missing import Attempt, Missing
 from megatron_sov.post.rl.responses import Responses, key_digest
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rollouts.claims import Claims
-from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
+from megatron_sov.rollouts.prompts import Piece, Prompt, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
@@ -189,6 +189,28 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, p
         between = written[written.index(cut) + 1:written.index(later_part)]
         assert all(part.attempt or part.provenance["step"] <= cut.provenance["step"] for part in between), (
             "a newer policy begins fresh pieces before it goes on with what an older one left")
+
+
+def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(prompts: list[Prompt]) -> None:
+    class Routed(Counting):
+        def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> Generated:
+            found = super().generate(prompts, *asked, **more)
+            routes = [np.full((len(p) + len(w) - 1, 2, 2), self.step, np.uint8)
+                      for p, w in zip(prompts, found.continuations, strict=True)]
+            if self.step == 0:
+                routes[0][1:] = 255  # a sequence that waited for its place
+            return replace(found, routes=routes)
+
+    engine = Routed()
+    writer = Responses(Numbers(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
+                       lambda: engine.now_s, with_routes=True)
+    piece = Piece(1, 0, (prompts[5],))
+    begun = writer.write(engine, Attempt(piece, 0, policy(0)))
+    assert {row.finish_reason for row in begun} == {UNFINISHED}
+    engine.step = 1
+    first, other = writer.write(engine, Attempt(piece, 1, policy(1), tuple(begun)))
+    sent = [row.routes[:, 0, 0].tolist() for row in (first, other) if row.routes is not None]
+    assert sent == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
 def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: list[Prompt]) -> None:
