@@ -179,7 +179,7 @@ def environment_of(args: argparse.Namespace, config: RunConfig) -> tuple[Any, st
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
     limits = limits_of("train", [*own, f"max_turn_tokens={most_turn}", *args.limit])
-    asked = order(args.environment, parse_settings(args.env_set))
+    asked = order(args.environment, parse_settings(args.env_set, "--env-set"))
     _, version = make(asked)
     return asked, version, limits
 
