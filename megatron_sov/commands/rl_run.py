@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
     environment = environment_of(args, config)
     producer = Producer(
         partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
-        args.run, start.path, writer_of(args, config, start, MEGATRON, environment),
+        args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward})
