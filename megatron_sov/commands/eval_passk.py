@@ -197,7 +197,7 @@ def _checked(args: argparse.Namespace) -> _Plan:
     if (args.sampled is None) == (args.target is None) or (args.input is None) == (args.sampled is None):
         raise UserError("pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl alone")
     sampling = checked_sampling(args)
-    asked = order(args.reward, parse_settings(args.reward_set))
+    asked = order(args.reward, parse_settings(args.reward_set, "--reward-set"))
     made = make(asked)
     if args.sampled is None:
         check_rows(args.input, field=PROMPT)

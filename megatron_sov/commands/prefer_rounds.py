@@ -165,7 +165,7 @@ def _checked(args: argparse.Namespace) -> tuple[RunConfig, str]:
         if framed := [name for name in FRAMED if prompt.record.get(name)]:
             raise UserError(f"--prompts {args.prompts}: prompt {prompt.text[:40]!r} has {framed[0]!r}, and "
                             "rounds ask each prompt as a user's message alone; leave it out")
-    reward_version = make(order(args.reward, parse_settings(args.reward_set))).version
+    reward_version = make(order(args.reward, parse_settings(args.reward_set, "--reward-set"))).version
     read_manifest(args.tokenizer, "tokenizer")
     # which stands for the data that are still to be made: they are asked for, and not read yet
     with_data = argparse.Namespace(**vars(args) | {"data": [*args.data, str(args.tokenizer)]})

@@ -25,6 +25,7 @@ from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
+from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.tools.limits import EpisodeLimits, limits_of
 from megatron_sov.tools.registry import BUILT_IN, make, order
@@ -179,7 +180,7 @@ def environment_of(args: argparse.Namespace, config: RunConfig) -> tuple[Any, st
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
     limits = limits_of("train", [*own, f"max_turn_tokens={most_turn}", *args.limit])
-    asked = order(args.environment, parse_settings(args.env_set))
+    asked = order(args.environment, parse_settings(args.env_set, "--env-set"))
     _, version = make(asked)
     return asked, version, limits
 
@@ -222,7 +223,7 @@ def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: 
     from megatron_sov.post.rl.responses import key_digest
 
     folder, rollout = start.tokenizer_folder, config.rollout
-    writer = writer_of(args, config, start, engine_name, environment)
+    writer = writer_of(args, config, prompts, start, engine_name, environment)
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
@@ -243,9 +244,13 @@ def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: 
     return found
 
 
-def writer_of(args: argparse.Namespace, config: RunConfig, start: Target, engine_name: str,
-            environment: tuple[Any, str, EpisodeLimits] | None) -> Writer:
-    """Return what makes rows: plain responses, or episodes."""
+def writer_of(args: argparse.Namespace, config: RunConfig, prompts: list[Prompt], start: Target,
+            engine_name: str, environment: tuple[Any, str, EpisodeLimits] | None) -> Writer:
+    """Return what makes rows: plain responses, or episodes.
+
+    Raises:
+        UserError: a prompt is too long, or the model has no chat template.
+    """
     from megatron_sov.chat.turns import TurnEncoder
     from megatron_sov.generate.asking import Asker
     from megatron_sov.post.rl.episodes import Episodes
@@ -261,8 +266,11 @@ def writer_of(args: argparse.Namespace, config: RunConfig, start: Target, engine
     chosen_by: dict[str, Any] = {
         "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
     if environment is None:
-        return Responses(asker, rollout, engine_name, args.plain, chosen_by,
-                         with_routes=config.policy.router_replay)
+        responses = Responses(asker, rollout, engine_name, args.plain, chosen_by,
+                              with_routes=config.policy.router_replay)
+        if not repeats():
+            responses.refuse_unfit(prompts)
+        return responses
     asked, version, limits = environment
     assert chat is not None, "environment_of refuses --plain"
     table = Table(asked, TurnEncoder(chat, str(folder)), limits, args.batch_size)

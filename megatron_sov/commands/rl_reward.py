@@ -49,9 +49,6 @@ def run(args: argparse.Namespace) -> int:
              (1 <= args.lease < float("inf"), f"--lease {args.lease}: must be at least 1")]
     if problems := [said for holds, said in rules if not holds]:
         raise UserError(problems[0])
-    if args.reward == ENVIRONMENT and args.reward_set:
-        raise UserError(f"--reward-set {args.reward_set[0]}: --reward {ENVIRONMENT} takes what stands in the "
-                        "rows and has no settings; leave it out")
     rounds = None if args.rounds is None else rounds_of(args.rounds, 0)
     version = reward_version(args.reward, args.reward_set)
     store = Store.open(args.store)

@@ -7,12 +7,19 @@ import argparse
 from functools import partial
 
 from megatron_sov.commands.rl_generate import add_asking_arguments, environment_of, writer_of
-from megatron_sov.commands.rl_train import ParsedRounds, add_round_arguments, parse_rounds, train_rounds
+from megatron_sov.commands.rl_train import (
+    ParsedRounds,
+    add_round_arguments,
+    parse_rounds,
+    tokenizer_of,
+    train_rounds,
+)
+from megatron_sov.data.vocabulary import TOKENIZER_JSON
 from megatron_sov.digests import SHA256, file_digest
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.request import Batching
-from megatron_sov.post.rl.reward import judging
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.prompts import refuse_unaskable
 from megatron_sov.rollouts.store import Store
@@ -36,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
     problems = Batching(args.batch_size).problems()
     if args.workers < 1:
         problems.append(f"--workers {args.workers}: must be at least 1")
+    if args.reward == ENVIRONMENT and args.environment is None:
+        problems.append(f"--reward {ENVIRONMENT}: takes what an environment said of its episodes, and there "
+                        "is none; add --environment, or choose another reward")
     if problems:
         raise UserError(problems[0])
     parsed = parse_rounds(args)
@@ -54,11 +64,11 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
 
     assert parsed.stage.start is not None, "--from is required"
     config, start = parsed.stage.config, find_target(parsed.stage.start)
+    digest = file_digest(tokenizer_of(args.start_from, start.path) / TOKENIZER_JSON, SHA256)
     environment = environment_of(args, config)
-    digest = file_digest(start.tokenizer_folder / "tokenizer.json", SHA256)
     producer = Producer(
         partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
-        args.run, start.path, writer_of(args, config, start, MEGATRON, environment),
+        args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward})

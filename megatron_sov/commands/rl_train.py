@@ -75,6 +75,23 @@ def parse_rounds(args: argparse.Namespace) -> ParsedRounds:
     return ParsedRounds(parsed, prompts, version)
 
 
+def tokenizer_of(start_from: Path, checkpoint: Path) -> Path:
+    """Return the folder of the tokenizer that responses are written with.
+
+    Args:
+        start_from: what --from names.
+        checkpoint: what it means.
+
+    Raises:
+        UserError: it has none.
+    """
+    folder = checkpoint / "tokenizer"
+    if not (folder / TOKENIZER_JSON).is_file():
+        raise UserError(f"--from {start_from}: has no tokenizer with it, and responses need one; start from "
+                        "a checkpoint or Hugging Face folder that has one")
+    return folder
+
+
 def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float = 0.0,
                  produce: Produce | None = None) -> None:
     """Run the stage.
@@ -98,10 +115,10 @@ def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float =
 
     config, start = parsed.stage.config, parsed.stage.start
     assert start is not None, f"--from is required, it is {args.start_from}"
-    tokenizer = start / "tokenizer"
-    if not (tokenizer / TOKENIZER_JSON).is_file():
-        raise UserError(f"--from {args.start_from}: has no tokenizer with it, and responses need one; "
-                        "start from a checkpoint or Hugging Face folder that has one")
+    tokenizer = tokenizer_of(args.start_from, start)
+    publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
+                          tokenizer)
+    publisher.refuse_other_store()
     objective = objective_of(config)
     columns = columns_of_run(config, objective.columns, start)
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
@@ -110,8 +127,6 @@ def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float =
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
-    publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
-                          tokenizer)
     feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, faults=parsed.stage.faults), args.nproc, args.began_s)

@@ -100,7 +100,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Path]:
                             "problems into one file")
         domains[domain] = Path(file)
     checked_sampling(argparse.Namespace(**vars(args) | {"k": [args.k]}))
-    make(order(args.reward, parse_settings(args.reward_set)))
+    make(order(args.reward, parse_settings(args.reward_set, "--reward-set")))
     for path in args.checkpoints:
         refuse_missing(path)
     for file in domains.values():
@@ -110,7 +110,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Path]:
 
 def _asked(args: argparse.Namespace, domains: dict[str, Path]) -> dict[str, Any]:
     """Return what is the same for every checkpoint, or their figures could not be compared."""
-    version = make(order(args.reward, parse_settings(args.reward_set))).version
+    version = make(order(args.reward, parse_settings(args.reward_set, "--reward-set"))).version
     return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
             "reward_version": version,
             **{name: getattr(args, name) for name in (

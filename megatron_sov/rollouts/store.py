@@ -78,8 +78,8 @@ class Store:
             if not isinstance(found.tokenizer_digest, str) or type(found.vocab_size) is not int:
                 raise ValueError("tokenizer must be text, vocab_size a whole number")
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path}: is no rollout store (it has no {STORE}); pass the folder that "
-                            "`megatron-sov rl generate` wrote") from None
+            raise UserError(f"{path}: is no rollout store (it has no {STORE}); pass a folder that "
+                            "`megatron-sov rl run` or `rl generate` wrote") from None
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); restore it from a copy") from None
         for name in (ROLLOUTS, REWARDS, CLAIMS):  # a copy may lack those that were empty

@@ -34,7 +34,7 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
         sources: what is read.
         memory: of this process.
     """
-    count, p = num_params(config.model), config.parallel
+    count, p, rollout = num_params(config.model), config.parallel, config.rollout
     planned = planned_tokens(entries, steps)
     weights = memory.weights + memory.quantized_weights
     states = _gib(weights + memory.gradients + memory.optimizer)
@@ -47,15 +47,20 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     read = ", ".join(
         f"{name} {short(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
         for name, n in planned.items() if n)
+    length = f", {short(sum(planned.values()))} tokens"
+    if rollout.rounds:  # how long responses are, and how often text is drawn, nobody knows yet
+        length, read = "", (f"{rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
+                            f"{rollout.samples_per_prompt:,} responses")
     fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
     too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
                        f"tokens, {fate} (data.over_long)" for o in over_long(sources, entries))
     return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active), steps "
-            f"{steps.start + 1} to {steps.stop}, {short(sum(planned.values()))} tokens\n"
+            f"{steps.start + 1} to {steps.stop}{length}\n"
             f"  processes  {world.size}{f': {layout}' if layout else ''}; {config.train.precision}, "
             f"{states} of weights, gradients and optimizer each{activations}\n"
             f"  data       {read}{too_long}\n"
-            f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps")
+            f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps"
+            + (" and behind each round" if rollout.rounds else ""))
 
 
 def _gib(num_bytes: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -161,10 +162,26 @@ def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_exp
         assert step["meters"]["replayed_routes"] == pytest.approx(replayed, abs=1e-6)
 
 
-def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command: Command, capsys: Any
-                                                           ) -> None:
-    assert main(command("refused", "--workers", "0")) == 2
-    assert "--workers 0: must be at least 1" in capsys.readouterr().err
-    assert main(command("refused", "--batch-size", "0")) == 2
-    assert "batch-size 0" in capsys.readouterr().err
+def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command: Command, teacher: Path,
+                                                           capsys: Any, run_command: Any) -> None:
+    def refused(*more: str) -> str:
+        assert main(command("refused", *more)) == 2
+        return str(capsys.readouterr().err)
+
+    assert "--workers 0: must be at least 1" in refused("--workers", "0")
+    assert "batch-size 0" in refused("--batch-size", "0")
+    assert "add --environment" in refused("--reward", "environment", "--plain")
+    assert "--reward-set by_lot=1: --reward environment takes" in refused(
+        "--reward", "environment", "--environment", "calculator")
+    assert "--reward-set 'lot': must have the form key=value" in refused("--reward-set", "lot")
+    done = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
+    assert done.returncode == 2, done.stderr
+    assert "more than rollout.max_prompt_tokens = 1, as have 8 others of up to 2; raise it" in done.stderr
+    (folder / "file").touch()
+    done = run_command(*command("refused", "--plain", store="file"))
+    assert done.returncode == 2 and "file: is no rollout store" in done.stderr, done.stderr
+    bare = folder / "bare"
+    shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
+    done = run_command(*command("refused", "--plain", "--from", str(bare)))
+    assert done.returncode == 2 and f"--from {bare}: has no tokenizer with it" in done.stderr, done.stderr
     assert not (folder / "refused").exists() and not (folder / "refused-store").exists()

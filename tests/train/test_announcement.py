@@ -40,6 +40,16 @@ def test_a_run_says_what_it_is_about_to_do() -> None:
     assert told[3].startswith("  run        runs/a, a checkpoint every ")
 
 
+def test_rounds_are_told_in_responses_since_nobody_knows_their_tokens() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"), ["rollout.rounds=4"])
+    told = banner(config, World(0, 1, 0, 1, True, True), Path("runs/a"), range(4),
+                  (LedgerEntry(0, "round-0001", 100, 2, {"rollouts": 1.0}),), [],
+                  Account(1, 1, 1, 1, 1, 1)).splitlines()
+    assert told[0].endswith("steps 1 to 4")
+    assert told[2] == "  data       4 rounds of 64 prompts, each with 8 responses"
+    assert told[3].endswith("steps and behind each round")
+
+
 def test_an_adapter_is_counted_once() -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ["lora.rank=4", "train.precision=fp32"])
     chunk = torch.nn.Linear(100, 10, bias=False)

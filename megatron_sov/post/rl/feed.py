@@ -74,7 +74,10 @@ class RoundFeed:
             if ends["asked"]:
                 return f"asked to stop while waiting for round {number}: {lacking}"
             if ends["late"]:
-                return f"round {number} is not there yet: {lacking}"
+                late = f"round {number} is not there yet: {lacking}"
+                if view.world.is_main:
+                    warn(late)  # it stands in the event `stop` as well
+                return late
             time.sleep(min(max(waited_s / 10, POLL_S[0]), POLL_S[1]))
         return None
 

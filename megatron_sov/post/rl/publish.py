@@ -69,7 +69,7 @@ class Publisher:
         out = folder_of_round(self.rounds, number)
         if (out / MANIFEST).is_file():
             return ""
-        if not self.store.exists() or not any(self.store.iterdir()):
+        if not self._is_begun():
             return f"nobody has written to {self.store} yet"
         rollout = self.config.rollout
         ids = [prompt.id for prompt in round_prompts(self.prompts, rollout, number)]
@@ -82,6 +82,19 @@ class Publisher:
         self._warn_of_other_policies(gathered)
         self._write_round(source, gathered, out)
         return ""
+
+    def refuse_other_store(self) -> None:
+        """Refuse what lies where the store is to be and is none of this model's; one that is not begun yet
+        is fine.
+
+        Raises:
+            UserError: it is no store, or one of another tokenizer.
+        """
+        if self._is_begun():
+            self._opened()
+
+    def _is_begun(self) -> bool:
+        return self.store.exists() and (not self.store.is_dir() or any(self.store.iterdir()))
 
     def _opened(self) -> Store:
         store = Store.open(self.store)

@@ -21,6 +21,8 @@ from megatron_sov.rollouts.prompts import OPTION, Prompt
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 from megatron_sov.rollouts.sampling import sampling_digest, stream_of
 
+CHUNK_PROMPTS = 1024
+"""Whose token ids are in memory at a time when all prompts are looked at."""
 NO_TOKENS: dict[str, Any] = {
     "tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32), "versions": np.zeros(0, np.int32),
     "response": ""}
@@ -44,6 +46,19 @@ class Responses:
     """Which the deadline is on."""
     with_routes: bool = False
     """Whether rows keep which experts their tokens went to."""
+
+    def refuse_unfit(self, prompts: Sequence[Prompt]) -> None:
+        """Look at all prompts before the first is asked: one of a late round would end a run that takes
+        neither other prompts nor another limit any more.
+
+        Raises:
+            UserError: one is too long or empty, or the template refuses it.
+        """
+        lengths: list[int] = []
+        for first in range(0, len(prompts), CHUNK_PROMPTS):
+            chunk = prompts[first:first + CHUNK_PROMPTS]
+            lengths += map(len, self.asker.ask([self._text(prompt) for prompt in chunk]))
+        self._refuse_lengths(prompts, lengths)
 
     def write(self, engine: Engine, attempt: Attempt) -> list[Rollout]:
         """Return the rows of an attempt.
@@ -77,15 +92,24 @@ class Responses:
 
     def _asked(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         found = self.asker.ask([self._text(prompt) for prompt in prompts])
-        most = self.rollout.max_prompt_tokens
-        for prompt, ids in zip(prompts, found, strict=True):
-            if not ids:
-                raise UserError(f"{OPTION}: line {prompt.line} is empty; write at least one character")
-            if len(ids) > most:
-                raise UserError(f"{OPTION}: line {prompt.line} (prompt {prompt.id}) has {len(ids):,} tokens, "
-                                f"more than rollout.max_prompt_tokens = {most:,}; raise it, or shorten the "
-                                "prompt")
+        self._refuse_lengths(prompts, list(map(len, found)))
         return found
+
+    def _refuse_lengths(self, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+        most = self.rollout.max_prompt_tokens
+        too_long = []
+        for prompt, length in zip(prompts, lengths, strict=True):
+            if not length:
+                raise UserError(f"{OPTION}: line {prompt.line} is empty; write at least one character")
+            if length > most:
+                too_long.append(prompt)
+        if too_long:
+            prompt, length = too_long[0], lengths[prompts.index(too_long[0])]
+            others = (f", as have {len(too_long) - 1:,} others of up to {max(lengths):,}" if too_long[1:]
+                      else "")
+            raise UserError(f"{OPTION}: line {prompt.line} (prompt {prompt.id}) has {length:,} tokens, more "
+                            f"than rollout.max_prompt_tokens = {most:,}{others}; raise it, or shorten what "
+                            "is longer")
 
     def _text(self, prompt: Prompt) -> str | Conversation:
         text = prompt.record.get("prompt")

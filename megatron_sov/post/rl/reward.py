@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import Result
@@ -72,7 +73,12 @@ def reward_version(name: str, settings: Sequence[str]) -> str:
     Raises:
         UserError: there is no such reward or setting.
     """
-    return ENVIRONMENT if name == ENVIRONMENT else make(order(name, parse_settings(settings))).version
+    if name == ENVIRONMENT:
+        if settings:
+            raise UserError(f"--reward-set {settings[0]}: --reward {ENVIRONMENT} takes what stands in the "
+                            "rows and has no settings; leave it out")
+        return ENVIRONMENT
+    return make(order(name, parse_settings(settings, "--reward-set"))).version
 
 
 @contextlib.contextmanager
@@ -81,7 +87,7 @@ def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeR
     if name == ENVIRONMENT:
         yield lambda rows: [_outcome_of(row) for row in rows]
         return
-    asked = order(name, parse_settings(settings))
+    asked = order(name, parse_settings(settings, "--reward-set"))
     with runner(asked, make(asked), workers) as running:
         yield lambda rows: running.score([row_of(row) for row in rows])
 

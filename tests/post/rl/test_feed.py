@@ -68,7 +68,7 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
 
 
 def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+                                                     monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     lacks = iter(["one piece"] * 3 + [""])
     feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks), wait_s=60)
     assert feed.bring(view, lambda: False) is None
@@ -78,6 +78,7 @@ def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
     view.step = 2
     late = feed_of(tmp_path, monkeypatch, lambda number: "one piece")
     assert late.bring(view, lambda: False) == "round 2 is not there yet: one piece"
+    assert "warning: round 2 is not there yet: one piece" in capsys.readouterr().err
     asked = feed_of(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
     assert asked.bring(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
 
