@@ -55,7 +55,7 @@ COMMANDS = {
     "rl reward": Command("megatron_sov.commands.rl_reward",
                          "judge the responses of a store that a reward has not judged yet"),
     "rl store": Command("megatron_sov.commands.rl_store",
-                        "ls, show, stats, verify, gc: the rollout store between generation, reward and "
+                        "ls, show, stats, page, verify, gc: the rollout store between generation, reward and "
                         "training"),
     "convert": Command("megatron_sov.commands.convert",
                        "from-hf, to-hf, verify, inspect, average, to-peft, from-peft: checkpoints, "

@@ -93,6 +93,7 @@ def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) 
         UserError: the model has no tokenizer or no chat template, or knows fewer ids than its tokenizer; or a
             prompt is no text.
     """
+    _refuse_half_characters(prompts)  # before the tokenizer is looked for
     asker = Asker(target, chat)
     return Asked(asker.ask(prompts), asker.end_ids, asker.decode)
 

@@ -194,7 +194,7 @@ AGAPO: Values = {
     "optim.name": ("adamw", ours("not published")),
     "rollout.rounds": (100, ours("not published")),
 }
-AGAPO_SOURCES = derive(_sources(K_EXAONE_SOURCES, AGAPO), {
+AGAPO_SOURCES = derive(_sources(K_EXAONE_SOURCES, {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {
     "optim.groups.*": AGAPO["optim.groups"][1], "optim.decay_share": DEFAULT})
 
 

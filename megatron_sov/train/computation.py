@@ -70,7 +70,8 @@ class Computation:
         local = torch.cat([local, _replayed(batch.micro_batches)])
         total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
                        {**self._shapes(objective), ROUTES: (2,)})
-        by_source, meters = total.pop(BY_SOURCE), [*total.pop(METERS).tolist(), total.pop(ROUTES).tolist()]
+        by_source = total.pop(BY_SOURCE)
+        meters = torch.cat([total.pop(METERS), total.pop(ROUTES)[None]]).tolist()
         return StepSums({term: float(value) for term, value in total.items()}, by_source,
                         {name: value / count for name, (value, count) in zip([*names, REPLAYED], meters,
                                                                              strict=True) if count})
