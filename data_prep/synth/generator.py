@@ -1,0 +1,124 @@
+"""What a generator is: items in, samples out, and everything that it asks goes through one door.
+
+A generator is ordinary code that runs from top to bottom for one item.  It keeps no state of its own: when
+a run is killed the item is made again from its beginning, and what was asked before is answered from what is
+kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from data_prep.synth.sample import Kind, Sample
+
+Role = Literal["writer", "judge"]
+"""writer: the model of --engine; judge: that of --judge-engine, which is the writer where none is named."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a generator starts from: a document, a seed problem, a task, or only a number."""
+
+    id: str
+    """The same in every run over the same input; letters, digits and :._- alone."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What templates may name: plain JSON values."""
+    source: str = ""
+    """Name of the source or file that it comes from, for provenance."""
+    licence: str = ""
+    """Of what it was made from; empty: not stated."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer of a model."""
+
+    text: str
+    """Without thoughts."""
+    thinking: str = ""
+    """What it thought first, where the endpoint tells it or it stands between think tags."""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """`name` and `arguments` (decoded) of each call."""
+    is_cut: bool = False
+    """Whether it ended at the limit of tokens."""
+    key: str = ""
+    """Hash of what was asked, for provenance."""
+
+
+class NoReply(Exception):
+    """A model did not answer in spite of all attempts: the item is left for a later run."""
+
+
+class Ask(Protocol):
+    """The door to models, for one item; any method may raise `NoReply`."""
+
+    def __call__(self, template: str, /, *, count: int = 1, role: Role = "writer", temperature: float = 0.7,
+                 top_p: float = 1.0, max_tokens: int = 1024, thinking: bool | None = None,
+                 **fields: Any) -> list[Reply]:
+        """Return `count` answers to a template of the generator's, each drawn with a seed of its own.
+
+        Args:
+            template: name of a file of `prompts/` without its ending, such as "autoif/constraints".
+            count: answers.
+            role: which model.
+            temperature: of sampling; 0: the likeliest.
+            top_p: share of probability that is sampled from.
+            max_tokens: that an answer may have.
+            thinking: whether a reasoning model thinks first; None: as it does by itself.
+            fields: what the template names; exactly these.
+        """
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = (),
+             role: Role = "writer", draw: int = 0, temperature: float = 0.7, top_p: float = 1.0,
+             max_tokens: int = 1024, thinking: bool | None = None) -> Reply:
+        """Return the next message of a conversation; `draw` tells equal requests apart."""
+        ...
+
+    def judge(self, rubric: str, material: Mapping[str, str], *, low: float = 0.0,
+              high: float = 10.0) -> float:
+        """Return the judge's score between `low` and `high` of texts that it is told not to obey."""
+        ...
+
+
+class Generator(ABC):
+    """One kind of data, with its settings."""
+
+    name: ClassVar[str]
+    """As `sov-data synth NAME` calls it."""
+    version: ClassVar[int] = 1
+    """Raised when the same answers would give other samples."""
+    kind: ClassVar[Kind]
+    """Form of its records."""
+    help: ClassVar[str]
+    """One line for `sov-data synth --list`."""
+    templates: ClassVar[Mapping[str, Sequence[str]]]
+    """Template -> the fields that it is given; a template that names another one is refused at the start."""
+    Settings: ClassVar[type[Any]]
+    """Frozen dataclass with defaults, a docstring under each field, and `problems() -> list[str]`."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def files(self) -> Sequence[Path]:
+        """Return files beside the input that samples depend on, such as a taxonomy."""
+        return ()
+
+    @abstractmethod
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield what there is to do, in order.
+
+        Raises:
+            UserError: an input is not what this generator starts from; the sentence names file and line.
+        """
+
+    @abstractmethod
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield the samples of one item, those that fail a check as well.
+
+        Must be a function of the item, the settings and the answers alone.
+        """
