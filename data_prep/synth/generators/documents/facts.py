@@ -1,0 +1,153 @@
+"""What a text states that a text made from it may not change: numbers, names, quoted strings.
+
+Names are seen where writing marks them: a capital letter inside a sentence, capitals inside a word, and Latin
+words in a text of another script.  Other names, and what is said of all of them, only a judge can compare.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from data_prep.synth.generators.documents.customs import customs_of
+from data_prep.synth.generators.documents.numbers import Numbers, numbers_of
+from data_prep.synth.sample import Verdict
+from megatron_sov.documents.overlap import fold
+from megatron_sov.documents.scripts import LANGUAGES
+
+_QUOTES = re.compile("|".join(rf"{opening}([^{opening}{closing}\n]{{1,300}}){closing}" for opening, closing in
+                              ("“”", "「」", "『』", "《》", "〈〉", "«»", "„“")) + r'|"([^"\n]{1,300})"')
+_WORD = re.compile(r"[^\W\d_](?:[^\W_]|[-'’](?=[^\W_]))*")
+_HEADING_WORDS = 12
+_ENDINGS = ("", "s", "n", "an", "ian", "ese", "ish", "i", "y", "ic", "es", "a", "e", "ans", "ians")
+"""What hangs on the stem of a name: Korea, Korean; Italy, Italian."""
+_MIN_STEM = 4
+_POSSESSIVE = re.compile(r"['’]s?$")
+MAX_TOLD = 5
+"""Facts that a verdict names."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one text."""
+
+    numbers: Numbers
+    """As values."""
+    names: frozenset[str]
+    """Words, as they are written."""
+    quotes: frozenset[str]
+    """Without their marks."""
+
+
+def facts_of(text: str, language: str) -> Facts:
+    """Return the facts of a text in a language."""
+    return Facts(numbers_of(text, language), frozenset(names_of(text, language)), frozenset(quotes_of(text)))
+
+
+def quotes_of(text: str) -> list[str]:
+    """Return what stands between marks of quotation, in order."""
+    return [quote.strip() for match in _QUOTES.finditer(text) if (quote := next(filter(None, match.groups())))
+            and quote.strip()]
+
+
+def names_of(text: str, language: str) -> list[str]:
+    """Return the words that are seen to be names, in order."""
+    has_case = customs_of(language).has_case
+    is_latin = "LATIN" in LANGUAGES.get(language, ())
+    found: list[str] = []
+    for line in text.splitlines():
+        words = list(_WORD.finditer(line))
+        if has_case and _is_heading(line, [match[0] for match in words]):
+            continue
+        for match in words:
+            word = _POSSESSIVE.sub("", match[0])
+            is_latin_word = word.isascii() and len(word) > 1
+            if ((has_case and _is_name(line, match.start(), word))
+                    or (not is_latin and not has_case and is_latin_word)):
+                found.append(word)
+    return found
+
+
+def _is_heading(line: str, words: list[str]) -> bool:
+    """Return whether a line is a title, in which every word may have a capital."""
+    capitals = sum(word[0].isupper() for word in words)
+    return (len(words) <= _HEADING_WORDS and capitals * 2 > len(words)
+            and not line.rstrip().endswith((".", "!", "?", "。", ":", ";", ",", '"', "”")))
+
+
+def _is_name(line: str, start: int, word: str) -> bool:
+    if word == "I" or not any(c.isupper() for c in word):
+        return False
+    if len(word) > 1 and any(c.isupper() for c in word[1:].replace("-", "")):
+        return "-" not in word or word[0].isupper()
+    before = line[:start].rstrip()
+    begins = not before or before[-1] in ".!?:;…。！？\"“”'‘’«»„([{*#>|-–—•0123456789)"
+    return word[0].isupper() and not begins
+
+
+def unsupported(made: Facts, source: str, source_facts: Facts, *, compare_names: bool = True) -> Facts:
+    """Return what a text states that its source does not.
+
+    Args:
+        made: facts of the text.
+        source: the text that it was made from.
+        source_facts: its facts.
+        compare_names: without: they are written in another script there.
+    """
+    words = {_POSSESSIVE.sub("", word) for word in _WORD.findall(fold(source))}
+    words |= {part for word in words for part in word.split("-")}
+    names = {name for name in made.names if compare_names and not _stands_among(name, words)}
+    flat = _flat(source)
+    quotes = {quote for quote in made.quotes if compare_names and _flat(quote).strip(".,!?… ") not in flat}
+    return Facts(Numbers(made.numbers.stated - source_facts.numbers.known, frozenset()), frozenset(names),
+                 frozenset(quotes))
+
+
+def _stands_among(name: str, words: set[str]) -> bool:
+    folded = fold(name)
+    parts = [folded] if folded in words else folded.split("-")
+    return all(part in words or any(_same_stem(part, word) for word in words) for part in parts if part)
+
+
+def _same_stem(one: str, other: str) -> bool:
+    """Return whether two words differ in the ending of a name alone."""
+    shared = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return any(one[at:] in _ENDINGS and other[at:] in _ENDINGS for at in range(_MIN_STEM, shared + 1))
+
+
+def _flat(text: str) -> str:
+    return " ".join(fold(text).split())
+
+
+def fact_verdicts(made: str, source: str, language: str, source_language: str) -> list[Verdict]:
+    """Return whether all numbers, names and quoted strings of a text stand in the one that it was made from.
+
+    Of a text in another language names and quotes are not compared, which are written otherwise there.
+    """
+    facts = unsupported(facts_of(made, language), source, facts_of(source, source_language),
+                        compare_names=language == source_language)
+    return [Verdict(check, not found, _told(found)) for check, found in (
+        ("numbers", facts.numbers.stated), ("names", facts.names), ("quotes", facts.quotes))]
+
+
+def kept_share(made: str, source: str, language: str, source_language: str) -> float | None:
+    """Return the share of a source's numbers and names that a text made from it has; None: it has too few."""
+    facts = facts_of(source, source_language)
+    made_facts = numbers_of(made, language).known
+    kept = [number in made_facts for number in facts.numbers.stated]
+    if language == source_language:
+        words = {_POSSESSIVE.sub("", word) for word in _WORD.findall(fold(made))}
+        kept += [_stands_among(name, words) for name in facts.names]
+    return sum(kept) / len(kept) if len(kept) >= MIN_FACTS else None
+
+
+MIN_FACTS = 3
+"""With fewer numbers and names in a source their share says nothing."""
+
+
+def _told(found: frozenset[str]) -> str:
+    return ("not in the source: " + ", ".join(name[:60] for name in sorted(found)[:MAX_TOLD])) if found else ""

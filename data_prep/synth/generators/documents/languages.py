@@ -1,0 +1,53 @@
+"""The language of what was made: by its script, and by a model of languages where several share one."""
+
+from __future__ import annotations
+
+from data_prep.libraries import require
+from data_prep.quality.forms import form_of, language_part
+from data_prep.quality.identify import KNOWN, UNKNOWN, identify
+from data_prep.synth.sample import Verdict
+from megatron_sov.documents.scripts import LANGUAGES, letters_by_script
+from megatron_sov.errors import nearest
+from megatron_sov.rewards.language import Language
+
+MIN_SCORE = 0.5
+"""Below it the language of a text is not sure."""
+MIN_LETTERS = 80
+"""The model of languages that share a script is asked about texts of so many letters."""
+MAX_FOREIGN_SHARE = 0.1
+"""Of letters that are neither the language's nor Latin."""
+_SCRIPTS = Language(also=("en",), max_also_share=0.4, min_share=0.4)
+
+
+def language_problems(name: str, language: str, needed: bool = False) -> list[str]:
+    """Return what is wrong with a setting that is a language, or empty where it is not needed."""
+    if not language and not needed:
+        return require(name, "py3langid")
+    if language not in LANGUAGES or language not in KNOWN:
+        return [f"{name} = {language!r} is no language that is told apart{nearest(language, LANGUAGES)} "
+                f"(languages: {', '.join(sorted(set(LANGUAGES) & KNOWN))})"]
+    return require(name, "py3langid")
+
+
+def language_of(text: str) -> str:
+    """Return the language of a text as an ISO 639-1 code; empty where it is not sure, or not one whose script
+    is known."""
+    language, score = identify(language_part(text, form_of(text)))
+    return language if score >= MIN_SCORE and language != UNKNOWN and language in LANGUAGES else ""
+
+
+def in_language(text: str, language: str) -> Verdict:
+    """Return whether a text is in a language; names and terms in Latin letters may stand in it.
+
+    A short text is judged by its letters alone, which do not tell languages apart that share a script.
+    """
+    script = _SCRIPTS.score({"response": text, "language": language})
+    if not (seen := script.components).get("num_letters", 1):
+        return Verdict("language", True, "no letters")
+    if script.reward == 0 or seen["foreign_share"] > MAX_FOREIGN_SHARE:
+        return Verdict("language", False, f"{seen['own_share']:.0%} of the letters are in a script of {language}, "
+                                          f"{seen['foreign_share']:.0%} in foreign ones")
+    found, score = identify(text)
+    if sum(letters_by_script(text).values()) >= MIN_LETTERS and found not in (language, UNKNOWN) and score >= MIN_SCORE:
+        return Verdict("language", False, f"reads as {found} ({score:.2f}), must be {language}")
+    return Verdict("language", True, language)

@@ -1,0 +1,147 @@
+"""Numbers that a text states, as values: 1,200,000, 1.2 million and 120만 are one number.
+
+What is written in digits is `stated`; what stands in words, or in the name of a month, is known beside it, so
+that "three ships" of a source supports the "3" of a text made from it, and "March 5" the "3월 5일" of its
+translation.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from data_prep.synth.generators.documents.customs import Customs, customs_of
+from megatron_sov.documents.unspaced import OF_RUNS, in_brackets
+
+MAX_DIGITS = 40
+"""A longer run of digits is compared as it stands and not as a value."""
+_SIGNS = str.maketrans({"，": ",", "．": ".", "\u00a0": "'", "\u202f": "'", "\u2009": "'", "’": "'"})
+_DIGITS = re.compile(r"(?<![A-Za-z_\d])\d+(?:[.,']\d+)*")
+_WITH_THOUSANDS = {False: re.compile(r"\d{1,3}([,'])\d{3}(?:\1\d{3})*(?:\.\d+)?"),
+                   True: re.compile(r"\d{1,3}([.'])\d{3}(?:\1\d{3})*(?:,\d+)?")}
+_SHORT_MONTH_CHARS = 3
+_UNSPACED = re.compile(f"[{in_brackets(OF_RUNS)}]")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of a text; each as its value in lowest terms."""
+
+    stated: frozenset[str]
+    """In digits."""
+    told: frozenset[str]
+    """In words, by the name of a month, or as a part of a number such as 3만 5천."""
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Return all of them."""
+        return self.stated | self.told
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Digits with the words that multiply them."""
+
+    begin: int
+    end: int
+    value: Fraction
+    factor: int
+
+
+def numbers_of(text: str, language: str = "en") -> Numbers:
+    """Return the numbers of a text in a language; digits that hang on Latin letters (B52) belong to a name."""
+    customs = customs_of(language)
+    plain = _ascii_digits(text)
+    stated: set[str] = set()
+    told = _told(text, customs)
+    run: list[_Part] = []
+    for part in [*_parts(plain, customs, stated), None]:
+        if run and (part is None or not _goes_on(plain, run[-1], part, customs)):
+            stated.add(str(sum(p.value for p in run)))
+            told |= {str(p.value) for p in run}
+            run = []
+        if part is not None:
+            run.append(part)
+    return Numbers(frozenset(stated), frozenset(told))
+
+
+def _ascii_digits(text: str) -> str:
+    """Return a text with the digits of all scripts as ASCII's."""
+    if not text.isascii():
+        text = "".join(str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in text)
+    return text.translate(_SIGNS)
+
+
+def _parts(text: str, customs: Customs, apart: set[str]) -> Iterator[_Part]:
+    """Yield the numbers of a text with what multiplies them; what is no value goes to `apart`."""
+    units = {**customs.glued, **customs.multipliers}
+    behind = _multipliers(tuple(customs.glued), tuple(customs.multipliers))
+    for match in _DIGITS.finditer(text):
+        *before, last = _values(match[0], customs.decimal_comma)
+        apart.update(before)
+        if len(last) > MAX_DIGITS:
+            apart.add(last)
+            continue
+        end, factor = match.end(), 1
+        # an article of a law (제5조) is no five trillion
+        while not (text[match.start() - 1:match.start()] == "제" and text[end:end + 1] == "조") and (
+                word := behind.match(text, end)):
+            factor *= units[(word[1] or word[2]).lower()]
+            end = word.end()
+        yield _Part(match.start(), end, Fraction(last) * factor, factor)
+
+
+@lru_cache(maxsize=64)
+def _multipliers(glued: tuple[str, ...], spaced: tuple[str, ...]) -> re.Pattern[str]:
+    """Return what finds a word that multiplies the number before it."""
+    never = r"(?!)"
+    return re.compile(rf"\s?({_any_of(glued) or never})(?!각|큼)"
+                      rf"|[\s'-]{{0,2}}({_any_of(spaced) or never})(?![^\W\d_])", re.IGNORECASE)
+
+
+def _any_of(words: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(words, key=lambda word: (-len(word), word))))
+
+
+def _goes_on(text: str, part: _Part, after: _Part, customs: Customs) -> bool:
+    """Return whether the number that follows is the rest of this one, as 5천 is of 3만 5천."""
+    return (bool(customs.glued) and part.factor > 1 and text[part.end:after.begin] in ("", " ")
+            and after.value < part.factor)
+
+
+def _values(digits: str, decimal_comma: bool) -> list[str]:
+    """Return the value of digits with signs between them; of a date or a list such as 1,2,3 each part's."""
+    point = "," if decimal_comma else "."
+    if _WITH_THOUSANDS[decimal_comma].fullmatch(digits):
+        whole, _, rest = digits.partition(point)
+        return [_value(re.sub(r"\D", "", whole), rest)]
+    if re.fullmatch(rf"\d+(?:\{point}\d+)?", digits):
+        whole, _, rest = digits.partition(point)
+        return [_value(whole, rest)]
+    return [_value(part, "") for part in re.split(r"\D", digits)]
+
+
+def _value(whole: str, rest: str) -> str:
+    if len(whole) + len(rest) > MAX_DIGITS:
+        return f"{whole}.{rest}"
+    return str(Fraction(f"{whole}.{rest or '0'}"))
+
+
+def _told(text: str, customs: Customs) -> set[str]:
+    """Return the values of words for numbers and of months."""
+    folded = text.casefold()
+    words = re.findall(r"[^\W\d_]+", folded)
+    present = set(words)
+    months = [*zip(customs.months, range(1, 13), strict=False)]
+    months += [(name[:_SHORT_MONTH_CHARS], month) for name, month in months if name.isascii()]
+    told = {str(value) for name, value in [*customs.words.items(), *months]
+            if (name in folded if _UNSPACED.search(name) else name in present)}
+    for one, other in zip(words, words[1:], strict=False):  # twenty-five
+        tens, ones = customs.words.get(one, 0), customs.words.get(other, 0)
+        if 20 <= tens <= 90 and 0 < ones < 10:
+            told.add(str(tens + ones))
+    return told

@@ -1,0 +1,89 @@
+"""Documents of a user as items: the pieces of documents that a model is asked about, and how it is shown them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.synth.generator import Item
+from data_prep.synth.generators.documents.languages import language_problems
+from megatron_sov.documents import Reading, list_files, read_documents
+from megatron_sov.documents.cutting import cut_text
+from megatron_sov.errors import UserError
+
+ID_CHARS = 24
+
+
+@dataclass(frozen=True)
+class DocumentSettings:
+    """What every generator that starts from documents is told."""
+
+    language: str = ""
+    """Language of what is made, as an ISO 639-1 code such as ko; empty: that of each document."""
+    text_field: str = "text"
+    """Field of a record that holds the document."""
+    min_piece_bytes: int = 200
+    """A shorter document, or last piece of one, is left out."""
+    max_piece_bytes: int = 12_000
+    """A longer document is cut at blank lines, lines or blanks, and each piece is an item."""
+    licence: str = ""
+    """Of the documents, as it goes into the provenance of what is made."""
+    temperature: float = 0.7
+    """Of what is written; what is checked is asked at 0."""
+    max_tokens: int = 4096
+    """That an answer may have; an answer that is cut off there is not kept."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = language_problems("language", self.language)
+        if not 0 < self.min_piece_bytes <= self.max_piece_bytes:
+            p.append(f"min_piece_bytes = {self.min_piece_bytes} and max_piece_bytes = {self.max_piece_bytes}: "
+                     "need 0 < min_piece_bytes <= max_piece_bytes")
+        if not 0 <= self.temperature <= 2:
+            p.append(f"temperature = {self.temperature} must lie from 0 to 2")
+        if self.max_tokens < 1:
+            p.append(f"max_tokens = {self.max_tokens} must be at least 1")
+        return p
+
+
+def share_problems(settings: object, *names: str) -> list[str]:
+    """Return what is wrong with settings that are shares."""
+    return [f"{name} = {value} must be a share from 0 to 1" for name in names
+            if not 0 <= (value := getattr(settings, name)) <= 1]
+
+
+def grade_problems(settings: object, *names: str) -> list[str]:
+    """Return what is wrong with settings that are the least grade of a judge."""
+    return [f"{name} = {value} must lie from 0 (no judge) to 10" for name in names
+            if not 0 <= (value := getattr(settings, name)) <= 10]
+
+
+def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[Item]:
+    """Yield the pieces of all documents as items with the field `text`, each text once.
+
+    Raises:
+        UserError: a file cannot be read or holds something else, or there is not one piece.
+    """
+    seen: set[int] = set()
+    reading = Reading(kind="text", text_field=settings.text_field)
+    for path in inputs:
+        for document in read_documents(list_files(path), reading):
+            for piece in cut_text(document.text, settings.max_piece_bytes):
+                text = piece.strip()
+                if len(text.encode()) < settings.min_piece_bytes:
+                    continue
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                if (number := int(digest[:16], 16)) not in seen:
+                    seen.add(number)
+                    yield Item(digest[:ID_CHARS], {"text": text}, path.name, settings.licence)
+    if not seen:
+        raise UserError(f"--input {', '.join(map(str, inputs))}: holds no document of "
+                        f"{settings.min_piece_bytes} bytes or more; pass documents, or lower min_piece_bytes")
+
+
+def fenced(text: str) -> str:
+    """Return a text between two equal lines that its writer could not know, as prompts say."""
+    fence = f"=== {hashlib.sha256(text.encode()).hexdigest()[:ID_CHARS]} ==="
+    return f"{fence}\n{text}\n{fence}"

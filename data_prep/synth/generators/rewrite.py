@@ -1,0 +1,138 @@
+"""`rewrite`: a document said again in other words, which states nothing that it did not state.
+
+As Nemotron-CC does with the documents of the web (arXiv 2412.02595): paraphrases in the manner of an
+encyclopedia and clear prose, here with checks of what was kept, and as a dialogue besides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generators.documents.customs import name_of
+from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
+from data_prep.synth.generators.documents.judging import FAITHFUL, graded
+from data_prep.synth.generators.documents.languages import in_language, language_of
+from data_prep.synth.generators.documents.likeness import bounds_verdict, copied_share, size_ratio
+from data_prep.synth.generators.documents.pieces import (
+    DocumentSettings,
+    document_items,
+    fenced,
+    grade_problems,
+    share_problems,
+)
+from data_prep.synth.generators.documents.tagged import complete, malformed, read_tagged
+from data_prep.synth.sample import Kind, Sample, Verdict
+
+STYLES = ("clearer", "encyclopedic", "dialogue")
+MIN_TURNS = 4
+"""Of a dialogue."""
+_TURN = re.compile(r"([AB]): \S.*")
+
+
+@dataclass(frozen=True)
+class RewriteSettings(DocumentSettings):
+    """What is rewritten how, and what is kept."""
+
+    styles: tuple[str, ...] = STYLES
+    """Each document is rewritten once in each: clearer, encyclopedic, dialogue."""
+    copied_words: int = 8
+    """Runs of so many words that stand in the document count as copied."""
+    max_copied_share: float = 0.4
+    """Of the rewrite's runs of words, those that are copied; more is a copy."""
+    min_kept_share: float = 0.5
+    """Of the document's numbers and names, those that the rewrite has; fewer is a summary, or another text."""
+    min_ratio: float = 0.4
+    """Of the rewrite's words to the document's, where both are in one language."""
+    max_ratio: float = 2.5
+    """The same; more was made up, or is said twice."""
+    min_faithfulness: float = 7.0
+    """Of 10, from the judge: whether all that it says follows from the document; 0: no judge."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = super().problems()
+        p += [f"styles has {style!r}; the styles are {', '.join(STYLES)}"
+              for style in self.styles if style not in STYLES]
+        if not self.styles or len(set(self.styles)) < len(self.styles):
+            p.append(f"styles = {','.join(self.styles)!r} must name at least one style, and none twice")
+        if self.copied_words < 1:
+            p.append(f"copied_words = {self.copied_words} must be at least 1")
+        if not 0 <= self.min_ratio < self.max_ratio:
+            p.append(f"min_ratio = {self.min_ratio} must be below max_ratio = {self.max_ratio}")
+        return (p + share_problems(self, "max_copied_share", "min_kept_share")
+                + grade_problems(self, "min_faithfulness"))
+
+
+class Rewrite(Generator):
+    """Rewrites each document in each style."""
+
+    name: ClassVar[str] = "rewrite"
+    kind: ClassVar[Kind] = "text"
+    help: ClassVar[str] = "documents in other words: clearer, as an encyclopedia, as a dialogue"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "rewrite/rewrite": ("document", "language", "style")}
+    Settings: ClassVar[type[Any]] = RewriteSettings
+    settings: RewriteSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield the pieces of the documents; raises UserError as `document_items` does."""
+        return document_items(inputs, self.settings)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield a rewrite in each style."""
+        source: str = item.fields["text"]
+        source_language = language_of(source)
+        if not source_language:
+            yield unknown_language(source, item.id)
+            return
+        for style in self.settings.styles:
+            yield self._sample(source, source_language, style, item.id, ask)
+
+    def _sample(self, source: str, source_language: str, style: str, group: str, ask: Ask) -> Sample:
+        settings = self.settings
+        language = settings.language or source_language
+        record = {"style": style, "language": language}
+        reply, = ask("rewrite/rewrite", temperature=settings.temperature, max_tokens=settings.max_tokens,
+                     document=fenced(source), language=name_of(language), style=style)
+        found = read_tagged(reply.text, "rewrite")
+        if found is None:
+            return malformed(reply, record, group)
+        text = found["rewrite"]
+        said = re.sub(r"^[AB]: ", "", text, flags=re.MULTILINE) if style == "dialogue" else text
+        copied = copied_share(said, source, settings.copied_words)
+        ratio, kept = size_ratio(said, source), kept_share(said, source, language, source_language)
+        verdicts = [complete(reply), in_language(said, language),
+                    *([dialogue(text)] if style == "dialogue" else []),
+                    *fact_verdicts(said, source, language, source_language),
+                    bounds_verdict("copied", copied, 0, settings.max_copied_share)]
+        if language == source_language:
+            verdicts.append(bounds_verdict("length", ratio, settings.min_ratio, settings.max_ratio))
+        if kept is not None:
+            verdicts.append(bounds_verdict("kept facts", kept, settings.min_kept_share, 1))
+        if settings.min_faithfulness and all(verdict.passed for verdict in verdicts):
+            verdicts.append(graded(ask, "faithful", FAITHFUL, {"source": source, "text": text},
+                                   settings.min_faithfulness))
+        notes = {"copied_share": round(copied, 4), "size_ratio": round(ratio, 4), "kept_share": kept}
+        return Sample({"text": text, **record}, tuple(verdicts), group, notes)
+
+
+def dialogue(text: str) -> Verdict:
+    """Return whether a text is a dialogue: turns of A and B, who alternate."""
+    turns = [_TURN.fullmatch(line) for line in text.splitlines() if line.strip()]
+    speakers = [turn[1] for turn in turns if turn]
+    if len(speakers) < len(turns):
+        return Verdict("dialogue", False, "a line is no turn of A or B")
+    alternate = all(a != b for a, b in pairwise(speakers))
+    return Verdict("dialogue", alternate and len(speakers) >= MIN_TURNS and speakers[0] == "A",
+                   f"{len(speakers)} turns{'' if alternate else ', one speaks twice in a row'}")
+
+
+def unknown_language(source: str, group: str) -> Sample:
+    """Return the sample of a document in no language that is known: it is asked about nothing."""
+    return Sample({"text": source[:200]}, (Verdict("source language", False, "not sure, or none"),), group)
