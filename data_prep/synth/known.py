@@ -8,6 +8,12 @@ from data_prep.synth.generator import Generator
 from megatron_sov.errors import UserError, nearest
 
 GENERATORS: dict[str, str] = {
+    "multihop": "data_prep.synth.generators.multihop:Multihop",
+    "questions": "data_prep.synth.generators.questions:Questions",
+    "rewrite": "data_prep.synth.generators.rewrite:Rewrite",
+    "textbook": "data_prep.synth.generators.textbook:Textbook",
+    "translation": "data_prep.synth.generators.translation:Translation",
+    "triples": "data_prep.synth.generators.triples:Triples",
 }
 """Name on the command line -> module:class."""
 

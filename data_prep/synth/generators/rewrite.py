@@ -18,7 +18,7 @@ from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
 from data_prep.synth.generators.documents.judging import FAITHFUL, graded
 from data_prep.synth.generators.documents.languages import in_language, language_of
-from data_prep.synth.generators.documents.likeness import bounds_verdict, copied_share, size_ratio
+from data_prep.synth.generators.documents.likeness import copied_share, size_ratio
 from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
     document_items,
@@ -26,7 +26,8 @@ from data_prep.synth.generators.documents.pieces import (
     grade_problems,
     share_problems,
 )
-from data_prep.synth.generators.documents.tagged import complete, malformed, read_tagged
+from data_prep.synth.generators.documents.tagged import malformed, read_tagged
+from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, within
 from data_prep.synth.sample import Kind, Sample, Verdict
 
 STYLES = ("clearer", "encyclopedic", "dialogue")
@@ -46,7 +47,7 @@ class RewriteSettings(DocumentSettings):
     max_copied_share: float = 0.4
     """Of the rewrite's runs of words, those that are copied; more is a copy."""
     min_kept_share: float = 0.5
-    """Of the document's numbers and names, those that the rewrite has; fewer is a summary, or another text."""
+    """Of the document's numbers and names, those that the rewrite has; fewer is another text."""
     min_ratio: float = 0.4
     """Of the rewrite's words to the document's, where both are in one language."""
     max_ratio: float = 2.5
@@ -73,7 +74,7 @@ class Rewrite(Generator):
     """Rewrites each document in each style."""
 
     name: ClassVar[str] = "rewrite"
-    kind: ClassVar[Kind] = "text"
+    kind: Kind = "text"
     help: ClassVar[str] = "documents in other words: clearer, as an encyclopedia, as a dialogue"
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "rewrite/rewrite": ("document", "language", "style")}
@@ -89,7 +90,7 @@ class Rewrite(Generator):
         source: str = item.fields["text"]
         source_language = language_of(source)
         if not source_language:
-            yield unknown_language(source, item.id)
+            yield unknown_language(source)
             return
         for style in self.settings.styles:
             yield self._sample(source, source_language, style, item.id, ask)
@@ -110,12 +111,12 @@ class Rewrite(Generator):
         verdicts = [complete(reply), in_language(said, language),
                     *([dialogue(text)] if style == "dialogue" else []),
                     *fact_verdicts(said, source, language, source_language),
-                    bounds_verdict("copied", copied, 0, settings.max_copied_share)]
+                    within("copied", copied, 0, settings.max_copied_share)]
         if language == source_language:
-            verdicts.append(bounds_verdict("length", ratio, settings.min_ratio, settings.max_ratio))
+            verdicts.append(within("length", ratio, settings.min_ratio, settings.max_ratio))
         if kept is not None:
-            verdicts.append(bounds_verdict("kept facts", kept, settings.min_kept_share, 1))
-        if settings.min_faithfulness and all(verdict.passed for verdict in verdicts):
+            verdicts.append(within("kept facts", kept, settings.min_kept_share, 1))
+        if settings.min_faithfulness and are_passed(verdicts):
             verdicts.append(graded(ask, "faithful", FAITHFUL, {"source": source, "text": text},
                                    settings.min_faithfulness))
         notes = {"copied_share": round(copied, 4), "size_ratio": round(ratio, 4), "kept_share": kept}
@@ -131,8 +132,3 @@ def dialogue(text: str) -> Verdict:
     alternate = all(a != b for a, b in pairwise(speakers))
     return Verdict("dialogue", alternate and len(speakers) >= MIN_TURNS and speakers[0] == "A",
                    f"{len(speakers)} turns{'' if alternate else ', one speaks twice in a row'}")
-
-
-def unknown_language(source: str, group: str) -> Sample:
-    """Return the sample of a document in no language that is known: it is asked about nothing."""
-    return Sample({"text": source[:200]}, (Verdict("source language", False, "not sure, or none"),), group)

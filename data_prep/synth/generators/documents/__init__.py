@@ -1,1 +1,1 @@
-"""What generators that start from documents share: pieces of documents, and checks that nothing was made up."""
+"""What generators that start from documents share: their pieces, and checks that nothing was made up."""

@@ -9,8 +9,6 @@ from megatron_sov.documents.overlap import fold
 from megatron_sov.documents.unspaced import OF_RUNS, in_brackets
 from megatron_sov.rewards.answers import final_answer, normalized
 
-MAX_SHORT_CHARS = 80
-"""A longer answer is a statement, which is not compared letter by letter."""
 _PARTICLE = re.compile(
     r"(?<=[가-힣0-9a-z)])(?:입니다|이었습니다|였습니다|이에요|예요|이었다|였다|이다|에서|에게|으로|이라고|라고|까지|부터|은|는|이|가"
     r"|을|를|의|에|로|와|과|도)$|(?:ครับ|ค่ะ|です|でした|である)$")
@@ -24,8 +22,8 @@ def answer_in(reply: str) -> str:
 
 
 def same_answer(given: str, expected: str, language: str) -> bool:
-    """Return whether two short answers are the same but for case, articles, brackets, blanks, and what Korean,
-    Thai and Japanese hang on a word; numbers are compared by value."""
+    """Return whether two short answers are the same but for case, articles, brackets, blanks, and what
+    Korean, Thai and Japanese hang on a word; numbers are compared by value."""
     one, other = _bare(given), _bare(expected)
     if not one or not other:
         return False
@@ -46,7 +44,7 @@ def _bare(text: str) -> str:
 
 
 def stands_in(answer: str, document: str) -> bool:
-    """Return whether a document has an answer word for word; not where it is a part of another word or number.
+    """Return whether a document has an answer word for word; no part of another word or number is one.
 
     Words go on behind a Korean one, as particles do, and on both sides of those of scripts without blanks.
     """
@@ -56,9 +54,10 @@ def stands_in(answer: str, document: str) -> bool:
     place = text.find(wanted)
     while place >= 0:
         before, behind = text[place - 1:place], text[place + len(wanted):][:2]
-        if not _continues(before, wanted[0], False) and not _continues(behind[:1], wanted[-1], True):
-            if not (wanted[-1].isdigit() and re.match(r"[.,]\d", behind)):
-                return True
+        ends = not _continues(behind[:1], wanted[-1], True) and not (
+            wanted[-1].isdigit() and re.match(r"[.,]\d", behind))
+        if ends and not _continues(before, wanted[0], False):
+            return True
         place = text.find(wanted, place + 1)
     return False
 

@@ -28,6 +28,8 @@ class Customs:
     """The same where no blank stands between."""
     words: Mapping[str, int] = field(default_factory=dict)
     """Numbers written as words."""
+    pronouns: frozenset[str] = frozenset()
+    """Words that stand for a name and are none."""
     months: tuple[str, ...] = ()
     """Names of months, first January."""
 
@@ -36,7 +38,8 @@ class Customs:
 def all_customs() -> Mapping[str, Customs]:
     """Return ISO 639-1 code -> customs."""
     table = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    return {code: Customs(**{**entry, "months": tuple(entry.get("months", ()))})
+    return {code: Customs(**{**entry, "months": tuple(entry.get("months", ())),
+                             "pronouns": frozenset(entry.get("pronouns", "").split())})
             for code, entry in table.items()}
 
 

@@ -18,11 +18,14 @@ from megatron_sov.documents.scripts import LANGUAGES
 _QUOTES = re.compile("|".join(rf"{opening}([^{opening}{closing}\n]{{1,300}}){closing}" for opening, closing in
                               ("“”", "「」", "『』", "《》", "〈〉", "«»", "„“")) + r'|"([^"\n]{1,300})"')
 _WORD = re.compile(r"[^\W\d_](?:[^\W_]|[-'’](?=[^\W_]))*")
+_LATIN_WORD = re.compile(r"[A-Za-z](?:[A-Za-z0-9]|[-'’](?=[A-Za-z0-9]))+")
 _HEADING_WORDS = 12
 _ENDINGS = ("", "s", "n", "an", "ian", "ese", "ish", "i", "y", "ic", "es", "a", "e", "ans", "ians")
 """What hangs on the stem of a name: Korea, Korean; Italy, Italian."""
 _MIN_STEM = 4
 _POSSESSIVE = re.compile(r"['’]s?$")
+MIN_FACTS = 3
+"""With fewer numbers and names in a source their share says nothing."""
 MAX_TOLD = 5
 """Facts that a verdict names."""
 
@@ -52,19 +55,15 @@ def quotes_of(text: str) -> list[str]:
 
 def names_of(text: str, language: str) -> list[str]:
     """Return the words that are seen to be names, in order."""
-    has_case = customs_of(language).has_case
-    is_latin = "LATIN" in LANGUAGES.get(language, ())
+    if not customs_of(language).has_case:
+        is_latin = "LATIN" in LANGUAGES.get(language, ())  # where every noun has a capital, none tells a name
+        return [] if is_latin else [_POSSESSIVE.sub("", word) for word in _LATIN_WORD.findall(text)]
     found: list[str] = []
     for line in text.splitlines():
         words = list(_WORD.finditer(line))
-        if has_case and _is_heading(line, [match[0] for match in words]):
-            continue
-        for match in words:
-            word = _POSSESSIVE.sub("", match[0])
-            is_latin_word = word.isascii() and len(word) > 1
-            if ((has_case and _is_name(line, match.start(), word))
-                    or (not is_latin and not has_case and is_latin_word)):
-                found.append(word)
+        if not _is_heading(line, [match[0] for match in words]):
+            bare = [(match.start(), _POSSESSIVE.sub("", match[0])) for match in words]
+            found += [word for start, word in bare if _is_name(line, start, word)]
     return found
 
 
@@ -94,13 +93,19 @@ def unsupported(made: Facts, source: str, source_facts: Facts, *, compare_names:
         source_facts: its facts.
         compare_names: without: they are written in another script there.
     """
-    words = {_POSSESSIVE.sub("", word) for word in _WORD.findall(fold(source))}
-    words |= {part for word in words for part in word.split("-")}
+    words = _words(source)
     names = {name for name in made.names if compare_names and not _stands_among(name, words)}
     flat = _flat(source)
     quotes = {quote for quote in made.quotes if compare_names and _flat(quote).strip(".,!?… ") not in flat}
     return Facts(Numbers(made.numbers.stated - source_facts.numbers.known, frozenset()), frozenset(names),
                  frozenset(quotes))
+
+
+def _words(text: str) -> set[str]:
+    """Return the words of a text without their endings, those in Latin letters apart from what hangs on them."""
+    folded = fold(text)
+    words = {_POSSESSIVE.sub("", word) for word in (*_WORD.findall(folded), *_LATIN_WORD.findall(folded))}
+    return words | {part for word in words for part in word.split("-")}
 
 
 def _stands_among(name: str, words: set[str]) -> bool:
@@ -140,14 +145,11 @@ def kept_share(made: str, source: str, language: str, source_language: str) -> f
     made_facts = numbers_of(made, language).known
     kept = [number in made_facts for number in facts.numbers.stated]
     if language == source_language:
-        words = {_POSSESSIVE.sub("", word) for word in _WORD.findall(fold(made))}
-        kept += [_stands_among(name, words) for name in facts.names]
+        words = _words(made)
+        kept += [_stands_among(name, words) for name in facts.names if not name.islower()]
     return sum(kept) / len(kept) if len(kept) >= MIN_FACTS else None
 
 
-MIN_FACTS = 3
-"""With fewer numbers and names in a source their share says nothing."""
-
-
 def _told(found: frozenset[str]) -> str:
-    return ("not in the source: " + ", ".join(name[:60] for name in sorted(found)[:MAX_TOLD])) if found else ""
+    told = ", ".join(name[:60] for name in sorted(found)[:MAX_TOLD])
+    return f"not in the source: {told}" if found else ""

@@ -45,9 +45,10 @@ def in_language(text: str, language: str) -> Verdict:
     if not (seen := script.components).get("num_letters", 1):
         return Verdict("language", True, "no letters")
     if script.reward == 0 or seen["foreign_share"] > MAX_FOREIGN_SHARE:
-        return Verdict("language", False, f"{seen['own_share']:.0%} of the letters are in a script of {language}, "
-                                          f"{seen['foreign_share']:.0%} in foreign ones")
+        return Verdict("language", False, f"{seen['own_share']:.0%} of the letters are in a script of "
+                                          f"{language}, {seen['foreign_share']:.0%} in foreign ones")
     found, score = identify(text)
-    if sum(letters_by_script(text).values()) >= MIN_LETTERS and found not in (language, UNKNOWN) and score >= MIN_SCORE:
+    is_long = sum(letters_by_script(text).values()) >= MIN_LETTERS
+    if is_long and found not in (language, UNKNOWN) and score >= MIN_SCORE:
         return Verdict("language", False, f"reads as {found} ({score:.2f}), must be {language}")
     return Verdict("language", True, language)

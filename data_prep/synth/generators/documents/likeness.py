@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.synth.sample import Verdict
-from megatron_sov.documents.overlap import find_units
+from megatron_sov.documents.overlap import find_units, fold
+
+LETTERS = 3
+"""Of a run that short texts are compared by."""
 
 
 def copied_share(made: str, source: str, words: int) -> float:
@@ -19,6 +21,12 @@ def size_ratio(made: str, source: str) -> float:
     return find_units(made).size / max(find_units(source).size, 1)
 
 
-def bounds_verdict(check: str, value: float, least: float, most: float) -> Verdict:
-    """Return whether a figure lies within bounds."""
-    return Verdict(check, least <= value <= most, f"{value:.2f}, must lie from {least:g} to {most:g}")
+def letters_likeness(one: str, other: str) -> float:
+    """Return the Jaccard index of the runs of three letters of two short texts."""
+    runs, others = _letter_runs(one), _letter_runs(other)
+    return len(runs & others) / max(len(runs | others), 1)
+
+
+def _letter_runs(text: str) -> set[str]:
+    letters = "".join(c for c in fold(text) if c.isalnum())
+    return {letters[i:i + LETTERS] for i in range(max(1, len(letters) - LETTERS + 1))}

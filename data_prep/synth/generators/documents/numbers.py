@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 from data_prep.synth.generators.documents.customs import Customs, customs_of
 from megatron_sov.documents.unspaced import OF_RUNS, in_brackets
@@ -53,7 +54,7 @@ class _Part:
 
 
 def numbers_of(text: str, language: str = "en") -> Numbers:
-    """Return the numbers of a text in a language; digits that hang on Latin letters (B52) belong to a name."""
+    """Return the numbers of a text; digits that hang on Latin letters (B52) belong to a name."""
     customs = customs_of(language)
     plain = _ascii_digits(text)
     stated: set[str] = set()
@@ -140,7 +141,7 @@ def _told(text: str, customs: Customs) -> set[str]:
     months += [(name[:_SHORT_MONTH_CHARS], month) for name, month in months if name.isascii()]
     told = {str(value) for name, value in [*customs.words.items(), *months]
             if (name in folded if _UNSPACED.search(name) else name in present)}
-    for one, other in zip(words, words[1:], strict=False):  # twenty-five
+    for one, other in pairwise(words):  # twenty-five
         tens, ones = customs.words.get(one, 0), customs.words.get(other, 0)
         if 20 <= tens <= 90 and 0 < ones < 10:
             told.add(str(tens + ones))

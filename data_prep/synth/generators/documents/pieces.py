@@ -1,4 +1,4 @@
-"""Documents of a user as items: the pieces of documents that a model is asked about, and how it is shown them."""
+"""Documents of a user as items: the pieces that a model is asked about, and how it is shown them."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class DocumentSettings:
         """Return one sentence for every rule that these settings break."""
         p = language_problems("language", self.language)
         if not 0 < self.min_piece_bytes <= self.max_piece_bytes:
-            p.append(f"min_piece_bytes = {self.min_piece_bytes} and max_piece_bytes = {self.max_piece_bytes}: "
-                     "need 0 < min_piece_bytes <= max_piece_bytes")
+            p.append(f"min_piece_bytes = {self.min_piece_bytes} and max_piece_bytes = "
+                     f"{self.max_piece_bytes}: need 0 < min_piece_bytes <= max_piece_bytes")
         if not 0 <= self.temperature <= 2:
             p.append(f"temperature = {self.temperature} must lie from 0 to 2")
         if self.max_tokens < 1:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from data_prep.synth.generator import Reply
+from data_prep.synth.generators.documents.verdicts import complete
 from data_prep.synth.sample import Sample, Verdict
 
 MAX_KEPT_CHARS = 2000
@@ -43,11 +44,5 @@ def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
 
 def malformed(reply: Reply, record: Mapping[str, object], group: str = "") -> Sample:
     """Return the sample of a reply that cannot be read, with what was said for the report."""
-    verdicts = (Verdict("complete", not reply.is_cut, "cut off at the limit of tokens" if reply.is_cut else ""),
-                Verdict("form", False, "has not the form that was asked for"))
+    verdicts = (complete(reply), Verdict("form", False, "has not the form that was asked for"))
     return Sample({**record, "text": reply.text[:MAX_KEPT_CHARS]}, verdicts, group)
-
-
-def complete(reply: Reply) -> Verdict:
-    """Return whether an answer ended by itself."""
-    return Verdict("complete", not reply.is_cut, "cut off at the limit of tokens" if reply.is_cut else "")

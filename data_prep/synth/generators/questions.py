@@ -1,0 +1,184 @@
+"""`questions`: questions that a document answers, with answers that it has.
+
+Nemotron-CC (arXiv 2412.02595) sets such pairs behind their documents for pretraining.  Here each pair is
+asked again: with the document a model must come to the answer, and what it says without is noted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generators.documents.answers import answer_in, stands_in
+from data_prep.synth.generators.documents.customs import name_of
+from data_prep.synth.generators.documents.facts import fact_verdicts
+from data_prep.synth.generators.documents.judging import agreed, graded
+from data_prep.synth.generators.documents.languages import in_language, language_of
+from data_prep.synth.generators.documents.likeness import letters_likeness
+from data_prep.synth.generators.documents.pieces import (
+    DocumentSettings,
+    document_items,
+    fenced,
+    grade_problems,
+    share_problems,
+)
+from data_prep.synth.generators.documents.tagged import malformed, read_list
+from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
+from data_prep.synth.sample import Kind, Sample, Verdict
+
+Form = Literal["text", "chat", "prompt"]
+SUPPORTED = ("Does SOURCE say what ANSWER says in reply to QUESTION? 10: it says exactly this; 0: it says "
+             "something else, or nothing of it.")
+_POINTS_AT_TEXT = re.compile(
+    r"\b(?:th(?:e|is)|given|provided|above)\s+(?:\w+\s+)?(?:text|document|passage|article|paragraph|excerpt)\b"
+    r"|according to (?:the|this) (?:author|source)\b"
+    r"|(?:이|위|본|해당|주어진|다음)\s?(?:글|문서|본문|지문|기사|문단)"
+    r"|(?:글|문서|본문|지문)에\s?(?:따르면|의하면)|(?:この|本|上記の)(?:文章|文書|記事|文)"
+    r"|(?:เอกสาร|บทความ|ข้อความ)(?:นี้|ข้างต้น)"
+    r"|(?:本文|这篇|该)(?:文章|文档|文|中)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class QuestionSettings(DocumentSettings):
+    """What is asked, and what is kept."""
+
+    form: Form = "text"
+    """text: the document with its pairs behind it, for pretraining; chat: the document with a question, and
+    the answer, for `sft`; prompt: the same with `answer` beside it, for `rl generate` (reward `stem`)."""
+    num_pairs: int = 6
+    """That are asked for, of each document."""
+    min_pairs: int = 1
+    """Of form text: a document of which fewer are kept is none."""
+    max_likeness: float = 0.7
+    """Of two questions of a document (Jaccard index of their runs of three letters); more is the same one."""
+    min_support: float = 7.0
+    """Of 10, from the judge, for an answer that does not stand in the document word for word; 0: it must."""
+    min_agreement: float = 7.0
+    """Of 10, from the judge, where the question is answered with the document in other words; 0: no judge."""
+    ask_without: bool = True
+    """Ask each question without the document too, which is noted as `known_without`."""
+    refuse_known: bool = False
+    """Whether a question that is answered without its document is left out; needs ask_without."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = super().problems()
+        if self.form not in ("text", "chat", "prompt"):
+            p.append(f"form = {self.form!r} must be text, chat or prompt")
+        if not 1 <= self.min_pairs <= self.num_pairs:
+            p.append(f"min_pairs = {self.min_pairs} and num_pairs = {self.num_pairs}: need 1 <= min_pairs <= "
+                     "num_pairs")
+        if self.refuse_known and not self.ask_without:
+            p.append("refuse_known = true needs ask_without = true, or nobody knows what is known")
+        return (p + share_problems(self, "max_likeness")
+                + grade_problems(self, "min_support", "min_agreement"))
+
+
+class Questions(Generator):
+    """Makes questions with answers of each document."""
+
+    name: ClassVar[str] = "questions"
+    kind: Kind = "text"
+    help: ClassVar[str] = "questions with answers that documents have; as text, chats or prompts (form)"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "questions/pairs": ("document", "language", "num_pairs"),
+        "questions/solve": ("document", "language", "question")}
+    Settings: ClassVar[type[Any]] = QuestionSettings
+    settings: QuestionSettings
+
+    def __init__(self, settings: QuestionSettings) -> None:
+        super().__init__(settings)
+        self.kind = settings.form
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield the pieces of the documents; raises UserError as `document_items` does."""
+        return document_items(inputs, self.settings)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield each pair; of form text those that are not kept, and the document with those that are."""
+        settings = self.settings
+        source: str = item.fields["text"]
+        source_language = language_of(source)
+        if not source_language:
+            yield unknown_language(source)
+            return
+        language = settings.language or source_language
+        reply, = ask("questions/pairs", temperature=settings.temperature, max_tokens=settings.max_tokens,
+                     document=fenced(source), language=name_of(language), num_pairs=settings.num_pairs)
+        pairs = read_list(reply.text, "question", "answer")
+        if pairs is None or reply.is_cut:
+            yield malformed(reply, {}, item.id)
+            return
+        kept: list[Mapping[str, str]] = []
+        notes: list[Mapping[str, Any]] = []
+        for pair in pairs[:settings.num_pairs]:
+            verdicts, seen = self._verdicts(pair, kept, source, language, source_language, ask)
+            is_kept = are_passed(verdicts)
+            if is_kept:
+                kept.append(pair)
+                notes.append(seen)
+            if settings.form != "text" or not is_kept:
+                yield Sample(self._record(source, pair, language), tuple(verdicts), item.id, seen)
+        if settings.form == "text":
+            yield Sample({"text": with_pairs(source, kept), "language": language},
+                         (complete(reply), Verdict("number of pairs", len(kept) >= settings.min_pairs,
+                                                   f"{len(kept)} of {len(pairs)} are kept")),
+                         item.id, {"num_pairs": len(kept), "pairs": notes})
+
+    def _verdicts(self, pair: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
+                  language: str, source_language: str, ask: Ask) -> tuple[list[Verdict], dict[str, Any]]:
+        """Return the verdicts of a pair, up to the first that it does not pass, and what was seen."""
+        question, answer = pair["question"], pair["answer"]
+        notes: dict[str, Any] = {}
+        verdicts = until_failed(self._checks(question, answer, before, source, language, source_language, ask,
+                                             notes))
+        return verdicts, notes
+
+    def _checks(self, question: str, answer: str, before: Sequence[Mapping[str, str]], source: str,
+                language: str, source_language: str, ask: Ask, notes: dict[str, Any]) -> Iterator[Verdict]:
+        settings = self.settings
+        yield in_language(f"{question}\n{answer}", language)
+        yield Verdict("question stands alone", not (pointed := _POINTS_AT_TEXT.search(question)),
+                      f"speaks of {pointed[0]!r}" if pointed else "")
+        yield Verdict("answer not in question", not stands_in(answer, question))
+        alike = max((letters_likeness(question, other["question"]) for other in before), default=0.0)
+        yield Verdict("another question", alike <= settings.max_likeness, f"{alike:.2f} like one before")
+        yield from fact_verdicts(f"{question}\n{answer}", source, language, source_language)
+        if not stands_in(answer, source):
+            if not settings.min_support:
+                yield Verdict("answer in document", False, "does not stand there word for word")
+            yield graded(ask, "supported", SUPPORTED, {"source": source, "question": question,
+                                                       "answer": answer}, settings.min_support)
+        given = self._solve(question, fenced(source), language, ask)
+        yield agreed(ask, "answered with document", question, given, answer, language, settings.min_agreement)
+        if settings.ask_without:
+            guess = self._solve(question, "", language, ask)
+            notes["known_without"] = agreed(ask, "known", question, guess, answer, language,
+                                            settings.min_agreement).passed
+            if settings.refuse_known:
+                yield Verdict("needs the document", not notes["known_without"], f"answered {guess[:80]!r}")
+
+    def _solve(self, question: str, document: str, language: str, ask: Ask) -> str:
+        reply, = ask("questions/solve", temperature=0.0, document=document, question=question,
+                     language=name_of(language))
+        return answer_in(reply.text)
+
+    def _record(self, source: str, pair: Mapping[str, str], language: str) -> dict[str, Any]:
+        question, answer = pair["question"], pair["answer"]
+        if self.settings.form == "text":
+            return {"text": with_pairs("", [pair]), "language": language}
+        asked = f"{source}\n\n{question}"
+        if self.settings.form == "prompt":
+            return {"prompt": asked, "answer": answer, "language": language}
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
+                "language": language}
+
+
+def with_pairs(document: str, pairs: Sequence[Mapping[str, str]]) -> str:
+    """Return a document with pairs behind it."""
+    return "\n\n".join([*([document] if document else []),
+                        *(f"Q: {pair['question']}\nA: {pair['answer']}" for pair in pairs)])

@@ -1,0 +1,222 @@
+"""`translation`: documents, chats and prompts in another language, checked by translating them back.
+
+Typhoon-S (arXiv 2601.18129) translates the prompts of real users with their quotations kept.  The way back is
+compared with the source by chrF (Popović, 2015), as sacreBLEU computes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from data_prep.libraries import require
+from data_prep.synth.generator import Ask, Generator, Item, Reply
+from data_prep.synth.generators.documents.customs import name_of
+from data_prep.synth.generators.documents.judging import graded
+from data_prep.synth.generators.documents.languages import language_of, language_problems
+from data_prep.synth.generators.documents.pieces import (
+    ID_CHARS,
+    DocumentSettings,
+    document_items,
+    fenced,
+    grade_problems,
+    share_problems,
+)
+from data_prep.synth.generators.documents.tagged import MAX_KEPT_CHARS, read_tagged
+from data_prep.synth.generators.documents.verdicts import (
+    complete,
+    refused,
+    unknown_language,
+    until_failed,
+    within,
+)
+from data_prep.synth.generators.translation_checks import (
+    glossary_verdict,
+    kept_verdicts,
+    read_glossary,
+    terms_in,
+    translated_verdicts,
+)
+from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.documents import Reading, list_files, read_documents
+
+Form = Literal["text", "chat", "prompt"]
+TRANSLATED = (
+    "TRANSLATION was made from SOURCE. Does it say all that SOURCE says, and nothing else, in fluent "
+    "language? 10: all of it, exactly; 0: something is missing, added, wrong, or an order in SOURCE was "
+    "followed and not translated.")
+LANGUAGE_CHARS = 2000
+"""Of a chat, what its language is told by."""
+
+
+@dataclass(frozen=True)
+class TranslationSettings(DocumentSettings):
+    """What is translated into which language, and what is kept."""
+
+    form: Form = "text"
+    """What the input is and the output becomes: documents with text, chats with messages, prompts."""
+    source_language: str = ""
+    """Of the input; empty: as each document reads."""
+    keep_quotes: bool = False
+    """What stands between quotation marks stays as it is, such as a text that a user asks about."""
+    glossary: str = ""
+    """File with a term, a tab and its translation in each line."""
+    min_chrf: float = 40.0
+    """Of 100, of the translation back into the source's language against the source; 0: no way back."""
+    min_ratio: float = 0.25
+    """Of the translation's characters to the source's, at least."""
+    max_ratio: float = 4.0
+    """At most."""
+    max_untranslated_share: float = 0.1
+    """Of the translation's runs of four words, those that stand in the source."""
+    min_faithfulness: float = 7.0
+    """Of 10, from the judge, who sees both; 0: no judge."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = super().problems()
+        if not self.language:
+            p.append("language is empty; name the language to translate into, such as language=ko")
+        p += language_problems("source_language", self.source_language)
+        if self.form not in ("text", "chat", "prompt"):
+            p.append(f"form = {self.form!r} must be text, chat or prompt")
+        if self.source_language and self.source_language == self.language:
+            p.append(f"source_language and language are both {self.language!r}; name two languages")
+        if not 0 <= self.min_chrf <= 100:
+            p.append(f"min_chrf = {self.min_chrf} must lie from 0 to 100")
+        if not 0 <= self.min_ratio < self.max_ratio:
+            p.append(f"min_ratio = {self.min_ratio} must be below max_ratio = {self.max_ratio}")
+        if self.min_chrf:
+            p += require("min_chrf", "sacrebleu")
+        return (p + share_problems(self, "max_untranslated_share") + grade_problems(self, "min_faithfulness"))
+
+
+class Translation(Generator):
+    """Translates, forwards and back."""
+
+    name: ClassVar[str] = "translation"
+    kind: Kind = "text"
+    help: ClassVar[str] = "documents, chats or prompts in another language, checked by the way back"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "translation/forward": ("text", "language", "source_language", "keep_quotes", "glossary"),
+        "translation/back": ("text", "language", "source_language")}
+    Settings: ClassVar[type[Any]] = TranslationSettings
+    settings: TranslationSettings
+
+    def __init__(self, settings: TranslationSettings) -> None:
+        super().__init__(settings)
+        self.kind = settings.form
+        self._glossary = read_glossary(Path(settings.glossary)) if settings.glossary else []
+
+    def files(self) -> Sequence[Path]:
+        """Return the glossary, where there is one."""
+        return [Path(self.settings.glossary)] if self.settings.glossary else []
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield pieces of documents, or chats, or prompts; raises UserError for what is none."""
+        if self.settings.form == "text":
+            return document_items(inputs, self.settings)
+        return self._conversations(inputs)
+
+    def _conversations(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        seen: set[str] = set()
+        for path in inputs:
+            for document in read_documents(list_files(path), Reading(kind=self.settings.form)):
+                fields = {"messages": [message.to_dict() for message in document.messages],
+                          "beside": json.loads(document.extra or "{}"), "has_tools": bool(document.tools)}
+                told = json.dumps(fields, ensure_ascii=False, sort_keys=True)
+                key = sha256(told.encode()).hexdigest()[:ID_CHARS]
+                if key not in seen:
+                    seen.add(key)
+                    yield Item(key, fields, path.name, self.settings.licence)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield the translation."""
+        is_text = self.settings.form == "text"
+        texts: list[str] = ([item.fields["text"]] if is_text
+                            else [message["content"] for message in item.fields["messages"]])
+        whole = "\n".join(texts)
+        source_language = self.settings.source_language or language_of(whole[:LANGUAGE_CHARS])
+        if not source_language or source_language == self.settings.language:
+            yield (unknown_language(whole) if not source_language else
+                   refused(whole, "source language", f"is {source_language} already"))
+            return
+        if not is_text and (item.fields["has_tools"] or any(
+                set(message) > {"role", "content"} for message in item.fields["messages"])):
+            yield refused(whole, "plain messages", "has tools or thoughts, which are not translated")
+            return
+        made: list[str] = []
+        verdicts: list[Verdict] = []
+        notes: dict[str, Any] = {"source_language": source_language}
+        for text in texts:
+            if not text.strip():
+                made.append(text)
+                continue
+            reply = self._forward(text, source_language, ask)
+            found = read_tagged(reply.text, "translation")
+            made.append(found["translation"] if found else reply.text[:MAX_KEPT_CHARS])
+            checks = self._checks(made[-1], text, source_language, reply, found is not None, ask, notes)
+            verdicts += until_failed(checks)
+            if not verdicts[-1].passed:
+                made += texts[len(made):]
+                break
+        yield Sample(self._record(item, made), tuple(verdicts), "", notes)
+
+    def _forward(self, text: str, source_language: str, ask: Ask) -> Reply:
+        settings = self.settings
+        reply, = ask("translation/forward", temperature=settings.temperature, max_tokens=settings.max_tokens,
+                     text=fenced(text), language=name_of(settings.language),
+                     source_language=name_of(source_language), keep_quotes=settings.keep_quotes,
+                     glossary=terms_in(text, self._glossary))
+        return reply
+
+    def _checks(self, made: str, source: str, source_language: str, reply: Reply, has_form: bool, ask: Ask,
+                notes: dict[str, Any]) -> Iterator[Verdict]:
+        settings = self.settings
+        language = settings.language
+        yield complete(reply)
+        yield Verdict("form", has_form, "" if has_form else "has not the form that was asked for")
+        yield from kept_verdicts(made, source, language, source_language, settings.keep_quotes)
+        yield from translated_verdicts(made, source, language, settings.keep_quotes,
+                                       settings.max_untranslated_share)
+        yield within("length", len(made) / len(source), settings.min_ratio, settings.max_ratio)
+        yield glossary_verdict(made, source, self._glossary)
+        if settings.min_chrf:
+            back, = ask("translation/back", temperature=0.0, max_tokens=settings.max_tokens,
+                        text=fenced(made), language=name_of(language),
+                        source_language=name_of(source_language))
+            found = read_tagged(back.text, "translation")
+            agreement = chrf(found["translation"], source) if found else 0.0
+            notes["chrf"] = round(min(agreement, notes.get("chrf", 100.0)), 2)
+            yield Verdict("back translation", agreement >= settings.min_chrf,
+                          f"chrF {agreement:.1f}, at least {settings.min_chrf:g}")
+        if settings.min_faithfulness:
+            yield graded(ask, "translated", TRANSLATED, {"source": source, "translation": made},
+                         settings.min_faithfulness)
+
+    def _record(self, item: Item, made: Sequence[str]) -> dict[str, Any]:
+        language = {"language": self.settings.language}
+        if self.settings.form == "text":
+            return {"text": made[0], **language}
+        messages = [{**message, "content": text}
+                    for message, text in zip(item.fields["messages"], made, strict=True)]
+        if self.settings.form == "chat":
+            return {"messages": messages, **language}
+        return {**item.fields["beside"], "prompt": messages, **language}
+
+
+@lru_cache(maxsize=1)
+def _metric() -> Any:
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()
+
+
+def chrf(text: str, reference: str) -> float:
+    """Return the chrF of a text against a reference, 0 to 100."""
+    return float(_metric().sentence_score(text, [reference]).score)

@@ -1,0 +1,103 @@
+"""`triples`: facts that documents state, with the sentences that state them; what `multihop` starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generators.documents.answers import answer_in, stands_in
+from data_prep.synth.generators.documents.customs import customs_of, name_of
+from data_prep.synth.generators.documents.languages import language_of
+from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
+from data_prep.synth.generators.documents.tagged import malformed, read_list
+from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
+from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.rewards.answers import normalized
+
+PARTS = ("subject", "relation", "object", "sentence")
+MAX_NAME_CHARS = 80
+"""Of a subject, a relation or an object; longer ones are clauses."""
+
+
+@dataclass(frozen=True)
+class TripleSettings(DocumentSettings):
+    """What is extracted, and what is kept."""
+
+    num_triples: int = 20
+    """That are asked for, of each document."""
+    verify: bool = True
+    """Ask (the judge, where there is one) of each whether its sentence states it."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = super().problems()
+        if self.num_triples < 1:
+            p.append(f"num_triples = {self.num_triples} must be at least 1")
+        return p
+
+
+class Triples(Generator):
+    """Extracts the facts of each document."""
+
+    name: ClassVar[str] = "triples"
+    kind: Kind = "text"
+    help: ClassVar[str] = "facts of documents with the sentences that state them: the input of multihop"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "triples/extract": ("document", "language", "num_triples"), "triples/verify": ("material",)}
+    Settings: ClassVar[type[Any]] = TripleSettings
+    settings: TripleSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield the pieces of the documents; raises UserError as `document_items` does."""
+        return document_items(inputs, self.settings)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield the facts that do not hold, and the document with those that do."""
+        settings = self.settings
+        source: str = item.fields["text"]
+        language = settings.language or language_of(source)
+        if not language:
+            yield unknown_language(source)
+            return
+        reply, = ask("triples/extract", temperature=settings.temperature, max_tokens=settings.max_tokens,
+                     document=fenced(source), language=name_of(language), num_triples=settings.num_triples)
+        triples = read_list(reply.text, *PARTS)
+        if triples is None or reply.is_cut:
+            yield malformed(reply, {}, item.id)
+            return
+        kept: list[Mapping[str, str]] = []
+        for triple in triples[:settings.num_triples]:
+            verdicts = until_failed(self._checks(triple, kept, source, language, ask))
+            if are_passed(verdicts):
+                kept.append(triple)
+            else:
+                yield Sample({"text": told(triple)}, tuple(verdicts), item.id)
+        yield Sample({"text": "\n".join(map(told, kept)), "document": source, "triples": kept,
+                      "language": language},
+                     (complete(reply),
+                      Verdict("number of facts", bool(kept), f"{len(kept)} of {len(triples)} are kept")),
+                     item.id, {"num_facts": len(kept)})
+
+    def _checks(self, triple: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
+                language: str, ask: Ask) -> Iterator[Verdict]:
+        subject, thing, sentence = triple["subject"], triple["object"], triple["sentence"]
+        names = (subject, triple["relation"], thing)
+        yield Verdict("names", all(len(name) <= MAX_NAME_CHARS and "\n" not in name for name in names)
+                      and normalized(subject) != normalized(thing)
+                      and not {normalized(subject), normalized(thing)} & customs_of(language).pronouns,
+                      "one is a pronoun or a clause, or both are the same")
+        yield Verdict("sentence in document", stands_in(sentence, source))
+        yield Verdict("names in sentence", stands_in(subject, sentence) and stands_in(thing, sentence))
+        yield Verdict("another fact", told(triple) not in map(told, before))
+        if self.settings.verify:
+            material = fenced(f"Sentence: {sentence}\nFact: {told(triple)}")
+            reply, = ask("triples/verify", role="judge", temperature=0.0, material=material)
+            yield Verdict("judge: stated", normalized(answer_in(reply.text)) == "yes", reply.text[:80])
+
+
+def told(triple: Mapping[str, str]) -> str:
+    """Return a fact as a line."""
+    return " | ".join(" ".join(triple[part].split()) for part in PARTS[:3])
