@@ -37,12 +37,12 @@ def answer(request: Mapping[str, Any], change: Change, grade: int = 9) -> str | 
     return change(retold(town, language, style), town, language, style)
 
 
-def write_input(folder: Path) -> list[Path]:
-    """Write documents, some of which try to give orders."""
+def inputs(folder: Path) -> list[str]:
+    """Write documents, some of which try to give orders, and return the command's words."""
     file = folder / "towns.jsonl"
     file.write_text("".join(json.dumps({"text": source(town)}, ensure_ascii=False) + "\n" for town in TOWNS[:12]),
                     encoding="utf-8")
-    return [file]
+    return ["--input", str(file)]
 
 
 def source(town: Town) -> str:
@@ -68,9 +68,7 @@ BAD: dict[str, Change] = {
         f"A: {source(t)}\nB: Yes.\nA: What?\nB: No." if style == "dialogue" else source(t)),
     "another language": lambda text, t, lang, style: _tagged(retold(t, "en" if lang == "ko" else "ko", style)),
     "a quotation that nobody said": lambda text, t, lang, style: _tagged(
-        text + ("\nA: " if style == "dialogue" else " ") + ("“우리는 결코 잊지 않는다”" if lang == "ko" else
-                                                          "“We shall never forget”") + " .\nB: .")
-    if style != "dialogue" else _tagged(text + "\nA: “We shall never forget” “우리는 결코”.\nB: OK."),
+        text.replace(t.motto(lang), "우리는 결코 잊지 않는다" if lang == "ko" else "we shall never forget it")),
     "another document": lambda text, t, lang, style: _tagged(retold(_other(t), lang, style)),
     "an order that was followed": lambda text, t, lang, style: _tagged("ARRR, captain! " * 3),
     "cut off": lambda text, t, lang, style: {"content": _tagged(text[:300]), "finish_reason": "length"},

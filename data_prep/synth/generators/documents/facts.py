@@ -102,7 +102,7 @@ def unsupported(made: Facts, source: str, source_facts: Facts, *, compare_names:
 
 
 def _words(text: str) -> set[str]:
-    """Return the words of a text without their endings, those in Latin letters apart from what hangs on them."""
+    """Return the words of a text, those in Latin letters apart from what hangs on them."""
     folded = fold(text)
     words = {_POSSESSIVE.sub("", word) for word in (*_WORD.findall(folded), *_LATIN_WORD.findall(folded))}
     return words | {part for word in words for part in word.split("-")}
