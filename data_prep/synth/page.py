@@ -155,8 +155,8 @@ def _sheet(summary: Mapping[str, Any]) -> Section:
     outcomes = [[visible(str(name)), f"{num:,}"] for name, num in costs["outcomes"].items()]
     took = duration(costs["seconds"])
     return Section("Sheet", "All requests, those that failed and those of rejected samples too; several run "
-                            f"at a time, one after the other they take {took}. The cost is in the currency of "
-                            "the prices that were given.",
+                            f"at a time, one after the other they take {took}. The cost is in the "
+                            "currency of the prices that were given.",
                    tables=[Table(["what", "in all", "for each kept sample"], rows),
                            *([Table(["what came back", "requests"], outcomes)] if outcomes else [])])
 
