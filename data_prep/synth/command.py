@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redo", action="store_true",
                         help="make all items again where settings, templates or models have changed; answers "
                              "that still fit cost nothing")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="processes of the checks (default: this machine's cores)")
     _add_models(parser)
     _add_limits(parser)
     arguments.add_arguments(parser)
@@ -111,7 +114,7 @@ def order_of(args: argparse.Namespace) -> Order:
     time_s = duration_s("--max-time", args.max_time) if args.max_time else 0.0
     return Order(args.generator, args.output, writer, judge, tuple(args.input), parse_settings(args.changes),
                  args.prompts, asked, Most(args.max_tokens_total, args.max_cost, time_s), args.limit,
-                 arguments.settings_of(args), args.redo)
+                 arguments.settings_of(args), args.workers, args.redo)
 
 
 def models_of(args: argparse.Namespace) -> tuple[Model, Model]:

@@ -54,6 +54,8 @@ class Order:
     """First items alone; None: all."""
     checks: CheckSettings = field(default_factory=CheckSettings)
     """What samples go through when all are made."""
+    workers: int = 1
+    """Processes of those."""
     redo: bool = False
     """Whether a folder that was made with other settings is made again."""
 
@@ -195,7 +197,8 @@ def _finished(order: Order, tally: Tally) -> ExitCode:
     """Make the source of what is there; says what is missing."""
     from data_prep.synth.finishing import finish
 
-    code = finish(order.output, order.checks)
+    code = finish(order.output, order.checks, order.workers,
+                  is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
               f"not there: {'; '.join(tally.defects[:3])}", flush=True)
