@@ -63,8 +63,8 @@ class Run:
         return main(self.words(endpoint.url, *more))
 
     def kept(self) -> list[str]:
-        """Return what passes the generator's own checks, in order of the items."""
-        return [sample["record"]["text"] for line in sorted(self.candidates(), key=lambda line: line["number"])
+        """Return what passes the generator's own checks, in order."""
+        return [sample["record"]["text"] for line in sorted(self.candidates(), key=lambda one: one["number"])
                 for sample in line["samples"] if all(verdict["passed"] for verdict in sample["verdicts"])]
 
     def candidates(self) -> list[dict[str, Any]]:
