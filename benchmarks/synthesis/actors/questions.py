@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Item
 from synthesis.actors import rewrite
 from synthesis.actors.towns import TOWNS, Town, language_in, pairs, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge, material
+
+from data_prep.synth.generator import Item
 
 SETTINGS: dict[str, Any] = {"min_pairs": 3}
 Pairs = list[tuple[str, str]]
@@ -54,9 +55,9 @@ def solved(question: str, source: str) -> str:
     return "unknown"
 
 
-def inputs(folder: Path) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     """Write documents and return the command's words."""
-    return [*rewrite.inputs(folder), "--set", "min_pairs=3"]
+    return [*rewrite.arguments(folder), "--set", "min_pairs=3"]
 
 
 def _each(change: Callable[[str, str, Town, str], tuple[str, str]]) -> Change:
@@ -82,7 +83,7 @@ BAD: dict[str, Change] = {
     "another language": lambda made, t, lang: [*made[:2], *pairs(t, "en" if lang == "ko" else "ko")[2:]],
     "questions that the document does not answer": _each(lambda q, a, t, lang: (
         f"{t.name.told(lang)}의 옛 이름은?" if lang == "ko" else f"Which name did {t.name.told(lang)} have before?",
-        t.name.told(lang))),
+        t.river.told(lang))),
     "two pairs alone": lambda made, t, lang: made[:2],
     "an order that was followed": lambda made, t, lang: "ARRR, captain! " * 3,
     "cut off": lambda made, t, lang: {"content": f"<question>{made[0][0]}</question><answer>{made[0][1]}",

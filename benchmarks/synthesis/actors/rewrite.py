@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Item
 from synthesis.actors.towns import TOWNS, Town, document, language_in, retold, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge
+
+from data_prep.synth.generator import Item
 
 SETTINGS: dict[str, Any] = {}
 Change = Callable[[str, Town, str, str], "str | Mapping[str, Any]"]
@@ -37,7 +38,7 @@ def answer(request: Mapping[str, Any], change: Change, grade: int = 9) -> str | 
     return change(retold(town, language, style), town, language, style)
 
 
-def inputs(folder: Path) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     """Write documents, some of which try to give orders, and return the command's words."""
     file = folder / "towns.jsonl"
     file.write_text("".join(json.dumps({"text": source(town)}, ensure_ascii=False) + "\n" for town in TOWNS[:12]),

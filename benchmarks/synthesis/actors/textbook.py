@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Item
 from synthesis.actors import rewrite
 from synthesis.actors.towns import TOWNS, Town, language_in, pairs, retold, town_in
-from synthesis.cases import Case, Replies, asked, fenced_text, is_judge
+from synthesis.cases import Case, Replies, asked, fenced_text, is_judge, material
+
+from data_prep.synth.generator import Item
 
 SETTINGS: dict[str, Any] = {"num_exercises": 3}
 Change = Callable[["Lesson", Town, str], "str | Mapping[str, Any]"]
@@ -43,7 +44,8 @@ def reply(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
 def answer(request: Mapping[str, Any], change: Change, grade: int = 9) -> str | Mapping[str, Any]:
     """Return what a model says whose lesson is changed."""
     if is_judge(request):
-        return json.dumps({"reason": "as scripted", "score": grade})
+        is_wrong = "expected" in (shown := material(request)) and shown["expected"] != shown["answer"]
+        return json.dumps({"reason": "as scripted", "score": 1 if is_wrong else grade})
     system, text = asked(request)
     source = fenced_text(text)[-1]
     if "You solve an exercise" in system:
@@ -66,9 +68,9 @@ def solved(question: str, lesson: str) -> str:
     return "unknown"
 
 
-def inputs(folder: Path) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     """Write documents and return the command's words."""
-    return rewrite.inputs(folder)
+    return rewrite.arguments(folder)
 
 
 def _with(**parts: Any) -> Change:
@@ -122,8 +124,7 @@ def cases() -> list[Case]:
         found.append(Case(item, reply, True, "a sound lesson"))
         what = list(kinds)[number % len(kinds)]
         by = "judge" if what in BY_JUDGE else ""
-        grade = 2 if by or "exercise" in what else 9
-        found.append(Case(item, _bad(kinds[what], grade), False, what, by))
+        found.append(Case(item, _bad(kinds[what], 2 if by else 9), False, what, by))
     return found
 
 

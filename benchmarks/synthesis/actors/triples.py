@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Item
 from synthesis.actors import rewrite
 from synthesis.actors.towns import TOWNS, Town, facts, language_in, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text
+
+from data_prep.synth.generator import Item
 
 SETTINGS: dict[str, Any] = {}
 PARTS = ("subject", "relation", "object", "sentence")
@@ -51,9 +52,9 @@ def told(found: list[Fact]) -> str:
                      for part, text in zip(PARTS, fact, strict=True))
 
 
-def inputs(folder: Path) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     """Write documents and return the command's words."""
-    return rewrite.inputs(folder)
+    return rewrite.arguments(folder)
 
 
 def _other(town: Town) -> Town:

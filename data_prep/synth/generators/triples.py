@@ -18,7 +18,7 @@ from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.rewards.answers import normalized
 
 PARTS = ("subject", "relation", "object", "sentence")
-MAX_NAME_CHARS = 80
+MAX_NAME_CHARS = 60
 """Of a subject, a relation or an object; longer ones are clauses."""
 
 
@@ -86,7 +86,7 @@ class Triples(Generator):
         subject, thing, sentence = triple["subject"], triple["object"], triple["sentence"]
         names = (subject, triple["relation"], thing)
         yield Verdict("names", all(len(name) <= MAX_NAME_CHARS and "\n" not in name for name in names)
-                      and normalized(subject) != normalized(thing)
+                      and len({normalized(subject), normalized(thing), normalized(sentence)}) == 3
                       and not {normalized(subject), normalized(thing)} & customs_of(language).pronouns,
                       "one is a pronoun or a clause, or both are the same")
         yield Verdict("sentence in document", stands_in(sentence, source))
