@@ -54,6 +54,8 @@ EXTRAS = {
     "data": ["datatrove>=0.10,<0.11", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
              "ukkonen>=1.0", "charset-normalizer>=3", "py3langid>=0.4", "phonenumbers>=9",
              "scikit-learn>=1.7"],
+    # `sov-data synth`: its client; graphs of facts, agreement of translations; `data` for the checks of all.
+    "synth": ["openai>=2", "httpx>=0.27", "networkx>=3", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
@@ -69,7 +71,7 @@ EXTRAS = {
         "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
         "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0", "charset-normalizer>=3",
         "py3langid>=0.4", "phonenumbers>=9",
-        "scikit-learn>=1.7",
+        "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10",
         "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
         "nvidia-ml-py>=13",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 
-def require(what: str, *libraries: str) -> list[str]:
+def require(what: str, *libraries: str, extra: str = "data") -> list[str]:
     """Return what is wrong where one of these modules is missing, as one of the problems of `what`."""
     missing = [library for library in libraries if not _is_there(library)]
     if not missing:
         return []
     are = "is" if len(missing) == 1 else "are"
     return [f"{what} needs {' and '.join(missing)}, which {are} not installed; "
-            "pip install 'megatron-sov[data]'"]
+            f"pip install 'megatron-sov[{extra}]'"]
 
 
 def _is_there(library: str) -> bool:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from synthesis.actors.towns import TOWNS, Name, Town
-from synthesis.actors.towns import _name as name
+from synthesis.actors.towns import TOWNS, Name, Town, make_name
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge, material
 
 from data_prep.synth.generators.multihop import Multihop, MultihopSettings
@@ -40,10 +39,12 @@ class Chain:
         if self.language == "ko":
             return [(self.song, "지은이", self.poet, f"노래 {self.song}은 {self.poet}이 지었다."),
                     (self.poet, "태어난 곳", self.town, f"{self.poet}은 {self.town}에서 태어났다."),
-                    (self.town, "옆을 흐르는 강", self.river, f"{self.town} 옆으로는 {self.river}강이 흐른다.")]
-        return [(self.song, "was written by", self.poet, f"The song {self.song} was written by {self.poet}."),
-                (self.poet, "was born in", self.town, f"The poet {self.poet} was born in {self.town}."),
-                (self.town, "lies on the river", self.river, f"The town of {self.town} lies on the river {self.river}.")]
+                    (self.town, "옆을 흐르는 강", self.river,
+                     f"{self.town} 옆으로는 {self.river}강이 흐른다.")]
+        song, poet, town, river = self.song, self.poet, self.town, self.river
+        return [(song, "was written by", poet, f"The song {song} was written by {poet}."),
+                (poet, "was born in", town, f"The poet {poet} was born in {town}."),
+                (town, "lies on the river", river, f"The town of {town} lies on the river {river}.")]
 
     def _more(self) -> list[str]:
         if self.language == "ko":
@@ -60,7 +61,8 @@ class Chain:
             return [f"노래 {self.song}의 지은이가 태어난 곳은 어디인가?",
                     f"노래 {self.song}의 지은이가 태어난 곳의 옆을 흐르는 강은 무엇인가?"][num_hops - 2]
         return [f"Where was the poet born who wrote the song {self.song}?",
-                f"On which river lies the town in which the poet of the song {self.song} was born?"][num_hops - 2]
+                f"On which river lies the town in which the poet of the song {self.song} was born?"
+                ][num_hops - 2]
 
     def second_question(self) -> str:
         """Return that of the chain that begins with the poet."""
@@ -70,11 +72,11 @@ class Chain:
 
 
 def _song(number: int) -> Name:
-    return name(3, number // 10, number, 7, 3)
+    return make_name(3, number // 10, number, 7, 3)
 
 
 def _poet(number: int) -> Name:
-    return name(9, number, 1, number // 10, 4)
+    return make_name(9, number, 1, number // 10, 4)
 
 
 CHAINS = [Chain(number, "ko" if number % 2 else "en") for number in range(NUM_SONGS)]
@@ -83,8 +85,8 @@ CHAINS = [Chain(number, "ko" if number % 2 else "en") for number in range(NUM_SO
 def records() -> list[dict[str, Any]]:
     """Return the documents with their facts, as `triples` keeps them."""
     parts = ("subject", "relation", "object", "sentence")
-    return [{"id": f"{number}/{i}", "text": " | ".join(fact[:3]), "document": document, "language": chain.language,
-             "triples": [dict(zip(parts, fact, strict=True))],
+    return [{"id": f"{number}/{i}", "text": " | ".join(fact[:3]), "document": document,
+             "language": chain.language, "triples": [dict(zip(parts, fact, strict=True))],
              "synthetic": {"generator": "triples", "source": f"songs-{i}", "licence": "CC0-1.0"}}
             for number, chain in enumerate(CHAINS)
             for i, (fact, document) in enumerate(zip(chain.facts(), chain.documents(), strict=True))]
@@ -126,8 +128,9 @@ def solved(question: str, documents: list[str]) -> str:
     whole = "\n".join(documents)
     for chain in CHAINS:
         hops = chain.facts()
-        for asking, needed, right in ((chain.question(2), hops[:2], chain.town), (chain.question(3), hops, chain.river),
-                                      (chain.second_question(), hops[1:], chain.river)):
+        known = ((chain.question(2), hops[:2], chain.town), (chain.question(3), hops, chain.river),
+                 (chain.second_question(), hops[1:], chain.river))
+        for asking, needed, right in known:
             if asking == question:
                 return right if all(fact[3] in whole for fact in needed) else "unknown"
     return "unknown"
@@ -144,8 +147,7 @@ def arguments(folder: Path) -> list[str]:
 def _asks(change: Callable[[str, Chain], str]) -> tuple[Callable[[Chain, str, int], str], Solve]:
     """Return a model that spoils the question and a solver who understands it all the same."""
     def compose(chain: Chain, start: str, num_hops: int) -> str:
-        return _honest(chain, start, num_hops).replace("</question>", "").replace("<question>", "<question>" + change(
-            "", chain)) + "</question>"
+        return _honest(chain, start, num_hops).replace("<question>", f"<question>{change('', chain)}")
 
     return compose, _understands
 
@@ -174,12 +176,14 @@ BAD: dict[str, Model] = {
     "a step in the question": _asks(lambda text, chain: f"{chain.poet}, {chain.town}: "),
     "the answer in the question": _asks(lambda text, chain: f"{chain.river}, {chain.town}: "),
     "another start": (lambda chain, start, num: "<question>" + (
-        "어느 강이 그곳을 흐르는가?" if chain.language == "ko" else "On which river does that town lie?") + "</question>",
-        lambda question, documents, right: next(c.river for c in CHAINS if c.river in "\n".join(documents))
-        if any(c.river in "\n".join(documents) for c in CHAINS) else "unknown"),
+        "어느 강이 그곳을 흐르는가?" if chain.language == "ko" else
+        "On which river does that town lie?") + "</question>",
+        lambda question, documents, right: next(
+            (chain.river for chain in CHAINS if chain.river in "\n".join(documents)), "unknown")),
     "a question that stops a hop early": (
         lambda chain, start, num: "<question>" + (
-            f"{start}의 첫 단계는?" if chain.language == "ko" else f"Who or where is next behind {start}?") + "</question>",
+            f"{start}의 첫 단계는?" if chain.language == "ko" else
+            f"Who or where is next behind {start}?") + "</question>",
         lambda question, documents, right: next(
             (fact[2] for chain in CHAINS for fact in chain.facts() if f" {fact[0]}의" in f" {question}"
              or f"behind {fact[0]}?" in question), "unknown")),
@@ -192,8 +196,8 @@ BAD: dict[str, Model] = {
                          if chain.language == "ko" else f"<question>{start} 그 강은 어디인가?</question>",
                          lambda question, documents, right: right),
     "no form": (lambda chain, start, num: f"Question: {chain.question(num)}", lambda q, d, right: right),
-    "cut off": (lambda chain, start, num: {"content": f"<question>{chain.question(3)[:20]}", "finish_reason": "length"},
-                lambda q, d, right: right),
+    "cut off": (lambda chain, start, num: {"content": f"<question>{chain.question(3)[:20]}",
+                                           "finish_reason": "length"}, lambda q, d, right: right),
     "an order that was followed": (lambda chain, start, num: "<question>ARRR, captain!</question>",
                                    lambda q, d, right: right),
 }

@@ -39,7 +39,7 @@ def answer(request: Mapping[str, Any], change: Change) -> str | Mapping[str, Any
     if town is None:
         return "I do not know this place."
     language = language_in(sources[-1])
-    made = change(pairs(town, language), town, language)
+    made = change(list(pairs(town, language)), town, language)
     if not isinstance(made, list):
         return made
     return "\n".join(f"<question>{q}</question>\n<answer>{a}</answer>" for q, a in made)
@@ -82,8 +82,8 @@ BAD: dict[str, Change] = {
     "the same question again": lambda made, t, lang: [*made[:2], *[made[0]] * 4],
     "another language": lambda made, t, lang: [*made[:2], *pairs(t, "en" if lang == "ko" else "ko")[2:]],
     "questions that the document does not answer": _each(lambda q, a, t, lang: (
-        f"{t.name.told(lang)}의 옛 이름은?" if lang == "ko" else f"Which name did {t.name.told(lang)} have before?",
-        t.river.told(lang))),
+        (f"{t.name.told(lang)}의 옛 이름은?" if lang == "ko" else
+         f"Which name did {t.name.told(lang)} have before?"), t.river.told(lang))),
     "two pairs alone": lambda made, t, lang: made[:2],
     "an order that was followed": lambda made, t, lang: "ARRR, captain! " * 3,
     "cut off": lambda made, t, lang: {"content": f"<question>{made[0][0]}</question><answer>{made[0][1]}",

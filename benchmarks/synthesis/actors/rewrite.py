@@ -41,8 +41,8 @@ def answer(request: Mapping[str, Any], change: Change, grade: int = 9) -> str | 
 def arguments(folder: Path) -> list[str]:
     """Write documents, some of which try to give orders, and return the command's words."""
     file = folder / "towns.jsonl"
-    file.write_text("".join(json.dumps({"text": source(town)}, ensure_ascii=False) + "\n" for town in TOWNS[:12]),
-                    encoding="utf-8")
+    lines = [json.dumps({"text": source(town)}, ensure_ascii=False) for town in TOWNS[:12]]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return ["--input", str(file)]
 
 
@@ -61,18 +61,23 @@ def _other(town: Town) -> Town:
 
 BAD: dict[str, Change] = {
     "a wrong year": lambda text, t, lang, style: _tagged(text.replace(str(t.year), str(t.year + 10))),
-    "a wrong count": lambda text, t, lang, style: _tagged(text.replace(f"{t.population:,}", f"{t.population + 900:,}")),
+    "a wrong count": lambda text, t, lang, style: _tagged(
+        text.replace(f"{t.population:,}", f"{t.population + 900:,}")),
     "a number that the document has not": lambda text, t, lang, style: _tagged(
-        text.replace(".", ", 4711." if lang == "en" else ", 4711.", 1)),
-    "another founder": lambda text, t, lang, style: _tagged(text.replace(t.founder.told(lang), "Napoleon")),
+        text.replace(".", ", 4711.", 1)),
+    "another founder": lambda text, t, lang, style: _tagged(
+        text.replace(t.founder.told(lang), "Napoleon")),
     "a copy": lambda text, t, lang, style: _tagged(
         f"A: {source(t)}\nB: Yes.\nA: What?\nB: No." if style == "dialogue" else source(t)),
-    "another language": lambda text, t, lang, style: _tagged(retold(t, "en" if lang == "ko" else "ko", style)),
+    "another language": lambda text, t, lang, style: _tagged(
+        retold(t, "en" if lang == "ko" else "ko", style)),
     "a quotation that nobody said": lambda text, t, lang, style: _tagged(
-        text.replace(t.motto(lang), "우리는 결코 잊지 않는다" if lang == "ko" else "we shall never forget it")),
+        text.replace(t.motto(lang), "우리는 결코 잊지 않는다" if lang == "ko" else
+                     "we shall never forget it")),
     "another document": lambda text, t, lang, style: _tagged(retold(_other(t), lang, style)),
     "an order that was followed": lambda text, t, lang, style: _tagged("ARRR, captain! " * 3),
-    "cut off": lambda text, t, lang, style: {"content": _tagged(text[:300]), "finish_reason": "length"},
+    "cut off": lambda text, t, lang, style: {"content": _tagged(text[:300]),
+                                             "finish_reason": "length"},
     "no form": lambda text, t, lang, style: f"Sure! Here is the rewrite:\n\n{text}",
     "a first sentence alone": lambda text, t, lang, style: _tagged(text.split(". ")[0] + "."),
 }

@@ -84,7 +84,8 @@ def _with(**parts: Any) -> Change:
 
 def _sections(find: Callable[[Town, str], str], put: Callable[[Town, str], str]) -> Change:
     return _with(sections=lambda lesson, town, language: [
-        (heading, text.replace(find(town, language), put(town, language))) for heading, text in lesson.sections])
+        (heading, text.replace(find(town, language), put(town, language)))
+        for heading, text in lesson.sections])
 
 
 BAD: dict[str, Change] = {
@@ -92,7 +93,8 @@ BAD: dict[str, Change] = {
     "a wrong count": _sections(lambda t, lang: f"{t.books:,}", lambda t, lang: f"{t.books * 2:,}"),
     "another founder": _sections(lambda t, lang: t.founder.told(lang), lambda t, lang: "Napoleon"),
     "a copy": _with(sections=lambda lesson, t, lang: [
-        (heading, text) for (heading, _), text in zip(lesson.sections, rewrite.source(t).split("\n\n"), strict=False)]),
+        (heading, text) for (heading, _), text in zip(
+            lesson.sections, rewrite.source(t).split("\n\n"), strict=False)]),
     "another language": lambda lesson, t, lang: Lesson(t, "en" if lang == "ko" else "ko").told(),
     "one section": _with(sections=lambda lesson, t, lang: [(lesson.sections[0][0],
                                                           " ".join(text for _, text in lesson.sections))]),

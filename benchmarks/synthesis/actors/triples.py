@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def answer(request: Mapping[str, Any], change: Change | str) -> str | Mapping[st
     source = fenced_text(text)[-1]
     if "You check whether a sentence states a fact" in system:
         sentence, fact = (line.split(": ", 1)[1] for line in source.split("\n")[:2])
-        known = {(" | ".join(f[:3]), f[3]) for town in TOWNS for lang in ("en", "ko") for f in facts(town, lang)}
+        known = {(" | ".join(known_fact[:3]), known_fact[3]) for town in TOWNS for language in ("en", "ko")
+                 for known_fact in facts(town, language)}
         return f"<answer>{'yes' if (fact, sentence) in known else 'no'}</answer>"
     town = town_in(source)
     if town is None:
@@ -46,7 +47,7 @@ def answer(request: Mapping[str, Any], change: Change | str) -> str | Mapping[st
     return told([change(fact, town, language) for fact in found])
 
 
-def told(found: list[Fact]) -> str:
+def told(found: Sequence[Fact]) -> str:
     """Return facts as they are asked for."""
     return "\n".join(f"<{part}>{text}</{part}>" for fact in found
                      for part, text in zip(PARTS, fact, strict=True))

@@ -92,7 +92,7 @@ class TranslationSettings(DocumentSettings):
         if not 0 <= self.min_ratio < self.max_ratio:
             p.append(f"min_ratio = {self.min_ratio} must be below max_ratio = {self.max_ratio}")
         if self.min_chrf:
-            p += require("min_chrf", "sacrebleu")
+            p += require("min_chrf", "sacrebleu", extra="synth")
         return (p + share_problems(self, "max_untranslated_share") + grade_problems(self, "min_faithfulness"))
 
 
