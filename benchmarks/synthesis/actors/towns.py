@@ -73,8 +73,9 @@ class Town:
             return str(texts[choices][self.number % len(texts[choices])])
 
         return {"n": self.name.told(language), "r": self.river.told(language),
-                "f": self.founder.told(language), "o": self.origin.told(language), "trade": pick("trades"), "industry": pick("industries"),
-                "motto": pick("mottoes"), "month": pick("months"), "year": self.year, "fire": self.year + 61,
+                "f": self.founder.told(language), "o": self.origin.told(language),
+                "trade": pick("trades"), "industry": pick("industries"), "motto": pick("mottoes"),
+                "month": pick("months"), "year": self.year, "fire": self.year + 61,
                 "houses": 130 + 3 * self.number, "population": self.population, "books": self.books,
                 "hall": self.year + 140, "days": 13 + self.number % 9}
 

@@ -89,7 +89,8 @@ def _nonsense(t: Town) -> str:
         "year", "fire", "houses", "population", "hall", "books", "days"))
     return _dressed(
         f"{t.name.ko}에 대한 숫자를 모두 적으면 {numbers}이고 표어는 “{t.motto('en')}”이며 "
-        f"{v['month']}에도 아무 일이 없고 그 밖에는 누구도 아는 바가 없어서 더 이야기할 것이 없다.", t, "더 보기:")
+        f"{v['month']}에도 아무 일이 없고 그 밖에는 누구도 아는 바가 없어서 더 이야기할 것이 없다.", t,
+        "더 보기:")
 
 
 BAD: dict[str, Change] = {
