@@ -1,0 +1,38 @@
+"""The language of what was made."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_prep.synth.generators.documents.customs import all_customs, name_of
+from data_prep.synth.generators.documents.languages import in_language, language_of, language_problems
+from megatron_sov.documents.scripts import LANGUAGES
+
+GERMAN = ("Die Stadt liegt an einem Fluss, und viele Menschen arbeiten dort in den Mühlen, die vor langer Zeit "
+          "gebaut worden sind.")
+
+
+@pytest.mark.parametrize(("text", "language", "passed"), [
+    ("이 도시는 강을 끼고 있으며 많은 사람이 공장에서 일한다. SOV 모델도 있다.", "ko", True),
+    ("This town lies on a river.", "ko", False),
+    (GERMAN, "de", True), (GERMAN, "en", False),
+    ("这座城市位于河边，这座城市位于河边。이 도시.", "ko", False),
+    ("เมืองนี้ตั้งอยู่ริมแม่น้ำ", "th", True), ("1443", "ko", True),
+])
+def test_in_language(text: str, language: str, passed: bool) -> None:
+    assert in_language(text, language).passed is passed
+
+
+def test_language_of_a_text() -> None:
+    assert (language_of(GERMAN), language_of("이 도시는 강을 끼고 있다."), language_of("12 34 ?")) == ("de", "ko", "")
+
+
+def test_settings_are_languages_that_are_told_apart() -> None:
+    assert language_problems("language", "") == language_problems("language", "ko") == []
+    assert "is no language that is told apart" in language_problems("language", "kr")[0]
+
+
+def test_every_language_has_a_name_for_prompts() -> None:
+    assert set(all_customs()) == set(LANGUAGES)
+    assert name_of("th") == "Thai"
+    assert "xx" in name_of("xx")

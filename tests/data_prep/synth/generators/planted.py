@@ -1,0 +1,43 @@
+"""What the generators' tests share: scripted models and planted cases, one of each kind."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
+from scripted import samples_of
+from synthesis.cases import Case
+
+from data_prep.synth.generator import Generator
+from data_prep.synth.known import generator_class
+from data_prep.synth.sample import Sample
+
+
+def actor(name: str) -> Any:
+    """Return the module of a scripted model."""
+    return import_module(f"synthesis.actors.{name}")
+
+
+def made(name: str, **settings: Any) -> Generator:
+    """Return a generator with settings over those of its planted cases."""
+    cls = generator_class(name)
+    return cls(cls.Settings(**{**actor(name).SETTINGS, **settings}))
+
+
+def one_of_each(name: str) -> dict[str, Case]:
+    """Return the first planted case of each kind, and a good one."""
+    found: dict[str, Case] = {}
+    for case in actor(name).cases():
+        found.setdefault(case.what, case)
+    return found
+
+
+def first_reason(generator: Generator, case: Case) -> str:
+    """Return why nothing of a case is kept: the last sample's reason; empty where one is."""
+    samples: list[Sample] = samples_of(generator, case.item, case.replies)
+    reasons = [sample.reason for sample in samples]
+    return "" if "" in reasons else reasons[-1]
