@@ -150,6 +150,9 @@ class Translation(Generator):
                 set(message) > {"role", "content"} for message in item.fields["messages"])):
             yield refused(whole, "plain messages", "has tools or thoughts, which are not translated")
             return
+        if (longest := max(len(text.encode()) for text in texts)) > self.settings.max_piece_bytes:
+            yield refused(whole, "length", f"a message has {longest:,} bytes; see max_piece_bytes")
+            return
         made: list[str] = []
         verdicts: list[Verdict] = []
         notes: dict[str, Any] = {"source_language": source_language}

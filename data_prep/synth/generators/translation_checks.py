@@ -19,8 +19,9 @@ from megatron_sov.errors import UserError
 
 KEPT = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`"  # code
-    r"|\$\$.+?\$\$|\$[^$\n]{1,300}\$|\\\(.+?\\\)|\\\[.+?\\\]"  # formulas
-    r"|\b(?:https?://|www\.)[^\s<>()\"'）」』，。、]+|[\w.+-]+@[\w-]+\.[\w.-]*\w"  # addresses
+    r"|\$\$[^$]{1,2000}\$\$|\$[^$\n]{1,300}\$|\\\([^\\]{1,300}\\\)|\\\[[^\]]{1,2000}\\\]"  # formulas
+    r"|\b(?:https?://|www\.)(?:[^\s<>()\"'）」』，。、]*[\w/#=&%-])"  # addresses
+    r"|(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}\.[\w.-]{0,63}\w"
     r"|\{\{[^{}\n]{1,80}\}\}|\$?\{[^{}\n]{0,80}\}|%(?:\(\w+\))?[-+0#]?\d*(?:\.\d+)?[sdfrx]\b|<<[^<>\n]{1,80}>>"
     r"|</?[A-Za-z][^<>\n]{0,200}>|\[[A-Z][A-Z_ ]*\]", re.DOTALL)
 """What stands in no language: code, formulas, addresses, placeholders, tags."""
@@ -50,8 +51,8 @@ def read_glossary(file: Path) -> list[tuple[str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        term, tab, translation = (part.strip() for part in line.partition("\t"))
-        if not (tab and term and translation):
+        term, _, translation = (part.strip() for part in line.partition("\t"))
+        if not (term and translation):
             raise UserError(f"glossary {file}:{number}: is no TERM<tab>TRANSLATION; set a tab between both")
         if found.setdefault(term, translation) != translation:
             raise UserError(f"glossary {file}:{number}: translates {term!r} again, as something else; "

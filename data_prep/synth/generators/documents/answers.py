@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from data_prep.synth.generators.documents.numbers import numbers_of
+from data_prep.synth.generators.documents.numbers import numbers_of, without_numbers
 from megatron_sov.documents.overlap import fold
 from megatron_sov.documents.unspaced import OF_RUNS, in_brackets
 from megatron_sov.rewards.answers import final_answer, normalized
@@ -30,7 +30,7 @@ def same_answer(given: str, expected: str, language: str) -> bool:
     if one == other:
         return True
     numbers, others = numbers_of(given, language), numbers_of(expected, language)
-    rest, rest_of_other = (re.sub(r"[\d\W]", "", text) for text in (one, other))
+    rest, rest_of_other = (re.sub(r"\W", "", _bare(without_numbers(text, language))) for text in (given, expected))
     return bool(numbers.stated) and numbers.stated == others.stated and rest == rest_of_other
 
 

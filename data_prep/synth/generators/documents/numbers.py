@@ -70,6 +70,16 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
     return Numbers(frozenset(stated), frozenset(told))
 
 
+def without_numbers(text: str, language: str) -> str:
+    """Return a text without its numbers and what multiplies them."""
+    plain = _ascii_digits(text)
+    found, place = [], 0
+    for part in _parts(plain, customs_of(language), set()):
+        found.append(plain[place:part.begin])
+        place = part.end
+    return " ".join([*found, plain[place:]])
+
+
 def _ascii_digits(text: str) -> str:
     """Return a text with the digits of all scripts as ASCII's."""
     if not text.isascii():

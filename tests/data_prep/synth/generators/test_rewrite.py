@@ -19,7 +19,7 @@ REASONS = {
     "rewritten well": "", "a wrong year": "numbers", "a wrong count": "numbers", "another founder": "names",
     "a number that the document has not": "numbers", "a copy": "copied", "another language": "language",
     "a quotation that nobody said": "quotes", "another document": "numbers", "cut off": "complete", "no form": "form",
-    "an order that was followed": "language", "a first sentence alone": "length",
+    "an order that was followed": "names", "a first sentence alone": "length",
     "the contrary, without a name or a number": "judge: faithful"}
 
 

@@ -23,7 +23,7 @@ CASES = one_of_each("translation")
 REASONS = {
     "translated well": "", "a wrong number": "numbers", "a number too many": "numbers", "cut off": "complete",
     "the numbers, in another text": "back translation", "a translated quotation": "quotes", "no form": "form",
-    "one paragraph not translated": "untranslated", "not translated": "language",
+    "one paragraph not translated": "language", "not translated": "language",
     "the contrary, in one word": "judge: translated"}
 
 

@@ -30,7 +30,7 @@ def test_same_answer(given: str, expected: str, language: str, same: bool) -> No
     ("144", "In 1443 it was", False), ("1.5", "It is 1.52 m", False), ("1,443", "of 1,443 men", True),
     ("세종", "세종이 만들었다", True), ("종이", "세종이 만들었다", False),
     ("กรุงเทพ", "อยู่ในกรุงเทพมหานคร", True), ("한글  창제", "그는 한글 창제를 알렸다", True), ("", "x", False),
-    ("a" * 100, "a" * 200_000, False),
+    ("a" * 100, "a" * 20_000, False),
 ])
 def test_stands_in(answer: str, document: str, stands: bool) -> None:
     assert stands_in(answer, document) is stands
