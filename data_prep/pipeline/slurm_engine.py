@@ -47,6 +47,7 @@ from megatron_sov.artifacts import disk_errors
 from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
+from megatron_sov.runs.background import environment_outside_jobs
 
 PROGRAM = "launch_pickled_pipeline"
 """What the executor's jobs call to read what this command has pickled, and nothing else."""
