@@ -232,6 +232,16 @@ def test_an_error_of_the_program_takes_one_item_and_not_the_run(run: Run, endpoi
     assert [line["item"]["id"] for line in run.candidates()] == ["a", "c"]
 
 
+def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synth", "--list"]) == 0
+    assert "echoes               repeat lines" in capsys.readouterr().out
+    assert main(["synth", "echoes", "--list"]) == 0
+    told = capsys.readouterr().out
+    assert "echoes (version 1): repeat lines" in told and "  tone = 'plain': Of the repetition." in told
+    assert main(["synth", "echo", "--list"]) == 2
+    assert "echo: is no generator; did you mean 'echoes'?" in capsys.readouterr().err
+
+
 BAD = {
     "no engine": (["--engine", ""], "--engine is needed"),
     "no address": (["--engine", "ftp://x"], "must be an address such as"),
