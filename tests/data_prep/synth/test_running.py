@@ -107,13 +107,14 @@ def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint
 
 
 def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new(
-        run: Run, endpoint: ScriptedEndpoint) -> None:
+        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
     before, kept = len(endpoint.requests), run.kept()
     assert run(endpoint) == 0
     assert (len(endpoint.requests), run.kept()) == (before, kept)
-    run.write([{"id": f"i{n}", "text": f"line {n}"} for n in range(4)])
+    run.write([{"id": f"i{n}", "text": f"line {n}"} for n in (0, 1, 2, 3, 3)])
     assert run(endpoint) == 0
+    assert "1 items have the id of an earlier one and are passed over, such as i3 of" in capsys.readouterr().out
     assert (len(endpoint.requests), len(run.kept())) == (before + 4, len(kept) + 2)
 
 
