@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def blocks(language: str) -> list[str]:
 def test_the_example_of_korean_culture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "culture.jsonl").write_text(blocks("json")[0], encoding="utf-8")
-    lines = [line for block in blocks("bash") for line in block.splitlines() if "culture" in line or "hops" in line]
+    lines = [line for block in blocks("bash") for line in block.splitlines()
+             if "culture" in line or "hops" in line]
     assert len(lines) == 2
     with serving(ScriptedEndpoint(reply)) as server:
         for line in lines:
@@ -74,9 +76,10 @@ def test_settings_of_the_page_are_those_of_its_generators() -> None:
     for line in (line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()):
         words = shlex.split(line)
         known = generator_class(words[2]).Settings.__dataclass_fields__
-        given = [word.partition("=")[0] for before, word in zip(words, words[1:], strict=False)
+        given = [word.partition("=")[0] for before, word in pairwise(words)
                  if before == "--set"]
         assert set(given) <= set(known)
     named = set(re.findall(r"`((?:min|max)_\w+)`", PAGE))
     generators = ("rewrite", "textbook", "questions", "triples", "multihop", "translation")
-    assert named <= {field for name in generators for field in generator_class(name).Settings.__dataclass_fields__}
+    assert named <= {field for name in generators
+                     for field in generator_class(name).Settings.__dataclass_fields__}

@@ -30,7 +30,8 @@ def same_answer(given: str, expected: str, language: str) -> bool:
     if one == other:
         return True
     numbers, others = numbers_of(given, language), numbers_of(expected, language)
-    rest, rest_of_other = (re.sub(r"\W", "", _bare(without_numbers(text, language))) for text in (given, expected))
+    rest, rest_of_other = (re.sub(r"\W", "", _bare(without_numbers(text, language)))
+                           for text in (given, expected))
     return bool(numbers.stated) and numbers.stated == others.stated and rest == rest_of_other
 
 

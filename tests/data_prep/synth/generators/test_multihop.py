@@ -24,8 +24,8 @@ REASONS = {
     "the answer in the question": "answer not in question", "another start": "names the start",
     "a question that stops a hop early": "judge: answered with all documents",
     "one document is enough": "no document is enough", "nobody can answer it": "answered with all documents",
-    "solved, and wrongly": "judge: answered with all documents", "another language": "language", "no form": "form",
-    "cut off": "complete", "an order that was followed": "names the start"}
+    "solved, and wrongly": "judge: answered with all documents", "another language": "language",
+    "no form": "form", "cut off": "complete", "an order that was followed": "names the start"}
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -44,7 +44,8 @@ def test_questions_as_prompts_and_chats(form: Any) -> None:
     asked = document.messages[0].content
     assert all(fact["document"] in asked for fact in item.fields["facts"])
     if form == "prompt":
-        assert Stem().score({**sample.record, "response": f"<answer>{sample.record['answer']}</answer>"}).reward == 1
+        row = {**sample.record, "response": f"<answer>{sample.record['answer']}</answer>"}
+        assert Stem().score(row).reward == 1
     else:
         assert "<answer>" not in document.messages[1].content
 

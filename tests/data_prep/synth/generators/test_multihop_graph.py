@@ -18,7 +18,8 @@ NAMES = ("Aabb", "Ccdd", "Eeff", "Gghh", "Iijj", "Kkll")
 def record(document: str, *triples: tuple[str, str, str]) -> dict[str, object]:
     """Return a document with its facts as `triples` keeps it."""
     return {"document": document, "language": "en", "synthetic": {"source": "s", "licence": "l"},
-            "triples": [{"subject": a, "relation": r, "object": b, "sentence": f"{a} {r} {b}."} for a, r, b in triples]}
+            "triples": [{"subject": a, "relation": r, "object": b, "sentence": f"{a} {r} {b}."}
+                        for a, r, b in triples]}
 
 
 def facts_of(*records: dict[str, object]) -> Facts:
@@ -37,7 +38,8 @@ def brute_force(facts: Facts, min_hops: int, max_hops: int) -> set[tuple[Fact, .
     found = set()
     for size in range(min_hops + 1, max_hops + 2):
         for names in permutations(sorted(facts.graph), size):
-            if any((a, b) in between or (b, a) in between for i, a in enumerate(names) for b in names[i + 2:]):
+            if any((a, b) in between or (b, a) in between
+                   for i, a in enumerate(names) for b in names[i + 2:]):
                 continue
             if any((b, a) in between for a, b in pairwise(names)):
                 continue
@@ -58,7 +60,8 @@ def test_chains_are_those_of_brute_force(seed: int) -> None:
     draw = random.Random(seed)
     records = []
     for number in range(8):
-        facts = [(a, draw.choice("pqr"), b) for a, b in (draw.sample(NAMES, 2) for _ in range(draw.randint(1, 2)))]
+        pairs = [draw.sample(NAMES, 2) for _ in range(draw.randint(1, 2))]
+        facts = [(a, draw.choice("pqr"), b) for a, b in pairs]
         mentioned = " and ".join(dict.fromkeys(name for a, _, b in facts for name in (a, b)))
         records.append(record(f"Document {number} is about {mentioned}.", *facts))
     facts = facts_of(*records)
@@ -86,14 +89,16 @@ def test_equal_names_are_one_and_years_are_no_way() -> None:
 
 
 def test_names_with_thousands_of_facts_end() -> None:
-    crowd = [record(f"N{'x' * i}", *[(f"n{'x' * i}", f"r{j}", f"n{'x' * j}") for j in range(40) if j != i])
-             for i in range(40)]
+    names = ["n" + "x" * i for i in range(40)]
+    crowd = [record(name, *[(name, f"r{other}", other) for other in names if other != name])
+             for name in names]
     assert list(chains(facts_of(*crowd), 2, 4, 1)) == []  # everything is next to everything
 
 
 @pytest.mark.parametrize(("content", "told"), [
     ('{"text": "a"}\n', "kept.jsonl:1: has no 'document'"), ("[]\n", "kept.jsonl:1"), ("", "holds no fact"),
-    (json.dumps({"document": "a", "triples": [{"subject": 1}]}), "kept.jsonl:1: has no 'document' with 'triples'")])
+    (json.dumps({"document": "a", "triples": [{"subject": 1}]}),
+     "kept.jsonl:1: has no 'document' with 'triples'")])
 def test_what_triples_did_not_make_is_told(tmp_path: Path, content: str, told: str) -> None:
     (tmp_path / "kept.jsonl").write_text(content)
     with pytest.raises(UserError, match=told):

@@ -40,7 +40,8 @@ def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
 def test_a_document_stands_before_its_pairs() -> None:
     item = CASES["sound pairs"].item
     sample, = samples_of(made("questions"), item, actor("questions").reply)
-    assert sample.record["text"].startswith(item.fields["text"]) and sample.record["text"].count("\n\nQ: ") == 6
+    assert sample.record["text"].startswith(item.fields["text"])
+    assert sample.record["text"].count("\n\nQ: ") == 6
 
 
 @pytest.mark.parametrize("form", ["chat", "prompt"])

@@ -18,8 +18,8 @@ CASES = one_of_each("rewrite")
 REASONS = {
     "rewritten well": "", "a wrong year": "numbers", "a wrong count": "numbers", "another founder": "names",
     "a number that the document has not": "numbers", "a copy": "copied", "another language": "language",
-    "a quotation that nobody said": "quotes", "another document": "numbers", "cut off": "complete", "no form": "form",
-    "an order that was followed": "names", "a first sentence alone": "length",
+    "a quotation that nobody said": "quotes", "another document": "numbers", "cut off": "complete",
+    "no form": "form", "an order that was followed": "names", "a first sentence alone": "length",
     "the contrary, without a name or a number": "judge: faithful"}
 
 
@@ -59,5 +59,6 @@ def test_a_dialogue_has_turns_that_alternate(text: str, passed: bool) -> None:
 
 def test_problems_of_settings() -> None:
     assert RewriteSettings().problems() == []
-    bad = RewriteSettings(styles=("rap", "rap"), max_copied_share=2, min_ratio=3, min_faithfulness=11, copied_words=0)
+    bad = RewriteSettings(styles=("rap", "rap"), max_copied_share=2, min_ratio=3, min_faithfulness=11,
+                          copied_words=0)
     assert len(bad.problems()) == 7

@@ -16,8 +16,9 @@ from data_prep.synth.generators.textbook import TextbookSettings
 CASES = one_of_each("textbook")
 REASONS = {
     "a sound lesson": "", "a wrong year": "numbers", "a wrong count": "numbers", "another founder": "names",
-    "a copy": "copied", "another language": "language", "one section": "sections", "an empty section": "sections",
-    "too few exercises": "number of exercises", "an exercise with a wrong answer": "judge: exercise",
+    "a copy": "copied", "another language": "language", "one section": "sections",
+    "an empty section": "sections", "too few exercises": "number of exercises",
+    "an exercise with a wrong answer": "judge: exercise",
     "an exercise that the lesson does not answer": "exercise", "an order that was followed": "exercise",
     "cut off": "complete", "no form": "form", "an exercise without an answer": "form",
     "the contrary, without a name or a number": "judge: faithful"}

@@ -45,10 +45,12 @@ def dictionary(request: Any) -> str:
     if "You grade a response" in request["messages"][0]["content"]:
         return '{"score": 9}'
     text = request["messages"][1]["content"].split("===\n")[1].split("\n===")[0]
-    return f"<translation>{words.get(text) or next(k for k, v in words.items() if v == text)}</translation>"
+    back = {korean: english for english, korean in words.items()}
+    return f"<translation>{(words | back)[text]}</translation>"
 
 
-CHAT = [{"role": "user", "content": "What is a token?"}, {"role": "assistant", "content": "A piece of a text."}]
+CHAT = [{"role": "user", "content": "What is a token?"},
+        {"role": "assistant", "content": "A piece of a text."}]
 
 
 def test_chats_keep_their_roles(tmp_path: Path) -> None:
@@ -56,8 +58,8 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
     item, = generator.items([write(tmp_path, {"messages": CHAT})])
     sample, = samples_of(generator, item, dictionary)
     assert sample.reason == ""
-    assert sample.record == {"messages": [{"role": "user", "content": "토큰이란 무엇인가?"},
-                                          {"role": "assistant", "content": "글의 한 조각이다."}], "language": "ko"}
+    assert sample.record["messages"] == [{"role": "user", "content": "토큰이란 무엇인가?"},
+                                         {"role": "assistant", "content": "글의 한 조각이다."}]
     assert parse_record(dict(sample.record), "x", 1, Reading(kind="chat")).kind == "chat"
 
 

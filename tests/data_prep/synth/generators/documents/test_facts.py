@@ -6,8 +6,8 @@ import pytest
 
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share, names_of, quotes_of
 
-SOURCE = ("King Sejong of Korea announced the alphabet in 1446, as Kim-Lee Park wrote. He called it “right sounds” "
-          "and NASA did not exist yet.")
+SOURCE = ("King Sejong of Korea announced the alphabet in 1446, as Kim-Lee Park wrote. He called it “right "
+          "sounds” and NASA did not exist yet.")
 
 
 def failed(made: str, source: str = SOURCE, language: str = "en", source_language: str = "en") -> set[str]:
@@ -36,7 +36,8 @@ def test_latin_words_in_a_korean_text_are_names() -> None:
 
 
 def test_across_languages_numbers_alone_are_compared() -> None:
-    assert failed("나폴레옹은 1446년 3월에 “옳은 소리”를 알렸다.", SOURCE + " It was in March.", "ko") == set()
+    in_march = f"{SOURCE} It was in March."
+    assert failed("나폴레옹은 1446년 3월에 “옳은 소리”를 알렸다.", in_march, "ko") == set()
     assert failed("1447년의 일이다.", SOURCE, "ko") == {"numbers"}
 
 

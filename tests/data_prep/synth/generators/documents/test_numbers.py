@@ -41,7 +41,8 @@ def test_a_million_told_after_digits_is_no_number_of_its_own() -> None:
 @given(st.integers(0, 10**12), st.integers(0, 999))
 def test_thousands_may_be_set_apart(whole: int, thousandths: int) -> None:
     plain = f"{whole}.{thousandths:03d}"
-    assert numbers_of(f"({whole:,}.{thousandths:03d})", "en").stated == numbers_of(f"x {plain} y", "en").stated
+    apart = f"({whole:,}.{thousandths:03d})"
+    assert numbers_of(apart, "en").stated == numbers_of(f"x {plain} y", "en").stated
     german = f"{whole:,}".replace(",", ".") + f",{thousandths:03d}"
     assert numbers_of(german, "de").stated == numbers_of(plain, "en").stated
 

@@ -20,8 +20,8 @@ def write(folder: Path, *texts: str) -> Path:
 
 def test_each_text_is_one_item_known_by_its_content(tmp_path: Path) -> None:
     settings = DocumentSettings(min_piece_bytes=10, licence="CC0-1.0")
-    items = list(document_items([write(tmp_path, "a first document", "a second one", "a first document", "x")],
-                                settings))
+    file = write(tmp_path, "a first document", "a second one", "a first document", "x")
+    items = list(document_items([file], settings))
     assert [item.fields["text"] for item in items] == ["a first document", "a second one"]
     assert {(item.source, item.licence) for item in items} == {("documents.jsonl", "CC0-1.0")}
     again = list(document_items([write(tmp_path, "a second one")], settings))
@@ -36,7 +36,8 @@ def test_a_megabyte_on_one_line_is_cut(tmp_path: Path) -> None:
     assert set("".join(pieces)) == {"가"}  # equal pieces are one item
 
 
-@pytest.mark.parametrize(("text", "told"), [("short", "holds no document of 200 bytes"), (None, "documents.jsonl:1")])
+@pytest.mark.parametrize(("text", "told"), [
+    ("short", "holds no document of 200 bytes"), (None, "documents.jsonl:1")])
 def test_what_is_no_document_is_told(tmp_path: Path, text: str | None, told: str) -> None:
     file = write(tmp_path, text or "")
     if text is None:
