@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 from megatron_sov.mcore.parallel import cpu_shims, launcher, world
 
@@ -38,6 +38,8 @@ def compare(trl: str) -> None:
                      *divergences(kind, beta, temperature))
     for method, name in (("dpo", "sigmoid"), ("ipo", "ipo"), ("dpo-norm", "sigmoid_norm")):
         note(f"{method} (TRL: {name})", *preferences(method, name))
+    for name, pair_loss in (("simpo", simpo), ("orpo", orpo)):
+        note(f"{name} (TRL: {name})", *pair_loss())
     world.leave()
 
 
@@ -122,6 +124,35 @@ def preferences(method: str, name: str) -> tuple[Any, Any, tuple[Any, ...]]:
         "input_ids": torch.zeros_like(shifted), "attention_mask": shifted, "completion_mask": shifted,
         "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, False)
     return ours, theirs, (logprobs,)
+
+
+def simpo() -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return our loss and TRL's, means over pairs, and what they are differentiated by."""
+    import torch
+    from trl.experimental.cpo import CPOTrainer
+
+    from megatron_sov.post.parts import preferences as losses
+
+    chosen, rejected = ((-3 * torch.rand(PAIRS)).requires_grad_() for _ in range(2))
+    trainer = MagicMock(loss_type="simpo", beta=2.5, simpo_gamma=1.5, label_smoothing=0.1, alpha=0.0)
+    trainer.accelerator.device = torch.device("cpu")
+    return (losses.simpo(chosen, rejected, 2.5, 1.5, 0.1).mean(),
+            CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean(), (chosen, rejected))
+
+
+def orpo() -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return our loss and TRL's, which is its reward and rounds to float32: that is left out here."""
+    import torch
+    from trl.experimental.orpo import ORPOTrainer
+
+    from megatron_sov.post.parts import preferences as losses
+
+    chosen, rejected = ((-3 * torch.rand(PAIRS)).requires_grad_() for _ in range(2))
+    trainer = MagicMock(beta=0.3)
+    trainer.accelerator.device = torch.device("cpu")
+    with patch.object(torch.Tensor, "float", lambda tensor: tensor):
+        theirs = -ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+    return 0.3 * losses.orpo(chosen, rejected).mean(), theirs, (chosen, rejected)
 
 
 def main() -> None:
