@@ -10,6 +10,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_sov.config import ModelConfig
+from megatron_sov.config.model import Llama3RopeConfig
 from megatron_sov.mcore.parallel.device import CPU
 
 
@@ -18,11 +19,13 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
 
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2) and, where the model has it, YaRN's "NTK-by-parts" (Peng et
     al., arXiv 2309.00071, eq. 17-22), its ramp's ends rounded outwards to whole channels as
-    transformers does.
+    transformers does, or Llama 3.1's scaling (`apply_scaling` of Meta's llama-models).
     """
     dim = model.head_dim
     base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if model.llama3_rope is not None:
+        return _llama3(plain, model.llama3_rope)
     if model.yarn is None:
         return plain
     yarn = model.yarn
@@ -35,6 +38,14 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
     low, high = max(math.floor(channel(yarn.beta_fast)), 0), min(math.ceil(channel(yarn.beta_slow)), dim - 1)
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated
+
+
+def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
+    """Return the frequencies with long wavelengths divided, short ones kept, and a line between the two."""
+    rotations = plain * scaling.original_max_position_tokens / (2 * math.pi)  # over the original context
+    kept = ((rotations - scaling.low_freq_factor)
+            / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return plain * kept + plain / scaling.factor * (1 - kept)
 
 
 def widen(embedding: Any, model: ModelConfig) -> None:
