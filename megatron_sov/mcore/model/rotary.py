@@ -48,10 +48,13 @@ def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
     return plain * kept + plain / scaling.factor * (1 - kept)
 
 
-def widen(embedding: Any, model: ModelConfig) -> None:
-    """Have the library's rotary embedding give float64 angles."""
+def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Have the library's rotary embedding turn by `frequencies`: in float64 for models in float64, whose
+    angles it would round, and in its own float32 for scalings that it does not have with these numbers."""
+    if dtype != torch.float64 and model.llama3_rope is None:
+        return
     with CPU:  # a model may be built on meta tensors, and these are numbers
-        exact = frequencies(model)
+        exact = frequencies(model).to(torch.promote_types(dtype, torch.float32))
     exact = exact.to(embedding.inv_freq.device)
     embedding.inv_freq = exact
     if model.yarn is not None:
