@@ -19,6 +19,7 @@ from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.post import reference
 from megatron_sov.post.parts import preferences
 from megatron_sov.post.parts.responses import Responses, learned, responses_of
+from megatron_sov.post.unpaired import UnpairedLearning
 from megatron_sov.train.data_objective import DataObjective
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
@@ -148,9 +149,11 @@ class GroupLearning(DataObjective):
                                 "worse_logprob": ((means.detach() * worse).sum(), worse.sum())})
 
 
-def objective_of(config: RunConfig) -> type[PairLearning] | type[GroupLearning]:
+def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | UnpairedLearning]:
     """Return what makes the objective of `preference.method`."""
     method = config.preference.method
+    if method == "kto":
+        return UnpairedLearning
     return (GroupLearning if method == "grouper" else PairLearningWithReference if method in WITH_REFERENCE
             else PairLearning)
 

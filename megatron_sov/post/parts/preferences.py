@@ -35,6 +35,24 @@ def ipo(margins: torch.Tensor, beta: float) -> torch.Tensor:
     return (margins - 1 / (2 * beta)) ** 2
 
 
+def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: float,
+        desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> torch.Tensor:
+    """Return [N] losses of Kahneman-Tversky optimisation (arXiv 2402.01306, eq. 8), without the constant
+    weight of each response.
+
+    Args:
+        ratios: [N] logarithm of policy over reference of each response.
+        desirable: [N] bool: which of them were judged good.
+        distance: z_0, how far the policy has gone from the reference in all.
+        beta: strength of the reference.
+        desirable_weight: of good ones.
+        undesirable_weight: of bad ones.
+    """
+    ahead = beta * (ratios - distance)
+    return torch.where(desirable, desirable_weight * (1 - ahead.sigmoid()),
+                       undesirable_weight * (1 - (-ahead).sigmoid()))
+
+
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return [P] losses of SimPER (arXiv 2502.00883, eq. 6): inverse perplexities, those of the chosen
     responses up, those of the rejected ones down.
