@@ -202,6 +202,7 @@ def _count(tally: Tally, known: Done) -> None:
     tally.num_items += 1
     tally.num_passed += known.num_passed
     tally.num_failed += known.num_failed
+    tally.num_unusable += known.is_unusable
 
 
 def make(made: Ready, order: Order, todo: set[str], tally: Tally, share: Share | None = None) -> None:
@@ -224,9 +225,11 @@ def make(made: Ready, order: Order, todo: set[str], tally: Tally, share: Share |
     def told() -> None:
         usage = cache.usage()
         spent = f", cost {usage.cost:.4f}" if usage.cost else ""
+        useless = (f"; the answers about {tally.num_unusable:,} items were of no use" if tally.num_unusable
+                   else "")
         print(f"{order.generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples pass "
               f"their own checks, {tally.num_failed:,} do not; {usage.input_tokens + usage.output_tokens:,} "
-              f"tokens{spent}", flush=True)
+              f"tokens{spent}{useless}", flush=True)
 
     try:
         with opened(order.writer, order.judge, order.asked, cache, budget, stop) as doors:

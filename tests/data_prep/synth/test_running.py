@@ -155,9 +155,11 @@ def test_whatever_comes_in_place_of_an_answer_the_same_is_kept(fault: str, tmp_p
     assert hurt.kept() == clean.kept()
 
 
-def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run) -> None:
+def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsys: pytest.CaptureFixture[str]
+                                                                 ) -> None:
     with serving(ScriptedEndpoint(with_model_faults(echoes.reply, 1.0))) as server:
         assert run(server) == 0
+        assert "; the answers about 3 items were of no use" in capsys.readouterr().out
         assert {line.get("unusable", "")[:29] for line in run.candidates()} <= {
             "3 answers were of no use, the", "the judge gave no score in 3 ", ""}
         num_asked = len(server.requests)
