@@ -55,7 +55,8 @@ def quotes_of(text: str) -> list[str]:
 
 def names_of(text: str, language: str) -> list[str]:
     """Return the words that are seen to be names, in order."""
-    if not customs_of(language).has_case:
+    customs = customs_of(language)
+    if not customs.has_case:
         is_latin = "LATIN" in LANGUAGES.get(language, ())  # where every noun has a capital, none tells a name
         return [] if is_latin else [_POSSESSIVE.sub("", word) for word in _LATIN_WORD.findall(text)]
     found: list[str] = []
@@ -63,7 +64,8 @@ def names_of(text: str, language: str) -> list[str]:
         words = list(_WORD.finditer(line))
         if not _is_heading(line, [match[0] for match in words]):
             bare = [(match.start(), _POSSESSIVE.sub("", match[0])) for match in words]
-            found += [word for start, word in bare if _is_name(line, start, word)]
+            found += [word for start, word in bare
+                      if word.lower() not in customs.titles and _is_name(line, start, word)]
     return found
 
 

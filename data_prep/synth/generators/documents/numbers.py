@@ -24,6 +24,8 @@ _SIGNS = str.maketrans({"，": ",", "．": ".", "\u00a0": "'", "\u202f": "'", "\
 _DIGITS = re.compile(r"(?<![A-Za-z_\d])\d+(?:[.,']\d+)*")
 _WITH_THOUSANDS = {False: re.compile(r"\d{1,3}([,'])\d{3}(?:\1\d{3})*(?:\.\d+)?"),
                    True: re.compile(r"\d{1,3}([.'])\d{3}(?:\1\d{3})*(?:,\d+)?")}
+_SET_APART = re.compile(r"(?<![\d.,'])\d{1,3}(?: \d{3})+(?!\d)")
+"""Thousands set apart by blanks, as where a comma is the decimal sign."""
 _SHORT_MONTH_CHARS = 3
 _UNSPACED = re.compile(f"[{in_brackets(OF_RUNS)}]")
 
@@ -56,7 +58,7 @@ class _Part:
 def numbers_of(text: str, language: str = "en") -> Numbers:
     """Return the numbers of a text; digits that hang on Latin letters (B52) belong to a name."""
     customs = customs_of(language)
-    plain = _ascii_digits(text)
+    plain = _ascii_digits(text, customs)
     stated: set[str] = set()
     told = _told(text, customs)
     run: list[_Part] = []
@@ -72,7 +74,7 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
 
 def without_numbers(text: str, language: str) -> str:
     """Return a text without its numbers and what multiplies them."""
-    plain = _ascii_digits(text)
+    plain = _ascii_digits(text, customs_of(language))
     found, place = [], 0
     for part in _parts(plain, customs_of(language), set()):
         found.append(plain[place:part.begin])
@@ -80,11 +82,12 @@ def without_numbers(text: str, language: str) -> str:
     return " ".join([*found, plain[place:]])
 
 
-def _ascii_digits(text: str) -> str:
-    """Return a text with the digits of all scripts as ASCII's."""
+def _ascii_digits(text: str, customs: Customs) -> str:
+    """Return a text with the digits of all scripts as ASCII's, and no blanks inside numbers."""
     if not text.isascii():
         text = "".join(str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in text)
-    return text.translate(_SIGNS)
+    text = text.translate(_SIGNS)
+    return _SET_APART.sub(lambda match: match[0].replace(" ", "'"), text) if customs.decimal_comma else text
 
 
 def _parts(text: str, customs: Customs, apart: set[str]) -> Iterator[_Part]:

@@ -29,6 +29,7 @@ def failed(made: str, source: str, keep_quotes: bool = True) -> set[str]:
     ("Sum `a + b`.", "`a + c`를 더하라.", {"code and placeholders"}),
     ("Hello %s, see <b>this</b>.", "안녕하세요 %s님, 이것을 보세요.", {"code and placeholders"}),
     ("Pay 5 euros by March 3.", "3월 3일까지 5유로를 내시오.", set()),
+    ("It costs $5 or $6, and $x^2$ is x squared.", "5달러나 6달러이며 $x^2$은 엑스의 제곱이다.", set()),
     ("Pay 5 euros.", "6유로를 내시오.", {"numbers"}),
     ("Pay five euros.", "5유로를 내시오.", set()),
     ("What does “break a leg” mean?", "“break a leg”은 무슨 뜻인가?", set()),

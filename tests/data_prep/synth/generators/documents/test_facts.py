@@ -18,6 +18,7 @@ def failed(made: str, source: str = SOURCE, language: str = "en", source_languag
 @pytest.mark.parametrize(("made", "checks"), [
     ("The Korean king named Sejong announced “right sounds” in 1446.", set()),
     ("In 1443 the king announced it.", {"numbers"}),
+    ("Then, they say, Dr. Park and President Sejong announced it.", set()),
     ("The alphabet was announced by Napoleon in 1446.", {"names"}),
     ("NATO did not exist yet.", {"names"}),
     ("He called it “wrong sounds”.", {"quotes"}),

@@ -21,6 +21,7 @@ from data_prep.synth.generators.documents.numbers import numbers_of
     ("๑๒ คน และ 5 ล้าน", "th", {"12", "5000000"}),
     ("2024-03-05, 10:30, 3.14.15", "en", {"2024", "3", "5", "10", "30", "14", "15"}),
     ("B52 and H2O over 10km in the 1990s", "en", {"10", "1990"}),
+    ("1 000 000 km en 2019 200 fois", "fr", {"1000000", "2019", "200"}),
     ("3.50 is 3.5, and 007 is 7", "en", {"7/2", "7"}),
 ])
 def test_numbers_are_known_by_their_value(text: str, language: str, stated: set[str]) -> None:
