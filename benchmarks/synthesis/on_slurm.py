@@ -1,5 +1,5 @@
-"""Synthesis as jobs of a real Slurm on this machine: two workers ask a server that `--serve-vllm` submits beside
-them, a double that is called vllm, and keep what one process keeps.
+"""Synthesis as jobs of a real Slurm on this machine: two workers ask a server that `--serve-vllm` submits
+beside them, a double that is called vllm, and keep what one process keeps.
 
     python benchmarks/synthesis/on_slurm.py
 
@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests/slurm")]
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2] / "tests/slurm"))
 from synthesis.actors import rewrite
 from synthesis.endpoint import ScriptedEndpoint, serving
 from virtual_cluster import VirtualCluster, why_not
@@ -26,6 +26,7 @@ from virtual_cluster import VirtualCluster, why_not
 from data_prep import cli
 from data_prep.pipeline.slurm_jobs import Jobs
 
+ROOT = Path(__file__).parents[2]
 PROFILE = """description: virtual nodes
 account: ""
 time_limit: "30"
