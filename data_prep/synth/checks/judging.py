@@ -69,9 +69,11 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = _write_texts(output, run, folder)
+    if SAMPLES not in names:
+        return Judged()
     pipeline = settings.pipeline(settings.file(run.generator, run.kind),
                                  {name: folder / TEXTS / name for name in names})
-    if not pipeline.steps or SAMPLES not in names:
+    if not pipeline.steps:
         return Judged()
     (folder / "inputs").mkdir(exist_ok=True)
     plan = make_plan(pipeline, folder)

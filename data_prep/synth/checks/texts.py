@@ -39,7 +39,7 @@ def texts_of(kind: Kind, record: Mapping[str, Any]) -> dict[str, str]:
         raise NoSample("holds half of a surrogate pair, which is no character") from None
     if size_bytes > MAX_TEXT_BYTES:
         raise NoSample(f"has {size_bytes:,} bytes of text, at most {MAX_TEXT_BYTES:,} are taken")
-    if not found.get(SAMPLES, "").strip():
+    if not found.get(SAMPLES, "").strip() and kind != "task":  # a task may be a world alone
         raise NoSample("holds no text")
     return {name: text for name, text in found.items() if text.strip()}
 
