@@ -55,6 +55,8 @@ def _texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield SAMPLES, "\n\n".join(_said(document.messages, "user", "assistant", "tool"))
     yield CONTEXT, "\n\n".join(_said(document.messages, "system"))
     if kind == "chat":
+        if not any(message.role == "assistant" for message in document.messages):
+            raise NoSample("has no message of an assistant, so nothing could be learned from it")
         yield ANSWERS, "\n\n".join(_said(document.messages, "assistant"))
 
 

