@@ -29,8 +29,8 @@ def test_each_kind_has_its_texts() -> None:
 
 
 @pytest.mark.parametrize(("kind", "record", "said"), [
-    ("text", {"text": " \n"}, "holds no text"), ("text", {}, "no string field"), ("text", {"text": 3}, "3"),
-    ("chat", {"messages": []}, "non-empty list"), ("chat", {"text": "no chat"}, "is text"),
+    ("text", {"text": " \n"}, "holds no text"), ("text", {}, "no string field"), ("text", {"text": 3}, "string field"),
+    ("chat", {"messages": []}, "non-empty list"), ("chat", {"text": "no chat"}, "is plain text"),
     ("prompt", {}, "prompt"),
     ("chat", {"messages": [{"role": "user", "content": "Alone?"}]}, "assistant"),
     ("text", {"text": "\udc80"}, "surrogate"), ("task", {"question": "\udc80"}, "surrogate"),
