@@ -108,10 +108,15 @@ def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
     assert manifest.content["licences"] == {"": 1} and damaged_files(texts) == []
 
 
-def test_finishing_again_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:
+def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:
     again = Path(shutil.copytree(texts, tmp_path / "again"))
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
     shutil.rmtree(again / "checks")
+    lines = [line for file in again.glob("candidates/*") for line in file.read_text().splitlines(True)]
+    shutil.rmtree(again / "candidates")
+    (again / "candidates").mkdir()
+    for number, line in enumerate(sorted(lines, reverse=True)):  # as items were finished in another run
+        (again / f"candidates/part-{number:06}.jsonl").write_text(line)
     (again / "kept.jsonl").write_text("half of")
     (again / "kept-chat.jsonl").write_text("from an earlier state")
     finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))

@@ -29,7 +29,8 @@ def test_each_kind_has_its_texts() -> None:
 
 
 @pytest.mark.parametrize(("kind", "record", "said"), [
-    ("text", {"text": " \n"}, "holds no text"), ("text", {}, "no string field"), ("text", {"text": 3}, "string field"),
+    ("text", {"text": " \n"}, "holds no text"), ("text", {}, "no string field"),
+    ("text", {"text": 3}, "no string field"),
     ("chat", {"messages": []}, "non-empty list"), ("chat", {"text": "no chat"}, "is plain text"),
     ("prompt", {}, "prompt"),
     ("chat", {"messages": [{"role": "user", "content": "Alone?"}]}, "assistant"),
