@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,8 +142,8 @@ def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
         UserError: a line is damaged.
     """
     seen: set[str] = set()
-    for _, file, start, line in sorted(place for file in sorted((output / CANDIDATES).glob(PARTS))
-                                       for place in _places(file)):
+    parts = sorted((output / CANDIDATES).glob(PARTS))
+    for _, file, start, line in sorted(chain.from_iterable(map(_places, parts))):
         with open(file, "rb") as f:  # anew for each: a long run has more parts than files may be open
             f.seek(start)
             made = _made(f.readline(), f"{file}:{line}", run)
