@@ -79,7 +79,8 @@ def row_for_all(folder: Path) -> str:
     draw = random.Random("benchmark")
     benchmark = [story(draw, 27) for _ in range(NUM_OF_EACH)]
     folder.mkdir(exist_ok=True)
-    (folder / "benchmark.jsonl").write_text("".join(f"{json.dumps({'question': one})}\n" for one in benchmark))
+    (folder / "benchmark.jsonl").write_text("".join(
+        f"{json.dumps({'question': one})}\n" for one in benchmark))
     fine = [one for number in range(NUM_OF_EACH) for one in good(number, benchmark)]
     wrong = [one for number in range(NUM_OF_EACH) for one in bad(number, benchmark)]
     wrong = [*wrong, *copies([record for _, record in fine])]

@@ -13,7 +13,8 @@ from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.finishing import finish
 
 
-def write_run(folder: Path, generator: str, kind: str, samples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+def write_run(folder: Path, generator: str, kind: str,
+              samples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """Write samples, as candidates hold them; the item of place i is called i."""
     (folder / "candidates").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({
