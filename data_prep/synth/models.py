@@ -35,6 +35,8 @@ class Model:
     """Of a million tokens that it reads."""
     output_price: float = 0.0
     """Of a million tokens that it writes."""
+    known_as: str = ""
+    """What stands for it in what answers are kept by; empty: what follows from the rest."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
     """What the command line calls address and name."""
 
@@ -71,6 +73,8 @@ class Model:
     def identity(self) -> str:
         """Return what stands for the model in what answers are kept by: wherever it is served, its answers
         are its answers."""
+        if self.known_as:
+            return self.known_as
         return f"local:{identity_of(Path(self.engine))}" if self.is_local else f"endpoint:{self.model}"
 
 
