@@ -26,13 +26,15 @@ MAX_FAULTS = 3
 """In a row, for one request."""
 
 
-def completion(said: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the chat completion that says a text, or is a message; `finish_reason` may stand in it."""
+def completion(said: str | Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the chat completion that says a text, or is a message; `finish_reason` may stand in it.  Four
+    characters count as a token."""
     message = {"role": "assistant", "content": said} if isinstance(said, str) else dict(said)
     reason = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
-    num_tokens = len(json.dumps(message, ensure_ascii=False)) // 4
+    read, wrote = (len(json.dumps(one, ensure_ascii=False)) // 4
+                   for one in ([request.get("messages"), request.get("tools")], message))
     return {"choices": [{"index": 0, "message": message, "finish_reason": reason}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": num_tokens}}
+            "usage": {"prompt_tokens": read, "completion_tokens": wrote}}
 
 
 def drawn(*parts: object) -> float:
@@ -137,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "too long":
             self._send(400, b'{"error": {"code": "context_length_exceeded"}}')
         else:
-            answer = json.dumps(completion(self.server.reply(body))).encode()
+            answer = json.dumps(completion(self.server.reply(body), body)).encode()
             if fault == "cut":
                 self._send(200, answer[:len(answer) // 2], {"content-length": str(len(answer))})
                 self.close_connection = True
