@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_prep.decontamination.benchmarks import all_text
+from data_prep.decontamination.benchmarks import text_in
 from data_prep.synth.sample import Kind
 from megatron_sov.documents.messages import BadRecord, Messages
 from megatron_sov.documents.records import Reading, parse_record
@@ -69,4 +69,4 @@ def _said(messages: Messages, *roles: str) -> Iterator[str]:
 
 def asked_in(record: Mapping[str, Any]) -> str:
     """Return what a record asks, or says, in the fields that such records have."""
-    return "\n\n".join(filter(str.strip, (all_text(record.get(name)) for name in TASK_FIELDS)))
+    return "\n\n".join(filter(str.strip, (text_in(record.get(name)) for name in TASK_FIELDS)))
