@@ -113,7 +113,8 @@ def _reasons(summary: Mapping[str, Any]) -> list[Section]:
     if not summary["rejected"]:
         return []
     counts = {visible(reason): float(num) for reason, num in summary["rejected"].items()}
-    steps = [[str(one["step"]), str(one["source"]), f"{one['documents_in']:,}", f"{one['documents_kept']:,}",
+    steps = [[str(one["step"]), f"{one['source']} ({one['kind']})", f"{one['documents_in']:,}",
+              f"{one['documents_kept']:,}",
               ", ".join(f"{num:,} {reason}" for reason, num in one["dropped"].items()) or "–"]
              for one in summary["steps"]]
     return [Section("Reasons", "The first check that a sample does not pass is its reason; rejected.jsonl "
@@ -142,7 +143,7 @@ def _agreement(summary: Mapping[str, Any]) -> list[Section]:
 def _settings(summary: Mapping[str, Any]) -> Section:
     return Section("Settings", "Of the generator, and of each step.", json=visible(json.dumps(
         {"generator": summary["settings"],
-         "steps": [[one["step"], one["source"], one["settings"]] for one in summary["steps"]]},
+         "steps": [[one["step"], one["kind"], one["source"], one["settings"]] for one in summary["steps"]]},
         indent=1, ensure_ascii=False)))
 
 

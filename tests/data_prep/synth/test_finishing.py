@@ -65,8 +65,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = made_run(folder / "samples", [
         [sample(chat("How much is 3 and 4?", "7")), sample({"prompt": "How much is 3 and 4?", "answer": "7"},
                                                           kind="prompt")],
-        [sample(chat("How much is 3 and 5?", "8")), sample({"prompt": "How much is 3 and 5?", "answer": "8"},
-                                                          kind="prompt")],
+        [sample(chat(GOOD, "8")), sample({"prompt": GOOD, "answer": "8"}, kind="prompt")],
         [sample(called)],
         [sample(chat("Who painted it?", "Nobody knows.", told))],
         [sample(chat("Say it again.", "say it again and say it once more to me " * 20))],
