@@ -219,3 +219,8 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, 
     (output / name).write_text(text)
     with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
         finish(output, CheckSettings())
+
+
+def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:
+    kept, = read_documents([texts / "kept.jsonl"], Reading("text", tags=("synthetic",)))
+    assert kept.tags == ("true",)
