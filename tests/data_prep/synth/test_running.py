@@ -253,6 +253,8 @@ BAD = {
     "no model": (["--model", ""], "say which model of the endpoint is asked"),
     "no time": (["--max-time", "soon"], "must be a time such as"),
     "money without prices": (["--max-cost", "1"], "no cost is known"),
+    "a judge without a price": (["--max-cost", "1", "--input-price", "1", "--judge-model", "j"],
+                                "what the judge costs is not known"),
     "no input": (["--input", "missing.jsonl"], "does not exist"),
     "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "a setting": (["--set", "tome=x"], "no such setting; did you mean 'tone'"),
