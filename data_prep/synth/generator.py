@@ -26,7 +26,7 @@ class Item:
     id: str
     """The same in every run over the same input; letters, digits and :._- alone."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What templates may name: plain JSON values."""
+    """What the generator needs of it: plain JSON values."""
     source: str = ""
     """Name of the source or file that it comes from, for provenance."""
     licence: str = ""
@@ -42,7 +42,8 @@ class Reply:
     thinking: str = ""
     """What it thought first, where the endpoint tells it or it stands between think tags."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """`name` and `arguments` (decoded) of each call."""
+    """`name` and `arguments` (decoded) of each call; one that is malformed has `error` as well, a sentence
+    for the model, and no arguments."""
     is_cut: bool = False
     """Whether it ended at the limit of tokens."""
     key: str = ""
@@ -53,17 +54,23 @@ class NoReply(Exception):
     """A model did not answer in spite of all attempts: the item is left for a later run."""
 
 
+class NoUsableReply(NoReply):
+    """A model answered, and all of it was empty, a loop or no grade: a later run would get the same, so
+    the item is done and has no samples."""
+
+
 class Ask(Protocol):
     """The door to models, for one item; any method may raise `NoReply`."""
 
-    def __call__(self, template: str, /, *, count: int = 1, role: Role = "writer", temperature: float = 0.7,
-                 top_p: float = 1.0, max_tokens: int = 1024, thinking: bool | None = None,
-                 **fields: Any) -> list[Reply]:
+    def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
+                 temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
+                 thinking: bool | None = None, **fields: Any) -> list[Reply]:
         """Return `count` answers to a template of the generator's, each drawn with a seed of its own.
 
         Args:
             template: name of a file of `prompts/` without its ending, such as "autoif/constraints".
             count: answers.
+            first: number of the first draw, where the draws of one question are asked for in several calls.
             role: which model.
             temperature: of sampling; 0: the likeliest.
             top_p: share of probability that is sampled from.
@@ -92,12 +99,14 @@ class Generator(ABC):
     """As `sov-data synth NAME` calls it."""
     version: ClassVar[int] = 1
     """Raised when the same answers would give other samples."""
-    kind: ClassVar[Kind]
-    """Form of its records."""
+    kind: Kind
+    """Form of its records; of the class, or set by the settings of one."""
     help: ClassVar[str]
     """One line for `sov-data synth --list`."""
     templates: ClassVar[Mapping[str, Sequence[str]]]
     """Template -> the fields that it is given; a template that names another one is refused at the start."""
+    needs_input: ClassVar[bool] = True
+    """Whether it makes nothing without an input."""
     Settings: ClassVar[type[Any]]
     """Frozen dataclass with defaults, a docstring under each field, and `problems() -> list[str]`."""
 
