@@ -24,7 +24,7 @@ MAX_NUMBER, MAX_TEXT_CHARS, MAX_ITEMS = 10 ** 15, 10_000, 5_000
 CONSTANTS = {"true": True, "false": False, "null": None}
 """JSON's names, beside Python's own."""
 Columns = Mapping[str, Set[str] | None]
-"""Name that an expression may use -> columns of the row or the rows that it stands for; None: it is no row."""
+"""Name that an expression may use -> columns of the row, or the rows, that it is; None: it is no row."""
 _ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
@@ -93,8 +93,8 @@ def _wrong(node: ast.AST, columns: Columns) -> str:
                                                or isinstance(node.value, (bool, int, float, str))):
         return "only texts, numbers, true, false and null are constants"
     if isinstance(node, ast.Name) and node.id not in CONSTANTS and node.id not in columns:
-        return (f"there is no {node.id[:40]!r}; there are {', '.join(columns) or 'no names'}; a text stands in "
-                f"quotes: \"'{node.id[:40]}'\"")
+        return (f"there is no {node.id[:40]!r}; there are {', '.join(columns) or 'no names'}; a text stands "
+                f"in quotes: \"'{node.id[:40]}'\"")
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         known = columns.get(node.value.id)
         if known is not None and node.attr not in known:
@@ -169,8 +169,8 @@ def _column(value: Any, name: str) -> Any:
 
 
 def _binary(op: ast.operator, left: Any, right: Any) -> Any:
-    if isinstance(op, ast.Add) and (isinstance(left, str) and isinstance(right, str)
-                                    or isinstance(left, list) and isinstance(right, list)):
+    if isinstance(op, ast.Add) and any(
+            isinstance(left, kind) and isinstance(right, kind) for kind in (str, list)):
         return left + right
     try:
         return (operator.add if isinstance(op, ast.Add) else _ARITHMETIC[type(op)])(
@@ -230,6 +230,10 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
+def _first(values: Any) -> Any:
+    return found[0] if (found := _list(values)) else None
+
+
 def _least(values: Any) -> Any:
     return min(found) if (found := _numbers(values)) else None
 
@@ -281,7 +285,7 @@ def _kind(value: Any) -> str:
 
 
 def _bounded(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value) or (
+    if (isinstance(value, float) and not math.isfinite(value)) or (
             isinstance(value, (int, float)) and abs(value) > MAX_NUMBER):
         raise _NoValue(f"a number passes {MAX_NUMBER:.0e}")
     if isinstance(value, str) and len(value) > MAX_TEXT_CHARS:
@@ -293,7 +297,8 @@ def _bounded(value: Any) -> Any:
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "count": (lambda rows: len(_list(rows)), (1,)), "sum": (lambda found: sum(_numbers(found)), (1,)),
-    "min": (_least, (1,)), "max": (_most, (1,)), "abs": (lambda value: abs(_number(value)), (1,)),
+    "first": (_first, (1,)), "min": (_least, (1,)), "max": (_most, (1,)),
+    "abs": (lambda value: abs(_number(value)), (1,)),
     "round": (_rounded, (1, 2)), "text": (_written, (1,)),
     "lower": (lambda value: _text(value).casefold(), (1,)), "length": (lambda value: len(_text(value)), (1,)),
     "contains": (_contains, (2,)), "days": (_days, (2,)), "is_day": (_is_day, (1,)),

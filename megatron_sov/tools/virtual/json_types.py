@@ -45,8 +45,8 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
     names = named if isinstance(named, list) else [named]
     known = PLAIN.keys() | _WORDS.keys()
     if not names or not all(isinstance(name, str) and name in known for name in names):
-        problems.add(where, f"type is {shown(named)}, must be one of {', '.join(sorted(known))}, or a list of "
-                            "one of them and null")
+        problems.add(where, f"type is {shown(named)}, must be one of {', '.join(sorted(known))}, or a list "
+                            "of one of them and null")
         return Any
     allowed = _ANYWHERE | also | {word for name in names for word in _WORDS.get(name, ())}
     if unknown := sorted(set(map(str, schema)) - allowed):
@@ -81,7 +81,16 @@ def _object(schema: Mapping[str, Any], where: str, problems: Problems, levels: i
     for name, part in fields.items():
         kind = type_of(part, f"{where}.{name}", problems, levels=levels - 1)
         made[name] = kind if name in required else _NOT_REQUIRED[kind]
-    return with_config(CONFIG)(_TYPED_DICT("Object", made))
+    return record_of(made)
+
+
+def record_of(fields: Mapping[str, Any]) -> Any:
+    """Return the type of an object with these fields and no other.
+
+    Args:
+        fields: name -> Python type.
+    """
+    return with_config(CONFIG)(_TYPED_DICT("Object", dict(fields)))
 
 
 def fields_of(schema: Mapping[str, Any], where: str, problems: Problems) -> Mapping[str, Any]:
@@ -106,7 +115,7 @@ class Held:
     def __init__(self, kind: Any) -> None:
         """`kind`: as `type_of` gives it."""
         # inside of an object, so that strictness reaches what lists hold
-        self._adapter = TypeAdapter(with_config(CONFIG)(_TYPED_DICT("Held", {"value": kind})))
+        self._adapter = TypeAdapter(record_of({"value": kind}))
 
     def problem(self, value: Any) -> str:
         """Return what a JSON value has that the type does not allow; empty: nothing."""

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.tools.schema import Parameter, Tool
-from megatron_sov.tools.virtual.json_types import Held, fields_of, type_of
+from megatron_sov.tools.schema import Parameter
+from megatron_sov.tools.virtual.json_types import Held, fields_of, record_of, type_of
 from megatron_sov.tools.virtual.problems import Problems, shown
 from megatron_sov.tools.virtual.steps import CHANGING, Reader, Step, Tables
 
@@ -160,8 +160,9 @@ def _tables(given: Any, problems: Problems) -> dict[str, TableSpec]:
             continue
         _only(table, _TABLE, where, problems)
         columns = _columns(table.get("columns"), where, given, problems)
-        found[name] = TableSpec(name, _prefix(table, where, problems), columns,
-                                _rows(table.get("rows"), where, problems), _row_type(columns, where, problems))
+        rows = _rows(table.get("rows"), where, problems)
+        found[name] = TableSpec(name, _prefix(table, where, problems), columns, rows,
+                                _row_type(columns, where, problems))
     prefixes = [table.prefix for table in found.values()]
     if len(set(prefixes)) < len(prefixes):
         problems.add("tables", "each table must have a prefix of its own, so that a key tells its table")
@@ -195,7 +196,6 @@ def _columns(given: Any, where: str, tables: Mapping[str, Any],
 
 
 def _row_type(columns: Mapping[str, Any], where: str, problems: Problems) -> Held:
-    from megatron_sov.tools.virtual.json_types import record_of
     return Held(record_of({name: type_of(column, f"{where}.{name}", problems, COLUMN_WORDS)
                            for name, column in columns.items()}))
 
@@ -245,10 +245,13 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
     for argument, schema in schemas.items():
         kind = type_of(schema, f"{where}.{argument}", problems)
         described = schema.get("description", "") if isinstance(schema, Mapping) else ""
-        parameters[argument] = (
-            Parameter(kind, str(described)) if isinstance(required, list) and argument in required
-            else Parameter(kind | None, str(described), schema.get("default") if isinstance(
-                schema, Mapping) else None))
+        if isinstance(required, list) and argument in required:
+            parameters[argument] = Parameter(kind, str(described))
+            continue
+        default = schema.get("default") if isinstance(schema, Mapping) else None
+        if default is not None and (wrong := Held(kind).problem(default)):
+            problems.add(f"{where}.{argument}", f"its default {shown(default)} is not of its type ({wrong})")
+        parameters[argument] = Parameter(kind | None if default is None else kind, str(described), default)
     returns = Held(type_of(tool.get("returns"), f"{where}.returns", problems))
     reader = Reader(where, {t.name: t.columns.keys() for t in tables.values()}, set(parameters), problems)
     return ToolSpec(name, _text(tool, "description", where, problems), parameters, schemas, returns,
@@ -267,12 +270,3 @@ def _text(given: Mapping[str, Any], name: str, where: str, problems: Problems) -
         return ""
     return value
 
-
-def tool_of(spec: ToolSpec, run: Any) -> Tool:
-    """Return a described tool as one that models call.
-
-    Args:
-        spec: of it.
-        run: is given the arguments by name.
-    """
-    return Tool(spec.name, spec.description, spec.parameters, run)

@@ -1,8 +1,10 @@
 """What a tool of a virtual world does: a list of steps over tables, each an object with one verb.
 
     {"get": TABLE, "key": VALUE, "as": NAME}            the row of that key, or the call is refused
-    {"find": TABLE, "where": TEST, "as": NAME}          all rows for which the test holds; in it a row is `row`;
-                                                        also "order": VALUE of a row, "limit": number
+    {"get": TABLE, "where": TEST, "as": NAME}           the first row for which the test holds; both may have
+                                                        "else": "sentence" for the refusal
+    {"find": TABLE, "where": TEST, "as": NAME}          all rows for which the test holds, in which a row is
+                                                        `row`; also "order": VALUE of a row, "limit": number
     {"require": TEST, "else": "sentence"}               or the call is refused with the sentence
     {"insert": TABLE, "row": {COLUMN: VALUE}, "as": NAME}
     {"update": TABLE, "key": VALUE, "set": {COLUMN: VALUE}}
@@ -27,8 +29,10 @@ from megatron_sov.tools.virtual.problems import Problems, shown
 
 MAX_STEPS = 20
 """Of a tool."""
+MAX_TOLD_CHARS = 300
+"""Of a refusal's sentence."""
 VERBS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "get": (frozenset({"key", "as"}), frozenset()),
+    "get": (frozenset({"as"}), frozenset({"key", "where", "else"})),
     "find": (frozenset({"as"}), frozenset({"where", "order", "limit"})),
     "require": (frozenset({"else"}), frozenset()),
     "insert": (frozenset({"row"}), frozenset({"as"})),
@@ -120,19 +124,18 @@ class Reader:
         values = {word: self._read(given[word], where, row if word in ("where", "order") else self._names)
                   for word in ("key", "where", "order") if word in given}
         columns = self._columns(given.get("row", given.get("set", {})), table, where, whole=verb == "insert")
+        if verb == "get" and len(values) != 1:
+            self._problems.add(where, "a get needs `key` or `where`, one of them")
         limit = given.get("limit", 0)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
             self._problems.add(where, f"limit is {shown(limit)}, must be a whole number")
             limit = 0
-        return Step(verb, table, self._name(given.get("as", ""), where), values, columns, limit=limit)
+        return Step(verb, table, self._name(given.get("as", ""), where), values, columns,
+                    self._told(given, where) if "else" in given else "", limit)
 
     def _plain(self, given: Mapping[str, Any], verb: str, where: str) -> Step:
         if verb == "require":
-            told = given.get("else", "")
-            if not isinstance(told, str) or not told.strip():
-                self._problems.add(where, "`else` must be the sentence that a refused model is told")
-                told = ""
-            return Step(verb, values={verb: self._read(given[verb], where)}, told=told[:300])
+            return Step(verb, values={verb: self._read(given[verb], where)}, told=self._told(given, where))
         if verb == "let":
             return Step(verb, name=self._name(given[verb], where),
                         values={"be": self._read(given.get("be"), where)})
@@ -141,6 +144,13 @@ class Reader:
             fields = {str(name): self._read(value, where) for name, value in result.items()}
             return Step(verb, columns=fields)
         return Step(verb, values={verb: self._read(result, where)})
+
+    def _told(self, given: Mapping[str, Any], where: str) -> str:
+        told = given.get("else")
+        if not isinstance(told, str) or not told.strip():
+            self._problems.add(where, "`else` must be the sentence that a refused model is told")
+            return ""
+        return told[:MAX_TOLD_CHARS]
 
     def _read(self, text: Any, where: str, names: expressions.Columns | None = None) -> Expression:
         return expressions.read(text, self._names if names is None else names, where, self._problems)
@@ -197,11 +207,16 @@ NewKey = Callable[[str, dict[str, Any]], str]
 def _row(step: Step, scope: Mapping[str, Any], tables: Tables) -> tuple[str, dict[str, Any]]:
     key = value_of(step.values["key"], scope)
     if not isinstance(key, str) or key not in tables[step.table]:
-        raise ToolRefused(f"there is no {shown(key)} in {step.table}")
+        raise ToolRefused(step.told or f"there is no {shown(key)} in {step.table}")
     return key, tables[step.table][key]
 
 
 def _get(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+    if "where" in step.values:
+        found: list[dict[str, Any]] = _find(step, scope, tables, new_key)
+        if not found:
+            raise ToolRefused(step.told or f"there is no such row in {step.table}")
+        return found[0]
     key, row = _row(step, scope, tables)
     return {"id": key, **copy.deepcopy(row)}
 
