@@ -8,6 +8,9 @@ from data_prep.synth.generator import Generator
 from megatron_sov.errors import UserError, nearest
 
 GENERATORS: dict[str, str] = {
+    "goals": "data_prep.synth.generators.tools.goals:Goals",
+    "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
+    "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }
 """Name on the command line -> module:class."""
 

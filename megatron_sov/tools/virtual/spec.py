@@ -61,9 +61,15 @@ class ToolSpec:
     """Name -> what it takes."""
     schemas: Mapping[str, Mapping[str, Any]]
     """Name -> the schema that the parameter was declared with."""
+    held: Mapping[str, Held] = field(compare=False)
+    """Name -> what the parameter is held to."""
     returns: Held = field(compare=False)
     """What results are held to."""
     steps: tuple[Step, ...] = ()
+
+    def is_required(self, name: str) -> bool:
+        """Return whether a call must have an argument."""
+        return self.parameters[name].default is Parameter.default
 
     @property
     def changes(self) -> bool:
@@ -241,21 +247,22 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
     if len(schemas) > MAX_ARGUMENTS:
         problems.add(f"{where}.parameters", f"has more than {MAX_ARGUMENTS}")
     required = given.get("required", [])
-    parameters = {}
+    parameters, held = {}, {}
     for argument, schema in schemas.items():
         kind = type_of(schema, f"{where}.{argument}", problems)
+        held[argument] = Held(kind)
         described = schema.get("description", "") if isinstance(schema, Mapping) else ""
         if isinstance(required, list) and argument in required:
             parameters[argument] = Parameter(kind, str(described))
             continue
         default = schema.get("default") if isinstance(schema, Mapping) else None
-        if default is not None and (wrong := Held(kind).problem(default)):
+        if default is not None and (wrong := held[argument].problem(default)):
             problems.add(f"{where}.{argument}", f"its default {shown(default)} is not of its type ({wrong})")
         parameters[argument] = Parameter(kind | None if default is None else kind, str(described), default)
     returns = Held(type_of(tool.get("returns"), f"{where}.returns", problems))
     reader = Reader(where, {t.name: t.columns.keys() for t in tables.values()}, set(parameters), problems)
-    return ToolSpec(name, _text(tool, "description", where, problems), parameters, schemas, returns,
-                    reader.steps(tool.get("does")))
+    return ToolSpec(name, _text(tool, "description", where, problems), parameters, schemas, held,
+                    returns, reader.steps(tool.get("does")))
 
 
 def _only(given: Mapping[str, Any], known: set[str], where: str, problems: Problems) -> None:
