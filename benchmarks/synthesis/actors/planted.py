@@ -1,4 +1,4 @@
-"""A sample that is planted: what a generator starts from, what models answer, and whether it should be kept."""
+"""A planted sample: what a generator starts from, what models answer, and whether it should be kept."""
 
 from __future__ import annotations
 

@@ -57,16 +57,16 @@ def state(of: Trade, number: int) -> dict[str, Any]:
     people = {f"P{i + 1}": {"name": _PEOPLE[(number + i) % 10].title(),
                             "email": f"{_PEOPLE[(number + i) % 10]}@example.com", "active": i != 3}
               for i in range(NUM_PEOPLE)}
-    orders = {f"O{i + 1}": {"person": f"P{i + 1}", "thing": f"T{(number + i) % NUM_THINGS + 1}", "count": i + 1,
-                            "status": "open", "note": None} for i in range(NUM_ORDERS)}
+    orders = {f"O{i + 1}": {"person": f"P{i + 1}", "thing": f"T{(number + i) % NUM_THINGS + 1}",
+                            "count": i + 1, "status": "open", "note": None} for i in range(NUM_ORDERS)}
     kinds = {"person": {"type": "string", "references": "people"},
              "thing": {"type": "string", "references": "things"}, "count": {"type": "integer"},
              "status": {"type": "string", "enum": ["open", "ended"]},
              "note": {"type": ["string", "null"], "free": True}}
     return {"name": of.domain.replace(" ", "_"),
-            "rules": f"You work in a {of.domain}. Find the {of.person} by e-mail first, and a {of.thing} by its "
-                     "title. Do only what is asked for. In the end say what you did, with the total if there is "
-                     "one.",
+            "rules": f"You work in a {of.domain}. Find the {of.person} by e-mail first, and a {of.thing} by "
+                     "its title. Do only what is asked for. In the end say what you did, with the total if "
+                     "there is one.",
             "tables": {
                 "things": {"prefix": "T", "columns": {"title": {"type": "string"}, "price": {
                     "type": "integer"}, "stock": {"type": "integer"}}, "rows": things},
@@ -88,7 +88,8 @@ def tools(of: Trade) -> list[dict[str, Any]]:
         _tool(name["things"], f"Find {of.thing}s by a part of the title.", {"title": text},
               {"type": "array", "items": {"type": "object", "properties": {
                   "id": text, "title": text, "price": whole, "stock": whole}}},
-              [{"find": "things", "where": "contains(row.title, title)", "as": "found"}, {"return": "found"}]),
+              [{"find": "things", "where": "contains(row.title, title)", "as": "found"},
+               {"return": "found"}]),
         _tool(name["orders"], f"List the open {of.order}s of a {of.person}.", {"person_id": text},
               {"type": "object", "properties": {"ids": {"type": "array", "items": text}, "things": {
                   "type": "array", "items": text}}},
@@ -139,8 +140,8 @@ class Wish:
     def question(self, of: Trade) -> str:
         """Return it in words, from which `wish_in` reads it again."""
         if self.count > 0:
-            return (f"I am {self.email}. Please make a {of.order} of {self.count} x '{self.title}'. What is the "
-                    "total?")
+            return (f"I am {self.email}. Please make a {of.order} of {self.count} x '{self.title}'. What "
+                    "is the total?")
         if self.count == 0:
             return f"I am {self.email}. Please end my {of.order} of '{self.title}'."
         return f"I am {self.email}. What is the price of '{self.title}'?"

@@ -49,8 +49,10 @@ class Expression:
     @property
     def names(self) -> frozenset[str]:
         """Return what it uses of its scope."""
-        return frozenset(node.id for node in ast.walk(self.tree)
-                         if isinstance(node, ast.Name) and node.id not in CONSTANTS) - FUNCTIONS.keys()
+        nodes = list(ast.walk(self.tree))
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        return frozenset(node.id for node in nodes if isinstance(node, ast.Name)
+                         and node.id not in CONSTANTS and id(node) not in called)
 
 
 def read(text: Any, columns: Columns, where: str, problems: Problems) -> Expression:

@@ -14,15 +14,24 @@ DAYS = ("2026-03-02", "2026-07-15", "2027-01-31")
 _OF_DAYS = {"days", "is_day"}
 
 
-def values_of(spec: Spec, tool: ToolSpec, tables: Tables) -> dict[str, list[Any]]:
-    """Return argument -> values that fit tables: keys of rows that it names, values of columns that it is
+Places = dict[str, list[tuple[str, str]]]
+"""Argument -> tables and columns whose values it may have; no table: it is a day."""
+
+
+def places_of(tool: ToolSpec) -> Places:
+    """Return where a tool's arguments take their values: keys of rows that they name, columns that they are
     compared with or written into."""
     places: dict[str, set[tuple[str, str]]] = {name: set() for name in tool.parameters}
     for step in tool.steps:
         for argument, table, column in _places(step):
-            if argument in places and (table or column):
+            if argument in places:
                 places[argument].add((table, column))
-    return {name: _unique(value for place in sorted(found) for value in _found(spec, place, tables))
+    return {name: sorted(found) for name, found in places.items()}
+
+
+def values_of(spec: Spec, places: Places, tables: Tables) -> dict[str, list[Any]]:
+    """Return argument -> values of those places, in tables as they are."""
+    return {name: _unique(value for place in found for value in _found(spec, place, tables))
             for name, found in places.items()}
 
 

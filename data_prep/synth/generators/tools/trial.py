@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.synth.generators.tools.draws import Draws
-from data_prep.synth.generators.tools.hints import values_of
+from data_prep.synth.generators.tools.hints import places_of, values_of
 from megatron_sov.tools.faults import ToolFault
-from megatron_sov.tools.virtual.spec import Spec, ToolSpec, spec_of
+from megatron_sov.tools.virtual.spec import ToolSpec, spec_of
 from megatron_sov.tools.worlds.virtual import Virtual
 
 MAX_STATES = 24
@@ -59,10 +59,12 @@ def tried(world: Mapping[str, Any], name: str, calls_per_tool: int) -> Trial:
     states = [virtual.snapshot()]
     trial.lies += [f"tool {tool.name}: nothing uses its argument {argument}"
                    for tool in spec.tools.values() for argument in sorted(_ignored(tool))]
+    places = {tool.name: places_of(tool) for tool in spec.tools.values()}
     for _ in range(calls_per_tool):
         for tool in spec.tools.values():
             state = draws.one(states)
-            after = _call(virtual, tool, state, _arguments(spec, tool, state, draws), trial)
+            arguments = _arguments(tool, values_of(spec, places[tool.name], state), draws)
+            after = _call(virtual, tool, state, arguments, trial)
             if after is not None and after != state and len(states) < MAX_STATES:
                 states.append(after)
     return trial
@@ -95,9 +97,8 @@ def _ignored(tool: ToolSpec) -> set[str]:
     return set(tool.parameters) - used
 
 
-def _arguments(spec: Spec, tool: ToolSpec, state: Any, draws: Draws) -> dict[str, Any]:
-    """Return arguments that the tool's schema allows."""
-    fitting = values_of(spec, tool, state)
+def _arguments(tool: ToolSpec, fitting: Mapping[str, list[Any]], draws: Draws) -> dict[str, Any]:
+    """Return arguments that the tool's schema allows, many of them from those that fit."""
     found = {}
     for name, schema in tool.schemas.items():
         if not tool.is_required(name) and draws.share() < LEFT_OUT:
