@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import shop_clerk
-import shops
-from planted import Case
+from synthesis.actors import shop_clerk, shops
+from synthesis.cases import Case
 
 from data_prep.synth.generator import Item
 
 Draft = dict[str, Any]
-NUM_TASKS = 4
-"""That a world is asked for by default."""
+SETTINGS: dict[str, Any] = {"tasks_per_world": 1}
+NUM_WORLDS = 4
+"""Of a run."""
 
 
 def reply(request: Mapping[str, Any]) -> str | dict[str, Any]:
@@ -41,8 +42,16 @@ def answer(request: Mapping[str, Any], bent: Callable[[Draft], Draft | str],
     return made if isinstance(made, str) else json.dumps(made)
 
 
+def arguments(folder: Path) -> list[str]:
+    """Write worlds; returns the words of a run over them."""
+    file = folder / "worlds.jsonl"
+    file.write_text("".join(json.dumps({"domain": shops.trade(number).domain, "world": shops.world(number)})
+                            + "\n" for number in range(NUM_WORLDS)), encoding="utf-8")
+    return ["--input", str(file), "--set", "tasks_per_world=2", "--set", "num_solvers=1"]
+
+
 def cases() -> list[Case]:
-    """Return 50 sound tasks and 50 of `BENT`; the items ask for one task each (`tasks_per_world` = 1)."""
+    """Return 50 sound tasks and 50 of `BENT`; each item asks for one task (`SETTINGS`)."""
     found = []
     for number in range(50):
         fields = {"domain": shops.trade(number).domain, "world": shops.world(number)}
@@ -97,5 +106,3 @@ BENT: dict[str, tuple[int, Callable[[Draft], Draft | str]]] = {
     "more fields than asked for": (0, _edited(lambda d: d.update(reward=1))),
 }
 """Fault -> kind of task that it is planted in, and what is done to it."""
-GOOD = [case for case in cases() if case.good]
-BAD = [case for case in cases() if not case.good]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import shops
+from synthesis.actors import shops
 
 GREETING = "Good morning. I am {email}."
 DONE = "###DONE###"

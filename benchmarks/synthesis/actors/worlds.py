@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import shop_clerk
-import shops
-from planted import Case
+from synthesis.actors import shop_clerk, shops
+from synthesis.cases import Case
 
 from data_prep.synth.generator import Item
 
+SETTINGS: dict[str, Any] = {}
+NUM_DOMAINS = 6
+"""Of a run."""
 World = dict[str, Any]
 MAKE, END = 3, 4
 """Places of the tools that change something."""
@@ -37,6 +40,14 @@ def answer(request: Mapping[str, Any], bent: Callable[[World], World]) -> str:
     world = bent(shops.world(number))
     tools = world.pop("tools")
     return json.dumps({"tools": tools} if "Design its tools" in prompt else world)
+
+
+def arguments(folder: Path) -> list[str]:
+    """Write domains; returns the words of a run over them."""
+    file = folder / "domains.jsonl"
+    file.write_text("".join(json.dumps({"domain": f"a {shops.trade(number).domain}"}) + "\n"
+                            for number in range(NUM_DOMAINS)), encoding="utf-8")
+    return ["--input", str(file)]
 
 
 def cases() -> list[Case]:
@@ -110,5 +121,3 @@ BENT: dict[str, Callable[[World], World]] = {
     "no return": _edited(lambda w: _does(w, 0).pop()),
 }
 """Fault -> what makes a sound world have it."""
-GOOD = [case for case in cases() if case.good]
-BAD = [case for case in cases() if not case.good]

@@ -1,31 +1,30 @@
-"""Choices that follow from a name alone: the same in every process and with every version of Python."""
+"""A stream of choices that follows from a name alone."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
+
+from data_prep.synth.generators.drawing import share_of
 
 T = TypeVar("T")
 
 
 class Draws:
-    """A stream of choices."""
+    """One choice after the other, for what cannot name each of them."""
 
     def __init__(self, *names: object) -> None:
         """`names`: what the stream is drawn for, such as an item's id and an attempt's number."""
-        self._name = "\x1f".join(map(str, names))
-        self._count = 0
-
-    def below(self, number: int) -> int:
-        """Return a whole number from 0 to `number` - 1; `number` must be positive."""
-        self._count += 1
-        digest = hashlib.sha256(f"{self._name}\x1e{self._count}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") % number
+        self._names, self._count = names, 0
 
     def share(self) -> float:
-        """Return a number from 0 to 1, without 1."""
-        return self.below(1 << 53) / (1 << 53)
+        """Return the next number from 0 up to 1."""
+        self._count += 1
+        return share_of(*self._names, self._count)
+
+    def below(self, number: int) -> int:
+        """Return the next whole number from 0 to `number` - 1; `number` must be positive."""
+        return int(self.share() * number)
 
     def one(self, of: Sequence[T]) -> T:
         """Return one of several."""

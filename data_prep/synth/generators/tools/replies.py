@@ -65,16 +65,15 @@ def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[It
             own = record.pop("id", None)
             item = Item(_id_of(own, record), record, str(origin.get("source") or file.stem),
                         str(origin.get("licence") or ""))
-            if item.id in found:
-                raise UserError(f"--input {file}: line {line} has the id {item.id!r} of an earlier one; "
-                                "leave a line out, or give it an id of its own")
+            if found.get(item.id, item).fields != item.fields:
+                raise UserError(f"--input {file}: line {line} has the id {item.id!r} of an earlier line, "
+                                "which is another record; give each an id of its own")
             found[item.id] = item
     return list(found.values())
 
 
 def _id_of(own: Any, record: Any) -> str:
     """Return a record's own id, as items may have it, or a hash of the record."""
-    made = own.replace("/", ":") if isinstance(own, str) else ""
-    if re.fullmatch(r"[A-Za-z0-9:._-]{1,100}", made):
-        return made
+    if isinstance(own, str) and re.fullmatch(r"[A-Za-z0-9:._/-]{1,150}", own):
+        return own
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:ID_CHARS]
