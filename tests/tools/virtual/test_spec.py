@@ -43,7 +43,8 @@ def test_the_example_is_sound() -> None:
      lambda w: w["tables"]["books"]["rows"]["B1"].update(copies="1")),
     ("row L1 of loans: member is 'M9', which members has not",
      lambda w: w["tables"]["loans"]["rows"]["L1"].update(member="M9")),
-    ("row B2 of books: colour: Extra inputs", lambda w: w["tables"]["books"]["rows"]["B2"].update(colour="x")),
+    ("row B2 of books: colour: Extra inputs",
+     lambda w: w["tables"]["books"]["rows"]["B2"].update(colour="x")),
     ("tool find_member: stands there twice", lambda w: w["tools"].append(w["tools"][0])),
     ("its name must have letters", lambda w: w["tools"][0].update(name="find member")),
     ("has 'pattern', which nothing would hold to", lambda w: w["tools"][FIND]["parameters"]["properties"][

@@ -97,7 +97,7 @@ def test_it_plays_in_a_process_of_its_own_and_goes_on_from_its_state() -> None:
     task = {**Virtual.EXAMPLES[1]}
     with EnvironmentHost(order("virtual", {}), LIMITS["test"]) as host:
         opening = host.reset(task)
-        assert [tool["function"]["name"] for tool in opening.tools][0] == "find_member"
+        assert opening.tools[0]["function"]["name"] == "find_member"
         assert host.call(ToolCall("return_book", {"loan_id": "L1"})).text == "Four Reigns is back"
         assert host.call(ToolCall("return_book", {"loan_id": "L1"})).fault == "refused"
         state = host.state

@@ -10,7 +10,7 @@ TOLD = ["I am mina@example.com, from 2026-06-10.", '{"id": "B12", "price": 1100,
 
 
 @pytest.mark.parametrize("said", [
-    "B12 is booked.", "b12 is yours.", "It costs 1,100.", "It costs 2,200 for both nights.", "The fee is 0.5.",
+    "B12 is booked.", "b12 is yours.", "It costs 1,100.", "It is 2,200 for both nights.", "The fee is 0.5.",
     "You have 3 books.", "From the 10th of June 2026.", "2026-06-10 it is.", "It is 1100.5 with the fee.",
     "2200원입니다", "Good morning!"])
 def test_what_was_told_or_follows_from_two_numbers_is_founded(said: str) -> None:

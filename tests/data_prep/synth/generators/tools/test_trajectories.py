@@ -35,7 +35,7 @@ def made(settings: TrajectorySettings, reply: Any = tool_trajectories.reply, ite
 def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
     one, two = made(TrajectorySettings(user_share=0.0))
     assert (one.reason, two.reason, one.group, one.record["orientation"]) == ("", "", "task-0", "task")
-    messages = read_messages(one.record["messages"])
+    messages = read_messages(one.record["messages"], "messages")
     assert [message.role for message in messages] == [
         "system", "user", *("assistant", "tool") * 3, "assistant"]
     assert messages[2].tool_calls[0]["function"] == {"name": "find_member",
@@ -87,7 +87,7 @@ def test_a_turn_with_a_wrong_call_is_shown_and_not_learned() -> None:
         return tool_trajectories.reply(request)
 
     sample, = made(TrajectorySettings(conversations_per_task=1, user_share=0.0), reply)
-    learned = [message.is_learned for message in read_messages(sample.record["messages"])
+    learned = [message.is_learned for message in read_messages(sample.record["messages"], "messages")
                if message.role == "assistant"]
     assert sample.reason == "" and learned == [False, True, True, True, True]
     assert sample.notes["faults"] == {"arguments": 1}
@@ -102,7 +102,7 @@ def test_thoughts_are_kept_and_arguments_go_out_as_json() -> None:
     ask = ScriptedAsk(reply, "task-0", ToolTrajectories)
     settings = TrajectorySettings(conversations_per_task=1, user_share=0.0)
     sample, = ToolTrajectories(settings).make(ITEM, ask)
-    assert read_messages(sample.record["messages"])[2].reasoning == "I look first."
+    assert read_messages(sample.record["messages"], "messages")[2].reasoning == "I look first."
     sent = ask.requests[-1]["messages"]
     assert isinstance(sent[2]["tool_calls"][0]["function"]["arguments"], str)
     assert not any({"train", "reasoning_content"} & set(message) for message in sent)
