@@ -23,7 +23,8 @@ ITEM = Item("library-1", {"domain": "a library", "number": 1})
 FEW = WorldSettings(calls_per_tool=25)
 WHATS = {"result of another type": "honest schema", "argument that nothing uses": "honest schema",
          "fails for arguments that it allows": "honest schema",
-         "never comes through": "every tool comes through", "changes nothing": "every change takes place", "two tools alike": "distinct tools",
+         "never comes through": "every tool comes through",
+         "changes nothing": "every change takes place", "two tools alike": "distinct tools",
          "too few tools": "size", "program in an expression": "sound", "no tools at all": "sound"}
 """Planted fault -> the check that sees it."""
 
@@ -59,7 +60,8 @@ def test_a_model_that_is_told_what_is_wrong_may_mend_it() -> None:
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("I cannot do that.", "form"), ("[1, 2]", "form"), ("".join(f'{{"k{i}": ' for i in range(3000)), "form"), ('{"name": NaN}', "form"),
+    ("I cannot do that.", "form"), ("[1, 2]", "form"), ("".join(f'{{"k{i}": ' for i in range(3000)), "form"),
+    ('{"name": NaN}', "form"),
     ('{"name": "x", "tables": {"a": 3}}', "sound")])
 def test_an_answer_that_is_no_world_is_a_rejected_sample_and_no_error(text: str, reason: str) -> None:
     sample, = samples_of(Worlds(FEW), ITEM, lambda request: text)
