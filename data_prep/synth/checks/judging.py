@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from data_prep.pipeline.finish import summary_of
 from data_prep.pipeline.plan import Plan, SourcePlan, make_plan
 from data_prep.pipeline.running import judge_documents
-from data_prep.synth.candidates import Candidate, RunRecord, parts, read_part
+from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
 from data_prep.synth.checks.input_texts import input_texts
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import CONTEXT, INPUT, SAMPLES, SOURCES, NoSample, texts_of
@@ -29,6 +30,7 @@ from data_prep.synth.sample import Verdict
 from megatron_sov.artifacts import disk_errors, publish
 
 FOLDER, TEXTS = "checks", "texts"
+LOT_ITEMS = 2000
 FORM = "form"
 """Check that a record is what later commands take."""
 
@@ -69,9 +71,11 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = _write_texts(output, run, folder)
+    if SAMPLES not in names:
+        return Judged()
     pipeline = settings.pipeline(settings.file(run.generator, run.kind),
                                  {name: folder / TEXTS / name for name in names})
-    if not pipeline.steps or SAMPLES not in names:
+    if not pipeline.steps:
         return Judged()
     (folder / "inputs").mkdir(exist_ok=True)
     plan = make_plan(pipeline, folder)
@@ -81,18 +85,19 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
 
 
 def _write_texts(output: Path, run: RunRecord, folder: Path) -> list[str]:
-    """Write what is judged, a file for each part of the candidates; returns the sources that there are."""
+    """Write what is judged, a file for each lot of items; returns the sources that there are."""
     temporary = folder / f".{TEXTS}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     seen: set[str] = set()
     try:
         for name in SOURCES:
             (temporary / name).mkdir(parents=True)
-        for part in parts(output):
+        for number, some in enumerate(_in_lots(read_made(output, run))):
             with ExitStack() as stack:
-                files = {name: stack.enter_context(open(temporary / name / part.name, "w", encoding="utf-8"))
-                         for name in SOURCES if name != INPUT}
-                for made in read_part(part, run):
+                files = {name: stack.enter_context(
+                    open(temporary / name / f"{number:06}.jsonl", "w", encoding="utf-8"))
+                    for name in SOURCES if name != INPUT}
+                for made in some:
                     for sample in made.samples:
                         _write_sample(sample, files, seen)
         with open(temporary / INPUT / "input.jsonl", "w", encoding="utf-8") as f:
@@ -107,6 +112,12 @@ def _write_texts(output: Path, run: RunRecord, folder: Path) -> list[str]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return names
+
+
+def _in_lots(made: Iterator[Made]) -> Iterator[Iterator[Made]]:
+    """Yield items by so many: what comes later changes the last lot's file alone."""
+    for first in made:
+        yield chain([first], islice(made, LOT_ITEMS - 1))
 
 
 def _write_sample(sample: Candidate, files: Mapping[str, IO[str]], seen: set[str]) -> None:

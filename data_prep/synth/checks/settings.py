@@ -44,6 +44,9 @@ class CheckSettings:
             found.append(f"--min-kappa {self.min_kappa:g}: there is nothing to agree with; add --labels FILE")
         if self.min_kappa is not None and not -1 <= self.min_kappa <= 1:
             found.append(f"--min-kappa {self.min_kappa:g}: must lie in [-1, 1], e.g. 0.6")
+        if self.steps is not None and not self.steps.is_file():
+            return [*found, f"--checks {self.steps}: does not exist; pass a YAML file, e.g. a copy of "
+                            f"{DEFAULTS / 'chat.yaml'}"]
         try:
             if self.labels is not None:
                 read_labels(self.labels)
