@@ -5,8 +5,8 @@
 
 A house is a virtual world: a task asks to switch one device of one room on or off.  The base model has seen
 the form of such conversations, with rooms, devices and states by lot.  A scripted model then plays other tasks
-four times each: in 35 % it does what is asked, in 40 % it says so without a call, in 25 % it switches
-something in another room.  `sov-data synth tool-trajectories` keeps what reaches the goal.
+four times each: in 35 % it does what is asked, in 40 % it says so without a call, in 25 % it
+switches something in another room.  `sov-data synth tool-trajectories` keeps what reaches the goal.
 
   without    the base model
   kept       fine-tuned on what the run has kept
@@ -150,8 +150,8 @@ class Seed(SeedFolder):
         folder = self.folder / name
         if not (folder / "complete.json").exists():
             sizes = [f"model.{size}" for size in MODEL] if name == "base" else []
-            run(self.log, "megatron_sov", command, "tiny-solar-open", "--data", self.folder / f"{name}-shards",
-                "--run", folder, "--resume", *more,
+            run(self.log, "megatron_sov", command, "tiny-solar-open",
+                "--data", self.folder / f"{name}-shards", "--run", folder, "--resume", *more,
                 *words([*sizes, *SETTINGS, f"train.seed={self.seed}", f"train.steps={steps}",
                         f"optim.lr={lr}"]))
         return folder
