@@ -4,9 +4,9 @@
     python benchmarks/synthesis/helps_tools.py --work FOLDER --print
 
 A house is a virtual world: a task asks to switch one device of one room on or off.  The base model has seen
-the form of such conversations, with rooms, devices and states by lot.  A scripted model then plays other tasks
-four times each: in 35 % it does what is asked, in 40 % it says so without a call, in 25 % it
-switches something in another room.  `sov-data synth tool-trajectories` keeps what reaches the goal.
+the form of such conversations, with rooms, devices and states by lot.  A scripted model then plays other
+tasks four times each: in 35 % it does what is asked, in 40 % it says so without a call, in 25 % it switches
+something in another room.  `sov-data synth tool-trajectories` keeps what reaches the goal.
 
   without    the base model
   kept       fine-tuned on what the run has kept

@@ -94,6 +94,8 @@ def _wrong(node: ast.AST, columns: Columns) -> str:
     if isinstance(node, ast.Constant) and not (node.value is None
                                                or isinstance(node.value, (bool, int, float, str))):
         return "only texts, numbers, true, false and null are constants"
+    if isinstance(node, ast.Constant) and isinstance(node.value, float) and not math.isfinite(node.value):
+        return "a number is too large"
     if isinstance(node, ast.Name) and node.id not in CONSTANTS and node.id not in columns:
         return (f"there is no {node.id[:40]!r}; there are {', '.join(columns) or 'no names'}; a text stands "
                 f"in quotes: \"'{node.id[:40]}'\"")

@@ -46,7 +46,7 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
     known = PLAIN.keys() | _WORDS.keys()
     if not names or not all(isinstance(name, str) and name in known for name in names):
         problems.add(where, f"type is {shown(named)}, must be one of {', '.join(sorted(known))}, or a list "
-                            "of one of them and null")
+                            "of them")
         return Any
     allowed = _ANYWHERE | also | {word for name in names for word in _WORDS.get(name, ())}
     if unknown := sorted(set(map(str, schema)) - allowed):

@@ -12,7 +12,7 @@ from megatron_sov.errors import UserError, list_problems
 from megatron_sov.tools.schema import Parameter
 from megatron_sov.tools.virtual.json_types import Held, fields_of, record_of, type_of
 from megatron_sov.tools.virtual.problems import Problems, shown
-from megatron_sov.tools.virtual.steps import CHANGING, Reader, Step, Tables
+from megatron_sov.tools.virtual.steps import CHANGING, RESERVED, Reader, Step, Tables
 
 MAX_SPEC_CHARS = 400_000
 """Of a world as JSON."""
@@ -249,6 +249,8 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
     required = given.get("required", [])
     parameters, held = {}, {}
     for argument, schema in schemas.items():
+        if argument in RESERVED:
+            problems.add(f"{where}.{argument}", "steps mean something else by this name; choose another one")
         kind = type_of(schema, f"{where}.{argument}", problems)
         held[argument] = Held(kind)
         described = schema.get("description", "") if isinstance(schema, Mapping) else ""

@@ -45,6 +45,8 @@ VERBS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 CHANGING = frozenset({"insert", "update", "delete"})
 _TABLED = frozenset({"get", "find"}) | CHANGING
 _ROW = "row"
+RESERVED = frozenset({_ROW, *expressions.CONSTANTS})
+"""Names that steps and arguments may not have."""
 Tables = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -170,8 +172,8 @@ class Reader:
     def _name(self, given: Any, where: str) -> str:
         if given == "":
             return ""
-        if not isinstance(given, str) or not given.isidentifier() or given == _ROW or given in self._names \
-                or given in expressions.CONSTANTS or given in expressions.FUNCTIONS:
+        if not isinstance(given, str) or not given.isidentifier() or given in self._names \
+                or given in RESERVED or given in expressions.FUNCTIONS:
             self._problems.add(where, f"{shown(given)} must be a new name of letters, digits and _, and none "
                                       f"of {', '.join(expressions.FUNCTIONS)}")
             return ""

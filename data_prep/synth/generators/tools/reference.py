@@ -106,7 +106,8 @@ def _is_told(value: Any, schema: Mapping[str, Any], told: str) -> bool:
         return True
     if isinstance(value, str):
         return not value.strip() or plain(value) in told
-    return abs(value) <= SMALL or says(told, plain(f"{value:g}"))
+    whole = int(value) if float(value).is_integer() else value
+    return abs(value) <= SMALL or says(told, str(whole))
 
 
 def _first(check: str, problems: Sequence[str]) -> Verdict:

@@ -1,8 +1,8 @@
 """A described world tried out: its tools are called with drawn arguments of the declared types, from many
 states, and held to what they declare.
 
-Half of the arguments fit the tables, so that tools come through; the others are anything that the schema
-allows, so that what it allows and the tool cannot do comes to light.
+Most arguments fit the tables, so that tools come through; the others are anything that the schema allows, so
+that what it allows and the tool cannot do comes to light.
 """
 
 from __future__ import annotations
