@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[2]))
 from synthesis.cases import Case
 from synthesis.for_all import row_for_all
-from synthesis.written_runs import kept_items, write_run
+from synthesis.written_runs import fates, write_run
 
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.generator import Generator, NoReply
@@ -66,14 +66,15 @@ def judged(generator: Generator, cases: Sequence[Case], folder: Path, settings: 
     """Return what becomes of cases that are all good or all bad."""
     samples = [made(generator, case) for case in cases]
     write_run(folder, generator.name, generator.kind, [[asdict(one) for one in some] for some in samples])
-    kept = kept_items(folder, settings)
+    fate = fates(folder, settings)
     found = Outcome(len(cases))
     for number, (case, some) in enumerate(zip(cases, samples, strict=True)):
         found.num_rejected += not any(not one.reason for one in some)
-        found.num_rejected_by_all += number not in kept
+        is_kept = fate.get(number) == ""
+        found.num_rejected_by_all += not is_kept
         found.num_by_judge += case.by == "judge"
-        if case.good != (number in kept):
-            found.wrong[case.what] += 1
+        if case.good != is_kept:
+            found.wrong[f"{case.what} ({fate.get(number, 'no sample')})" if case.good else case.what] += 1
     return found
 
 

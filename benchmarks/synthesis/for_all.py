@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from synthesis.written_runs import kept_items, write_run
+from synthesis.written_runs import fates, write_run
 
 from data_prep.synth.checks.settings import CheckSettings
 
@@ -86,7 +86,8 @@ def row_for_all(folder: Path) -> str:
     wrong = [*wrong, *copies([record for _, record in fine])]
     output = folder / "for-all"
     write_run(output, "planted", "chat", [[{"record": record}] for _, record in [*fine, *wrong]])
-    kept = kept_items(output, CheckSettings(benchmarks=(folder / "benchmark.jsonl",), languages=("en",)))
+    fate = fates(output, CheckSettings(benchmarks=(folder / "benchmark.jsonl",), languages=("en",)))
+    kept = {number for number, reason in fate.items() if not reason}
     caught = sum(number not in kept for number in range(len(fine), len(fine) + len(wrong)))
     lost = sum(number not in kept for number in range(len(fine)))
     told = [f"    {'kept' if number in kept else 'rejected'}: {what}"

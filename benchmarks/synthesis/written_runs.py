@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,15 @@ def write_run(folder: Path, generator: str, kind: str,
             f.write(json.dumps({"number": number, "item": {"id": str(number)}, "samples": list(some)}) + "\n")
 
 
-def kept_items(folder: Path, settings: CheckSettings) -> set[int]:
-    """Finish a run; returns the places of the items of which it keeps something."""
+def fates(folder: Path, settings: CheckSettings) -> dict[int, str]:
+    """Finish a run; returns place of an item -> why no sample of it stays, empty where one does.  An item
+    without samples is not there."""
     with contextlib.redirect_stdout(io.StringIO()):
         finish(folder, settings)
-    return {int(json.loads(line)["synthetic"]["item"])
-            for file in folder.glob("kept*.jsonl") for line in file.read_text().splitlines()}
+    found = {int(row["synthetic"]["item"]): str(row["reason"]) for row in _rows(folder / "rejected.jsonl")}
+    return found | {int(row["synthetic"]["item"]): ""
+                    for file in folder.glob("kept*.jsonl") for row in _rows(file)}
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    return map(json.loads, file.read_text(encoding="utf-8").splitlines())

@@ -57,9 +57,11 @@ class CheckSettings:
         return found
 
     def file(self, generator: str, kind: str) -> Path:
-        """Return the file of steps for a generator and the kind of its records."""
+        """Return the file of steps for records of a kind; `generator`: empty where it is not its own kind."""
+        if self.steps is not None and generator:
+            return self.steps
         own = DEFAULTS / f"{generator}.yaml"
-        return self.steps or (own if own.is_file() else DEFAULTS / f"{kind}.yaml")
+        return own if generator and own.is_file() else DEFAULTS / f"{kind}.yaml"
 
     def pipeline(self, file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
         """Return the steps of a file as a pipeline.

@@ -48,11 +48,12 @@ def _texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if kind == "task":
         yield SAMPLES, asked_in(record)
         return
-    document = parse_record(dict(record), "", 0, Reading(kind))
+    is_pair = kind == "prompt" and {"chosen", "rejected"} <= record.keys()
+    document = parse_record(dict(record), "", 0, Reading("preference" if is_pair else kind))
     if kind == "text":
         yield SAMPLES, document.text
         return
-    yield SAMPLES, "\n\n".join(_said(document.messages, "user", "assistant", "tool"))
+    yield SAMPLES, "\n\n".join(_said((*document.messages, *document.chosen), "user", "assistant", "tool"))
     yield CONTEXT, "\n\n".join(_said(document.messages, "system"))
     if kind == "chat":
         if not any(message.role == "assistant" for message in document.messages):

@@ -65,8 +65,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = made_run(folder / "samples", [
         [sample(chat("How much is 3 and 4?", "7")), sample({"prompt": "How much is 3 and 4?", "answer": "7"},
                                                           kind="prompt")],
-        [sample(chat("How much is 3 and 5?", "8")), sample({"prompt": "How much is 3 and 5?", "answer": "8"},
-                                                          kind="prompt")],
+        [sample(chat(GOOD, "8")), sample({"prompt": GOOD, "answer": "8"}, kind="prompt")],
         [sample(called)],
         [sample(chat("Who painted it?", "Nobody knows.", told))],
         [sample(chat("Say it again.", "say it again and say it once more to me " * 20))],
@@ -220,3 +219,8 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, 
     (output / name).write_text(text)
     with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
         finish(output, CheckSettings())
+
+
+def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:
+    kept, = read_documents([texts / "kept.jsonl"], Reading("text", tags=("synthetic",)))
+    assert kept.tags == ("true",)

@@ -55,6 +55,7 @@ def test_a_generator_may_have_steps_of_its_own() -> None:
     assert CheckSettings().file("triples", "text").stem == "triples"
     assert CheckSettings().file("autoif", "chat").stem == "chat"
     assert CheckSettings(Path("own.yaml")).file("triples", "text") == Path("own.yaml")
+    assert CheckSettings(Path("own.yaml")).file("", "prompt").stem == "prompt", "records of another kind"
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -24,6 +24,8 @@ def test_each_kind_has_its_texts() -> None:
     assert texts_of("prompt", {"prompt": "1 + 1?", "answer": "2"}) == {"samples": "1 + 1?"}
     assert texts_of("prompt", {"prompt": TOLD["messages"][:2]}) == {
         "samples": "Where is it?", "context": "Be short."}
+    assert texts_of("prompt", {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}) == {
+        "samples": "1 + 1?\n\n2"}
     assert texts_of("task", {"question": "Mend it.", "files": {"a": "b"}}) == {"samples": "Mend it."}
     assert texts_of("task", {"world": {"tables": {}}}) == {}
 
