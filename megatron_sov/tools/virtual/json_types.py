@@ -25,6 +25,7 @@ _WORDS = {"array": {"items"}, "object": {"properties", "required", "additionalPr
 _ANYWHERE = {"type", "description", "enum", "default", "title"}
 # made of values, which type checkers do not follow
 _TYPED_DICT, _NOT_REQUIRED = cast(Any, TypedDict), cast(Any, NotRequired)
+_UNION, _LITERAL, _LIST = cast(Any, Union), cast(Any, Literal), cast(Any, list)
 
 
 def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = frozenset(),
@@ -55,7 +56,7 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
     if "enum" in schema:
         return _choice(schema["enum"], names, where, problems)
     made = [_one(name, schema, where, problems, levels) for name in names]
-    return Union[tuple(made)]  # noqa: UP007  (made of values)
+    return _UNION[tuple(made)]
 
 
 def _choice(values: Any, names: list[str], where: str, problems: Problems) -> Any:
@@ -65,12 +66,12 @@ def _choice(values: Any, names: list[str], where: str, problems: Problems) -> An
             isinstance(value, kinds) and not isinstance(value, bool) for value in values):
         problems.add(where, "enum must be a list of texts or whole numbers of the type beside it")
         return Any
-    return Literal[tuple(values)]
+    return _LITERAL[tuple(values)]
 
 
 def _one(name: str, schema: Mapping[str, Any], where: str, problems: Problems, levels: int) -> Any:
     if name == "array":
-        return list[type_of(schema.get("items"), f"{where}.items", problems, levels=levels - 1)]  # type: ignore[misc]
+        return _LIST[type_of(schema.get("items"), f"{where}.items", problems, levels=levels - 1)]
     return _object(schema, where, problems, levels) if name == "object" else PLAIN[name]
 
 

@@ -238,7 +238,7 @@ def _find(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey)
     return rows[:step.limit or None]
 
 
-def _require(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _require(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     if not _test(step.values["require"], scope):
         raise ToolRefused(step.told)
 
@@ -248,12 +248,12 @@ def _insert(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKe
     return {"id": new_key(step.table, row), **copy.deepcopy(row)}
 
 
-def _update(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _update(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     _, row = _row(step, scope, tables)
     row |= {name: copy.deepcopy(value_of(value, scope)) for name, value in step.columns.items()}
 
 
-def _delete(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _delete(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     key, _ = _row(step, scope, tables)
     del tables[step.table][key]
 

@@ -106,7 +106,7 @@ class ToolTrajectories(Generator):
         with EnvironmentHost(order(s.environment, {}), limits) as host:
             for number in range(s.conversations_per_task):
                 draws = Draws(item.id, number)
-                user = None
+                user: SimulatedUser | None = None
                 if draws.share() < s.user_share:
                     user = SimulatedUser(ask, str(task["question"]), draws.one(STYLES), number, s.language)
                 played = self._played(task, Table(ask, host, manner, number, draws), user)
