@@ -72,8 +72,8 @@ class Doing:
 
 def command(generator: str, words: Sequence[str], url: str, output: Path) -> list[str]:
     """Return what follows `sov-data` in the command of a run."""
-    return ["synth", generator, *words, "--engine", url, "--model", MODEL, "--output", str(output), "--threads",
-            str(THREADS), "--workers", "1", "--timeout", str(TIMEOUT_S), "--max-attempts", "8"]
+    return ["synth", generator, *words, "--engine", url, "--model", MODEL, "--output", str(output),
+            "--threads", str(THREADS), "--workers", "1", "--timeout", str(TIMEOUT_S), "--max-attempts", "8"]
 
 
 def run_command(words: Sequence[str], log: Path) -> None:

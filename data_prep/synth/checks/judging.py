@@ -25,7 +25,7 @@ from data_prep.pipeline.running import judge_documents
 from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
 from data_prep.synth.checks.input_texts import input_texts
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.checks.texts import CONTEXT, INPUT, SAMPLES, SOURCES, NoSample, texts_of
+from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, texts_of
 from data_prep.synth.sample import Verdict
 from megatron_sov.artifacts import disk_errors, publish
 
@@ -42,7 +42,7 @@ class Judged:
     dropped: Mapping[str, Verdict] = field(default_factory=dict)
     """Id of a document (a sample, or a context) -> why it does not stay."""
     changed: Mapping[str, str] = field(default_factory=dict)
-    """Id of a sample -> its text where a step has changed it."""
+    """Id of a document -> its text where a step has changed it."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Figures of each step and source, as a pipeline's summary has them."""
 
@@ -52,11 +52,10 @@ class Judged:
             texts = texts_of(candidate.kind, candidate.record)
         except NoSample as e:
             return Verdict(FORM, False, str(e))
-        if found := self.dropped.get(candidate.id):
+        ids = (candidate.id, _context_id(texts.get(CONTEXT, "")))
+        if found := next(filter(None, map(self.dropped.get, ids)), None):
             return found
-        if found := self.dropped.get(_context_id(texts.get(CONTEXT, ""))):
-            return found
-        if candidate.id in self.changed and candidate.kind != "text":
+        if candidate.kind != "text" and any(id_ in self.changed for id_ in ids):
             return Verdict("changed by a step", False, "only texts can follow; use steps that keep or drop")
         return None
 
@@ -173,7 +172,7 @@ def _collect(plan: Plan, folder: Path) -> tuple[dict[str, Verdict], dict[str, st
         for own_id, number, reason, detail, text in _rows(source, folder):
             if reason:
                 found.append((own_id, number, reason, detail))
-            elif text is not None and source.settings.name == SAMPLES:
+            elif text is not None:
                 changed[own_id] = text
     names = _own_ids(plan, folder, {detail for _, _, _, detail in found})
     dropped: dict[str, Verdict] = {}
