@@ -112,8 +112,7 @@ class ToolTrajectories(Generator):
                 played = self._played(task, Table(ask, host, manner, number, draws), user)
                 verdicts = self._checked(played, user)
                 if s.min_judged and all(verdict.passed for verdict in verdicts):
-                    score = ask.judge(RUBRIC, {"conversation": _transcript(played)})
-                    verdicts.append(Verdict("judge", score >= s.min_judged, f"{score:g}"))
+                    verdicts.append(_judged(played, ask, s.min_judged))
                 yield _sample(item, played, verdicts, "user" if user else "task")
 
     def _played(self, task: Mapping[str, Any], table: Table, user: SimulatedUser | None) -> Played:
@@ -149,6 +148,15 @@ class ToolTrajectories(Generator):
         if user is not None:
             verdicts.append(Verdict("user keeps its role", not user.problems, "; ".join(user.problems)))
         return verdicts
+
+
+def _judged(played: Played, ask: Ask, least: float) -> Verdict:
+    """Return the judge's word; one that gives no grade costs this conversation, and not the item's others."""
+    try:
+        score = ask.judge(RUBRIC, {"conversation": _transcript(played)})
+    except NoUsableReply as e:
+        return Verdict("judge", False, str(e))
+    return Verdict("judge", score >= least, f"{score:g}")
 
 
 def _sample(item: Item, played: Played, verdicts: Sequence[Verdict], orientation: str) -> Sample:

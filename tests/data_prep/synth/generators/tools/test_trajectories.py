@@ -122,6 +122,15 @@ def test_an_answer_of_no_use_ends_one_conversation_and_not_the_item() -> None:
     assert sample.reason == "came to an end" and sample.verdicts[2].detail.startswith("unusable")
 
 
+def test_a_judge_without_a_grade_costs_the_conversation_and_not_the_item() -> None:
+    def reply(request: Mapping[str, Any]) -> Any:
+        is_judge = shop_clerk.JUDGED in request["messages"][0]["content"]
+        return "I like it." if is_judge else tool_trajectories.reply(request)
+
+    one, two = made(TrajectorySettings(user_share=0.0, min_judged=5.0), reply)
+    assert one.reason == two.reason == "judge" and "gave no score" in one.verdicts[-1].detail
+
+
 @pytest.mark.parametrize("record, told", [
     ({"answer": "x"}, "has no 'question'"), ({"question": "?"}, "the task's world")])
 def test_an_input_that_is_none_is_told(tmp_path: Path, record: dict[str, Any], told: str) -> None:
