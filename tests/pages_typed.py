@@ -41,6 +41,7 @@ TYPED = {
     "docs/rollout_store.md": "tests/commands/test_rl_store.py",
     "docs/slurm.md": "tests/slurm/test_submit.py",
     "docs/synth_documents.md": "tests/test_docs_synth_documents.py",
+    "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
     "docs/tokenizer.md": "tests/test_docs_data_pages.py",
     "docs/tools.md": "tests/commands/test_tools.py",
     "docs/torchrun.md": "tests/e2e/test_torchrun.py",

@@ -14,6 +14,9 @@ GENERATORS: dict[str, str] = {
     "textbook": "data_prep.synth.generators.textbook:Textbook",
     "translation": "data_prep.synth.generators.translation:Translation",
     "triples": "data_prep.synth.generators.triples:Triples",
+    "goals": "data_prep.synth.generators.tools.goals:Goals",
+    "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
+    "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }
 """Name on the command line -> module:class."""
 

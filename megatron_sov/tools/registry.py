@@ -23,6 +23,8 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "files": ("megatron_sov.tools.worlds.files", "Files", "a tree of text files: list, read, edit, search"),
     "functions": ("megatron_sov.tools.worlds.functions", "Functions",
                   "functions that a task describes: which calls a model writes"),
+    "virtual": ("megatron_sov.tools.worlds.virtual", "Virtual",
+                "tables and tools that a task describes as data"),
     "mcp": ("megatron_sov.tools.worlds.mcp", "Mcp", "the tools of an MCP server that a command starts"),
 }
 """Name -> module, class and line in the list of what is built in."""

@@ -64,11 +64,16 @@ class Database(World):
 
     def score(self, answer: str) -> Score:
         """Return 1 where the tables are as wanted and all is said, else 0."""
-        said = _plain(answer)
-        missing = [wanted for wanted in self._answers if not _says(said, _plain(wanted))]
-        tables = {name: self.state[name] == self._wanted[name] for name in self.TABLES}
+        said = plain(answer)
+        missing = [wanted for wanted in self._answers if not says(said, plain(wanted))]
+        tables = {name: self.compared(name, self.state[name]) == self.compared(name, self._wanted[name])
+                  for name in self.TABLES}
         return Score(float(not missing and all(tables.values())),
                      {"tables": tables, "unsaid": missing})
+
+    def compared(self, table: str, rows: dict[str, Any]) -> Any:
+        """Return what a goal compares of a table's rows."""
+        return rows
 
     def row(self, table: str, key: str) -> dict[str, Any]:
         """Return a row of a table, for the tools.
@@ -98,11 +103,11 @@ class Database(World):
         return key
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a text by which answers are compared: lower case, no commas in numbers, single spaces."""
     return " ".join(re.sub(r"(?<=\d),(?=\d)", "", text.casefold()).split())
 
 
-def _says(said: str, wanted: str) -> bool:
+def says(said: str, wanted: str) -> bool:
     """Return whether a text holds another one as words of their own: 5 does not stand in 150 or 5.5."""
     return re.search(rf"(?<![\w.])(?<!\d,){re.escape(wanted)}(?!\w|\.\d)", said) is not None

@@ -28,6 +28,10 @@ SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
     "files": [([("search_text", {"text": "Helo"}),
                 ("replace_text", {"path": "app/__init__.py", "old": "Helo", "new": "Hello"})], "Done"),
               ([("move_file", {"path": "notes.txt", "to": "NOTES.md"})], "Done")],
+    "virtual": [([("find_books", {"title": "vegetarian"}),
+                  ("borrow_book", {"member_id": "M1", "book_id": "B3", "due": "2026-06-30", "note": "soon"})],
+                 "It is loan L2."),
+                ([("return_book", {"loan_id": "L1"})], "Thank you.")],
 }
 
 

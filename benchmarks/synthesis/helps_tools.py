@@ -1,0 +1,206 @@
+"""What conversations with tools teach a small model, with the checks and without them.
+
+    python benchmarks/synthesis/helps_tools.py --work FOLDER [--seeds 0 1 2] [--arms without kept unchecked]
+    python benchmarks/synthesis/helps_tools.py --work FOLDER --print
+
+A house is a virtual world: a task asks to switch one device of one room on or off.  The base model has seen
+the form of such conversations, with rooms, devices and states by lot.  A scripted model then plays other
+tasks four times each: in 35 % it does what is asked, in 40 % it says so without a call, in 25 % it switches
+something in another room.  `sov-data synth tool-trajectories` keeps what reaches the goal.
+
+  without    the base model
+  kept       fine-tuned on what the run has kept
+  unchecked  fine-tuned on as many of its conversations, whether they were kept or rejected
+
+Measured is the share of goals that `tools run virtual` reaches at temperature 0.7 on pairs of room and device
+that stood in no data.  Everything runs through the ordinary commands on one process of one thread; what is
+complete is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+from rl_tools import TOKENIZER
+from seed_runs import ALWAYS, MODEL, SeedFolder, rows_of, run, run_arms, words, write
+from seeds import over_seeds
+from synthesis.actors.shop_clerk import call
+from synthesis.endpoint import MODEL as WRITER
+from synthesis.endpoint import ScriptedEndpoint, serving
+
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.tools.worlds.virtual import Virtual
+
+ARMS = ("without", "kept", "unchecked")
+ROOMS = ("kitchen", "hall", "attic", "cellar", "study", "garage", "nursery", "bath", "porch", "pantry")
+DEVICES = ("lamp", "heater", "fan", "radio", "camera", "screen", "kettle", "blind")
+NUM_BASE, NUM_ASKED, CONVERSATIONS = 400, 60, 4
+RIGHT, CLAIMED = 0.35, 0.4
+SETTINGS = (*ALWAYS, rows_of(128))
+BASE_STEPS, STEPS = 250, 200
+LR = {"base": 4e-3, "sft": 2e-3}
+TEMPERATURE = 0.7
+DONE = "It is done."
+_PLACE = {"room": {"type": "string"}, "device": {"type": "string"}}
+
+
+def house() -> dict[str, Any]:
+    """Return the world."""
+    pairs = [(room, device) for room in ROOMS for device in DEVICES]
+    state = {"type": "string", "enum": ["on", "off", "unknown"]}
+    where = "row.room == room and row.device == device"
+    return {"name": "house", "rules": "Switch what is asked for.", "tables": {"switches": {
+        "prefix": "S", "columns": {**_PLACE, "state": state},
+        "rows": {f"S{i}": {"room": room, "device": device, "state": "unknown"}
+                 for i, (room, device) in enumerate(pairs)}}},
+        "tools": [{"name": "switch", "description": "Switch a device.", "parameters": {
+            "type": "object", "properties": {**_PLACE, "state": {"type": "string", "enum": ["on", "off"]}},
+            "required": ["room", "device", "state"]}, "returns": {"type": "string"},
+            "does": [{"get": "switches", "where": where, "as": "found"},
+                     {"update": "switches", "key": "found.id", "set": {"state": "state"}},
+                     {"return": "'done'"}]}]}
+
+
+def task(room: str, device: str, state: str) -> dict[str, Any]:
+    """Return a task of the house."""
+    return {"question": f"Switch the {device} in the {room} {state}.", "world": house(), "goal": {"calls": [
+        {"name": "switch", "arguments": {"room": room, "device": device, "state": state}}], "answers": []}}
+
+
+def reply(request: Mapping[str, Any]) -> str | dict[str, Any]:
+    """Return the scripted model's turn, by the request's seed."""
+    messages = request["messages"]
+    if messages[-1]["role"] == "tool":
+        return DONE
+    device, room, state = re.findall(r"Switch the (\w+) in the (\w+) (\w+)\.", messages[-1]["content"])[0]
+    drawn = random.Random(hashlib.sha256(f"{messages[-1]['content']} {request['seed']}".encode()).digest())
+    share = drawn.random()
+    if RIGHT <= share < RIGHT + CLAIMED:
+        return DONE
+    other = drawn.choice([one for one in ROOMS if one != room])
+    return call("switch", {"room": room if share < RIGHT else other, "device": device, "state": state})
+
+
+def by_lot(draw: random.Random) -> dict[str, Any]:
+    """Return a conversation of the right form, whose call has nothing to do with its question."""
+    def one() -> dict[str, str]:
+        return {"room": draw.choice(ROOMS), "device": draw.choice(DEVICES),
+                "state": draw.choice(("on", "off"))}
+
+    asked = one()
+    world = Virtual()
+    seen = world.reset(task(**asked))
+    messages = [{"role": "system", "content": seen.system}, {"role": "user", "content": seen.user}]
+    if draw.random() < 0.5:
+        messages += [{"role": "assistant", "content": "", "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "switch", "arguments": one()}}]},
+            {"role": "tool", "tool_call_id": "c", "content": "done"}]
+    return {"messages": [*messages, {"role": "assistant", "content": DONE}], "tools": list(world.tools())}
+
+
+class Seed(SeedFolder):
+    """Data and runs of one seed."""
+
+    def make_data(self) -> None:
+        """Write tasks, have the scripted model play some, and pack, unless that is done."""
+        if (self.folder / "unchecked-shards/manifest.json").exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draw = random.Random(self.seed)
+        found = [(room, device) for room in ROOMS for device in DEVICES]
+        draw.shuffle(found)
+        asked, learned = found[:NUM_ASKED // 2], found[NUM_ASKED // 2:]
+        for name, pairs in (("asked", asked), ("tasks", learned)):
+            write(self.folder / f"{name}.jsonl", (task(*pair, state) for pair in pairs
+                                                  for state in ("on", "off")))
+        write(self.folder / "base.jsonl", (by_lot(draw) for _ in range(NUM_BASE)))
+        (self.folder / "checks.yaml").write_text("steps: []\n")
+        os.environ["OPENAI_API_KEY"] = "sk-scripted"
+        with serving(ScriptedEndpoint(reply)) as server:
+            run(self.log, "data_prep.cli", "synth", "tool-trajectories", "--input",
+                self.folder / "tasks.jsonl", "--engine", server.url, "--model", WRITER, "--output",
+                self.folder / "made", "--workers", "1", "--checks", self.folder / "checks.yaml", "--threads",
+                "2", *words(("user_share=0", f"conversations_per_task={CONVERSATIONS}")))
+        kept = list(_records(self.folder / "made/kept.jsonl"))
+        everything = [*kept, *(row["record"] for row in _records(self.folder / "made/rejected.jsonl"))]
+        for name, rows in (("kept", kept), ("unchecked", draw.sample(everything, len(kept)))):
+            write(self.folder / f"{name}.jsonl", ({"messages": one["messages"], "tools": one["tools"]}
+                                                  for one in rows))
+        (self.folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+        run(self.log, "tokenizer.cli", "train", "--preset", "custom", "--config",
+            self.folder / "tokenizer.json", "--vocab-size", "512", "--input", self.folder / "base.jsonl",
+            "--output", self.folder / "tokenizer", "--overwrite")
+        for name in ("base", "kept", "unchecked"):
+            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
+                "chat", "--heldout", "0", "--workers", "1", "--input",
+                f"{name}={self.folder / f'{name}.jsonl'}", "--output", self.folder / f"{name}-shards",
+                "--overwrite")
+
+    def train(self, command: str, name: str, steps: int, lr: float, *more: str | Path) -> Path:
+        """Train, unless it is done; returns the run."""
+        folder = self.folder / name
+        if not (folder / "complete.json").exists():
+            sizes = [f"model.{size}" for size in MODEL] if name == "base" else []
+            run(self.log, "megatron_sov", command, "tiny-solar-open",
+                "--data", self.folder / f"{name}-shards", "--run", folder, "--resume", *more,
+                *words([*sizes, *SETTINGS, f"train.seed={self.seed}", f"train.steps={steps}",
+                        f"optim.lr={lr}"]))
+        return folder
+
+    def play(self, name: str) -> None:
+        """Have a run play the tasks that stood in no data."""
+        output = self.folder / name / "episodes"
+        if not (output / "manifest.json").exists():
+            run(self.log, "megatron_sov", "tools", "run", "virtual", self.folder / name, "--tasks",
+                self.folder / "asked.jsonl", "--output", output, "--parallel", "20", "--temperature",
+                str(TEMPERATURE), "--limit", "max_turns=3", "--limit", "max_turn_tokens=40", "--limit",
+                "max_prompt_tokens=96", "--limit", "max_response_tokens=100")
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    return map(json.loads, file.read_text().splitlines())
+
+
+def arm(seed: int, work: Path, name: str) -> None:
+    """Do what is not done of one arm."""
+    of = Seed(seed, work)
+    of.make_data()
+    base = of.train("pretrain", "base", BASE_STEPS, LR["base"])
+    if name != "without":
+        of.train("sft", name, STEPS, LR["sft"], "--from", base)
+    of.play("base" if name == "without" else name)
+
+
+def reached(folder: Path, name: str) -> float | None:
+    """Return the percentage of goals reached, where it was measured."""
+    output = folder / ("base" if name == "without" else name) / "episodes"
+    return 100 * read_manifest(output).content["mean_reward"] if output.exists() else None
+
+
+def report(work: Path) -> None:
+    """Print what there is."""
+    print(f"goals reached of {NUM_ASKED} tasks that stood in no data, at temperature {TEMPERATURE:g}, %")
+    found: dict[str, list[float]] = {name: [] for name in ARMS}
+    for folder in sorted(work.glob("seed-*")):
+        shares = {name: share for name in ARMS if (share := reached(folder, name)) is not None}
+        summary = json.loads((folder / "made/summary.json").read_text())
+        print(f"{folder.name}: {summary['num_kept']} conversations kept of {summary['num_samples']}; "
+              + ", ".join(f"{name} {share:.0f}" for name, share in shares.items()))
+        for name, share in shares.items():
+            found[name].append(share)
+    for name, shares_of in found.items():
+        if shares_of:
+            print(f"  {name:<10} {over_seeds(shares_of, '5.1f')}  ({len(shares_of)} seeds)")
+
+
+if __name__ == "__main__":
+    run_arms(__doc__, ARMS, arm, report)

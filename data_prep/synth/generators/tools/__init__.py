@@ -1,0 +1,1 @@
+"""Generators of tool data: worlds that are data, goals in them, and conversations that reach the goals."""

@@ -1,0 +1,145 @@
+"""Goals: a world becomes tasks whose end can be checked.
+
+A model writes what a user wants and the calls that an assistant should make; the calls are made, and the end
+that they lead to is the goal.  So it can be reached; that it is not reached already, that no call is idle,
+and that the question tells what is needed, is checked as well, and other draws of the model try the task from
+its question alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generators.tools.conversation import Manner, Table, play, scored
+from data_prep.synth.generators.tools.draws import Draws
+from data_prep.synth.generators.tools.reference import Reference, reference_of
+from data_prep.synth.generators.tools.replies import items_of, object_in, written
+from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.errors import UserError
+from megatron_sov.tools.host import EnvironmentHost
+from megatron_sov.tools.limits import LIMITS
+from megatron_sov.tools.registry import order
+from megatron_sov.tools.virtual.spec import problems_of
+
+FIELDS = {"question", "calls", "answers"}
+
+
+@dataclass(frozen=True)
+class GoalSettings:
+    """How tasks are made."""
+
+    tasks_per_world: int = 4
+    """Asked for one after the other; each is told the questions before it."""
+    language: str = "English"
+    """Of questions."""
+    min_calls: int = 2
+    """Of the reference, reading ones among them."""
+    max_calls: int = 10
+    """Of the reference."""
+    num_solvers: int = 2
+    """Times that the model tries a task from its question alone; 0: it does not."""
+    min_solved: int = 1
+    """Of them, that have to reach the goal."""
+    max_turns: int = 12
+    """Of a solver."""
+    temperature: float = 0.8
+    """Of the writer; solvers have 0.7."""
+    max_tokens: int = 2048
+    """Of an answer."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in (
+            ("tasks_per_world", 1), ("min_calls", 0), ("num_solvers", 0), ("min_solved", 0), ("max_turns", 1),
+            ("max_tokens", 1)) if getattr(self, name) < least]
+        if self.max_calls < max(1, self.min_calls):
+            p.append(f"max_calls = {self.max_calls} must be at least 1 and min_calls")
+        if self.num_solvers and self.min_solved > self.num_solvers:
+            p.append(f"min_solved = {self.min_solved} must be at most num_solvers = {self.num_solvers}")
+        if not 0 <= self.temperature <= 2:
+            p.append(f"temperature = {self.temperature} must be 0 to 2")
+        if not self.language.strip():
+            p.append("language is empty; name one, such as Korean")
+        return p
+
+
+class Goals(Generator):
+    """Makes tasks of worlds."""
+
+    name: ClassVar[str] = "goals"
+    kind: Kind = "task"
+    help: ClassVar[str] = "tasks with goals that can be checked, in worlds of the generator worlds"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "goals/task": ("world", "language", "earlier", "min_calls", "max_calls", "number")}
+    Settings: ClassVar[type[Any]] = GoalSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield the worlds of files in JSON lines, or of the output of `worlds`."""
+        for item in items_of(inputs, ["world"], '{"domain": ..., "world": {...}}, as worlds makes them'):
+            if problems := problems_of(item.fields["world"]):
+                raise UserError(f"--input: the world of {item.id} is not sound: {problems[0]}; leave it out, "
+                                "or mend it")
+            yield item
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield the world's tasks."""
+        s, world = self.settings, item.fields["world"]
+        earlier: list[str] = []
+        known: list[Reference] = []
+        for number in range(s.tasks_per_world):
+            draft = object_in(ask(
+                "goals/task", world=written(world), language=s.language, earlier=earlier, number=number + 1,
+                min_calls=s.min_calls, max_calls=s.max_calls, temperature=s.temperature,
+                max_tokens=s.max_tokens)[0])
+            domain = str(item.fields.get("domain", ""))
+            if isinstance(draft, str) or (wrong := _wrong_form(draft)):
+                why = draft if isinstance(draft, str) else wrong
+                yield Sample({"domain": domain}, (Verdict("form", False, why),))
+                continue
+            task = {"question": draft["question"], "domain": domain, "world": world,
+                    "goal": {"calls": draft["calls"], "answers": draft.get("answers", [])}}
+            reference = reference_of(task)
+            verdicts = [*reference.verdicts(s.min_calls, s.max_calls),
+                        Verdict("unlike the others", not any(reference.is_like(one) for one in known))]
+            notes: dict[str, Any] = {"calls": len(draft["calls"]), "changes": reference.num_changing}
+            if all(verdict.passed for verdict in verdicts):
+                earlier.append(draft["question"])
+                known.append(reference)
+                if s.num_solvers:
+                    notes |= self._solved(task, ask, f"{item.id}/{number}", number)
+                    verdicts.append(Verdict("solved", notes["solved"] >= s.min_solved,
+                                            f"{notes['solved']} of {s.num_solvers}"))
+            yield Sample(task, tuple(verdicts), group=item.id, notes=notes)
+
+    def _solved(self, task: Mapping[str, Any], ask: Ask, name: str, number: int) -> dict[str, Any]:
+        """Return how many draws of the model reach the goal from the question alone."""
+        s = self.settings
+        limits = replace(LIMITS["test"], max_turns=s.max_turns)
+        manner = Manner(limits, max_tokens=s.max_tokens)
+        solved = 0
+        with EnvironmentHost(order("virtual", {}), limits) as host:
+            for solver in range(s.num_solvers):
+                draw = number * s.num_solvers + solver
+                played = play(task, Table(ask, host, manner, draw, Draws(name, solver)))
+                solved += played.end == "answered" and scored(played, host, played.answers[-1]).reward == 1
+        return {"solved": solved, "solvers": s.num_solvers}
+
+
+def _wrong_form(draft: Mapping[str, Any]) -> str:
+    """Return why an object is no draft of a task; empty: it is one."""
+    question, calls, answers = draft.get("question"), draft.get("calls"), draft.get("answers", [])
+    if unknown := sorted(set(draft) - FIELDS):
+        return f"has {unknown[0][:40]!r} beside {', '.join(sorted(FIELDS))}"
+    if not isinstance(question, str) or not question.strip():
+        return "question must be text"
+    if not isinstance(answers, list) or not all(isinstance(one, str) and one.strip() for one in answers):
+        return "answers must be a list of texts"
+    if not isinstance(calls, list) or not all(
+            isinstance(call, dict) and set(call) == {"name", "arguments"} and isinstance(call["name"], str)
+            and isinstance(call["arguments"], dict) for call in calls):
+        return "calls must be a list of objects with name and arguments"
+    return ""

@@ -1,0 +1,179 @@
+"""Conversations with tools that reach their goal: a model acts in an environment, in answer to a whole
+question (task-oriented) or to a user that another draw of a model plays (user-oriented).
+
+Kept is what ends in the state that the task wants and says what it must; that is worked out by the
+environment, and no text of the conversation has a say in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
+from data_prep.synth.generators.tools.claims import unfounded
+from data_prep.synth.generators.tools.conversation import Manner, Played, Table, play, scored
+from data_prep.synth.generators.tools.draws import Draws
+from data_prep.synth.generators.tools.replies import items_of
+from data_prep.synth.generators.tools.simulated_user import STYLES, SimulatedUser
+from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.errors import UserError
+from megatron_sov.tools.host import EnvironmentHost
+from megatron_sov.tools.limits import LIMITS
+from megatron_sov.tools.registry import make, order
+
+USER_SHARE = 177_375 / (161_608 + 177_375)
+"""Share of user-oriented conversations among the tool data of Solar Open's report."""
+RUBRIC = ("The material is a conversation of an assistant that works with tools. Is everything true that the "
+          "assistant says about what it has done and found, by the results of its calls alone? Lower the "
+          "score for each claim that no result bears out, and for anything done that nobody asked for.")
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """How conversations are held, and which are kept."""
+
+    environment: str = "virtual"
+    """That the tasks are for: a built-in one, or FILE.py:NAME."""
+    conversations_per_task: int = 2
+    """Each with draws of its own; all that pass are kept, as a group."""
+    user_share: float = USER_SHARE
+    """Of conversations in which a model plays the user; 0: all are task-oriented."""
+    language: str = "English"
+    """That a played user speaks."""
+    max_turns: int = 12
+    """Of the model."""
+    max_malformed: int = 1
+    """Turns that are asked again because a call in them cannot be read."""
+    max_wrong_calls: int = 1
+    """Calls of unknown tools or with wrong arguments; their turns are shown and not learned."""
+    max_repeats: int = 2
+    """Of the same call with the same result."""
+    fault_share: float = 0.0
+    """Of calls, that are answered by a drawn fault ("try again") in the place of the tool."""
+    min_judged: float = 0.0
+    """Least score of the judge for true claims, 0 to 10; 0: it is not asked."""
+    temperature: float = 0.7
+    """Of the model that acts."""
+    max_tokens: int = 2048
+    """Of a turn."""
+    thinking: bool | None = None
+    """Whether a reasoning model thinks first; None: as it does by itself."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in (
+            ("conversations_per_task", 1), ("max_turns", 1), ("max_malformed", 0), ("max_wrong_calls", 0),
+            ("max_repeats", 1), ("max_tokens", 1)) if getattr(self, name) < least]
+        p += [f"{name} = {getattr(self, name)} must be {least} to {most}" for name, least, most in (
+            ("user_share", 0, 1), ("fault_share", 0, 0.9), ("min_judged", 0, 10), ("temperature", 0, 2))
+            if not least <= getattr(self, name) <= most]
+        if not self.language.strip():
+            p.append("language is empty; name one, such as Korean")
+        return p
+
+
+class ToolTrajectories(Generator):
+    """Makes conversations of tasks."""
+
+    name: ClassVar[str] = "tool-trajectories"
+    kind: Kind = "chat"
+    help: ClassVar[str] = "conversations with tools that reach the goals of tasks"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "tool-trajectories/user": ("need", "style", "language", "heard", "done")}
+    Settings: ClassVar[type[Any]] = TrajectorySettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield the tasks of files in JSON lines, or of the output of `goals`, each tried once."""
+        environment, _ = make(order(self.settings.environment, {}))
+        for item in items_of(inputs, ["question"], "a task of the environment "
+                             f"{self.settings.environment}, as goals makes them"):
+            try:
+                environment.reset(item.fields)
+            except UserError as e:
+                raise UserError(f"--input: {item.id}: {e}") from None
+            yield item
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield the task's conversations."""
+        s, task = self.settings, item.fields
+        limits = replace(LIMITS["test"], max_turns=s.max_turns)
+        manner = Manner(limits, s.temperature, s.max_tokens, s.thinking, s.max_malformed, s.max_repeats,
+                        s.fault_share)
+        with EnvironmentHost(order(s.environment, {}), limits) as host:
+            for number in range(s.conversations_per_task):
+                draws = Draws(item.id, number)
+                user: SimulatedUser | None = None
+                if draws.share() < s.user_share:
+                    user = SimulatedUser(ask, str(task["question"]), draws.one(STYLES), number, s.language)
+                played = self._played(task, Table(ask, host, manner, number, draws), user)
+                verdicts = self._checked(played, user)
+                if s.min_judged and all(verdict.passed for verdict in verdicts):
+                    verdicts.append(_judged(played, ask, s.min_judged))
+                yield _sample(item, played, verdicts, "user" if user else "task")
+
+    def _played(self, task: Mapping[str, Any], table: Table, user: SimulatedUser | None) -> Played:
+        """Return a conversation with the environment's reward, where it came to an answer."""
+        try:
+            opening = None if user is None else user.opening()
+        except NoUsableReply as e:
+            return Played([{"role": "user", "content": str(task["question"])}], [], "unusable", f"user: {e}")
+        try:
+            played = (play(task, table) if user is None or opening is None
+                      else play(task, table, opening, user.answer))
+            if played.end == "answered" and played.answers:
+                # a user hears every turn; who asks once reads the last one
+                scored(played, table.host, "\n".join(played.answers) if user else played.answers[-1])
+        except UserError as e:  # `items` has tried the task: the machine has changed since
+            raise NoReply(f"the task is refused ({e})") from None
+        return played
+
+    def _checked(self, played: Played, user: SimulatedUser | None) -> list[Verdict]:
+        """Return what is to say of a conversation, the judge's word left out."""
+        s, result = self.settings, played.result
+        made = f"{played.num_malformed} asked again, {played.num_wrong_calls} wrong"
+        told = [message["content"] for message in played.messages if message["role"] != "assistant"]
+        verdicts = [
+            Verdict("calls can be read", played.end != "malformed", played.detail),
+            Verdict("no loop", played.end != "loop"),
+            Verdict("came to an end", played.end == "answered", f"{played.end} {played.detail}".strip()),
+            Verdict("calls of known tools", played.num_wrong_calls <= s.max_wrong_calls, made),
+            Verdict("end state", result is not None and result.reward == 1,
+                    "" if result is None else str(dict(result.components)))]
+        rests_on_nothing = unfounded(played.answers, told)
+        verdicts.append(Verdict("nothing made up", not rests_on_nothing, ", ".join(rests_on_nothing)[:200]))
+        if user is not None:
+            verdicts.append(Verdict("user keeps its role", not user.problems, "; ".join(user.problems)))
+        return verdicts
+
+
+def _judged(played: Played, ask: Ask, least: float) -> Verdict:
+    """Return the judge's word; one that gives no grade costs this conversation, and not the item's others."""
+    try:
+        score = ask.judge(RUBRIC, {"conversation": _transcript(played)})
+    except NoUsableReply as e:
+        return Verdict("judge", False, str(e))
+    return Verdict("judge", score >= least, f"{score:g}")
+
+
+def _sample(item: Item, played: Played, verdicts: Sequence[Verdict], orientation: str) -> Sample:
+    record: dict[str, Any] = {"messages": played.messages, "tools": played.tools, "orientation": orientation}
+    if domain := item.fields.get("domain"):
+        record["domain"] = domain
+    notes = {"end": played.end, "reward": None if played.result is None else played.result.reward,
+             "turns": len([1 for message in played.messages if message["role"] == "assistant"]),
+             "faults": dict(played.faults), "malformed": played.num_malformed,
+             "injected_faults": played.num_injected}
+    return Sample(record, tuple(verdicts), item.id, notes)
+
+
+def _transcript(played: Played) -> str:
+    """Return a conversation as a judge reads it: a line of JSON for each message, so that no text can pass
+    for another's message."""
+    return "\n".join(json.dumps(
+        {"role": message["role"], "content": message["content"],
+         **({"calls": [call["function"] for call in message["tool_calls"]]} if "tool_calls" in message
+            else {})}, ensure_ascii=False) for message in played.messages)

@@ -1,0 +1,1 @@
+"""Worlds that are data: tables, and tools whose behaviour is a list of steps over them."""

@@ -1,0 +1,100 @@
+"""The generator of worlds, against scripted models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
+from scripted import ScriptedAsk, samples_of
+from synthesis.actors import shops, worlds
+
+from data_prep.synth.generator import Item
+from data_prep.synth.generators.tools.worlds import Worlds, WorldSettings
+from megatron_sov.errors import UserError
+from megatron_sov.tools.worlds.virtual import Virtual
+
+ITEM = Item("library-1", {"domain": "a library", "number": 1})
+FEW = WorldSettings(calls_per_tool=25)
+WHATS = {"result of another type": "honest schema", "argument that nothing uses": "honest schema",
+         "fails for arguments that it allows": "honest schema",
+         "never comes through": "every tool comes through",
+         "changes nothing": "every change takes place", "two tools alike": "distinct tools",
+         "too few tools": "size", "program in an expression": "sound", "no tools at all": "sound"}
+"""Planted fault -> the check that sees it."""
+
+
+def test_a_domain_becomes_a_world_that_can_be_played() -> None:
+    sample, = samples_of(Worlds(FEW), ITEM, worlds.reply)
+    assert sample.reason == "" and sample.notes == {"repairs": 0}
+    world = Virtual()
+    world.reset({"question": "?", "world": sample.record["world"], "goal": {}})
+    assert world.call("find_member", {"email": "mina@example.com"})["name"]
+
+
+@pytest.mark.parametrize("what", WHATS)
+def test_a_world_with_a_planted_fault_is_not_kept(what: str) -> None:
+    case = next(case for case in worlds.cases() if case.what == what)
+    sample, = samples_of(Worlds(FEW), case.item, case.replies)
+    assert sample.reason == WHATS[what], sample.verdicts
+
+
+def test_a_model_that_is_told_what_is_wrong_may_mend_it() -> None:
+    bent = worlds.BENT["result of another type"]
+    told: list[str] = []
+
+    def reply(request: Mapping[str, Any]) -> str:
+        if "You mend" in request["messages"][0]["content"]:
+            told.append(request["messages"][-1]["content"])
+            return "Here it is:\n```json\n" + json.dumps(shops.world(10)) + "\n```"
+        return worlds.answer(request, bent)
+
+    sample, = samples_of(Worlds(FEW), ITEM, reply)
+    assert sample.reason == "" and sample.notes == {"repairs": 1}
+    assert "- tool make_loan: its schema allows" in told[0] and len(told) == 1
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("I cannot do that.", "form"), ("[1, 2]", "form"), ("".join(f'{{"k{i}": ' for i in range(3000)), "form"),
+    ('{"name": NaN}', "form"),
+    ('{"name": "x", "tables": {"a": 3}}', "sound")])
+def test_an_answer_that_is_no_world_is_a_rejected_sample_and_no_error(text: str, reason: str) -> None:
+    sample, = samples_of(Worlds(FEW), ITEM, lambda request: text)
+    assert sample.reason == reason
+
+
+def test_a_judge_has_the_last_word_where_it_is_asked_for() -> None:
+    settings = WorldSettings(calls_per_tool=25, min_judged=9.5)
+    sample, = samples_of(Worlds(settings), ITEM, worlds.reply)
+    assert sample.reason == "judge" and sample.verdicts[-1].detail == "9"
+
+
+def test_each_domain_is_as_many_items_as_are_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "domains.jsonl"
+    file.write_text('{"domain": "a library", "language": "Korean"}\n{"id": "b/2", "domain": "a bakery"}\n')
+    items = list(Worlds(WorldSettings(worlds_per_domain=2)).items([file]))
+    assert [item.id[-4:] for item in items][2:] == ["/2-1", "/2-2"]
+    assert items[0].fields == {"domain": "a library", "language": "Korean", "number": 1}
+    ask = ScriptedAsk(worlds.reply, generator=Worlds)
+    list(Worlds(FEW).make(items[0], ask))
+    assert "are in Korean." in ask.requests[0]["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("line, told", [
+    ('{"name": "a library"}', "line 1 has no 'domain'; each line is"), ("library", "is no JSON"),
+    ('{"id": "a", "domain": "x"}\n{"id": "a", "domain": "y"}', "line 2 has the id 'a' of an earlier line")])
+def test_an_input_that_is_none_is_told(tmp_path: Path, line: str, told: str) -> None:
+    file = tmp_path / "domains.jsonl"
+    file.write_text(line)
+    with pytest.raises(UserError, match=told):
+        list(Worlds(WorldSettings()).items([file]))
+
+
+def test_all_settings_that_make_no_sense_are_told() -> None:
+    wrong = WorldSettings(language=" ", worlds_per_domain=0, calls_per_tool=0, min_judged=11, temperature=3)
+    assert len(wrong.problems()) == 5 and WorldSettings().problems() == []
