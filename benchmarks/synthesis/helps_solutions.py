@@ -4,8 +4,9 @@
     python benchmarks/synthesis/helps_solutions.py --work FOLDER --print
 
 A problem names a number and asks whether it is odd (1) or even (0).  The base model has seen such problems
-with answers by lot.  A scripted writer solves other ones in several ways; where the number begins with a digit
-above 5 it is mistaken in three of four draws.  `sov-data synth solutions` asks it for eight solutions each.
+with answers by lot.  A scripted writer solves other ones in several ways; where the number begins with a
+digit above 5 it is mistaken in three of four draws.  `sov-data synth solutions` asks for eight solutions
+of each.
 
   without    the base model
   kept       fine-tuned on what the run has kept
@@ -40,8 +41,13 @@ BASE_STEPS, STEPS = 200, 200
 LR = {"base": 4e-3, "sft": 3e-3}
 MISTAKEN, LAST_RIGHT_DIGIT = 0.75, 5
 """Share of draws in which the writer is wrong, where the number begins with a larger digit."""
-WAYS = ("The last digit tells it. \\boxed{{{}}}", "Halves of it leave this rest: \\boxed{{{}}}",
-        "We count in twos and see \\boxed{{{}}}", "Pairs are made, what is over? \\boxed{{{}}}")
+WAYS = ("The end of {} tells it. \\boxed{{{}}}", "Halves of {} leave this: \\boxed{{{}}}",
+        "Count {} in twos, see \\boxed{{{}}}", "Pairs of {} are made, over is \\boxed{{{}}}")
+
+
+def spaced(number: int) -> str:
+    """Return a number digit by digit, as the model reads it."""
+    return " ".join(str(number))
 
 
 def problems(seed: int) -> list[int]:
@@ -53,7 +59,7 @@ def problems(seed: int) -> list[int]:
 
 def question(number: int) -> str:
     """Return the problem's text."""
-    return f"Is {' '.join(str(number))} odd, 1, or even, 0?"
+    return f"Is {spaced(number)} odd, 1, or even, 0?"
 
 
 def reply(request: Mapping[str, Any]) -> str:
@@ -63,7 +69,7 @@ def reply(request: Mapping[str, Any]) -> str:
     assert found is not None, text
     drawn = hashlib.sha256(f"{found[0]} {request.get('seed')}".encode()).digest()
     is_mistaken = int(found[1]) > LAST_RIGHT_DIGIT and drawn[0] < 256 * MISTAKEN
-    return WAYS[drawn[1] % len(WAYS)].format(int(found[3]) % 2 ^ is_mistaken)
+    return WAYS[drawn[1] % len(WAYS)].format(" ".join(found.groups()), int(found[3]) % 2 ^ is_mistaken)
 
 
 class Seed(SeedFolder):
@@ -125,7 +131,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
 def chat(number: int, said: int, way: int) -> dict[str, Any]:
     """Return a problem with an answer."""
     return {"messages": [{"role": "user", "content": question(number)},
-                         {"role": "assistant", "content": WAYS[way].format(said)}]}
+                         {"role": "assistant", "content": WAYS[way].format(spaced(number), said)}]}
 
 
 def arm(seed: int, work: Path, name: str) -> None:
