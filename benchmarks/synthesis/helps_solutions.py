@@ -3,9 +3,10 @@
     python benchmarks/synthesis/helps_solutions.py --work FOLDER [--seeds 0 1 2] [--arms kept unchecked]
     python benchmarks/synthesis/helps_solutions.py --work FOLDER --print
 
-A problem names two numbers and asks for the larger one.  The base model has seen such problems with answers
-by lot.  A scripted writer solves other ones in several ways; where the first number is odd it is mistaken in
-three of four draws.  `sov-data synth solutions` asks it for eight solutions of each problem.
+A problem names a number and asks whether it is odd (1) or even (0).  The base model has seen such problems
+with answers by lot.  A scripted writer solves other ones in several ways; where the number begins with a
+digit above 5 it is mistaken in three of four draws.  `sov-data synth solutions` asks for eight solutions
+of each.
 
   without    the base model
   kept       fine-tuned on what the run has kept
@@ -34,40 +35,41 @@ from synthesis.endpoint import MODEL as WRITER
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 ARMS = ("without", "kept", "unchecked")
-NUM_BASE, NUM_PROBLEMS, NUM_ASKED = 600, 300, 100
+NUM_BASE, NUM_PROBLEMS, NUM_ASKED = 300, 400, 100
 SETTINGS = (*ALWAYS, rows_of(64))
-BASE_STEPS, STEPS = 250, 150
-LR = {"base": 4e-3, "sft": 2e-3}
-MISTAKEN = 0.75
-"""Share of draws in which the writer is wrong, where the first number is odd."""
-WAYS = ("Tens are {a0} and {b0}. \\boxed{{{s}}}", "We compare {a} with {b}. \\boxed{{{s}}}",
-        "From {a} to {b} we count. \\boxed{{{s}}}", "Both are numbers, {a} and {b}. \\boxed{{{s}}}")
+BASE_STEPS, STEPS = 200, 200
+LR = {"base": 4e-3, "sft": 3e-3}
+MISTAKEN, LAST_RIGHT_DIGIT = 0.75, 5
+"""Share of draws in which the writer is wrong, where the number begins with a larger digit."""
+WAYS = ("The end of {} tells it. \\boxed{{{}}}", "Halves of {} leave this: \\boxed{{{}}}",
+        "Count {} in twos, see \\boxed{{{}}}", "Pairs of {} are made, over is \\boxed{{{}}}")
 
 
-def problems(seed: int) -> list[tuple[int, int]]:
-    """Return all pairs of numbers with different tens, in an order by the seed."""
-    found = [(a, b) for a in range(10, 100) for b in range(10, 100) if a // 10 != b // 10]
+def spaced(number: int) -> str:
+    """Return a number digit by digit, as the model reads it."""
+    return " ".join(str(number))
+
+
+def problems(seed: int) -> list[int]:
+    """Return all numbers of three digits, in an order by the seed."""
+    found = list(range(100, 1000))
     random.Random(seed).shuffle(found)
     return found
 
 
-def question(a: int, b: int) -> str:
+def question(number: int) -> str:
     """Return the problem's text."""
-    return f"Which is larger, {a} or {b}?"
-
-
-def solution(a: int, b: int, said: int, way: int) -> str:
-    """Return one way to say an answer."""
-    return WAYS[way % len(WAYS)].format(a=a, b=b, a0=a // 10, b0=b // 10, s=said)
+    return f"Is {spaced(number)} odd, 1, or even, 0?"
 
 
 def reply(request: Mapping[str, Any]) -> str:
     """Return the writer's solution, by the request's seed."""
     text = str(request["messages"][-1]["content"])
-    a, b = (int(number) for number in re.findall(r"\b\d\d\b", text[text.rindex("Which is larger"):])[:2])
-    drawn = hashlib.sha256(f"{a} {b} {request.get('seed')}".encode()).digest()
-    is_mistaken = a % 2 == 1 and drawn[0] < 256 * MISTAKEN
-    return solution(a, b, min(a, b) if is_mistaken else max(a, b), drawn[1])
+    found = re.search(r"Is (\d) (\d) (\d) odd", text)
+    assert found is not None, text
+    drawn = hashlib.sha256(f"{found[0]} {request.get('seed')}".encode()).digest()
+    is_mistaken = int(found[1]) > LAST_RIGHT_DIGIT and drawn[0] < 256 * MISTAKEN
+    return WAYS[drawn[1] % len(WAYS)].format(" ".join(found.groups()), int(found[3]) % 2 ^ is_mistaken)
 
 
 class Seed(SeedFolder):
@@ -80,11 +82,12 @@ class Seed(SeedFolder):
         self.folder.mkdir(parents=True, exist_ok=True)
         draw, found = random.Random(self.seed), problems(self.seed)
         base, learned = found[:NUM_BASE], found[NUM_BASE:NUM_BASE + NUM_PROBLEMS]
-        write(self.folder / "base.jsonl", (chat(a, b, draw.choice((a, b)), draw.randrange(4))
-                                           for a, b in base))
-        write(self.folder / "problems.jsonl", ({"problem": question(a, b), "answer": max(a, b)}
-                                               for a, b in learned))
-        write(self.folder / "asked.jsonl", ({"prompt": question(a, b)} for a, b in found[-NUM_ASKED:]))
+        write(self.folder / "base.jsonl", (chat(number, draw.randrange(2), draw.randrange(4))
+                                           for number in base))
+        write(self.folder / "problems.jsonl", ({"problem": question(number), "answer": number % 2}
+                                               for number in learned))
+        write(self.folder / "asked.jsonl", ({"prompt": question(number), "answer": number % 2}
+                                            for number in found[-NUM_ASKED:]))
         os.environ["OPENAI_API_KEY"] = "sk-scripted"
         with serving(ScriptedEndpoint(reply)) as server:
             run(self.log, "data_prep.cli", "synth", "solutions", "--input", self.folder / "problems.jsonl",
@@ -125,10 +128,10 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, file.read_text().splitlines())
 
 
-def chat(a: int, b: int, said: int, way: int) -> dict[str, Any]:
+def chat(number: int, said: int, way: int) -> dict[str, Any]:
     """Return a problem with an answer."""
-    return {"messages": [{"role": "user", "content": question(a, b)},
-                         {"role": "assistant", "content": solution(a, b, said, way)}]}
+    return {"messages": [{"role": "user", "content": question(number)},
+                         {"role": "assistant", "content": WAYS[way].format(spaced(number), said)}]}
 
 
 def arm(seed: int, work: Path, name: str) -> None:
@@ -146,12 +149,9 @@ def share_right(folder: Path, name: str) -> float | None:
     file = folder / ("base" if name == "without" else name) / "answers.jsonl"
     if not file.exists():
         return None
-    right = 0
-    asked = [json.loads(line)["prompt"] for line in (folder / "asked.jsonl").read_text().splitlines()]
-    for text, row in zip(asked, _records(file), strict=True):
-        said = re.findall(r"\\boxed\{(\d+)\}", str(row["response"]))
-        right += bool(said) and int(said[-1]) == max(map(int, re.findall(r"\d+", text)))
-    return 100 * right / len(asked)
+    right = [re.findall(r"\\boxed\{(\d+)\}", str(row["response"]))[-1:] == [str(row["answer"])]
+             for row in _records(file)]
+    return 100 * sum(right) / len(right)
 
 
 def report(work: Path) -> None:

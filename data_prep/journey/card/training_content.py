@@ -79,7 +79,7 @@ def answers(card: dict[str, Any], about: About) -> dict[str, str]:
 
 def _written(card: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
     """Return the answers that samples of `sov-data synth` change."""
-    samples = card["synthesis"]
+    samples = card.get("synthesis", ())
     if not samples:
         return {}
     names = [s["name"] for s in (*_of(card, "synthetic"), *samples)]

@@ -18,7 +18,8 @@ def test_a_masked_text_is_kept_and_a_masked_conversation_is_not(tmp_path: Path) 
     (tmp_path / "steps.yaml").write_text("steps:\n  - pii: {mask: [email]}\n")
     told = {"role": "system", "content": f"You know this. {ADDRESS}"}
     text = made_run(tmp_path / "text", [[sample({"text": f"{GOOD} {ADDRESS}"})], [sample({"text": GOOD})]])
-    chats = made_run(tmp_path / "chats", [[sample(chat("Where?", ADDRESS))], [sample(chat("Where?", "Here."))],
+    chats = made_run(tmp_path / "chats", [[sample(chat("Where?", ADDRESS))],
+                                          [sample(chat("Where?", "Here."))],
                                           [sample(chat("Where?", "There.", told))]], kind="chat")
     for folder in (text, chats):
         finish(folder, CheckSettings(tmp_path / "steps.yaml"))
