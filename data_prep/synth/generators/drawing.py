@@ -1,0 +1,27 @@
+"""Chance that follows from names alone: what is drawn for an item is the same in every run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def share_of(*names: object) -> float:
+    """Return a number from 0 up to 1, evenly spread over names."""
+    digest = hashlib.sha256(json.dumps(names).encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
+
+
+def one_of(choices: Sequence[T], *names: object) -> T:
+    """Return one of some choices, each as often as the others over many names."""
+    return choices[int(share_of(*names) * len(choices))]
+
+
+def shuffled(choices: Sequence[T], *names: object) -> list[T]:
+    """Return choices in an order that follows from names."""
+    order = sorted(range(len(choices)), key=lambda place: share_of(*names, place))
+    return [choices[place] for place in order]
