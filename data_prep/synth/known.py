@@ -8,6 +8,7 @@ from data_prep.synth.generator import Generator
 from megatron_sov.errors import UserError, nearest
 
 GENERATORS: dict[str, str] = {
+    "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
 }
 """Name on the command line -> module:class."""

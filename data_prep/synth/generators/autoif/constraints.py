@@ -124,7 +124,8 @@ class Constraints(Generator):
     """Makes constraints with their functions, for `autoif` and for the reward `constraint`."""
 
     name = "constraints"
-    kind: ClassVar[Kind] = "prompt"
+    kind: Kind = "prompt"
+    needs_input: ClassVar[bool] = False
     help = "instructions that code can check, with tested functions (AutoIF): what `autoif` starts from"
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "constraints/ideas": ("language", "seeds", "wanted"),

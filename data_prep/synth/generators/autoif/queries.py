@@ -76,8 +76,8 @@ def query_in(record: dict[str, Any], where: str) -> str:
         text = record.get(name)
         if isinstance(text, str):
             return text
-    raise UserError(f"{where}: has no prompt of a user; give a conversation ({', '.join(CONVERSATIONS)}: turns "
-                    f"with role and content) or a string ({', '.join(FIELDS)})")
+    raise UserError(f"{where}: has no prompt of a user; give a conversation ({', '.join(CONVERSATIONS)}: "
+                    f"turns with role and content) or a string ({', '.join(FIELDS)})")
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Quotations that a translation must leave as they are: a constraint's words are what its functions look for."""
+"""Quotations that a translation must leave as they are: functions look for a constraint's very words."""
 
 from __future__ import annotations
 
