@@ -10,6 +10,7 @@ from megatron_sov.errors import UserError, nearest
 GENERATORS: dict[str, str] = {
     "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
+    "safety": "data_prep.synth.generators.safety.generator:Safety",
 }
 """Name on the command line -> module:class."""
 
