@@ -1,10 +1,10 @@
 """The program in the sandbox that asks a check function about texts; it imports nothing of ours.
 
-From standard input it reads an object with `source`, `texts` and `call_s`.  Each text is judged in a process
-of its own, forked before the function is loaded: what the function keeps for itself is gone with it, and a
-text's verdict does not depend on the others.  For each text it writes a line [place, verdict, reason, whether
-the call ended], where the verdict is true, false or null; behind a call that did not end it stops, for such a
-function is no check.
+From standard input it reads an object with `source`, `texts` and `call_s`.  A process of its own loads the
+function anew for each text, so that a verdict does not depend on the texts before it; where that process ends
+of itself, another one goes on behind the text.  For each text there is a line [place, verdict, reason,
+whether the call ended], where the verdict is true, false or null; behind a call that did not end there are no
+more, for such a function is no check.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import select
 import signal
 import sys
-import time
 from typing import Any
 
 PATIENCE = 3
@@ -25,69 +23,74 @@ MAX_REASON_BYTES = 300
 _PR_SET_DUMPABLE = 4
 
 
-def be_judge(source: str, text: str, call_s: float, out: int) -> None:
-    """Load the function, ask it, and write verdict and reason; runs in a process of its own."""
+def judge(source: str, texts: list[str], first: int, call_s: float, out: int) -> None:
+    """Ask the function about texts from one of them on; runs in a process of its own."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
-    seconds = max(1, round(call_s))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    verdict: Any = None
-    try:
-        names: dict[str, Any] = {"__name__": "check"}
-        exec(compile(source, "check.py", "exec"), names)
-        verdict = names["evaluate"](text)
-        reason = "" if isinstance(verdict, bool) else f"gave a {type(verdict).__name__}, not True or False"
-    except BaseException as e:
-        reason = f"{type(e).__name__}: {e}"
-    told = [verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES]]
-    os.write(out, json.dumps(told).encode("utf-8", "replace"))
+    for place in range(first, len(texts)):
+        signal.setitimer(signal.ITIMER_PROF, call_s)  # of a processor; its signal ends the process
+        verdict: Any = None
+        try:
+            names: dict[str, Any] = {"__name__": "check"}
+            exec(compile(source, "check.py", "exec"), names)
+            verdict = names["evaluate"](texts[place])
+            kind = type(verdict).__name__
+            reason = "" if isinstance(verdict, bool) else f"gave a {kind}, not True or False"
+        except BaseException as e:
+            reason = f"{type(e).__name__}: {e}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        told = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], True]
+        os.write(out, json.dumps(told).encode("utf-8", "replace") + b"\n")
 
 
-def judged(source: str, text: str, call_s: float) -> tuple[list[Any], bool]:
-    """Return [verdict, reason] of a text, and whether the call ended."""
+def judged_from(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
+    """Return the lines of the texts from one of them on, up to one at which the process ends."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(read_end)
-            be_judge(source, text, call_s, write_end)
+            judge(source, texts, first, call_s, write_end)
         finally:
             os._exit(0)
     os.close(write_end)
+    lines: list[list[Any]] = []
+    rest, waited = b"", False
     try:
-        end_s, said = time.monotonic() + PATIENCE * call_s, b""
-        while len(said) < 1 << 16:
-            ready, _, _ = select.select([read_end], [], [], max(0.0, end_s - time.monotonic()))
+        while first + len(lines) < len(texts):
+            ready, _, _ = select.select([read_end], [], [], PATIENCE * call_s)
             part = os.read(read_end, 1 << 16) if ready else b""
+            waited = not ready
             if not part:
                 break
-            said += part
-        waited = not said and time.monotonic() >= end_s
+            *whole, rest = (rest + part).split(b"\n")
+            lines += [json.loads(line) for line in whole]
+    except ValueError:  # the function has written there itself
+        waited = True
     finally:
         os.close(read_end)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
-    if not said and (waited or late):
-        return [None, f"did not end within {call_s:g} s"], False
-    try:
-        verdict, reason = json.loads(said)
-    except ValueError:
-        return [None, "ended its process"], True
-    return [verdict if isinstance(verdict, bool) else None, str(reason)[:MAX_REASON_BYTES]], True
+    place = first + len(lines)
+    if place < len(texts):
+        late = waited or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
+        reason = f"did not end within {call_s:g} s" if late else "ended its process"
+        lines.append([place, None, reason, not late])
+    return lines
 
 
 def main() -> None:
     """Judge all texts."""
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # else /proc/PID/fd leads the function to this output
     request = json.loads(sys.stdin.buffer.read())
-    verdicts = os.dup(1)
-    for place, text in enumerate(request["texts"]):
-        told, ended = judged(request["source"], text, request["call_s"])
-        os.write(verdicts, json.dumps([place, *told, ended]).encode() + b"\n")
-        if not ended:
+    lines: list[list[Any]] = []
+    texts = request["texts"]
+    while len(lines) < len(texts):
+        lines += judged_from(request["source"], texts, len(lines), request["call_s"])
+        if not lines[-1][3]:
             break
+    os.write(1, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,9 @@ class ConstraintsSettings:
     """Different functions that there must be before any is run."""
     min_cases: int = 10
     """Different cases that there must be before any is run."""
+    min_kept_share: float = 0.5
+    """Of the cases, that one function or another must agree with: where all make the same mistake, the cases
+    that show it are those that nothing agrees with.  A value of ours; AutoIF: 0."""
     min_accuracy: float = 0.8
     """Share of the cases that a function must agree with."""
     call_time_s: float = 5.0
@@ -96,6 +99,8 @@ class ConstraintsSettings:
         p += temperature_problems(self, ("idea_temperature", "function_temperature", "back_temperature"))
         if not 0 < self.min_accuracy <= 1:
             p.append(f"min_accuracy = {self.min_accuracy} must be a share above 0, up to 1")
+        if not 0 <= self.min_kept_share <= 1:
+            p.append(f"min_kept_share = {self.min_kept_share} must be a share from 0 to 1")
         if not 0 <= self.min_agreement <= 10:
             p.append(f"min_agreement = {self.min_agreement} must lie from 0 to 10")
         if not 1 <= self.call_time_s <= 60:
@@ -195,13 +200,13 @@ class Constraints(Generator):
         settings = self.settings
         left = crossed(sound, self._others(constraint, drafts, item_id), self._judging,
                        min_functions=settings.min_functions, min_cases=settings.min_cases,
-                       min_accuracy=settings.min_accuracy)
+                       min_kept_share=settings.min_kept_share, min_accuracy=settings.min_accuracy)
         passed = [Verdict("wording", True)]
         record = {"prompt": constraint, "functions": list(left.functions), "language": settings.language,
                   "cases": [{"input": case.text, "output": case.keeps} for case in left.cases]}
         notes = {"accuracies": [round(accuracy, 4) for accuracy in left.accuracies],
                  "faults": faults, "num_cases": len(left.cases)}
-        for check in ("functions", "cases", "accuracy", "tells apart"):
+        for check in ("functions", "cases", "ends", "agreement", "accuracy", "tells apart"):
             if check == left.check:
                 detail = f"{left.detail}; one {faults[0]}" if faults and check == "functions" else left.detail
                 return Sample(record, (*passed, Verdict(check, False, detail)), notes=notes)

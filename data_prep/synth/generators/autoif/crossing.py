@@ -1,10 +1,11 @@
 """Cross-validation: functions and cases of several answers judge each other, and nothing passes that accepts
 everything.
 
-AutoIF keeps a case that one function agrees with, and then functions by their share of kept cases.  Where all
-functions of a constraint accept everything, each of its false cases goes, and all functions stay.  Here a
-function must also reject an ordinary text, one of its own kept false cases or one that was written for
-another constraint, and accept one of its own true ones.
+AutoIF keeps a case that one function agrees with, and then functions by their share of kept cases.  Where
+all functions of a constraint make one mistake, such as to accept everything, each case that shows it goes, and
+all functions stay.  Here a share of the cases must stay as well, and a function must reject an ordinary text,
+one of its own kept false cases or one that was written for another constraint, and accept one of its own true
+ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ Judging = Callable[[str, Sequence[str]], Sequence[Verdict]]
 MAX_CASES = 10
 """That are taken of one answer."""
 MAX_JSON_CHARS = 200_000
+MAX_UNENDED = 2
+"""Functions of a constraint that may take all their time; the others are not asked then."""
 _JSON = re.compile(r"^[ \t]*```[ \t]*json[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 _TRUTH = {"true": True, "false": False}
 
@@ -90,7 +93,7 @@ def _case(given: object) -> Case | None:
 
 
 def crossed(drafts: Sequence[Draft], others: Sequence[str], judging: Judging, *, min_functions: int,
-            min_cases: int, min_accuracy: float) -> Crossed:
+            min_cases: int, min_kept_share: float, min_accuracy: float) -> Crossed:
     """Return what is left of the drafts of one constraint.
 
     Args:
@@ -99,6 +102,7 @@ def crossed(drafts: Sequence[Draft], others: Sequence[str], judging: Judging, *,
         judging: runs a check.
         min_functions: different ones that there must be.
         min_cases: different ones that there must be.
+        min_kept_share: of the cases, that one function or another must agree with.
         min_accuracy: of a function that stays.
     """
     sources = list(dict.fromkeys(draft.source for draft in drafts))
@@ -116,14 +120,19 @@ def crossed(drafts: Sequence[Draft], others: Sequence[str], judging: Judging, *,
             said[source] = {text: one.accepts for text, one in zip(texts, told, strict=True)}
         else:
             unended += 1
+        if unended == MAX_UNENDED:
+            return Crossed(check="ends", detail=f"{unended} functions did not end in time")
     kept = [case for case in cases if any(verdicts[case.text] == case.keeps for verdicts in said.values())]
     scored = [(sum(verdicts[case.text] == case.keeps for case in kept) / max(1, len(kept)), source)
               for source, verdicts in said.items()]
+    if len(kept) < min_kept_share * len(cases):
+        return Crossed(cases=tuple(kept), check="agreement", detail=f"{len(kept)} of {len(cases)} cases "
+                       f"have a function that agrees; {unended} functions did not end")
     exact = [(accuracy, source) for accuracy, source in scored if accuracy >= min_accuracy]
     if not exact:
         best = max((accuracy for accuracy, _ in scored), default=0.0)
         return Crossed(cases=tuple(kept), check="accuracy", detail=f"the best function agrees with "
-                       f"{best:.0%} of {len(kept)} cases; {unended} did not end")
+                       f"{best:.0%} of {len(kept)} cases")
     telling = [(accuracy, source) for accuracy, source in exact if _tells(said[source], kept, others)]
     if not telling:
         return Crossed(cases=tuple(kept), check="tells apart", detail=f"{len(exact)} functions accept, or "
