@@ -2,10 +2,10 @@
 everything.
 
 AutoIF keeps a case that one function agrees with, and then functions by their share of kept cases.  Where
-all functions of a constraint make one mistake, such as to accept everything, each case that shows it goes, and
-all functions stay.  Here a share of the cases must stay as well, and a function must reject an ordinary text,
-one of its own kept false cases or one that was written for another constraint, and accept one of its own true
-ones.
+all functions of a constraint make one mistake, such as to accept everything, each case that shows it goes,
+and all functions stay.  Here a share of the cases must stay as well, and a function must reject an ordinary
+text, one of its own kept false cases or one that was written for another constraint, and accept one of its
+own true ones.
 """
 
 from __future__ import annotations
