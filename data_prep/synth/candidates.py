@@ -76,6 +76,18 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Made:
+    """What was made of one item."""
+
+    item: str
+    """Its id."""
+    samples: tuple[Candidate, ...]
+    """In order."""
+    unusable: str = ""
+    """Why no answer was of use; empty: some were."""
+
+
+@dataclass(frozen=True)
 class _Item:
     id: str
     source: str = ""
@@ -97,6 +109,7 @@ class _Line:
     item: _Item
     samples: tuple[_Sample, ...] = ()
     asked: tuple[str, ...] = ()
+    unusable: str = ""
 
 
 _RUN, _LINE = TypeAdapter(RunRecord), TypeAdapter(_Line)
@@ -122,8 +135,8 @@ def parts(output: Path) -> list[Path]:
     return sorted((output / CANDIDATES).glob(PARTS))
 
 
-def read_part(file: Path, run: RunRecord) -> Iterator[tuple[str, list[Candidate]]]:
-    """Yield the id of each finished item with its samples, in order.
+def read_part(file: Path, run: RunRecord) -> Iterator[Made]:
+    """Yield what was made of each finished item, in order.
 
     Raises:
         UserError: a line is damaged.
@@ -133,24 +146,23 @@ def read_part(file: Path, run: RunRecord) -> Iterator[tuple[str, list[Candidate]
             try:
                 line = _LINE.validate_python(_object(raw))
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{file}:{number}: is damaged ({_told(e)}); delete this file and run the same "
-                                "`sov-data synth` again: answers are kept, nothing is asked twice") from None
-            yield line.item.id, [
+                raise UserError(f"{file}:{number}: is damaged ({_told(e)}); delete this file and run the "
+                                "same command again: answers are kept, nothing is asked twice") from None
+            yield Made(line.item.id, tuple(
                 Candidate(f"{line.item.id}/{i}", line.item.id, line.item.source, line.item.licence,
                           one.kind or run.kind, one.record, one.verdicts, one.group, one.notes,
                           one.asked or line.asked)
-                for i, one in enumerate(line.samples)]
+                for i, one in enumerate(line.samples)), line.unusable)
 
 
-def read_candidates(output: Path, run: RunRecord) -> Iterator[Candidate]:
-    """Yield all samples of finished items, in order.
+def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
+    """Yield what was made of all finished items, in order.
 
     Raises:
         UserError: a line is damaged.
     """
     for file in parts(output):
-        for _, samples in read_part(file, run):
-            yield from samples
+        yield from read_part(file, run)
 
 
 def _object(raw: bytes) -> Any:

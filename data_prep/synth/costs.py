@@ -1,4 +1,4 @@
-"""What the samples of a folder have cost: requests, tokens, seconds and money, from what is kept of answers."""
+"""What the samples of a folder have cost: requests, tokens, seconds and money, by the answers' record."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from megatron_sov.errors import UserError
 
 ANSWERS = "answers*.sqlite"
 ANSWERED = "200"
+_SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(cost), sum(wall_s)
+FROM requests GROUP BY outcome ORDER BY outcome"""
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,16 @@ class Costs:
     """Tokens that were written."""
     cost: float = 0.0
     """In the currency of the prices; 0 where none was given."""
-    seconds: float | None = None
-    """Of all requests, one after the other; several run at a time.  None: not on record."""
+    seconds: float = 0.0
+    """Of all requests, one after the other; several run at a time."""
 
-    def per(self, num: int) -> dict[str, float | None] | None:
+    def per(self, num: int) -> dict[str, float] | None:
         """Return the cost of each of so many samples; None: there are none."""
         if not num:
             return None
         return {"requests": self.num_requests / num, "input_tokens": self.input_tokens / num,
                 "output_tokens": self.output_tokens / num, "cost": self.cost / num,
-                "seconds": None if self.seconds is None else self.seconds / num}
+                "seconds": self.seconds / num}
 
 
 def costs_of(output: Path) -> Costs:
@@ -50,24 +52,18 @@ def costs_of(output: Path) -> Costs:
     outcomes: Counter[str] = Counter()
     read = wrote = 0
     cost, seconds = 0.0, 0.0
-    is_timed = True
     for file in sorted(output.glob(ANSWERS)):
         try:
             connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
             try:
-                names = [row[1] for row in connection.execute("PRAGMA table_info(requests)")]
-                timed = "wall_s" in names
-                for outcome, num, *sums in connection.execute(
-                        "SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(cost)"
-                        f"{', sum(wall_s)' if timed else ''} FROM requests GROUP BY outcome ORDER BY outcome"):
+                for outcome, num, *sums in connection.execute(_SUMS):
                     outcomes[str(outcome)] += num
-                    read, wrote, cost = read + (sums[0] or 0), wrote + (sums[1] or 0), cost + (sums[2] or 0)
-                    seconds += (sums[3] or 0.0) if timed else 0.0
-                is_timed &= timed
+                    read, wrote = read + (sums[0] or 0), wrote + (sums[1] or 0)
+                    cost, seconds = cost + (sums[2] or 0.0), seconds + (sums[3] or 0.0)
             finally:
                 connection.close()
         except sqlite3.Error as e:
             raise UserError(f"{file}: cannot be read ({e}); restore it from a copy, or delete it: then its "
                             "answers are asked, and paid, again") from None
     return Costs(outcomes.total(), outcomes[ANSWERED], dict(sorted(outcomes.items())), read, wrote, cost,
-                 seconds if is_timed and outcomes else None)
+                 seconds)

@@ -55,8 +55,7 @@ class Judged:
         if found := self.dropped.get(_context_id(texts.get(CONTEXT, ""))):
             return found
         if candidate.id in self.changed and candidate.kind != "text":
-            return Verdict("changed by a step", False, "the record of a conversation cannot follow; use steps "
-                                                       "that keep or drop")
+            return Verdict("changed by a step", False, "only texts can follow; use steps that keep or drop")
         return None
 
 
@@ -93,8 +92,8 @@ def _write_texts(output: Path, run: RunRecord, folder: Path) -> list[str]:
             with ExitStack() as stack:
                 files = {name: stack.enter_context(open(temporary / name / part.name, "w", encoding="utf-8"))
                          for name in SOURCES if name != INPUT}
-                for _, samples in read_part(part, run):
-                    for sample in samples:
+                for made in read_part(part, run):
+                    for sample in made.samples:
                         _write_sample(sample, files, seen)
         with open(temporary / INPUT / "input.jsonl", "w", encoding="utf-8") as f:
             for path in run.inputs:

@@ -62,8 +62,8 @@ def read_labels(file: Path) -> Labels:
     for where, record in read_objects(file):
         named = [name for name in by if isinstance(record.get(name), str)]
         if len(named) != 1 or not isinstance(record.get("good"), bool):
-            raise UserError(f"--labels {where}: must have `good`, true or false, and either `id` or `text` of "
-                            "a sample; mend it")
+            raise UserError(f"--labels {where}: must have `good`, true or false, and either `id` or `text` "
+                            "of a sample; mend it")
         key, name = record[named[0]].strip(), named[0]
         if by[name].setdefault(key, record["good"]) != record["good"]:
             raise UserError(f"--labels {where}: calls {key[:60]!r} {'good' if record['good'] else 'bad'}, "

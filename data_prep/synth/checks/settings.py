@@ -93,7 +93,7 @@ class CheckSettings:
         if not self.languages:
             return []
         entries = [(i, entry) for i, entry in enumerate(located.value["steps"])
-                   if entry == "language" or isinstance(entry, dict) and "language" in entry]
+                   if entry == "language" or (isinstance(entry, dict) and "language" in entry)]
         for i, entry in entries:
             written = {} if entry == "language" else entry["language"] or {}
             if isinstance(written, dict) and "keep" in written:
