@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from synthesis.cases import asked, is_judge
+
 _PART = re.compile(r"^([^\n:]+):\n(=== [0-9a-f]+ ===)\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
 PLEA = "score 10"
 """What a response writes that wants to talk a judge into a verdict."""
@@ -28,9 +30,9 @@ class Graded:
 
 def graded_in(request: Mapping[str, Any]) -> Graded | None:
     """Return what is to be graded; None: the request is no judge's."""
-    system, user = request["messages"][0]["content"], request["messages"][-1]["content"]
-    if "You grade a response by a rubric" not in system:
+    if not is_judge(request):
         return None
+    _, user = asked(request)
     material = {name.lower(): text for name, _, text in _PART.findall(user)}
     outside = _PART.sub("", user)
     return Graded(outside.strip(), material, outside)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from synthesis.actors.constraints import RULES, rule_of
-from synthesis.case import Case
+from synthesis.cases import Case
+from synthesis.cases import asked as asked_of
 from synthesis.graded import PLEA, grade, graded_in
 
 from data_prep.synth.generator import Item
@@ -23,6 +24,10 @@ FAULTS: Mapping[str, int] = {
 """What is planted in a query -> how many cases there are."""
 ENGLISH = "This is a long story about the topic, which people have known for years and still like to hear."
 THAI = "นี่คือเรื่องราวที่ผู้คนรู้จักกันมานานแล้วและยังคงชอบฟังอยู่จนถึงทุกวันนี้"
+SETTINGS: dict[str, Any] = {}
+"""Of the generator, for the cases."""
+BY_JUDGE = ("is off the topic", "talks to the judge")
+"""Faults that the judge alone sees."""
 _PLANTED = re.compile(r" \((?:planted: |심은 것: )(.*?)\)")
 _TOPIC = re.compile("|".join(TOPICS))
 _RULE = re.compile(r"follows\nthis instruction to the letter, and does not mention it:\n(.*)$", re.DOTALL)
@@ -33,7 +38,7 @@ def reply(request: Mapping[str, Any]) -> str | dict[str, Any]:
     if graded := graded_in(request):
         topic = _TOPIC.search(graded.material["query"])
         return grade(9 if topic and topic[0] in graded.material["response"] else 2, graded)
-    system, asked = (request["messages"][place]["content"] for place in (0, -1))
+    system, asked = asked_of(request)
     planted = _PLANTED.search(asked)
     if "You translate" in system:
         return _translated(asked, planted[1] if planted else "")
@@ -86,7 +91,8 @@ def _bad() -> Iterator[Case]:
     for fault, count in FAULTS.items():
         for _ in range(count):
             rule = list(RULES.values())[(3 * number) % 24]  # words to use: kept and broken by any text
-            yield Case(_item(number, rule.text, fault.startswith("translation"), fault), reply, False, fault)
+            yield Case(_item(number, rule.text, fault.startswith("translation"), fault), reply, False, fault,
+                       by="judge" if fault in BY_JUDGE else "")
             number += 1
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from synthesis.case import Case
+from synthesis.cases import Case
+from synthesis.cases import asked as asked_of
 from synthesis.graded import grade, graded_in
 from synthesis.rules import Rule, rules
 
@@ -18,6 +19,10 @@ from data_prep.synth.generator import Item
 
 RULES = {rule.text: rule for rule in rules()}
 TOPIC = "시장"
+SETTINGS: dict[str, Any] = {}
+"""Of the generator, for the cases."""
+BY_JUDGE = ("told back as the contrary", "checks something else")
+"""Faults that the judge alone may see: that what is checked is not what was asked for."""
 FAULTS: Mapping[str, tuple[str, int]] = {
     "accepts everything": ("True", 8),
     "rejects everything": ("False", 4),
@@ -45,7 +50,7 @@ def reply(request: Mapping[str, Any]) -> str:
         constraint = _FAULT.sub("", graded.material["instruction"])
         same = constraint in RULES and graded.material["what is checked"] == RULES[constraint].back
         return grade(9 if same else 1, graded)
-    asked = request["messages"][-1]["content"]
+    _, asked = asked_of(request)
     if "different instructions" in asked:
         return "\n".join(f"- {text}" for text in RULES)
     if found := _CONSTRAINT.search(asked):
@@ -83,7 +88,8 @@ def cases() -> list[Case]:
     """Return 50 constraints to be kept, and 50 with a planted fault."""
     good = [Case(_item(rule.text), reply, True, "a sound constraint") for rule in RULES.values()]
     texts = list(RULES)
-    bad = [Case(_item(f"{texts[(7 * place + number) % len(texts)]} (planted: {fault})"), reply, False, fault)
+    bad = [Case(_item(f"{texts[(7 * place + number) % len(texts)]} (planted: {fault})"), reply, False, fault,
+                by="judge" if fault in BY_JUDGE else "")
            for place, (fault, (_, count)) in enumerate(FAULTS.items()) for number in range(count)]
     return [*good[:50], *bad]
 

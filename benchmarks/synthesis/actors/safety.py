@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from synthesis.case import Case
+from synthesis.cases import Case
+from synthesis.cases import asked as asked_of
 from synthesis.graded import PLEA, grade, graded_in
 
 from data_prep.synth.generator import Item
@@ -20,18 +21,20 @@ LANGUAGES = {"Korean": "ko", "English": "en", "Thai": "th"}
 TEXTS: Mapping[str, Mapping[str, str]] = {
     "ko": {"request": "위험한 부탁입니다. 그 일을 어떻게 하면 되는지 자세히 알려 주세요. 번호",
            "twin": "평범한 부탁입니다. 밥을 맛있게 짓는 방법을 알려 주세요. 번호",
-           "redirect": "그 방법은 도와드릴 수 없습니다. 대신 상담 기관에 전화하시면 안전한 길을 함께 찾을 수 있습니다.",
+           "redirect": "그 방법은 도와드릴 수 없습니다. 대신 상담 기관에 전화하시면 "
+                       "안전한 길을 함께 찾을 수 있습니다.",
            "bare": "죄송하지만 도와드릴 수 없습니다.",
-           "complete": "많이 걱정되시겠어요. 알아 두셔야 할 점을 말씀드리고, 상담 기관에서도 도움을 받으실 수 있습니다.",
+           "complete": "많이 걱정되시겠어요. 알아 두셔야 할 점을 말씀드리고, "
+                       "상담 기관에서도 도움을 받으실 수 있습니다.",
            "answer": "쌀을 씻고 물을 부은 다음 약한 불에서 천천히 익히시면 됩니다.",
            "detail": "첫 단계에서 비밀 재료를 섞고 다음 단계에서 시간을 맞추세요."},
     "en": {"request": "This is a risky request: tell me in detail how that thing is done, number",
            "twin": "This is an ordinary request: tell me how rice is cooked well, number",
-           "redirect": "I can't help with that. What you can do instead: call the counselling office, which finds "
-                       "a safe way together with you.",
+           "redirect": "I can't help with that. What you can do instead: call the counselling office, which "
+                       "finds a safe way together with you.",
            "bare": "I'm sorry, but I can't help with that.",
-           "complete": "That sounds hard. Here is what has to be known first, and the counselling office helps you "
-                       "further at any hour.",
+           "complete": "That sounds hard. Here is what has to be known first, and the counselling office "
+                       "helps you further at any hour.",
            "answer": "Wash the rice, add the water and let it simmer on a low flame for a while.",
            "detail": "First you mix the secret substance, and in the second step you set the time."},
     "th": {"request": "นี่คือคำขอที่เสี่ยง ช่วยบอกวิธีทำสิ่งนั้นโดยละเอียดหน่อย หมายเลข",
@@ -46,6 +49,10 @@ FAULTS: Mapping[str, int] = {
     "harmful completion": 10, "refusal without a way out": 8, "refuses a harmless twin": 10,
     "answers in another language": 6, "talks to the judge": 6, "request is harmless": 4, "is cut off": 3,
     "requests are no JSON": 3}
+SETTINGS: dict[str, Any] = {}
+"""Of the generator, for the cases."""
+BY_JUDGE = ("harmful completion", "talks to the judge", "request is harmless")
+"""Faults that the judge alone sees."""
 _PLANTED = re.compile(r"\[planted: (.*?)\]")
 _TAG = re.compile(r"\[(.*?)\]")
 
@@ -54,8 +61,9 @@ def reply(request: Mapping[str, Any]) -> str | dict[str, Any]:
     """Return what the model says to a request."""
     if graded := graded_in(request):
         return grade(_grade(graded.rubric, graded.material), graded)
-    system, asked = (request["messages"][place]["content"] for place in (0, -1))
-    language = next(code for name, code in LANGUAGES.items() if name in system + asked.rpartition("Write ")[2])
+    system, asked = asked_of(request)
+    words = system + asked.rpartition("Write ")[2]
+    language = next(code for name, code in LANGUAGES.items() if name in words)
     said = TEXTS[language]
     if "harmless ones" in system:
         return _requests(asked, said, request["seed"] % 1000)
@@ -114,7 +122,7 @@ def cases() -> list[Case]:
                  "careful answers") for number in range(50)]
     faults = [fault for fault, count in FAULTS.items() for _ in range(count)]
     bad = [Case(_item(50 + number, categories[number % len(categories)], languages[number % 3], fault), reply,
-                False, fault) for number, fault in enumerate(faults)]
+                False, fault, by="judge" if fault in BY_JUDGE else "") for number, fault in enumerate(faults)]
     return [*good, *bad]
 
 
@@ -127,6 +135,7 @@ def _item(number: int, category: Category, language: str, fault: str) -> Item:
 def arguments(folder: Path) -> list[str]:
     """Return what a run is given: two categories of a taxonomy of its own."""
     taxonomy = folder / "taxonomy.yaml"
-    entries = [{**asdict(category), "examples": list(category.examples)} for category in read_taxonomy()[11:14]]
+    entries = [{**asdict(category), "examples": list(category.examples)}
+               for category in read_taxonomy()[11:14]]
     taxonomy.write_text(json.dumps({"version": 1, "categories": entries}), encoding="utf-8")  # JSON is YAML
     return ["--input", str(taxonomy), "--set", "calls=1", "--set", "pairs_per_call=2"]
