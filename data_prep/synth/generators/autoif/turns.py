@@ -13,7 +13,7 @@ def in_user_turn(query: str, constraint: str, texts: Texts, *names: object) -> l
     """Return one turn that holds both; names decide the phrasing."""
     if share_of("plain", *names) < PLAIN_SHARE:
         first, second = (query, constraint) if share_of("order", *names) < 0.5 else (constraint, query)
-        content = f"{_ended(first)} {second}"
+        content = _ended(first) + second
     else:
         content = _filled(one_of(texts.user, "phrasing", *names), query, constraint)
     return [{"role": "user", "content": content}]
@@ -29,7 +29,7 @@ def in_system_turn(query: str, constraint: str, texts: Texts, *names: object) ->
 
 def _ended(text: str) -> str:
     """Return a text that another may follow in the same line, or in a new one where it has several itself."""
-    return text + "\n\n" if "\n" in text else text
+    return text + "\n\n" if "\n" in text else text + " "
 
 
 def _filled(phrasing: str, query: str, constraint: str) -> str:
