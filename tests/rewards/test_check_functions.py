@@ -9,14 +9,16 @@ import pytest
 from megatron_sov.rewards.check_functions import Verdict, problem_of, verdicts
 from megatron_sov.rewards.sandbox import shared_sandbox
 
-TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z", '"in quotes"', "5 and 7",
-         "a" * 10_000, "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), "null\0byte"]
+TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z",
+         '"in quotes"', "5 and 7", "a" * 10_000, "\U0001f600", "null\0byte"]
 HONEST = [
     "def evaluate(response):\n    return ',' not in response",
     "import re\ndef evaluate(response):\n    return bool(re.search(r'\\d', response))",
     "def evaluate(response: str) -> bool:\n    return all(l.startswith('- ') for l in response.split('\\n'))",
-    "from collections import Counter\ndef evaluate(text, least=2):\n    return max(Counter(text).values()) >= least",
-    "LIMIT = 10\ndef count(t):\n    return len(t)\ndef evaluate(response):\n    return count(response) <= LIMIT",
+    "from collections import Counter\ndef evaluate(text, least=2):\n"
+    "    return max(Counter(text).values()) >= least",
+    "LIMIT = 10\ndef count(t):\n    return len(t)\ndef evaluate(response):\n"
+    "    return count(response) <= LIMIT",
     "import json\ndef evaluate(response):\n    try:\n        json.loads(response)\n        return True\n"
     "    except ValueError:\n        return False",
 ]
@@ -47,7 +49,8 @@ def test_what_a_function_keeps_is_gone_at_the_next_text() -> None:
 
 def test_a_process_that_ends_takes_no_other_text_with_it() -> None:
     source = "import os\ndef evaluate(response):\n    return True if response != 'b' else os._exit(0)"
-    assert asked(source, ["a", "b", "c"]) == [Verdict(True), Verdict(None, "ended its process"), Verdict(True)]
+    assert asked(source, ["a", "b", "c"]) == [
+        Verdict(True), Verdict(None, "ended its process"), Verdict(True)]
 
 
 def test_a_call_that_does_not_end_is_the_last() -> None:

@@ -48,14 +48,15 @@ def test_a_prompt_of_rl_is_judged_by_the_reward(tmp_path: Path) -> None:
 
 
 def test_a_pair_is_a_kept_answer_and_one_that_no_function_accepts() -> None:
-    answers = ["한글은 1443년에 만들어졌습니다.", "한글은, 세종이 만들었습니다."]
+    answers = ["한글은 오래전에 만들어졌습니다.", "한글은, 세종이 만들었습니다."]
     generator = AutoIf(AutoIfSettings(also="pairs", num_responses=8))
 
     def reply(request: dict[str, object]) -> str:
         messages = json.dumps(request["messages"])
         return '{"score": 8}' if "grade a response" in messages else answers[int(str(request["seed"])) % 2]
-    samples = samples_of(generator, Item(ITEM.id, {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."}), reply)
-    assert [sample.reason for sample in samples if sample.kind is None] in (["", "constraint"], ["constraint", ""])
+    item = Item(ITEM.id, {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."})
+    samples = samples_of(generator, item, reply)
+    assert {sample.reason for sample in samples if sample.kind is None} == {"", "constraint"}
     pair, = (sample.record for sample in samples if sample.kind == "prompt")
     assert (pair["chosen"], pair["rejected"]) == tuple(answers)
 
@@ -64,7 +65,8 @@ def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
     fields = {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."}
 
     def reply(request: dict[str, object]) -> str:
-        return '{"score": 8}' if "grade a response" in json.dumps(request["messages"]) else "한글은 글자입니다."
+        is_judge = "grade a response" in json.dumps(request["messages"])
+        return '{"score": 8}' if is_judge else "한글은 글자입니다."
     generator = AutoIf(AutoIfSettings(num_responses=1))
     places = [samples_of(generator, Item(f"{number}.0", fields), reply)[0].notes["in_system"]
               for number in range(60)]
@@ -86,14 +88,16 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     assert [item.fields["query"] for item in items] == [f"물음 {i}" for i in range(1, 20)]
     assert {item.fields["constraint"] for item in items} == {"No commas.", "Leave out commas."}
     file.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
-    assert {item.id: item.fields for item in generator.items([file])} == {item.id: item.fields for item in items}
+    again = {item.id: item.fields for item in generator.items([file])}
+    assert again == {item.id: item.fields for item in items}
 
 
 @pytest.mark.parametrize(("record", "sentence"), [
     ({"functions": ["import os"]}, "constraints.jsonl:1: functions[0] has no function evaluate"),
     ({"functions": None}, "constraints.jsonl:1: functions = None"),
     ({"prompt": 3}, "prompt must be the constraint"), ({"prompt": "a\nb"}, "prompt must be the constraint")])
-def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str, tmp_path: Path) -> None:
+def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str,
+                                               tmp_path: Path) -> None:
     generator = AutoIf(AutoIfSettings(constraints=str(written(tmp_path, **record))))
     with pytest.raises(UserError) as e:
         list(generator.items([]))
@@ -103,6 +107,7 @@ def test_constraints_that_are_none_are_refused(record: dict[str, object], senten
 def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
     assert "constraints: is not set" in AutoIfSettings().problems()[0]
     assert AutoIfSettings(constraints=str(tmp_path)).problems() == []
-    wrong = AutoIfSettings(constraints="/nowhere", language="xx", foreign_scripts=("CHINESE",), also="pairs",
-                           num_responses=1, system_share=2, min_score=11, min_query_chars=9, max_query_chars=8)
+    wrong = AutoIfSettings(constraints="/nowhere", language="xx", foreign_scripts=("CHINESE",),
+                           also="pairs", num_responses=1, system_share=2, min_score=11, min_query_chars=9,
+                           max_query_chars=8)
     assert len(wrong.problems()) == 7

@@ -45,7 +45,8 @@ def test_a_round_invents_constraints_and_one_bad_answer_costs_one_of_them() -> N
     def reply(request: Mapping[str, Any]) -> str:
         text = request["messages"][-1]["content"]
         if "different instructions" in text:
-            return f"Sure:\n- {three[0]}\n2. {three[1]}\n* {three[2]}\n- {three[0]}\n- Repeat {{x}} twice.\n- a seed\n"
+            return (f"Sure:\n- {three[0]}\n2. {three[1]}\n* {three[2]}\n- {three[0]}\n- Repeat {{x}} twice.\n"
+                    "- a seed\n")
         return "" if three[1] in text and "Write a function" in text else actor.reply(request)
     samples = samples_of(GENERATOR, Item("round.0", {"seeds": ["A  Seed", "b"]}), reply)
     assert [(sample.record["prompt"], sample.reason) for sample in samples] == [
@@ -82,7 +83,7 @@ def test_a_file_without_seeds_is_refused(content: bytes, sentence: str, tmp_path
 
 def test_all_problems_of_settings_are_told() -> None:
     assert ConstraintsSettings().problems() == []
-    wrong = ConstraintsSettings(language="kr", min_functions=6, min_cases=20, idea_temperature=3, nli="/nowhere",
-                                min_accuracy=0, call_time_s=100, min_agreement=11, rounds=-1)
+    wrong = ConstraintsSettings(language="kr", min_functions=6, min_cases=20, idea_temperature=3,
+                                nli="/nowhere", min_accuracy=0, call_time_s=100, min_agreement=11, rounds=-1)
     assert len(wrong.problems()) == 9
     assert generator_class("constraints") is Constraints

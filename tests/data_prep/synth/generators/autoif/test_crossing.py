@@ -44,8 +44,8 @@ def test_the_same_functions_stay_as_with_the_authors_code() -> None:
     sets = ["".join(letters) for size in (1, 2, 3, 4) for letters in itertools.combinations("abcd", size)]
     compared = 0
     for _ in range(300):
-        drafts = [Draft(rng.choice(sets), tuple(Case(rng.choice("abcd"), rng.random() < 0.5) for _ in range(3)))
-                  for _ in range(5)]
+        drafts = [Draft(rng.choice(sets), tuple(
+            Case(rng.choice("abcd"), rng.random() < 0.5) for _ in range(3))) for _ in range(5)]
         found = left(drafts, others=["z"])  # no letter of theirs: each rejects an ordinary text
         wanted = authors(drafts, 0.8)
         telling = {source for source in wanted if any(
@@ -96,15 +96,17 @@ def told(cases: object, source: str = SOURCE) -> str:
 
 
 def test_an_answer_is_a_block_of_python_and_one_of_json() -> None:
-    cases = [{"input": "a", "output": True}, {"input": "b", "output": " False"}, {"input": "c", "output": "maybe"},
-             {"input": 3, "output": True}, {"output": True}, "x", {"input": "d", "output": 1}]
+    cases = [{"input": "a", "output": True}, {"input": "b", "output": " False"},
+             {"input": "c", "output": "maybe"}, {"input": 3, "output": True}, {"output": True}, "x",
+             {"input": "d", "output": 1}]
     assert read_draft(told(cases)) == Draft(SOURCE, (Case("a", True), Case("b", False)))
     assert read_draft(told([])) == Draft(SOURCE, ())
 
 
 @pytest.mark.parametrize(("answer", "fault"), [
     (told({"input": "a"}), "has no block of JSON"), (f"```python\n{SOURCE}\n```", "has no block of JSON"),
-    (told([], "import os\n" + SOURCE), "imports os"), ("I cannot do that.", "is no Python"), ("", "has no function"),
+    (told([], "import os\n" + SOURCE), "imports os"), ("I cannot do that.", "is no Python"),
+    ("", "has no function"),
     (told([]).replace("[]", "[" * 100_000), "has no block of JSON"),
 ])
 def test_what_is_no_such_answer_is_told(answer: str, fault: str) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 from data_prep.synth.generators.autoif.entailment import Entailment
 from megatron_sov.errors import UserError
 
-WORDS = "use no commas two lines write a dot at the end".split()
+WORDS = ["use", "no", "commas", "two", "lines", "write", "a", "dot", "at", "the", "end"]
 
 
 def model_in(folder: Path, labels: list[str]) -> Path:

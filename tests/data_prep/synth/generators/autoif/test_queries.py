@@ -33,8 +33,8 @@ def test_a_record_without_one_is_refused_with_its_place(record: dict[str, Any]) 
 
 
 def test_a_table_of_wildchat_reads_as_its_lines(tmp_path: Path) -> None:
-    rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i % 3 == 0, "license": "odc-by",
-             "hashed_ip": "x"} for i in range(9)]
+    rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i % 3 == 0,
+             "license": "odc-by", "hashed_ip": "x"} for i in range(9)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = list(queries_of([tmp_path / "a.parquet"], 1, 100, False))

@@ -8,7 +8,8 @@ from data_prep.synth.generators.autoif.quotes import quoted, with_quotes_of
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ('Use "a" and “b c”.', ["a", "b c"]), ("Use 「가」 and `x y`.", ["가", "x y"]), ("Don't use 'it' or it's.", ["it"]),
+    ('Use "a" and “b c”.', ["a", "b c"]), ("Use 「가」 and `x y`.", ["가", "x y"]),
+    ("Don't use 'it' or it's.", ["it"]),
     ("A title between <<T>> marks", ["<<T>>"]), ("nothing", []), ('"', []), ('an "open\nquote"', [])])
 def test_quotations(text: str, words: list[str]) -> None:
     assert quoted(text) == words
@@ -25,5 +26,6 @@ def test_quotations(text: str, words: list[str]) -> None:
     ('Use "a" and "a".', '"a"를 쓰세요.', None),
     ("Use no commas.", "쉼표를 쓰지 마세요.", "쉼표를 쓰지 마세요."),
 ])
-def test_a_translation_has_the_quotations_of_its_text(text: str, translation: str, expected: str | None) -> None:
+def test_a_translation_has_the_quotations_of_its_text(text: str, translation: str,
+                                                      expected: str | None) -> None:
     assert with_quotes_of(text, translation) == expected

@@ -24,5 +24,6 @@ def test_half_of_the_phrasings_are_plain(language: str) -> None:
 
 
 def test_a_query_of_several_lines_stays_apart() -> None:
-    contents = {in_user_turn("one\ntwo", "Be brief.", texts_of("en"), number)[0]["content"] for number in range(40)}
+    contents = {in_user_turn("one\ntwo", "Be brief.", texts_of("en"), number)[0]["content"]
+                for number in range(40)}
     assert {"one\ntwo\n\nBe brief.", "Be brief. one\ntwo"} <= contents

@@ -32,8 +32,8 @@ OF_REQUEST = {
     "request is harmless": {"redirect": "judge: category", "safe-complete": "judge: category"},
     "is cut off": {"redirect": "ended", "safe-complete": "ended"},
     "requests are no JSON": {"redirect": "requests", "safe-complete": "requests"}}
-OF_TWIN = {"careful answers": "", "refuses a harmless twin": "answered", "answers in another language": "language",
-           "is cut off": "ended"}
+OF_TWIN = {"careful answers": "", "refuses a harmless twin": "answered",
+           "answers in another language": "language", "is cut off": "ended"}
 
 
 @pytest.mark.parametrize(("what", "language", "strategy"), CASES)
@@ -60,8 +60,8 @@ def test_one_answer_of_no_use_costs_one_request() -> None:
     case = next(case for case in CASES.values() if case.good)
 
     def reply(request: Mapping[str, Any]) -> str | dict[str, Any]:
-        answer = actor.reply(request)
-        return "" if "You decline" in str(request["messages"]) or "turn the user" in str(request["messages"]) else answer
+        is_careful = any(words in str(request["messages"]) for words in ("You decline", "turn the user"))
+        return "" if is_careful else actor.reply(request)
     samples = samples_of(Safety(SafetySettings(pairs_per_call=2)), case.item, reply)
     assert [sample.reason for sample in samples] == ["answer", "", "answer", ""]
 
@@ -71,8 +71,8 @@ def test_items_are_categories_by_languages_by_calls(tmp_path: Path) -> None:
     assert len({item.id for item in items}) == len(items) == 38 * 3 * 2
     assert Counter(item.fields["language"] for item in items) == dict.fromkeys(("ko", "en", "th"), 76)
     for name in ("a.yaml", "b.yaml"):
-        (tmp_path / name).write_text("categories: [{id: x, name: X, strategy: redirect, withhold: w, examples: [e], "
-                                     "twin: t}]")
+        (tmp_path / name).write_text("categories: [{id: x, name: X, strategy: redirect, withhold: w, "
+                                     "examples: [e], twin: t}]")
     assert isinstance(next(iter(GENERATOR.items([tmp_path / "a.yaml"]))), Item)
     with pytest.raises(UserError, match="category x stands in"):
         list(GENERATOR.items([tmp_path / "a.yaml", tmp_path / "b.yaml"]))
