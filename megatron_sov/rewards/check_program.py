@@ -17,8 +17,8 @@ import signal
 import sys
 from typing import Any
 
-PATIENCE = 3
-"""A call that waits has so many times its time by the clock."""
+PATIENCE = 10
+"""A call on a busy machine has so many times its time by the clock; no check can wait for anything."""
 MAX_REASON_BYTES = 300
 _PR_SET_DUMPABLE = 4
 
