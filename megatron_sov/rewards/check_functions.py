@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,27 +117,30 @@ def verdicts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: flo
     outcome = sandbox.run(Program(_program(), stdin=request), limits)
     if outcome.status in ("infrastructure", "refused"):
         raise RuntimeError(f"check function: {outcome.reason}")
-    found = _read(outcome, len(texts))
-    late = outcome.status == "timeout" or any(not verdict.ended for verdict in found)
-    if late and outcome.cpu_s < call_s and outcome.starved_s > math.ceil(call_s):
+    found, waited = _read(outcome, len(texts))
+    waited = waited or (outcome.status == "timeout" and outcome.cpu_s < total_s)
+    if waited and outcome.starved_s > call_s:
         raise TimeoutError(f"had {outcome.cpu_s:.1f} s of a processor and waited for one "
                            f"{outcome.starved_s:.1f} s: the machine is too busy")
     return found
 
 
-def _read(outcome: Outcome, count: int) -> list[Verdict]:
-    """Return the verdicts that a program wrote, and for the other texts why there is none."""
+def _read(outcome: Outcome, count: int) -> tuple[list[Verdict], bool]:
+    """Return the verdicts that a program wrote, for the other texts why there is none, and whether a call
+    was given up that had not used its time."""
     told: dict[int, Verdict] = {}
+    waited = False
     for line in outcome.stdout.splitlines():
         try:
-            place, accepts, reason, ended = json.loads(line)
+            place, accepts, reason, how = json.loads(line)
         except ValueError:  # cut off where the program was ended
             break
-        told[place] = Verdict(accepts, reason, ended)
+        told[place] = Verdict(accepts, reason, how == "ended")
+        waited = waited or how == "waited"
     over = Verdict(None, "was not asked: an earlier call did not end", ended=False)
     if outcome.status != "ok":
         over = Verdict(None, outcome.reason or outcome.status, ended=False)
-    return [told.get(place, over) for place in range(count)]
+    return [told.get(place, over) for place in range(count)], waited
 
 
 def _program() -> str:

@@ -2,9 +2,9 @@
 
 From standard input it reads an object with `source`, `texts` and `call_s`.  A process of its own loads the
 function anew for each text, so that a verdict does not depend on the texts before it; where that process ends
-of itself, another one goes on behind the text.  For each text there is a line [place, verdict, reason,
-whether the call ended], where the verdict is true, false or null; behind a call that did not end there are no
-more, for such a function is no check.
+of itself, another one goes on behind the text.  For each text there is a line [place, verdict, reason, how
+the call ended], where the verdict is true, false or null, and the call "ended", was "slow" or "waited";
+behind one that did not end there are no more, for such a function is no check.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def judge(source: str, texts: list[str], first: int, call_s: float, out: int) ->
         except BaseException as e:
             reason = f"{type(e).__name__}: {e}"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        told = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], True]
+        told = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], "ended"]
         os.write(out, json.dumps(told).encode("utf-8", "replace") + b"\n")
 
 
@@ -74,9 +74,10 @@ def judged_from(source: str, texts: list[str], first: int, call_s: float) -> lis
         _, status = os.waitpid(child, 0)
     place = first + len(lines)
     if place < len(texts):
-        late = waited or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
-        reason = f"did not end within {call_s:g} s" if late else "ended its process"
-        lines.append([place, None, reason, not late])
+        slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
+        how = "slow" if slow else "waited" if waited else "ended"
+        reason = "ended its process" if how == "ended" else f"did not end within {call_s:g} s"
+        lines.append([place, None, reason, how])
     return lines
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     texts = request["texts"]
     while len(lines) < len(texts):
         lines += judged_from(request["source"], texts, len(lines), request["call_s"])
-        if not lines[-1][3]:
+        if lines[-1][3] != "ended":
             break
     os.write(1, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 

@@ -84,14 +84,19 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if file.suffix != PARQUET_SUFFIX:
         yield from read_objects(file)
         return
+    from pyarrow import ArrowException
+
     try:
         table = open_parquet(file)
         wanted = {*CONVERSATIONS, *FIELDS, "toxic", "licence", "license"}
         columns = [name for name in table.schema_arrow.names if name in wanted]
         number = 0
-        for batch in table.iter_batches(_ROWS, columns=columns):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{file}: row {number}", record
+        for group in range(table.num_row_groups):  # a batch of nested values must not span two of them
+            for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", record
     except BadRecord as e:
         raise UserError(f"{file}: {e.reason}") from None
+    except (ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: is damaged ({str(e).splitlines()[0]}); fetch it again") from None

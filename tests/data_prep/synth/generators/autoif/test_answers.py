@@ -62,7 +62,7 @@ def test_a_pair_is_a_kept_answer_and_one_that_no_function_accepts() -> None:
 
 
 def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
-    fields = {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."}
+    fields = {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요.", "functions": []}
 
     def reply(request: dict[str, object]) -> str:
         is_judge = "grade a response" in json.dumps(request["messages"])

@@ -55,7 +55,7 @@ def test_a_round_invents_constraints_and_one_bad_answer_costs_one_of_them() -> N
 
 def test_asked_as_the_paper_says() -> None:
     ask = ScriptedAsk(actor.reply, "round.0", Constraints)
-    list(GENERATOR.make(Item("round.0", {"seeds": [next(iter(actor.RULES))]}), ask))
+    next(iter(GENERATOR.make(Item("round.0", {"seeds": [next(iter(actor.RULES))]}), ask)))
     temperatures = [request["temperature"] for request in ask.requests[:7]]
     assert temperatures == [0.7, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
     assert "Write 50 different instructions" in ask.requests[0]["messages"][-1]["content"]
