@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder of templates that go before the packaged ones of the same name")
     parser.add_argument("--limit", type=int, metavar="N", help="first N items alone")
     parser.add_argument("--redo", action="store_true",
-                        help="make all items again where settings, templates or models have changed; answers "
-                             "that still fit cost nothing")
+                        help="make all items again, with other settings, templates or models, or a changed "
+                             "input; answers that still fit cost nothing")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes of the checks (default: this machine's cores); with --cluster, jobs "
                              "that ask (default: 4)")

@@ -178,8 +178,8 @@ def open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
                         f"{order.generator} to start from; name another one")
     if changed:
         raise UserError(f"--input: {len(changed)} items are not what they were when they were made, such as "
-                        f"{changed[0]}; name another output folder, or take {order.output / 'candidates'} "
-                        "away: answers that still fit cost nothing")
+                        f"{changed[0]}; name another output folder, or pass --redo: answers that still "
+                        "fit cost nothing")
     print(f"{order.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
           f"{order.writer.name}", flush=True)
     return todo

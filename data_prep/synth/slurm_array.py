@@ -70,9 +70,13 @@ class Worker:
     """The one block of the array."""
 
     order: Order
+    """What was asked for; its limits are those of one worker."""
     logs: Path
+    """Folder of the array's logs."""
     num_workers: int
+    """Of the array."""
     has_server: bool
+    """Whether the model is served by a job beside it."""
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Make this worker's items."""
@@ -86,13 +90,15 @@ class Last:
     """The one block of the last job."""
 
     order: Order
+    """What was asked for."""
     logs: Path
+    """Folder of its logs."""
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Finish the source."""
         with keeping_failure(self.logs, rank), only_one(self.order.output):
             merge_answers(self.order.output)
-            code = finished(self.order, Tally())
+            code = finished(replace(self.order, workers=len(os.sched_getaffinity(0))), Tally())
             if code:
                 raise UserError(f"{self.order.output}: the checks end with {int(code)}; see its report.html")
 
@@ -164,13 +170,14 @@ def submit_order(order: Order, name: str, num_workers: int, server: Server | Non
     profile = cluster.load(name, account=account, partition=partition)
     made = ready(order)
     with disk_errors(output):
-        (output / "slurm").mkdir(parents=True, exist_ok=True)
-    with only_one(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with only_one(output), disk_errors(output):
         if living := Jobs.read(output).living():
             done = len(read_done(output))
             print(f"{output}: Slurm's jobs {', '.join(living)} are at work; {done:,} items are done")
             return
         settle(output, made.identity, order.redo)
+        (output / "slurm").mkdir(exist_ok=True)
         merge_answers(output)
         todo = open_items(made.generator, order, Tally())
         _tell_failures(output)
@@ -199,7 +206,8 @@ def share_of(order: Order, num_workers: int) -> Most:
 def _submit(order: Order, profile: ClusterProfile, num_workers: int, server: Server | None) -> None:
     output = order.output
     jobs = Jobs("synth", {})
-    os.environ[KEY_ENV] = secrets.token_urlsafe(32)  # Slurm hands the environment to its jobs
+    if server is not None:
+        os.environ[KEY_ENV] = secrets.token_urlsafe(32)  # Slurm hands the environment to its jobs
     with cancelled_where_one_fails(jobs), outside_jobs():
         (output / ARRAY).unlink(missing_ok=True)
         (output / ADDRESS).unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +25,9 @@ from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 
 from data_prep.cli import main
 from data_prep.synth import finishing, models
+from data_prep.synth.generator import Ask, Item
 from data_prep.synth.known import GENERATORS
+from data_prep.synth.sample import Sample
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
 
@@ -133,6 +138,8 @@ def test_an_item_that_is_another_one_than_before_is_refused(run: Run, endpoint: 
     run.write([{"id": "i0", "text": "another line"}])
     assert run(endpoint) == 2
     assert "1 items are not what they were" in capsys.readouterr().err
+    assert run(endpoint, "--redo") == 0
+    assert len(run.kept()) == 2
 
 
 @pytest.mark.parametrize("fault", ["garbage", "cut", "429", "503", "html", "wrong json", "reset", "timeout"])
@@ -225,6 +232,16 @@ def test_an_error_of_the_program_takes_one_item_and_not_the_run(run: Run, endpoi
     assert [line["item"]["id"] for line in run.candidates()] == ["a", "c"]
 
 
+def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synth", "--list"]) == 0
+    assert "echoes               repeat lines" in capsys.readouterr().out
+    assert main(["synth", "echoes", "--list"]) == 0
+    told = capsys.readouterr().out
+    assert "echoes (version 1): repeat lines" in told and "  tone = 'plain': Of the repetition." in told
+    assert main(["synth", "echo", "--list"]) == 2
+    assert "echo: is no generator; did you mean 'echoes'?" in capsys.readouterr().err
+
+
 BAD = {
     "no engine": (["--engine", ""], "--engine is needed"),
     "no address": (["--engine", "ftp://x"], "must be an address such as"),
@@ -239,6 +256,25 @@ BAD = {
     "a value": (["--set", "min_score=11"], "must lie in [0, 10]"),
     "negative": (["--max-tokens-total", "-1"], "must not be negative"),
 }
+
+
+def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(
+        run: Run, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(self: object, item: Item, ask: Ask) -> Iterator[Sample]:
+        with contextlib.suppress(Exception):
+            ask("echoes/write", document="x", tone="y")
+        yield Sample({"text": "made of nothing"})
+
+    run.write([{"id": "a", "text": "line a"}])
+    monkeypatch.setattr(echoes_as_loaded().Echoes, "make", careless)
+    endpoint.next = ["400"] * 5
+    assert run(endpoint) == 75
+    assert run.candidates() == []
+
+
+def echoes_as_loaded() -> ModuleType:
+    """Return the module that the generator is loaded from."""
+    return importlib.import_module(echoes.REFERENCE.partition(":")[0])
 
 
 @pytest.mark.parametrize("name", BAD)
