@@ -40,6 +40,7 @@ TYPED = {
     "docs/rewards.md": "tests/commands/test_score.py",
     "docs/rollout_store.md": "tests/commands/test_rl_store.py",
     "docs/slurm.md": "tests/slurm/test_submit.py",
+    "docs/synth_autoif.md": "tests/data_prep/synth/generators/autoif/test_page.py",
     "docs/tokenizer.md": "tests/test_docs_data_pages.py",
     "docs/tools.md": "tests/commands/test_tools.py",
     "docs/torchrun.md": "tests/e2e/test_torchrun.py",
