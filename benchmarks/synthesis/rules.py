@@ -24,6 +24,10 @@ def plain(topic: str, number: int) -> str:
     return SENTENCE.format(topic=topic) + f" 이것은 {named(number)}번째 글입니다."
 
 
+Writing = Callable[[str, int], str]
+"""Topic and number -> a text."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One constraint."""
@@ -34,10 +38,23 @@ class Rule:
     """What its function returns, an expression over `response`."""
     back: str
     """What the function asks for, in other words."""
-    keeping: Callable[[str, int], str]
-    """Topic and number -> a text that keeps it."""
-    breaking: Callable[[str, int], str]
-    """Topic and number -> one that does not."""
+    keeping: Writing
+    """Writes a text that keeps it."""
+    breaking: Writing
+    """Writes one that does not."""
+
+
+def _around(before: str, after: str) -> Writing:
+    return lambda topic, number: before + plain(topic, number) + after
+
+
+def _lines(*beginnings: str) -> Writing:
+    return lambda topic, number: "\n".join(f"{beginning}{plain(topic, number + place)}"
+                                           for place, beginning in enumerate(beginnings))
+
+
+def _repeated(times: int) -> Writing:
+    return lambda topic, number: (plain(topic, number) + " ") * times
 
 
 def rules() -> Iterator[Rule]:
@@ -47,33 +64,24 @@ def rules() -> Iterator[Rule]:
             yield Rule(f'Use the word "{word}" at least {times} times.',
                        f"response.count({word!r}) >= {times}",
                        f'The word "{word}" must occur {times} times or more.',
-                       lambda t, n, w=word, k=times: plain(t, n) + f" {w}" * k,
-                       lambda t, n, w=word, k=times: plain(t, n) + f" {w}" * (k - 1))
+                       _around("", f" {word}" * times), _around("", f" {word}" * (times - 1)))
     for sign in (",", ";", "!", "?", "#", "@"):
         yield Rule(f'Do not use the sign "{sign}".', f"{sign!r} not in response",
-                   f'The sign "{sign}" must not occur.', plain,
-                   lambda t, n, s=sign: plain(t, n) + f" 그리고{s} 더 있습니다.")
+                   f'The sign "{sign}" must not occur.', plain, _around("", f" 그리고{sign} 더 있습니다."))
     for end in ("이상입니다.", "[END]", "감사합니다!", "-끝-"):
         yield Rule(f'End the answer with "{end}".', f"response.rstrip().endswith({end!r})",
-                   f'The last words must be "{end}".', lambda t, n, e=end: f"{plain(t, n)} {e}",
-                   lambda t, n, e=end: f"{e} {plain(t, n)}")
+                   f'The last words must be "{end}".', _around("", f" {end}"), _around(f"{end} ", ""))
     for begin in ("요약하면", "답:", "첫째", ">>"):
         yield Rule(f'Begin the answer with "{begin}".', f"response.lstrip().startswith({begin!r})",
-                   f'The first words must be "{begin}".', lambda t, n, b=begin: f"{b} {plain(t, n)}",
-                   lambda t, n, b=begin: f"{plain(t, n)} {b}")
+                   f'The first words must be "{begin}".', _around(f"{begin} ", ""), _around("", f" {begin}"))
     for lines in (2, 3, 4, 5):
         yield Rule(f"Write exactly {lines} lines.",
                    f"len([line for line in response.splitlines() if line.strip()]) == {lines}",
-                   f"There must be {lines} lines.",
-                   lambda t, n, k=lines: "\n".join(f"{plain(t, n)} {named(i)}" for i in range(k)),
-                   lambda t, n, k=lines: "\n".join(f"{plain(t, n)} {named(i)}" for i in range(k + 1)))
+                   f"There must be {lines} lines.", _lines(*[""] * lines), _lines(*[""] * (lines + 1)))
     for most in (100, 120, 140):
         yield Rule(f"Use at most {most} characters.", f"len(response.strip()) <= {most}",
-                   f"There must be {most} characters or fewer.", plain,
-                   lambda t, n, m=most: (plain(t, n) + " ") * (m // 40 + 1))
+                   f"There must be {most} characters or fewer.", plain, _repeated(most // 40 + 1))
     for mark in ("- ", "* ", "• ", "1. ", "## "):
         yield Rule(f'Begin each line with "{mark}".',
                    f"all(line.startswith({mark!r}) for line in response.strip().splitlines())",
-                   f'Every line must begin with "{mark}".',
-                   lambda t, n, m=mark: f"{m}{plain(t, n)}\n{m}{plain(t, n + 1)}",
-                   lambda t, n, m=mark: f"{m}{plain(t, n)}\n{plain(t, n + 1)}")
+                   f'Every line must begin with "{mark}".', _lines(mark, mark), _lines(mark, ""))

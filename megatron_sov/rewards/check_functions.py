@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ast
 import json
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.rewards import check_program
 from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox
 
@@ -28,6 +29,8 @@ MAX_TEXT_CHARS = 400_000
 """Of a text that is checked; patterns over a longer one would take long."""
 CALLS_OF_TIME = 4
 """A function has so many times the time of a call for all its texts together."""
+_QUIET = threading.Lock()
+"""Which warnings are shown is a matter of the whole process: one thread at a time changes it."""
 _BANNED_NAMES = frozenset(("open", "exec", "eval", "compile", "input", "globals", "locals", "vars",
                            "breakpoint", "exit", "quit", "getattr", "setattr", "delattr", "memoryview", "id",
                            "hash"))
@@ -57,12 +60,12 @@ def problem_of(source: str, modules: Sequence[str] = ()) -> str:
     if len(source) > MAX_SOURCE_CHARS:
         return f"has {len(source):,} characters, at most {MAX_SOURCE_CHARS:,} are taken"
     try:
-        with warnings.catch_warnings():
+        with _QUIET, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model's "\d" is its own affair
             tree = ast.parse(source)
             compile(source, "check", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        return f"is no Python ({e})"
+        return f"is no Python ({told_in_a_line(e)})"
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "evaluate"]
     if not functions:
         return "has no function evaluate(response)"

@@ -52,7 +52,8 @@ def reply(request: Mapping[str, Any]) -> str:
         return grade(9 if same else 1, graded)
     _, asked = asked_of(request)
     if "different instructions" in asked:
-        return "\n".join(f"- {text}" for text in RULES)
+        wanted = int(re.findall(r"Write (\d+) different", asked)[0])
+        return "\n".join(f"- {text}" for text in list(RULES)[:wanted])
     if found := _CONSTRAINT.search(asked):
         return _check(found[1].strip(), request["seed"])
     told = [_RULE.search(source) for source in _FUNCTION.findall(asked)]
@@ -103,7 +104,7 @@ def arguments(folder: Path) -> list[str]:
     """Return what a run is given."""
     seeds = folder / "seeds.txt"
     seeds.write_text("\n".join(list(RULES)[:3]), encoding="utf-8")
-    return ["--input", str(seeds), "--set", "rounds=1", "--set", "per_call=10"]
+    return ["--input", str(seeds), "--set", "rounds=1", "--set", "per_call=5"]
 
 
 def rule_of(constraint: str) -> Rule:
