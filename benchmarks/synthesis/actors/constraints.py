@@ -18,7 +18,7 @@ from synthesis.rules import Rule, rules
 from data_prep.synth.generator import Item
 
 RULES = {rule.text: rule for rule in rules()}
-TOPIC = "시장"
+TOPIC = "골목"
 SETTINGS: dict[str, Any] = {}
 """Of the generator, for the cases."""
 BY_JUDGE = ("told back as the contrary", "checks something else")
