@@ -24,7 +24,7 @@ HONEST = [
 ]
 
 
-def asked(source: str, texts: Sequence[str], call_s: float = 1.0) -> list[Verdict]:
+def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[Verdict]:
     return verdicts(shared_sandbox(), source, texts, call_s=call_s)
 
 
@@ -57,7 +57,7 @@ def test_a_call_that_does_not_end_is_the_last() -> None:
     source = "def evaluate(response):\n    while response == 'b': pass\n    return True"
     first, second, third = asked(source, ["a", "b", "c"])
     assert first == Verdict(True)
-    assert (second.accepts, second.ended, second.reason) == (None, False, "did not end within 1 s")
+    assert (second.accepts, second.ended, second.reason) == (None, False, "did not end within 0.5 s")
     assert (third.accepts, third.ended) == (None, False)
 
 

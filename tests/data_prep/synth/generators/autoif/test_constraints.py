@@ -19,7 +19,7 @@ from data_prep.synth.known import generator_class
 from megatron_sov.errors import UserError
 from tests.data_prep.synth.scripted import ScriptedAsk, samples_of
 
-GENERATOR = Constraints(ConstraintsSettings(call_time_s=1))
+GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5))
 CASES = {case.what: case for case in reversed(actor.cases())}
 REASONS = {
     "a sound constraint": "", "accepts everything": "agreement", "rejects everything": "tells apart",
