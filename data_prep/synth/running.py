@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from data_prep.synth.stopping import Stop
 from data_prep.synth.templates import PROMPTS, Prompt, load_prompts
 from data_prep.synth.work_folder import ANSWERS, Identity, check_folder, settle
 from megatron_sov.artifacts import disk_errors
+from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems
@@ -92,8 +93,15 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     return cls(made)
 
 
-def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None) -> Iterator[tuple[int, Item]]:
-    """Yield the items of a run with their numbers; one whose id came before is passed over.
+def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None,
+             passed_over: Callable[[Item], object] = lambda item: None) -> Iterator[tuple[int, Item]]:
+    """Yield the items of a run with their numbers.
+
+    Args:
+        generator: that reads them.
+        inputs: what it reads.
+        limit: first items alone; None: all.
+        passed_over: told of an item whose id came before: it is none.
 
     Raises:
         UserError: the input is not what the generator starts from, or an id cannot be one.
@@ -105,7 +113,9 @@ def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None) ->
         if not _ID.fullmatch(item.id):
             raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and :._/-; "
                             "mend the input")
-        if item.id not in seen:
+        if item.id in seen:
+            passed_over(item)
+        else:
             yield len(seen), item
             seen.add(item.id)
 
@@ -163,8 +173,8 @@ def open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
     """Return the ids of items that are not done, having read all of the input: it is sound, or nothing is
     paid."""
     done = read_done(order.output)
-    todo, changed, num_items = set(), [], 0
-    for _, item in items_of(generator, order.inputs, order.limit):
+    todo, changed, twice, num_items = set(), [], list[Item](), 0
+    for _, item in items_of(generator, order.inputs, order.limit, twice.append):
         num_items += 1
         known = done.get(item.id)
         if known is None:
@@ -180,6 +190,9 @@ def open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
         raise UserError(f"--input: {len(changed)} items are not what they were when they were made, such as "
                         f"{changed[0]}; name another output folder, or pass --redo: answers that still "
                         "fit cost nothing")
+    if twice:
+        print(f"{len(twice):,} items have the id of an earlier one and are passed over, such as "
+              f"{visible(twice[0].id)} of {visible(twice[0].source)}", flush=True)
     print(f"{order.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
           f"{order.writer.name}", flush=True)
     return todo
@@ -189,6 +202,7 @@ def _count(tally: Tally, known: Done) -> None:
     tally.num_items += 1
     tally.num_passed += known.num_passed
     tally.num_failed += known.num_failed
+    tally.num_unusable += known.is_unusable
 
 
 def make(made: Ready, order: Order, todo: set[str], tally: Tally, share: Share | None = None) -> None:
@@ -211,9 +225,11 @@ def make(made: Ready, order: Order, todo: set[str], tally: Tally, share: Share |
     def told() -> None:
         usage = cache.usage()
         spent = f", cost {usage.cost:.4f}" if usage.cost else ""
+        useless = (f"; the answers about {tally.num_unusable:,} items were of no use" if tally.num_unusable
+                   else "")
         print(f"{order.generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples pass "
               f"their own checks, {tally.num_failed:,} do not; {usage.input_tokens + usage.output_tokens:,} "
-              f"tokens{spent}", flush=True)
+              f"tokens{spent}{useless}", flush=True)
 
     try:
         with opened(order.writer, order.judge, order.asked, cache, budget, stop) as doors:

@@ -92,6 +92,15 @@ def test_two_threads_with_one_question_pay_for_one_answer(tmp_path: Path) -> Non
         assert (found, len(server.requests)) == (["yes"] * 4, 1)
 
 
+def test_this_machine_is_asked_without_the_proxy_of_others(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a")).ask(
+            ASKED, lambda raw: None)
+        assert len(server.requests) == 1
+
+
 def test_an_answer_that_tells_no_usage_counts_as_the_most_it_can_be(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:

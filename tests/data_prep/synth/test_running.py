@@ -107,13 +107,14 @@ def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint
 
 
 def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new(
-        run: Run, endpoint: ScriptedEndpoint) -> None:
+        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
     before, kept = len(endpoint.requests), run.kept()
     assert run(endpoint) == 0
     assert (len(endpoint.requests), run.kept()) == (before, kept)
-    run.write([{"id": f"i{n}", "text": f"line {n}"} for n in range(4)])
+    run.write([{"id": f"i{n}", "text": f"line {n}"} for n in (0, 1, 2, 3, 3)])
     assert run(endpoint) == 0
+    assert "1 items have the id of an earlier one and are passed over, such as i3" in capsys.readouterr().out
     assert (len(endpoint.requests), len(run.kept())) == (before + 4, len(kept) + 2)
 
 
@@ -154,9 +155,11 @@ def test_whatever_comes_in_place_of_an_answer_the_same_is_kept(fault: str, tmp_p
     assert hurt.kept() == clean.kept()
 
 
-def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run) -> None:
+def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsys: pytest.CaptureFixture[str]
+                                                                 ) -> None:
     with serving(ScriptedEndpoint(with_model_faults(echoes.reply, 1.0))) as server:
         assert run(server) == 0
+        assert "; the answers about 3 items were of no use" in capsys.readouterr().out
         assert {line.get("unusable", "")[:29] for line in run.candidates()} <= {
             "3 answers were of no use, the", "the judge gave no score in 3 ", ""}
         num_asked = len(server.requests)
