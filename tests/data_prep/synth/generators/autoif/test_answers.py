@@ -14,6 +14,7 @@ from synthesis.actors import autoif as actor
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.autoif.answers import AutoIf
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
+from megatron_sov.documents.records import Reading, parse_record
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.constraint import Constraint
 from megatron_sov.rewards.reward import judged
@@ -111,3 +112,15 @@ def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
                            also="pairs", num_responses=1, system_share=2, min_score=11, min_query_chars=9,
                            max_query_chars=8)
     assert len(wrong.problems()) == 7
+
+
+def test_records_are_what_chats_prompts_and_pairs_are_read_as() -> None:
+    fields = {"language": "ko", "constraint": "x"}
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    for kind, record in (("chat", {"messages": [*turns, {"role": "assistant", "content": "a"}]}),
+                         ("prompt", {"prompt": turns, "functions": [NO_COMMA]}),
+                         ("preference", {"prompt": turns, "chosen": "a", "rejected": "b"})):
+        document = parse_record({**record, **fields}, "x:1", 1, Reading(kind=kind))
+        roles = [message.role for message in document.messages]
+        assert (document.kind, roles[:2]) == (kind, ["system", "user"])
+        assert kind != "prompt" or json.loads(document.extra)["functions"] == [NO_COMMA]
