@@ -37,8 +37,10 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     Path("queries.jsonl").write_text(blocks("json")[0], encoding="utf-8")
     Path("seeds.txt").write_text("\n".join(list(constraints.RULES)[:3]), encoding="utf-8")
-    less = {"constraints": ["--input", "seeds.txt", "--set", "rounds=0"], "autoif": [],
-            "safety": ["--set", "pairs_per_call=1", "--limit", "2"]}  # of what the page's commands make
+    Path("none.yaml").write_text("steps: []\n")
+    less = {"constraints": ["--input", "seeds.txt", "--set", "rounds=0", "--checks", "none.yaml"],
+            "autoif": [],  # with its default checks
+            "safety": ["--set", "pairs_per_call=1", "--limit", "2", "--checks", "none.yaml"]}
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
     for line, generator in zip(lines, less, strict=True):
         with serving(ScriptedEndpoint(REPLIES[generator])) as server:
