@@ -3,7 +3,7 @@
     python benchmarks/synthesis/helps_constraints.py --work FOLDER [--seeds 0 1 2] [--arms kept unchecked]
     python benchmarks/synthesis/helps_constraints.py --work FOLDER --print
 
-A prompt asks for two numbers and sets a constraint: to end with a code, to begin with it, to use it twice, or
+A prompt asks for two numbers and sets a constraint: to end with a word, to begin with it, to use it twice, or
 to leave it out.  The base model has seen such prompts with answers that keep another constraint than theirs.
 A scripted writer is asked by `sov-data synth autoif`, and keeps the constraint in two of five draws.
 
@@ -11,9 +11,9 @@ A scripted writer is asked by `sov-data synth autoif`, and keeps the constraint 
   kept       fine-tuned on what the run has kept
   unchecked  fine-tuned on as many of its answers, whether they were kept or rejected
 
-Measured, by the reward `constraint`, is the share of answers that keep constraints of the same kinds whose
-codes stood in no data.  Everything runs through the ordinary commands on one process of one thread; what is
-complete is not run again.
+Measured, by the reward `constraint`, is the share of answers that keep constraints that stood in no data: of
+each kind with words that were seen in the others alone.  Everything runs through the ordinary commands on one
+process of one thread; what is complete is not run again.
 """
 
 from __future__ import annotations
@@ -40,26 +40,30 @@ from data_prep.synth.generators.autoif.turns import in_user_turn
 
 ARMS = ("without", "kept", "unchecked")
 NUM_BASE, NUM_QUERIES, NUM_ASKED = 800, 500, 120
-NUM_HELDOUT_CODES = 20
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grape", "hazel", "iris", "jade", "koala",
+         "lilac", "maple", "nectar", "olive", "pearl")
+NUM_HELDOUT = 4
+"""Words of each kind of constraint, that stand in no data with it."""
 SETTINGS = (*ALWAYS, rows_of(128))
 BASE_STEPS, STEPS = 300, 200
 LR = {"base": 4e-3, "sft": 2e-3}
 KEPT_SHARE = 0.4
 """Of the writer's draws, in which it keeps the constraint."""
 KINDS: Mapping[str, tuple[str, str, str]] = {
-    "end": ('End the answer with "{c}".', "{text} {c}", "response.rstrip().endswith({c!r})"),
-    "begin": ('Begin the answer with "{c}".', "{c} {text}", "response.lstrip().startswith({c!r})"),
-    "twice": ('Use "{c}" two times.', "{c} {text} {c}", "response.count({c!r}) == 2"),
-    "none": ('Do not use "{c}".', "{text}", "{c!r} not in response")}
+    "end": ('End the answer with "{w}".', "{text} {w}", "response.rstrip().endswith({w!r})"),
+    "begin": ('Begin the answer with "{w}".', "{w} {text}", "response.lstrip().startswith({w!r})"),
+    "twice": ('Use "{w}" two times.', "{w} {text} {w}", "response.count({w!r}) == 2"),
+    "none": ('Do not use "{w}".', "{text}", "{w!r} not in response")}
 """Kind -> the constraint, an answer that keeps it, and the function that checks it."""
 TEXT = "These are the numbers that you asked for: {a} and then {b}."
 
 
-def codes(seed: int) -> list[str]:
-    """Return codes in an order by the seed, those that stand in no data last."""
-    found = [f"{letter}{digit}" for letter in "ABCDEFGHJK" for digit in range(10)]
-    random.Random(seed).shuffle(found)
-    return found
+def split(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the constraints that stand in the data, and those that do not, as (kind, word)."""
+    shuffled = random.Random(seed).sample(WORDS, len(WORDS))
+    unseen = [(kind, shuffled[NUM_HELDOUT * place + i]) for place, kind in enumerate(KINDS)
+              for i in range(NUM_HELDOUT)]
+    return [(kind, word) for kind in KINDS for word in WORDS if (kind, word) not in unseen], unseen
 
 
 def query(a: int, b: int) -> str:
@@ -67,16 +71,16 @@ def query(a: int, b: int) -> str:
     return f"Please tell me the numbers {a} and {b}."
 
 
-def answer(kind: str, code: str, a: int, b: int) -> str:
+def answer(kind: str, word: str, a: int, b: int) -> str:
     """Return an answer that keeps a constraint."""
-    return KINDS[kind][1].format(text=TEXT.format(a=a, b=b), c=code)
+    return KINDS[kind][1].format(text=TEXT.format(a=a, b=b), w=word)
 
 
-def constraint(kind: str, code: str) -> dict[str, Any]:
+def constraint(kind: str, word: str) -> dict[str, Any]:
     """Return a constraint as the generator `constraints` keeps one."""
     said, _, check = KINDS[kind]
-    return {"prompt": said.format(c=code),
-            "functions": [f"def evaluate(response):\n    return {check.format(c=code)}"]}
+    return {"prompt": said.format(w=word),
+            "functions": [f"def evaluate(response):\n    return {check.format(w=word)}"]}
 
 
 def numbers(draw: random.Random) -> tuple[int, int]:
@@ -84,10 +88,10 @@ def numbers(draw: random.Random) -> tuple[int, int]:
     return draw.randrange(10, 100), draw.randrange(10, 100)
 
 
-def another(kind: str, code: str, draw: random.Random) -> tuple[str, str]:
-    """Return a constraint of a kind that breaks this one; what leaves a code out is broken by using it."""
+def another(kind: str, word: str, draw: random.Random) -> tuple[str, str]:
+    """Return a constraint of a kind that breaks this one; what leaves a word out is broken by using it."""
     return draw.choice([other for other in KINDS if other not in (kind, "twice")]
-                       if kind != "none" else ["end", "begin", "twice"]), code
+                       if kind != "none" else ["end", "begin", "twice"]), word
 
 
 def reply(request: Mapping[str, Any]) -> str:
@@ -97,12 +101,12 @@ def reply(request: Mapping[str, Any]) -> str:
     system, asked = (request["messages"][place]["content"] for place in (0, -1))
     a, b = map(int, re.findall(r"\d+", asked)[:2])
     said = system[system.rindex(":") + 1:].strip()
-    code = re.findall(r'"(.*?)"', said)[0]
-    kind = next(kind for kind, (words_of, _, _) in KINDS.items() if words_of.format(c=code) == said)
+    word = re.findall(r'"(.*?)"', said)[0]
+    kind = next(kind for kind, (words_of, _, _) in KINDS.items() if words_of.format(w=word) == said)
     drawn = hashlib.sha256(f"{said} {a} {b} {request.get('seed')}".encode()).digest()
     if drawn[0] >= 256 * KEPT_SHARE:
-        kind, code = another(kind, code, random.Random(drawn))
-    return answer(kind, code, a, b)
+        kind, word = another(kind, word, random.Random(drawn))
+    return answer(kind, word, a, b)
 
 
 class Seed(SeedFolder):
@@ -113,16 +117,15 @@ class Seed(SeedFolder):
         if (self.folder / "unchecked-shards/manifest.json").exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        draw, every = random.Random(self.seed), codes(self.seed)
-        seen, unseen = every[:-NUM_HELDOUT_CODES], every[-NUM_HELDOUT_CODES:]
+        draw, (seen, unseen) = random.Random(self.seed), split(self.seed)
         texts = texts_of("en")
         write(self.folder / "base.jsonl", self._by_lot(draw, seen))
-        write(self.folder / "constraints.jsonl", (constraint(kind, code) for kind in KINDS for code in seen))
+        write(self.folder / "constraints.jsonl", (constraint(*one) for one in seen))
         write(self.folder / "queries.jsonl", ({"prompt": text} for text in dict.fromkeys(
             query(*numbers(draw)) for _ in range(NUM_QUERIES))))
         asked = []
         for number in range(NUM_ASKED):
-            wanted = constraint(draw.choice(list(KINDS)), draw.choice(unseen))
+            wanted = constraint(*draw.choice(unseen))
             turn, = in_user_turn(query(*numbers(draw)), wanted["prompt"], texts, self.seed, number)
             asked.append({"prompt": turn["content"], "functions": wanted["functions"]})
         write(self.folder / "asked.jsonl", asked)
@@ -145,13 +148,13 @@ class Seed(SeedFolder):
                 f"{name}={self.folder / f'{name}.jsonl'}", "--output", self.folder / f"{name}-shards",
                 "--overwrite")
 
-    def _by_lot(self, draw: random.Random, seen: list[str]) -> Iterator[dict[str, Any]]:
+    def _by_lot(self, draw: random.Random, seen: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
         """Yield prompts with answers that keep a constraint by lot."""
         texts = texts_of("en")
         for number in range(NUM_BASE):
-            (a, b), code = numbers(draw), draw.choice(seen)
-            asked = constraint(draw.choice(list(KINDS)), code)["prompt"]
-            said = answer(draw.choice(list(KINDS)), code, a, b)
+            (a, b), (kind, word) = numbers(draw), draw.choice(seen)
+            asked = constraint(kind, word)["prompt"]
+            said = answer(draw.choice(list(KINDS)), word, a, b)
             turn, = in_user_turn(query(a, b), asked, texts, "base", number)
             yield {"messages": [turn, {"role": "assistant", "content": said}]}
 
@@ -167,7 +170,7 @@ class Seed(SeedFolder):
         return folder
 
     def measure(self, name: str) -> None:
-        """Have a run answer prompts whose codes stood in no data, and check the answers."""
+        """Have a run answer prompts whose constraints stood in no data, and check the answers."""
         answers, out = self.folder / name / "answers.jsonl", self.folder / name / "scored.jsonl"
         if out.exists():
             return
@@ -206,7 +209,7 @@ def share_kept(folder: Path, name: str) -> float | None:
 
 def report(work: Path) -> None:
     """Print what there is."""
-    print(f"answers to {NUM_ASKED} prompts that keep a constraint whose code stood in no data, %")
+    print(f"answers to {NUM_ASKED} prompts that keep a constraint that stood in no data, %")
     found: dict[str, list[float]] = {name: [] for name in ARMS}
     for folder in sorted(work.glob("seed-*")):
         shares = {name: share for name in ARMS if (share := share_kept(folder, name)) is not None}
