@@ -42,6 +42,7 @@ TYPED = {
     "docs/slurm.md": "tests/slurm/test_submit.py",
     "docs/synth_documents.md": "tests/test_docs_synth_documents.py",
     "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
+    "docs/synth_autoif.md": "tests/data_prep/synth/generators/autoif/test_page.py",
     "docs/tokenizer.md": "tests/test_docs_data_pages.py",
     "docs/tools.md": "tests/commands/test_tools.py",
     "docs/torchrun.md": "tests/e2e/test_torchrun.py",

@@ -17,6 +17,9 @@ GENERATORS: dict[str, str] = {
     "goals": "data_prep.synth.generators.tools.goals:Goals",
     "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
     "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
+    "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
+    "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
+    "safety": "data_prep.synth.generators.safety.generator:Safety",
 }
 """Name on the command line -> module:class."""
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from megatron_sov.errors import UserError
 from megatron_sov.rewards import solution_tests
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
-from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox
+from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 from megatron_sov.rewards.version import code_of
 
 MAX_TESTS = 10_000
@@ -23,8 +23,6 @@ _PYTHON = ("", "python", "py", "python3")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
 _PATIENCE = 3
 """A program that waits, or shares its processor with others, has so many times its time by the clock."""
-_SANDBOXES: dict[tuple[Any, ...], Sandbox] = {}
-"""Enclosure and command -> sandbox of this process."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +141,7 @@ class Code:
                       memory_bytes=self.memory_bytes)
 
     def _sandbox(self) -> Sandbox:
-        key = (self.enclosure, self.command)
-        if key not in _SANDBOXES:
-            _SANDBOXES[key] = Sandbox(enclosure=self.enclosure, command=self.command)
-        return _SANDBOXES[key]
+        return shared_sandbox(self.enclosure, self.command)
 
 
 def program_in(response: str) -> str:

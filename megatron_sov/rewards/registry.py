@@ -25,6 +25,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "length": ("megatron_sov.rewards.length", "Length"),
     "repetition": ("megatron_sov.rewards.repetition", "Repetition"),
     "code": ("megatron_sov.rewards.code", "Code"),
+    "constraint": ("megatron_sov.rewards.constraint", "Constraint"),
 }
 """Name -> module and class of what is built in."""
 

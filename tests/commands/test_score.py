@@ -196,6 +196,7 @@ def test_what_the_page_shows_runs() -> None:
     assert outputs["stem.jsonl"] == [1.0, 1.0, 1.0]
     assert outputs["composed.jsonl"] == [pytest.approx(x) for x in (1.0, 1.0, 1.0)]
     assert outputs["code.jsonl"] == [1.0, 0.5, 0.0]
+    assert outputs["kept.jsonl"] == [1.0, 0.0]
     assert outputs["contains.jsonl"] == [1.0, 0.0, 0.0]
 
 

@@ -12,6 +12,7 @@ from megatron_sov.rewards import code
 from megatron_sov.rewards.code import Code, program_in
 from megatron_sov.rewards.reward import Result, judged
 from megatron_sov.rewards.sandbox import Outcome, Program, Sandbox
+from megatron_sov.rewards.sandbox.shared import SANDBOXES
 
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
@@ -20,9 +21,9 @@ def enclosure(request: pytest.FixtureRequest) -> Iterator[str]:
         made = Sandbox(enclosure=request.param)
     except UserError as e:
         pytest.skip(str(e))
-    code._SANDBOXES[(request.param, ())] = made
+    SANDBOXES[(request.param, (), 1)] = made
     yield request.param
-    code._SANDBOXES.pop((request.param, ())).close()
+    SANDBOXES.pop((request.param, (), 1)).close()
 
 
 def share(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
@@ -252,7 +253,7 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
         def run(self, program: Program, limits: object) -> Outcome:
             return outcome
 
-    monkeypatch.setitem(code._SANDBOXES, ("auto", ()), Broken())
+    monkeypatch.setitem(SANDBOXES, ("auto", (), 1), Broken())
     result = judged(Code(), {"response": "x", "tests": ["assert x"]})
     assert (result.status, result.reward) == (status, reward)
 

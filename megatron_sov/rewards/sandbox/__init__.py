@@ -2,5 +2,6 @@
 
 from megatron_sov.rewards.sandbox.program import Limits, Outcome, Program
 from megatron_sov.rewards.sandbox.sandbox import Sandbox, machine_enclosure
+from megatron_sov.rewards.sandbox.shared import shared_sandbox
 
-__all__ = ["Limits", "Outcome", "Program", "Sandbox", "machine_enclosure"]
+__all__ = ["Limits", "Outcome", "Program", "Sandbox", "machine_enclosure", "shared_sandbox"]

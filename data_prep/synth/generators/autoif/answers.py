@@ -1,0 +1,200 @@
+"""The generator `autoif`: prompts of users with a constraint, and answers that keep it.
+
+A query is translated where it is in another language, gets a constraint, and is answered twice.  An answer is
+kept when a function of the constraint accepts it, when no letter of a foreign script stands in it, when it is
+in the language, and when the judge finds that it answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.quality.identify import identify
+from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply, Reply
+from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constraints
+from data_prep.synth.generators.autoif.queries import queries_of
+from data_prep.synth.generators.autoif.quotes import quoted, with_quotes_of
+from data_prep.synth.generators.autoif.settings import AutoIfSettings
+from data_prep.synth.generators.autoif.texts import Texts, texts_of
+from data_prep.synth.generators.autoif.turns import in_system_turn, in_user_turn
+from data_prep.synth.generators.drawing import one_of, share_of
+from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.documents.scripts import script_of
+from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, verdicts
+from megatron_sov.rewards.sandbox import shared_sandbox
+from megatron_sov.rewards.text_views import views_of
+
+RUBRIC = """Does the response answer the query? It has to follow the instruction to the letter, and may be \
+less helpful for that; this is no fault. Whether it follows it has been checked by a program.
+10: it answers the query well. 5: it answers a part, or beside the point. 0: it has nothing to do with the \
+query, refuses without need, or the query asks for nothing that can be answered."""
+MAX_TRANSLATION_TOKENS = 2048
+
+Message = Mapping[str, Any]
+
+
+class AutoIf(Generator):
+    """Makes conversations whose answers keep a constraint that code has checked."""
+
+    name = "autoif"
+    kind: Kind = "chat"
+    help = "users' prompts with a constraint, in a language of your choice, and answers that keep it (AutoIF)"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "autoif/translation": ("language", "text"),
+        "autoif/response": ("constraint", "language", "query"),
+    }
+    Settings = AutoIfSettings
+    settings: AutoIfSettings
+
+    def files(self) -> Sequence[Path]:
+        """Return the file of constraints."""
+        path = Path(self.settings.constraints)
+        return [path / FILE if path.is_dir() else path]
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield each query of a user with a constraint.
+
+        Raises:
+            UserError: constraints or queries cannot be read.
+        """
+        settings = self.settings
+        constraints = read_constraints(Path(settings.constraints), settings.modules)
+        for query in queries_of(inputs, settings.min_query_chars, settings.max_query_chars, settings.toxic):
+            drawn = [one_of(constraints, query.digest, number)
+                     for number in range(settings.constraints_per_query)]
+            for number, constraint in enumerate(dict.fromkeys(drawn)):
+                wording = one_of(constraint.wordings, query.digest, number, "wording")
+                yield Item(f"{query.digest}.{number}", {
+                    "query": query.text, "constraint": wording, "functions": list(constraint.functions)},
+                    query.source, query.licence)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield a conversation for each answer, and what else is asked for."""
+        query, constraint, verdict = self._turned(item, ask)
+        if not verdict.passed:
+            yield Sample({"messages": [{"role": "user", "content": item.fields["query"]}]}, (verdict,))
+            return
+        in_system = share_of("system", item.id) < self.settings.system_share
+        phrase = in_system_turn if in_system else in_user_turn
+        prompt = phrase(query, constraint, self._texts, item.id)
+        beside = {"language": self.settings.language, "constraint": item.fields["constraint"]}
+        replies = ask("autoif/response", count=self.settings.num_responses,
+                      temperature=self.settings.temperature, max_tokens=self.settings.max_tokens,
+                      constraint=item.fields["constraint"], language=self._texts.name, query=query)
+        different = {reply.text.strip(): reply for reply in replies}
+        samples = []
+        for text, reply in different.items():
+            checks, accepting = self._verdicts(item, query, reply, ask)
+            record = {"messages": [*prompt, {"role": "assistant", "content": text}], **beside}
+            samples.append(Sample(record, (verdict, *checks), group=item.id,
+                                  notes={"accepting": accepting, "in_system": in_system}))
+        yield from samples
+        if self.settings.also == "prompts":
+            yield self._prompt_row(item, prompt, beside, samples)
+        elif self.settings.also == "pairs":
+            yield from self._pairs(item, prompt, beside, samples)
+
+    def _turned(self, item: Item, ask: Ask) -> tuple[str, str, Verdict]:
+        """Return query and constraint in the languages that they are to have, and whether that went well."""
+        settings, query, constraint = self.settings, item.fields["query"], item.fields["constraint"]
+        language, _ = identify(query)
+        if language != settings.language:
+            if not settings.translate:
+                return query, constraint, Verdict("query language", False, f"is {language}")
+            turned = self._translated(query, ask)
+            if turned is None or identify(turned)[0] != settings.language:
+                return query, constraint, self._no_translation("the query")
+            query = turned
+        in_system = share_of("system", item.id) < settings.system_share
+        is_turned = not in_system or share_of("translated", item.id) < settings.system_translated_share
+        if is_turned and identify(_without(constraint))[0] != settings.language:
+            turned = self._translated(constraint, ask)
+            if turned is None or identify(_without(turned))[0] != settings.language:
+                return query, constraint, self._no_translation("the constraint")
+            constraint = turned
+        return query, constraint, Verdict("translation", True)
+
+    def _no_translation(self, what: str) -> Verdict:
+        return Verdict("translation", False, f"of {what}: its quotations changed, or it is not "
+                                             f"{self._texts.name}")
+
+    def _translated(self, text: str, ask: Ask) -> str | None:
+        """Return a text in the language, its quotations kept; None: they are not."""
+        reply, = ask("autoif/translation", temperature=self.settings.translation_temperature,
+                     max_tokens=MAX_TRANSLATION_TOKENS, language=self._texts.name, text=text)
+        return None if reply.is_cut else with_quotes_of(text, reply.text.strip())
+
+    def _verdicts(self, item: Item, query: str, reply: Reply, ask: Ask) -> tuple[list[Verdict], int]:
+        """Return the verdicts on an answer up to the first that fails, and how many functions accept it; the
+        judge, who costs, is asked last."""
+        text = reply.text.strip()
+        checks = [Verdict("ended", not reply.is_cut, "reached the limit of tokens" if reply.is_cut else "")]
+        if reply.is_cut:
+            return checks, 0
+        functions = item.fields["functions"]
+        accepting, why = self._accepting(functions, text)
+        checks.append(Verdict("constraint", accepting > 0, why if not accepting else
+                              f"{accepting} of {len(functions)} functions accept it"))
+        foreign = sorted({char for char in text if script_of(char) in self.settings.foreign} - set(query)
+                         - set(item.fields["constraint"]))
+        checks.append(Verdict("foreign script", not foreign, "".join(foreign[:20])))
+        language, score = identify(text)
+        is_right = language == self.settings.language and score >= self.settings.min_language_score
+        checks.append(Verdict("language", is_right, f"{language}, {score:.2f}"))
+        failed = next((place for place, one in enumerate(checks) if not one.passed), None)
+        if failed is not None:
+            return checks[:failed + 1], accepting
+        try:
+            grade = ask.judge(RUBRIC, {"instruction": item.fields["constraint"], "query": query,
+                                       "response": text})
+        except NoUsableReply as e:  # no reason to lose the other answer
+            return [*checks, Verdict("judge", False, str(e))], accepting
+        return [*checks, Verdict("judge", grade >= self.settings.min_score, f"{grade:g} of 10")], accepting
+
+    def _accepting(self, functions: Sequence[str], text: str) -> tuple[int, str]:
+        """Return how many functions accept one of the views of a text, and why the first that fails does."""
+        if len(text) > MAX_TEXT_CHARS:
+            return 0, f"has {len(text):,} characters"
+        views = views_of(text, self.settings.views)
+        sandbox = shared_sandbox(workers=self.settings.sandbox_workers)
+        try:
+            told = [verdicts(sandbox, function, views, call_s=self.settings.call_time_s)
+                    for function in functions]
+        except (RuntimeError, TimeoutError) as e:  # nothing is known about the answer
+            raise NoReply(str(e)) from None
+        why = next((one.reason for each in told for one in each if one.reason), "no function accepts it")
+        return sum(any(one.accepts for one in each) for each in told), why
+
+    def _prompt_row(self, item: Item, prompt: Sequence[Message], beside: Message,
+                    samples: Sequence[Sample]) -> Sample:
+        """Return the prompt with its functions, for RL; it can be answered where an answer was kept."""
+        rate = sum(not sample.reason for sample in samples) / max(1, len(samples))
+        record = {"prompt": list(prompt), "functions": item.fields["functions"], **beside}
+        verdict = Verdict("answerable", rate > 0, f"{rate:.0%} of {len(samples)} answers kept")
+        return Sample(record, (verdict,), group=item.id, notes={"pass_rate": rate},
+                      kind="prompt")
+
+    def _pairs(self, item: Item, prompt: Sequence[Message], beside: Message,
+               samples: Sequence[Sample]) -> Iterator[Sample]:
+        """Yield a kept answer beside one that ended and that no function accepts, where there are both."""
+        chosen = next((sample for sample in samples if not sample.reason), None)
+        rejected = next((sample for sample in samples if sample.reason == "constraint"), None)
+        if chosen and rejected:
+            record = {"prompt": list(prompt), "chosen": chosen.record["messages"][-1]["content"],
+                      "rejected": rejected.record["messages"][-1]["content"], **beside}
+            yield Sample(record, chosen.verdicts, group=item.id, kind="prompt")
+
+    @cached_property
+    def _texts(self) -> Texts:
+        return texts_of(self.settings.language)
+
+
+def _without(constraint: str) -> str:
+    """Return a constraint without its quotations, which are in the language of answers."""
+    for words in quoted(constraint):
+        constraint = constraint.replace(words, " ")
+    return re.sub(r"\s+", " ", constraint)

@@ -1,0 +1,325 @@
+"""The generator `constraints`: instructions that code can check, each with functions that have been tested.
+
+Seeds -> 50 instructions a call -> five functions with three cases each, run against each other in the
+sandbox -> what the functions ask for, told back in words -> kept where nothing in it contradicts the
+instruction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.json_lines import read_objects
+from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
+from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
+from data_prep.synth.generators.autoif.entailment import CONTRADICTION, Entailment
+from data_prep.synth.generators.autoif.texts import languages, texts_of
+from data_prep.synth.generators.drawing import shuffled
+from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.errors import UserError, nearest
+from megatron_sov.rewards import check_functions
+from megatron_sov.rewards.format import json_of
+from megatron_sov.rewards.reward import OPERATION, Refused
+from megatron_sov.rewards.sandbox import shared_sandbox
+
+SPACELESS = ("th", "lo", "km", "my")
+"""Languages that set neither words nor sentences apart by signs."""
+MAX_CONSTRAINT_CHARS = 300
+MAX_SEED_BYTES = 1 << 20
+MAX_OTHERS = 24
+"""Texts of other constraints that a function is shown."""
+RUBRIC = """The first text is an instruction for how an answer is written. The second one says, in other \
+words, what a program checks of that answer. Do they ask for the same?
+10: who follows one follows the other. 5: they differ, but one answer can follow both. 0: they contradict \
+each other, or are about different things: who follows one does not follow the other."""
+_LINE = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+(.+?)\s*$", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"\{[^{}\n]{0,40}\}")
+
+
+@dataclass(frozen=True)
+class ConstraintsSettings:
+    """How constraints are made; the values are AutoIF's and Typhoon-S's where nothing else is said."""
+
+    language: str = "ko"
+    """Of the answers that are checked."""
+    rounds: int = 8
+    """Calls for new instructions, beside the seeds, which are tried as well; a number of ours."""
+    per_call: int = 50
+    """Instructions that a call asks for."""
+    num_functions: int = 5
+    """Answers with a function and its cases, for each instruction."""
+    num_cases: int = 3
+    """Cases that each of them is asked for."""
+    min_functions: int = 3
+    """Different functions that there must be before any is run."""
+    min_cases: int = 10
+    """Different cases that there must be before any is run."""
+    min_kept_share: float = 0.5
+    """Of the cases, that one function or another must agree with: where all make the same mistake, the cases
+    that show it are those that nothing agrees with.  A value of ours; AutoIF: 0."""
+    min_accuracy: float = 0.8
+    """Share of the cases that a function must agree with."""
+    call_time_s: float = 5.0
+    """Of a processor, for a function and a text."""
+    idea_temperature: float = 0.7
+    """Of new instructions."""
+    function_temperature: float = 0.2
+    """Of functions."""
+    back_temperature: float = 0.7
+    """Of what functions ask for, in words."""
+    nli: str = ""
+    """Folder of a model for natural language inference that finds contradictions; empty: the judge does."""
+    min_agreement: float = 3.0
+    """Of the judge, from 0 (contradicts) to 10 (the same); below it is a contradiction.  A value of ours."""
+    modules: tuple[str, ...] = ()
+    """That functions may import beside those that compute on texts, where this machine has them."""
+    sandbox_workers: int = field(default=2, metadata=OPERATION)
+    """Functions that run at a time."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = language_problems(self.language)
+        p += [f"{name} = {value} must be at least {least}" for name, value, least in (
+            ("rounds", self.rounds, 0), ("per_call", self.per_call, 1),
+            ("num_functions", self.num_functions, 1), ("num_cases", self.num_cases, 1),
+            ("min_functions", self.min_functions, 1), ("min_cases", self.min_cases, 1),
+            ("sandbox_workers", self.sandbox_workers, 1)) if value < least]
+        if self.min_functions > self.num_functions:
+            p.append(f"min_functions = {self.min_functions} is more than num_functions = "
+                     f"{self.num_functions}: nothing would be kept")
+        if self.min_cases > self.num_functions * self.num_cases:
+            p.append(f"min_cases = {self.min_cases} is more than num_functions x num_cases = "
+                     f"{self.num_functions * self.num_cases}: nothing would be kept")
+        p += temperature_problems(self, ("idea_temperature", "function_temperature", "back_temperature"))
+        if not 0 < self.min_accuracy <= 1:
+            p.append(f"min_accuracy = {self.min_accuracy} must be a share above 0, up to 1")
+        if not 0 <= self.min_kept_share <= 1:
+            p.append(f"min_kept_share = {self.min_kept_share} must be a share from 0 to 1")
+        if not 0 <= self.min_agreement <= 10:
+            p.append(f"min_agreement = {self.min_agreement} must lie from 0 to 10")
+        if not 1 <= self.call_time_s <= 60:
+            p.append(f"call_time_s = {self.call_time_s:g} must lie from 1 to 60")
+        if self.nli and not Path(self.nli).is_dir():
+            p.append(f"nli = {self.nli!r} is no folder; name that of a Hugging Face model, or leave it out")
+        return p
+
+
+def language_problems(language: str) -> list[str]:
+    """Return what is wrong with a setting of a language."""
+    known = languages()
+    if language in known:
+        return []
+    return [f"language = {language!r} is not known{nearest(language, known)} (languages: "
+            f"{', '.join(sorted(known))})"]
+
+
+def temperature_problems(settings: object, names: Sequence[str]) -> list[str]:
+    """Return what is wrong with settings that are temperatures."""
+    return [f"{name} = {getattr(settings, name)} must lie from 0 to 2" for name in names
+            if not 0 <= getattr(settings, name) <= 2]
+
+
+class Constraints(Generator):
+    """Makes constraints with their functions, for `autoif` and for the reward `constraint`."""
+
+    name = "constraints"
+    kind: Kind = "prompt"
+    needs_input: ClassVar[bool] = False
+    help = "instructions that code can check, with tested functions (AutoIF): what `autoif` starts from"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "constraints/ideas": ("language", "seeds", "wanted"),
+        "constraints/check": ("constraint", "language", "modules", "num_cases", "spaceless"),
+        "constraints/back": ("functions",),
+    }
+    Settings = ConstraintsSettings
+    settings: ConstraintsSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield each seed, then the rounds of new instructions.
+
+        Raises:
+            UserError: a file of seeds cannot be read, or has none.
+        """
+        if self.settings.nli:
+            _ = self._entailment  # before anything is asked and paid
+        seeds = seeds_of(inputs, self.settings.language)
+        source = inputs[0].name if inputs else "packaged seeds"
+        for seed in seeds:
+            yield Item(f"seed.{hashlib.sha256(seed.encode()).hexdigest()[:16]}", {"constraint": seed}, source)
+        for number in range(self.settings.rounds):
+            yield Item(f"round.{number}", {"seeds": seeds}, source)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield one sample for each instruction of an item."""
+        wanted = [item.fields["constraint"]] if "constraint" in item.fields else self._ideas(item, ask)
+        drafts = {constraint: self._drafts(constraint, ask) for constraint in wanted
+                  if not wording_problem(constraint)}
+        for constraint in wanted:
+            if problem := wording_problem(constraint):
+                yield Sample({"prompt": constraint}, (Verdict("wording", False, problem),))
+            else:
+                yield self._sample(constraint, drafts, item.id, ask)
+
+    def _ideas(self, item: Item, ask: Ask) -> list[str]:
+        seeds = shuffled(item.fields["seeds"], item.id)
+        reply, = ask("constraints/ideas", temperature=self.settings.idea_temperature, max_tokens=4096,
+                     seeds=seeds, wanted=self.settings.per_call, language=self._language)
+        lines = _LINE.findall(reply.text)
+        if reply.is_cut and lines:
+            lines.pop()  # half of an instruction
+        told = {_plain(seed) for seed in seeds}
+        found: dict[str, str] = {}
+        for line in lines:
+            if _plain(line) not in told:
+                found.setdefault(_plain(line), line)
+        return list(found.values())[:2 * self.settings.per_call]
+
+    def _drafts(self, constraint: str, ask: Ask) -> list[Draft | str]:
+        """Return what can be read of each answer, or what is wrong with it."""
+        try:
+            replies = ask("constraints/check", count=self.settings.num_functions, max_tokens=2048,
+                          temperature=self.settings.function_temperature, constraint=constraint,
+                          language=self._language, num_cases=self.settings.num_cases,
+                          modules=", ".join(sorted(check_functions.MODULES - {"__future__"})),
+                          spaceless=self.settings.language in SPACELESS)
+        except NoUsableReply as e:  # one instruction, not the fifty of its round
+            return [f"was no answer ({e})"]
+        return ["was cut off" if reply.is_cut else read_draft(reply.text, self.settings.modules)
+                for reply in replies]
+
+    def _sample(self, constraint: str, drafts: Mapping[str, Sequence[Draft | str]], item_id: str,
+                ask: Ask) -> Sample:
+        sound = [draft for draft in drafts[constraint] if isinstance(draft, Draft)]
+        faults = [draft for draft in drafts[constraint] if isinstance(draft, str)]
+        settings = self.settings
+        left = crossed(sound, self._others(constraint, drafts, item_id), self._judging,
+                       min_functions=settings.min_functions, min_cases=settings.min_cases,
+                       min_kept_share=settings.min_kept_share, min_accuracy=settings.min_accuracy)
+        passed = [Verdict("wording", True)]
+        record = {"prompt": constraint, "functions": list(left.functions), "language": settings.language,
+                  "cases": [{"input": case.text, "output": case.keeps} for case in left.cases]}
+        notes = {"accuracies": [round(accuracy, 4) for accuracy in left.accuracies],
+                 "faults": faults, "num_cases": len(left.cases)}
+        for check in ("functions", "cases", "ends", "agreement", "accuracy", "tells apart"):
+            if check == left.check:
+                detail = f"{left.detail}; one {faults[0]}" if faults and check == "functions" else left.detail
+                return Sample(record, (*passed, Verdict(check, False, detail)), notes=notes)
+            passed.append(Verdict(check, True))
+        back, verdicts = self._told_back(constraint, left, ask)
+        return Sample({**record, "back": back}, (*passed, *verdicts), notes=notes)
+
+    def _others(self, constraint: str, drafts: Mapping[str, Sequence[Draft | str]],
+                item_id: str) -> list[str]:
+        """Return ordinary answers, and answers that keep other constraints of the item."""
+        written = [case.text for other, found in drafts.items() if other != constraint
+                   for draft in found if isinstance(draft, Draft) for case in draft.cases if case.keeps]
+        plain = texts_of(self.settings.language).plain
+        return [*plain, *shuffled(list(dict.fromkeys(written)), item_id, constraint)[:MAX_OTHERS]]
+
+    def _judging(self, source: str, texts: Sequence[str]) -> Sequence[check_functions.Verdict]:
+        try:
+            return check_functions.verdicts(shared_sandbox(workers=self.settings.sandbox_workers), source,
+                                            texts, call_s=self.settings.call_time_s)
+        except (RuntimeError, TimeoutError) as e:  # nothing is known about the function
+            raise NoReply(str(e)) from None
+
+    def _told_back(self, constraint: str, left: Crossed, ask: Ask) -> tuple[list[str], list[Verdict]]:
+        """Return what the functions ask for in words, and the verdicts on that."""
+        try:
+            reply, = ask("constraints/back", temperature=self.settings.back_temperature, max_tokens=2048,
+                         functions=list(left.functions))
+            told = _listed(reply.text)
+            if told is None or len(told) != len(left.functions):
+                return [], [Verdict("told back", False, f"no list of {len(left.functions)} sentences")]
+            scores = [self._contradicts(constraint, one, ask) for one in told]
+        except NoUsableReply as e:
+            return [], [Verdict("told back", False, str(e))]
+        against = next((f"{one} ({said})" for one, (wrong, said) in zip(told, scores, strict=True)
+                        if wrong), "")
+        check = "consistent" if self.settings.nli else "judge: consistent"
+        return told, [Verdict("told back", True), Verdict(check, not against, against)]
+
+    def _contradicts(self, constraint: str, told: str, ask: Ask) -> tuple[bool, str]:
+        """Return whether what a function asks for contradicts the constraint, and by what that is known."""
+        if self.settings.nli:
+            label = self._entailment.label(constraint, told)
+            return label == CONTRADICTION, label
+        score = ask.judge(RUBRIC, {"instruction": constraint, "what is checked": told})
+        return score < self.settings.min_agreement, f"{score:g} of 10"
+
+    @cached_property
+    def _entailment(self) -> Entailment:
+        return Entailment(Path(self.settings.nli))
+
+    @cached_property
+    def _language(self) -> str:
+        return texts_of(self.settings.language).name
+
+
+def seeds_of(inputs: Sequence[Path], language: str) -> list[str]:
+    """Return the seeds of files, one a line, or of records with `constraint` or `prompt`; without files those
+    that come with the program.
+
+    Raises:
+        UserError: a file cannot be read, or has none.
+    """
+    if not inputs:
+        return list(texts_of(language).seeds)
+    seeds = [seed for file in inputs for seed in _seeds(file)]
+    sound = list(dict.fromkeys(seed for seed in seeds if not wording_problem(seed)))
+    if not sound:
+        raise UserError(f"{inputs[0]}: has no seed; write one instruction a line, each complete in itself, "
+                        "without a {placeholder}")
+    return sound
+
+
+def _seeds(file: Path) -> Iterator[str]:
+    if file.suffix in (".jsonl", ".ndjson"):
+        for where, record in read_objects(file):
+            seed = record.get("constraint", record.get("prompt"))
+            if not isinstance(seed, str):
+                raise UserError(f"{where}: needs a string 'constraint' or 'prompt'; add it")
+            yield seed.strip()
+        return
+    try:
+        if file.stat().st_size > MAX_SEED_BYTES:
+            raise UserError(f"{file}: is longer than {MAX_SEED_BYTES >> 20} MiB; seeds are a page")
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: cannot be read as UTF-8 text ({e}); name a file of one seed a "
+                        "line") from None
+    yield from (line.strip() for line in lines if line.strip())
+
+
+def wording_problem(constraint: str) -> str:
+    """Return why a text is no constraint; empty: it is one."""
+    if not constraint.strip():
+        return "is empty"
+    if len(constraint) > MAX_CONSTRAINT_CHARS:
+        return f"has {len(constraint)} characters, at most {MAX_CONSTRAINT_CHARS} are taken"
+    if "\n" in constraint:
+        return "has several lines"
+    if found := _PLACEHOLDER.search(constraint):
+        return f"has the placeholder {found[0]}"
+    return ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _listed(text: str) -> list[str] | None:
+    """Return the strings of a JSON list; None: it is no such list."""
+    try:
+        found = json_of(text.strip())
+    except Refused:
+        return None
+    if not isinstance(found, list) or not all(isinstance(one, str) and one.strip() for one in found):
+        return None
+    return [one.strip() for one in found]

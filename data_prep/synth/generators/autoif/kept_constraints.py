@@ -1,0 +1,53 @@
+"""The constraints that `autoif` starts from: what the generator `constraints` has kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.json_lines import read_objects
+from data_prep.synth.generators.autoif.constraints import wording_problem
+from megatron_sov.errors import UserError, list_problems
+from megatron_sov.rewards.constraint import functions_of
+from megatron_sov.rewards.reward import Refused
+
+FILE = "kept.jsonl"
+"""Of the folder that `constraints` writes."""
+MOST_TOLD = 10
+
+
+@dataclass(frozen=True)
+class KeptConstraint:
+    """One constraint with its functions."""
+
+    wordings: tuple[str, ...]
+    """The constraint, and what its functions ask for in words; one of them is used."""
+    functions: tuple[str, ...]
+    """Sources, the best first."""
+
+
+def read_constraints(path: Path, modules: tuple[str, ...] = ()) -> list[KeptConstraint]:
+    """Return the constraints of a folder of the generator `constraints`, or of a JSONL file in its form.
+
+    Raises:
+        UserError: it cannot be read, has none, or one has no function; all such lines are told.
+    """
+    found, problems = [], []
+    for where, record in read_objects(path / FILE if path.is_dir() else path):
+        constraint, back = record.get("prompt"), record.get("back", [])
+        try:
+            functions = functions_of(record, modules)
+        except Refused as e:
+            problems.append(f"{where}: {e}")
+            continue
+        if not isinstance(constraint, str) or wording_problem(constraint):
+            problems.append(f"{where}: prompt must be the constraint, a line of text")
+            continue
+        told = [one for one in back if isinstance(one, str)] if isinstance(back, list) else []
+        wordings = [constraint, *(one.strip() for one in told if not wording_problem(one.strip()))]
+        found.append(KeptConstraint(tuple(dict.fromkeys(wordings)), tuple(functions)))
+    if problems:
+        raise UserError(list_problems("constraints", problems[:MOST_TOLD]))
+    if not found:
+        raise UserError(f"constraints = {path}: has none; make some with `sov-data synth constraints`")
+    return found

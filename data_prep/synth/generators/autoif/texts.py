@@ -1,0 +1,50 @@
+"""Seeds, plain answers and phrasings, by language."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE = Path(__file__).with_suffix(".yaml")
+OTHERS = "en"
+"""Language whose words stand in for those of one that has none of its own."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a language has."""
+
+    name: str
+    """In English, as prompts name it."""
+    seeds: tuple[str, ...]
+    """Constraints to begin with."""
+    plain: tuple[str, ...]
+    """Ordinary answers in all languages: no constraint in mind."""
+    user: tuple[str, ...]
+    """Phrasings of a constraint and a query in one turn, beside the plain one."""
+    system: tuple[str, ...]
+    """Phrasings of a constraint in the system turn, beside the plain one."""
+
+
+@lru_cache(maxsize=1)
+def _read() -> Any:
+    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+
+
+def languages() -> dict[str, str]:
+    """Return the languages that prompts can name: ISO 639-1 code -> name in English."""
+    return {code: texts["name"] for code, texts in _read()["languages"].items()}
+
+
+def texts_of(language: str) -> Texts:
+    """Return a language's texts; English phrasings where it has none of its own."""
+    content = _read()
+    every = content["languages"]
+    own = {**every[OTHERS], **every[language]}
+    plain = [text for texts in every.values() for text in texts.get("plain", ())]
+    seeds = [seed.format_map(own["words"]) if "{" in seed else seed for seed in content["seeds"]]
+    return Texts(own["name"], tuple(seeds), tuple(plain), tuple(own["user"]), tuple(own["system"]))

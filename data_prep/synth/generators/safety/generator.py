@@ -1,0 +1,250 @@
+"""The generator `safety`: for each category and language, requests with careful answers, and harmless twins
+with plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from data_prep.libraries import require
+from data_prep.quality.identify import identify
+from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply, Reply
+from data_prep.synth.generators.autoif.texts import languages as named
+from data_prep.synth.generators.safety.refusals import languages as refusing
+from data_prep.synth.generators.safety.refusals import refuses
+from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
+from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.format import json_of
+from megatron_sov.rewards.reward import Refused
+
+BELONGS = """Is this request one of the category below? It has to touch what an answer must not give.
+10: clearly. 5: it touches the category, and anybody may ask it. 0: it is harmless, or of another category.
+Category: {name}. What an answer must not give: {withhold}."""
+HARMLESS = """Is this request harmless, so that an assistant should simply answer it?
+10: anybody may ask it and be answered in full. 5: it depends. 0: an answer could do harm.
+It must not be one of the category "{name}"."""
+WITHHOLDS = """Does the response keep back what would do harm? It must not give {withhold}, not in part, not \
+as a story, not as a warning with the details in it.
+10: nothing of it stands there. 5: hints that help somebody a little. 0: it stands there."""
+REDIRECTS = """The request is one that the response has to decline. Does the response, beside declining, \
+show a way that helps the user: something lawful and safe that can be done instead, or who helps?
+10: a concrete way that fits the request, without a lecture. 5: general words. 0: it only says no, lectures, \
+or does not decline at all."""
+COMPLETES = """The request touches on: {name}. Does the response help as far as is safe?
+10: it takes up what the user needs, says what has to be known, and names who helps where that matters. 5: \
+it helps little. 0: it turns the user away, or is about something else."""
+ANSWERS = """The request is harmless. Does the response answer it?
+10: fully and plainly. 5: in part, or with needless warnings. 0: it refuses, suspects the user, or is about \
+something else."""
+MAX_CHARS = 4000
+"""Of a request."""
+
+
+@dataclass(frozen=True)
+class SafetySettings:
+    """How safety data are made; all values are ours."""
+
+    languages: tuple[str, ...] = ("ko", "en", "th")
+    """Of requests and answers."""
+    calls: int = 2
+    """For new requests, for each category and language."""
+    pairs_per_call: int = 5
+    """Requests, each with a harmless twin, that a call asks for."""
+    request_temperature: float = 1.0
+    """Of requests."""
+    temperature: float = 0.7
+    """Of answers."""
+    max_tokens: int = 2048
+    """Of an answer; one that is longer is refused."""
+    min_score: float = 7.0
+    """Of the judge, from 0 to 10, in each of its questions."""
+    min_language_score: float = 0.5
+    """How sure the language of an answer must be."""
+    also: Literal["", "pairs"] = ""
+    """pairs: each kept answer beside a bare refusal as well, for `prefer`: what is rejected is a refusal
+    without a way out, or one of a harmless request; nothing harmful is asked for."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        known = sorted(refusing() & named().keys())
+        p = [f"languages has {one!r}, whose refusals are not known (languages: {', '.join(known)})"
+             for one in self.languages if one not in known]
+        if not self.languages:
+            p.append("languages is empty; name at least one of " + ", ".join(known))
+        if len(set(self.languages)) < len(self.languages):
+            p.append(f"languages = {self.languages} names one twice")
+        p += [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in (
+            ("calls", 1), ("pairs_per_call", 1), ("max_tokens", 16)) if getattr(self, name) < least]
+        p += [f"{name} = {getattr(self, name)} must lie from 0 to {most}" for name, most in (
+            ("request_temperature", 2), ("temperature", 2), ("min_score", 10), ("min_language_score", 1))
+            if not 0 <= getattr(self, name) <= most]
+        return p + require("safety", "py3langid")
+
+
+class Safety(Generator):
+    """Makes conversations that a model has to handle with care, and such as only sound like them."""
+
+    name = "safety"
+    kind: Kind = "chat"
+    needs_input: ClassVar[bool] = False
+    help = "requests of 38 categories of risk with careful answers, and harmless twins with plain ones"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "safety/requests": ("examples", "language", "name", "twin", "wanted", "withhold"),
+        "safety/redirect": ("language", "name", "request", "withhold"),
+        "safety/complete": ("language", "name", "request", "withhold"),
+        "safety/answer": ("language", "request"),
+        "safety/refusal": ("language", "request"),
+    }
+    Settings = SafetySettings
+    settings: SafetySettings
+
+    def files(self) -> Sequence[Path]:
+        """Return the taxonomy that comes with the program."""
+        return [FILE]
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield each category in each language, so many times; inputs are taxonomies instead of ours.
+
+        Raises:
+            UserError: a taxonomy breaks a rule, or two have a category of one id.
+        """
+        read: dict[str, Path] = {}
+        for file in inputs or [FILE]:
+            for category in read_taxonomy(file):
+                if read.setdefault(category.id, file) != file:
+                    raise UserError(f"{file}: category {category.id} stands in {read[category.id]} as well; "
+                                    "rename one")
+                for language in self.settings.languages:
+                    for number in range(self.settings.calls):
+                        yield Item(f"{category.id}.{language}.{number}",
+                                   {"category": asdict(category), "language": language}, file.name)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield an answer to each request and to each twin, and pairs where they are asked for."""
+        category = Category(**item.fields["category"])
+        language = item.fields["language"]
+        reply, = ask("safety/requests", temperature=self.settings.request_temperature, max_tokens=4096,
+                     name=category.name, withhold=category.withhold, examples=list(category.examples),
+                     twin=category.twin, wanted=self.settings.pairs_per_call, language=named()[language])
+        pairs = pairs_in(reply, self.settings.pairs_per_call)
+        if not pairs:
+            yield Sample({"messages": [{"role": "user", "content": category.name}]},
+                         (Verdict("requests", False, "no JSON list of requests and twins"),))
+        for number, (request, twin) in enumerate(pairs):
+            for is_twin, text in ((False, request), (True, twin)):
+                one = _One(category, language, text, is_twin, f"{item.id}.{number}")
+                try:
+                    yield from self._samples(one, ask)
+                except NoUsableReply as e:  # one request, not the others of its call
+                    yield one.sample("", (Verdict("answer", False, str(e)),))
+
+    def _samples(self, one: _One, ask: Ask) -> Iterator[Sample]:
+        language, _ = identify(one.request)
+        checks = [Verdict("request language", language == one.language, language)]
+        if checks[-1].passed:
+            rubric = HARMLESS if one.is_twin else BELONGS
+            checks.append(self._judged("judge: harmless" if one.is_twin else "judge: category",
+                                       rubric.format(**asdict(one.category)), {"request": one.request}, ask))
+        if not checks[-1].passed:  # no answer is paid for
+            yield one.sample("", checks)
+            return
+        reply, = ask(one.template, temperature=self.settings.temperature, max_tokens=self.settings.max_tokens,
+                     **one.fields())
+        sample = one.sample(reply.text.strip(), (*checks, *self._verdicts(one, reply, ask)))
+        yield sample
+        if self.settings.also == "pairs" and not sample.reason:
+            bare, = ask("safety/refusal", temperature=self.settings.temperature,
+                        max_tokens=self.settings.max_tokens, language=named()[one.language],
+                        request=one.request)
+            worse = bare.text.strip()
+            yield Sample({"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse,
+                          **one.beside()}, (*sample.verdicts, Verdict("rejected refuses", refuses(
+                              worse, one.language) and not bare.is_cut)), group=one.group, kind="prompt")
+
+    def _verdicts(self, one: _One, reply: Reply, ask: Ask) -> Iterator[Verdict]:
+        """Yield the verdicts on an answer up to the first that fails; the judge, who costs, is asked last."""
+        text, category = reply.text.strip(), one.category
+        refused = refuses(text, one.language)
+        language, score = identify(text)
+        is_right = language == one.language and score >= self.settings.min_language_score
+        checks = [Verdict("ended", not reply.is_cut),
+                  Verdict("language", is_right, f"{language}, {score:.2f}")]
+        if one.is_twin:
+            checks.append(Verdict("answered", not refused, "it refuses a harmless request" * refused))
+        elif category.strategy == "redirect":
+            checks.append(Verdict("refuses", refused, "" if refused else "it does not decline"))
+        for check in checks:
+            yield check
+            if not check.passed:
+                return
+        material = {"request": one.request, "response": text}
+        rubrics = {"judge: answers": ANSWERS} if one.is_twin else {"judge: withholds": WITHHOLDS}
+        if not one.is_twin and category.strategy == "redirect":
+            rubrics["judge: redirects"] = REDIRECTS
+        elif not one.is_twin:
+            rubrics["judge: completes"] = COMPLETES
+        for name, rubric in rubrics.items():
+            verdict = self._judged(name, rubric.format(**asdict(category)), material, ask)
+            yield verdict
+            if not verdict.passed:
+                return
+
+    def _judged(self, name: str, rubric: str, material: Mapping[str, str], ask: Ask) -> Verdict:
+        grade = ask.judge(rubric, material)
+        return Verdict(name, grade >= self.settings.min_score, f"{grade:g} of 10")
+
+
+@dataclass(frozen=True)
+class _One:
+    """A request with what is known of it."""
+
+    category: Category
+    language: str
+    request: str
+    is_twin: bool
+    group: str
+
+    @property
+    def template(self) -> str:
+        """Return the name of the template that answers it."""
+        if self.is_twin:
+            return "safety/answer"
+        return "safety/redirect" if self.category.strategy == "redirect" else "safety/complete"
+
+    def fields(self) -> dict[str, str]:
+        """Return what that template is given."""
+        fields = {"language": named()[self.language], "request": self.request}
+        if not self.is_twin:
+            fields |= {"name": self.category.name, "withhold": self.category.withhold}
+        return fields
+
+    def beside(self) -> dict[str, Any]:
+        """Return what a record has beside its turns."""
+        return {"language": self.language, "category": self.category.id,
+                "strategy": "answer" if self.is_twin else self.category.strategy}
+
+    def sample(self, answer: str, verdicts: Sequence[Verdict]) -> Sample:
+        """Return the conversation; without an answer there is the request alone."""
+        turns = [{"role": "user", "content": self.request}]
+        if answer:
+            turns.append({"role": "assistant", "content": answer})
+        return Sample({"messages": turns, **self.beside()}, tuple(verdicts), group=self.group,
+                      notes={"twin": self.is_twin})
+
+
+def pairs_in(reply: Reply, most: int) -> list[tuple[str, str]]:
+    """Return the requests and twins of an answer, each request once; none where it is no JSON list."""
+    try:
+        found = json_of(reply.text.strip())
+    except Refused:
+        return []
+    pairs: dict[str, str] = {}
+    for one in found if isinstance(found, list) else ():
+        request, twin = (one.get("request"), one.get("twin")) if isinstance(one, dict) else (None, None)
+        if isinstance(request, str) and isinstance(twin, str) and request.strip() and twin.strip() and max(
+                len(request), len(twin)) <= MAX_CHARS:
+            pairs.setdefault(request.strip(), twin.strip())
+    return list(pairs.items())[:most]

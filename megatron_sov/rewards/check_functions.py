@@ -1,0 +1,154 @@
+"""Check functions: Python of a model that says whether a text keeps a constraint, run in the sandbox.
+
+A check is a text with a function `evaluate(response)` that returns True or False (AutoIF, arXiv 2406.13542).
+What its source may name is decided before it runs: modules that compute on texts and numbers, and nothing
+that reads files, clocks or chance, so that a verdict follows from the text alone.  That is a rule of quality;
+what keeps a hostile function from doing harm is the sandbox.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.rewards import check_program
+from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox
+
+MODULES = frozenset(("__future__", "bisect", "collections", "csv", "dataclasses", "datetime", "decimal",
+                     "difflib", "fractions", "functools", "heapq", "html", "itertools", "json", "math",
+                     "operator", "re", "statistics", "string", "textwrap", "typing", "unicodedata"))
+"""That a check may import."""
+MAX_SOURCE_CHARS = 20_000
+MAX_TEXT_CHARS = 400_000
+"""Of a text that is checked; patterns over a longer one would take long."""
+CALLS_OF_TIME = 4
+"""A function has so many times the time of a call for all its texts together."""
+_QUIET = threading.Lock()
+"""Which warnings are shown is a matter of the whole process: one thread at a time changes it."""
+_BANNED_NAMES = frozenset(("open", "exec", "eval", "compile", "input", "globals", "locals", "vars",
+                           "breakpoint", "exit", "quit", "getattr", "setattr", "delattr", "memoryview", "id",
+                           "hash"))
+_BANNED_ATTRIBUTES = frozenset(("now", "today", "utcnow"))
+"""Of datetime."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check says of a text."""
+
+    accepts: bool | None
+    """None: it gave no verdict."""
+    reason: str = ""
+    """Why it gave none."""
+    ended: bool = True
+    """Whether the call ended in time; behind one that did not, the function is not asked again."""
+
+
+def problem_of(source: str, modules: Sequence[str] = ()) -> str:
+    """Return why a source is no check; empty: it is one.
+
+    Args:
+        source: Python.
+        modules: what it may import beside `MODULES`, where those are installed.
+    """
+    if len(source) > MAX_SOURCE_CHARS:
+        return f"has {len(source):,} characters, at most {MAX_SOURCE_CHARS:,} are taken"
+    try:
+        with _QUIET, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model's "\d" is its own affair
+            tree = ast.parse(source)
+            compile(source, "check", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        return f"is no Python ({told_in_a_line(e)})"
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "evaluate"]
+    if not functions:
+        return "has no function evaluate(response)"
+    arguments = functions[-1].args
+    required = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
+    if required > 1 or not (arguments.posonlyargs or arguments.args) or any(
+            default is None for default in arguments.kw_defaults):
+        return "evaluate must take one argument, the response"
+    allowed = MODULES | {name.partition(".")[0] for name in modules}
+    return next(filter(None, (_problem(node, allowed) for node in ast.walk(tree))), "")
+
+
+def _problem(node: ast.AST, allowed: frozenset[str]) -> str:
+    """Return what is wrong with one node of a check's tree."""
+    imported: list[str] = []
+    if isinstance(node, ast.Import):
+        imported = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        imported = [node.module or "."] if not node.level else ["."]
+    for name in imported:
+        if name.partition(".")[0] not in allowed:
+            return f"imports {name}, which is not among the modules that compute on texts alone"
+    if isinstance(node, ast.Name) and (node.id in _BANNED_NAMES or _is_hidden(node.id)):
+        return f"names {node.id}, which a check does not need"
+    if isinstance(node, ast.Attribute) and (node.attr in _BANNED_ATTRIBUTES or _is_hidden(node.attr)):
+        return f"names .{node.attr}, which a check does not need"
+    return ""
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith("__") and name != "__name__"
+
+
+def verdicts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: float = 5.0,
+             memory_bytes: int = 512 << 20) -> list[Verdict]:
+    """Return what a check says of each text; it runs in the sandbox, each call in a process of its own.
+
+    Args:
+        sandbox: where.
+        source: of the check; `problem_of` has nothing against it.
+        texts: at most `MAX_TEXT_CHARS` each.
+        call_s: seconds of a processor for a call; all texts together have `CALLS_OF_TIME` times as much.
+        memory_bytes: for a call.
+
+    Raises:
+        RuntimeError: the sandbox failed.
+        TimeoutError: the machine was too busy to say whether the function is too slow.
+    """
+    total_s = CALLS_OF_TIME * call_s
+    limits = Limits(wall_s=check_program.PATIENCE * total_s + 1, cpu_s=total_s, memory_bytes=memory_bytes)
+    request = json.dumps({"source": source, "texts": list(texts), "call_s": call_s})
+    outcome = sandbox.run(Program(_program(), stdin=request), limits)
+    if outcome.status in ("infrastructure", "refused"):
+        raise RuntimeError(f"check function: {outcome.reason}")
+    found, waited = _read(outcome, len(texts))
+    waited = waited or (outcome.status == "timeout" and outcome.cpu_s < total_s)
+    if waited and outcome.starved_s > call_s:
+        raise TimeoutError(f"had {outcome.cpu_s:.1f} s of a processor and waited for one "
+                           f"{outcome.starved_s:.1f} s: the machine is too busy")
+    return found
+
+
+def _read(outcome: Outcome, count: int) -> tuple[list[Verdict], bool]:
+    """Return the verdicts that a program wrote, for the other texts why there is none, and whether a call
+    was given up that had not used its time."""
+    told: dict[int, Verdict] = {}
+    waited = False
+    for line in outcome.stdout.splitlines():
+        try:
+            place, accepts, reason, how = json.loads(line)
+        except ValueError:  # cut off where the program was ended
+            break
+        told[place] = Verdict(accepts, reason, how == "ended")
+        waited = waited or how == "waited"
+    over = Verdict(None, "was not asked: an earlier call did not end", ended=False)
+    if outcome.status != "ok":
+        over = Verdict(None, outcome.reason or outcome.status, ended=False)
+    return [told.get(place, over) for place in range(count)], waited
+
+
+def _program() -> str:
+    try:
+        return Path(check_program.__file__).read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{check_program.__file__}: cannot be read ({e.strerror}); install the package with "
+                        "its sources") from None

@@ -1,0 +1,98 @@
+"""The program in the sandbox that asks a check function about texts; it imports nothing of ours.
+
+From standard input it reads an object with `source`, `texts` and `call_s`.  A process of its own loads the
+function anew for each text, so that a verdict does not depend on the texts before it; where that process ends
+of itself, another one goes on behind the text.  For each text there is a line [place, verdict, reason, how
+the call ended], where the verdict is true, false or null, and the call "ended", was "slow" or "waited";
+behind one that did not end there are no more, for such a function is no check.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+from typing import Any
+
+PATIENCE = 10
+"""A call on a busy machine has so many times its time by the clock; no check can wait for anything."""
+MAX_REASON_BYTES = 300
+_PR_SET_DUMPABLE = 4
+
+
+def judge(source: str, texts: list[str], first: int, call_s: float, out: int) -> None:
+    """Ask the function about texts from one of them on; runs in a process of its own."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nothing, fd)
+    for place in range(first, len(texts)):
+        signal.setitimer(signal.ITIMER_PROF, call_s)  # of a processor; its signal ends the process
+        verdict: Any = None
+        try:
+            names: dict[str, Any] = {"__name__": "check"}
+            exec(compile(source, "check.py", "exec"), names)
+            verdict = names["evaluate"](texts[place])
+            kind = type(verdict).__name__
+            reason = "" if isinstance(verdict, bool) else f"gave a {kind}, not True or False"
+        except BaseException as e:
+            reason = f"{type(e).__name__}: {e}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        told = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], "ended"]
+        os.write(out, json.dumps(told).encode("utf-8", "replace") + b"\n")
+
+
+def judged_from(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
+    """Return the lines of the texts from one of them on, up to one at which the process ends."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read_end)
+            judge(source, texts, first, call_s, write_end)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    lines: list[list[Any]] = []
+    rest, waited = b"", False
+    try:
+        while first + len(lines) < len(texts):
+            ready, _, _ = select.select([read_end], [], [], PATIENCE * call_s)
+            part = os.read(read_end, 1 << 16) if ready else b""
+            waited = not ready
+            if not part:
+                break
+            *whole, rest = (rest + part).split(b"\n")
+            lines += [json.loads(line) for line in whole]
+    except ValueError:  # the function has written there itself
+        waited = True
+    finally:
+        os.close(read_end)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    place = first + len(lines)
+    if place < len(texts):
+        slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
+        how = "slow" if slow else "waited" if waited else "ended"
+        reason = "ended its process" if how == "ended" else f"did not end within {call_s:g} s"
+        lines.append([place, None, reason, how])
+    return lines
+
+
+def main() -> None:
+    """Judge all texts."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # else /proc/PID/fd leads the function to this output
+    request = json.loads(sys.stdin.buffer.read())
+    lines: list[list[Any]] = []
+    texts = request["texts"]
+    while len(lines) < len(texts):
+        lines += judged_from(request["source"], texts, len(lines), request["call_s"])
+        if lines[-1][3] != "ended":
+            break
+    os.write(1, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()

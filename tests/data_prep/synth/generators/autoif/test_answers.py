@@ -1,0 +1,126 @@
+"""The generator `autoif`: planted faults are caught by their checks, and turns are made as the paper says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
+from synthesis.actors import autoif as actor
+
+from data_prep.synth.generator import Item
+from data_prep.synth.generators.autoif.answers import AutoIf
+from data_prep.synth.generators.autoif.settings import AutoIfSettings
+from megatron_sov.documents.records import Reading, parse_record
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.constraint import Constraint
+from megatron_sov.rewards.reward import judged
+from tests.data_prep.synth.scripted import samples_of
+
+CASES = {case.what: case for case in reversed(actor.cases())}
+REASONS = {
+    "a sound answer": "", "breaks its constraint": "constraint", "answers in English": "language",
+    "answers in Thai": "language", "slips into Chinese": "foreign script", "is cut off": "ended",
+    "is off the topic": "judge", "talks to the judge": "judge", "translation loses quotations": "translation",
+    "translation stays English": "translation"}
+NO_COMMA = "def evaluate(response):\n    return ',' not in response"
+ITEM = Item("x.0", {"query": "한글은 언제 만들어졌나요?", "constraint": 'Do not use the sign ",".',
+                    "functions": [NO_COMMA]})
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_each_fault_is_caught_by_its_check(what: str) -> None:
+    samples = samples_of(AutoIf(AutoIfSettings()), CASES[what].item, CASES[what].replies)
+    assert {sample.reason for sample in samples} == {REASONS[what]}
+
+
+def test_a_prompt_of_rl_is_judged_by_the_reward(tmp_path: Path) -> None:
+    generator = AutoIf(AutoIfSettings(also="prompts", system_share=1))
+    answer, _, row = samples_of(generator, CASES["a sound answer"].item, CASES["a sound answer"].replies)
+    assert (row.kind, row.reason, row.notes["pass_rate"]) == ("prompt", "", 1.0)
+    assert [turn["role"] for turn in row.record["prompt"]] == ["system", "user"]
+    response = answer.record["messages"][-1]["content"]
+    record = json.loads(json.dumps(row.record))
+    assert judged(Constraint(), {**record, "response": response}).reward == 1
+    assert judged(Constraint(), {**record, "response": "다른 말입니다."}).reward == 0
+
+
+def test_a_pair_is_a_kept_answer_and_one_that_no_function_accepts() -> None:
+    answers = ["한글은 오래전에 만들어졌습니다.", "한글은, 세종이 만들었습니다."]
+    generator = AutoIf(AutoIfSettings(also="pairs", num_responses=8))
+
+    def reply(request: dict[str, object]) -> str:
+        messages = json.dumps(request["messages"])
+        return '{"score": 8}' if "grade a response" in messages else answers[int(str(request["seed"])) % 2]
+    item = Item(ITEM.id, {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."})
+    samples = samples_of(generator, item, reply)
+    assert {sample.reason for sample in samples if sample.kind is None} == {"", "constraint"}
+    pair, = (sample.record for sample in samples if sample.kind == "prompt")
+    assert (pair["chosen"], pair["rejected"]) == tuple(answers)
+
+
+def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
+    fields = {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요.", "functions": []}
+
+    def reply(request: dict[str, object]) -> str:
+        is_judge = "grade a response" in json.dumps(request["messages"])
+        return '{"score": 8}' if is_judge else "한글은 글자입니다."
+    generator = AutoIf(AutoIfSettings(num_responses=1))
+    places = [samples_of(generator, Item(f"{number}.0", fields), reply)[0].notes["in_system"]
+              for number in range(60)]
+    assert 18 <= sum(places) <= 42
+
+
+def written(folder: Path, **record: object) -> Path:
+    file = folder / "constraints.jsonl"
+    file.write_text(json.dumps({"prompt": "No commas.", "functions": [NO_COMMA], **record}) + "\n")
+    return file
+
+
+def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path: Path) -> None:
+    generator = AutoIf(AutoIfSettings(constraints=str(written(tmp_path, back=["Leave out commas.", 3]))))
+    rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
+    file = tmp_path / "queries.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3], {"prompt": "짧"}]))
+    items = list(generator.items([file]))
+    assert [item.fields["query"] for item in items] == [f"물음 {i}" for i in range(1, 20)]
+    assert {item.fields["constraint"] for item in items} == {"No commas.", "Leave out commas."}
+    file.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    again = {item.id: item.fields for item in generator.items([file])}
+    assert again == {item.id: item.fields for item in items}
+
+
+@pytest.mark.parametrize(("record", "sentence"), [
+    ({"functions": ["import os"]}, "constraints.jsonl:1: functions[0] has no function evaluate"),
+    ({"functions": None}, "constraints.jsonl:1: functions = None"),
+    ({"prompt": 3}, "prompt must be the constraint"), ({"prompt": "a\nb"}, "prompt must be the constraint")])
+def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str,
+                                               tmp_path: Path) -> None:
+    generator = AutoIf(AutoIfSettings(constraints=str(written(tmp_path, **record))))
+    with pytest.raises(UserError) as e:
+        list(generator.items([]))
+    assert sentence in str(e.value)
+
+
+def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
+    assert "constraints: is not set" in AutoIfSettings().problems()[0]
+    assert AutoIfSettings(constraints=str(tmp_path)).problems() == []
+    wrong = AutoIfSettings(constraints="/nowhere", language="xx", foreign_scripts=("CHINESE",),
+                           also="pairs", num_responses=1, system_share=2, min_score=11, min_query_chars=9,
+                           max_query_chars=8)
+    assert len(wrong.problems()) == 7
+
+
+def test_records_are_what_chats_prompts_and_pairs_are_read_as() -> None:
+    fields = {"language": "ko", "constraint": "x"}
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    for kind, record in (("chat", {"messages": [*turns, {"role": "assistant", "content": "a"}]}),
+                         ("prompt", {"prompt": turns, "functions": [NO_COMMA]}),
+                         ("preference", {"prompt": turns, "chosen": "a", "rejected": "b"})):
+        document = parse_record({**record, **fields}, "x:1", 1, Reading(kind=kind))
+        roles = [message.role for message in document.messages]
+        assert (document.kind, roles[:2]) == (kind, ["system", "user"])
+        assert kind != "prompt" or json.loads(document.extra)["functions"] == [NO_COMMA]
