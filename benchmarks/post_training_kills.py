@@ -43,8 +43,8 @@ from kills import final, make_data
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.convert.resume import CONTENT, FINISHED, partial_folder
 from megatron_sov.digests import file_digest
+from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.obs.events import read_events
-from megatron_sov.rewards.endpoint_cache import EndpointCache
 from megatron_sov.runs.checkpoints import latest, step_of
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_layers=4", "model.num_heads=4",

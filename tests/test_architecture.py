@@ -24,7 +24,7 @@ DATA_ONLY = {"slurm"}
 
 BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
         "process_identity", "artifacts", "compiled",
-        "byte_bpe", "documents", "chat", "rewards", "obs", "pages"}
+        "byte_bpe", "documents", "chat", "endpoints", "rewards", "obs", "pages"}
 GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs", "clusters", "tools", "rollouts"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
     "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
-    "byte_bpe": set(), "documents": {"errors", "compiled"},
+    "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},
     "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": BASE, "commands": THIRD | {"extend", "post", "doctor", "slurm", "report", "card", "watch",
                          "ladder", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
-    "tokenizer": BASE, "data_prep": BASE | {"runs", "clusters"},
+    "tokenizer": BASE, "data_prep": BASE | {"runs", "clusters", "tools"},
 }
 """Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only
 where it is named."""

@@ -26,7 +26,7 @@ class Item:
     id: str
     """The same in every run over the same input; letters, digits and :._- alone."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What templates may name: plain JSON values."""
+    """What the generator needs of it: plain JSON values."""
     source: str = ""
     """Name of the source or file that it comes from, for provenance."""
     licence: str = ""
@@ -42,7 +42,8 @@ class Reply:
     thinking: str = ""
     """What it thought first, where the endpoint tells it or it stands between think tags."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """`name` and `arguments` (decoded) of each call."""
+    """`name` and `arguments` (decoded) of each call; one that is malformed has `error` as well, a sentence
+    for the model, and no arguments."""
     is_cut: bool = False
     """Whether it ended at the limit of tokens."""
     key: str = ""
@@ -51,6 +52,11 @@ class Reply:
 
 class NoReply(Exception):
     """A model did not answer in spite of all attempts: the item is left for a later run."""
+
+
+class NoUsableReply(NoReply):
+    """A model answered, and all of it was empty, a loop or no grade: a later run would get the same, so
+    the item is done and has no samples."""
 
 
 class Ask(Protocol):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.endpoint_cache import EndpointCache
 from megatron_sov.rewards.judge import Judge
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import judged

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.endpoints.endpoint import BadAnswer, Endpoint, Limits
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.answers import Answers
 from megatron_sov.eval.lm.requests import Answer, Request, Score, Write
 from megatron_sov.eval.lm.settings import EndpointSettings
 from megatron_sov.generate.request import LENGTH, STOP
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.rewards.endpoint import BadAnswer, Endpoint, Limits
-from megatron_sov.rewards.endpoint_cache import EndpointCache
 from megatron_sov.train.stopping import StopFlag
 
 BACKOFF_S = 1.0

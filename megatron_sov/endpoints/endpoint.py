@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.endpoint_cache import EndpointCache, Usage
-from megatron_sov.rewards.reward import Refused
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 8 << 20
@@ -80,13 +79,13 @@ class Endpoint:
 
         Args:
             payload: the request.
-            read: takes the decoded JSON; raises `BadAnswer` for what is no answer, `Refused` for one that is
-                no score.
+            read: takes the decoded JSON; raises `BadAnswer` for what is no answer and is asked for again, and
+                another exception for an answer that is kept and of no use.
 
         Raises:
             TimeoutError: the last attempt took too long.
             BadAnswer: there was no usable answer.
-            Refused: as `read` does, now or of a kept answer.
+            Exception: what `read` raises besides, now or of a kept answer.
             UserError: no request can succeed, or the money is spent.
         """
         key = self._cache.key(self._url, payload)
@@ -102,7 +101,9 @@ class Endpoint:
                 answer = self._attempt(payload, key)
                 try:
                     found = read(answer)
-                except Refused:  # an answer too, and billed
+                except BadAnswer:
+                    raise
+                except Exception:  # an answer too, and billed
                     self._cache.put(key, answer)
                     raise
             except (TimeoutError, BadAnswer) as e:

@@ -1,0 +1,30 @@
+"""The generators that `sov-data synth` knows, each loaded when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from data_prep.synth.generator import Generator
+from megatron_sov.errors import UserError, nearest
+
+GENERATORS: dict[str, str] = {
+}
+"""Name on the command line -> module:class."""
+
+
+def generator_class(name: str) -> type[Generator]:
+    """Return the class of a generator.
+
+    Raises:
+        UserError: there is none of that name, or a library that it needs is not installed.
+    """
+    if name not in GENERATORS:
+        raise UserError(f"{name}: is no generator{nearest(name, GENERATORS)}; known are "
+                        f"{', '.join(sorted(GENERATORS))}")
+    module, _, attribute = GENERATORS[name].partition(":")
+    try:
+        found: type[Generator] = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as e:
+        raise UserError(f"generator {name}: needs {e.name}, which is not installed; "
+                        "pip install 'megatron-sov[synth]'") from None
+    return found

@@ -1,0 +1,81 @@
+"""Models for tests: an `Ask` whose model is a function of the request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from data_prep.synth.asking import Asking, T
+from data_prep.synth.generator import Generator, Item
+from data_prep.synth.sample import Sample
+from data_prep.synth.templates import Prompt, load_prompt, load_prompts
+from megatron_sov.endpoints.cache import EndpointCache
+
+Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
+"""Takes a chat-completions body (messages, seed, temperature, tools), gives a text or a message."""
+
+
+def completion(said: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the chat completion that says a text, or is a message; `finish_reason` may stand in it."""
+    message = {"role": "assistant", "content": said} if isinstance(said, str) else dict(said)
+    reason = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
+    num_tokens = len(json.dumps(message, ensure_ascii=False)) // 4
+    return {"choices": [{"index": 0, "message": message, "finish_reason": reason}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": num_tokens}}
+
+
+class ScriptedDoor:
+    """A model that is a function of the request."""
+
+    model = "scripted"
+
+    def __init__(self, reply: Replies) -> None:
+        self._reply = reply
+        self.requests: list[Mapping[str, Any]] = []
+
+    def key(self, payload: Mapping[str, Any]) -> str:
+        return EndpointCache.key("", payload)
+
+    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        payload = json.loads(json.dumps(payload))  # as it goes through a wire
+        self.requests.append(payload)
+        return read(json.loads(json.dumps(completion(self._reply(payload)))))
+
+
+class ScriptedAsk(Asking):
+    """Asks a function, with the real templates.
+
+    Args:
+        reply: the model.
+        item_id: of the item; part of every seed.
+        generator: whose templates may be asked alone; without one, any that lies in the packaged folder.
+    """
+
+    def __init__(self, reply: Replies, item_id: str = "x", generator: type[Generator] | None = None) -> None:
+        self._door = ScriptedDoor(reply)
+        prompts = load_prompts(generator.templates) if generator else AnyPrompt()
+        super().__init__(item_id, prompts, {"writer": self._door, "judge": self._door})
+
+    @property
+    def requests(self) -> list[Mapping[str, Any]]:
+        """Return what was asked so far, in order."""
+        return self._door.requests
+
+    @property
+    def calls(self) -> int:
+        """Return how often the model was asked so far."""
+        return len(self._door.requests)
+
+
+class AnyPrompt(dict[str, Prompt]):
+    """Loads a packaged template when it is asked for, whatever fields it names."""
+
+    def __missing__(self, name: str) -> Prompt:
+        self[name] = load_prompt(name, None)
+        return self[name]
+
+
+def samples_of(generator: Generator, item: Item, reply: Replies) -> list[Sample]:
+    """Return what a generator makes of one item with a scripted model; its templates are checked first."""
+    return list(generator.make(item, ScriptedAsk(reply, item.id, type(generator))))
