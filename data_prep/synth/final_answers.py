@@ -22,8 +22,8 @@ Way = Literal["auto", "math", "stem"]
 """How answers are compared: by mathematics; as choices, quantities and words; auto: as the answer looks."""
 _LETTER = re.compile(r"[A-J]", re.ASCII)
 _WORD = re.compile(r"(?<![A-Za-z\\])[^\W\d_]{3,}")
-_FUNCTIONS = frozenset("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh log exp sqrt max min gcd "
-                       "lcm det mod inf".split())
+_FUNCTIONS = frozenset(("sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "sinh",
+                        "cosh", "tanh", "log", "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "mod", "inf"))
 _SAYS = re.compile(r"[^\W_]")
 _SETTINGS: dict[str, Mapping[str, Any]] = {"math": {"marked_only": True}, "stem": {}}
 MAX_BOXES = 20
@@ -78,7 +78,8 @@ class Verifier:
 
     def check(self, answers: Sequence[str], wanted: str, choices: Sequence[str] = ()) -> list[Checked]:
         """Return whether each of some final answers is the wanted one."""
-        known = {answer: Checked(True) for answer in answers if normalized(answer) == normalized(wanted) != ""}
+        known = {answer: Checked(True) for answer in answers
+                 if normalized(answer) == normalized(wanted) != ""}
         asked = [answer for answer in dict.fromkeys(answers) if answer not in known]
         rows = [{"response": f"\\boxed{{{answer}}}", "answer": wanted, "choices": list(choices)}
                 for answer in asked]

@@ -35,7 +35,7 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
     for file in inputs:
         for where, record in read_objects(file):
             fields = _fields(record, where, needs_answer)
-            id_ = _id(record, fields, where)
+            id_ = stated_id(record, "\n".join([fields["problem"], *fields["choices"]]), where)
             before = seen.setdefault(id_, (where, fields))
             if before[0] != where:
                 if before[1] != fields:
@@ -88,11 +88,15 @@ def _answer(value: Any, where: str) -> str:
     return str(value).strip()
 
 
-def _id(record: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> str:
+def stated_id(record: Mapping[str, Any], text: str, where: str) -> str:
+    """Return the id of a record: its own, else one of its text.
+
+    Raises:
+        UserError: its own is none.
+    """
     given = record.get("id")
     if given is None or given == "":
-        said = "\n".join([fields["problem"], *fields["choices"]])
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
     if isinstance(given, (str, int)) and not isinstance(given, bool) and _ID.fullmatch(str(given)):
         return str(given)
     raise UserError(f"{where}: id = {str(given)[:60]!r} must be 1 to 100 of the letters, digits and :._-; "

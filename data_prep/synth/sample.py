@@ -36,6 +36,8 @@ class Sample:
     """What it shares with others of its item, such as a problem with several solutions; empty: nothing."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Figures for the report and for difficulty, not for training: plain JSON values."""
+    kind: Kind | None = None
+    """Form of this record where it is another one than the generator's; None: the generator's."""
 
     @property
     def reason(self) -> str:
