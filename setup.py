@@ -48,7 +48,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rollout": ["vllm"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
-    "judge": ["httpx>=0.27"],
+    "judge": ["openai>=2", "httpx>=0.27"],
     # `sov-data run`: its engine; readers of pages, books, offices, PDFs, web archives, licences, encodings;
     # languages and phone numbers (their data lie in the wheels, nothing is downloaded); scorers.
     "data": ["datatrove>=0.10,<0.11", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
@@ -65,8 +65,8 @@ EXTRAS = {
         "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
-        "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "httpx>=0.27",
-        "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
+        "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
+        "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
         "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0", "charset-normalizer>=3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7",

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from data_prep.synth.generator import NoReply, NoUsableReply, Reply, Role
 from data_prep.synth.replies import fault_of, read_reply
 from data_prep.synth.templates import Prompt
-from megatron_sov.endpoints.endpoint import BadAnswer
+from megatron_sov.endpoints.answers import BadAnswer, TooLong, Unavailable
 from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
 
 T = TypeVar("T")
@@ -54,13 +54,14 @@ class Asking:
         self.asked: dict[str, None] = {}
         """Keys of all answers that were used, in the order in which they were."""
 
-    def __call__(self, template: str, /, *, count: int = 1, role: Role = "writer", temperature: float = 0.7,
-                 top_p: float = 1.0, max_tokens: int = 1024, thinking: bool | None = None,
-                 **fields: Any) -> list[Reply]:
+    def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
+                 temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
+                 thinking: bool | None = None, **fields: Any) -> list[Reply]:
         """Return `count` answers to a template; see `Ask`."""
         messages = self._prompts[template].messages(fields)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
-        replies = list(self._over(lambda draw: self._reply(role, request, template, draw), range(count)))
+        replies = list(self._over(lambda draw: self._reply(role, request, template, draw),
+                                  range(first, first + count)))
         self.asked |= dict.fromkeys(reply.key for reply in replies)
         return replies
 
@@ -77,7 +78,8 @@ class Asking:
 
     def judge(self, rubric: str, material: Mapping[str, str], *, low: float = 0.0,
               high: float = 10.0) -> float:
-        """Return the judge's score; see `Ask`.  What gives no sound score is asked again, and is never 0."""
+        """Return the judge's score; see `Ask`.  An answer without a sound score is none, and not 0: another
+        one is asked for."""
         door = self._doors["judge"]
         messages = fenced_messages(door.model, sound(rubric),
                                    {name: sound(text) for name, text in material.items()}, low, high)
@@ -110,6 +112,10 @@ class Asking:
         key = door.key(payload)
         try:
             return door.ask(payload, lambda raw: read_reply(raw, key, "tools" in request))
+        except Unavailable:
+            raise
+        except TooLong as e:
+            raise NoUsableReply(str(e)) from None
         except (BadAnswer, TimeoutError) as e:
             raise NoReply(str(e)) from None
 

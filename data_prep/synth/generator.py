@@ -62,14 +62,15 @@ class NoUsableReply(NoReply):
 class Ask(Protocol):
     """The door to models, for one item; any method may raise `NoReply`."""
 
-    def __call__(self, template: str, /, *, count: int = 1, role: Role = "writer", temperature: float = 0.7,
-                 top_p: float = 1.0, max_tokens: int = 1024, thinking: bool | None = None,
-                 **fields: Any) -> list[Reply]:
+    def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
+                 temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
+                 thinking: bool | None = None, **fields: Any) -> list[Reply]:
         """Return `count` answers to a template of the generator's, each drawn with a seed of its own.
 
         Args:
             template: name of a file of `prompts/` without its ending, such as "autoif/constraints".
             count: answers.
+            first: number of the first draw, where the draws of one question are asked for in several calls.
             role: which model.
             temperature: of sampling; 0: the likeliest.
             top_p: share of probability that is sampled from.
@@ -98,12 +99,14 @@ class Generator(ABC):
     """As `sov-data synth NAME` calls it."""
     version: ClassVar[int] = 1
     """Raised when the same answers would give other samples."""
-    kind: ClassVar[Kind]
-    """Form of its records."""
+    kind: Kind
+    """Form of its records; of the class, or set by the settings of one."""
     help: ClassVar[str]
     """One line for `sov-data synth --list`."""
     templates: ClassVar[Mapping[str, Sequence[str]]]
     """Template -> the fields that it is given; a template that names another one is refused at the start."""
+    needs_input: ClassVar[bool] = True
+    """Whether it makes nothing without an input."""
     Settings: ClassVar[type[Any]]
     """Frozen dataclass with defaults, a docstring under each field, and `problems() -> list[str]`."""
 

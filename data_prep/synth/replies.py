@@ -10,7 +10,7 @@ from data_prep.synth.generator import Reply
 from megatron_sov.chat.tool_calls import BEGIN_THOUGHTS, END_THOUGHTS, BadCall, parse_turn
 from megatron_sov.documents.messages import BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
-from megatron_sov.endpoints.endpoint import BadAnswer
+from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.rewards.repetition import loop_at_end
 
 MIN_LOOP_REPEATS = 8

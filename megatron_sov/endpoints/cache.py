@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from megatron_sov.errors import UserError
 _TABLES = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,
-                                     output_tokens INTEGER, cost REAL);
+                                     output_tokens INTEGER, cost REAL, wall_s REAL DEFAULT 0);
 """
+_LATER = "ALTER TABLE requests ADD COLUMN wall_s REAL DEFAULT 0"
+"""What files of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class EndpointCache:
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
+            if "wall_s" not in {row[1] for row in self._connection.execute("PRAGMA table_info(requests)")}:
+                self._connection.execute(_LATER)
         except (OSError, sqlite3.Error) as e:
             raise UserError(f"cache = {path}: is no cache that can be used ({e}); name another "
                             "file") from None
@@ -62,27 +67,50 @@ class EndpointCache:
         found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
         return json.loads(found[0][0]) if found else None
 
-    def put(self, key: str, answer: Any) -> None:
-        """Keep an answer."""
-        self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+    def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:
+        """Note a request, whatever came back, and keep its answer where it is one; both or none.
 
-    def note(self, key: str, outcome: str, usage: Usage) -> None:
-        """Note a request and what it was billed for, whatever came back."""
-        self._do("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)",
-                 (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost))
+        Args:
+            key: hash of what was asked.
+            outcome: what came back, in a word.
+            usage: what it was billed for.
+            wall_s: how long it took.
+            answer: what is kept; None: it is no answer.
+        """
+        request = (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost, wall_s)
+        with self._told(), self._lock, self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            if answer is not None:
+                self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)",
+                                         (key, json.dumps(answer)))
+            self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", request)
 
     def cost(self) -> float:
         """Return what all requests on record have cost."""
         return float(self._do("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])
 
+    def usage(self) -> Usage:
+        """Return what all requests on record were billed for."""
+        return Usage(*self._do("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
+                               "coalesce(sum(cost), 0.0) FROM requests", ())[0])
+
     def num_requests(self) -> int:
         """Return how many requests are on record."""
         return int(self._do("SELECT count(*) FROM requests", ())[0][0])
 
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
     def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
+        with self._told(), self._lock:
+            return self._connection.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell a user what SQLite complains about."""
         try:
-            with self._lock:
-                return self._connection.execute(statement, values).fetchall()
+            yield
         except sqlite3.Error as e:
             raise UserError(f"cache = {self._path}: cannot be used ({e}); free some space, or name another "
                             "file, and run the same command again") from None

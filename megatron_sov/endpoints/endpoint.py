@@ -1,41 +1,38 @@
-"""An OpenAI-compatible endpoint: requests with retries, limits of rate and cost, and answers kept on disk.
-
-httpx is imported when the first request is made (extra `judge`).  The key is read from the environment,
-stands in a header and nowhere else: no message quotes what an endpoint says.
-"""
+"""An OpenAI-compatible endpoint: requests with retries, limits of rate and cost, and answers kept on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from megatron_sov.endpoints.answers import (
+    MAX_WAIT_S,
+    BadAnswer,
+    TooLong,
+    Unavailable,
+    decoded,
+    is_too_long,
+    seconds,
+    told_tokens,
+)
 from megatron_sov.endpoints.cache import EndpointCache, Usage
+from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
 T = TypeVar("T")
-MAX_BODY_BYTES = 8 << 20
-MAX_WAIT_S = 60.0
-"""Between two attempts, whatever the endpoint asks for."""
-RETRIED = frozenset([408, 409, 425, 429, 500, 502, 503, 504, 529])
+AWAY = frozenset([429, 502, 503, 504, 529])
+"""The endpoint is full, or not there."""
+RETRIED = AWAY | {408, 409, 425, 500}
 HOPELESS = {401: "the key is not accepted", 402: "the account has no money", 403: "access is denied",
             404: "there is no such address or model"}
 """What will meet every row: the command ends, and goes on where it was."""
-
-
-class BadAnswer(Exception):
-    """What an endpoint sent is no answer, and may be one at another attempt."""
-
-    def __init__(self, said: str, wait_s: float = 0.0) -> None:
-        """Take what is wrong, and how long the endpoint asks to be left alone."""
-        super().__init__(said)
-        self.wait_s = wait_s
+REFUSED = frozenset([400, 413, 422])
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,31 @@ class Limits:
     """Of a million tokens."""
     output_price: float
     """Of a million tokens."""
+    patience_s: float = 0.0
+    """How long an endpoint that is full or not there is asked beyond `max_attempts`, since it last answered
+    anybody."""
+
+
+class Gate(Protocol):
+    """What lets requests pass, such as a budget."""
+
+    def enter(self, most: Usage) -> None:
+        """Let a request pass that may be billed as much as `most`; may wait, or raise."""
+        ...
+
+    def leave(self, most: Usage, billed: Usage) -> None:
+        """Note what a request that has passed was billed."""
+        ...
+
+
+class OpenGate:
+    """Lets everything pass."""
+
+    def enter(self, most: Usage) -> None:
+        """Let it pass."""
+
+    def leave(self, most: Usage, billed: Usage) -> None:
+        """Note nothing."""
 
 
 class Endpoint:
@@ -66,16 +88,29 @@ class Endpoint:
         key_env: variable of the environment with the key; none is sent where it is not set.
         limits: rate, cost, attempts.
         cache: what was answered before.
+        known_as: stands for the address in what answers are kept by; empty: the address itself.
+        gate: what each attempt has to pass.
+        sleep: waits; may raise to end all waiting.
     """
 
-    def __init__(self, url: str, key_env: str, limits: Limits, cache: EndpointCache) -> None:
+    def __init__(self, url: str, key_env: str, limits: Limits, cache: EndpointCache, *, known_as: str = "",
+                 gate: Gate | None = None, sleep: Callable[[float], object] = time.sleep) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
+        self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
+        self._transport = Transport(url, key_env, limits.timeout_s)
         self._lock = threading.Lock()
-        self._client: Any = None
         self._next_s = 0.0
+        self._asking: dict[str, tuple[threading.Lock, int]] = {}
+        self.answered_s = time.monotonic()
+        """When it last answered, or was made, by the monotonic clock."""
+
+    def key(self, payload: Mapping[str, Any]) -> str:
+        """Return the hash that an answer is kept by."""
+        return self._cache.key(self._known_as, payload)
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Return what `read` makes of the endpoint's answer; what was answered once is not asked again.
+        """Return what `read` makes of the endpoint's answer; what was answered once is not asked again, and
+        what is being asked is waited for.
 
         Args:
             payload: the request.
@@ -84,36 +119,55 @@ class Endpoint:
 
         Raises:
             TimeoutError: the last attempt took too long.
-            BadAnswer: there was no usable answer.
+            BadAnswer: there was no usable answer; `TooLong`: there will be none; `Unavailable`: the
+                endpoint's patience has ended.
             Exception: what `read` raises besides, now or of a kept answer.
             UserError: no request can succeed, or the money is spent.
         """
-        key = self._cache.key(self._url, payload)
-        kept = self._cache.get(key)
-        if kept is not None:
-            with contextlib.suppress(BadAnswer):  # kept by other code
-                return read(kept)
-        attempt = 0
+        key = self.key(payload)
+        with self._alone(key):
+            kept = self._cache.get(key)
+            if kept is not None:
+                with contextlib.suppress(BadAnswer):  # kept by other code
+                    return read(kept)
+            return self._asked(payload, key, read)
+
+    @contextlib.contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Let one thread at a time ask a question: the others find its answer."""
+        with self._lock:
+            lock, num_waiting = self._asking.get(key, (threading.Lock(), 0))
+            self._asking[key] = lock, num_waiting + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                lock, num_waiting = self._asking.pop(key)
+                if num_waiting > 1:
+                    self._asking[key] = lock, num_waiting - 1
+
+    def _asked(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
+        limits, began_s, attempt = self._limits, time.monotonic(), 0
         while True:
             attempt += 1
             self._wait_for_turn()
             try:
-                answer = self._attempt(payload, key)
-                try:
-                    found = read(answer)
-                except BadAnswer:
-                    raise
-                except Exception:  # an answer too, and billed
-                    self._cache.put(key, answer)
-                    raise
+                answer = self._attempt(payload, key, read)
+            except TooLong:
+                raise
             except (TimeoutError, BadAnswer) as e:
-                if attempt >= self._limits.max_attempts:
-                    raise
-                wait_s = self._limits.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-                time.sleep(min(max(wait_s, getattr(e, "wait_s", 0.0)), MAX_WAIT_S))
+                is_away = getattr(e, "is_away", False)
+                if attempt >= limits.max_attempts:
+                    waited_s = time.monotonic() - max(began_s, self.answered_s)
+                    if not is_away or not limits.patience_s:
+                        raise
+                    if waited_s >= limits.patience_s:
+                        raise Unavailable(f"{e}, for {waited_s:.0f} s") from None
+                wait_s = limits.backoff_s * 2 ** min(attempt - 1, 20) * random.uniform(0.5, 1.0)
+                self._sleep(min(max(wait_s, getattr(e, "wait_s", 0.0)), MAX_WAIT_S))
             else:
-                self._cache.put(key, answer)
-                return found
+                return answer
 
     def _wait_for_turn(self) -> None:
         """Wait until the rate allows another request.
@@ -131,81 +185,61 @@ class Endpoint:
             now_s = time.monotonic()
             turn_s = max(self._next_s, now_s)
             self._next_s = turn_s + 60 / limits.requests_per_minute
-        time.sleep(turn_s - now_s)
+        self._sleep(turn_s - now_s)
 
-    def _attempt(self, payload: Mapping[str, Any], key: str) -> Any:
-        """Return the decoded answer of one request, which is noted with its cost whatever it is."""
-        import httpx
-
-        outcome, usage = "no answer", Usage(0, 0, 0.0)
+    def _attempt(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
+        """Return what `read` makes of one request's answer.  The answer and what it was billed come to the
+        disk together: a kill leaves both or none."""
+        most = self._most(payload)
+        self._gate.enter(most)
+        outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:
-            status, headers, body = self._post(payload)
-            outcome = str(status)
-            if status in HOPELESS:
-                raise UserError(f"{self._url}: {HOPELESS[status]} (HTTP {status}); look at the address, the "
-                                f"model and the key in {self._key_env}, and run the same command again")
-            if status in RETRIED:
-                raise BadAnswer(f"the endpoint answered HTTP {status}", _seconds(headers.get("retry-after")))
-            if status != 200:
-                raise BadAnswer(f"the endpoint answered HTTP {status}")
-            answer = _decoded(body)
-            usage = self._usage(answer)
-            return answer
-        except httpx.TimeoutException:
+            came = self._transport.post(payload)
+            outcome = str(came.status)
+            self._refuse(came.status, came.headers.get("retry-after"), came.body)
+            found = decoded(came.body)
+            usage = self._billed(found, most)
+            try:
+                made = read(found)
+            except BadAnswer:
+                raise
+            except Exception:  # an answer too
+                answer = found
+                raise
+            answer, self.answered_s = found, time.monotonic()
+            return made
+        except TimeoutError:
             outcome = "timeout"
-            raise TimeoutError(f"the endpoint took longer than {self._limits.timeout_s:g} s") from None
-        except httpx.HTTPError as e:
-            raise BadAnswer(f"the connection failed ({type(e).__name__})") from None
+            raise
         finally:
-            self._cache.note(key, outcome, usage)
+            try:
+                self._cache.note(key, outcome, usage, time.monotonic() - began_s, answer)
+            finally:
+                self._gate.leave(most, usage)
 
-    def _post(self, payload: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
-        """Return status, headers and body of one request."""
-        import httpx
+    def _refuse(self, status: int, retry_after: str | None, body: bytes) -> None:
+        """Raise for an answer that is not 200."""
+        if status in HOPELESS:
+            raise UserError(f"{self._url}: {HOPELESS[status]} (HTTP {status}); look at the address, the "
+                            f"model and the key in {self._key_env}, and run the same command again")
+        if status in RETRIED:
+            raise BadAnswer(f"the endpoint answered HTTP {status}", seconds(retry_after), status in AWAY)
+        if status in REFUSED and is_too_long(body):
+            raise TooLong(f"the request is longer than the model's context (HTTP {status})")
+        if status != 200:
+            raise BadAnswer(f"the endpoint answered HTTP {status}")
 
-        with self._lock:
-            if self._client is None:
-                self._client = httpx.Client(timeout=self._limits.timeout_s,
-                                            limits=httpx.Limits(max_connections=None),
-                                            # reading all certificates takes long, and plain HTTP has none
-                                            verify=self._url.startswith("https:"))
-        secret = os.environ.get(self._key_env, "") if self._key_env else ""
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        deadline_s = time.monotonic() + self._limits.timeout_s
-        body = bytearray()
-        with self._client.stream("POST", self._url, json=payload, headers=headers) as response:
-            for block in response.iter_bytes():
-                body += block
-                if len(body) > MAX_BODY_BYTES:
-                    raise BadAnswer(f"the endpoint sent more than {MAX_BODY_BYTES >> 20} MiB")
-                if time.monotonic() > deadline_s:
-                    raise httpx.ReadTimeout("dripping")
-            return response.status_code, response.headers, bytes(body)
+    def _most(self, payload: Mapping[str, Any]) -> Usage:
+        """Return the most that a request can be billed: no token is shorter than a byte, and JSON has six for
+        a character that is not ASCII."""
+        wrote = payload.get("max_completion_tokens") or payload.get("max_tokens") or 0
+        return self._usage(len(json.dumps(payload)), wrote if isinstance(wrote, int) else 0)
 
-    def _usage(self, answer: Any) -> Usage:
-        """Return what an answer says that it was billed for; 0 where it says nothing sound."""
-        said = answer.get("usage") if isinstance(answer, dict) else None
-        read, wrote = (_count(said.get(name)) if isinstance(said, dict) else 0
-                       for name in ("prompt_tokens", "completion_tokens"))
+    def _billed(self, answer: Any, most: Usage) -> Usage:
+        """Return what an answer was billed for; the most that it can be where it does not say."""
+        told = told_tokens(answer)
+        return most if told is None else self._usage(*told)
+
+    def _usage(self, read: int, wrote: int) -> Usage:
         limits = self._limits
         return Usage(read, wrote, (read * limits.input_price + wrote * limits.output_price) / 1e6)
-
-
-def _count(said: Any) -> int:
-    return said if isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 10**9 else 0
-
-
-def _decoded(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        looks = "HTML" if body.lstrip()[:1] == b"<" else "no JSON, or a part of it"
-        raise BadAnswer(f"the endpoint sent {looks}") from None
-
-
-def _seconds(text: str | None) -> float:
-    """Return the seconds of a Retry-After header; 0 for a date or nonsense."""
-    try:
-        return min(max(float(text or 0), 0.0), MAX_WAIT_S)
-    except ValueError:
-        return 0.0

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from megatron_sov.endpoints.endpoint import BadAnswer
+from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import Refused
 

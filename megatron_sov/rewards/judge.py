@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.endpoints.endpoint import BadAnswer, Endpoint, Limits
+from megatron_sov.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.rewards.conversation import messages_of, told
 from megatron_sov.rewards.fenced import THINKING_END, fenced_messages, grade_of, is_number, only, sound
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, text_of
@@ -89,8 +90,7 @@ class Judge:
             ("output_price", self.output_price)) if not value >= 0]
         if self.max_cost and not (self.input_price or self.output_price):
             p.append("max_cost needs input_price and output_price, or no cost is known")
-        if importlib.util.find_spec("httpx") is None:
-            p.append("httpx is not installed; pip install 'megatron-sov[judge]'")
+        p += missing_libraries()
         return p
 
     def score(self, row: Row) -> Score:

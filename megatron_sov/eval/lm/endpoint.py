@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.endpoints.endpoint import BadAnswer, Endpoint, Limits
+from megatron_sov.endpoints.endpoint import Endpoint, Limits
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.answers import Answers
 from megatron_sov.eval.lm.requests import Answer, Request, Score, Write

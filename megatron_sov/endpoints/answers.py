@@ -1,0 +1,65 @@
+"""How an endpoint may fail to answer, and what it says of its costs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MAX_WAIT_S = 60.0
+"""Between two attempts, whatever the endpoint asks for."""
+TOO_LONG = ("context_length_exceeded", "maximum context length", "max_model_len", "longer than the model")
+"""What a refusal of a request holds that no model of this context can answer."""
+
+
+class BadAnswer(Exception):
+    """What an endpoint sent is no answer, and may be one at another attempt."""
+
+    def __init__(self, said: str, wait_s: float = 0.0, is_away: bool = False) -> None:
+        """Take what is wrong, how long the endpoint asks to be left alone, and whether it is away or full,
+        rather than wrong."""
+        super().__init__(said)
+        self.wait_s, self.is_away = wait_s, is_away
+
+
+class Unavailable(BadAnswer):
+    """An endpoint has been away, or full, for longer than one is willing to wait."""
+
+
+class TooLong(BadAnswer):
+    """An endpoint refuses a request that is longer than its model's context: no other attempt is answered."""
+
+
+def decoded(body: bytes) -> Any:
+    """Return the JSON of an answer; raises BadAnswer where it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        looks = "HTML" if body.lstrip()[:1] == b"<" else "no JSON, or a part of it"
+        raise BadAnswer(f"the endpoint sent {looks}") from None
+
+
+def is_too_long(body: bytes) -> bool:
+    """Return whether the body of a refusal says that the request is longer than the model's context."""
+    text = body[:10_000].decode("utf-8", "replace")
+    return any(words in text for words in TOO_LONG)
+
+
+def seconds(text: str | None) -> float:
+    """Return the seconds of a Retry-After header; 0 for a date or nonsense."""
+    try:
+        return min(max(float(text or 0), 0.0), MAX_WAIT_S)
+    except ValueError:
+        return 0.0
+
+
+def told_tokens(answer: Any) -> tuple[int, int] | None:
+    """Return the tokens that an answer says were read and written; None where it says nothing sound."""
+    said = answer.get("usage") if isinstance(answer, dict) else None
+    if not isinstance(said, dict):
+        return None
+    read, wrote = said.get("prompt_tokens"), said.get("completion_tokens", 0)
+    return (read, wrote) if _is_count(read) and _is_count(wrote) else None
+
+
+def _is_count(said: Any) -> bool:
+    return isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 10**9

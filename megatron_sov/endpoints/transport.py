@@ -1,0 +1,141 @@
+"""One request over HTTP by the `openai` client, bounded in time and size; imported when the first is made.
+
+The key is read from the environment for each request, stands in a header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.endpoints.answers import BadAnswer
+
+MAX_BODY_BYTES = 8 << 20
+_DEADLINE = "megatron_sov.deadline_s"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came back."""
+
+    status: int
+    """Of HTTP."""
+    headers: Mapping[str, str]
+    """Names in small letters."""
+    body: bytes
+    """All of it."""
+
+
+def missing_libraries() -> list[str]:
+    """Return one sentence for each library that is needed and not installed."""
+    return [f"{name} is not installed; pip install 'megatron-sov[judge]'" for name in ("openai", "httpx")
+            if importlib.util.find_spec(name) is None]
+
+
+class Transport:
+    """Posts JSON to one address, from any thread.
+
+    Args:
+        url: the address.
+        key_env: variable of the environment with the key; none is sent where it is not set.
+        timeout_s: for a request as a whole.
+    """
+
+    def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
+        self._base, _, self._path = url.rpartition("/")
+        self._is_secure = url.startswith("https:")
+        self._key_env, self._timeout_s = key_env, timeout_s
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def post(self, payload: Mapping[str, Any]) -> Answered:
+        """Return what comes back, whatever its status.
+
+        Raises:
+            TimeoutError: it takes too long.
+            BadAnswer: there is no connection, or too much comes.
+        """
+        import httpx
+        import openai
+
+        secret = os.environ.get(self._key_env, "") if self._key_env else ""
+        headers: dict[str, Any] = {"Accept-Encoding": "identity",
+                                   "Authorization": f"Bearer {secret}" if secret else openai.Omit()}
+        try:
+            response = self._opened().post(f"/{self._path}", body=dict(payload), cast_to=httpx.Response,
+                                           options={"headers": headers})
+        except openai.APIStatusError as e:
+            response = e.response
+        except openai.APITimeoutError:
+            raise TimeoutError(f"the endpoint took longer than {self._timeout_s:g} s") from None
+        except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
+            cause = e.__cause__ or e
+            if isinstance(cause, _unbounded()):
+                raise BadAnswer(str(cause)) from None
+            raise BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True) from None
+        return Answered(response.status_code,
+                        {name.lower(): value for name, value in response.headers.items()}, response.content)
+
+    def _opened(self) -> Any:
+        """Return the client, made once: openai's, over an HTTP client of ours that keeps the limits."""
+        import httpx
+        import openai
+
+        with self._lock:
+            if self._client is None:
+                http = httpx.Client(timeout=self._timeout_s, limits=httpx.Limits(max_connections=None),
+                                    # reading all certificates takes long, and plain HTTP has none
+                                    verify=self._is_secure,
+                                    event_hooks={"request": [self._begin], "response": [_bound]})
+                self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
+                                             timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
+            return self._client
+
+    def _begin(self, request: Any) -> None:
+        request.extensions[_DEADLINE] = time.monotonic() + self._timeout_s
+
+
+def _bound(response: Any) -> None:
+    """Let a response be read up to its limits alone; a packed one might be anything when unpacked."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        response.close()
+        raise _unbounded()("the endpoint sent a packed answer, which was not asked for",
+                           request=response.request)
+    response.stream = _bounded_stream(response)
+
+
+def _unbounded() -> Any:
+    """Return the class of errors for answers beyond a limit."""
+    import httpx
+
+    return httpx.DecodingError
+
+
+def _bounded_stream(response: Any) -> Any:
+    import httpx
+
+    inner, request = response.stream, response.request
+
+    class Bounded(httpx.SyncByteStream):
+        """A stream that ends with an error at a limit."""
+
+        def __iter__(self) -> Iterator[bytes]:
+            size_bytes = 0
+            for block in inner:
+                size_bytes += len(block)
+                if size_bytes > MAX_BODY_BYTES:
+                    raise _unbounded()(f"the endpoint sent more than {MAX_BODY_BYTES >> 20} MiB",
+                                       request=request)
+                if time.monotonic() > request.extensions[_DEADLINE]:
+                    raise httpx.ReadTimeout("dripping", request=request)
+                yield block
+
+        def close(self) -> None:
+            inner.close()
+
+    return Bounded()
