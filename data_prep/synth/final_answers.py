@@ -22,8 +22,9 @@ Way = Literal["auto", "math", "stem"]
 """How answers are compared: by mathematics; as choices, quantities and words; auto: as the answer looks."""
 _LETTER = re.compile(r"[A-J]", re.ASCII)
 _WORD = re.compile(r"(?<![A-Za-z\\])[^\W\d_]{3,}")
-_FUNCTIONS = frozenset(("sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "sinh",
-                        "cosh", "tanh", "log", "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "mod", "inf"))
+_FUNCTIONS = frozenset((
+    "sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log",
+    "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "mod", "inf"))
 _SAYS = re.compile(r"[^\W_]")
 _SETTINGS: dict[str, Mapping[str, Any]] = {"math": {"marked_only": True}, "stem": {}}
 MAX_BOXES = 20

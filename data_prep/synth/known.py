@@ -8,6 +8,11 @@ from data_prep.synth.generator import Generator
 from megatron_sov.errors import UserError, nearest
 
 GENERATORS: dict[str, str] = {
+    "answers": "data_prep.synth.generators.answers:Answers",
+    "code": "data_prep.synth.generators.code:CodeTasks",
+    "comparisons": "data_prep.synth.generators.comparisons:Comparisons",
+    "probes": "data_prep.synth.generators.probes:Probes",
+    "solutions": "data_prep.synth.generators.solutions:Solutions",
 }
 """Name on the command line -> module:class."""
 

@@ -25,7 +25,7 @@ from data_prep.synth.generators.code_parts import (
 )
 from data_prep.synth.generators.code_runs import agreement, killed, passed, telling
 from data_prep.synth.problems import problem_text, stated_id
-from data_prep.synth.sample import Kind, Sample, Verdict
+from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import Code, program_in
@@ -115,7 +115,7 @@ class CodeTasks(Generator):
     """A prompt with tests for reinforcement learning, and conversations with programs that pass them."""
 
     name: ClassVar[str] = "code"
-    kind: ClassVar[Kind] = "prompt"
+    kind = "prompt"
     help: ClassVar[str] = "programming tasks with tests, and programs that pass them"
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "code/task": ("seed", "language"), "code/tests": ("task", "entry_point", "num_tests"),

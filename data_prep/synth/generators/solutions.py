@@ -14,7 +14,7 @@ from typing import ClassVar
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box, groups
 from data_prep.synth.generator import Ask, Generator, Item, Reply
 from data_prep.synth.problems import read_problems
-from data_prep.synth.sample import Kind, Sample, Verdict
+from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
 
 RUBRIC = ("Material is a problem and a solution whose final answer is known to be right. Is each step of the "
@@ -129,7 +129,7 @@ class Solutions(Generator):
     """Right solutions that differ, each a conversation."""
 
     name: ClassVar[str] = "solutions"
-    kind: ClassVar[Kind] = "chat"
+    kind = "chat"
     help: ClassVar[str] = "two to five solutions of each problem that differ, verified by its answer"
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "solutions/solve": ("problem", "choices", "language")}
