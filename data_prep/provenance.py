@@ -7,16 +7,17 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.errors import UserError
 
-CORPUS = "corpus"
-"""Kind of what `sov-data run` writes."""
+CORPUS, SYNTHESIS = "corpus", "synthesis"
+"""Kinds of what `sov-data run` and `sov-data synth` write."""
 
 
-def corpus_of(path: Path) -> Path | None:
-    """Return the corpus that a path is, or lies in; None where there is no complete one."""
+def artifact_of(path: Path) -> Path | None:
+    """Return the corpus, or the folder of synthesis, that a path is, or lies in; None where there is no
+    complete one."""
     for folder in (path, *path.absolute().parents):
         if (folder / MANIFEST).is_file():
             try:
-                return folder if read_manifest(folder).kind == CORPUS else None
+                return folder if read_manifest(folder).kind in (CORPUS, SYNTHESIS) else None
             except UserError:
                 return None
     return None

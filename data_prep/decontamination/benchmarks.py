@@ -47,7 +47,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[Item]:
         for where, record in read_objects(file):
             id_ = next((str(record[name]) for name in _IDS if isinstance(record.get(name), (str, int))),
                        f"line {where.rpartition(':')[2]}")
-            texts = {name: text for name in fields if (text := _text(_value(record, name))).strip()}
+            texts = {name: text for name in fields if (text := text_in(_value(record, name))).strip()}
             if not texts:
                 raise UserError(f"{where}: has text in none of the fields {', '.join(fields)} (fields: "
                                 f"{', '.join(record) or 'none'}); name those of the benchmark with `fields`")
@@ -66,7 +66,7 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _text(value: Any) -> str:
+def text_in(value: Any) -> str:
     """Return a field as text: a string, or all strings of a list, an object, or messages, in order."""
     return "\n".join(_strings(value, 0))
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-HELP = "write the HTML report of what `sov-data run` did with each source"
+from data_prep.provenance import SYNTHESIS
+from megatron_sov.artifacts import MANIFEST, read_manifest
+
+HELP = "write the HTML report of what `sov-data run` or `sov-data synth` did"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Write one HTML file that loads nothing: what was read, what each step dropped and "
                           "changed and why, with examples, and what the output holds. `sov-data run` leaves "
-                          "one at its end.")
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder that `sov-data run` wrote")
+                          "one at its end. Of a folder of `sov-data synth`: what was kept and rejected and "
+                          "why, what it has cost, and samples.")
+    parser.add_argument("data", type=Path, metavar="DIR",
+                        help="folder that `sov-data run` or `sov-data synth` wrote")
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="the page (default: DIR-report.html beside DIR, which stays as its manifest has "
                              "it)")
@@ -21,11 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page; returns 0."""
-    from data_prep.journey.page import write_report
     from megatron_sov.outputs import check_output
 
     folder = args.data.resolve()
     file = args.out or folder.parent / f"{folder.name}-report.html"
     check_output("--out", file)
-    print(f"wrote {write_report(args.data, file)}")
+    print(f"wrote {_writer(args.data)(args.data, file)}")
     return 0
+
+
+def _writer(folder: Path) -> Callable[[Path, Path], Path]:
+    """Return what writes the page of a folder; by name, since rooms above this one know their own."""
+    is_synthesis = (folder / "candidates").is_dir() or (
+        (folder / MANIFEST).is_file() and read_manifest(folder).kind == SYNTHESIS)
+    module, name = (("data_prep.synth.page", "write_page") if is_synthesis
+                    else ("data_prep.journey.page", "write_report"))
+    found: Callable[[Path, Path], Path] = getattr(import_module(module), name)
+    return found

@@ -140,7 +140,20 @@ def load_pipeline(file: Path) -> Pipeline:
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'does not exist'}; pass a pipeline "
                         f"file, e.g. a copy of {READY / 'tiny.yaml'}")
-    reader = _FileReader(file.absolute().parent, read_located(read_text(str(file), file)))
+    return read_pipeline(file, read_located(read_text(str(file), file)))
+
+
+def read_pipeline(file: Path, located: Located) -> Pipeline:
+    """Return the pipeline of values that stand in a file.
+
+    Args:
+        file: for messages; relative paths start in its folder.
+        located: the values, and where they stand.
+
+    Raises:
+        UserError: they have mistakes; all of them are told, by line.
+    """
+    reader = _FileReader(file.absolute().parent, located)
     pipeline = reader.read()
     if found := sorted(set(reader.found)):
         raise UserError(list_problems(str(file), [f"{file}:{line}: {sentence}" for line, sentence in found]))

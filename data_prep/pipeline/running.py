@@ -14,7 +14,7 @@ from pathlib import Path
 from data_prep.pipeline.counts import Counts
 from data_prep.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
 from data_prep.pipeline.pipeline_file import Pipeline
-from data_prep.pipeline.plan import Plan, note_reasons
+from data_prep.pipeline.plan import OUTPUT, Plan, note_reasons
 from data_prep.pipeline.progress import StageProgress
 from data_prep.pipeline.reuse import take_over
 from data_prep.pipeline.slurm_jobs import refuse_living
@@ -97,8 +97,6 @@ def run_pipeline(plan: Plan, output: Path, workers: int) -> None:
     Raises:
         UserError: the user's data, settings or disk are in the way; what is done stays.
     """
-    from data_prep.pipeline.engine import run_here
-
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with only_one(output), disk_errors(output):
@@ -106,18 +104,37 @@ def run_pipeline(plan: Plan, output: Path, workers: int) -> None:
         if is_complete(plan, output):
             print(f"{output}: complete from before")
             return
-        file = begin(plan, output)
-        for stage in stages(plan):
-            todo = open_tasks(plan, stage, output)
-            began = time.monotonic()
-            if todo:
-                what = "tasks" if stage.index >= 0 else "shards"
-                with StageProgress(stage.name, len(todo), what,
-                                   partial(_num_done, plan, stage, todo, output)) as progress:
-                    run_here(file, output, stage, todo, workers, progress)
-            _tell(plan, stage, output, len(todo), time.monotonic() - began)
+        _do_stages(plan, begin(plan, output), output, workers, list(stages(plan)))
         stands = finish(plan, output, workers)
     print(stands)
+
+
+def judge_documents(plan: Plan, output: Path, workers: int) -> None:
+    """Do the steps of a plan, and write no corpus: what became of each document stands in its layers.
+
+    Raises:
+        UserError: as `run_pipeline`.
+    """
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with only_one(output), disk_errors(output):
+        _do_stages(plan, begin(plan, output), output, workers,
+                   [stage for stage in stages(plan) if stage.kind != OUTPUT])
+
+
+def _do_stages(plan: Plan, file: Path, output: Path, workers: int, wanted: list[Stage]) -> None:
+    """Do what is not done of some stages, in order."""
+    from data_prep.pipeline.engine import run_here
+
+    for stage in wanted:
+        todo = open_tasks(plan, stage, output)
+        began = time.monotonic()
+        if todo:
+            what = "tasks" if stage.index >= 0 else "shards"
+            with StageProgress(stage.name, len(todo), what,
+                               partial(_num_done, plan, stage, todo, output)) as progress:
+                run_here(file, output, stage, todo, workers, progress)
+        _tell(plan, stage, output, len(todo), time.monotonic() - began)
 
 
 def _num_done(plan: Plan, stage: Stage, todo: list[Task], output: Path) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.sources.source import SourceSettings
+from megatron_sov.documents.synthesis import KEPT, is_synthesis
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 
@@ -20,7 +21,8 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool]) -> list[
     """Return the names of a source's files, sorted, each once.
 
     A file that the settings name is read whatever it is called.  Of a folder those that are `wanted` (by
-    name) are, without hidden ones; links to folders are not followed, nor links to files outside of the
+    name) are, without hidden ones, and of a folder of `sov-data synth` the samples that were kept; links to
+    folders are not followed, nor links to files outside of the
     source's `root`, so that no circle is walked and nothing else is read.
 
     Raises:
@@ -55,6 +57,8 @@ def _below(folder: Path, root: Path) -> Iterator[str]:
     real_root = os.path.realpath(root)
     for where, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in VERSION_CONTROL)
+        if is_synthesis(files):
+            folders[:], files = [], [KEPT]
         for file in files:
             path = os.path.join(where, file)
             if not file.startswith(".") and _is_inside(path, real_root):

@@ -97,6 +97,9 @@ def figures_of_data(card: DataCard, answers: Answers) -> dict[str, Any]:
             "languages": [_recorded(row["value"], f"languages[{i}].value")
                           for i, row in enumerate(content["languages"])],
             "sources": [_source(i, source, answers) for i, source in enumerate(content["sources"])],
+            "synthesis": [_synthesis(i, one) for i, one in enumerate(content.get("synthesis", ()))],
+            "synthetic_tokens": {name: _recorded(value, f"synthetic_tokens.{name}")
+                                 for name, value in (content.get("synthetic_tokens") or {}).items()},
             "tokens": [{"name": str(row["name"]),
                         "tokens": _recorded(row["tokens"], f"tokens.sources[{i}].tokens"),
                         "documents": _recorded(row["documents"], f"tokens.sources[{i}].documents")}
@@ -119,6 +122,19 @@ def _source(i: int, source: dict[str, Any], answers: Answers) -> dict[str, Any]:
             "synthetic": _recorded(source["synthetic"], f"sources[{i}].synthetic"),
             "documents": _recorded(source["documents_kept"], f"sources[{i}].documents_kept"),
             "bytes": _recorded(source["bytes_kept"], f"sources[{i}].bytes_kept", "B")}
+
+
+def _synthesis(i: int, one: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of samples that a model wrote."""
+    key = f"synthesis[{i}]"
+    model = _recorded(one["model"], f"{key}.model") if one["model"] else unknown(
+        f"model that wrote {one['name']!r}", "run `sov-data synth` with --model")
+    licences = [str(licence["value"]) for licence in one["licences"]]
+    licence = (_recorded(licences, f"{key}.licences[*].value") if licences and NOT_RECORDED not in licences
+               else unknown(f"licence of what {one['name']!r} was made from",
+                            "state it with the input of `sov-data synth`"))
+    return {"name": str(one["name"]), "generator": str(one["generator"]), "model": model, "licence": licence,
+            "samples": _recorded(one["samples_kept"], f"{key}.samples_kept")}
 
 
 def _recorded(value: Any, key: str, unit: str = "") -> Figure:

@@ -140,7 +140,13 @@ def _data(card: dict[str, Any]) -> list[str]:
                 quantity(s["synthetic"]), quantity(s["documents"]), quantity(s["bytes"])]
                for s in data["sources"]]
     tokens = [[row["name"], quantity(row["tokens"]), quantity(row["documents"])] for row in data["tokens"]]
+    written = [[s["name"], s["generator"], quantity(s["model"]), quantity(s["licence"]), s["licence"].basis,
+                quantity(s["samples"])] for s in data["synthesis"]]
+    totals += [[f"synthetic {name.replace('_', ' ')}", quantity(figure)]
+               for name, figure in data["synthetic_tokens"].items() if written]
     return ["## Data", table(["what", "value"], totals),
+            *([table(["samples of a model", "generator", "model", "licence of their source", "basis",
+                      "samples"], written, 200)] if written else []),
             *([table(["source", "licence", "basis", "category", "synthetic", "documents", "text"], sources,
                      200)] if sources else []),
             *([table(["packed source", "tokens", "documents"], tokens, 200)] if tokens else [])]

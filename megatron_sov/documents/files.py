@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sov.documents.cutting import cut_position
 from megatron_sov.documents.records import BadRecord
+from megatron_sov.documents.synthesis import without_rejected
 from megatron_sov.errors import UserError
 
 WHOLE_FILE_BYTES = 1_000_000
@@ -60,7 +61,8 @@ class Span:
 def list_files(path: Path) -> list[Path]:
     """Return the files to read at `path`: the file itself, or a folder's text files, recursive and sorted.
 
-    Hidden files and folders are passed over, and so are files whose ending is not in `TEXT_SUFFIXES`.
+    Hidden files and folders are passed over, and so are files whose ending is not in `TEXT_SUFFIXES`; of a
+    folder of `sov-data synth` the samples that were kept are read, and nothing else.
 
     Raises:
         UserError: the path does not exist, or the folder holds no text file.
@@ -74,7 +76,7 @@ def list_files(path: Path) -> list[Path]:
     if not found:
         raise UserError(f"{path}: holds no text file (endings such as .txt, .md, .py, .jsonl, .jsonl.gz, "
                         ".parquet are read); pass a folder with text")
-    return sorted(found, key=lambda p: p.relative_to(path).parts)
+    return sorted(without_rejected(found), key=lambda p: p.relative_to(path).parts)
 
 
 def _is_read(file: Path) -> bool:

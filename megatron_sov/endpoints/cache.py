@@ -85,6 +85,10 @@ class EndpointCache:
                                          (key, json.dumps(answer)))
             self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", request)
 
+    def keys(self) -> set[str]:
+        """Return what is kept."""
+        return {row[0] for row in self._do("SELECT key FROM answers", ())}
+
     def cost(self) -> float:
         """Return what all requests on record have cost."""
         return float(self._do("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
+from megatron_sov.endpoints.addresses import address_problems
 from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
@@ -68,16 +68,7 @@ class Judge:
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
         p = []
-        try:
-            parts = urlsplit(self.endpoint)
-            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # brackets that are not closed, a port that is none
-            parts, is_address = urlsplit(""), False
-        if not is_address:
-            p.append("endpoint: must be an address such as http://localhost:8000/v1")
-        if parts.username or parts.password or parts.query:
-            p.append("endpoint: holds a key or a query, which would come into files; put the key into the "
-                     "environment and name its variable with api_key_env")
+        p += address_problems("endpoint", self.endpoint, "api_key_env")
         if not -math.inf < self.min_score < self.max_score < math.inf:
             p.append(f"min_score = {self.min_score:g} must be below max_score = {self.max_score:g}, "
                      "and both finite")

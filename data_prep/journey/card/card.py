@@ -7,7 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from data_prep.journey.card.about import About, AboutSource
-from data_prep.journey.card.lineage import CorpusRecord, Lineage, Origin
+from data_prep.journey.card.lineage import (
+    CorpusRecord,
+    Lineage,
+    Origin,
+    SynthesisRecord,
+    TokenSource,
+)
 from data_prep.journey.card.raw_files import RawFiles
 from data_prep.journey.facts import BINS, NONE, REST, SCORES, Facts, total
 from data_prep.journey.page import BYTES_PER_TOKEN
@@ -54,6 +60,8 @@ def make_card(found: Lineage, about: About) -> dict[str, Any]:
             {"name": s.name, "tokens": s.num_tokens, "documents": s.num_documents, "weight": s.weight,
              "manifest_sha256": s.artifact_sha256, "input_sha256": s.input_sha256}
             for s in found.token_sources]} if found.token_sources else None,
+        "synthesis": [_synthesis(one) for one in found.syntheses],
+        "synthetic_tokens": _synthetic_tokens(found.token_sources),
         **_values(facts),
         "hosts": _shares({h: n for h, n in facts.hosts.items() if h}),
         "dates": _dates(facts),
@@ -63,7 +71,7 @@ def make_card(found: Lineage, about: About) -> dict[str, Any]:
         "provenance": [{**_origin(origin), "made_from": list(origin.made_from)} for origin in found.origins],
         "raw_files": [_raw(origin, raw) for origin, raw in [
             *((corpus.origin, raw) for corpus in found.corpora for raw in corpus.raw), *found.other_corpora]],
-        "not_recorded": [*found.unknown, *_missing(sources, about)]}
+        "not_recorded": [*found.unknown, *_missing(sources, about), *_unstated(found)]}
 
 
 def day(unix_s: float) -> str:
@@ -86,6 +94,39 @@ def _source(corpus: CorpusRecord, source: SourceSummary, said: AboutSource) -> d
         "crawler_behaviour": said.crawler_behaviour, "generated_by": list(said.generated_by),
         "generated_by_others": said.generated_by_others, "is_publicly_known": said.is_publicly_known,
         "services": said.services, "is_from_model": said.is_from_model}
+
+
+def _synthesis(one: SynthesisRecord) -> dict[str, Any]:
+    return {"name": one.origin.name, "manifest_sha256": one.origin.sha256, "generator": one.generator,
+            "version": one.version, "model": one.model, "judge": one.judge,
+            "samples_kept": one.num_kept, "samples_rejected": one.num_rejected,
+            "licences": [{"value": licence or NOT_RECORDED, "samples": num}
+                         for licence, num in sorted(one.licences.items())]}
+
+
+def _synthetic_tokens(sources: Iterable[TokenSource]) -> dict[str, Any] | None:
+    """Return how many tokens models wrote, by the tags of the sources; None where there are no tokens."""
+    counted: dict[bool | None, int] = {True: 0, False: 0, None: 0}
+    for source in sources:
+        said = list(source.tags.get("synthetic", ()))
+        counted[{"true": True, "false": False}.get(said[0]) if len(said) == 1 else None] += source.num_tokens
+    whole = sum(counted.values())
+    return {"tokens": counted[True], "share": counted[True] / whole,
+            "tokens_not_recorded": counted[None]} if whole else None
+
+
+def _unstated(found: Lineage) -> Iterable[str]:
+    """Yield what nobody has stated of samples of models, and of packed sources."""
+    for one in found.syntheses:
+        if unstated := one.licences.get("", 0):
+            yield (f"samples {one.origin.name!r}: the licence of what {unstated:,} of {one.num_kept:,} were "
+                   "made from")
+        if not one.model:
+            yield f"samples {one.origin.name!r}: the model that wrote them"
+    if found.syntheses:
+        for source in found.token_sources:
+            if len(source.tags.get("synthetic", ())) != 1:
+                yield f"tokens {source.name!r}: how many of them models wrote"
 
 
 def _steps(corpus: CorpusRecord) -> list[dict[str, Any]]:

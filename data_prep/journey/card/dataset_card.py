@@ -23,7 +23,7 @@ def dataset_card(card: dict[str, Any]) -> str:
     """Return a card as the README.md of a Hugging Face dataset."""
     metadata = yaml.safe_dump(hub_metadata(card), allow_unicode=True, sort_keys=False, width=100)
     parts = [f"---\n{metadata}---", f"# {md(card['name'])}", *_opening(card), *_sources(card),
-             *_content(card), *_making(card), *_hashes(card), *_not_recorded(card),
+             *_synthesis(card), *_content(card), *_making(card), *_hashes(card), *_not_recorded(card),
              f"Written by {md(card['written_by'])} from the manifests above."]
     return "\n\n".join(parts) + "\n"
 
@@ -86,6 +86,29 @@ def _sources(card: dict[str, Any]) -> list[str]:
     return ["## Sources", table(["source", "category", "licence", "format", "files", "documents read",
                                  "documents kept", "text kept", "quarantined"], rows, 1_000),
             *(["\n".join(told)] if told else [])]
+
+
+def _synthesis(card: dict[str, Any]) -> list[str]:
+    if not card["synthesis"]:
+        return []
+    rows = [[s["name"], f"{s['generator']}, version {s['version']}", s["model"] or NOT_RECORDED,
+             s["judge"] or "the same", f"{s['samples_kept']:,}", f"{s['samples_rejected']:,}",
+             ", ".join(f"{one['value']} ({one['samples']:,})" for one in s["licences"]) or NOT_RECORDED]
+            for s in card["synthesis"]]
+    return ["## Written by models", table(["samples", "generator", "model", "judge", "kept", "rejected",
+                                           "licence of what they were made from"], rows, 1_000),
+            *_synthetic_share(card)]
+
+
+def _synthetic_share(card: dict[str, Any]) -> list[str]:
+    """Return a sentence about the tokens that models wrote; none where there are no tokens."""
+    counted = card["synthetic_tokens"]
+    if counted is None:
+        return []
+    unknown = counted["tokens_not_recorded"]
+    more = f"; of {unknown:,} others nobody has recorded it" if unknown else ""
+    share = f"{'At least ' if unknown else ''}{counted['share']:.1%}"
+    return [f"{share} of the tokens ({counted['tokens']:,}) were written by models{more}."]
 
 
 def _content(card: dict[str, Any]) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from data_prep.journey.card.raw_files import RawFiles, raw_files
 from data_prep.journey.facts import TEXT, Facts, facts_of_output
 from data_prep.journey.summary import SUMMARY, Summary, read_summary
-from data_prep.provenance import CORPUS
+from data_prep.provenance import CORPUS, SYNTHESIS
+from data_prep.tags import Tags, tags_of
 from data_prep.token_artifact import KIND as TOKENS
 from data_prep.token_artifact import read_tokens_manifest
 from megatron_sov.artifacts import (
@@ -53,6 +54,27 @@ class CorpusRecord:
 
 
 @dataclass(frozen=True)
+class SynthesisRecord:
+    """Samples that `sov-data synth` has made."""
+
+    origin: Origin
+    generator: str
+    """Name of the generator."""
+    version: int
+    """Of the generator."""
+    model: str
+    """That wrote them, as its endpoint calls it."""
+    judge: str
+    """That judged them; empty: none of its own."""
+    num_kept: int
+    """Samples that are data."""
+    num_rejected: int
+    """Samples that are not."""
+    licences: dict[str, int]
+    """Licence of what they were made from -> kept samples; empty: nobody has stated it."""
+
+
+@dataclass(frozen=True)
 class TokenSource:
     """A source of token shards."""
 
@@ -65,6 +87,8 @@ class TokenSource:
     """Its share of a run, where a mix gives one."""
     input_sha256: str
     """Over the files that it was packed from."""
+    tags: Tags = field(default_factory=dict)
+    """What it was packed as."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,8 @@ class Lineage:
     """One sentence for each thing that could not be followed."""
     other_corpora: list[tuple[Origin, RawFiles]] = field(default_factory=list)
     """Corpora that no pipeline wrote, with their own files."""
+    syntheses: list[SynthesisRecord] = field(default_factory=list)
+    """Samples of models among what they were made from."""
 
 
 class _Walk:
@@ -94,6 +120,7 @@ class _Walk:
         self.corpora: list[CorpusRecord] = []
         self.origins: list[Origin] = []
         self.other_corpora: list[tuple[Origin, RawFiles]] = []
+        self.syntheses: list[SynthesisRecord] = []
         self.unknown: list[str] = []
         self._seen: set[str] = set()
 
@@ -109,12 +136,14 @@ class _Walk:
         self.origins.append(origin := Origin(manifest.kind, path.resolve().name, sha256, manifest.created_s))
         if manifest.kind == CORPUS:
             self._corpus(path, manifest, origin)
+        if manifest.kind == SYNTHESIS:
+            self.syntheses.append(_synthesis(path, manifest, origin))
         inputs, around = manifest.inputs, None
         if manifest.kind == TOKENS:
             around = self._packed_by_around(path, sha256)
             if around is not None:
                 inputs = [item for item in inputs if item["kind"] != CORPUS]
-            elif not any(item["kind"] in (CORPUS, TOKENS) for item in inputs):
+            elif not any(item["kind"] in (CORPUS, TOKENS, SYNTHESIS) for item in inputs):
                 self.unknown.append(f"tokens {origin.name!r}: the manifest names no corpus")
         for item in inputs:
             if not all(isinstance(item.get(key), str) for key in ("kind", "path", "manifest_sha256")):
@@ -135,7 +164,7 @@ class _Walk:
             return
         name = Path(item["path"]).name
         self.origins.append(Origin(item["kind"], name, item["manifest_sha256"], 0.0))
-        if item["kind"] in (CORPUS, TOKENS):
+        if item["kind"] in (CORPUS, TOKENS, SYNTHESIS):
             self.unknown.append(f"{item['kind']} {name!r} (manifest {item['manifest_sha256'][:12]}) is not "
                                 "where it was, or is no longer the same")
 
@@ -173,6 +202,18 @@ class _Walk:
             path, manifest, [source.name for source in summary.sources])))
 
 
+def _synthesis(path: Path, manifest: Manifest, origin: Origin) -> SynthesisRecord:
+    content = manifest.content
+    try:
+        return SynthesisRecord(
+            origin, str(content["generator"]), int(content["generator_version"]), str(content["model"]),
+            str(content["judge"]), int(content["num_kept"]), int(content["num_rejected"]),
+            {str(licence): int(num) for licence, num in content["licences"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path / MANIFEST}: is damaged ({type(e).__name__}: {e}); run the same `sov-data "
+                        "synth` again") from None
+
+
 def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> Lineage:
     """Return what artifacts were made from.
 
@@ -202,14 +243,14 @@ def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> Lineage:
             sources += [TokenSource(
                 sha256, s["name"], sum(p["num_tokens"] for p in s["splits"].values()),
                 sum(p["num_documents"] for p in s["splits"].values()),
-                s.get("weight") if len(tops) == 1 else None, str(s.get("input_sha256", "")))
+                s.get("weight") if len(tops) == 1 else None, str(s.get("input_sha256", "")), tags_of(s))
                 for s in content["sources"]]
     return Lineage([o for o in walk.origins if o.sha256 in tops], walk.corpora, walk.origins, sources,
-                   list(dict.fromkeys(tokenizers)), walk.unknown, walk.other_corpora)
+                   list(dict.fromkeys(tokenizers)), walk.unknown, walk.other_corpora, walk.syntheses)
 
 
 def _refuse_other_kinds(path: Path) -> None:
-    """Raise `UserError` where an artifact is neither a corpus nor token shards."""
-    if (kind := read_manifest(path).kind) not in (CORPUS, TOKENS):
-        raise UserError(f"{path}: is a '{kind}' artifact; pass what `sov-data run`, `sov-data pack` or "
-                        "`sov-data mix` wrote")
+    """Raise `UserError` where an artifact is neither a corpus, nor samples of models, nor token shards."""
+    if (kind := read_manifest(path).kind) not in (CORPUS, TOKENS, SYNTHESIS):
+        raise UserError(f"{path}: is a '{kind}' artifact; pass what `sov-data run`, `sov-data synth`, "
+                        "`sov-data pack` or `sov-data mix` wrote")

@@ -71,9 +71,26 @@ def answers(card: dict[str, Any], about: About) -> dict[str, str]:
     for key, sources in (("crawler_purposes", crawled), ("crawler_behaviour", crawled),
                          ("generated_by_others", synthetic)):
         found[key] = "; ".join(f"{s['name']}: {s[key]}" for s in sources if s[key])
+    found |= _written(card, found)
     found["crawl_period"] = "; ".join(f"{s['name']}: {_period(s)}" for s in crawled if _period(s))
     return {question["key"]: found[question["key"]]
             for section in questions() for question in section.get("questions", ())}
+
+
+def _written(card: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
+    """Return the answers that samples of `sov-data synth` change."""
+    samples = card["synthesis"]
+    if not samples:
+        return {}
+    names = [s["name"] for s in (*_of(card, "synthetic"), *samples)]
+    listed = [f"{s['name']}: generator {s['generator']}, {s['samples_kept']:,} samples, licence of what they "
+              f"were made from {', '.join(one['value'] for one in s['licences']) or NOT_RECORDED}"
+              for s in samples]
+    models = [f"{s['name']}: {s['model'] or NOT_RECORDED}" for s in samples]
+    before = said["list_synthetic"] if _of(card, "synthetic") else ""
+    return {"has_synthetic": f"Yes: {', '.join(names)}", "modality_synthetic": MODALITY,
+            "list_synthetic": "; ".join(filter(None, [before, *listed])),
+            "generated_by_others": "; ".join(filter(None, [said["generated_by_others"], *models]))}
 
 
 def training_content(card: dict[str, Any], about: About) -> str:

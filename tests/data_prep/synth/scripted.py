@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from data_prep.synth.asking import Asking, T
@@ -12,17 +14,8 @@ from data_prep.synth.sample import Sample
 from data_prep.synth.templates import Prompt, load_prompt, load_prompts
 from megatron_sov.endpoints.cache import EndpointCache
 
-Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
-"""Takes a chat-completions body (messages, seed, temperature, tools), gives a text or a message."""
-
-
-def completion(said: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the chat completion that says a text, or is a message; `finish_reason` may stand in it."""
-    message = {"role": "assistant", "content": said} if isinstance(said, str) else dict(said)
-    reason = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
-    num_tokens = len(json.dumps(message, ensure_ascii=False)) // 4
-    return {"choices": [{"index": 0, "message": message, "finish_reason": reason}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": num_tokens}}
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from synthesis.endpoint import Replies, completion
 
 
 class ScriptedDoor:

@@ -1,0 +1,148 @@
+"""How samples are checked: the steps of a file, and what the command line adds to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.libraries import require
+from data_prep.pipeline.located_yaml import Located, read_located
+from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
+from data_prep.synth.checks.labels import read_labels
+from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
+from megatron_sov.clusters.yaml_file import read_text
+from megatron_sov.errors import UserError, list_problems, nearest
+
+DEFAULTS = Path(__file__).parent / "defaults"
+"""Files of steps: one for each kind of record, and for generators that need others."""
+SHARD_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """How the samples of a run are checked when all are made."""
+
+    steps: Path | None = None
+    """YAML file with `steps`, as pipelines have them; None: those of the generator, or of its kind."""
+    benchmarks: tuple[Path, ...] = ()
+    """.jsonl files, or folders of them, whose items no sample may hold."""
+    languages: tuple[str, ...] = ()
+    """Languages that answers, or texts, may be in, as ISO 639-1 codes; none: whatever the steps say."""
+    labels: Path | None = None
+    """JSON lines with what people say of samples: `id` or `text`, and `good`."""
+    min_kappa: float | None = None
+    """Least agreement with the labels beyond chance (Cohen's kappa) at which the run's gate passes; None: it
+    is told, and no gate."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each rule that is broken; files are read."""
+        found = require("sov-data synth", "datatrove")
+        if self.min_kappa is not None and self.labels is None:
+            found.append(f"--min-kappa {self.min_kappa:g}: there is nothing to agree with; add --labels FILE")
+        if self.min_kappa is not None and not -1 <= self.min_kappa <= 1:
+            found.append(f"--min-kappa {self.min_kappa:g}: must lie in [-1, 1], e.g. 0.6")
+        try:
+            if self.labels is not None:
+                read_labels(self.labels)
+            if not found:
+                self.pipeline(self.steps or DEFAULTS / "text.yaml", dict.fromkeys(SOURCES))
+        except UserError as e:
+            found.append(str(e))
+        return found
+
+    def file(self, generator: str, kind: str) -> Path:
+        """Return the file of steps for a generator and the kind of its records."""
+        own = DEFAULTS / f"{generator}.yaml"
+        return self.steps or (own if own.is_file() else DEFAULTS / f"{kind}.yaml")
+
+    def pipeline(self, file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
+        """Return the steps of a file as a pipeline.
+
+        Args:
+            file: YAML with `steps`.
+            folders: source that there is -> folder of its texts; None: any file will do, nothing is run.
+
+        Raises:
+            UserError: the file has mistakes; all of them are told, by line.
+        """
+        located = read_located(read_text(str(file), file))
+        raw = located.value
+        if not isinstance(raw, dict) or set(raw) != {"steps"} or not isinstance(raw["steps"], list):
+            more = [f"{file}:{line}: {sentence}" for line, sentence in located.problems]
+            raise UserError(list_problems(f"--checks {file}", more) if more else
+                            f"--checks {file}: must be a mapping with the list `steps`, and nothing else; "
+                            "sources and output are the run's")
+        located = _of_sources(located, tuple(folders))
+        languages = self._with_languages(file, located, ANSWERS if ANSWERS in folders else SAMPLES)
+        held = [SAMPLES, *([CONTEXT] if CONTEXT in folders else [])]
+        leaks = [{"decontaminate": {"benchmarks": [str(path.absolute()) for path in self.benchmarks]},
+                  "only": {"sources": held}}] if self.benchmarks else []
+        located.value = {
+            "name": "checks", "shard_bytes": SHARD_BYTES, "on_bad": "refuse",
+            "sources": [{"name": name, "path": [str((folder or file).absolute())],
+                         "format": "jsonl" if folder else "auto", "priority": int(name == INPUT)}
+                        for name, folder in folders.items()],
+            "steps": [*located.value["steps"], *languages, *leaks]}
+        return read_pipeline(file, located)
+
+    def _with_languages(self, file: Path, located: Located, judged: str) -> list[dict[str, Any]]:
+        """Have the step `language` keep the asked languages; returns a step that does where there is none."""
+        if not self.languages:
+            return []
+        entries = [(i, entry) for i, entry in enumerate(located.value["steps"])
+                   if entry == "language" or (isinstance(entry, dict) and "language" in entry)]
+        for i, entry in entries:
+            written = {} if entry == "language" else entry["language"] or {}
+            if isinstance(written, dict) and "keep" in written:
+                line = located.line(("steps", i))
+                raise UserError(f"--languages {' '.join(self.languages)}: {file}:{line} says `keep` itself; "
+                                "leave one of them out")
+            if isinstance(written, dict):
+                other = {} if entry == "language" else entry
+                located.value["steps"][i] = {**other,
+                                             "language": {**written, "keep": list(self.languages)}}
+        return [] if entries else [{"language": {"keep": list(self.languages), "min_score": 0.0},
+                                    "only": {"sources": [judged]}}]
+
+
+def _of_sources(located: Located, names: Sequence[str]) -> Located:
+    """Return steps whose `only.sources` names none that this run lacks; a step for such sources alone is left
+    out.  A name that no run has stays, and is told as a mistake."""
+    steps: list[Any] = []
+    lines = {place: line for place, line in located.lines.items() if place[:1] != ("steps",)}
+    for i, entry in enumerate(located.value["steps"]):
+        only = entry.get("only") if isinstance(entry, dict) else None
+        asked = only.get("sources") if isinstance(only, dict) else None
+        if isinstance(asked, list):
+            here = [name for name in asked if name in names or name not in SOURCES]
+            if asked and not here:
+                continue
+            entry = {**entry, "only": {**only, "sources": here}} if isinstance(only, dict) else entry
+        lines |= {("steps", len(steps), *place[2:]): line for place, line in located.lines.items()
+                  if place[:2] == ("steps", i)}
+        steps.append(entry)
+    return Located({"steps": steps}, lines, list(located.problems))
+
+
+def plain_settings(settings: CheckSettings) -> dict[str, Any]:
+    """Return settings as JSON holds them, paths absolute: what another process takes up again."""
+    found: dict[str, Any] = json.loads(json.dumps(vars(settings), default=lambda path: str(path.absolute())))
+    return found
+
+
+def settings_from(raw: Mapping[str, Any]) -> CheckSettings:
+    """Return what `plain_settings` has written.
+
+    Raises:
+        UserError: it is something else.
+    """
+    names = CheckSettings.__dataclass_fields__
+    for name in raw:
+        if name not in names:
+            raise UserError(f"{name}: is no setting of checks{nearest(name, names)}")
+    path = {name: Path(raw[name]) for name in ("steps", "labels") if raw.get(name)}
+    return CheckSettings(**path, benchmarks=tuple(map(Path, raw.get("benchmarks", ()))),
+                         languages=tuple(raw.get("languages", ())), min_kappa=raw.get("min_kappa"))

@@ -1,0 +1,49 @@
+"""What `sov-data synth --list` tells: the generators, and the settings of one."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+
+from data_prep.synth.known import GENERATORS, generator_class
+from megatron_sov.errors import UserError
+
+
+def generators() -> str:
+    """Return a line for each generator."""
+    lines = []
+    for name in sorted(GENERATORS):
+        try:
+            said = generator_class(name).help
+        except UserError as e:  # a library is missing, which the others do not need
+            said = str(e)
+        lines.append(f"{name:<20} {said}")
+    return "\n".join(lines)
+
+
+def settings_of_generator(name: str) -> str:
+    """Return a line for each setting of a generator: name, default, and its docstring."""
+    cls = generator_class(name)
+    told = _docstrings(cls.Settings)
+    lines = [f"{name} (version {cls.version}): {cls.help}", f"templates: {', '.join(sorted(cls.templates))}"]
+    lines += [f"  {one.name} = {_default(one)!r}: {told.get(one.name, '')}"
+              for one in dataclasses.fields(cls.Settings)]
+    return "\n".join(lines)
+
+
+def _default(one: dataclasses.Field[object]) -> object:
+    return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+
+
+def _docstrings(cls: type[object]) -> dict[str, str]:
+    """Return the text under each field of a class, as its source has it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef), f"{cls} is no class"
+    found = {}
+    for before, text in zip(body.body, body.body[1:], strict=False):
+        if (isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
+                and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)):
+            found[before.target.id] = " ".join(str(text.value.value).split())
+    return found

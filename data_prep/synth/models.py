@@ -1,0 +1,115 @@
+"""The models of a run: where each is, what it is called, and how it is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_prep.synth.asking import Door
+from data_prep.synth.budget import Budget
+from data_prep.synth.engine import EndpointDoor
+from data_prep.synth.generator import Role
+from data_prep.synth.local_engine import KEY_ENV, identity_of, serving
+from data_prep.synth.stopping import Stop
+from megatron_sov.endpoints.addresses import address_problems, is_address
+from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.endpoints.endpoint import Endpoint, Limits
+
+BACKOFF_S = 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a run."""
+
+    engine: str
+    """Address up to `/v1`, or a folder."""
+    model: str
+    """As the endpoint calls it; of a folder, empty: its name."""
+    key_env: str = ""
+    """Variable of the environment with the key; empty: none is sent."""
+    input_price: float = 0.0
+    """Of a million tokens that it reads."""
+    output_price: float = 0.0
+    """Of a million tokens that it writes."""
+    options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
+    """What the command line calls address and name."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder, which the run serves itself."""
+        return not is_address(self.engine)
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.model or Path(self.engine).resolve().name
+
+    @property
+    def told(self) -> str:
+        """What stands in files for where it is."""
+        return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that is broken."""
+        where, name = self.options
+        p = [f"{option} {price:g}: must not be negative"
+             for option, price in ((f"{where.replace('engine', 'input-price')}", self.input_price),
+                                   (f"{where.replace('engine', 'output-price')}", self.output_price))
+             if not 0 <= price < float("inf")]
+        if not self.is_local:
+            p += address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
+            if not self.model:
+                p.append(f"{name}: say which model of the endpoint is asked")
+        elif "://" in self.engine:
+            p.append(f"{where}: must be an address such as http://localhost:8000/v1, or a folder")
+        return p
+
+    def identity(self) -> str:
+        """Return what stands for the model in what answers are kept by: wherever it is served, its answers
+        are its answers."""
+        return f"local:{identity_of(Path(self.engine))}" if self.is_local else f"endpoint:{self.model}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How endpoints are asked."""
+
+    threads: int
+    """Requests at a time."""
+    timeout_s: float
+    """For an attempt."""
+    max_attempts: int
+    """For a request."""
+    patience_s: float
+    """How long an endpoint that is full or away is waited for."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that is broken."""
+        bounds = (("--threads", self.threads, 1), ("--timeout", self.timeout_s, 0.1),
+                  ("--max-attempts", self.max_attempts, 1), ("--patience", self.patience_s, 0))
+        return [f"{option} {value:g}: must be at least {least:g}"
+                for option, value, least in bounds if not value >= least]
+
+
+@contextlib.contextmanager
+def opened(writer: Model, judge: Model, asked: Asked, cache: EndpointCache, budget: Budget, stop: Stop,
+           program: Sequence[str] = ()) -> Iterator[dict[Role, Door]]:
+    """Yield the doors to both models; a folder is served as long as the context is open."""
+    slots = threading.Semaphore(asked.threads)
+    limits = (asked.timeout_s, asked.max_attempts, BACKOFF_S, 0.0, 0.0)
+    with contextlib.ExitStack() as stack:
+        doors: dict[Model, Door] = {}
+        for model in dict.fromkeys((writer, judge)):
+            url, name, key_env = model.engine.rstrip("/"), model.name, model.key_env
+            if model.is_local:
+                served = stack.enter_context(serving(Path(model.engine), list(program), stop))
+                url, name, key_env = served.url, served.model, KEY_ENV
+            endpoint = Endpoint(f"{url}/chat/completions", key_env,
+                                Limits(*limits, model.input_price, model.output_price, asked.patience_s),
+                                cache, known_as=model.identity(), gate=budget, sleep=stop.sleep)
+            doors[model] = EndpointDoor(endpoint, name, slots, stop, asked.patience_s)
+        yield {"writer": doors[writer], "judge": doors[judge]}

@@ -1,0 +1,209 @@
+"""A run of `sov-data synth` from what was asked for to the finished source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.pipeline.running import only_one
+from data_prep.synth.budget import Budget, Most
+from data_prep.synth.checks.settings import CheckSettings
+from data_prep.synth.engine import Engine, Tally
+from data_prep.synth.generator import Generator, Item
+from data_prep.synth.journal import Done, Journal, digest_of, read_done
+from data_prep.synth.known import generator_class
+from data_prep.synth.models import Asked, Model, opened
+from data_prep.synth.stopping import Stop
+from data_prep.synth.templates import PROMPTS, load_prompts
+from data_prep.synth.work_folder import ANSWERS, Identity, check_folder, settle
+from megatron_sov.artifacts import disk_errors
+from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.endpoints.transport import missing_libraries
+from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems
+from megatron_sov.plugins.settings import typed_settings
+
+_ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command was asked for."""
+
+    generator: str
+    """Its name."""
+    output: Path
+    """The run's folder."""
+    writer: Model
+    """What writes."""
+    judge: Model
+    """What judges."""
+    inputs: tuple[Path, ...] = ()
+    """Files and folders that items are made from."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the generator, as they were given."""
+    prompts: Path | None = None
+    """Folder whose templates go before those of the package."""
+    asked: Asked = field(default_factory=lambda: Asked(16, 600.0, 5, 600.0))
+    """How endpoints are asked."""
+    most: Most = field(default_factory=Most)
+    """Limits."""
+    limit: int | None = None
+    """First items alone; None: all."""
+    checks: CheckSettings = field(default_factory=CheckSettings)
+    """What samples go through when all are made."""
+    workers: int = 1
+    """Processes of those."""
+    redo: bool = False
+    """Whether a folder that was made with other settings is made again."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that is broken."""
+        p = [*self.writer.problems(), *(self.judge.problems() if self.judge != self.writer else []),
+             *self.asked.problems(), *self.most.problems(), *missing_libraries()]
+        p += [f"--input {path}: does not exist; check the path" for path in self.inputs if not path.exists()]
+        prices = (self.writer.input_price, self.writer.output_price, self.judge.input_price,
+                  self.judge.output_price)
+        if self.most.cost and not any(prices):
+            p.append(f"--max-cost {self.most.cost:g}: no cost is known without --input-price and "
+                     "--output-price")
+        if self.limit is not None and self.limit < 1:
+            p.append(f"--limit {self.limit}: must be at least 1")
+        if self.prompts is not None and not self.prompts.is_dir():
+            p.append(f"--prompts {self.prompts}: is no folder")
+        return p + self.checks.problems()
+
+
+def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
+    """Return a generator with its settings.
+
+    Raises:
+        UserError: there is none of that name, or settings break a rule; all of them are named.
+    """
+    cls = generator_class(name)
+    made = cls.Settings(**typed_settings(cls.Settings, settings, f"generator {name}"))
+    if problems := made.problems():
+        raise UserError(list_problems(f"generator {name}", problems))
+    return cls(made)
+
+
+def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None) -> Iterator[tuple[int, Item]]:
+    """Yield the items of a run with their numbers; one whose id came before is passed over.
+
+    Raises:
+        UserError: the input is not what the generator starts from, or an id cannot be one.
+    """
+    seen: set[str] = set()
+    for item in generator.items(inputs):
+        if limit is not None and len(seen) >= limit:
+            return
+        if not _ID.fullmatch(item.id):
+            raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and :._/-; "
+                            "mend the input")
+        if item.id not in seen:
+            yield len(seen), item
+            seen.add(item.id)
+
+
+def run_order(order: Order) -> ExitCode:
+    """Make what is not made, and finish the source.
+
+    Raises:
+        UserError: the user's settings, input, disk or endpoint are in the way; what is done stays.
+        StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
+    """
+    if problems := order.problems():
+        raise UserError(list_problems("sov-data synth", problems))
+    generator = made_generator(order.generator, order.settings)
+    if generator.needs_input and not order.inputs:
+        raise UserError(f"--input: generator {order.generator} needs one")
+    prompts = load_prompts(generator.templates, [*([order.prompts] if order.prompts else []), PROMPTS])
+    identity = Identity.of(generator, prompts, order.writer, order.judge, order.inputs)
+    check_folder(order.output)
+    with disk_errors(order.output):
+        order.output.mkdir(parents=True, exist_ok=True)
+    with only_one(order.output):
+        settle(order.output, identity, order.redo)
+        tally = Tally()
+        todo = _open_items(generator, order, tally)
+        if todo:
+            _make(generator, order, prompts, todo, tally)
+        return _finished(order, tally)
+
+
+def _open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
+    """Return the ids of items that are not done, having read all of the input: it is sound, or nothing is
+    paid."""
+    done = read_done(order.output)
+    todo, changed, num_items = set(), [], 0
+    for _, item in items_of(generator, order.inputs, order.limit):
+        num_items += 1
+        known = done.get(item.id)
+        if known is None:
+            todo.add(item.id)
+        elif known.digest != digest_of(item):
+            changed.append(item.id)
+        else:
+            _count(tally, known)
+    if not num_items:
+        raise UserError(f"--input {' '.join(map(str, order.inputs))}: holds nothing for generator "
+                        f"{order.generator} to start from; name another one")
+    if changed:
+        raise UserError(f"--input: {len(changed)} items are not what they were when they were made, such as "
+                        f"{changed[0]}; name another output folder, or take {order.output / 'candidates'} "
+                        "away: answers that still fit cost nothing")
+    print(f"{order.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
+          f"{order.writer.name}", flush=True)
+    return todo
+
+
+def _count(tally: Tally, known: Done) -> None:
+    tally.num_items += 1
+    tally.num_passed += known.num_passed
+    tally.num_failed += known.num_failed
+
+
+def _make(generator: Generator, order: Order, prompts: Mapping[str, Any], todo: set[str],
+          tally: Tally) -> None:
+    """Make items that are not done."""
+    stop = Stop()
+    stop.on_signals()
+    cache = EndpointCache(order.output / ANSWERS)
+    budget = Budget(order.most, cache.usage(), stop)
+    total = tally.num_items + len(todo)
+
+    def told() -> None:
+        usage = cache.usage()
+        spent = f", cost {usage.cost:.4f}" if usage.cost else ""
+        print(f"{order.generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples pass "
+              f"their own checks, {tally.num_failed:,} do not; {usage.input_tokens + usage.output_tokens:,} "
+              f"tokens{spent}", flush=True)
+
+    try:
+        with opened(order.writer, order.judge, order.asked, cache, budget, stop) as doors:
+            engine = Engine(generator, prompts, doors, order.asked.threads, stop)
+            items = ((number, item) for number, item in items_of(generator, order.inputs, order.limit)
+                     if item.id in todo)
+            engine.run(items, Journal(order.output), tally, told)
+    finally:
+        told()
+        cache.close()
+        stop.off_signals()
+
+
+def _finished(order: Order, tally: Tally) -> ExitCode:
+    """Make the source of what is there; says what is missing."""
+    from data_prep.synth.finishing import finish
+
+    code = finish(order.output, order.checks, order.workers,
+                  is_complete=not tally.num_unanswered and not tally.defects)
+    if tally.defects:
+        print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
+              f"not there: {'; '.join(tally.defects[:3])}", flush=True)
+        return ExitCode.CRASH
+    if tally.num_unanswered:
+        raise StopRequested(f"{tally.num_unanswered:,} items got no answer, the last: {tally.why}; the same "
+                            "command tries them again")
+    return code

@@ -1,0 +1,117 @@
+"""What a run's folder is made with: the same command goes on in it, another one is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.synth.candidates import CANDIDATES, PARTS, RUN
+from data_prep.synth.generator import Generator
+from data_prep.synth.models import Model
+from data_prep.synth.templates import Prompt
+from megatron_sov.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.digests import file_digest
+from megatron_sov.errors import UserError, list_problems
+from megatron_sov.outputs import refuse_nowhere
+
+ANSWERS = "answers.sqlite"
+_DECIDES = ("generator", "version", "settings", "model", "judge", "identity", "judge_identity",
+            "template_digests", "files")
+"""What samples depend on, besides items and answers."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What stands in `run.json`."""
+
+    generator: str
+    version: int
+    kind: str
+    settings: Mapping[str, Any]
+    model: str
+    engine: str
+    identity: str
+    judge: str
+    judge_engine: str
+    judge_identity: str
+    templates: Mapping[str, int]
+    template_digests: Mapping[str, str]
+    files: Mapping[str, str]
+    inputs: tuple[str, ...]
+    input_price: float
+    output_price: float
+
+    @staticmethod
+    def of(generator: Generator, prompts: Mapping[str, Prompt], writer: Model, judge: Model,
+           inputs: tuple[Path, ...]) -> Identity:
+        """Return what a run is made with; raises UserError where a model's folder cannot be read."""
+        settings = json.loads(to_json(asdict(generator.settings)))
+        return Identity(
+            generator.name, generator.version, generator.kind, settings,
+            writer.name, writer.told, writer.identity(), judge.name, judge.told, judge.identity(),
+            {name: prompt.version for name, prompt in prompts.items()},
+            {name: prompt.digest for name, prompt in prompts.items()},
+            {str(file): file_digest(file) for file in generator.files()},
+            tuple(map(str, inputs)), writer.input_price, writer.output_price)
+
+    def differences(self, before: Mapping[str, Any]) -> list[str]:
+        """Return what differs from an earlier command's, in what samples depend on."""
+        now = json.loads(to_json(asdict(self)))
+        found = []
+        for name in _DECIDES:
+            old, new = before.get(name), now[name]
+            if isinstance(old, dict) and isinstance(new, dict):
+                found += [f"{name}: {key} was {_short(old.get(key))}, and is {_short(new.get(key))}"
+                          for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+            elif old != new:
+                found.append(f"{name} was {_short(old)}, and is {_short(new)}")
+        return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_folder(output: Path) -> None:
+    """Raise `UserError` where a run cannot have its folder: it is something else's."""
+    refuse_nowhere(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    if output.exists() and any(output.iterdir()) and not (output / RUN).is_file():
+        raise UserError(f"--output {output}: exists and is no folder of `sov-data synth`; choose another one")
+
+
+def read_before(output: Path) -> dict[str, Any] | None:
+    """Return what the folder's last command was made with; None for a new folder."""
+    try:
+        said = json.loads((output / RUN).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{output / RUN}: is damaged ({type(e).__name__}); restore it from a copy, or name "
+                        "another output folder") from None
+    return said if isinstance(said, dict) else {}
+
+
+def settle(output: Path, identity: Identity, redo: bool) -> None:
+    """Take the folder for this command.
+
+    Raises:
+        UserError: its items were made with something else, and `redo` is not asked for.
+    """
+    before = read_before(output)
+    changed = identity.differences(before) if before is not None else []
+    if changed and not redo:
+        raise UserError(list_problems(
+            f"--output {output}: was made with other settings", changed,
+            "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
+            "nothing"))
+    with disk_errors(output):
+        if changed:
+            for part in (output / CANDIDATES).glob(PARTS):
+                part.unlink()
+        atomic_write(output / RUN, to_json(asdict(identity)))

@@ -1,0 +1,82 @@
+"""A generator for tests: two answers to each line of a file, judged; run, it is `sov-data` that knows it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.cli import main
+from data_prep.json_lines import read_objects
+from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.known import GENERATORS
+from data_prep.synth.sample import Sample, Verdict
+
+NAME, REFERENCE = "echoes", f"{Path(__file__).stem}:Echoes"
+PROMPT = """{# version: 7 #}
+{% block system %}
+You repeat.
+{% endblock %}
+{% block user %}
+{{ tone }}: {{ document }}
+{% endblock %}
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How lines are repeated."""
+
+    tone: str = "plain"
+    """Of the repetition."""
+    min_score: float = 5.0
+    """Of the judge."""
+
+    def problems(self) -> list[str]:
+        return [] if 0 <= self.min_score <= 10 else [f"min_score = {self.min_score:g} must lie in [0, 10]"]
+
+
+class Echoes(Generator):
+    """Repeats lines."""
+
+    name, kind, help, Settings = NAME, "text", "repeat lines", Settings
+    templates = {"echoes/write": ("document", "tone")}
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        for path in inputs:
+            for where, record in read_objects(path):
+                yield Item(str(record["id"]), {"text": record["text"]}, where, "CC0")
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        text = item.fields["text"]
+        if text == "defect":
+            raise KeyError("nobody thought of it")
+        for number, reply in enumerate(ask("echoes/write", count=2, max_tokens=50, document=text,
+                                           tone=self.settings.tone)):
+            score = ask.judge("Is it the same?", {"line": text, "echo": reply.text})
+            yield Sample({"text": reply.text}, (Verdict("cut", not reply.is_cut),
+                                                Verdict("judge", score >= self.settings.min_score)),
+                         notes={"score": score, "number": number})
+
+
+def reply(request: Mapping[str, Any]) -> str:
+    """Return what the scripted model says."""
+    system, user = (message["content"] for message in request["messages"])
+    if "You grade" in system:
+        return json.dumps({"reason": "it is", "score": 2 if "bad" in user else 8})
+    return f"{user.partition(': ')[2]} ({request['seed']})"
+
+
+def write_prompts(folder: Path) -> Path:
+    """Write the generator's template; returns the folder of prompts."""
+    (folder / "echoes").mkdir(parents=True, exist_ok=True)
+    (folder / "echoes" / "write.j2").write_text(PROMPT)
+    return folder
+
+
+if __name__ == "__main__":
+    GENERATORS[NAME] = REFERENCE
+    sys.exit(main())

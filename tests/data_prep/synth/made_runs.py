@@ -1,0 +1,53 @@
+"""Folders as a run of `sov-data synth` leaves them, made of samples of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.endpoints.cache import EndpointCache, Usage
+
+RUN = {"generator": "facts", "version": 2, "kind": "text", "model": "writer-7b", "judge": "judge-70b",
+       "templates": {"facts/write": 3}, "settings": {"count": 1}, "inputs": [], "input_price": 1.0,
+       "output_price": 2.0}
+GOOD = ("The tide gauge at the old harbour stands beside a granite wall, where two keepers note the height "
+        "of the water every morning before the first ferry leaves for the islands in the west.")
+OTHER = ("In winter the potter fires her kiln with birch, since oak burns too slowly for the thin bowls that "
+         "she sells to the inns along the northern road between the two market towns.")
+
+
+def sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
+    """Return a sample as candidates hold it; `failed`: the check of its generator that it does not pass."""
+    verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
+    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "", **more}
+
+
+def chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:
+    """Return the record of a conversation."""
+    return {"messages": [*before, {"role": "user", "content": question},
+                         {"role": "assistant", "content": answer}]}
+
+
+def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], *, per_part: int = 2,
+             **run: Any) -> Path:
+    """Write a folder whose items have these samples; item i is called i0, i1, ..."""
+    (output / "candidates").mkdir(parents=True, exist_ok=True)
+    (output / "run.json").write_text(json.dumps({**RUN, **run}))
+    lines = [json.dumps({"item": {"id": f"i{i}", "source": "notes", "licence": "CC-BY-4.0" if i else ""},
+                         "samples": list(samples), "asked": [f"key{i}"]}, ensure_ascii=False)
+             for i, samples in enumerate(items)]
+    for number, first in enumerate(range(0, len(lines), per_part)):
+        text = "".join(f"{line}\n" for line in lines[first:first + per_part])
+        (output / f"candidates/part-{number:05d}.jsonl").write_text(text)
+    cache = EndpointCache(output / "answers.sqlite")
+    for i in range(len(items)):
+        cache.note(f"key{i}", "429", Usage(0, 0, 0.0), 0.25)
+        cache.note(f"key{i}", "200", Usage(100, 50, 0.5), 1.0)
+    return output
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]

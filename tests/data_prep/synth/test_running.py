@@ -1,0 +1,275 @@
+"""Runs of `sov-data synth` against a scripted endpoint: what ends them, and that they go on behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+import echoes
+from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
+
+from data_prep.cli import main
+from data_prep.synth import finishing, models
+from data_prep.synth.known import GENERATORS
+from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.errors import ExitCode
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finishing, "finish", lambda *args, **more: ExitCode.OK)  # test_finishing.py has it
+    monkeypatch.setitem(GENERATORS, echoes.NAME, echoes.REFERENCE)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(models, "BACKOFF_S", 0.001)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ScriptedEndpoint]:
+    with serving(ScriptedEndpoint(echoes.reply)) as server:
+        yield server
+
+
+class Run:
+    """A command over lines in a folder of its own."""
+
+    def __init__(self, folder: Path, num_lines: int = 3) -> None:
+        self.folder, self.output = folder, folder / "out"
+        echoes.write_prompts(folder / "prompts")
+        self.write([{"id": f"i{n}", "text": f"line {n}"} for n in range(num_lines)])
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        (self.folder / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def words(self, engine: str, *more: str) -> list[str]:
+        return ["synth", echoes.NAME, "--input", str(self.folder / "lines.jsonl"), "--output",
+                str(self.output), "--prompts", str(self.folder / "prompts"), "--engine", engine, "--model",
+                "scripted", "--threads", "4", "--workers", "1",
+                "--timeout", "5", *more]
+
+    def __call__(self, endpoint: ScriptedEndpoint, *more: str) -> int:
+        return main(self.words(endpoint.url, *more))
+
+    def kept(self) -> list[str]:
+        """Return what passes the generator's own checks, in order."""
+        return [sample["record"]["text"] for line in sorted(self.candidates(), key=lambda one: one["number"])
+                for sample in line["samples"] if all(verdict["passed"] for verdict in sample["verdicts"])]
+
+    def candidates(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for part in sorted((self.output / "candidates").glob("part-*.jsonl"))
+                for line in part.read_bytes().splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint: ScriptedEndpoint,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "bad line"}])
+    assert run(endpoint) == 0
+    first, second = run.candidates()
+    assert first["item"] | {"digest": ""} == {"id": "a", "source": f"{run.folder / 'lines.jsonl'}:1",
+                                              "licence": "CC0", "digest": ""}
+    assert [sample["verdicts"][1]["passed"] for sample in first["samples"] + second["samples"]] == [
+        True, True, False, False]
+    assert len(set(run.kept())) == 2, "each draw has a seed of its own"
+    request = endpoint.requests[0]
+    assert request["messages"] == [{"role": "system", "content": "You repeat."},
+                                   {"role": "user", "content": request["messages"][1]["content"]}]
+    record = json.loads((run.output / "run.json").read_text())
+    assert (record["templates"], record["settings"]["tone"]) == ({"echoes/write": 7}, "plain")
+    cache = EndpointCache(run.output / "answers.sqlite")
+    assert all(cache.get(key) is not None for key in first["asked"]) and len(first["asked"]) == 4
+    assert endpoint.key_header == f"Bearer {KEY}"
+    told = capsys.readouterr()
+    assert KEY not in told.out + told.err
+    assert not any(KEY.encode() in file.read_bytes() for file in run.output.rglob("*") if file.is_file())
+
+
+def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new(
+        run: Run, endpoint: ScriptedEndpoint) -> None:
+    assert run(endpoint) == 0
+    before, kept = len(endpoint.requests), run.kept()
+    assert run(endpoint) == 0
+    assert (len(endpoint.requests), run.kept()) == (before, kept)
+    run.write([{"id": f"i{n}", "text": f"line {n}"} for n in range(4)])
+    assert run(endpoint) == 0
+    assert (len(endpoint.requests), len(run.kept())) == (before + 4, len(kept) + 2)
+
+
+@pytest.mark.parametrize("more", [["--set", "tone=sharp"], ["--model", "another"]])
+def test_other_settings_on_a_folder_are_refused_by_name_and_redone_on_request(
+        more: list[str], run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(endpoint) == 0
+    before = len(endpoint.requests)
+    assert run(endpoint, *more) == 2
+    assert ("settings: tone was" if "--set" in more else "model was") in capsys.readouterr().err
+    assert len(endpoint.requests) == before
+    assert run(endpoint, *more, "--redo") == 0
+    assert len(run.kept()) == 6 and len(endpoint.requests) > before
+    num_asked = len(endpoint.requests)
+    assert run(endpoint, "--redo") == 0
+    assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
+
+
+def test_an_item_that_is_another_one_than_before_is_refused(run: Run, endpoint: ScriptedEndpoint,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(endpoint) == 0
+    run.write([{"id": "i0", "text": "another line"}])
+    assert run(endpoint) == 2
+    assert "1 items are not what they were" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["garbage", "cut", "429", "503", "html", "wrong json", "reset", "timeout"])
+def test_whatever_comes_in_place_of_an_answer_the_same_is_kept(fault: str, tmp_path: Path,
+                                                               endpoint: ScriptedEndpoint) -> None:
+    clean, hurt = Run(tmp_path / "clean", 2), Run(tmp_path / "hurt", 2)
+    assert clean(endpoint) == 0
+    with serving(ScriptedEndpoint(echoes.reply, late_s=0.3)) as other:
+        other.next = [fault, "", fault, fault]
+        assert hurt(other, "--timeout", "0.2" if fault == "timeout" else "5") == 0
+        assert max(other.answered.values()) == 1
+    assert hurt.kept() == clean.kept()
+
+
+def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run) -> None:
+    with serving(ScriptedEndpoint(with_model_faults(echoes.reply, 1.0))) as server:
+        assert run(server) == 0
+        assert {line.get("unusable", "")[:29] for line in run.candidates()} <= {
+            "3 answers were of no use, the", "the judge gave no score in 3 ", ""}
+        num_asked = len(server.requests)
+        assert num_asked > 3 * 3 and len(set(server.asked)) == num_asked
+        assert run(server) == 0
+        assert len(server.requests) == num_asked, "the same would come again"
+    assert not run.kept()
+
+
+def test_an_endpoint_that_stays_away_ends_the_run_with_75(run: Run, endpoint: ScriptedEndpoint,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.next = ["503"] * 1000
+    assert run(endpoint, "--patience", "0.2s", "--max-attempts", "2") == 75
+    assert "nothing is lost, and the same command goes on" in capsys.readouterr().err
+    endpoint.next = []
+    assert run(endpoint) == 0
+    assert len(run.kept()) == 6
+
+
+def test_items_without_an_answer_are_left_for_the_next_command(run: Run, endpoint: ScriptedEndpoint,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    run.write([{"id": "a", "text": "line a"}])
+    endpoint.next = ["400"] * 4
+    assert run(endpoint, "--max-attempts", "2") == 75
+    assert "1 items got no answer, the last: a: the endpoint answered HTTP 400" in capsys.readouterr().err
+    assert run.candidates() == []
+    assert run(endpoint) == 0
+    assert len(run.kept()) == 2
+
+
+def test_a_request_that_no_model_can_take_is_no_reason_to_come_again(run: Run, endpoint: ScriptedEndpoint
+                                                                     ) -> None:
+    run.write([{"id": "a", "text": "line a"}])
+    endpoint.next = ["too long"] * 2
+    assert run(endpoint) == 0
+    assert run.candidates()[0]["unusable"].startswith("the request is longer than the model's context")
+
+
+def test_a_wrong_key_ends_the_run_in_a_sentence(run: Run, endpoint: ScriptedEndpoint,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.next = ["401"] * 100
+    assert run(endpoint) == 2
+    told = capsys.readouterr().err
+    assert "the key is not accepted (HTTP 401)" in told and KEY not in told
+
+
+@pytest.mark.parametrize(("limit", "more"), [
+    (["--max-tokens-total", "2000"], ["--max-tokens-total", "1000000"]),
+    (["--max-cost", "0.02", "--output-price", "100"], ["--max-cost", "10", "--output-price", "100"])])
+def test_a_budget_is_never_broken_and_can_be_raised(limit: list[str], more: list[str], run: Run,
+                                                    endpoint: ScriptedEndpoint) -> None:
+    assert run(endpoint, *limit) == 75
+    usage = EndpointCache(run.output / "answers.sqlite").usage()
+    assert (0 < usage.input_tokens + usage.output_tokens <= 2000) if "--max-cost" not in limit else (
+        usage.cost <= 0.02)
+    assert run(endpoint, *limit) == 75, "what earlier commands used counts"
+    assert run(endpoint, *more) == 0
+    assert max(endpoint.answered.values()) == 1
+
+
+def test_a_run_ends_when_its_time_is_over(run: Run, endpoint: ScriptedEndpoint) -> None:
+    endpoint.slow_s = 0.2
+    assert run(endpoint, "--max-time", "0.3s") == 75
+    assert run(endpoint, "--max-time", "1m") == 0
+    assert max(endpoint.answered.values()) == 1
+
+
+def test_an_error_of_the_program_takes_one_item_and_not_the_run(run: Run, endpoint: ScriptedEndpoint,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "defect"}, {"id": "c", "text": "line c"}])
+    assert run(endpoint) == 1
+    assert "b: KeyError" in capsys.readouterr().out
+    assert [line["item"]["id"] for line in run.candidates()] == ["a", "c"]
+
+
+BAD = {
+    "no engine": (["--engine", ""], "--engine is needed"),
+    "no address": (["--engine", "ftp://x"], "must be an address such as"),
+    "no folder": (["--engine", "nowhere"], "is neither an address"),
+    "a key in it": (["--engine", f"http://u:{KEY}@h/v1"], "holds a key or a query"),
+    "no model": (["--model", ""], "say which model of the endpoint is asked"),
+    "no time": (["--max-time", "soon"], "must be a time such as"),
+    "money without prices": (["--max-cost", "1"], "no cost is known"),
+    "no input": (["--input", "missing.jsonl"], "does not exist"),
+    "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
+    "a setting": (["--set", "tome=x"], "no such setting; did you mean 'tone'"),
+    "a value": (["--set", "min_score=11"], "must lie in [0, 10]"),
+    "negative": (["--max-tokens-total", "-1"], "must not be negative"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_command_lines_get_a_sentence_and_make_nothing(name: str, run: Run, endpoint: ScriptedEndpoint,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    more, sentence = BAD[name]
+    assert run(endpoint, *more) == 2
+    told = capsys.readouterr().err
+    assert sentence in told and KEY not in told
+    assert not run.output.exists() and not endpoint.requests
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_from_outside_goes_on_and_pays_nothing_twice(
+        number: signal.Signals, tmp_path: Path, endpoint: ScriptedEndpoint) -> None:
+    run, undisturbed = Run(tmp_path / "ended", 12), Run(tmp_path / "undisturbed", 12)
+    endpoint.slow_s = 0.05
+    command = [sys.executable, echoes.__file__, *run.words(endpoint.url)]
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=here)
+    while len(endpoint.requests) < 9:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(20) == (75 if number == signal.SIGTERM else -number)
+    kept = EndpointCache(run.output / "answers.sqlite")
+    known = {key for key in endpoint.answered if kept.get(key) is not None}
+    asked = {key: endpoint.asked[key] for key in known}
+    assert len(known) >= 4
+    assert run(endpoint) == 0
+    assert {key: endpoint.asked[key] for key in known} == asked, "paid once"
+    assert undisturbed(endpoint) == 0
+    assert sorted(run.kept()) == sorted(undisturbed.kept())
+    if number == signal.SIGTERM:
+        assert max(endpoint.asked.values()) == 2, "what was under way was waited for, and kept"
