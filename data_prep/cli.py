@@ -21,6 +21,7 @@ from data_prep.demo import corpus
 from data_prep.journey import inspect_command, report_command
 from data_prep.journey.card import card_command
 from data_prep.synth import command as synth
+from data_prep.synth.difficulty import command as difficulty
 from megatron_sov.command_line import Parser, parser_of, run_program
 
 COMMANDS = {"run": run, "synth": synth, "pack": pack, "mix": mix, "inspect": inspect_command,

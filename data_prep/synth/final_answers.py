@@ -26,7 +26,7 @@ _FUNCTIONS = frozenset((
     "sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log",
     "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "mod", "inf"))
 _SAYS = re.compile(r"[^\W_]")
-_SETTINGS: dict[str, Mapping[str, Any]] = {"math": {"marked_only": True}, "stem": {}}
+_SETTINGS: dict[str, Mapping[str, Any]] = {"math": {"marked_only": True, "time_limit_s": 5.0}, "stem": {}}
 MAX_BOXES = 20
 """Boxes of a solution that are looked at."""
 
