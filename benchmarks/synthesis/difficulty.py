@@ -2,12 +2,12 @@
 
     python benchmarks/synthesis/difficulty.py [--steps 1500] [--problems 2400]
 
-Small transformers learn arithmetic, asked in English and in Korean; five checkpoints of two sizes are the five
-configurations of models.  A model's true pass rate on a problem is the probability that it gives to the right
-answer, character by character, at temperature 1: no drawing stands between it and the figures.  Labels are what
-a team would have: 8 answers of each configuration to each problem, drawn with these probabilities, and pairs
-from a judge that is wrong in 15 of 100 cases.  `sov-data difficulty label` and `fit` see the labels alone; their
-estimator is compared with the true rates of 600 problems of which they have seen nothing.
+Small transformers learn arithmetic, asked in English and in Korean; five checkpoints of two sizes are the
+five configurations of models.  A model's true pass rate on a problem is the probability that it gives to the
+right answer, character by character, at temperature 1: no drawing stands between it and the figures.  Labels
+are what a team would have: 8 answers of each configuration to each problem, drawn with these probabilities,
+and pairs from a judge that is wrong in 15 of 100 cases.  `sov-data difficulty label` and `fit` see the labels
+alone; their estimator is compared with the true rates of 600 problems of which they have seen nothing.
 
 Beside it stands what one writes first: TfidfVectorizer over one to three characters with Ridge.
 """
@@ -140,7 +140,7 @@ def true_rates(problems: Sequence[Problem], alphabet: dict[str, int], steps: int
 
 def write_labels(folder: Path, problems: Sequence[Problem], rates: dict[str, np.ndarray],
                  chosen: Sequence[int], num_pairs: int, seed: int) -> list[str]:
-    """Write what `synth answers` and `synth comparisons` would; return the arguments of `difficulty label`."""
+    """Write what `synth answers` and `synth comparisons` would; return arguments of `difficulty label`."""
     rng = np.random.default_rng(seed)
     for number, values in enumerate(rates.values()):
         (folder / f"model-{number}").mkdir(parents=True)
@@ -161,8 +161,9 @@ def write_labels(folder: Path, problems: Sequence[Problem], rates: dict[str, np.
 
 def estimator(folder: Path, arguments: Sequence[str]) -> Any:
     """Return the estimator that the commands make."""
-    for argv in (["difficulty", "label", *arguments, "--output", str(folder / "labels")],
-                 ["difficulty", "fit", "--labels", str(folder / "labels"), "--output", str(folder / "model")]):
+    labels, model = str(folder / "labels"), str(folder / "model")
+    for argv in (["difficulty", "label", *arguments, "--output", labels],
+                 ["difficulty", "fit", "--labels", labels, "--output", model]):
         with contextlib.redirect_stdout(io.StringIO()):
             if sov_data(argv) != 0:
                 raise SystemExit(f"failed: {argv}")
@@ -171,7 +172,8 @@ def estimator(folder: Path, arguments: Sequence[str]) -> Any:
 
 def plain(folder: Path, texts: Sequence[str]) -> np.ndarray:
     """Return what TF-IDF of characters and ridge regression expect."""
-    rows = [json.loads(line) for line in open(folder / "labels/problems.jsonl", encoding="utf-8")]
+    lines = (folder / "labels/problems.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     model = make_pipeline(TfidfVectorizer(analyzer="char", ngram_range=(1, 3)), Ridge())
     model.fit([row["problem"] for row in rows], [row["pass_rate"] for row in rows])
     return np.clip(model.predict(texts), 0.0, 1.0)
@@ -186,7 +188,7 @@ def told(name: str, found: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Expected against true pass rates.")
     parser.add_argument("--steps", type=int, default=1500, help="of training of each model")
     parser.add_argument("--problems", type=int, default=2400, help="with labels at most; 600 more judge")
     args = parser.parse_args()
@@ -194,7 +196,7 @@ def main() -> None:
     rng = random.Random(7)
     drawn = {problem.text: problem for problem in (draw(rng) for _ in range(4 * args.problems))}
     problems = list(drawn.values())[:args.problems + HELD_OUT]
-    letters = sorted({c for problem in (draw(rng) for _ in range(20_000)) for c in problem.text + "-0123456789"})
+    letters = sorted({c for _ in range(20_000) for c in draw(rng).text + "-0123456789"})
     alphabet = {c: i + 2 for i, c in enumerate(letters)}
     began_s = time.monotonic()
     rates = true_rates(problems, alphabet, args.steps)
@@ -202,8 +204,8 @@ def main() -> None:
     print(f"{platform.platform()}, Python {platform.python_version()}, one thread")
     print(f"{len(problems)} problems, five configurations in {time.monotonic() - began_s:.0f} s:")
     for name, values in rates.items():
-        print(f"  {name:<32} mean pass rate {values.mean():.3f}, below 0.1: {(values < 0.1).mean():.0%}, above 0.9: "
-              f"{(values > 0.9).mean():.0%}")
+        print(f"  {name:<32} mean pass rate {values.mean():.3f}, below 0.1: {(values < 0.1).mean():.0%}, "
+              f"above 0.9: {(values > 0.9).mean():.0%}")
     judged = range(args.problems, len(problems))
     texts, truth = [problems[i].text for i in judged], mean[args.problems:]
     is_korean = np.array([problems[i].language == "ko" for i in judged])
@@ -213,7 +215,7 @@ def main() -> None:
             for count, num_pairs, language in ((150, 0, ""), (150, 600, ""), (600, 0, ""),
                                                (args.problems, 0, ""), (args.problems, 2400, ""),
                                                (args.problems, 0, "en")):
-                chosen = [i for i in range(count) if problems[i].language == (language or problems[i].language)]
+                chosen = [i for i in range(count) if language in ("", problems[i].language)]
                 place = Path(folder) / f"{seed}-{count}-{num_pairs}-{language}"
                 model = estimator(place, write_labels(place, problems, rates, chosen, num_pairs, seed))
                 expected = np.array([model.pass_rate(text) for text in texts])
@@ -224,7 +226,8 @@ def main() -> None:
                     arms.setdefault(f"difficulty, {what}: on Korean", []).append(
                         compared(expected[is_korean], truth[is_korean]))
                 elif not num_pairs:
-                    arms.setdefault(f"TF-IDF and ridge, {what}", []).append(compared(plain(place, texts), truth))
+                    arms.setdefault(f"TF-IDF and ridge, {what}", []).append(
+                        compared(plain(place, texts), truth))
                 if count == args.problems and not num_pairs and not language:
                     for name, places in (("English", ~is_korean), ("Korean", is_korean)):
                         arms.setdefault(f"difficulty, {what}: on {name}", []).append(
@@ -232,7 +235,8 @@ def main() -> None:
                     table = reliability(expected, truth)
     print(f"against the true rates of {len(texts)} problems, 3 draws of labels (mean and 95 % interval):")
     print("\n".join(told(name, found) for name, found in sorted(arms.items())))
-    print(f"reliability with {args.problems} problems, the last draw: expected, problems, mean expected, mean true")
+    print(f"reliability with {args.problems} problems, the last draw: "
+          "expected, problems, mean expected, mean true")
     for row in table:
         print(f"  {row['from']:.1f} to {row['to']:.1f}  {row['num_problems']:5}  {row['expected']:.3f}  "
               f"{row['measured']:.3f}")

@@ -67,7 +67,7 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
 
 
 def text_in(value: Any) -> str:
-    """Return a field as text: a string, or all strings of a list, an object, or messages, in order."""
+    """Return a value as text: a string, or all strings of a list, an object, or messages, in order."""
     return "\n".join(_strings(value, 0))
 
 

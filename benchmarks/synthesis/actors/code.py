@@ -52,7 +52,8 @@ class Known:
 
 
 TASKS = (
-    Known("def gap(values: list[int]) -> int:", "Return the largest value minus the smallest; 0 for no values.",
+    Known("def gap(values: list[int]) -> int:",
+          "Return the largest value minus the smallest; 0 for no values.",
           ("return max(values) - min(values) if values else 0",
            "if not values:\n    return 0\nordered = sorted(values)\nreturn ordered[-1] - ordered[0]"),
           (([1, 5],), ([],), ([3],), ([-2, 7, 1],), ([10, 1, 1],), ([0, -4],), ([5, 5, 5],))),
@@ -65,7 +66,8 @@ TASKS = (
            "if x < low:\n    return low\nif x > high:\n    return high\nreturn x"),
           ((5, 0, 10), (-3, 0, 10), (12, 0, 10), (0, 0, 10), (10, 0, 10), (1, 2, 2), (3, 2, 2))),
     Known("def sums(values: list[int]) -> list[int]:", "Return the sums of the first one, two, ... values.",
-          ("found, total = [], 0\nfor value in values:\n    total += value\n    found.append(total)\nreturn found",
+          ("found, total = [], 0\nfor value in values:\n    total += value\n    found.append(total)\n"
+           "return found",
            "return [sum(values[:i + 1]) for i in range(len(values))]"),
           (([1, 2, 3],), ([],), ([5],), ([-1, 1],), ([0, 0, 2],), ([3, -5, 7, 1],), ([10, 20],))),
     Known("def mirrored(text: str) -> bool:", "Return whether the letters and digits of a text, in one case, "
@@ -74,40 +76,48 @@ TASKS = (
            "said = ''.join(filter(str.isalnum, text)).lower()\nfor i in range(len(said) // 2):\n"
            "    if said[i] != said[len(said) - 1 - i]:\n        return False\nreturn True"),
           (("level",), ("ab",), ("",), ("A man, a plan, a canal: Panama",), ("No",), ("1a1",), ("abca",))),
-    Known("def digit_sum(n: int) -> int:", "Return the sum of the decimal digits of a number, without its sign.",
+    Known("def digit_sum(n: int) -> int:",
+          "Return the sum of the decimal digits of a number, without its sign.",
           ("return sum(int(c) for c in str(abs(n)))",
            "n, total = abs(n), 0\nwhile n:\n    n, last = divmod(n, 10)\n    total += last\nreturn total"),
           ((0,), (7,), (123,), (-45,), (1000,), (999,), (80706,))),
-    Known("def rotated(values: list[int], k: int) -> list[int]:", "Return values moved k places to the right, "
-          "in a circle.",
-          ("if not values:\n    return []\nk %= len(values)\nreturn values[-k:] + values[:-k] if k else list(values)",
+    Known("def rotated(values: list[int], k: int) -> list[int]:",
+          "Return values moved k places to the right, in a circle.",
+          ("if not values:\n    return []\nk %= len(values)\n"
+           "return values[-k:] + values[:-k] if k else list(values)",
            "n = len(values)\nreturn [values[(i - k) % n] for i in range(n)]"),
-          (([1, 2, 3], 1), ([1, 2, 3], 0), ([], 4), ([1, 2, 3], 5), ([1, 2, 3, 4], -1), ([9], 3), ([1, 2], 2))),
+          (([1, 2, 3], 1), ([1, 2, 3], 0), ([], 4), ([1, 2, 3], 5), ([1, 2, 3, 4], -1), ([9], 3),
+           ([1, 2], 2))),
     Known("def fibonacci(n: int) -> int:", "Return the n-th number of 0, 1, 1, 2, 3, 5, ..., counted from 0.",
           ("a, b = 0, 1\nfor _ in range(n):\n    a, b = b, a + b\nreturn a",
-           "known = [0, 1]\nwhile len(known) <= n:\n    known.append(known[-1] + known[-2])\nreturn known[n]"),
+           "known = [0, 1]\nwhile len(known) <= n:\n    known.append(known[-1] + known[-2])\n"
+           "return known[n]"),
           ((0,), (1,), (2,), (3,), (7,), (10,), (20,))),
-    Known("def pairs(values: list[int], total: int) -> int:", "Count the pairs of two places whose values add up "
-          "to a total.",
+    Known("def pairs(values: list[int], total: int) -> int:",
+          "Count the pairs of two places whose values add up to a total.",
           ("return sum(values[i] + values[j] == total for i in range(len(values)) for j in range(i))",
            "seen, found = {}, 0\nfor value in values:\n    found += seen.get(total - value, 0)\n"
            "    seen[value] = seen.get(value, 0) + 1\nreturn found"),
-          (([1, 2, 3], 4), ([], 0), ([2, 2, 2], 4), ([1, 5], 7), ([0, 0], 0), ([4, -1, 5], 4), ([1, 3, 3], 4))),
-    Known("def longest(text: str) -> str:", "Return the longest word of a text, of equals the first; '' for no "
-          "word.",
+          (([1, 2, 3], 4), ([], 0), ([2, 2, 2], 4), ([1, 5], 7), ([0, 0], 0), ([4, -1, 5], 4),
+           ([1, 3, 3], 4))),
+    Known("def longest(text: str) -> str:",
+          "Return the longest word of a text, of equals the first; '' for no word.",
           ("return max(text.split(), key=len, default='')",
-           "best = ''\nfor word in text.split():\n    if len(word) > len(best):\n        best = word\nreturn best"),
+           "best = ''\nfor word in text.split():\n    if len(word) > len(best):\n        best = word\n"
+           "return best"),
           (("a bcd ef",), ("",), ("one",), ("aa bb",), ("x yy  zzz",), ("long longer",), ("  lead",))),
 )
 ABOUT = ("I go through it from front to back and keep what matters so far.",
          "Another road: state the result as one expression and let Python do the walking.")
 Change = Callable[[str, Known, int], "str | Mapping[str, Any] | None"]
-"""Takes what is asked for (task, tests, solve), the task and the draw's seed; None: as the right model says."""
+"""Takes what is asked for (task, tests, solve), the task and the draw's seed; None: as the right model
+says."""
 
 
 def known_in(text: str) -> Known:
     """Return the task that a prompt is about."""
-    return next((known for known in TASKS if f"def {known.name}(" in text or f"about {known.name}" in text), TASKS[0])
+    return next((known for known in TASKS
+                 if f"def {known.name}(" in text or f"about {known.name}" in text), TASKS[0])
 
 
 def reply(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
@@ -173,7 +183,8 @@ def near(known: Known, by: int) -> str:
 
 BAD: dict[str, Change] = {
     "tests that accept everything": tests_only(lambda known: [f"assert {c} == {c}" for c in calls(known)]),
-    "tests that accept all but nothing": tests_only(lambda known: [f"assert {c} is not None" for c in calls(known)]),
+    "tests that accept all but nothing": tests_only(
+        lambda known: [f"assert {c} is not None" for c in calls(known)]),
     "tests that never end": tests_only(lambda known: [f"assert {c} == sum(1 for _ in iter(int, 1))"
                                                       for c in calls(known)]),
     "one test": tests_only(lambda known: known.tests()[:1]),
@@ -185,8 +196,10 @@ BAD: dict[str, Change] = {
     "programs that are wrong each in its way": programs_only(lambda known, seed: near(known, seed)),
     "programs that read a file": programs_only(lambda known, seed: with_first(
         known, "open('/etc/hostname').read()", seed % 2)),
-    "programs that reach for the network": programs_only(lambda known, seed: "import socket\n" + known.programs()[0]),
-    "programs that never end": programs_only(lambda known, seed: with_first(known, "while True: pass", seed % 2)),
+    "programs that reach for the network": programs_only(
+        lambda known, seed: "import socket\n" + known.programs()[0]),
+    "programs that never end": programs_only(lambda known, seed: with_first(
+        known, "while True: pass", seed % 2)),
 }
 GOOD: dict[str, Change] = {
     "right": lambda what, known, seed: None,

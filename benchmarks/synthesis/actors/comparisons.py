@@ -16,7 +16,8 @@ from data_prep.synth.generator import Item
 
 SETTINGS: dict[str, Any] = {}
 Grade = Callable[[int, int], float]
-"""Takes the sums of the numbers of the first and of the second problem; gives 0 (the first is harder) to 10."""
+"""Takes the sums of the numbers of the first and of the second problem; gives 0 (the first is
+harder) to 10."""
 
 
 def reply(request: Mapping[str, Any]) -> str:

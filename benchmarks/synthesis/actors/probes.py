@@ -27,8 +27,8 @@ def problem(topic: str, number: str) -> str:
     """Return a problem of a topic and a number."""
     digest = hashlib.sha256(f"{topic} {number}".encode()).digest()
     a, b, c = 2 + digest[0] % 40, 3 + digest[1] % 30, 1 + digest[2] % 5
-    return (f"On the subject of {topic}: a gardener plants {a} rows of {b} trees, and {c} of all these trees do "
-            "not survive the winter. How many trees stand in spring?")
+    return (f"On the subject of {topic}: a gardener plants {a} rows of {b} trees, and {c} of all these trees "
+            "do not survive the winter. How many trees stand in spring?")
 
 
 def solved(text: str) -> int:
@@ -80,7 +80,8 @@ def items_of_benchmark() -> list[str]:
 
 BAD: dict[str, Change] = {
     "a wrong answer": said_of("problem", lambda text, right, seed: f"Problem: {text}\nAnswer: {right + 1}"),
-    "solutions that do not agree": said_of("solve", lambda text, right, seed: f"\\boxed{{{right + seed % 97}}}"),
+    "solutions that do not agree": said_of("solve", lambda text, right, seed: (
+        f"\\boxed{{{right + seed % 97}}}")),
     "a program that computes something else": said_of(
         "program", lambda text, right, seed: f"```python\nprint({right} - 1)\n```"),
     "an item of a benchmark": said_of("problem", lambda text, right, seed: (
@@ -115,7 +116,8 @@ def cases() -> list[Case]:
     for changes, is_good in ((BAD, False), (GOOD, True)):
         for number in range(50):
             what = list(changes)[number % len(changes)]
-            fields = {"domain": DOMAINS[number % 4], "topic": f"orchards, part {number}", "number": 1 + number % 3}
+            fields = {"domain": DOMAINS[number % 4], "topic": f"orchards, part {number}",
+                      "number": 1 + number % 3}
             found.append(Case(Item(f"{'good' if is_good else 'bad'}-{number}", fields),
                               _replies(changes[what]), is_good, what))
     return found

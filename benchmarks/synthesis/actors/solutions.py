@@ -15,13 +15,14 @@ from data_prep.synth.generator import Item
 
 SETTINGS: dict[str, Any] = {"vote": True}
 QUESTIONS = ("Mina has {} apples and buys {} boxes with {} apples each. How many apples has she now?",
-             "민아는 사과 {}개가 있고, {}상자를 샀다. 한 상자에 사과가 {}개씩 들어 있다. 사과는 모두 몇 개인가?")
+             "민아는 사과 {}개가 있고, {}상자를 샀다. 한 상자에 사과가 {}개씩 들어 있다. "
+             "사과는 모두 몇 개인가?")
 WAYS = (
     ("The boxes hold {b} times {c}, which makes {bc} apples. Together with the first {a} that is {s}.",
      "Count on from {a}: every box adds {c}, and after box number {b} the count stands at {s}.",
      "Write the whole as a sum, {a} + {b} * {c}. Products come before sums, so we get {a} + {bc} = {s}.",
      "Suppose nothing was bought: she would have {a}. What was bought is {bc} more, hence {s} in the end.",
-     "Let x be the number we look for. Taking away the {a} old apples leaves x - {a} = {b} * {c}, thus x = {s}."),
+     "Let x be the number we look for. Taking away the {a} old apples is x - {a} = {b} * {c}, so x = {s}."),
     ("상자에 든 사과는 {b} 곱하기 {c}로 {bc}개이다. 처음의 {a}개와 더하면 {s}개가 된다.",
      "처음 {a}개에서 세기 시작하여 상자마다 {c}개를 더하면, {b}번째 상자 뒤에는 {s}개이다.",
      "식으로 쓰면 {a} + {b} * {c} 이고, 곱셈을 먼저 하므로 {a} + {bc} = {s} 를 얻는다.",

@@ -2,7 +2,7 @@
 judge takes for the harder one.
 
 An artifact of kind "difficulty_labels": `problems.jsonl` (id, problem, for each configuration right and all
-answers, and the mean of the rates), `pairs.jsonl` (easier, harder), and in the manifest what agrees with what.
+answers, and the mean of the rates) and `pairs.jsonl` (easier, harder); its manifest says what agrees.
 """
 
 from __future__ import annotations
