@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", metavar="RUN|CHECKPOINT", type=Path, nargs="+",
                         help="checkpoints or Hugging Face folders; of a run all complete checkpoints")
     parser.add_argument("--problems", metavar="DOMAIN=FILE.jsonl|DIR", nargs="+", action="extend",
-                        required=True, help="problems of each domain: a JSON object per line, with `prompt` and what the "
+                        required=True,
+                        help="problems of each domain: a JSON object per line, with `prompt` and what the "
                              "reward needs; or sets of `sov-data probing-sets`")
     add_sampling_arguments(parser)
     parser.add_argument("--k", type=int, required=True, metavar="K",

@@ -13,7 +13,7 @@ from synthesis.cases import Case, Replies, asked
 
 from data_prep.synth.generator import Item
 
-SETTINGS: dict[str, Any] = {"test_time_s": 1.0}
+SETTINGS: dict[str, Any] = {"test_time_s": 2.0}
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ GOOD: dict[str, Change] = {
     "right, the answer in a box": said_of("problem", lambda text, right, seed: (
         f"Problem: {text}\nAnswer: $\\boxed{{{right}}}$")),
     "one wrong solution of several": said_of("solve", lambda text, right, seed: (
-        f"\\boxed{{{right + (seed % 11 == 0)}}}")),
+        f"\\boxed{{{right + (seed % 23 == 0)}}}")),
     "a program that does not end well": said_of("program", lambda text, right, seed: "```python\n1/0\n```"),
     "marked with stars": said_of("problem", lambda text, right, seed: (
         f"**Problem:** {text}\n\n**Answer:** {right}")),

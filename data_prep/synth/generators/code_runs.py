@@ -11,7 +11,7 @@ from data_prep.synth.generators.code_mutants import mutants, stubs
 from megatron_sov.rewards.code import Code
 from megatron_sov.rewards.reward import Refused
 
-MOST_ENDLESS = 3
+MOST_ENDLESS = 2
 """Tests of a program that take too long, each tried by itself; then all others count as failed."""
 
 

@@ -177,7 +177,7 @@ def read_problem(reply: Reply) -> tuple[str, str, str]:
     if reply.is_cut or found is None:
         return reply.text, "", "is not in the form that was asked for"
     problem, answer = found[1].strip().strip("*").strip(), found[2].strip().strip("*").strip()
-    answer = (boxes(answer) or [answer.strip("$").rstrip(".").strip()])[0]
+    answer = (boxes(answer) or [answer.rstrip(".").strip("$").strip()])[0]
     if not 20 <= len(problem) <= MAX_PROBLEM_CHARS or not 0 < len(answer) <= MAX_ANSWER_CHARS:
         return problem, answer, f"problem of {len(problem):,} and answer of {len(answer):,} characters"
     return problem, answer, ""

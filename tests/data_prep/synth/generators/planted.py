@@ -1,0 +1,39 @@
+"""Planted cases of an actor, one of each sort, and what becomes of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
+from scripted import samples_of
+
+from data_prep.synth.known import generator_class
+
+
+def generator(name: str, **settings: Any) -> Any:
+    """Return a generator with settings."""
+    kind = generator_class(name)
+    made = kind.Settings(**settings)
+    assert made.problems() == []
+    return kind(made)
+
+
+def wrongly_judged(name: str, *left_out: str) -> list[str]:
+    """Return what is wrong with the cases of an actor, one of each sort but those that are too slow here, whose
+    samples are kept and should not be, or are not and should."""
+    actor = importlib.import_module(f"synthesis.actors.{name}")
+    found, seen = [], set(left_out)
+    made = generator(name, **actor.SETTINGS)
+    for case in actor.cases():
+        if case.what in seen:
+            continue
+        seen.add(case.what)
+        is_kept = any(not sample.reason for sample in samples_of(made, case.item, case.replies))
+        if is_kept != case.good:
+            found.append(case.what)
+    assert len(seen) > len(left_out) + 8
+    return found
