@@ -23,8 +23,8 @@ def generator(name: str, **settings: Any) -> Any:
 
 
 def wrongly_judged(name: str, *left_out: str) -> list[str]:
-    """Return what is wrong with the cases of an actor, one of each sort but those that are too slow here, whose
-    samples are kept and should not be, or are not and should."""
+    """Return the sorts of an actor's cases, one case of each but those left out, whose samples are kept and
+    should not be, or are not and should."""
     actor = importlib.import_module(f"synthesis.actors.{name}")
     found, seen = [], set(left_out)
     made = generator(name, **actor.SETTINGS)

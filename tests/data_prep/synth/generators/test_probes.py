@@ -42,8 +42,8 @@ def test_a_problem_is_read_in_its_form_alone(text: str, found: str | None) -> No
 
 @pytest.mark.parametrize(("program", "printed"), [
     ("print(3 * 4)", "12"), ("print(1)\nprint(2)", ""), ("1/0", ""), ("open('/etc/passwd')", ""),
-    ("import socket", ""), ("print('x' * 1000)", ""), ("from fractions import Fraction\nprint(Fraction(6, 8))",
-                                                       "3/4")])
+    ("import socket", ""), ("print('x' * 1000)", ""),
+    ("from fractions import Fraction\nprint(Fraction(6, 8))", "3/4")])
 def test_a_program_says_one_line_and_reaches_for_nothing(program: str, printed: str) -> None:
     assert run(program) == printed
 
