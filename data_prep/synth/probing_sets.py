@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.decontamination.benchmarks import all_text
+from data_prep.decontamination.benchmarks import text_in
 from data_prep.json_lines import read_objects
 from data_prep.synth.generators.probes import DOMAIN
 from megatron_sov.artifacts import new_artifact, refuse_existing
@@ -97,7 +97,7 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
     for file in against:
         for _, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
             num_lines += 1
-            for found in search.find(find_units(all_text(record))):
+            for found in search.find(find_units(text_in(record))):
                 gone[found.item] = "in the training input"
     left_out.update(gone.values())
     sets: dict[str, list[Problem]] = defaultdict(list)

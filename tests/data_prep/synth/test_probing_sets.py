@@ -32,7 +32,7 @@ def test_sets_are_frozen_without_what_training_has(tmp_path: Path, capsys: pytes
     file = rows(tmp_path, "kept.jsonl", probe(LONG.format(2, 3), **written), probe(other, id="b"),
                 probe(LONG.format(2, 3).upper()), probe("2 + 3?"),
                 probe(KOREAN.format(2, 3), "geometry", id="c"),
-                probe("삼각형의 세 변이 각각 3, 4, 5일 때 이 삼각형의 넓이와 둘레의 길이를 더하면 얼마인가?", "geometry"))
+                probe("세 변이 각각 3, 4, 5인 삼각형의 넓이와 둘레를 더하면 얼마인가?", "geometry"))
     train = rows(tmp_path, "train.jsonl", {"text": "Nothing of the kind."}, {"messages": [
         {"role": "user", "content": "So: " + other.replace(".", ";").upper()},
         {"role": "assistant", "content": KOREAN.format(2, 3)}]})
