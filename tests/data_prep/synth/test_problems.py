@@ -44,11 +44,15 @@ def test_a_problem_is_what_the_user_says(record: Any, found: str | None) -> None
     ({"problem": "a", "choices": "ab"}, "must be a list of up to 10"),
     ({"problem": "a", "id": "a b"}, "id = 'a b' must be"),
     ({"problem": "a", "id": "../x" * 30}, "must be 1 to"),
-    ({"problem": "a"}, "has no answer; because"),
 ])
 def test_what_is_no_problem_is_refused_by_line(record: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"in.jsonl:1: .*{said}"):
-        read(tmp_path, record, needs_answer="because")
+        read(tmp_path, record)
+
+
+def test_an_answer_may_be_needed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"in.jsonl:2: has no answer; because"):
+        read(tmp_path, {"problem": "a", "answer": 0}, {"problem": "b"}, needs_answer="because")
 
 
 def test_one_id_is_one_problem(tmp_path: Path) -> None:
