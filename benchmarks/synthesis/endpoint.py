@@ -67,14 +67,16 @@ class ScriptedEndpoint(ThreadingHTTPServer):
         wire_faults: share of attempts at which something else comes; the same in every run.
         late_s: how long a "timeout" says nothing.
         slow_s: how long every answer takes.
+        port: that it listens on; 0: any that is free.
+        host: address that it listens on.
     """
 
     daemon_threads = True
     request_queue_size = 256
 
     def __init__(self, reply: Replies, wire_faults: float = 0.0, late_s: float = 1.0,
-                 slow_s: float = 0.0) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+                 slow_s: float = 0.0, port: int = 0, host: str = "127.0.0.1") -> None:
+        super().__init__((host, port), _Handler)
         self.reply, self.wire_faults, self.late_s, self.slow_s = reply, wire_faults, late_s, slow_s
         self.lock = threading.Lock()
         self.asked: Counter[str] = Counter()
@@ -113,6 +115,9 @@ class ScriptedEndpoint(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: ScriptedEndpoint
     protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._send(200 if self.path == "/health" else 404, b"")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))

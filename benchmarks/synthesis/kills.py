@@ -29,8 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 sys.path.append(str(Path(__file__).parents[1]))
 from synthesis.endpoint import MODEL, ScriptedEndpoint, serving, with_model_faults
 
@@ -149,9 +147,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--generators", nargs="*", default=sorted(GENERATORS))
     args = parser.parse_args()
-    machine = f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores"
-    print(f"{args.kills} kills, {WIRE_FAULTS:.0%} of attempts misbehave, {MODEL_FAULTS:.0%} of answers are of "
-          f"no use; {THREADS} requests at a time; {machine}")
+    machine = (f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load "
+               f"{os.getloadavg()[0]:.1f} at the start), Python {platform.python_version()}")
+    print(f"{args.kills} kills, {WIRE_FAULTS:.0%} of attempts misbehave, {MODEL_FAULTS:.0%} of answers are "
+          f"of no use; {THREADS} requests at a time; {machine}")
     print(f"{'generator':<18} {'kept':>5} {'rejected':>8} {'answers':>8} {'requests':>8} {'killed':>6} "
           f"{'same':>5} {'twice':>6} {'under way':>9} {'s':>6} {'s, hurt':>7}", flush=True)
     is_sound = True

@@ -135,6 +135,13 @@ class SubmitRest:
                 _submit_run(plan, self.output, self.profile)
 
 
+def refuse_unquotable(output: Path) -> None:
+    """Raise `UserError` where a run's folder cannot stand in the executor's scripts."""
+    if found := _NOT_IN_SCRIPTS.search(str(output)):
+        raise UserError(f"--output {output}: {found[0]!r} cannot stand in the scripts of Slurm's jobs; "
+                        "choose a folder without blanks and signs of the shell")
+
+
 def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str | None,
                     partition: str | None) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
@@ -151,9 +158,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str
             plan are at work.
     """
     output = output.absolute()
-    if found := _NOT_IN_SCRIPTS.search(str(output)):
-        raise UserError(f"--output {output}: {found[0]!r} cannot stand in the scripts of Slurm's jobs; "
-                        "choose a folder without blanks and signs of the shell")
+    refuse_unquotable(output)
     profile = cluster.load(name, account=account, partition=partition)
     (output / "inputs").mkdir(parents=True, exist_ok=True)
     with only_one(output):
@@ -193,12 +198,12 @@ def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile,
         prepare(logs, [], 0)
     write_batches(reading / BATCHES, found)
     jobs = Jobs(READING, {})
-    with _cancelled_where_one_fails(jobs), _outside_jobs():
-        after = _submit(ReadInputs(output, reading), len(found), reading, profile, None, 1)
+    with cancelled_where_one_fails(jobs), outside_jobs():
+        after = submit_array(ReadInputs(output, reading), len(found), reading, profile, None, 1)
         jobs.numbers[reading.name] = after
         jobs.write(output)
         block = SubmitRest(pipeline, output, rest, profile)
-        jobs.numbers[rest.name] = _submit(block, 1, rest, profile, after, 1)
+        jobs.numbers[rest.name] = submit_array(block, 1, rest, profile, after, 1)
         jobs.write(output)
     print(f"{output}: the contents of {told(unknown)} are not known yet; submitted 2 jobs: "
           f"{jobs.numbers[reading.name]} reads them, {jobs.numbers[rest.name]} then submits the steps; the "
@@ -216,7 +221,7 @@ def _submit_run(plan: Plan, output: Path, profile: ClusterProfile) -> None:
 
 
 @contextlib.contextmanager
-def _cancelled_where_one_fails(jobs: Jobs) -> Iterator[None]:
+def cancelled_where_one_fails(jobs: Jobs) -> Iterator[None]:
     """Cancel what has been submitted where the rest cannot be."""
     try:
         yield
@@ -227,26 +232,38 @@ def _cancelled_where_one_fails(jobs: Jobs) -> Iterator[None]:
 
 def _submit_all(plan: Plan, file: Path, output: Path, profile: ClusterProfile) -> Jobs:
     jobs, after = Jobs(plan.address, {}), None
-    with _cancelled_where_one_fails(jobs), _outside_jobs():
+    with cancelled_where_one_fails(jobs), outside_jobs():
         for stage in stages(plan):
             if todo := open_tasks(plan, stage, output):
                 logs = output / "logs" / stage.name
                 prepare(logs, todo, len(todo))
                 block = TaskList(file, output, logs, stage)
-                after = _submit(block, len(todo), logs, profile, after, 1)
+                after = submit_array(block, len(todo), logs, profile, after, 1)
                 jobs.numbers[stage.name] = after
                 jobs.write(output)
         logs = output / "logs" / "finish"
         prepare(logs, [], 0)
-        jobs.numbers["finish"] = _submit(FinishRun(file, output, logs), 1, logs, profile, after,
+        jobs.numbers["finish"] = submit_array(FinishRun(file, output, logs), 1, logs, profile, after,
                                          min(profile.cpus_per_node, FINISH_CPUS))
         jobs.write(output)
     return jobs
 
 
-def _submit(block: Callable[..., None], num_tasks: int, logs: Path, profile: ClusterProfile,
+def submit_array(block: Callable[..., None], num_tasks: int, logs: Path, profile: ClusterProfile,
             after: str | None, cpus: int) -> str:
-    """Submit one array; returns its number."""
+    """Submit one array; returns its number.
+
+    Args:
+        block: what each task calls, with its number as `rank`.
+        num_tasks: tasks of the array.
+        logs: folder of its logs, with its name.
+        profile: of the cluster.
+        after: number of an array that has to end well before; None: of none.
+        cpus: cores of a task.
+
+    Raises:
+        UserError: Slurm refuses it.
+    """
     most = _max_array_size()
     per_job = math.ceil(num_tasks / most)
     memory = profile.memory_bytes // profile.cpus_per_node >> 20
@@ -320,7 +337,7 @@ def _srun_options(profile: ClusterProfile) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _outside_jobs() -> Iterator[None]:
+def outside_jobs() -> Iterator[None]:
     """Let what this process starts know of no job that it runs in itself."""
     kept, outside = dict(os.environ), environment_outside_jobs()
     os.environ.clear()

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from data_prep.synth.generator import NoReply, NoUsableReply, Reply, Role
 from data_prep.synth.replies import fault_of, read_reply
 from data_prep.synth.templates import Prompt
-from megatron_sov.endpoints.answers import BadAnswer, TooLong, Unavailable
+from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
 from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
 
 T = TypeVar("T")
@@ -53,6 +53,8 @@ class Asking:
         self._item_id, self._prompts, self._doors, self._over = item_id, prompts, doors, over
         self.asked: dict[str, None] = {}
         """Keys of all answers that were used, in the order in which they were."""
+        self.failure: Exception | None = None
+        """What kept a question from being answered; its item is not done, whatever is made of it."""
 
     def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
@@ -112,12 +114,12 @@ class Asking:
         key = door.key(payload)
         try:
             return door.ask(payload, lambda raw: read_reply(raw, key, "tools" in request))
-        except Unavailable:
-            raise
-        except TooLong as e:
+        except NeverAnswered as e:
             raise NoUsableReply(str(e)) from None
-        except (BadAnswer, TimeoutError) as e:
-            raise NoReply(str(e)) from None
+        except Exception as e:
+            is_wanting = isinstance(e, (BadAnswer, TimeoutError)) and not isinstance(e, Unavailable)
+            self.failure = NoReply(str(e)) if is_wanting else e
+            raise self.failure from None
 
 
 def _request(messages: Sequence[Mapping[str, Any]], temperature: float, top_p: float, max_tokens: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder of templates that go before the packaged ones of the same name")
     parser.add_argument("--limit", type=int, metavar="N", help="first N items alone")
     parser.add_argument("--redo", action="store_true",
-                        help="make all items again where settings, templates or models have changed; answers "
-                             "that still fit cost nothing")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes of the checks (default: this machine's cores)")
+                        help="make all items again, with other settings, templates or models, or a changed "
+                             "input; answers that still fit cost nothing")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes of the checks (default: this machine's cores); with --cluster, jobs "
+                             "that ask (default: 4)")
     _add_models(parser)
     _add_limits(parser)
+    _add_cluster(parser)
     arguments.add_arguments(parser)
 
 
@@ -81,6 +84,19 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
                         help="end with 75 before this command has taken longer, e.g. 2h or 1h30m")
 
 
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", default="", metavar="PROFILE",
+                        help="submit the run to Slurm: a cluster profile that comes with the package, or a "
+                             "YAML file of your own")
+    parser.add_argument("--account", metavar="NAME", help="Slurm account, where the profile names none")
+    parser.add_argument("--partition", metavar="NAME", help="Slurm partition, in place of the profile's")
+    parser.add_argument("--serve-vllm", type=Path, metavar="DIR",
+                        help="with --cluster: submit a vLLM server of this model beside the workers, in "
+                             "place of --engine")
+    parser.add_argument("--vllm-args", default="", metavar="WORDS",
+                        help="more arguments of `vllm serve`, in quotes")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data synth`; returns 0, or 3 where people's labels do not agree with the checks."""
     from data_prep.synth.listing import generators, settings_of_generator
@@ -89,7 +105,24 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(settings_of_generator(args.generator) if args.generator else generators())
         return 0
-    return int(run_order(order_of(args)))
+    if args.serve_vllm is not None:
+        if args.engine or not args.cluster:
+            raise UserError("--serve-vllm: stands in place of --engine, and needs --cluster")
+        args.engine = str(args.serve_vllm)
+    order = order_of(args)
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    if not args.cluster:
+        if args.account or args.partition or args.vllm_args:
+            raise UserError("--account, --partition, --vllm-args: belong to --cluster; pass it too, or leave "
+                            "them out")
+        return int(run_order(order))
+    from data_prep.synth.slurm_array import Server, submit_order
+
+    server = Server(args.serve_vllm, tuple(shlex.split(args.vllm_args))) if args.serve_vllm else None
+    submit_order(order, args.cluster, args.workers or 4, server, account=args.account,
+                 partition=args.partition)
+    return 0
 
 
 def order_of(args: argparse.Namespace) -> Order:
@@ -114,7 +147,8 @@ def order_of(args: argparse.Namespace) -> Order:
     time_s = duration_s("--max-time", args.max_time) if args.max_time else 0.0
     return Order(args.generator, args.output, writer, judge, tuple(args.input), parse_settings(args.changes),
                  args.prompts, asked, Most(args.max_tokens_total, args.max_cost, time_s), args.limit,
-                 arguments.settings_of(args), args.workers, args.redo)
+                 arguments.settings_of(args),
+                 (None if args.cluster else args.workers) or len(os.sched_getaffinity(0)), args.redo)
 
 
 def models_of(args: argparse.Namespace) -> tuple[Model, Model]:

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from data_prep.synth.asking import Asking, Door
 from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Reply, Role
 from data_prep.synth.journal import Finished, Journal
+from data_prep.synth.sample import Sample
 from data_prep.synth.stopping import Stop
 from data_prep.synth.templates import Prompt
-from megatron_sov.endpoints.answers import BadAnswer, TooLong, Unavailable
+from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
 from megatron_sov.endpoints.endpoint import Endpoint
 from megatron_sov.errors import StopRequested, UserError, told_in_a_line
 
@@ -60,7 +61,7 @@ class EndpointDoor:
             began_s = time.monotonic()
             try:
                 return self._endpoint.ask(payload, read)
-            except TooLong:
+            except NeverAnswered:
                 raise
             except (BadAnswer, TimeoutError) as e:
                 silent_s = time.monotonic() - max(began_s, self._endpoint.answered_s)
@@ -164,13 +165,18 @@ class Engine:
 
         self._stop.check()
         ask = Asking(item.id, self._prompts, self._doors, over)
+        samples: tuple[Sample, ...] = ()
+        unusable = ""
         try:
-            samples = tuple(self._generator.make(item, ask))
-        except NoUsableReply as e:
-            return Finished(number, item, (), tuple(ask.asked), str(e))
+            try:
+                samples = tuple(self._generator.make(item, ask))
+            except NoUsableReply as e:
+                unusable = str(e)
+            if ask.failure is not None:  # which the generator went on without
+                raise ask.failure
         except Unavailable as e:
             raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
-        return Finished(number, item, samples, tuple(ask.asked))
+        return Finished(number, item, samples, tuple(ask.asked), unusable)
 
 
 def _all(pool: ThreadPoolExecutor, draw: Callable[[int], Reply], numbers: list[int]) -> Iterator[Reply]:

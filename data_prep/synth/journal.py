@@ -115,6 +115,8 @@ class Done:
     """Samples that pass their own checks."""
     num_failed: int
     """Samples that do not."""
+    is_unusable: bool
+    """Whether models' answers were of no use."""
 
 
 def read_done(output: Path) -> dict[str, Done]:
@@ -131,7 +133,7 @@ def read_done(output: Path) -> dict[str, Done]:
                 passes = [all(verdict["passed"] for verdict in sample["verdicts"])
                           for sample in said["samples"]]
                 found[said["item"]["id"]] = Done(said["item"]["digest"], sum(passes),
-                                                 len(passes) - sum(passes))
+                                                 len(passes) - sum(passes), "unusable" in said)
             except (ValueError, TypeError, KeyError, RecursionError) as e:
                 raise UserError(f"{file}:{number}: is damaged ({type(e).__name__}); delete this file and run "
                                 "the same command again: answers are kept, nothing is asked twice") from None

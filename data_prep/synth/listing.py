@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from typing import Any
 
 from data_prep.synth.known import GENERATORS, generator_class
 from megatron_sov.errors import UserError
@@ -26,7 +27,8 @@ def generators() -> str:
 def settings_of_generator(name: str) -> str:
     """Return a line for each setting of a generator: name, default, and its docstring."""
     cls = generator_class(name)
-    told = _docstrings(cls.Settings)
+    told = {name: text for part in reversed(cls.Settings.__mro__) if dataclasses.is_dataclass(part)
+            for name, text in _docstrings(part).items()}
     lines = [f"{name} (version {cls.version}): {cls.help}", f"templates: {', '.join(sorted(cls.templates))}"]
     lines += [f"  {one.name} = {_default(one)!r}: {told.get(one.name, '')}"
               for one in dataclasses.fields(cls.Settings)]
@@ -37,7 +39,7 @@ def _default(one: dataclasses.Field[object]) -> object:
     return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
 
 
-def _docstrings(cls: type[object]) -> dict[str, str]:
+def _docstrings(cls: type[Any]) -> dict[str, str]:
     """Return the text under each field of a class, as its source has it."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef), f"{cls} is no class"

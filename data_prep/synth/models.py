@@ -19,6 +19,7 @@ from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
 
 BACKOFF_S = 1.0
+LOCAL_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Model:
     """Of a million tokens that it reads."""
     output_price: float = 0.0
     """Of a million tokens that it writes."""
+    known_as: str = ""
+    """What stands for it in what answers are kept by; empty: what follows from the rest."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
     """What the command line calls address and name."""
 
@@ -71,6 +74,8 @@ class Model:
     def identity(self) -> str:
         """Return what stands for the model in what answers are kept by: wherever it is served, its answers
         are its answers."""
+        if self.known_as:
+            return self.known_as
         return f"local:{identity_of(Path(self.engine))}" if self.is_local else f"endpoint:{self.model}"
 
 
@@ -108,8 +113,10 @@ def opened(writer: Model, judge: Model, asked: Asked, cache: EndpointCache, budg
             if model.is_local:
                 served = stack.enter_context(serving(Path(model.engine), list(program), stop))
                 url, name, key_env = served.url, served.model, KEY_ENV
+            # a server of this machine that answers nobody has ended, and nobody starts it again
+            patience_s = min(asked.patience_s, LOCAL_PATIENCE_S) if model.is_local else asked.patience_s
             endpoint = Endpoint(f"{url}/chat/completions", key_env,
-                                Limits(*limits, model.input_price, model.output_price, asked.patience_s),
+                                Limits(*limits, model.input_price, model.output_price, patience_s),
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep)
-            doors[model] = EndpointDoor(endpoint, name, slots, stop, asked.patience_s)
+            doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_prep.pipeline.running import only_one
+from data_prep.pipeline.slurm_jobs import refuse_living
 from data_prep.synth.budget import Budget, Most
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.engine import Engine, Tally
@@ -16,14 +17,17 @@ from data_prep.synth.generator import Generator, Item
 from data_prep.synth.journal import Done, Journal, digest_of, read_done
 from data_prep.synth.known import generator_class
 from data_prep.synth.models import Asked, Model, opened
+from data_prep.synth.shares import Share, merge_answers
 from data_prep.synth.stopping import Stop
-from data_prep.synth.templates import PROMPTS, load_prompts
+from data_prep.synth.templates import PROMPTS, Prompt, load_prompts
 from data_prep.synth.work_folder import ANSWERS, Identity, check_folder, settle
 from megatron_sov.artifacts import disk_errors
+from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems
 from megatron_sov.plugins.settings import typed_settings
+from megatron_sov.runs.parent_death import FORWARDED
 
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 
@@ -89,8 +93,15 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     return cls(made)
 
 
-def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None) -> Iterator[tuple[int, Item]]:
-    """Yield the items of a run with their numbers; one whose id came before is passed over.
+def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None,
+             passed_over: Callable[[Item], object] = lambda item: None) -> Iterator[tuple[int, Item]]:
+    """Yield the items of a run with their numbers.
+
+    Args:
+        generator: that reads them.
+        inputs: what it reads.
+        limit: first items alone; None: all.
+        passed_over: told of an item whose id came before: it is none.
 
     Raises:
         UserError: the input is not what the generator starts from, or an id cannot be one.
@@ -102,17 +113,30 @@ def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None) ->
         if not _ID.fullmatch(item.id):
             raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and :._/-; "
                             "mend the input")
-        if item.id not in seen:
+        if item.id in seen:
+            passed_over(item)
+        else:
             yield len(seen), item
             seen.add(item.id)
 
 
-def run_order(order: Order) -> ExitCode:
-    """Make what is not made, and finish the source.
+@dataclass(frozen=True)
+class Ready:
+    """An order that can be carried out."""
+
+    generator: Generator
+    """With its settings."""
+    prompts: Mapping[str, Prompt]
+    """Its templates."""
+    identity: Identity
+    """What the run is made with."""
+
+
+def ready(order: Order) -> Ready:
+    """Return what an order needs; nothing is written.
 
     Raises:
-        UserError: the user's settings, input, disk or endpoint are in the way; what is done stays.
-        StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
+        UserError: settings, templates, models or the folder are in the way; as many as can be known.
     """
     if problems := order.problems():
         raise UserError(list_problems("sov-data synth", problems))
@@ -122,23 +146,35 @@ def run_order(order: Order) -> ExitCode:
     prompts = load_prompts(generator.templates, [*([order.prompts] if order.prompts else []), PROMPTS])
     identity = Identity.of(generator, prompts, order.writer, order.judge, order.inputs)
     check_folder(order.output)
+    return Ready(generator, prompts, identity)
+
+
+def run_order(order: Order) -> ExitCode:
+    """Make what is not made, and finish the source.
+
+    Raises:
+        UserError: the user's settings, input, disk or endpoint are in the way; what is done stays.
+        StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
+    """
+    made = ready(order)
     with disk_errors(order.output):
         order.output.mkdir(parents=True, exist_ok=True)
     with only_one(order.output):
-        settle(order.output, identity, order.redo)
+        refuse_living(order.output)
+        settle(order.output, made.identity, order.redo)
+        merge_answers(order.output)
         tally = Tally()
-        todo = _open_items(generator, order, tally)
-        if todo:
-            _make(generator, order, prompts, todo, tally)
-        return _finished(order, tally)
+        if todo := open_items(made.generator, order, tally):
+            make(made, order, todo, tally)
+        return finished(order, tally)
 
 
-def _open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
+def open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
     """Return the ids of items that are not done, having read all of the input: it is sound, or nothing is
     paid."""
     done = read_done(order.output)
-    todo, changed, num_items = set(), [], 0
-    for _, item in items_of(generator, order.inputs, order.limit):
+    todo, changed, twice, num_items = set(), [], list[Item](), 0
+    for _, item in items_of(generator, order.inputs, order.limit, twice.append):
         num_items += 1
         known = done.get(item.id)
         if known is None:
@@ -152,8 +188,11 @@ def _open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
                         f"{order.generator} to start from; name another one")
     if changed:
         raise UserError(f"--input: {len(changed)} items are not what they were when they were made, such as "
-                        f"{changed[0]}; name another output folder, or take {order.output / 'candidates'} "
-                        "away: answers that still fit cost nothing")
+                        f"{changed[0]}; name another output folder, or pass --redo: answers that still "
+                        "fit cost nothing")
+    if twice:
+        print(f"{len(twice):,} items have the id of an earlier one and are passed over, such as "
+              f"{visible(twice[0].id)} of {visible(twice[0].source)}", flush=True)
     print(f"{order.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
           f"{order.writer.name}", flush=True)
     return todo
@@ -163,38 +202,53 @@ def _count(tally: Tally, known: Done) -> None:
     tally.num_items += 1
     tally.num_passed += known.num_passed
     tally.num_failed += known.num_failed
+    tally.num_unusable += known.is_unusable
 
 
-def _make(generator: Generator, order: Order, prompts: Mapping[str, Any], todo: set[str],
-          tally: Tally) -> None:
-    """Make items that are not done."""
+def make(made: Ready, order: Order, todo: set[str], tally: Tally, share: Share | None = None) -> None:
+    """Make items that are not done.
+
+    Args:
+        made: the order's.
+        order: what was asked for.
+        todo: ids of the items.
+        tally: is counted up.
+        share: of one of several workers; None: this process is the only one.
+    """
     stop = Stop()
-    stop.on_signals()
-    cache = EndpointCache(order.output / ANSWERS)
+    stop.on_signals(share.signals if share else FORWARDED)
+    cache = EndpointCache(order.output / (share.answers if share else ANSWERS),
+                          [order.output / ANSWERS] if share else [])
     budget = Budget(order.most, cache.usage(), stop)
     total = tally.num_items + len(todo)
 
     def told() -> None:
         usage = cache.usage()
         spent = f", cost {usage.cost:.4f}" if usage.cost else ""
+        useless = (f"; the answers about {tally.num_unusable:,} items were of no use" if tally.num_unusable
+                   else "")
         print(f"{order.generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples pass "
               f"their own checks, {tally.num_failed:,} do not; {usage.input_tokens + usage.output_tokens:,} "
-              f"tokens{spent}", flush=True)
+              f"tokens{spent}{useless}", flush=True)
 
     try:
         with opened(order.writer, order.judge, order.asked, cache, budget, stop) as doors:
-            engine = Engine(generator, prompts, doors, order.asked.threads, stop)
-            items = ((number, item) for number, item in items_of(generator, order.inputs, order.limit)
+            engine = Engine(made.generator, made.prompts, doors, order.asked.threads, stop)
+            items = ((number, item) for number, item in items_of(made.generator, order.inputs, order.limit)
                      if item.id in todo)
-            engine.run(items, Journal(order.output), tally, told)
+            engine.run(items, Journal(order.output, share.prefix if share else ""), tally, told)
     finally:
         told()
         cache.close()
         stop.off_signals()
 
 
-def _finished(order: Order, tally: Tally) -> ExitCode:
-    """Make the source of what is there; says what is missing."""
+def finished(order: Order, tally: Tally) -> ExitCode:
+    """Make the source of what is there; says what is missing.
+
+    Raises:
+        StopRequested: items got no answer.
+    """
     from data_prep.synth.finishing import finish
 
     code = finish(order.output, order.checks, order.workers,
@@ -203,7 +257,12 @@ def _finished(order: Order, tally: Tally) -> ExitCode:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
               f"not there: {'; '.join(tally.defects[:3])}", flush=True)
         return ExitCode.CRASH
+    refuse_unanswered(tally)
+    return code
+
+
+def refuse_unanswered(tally: Tally) -> None:
+    """Raise `StopRequested` where items got no answer."""
     if tally.num_unanswered:
         raise StopRequested(f"{tally.num_unanswered:,} items got no answer, the last: {tally.why}; the same "
                             "command tries them again")
-    return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 
 from megatron_sov.errors import StopRequested
@@ -21,9 +22,9 @@ class Stop:
     def __bool__(self) -> bool:
         return self._event.is_set()
 
-    def on_signals(self) -> None:
+    def on_signals(self, numbers: Sequence[signal.Signals] = FORWARDED) -> None:
         """Stop at the signals that ask for it; the same one again ends the process as it would by itself."""
-        for number in FORWARDED:
+        for number in numbers:
             signal.signal(number, self._note)
 
     def off_signals(self) -> None:

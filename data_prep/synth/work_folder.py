@@ -28,21 +28,37 @@ class Identity:
     """What stands in `run.json`."""
 
     generator: str
+    """Its name."""
     version: int
+    """Of the generator."""
     kind: str
+    """Form of its records."""
     settings: Mapping[str, Any]
+    """Of the generator, defaults filled in."""
     model: str
+    """Of the writer, as its endpoint calls it."""
     engine: str
+    """Its address, or its folder."""
     identity: str
+    """What stands for it in what answers are kept by."""
     judge: str
+    """As `model`, of the judge."""
     judge_engine: str
+    """As `engine`."""
     judge_identity: str
+    """As `identity`."""
     templates: Mapping[str, int]
+    """Name -> version."""
     template_digests: Mapping[str, str]
+    """Name -> hash of its text."""
     files: Mapping[str, str]
+    """File beside the input -> hash."""
     inputs: tuple[str, ...]
+    """As they were given."""
     input_price: float
+    """Of a million tokens that the writer reads."""
     output_price: float
+    """Of a million tokens that it writes."""
 
     @staticmethod
     def of(generator: Generator, prompts: Mapping[str, Prompt], writer: Model, judge: Model,
@@ -100,6 +116,11 @@ def read_before(output: Path) -> dict[str, Any] | None:
 def settle(output: Path, identity: Identity, redo: bool) -> None:
     """Take the folder for this command.
 
+    Args:
+        output: the folder.
+        identity: what the command makes items with.
+        redo: whether items that are done are made again; their answers stay.
+
     Raises:
         UserError: its items were made with something else, and `redo` is not asked for.
     """
@@ -111,7 +132,7 @@ def settle(output: Path, identity: Identity, redo: bool) -> None:
             "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
             "nothing"))
     with disk_errors(output):
-        if changed:
+        if redo:
             for part in (output / CANDIDATES).glob(PARTS):
                 part.unlink()
         atomic_write(output / RUN, to_json(asdict(identity)))

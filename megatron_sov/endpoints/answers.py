@@ -7,8 +7,11 @@ from typing import Any
 
 MAX_WAIT_S = 60.0
 """Between two attempts, whatever the endpoint asks for."""
-TOO_LONG = ("context_length_exceeded", "maximum context length", "max_model_len", "longer than the model")
-"""What a refusal of a request holds that no model of this context can answer."""
+NEVER = {
+    "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len"),
+    "against the endpoint's policy": ("content_filter", "content_policy_violation"),
+}
+"""Why a request is refused for good -> words of such a refusal."""
 
 
 class BadAnswer(Exception):
@@ -25,8 +28,8 @@ class Unavailable(BadAnswer):
     """An endpoint has been away, or full, for longer than one is willing to wait."""
 
 
-class TooLong(BadAnswer):
-    """An endpoint refuses a request that is longer than its model's context: no other attempt is answered."""
+class NeverAnswered(BadAnswer):
+    """An endpoint refuses this very request, as too long or against its policy: no attempt is answered."""
 
 
 def decoded(body: bytes) -> Any:
@@ -38,10 +41,10 @@ def decoded(body: bytes) -> Any:
         raise BadAnswer(f"the endpoint sent {looks}") from None
 
 
-def is_too_long(body: bytes) -> bool:
-    """Return whether the body of a refusal says that the request is longer than the model's context."""
+def why_never(body: bytes) -> str:
+    """Return why the body of a refusal says that its request will never be answered; empty: it does not."""
     text = body[:10_000].decode("utf-8", "replace")
-    return any(words in text for words in TOO_LONG)
+    return next((why for why, words in NEVER.items() if any(word in text for word in words)), "")
 
 
 def seconds(text: str | None) -> float:

@@ -8,7 +8,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,
                                      output_tokens INTEGER, cost REAL, wall_s REAL DEFAULT 0);
 """
+_COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
 _LATER = "ALTER TABLE requests ADD COLUMN wall_s REAL DEFAULT 0"
 """What files of earlier versions lack."""
 
@@ -41,10 +42,12 @@ class EndpointCache:
 
     Args:
         path: the file; made where it is missing.
+        others: files that are read as well, and written by nobody meanwhile.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
         self._path, self._lock = path, threading.Lock()
+        self._others = [EndpointCache(other) for other in others if other.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
@@ -65,7 +68,9 @@ class EndpointCache:
     def get(self, key: str) -> Any | None:
         """Return a kept answer; None where there is none."""
         found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
-        return json.loads(found[0][0]) if found else None
+        if found:
+            return json.loads(found[0][0])
+        return next((answer for other in self._others if (answer := other.get(key)) is not None), None)
 
     def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:
         """Note a request, whatever came back, and keep its answer where it is one; both or none.
@@ -103,8 +108,26 @@ class EndpointCache:
         return int(self._do("SELECT count(*) FROM requests", ())[0][0])
 
     def close(self) -> None:
-        """Close the file."""
-        self._connection.close()
+        """Close the files."""
+        for cache in (self, *self._others):
+            cache._connection.close()
+
+    def take_over(self, other: Path) -> None:
+        """Move all that another file holds into this one, in one step, and remove the file."""
+        with self._told(), self._lock:
+            EndpointCache(other).close()  # brings it to this version's form
+            self._connection.execute("ATTACH ? AS other", (str(other),))
+            try:
+                with self._connection:
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    self._connection.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
+                    self._connection.execute(f"INSERT INTO requests ({_COLUMNS}) SELECT {_COLUMNS} "
+                                             "FROM other.requests")
+                    for table in ("answers", "requests"):
+                        self._connection.execute(f"DELETE FROM other.{table}")
+            finally:
+                self._connection.execute("DETACH other")
+        other.unlink()
 
     def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
         with self._told(), self._lock:

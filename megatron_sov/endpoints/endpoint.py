@@ -14,12 +14,12 @@ from typing import Any, Protocol, TypeVar
 from megatron_sov.endpoints.answers import (
     MAX_WAIT_S,
     BadAnswer,
-    TooLong,
+    NeverAnswered,
     Unavailable,
     decoded,
-    is_too_long,
     seconds,
     told_tokens,
+    why_never,
 )
 from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.endpoints.transport import Transport
@@ -119,7 +119,7 @@ class Endpoint:
 
         Raises:
             TimeoutError: the last attempt took too long.
-            BadAnswer: there was no usable answer; `TooLong`: there will be none; `Unavailable`: the
+            BadAnswer: there was no usable answer; `NeverAnswered`: there will be none; `Unavailable`: the
                 endpoint's patience has ended.
             Exception: what `read` raises besides, now or of a kept answer.
             UserError: no request can succeed, or the money is spent.
@@ -154,7 +154,7 @@ class Endpoint:
             self._wait_for_turn()
             try:
                 answer = self._attempt(payload, key, read)
-            except TooLong:
+            except NeverAnswered:
                 raise
             except (TimeoutError, BadAnswer) as e:
                 is_away = getattr(e, "is_away", False)
@@ -224,16 +224,16 @@ class Endpoint:
                             f"model and the key in {self._key_env}, and run the same command again")
         if status in RETRIED:
             raise BadAnswer(f"the endpoint answered HTTP {status}", seconds(retry_after), status in AWAY)
-        if status in REFUSED and is_too_long(body):
-            raise TooLong(f"the request is longer than the model's context (HTTP {status})")
+        if status in REFUSED and (why := why_never(body)):
+            raise NeverAnswered(f"the request is {why} (HTTP {status})")
         if status != 200:
             raise BadAnswer(f"the endpoint answered HTTP {status}")
 
     def _most(self, payload: Mapping[str, Any]) -> Usage:
-        """Return the most that a request can be billed: no token is shorter than a byte, and JSON has six for
-        a character that is not ASCII."""
+        """Return the most that a request can be billed: no token is shorter than a byte."""
         wrote = payload.get("max_completion_tokens") or payload.get("max_tokens") or 0
-        return self._usage(len(json.dumps(payload)), wrote if isinstance(wrote, int) else 0)
+        read = len(json.dumps(payload, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        return self._usage(read, wrote if isinstance(wrote, int) else 0)
 
     def _billed(self, answer: Any, most: Usage) -> Usage:
         """Return what an answer was billed for; the most that it can be where it does not say."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_sov.endpoints.answers import BadAnswer
 
@@ -49,6 +50,7 @@ class Transport:
     def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
         self._base, _, self._path = url.rpartition("/")
         self._is_secure = url.startswith("https:")
+        self._is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._key_env, self._timeout_s = key_env, timeout_s
         self._lock = threading.Lock()
         self._client: Any = None
@@ -91,6 +93,8 @@ class Transport:
                 http = httpx.Client(timeout=self._timeout_s, limits=httpx.Limits(max_connections=None),
                                     # reading all certificates takes long, and plain HTTP has none
                                     verify=self._is_secure,
+                                    # a proxy of the environment knows this machine as itself
+                                    trust_env=not self._is_here,
                                     event_hooks={"request": [self._begin], "response": [_bound]})
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
                                              timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]

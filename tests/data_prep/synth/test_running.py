@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +25,9 @@ from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 
 from data_prep.cli import main
 from data_prep.synth import finishing, models
+from data_prep.synth.generator import Ask, Item
 from data_prep.synth.known import GENERATORS
+from data_prep.synth.sample import Sample
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
 
@@ -101,13 +107,14 @@ def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint
 
 
 def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new(
-        run: Run, endpoint: ScriptedEndpoint) -> None:
+        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
     before, kept = len(endpoint.requests), run.kept()
     assert run(endpoint) == 0
     assert (len(endpoint.requests), run.kept()) == (before, kept)
-    run.write([{"id": f"i{n}", "text": f"line {n}"} for n in range(4)])
+    run.write([{"id": f"i{n}", "text": f"line {n}"} for n in (0, 1, 2, 3, 3)])
     assert run(endpoint) == 0
+    assert "1 items have the id of an earlier one and are passed over, such as i3" in capsys.readouterr().out
     assert (len(endpoint.requests), len(run.kept())) == (before + 4, len(kept) + 2)
 
 
@@ -132,6 +139,8 @@ def test_an_item_that_is_another_one_than_before_is_refused(run: Run, endpoint: 
     run.write([{"id": "i0", "text": "another line"}])
     assert run(endpoint) == 2
     assert "1 items are not what they were" in capsys.readouterr().err
+    assert run(endpoint, "--redo") == 0
+    assert len(run.kept()) == 2
 
 
 @pytest.mark.parametrize("fault", ["garbage", "cut", "429", "503", "html", "wrong json", "reset", "timeout"])
@@ -146,9 +155,11 @@ def test_whatever_comes_in_place_of_an_answer_the_same_is_kept(fault: str, tmp_p
     assert hurt.kept() == clean.kept()
 
 
-def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run) -> None:
+def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsys: pytest.CaptureFixture[str]
+                                                                 ) -> None:
     with serving(ScriptedEndpoint(with_model_faults(echoes.reply, 1.0))) as server:
         assert run(server) == 0
+        assert "; the answers about 3 items were of no use" in capsys.readouterr().out
         assert {line.get("unusable", "")[:29] for line in run.candidates()} <= {
             "3 answers were of no use, the", "the judge gave no score in 3 ", ""}
         num_asked = len(server.requests)
@@ -224,6 +235,16 @@ def test_an_error_of_the_program_takes_one_item_and_not_the_run(run: Run, endpoi
     assert [line["item"]["id"] for line in run.candidates()] == ["a", "c"]
 
 
+def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synth", "--list"]) == 0
+    assert "echoes               repeat lines" in capsys.readouterr().out
+    assert main(["synth", "echoes", "--list"]) == 0
+    told = capsys.readouterr().out
+    assert "echoes (version 1): repeat lines" in told and "  tone = 'plain': Of the repetition." in told
+    assert main(["synth", "echo", "--list"]) == 2
+    assert "echo: is no generator; did you mean 'echoes'?" in capsys.readouterr().err
+
+
 BAD = {
     "no engine": (["--engine", ""], "--engine is needed"),
     "no address": (["--engine", "ftp://x"], "must be an address such as"),
@@ -240,6 +261,25 @@ BAD = {
 }
 
 
+def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(
+        run: Run, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(self: object, item: Item, ask: Ask) -> Iterator[Sample]:
+        with contextlib.suppress(Exception):
+            ask("echoes/write", document="x", tone="y")
+        yield Sample({"text": "made of nothing"})
+
+    run.write([{"id": "a", "text": "line a"}])
+    monkeypatch.setattr(echoes_as_loaded().Echoes, "make", careless)
+    endpoint.next = ["400"] * 5
+    assert run(endpoint) == 75
+    assert run.candidates() == []
+
+
+def echoes_as_loaded() -> ModuleType:
+    """Return the module that the generator is loaded from."""
+    return importlib.import_module(echoes.REFERENCE.partition(":")[0])
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_command_lines_get_a_sentence_and_make_nothing(name: str, run: Run, endpoint: ScriptedEndpoint,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,19 +290,18 @@ def test_bad_command_lines_get_a_sentence_and_make_nothing(name: str, run: Run, 
     assert not run.output.exists() and not endpoint.requests
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_ended_from_outside_goes_on_and_pays_nothing_twice(
-        number: signal.Signals, tmp_path: Path, endpoint: ScriptedEndpoint) -> None:
-    run, undisturbed = Run(tmp_path / "ended", 12), Run(tmp_path / "undisturbed", 12)
+def test_a_run_that_is_killed_goes_on_and_pays_nothing_twice(tmp_path: Path, endpoint: ScriptedEndpoint
+                                                             ) -> None:
+    run, undisturbed = Run(tmp_path / "killed", 12), Run(tmp_path / "undisturbed", 12)
     endpoint.slow_s = 0.05
     command = [sys.executable, echoes.__file__, *run.words(endpoint.url)]
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=here)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     while len(endpoint.requests) < 9:
         time.sleep(0.01)
         assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait(20) == (75 if number == signal.SIGTERM else -number)
+    process.kill()
+    process.wait()
     kept = EndpointCache(run.output / "answers.sqlite")
     known = {key for key in endpoint.answered if kept.get(key) is not None}
     asked = {key: endpoint.asked[key] for key in known}
@@ -270,6 +309,26 @@ def test_a_run_that_is_ended_from_outside_goes_on_and_pays_nothing_twice(
     assert run(endpoint) == 0
     assert {key: endpoint.asked[key] for key in known} == asked, "paid once"
     assert undisturbed(endpoint) == 0
-    assert sorted(run.kept()) == sorted(undisturbed.kept())
-    if number == signal.SIGTERM:
-        assert max(endpoint.asked.values()) == 2, "what was under way was waited for, and kept"
+    assert run.kept() == undisturbed.kept()
+
+
+def test_a_run_that_is_asked_to_stop_waits_for_what_is_under_way(tmp_path: Path, endpoint: ScriptedEndpoint,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, 12)
+    endpoint.slow_s = 0.05
+
+    def ask() -> None:
+        while len(endpoint.requests) < 9:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert run(endpoint) == 75
+    asking.join()
+    assert "SIGTERM came; the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert EndpointCache(run.output / "answers.sqlite").keys() == set(endpoint.answered)
+    assert run(endpoint) == 0
+    assert max(endpoint.asked.values()) == 1, "what was under way was kept"
+    assert len(run.kept()) == 24

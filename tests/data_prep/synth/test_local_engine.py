@@ -1,0 +1,86 @@
+"""A folder as the engine: its server is a child with a key of its own, and ends with the run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.synth.local_engine import KEY_ENV, identity_of, serving
+from data_prep.synth.stopping import Stop
+from megatron_sov.errors import StopRequested, UserError
+
+SERVER = """import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert words["--parent-pid"] == str(os.getppid()) and words["--name"] == "my-model"
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        key = os.environ[words["--api-key-env"]]
+        self.send_response(200 if self.headers["authorization"] == "Bearer " + key else 401)
+        self.end_headers()
+server = HTTPServer(("127.0.0.1", int(words["--port"])), Handler)
+with open(words["--address-file"] + ".tmp", "w") as f:
+    json.dump({"url": f"http://127.0.0.1:{server.server_port}/v1", "model": words["--name"]}, f)
+os.replace(words["--address-file"] + ".tmp", words["--address-file"])
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def program(folder: Path, text: str) -> list[str]:
+    (folder / "serve.py").write_text(text)
+    return [sys.executable, str(folder / "serve.py")]
+
+
+def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tmp_path: Path) -> None:
+    with serving(model, program(tmp_path, SERVER), Stop()) as served:
+        assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
+        (child,) = psutil.Process().children()
+        assert os.environ[KEY_ENV] not in " ".join(child.cmdline()), "which all users see"
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(served.url)
+        asked = urllib.request.Request(served.url, headers={"Authorization": f"Bearer {os.environ[KEY_ENV]}"})
+        urllib.request.urlopen(asked).close()
+    assert not child.is_running()
+
+
+def test_a_server_that_does_not_start_says_why(model: Path, tmp_path: Path) -> None:
+    words = program(tmp_path, "import sys; print('loading'); sys.exit('error: config.json: is no model')")
+    with pytest.raises(UserError, match=r"did not start: config\.json: is no model"), \
+            serving(model, words, Stop()):
+        pass
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Path, tmp_path: Path) -> None:
+    stop = Stop()
+    threading.Timer(0.3, stop.ask, ["enough"]).start()
+    began_s = time.monotonic()
+    with pytest.raises(StopRequested, match="enough"), \
+            serving(model, program(tmp_path, "import time; time.sleep(60)"), stop):
+        pass
+    assert time.monotonic() - began_s < 10 and not psutil.Process().children()
+
+
+def test_a_model_is_known_by_its_files_wherever_they_lie(model: Path, tmp_path: Path) -> None:
+    before = identity_of(model)
+    model.rename(tmp_path / "moved")
+    assert identity_of(tmp_path / "moved") == before
+    (tmp_path / "moved" / "weights").write_bytes(b"x")
+    assert identity_of(tmp_path / "moved") != before
+    with pytest.raises(UserError, match="is neither an address"):
+        identity_of(tmp_path / "nowhere")

@@ -1,0 +1,206 @@
+"""A run as Slurm's jobs, with programs that only take note; the server's script runs with a double of vLLM.
+Nothing here has seen vLLM itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+import echoes
+from synthesis.endpoint import ScriptedEndpoint, serving
+
+from data_prep.cli import main
+from data_prep.pipeline.slurm_jobs import Jobs
+from data_prep.synth import finishing, slurm_array
+from data_prep.synth.checks.settings import CheckSettings
+from data_prep.synth.known import GENERATORS
+from data_prep.synth.models import Model
+from data_prep.synth.running import Order, ready
+from data_prep.synth.shares import Share, merge_answers
+from data_prep.synth.slurm_array import ADDRESS, ARRAY, Last, Server, Worker, make_share, server_script
+from data_prep.synth.work_folder import settle
+from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.errors import ExitCode
+
+PROFILE = """description: noted, not run
+partition: gpu
+account: lab
+cpus_per_node: 8
+gpus_per_node: 4
+memory: 16G
+"""
+SBATCH = """#!/bin/bash
+[ "$1" = --test-only ] && exit 0
+n=$(ls "$NOTED_JOBS" | wc -l)
+{ echo "$@"; echo "key ${#VLLM_API_KEY}"; cat "${@: -1}"; } > "$NOTED_JOBS/$(printf %02d "$n")"
+case "$1" in --parsable) echo "$((100 + n))" ;; *) echo "Submitted batch job $((100 + n))" ;; esac
+"""
+VLLM = f"""#!{sys.executable}
+import os, sys
+sys.path[:0] = {sys.path!r}
+sys.path.append({str(Path(__file__).parents[3] / "benchmarks")!r})
+from http.server import BaseHTTPRequestHandler, HTTPServer
+assert sys.argv[1] == "serve" and "--api-key" not in sys.argv and os.environ["VLLM_API_KEY"]
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+HTTPServer(("", int(sys.argv[sys.argv.index("--port") + 1])), Health).serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GENERATORS, echoes.NAME, echoes.REFERENCE)
+    monkeypatch.setattr(finishing, "finish", lambda *args, **more: ExitCode.OK)  # test_finishing.py has it
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of programs that come first; what sbatch is given lies in `noted`."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    (tmp_path / "noted").mkdir()
+    for name, text in (("sbatch", SBATCH), ("sinfo", "#!/bin/bash\necho gpu\n"), ("vllm", VLLM),
+                       ("scontrol", "#!/bin/bash\necho 'MaxArraySize = 1001'\n"),
+                       ("squeue", "#!/bin/bash\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("NOTED_JOBS", str(tmp_path / "noted"))
+    return folder
+
+
+def order_at(folder: Path, engine: str, num_lines: int = 5) -> Order:
+    """Return an order over lines."""
+    (folder / "lines.jsonl").write_text("".join(
+        json.dumps({"id": f"i{n}", "text": f"line {n}"}) + "\n" for n in range(num_lines)))
+    model = Model(engine, "scripted")
+    return Order(echoes.NAME, folder / "out", model, model, (folder / "lines.jsonl",),
+                 prompts=echoes.write_prompts(folder / "prompts"), checks=CheckSettings())
+
+
+def settled(order: Order) -> Order:
+    order.output.mkdir()
+    settle(order.output, ready(order).identity, redo=False)
+    return order
+
+
+def test_workers_share_the_items_and_what_they_paid_for_comes_together(tmp_path: Path) -> None:
+    with serving(ScriptedEndpoint(echoes.reply)) as server:
+        order = settled(order_at(tmp_path, server.url))
+        make_share(order, Share(0, 2))
+        make_share(order, Share(1, 2))
+        parts = {file.name: [json.loads(line)["number"] for line in file.read_bytes().splitlines()]
+                 for file in sorted((order.output / "candidates").iterdir())}
+        assert parts == {"part-w0000-000000.jsonl": [0, 2, 4], "part-w0001-000000.jsonl": [1, 3]}
+        assert len(list(order.output.glob("answers-*.sqlite"))) == 2
+        merge_answers(order.output)
+        assert list(order.output.glob("answers*.sqlite")) == [order.output / "answers.sqlite"]
+        cache = EndpointCache(order.output / "answers.sqlite")
+        assert (cache.keys(), cache.num_requests()) == (set(server.answered), server.asked.total())
+        cache.close()
+        for part in (order.output / "candidates").iterdir():
+            part.unlink()
+        num_asked = server.asked.total()
+        make_share(order, Share(2, 3))
+        assert server.asked.total() == num_asked, "another number of workers finds what was paid for"
+        Last(order, tmp_path)(None)
+
+
+def test_what_is_submitted(tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = order_at(tmp_path, "")
+    (tmp_path / "cluster.yaml").write_text(PROFILE)
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").write_text("{}")
+    words = ["synth", echoes.NAME, "--input", str(order.inputs[0]), "--output", str(order.output),
+             "--prompts", str(order.prompts), "--serve-vllm", str(tmp_path / "my-model"), "--vllm-args",
+             "--tensor-parallel-size 4", "--cluster", str(tmp_path / "cluster.yaml"), "--workers", "3"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    server, ask, finish = (file.read_text() for file in sorted((tmp_path / "noted").iterdir()))
+    assert f"vllm serve {tmp_path}/my-model --host 0.0.0.0 --served-model-name my-model" in server
+    assert "--tensor-parallel-size 4 --port" in server and "#SBATCH --gpus-per-node=4\n" in server
+    assert "#SBATCH --array=0-2\n" in ask and "gpus" not in ask
+    assert "--dependency=afterok:101" in finish.split("\n")[0]
+    keys = {script.split("\n")[1] for script in (server, ask, finish)}
+    assert len(keys) == 1 and int(keys.pop().split()[1]) > 40, "one key, by the environment alone"
+    assert Jobs.read(order.output).numbers == {"server": "100", "ask": "101", "finish": "102"}
+    assert (order.output / ARRAY).read_text() == "101" and "submitted server 100, ask 101" in told
+    (programs / "squeue").write_text("#!/bin/bash\necho '101 RUNNING'\n")
+    assert main(words) == 0
+    assert "jobs 101 are at work; 0 items are done" in capsys.readouterr().out
+    here = [*words[:words.index("--serve-vllm")], "--engine", "http://h/v1", "--model", "m"]
+    assert main(here) == 2
+    assert "work in this folder" in capsys.readouterr().err
+
+
+BAD = {
+    "a folder": (["--engine", "{tmp}", "--cluster", "{tmp}/cluster.yaml"], "is served by --serve-vllm"),
+    "both": (["--engine", "http://h/v1", "--serve-vllm", "x", "--cluster", "c"],
+             "stands in place of --engine"),
+    "no cluster": (["--serve-vllm", "x"], "needs --cluster"),
+    "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "belong to --cluster"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_go_together_is_told(name: str, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    order = order_at(tmp_path, "")
+    (tmp_path / "cluster.yaml").write_text(PROFILE)
+    more, sentence = BAD[name]
+    assert main(["synth", echoes.NAME, "--input", str(order.inputs[0]), "--output", str(order.output),
+                 *(word.format(tmp=tmp_path) for word in more)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_servers_script_tells_where_it_answers_and_ends_with_the_array(
+        tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = order_at(tmp_path, str(tmp_path / "programs"))
+    (order.output / "slurm").mkdir(parents=True)
+    text = server_script(Server(tmp_path / "programs"), order, ClusterProfile("d"))
+    (tmp_path / "server.sh").write_text(text.replace("sleep 10", "sleep 0.1"))
+    (programs / "squeue").write_text("#!/bin/bash\necho 7\n")
+    (order.output / ARRAY).write_text("7")
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    process = subprocess.Popen(["bash", str(tmp_path / "server.sh")], stderr=subprocess.PIPE)
+    try:
+        while not (order.output / ADDRESS).exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.05)
+        said = json.loads((order.output / ADDRESS).read_text())
+        assert said["model"] == "scripted"
+        (order.output / ADDRESS).write_text(json.dumps(said | {"url": said["url"].replace(
+            said["url"].split("/")[2].split(":")[0], "127.0.0.1")}))
+        monkeypatch.setattr(slurm_array, "LOOK_S", 0.05)
+        found = slurm_array.served(order)
+        assert found.writer.engine.startswith("http://127.0.0.1:") and found.writer.key_env == "VLLM_API_KEY"
+        assert found.writer.identity() == order.writer.identity(), "wherever it is, it is the model"
+        (programs / "squeue").write_text("#!/bin/bash\n")
+        assert process.wait(10) == 0
+        assert not (order.output / ADDRESS).exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_worker_asks_the_server_beside_it(tmp_path: Path) -> None:
+    with serving(ScriptedEndpoint(echoes.reply)) as server:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+        order = settled(order_at(tmp_path, str(tmp_path / "model")))
+        (order.output / "slurm").mkdir()
+        (order.output / ADDRESS).write_text(json.dumps({"url": server.url, "model": "scripted"}))
+        Worker(replace(order, limit=1), tmp_path / "logs", 1, has_server=True)(None)
+        assert len(server.requests) == 4

@@ -1,0 +1,144 @@
+"""What an endpoint may do to a client: packed, endless, dripping answers; two threads with one question."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from synthesis.endpoint import ScriptedEndpoint, serving
+
+from megatron_sov.endpoints import transport
+from megatron_sov.endpoints.answers import BadAnswer, Unavailable
+from megatron_sov.endpoints.cache import EndpointCache, Usage
+from megatron_sov.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.endpoints.transport import Transport
+
+LIMITS = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """Answers with what its server has as `way`."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        way = self.server.way  # type: ignore[attr-defined]
+        self.send_response(500 if way.endswith("500") else 200)
+        if way == "packed":
+            body = gzip.compress(b" " * 50_000_000)
+            self.send_header("content-encoding", "gzip")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b" " * (1 if way.startswith("dripping") else 1 << 16))
+                self.wfile.flush()
+                time.sleep(0.05 if way.startswith("dripping") else 0)
+        except OSError:
+            pass  # the client has gone
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hostile() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("way", "sentence"), [
+    ("packed", "packed answer, which was not asked for"), ("endless", "sent more than 1 MiB"),
+    ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
+    ("dripping 500", "longer than 0.3 s")])
+def test_no_answer_takes_more_than_it_may(way: str, sentence: str, hostile: ThreadingHTTPServer,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
+    hostile.way = way  # type: ignore[attr-defined]
+    began_s = time.monotonic()
+    asked = Transport(f"http://127.0.0.1:{hostile.server_port}/v1/chat/completions", "",
+                      0.3 if "dripping" in way else 5.0)
+    with pytest.raises((BadAnswer, TimeoutError), match=sentence):
+        asked.post({})
+    assert time.monotonic() - began_s < 4
+
+
+def test_two_threads_with_one_question_pay_for_one_answer(tmp_path: Path) -> None:
+    with serving(ScriptedEndpoint(lambda request: "yes", slow_s=0.1)) as server:
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a"))
+        found: list[str] = []
+        threads = [threading.Thread(target=lambda: found.append(
+            endpoint.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (found, len(server.requests)) == (["yes"] * 4, 1)
+
+
+def test_this_machine_is_asked_without_the_proxy_of_others(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a")).ask(
+            ASKED, lambda raw: None)
+        assert len(server.requests) == 1
+
+
+def test_an_answer_that_tells_no_usage_counts_as_the_most_it_can_be(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
+        endpoint.ask(ASKED, lambda raw: None)
+        assert cache.usage() == Usage(10, 9, pytest.approx(28e-6))
+        endpoint._billed({"choices": []}, Usage(100, 8, 1.0))
+        assert endpoint._billed({"usage": {"prompt_tokens": -1}}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
+
+
+def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp_path: Path) -> None:
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        patient = Limits(5.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=30.0)
+        server.next = ["429"] * 6
+        ask = Endpoint(f"{server.url}/chat/completions", "", patient, EndpointCache(tmp_path / "a"))
+        assert ask.ask(ASKED, lambda raw: "read") == "read"
+        server.next = ["503"] * 1000
+        short = Limits(5.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
+        away = Endpoint(f"{server.url}/chat/completions", "", short, EndpointCache(tmp_path / "b"))
+        with pytest.raises(Unavailable, match="HTTP 503, for"):
+            away.ask(ASKED, lambda raw: "read")
+
+
+def test_a_name_may_stand_for_the_address_in_what_answers_are_kept_by(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, known_as="m").ask(ASKED, lambda raw: 1)
+    moved = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m")
+    assert moved.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
+
+
+def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "a")
+    old.executescript("CREATE TABLE answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);"
+                      "CREATE TABLE requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,"
+                      " output_tokens INTEGER, cost REAL);"
+                      "INSERT INTO requests VALUES (1, 'k', '200', 1, 2, 3);")
+    old.close()
+    cache = EndpointCache(tmp_path / "a")
+    cache.note("new", "200", Usage(1, 1, 1.0), 0.5, {"a": json.loads("1")})
+    assert (cache.usage(), cache.keys()) == (Usage(2, 3, 4.0), {"new"})
