@@ -185,7 +185,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said:
 
 def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     with new_artifact("sets", "probing_sets") as artifact:
-        (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}) + "\n")
+        (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}))
         artifact.content = {"domains": {"statistics": 1}}
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0
     assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
