@@ -22,12 +22,12 @@ def generator(name: str, **settings: Any) -> Any:
     return kind(made)
 
 
-def wrongly_judged(name: str, *left_out: str) -> list[str]:
+def wrongly_judged(name: str, *left_out: str, **settings: Any) -> list[str]:
     """Return the sorts of an actor's cases, one case of each but those left out, whose samples are kept and
     should not be, or are not and should."""
     actor = importlib.import_module(f"synthesis.actors.{name}")
     found, seen = [], set(left_out)
-    made = generator(name, **actor.SETTINGS)
+    made = generator(name, **{**actor.SETTINGS, **settings})
     for case in actor.cases():
         if case.what in seen:
             continue
@@ -35,5 +35,5 @@ def wrongly_judged(name: str, *left_out: str) -> list[str]:
         is_kept = any(not sample.reason for sample in samples_of(made, case.item, case.replies))
         if is_kept != case.good:
             found.append(case.what)
-    assert len(seen) > len(left_out) + 8
+    assert len(seen) > len(left_out) + 5
     return found

@@ -18,6 +18,7 @@ from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import Task, assertions, defines, parsed, reaches_out, read_task
 from data_prep.synth.generators.code_runs import agreement, fails, killed, passed, telling
 from megatron_sov.rewards.code import Code
+from megatron_sov.rewards.reward import Score
 
 ENDLESS = ("tests that never end", "programs that never end", "a program that never ends beside right ones",
            "programs that are wrong each in its way", "tests by type alone", "tests whose values are wrong",
@@ -30,7 +31,7 @@ TESTS = ["assert double(3) == 6", "assert double(0) == 0", "assert double(-4) ==
 
 
 def test_planted_cases_are_told_apart() -> None:
-    assert set(wrongly_judged("code", *ENDLESS)) == set()
+    assert wrongly_judged("code", *ENDLESS, num_solutions=3, num_test_draws=2, max_mutants=2) == []
 
 
 def test_a_task_becomes_a_prompt_with_tests_and_conversations() -> None:
@@ -80,9 +81,20 @@ def test_mutants_are_noticed_by_good_tests_and_pass_weak_ones() -> None:
 
 
 def test_a_test_behind_one_that_never_ends_is_run_by_itself() -> None:
-    tests = ["assert double(1) == 2", "assert double(1) == sum(1 for _ in iter(int, 1))",
-             "assert double(3) == 6"]
-    assert passed(Code(test_time_s=0.7), RIGHT, tests) == [True, False, True]
+    class Slow(Code):
+        """As `Code`, where a test that holds `endless` takes all the time that there is."""
+
+        def passed(self, row: Any) -> list[bool]:
+            place = next((i for i, test in enumerate(row["tests"]) if "endless" in test), len(row["tests"]))
+            return ["wrong" not in test and i < place for i, test in enumerate(row["tests"])]
+
+        def score(self, row: Any) -> Score:
+            (test,) = row["tests"]
+            return Score(float("right" in test), timed_out="endless" in test)
+
+    tests = ["right", "wrong", "endless", "right", "wrong", "right"]
+    assert passed(Slow(), RIGHT, tests) == [True, False, False, True, False, True]
+    assert passed(Slow(), RIGHT, ["endless"] * 5 + ["right"]) == [False] * 6
 
 
 def test_mutants_differ_in_one_place_and_are_the_same_each_time() -> None:

@@ -80,8 +80,11 @@ def test_votes_decide_where_no_answer_is_known() -> None:
 
 def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
     asked = item("B", choices=["four", "five"])
+    requests: list[Any] = []
+    answers = says("\\boxed{B}", "\\boxed{A}")
     samples = samples_of(generator("solutions", num_draws=2, least=1, most=2, min_votes=1), asked,
-                         says("\\boxed{B}", "\\boxed{A}"))
+                         lambda request: requests.append(request) or answers(request))
+    assert "What is 2 + 3?\n\nA. four\nB. five\n\nGive the letter" in requests[0]["messages"][-1]["content"]
     assert [sample.reason for sample in samples] == ["", "answer"]
     assert samples[0].record["messages"][0]["content"] == "What is 2 + 3?\n\nA. four\nB. five"
 
