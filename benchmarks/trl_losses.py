@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 from megatron_sov.mcore.parallel import cpu_shims, launcher, world
 
@@ -38,6 +38,8 @@ def compare(trl: str) -> None:
                      *divergences(kind, beta, temperature))
     for method, name in (("dpo", "sigmoid"), ("ipo", "ipo"), ("dpo-norm", "sigmoid_norm")):
         note(f"{method} (TRL: {name})", *preferences(method, name))
+    for name, pair_loss in (("simpo", simpo), ("orpo", orpo), ("kto", kto)):
+        note(f"{name} (TRL: {name})", *pair_loss())
     world.leave()
 
 
@@ -121,6 +123,69 @@ def preferences(method: str, name: str) -> tuple[Any, Any, tuple[Any, ...]]:
     theirs = DPOTrainer._compute_loss(trainer, lambda **_: outputs, {
         "input_ids": torch.zeros_like(shifted), "attention_mask": shifted, "completion_mask": shifted,
         "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, False)
+    return ours, theirs, (logprobs,)
+
+
+def simpo() -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return our loss and TRL's, means over pairs, and what they are differentiated by."""
+    import torch
+    from trl.experimental.cpo import CPOTrainer
+
+    from megatron_sov.post.parts import preferences as losses
+
+    chosen, rejected = ((-3 * torch.rand(PAIRS)).requires_grad_() for _ in range(2))
+    trainer = MagicMock(loss_type="simpo", beta=2.5, simpo_gamma=1.5, label_smoothing=0.1, alpha=0.0)
+    trainer.accelerator.device = torch.device("cpu")
+    return (losses.simpo(chosen, rejected, 2.5, 1.5, 0.1).mean(),
+            CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean(), (chosen, rejected))
+
+
+def orpo() -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return our loss and TRL's, which is its reward and rounds to float32: that is left out here."""
+    import torch
+    from trl.experimental.orpo import ORPOTrainer
+
+    from megatron_sov.post.parts import preferences as losses
+
+    chosen, rejected = ((-3 * torch.rand(PAIRS)).requires_grad_() for _ in range(2))
+    trainer = MagicMock(beta=0.3)
+    trainer.accelerator.device = torch.device("cpu")
+    with patch.object(torch.Tensor, "float", lambda tensor: tensor):
+        theirs = -ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+    return 0.3 * losses.orpo(chosen, rejected).mean(), theirs, (chosen, rejected)
+
+
+def kto() -> tuple[Any, Any, tuple[Any, ...]]:
+    """Return our loss and TRL's, means over responses of which some are good, and what they are
+    differentiated by."""
+    import torch
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    from megatron_sov.post.parts import preferences as losses
+
+    beta, weights, count = 0.3, (1.2, 0.9), 2 * PAIRS
+    lengths = torch.randint(2, TOKENS, (count,))
+    mask = (torch.arange(TOKENS) < lengths[:, None]).long()
+    logprobs = (-3 * torch.rand(count, TOKENS)).requires_grad_()
+    mismatched = -3 * torch.rand(count, TOKENS) * mask
+    reference, of_mismatched = ((-3 * torch.rand(count, TOKENS) * mask).sum(1) for _ in range(2))
+    good = torch.arange(count) % 3 > 0
+    distance = float((mismatched.sum(1) - of_mismatched).mean().clamp(min=0))
+    ours = losses.kto((logprobs * mask).sum(1) - reference, good, distance, beta, *weights).mean()
+
+    trainer = MagicMock(precompute_ref_logps=True, beta=beta, loss_type="kto", calculate_KL=True,
+                        desirable_weight=weights[0], undesirable_weight=weights[1], aux_loss_enabled=False,
+                        _total_train_tokens=0, _metrics={"train": defaultdict(list),
+                                                         "eval": defaultdict(list)})
+    trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda found: found
+    trainer.accelerator.device = torch.device("cpu")
+    trainer._compute_kl_logps = lambda *_: mismatched.sum(1)
+    held = logprobs * mask
+    outputs = SimpleNamespace(log_probs=held, entropy=0 * held, mean_logits=0 * held, is_top1=held > 9)
+    shifted = torch.nn.functional.pad(mask, (1, 0))  # the first place of a row is no label
+    theirs = KTOTrainer._compute_loss(trainer, lambda **_: outputs, {
+        "input_ids": torch.zeros_like(shifted), "attention_mask": shifted, "completion_mask": shifted,
+        "label": good, "ref_logps": reference, "ref_KL_logps": of_mismatched}, False)
     return ours, theirs, (logprobs,)
 
 

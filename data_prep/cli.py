@@ -15,6 +15,7 @@ from data_prep import (
     scorer,
     stats,
     trajectories,
+    unpaired,
     verify,
 )
 from data_prep.demo import corpus
@@ -28,7 +29,7 @@ from megatron_sov.command_line import Parser, parser_of, run_program
 COMMANDS = {"run": run, "synth": synth, "pack": pack, "mix": mix, "inspect": inspect_command,
             "report": report_command, "card": card_command, "stats": stats, "sample": sample,
             "verify": verify, "trajectories": trajectories, "groups": groups, "pairs": pairs,
-            "scorer": scorer, "difficulty": difficulty, "probing-sets": probing_sets,
+            "unpaired": unpaired, "scorer": scorer, "difficulty": difficulty, "probing-sets": probing_sets,
             "decontaminate": decontaminate, "demo-corpus": corpus}
 
 

@@ -30,8 +30,9 @@ from megatron_sov.errors import UserError
 INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
          'prompt is a string or a list of messages, a response has "content" or "messages", and "reward" or '
          '"rewards", an object of numbers that are added.  Or it is a line of `megatron-sov score`, a '
-         '"response" with its reward: those of one prompt, one after the other, are a group.  One whose '
-         '"finish_reason" is "length" did not end, and is not learned as a good one.')
+         '"response" with its "reward", or with a "label" that is true or false: those of one prompt, one '
+         'after the other, are a group.  One whose "finish_reason" is "length" did not end, and is not '
+         'learned as a good one.')
 HELP = "give each of a prompt's judged responses its advantage"
 KIND = "corpus"
 FILE = "groups.jsonl"
@@ -40,6 +41,8 @@ RESPONSE = "response"
 FINISH, LENGTH = "finish_reason", "length"
 """Field of a response that `megatron-sov generate` wrote, and its value where the response is as long as was
 allowed."""
+LABEL = "label"
+"""Field of such a line, true or false, in the place of its reward."""
 BESIDE = ("prompt", "id", "tools", "chat_template_kwargs")
 """Fields of such a line that belong to its prompt."""
 COLUMNS = ("advantage", "group_share")
@@ -196,11 +199,17 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
         if RESPONSE not in first:
             yield where, first
             continue
-        responses = [{"content": record[RESPONSE], "reward": record.get("reward"),
+        responses = [{"content": record[RESPONSE], "reward": _reward(record),
                       FINISH: record.get(FINISH)} for _, record in scored]
         yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": [
             r for r in responses
             if r["reward"] is not None and isinstance(r["content"], str) and r["content"].strip()]}
+
+
+def _reward(record: dict[str, Any]) -> Any:
+    """Return the reward of a line with one response; a label counts as 1 or 0."""
+    label = record.get(LABEL)
+    return float(label) if "reward" not in record and isinstance(label, bool) else record.get("reward")
 
 
 def _group(record: dict[str, Any], where: str) -> Group:

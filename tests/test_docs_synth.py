@@ -39,11 +39,14 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told = capsys.readouterr().out
     assert "rewrite " in told and "rewrite (version" in told
     output = tmp_path / "work/rewritten"
-    made = [*output.glob("kept.jsonl"), *output.glob("rejected.jsonl")]
-    assert [json.loads(line)["id"] for file in made for line in file.read_text().splitlines()]
+    (part,) = (output / "candidates").iterdir()
+    samples = json.loads(part.read_text())["samples"]
+    lines = [line for name in ("kept", "rejected")
+             for line in (output / f"{name}.jsonl").read_text().splitlines()]
+    assert len(lines) == len(samples) > 0
     promised = re.findall(r"^\| `([\w.*/-]+)`", PAGE[PAGE.index("## What lies in the folder"):PAGE.index(
         "## It goes on")], re.MULTILINE)
-    assert promised and all(list(output.glob(name)) for name in promised if "kept" not in name)
+    assert len(promised) == 6 and all(list(output.glob(name)) for name in promised)
 
 
 def test_the_template_of_the_page_is_one(tmp_path: Path) -> None:

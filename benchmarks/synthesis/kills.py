@@ -8,6 +8,8 @@ answers some are empty, loops or cut off.  Then a run against the same model beh
 answers late or not at all, with garbage, half an answer, 429, 503, HTML, or JSON of another form, under
 SIGKILL at points that are spread over its requests, started anew with the same command each time.
 
+Each start is a new process, forked from one that has read the program's modules and done nothing else.
+
 An answer that is on the disk at a kill and is asked for later has been paid twice.  One that the endpoint
 has sent and that was not on the disk yet was under way: it is lost, and is told.
 """
@@ -17,10 +19,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 from synthesis.endpoint import MODEL, ScriptedEndpoint, serving, with_model_faults
 
+from data_prep.cli import main as main_of_data
 from data_prep.synth.known import GENERATORS
 from megatron_sov.endpoints.cache import EndpointCache
 
@@ -41,6 +43,9 @@ THREADS = 8
 POLL_S = 0.02
 LIMIT_S = 240.0
 """For one command."""
+FORKS = multiprocessing.get_context("forkserver")
+MODULES = ["openai", "datatrove.executor", "data_prep.cli", "data_prep.synth.running",
+           "data_prep.synth.finishing", "data_prep.pipeline.engine"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,17 @@ class Doing:
 
 
 def command(generator: str, words: Sequence[str], url: str, output: Path) -> list[str]:
-    """Return the command of a run."""
-    return [sys.executable, "-m", "data_prep.cli", "synth", generator, *words, "--engine", url, "--model",
-            MODEL, "--output", str(output), "--threads", str(THREADS), "--workers", "1", "--timeout",
-            str(TIMEOUT_S), "--max-attempts", "8"]
+    """Return what follows `sov-data` in the command of a run."""
+    return ["synth", generator, *words, "--engine", url, "--model", MODEL, "--output", str(output),
+            "--threads", str(THREADS), "--workers", "1", "--timeout", str(TIMEOUT_S), "--max-attempts", "8"]
+
+
+def run_command(words: Sequence[str], log: Path) -> None:
+    """Be the command, with all that it says in a file."""
+    with open(log, "ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.exit(main_of_data(list(words)))
 
 
 def answers_of(output: Path) -> set[str]:
@@ -96,29 +108,28 @@ def done(generator: str, words: Sequence[str], server: ScriptedEndpoint, output:
          points: Sequence[int]) -> Doing:
     """Do a run, killed where so many different answers have been given."""
     began_s, num_kills, num_twice, under_way = time.monotonic(), 0, 0, 0
-    environment = os.environ | {"OPENAI_API_KEY": "sk-scripted", "OMP_NUM_THREADS": "1"}
     known: dict[str, int] = {}
     for point in [*points, None]:
         sent = server.answered.total()
-        with open(output.with_suffix(".log"), "ab") as log:
-            process = subprocess.Popen(command(generator, words, server.url, output), env=environment,
-                                       stdout=log, stderr=log)
-        while process.poll() is None and (point is None or len(server.answered) < point):
+        process = FORKS.Process(target=run_command, args=(command(generator, words, server.url, output),
+                                                          output.with_suffix(".log")))
+        process.start()
+        while process.is_alive() and (point is None or len(server.answered) < point):
             time.sleep(POLL_S)
             if time.monotonic() - began_s > LIMIT_S * (len(points) + 1):
                 process.kill()
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             num_kills += 1
-        code = process.wait()
+        process.join()
         time.sleep(2 * SLOW_S)  # what the endpoint is still about to send
         num_twice += sum(server.asked[key] > times for key, times in known.items())
         on_disk = answers_of(output)
         under_way += server.answered.total() - sent - len(on_disk - known.keys())
         known = {key: server.asked[key] for key in on_disk}
-        if point is None and code != 0:
+        if point is None and process.exitcode != 0:
             words_at_end = output.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-            raise SystemExit(f"{generator}: ended with {code}\n{words_at_end[-3000:]}")
+            raise SystemExit(f"{generator}: ended with {process.exitcode}\n{words_at_end[-3000:]}")
     kept, num_rejected = kept_of(output)
     return Doing(kept, num_rejected, num_kills, server.asked.total(), len(server.answered), num_twice,
                  under_way, time.monotonic() - began_s)
@@ -147,6 +158,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--generators", nargs="*", default=sorted(GENERATORS))
     args = parser.parse_args()
+    os.environ |= {"OPENAI_API_KEY": "sk-scripted", "OMP_NUM_THREADS": "1"}
+    FORKS.set_forkserver_preload(MODULES)
     machine = (f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load "
                f"{os.getloadavg()[0]:.1f} at the start), Python {platform.python_version()}")
     print(f"{args.kills} kills, {WIRE_FAULTS:.0%} of attempts misbehave, {MODEL_FAULTS:.0%} of answers are "

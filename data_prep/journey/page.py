@@ -10,12 +10,12 @@ from data_prep.journey.facts import BINS, SCORES, Facts, facts_of_output, total
 from data_prep.journey.findings import findings_sections
 from data_prep.journey.source_chapter import reasons_table, source_chapter
 from data_prep.journey.summary import Summary, dropped_by_reason, read_summary
-from megatron_sov import pages
 from megatron_sov.artifacts import MANIFEST, read_manifest, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import duration, large, size
 from megatron_sov.pages.charts import Chart
 from megatron_sov.pages.content import Chapter, Panel, Section, Table
+from megatron_sov.pages.page import render as render_page
 
 REPORT_HTML = "report.html"
 MAX_CHAPTERS = 30
@@ -62,9 +62,9 @@ def render(out: Path, now_s: float | None = None) -> str:
     if found := findings_sections(out, summary):
         chapters.append(Chapter("What steps found", "over all documents", [], found))
     chapters += [source_chapter(source) for source in summary.sources if source in largest]
-    return pages.render("Data report", summary.name, _subtitle(summary, whole), chapters,
-                        opening=_opening(summary, whole, ratio), anchor="part",
-                        nothing="Nothing was read.", now_s=now_s)
+    return render_page("Data report", summary.name, _subtitle(summary, whole), chapters,
+                       opening=_opening(summary, whole, ratio), anchor="part",
+                       nothing="Nothing was read.", now_s=now_s)
 
 
 def bytes_per_token(out: Path) -> float | None:

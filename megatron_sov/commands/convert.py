@@ -1,4 +1,5 @@
-"""`megatron-sov convert from-hf | to-hf | from-peft | to-peft | average | verify | inspect`.
+"""`megatron-sov convert from-hf | to-hf | from-peft | to-peft | average | upcycle | deepen | verify |
+inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import to_json
+from megatron_sov.commands.convert_growing import add_growing, run_growing
 from megatron_sov.commands.eval import PARITY_LENGTHS, with_ranks
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.errors import ExitCode, UserError
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     _add_peft(action)
     _add_average(action)
+    add_growing(action)
 
     verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; "
                               "exit code 3 where they differ")
@@ -126,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("--card", getattr(args, "card", None))
     load_plugins(args.plugins)
     return {"from-hf": _from_hf, "to-hf": _to_hf, "from-peft": _from_peft, "to-peft": _to_peft,
-            "average": _average, "verify": _verify, "inspect": _inspect}[args.action](args)
+            "average": _average, "upcycle": run_growing, "deepen": run_growing, "verify": _verify,
+            "inspect": _inspect}[args.action](args)
 
 
 def _from_hf(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=get_args(PreferenceMethod),
                         help="the loss (--set preference.method=...; default dpo)")
     parser.add_argument("--reference", type=Path, metavar="CHECKPOINT|RUN",
-                        help="compare with this model (dpo, ipo, dpo-norm; default: the one of --from)")
+                        help="compare with this model (dpo, ipo, dpo-norm, kto; default: the one of --from)")
     add_gate_arguments(parser)
     add_round_arguments(parser)
 
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     config = parsed.config
     objective = objective_of(config)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
-    pairs = [s for s in sources if s.format == "preference"]
+    _refuse_other_judgements(config, sources)
+    pairs = [s for s in sources if s.format == "preference" and config.preference.method != "kto"]
     reference = (_reference(args, parsed, sources, fixed) if config.preference.method in WITH_REFERENCE
                  else None)
 
@@ -73,6 +75,18 @@ def run(args: argparse.Namespace) -> int:
                     sources if reference is None else reference.sources, before=before, after=after,
                     end_gate=gate, faults=parsed.faults), args.nproc, args.began_s)
     return 0
+
+
+def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
+    """Raise `UserError` where pairs of a response and a mismatched one would be learned as preferences."""
+    from megatron_sov.post.unpaired import DESIRABLE
+
+    method = config.preference.method
+    for source in sources:
+        if method != "kto" and DESIRABLE in source.columns:
+            raise UserError(f"{source.artifact}: source {source.name!r} has single responses with the column "
+                            f"{DESIRABLE!r}, no pairs, and preference.method = {method} compares pairs; pass "
+                            "--method kto, or make pairs (`sov-data pairs`)")
 
 
 def _fixed_reference(path: Path | None, config: RunConfig) -> Path | None:

@@ -30,6 +30,34 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class Llama3RopeConfig:
+    """Rotary scaling of Llama 3.1 (rope_type "llama3" of transformers, whose names and meaning these are)."""
+
+    __pydantic_config__ = STRICT
+    factor: float = 8.0
+    """Divisor of the frequencies whose wavelength is long beside the original context."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_max_position_tokens / low_freq_factor are divided in full."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_max_position_tokens / high_freq_factor are left alone."""
+    original_max_position_tokens: int = 8192
+    """Context length, in tokens, before scaling."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each rule that the scaling breaks."""
+        p = []
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            p.append(f"model.llama3_rope.low_freq_factor = {self.low_freq_factor} must lie between 0 and "
+                     f"model.llama3_rope.high_freq_factor = {self.high_freq_factor}")
+        if not self.factor >= 1:
+            p.append(f"model.llama3_rope.factor = {self.factor} must be at least 1")
+        if self.original_max_position_tokens < 1:
+            p.append("model.llama3_rope.original_max_position_tokens = "
+                     f"{self.original_max_position_tokens} must be positive")
+        return p
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture of a model; `family` says how it maps to Hugging Face (see `megatron_sov/models`)."""
 
@@ -83,6 +111,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     yarn: YarnConfig | None = None
     """Rotary scaling beyond the original context; None = plain RoPE."""
+    llama3_rope: Llama3RopeConfig | None = None
+    """Rotary scaling as Llama 3.1 has it, in the place of YaRN; None = none."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have a bias (the output projection never has)."""
     qk_norm: bool = False
@@ -156,6 +186,11 @@ class ModelConfig:
                      f"it is {self.router_score!r}")
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
+        if self.llama3_rope is not None:
+            p += self.llama3_rope.problems()
+            if self.yarn is not None:
+                p.append("model.yarn and model.llama3_rope: both are set, and a model has one rotary scaling "
+                         "at most; set one of them to null")
         if self.init_std <= 0:
             p.append(f"model.init_std = {self.init_std} must be positive")
         if self.num_experts * self.num_layers > MAX_EXPERTS:

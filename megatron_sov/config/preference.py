@@ -8,9 +8,11 @@ from typing import Literal
 
 from megatron_sov.config.model import STRICT
 
-PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simper", "grouper"]
-WITH_REFERENCE = ("dpo", "ipo", "dpo-norm")
+PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
+WITH_REFERENCE = ("dpo", "ipo", "dpo-norm", "kto")
 """Methods that compare the model with the one that it started from."""
+SMOOTHED = ("dpo", "dpo-norm", "simpo")
+"""Methods that may take some of the pairs to be the wrong way round."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,26 @@ class PreferenceConfig:
     __pydantic_config__ = STRICT
     method: PreferenceMethod = "dpo"
     """dpo: direct preference optimisation (arXiv 2305.18290); ipo: its squared form (arXiv 2310.12036);
-    dpo-norm: dpo over means instead of sums of a response's log-probabilities (arXiv 2411.15124); simper:
-    inverse perplexities, without a reference and without beta (arXiv 2502.00883); grouper: the same over
-    groups of responses with rewards (K-EXAONE)."""
+    dpo-norm: dpo over means instead of sums of a response's log-probabilities (arXiv 2411.15124); simpo: the
+    same without a reference, with a margin (arXiv 2405.14734); orpo: the ratio of odds beside the
+    cross-entropy on chosen responses, without a reference (arXiv 2403.07691); kto: single responses that were
+    judged good or bad (arXiv 2402.01306); simper: inverse perplexities, without a reference and without beta
+    (arXiv 2502.00883); grouper: the same over groups of responses with rewards (K-EXAONE)."""
     beta: float = 0.1
-    """dpo, ipo, dpo-norm: how strongly the model is held to its reference; the larger, the closer."""
+    """dpo, ipo, dpo-norm, kto: how strongly the model is held to its reference; the larger, the closer.
+    simpo: how steeply the loss falls with the difference (its authors take 2 to 10).  orpo: weight of the
+    odds ratio, its paper's lambda."""
+    simpo_gamma: float = 0.5
+    """simpo: margin by which the chosen response has to lead, in units of beta times log-probability per
+    token (its authors take 0.3 to 5)."""
+    desirable_weight: float = 1.0
+    """kto: weight of responses that were judged good; its paper has good and bad ones weigh between 1 : 1 and
+    4 : 3 in all, number times weight."""
+    undesirable_weight: float = 1.0
+    """kto: weight of responses that were judged bad."""
     label_smoothing: float = 0.0
-    """dpo, dpo-norm: share of pairs that are taken to be the wrong way round (arXiv 2305.18290, appendix)."""
+    """dpo, dpo-norm, simpo: share of pairs that are taken to be the wrong way round (arXiv 2305.18290,
+    appendix)."""
     chosen_coeff: float = 0.0
     """Weight of an auxiliary cross-entropy on chosen responses, normalised over its own tokens
     (arXiv 2404.19733)."""
@@ -36,13 +51,21 @@ class PreferenceConfig:
         p = []
         if not 0 < self.beta < math.inf:
             p.append(f"preference.beta = {self.beta} must be a number greater than 0")
+        if not 0 <= self.simpo_gamma < math.inf:
+            p.append(f"preference.simpo_gamma = {self.simpo_gamma} must be a number that is not negative")
+        p += [f"preference.{name} = {value} must be a number that is not negative" for name, value in (
+            ("desirable_weight", self.desirable_weight), ("undesirable_weight", self.undesirable_weight))
+            if not 0 <= value < math.inf]
         if not 0 <= self.label_smoothing < 0.5:
             p.append(f"preference.label_smoothing = {self.label_smoothing} must lie in [0, 0.5)")
-        if self.label_smoothing and self.method not in ("dpo", "dpo-norm"):
-            p.append(f"preference.label_smoothing = {self.label_smoothing} belongs to dpo and dpo-norm, not "
-                     f"to preference.method = {self.method}")
+        if self.label_smoothing and self.method not in SMOOTHED:
+            p.append(f"preference.label_smoothing = {self.label_smoothing} belongs to {', '.join(SMOOTHED)}, "
+                     f"not to preference.method = {self.method}")
         if not 0 <= self.chosen_coeff < math.inf:
             p.append(f"preference.chosen_coeff = {self.chosen_coeff} must be a number that is not negative")
+        if self.chosen_coeff and self.method == "orpo":
+            p.append(f"preference.chosen_coeff = {self.chosen_coeff}: orpo learns chosen responses with a "
+                     "weight of 1 in any case; leave it out")
         if self.chosen_coeff and self.method == "grouper":
             p.append(f"preference.chosen_coeff = {self.chosen_coeff}: groups have no chosen response")
         return p

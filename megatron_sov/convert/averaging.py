@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from megatron_sov.artifacts import MANIFEST, FileRecord, manifest_sha256, read_manifest, refuse_existing
+from megatron_sov.artifacts import manifest_sha256, read_manifest, refuse_existing
 from megatron_sov.config import LoraConfig, ModelConfig
-from megatron_sov.convert.adapted_weights import AdaptedWeights, add_inputs, checkpoint_weights
-from megatron_sov.convert.hf_import import index_of, planned_files
-from megatron_sov.convert.resume import resumable_artifact
-from megatron_sov.convert.shard_writer import write_files
-from megatron_sov.convert.source_check import checked_source
-from megatron_sov.convert.sources import PART, CheckpointWeights
-from megatron_sov.convert.values import KEEP, check_space, converted
+from megatron_sov.convert.adapted_weights import AdaptedWeights, checkpoint_weights
+from megatron_sov.convert.derived import Derived, Opened, write_derived
+from megatron_sov.convert.hf_import import planned_files
+from megatron_sov.convert.sources import CheckpointWeights
+from megatron_sov.convert.values import KEEP, converted
 from megatron_sov.data.vocabulary import TOKENIZER_JSON, read_vocabulary
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint.sharded_tensors import block_name, write_index
-from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import (
     IMPORTED,
@@ -46,7 +40,6 @@ SLAB_ELEMENTS = 1 << 20
 """Elements of a tensor that are averaged at a time."""
 OF_TRAINING = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
 """Fields of an architecture that say how it is trained, not what it computes."""
-Opened = CheckpointWeights | AdaptedWeights
 
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
@@ -70,41 +63,17 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     weights = _checked_weights(paths, [weight for _, weight in checkpoints])
     sources = [checkpoint_weights(path) for path in paths]
     links = {block_name(link.key, link.offset): link for link in sources[0].links}
-    files = planned_files(links, sources[0], KEEP)
+    files = planned_files(links, sources[0].dtype, KEEP)
     merged = [{"path": str(path), "step": read_manifest(path, KIND).content.get("step", 0),
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
-    plan = {"merged": merged,
-            "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
-    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, ExitStack() as held, \
-            tqdm(total=len(links), desc="average", unit="block", disable=None) as bar:
-        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
-        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
-        bar.update(len(links) - sum(map(len, missing.values())))
-
-        def read(spec: TensorSpec) -> torch.Tensor:
-            block = mean_block(sources, weights, links[spec.name], spec.dtype)
-            bar.update()
-            return block
-
-        checks = [held.enter_context(checked_source(source, workers)) for source in sources]
-
-        def finish(name: str, record: FileRecord) -> None:
-            for check in checks:
-                check.require(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
-            artifact.finish(name, record)
-
-        write_files(artifact.path, missing, read, workers, finish)
-        write_index(artifact.path, PART, [index_of(files, links)])
-        if (paths[0] / "tokenizer").is_dir():
-            shutil.copytree(paths[0] / "tokenizer", artifact.path / "tokenizer", dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns(MANIFEST))
-        for source in sources:
-            add_inputs(artifact.writer, source)
-        artifact.writer.content = {"step": max(m["step"] for m in merged), "parts": [PART], "tokens": 0,
-                                   MERGED: merged}
-        artifact.writer.settings = dataclasses.replace(settings_of(paths[0]), recipe=IMPORTED,
-                                                       lora=LoraConfig()).to_dict()
+    derived = Derived(
+        sources, links, files,
+        lambda spec: mean_block(sources, weights, links[spec.name], spec.dtype),
+        lambda spec: links[spec.name].hf_names,
+        dataclasses.replace(settings_of(paths[0]), recipe=IMPORTED, lora=LoraConfig()),
+        {"step": max(m["step"] for m in merged), MERGED: merged})
+    write_derived(out, "average", derived, {"merged": merged}, workers=workers, overwrite=overwrite)
 
 
 def mean_block(sources: Sequence[Opened], weights: Sequence[float], link: Link,

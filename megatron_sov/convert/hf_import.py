@@ -3,6 +3,7 @@ file in the making."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megatron_sov.convert.companions import carry, ids_in
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
-from megatron_sov.convert.sources import CONFIG, PART, HfWeights, Weights, check_dtypes
+from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
@@ -60,7 +61,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     source = HfWeights(hf_dir)
     check_dtypes(source)
     links = {block_name(link.key, link.offset): link for link in source.links}
-    files = planned_files(links, source, dtype)
+    files = planned_files(links, source.dtype, dtype)
     plan = {"from": fingerprint(hf_dir), "dtype": dtype,
             "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
@@ -91,10 +92,17 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
         artifact.writer.settings = RunConfig(IMPORTED, source.model, code=(code,) if code else ()).to_dict()
 
 
-def planned_files(links: dict[str, Link], source: Weights, dtype: str) -> dict[str, list[TensorSpec]]:
-    """Return every block of a checkpoint with the weights of `source`, once, by the name of its file."""
+def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
+                  dtype: str) -> dict[str, list[TensorSpec]]:
+    """Return every block of a checkpoint, once, by the name of its file.
+
+    Args:
+        links: block -> its link.
+        dtype_of: Hugging Face name -> the dtype in which a tensor comes.
+        dtype: as of `from_hf`.
+    """
     specs = [
-        TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, source.dtype(link.hf_names[0])))
+        TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, dtype_of(link.hf_names[0])))
         for name, link in links.items()]
     return {file_name(PART, 0, i): shard for i, shard in enumerate(plan_shards(specs, MAX_FILE_BYTES))}
 

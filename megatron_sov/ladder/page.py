@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from megatron_sov import pages
 from megatron_sov.ladder.family import size_of
 from megatron_sov.ladder.laws import CONFIDENCE, PowerLaw, Prediction
 from megatron_sov.ladder.members import Member
@@ -16,6 +15,7 @@ from megatron_sov.ladder.results import Law, Point, Told
 from megatron_sov.obs.figures import large
 from megatron_sov.pages.charts import Chart, chart, colour, plain
 from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.pages.page import render as render_page
 
 NUM_POINTS = 60
 """Sizes at which the law is drawn."""
@@ -32,8 +32,8 @@ def page(recipe: str, rates: str, members: Sequence[Member], found: Sequence[Poi
                 text="Each was written before its run began, unless the run was there already."),
         Section("Models", tables=[member_table(members, found)],
                 text=f"Sizes count the parameters of the trunk that one token meets; rates: {rates}.")]
-    return pages.render("Scaling ladder", recipe, "",
-                        [Chapter(recipe, f"{len(members)} runs", [], sections)])
+    return render_page("Scaling ladder", recipe, "",
+                       [Chapter(recipe, f"{len(members)} runs", [], sections)])
 
 
 def member_table(members: Sequence[Member], found: Sequence[Point]) -> Table:

@@ -7,11 +7,13 @@ train another model.  Items about layers of different kinds stand in `hf_layers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_sov.config import ModelConfig, YarnConfig
+from megatron_sov.config.model import Llama3RopeConfig
 from megatron_sov.errors import UserError
 
 REQUIRED = object()
@@ -122,6 +124,10 @@ class Rope:
             rope |= {"rope_type": "yarn", "factor": model.yarn.factor,
                      "original_max_position_embeddings": model.yarn.original_max_position_tokens,
                      "beta_fast": model.yarn.beta_fast, "beta_slow": model.yarn.beta_slow}
+        if model.llama3_rope:
+            scaling = dataclasses.asdict(model.llama3_rope)
+            scaling["original_max_position_embeddings"] = scaling.pop("original_max_position_tokens")
+            rope |= {"rope_type": "llama3", **scaling}
         return {"rope_parameters": rope}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -134,12 +140,11 @@ class Rope:
         theta = float(rope.pop("rope_theta", config.get("rope_theta", self.default_theta)))
         old_kind = rope.pop("type", "default")
         kind = rope.pop("rope_type", old_kind)
-        if kind == "default":
-            yarn = None
-        elif kind == "yarn":
-            yarn = self._read_yarn(rope, config)
-        else:
-            raise UserError(f"config.json: rope_type = {kind!r}, but only 'default' and 'yarn' are supported")
+        if kind not in ("default", "yarn", "llama3"):
+            raise UserError(f"config.json: rope_type = {kind!r}, but only 'default', 'yarn' and 'llama3' are "
+                            "supported")
+        yarn = self._read_yarn(rope, config) if kind == "yarn" else None
+        llama3 = self._read_llama3(rope) if kind == "llama3" else None
         share = rope.pop("partial_rotary_factor", 1.0)
         if share != 1.0:
             raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: "
@@ -147,7 +152,18 @@ class Rope:
         if rope:
             raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for "
                             f"rope_type {kind!r}; remove them if they have no effect")
-        return {"rope_theta": theta, "yarn": yarn}
+        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3}
+
+    @staticmethod
+    def _read_llama3(rope: dict[str, Any]) -> Llama3RopeConfig:
+        """Take Llama 3.1's parameters out of `rope`, all of which transformers asks for."""
+        try:
+            return Llama3RopeConfig(float(rope.pop("factor")), float(rope.pop("low_freq_factor")),
+                                    float(rope.pop("high_freq_factor")),
+                                    int(rope.pop("original_max_position_embeddings")))
+        except KeyError as e:
+            raise UserError(f"config.json: rope_type 'llama3' lacks {e}; add it to "
+                            "rope_parameters") from None
 
     @staticmethod
     def _read_yarn(rope: dict[str, Any], config: dict[str, Any]) -> YarnConfig:

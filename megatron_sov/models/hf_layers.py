@@ -117,6 +117,25 @@ class SlidingSwitch:
         return {"attention_pattern": _pattern(letters), "sliding_window_tokens": window}
 
 
+@dataclass(frozen=True)
+class OneWindow:
+    """A window of every layer, or of none: `sliding_window` as Mistral's models have it."""
+
+    names: tuple[str, ...] = ("sliding_window",)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the window, null for none; `UserError` where layers differ."""
+        if len(set(model.layer_types())) > 1:
+            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
+                            f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")
+        return {"sliding_window": model.sliding_window_tokens or None}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the pattern and the window."""
+        window = config.get("sliding_window", 0)
+        return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
+
+
 def _leading_dense(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
     """Return the number of dense layers; `UserError` where they do not all stand before the
     ones with experts."""

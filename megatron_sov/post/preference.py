@@ -1,4 +1,5 @@
-"""Learning from responses that were judged: pairs (DPO, IPO, SimPER), and groups with rewards (GrouPER).
+"""Learning from responses that were judged: pairs (DPO, IPO, SimPO, ORPO, SimPER), and groups with rewards
+(GrouPER).
 
 Each pair, or group, counts the same, whatever its length: denominators are numbers of pairs, or of groups, of
 the whole global batch.
@@ -12,11 +13,13 @@ from collections.abc import Mapping
 import torch
 
 from megatron_sov.config import RunConfig
+from megatron_sov.config.preference import WITH_REFERENCE
 from megatron_sov.data.columns import NeededColumn
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.post import reference
 from megatron_sov.post.parts import preferences
 from megatron_sov.post.parts.responses import Responses, learned, responses_of
+from megatron_sov.post.unpaired import UnpairedLearning
 from megatron_sov.train.data_objective import DataObjective
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
@@ -40,6 +43,8 @@ class PairLearning(DataObjective):
         super().__init__(context)
         self._asked = context.config.preference
         self.coefficients = {PREFERENCE: 1.0}
+        if self._asked.method == "orpo":  # its eq. 6
+            self.coefficients = {PREFERENCE: self._asked.beta, CHOSEN: 1.0}
         if self._asked.chosen_coeff > 0:
             self.coefficients[CHOSEN] = self._asked.chosen_coeff
         self.coefficients |= self._mtp_coefficient
@@ -81,8 +86,14 @@ class PairLearning(DataObjective):
             batch: theirs.
             responses: where they stand.
         """
-        means = sums / responses.lengths.clamp(min=1)
-        return preferences.simper(means[0::2], means[1::2]), means
+        asked, means = self._asked, sums / responses.lengths.clamp(min=1)
+        chosen, rejected = means[0::2], means[1::2]
+        if asked.method == "simper":
+            return preferences.simper(chosen, rejected), means
+        if asked.method == "orpo":
+            return preferences.orpo(chosen, rejected), means
+        return (preferences.simpo(chosen, rejected, asked.beta, asked.simpo_gamma, asked.label_smoothing),
+                asked.beta * means)
 
 
 class PairLearningWithReference(PairLearning):
@@ -138,11 +149,13 @@ class GroupLearning(DataObjective):
                                 "worse_logprob": ((means.detach() * worse).sum(), worse.sum())})
 
 
-def objective_of(config: RunConfig) -> type[PairLearning] | type[GroupLearning]:
+def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | UnpairedLearning]:
     """Return what makes the objective of `preference.method`."""
     method = config.preference.method
-    return (GroupLearning if method == "grouper" else PairLearning if method == "simper"
-            else PairLearningWithReference)
+    if method == "kto":
+        return UnpairedLearning
+    return (GroupLearning if method == "grouper" else PairLearningWithReference if method in WITH_REFERENCE
+            else PairLearning)
 
 
 def _only(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:

@@ -14,7 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
-from megatron_sov.recipes import k_exaone, policies, qwen, solar_open, typhoon_s, vibethinker
+from megatron_sov.recipes import k_exaone, llama, policies, qwen, solar_open, typhoon_s, vibethinker
 from megatron_sov.recipes.sources import Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
 
@@ -53,6 +53,8 @@ RECIPES: dict[str, Recipe] = {
     "qwen3-moe-30b": Recipe(qwen.qwen3_moe_30b, qwen.moe_sources("Qwen/Qwen3-30B-A3B")),
     "qwen3-30b-a3b-2507": Recipe(qwen.qwen3_30b_a3b_2507,
                                  qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
+    "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
+    "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
 }
 TINY = {
     "tiny-solar-open": "solar-open-102b",
@@ -77,6 +79,8 @@ TINY = {
     "tiny-qwen3": "qwen3-8b",
     "tiny-qwen3-moe": "qwen3-moe-30b",
     "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
+    "tiny-llama": "llama-3.1-8b",
+    "tiny-mixtral": "mixtral-8x7b",
 }
 """Tiny recipe -> the one whose structure it has."""
 

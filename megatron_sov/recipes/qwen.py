@@ -22,7 +22,7 @@ from megatron_sov.recipes.sources import DEFAULT, Sources, config_json, derive, 
 PHASES = (PhaseConfig("continued", tokens=1_000_000_000, seq_len=4096),)
 
 
-def _run(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
+def continued(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
     """Return a run that goes on from a trained model: a low rate, a short warm-up."""
     return RunConfig(
         recipe=recipe, model=model, parallel=parallel, data=DataConfig(phases=PHASES),
@@ -32,7 +32,7 @@ def _run(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig
 
 def qwen2_1_5b() -> RunConfig:
     """Return Qwen2.5-Math-1.5B: biases on query, key and value, tied embeddings, 4K."""
-    return _run("qwen2-1.5b", ModelConfig(
+    return continued("qwen2-1.5b", ModelConfig(
         family="qwen2", vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2,
         head_dim=128, dense_ffn_dim=8960, num_experts=0, rope_theta=10_000.0, qkv_bias=True,
         tied_embeddings=True, norm_eps=1e-6, max_position_tokens=4096), ParallelConfig())
@@ -40,7 +40,7 @@ def qwen2_1_5b() -> RunConfig:
 
 def qwen3_8b() -> RunConfig:
     """Return Qwen3-8B: QK-norm, no biases, 40K."""
-    return _run("qwen3-8b", ModelConfig(
+    return continued("qwen3-8b", ModelConfig(
         family="qwen3", vocab_size=151936, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=12288, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
         max_position_tokens=40960),
@@ -49,7 +49,7 @@ def qwen3_8b() -> RunConfig:
 
 def qwen3_4b() -> RunConfig:
     """Return Qwen3-4B: as the 8B, narrower, with tied embeddings."""
-    return _run("qwen3-4b", ModelConfig(
+    return continued("qwen3-4b", ModelConfig(
         family="qwen3", vocab_size=151936, hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=9728, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
         tied_embeddings=True, max_position_tokens=40960), ParallelConfig())
@@ -64,7 +64,7 @@ def qwen3_4b_2507() -> RunConfig:
 
 def qwen3_moe_30b() -> RunConfig:
     """Return Qwen3-30B-A3B: 8 of 128 experts in every layer by a softmax router, no shared expert, 40K."""
-    return _run("qwen3-moe-30b", ModelConfig(
+    return continued("qwen3-moe-30b", ModelConfig(
         family="qwen3_moe", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4,
         head_dim=128, dense_ffn_dim=6144, num_experts=128, num_experts_per_token=8, num_shared_experts=0,
         expert_ffn_dim=768, router_score="softmax", router_bias=False, seq_aux_loss_coeff=1e-3,

@@ -27,12 +27,13 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     quicker at this size; `--set optim.name=muon` takes the same rates.
     """
     model = run.model
+    rope = model.llama3_rope and replace(model.llama3_rope, original_max_position_tokens=SEQ_LEN)
     small = replace(
         model,
         vocab_size=2048, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
         dense_ffn_dim=384 if model.dense_ffn_dim else 0,
         sliding_window_tokens=32 if model.sliding_window_tokens else 0,
-        yarn=None, max_position_tokens=4096, init_std=0.04,
+        yarn=None, llama3_rope=rope, max_position_tokens=4096, init_std=0.04,
     )
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)

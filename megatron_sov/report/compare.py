@@ -9,9 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from megatron_sov import pages
 from megatron_sov.obs.figures import duration, figure, large, number
 from megatron_sov.pages.content import Chapter, Panel, Section, Table
+from megatron_sov.pages.page import render as render_page
 from megatron_sov.report.compared_charts import loss_charts, routing_charts, score_charts, speed_charts
 from megatron_sov.report.run_data import Run
 from megatron_sov.report.scores import newest_scores, scores_of
@@ -49,8 +49,8 @@ def render(runs: Sequence[Run], differences: Sequence[dict[str, Any]] = (), now_
     ]
     chapter = Chapter("Comparison", "", [], [s for s in sections if s.charts or s.tables])
     opening = [Panel("What was reached", 12, tables=[_facts(runs, names)])]
-    return pages.render("Comparison of runs", " against ".join(names), "", [chapter], opening=opening,
-                        anchor="comparison", now_s=now_s)
+    return render_page("Comparison of runs", " against ".join(names), "", [chapter], opening=opening,
+                       anchor="comparison", now_s=now_s)
 
 
 def unique_names(runs: Sequence[Run]) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from megatron_sov import pages
 from megatron_sov.obs.figures import duration, figure, large
 from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.pages.page import render as render_page
 from megatron_sov.report.lineage import of_one_model
 from megatron_sov.report.opening import newest, num_tokens, opening
 from megatron_sov.report.run_data import Run
@@ -29,10 +29,10 @@ def render(runs: list[Run], now_s: float | None = None) -> str:
     chapters = [_chapter(run) for run in own]
     if others:
         chapters += [_others(others), *(_chapter(run) for run in others)]
-    return pages.render("Training report", f"{recipe}: {names}" if recipe else names, _subtitle(own),
-                        chapters, opening=opening(own, others),
-                        overview=("All stages", _summary(own)) if len(own) > 1 else None,
-                        anchor="run", nothing="This run has recorded nothing yet.", now_s=now_s)
+    return render_page("Training report", f"{recipe}: {names}" if recipe else names, _subtitle(own),
+                       chapters, opening=opening(own, others),
+                       overview=("All stages", _summary(own)) if len(own) > 1 else None,
+                       anchor="run", nothing="This run has recorded nothing yet.", now_s=now_s)
 
 
 def _chapter(run: Run) -> Chapter:

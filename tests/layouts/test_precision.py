@@ -20,8 +20,8 @@ EXACT_IN_FLOAT32 = {
     "moe_utils.py:get_updated_expert_bias": "the bias moves by whole steps",
     "microbatch.py:shifted": "weights of labels are float32 data",
     "microbatch.py:<listcomp>": "weights of labels are float32 data",
-    "yarn_rotary_pos_embedding.py:_yarn_linear_ramp_mask": "shares that add up to 1, see rotary.widen",
-    "yarn_rotary_pos_embedding.py:get_emb": "shares that add up to 1, see rotary.widen",
+    "yarn_rotary_pos_embedding.py:_yarn_linear_ramp_mask": "shares that add up to 1, see rotary.rotate_by",
+    "yarn_rotary_pos_embedding.py:get_emb": "shares that add up to 1, see rotary.rotate_by",
 }
 """Functions that make float32 tensors in a float64 step -> why nothing is lost."""
 YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'

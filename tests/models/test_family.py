@@ -15,7 +15,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
 from megatron_sov.models.family import TokenIds
 
-BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b")
+BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
+       "llama-3.1-8b", "mixtral-8x7b")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -31,7 +32,8 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
     """Keys, shapes and dtypes that transformers saves for this config, from a model on meta tensors.
 
     In memory it fuses experts to [E, 2I, H] and [E, H, I]; on disk each expert has its three matrices.
-    K-EXAONE's router bias stands one level higher on disk.  A tied head is not saved.
+    K-EXAONE's router bias stands one level higher on disk, and Mixtral's experts have names of their own
+    there.  A tied head is not saved.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -39,6 +41,7 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
     found = {}
+    old = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     for name, tensor in network.state_dict().items():
         shape, dtype = tuple(tensor.shape), tensor.dtype
         if name.endswith("experts.gate_up_proj"):
@@ -55,6 +58,9 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
             found[on_disk] = (shape, torch.float32)
         elif not (model.tied_embeddings and name == "lm_head.weight"):
             found[name] = (shape, dtype)
+    if model.family == "mixtral":
+        found = {re.sub("mlp|gate_proj|up_proj|down_proj", lambda m: old[m[0]], key): v
+                 for key, v in found.items()}
     return found
 
 
@@ -80,7 +86,8 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
 
 @pytest.mark.parametrize(("name", "trunk", "mtp"), [
     ("solar-open-102b", 102.65e9, 0), ("k-exaone-236b", 236.571e9, 0.528e9), ("qwen2-1.5b", 1.5437e9, 0),
-    ("qwen3-4b", 4.0225e9, 0), ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0)])
+    ("qwen3-4b", 4.0225e9, 0), ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0),
+    ("llama-3.1-8b", 8.0303e9, 0), ("mixtral-8x7b", 46.703e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sov import models, recipes
 from megatron_sov.config import ModelConfig, YarnConfig
+from megatron_sov.config.model import Llama3RopeConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
 
@@ -47,7 +48,8 @@ RELEASED = {
     "k-exaone-236b-extend": "LGAI-EXAONE/K-EXAONE-236B-A23B", "qwen2-1.5b": "Qwen/Qwen2.5-Math-1.5B",
     "qwen3-4b": "Qwen/Qwen3-4B", "qwen3-4b-2507": "Qwen/Qwen3-4B-Instruct-2507", "qwen3-8b": "Qwen/Qwen3-8B",
     "typhoon-s-8b": "Qwen/Qwen3-8B-Base", "qwen3-moe-30b": "Qwen/Qwen3-30B-A3B",
-    "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507"}
+    "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1"}
 
 
 @pytest.mark.parametrize(("name", "released"), RELEASED.items())
@@ -76,3 +78,21 @@ def test_yarn_means_the_same_frequencies_in_transformers() -> None:
     config["rope_parameters"]["attention_factor"] = 1.0
     with pytest.raises(UserError, match=r"attention_factor = 1\.0, but only .* = 1\.207944"):
         models.get("solar_open").from_hf_config(config)
+
+
+def test_llamas_scaling_means_the_same_frequencies_in_transformers() -> None:
+    """One that is not the default survives, and ours are the frequencies that transformers has in float32."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from megatron_sov.mcore.model.rotary import frequencies
+
+    model = replace(recipes.get("llama-3.1-8b").model, llama3_rope=Llama3RopeConfig(32.0, 2.0, 8.0, 4096))
+    config = hf_config(model)
+    assert models.get("llama").from_hf_config(config) == model
+    theirs, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.for_model(**config), "cpu")
+    assert attention_factor == 1.0
+    assert frequencies(model).tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    with pytest.raises(UserError, match="rope_type 'llama3' lacks 'low_freq_factor'"):
+        models.get("llama").from_hf_config(config | {"rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}})

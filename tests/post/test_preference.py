@@ -96,8 +96,11 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
             found.append((float(picked.sum()), int(learned.sum())))
         return found
 
+    def odds(mean: float) -> float:
+        return math.exp(mean) / (1 - math.exp(mean))
+
     results = []
-    for method in ("dpo", "ipo", "dpo-norm", "simper"):
+    for method in ("dpo", "ipo", "dpo-norm", "simper", "simpo", "orpo"):
         trainer = _trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
                             "preference.beta=0.3", "optim.lr=0.002"], data, Path(run) / method)
         objective = trainer.objective
@@ -123,6 +126,9 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
                 "dpo-norm": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
                     math.log1p(math.exp(-0.3 * ((c - rc) / nc - (r - rr) / nr))),
                 "simper": lambda c=c, r=r, nc=nc, nr=nr: math.exp(r / nr) - math.exp(c / nc),
+                "simpo": lambda c=c, r=r, nc=nc, nr=nr: math.log1p(math.exp(-0.3 * (c / nc - r / nr) + 0.5)),
+                "orpo": lambda c=c, r=r, nc=nc, nr=nr:
+                    math.log1p(odds(r / nr) / odds(c / nc)),
             }[method]())
         results.append({"method": method, "ours": loss, "written_out": float(np.mean(losses)),
                         "pairs": len(losses), "spread": float(np.std(losses))})
@@ -134,7 +140,7 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
 @pytest.mark.distributed
 def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path) -> None:
     ((results,),) = ranks(job(__file__, "written_out", 1, {"data": str(pairs), "run": str(tmp_path)}))
-    assert len(results) == 4
+    assert len(results) == 6
     for found in results:
         assert found["pairs"] >= 4 and found["spread"] > 1e-6, found
         # the reference keeps float32: some 40 numbers of 1e-7 each

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sov import pages
 from megatron_sov.pages.charts import Chart
 from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.pages.page import render as render_page
 from tokenizer.report.charts import bars
 
 
@@ -32,10 +32,10 @@ def render(found: dict[str, Any]) -> str:
         ("Cut differently", "Frequent words, and lines with the largest ratio of tokens.", [],
          _cut_tables(found)),
     )]
-    return pages.render("Tokenizer comparison", " / ".join(names),
-                        f"{len(names)} tokenizers on {len(found['texts'])} texts.",
-                        [Chapter("Comparison", "", [], sections)], anchor="comparison",
-                        overview=("Tokenizers", model_table(found)))
+    return render_page("Tokenizer comparison", " / ".join(names),
+                       f"{len(names)} tokenizers on {len(found['texts'])} texts.",
+                       [Chapter("Comparison", "", [], sections)], anchor="comparison",
+                       overview=("Tokenizers", model_table(found)))
 
 
 def _by_text(found: dict[str, Any], key: str, axis: str) -> Chart:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from megatron_sov import pages
 from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.pages.page import render as render_page
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check
 
@@ -23,8 +23,8 @@ def render(tokenizer: Opened, checks: list[Check]) -> str:
     sections = [Section(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", c.charts, c.tables)
                 for c in checks]
     chapter = Chapter(tokenizer.name, "", _figures(tokenizer, checks), sections)
-    return pages.render("Tokenizer report", tokenizer.name, subtitle, [chapter],
-                        overview=("All checks", overview), anchor="tokenizer")
+    return render_page("Tokenizer report", tokenizer.name, subtitle, [chapter],
+                       overview=("All checks", overview), anchor="tokenizer")
 
 
 def _figures(tokenizer: Opened, checks: list[Check]) -> list[tuple[str, str, str]]:

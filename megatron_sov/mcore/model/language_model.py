@@ -34,7 +34,7 @@ from megatron_sov.mcore.model.attention import PackedDocuments, SharedPrompts, p
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.placement import made_here, place
 from megatron_sov.mcore.model.quantization import mend_extra_state
-from megatron_sov.mcore.model.rotary import rotate_by_token, widen
+from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.mcore.model.specs import (
     layer_specs,
     mtp_layer_spec,
@@ -299,8 +299,7 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
         # not the buffers: a router's bias moves in steps that vanish in bf16,
         # and its counts stop at 256 there
         parameter.data = parameter.data.to(config.params_dtype)
-    if config.params_dtype == torch.float64:
-        widen(chunk.rotary_pos_emb, model)
+    rotate_by(chunk.rotary_pos_emb, model, config.params_dtype)
     _zero_padding_rows(chunk, model.vocab_size)
     _mark_parameters(chunk)
     return chunk

@@ -10,6 +10,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_sov.config import ModelConfig
+from megatron_sov.config.model import Llama3RopeConfig
 from megatron_sov.mcore.parallel.device import CPU
 
 
@@ -18,11 +19,13 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
 
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2) and, where the model has it, YaRN's "NTK-by-parts" (Peng et
     al., arXiv 2309.00071, eq. 17-22), its ramp's ends rounded outwards to whole channels as
-    transformers does.
+    transformers does, or Llama 3.1's scaling (`apply_scaling` of Meta's llama-models).
     """
     dim = model.head_dim
     base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if model.llama3_rope is not None:
+        return _llama3(plain, model.llama3_rope)
     if model.yarn is None:
         return plain
     yarn = model.yarn
@@ -37,10 +40,21 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated
 
 
-def widen(embedding: Any, model: ModelConfig) -> None:
-    """Have the library's rotary embedding give float64 angles."""
+def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
+    """Return the frequencies with long wavelengths divided, short ones kept, and a line between the two."""
+    rotations = plain * scaling.original_max_position_tokens / (2 * math.pi)  # over the original context
+    kept = ((rotations - scaling.low_freq_factor)
+            / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Have the library's rotary embedding turn by `frequencies`: in float64 for models in float64, whose
+    angles it would round, and in its own float32 for scalings that it does not have with these numbers."""
+    if dtype != torch.float64 and model.llama3_rope is None:
+        return
     with CPU:  # a model may be built on meta tensors, and these are numbers
-        exact = frequencies(model)
+        exact = frequencies(model).to(torch.promote_types(dtype, torch.float32))
     exact = exact.to(embedding.inv_freq.device)
     embedding.inv_freq = exact
     if model.yarn is not None:

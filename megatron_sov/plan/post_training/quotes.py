@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_sov import recipes
 from megatron_sov.config import ModelConfig, RunConfig
+from megatron_sov.config.preference import WITH_REFERENCE
 from megatron_sov.plan.post_training.assumed import Assumed, teacher_of
 from megatron_sov.plan.post_training.decoding import Asked, writing
 from megatron_sov.plan.post_training.priced import priced
@@ -21,8 +22,6 @@ KINDS = {"sft": "SFT", "preference": "preference", "distill": "distillation", "p
 """Objective -> what its stage is called."""
 FORWARD_TOKENS = 16384
 """Of a pass that only looks, which keeps no activations."""
-REFERENCED = ("dpo", "ipo", "dpo-norm")
-"""Preference methods that compare with the model that the run starts from."""
 
 
 def covers(config: RunConfig) -> bool:
@@ -70,7 +69,7 @@ def _train(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
 def _before(stage: RunStage, pricing: Pricing, assumed: Assumed) -> list[Quote]:
     """Return the quotes of what is done before a stage's first step: by a reference, a student, a teacher."""
     objective = stage.config.objective.name
-    if objective == "preference" and stage.config.preference.method in REFERENCED:
+    if objective == "preference" and stage.config.preference.method in WITH_REFERENCE:
         return [_forward(stage, pricing, "reference", "preference: reference", stage.config)]
     if objective != "distill":
         return []

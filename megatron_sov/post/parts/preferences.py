@@ -6,6 +6,8 @@ logarithm of policy over reference.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -33,6 +35,24 @@ def ipo(margins: torch.Tensor, beta: float) -> torch.Tensor:
     return (margins - 1 / (2 * beta)) ** 2
 
 
+def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: float,
+        desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> torch.Tensor:
+    """Return [N] losses of Kahneman-Tversky optimisation (arXiv 2402.01306, eq. 8), without the constant
+    weight of each response.
+
+    Args:
+        ratios: [N] logarithm of policy over reference of each response.
+        desirable: [N] bool: which of them were judged good.
+        distance: z_0, how far the policy has gone from the reference in all.
+        beta: strength of the reference.
+        desirable_weight: of good ones.
+        undesirable_weight: of bad ones.
+    """
+    ahead = beta * (ratios - distance)
+    return torch.where(desirable, desirable_weight * (1 - ahead.sigmoid()),
+                       undesirable_weight * (1 - (-ahead).sigmoid()))
+
+
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return [P] losses of SimPER (arXiv 2502.00883, eq. 6): inverse perplexities, those of the chosen
     responses up, those of the rejected ones down.
@@ -42,6 +62,38 @@ def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         rejected: the same of the rejected ones.
     """
     return rejected.exp() - chosen.exp()
+
+
+def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: float,
+          label_smoothing: float = 0.0) -> torch.Tensor:
+    """Return [P] losses of SimPO (arXiv 2405.14734, eq. 6): `dpo` without a reference, over means, with a
+    margin that the chosen response has to have.
+
+    Args:
+        chosen: [P] means of log-probabilities over the chosen responses.
+        rejected: the same of the rejected ones.
+        beta: how steeply the loss falls with the difference of the means.
+        gamma: the margin, in units of beta times log-probability, as in the paper.
+        label_smoothing: as of `dpo`.
+    """
+    return dpo(chosen - rejected - gamma / beta, beta, label_smoothing)
+
+
+def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return [P] odds ratio losses of ORPO (arXiv 2403.07691, eq. 7), without the weight and the
+    cross-entropy that stand beside them in its eq. 6.
+
+    Args:
+        chosen: [P] means of log-probabilities over the chosen responses.
+        rejected: the same of the rejected ones.
+    """
+    return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(means: torch.Tensor) -> torch.Tensor:
+    """Return log(p / (1 - p)) of p = exp(means), finite where p rounds to 1."""
+    certain = means.clamp(max=-2.0**-40)
+    return certain - torch.where(certain > -math.log(2), (-certain.expm1()).log(), (-certain.exp()).log1p())
 
 
 def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

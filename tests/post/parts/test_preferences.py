@@ -35,6 +35,46 @@ def test_ipo_is_the_papers() -> None:
     assert losses.tolist() == pytest.approx([(x - 2.0) ** 2 for x in MARGINS], abs=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_simpo_asks_for_a_lead(smoothing: float) -> None:
+    import torch
+
+    from megatron_sov.post.parts.preferences import simpo
+
+    chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    # r = beta * mean log p; the chosen one has to lead by gamma
+    right = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
+    assert simpo(chosen, rejected, 2.5, 1.5, smoothing).tolist() == pytest.approx(
+        [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in right], abs=1e-12)
+
+
+def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None:
+    import torch
+
+    from megatron_sov.post.parts.preferences import orpo
+
+    chosen, rejected = torch.tensor([-0.1, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    odds = [(math.exp(c) / (1 - math.exp(c)), math.exp(r) / (1 - math.exp(r)))
+            for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert orpo(chosen, rejected).tolist() == pytest.approx(
+        [-math.log((c / r) / (1 + c / r)) for c, r in odds], abs=1e-12)
+    certain = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    losses = orpo(certain, rejected) + orpo(rejected, certain)
+    (slopes,) = torch.autograd.grad(losses.sum(), certain)
+    assert losses.isfinite().all() and slopes.isfinite().all()
+
+
+def test_kto_is_the_papers() -> None:
+    import torch
+
+    from megatron_sov.post.parts.preferences import kto
+
+    ratios, good = torch.tensor([3.0, -1.0, 0.5, -6.0]).double(), torch.tensor([True, True, False, False])
+    expected = [weight / (1 + math.exp(sign * 0.2 * (ratio - 1.5)))  # 1 - sigma(x) = sigma(-x)
+                for ratio, sign, weight in ((3.0, 1, 1.2), (-1.0, 1, 1.2), (0.5, -1, 0.7), (-6.0, -1, 0.7))]
+    assert kto(ratios, good, 1.5, 0.2, 1.2, 0.7).tolist() == pytest.approx(expected, abs=1e-12)
+
+
 def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
     import torch
 

@@ -1,0 +1,212 @@
+"""A dense model becomes one with experts that computes the same, to go on from.
+
+Experts are copies of the dense feed-forward network (sparse upcycling, arXiv 2212.05055); with a granularity
+of G each is a G-th of it, and rows of the router are equal in groups of G, so that a token that chooses one
+shard of a copy chooses them all (virtual groups, arXiv 2410.07524).  Before any noise the model's output is
+the dense one's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_sov import models
+from megatron_sov.artifacts import manifest_sha256, refuse_existing
+from megatron_sov.config import ModelConfig, RunConfig
+from megatron_sov.convert.adapted_weights import checkpoint_weights
+from megatron_sov.convert.derived import Derived, Opened, write_derived
+from megatron_sov.convert.hf_import import planned_files
+from megatron_sov.convert.values import KEEP
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
+from megatron_sov.models.weights import Link
+from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of
+
+UPCYCLED = "upcycled"
+"""What a manifest's content says of it."""
+SPARSE = {"llama": "mixtral", "qwen3": "qwen3_moe"}
+"""Dense family -> the one that is the same with experts."""
+OF_EXPERTS = ("family", "num_dense_layers", "dense_ffn_dim", "num_experts", "num_experts_per_token",
+              "num_shared_experts", "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias",
+              "routed_scaling_factor", "router_bias_update_rate", "seq_aux_loss_coeff")
+"""Fields of an architecture that may become other ones."""
+_LAYER = re.compile(r"(decoder\.layers\.\d+\.)(.+)")
+FC1, FC2, NORM = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight", "mlp.linear_fc1.layer_norm_weight"
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How experts are made."""
+
+    num_experts: int
+    """Of each layer."""
+    num_experts_per_token: int
+    """That a token visits."""
+    granularity: int = 1
+    """Experts that a copy of the dense network is cut into."""
+    noise: float = 0.0
+    """Standard deviation of what is added to each expert's weights, as a share of that of its matrix."""
+    seed: int = 0
+    """Of the router and the noise."""
+    family: str = ""
+    """Of the model with experts; empty: the one that fits the dense one's."""
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """Return one sentence for each rule that is broken for a dense model."""
+        p = []
+        if model.num_moe_layers():
+            p.append(f"the model has experts already (model.num_experts = {model.num_experts}); name a dense "
+                     "one")
+        if self.granularity < 1 or model.dense_ffn_dim % max(self.granularity, 1):
+            p.append(f"--granularity {self.granularity} must divide model.dense_ffn_dim = "
+                     f"{model.dense_ffn_dim}")
+        for name, value in (("--experts", self.num_experts), ("--top-k", self.num_experts_per_token)):
+            if value < 1 or value % max(self.granularity, 1):
+                p.append(f"{name} {value} must be a positive multiple of --granularity {self.granularity}: a "
+                         "token visits whole copies")
+        if self.num_experts_per_token > self.num_experts:
+            p.append(f"--top-k {self.num_experts_per_token} must be at most --experts {self.num_experts}")
+        if not 0 <= self.noise < math.inf:
+            p.append(f"--noise {self.noise} must be a number that is not negative")
+        return p
+
+
+def upcycle(checkpoint: Path, out: Path, asked: Upcycling, *, workers: int = 1,
+            overwrite: bool = False) -> None:
+    """Write a dense checkpoint as one with experts (part "model").
+
+    Args:
+        checkpoint: the dense one; a run stands for its newest.
+        out: the checkpoint to write; it appears only when complete, and a killed command goes on where it
+            was.
+        asked: how experts are made.
+        workers: files that are written at a time.
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        UserError: sizes do not divide, no family has such a model, the checkpoint is damaged, or the disk is
+            full; nothing is left then.
+    """
+    refuse_existing(out, KIND, overwrite)
+    refuse_missing(checkpoint)
+    checkpoint = find_checkpoint(checkpoint)
+    source = checkpoint_weights(checkpoint)
+    if problems := asked.problems(source.model):
+        raise UserError(f"{checkpoint}: {'; '.join(problems)}")
+    model = upcycled(source.model, asked)
+    links = {block_name(link.key, link.offset): link for link in models.get(model.family).links(model)}
+    made = _Blocks(source, model, asked)
+    told = {**dataclasses.asdict(asked), "path": str(checkpoint),
+            "manifest_sha256": manifest_sha256(checkpoint)}
+    derived = Derived(
+        [source], links, planned_files(links, made.dtype, KEEP),
+        lambda spec: made.block(links[spec.name]).to(spec.dtype),
+        lambda spec: made.needs(links[spec.name]),
+        RunConfig(IMPORTED, model, code=settings_of(checkpoint).code), {"step": 0, UPCYCLED: told})
+    write_derived(out, "upcycle", derived, {UPCYCLED: told}, workers=workers, overwrite=overwrite)
+
+
+def upcycled(dense: ModelConfig, asked: Upcycling) -> ModelConfig:
+    """Return the architecture with experts.
+
+    Raises:
+        UserError: no family has it; the sentence names what it cannot express.
+    """
+    name = asked.family or SPARSE.get(dense.family, "")
+    if not name:
+        raise UserError(f"model.family = {dense.family!r}: no family with experts is known for it; name one "
+                        "with --family")
+    family = models.get(name)
+    model = dataclasses.replace(dense, **{
+        "num_experts": asked.num_experts, "num_experts_per_token": asked.num_experts_per_token,
+        "expert_ffn_dim": dense.dense_ffn_dim // asked.granularity, "num_dense_layers": 0,
+        "num_shared_experts": 0, "norm_topk_prob": True, "router_bias": False, **family.training,
+        **family.structure, "family": name})
+    if not any("dense_ffn_dim" in vars(item).values() for item in family.config):
+        model = dataclasses.replace(model, dense_ffn_dim=0)
+    for field in dataclasses.fields(dense):
+        before, after = getattr(dense, field.name), getattr(model, field.name)
+        if before != after and field.name not in OF_EXPERTS:
+            raise UserError(f"--family {name}: has model.{field.name} = {after!r} alone, and the dense model "
+                            f"has {before!r}; name another family")
+    family.check(model)
+    return model
+
+
+class _Blocks:
+    """The blocks of a model with experts, from those of a dense one."""
+
+    def __init__(self, source: Opened, model: ModelConfig, asked: Upcycling) -> None:
+        self._source, self._model, self._asked = source, model, asked
+        self._dense = {link.key: link for link in source.links}
+        self._of = {name: link for link in models.get(model.family).links(model) for name in link.hf_names}
+
+    def dtype(self, hf_name: str) -> torch.dtype:
+        """Return the dtype of a tensor: that of what it is made from."""
+        return self._source.dtype(self._origin(self._of[hf_name]).hf_names[0])
+
+    def needs(self, link: Link) -> tuple[str, ...]:
+        """Return the dense tensors that a block is made from."""
+        return () if self._is_drawn(link) else self._origin(link).hf_names
+
+    def block(self, link: Link) -> torch.Tensor:
+        """Return a block: copied, cut out of a dense matrix, or drawn."""
+        if self._is_drawn(link):
+            return self._router(link)
+        origin = self._origin(link)
+        block: torch.Tensor = origin.join({name: self._source.read(name) for name in origin.hf_names})
+        return self._shard(block, link) if ".experts." in link.key else block
+
+    def _shard(self, block: torch.Tensor, link: Link) -> torch.Tensor:
+        """Return an expert's part of a dense matrix, with its noise."""
+        asked, model = self._asked, self._model
+        first = link.offset[0] % asked.granularity * model.expert_ffn_dim
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        if link.key.endswith("linear_fc1.weight"):  # gate above up
+            part = wide.view(2, -1, wide.shape[1])[:, first:first + model.expert_ffn_dim]
+        else:
+            # the chosen weights add up to routed_scaling_factor, and each copy is met in all of its shards
+            part = (wide[:, first:first + model.expert_ffn_dim]
+                    * (asked.granularity / model.routed_scaling_factor))
+        part = part.reshape(link.block_shape)
+        if not asked.noise:
+            return part
+        return part + asked.noise * part.std() * self._drawn(part.shape, link.key, link.offset[0])
+
+    def _router(self, link: Link) -> torch.Tensor:
+        """Return rows that are equal in groups, or a selection bias of zeros."""
+        if link.key.endswith("expert_bias"):
+            return torch.zeros(link.block_shape)
+        groups = self._asked.num_experts // self._asked.granularity
+        rows = self._model.init_std * self._drawn(torch.Size((groups, self._model.hidden_size)), link.key, 0)
+        return rows.repeat_interleave(self._asked.granularity, dim=0)
+
+    def _drawn(self, shape: torch.Size, key: str, expert: int) -> torch.Tensor:
+        """Return normal numbers that follow from the seed and the tensor's name."""
+        digest = hashlib.sha256(f"{self._asked.seed} {key} {expert}".encode()).digest()
+        return torch.randn(shape, generator=torch.Generator().manual_seed(
+            int.from_bytes(digest[:8], "little") >> 1))
+
+    @staticmethod
+    def _is_drawn(link: Link) -> bool:
+        return ".mlp.router." in link.key
+
+    def _origin(self, link: Link) -> Link:
+        """Return the dense link that a link's dtype and numbers come from."""
+        if (found := _LAYER.fullmatch(link.key)) is None:
+            return self._dense[link.key]
+        layer, name = found.groups()
+        if name == "pre_mlp_layernorm.weight":
+            name = NORM
+        elif name.startswith("mlp.router.") or name.endswith("experts.linear_fc1.weight"):
+            name = FC1
+        elif name.endswith("experts.linear_fc2.weight"):
+            name = FC2
+        return self._dense[layer + name]

@@ -1,0 +1,67 @@
+"""Judged responses stand beside a response to another prompt, with what was said of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main
+from megatron_sov.artifacts import read_manifest
+
+
+def made(folder: Path, rows: list[dict[str, Any]], *more: str) -> list[dict[str, Any]]:
+    """Return what the command writes for lines."""
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["unpaired", "--input", str(folder / "in.jsonl"), "--output", str(folder / "out"), *more,
+                 "--overwrite"]) == 0
+    return [json.loads(row) for row in (folder / "out/unpaired.jsonl").read_text().splitlines()]
+
+
+def said(row: dict[str, Any]) -> tuple[str, str, str, float]:
+    """Return prompt, response, mismatched response and whether it is a good one."""
+    assert row["desirable"][0] == row["desirable"][1]
+    return (row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"],
+            row["desirable"][0])
+
+
+def test_each_response_is_beside_one_to_another_prompt(tmp_path: Path) -> None:
+    rows = made(tmp_path, [
+        {"prompt": "a", "response": "a1", "label": True}, {"prompt": "a", "response": "a2", "label": False},
+        {"prompt": "b", "response": "b1", "label": True},
+        {"prompt": "c", "responses": [{"content": "c1", "reward": 0.5}, {"content": "c2", "reward": 0.49}]}])
+    assert list(map(said, rows)) == [("b", "b1", "a2", 1.0), ("c", "c1", "b1", 1.0), ("c", "c2", "b1", 0.0),
+                                     ("a", "a1", "c2", 1.0), ("a", "a2", "c2", 0.0)]
+    assert read_manifest(tmp_path / "out", "corpus").content["responses"] == {
+        "num_good": 3, "num_bad": 2, "num_passed_over": 0}
+
+
+def test_a_prompt_that_comes_again_is_no_other_one(tmp_path: Path) -> None:
+    rows = made(tmp_path, [{"prompt": p, "responses": [{"content": f"{p}{i}", "reward": i % 2}]}
+                           for i, p in enumerate("aabba")])
+    assert all(row["rejected"][0]["content"][0] != row["prompt"][0]["content"] for row in rows)
+    assert len(rows) == 5
+
+
+def test_a_good_one_that_did_not_end_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "response": "cut", "reward": 1, "finish_reason": "length"},
+             {"prompt": "b", "response": "cut and bad", "reward": 0, "finish_reason": "length"},
+             {"prompt": "c", "response": "whole", "reward": 1, "finish_reason": "stop"}]
+    assert [said(row)[1] for row in made(tmp_path, lines)] == ["cut and bad", "whole"]
+    assert len(made(tmp_path, lines, "--keep-unfinished")) == 3
+
+
+@pytest.mark.parametrize(("lines", "sentence"), [
+    ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "a", "response": "y", "label": False}],
+     "all responses are to one prompt"),
+    ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", "label": True}],
+     "2 responses are good"),
+    ([{"prompt": "a", "response": "x", "label": "yes"}], "are to one prompt, or there are none"),
+])
+def test_what_nothing_can_be_learned_from_is_refused(lines: list[Any], sentence: str, tmp_path: Path,
+                                                     capsys: Any) -> None:
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["unpaired", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
