@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from tqdm import tqdm
 from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
 from data_prep.indexed import sidecars_of, token_dtype
-from data_prep.provenance import SYNTHESIS, artifact_of
+from data_prep.provenance import artifact_of
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule
 from data_prep.steps import named_steps
-from data_prep.tags import GivenTag, parse_tags, refuse_unknown_sources, source_tags
+from data_prep.tags import GivenTag, parse_tags, refuse_unknown_sources, source_tags, with_written
 from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE
 from data_prep.units import GROUP, UnitSettings
 from data_prep.workers import Unit, encode_units
@@ -53,8 +52,6 @@ SAMPLE_SPANS, SAMPLE_CHARS = 16, 32_000
 """Places of each source from which the self-check of the fast encoder takes text, and how much at each."""
 MAX_BUCKETS = 64
 """Sources that one may be sorted into; each writes files of its own at the same time."""
-SYNTHETIC = "synthetic"
-"""Tag of sources that models wrote."""
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -210,7 +207,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     """
     settings = settings or PackSettings()
     origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
-    settings = _with_synthetic(settings, origins)
+    settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
     if problems := settings.problems():
         raise UserError("; ".join(problems))
     if workers < 1:
@@ -243,16 +240,6 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
             artifact.add_input(origin)
     _delete_work(work, output)
     _tell(artifact.content["sources"], output)
-
-
-def _with_synthetic(settings: PackSettings, origins: Mapping[str, Path]) -> PackSettings:
-    """Tag the sources that models wrote, for blends and cards, unless the user has."""
-    given = {tag.source for tag in settings.tags if tag.key == SYNTHETIC}
-    if "" in given or SYNTHETIC in settings.reading.tags:
-        return settings
-    return replace(settings, tags=(*settings.tags, *(
-        GivenTag(SYNTHETIC, "true", name) for name, origin in origins.items()
-        if name not in given and read_manifest(origin).kind == SYNTHESIS)))
 
 
 def work_folder(output: Path) -> Path:

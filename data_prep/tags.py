@@ -10,8 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from data_prep.provenance import SYNTHESIS
+from megatron_sov.artifacts import read_manifest
 from megatron_sov.documents.columns import tag_value
 from megatron_sov.errors import UserError
 
@@ -19,6 +22,8 @@ MAX_VALUES = 64
 """Values of one tag that a source may have; what has more, such as an address, chooses nothing."""
 SOURCE = "source"
 """What patterns over the names of sources are written under; no tag can be called so."""
+SYNTHETIC = "synthetic"
+"""Tag of sources that models wrote."""
 _KEY = re.compile(r"[a-z_][a-z0-9_]*")
 
 Tags = Mapping[str, Sequence[str]]
@@ -63,6 +68,22 @@ def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[GivenTa
         elif key not in fields:
             fields.append(key)
     return tuple(fields), tuple(given)
+
+
+def with_written(given: Sequence[GivenTag], fields: Sequence[str],
+                 origins: Mapping[str, Path]) -> tuple[GivenTag, ...]:
+    """Return tags with one for each source that models wrote, unless the user has given it.
+
+    Args:
+        given: tags of the command line.
+        fields: of records that tags are read from.
+        origins: source -> the artifact that it lies in.
+    """
+    named = {tag.source for tag in given if tag.key == SYNTHETIC}
+    if "" in named or SYNTHETIC in fields:
+        return tuple(given)
+    return (*given, *(GivenTag(SYNTHETIC, "true", name) for name, origin in origins.items()
+                      if name not in named and read_manifest(origin).kind == SYNTHESIS))
 
 
 def refuse_unknown_sources(given: Sequence[GivenTag], names: Sequence[str]) -> None:

@@ -26,13 +26,17 @@ MAX_FAULTS = 3
 """In a row, for one request."""
 
 
-def completion(said: str | Mapping[str, Any]) -> dict[str, Any]:
+def completion(said: str | Mapping[str, Any], read_tokens: int = 10) -> dict[str, Any]:
     """Return the chat completion that says a text, or is a message; `finish_reason` may stand in it."""
     message = {"role": "assistant", "content": said} if isinstance(said, str) else dict(said)
     reason = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
-    num_tokens = len(json.dumps(message, ensure_ascii=False)) // 4
     return {"choices": [{"index": 0, "message": message, "finish_reason": reason}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": num_tokens}}
+            "usage": {"prompt_tokens": read_tokens, "completion_tokens": tokens_in(message)}}
+
+
+def tokens_in(said: Any) -> int:
+    """Return about how many tokens a message has, or several: four characters each."""
+    return len(json.dumps(said, ensure_ascii=False)) // 4
 
 
 def drawn(*parts: object) -> float:
@@ -142,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "too long":
             self._send(400, b'{"error": {"code": "context_length_exceeded"}}')
         else:
-            answer = json.dumps(completion(self.server.reply(body))).encode()
+            answer = json.dumps(completion(self.server.reply(body), tokens_in(body["messages"]))).encode()
             if fault == "cut":
                 self._send(200, answer[:len(answer) // 2], {"content-length": str(len(answer))})
                 self.close_connection = True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,8 @@ from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import UserError
 
 RUN, CANDIDATES, PARTS = "run.json", "candidates", "part-*.jsonl"
+_NUMBER = re.compile(rb'\{"number": ?(\d{1,18}),')
+"""What a line begins with: the place of its item in the input."""
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -130,39 +134,45 @@ def read_run(output: Path) -> RunRecord:
         raise UserError(f"{file}: is damaged ({_told(e)}); run the same `sov-data synth` again") from None
 
 
-def parts(output: Path) -> list[Path]:
-    """Return the files of finished items, in order."""
-    return sorted((output / CANDIDATES).glob(PARTS))
-
-
-def read_part(file: Path, run: RunRecord) -> Iterator[Made]:
-    """Yield what was made of each finished item, in order.
-
-    Raises:
-        UserError: a line is damaged.
-    """
-    with open(file, "rb") as f:
-        for number, raw in enumerate(f, 1):
-            try:
-                line = _LINE.validate_python(_object(raw))
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{file}:{number}: is damaged ({_told(e)}); delete this file and run the "
-                                "same command again: answers are kept, nothing is asked twice") from None
-            yield Made(line.item.id, tuple(
-                Candidate(f"{line.item.id}/{i}", line.item.id, line.item.source, line.item.licence,
-                          one.kind or run.kind, one.record, one.verdicts, one.group, one.notes,
-                          one.asked or line.asked)
-                for i, one in enumerate(line.samples)), line.unusable)
-
-
 def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
-    """Yield what was made of all finished items, in order.
+    """Yield what was made of all finished items, in the order of the input: in which part an item stands, and
+    where, depends on when it was finished.
 
     Raises:
         UserError: a line is damaged.
     """
-    for file in parts(output):
-        yield from read_part(file, run)
+    seen: set[str] = set()
+    parts = sorted((output / CANDIDATES).glob(PARTS))
+    for _, file, start, line in sorted(chain.from_iterable(map(_places, parts))):
+        with open(file, "rb") as f:  # anew for each: a long run has more parts than files may be open
+            f.seek(start)
+            made = _made(f.readline(), f"{file}:{line}", run)
+        if made.item not in seen:
+            seen.add(made.item)
+            yield made
+
+
+def _places(file: Path) -> Iterator[tuple[int, Path, int, int]]:
+    """Yield the item's number, the file, the place in it and the line's number of each line."""
+    start = 0
+    with open(file, "rb") as f:
+        for number, line in enumerate(f, 1):
+            found = _NUMBER.match(line)
+            yield int(found[1]) if found else 0, file, start, number
+            start += len(line)
+
+
+def _made(raw: bytes, where: str, run: RunRecord) -> Made:
+    try:
+        line = _LINE.validate_python(_object(raw))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: is damaged ({_told(e)}); delete this file and run the same command again: "
+                        "answers are kept, nothing is asked twice") from None
+    return Made(line.item.id, tuple(
+        Candidate(f"{line.item.id}/{i}", line.item.id, line.item.source, line.item.licence,
+                  one.kind or run.kind, one.record, one.verdicts, one.group, one.notes,
+                  one.asked or line.asked)
+        for i, one in enumerate(line.samples)), line.unusable)
 
 
 def _object(raw: bytes) -> Any:

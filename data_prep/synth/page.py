@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.journey.drawings import bars
-from megatron_sov import pages
 from megatron_sov.artifacts import write_output
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import duration, figure, large
 from megatron_sov.pages.content import Chapter, Panel, Section, Table
+from megatron_sov.pages.page import render as render_page
 
 REPORT_HTML, SUMMARY = "report.html", "summary.json"
 MAX_SUMMARY_BYTES = 64 << 20
@@ -77,7 +77,7 @@ def render(summary: Mapping[str, Any], now_s: float | None = None) -> str:
                                     Section(f"Sample {i}", _about(one), turns=_turns(one))
                                     for i, one in enumerate(group, 1)]))
     more = "" if summary["is_complete"] else " Items are left: these are the figures so far."
-    return pages.render(
+    return render_page(
         "Synthesis", str(summary["generator"]),
         f"{summary['num_kept']:,} of {summary['num_samples']:,} samples kept, of {summary['num_items']:,} "
         f"items.{more}", chapters, opening=_opening(summary), anchor="part", nothing="Nothing was made.",
@@ -113,7 +113,8 @@ def _reasons(summary: Mapping[str, Any]) -> list[Section]:
     if not summary["rejected"]:
         return []
     counts = {visible(reason): float(num) for reason, num in summary["rejected"].items()}
-    steps = [[str(one["step"]), str(one["source"]), f"{one['documents_in']:,}", f"{one['documents_kept']:,}",
+    steps = [[str(one["step"]), f"{one['source']} ({one['kind']})", f"{one['documents_in']:,}",
+              f"{one['documents_kept']:,}",
               ", ".join(f"{num:,} {reason}" for reason, num in one["dropped"].items()) or "–"]
              for one in summary["steps"]]
     return [Section("Reasons", "The first check that a sample does not pass is its reason; rejected.jsonl "
@@ -142,7 +143,7 @@ def _agreement(summary: Mapping[str, Any]) -> list[Section]:
 def _settings(summary: Mapping[str, Any]) -> Section:
     return Section("Settings", "Of the generator, and of each step.", json=visible(json.dumps(
         {"generator": summary["settings"],
-         "steps": [[one["step"], one["source"], one["settings"]] for one in summary["steps"]]},
+         "steps": [[one["step"], one["kind"], one["source"], one["settings"]] for one in summary["steps"]]},
         indent=1, ensure_ascii=False)))
 
 

@@ -67,12 +67,16 @@ def tag_value(value: Any) -> str | None:
 def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
     """Return the value of each of these fields as a tag; "" where the record has none.
 
+    A record of `sov-data synth` has its provenance in the field `synthetic`, which says that it is.
+
     Raises:
         BadRecord: a value cannot be one.
     """
     found = []
     for name in names:
         value = record.get(name)
+        if name == "synthetic" and isinstance(value, dict):
+            value = True
         tag = "" if value is None or value == "" else tag_value(value)
         if tag is None:
             raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, which --tag names; must "

@@ -18,6 +18,7 @@ from data_prep.journey.card.raw_files import RawFiles
 from data_prep.journey.facts import BINS, NONE, REST, SCORES, Facts, total
 from data_prep.journey.page import BYTES_PER_TOKEN
 from data_prep.journey.summary import SourceSummary
+from data_prep.tags import SYNTHETIC
 from megatron_sov.version import __version__
 
 FORMAT, VERSION = "megatron-sov data card", 2
@@ -108,7 +109,7 @@ def _synthetic_tokens(sources: Iterable[TokenSource]) -> dict[str, Any] | None:
     """Return how many tokens models wrote, by the tags of the sources; None where there are no tokens."""
     counted: dict[bool | None, int] = {True: 0, False: 0, None: 0}
     for source in sources:
-        said = list(source.tags.get("synthetic", ()))
+        said = list(source.tags.get(SYNTHETIC, ()))
         counted[{"true": True, "false": False}.get(said[0]) if len(said) == 1 else None] += source.num_tokens
     whole = sum(counted.values())
     return {"tokens": counted[True], "share": counted[True] / whole,
@@ -125,7 +126,7 @@ def _unstated(found: Lineage) -> Iterable[str]:
             yield f"samples {one.origin.name!r}: the model that wrote them"
     if found.syntheses:
         for source in found.token_sources:
-            if len(source.tags.get("synthetic", ())) != 1:
+            if len(source.tags.get(SYNTHETIC, ())) != 1:
                 yield f"tokens {source.name!r}: how many of them models wrote"
 
 

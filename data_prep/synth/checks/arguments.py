@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_prep.synth.checks.settings import CheckSettings
+if TYPE_CHECKING:
+    from data_prep.synth.checks.settings import CheckSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,5 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(args: argparse.Namespace) -> CheckSettings:
     """Return what was asked; its `problems` are the caller's to tell."""
+    from data_prep.synth.checks.settings import CheckSettings  # steps take long to import
+
     return CheckSettings(args.checks, tuple(args.benchmarks), tuple(args.languages), args.labels,
                          args.min_kappa)

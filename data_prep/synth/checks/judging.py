@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,14 +22,15 @@ import pyarrow.parquet as pq
 from data_prep.pipeline.finish import summary_of
 from data_prep.pipeline.plan import Plan, SourcePlan, make_plan
 from data_prep.pipeline.running import judge_documents
-from data_prep.synth.candidates import Candidate, RunRecord, parts, read_part
+from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
 from data_prep.synth.checks.input_texts import input_texts
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.checks.texts import CONTEXT, INPUT, SAMPLES, SOURCES, NoSample, texts_of
+from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, texts_of
 from data_prep.synth.sample import Verdict
 from megatron_sov.artifacts import disk_errors, publish
 
 FOLDER, TEXTS = "checks", "texts"
+LOT_ITEMS = 2000
 FORM = "form"
 """Check that a record is what later commands take."""
 
@@ -40,7 +42,7 @@ class Judged:
     dropped: Mapping[str, Verdict] = field(default_factory=dict)
     """Id of a document (a sample, or a context) -> why it does not stay."""
     changed: Mapping[str, str] = field(default_factory=dict)
-    """Id of a sample -> its text where a step has changed it."""
+    """Id of a document -> its text where a step has changed it."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Figures of each step and source, as a pipeline's summary has them."""
 
@@ -50,17 +52,17 @@ class Judged:
             texts = texts_of(candidate.kind, candidate.record)
         except NoSample as e:
             return Verdict(FORM, False, str(e))
-        if found := self.dropped.get(candidate.id):
+        ids = (candidate.id, _context_id(texts.get(CONTEXT, "")))
+        if found := next(filter(None, map(self.dropped.get, ids)), None):
             return found
-        if found := self.dropped.get(_context_id(texts.get(CONTEXT, ""))):
-            return found
-        if candidate.id in self.changed and candidate.kind != "text":
+        if candidate.kind != "text" and any(id_ in self.changed for id_ in ids):
             return Verdict("changed by a step", False, "only texts can follow; use steps that keep or drop")
         return None
 
 
 def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers: int) -> Judged:
-    """Send all samples that passed their own checks through the steps.
+    """Send all samples that passed their own checks through the steps, each kind of record by itself: a
+    prompt is no copy of the conversation that begins with it.
 
     Raises:
         UserError: a step, an input or the disk is in the way.
@@ -68,48 +70,74 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
     folder = output / FOLDER
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        names = _write_texts(output, run, folder)
-    pipeline = settings.pipeline(settings.file(run.generator, run.kind),
-                                 {name: folder / TEXTS / name for name in names})
-    if not pipeline.steps or SAMPLES not in names:
-        return Judged()
-    (folder / "inputs").mkdir(exist_ok=True)
-    plan = make_plan(pipeline, folder)
-    judge_documents(plan, folder, workers)
-    dropped, changed = _collect(plan, folder)
-    return Judged(dropped, changed, tuple(_figures(summary_of(plan, folder))))
+        found = _write_texts(output, run, folder)
+    dropped: dict[str, Verdict] = {}
+    changed: dict[str, str] = {}
+    figures: list[Mapping[str, Any]] = []
+    for kind, folders in found.items():
+        pipeline = settings.pipeline(settings.file(run.generator if kind == run.kind else "", kind), folders)
+        if not pipeline.steps:
+            continue
+        work = folder / kind
+        with disk_errors(work):
+            (work / "inputs").mkdir(parents=True, exist_ok=True)
+        plan = make_plan(pipeline, work)
+        judge_documents(plan, work, workers)
+        gone, other = _collect(plan, work)
+        dropped, changed = gone | dropped, other | changed
+        figures += _figures(kind, summary_of(plan, work))
+    return Judged(dropped, changed, tuple(figures))
 
 
-def _write_texts(output: Path, run: RunRecord, folder: Path) -> list[str]:
-    """Write what is judged, a file for each part of the candidates; returns the sources that there are."""
+def _write_texts(output: Path, run: RunRecord, folder: Path) -> dict[str, dict[str, Path]]:
+    """Write what is judged, a file for each lot of items; returns kind -> source -> folder."""
     temporary = folder / f".{TEXTS}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     try:
-        for name in SOURCES:
-            (temporary / name).mkdir(parents=True)
-        for part in parts(output):
+        for number, some in enumerate(_in_lots(read_made(output, run))):
             with ExitStack() as stack:
-                files = {name: stack.enter_context(open(temporary / name / part.name, "w", encoding="utf-8"))
-                         for name in SOURCES if name != INPUT}
-                for made in read_part(part, run):
+                lot = _Lot(temporary, f"{number:06}.jsonl", stack)
+                for made in some:
                     for sample in made.samples:
-                        _write_sample(sample, files, seen)
-        with open(temporary / INPUT / "input.jsonl", "w", encoding="utf-8") as f:
-            for path in run.inputs:
-                for place, text in input_texts(Path(path)):
-                    f.write(_line(f"input {place}", text))
-        for file in [*temporary.rglob("*.jsonl")]:
-            if not file.stat().st_size:
-                file.unlink()
-        names = [name for name in SOURCES if any((temporary / name).iterdir())]
-        publish(temporary, folder / TEXTS)
+                        _write_sample(sample, lot, seen)
+        kinds = sorted(path.name for path in temporary.glob("*"))
+        with ExitStack() as stack:
+            lot = _Lot(temporary, "input.jsonl", stack)
+            for place, text in (found for path in run.inputs if kinds for found in input_texts(Path(path))):
+                lot.write("", INPUT, f"input {place}", text)
+        if kinds:
+            publish(temporary, folder / TEXTS)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return names
+    return {kind: {name: place for name in SOURCES
+                   if (place := folder / TEXTS / ("" if name == INPUT else kind) / name).is_dir()}
+            for kind in kinds}
 
 
-def _write_sample(sample: Candidate, files: Mapping[str, IO[str]], seen: set[str]) -> None:
+class _Lot:
+    """Files of the texts of some items, made when the first text comes."""
+
+    def __init__(self, folder: Path, name: str, stack: ExitStack) -> None:
+        self._folder, self._name, self._stack = folder, name, stack
+        self._files: dict[tuple[str, str], IO[str]] = {}
+
+    def write(self, kind: str, source: str, id_: str, text: str) -> None:
+        """Write a text of a kind's source."""
+        if (kind, source) not in self._files:
+            (self._folder / kind / source).mkdir(parents=True, exist_ok=True)
+            self._files[kind, source] = self._stack.enter_context(
+                (self._folder / kind / source / self._name).open("w", encoding="utf-8"))
+        self._files[kind, source].write(_line(id_, text))
+
+
+def _in_lots(made: Iterator[Made]) -> Iterator[Iterator[Made]]:
+    """Yield items by so many: what comes later changes the last lot's file alone."""
+    for first in made:
+        yield chain([first], islice(made, LOT_ITEMS - 1))
+
+
+def _write_sample(sample: Candidate, lot: _Lot, seen: set[tuple[str, str]]) -> None:
     if sample.failed:
         return
     try:
@@ -120,10 +148,10 @@ def _write_sample(sample: Candidate, files: Mapping[str, IO[str]], seen: set[str
         id_ = sample.id
         if name == CONTEXT:
             id_ = _context_id(text)
-            if id_ in seen:
+            if (sample.kind, id_) in seen:
                 continue
-            seen.add(id_)
-        files[name].write(_line(id_, text))
+            seen.add((sample.kind, id_))
+        lot.write(sample.kind, name, id_, text)
 
 
 def _line(id_: str, text: str) -> str:
@@ -144,7 +172,7 @@ def _collect(plan: Plan, folder: Path) -> tuple[dict[str, Verdict], dict[str, st
         for own_id, number, reason, detail, text in _rows(source, folder):
             if reason:
                 found.append((own_id, number, reason, detail))
-            elif text is not None and source.settings.name == SAMPLES:
+            elif text is not None:
                 changed[own_id] = text
     names = _own_ids(plan, folder, {detail for _, _, _, detail in found})
     dropped: dict[str, Verdict] = {}
@@ -182,11 +210,11 @@ def _own_ids(plan: Plan, folder: Path, wanted: Iterable[str]) -> dict[str, str]:
     return {one: f"the same as {own}" for one, own in found.items()}
 
 
-def _figures(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _figures(kind: str, summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for source in summary["sources"]:
         if source["name"] != INPUT:
             for step in source["steps"][1:]:
-                yield {"step": step["kind"], "number": step["number"], "source": source["name"],
+                yield {"step": step["kind"], "kind": kind, "number": step["number"], "source": source["name"],
                        "settings": step["settings"], "documents_in": step["documents_in"],
                        "documents_kept": step["documents_kept"],
                        "dropped": {reason: one["documents"] for reason, one in step["dropped"].items()}}

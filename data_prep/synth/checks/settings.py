@@ -44,6 +44,9 @@ class CheckSettings:
             found.append(f"--min-kappa {self.min_kappa:g}: there is nothing to agree with; add --labels FILE")
         if self.min_kappa is not None and not -1 <= self.min_kappa <= 1:
             found.append(f"--min-kappa {self.min_kappa:g}: must lie in [-1, 1], e.g. 0.6")
+        if self.steps is not None and not self.steps.is_file():
+            return [*found, f"--checks {self.steps}: does not exist; pass a YAML file, e.g. a copy of "
+                            f"{DEFAULTS / 'chat.yaml'}"]
         try:
             if self.labels is not None:
                 read_labels(self.labels)
@@ -54,9 +57,11 @@ class CheckSettings:
         return found
 
     def file(self, generator: str, kind: str) -> Path:
-        """Return the file of steps for a generator and the kind of its records."""
+        """Return the file of steps for records of a kind; `generator`: empty where it is not its own kind."""
+        if self.steps is not None and generator:
+            return self.steps
         own = DEFAULTS / f"{generator}.yaml"
-        return self.steps or (own if own.is_file() else DEFAULTS / f"{kind}.yaml")
+        return own if generator and own.is_file() else DEFAULTS / f"{kind}.yaml"
 
     def pipeline(self, file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
         """Return the steps of a file as a pipeline.

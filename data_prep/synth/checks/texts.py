@@ -39,7 +39,7 @@ def texts_of(kind: Kind, record: Mapping[str, Any]) -> dict[str, str]:
         raise NoSample("holds half of a surrogate pair, which is no character") from None
     if size_bytes > MAX_TEXT_BYTES:
         raise NoSample(f"has {size_bytes:,} bytes of text, at most {MAX_TEXT_BYTES:,} are taken")
-    if not found.get(SAMPLES, "").strip():
+    if not found.get(SAMPLES, "").strip() and kind != "task":  # a task may be a world alone
         raise NoSample("holds no text")
     return {name: text for name, text in found.items() if text.strip()}
 
@@ -48,13 +48,16 @@ def _texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if kind == "task":
         yield SAMPLES, asked_in(record)
         return
-    document = parse_record(dict(record), "", 0, Reading(kind))
+    is_pair = kind == "prompt" and {"chosen", "rejected"} <= record.keys()
+    document = parse_record(dict(record), "", 0, Reading("preference" if is_pair else kind))
     if kind == "text":
         yield SAMPLES, document.text
         return
-    yield SAMPLES, "\n\n".join(_said(document.messages, "user", "assistant", "tool"))
+    yield SAMPLES, "\n\n".join(_said((*document.messages, *document.chosen), "user", "assistant", "tool"))
     yield CONTEXT, "\n\n".join(_said(document.messages, "system"))
     if kind == "chat":
+        if not any(message.role == "assistant" for message in document.messages):
+            raise NoSample("has no message of an assistant, so nothing could be learned from it")
         yield ANSWERS, "\n\n".join(_said(document.messages, "assistant"))
 
 

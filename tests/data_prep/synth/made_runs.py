@@ -35,8 +35,9 @@ def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], *, per_
     """Write a folder whose items have these samples; item i is called i0, i1, ..."""
     (output / "candidates").mkdir(parents=True, exist_ok=True)
     (output / "run.json").write_text(json.dumps({**RUN, **run}))
-    lines = [json.dumps({"item": {"id": f"i{i}", "source": "notes", "licence": "CC-BY-4.0" if i else ""},
-                         "samples": list(samples), "asked": [f"key{i}"]}, ensure_ascii=False)
+    lines = [json.dumps({"number": i, "item": {"id": f"i{i}", "source": "notes",
+                                               "licence": "CC-BY-4.0" if i else ""},
+                         "samples": list(samples), "asked": [f"key{i}"]})
              for i, samples in enumerate(items)]
     for number, first in enumerate(range(0, len(lines), per_part)):
         text = "".join(f"{line}\n" for line in lines[first:first + per_part])

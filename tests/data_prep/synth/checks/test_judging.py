@@ -1,0 +1,28 @@
+"""A step that changes texts changes records of texts, and rejects what it cannot change."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+from made_runs import GOOD, chat, made_run, rows, sample
+
+from data_prep.synth.checks.settings import CheckSettings
+from data_prep.synth.finishing import finish
+
+ADDRESS = "Write to jane.doe@mail.org about it."
+
+
+def test_a_masked_text_is_kept_and_a_masked_conversation_is_not(tmp_path: Path) -> None:
+    (tmp_path / "steps.yaml").write_text("steps:\n  - pii: {mask: [email]}\n")
+    told = {"role": "system", "content": f"You know this. {ADDRESS}"}
+    text = made_run(tmp_path / "text", [[sample({"text": f"{GOOD} {ADDRESS}"})], [sample({"text": GOOD})]])
+    chats = made_run(tmp_path / "chats", [[sample(chat("Where?", ADDRESS))], [sample(chat("Where?", "Here."))],
+                                          [sample(chat("Where?", "There.", told))]], kind="chat")
+    for folder in (text, chats):
+        finish(folder, CheckSettings(tmp_path / "steps.yaml"))
+    masked, other = rows(text / "kept.jsonl")
+    assert "[email address]" in masked["text"] and "jane" not in masked["text"] and other["text"] == GOOD
+    assert [row["synthetic"]["item"] for row in rows(chats / "kept.jsonl")] == ["i1"]
+    assert [row["reason"] for row in rows(chats / "rejected.jsonl")] == ["changed by a step"] * 2

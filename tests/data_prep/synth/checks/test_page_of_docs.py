@@ -1,0 +1,48 @@
+"""docs/synth_checks.md: its steps are sound, its labels are read, its program runs, its table of sources is
+whole."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from made_runs import made_run, sample
+
+from data_prep.synth.checks.labels import read_labels
+from data_prep.synth.checks.settings import DEFAULTS, CheckSettings
+from data_prep.synth.checks.texts import SOURCES
+
+PAGE = (Path(__file__).parents[4] / "docs/synth_checks.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    found, = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def test_the_steps_and_the_labels_of_the_page_are_read(tmp_path: Path) -> None:
+    (tmp_path / "steps.yaml").write_text(block("yaml"))
+    assert CheckSettings(tmp_path / "steps.yaml").problems() == []
+    (tmp_path / "labels.jsonl").write_text(block("json"))
+    labels = read_labels(tmp_path / "labels.jsonl")
+    assert labels.of("d1:clearer/0", "") is True and labels.of("", "The gauge was built in 1811.") is False
+
+
+def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made_run(tmp_path / "work/rewritten", [[sample({"text": "half"}, "numbers")]])
+    exec(block("python"), {})
+    assert json.loads((tmp_path / "work/rewritten/summary.json").read_text())["num_rejected"] == 1
+
+
+def test_the_page_names_all_sources_and_all_generators_without_steps() -> None:
+    cells = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    assert [name for name in cells if name in SOURCES] == [*SOURCES]
+    without = [file.stem for file in DEFAULTS.glob("*.yaml") if "steps: []" in file.read_text()]
+    told = PAGE[PAGE.index("What `triples`"):PAGE.index("goes through no step")]
+    assert sorted(re.findall(r"`([\w-]+)`", told)) == sorted(without)

@@ -1,0 +1,99 @@
+"""Steps of a file become a pipeline over the sources that a run has; mistakes are told by line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.synth.checks.arguments import add_arguments, settings_of
+from data_prep.synth.checks.settings import DEFAULTS, CheckSettings, plain_settings, settings_from
+from data_prep.synth.checks.texts import ANSWERS, SAMPLES, SOURCES
+from megatron_sov.errors import UserError
+
+STEPS = """steps:
+  - language: {min_score: 0.2}
+    only: {sources: [answers]}
+  - exact_dedup
+  - minhash_dedup: {threshold: 0.9}
+    only: {sources: [samples, input]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "steps.yaml").write_text(STEPS)
+    (tmp_path / "bench.jsonl").write_text('{"question": "Who?"}\n')
+    return tmp_path / "steps.yaml"
+
+
+def test_a_step_passes_over_sources_that_a_run_lacks(file: Path) -> None:
+    found = CheckSettings(file).pipeline(file, {SAMPLES: None})
+    assert [(step.kind, step.only.sources) for step in found.steps] == [
+        ("exact_dedup", ()), ("minhash_dedup", (SAMPLES,))]
+
+
+def test_the_command_line_adds_languages_and_benchmarks(file: Path) -> None:
+    asked = CheckSettings(file, (file.parent / "bench.jsonl",), ("ko", "en"))
+    found = asked.pipeline(file, {SAMPLES: None, ANSWERS: None})
+    assert [step.kind for step in found.steps][2:] == ["minhash_dedup", "decontaminate"]
+    assert found.steps[0].written == {"min_score": 0.2, "keep": ["ko", "en"]}
+    assert found.steps[3].only.sources == (SAMPLES,)
+    bare = CheckSettings(languages=("th",)).pipeline(DEFAULTS / "task.yaml", {SAMPLES: None})
+    assert bare.steps[-1].kind == "language" and bare.steps[-1].written["keep"] == ["th"]
+
+
+@pytest.mark.parametrize("default", sorted(DEFAULTS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_packaged_steps_are_sound_for_all_runs(default: Path) -> None:
+    for names in ((SAMPLES,), SOURCES):
+        CheckSettings().pipeline(default, dict.fromkeys(names))
+
+
+def test_a_generator_may_have_steps_of_its_own() -> None:
+    assert CheckSettings().file("triples", "text").stem == "triples"
+    assert CheckSettings().file("autoif", "chat").stem == "chat"
+    assert CheckSettings(Path("own.yaml")).file("triples", "text") == Path("own.yaml")
+    assert CheckSettings(Path("own.yaml")).file("", "prompt").stem == "prompt", "records of another kind"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (("exact_dedup", "exact_dedupe"), "steps.yaml:4: exact_dedupe: is no step; did you mean 'exact_dedup'"),
+    (("threshold: 0.9", "threshold: 9"), "steps.yaml:5: threshold = 9.0: must lie in"),
+    (("[samples, input]", "[sample]"), "steps.yaml:6: sources = 'sample': there is no such source"),
+    (("steps:", "step:"), "must be a mapping with the list `steps`, and nothing else"),
+    (("steps:", "sources: []\nsteps:"), "and nothing else"), (("steps:", "steps: ["), "is no YAML")])
+def test_mistakes_in_a_file_are_told_by_line(file: Path, change: tuple[str, str], said: str) -> None:
+    file.write_text(STEPS.replace(*change))
+    problem, = CheckSettings(file).problems()
+    assert said in problem
+
+
+def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
+    assert CheckSettings().problems() == CheckSettings(file).problems() == []
+    several = CheckSettings(file, min_kappa=3).problems()
+    assert len(several) == 2 and "add --labels" in several[0] and "must lie in [-1, 1]" in several[1]
+    assert "does not exist" in CheckSettings(file.parent / "none.yaml").problems()[0]
+    assert "kr" in CheckSettings(languages=("kr",)).problems()[0]
+    assert "is no file" in CheckSettings(benchmarks=(file.parent / "none",)).problems()[0]
+    file.write_text(STEPS.replace("min_score: 0.2", "keep: [ko]"))
+    assert "steps.yaml:2 says `keep` itself" in CheckSettings(file, languages=("en",)).problems()[0]
+
+
+def test_settings_go_through_json(file: Path) -> None:
+    asked = CheckSettings(file, (file.parent / "bench.jsonl",), ("ko",), file.parent / "bench.jsonl", 0.5)
+    assert settings_from(json.loads(json.dumps(plain_settings(asked)))) == asked
+    assert settings_from(plain_settings(CheckSettings())) == CheckSettings()
+    with pytest.raises(UserError, match="did you mean 'labels'"):
+        settings_from({"label": ""})
+
+
+def test_options_are_settings() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert settings_of(parser.parse_args([])) == CheckSettings()
+    told = parser.parse_args(["--checks", "a.yaml", "--benchmarks", "b", "c", "--languages", "ko",
+                              "--languages", "th", "--labels", "l", "--min-kappa", "0.4"])
+    assert settings_of(told) == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"),
+                                              Path("l"), 0.4)

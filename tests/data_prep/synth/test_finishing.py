@@ -1,0 +1,226 @@
+"""What becomes of samples: each is kept or rejected with its reason, and every later command takes those that
+are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+from made_runs import GOOD, OTHER, chat, made_run, rows, sample
+
+from data_prep.cli import main
+from data_prep.synth import finishing
+from data_prep.synth.checks.settings import CheckSettings
+from data_prep.synth.finishing import finish
+from megatron_sov.artifacts import damaged_files, manifest_sha256, read_manifest
+from megatron_sov.documents import Reading, list_files, read_documents
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
+from megatron_sov.tools.tasks import tasks_of
+from megatron_sov.tools.worlds.booking import Booking
+
+LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
+GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen und noch mehr Unkraut stehen, "
+          "ohne daß jemand es in den vergangenen Jahren auch nur einmal bemerkt hätte.")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of texts, of which each is rejected for a reason of its own but the first."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "notes.jsonl").write_text(json.dumps({"text": OTHER}) + "\n")
+    (folder / "benchmark.jsonl").write_text(json.dumps({"id": "q7", "question": LEAKED}) + "\n")
+    output = made_run(folder / "samples", [
+        [sample({"text": GOOD})],
+        [sample({"text": GOOD.upper()}), sample({"text": "No number fits."}, "numbers")],
+        [sample({"text": f"{OTHER} Really."})],
+        [sample({"text": "one loop and one more loop of it " * 30})],
+        [sample({"text": GERMAN})],
+        [sample({"text": f"We were asked in the hall: {LEAKED} Nobody knows it now, and the door is gone."})],
+        [sample({"text": "\ud800 is half of a pair"}), sample({"text": " "})],
+    ], inputs=[str(folder / "notes.jsonl")])
+    settings = CheckSettings(benchmarks=(folder / "benchmark.jsonl",), languages=("en",))
+    assert finish(output, settings) == ExitCode.OK
+    return output
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of conversations with tools and thoughts, and of prompts made of the same items."""
+    told = {"role": "system", "content": f"Know this: {LEAKED}"}
+    called = {"messages": [
+        {"role": "user", "content": "Where is order 17, please?"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "a", "type": "function", "function": {"name": "find", "arguments": {"order": 17}}}]},
+        {"role": "tool", "tool_call_id": "a", "content": '{"place": "Busan"}'},
+        {"role": "assistant", "content": "It has reached Busan.", "reasoning_content": "It told me."}],
+        "tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]}
+    folder = tmp_path_factory.mktemp("chats")
+    (folder / "benchmark.jsonl").write_text(json.dumps({"question": LEAKED}) + "\n")
+    output = made_run(folder / "samples", [
+        [sample(chat("How much is 3 and 4?", "7")), sample({"prompt": "How much is 3 and 4?", "answer": "7"},
+                                                          kind="prompt")],
+        [sample(chat(GOOD, "8")), sample({"prompt": GOOD, "answer": "8"}, kind="prompt")],
+        [sample(called)],
+        [sample(chat("Who painted it?", "Nobody knows.", told))],
+        [sample(chat("Say it again.", "say it again and say it once more to me " * 20))],
+        [sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
+    ], kind="chat")
+    assert finish(output, CheckSettings(benchmarks=(folder / "benchmark.jsonl",))) == ExitCode.OK
+    return output
+
+
+def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
+    kept, = rows(texts / "kept.jsonl")
+    assert (kept["id"], kept["text"]) == ("i0/0", GOOD)
+    assert kept["synthetic"] == {
+        "sample": "i0/0", "generator": "facts", "version": 2, "model": "writer-7b", "judge": "judge-70b",
+        "templates": {"facts/write": 3}, "item": "i0", "source": "notes", "licence": "", "group": "",
+        "asked": ["key0"]}
+    rejected = rows(texts / "rejected.jsonl")
+    assert [(row["synthetic"]["sample"], row["reason"], row["detail"]) for row in rejected] == [
+        ("i1/0", "exact duplicate", "the same as i0/0"), ("i1/1", "numbers", "as the generator saw it"),
+        ("i2/0", "near duplicate", "the same as input notes.jsonl:1"),
+        ("i3/0", "repetition: top 2-gram", ""), ("i4/0", "language de", ""),
+        ("i5/0", "text of a benchmark", "benchmark:q7"),
+        ("i6/0", "form", rejected[6]["detail"]),
+        ("i6/1", "form", "holds no text")]
+    assert "half of a surrogate pair" in rejected[6]["detail"]
+
+
+def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
+    summary = json.loads((texts / "summary.json").read_text())
+    assert (summary["num_items"], summary["num_samples"], summary["num_kept"], summary["num_rejected"]) == (
+        7, 9, 1, 8)
+    assert sum(summary["rejected"].values()) == 8 and summary["rejected"]["form"] == 2
+    assert summary["costs"] | {"seconds": 0} == {
+        "num_requests": 14, "num_answered": 7, "outcomes": {"200": 7, "429": 7}, "input_tokens": 700,
+        "output_tokens": 350, "cost": 3.5, "seconds": 0}
+    assert summary["per_kept"]["cost"] == 3.5 and summary["costs"]["seconds"] == 8.75
+    manifest = read_manifest(texts, "synthesis")
+    assert set(manifest.files) == {"kept.jsonl", "rejected.jsonl", "summary.json", "report.html"}
+    assert manifest.content["licences"] == {"": 1} and damaged_files(texts) == []
+
+
+def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
+    shutil.rmtree(again / "checks")
+    lines = [line for file in again.glob("candidates/*") for line in file.read_text().splitlines(True)]
+    shutil.rmtree(again / "candidates")
+    (again / "candidates").mkdir()
+    for number, line in enumerate(sorted(lines, reverse=True)):  # as items were finished in another run
+        (again / f"candidates/part-{number:06}.jsonl").write_text(line)
+    (again / "kept.jsonl").write_text("half of")
+    (again / "kept-chat.jsonl").write_text("from an earlier state")
+    finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))
+    assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
+
+
+def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finishing._Files, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))
+    assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
+    assert not (again / "manifest.json").exists() and not list(again.glob(".*.tmp-*"))
+
+
+def test_chats_lose_loops_leaks_and_malformed_ones_and_keep_short_answers(chats: Path) -> None:
+    assert [row["id"] for row in rows(chats / "kept.jsonl")] == ["i0/0", "i1/0", "i2/0"]
+    assert [row["id"] for row in rows(chats / "kept-prompt.jsonl")] == ["i0/1", "i1/1"]
+    assert [(row["synthetic"]["item"], row["reason"]) for row in rows(chats / "rejected.jsonl")] == [
+        ("i3", "text of a benchmark"), ("i4", "repetition: 10-grams"), ("i5", "form")]
+
+
+def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    """The folder itself is a source: nothing that was rejected is read."""
+    tokens = tmp_path / "tokens"
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"made={texts}",
+                 "--output", str(tokens), "--heldout", "0", "--workers", "1"]) == 0
+    manifest = read_manifest(tokens, "tokens")
+    source, = manifest.content["sources"]
+    assert source["splits"]["train"]["num_documents"] == 1 and source["tags"] == {"synthetic": ["true"]}
+    assert manifest_sha256(texts) in [one["manifest_sha256"] for one in manifest.inputs]
+    assert main(["card", str(tokens), "--output", str(tmp_path / "card")]) == 0
+    card = json.loads((tmp_path / "card/card.json").read_text())
+    made, = card["synthesis"]
+    assert (made["model"], made["judge"], made["samples_kept"]) == ("writer-7b", "judge-70b", 1)
+    assert made["licences"] == [{"value": "not recorded", "samples": 1}]
+    assert card["synthetic_tokens"]["share"] == 1.0
+    assert "samples 'samples': the licence of what 1 of 1 were made from" in card["not_recorded"]
+    readme = (tmp_path / "card/README.md").read_text()
+    assert "100.0% of the tokens" in readme and "writer-7b" in readme
+    assert "writer-7b" in card["training_content"]["generated_by_others"]
+
+
+def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: dict[str, Path],
+                                                     tmp_path: Path) -> None:
+    asked = list(read_documents(list_files(chats), Reading("chat")))
+    assert [len(document.tools) for document in asked] == [0, 0, 1]
+    assert main(["pack", "--tokenizer", str(tokenizers["k-exaone"]), "--input", str(chats), "--format",
+                 "chat", "--output", str(tmp_path / "tokens"), "--heldout", "0", "--workers", "1",
+                 "--on-bad", "quarantine"]) == 0  # this small template shows no calls
+    source, = read_manifest(tmp_path / "tokens").content["sources"]
+    assert source["splits"]["train"]["num_documents"] == 2
+    prompts = read_prompts(chats / "kept-prompt.jsonl")
+    refuse_unaskable(chats / "kept-prompt.jsonl", prompts)
+    assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
+
+
+def test_kept_tasks_are_an_environments_tasks(tmp_path: Path) -> None:
+    task = dict(Booking.EXAMPLES[0])
+    output = made_run(tmp_path / "tasks", [[sample(task)], [sample(task)]], kind="task")
+    assert finish(output, CheckSettings()) == ExitCode.OK
+    kept, = tasks_of(Booking(), "booking", output / "kept.jsonl")
+    assert Booking().reset(kept).user == Booking().reset(task).user
+
+
+def test_people_are_a_gate(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"id": "i0/0", "good": false}\n{"id": "i1/1", "good": false}\n'
+                      + json.dumps({"text": GERMAN, "good": True}) + "\n")
+    asked = CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",), labels=labels,
+                          min_kappa=0.5)
+    assert finish(again, asked) == ExitCode.GATE_FAILED
+    assert "below --min-kappa 0.5" in capsys.readouterr().out
+    found, = json.loads((again / "summary.json").read_text())["agreement"]
+    assert [found[f"num_{what}"] for what in ("samples", "agreed", "false_kept", "false_rejected")
+            ] == [3, 1, 1, 1]
+    assert "not passed" in (again / "report.html").read_text()
+
+
+def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
+    output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")], []])
+    assert finish(output, CheckSettings(), is_complete=False) == ExitCode.OK
+    assert rows(output / "kept.jsonl") == [] and not (output / "manifest.json").exists()
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["per_kept"] is None and summary["is_complete"] is False
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "is damaged (generator"),
+    ("candidates/part-00000.jsonl", '{"item": {"id": "x"}, "samples": [{}]}\n', "00000.jsonl:1: is damaged"),
+    ("candidates/part-00000.jsonl", '{"item": NaN}\n', "part-00000.jsonl:1: is damaged"),
+    ("answers.sqlite", "no database at all" * 100, "answers.sqlite: cannot be read")])
+def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:
+    output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")]])
+    (output / name).write_text(text)
+    with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
+        finish(output, CheckSettings())
+
+
+def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:
+    kept, = read_documents([texts / "kept.jsonl"], Reading("text", tags=("synthetic",)))
+    assert kept.tags == ("true",)
