@@ -35,5 +35,5 @@ def wrongly_judged(name: str, *left_out: str, **settings: Any) -> list[str]:
         is_kept = any(not sample.reason for sample in samples_of(made, case.item, case.replies))
         if is_kept != case.good:
             found.append(case.what)
-    assert len(seen) > len(left_out) + 5
+    assert len(seen) >= len(left_out) + 5
     return found

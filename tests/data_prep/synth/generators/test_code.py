@@ -22,7 +22,8 @@ from megatron_sov.rewards.reward import Score
 
 ENDLESS = ("tests that never end", "programs that never end", "a program that never ends beside right ones",
            "programs that are wrong each in its way", "tests by type alone", "tests whose values are wrong",
-           "a test that says nothing beside the right ones", "one test")
+           "a test that says nothing beside the right ones", "one test", "right",
+           "tests that accept all but nothing")
 """Sorts of cases that take long, or that smaller tests here have; the benchmark has all."""
 HEAD = "```python\ndef double(x: int) -> int:\n    \"\"\"Return twice x.\"\"\"\n```"
 RIGHT = "def double(x):\n    return 2 * x\n"
