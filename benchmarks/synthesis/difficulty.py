@@ -201,6 +201,7 @@ def main() -> None:
     began_s = time.monotonic()
     rates = true_rates(problems, alphabet, args.steps)
     mean = np.mean(list(rates.values()), axis=0)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     print(f"{platform.platform()}, Python {platform.python_version()}, one thread")
     print(f"{len(problems)} problems, five configurations in {time.monotonic() - began_s:.0f} s:")
     for name, values in rates.items():
