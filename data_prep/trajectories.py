@@ -11,12 +11,14 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
+from megatron_sov.documents import BadRecord
+from megatron_sov.documents.messages import read_messages
 from megatron_sov.errors import UserError
 
 HELP = "join each query with its diverse solutions to one document"
@@ -69,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Join each query with two to five solutions that differ to one document of text, "
                           "for `sov-data pack`. "
                           'A line of the input is {"query": ..., "solutions": [...]}; '
-                          'a solution is a string or {"thinking": ..., "answer": ...}.')
+                          'a solution is a string or {"thinking": ..., "answer": ...}. '
+                          "Or it is a chat of one question and one answer; chats of one question in a row, "
+                          "as of `sov-data synth solutions`, are its solutions.")
     parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
                         help="a .jsonl file, one query with its solutions a line; several may follow, and it "
                              "may be repeated")
@@ -128,16 +132,42 @@ def write_trajectories(files: list[Path], output: Path, settings: TrajectorySett
 
 
 def read_queries(file: Path) -> Iterator[tuple[str, list[Solution]]]:
-    """Yield each line's query and solutions.
+    """Yield each query with its solutions: a line that has both, or chats of one question in a row.
 
     Raises:
         UserError: the file cannot be read, or a line is not as it should be; the message names it.
     """
+    for _, lines in groupby(_read_lines(file), key=lambda line: line[0]):
+        (_, query, solutions), *more = lines
+        yield query, [*solutions, *(solution for line in more for solution in line[2])]
+
+
+def _read_lines(file: Path) -> Iterator[tuple[str, str, list[Solution]]]:
+    """Yield for each line what it shares with those of the same query (a chat: its question; another line:
+    its place alone), the query and its solutions."""
     for where, record in read_objects(file):
+        if "messages" in record:
+            question, solution = _chat(record, where)
+            yield f"question {question}", question, [solution]
+            continue
         query, solutions = record.get("query"), record.get("solutions")
         if not isinstance(query, str) or not query.strip() or not isinstance(solutions, list):
             raise UserError(f"{where}: needs a string 'query' and a list 'solutions'; add them")
-        yield query, [_solution(value, f"{where}: solutions[{i}]") for i, value in enumerate(solutions)]
+        yield f"line {where}", query, [_solution(value, f"{where}: solutions[{i}]")
+                                       for i, value in enumerate(solutions)]
+
+
+def _chat(record: dict[str, Any], where: str) -> tuple[str, Solution]:
+    """Return what the user of a chat asks, and the assistant's answer to it."""
+    try:
+        messages = read_messages(record["messages"], "messages")
+    except BadRecord as e:
+        raise UserError(f"{where}: {e.reason}") from None
+    said = [message for message in messages if message.role != "system"]
+    if [message.role for message in said] != ["user", "assistant"]:
+        raise UserError(f"{where}: has turns of {', '.join(message.role for message in said) or 'nobody'}; a "
+                        "chat that is a solution has one of the user and one of the assistant")
+    return said[0].content, Solution(said[1].content, said[1].reasoning)
 
 
 def _solution(value: Any, where: str) -> Solution:

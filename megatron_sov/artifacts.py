@@ -35,6 +35,9 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
            "tokens": "`sov-data pack` or `sov-data mix`",
            "scorer": "`sov-data scorer train`",
+           "difficulty": "`sov-data difficulty fit`",
+           "difficulty_labels": "`sov-data difficulty label`",
+           "probing_sets": "`sov-data probing-sets`",
            "teacher_states": "`megatron-sov distill states`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""

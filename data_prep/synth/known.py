@@ -20,6 +20,11 @@ GENERATORS: dict[str, str] = {
     "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
     "safety": "data_prep.synth.generators.safety.generator:Safety",
+    "answers": "data_prep.synth.generators.answers:Answers",
+    "code": "data_prep.synth.generators.code:CodeTasks",
+    "comparisons": "data_prep.synth.generators.comparisons:Comparisons",
+    "probes": "data_prep.synth.generators.probes:Probes",
+    "solutions": "data_prep.synth.generators.solutions:Solutions",
 }
 """Name on the command line -> module:class."""
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.artifacts import disk_errors
+from megatron_sov.artifacts import damaged_files, disk_errors, read_manifest
 from megatron_sov.commands.eval import with_ranks
 from megatron_sov.commands.eval_passk import PROMPT, add_sampling_arguments, checked_sampling, sampling_words
 from megatron_sov.digests import file_digest
@@ -30,14 +30,18 @@ from megatron_sov.runs.rounds import enter_rounds
 if TYPE_CHECKING:
     from megatron_sov.post.ssp.probing import Candidate
 
+PROBING_SETS = "probing_sets"
+"""Kind of the artifact that `sov-data probing-sets` writes."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("checkpoints", metavar="RUN|CHECKPOINT", type=Path, nargs="+",
                         help="checkpoints or Hugging Face folders; of a run all complete checkpoints")
-    parser.add_argument("--problems", metavar="DOMAIN=FILE.jsonl", nargs="+", action="extend", required=True,
+    parser.add_argument("--problems", metavar="DOMAIN=FILE.jsonl|DIR", nargs="+", action="extend",
+                        required=True,
                         help="problems of each domain: a JSON object per line, with `prompt` and what the "
-                             "reward needs")
+                             "reward needs; or sets of `sov-data probing-sets`")
     add_sampling_arguments(parser)
     parser.add_argument("--k", type=int, required=True, metavar="K",
                         help="the best checkpoint of a domain is that of the greatest pass@K")
@@ -93,12 +97,18 @@ def _checked(args: argparse.Namespace) -> dict[str, Path]:
     domains: dict[str, Path] = {}
     for given in args.problems:
         domain, equals, file = given.partition("=")
-        if not (domain and equals and file):
-            raise UserError(f"--problems {given}: must be DOMAIN=FILE.jsonl, e.g. algebra=algebra.jsonl")
-        if domain in domains:
-            raise UserError(f"--problems {given}: domain {domain} has {domains[domain]} already; put its "
-                            "problems into one file")
-        domains[domain] = Path(file)
+        if not equals and Path(given).is_dir():
+            found = _frozen(Path(given))
+        elif domain and equals and file:
+            found = {domain: Path(file)}
+        else:
+            raise UserError(f"--problems {given}: must be DOMAIN=FILE.jsonl, e.g. algebra=algebra.jsonl, or "
+                            "a folder of `sov-data probing-sets`")
+        for name in found:
+            if name in domains:
+                raise UserError(f"--problems {given}: domain {name} has {domains[name]} already; put its "
+                                "problems into one file")
+        domains |= found
     checked_sampling(argparse.Namespace(**vars(args) | {"k": [args.k]}))
     make(order(args.reward, parse_settings(args.reward_set, "--reward-set")))
     for path in args.checkpoints:
@@ -106,6 +116,14 @@ def _checked(args: argparse.Namespace) -> dict[str, Path]:
     for file in domains.values():
         check_rows(file, "--problems", PROMPT)
     return domains
+
+
+def _frozen(folder: Path) -> dict[str, Path]:
+    """Return domain -> problems of sets that are as they were frozen."""
+    content = read_manifest(folder, PROBING_SETS).content
+    if damage := damaged_files(folder):
+        raise UserError(f"--problems {folder}: {damage[0]}; these are not the problems that were frozen")
+    return {str(domain): folder / f"{domain}.jsonl" for domain in content.get("domains", {})}
 
 
 def _asked(args: argparse.Namespace, domains: dict[str, Path]) -> dict[str, Any]:

@@ -71,15 +71,25 @@ class Code:
             TimeoutError: the machine was too busy to say whether the program is too slow.
         """
         tests = _tests_of(row)
-        source = program_in(text_of(row, "response")).encode(errors="replace").decode()
-        if isinstance(tests[0], str):
-            passed, why, too_slow = self._tested(source, tests, row)
-        else:
-            passed, why, too_slow = self._compared(source, tests)
+        passed, why, too_slow = self._judged(row, tests)
         share = sum(passed) / len(tests)
         reward = float(share == 1.0) if self.all_or_nothing else share
         return Score(reward, {"passed": sum(passed), "tests": len(tests), "why": short(why)},
                      timed_out=too_slow and share < 1)
+
+    def passed(self, row: Row) -> list[bool]:
+        """Return whether the program passes each of the row's `tests`; raises as `score` does.  Tests behind
+        one that never ends are not reached, and count as not passed."""
+        tests = _tests_of(row)
+        passed, _, _ = self._judged(row, tests)
+        return passed + [False] * (len(tests) - len(passed))
+
+    def _judged(self, row: Row, tests: list[Any]) -> tuple[list[bool], str, bool]:
+        """Return which tests are passed, as far as they ran, why one is not, and whether time ran out."""
+        source = program_in(text_of(row, "response")).encode(errors="replace").decode()
+        if isinstance(tests[0], str):
+            return self._tested(source, tests, row)
+        return self._compared(source, tests)
 
     def _compared(self, source: str, tests: list[Any]) -> tuple[list[bool], str, bool]:
         """Run the program once per test and compare, out here, what it prints."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_sov.artifacts import damaged_files, read_manifest
+from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.commands import eval_passk, ssp_probe
 from megatron_sov.errors import ExitCode
@@ -181,6 +181,17 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said:
     assert main(["ssp", "probe", "first", *ASK, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not Path("probe").exists()
+
+
+def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    with new_artifact("sets", "probing_sets") as artifact:
+        (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}))
+        artifact.content = {"domains": {"statistics": 1}}
+    assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0
+    assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
+    Path("sets/statistics.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
+    assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 2
+    assert "these are not the problems that were frozen" in capsys.readouterr().err
 
 
 def test_what_would_not_be_comparable_is_refused(asked: list[str],

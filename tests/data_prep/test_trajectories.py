@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.trajectories import Solution, TrajectorySettings, diverse, document
+from data_prep.trajectories import Solution, TrajectorySettings, diverse, document, read_queries
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.errors import UserError
 
 SAME = "Let a be two m plus one and b be two n plus one"
 QUERY = {"query": "Is odd plus odd even?",
@@ -70,3 +71,26 @@ def test_mistakes_are_named_and_nothing_is_written(record: Any, arguments: list[
     assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer, **thought}]}
+
+
+def test_chats_of_one_question_in_a_row_are_its_solutions(tmp_path: Path) -> None:
+    file = write(tmp_path / "kept.jsonl", chat("One and one?", "Two.", reasoning_content="Fingers."),
+                 chat("One and one?", "It is two."), chat("Why?", "So."), QUERY, chat("One and one?", "2"))
+    found = list(read_queries(file))
+    assert [query for query, _ in found] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
+    assert found[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
+    assert [len(solutions) for _, solutions in found] == [2, 1, 3, 1]
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ({"messages": "x"}, "in.jsonl:1: 'messages' must be"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "in.jsonl:1: has turns of user; a chat that is a"),
+])
+def test_a_chat_that_is_no_solution_is_refused(record: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        list(read_queries(write(tmp_path / "in.jsonl", record)))

@@ -289,6 +289,14 @@ def test_tests_that_are_none_are_refused(tests: Any, what: str) -> None:
     assert result.status == "refused" and (what in result.reason or "has no 'tests'" in result.reason)
 
 
+def test_each_test_is_told_by_itself_and_one_that_is_not_reached_is_not_passed() -> None:
+    tests = ["assert f(1) == 1", "assert f(1) == 2", "assert f(3)"]
+    row = {"response": "def f(x):\n    return x\n", "tests": tests}
+    assert Code().passed(row) == [True, False, True]
+    printing = [{"stdin": "", "stdout": said} for said in ("1", "2", "1")]
+    assert Code().passed({"response": "print(1)", "tests": printing}) == [True, False, False]
+
+
 def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
     response = ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n"
                 "  ```py\nb = 2\n  ```\n```sh\nls\n```")

@@ -41,3 +41,27 @@ def first_reason(generator: Generator, case: Case) -> str:
     samples: list[Sample] = samples_of(generator, case.item, case.replies)
     reasons = [sample.reason for sample in samples]
     return "" if "" in reasons else reasons[-1]
+
+
+def generator(name: str, **settings: Any) -> Generator:
+    """Return a generator with settings that are sound."""
+    cls = generator_class(name)
+    asked = cls.Settings(**settings)
+    assert asked.problems() == []
+    return cls(asked)
+
+
+def wrongly_judged(name: str, *left_out: str, **settings: Any) -> list[str]:
+    """Return the kinds of an actor's cases, one case of each but those left out, whose samples are kept and
+    should not be, or are not and should."""
+    found, seen = [], set(left_out)
+    asked = made(name, **settings)
+    for case in actor(name).cases():
+        if case.what in seen:
+            continue
+        seen.add(case.what)
+        is_kept = any(not sample.reason for sample in samples_of(asked, case.item, case.replies))
+        if is_kept != case.good:
+            found.append(case.what)
+    assert len(seen) >= len(left_out) + 5
+    return found

@@ -1,0 +1,143 @@
+"""A fitted estimator on disk, and the pass rate that it expects of a problem.
+
+An artifact of kind "difficulty": `difficulty.json` (how texts are read, what the figures of the form are
+brought to one scale by, and four numbers) and `weights.safetensors` (float32: one weight for each bucket of
+n-grams and for each figure).  The figures on problems that were held out stand in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.scoring.ngram_settings import NgramSettings
+from data_prep.scoring.ngrams import Ngrams
+from data_prep.synth.difficulty.features import NAMES, form
+from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest, to_json
+from megatron_sov.errors import UserError
+
+KIND = "difficulty"
+SETTINGS_FILE, WEIGHTS_FILE = "difficulty.json", "weights.safetensors"
+CONTENT_VERSION = 1
+LARGEST = 5.0
+"""Standard deviations beyond which a figure counts as this far: no problem is like those that were seen."""
+
+
+@dataclass(frozen=True)
+class EstimatorSettings:
+    """What `difficulty.json` holds."""
+
+    ngrams: NgramSettings
+    """How words and characters are read."""
+    ngram_scale: float
+    """What a row of n-grams, of length 1, is multiplied by beside the figures of the form."""
+    means: tuple[float, ...]
+    """Of the figures of the form, over the problems that were fitted."""
+    spreads: tuple[float, ...]
+    """Their standard deviations; 1 where a figure did not differ."""
+    bias: float
+    """Added to the product of row and weights: z."""
+    slope: float
+    """The expected pass rate is the logistic function of slope * z + offset."""
+    offset: float
+
+
+class Estimator:
+    """Tells the pass rate that is expected of a problem; the same text has the same one, whatever stands
+    beside it."""
+
+    def __init__(self, settings: EstimatorSettings, ngram_weights: np.ndarray, form_weights: np.ndarray
+                 ) -> None:
+        self.settings = settings
+        self._ngrams = Ngrams(settings.ngrams)
+        self._ngram_weights, self._form_weights = ngram_weights, form_weights
+
+    def pass_rate(self, text: str) -> float:
+        """Return the share of answers that are expected to be right, in [0, 1], as single precision holds
+        it."""
+        s = self.settings
+        z = s.ngram_scale * self._ngrams.dot(text, self._ngram_weights) + s.bias
+        z += float(scaled(form(text, self._ngrams), s.means, s.spreads) @ self._form_weights)
+        return float(np.float32(logistic(s.slope * z + s.offset)))
+
+
+def scaled(figures: np.ndarray, means: tuple[float, ...], spreads: tuple[float, ...]) -> np.ndarray:
+    """Return figures of the form, brought to one scale."""
+    found: np.ndarray = np.clip((figures - np.array(means)) / np.array(spreads), -LARGEST, LARGEST)
+    return found
+
+
+def logistic(z: float) -> float:
+    """Return 1 / (1 + exp(-z)), for any z."""
+    small = math.exp(-min(abs(z), 700.0))
+    return 1.0 / (1.0 + small) if z > 0 else small / (1.0 + small)
+
+
+def write_estimator(folder: Path, settings: EstimatorSettings, ngram_weights: np.ndarray,
+                    form_weights: np.ndarray) -> None:
+    """Write settings and weights into the folder of an artifact."""
+    from safetensors.numpy import save_file
+
+    (folder / SETTINGS_FILE).write_text(to_json({"content_version": CONTENT_VERSION, "form": NAMES,
+                                                 **asdict(settings)}))
+    save_file({"ngrams": ngram_weights, "form": form_weights}, folder / WEIGHTS_FILE)
+
+
+def load_estimator(folder: Path) -> Estimator:
+    """Return the estimator of an artifact, all of whose files are what its manifest says.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    manifest = read_manifest(folder, KIND)
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if different := sorted(found ^ set(manifest.files) or {SETTINGS_FILE, WEIGHTS_FILE} - found):
+        raise UserError(f"{folder}: {different[0]} is not both in the folder and in its manifest; fit the "
+                        "estimator again")
+    if problems := damaged_files(folder):
+        raise UserError(f"{folder}: {problems[0]}; fit the estimator again or restore it from a copy")
+    settings = _settings(folder / SETTINGS_FILE)
+    ngrams, figures = _weights(folder / WEIGHTS_FILE, settings.ngrams.num_buckets)
+    return Estimator(settings, ngrams, figures)
+
+
+def _settings(file: Path) -> EstimatorSettings:
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if raw.pop("content_version") != CONTENT_VERSION or raw.pop("form") != list(NAMES):
+            raise ValueError(f"this version reads content_version {CONTENT_VERSION} with its own figures")
+        ngrams = NgramSettings(**raw.pop("ngrams"))
+        if not all(type(value) is int for value in vars(ngrams).values()):
+            raise ValueError(f"ngrams are {ngrams}")
+        if problems := ngrams.problems():
+            raise ValueError("; ".join(problems))
+        means, spreads = (tuple(map(float, raw.pop(name))) for name in ("means", "spreads"))
+        settings = EstimatorSettings(ngrams, means=means, spreads=spreads,
+                                     **{name: float(value) for name, value in raw.items()})
+        numbers = [*means, *spreads, settings.ngram_scale, settings.bias, settings.slope, settings.offset]
+        if not (len(means) == len(spreads) == len(NAMES) and all(map(math.isfinite, numbers))
+                and all(spread > 0 for spread in spreads)):
+            raise ValueError(f"there must be {len(NAMES)} finite means and positive spreads")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file}: is damaged ({e!r:.200}); fit the estimator again") from None
+    return settings
+
+
+def _weights(file: Path, num_buckets: int) -> tuple[np.ndarray, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found = load_file(file)
+        for name, width in (("ngrams", num_buckets), ("form", len(NAMES))):
+            weights = found[name]
+            if weights.dtype != np.float32 or weights.shape != (width,) or not np.isfinite(weights).all():
+                raise ValueError(f"{name} must be {width} finite float32")
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise UserError(f"{file}: is damaged ({e!r:.200}); fit the estimator again") from None
+    return found["ngrams"], found["form"]

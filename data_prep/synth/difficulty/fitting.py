@@ -1,0 +1,229 @@
+"""Fitting an estimator: logistic regression to shares of right answers and to pairs, by scikit-learn.
+
+A problem with the share p of right answers counts as p of a right one and 1 - p of a wrong one.  Of a pair
+the difference of the two rows is what tells which is easier (Bradley and Terry, Biometrika 39, 1952, with
+strengths that are linear in what is seen).  What is chosen is chosen on problems that nothing was fitted to,
+and the result is calibrated there (Platt, 1999).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.scoring.fitting import library_problems
+from data_prep.scoring.ngram_settings import NgramSettings
+from data_prep.scoring.ngrams import Ngrams
+from data_prep.scoring.training import sparse_rows
+from data_prep.synth.difficulty.estimator import (
+    KIND,
+    Estimator,
+    EstimatorSettings,
+    load_estimator,
+    scaled,
+    write_estimator,
+)
+from data_prep.synth.difficulty.features import form
+from data_prep.synth.difficulty.judgement import figures
+from data_prep.synth.difficulty.labels import Labels, Problem, read_labels
+from megatron_sov.artifacts import new_artifact, refuse_existing
+from megatron_sov.errors import UserError, list_problems
+
+HELD_OUT, CALIBRATION = 0.15, 0.15
+"""Shares of the problems that judge the estimator, and that choose and calibrate it."""
+MIN_PROBLEMS = 60
+"""Below, these shares are a handful."""
+INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""C of logistic regression."""
+NGRAM_SCALES = (0.0, 1.0, 4.0)
+"""What a row of n-grams is multiplied by beside the figures of the form; 0: these alone."""
+MAX_ITERATIONS = 1000
+_SURE = 30.0
+"""A logit beyond which a share is 0 or 1, near enough."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Settings of `difficulty fit`."""
+
+    ngrams: NgramSettings
+    """How words and characters are read."""
+    pair_weight: float = 0.25
+    """What a pair counts beside a problem, which counts 1."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        return [*library_problems(), *self.ngrams.problems(), *([] if 0 <= self.pair_weight <= 100 else [
+            f"pair_weight = {self.pair_weight}: must lie in [0, 100]"])]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Problems cut into parts that share none."""
+
+    fit: list[Problem]
+    """What weights are fitted to."""
+    calibration: list[Problem]
+    """What chooses between fits, and calibrates the chosen one."""
+    heldout: list[Problem]
+    """What nothing was fitted to or chosen by: the figures in the manifest are of these."""
+
+
+def fit(folder: Path, output: Path, settings: FitSettings, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write an artifact of kind "difficulty"; returns its content: counts and held-out figures.
+
+    Raises:
+        UserError: labels or settings that cannot be, or an output that may not be replaced.
+    """
+    if problems := settings.problems():
+        raise UserError(list_problems("difficulty fit", problems))
+    refuse_existing(output, KIND, overwrite)
+    labels = read_labels(folder)
+    if len(labels.problems) < MIN_PROBLEMS:
+        raise UserError(f"{folder}: has {len(labels.problems)} problems; at least {MIN_PROBLEMS} are needed")
+    if len({problem.pass_rate for problem in labels.problems.values()}) < 2:
+        raise UserError(f"{folder}: all pass rates are the same; take configurations that solve some "
+                        "problems and not others")
+    parts = split(list(labels.problems.values()))
+    if not (parts.fit and parts.calibration and parts.heldout):
+        raise UserError(f"{folder}: its problems are nearly all the same; add others")
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        found, ngram_weights, form_weights, chosen = _best(labels, parts, settings)
+        write_estimator(artifact.path, found, ngram_weights, form_weights)
+        estimator = Estimator(found, ngram_weights, form_weights)
+        artifact.add_input(folder)
+        artifact.settings = {"pair_weight": settings.pair_weight}
+        artifact.content = {
+            "num_problems": len(labels.problems), "num_pairs": len(labels.pairs), "num_fit": len(parts.fit),
+            "num_calibration": len(parts.calibration), "chosen": chosen,
+            "heldout": figures(parts.heldout, estimator)}
+    return artifact.content
+
+
+def check(model: Path, folder: Path) -> dict[str, Any]:
+    """Return an estimator's figures on other labels."""
+    if problems := library_problems():
+        raise UserError(problems[0])
+    return figures(list(read_labels(folder).problems.values()), load_estimator(model))
+
+
+def split(problems: Sequence[Problem]) -> Parts:
+    """Cut problems into parts by the hashes of their texts, so that a problem lies on the same side whatever
+    stands beside it; those of one text lie together."""
+    parts = Parts([], [], [])
+    for problem in problems:
+        digest = hashlib.sha256(" ".join(problem.text.split()).encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2 ** 64
+        part = (parts.heldout if place < HELD_OUT else
+                parts.calibration if place < HELD_OUT + CALIBRATION else parts.fit)
+        part.append(problem)
+    return parts
+
+
+class _Rows:
+    """The rows of problems: n-grams, figures of the form on one scale, and a one."""
+
+    def __init__(self, ngrams: Ngrams, fitted: Sequence[Problem]) -> None:
+        self._ngrams = ngrams
+        seen = np.stack([form(problem.text, ngrams) for problem in fitted])
+        spreads = seen.std(axis=0)
+        self.means = tuple(seen.mean(axis=0).tolist())
+        self.spreads = tuple(np.where(spreads > 1e-9, spreads, 1.0).tolist())
+
+    def of(self, problems: Sequence[Problem]) -> tuple[Any, Any]:
+        """Return n-grams and the other columns as sparse matrices."""
+        from scipy.sparse import csr_matrix
+
+        words = sparse_rows([self._ngrams.row(problem.text) for problem in problems], self._ngrams.width)
+        rest = np.stack([np.append(scaled(form(problem.text, self._ngrams), self.means, self.spreads), 1.0)
+                         for problem in problems])
+        return words.astype(np.float64), csr_matrix(rest)
+
+
+def _best(labels: Labels, parts: Parts, settings: FitSettings
+          ) -> tuple[EstimatorSettings, np.ndarray, np.ndarray, dict[str, Any]]:
+    """Return the estimator that is best on the calibration part, calibrated there, and what was chosen."""
+    from threadpoolctl import threadpool_limits
+
+    rows = _Rows(Ngrams(settings.ngrams), parts.fit)
+    own, other = rows.of(parts.fit), rows.of(parts.calibration)
+    rates = np.array([problem.pass_rate for problem in parts.calibration])
+    pairs = _pairs(labels, parts.fit)
+    tried: list[tuple[float, int, EstimatorSettings, np.ndarray, dict[str, Any]]] = []
+    with threadpool_limits(1):  # sums in another order would have other last bits
+        for scale, penalty in product(NGRAM_SCALES, INVERSE_PENALTIES):
+            weights = _weights(own, [problem.pass_rate for problem in parts.fit], pairs, scale, penalty,
+                               settings.pair_weight)
+            z = np.asarray(_joined(other, scale) @ weights).ravel()
+            slope, offset = calibrated(z, rates)
+            loss = _loss(slope * z + offset, rates)
+            found = EstimatorSettings(settings.ngrams, scale, rows.means, rows.spreads, float(weights[-1]),
+                                      slope, offset)
+            tried.append((loss, len(tried), found, weights, {"ngram_scale": scale, "penalty": penalty}))
+    _, _, best, weights, chosen = min(tried, key=lambda entry: entry[:2])
+    width = settings.ngrams.num_buckets
+    return (best, weights[:width].astype(np.float32), weights[width:-1].astype(np.float32),
+            {**chosen, "num_pairs_fitted": len(pairs)})
+
+
+def _pairs(labels: Labels, fitted: Sequence[Problem]) -> list[tuple[int, int]]:
+    """Return the places of the easier and the harder problem of those pairs that are fitted wholly."""
+    places = {problem.id: i for i, problem in enumerate(fitted)}
+    return [(places[easier], places[harder]) for easier, harder in labels.pairs
+            if easier in places and harder in places]
+
+
+def _joined(rows: tuple[Any, Any], scale: float) -> Any:
+    from scipy.sparse import hstack
+
+    return hstack([rows[0] * scale, rows[1]]).tocsr()
+
+
+def _weights(rows: tuple[Any, Any], rates: Sequence[float], pairs: Sequence[tuple[int, int]], scale: float,
+             penalty: float, pair_weight: float) -> np.ndarray:
+    """Return a weight for each column, the last one being the bias."""
+    from scipy.sparse import vstack
+    from sklearn.linear_model import LogisticRegression
+
+    own, shares = _joined(rows, scale), np.array(rates)
+    blocks, targets, counts = [own, own], [np.ones(len(shares)), np.zeros(len(shares))], [shares, 1 - shares]
+    if pairs and pair_weight:
+        easier, harder = (own[[pair[side] for pair in pairs]] for side in (0, 1))
+        half = np.full(len(pairs), pair_weight / 2)
+        blocks += [easier - harder, harder - easier]
+        targets += [np.ones(len(pairs)), np.zeros(len(pairs))]
+        counts += [half, half]
+    model = LogisticRegression(C=penalty, fit_intercept=False, max_iter=MAX_ITERATIONS)
+    model.fit(vstack(blocks).tocsr(), np.concatenate(targets), sample_weight=np.concatenate(counts))
+    weights: np.ndarray = np.ravel(model.coef_)
+    return weights
+
+
+def calibrated(z: np.ndarray, rates: np.ndarray) -> tuple[float, float]:
+    """Return slope and offset under which the logistic function of z is nearest to the shares; a slope that
+    would turn the order round is not taken."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=1e6, max_iter=MAX_ITERATIONS)
+    least = 0.5 / max(1, len(rates))  # never quite 0 or 1, so that the slope stays finite
+    shares = np.clip(rates, least, 1 - least)
+    model.fit(np.concatenate([z, z])[:, None], np.repeat([1, 0], len(z)),
+              sample_weight=np.concatenate([shares, 1 - shares]))
+    slope = float(model.coef_[0, 0])
+    if slope > 0:
+        return slope, float(model.intercept_[0])
+    mean = float(np.clip(rates.mean(), least, 1 - least))
+    return 0.0, math.log(mean / (1 - mean))
+
+
+def _loss(logits: np.ndarray, rates: np.ndarray) -> float:
+    """Return the mean cross-entropy of shares."""
+    sure = np.clip(logits, -_SURE, _SURE)
+    return float(np.mean(np.logaddexp(0.0, sure) - rates * sure))

@@ -1,0 +1,118 @@
+"""Final answers of several solutions: marked as they were asked to be, right, and what most of them say.
+
+What is right is decided by the rewards `math` and `stem`, in processes of their own, since an answer such as
+10**10**10 would hold up whoever computes it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from megatron_sov.rewards.answers import last_boxed, normalized
+from megatron_sov.rewards.quantities import read_quantity
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.running import Runner, runner
+
+Way = Literal["auto", "math", "stem"]
+"""How answers are compared: by mathematics; as choices, quantities and words; auto: as the answer looks."""
+_LETTER = re.compile(r"[A-J]", re.ASCII)
+_WORD = re.compile(r"(?<![A-Za-z\\])[^\W\d_]{3,}")
+_FUNCTIONS = frozenset((
+    "sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log",
+    "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "mod", "inf"))
+_SAYS = re.compile(r"[^\W_]")
+_SETTINGS: dict[str, Mapping[str, Any]] = {"math": {"marked_only": True, "time_limit_s": 5.0}, "stem": {}}
+MAX_BOXES = 20
+"""Boxes of a solution that are looked at."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Whether an answer is the wanted one."""
+
+    right: bool
+    """It is."""
+    why: str = ""
+    """Why it could not be judged, where it could not."""
+
+
+def boxes(text: str) -> list[str]:
+    """Return what stands in the boxes of a solution, the last one first."""
+    found: list[str] = []
+    while len(found) < MAX_BOXES and (inner := last_boxed(text)) is not None:
+        found.append(inner.strip())
+        text = text[:text.rindex("\\boxed{" + inner)]
+    return found
+
+
+def ends_in_box(text: str) -> bool:
+    """Return whether a solution ends with its box: nothing is said behind it, in letters or digits."""
+    inner = last_boxed(text)
+    if inner is None or not inner.strip():
+        return False
+    return _SAYS.search(text[text.rindex("\\boxed{" + inner) + len("\\boxed{" + inner):]) is None
+
+
+def way_of(answer: str, choices: Sequence[str] = ()) -> Literal["math", "stem"]:
+    """Return how an answer is compared: a letter, a quantity with a unit and words are no mathematics."""
+    if choices or _LETTER.fullmatch(answer):
+        return "stem"
+    quantity = read_quantity(answer)
+    if quantity is not None and quantity.dimension:
+        return "stem"
+    plain = re.sub(r"\\[A-Za-z]+", " ", answer)
+    return "stem" if any(word.lower() not in _FUNCTIONS for word in _WORD.findall(plain)) else "math"
+
+
+class Verifier:
+    """Compares answers; threads may share one. Its processes end with this one."""
+
+    def __init__(self, name: Literal["math", "stem"]) -> None:
+        asked = order(name, _SETTINGS[name])
+        self._runner: Runner = runner(asked, make(asked), 1)
+        self._lock = threading.Lock()
+
+    def check(self, answers: Sequence[str], wanted: str, choices: Sequence[str] = ()) -> list[Checked]:
+        """Return whether each of some final answers is the wanted one."""
+        known = {answer: Checked(True) for answer in answers
+                 if normalized(answer) == normalized(wanted) != ""}
+        asked = [answer for answer in dict.fromkeys(answers) if answer not in known]
+        rows = [{"response": f"\\boxed{{{answer}}}", "answer": wanted, "choices": list(choices)}
+                for answer in asked]
+        if rows:
+            with self._lock:
+                results = self._runner.score(rows)
+            for answer, result in zip(asked, results, strict=True):
+                known[answer] = Checked(result.reward == 1.0, result.reason)
+        return [known[answer] for answer in answers]
+
+
+@lru_cache(maxsize=2)
+def verifier(name: Literal["math", "stem"]) -> Verifier:
+    """Return the verifier of this process."""
+    return Verifier(name)
+
+
+def check(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto"
+          ) -> list[Checked]:
+    """Return whether each of some final answers is the wanted one."""
+    return verifier(way_of(wanted, choices) if way == "auto" else way).check(answers, wanted, choices)
+
+
+def groups(answers: Sequence[str], choices: Sequence[str] = (), way: Way = "auto") -> list[list[int]]:
+    """Return the numbers of answers that say the same, the largest group first, of equals the earlier one;
+    an answer is compared with the first one of each group."""
+    found: list[list[int]] = []
+    left = list(range(len(answers)))
+    while left:
+        first = left[0]
+        same = check([answers[i] for i in left], answers[first], choices, way)
+        group = [i for i, checked in zip(left, same, strict=True) if checked.right or i == first]
+        found.append(group)
+        left = [i for i in left if i not in group]
+    return sorted(found, key=lambda group: (-len(group), group[0]))

@@ -1,0 +1,78 @@
+"""Generator `answers`: how often one configuration of a model solves each problem.
+
+What comes out is a measurement and no training data: `sov-data difficulty label` puts those of several
+configurations together (Solar Open, arXiv 2601.07022, has five answer each problem).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.synth.final_answers import Way, boxes, check, ends_in_box
+from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply
+from data_prep.synth.problems import read_problems
+from data_prep.synth.sample import Sample, Verdict
+
+
+@dataclass(frozen=True)
+class AnswersSettings:
+    """Settings of `answers`."""
+
+    num_draws: int = 8
+    """Answers to each problem."""
+    way: Way = "auto"
+    """How answers are compared: the reward `math`, the reward `stem`, or auto: as the answer looks."""
+    temperature: float = 0.8
+    """Of sampling."""
+    max_tokens: int = 4096
+    """That an answer may have; one that is cut off is wrong."""
+    thinking: bool | None = None
+    """Whether a reasoning model thinks first."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        rules = [
+            (1 <= self.num_draws <= 10_000, f"num_draws = {self.num_draws}: must be 1 to 10,000"),
+            (self.way in ("auto", "math", "stem"), f"way = {self.way!r}: must be auto, math or stem"),
+            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
+            (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be positive"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+class Answers(Generator):
+    """Right answers of those that were asked for."""
+
+    name: ClassVar[str] = "answers"
+    kind = "prompt"
+    help: ClassVar[str] = "how often a model solves each problem, for `sov-data difficulty label`"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "solutions/solve": ("problem", "choices", "language")}
+    Settings = AnswersSettings
+    settings: AnswersSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield the problems of files of JSON lines."""
+        return read_problems(inputs, needs_answer="add it: a model's answers are compared with it")
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield the measurement of one problem; a draw without an answer of use is a wrong one."""
+        s = self.settings
+        problem, choices, wanted = (item.fields[name] for name in ("problem", "choices", "answer"))
+        finals = []
+        for draw in range(s.num_draws):
+            try:
+                (reply,) = ask("solutions/solve", first=draw, temperature=s.temperature,
+                               max_tokens=s.max_tokens, thinking=s.thinking, problem=problem,
+                               choices=choices, language="")
+            except NoUsableReply:
+                continue
+            if not reply.is_cut and ends_in_box(reply.text):
+                finals.append(boxes(reply.text)[0])
+        num_right = sum(checked.right for checked in check(finals, wanted, choices, s.way))
+        yield Sample({"prompt": problem, "answer": wanted, "domain": item.fields["domain"],
+                      "problem_id": item.id, "num_right": num_right, "num_answers": s.num_draws},
+                     (Verdict("measured", True),), notes={"num_in_form": len(finals)})

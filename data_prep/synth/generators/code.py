@@ -1,0 +1,237 @@
+"""Generator `code`: tasks with programs and tests that were written apart and judge each other.
+
+Tasks come from seeds, as of OSS-Instruct (arXiv 2312.02120), or are given.  Tests are written from the task
+alone; programs and tests vote (CodeT, arXiv 2207.10397); and tests are kept only where they notice programs
+that know nothing, and small mistakes planted into one that is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.json_lines import read_objects
+from data_prep.synth.generator import Ask, Generator, Item, Reply
+from data_prep.synth.generators.code_parts import (
+    MAX_CHARS,
+    Task,
+    assertions,
+    defines,
+    reaches_out,
+    read_task,
+)
+from data_prep.synth.generators.code_runs import agreement, killed, passed, telling
+from data_prep.synth.problems import problem_text, stated_id
+from data_prep.synth.sample import Sample, Verdict
+from data_prep.trajectories import Solution, diverse
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.code import Code, program_in
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """Settings of `code`."""
+
+    num_solutions: int = 5
+    """Programs that are asked for."""
+    num_test_draws: int = 3
+    """Times that tests are asked for; none of them sees a program."""
+    num_tests: int = 8
+    """Tests that are asked for each time."""
+    max_tests: int = 30
+    """Tests that are looked at."""
+    min_tests: int = 5
+    """Tests that have to be left."""
+    min_solutions: int = 2
+    """Programs that have to pass the same tests."""
+    min_agreement: float = 0.5
+    """Share of the tests looked at that these programs have to pass: else the task is not clear."""
+    max_mutants: int = 12
+    """Programs with a planted mistake."""
+    min_killed: float = 0.7
+    """Share of them that has to fail; some are no mistakes, so not all can."""
+    most: int = 3
+    """Conversations that are kept of a task: its right programs that differ."""
+    max_similarity: float = 0.8
+    """Jaccard index of word triples above which two answers are the same one."""
+    test_time_s: float = 3.0
+    """Seconds of processors that a program has for its tests."""
+    language: str = ""
+    """Language that tasks are written in, as "Korean"; empty: the model's choice."""
+    temperature: float = 0.8
+    """Of sampling."""
+    max_tokens: int = 4096
+    """That an answer may have."""
+    thinking: bool | None = None
+    """Whether a reasoning model thinks first; its thoughts are kept as `reasoning_content`."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        counts = ("num_solutions", "num_test_draws", "num_tests", "max_tests", "min_tests", "min_solutions",
+                  "max_mutants", "most", "max_tokens")
+        p = [f"{name} = {value}: must be 1 to 100,000" for name in counts
+             if not 1 <= (value := getattr(self, name)) <= 100_000]
+        rules = [
+            (self.min_solutions <= self.num_solutions,
+             f"min_solutions = {self.min_solutions}: must be at most num_solutions = {self.num_solutions}"),
+            (self.min_tests <= self.max_tests,
+             f"min_tests = {self.min_tests}: must be at most max_tests = {self.max_tests}"),
+            *((0 <= value <= 1, f"{name} = {value}: must lie in [0, 1]") for name, value in (
+                ("min_agreement", self.min_agreement), ("min_killed", self.min_killed),
+                ("max_similarity", self.max_similarity))),
+            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
+            (0 < self.test_time_s <= 90, f"test_time_s = {self.test_time_s}: must lie in (0, 90]"),
+        ]
+        return p + [sentence for holds, sentence in rules if not holds]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An answer with the program in it."""
+
+    reply: Reply
+    """As the model gave it."""
+    source: str
+    """The program."""
+    fault: tuple[str, str]
+    """Name of the check that it does not pass, and why; ("", ""): it can be run."""
+
+    @staticmethod
+    def of(reply: Reply, task: Task) -> Program:
+        """Return the program of an answer."""
+        source = program_in(reply.text)
+        why = reaches_out(source) if len(source) <= MAX_CHARS else f"has {len(source):,} characters"
+        fault = (("finished", "ended at the limit of tokens") if reply.is_cut else
+                 ("alone", why) if why else
+                 ("function", f"has no {task.entry_point}") if not defines(source, task.entry_point) else
+                 ("", ""))
+        return Program(reply, source, fault)
+
+
+class CodeTasks(Generator):
+    """A prompt with tests for reinforcement learning, and conversations with programs that pass them."""
+
+    name: ClassVar[str] = "code"
+    kind = "prompt"
+    help: ClassVar[str] = "programming tasks with tests, and programs that pass them"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "code/task": ("seed", "language"), "code/tests": ("task", "entry_point", "num_tests"),
+        "code/solve": ("task",)}
+    Settings = CodeSettings
+    settings: CodeSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield tasks (`task`, perhaps `entry_point`) and seeds (`seed`, or another text)."""
+        seen: dict[str, str] = {}
+        for file in inputs:
+            for where, record in read_objects(file):
+                fields = _fields(record, where)
+                id_ = stated_id(record, fields["task"] or fields["seed"], where)
+                if seen.setdefault(id_, where) == where:
+                    yield Item(id_, fields, str(record.get("source") or file.stem),
+                               str(record.get("licence") or record.get("license") or ""))
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield the prompt with its tests, then each program's conversation."""
+        s = self.settings
+        drawn = {"temperature": s.temperature, "max_tokens": s.max_tokens, "thinking": s.thinking}
+        text = item.fields["task"]
+        if not text:
+            (reply,) = ask("code/task", **drawn, seed=item.fields["seed"], language=s.language)
+            text = reply.text if not reply.is_cut else ""
+        task = read_task(text, item.fields["entry_point"])
+        if isinstance(task, str):
+            yield Sample({"prompt": text, "tests": []}, (Verdict("task", False, task),), group=item.id)
+            return
+        offered = ask("code/tests", count=s.num_test_draws, **drawn, task=task.text,
+                      entry_point=task.entry_point, num_tests=s.num_tests)
+        tests = list(dict.fromkeys(test for reply in offered
+                                   for test in assertions(reply.text, task.entry_point)))[:s.max_tests]
+        programs = [Program.of(reply, task)
+                    for reply in ask("code/solve", count=s.num_solutions, **drawn, task=task.text)]
+        yield from self._samples(item, task, tests, programs)
+
+    def _samples(self, item: Item, task: Task, tests: list[str], programs: list[Program]) -> Iterator[Sample]:
+        sound = [program for program in programs if not program.fault[0]]
+        known: dict[str, list[bool]] = {}
+        for program in sound:
+            if tests and program.source not in known:
+                known[program.source] = passed(self._code, program.source, tests)
+        agreed = agreement([known.get(program.source, []) for program in sound])
+        right = [sound[i] for i in agreed.programs]
+        verdicts, kept, notes = self._judged(task, tests, right, [tests[i] for i in agreed.tests])
+        yield Sample({"prompt": task.text, "tests": kept, "entry_point": task.entry_point}, verdicts,
+                     group=item.id, notes={**notes, "num_solutions": len(programs), "num_right": len(right)})
+        said = {id(p): Solution(p.reply.text, p.reply.thinking) for p in right}
+        apart = {id(one) for one in diverse(list(said.values()), self.settings.most,
+                                            self.settings.max_similarity)}
+        for program in programs:
+            yield Sample(_conversation(task, program.reply), self._of_program(
+                program, verdicts, id(program) in said, id(said.get(id(program))) in apart),
+                group=item.id, kind="chat")
+
+    def _of_program(self, program: Program, verdicts: tuple[Verdict, ...], is_right: bool, is_apart: bool
+                    ) -> tuple[Verdict, ...]:
+        """Return the verdicts of a program's conversation."""
+        if program.fault[0]:
+            return (Verdict(program.fault[0], False, program.fault[1]),)
+        own = Verdict("passes", is_right, "" if is_right else "fails tests that others pass")
+        if not is_right:
+            return (own,)
+        return (own, *verdicts, Verdict("different", is_apart, "" if is_apart else "as another one is"))
+
+    def _judged(self, task: Task, tests: Sequence[str], right: Sequence[Program], agreed: list[str]
+                ) -> tuple[tuple[Verdict, ...], list[str], dict[str, Any]]:
+        """Return the verdicts of a task, the tests that are kept, and figures."""
+        s = self.settings
+        least = max(s.min_tests, s.min_agreement * len(tests))
+        agree = len(right) >= s.min_solutions and len(agreed) >= least
+        verdicts = [Verdict("agreement", agree, f"{len(right)} programs pass {len(agreed)} of {len(tests)} "
+                                                "tests")]
+        notes: dict[str, Any] = {"num_tests": len(tests), "num_agreed": len(agreed)}
+        if not agree:
+            return tuple(verdicts), agreed, notes
+        kept, blind = telling(self._code, task.entry_point, agreed)
+        verdicts += [Verdict("tests", len(kept) >= s.min_tests,
+                             f"{len(agreed) - len(kept)} of {len(agreed)} accept everything"),
+                     Verdict("stubs", not blind, f"passed by {blind.strip().splitlines()[-1].strip()}"
+                             if blind else "")]
+        if all(verdict.passed for verdict in verdicts):
+            num_killed, num_mutants = killed(self._code, right[0].source, kept, s.max_mutants)
+            notes |= {"num_mutants": num_mutants, "num_killed": num_killed}
+            verdicts.append(Verdict("mutants", num_killed >= max(1, s.min_killed * num_mutants),
+                                    f"{num_killed} of {num_mutants} noticed"))
+            verdicts.append(Verdict("steady", all(passed(self._code, right[0].source, kept))))
+        return tuple(verdicts), kept, notes
+
+    @cached_property
+    def _code(self) -> Code:
+        return Code(test_time_s=self.settings.test_time_s)
+
+
+def _conversation(task: Task, reply: Reply) -> dict[str, Any]:
+    thought = {"reasoning_content": reply.thinking} if reply.thinking else {}
+    return {"messages": [{"role": "user", "content": task.text},
+                         {"role": "assistant", **thought, "content": reply.text.strip()}]}
+
+
+def _fields(record: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Return the task of a record, or what one may be inspired by.
+
+    Raises:
+        UserError: it has neither.
+    """
+    task, seed, entry_point = (record.get(name, "") for name in ("task", "seed", "entry_point"))
+    if not (isinstance(task, str) and isinstance(seed, str) and isinstance(entry_point, str)):
+        raise UserError(f"{where}: task, seed and entry_point must be texts")
+    if not task.strip() and not seed.strip():
+        seed = problem_text(record) or ""
+    if not task.strip() and not seed.strip():
+        raise UserError(f"{where}: has neither a task nor a seed (fields: {', '.join(record) or 'none'}); "
+                        "add `task`, or `seed`: a text or program that a task may be inspired by")
+    if len(task) > MAX_CHARS or len(seed) > MAX_CHARS:
+        raise UserError(f"{where}: its task or seed has more than {MAX_CHARS:,} characters; shorten it")
+    return {"task": task, "seed": seed, "entry_point": entry_point}

@@ -1,0 +1,87 @@
+"""Generator `comparisons`: which of two problems the judge takes for the harder one, in either order.
+
+What comes out is labels and no training data, for `sov-data difficulty label`.  A judge prefers what stands
+first, or last; so each pair is shown in both orders, and counts where both say the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.problems import read_problems
+from data_prep.synth.sample import Sample, Verdict
+from megatron_sov.errors import UserError
+
+HIGH = 10.0
+RUBRIC = ("The material is two problems. Which one will a good student of the subject more likely get wrong? "
+          "0: the first is by far the harder one; 5: they are alike; 10: the second is by far the harder "
+          "one. Solve neither; think of the number of steps, of what has to be known, and of what is easily "
+          "overlooked.")
+
+
+@dataclass(frozen=True)
+class ComparisonsSettings:
+    """Settings of `comparisons`."""
+
+    per_problem: int = 4
+    """Problems that each is compared with, about."""
+    min_lead: float = 0.5
+    """By how many points of 10 the mean of both orders has to differ from 5."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        rules = [(1 <= self.per_problem <= 1000, f"per_problem = {self.per_problem}: must be 1 to 1,000"),
+                 (0 <= self.min_lead <= 5, f"min_lead = {self.min_lead}: must lie in [0, 5]")]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+class Comparisons(Generator):
+    """Pairs of problems with the harder one named."""
+
+    name: ClassVar[str] = "comparisons"
+    kind = "prompt"
+    help: ClassVar[str] = "which of two problems is the harder one, for `sov-data difficulty label`"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {}
+    Settings = ComparisonsSettings
+    settings: ComparisonsSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield pairs: problems in the order of hashes form a ring, and each meets those behind it.
+
+        Raises:
+            UserError: a line is no problem, or there is one alone.
+        """
+        ring = sorted(read_problems(inputs), key=lambda item: hashlib.sha256(item.id.encode()).digest())
+        if len(ring) < 2:
+            raise UserError(f"{', '.join(map(str, inputs))}: holds {len(ring)} problems; pairs need two")
+        steps = min((self.settings.per_problem + 1) // 2, len(ring) - 1)
+        pairs: dict[tuple[str, str], None] = {}
+        for step in range(1, steps + 1):
+            for place, one in enumerate(ring):
+                other = ring[(place + step) % len(ring)]
+                if (other.id, one.id) in pairs:
+                    continue
+                pairs[one.id, other.id] = None
+                fields = {"first_id": one.id, "first": one.fields["problem"],
+                          "second_id": other.id, "second": other.fields["problem"]}
+                joined = hashlib.sha256(f"{one.id}\n{other.id}".encode()).hexdigest()[:16]
+                yield Item(joined, fields, one.source, one.licence)
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield one pair."""
+        one, other = item.fields["first"], item.fields["second"]
+        ahead = ask.judge(RUBRIC, {"first problem": one, "second problem": other}, high=HIGH) - HIGH / 2
+        back = HIGH / 2 - ask.judge(RUBRIC, {"first problem": other, "second problem": one}, high=HIGH)
+        lead = (ahead + back) / 2
+        ids = item.fields["first_id"], item.fields["second_id"]
+        easier, harder = ids if lead > 0 else ids[::-1]
+        record = {"prompt": f"{one}\n\n{other}", "easier": easier, "harder": harder, "lead": abs(lead)}
+        yield Sample(record, (
+            Verdict("judge: consistent", ahead * back > 0, f"{ahead:+g}, and {back:+g} in the other order"),
+            Verdict("judge: clear", abs(lead) >= self.settings.min_lead, f"{lead:+g}")),
+            notes={"ahead": ahead, "back": back})

@@ -1,0 +1,213 @@
+"""Generator `probes`: problems with verified answers in each subdomain, to choose checkpoints by.
+
+VibeThinker (arXiv 2511.06221, section 2.3) probes checkpoints of fine-tuning with sets D_i of algebra,
+geometry, calculus and statistics that a capable model wrote; how many problems they have is not published.
+An answer is verified by solutions that do not see it, and by a program.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from data_prep.decontamination.benchmarks import FIELDS, benchmark_files
+from data_prep.decontamination.hits import find_hits
+from data_prep.decontamination.step import SearchSettings
+from data_prep.json_lines import read_objects
+from data_prep.synth.final_answers import boxes, check, ends_in_box
+from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply
+from data_prep.synth.generators.code_parts import reaches_out
+from data_prep.synth.problems import stated_id
+from data_prep.synth.sample import Sample, Verdict
+from megatron_sov.documents.item_search import Search
+from megatron_sov.documents.overlap import WORDS
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.code import program_in
+from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
+
+TOPICS = Path(__file__).parents[1] / "taxonomies" / "mathematics.yaml"
+STEPS = (2, 4, 6)
+"""Steps that problems are asked to need, in turns: checkpoints differ at what some of them can."""
+DOMAIN = re.compile(r"[\w.-]{1,60}")
+_FORM = re.compile(r"Problem:\s*(.+?)\s*^\W*Answer:\W*?[ \t]*(\S[^\n]*)", re.DOTALL | re.MULTILINE)
+MAX_ANSWER_CHARS = 200
+MAX_PROBLEM_CHARS = 5_000
+
+
+@dataclass(frozen=True)
+class ProbesSettings:
+    """Settings of `probes`."""
+
+    per_topic: int = 6
+    """Problems that are asked for on each topic."""
+    num_solutions: int = 5
+    """Solutions that verify an answer; none sees it."""
+    min_agreement: float = 0.6
+    """Share of them that has to give the stated answer."""
+    num_programs: int = 1
+    """Programs that are asked to compute it; 0: none."""
+    min_programs: int = 0
+    """Programs that have to compute it; one that prints something else refuses the problem in any case."""
+    benchmarks: tuple[str, ...] = ()
+    """.jsonl files, or folders of them, whose items no problem may share ten words in a row with."""
+    language: str = ""
+    """Language of the problems, as "Korean"; empty: the model's choice."""
+    temperature: float = 0.8
+    """Of sampling."""
+    max_tokens: int = 4096
+    """That an answer may have."""
+    thinking: bool | None = None
+    """Whether a reasoning model thinks first."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        rules = [
+            (1 <= self.per_topic <= 10_000, f"per_topic = {self.per_topic}: must be 1 to 10,000"),
+            (2 <= self.num_solutions <= 1000,
+             f"num_solutions = {self.num_solutions}: must be 2 to 1,000; one alone verifies nothing"),
+            (0 < self.min_agreement <= 1, f"min_agreement = {self.min_agreement}: must lie in (0, 1]"),
+            (0 <= self.min_programs <= self.num_programs <= 100,
+             f"min_programs = {self.min_programs}, num_programs = {self.num_programs}: need "
+             "0 <= min_programs <= num_programs <= 100"),
+            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
+            (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be positive"),
+        ]
+        p = [sentence for holds, sentence in rules if not holds]
+        return p + (self.search_settings().problems() if self.benchmarks else [])
+
+    def search_settings(self) -> SearchSettings:
+        """Return what problems are searched for."""
+        return SearchSettings(tuple(map(Path, self.benchmarks)), FIELDS, WORDS)
+
+
+class Probes(Generator):
+    """Problems whose answers solutions and programs have found as well."""
+
+    name: ClassVar[str] = "probes"
+    kind = "prompt"
+    help: ClassVar[str] = "probing sets: problems of each subdomain with verified answers"
+    needs_input: ClassVar[bool] = False
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "probes/problem": ("domain", "topic", "number", "steps", "language"),
+        "solutions/solve": ("problem", "choices", "language"), "probes/program": ("problem",)}
+    Settings = ProbesSettings
+    settings: ProbesSettings
+
+    def files(self) -> Sequence[Path]:
+        """Return the benchmarks, and the topics that are taken without input."""
+        return [TOPICS, *benchmark_files(map(Path, self.settings.benchmarks))]
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield topic after topic; without input those of `taxonomies/mathematics.yaml`."""
+        seen: dict[str, str] = {}
+        for where, record in _topics(inputs):
+            domain, topic = record.get("domain"), record.get("topic")
+            if not isinstance(domain, str) or not DOMAIN.fullmatch(domain):
+                raise UserError(f"{where}: domain = {str(domain)[:60]!r} must be a name of letters, digits, "
+                                "'.', '_' and '-', such as algebra")
+            if not isinstance(topic, str) or not 0 < len(topic.strip()) <= 1000:
+                raise UserError(f"{where}: topic = {str(topic)[:60]!r} must be a text of up to 1,000 "
+                                "characters")
+            id_ = stated_id(record, f"{domain}\n{topic}", where)
+            if seen.setdefault(id_, where) != where:
+                continue
+            for number in range(1, self.settings.per_topic + 1):
+                yield Item(f"{id_}.{number}", {"domain": domain, "topic": topic.strip(), "number": number},
+                           where.rpartition(":")[0])
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield one problem."""
+        s = self.settings
+        drawn = {"temperature": s.temperature, "max_tokens": s.max_tokens, "thinking": s.thinking}
+        number = item.fields["number"]
+        (reply,) = ask("probes/problem", **drawn, domain=item.fields["domain"], topic=item.fields["topic"],
+                       number=number, steps=STEPS[number % len(STEPS)],
+                       language=s.language)
+        problem, answer, why = read_problem(reply)
+        record = {"prompt": problem, "answer": answer, "domain": item.fields["domain"]}
+        if why:
+            yield Sample(record, (Verdict("form", False, why),))
+            return
+        verdicts = [Verdict("form", True), self._leaked(problem)]
+        notes: dict[str, Any] = {"topic": item.fields["topic"]}
+        if verdicts[-1].passed:  # what is refused anyway is not paid for
+            solutions = ask("solutions/solve", count=s.num_solutions, **drawn, problem=problem, choices=[],
+                            language="")
+            verdicts.append(self._agreed(solutions, answer, notes))
+        if all(verdict.passed for verdict in verdicts) and s.num_programs:
+            programs = ask("probes/program", count=s.num_programs, **drawn, problem=problem)
+            verdicts.append(self._computed(programs, answer, notes))
+        yield Sample(record, tuple(verdicts), notes=notes)
+
+    def _leaked(self, problem: str) -> Verdict:
+        hits = find_hits(problem, self._search, 0) if self._search else []
+        return Verdict("leaked", not hits, f"{hits[0].benchmark}:{hits[0].item}" if hits else "")
+
+    def _agreed(self, solutions: Sequence[Reply], answer: str, notes: dict[str, Any]) -> Verdict:
+        finals = [boxes(reply.text)[0] for reply in solutions
+                  if not reply.is_cut and ends_in_box(reply.text)]
+        num_right = sum(checked.right for checked in check(finals, answer))
+        notes |= {"num_solutions": len(solutions), "num_right": num_right}
+        return Verdict("agreement", num_right >= self.settings.min_agreement * len(solutions),
+                       f"{num_right} of {len(solutions)} solutions give the stated answer")
+
+    def _computed(self, programs: Sequence[Reply], answer: str, notes: dict[str, Any]) -> Verdict:
+        printed = [found for reply in programs if not reply.is_cut and (found := run(program_in(reply.text)))]
+        right = [checked.right for checked in check(printed, answer)]
+        notes |= {"num_programs": len(printed), "num_computed": sum(right)}
+        if not all(right):
+            return Verdict("program", False, f"a program prints {printed[right.index(False)][:100]}")
+        enough = len(right) >= self.settings.min_programs
+        return Verdict("program", enough, f"{len(right)} programs of {len(programs)} end with an answer")
+
+    @cached_property
+    def _search(self) -> Search | None:
+        return self.settings.search_settings().search() if self.settings.benchmarks else None
+
+
+def read_problem(reply: Reply) -> tuple[str, str, str]:
+    """Return problem, answer, and why they cannot be taken; empty: they can."""
+    found = _FORM.search(reply.text.strip())
+    if reply.is_cut or found is None:
+        return reply.text, "", "is not in the form that was asked for"
+    problem, answer = found[1].strip().strip("*").strip(), found[2].strip().strip("*").strip()
+    answer = (boxes(answer) or [answer.rstrip(".").strip("$").strip()])[0]
+    if not 20 <= len(problem) <= MAX_PROBLEM_CHARS or not 0 < len(answer) <= MAX_ANSWER_CHARS:
+        return problem, answer, f"problem of {len(problem):,} and answer of {len(answer):,} characters"
+    return problem, answer, ""
+
+
+def run(source: str) -> str:
+    """Return what a program prints as its only line; empty: it prints something else, or does not end well.
+
+    Raises:
+        NoReply: the machine could not run it: the item is made again.
+    """
+    if reaches_out(source):
+        return ""
+    outcome = _sandbox().run(Program(source), Limits(wall_s=30, cpu_s=10))
+    if outcome.status == "infrastructure":
+        raise NoReply(f"the sandbox: {outcome.reason}")
+    printed = outcome.stdout.strip()
+    short = "\n" not in printed and len(printed) <= MAX_ANSWER_CHARS
+    return printed if outcome.status == "ok" and short else ""
+
+
+@lru_cache(maxsize=1)
+def _sandbox() -> Sandbox:
+    return Sandbox()
+
+
+def _topics(inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield where each topic stands, and its record."""
+    if not inputs:
+        for domain, topics in yaml.safe_load(TOPICS.read_text(encoding="utf-8")).items():
+            yield from ((f"{TOPICS.stem}:{domain}", {"domain": domain, "topic": topic}) for topic in topics)
+    for file in inputs:
+        yield from read_objects(file)

@@ -1,0 +1,207 @@
+"""Generator `solutions`: of several solutions of a problem those that are right and differ.
+
+Solar Open (arXiv 2601.07022) trains on two to five solutions of a query that differ, each verified by its
+answer; where no answer is known, that of the majority may be taken (self-consistency, arXiv 2203.11171).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from data_prep.synth.final_answers import Way, boxes, check, ends_in_box, groups
+from data_prep.synth.generator import Ask, Generator, Item, Reply
+from data_prep.synth.problems import read_problems
+from data_prep.synth.sample import Sample, Verdict
+from data_prep.trajectories import Solution, diverse
+
+RUBRIC = ("Material is a problem and a solution whose final answer is known to be right. Is each step of the "
+          "working true, and does it follow from what stands before it? 10: every step; 5: a gap that a "
+          "reader can close; 0: the answer is guessed, or steps are false.")
+
+
+@dataclass(frozen=True)
+class SolutionsSettings:
+    """Settings of `solutions`."""
+
+    num_draws: int = 8
+    """Solutions that are asked for."""
+    least: int = 2
+    """Right solutions that differ which a problem has to have; of one with fewer none is kept."""
+    most: int = 5
+    """Solutions of a problem that are kept."""
+    max_similarity: float = 0.8
+    """Jaccard index of word triples above which two solutions are the same one, as `sov-data trajectories`
+    has it."""
+    way: Way = "auto"
+    """How answers are compared: the reward `math`, the reward `stem`, or auto: as the answer looks."""
+    vote: bool = False
+    """Take the answer of the majority where a problem has none; without, such a problem is refused."""
+    min_agreement: float = 0.5
+    """Share of the solutions asked for that has to give the answer which is voted for."""
+    min_votes: int = 3
+    """Solutions that have to give it."""
+    min_judge: float = 0.0
+    """Score from 0 to 10 that the judge has to give the working; 0: it is not asked."""
+    language: str = ""
+    """Language that solutions are written in, as "Korean"; empty: that of the problem."""
+    temperature: float = 0.8
+    """Of sampling."""
+    max_tokens: int = 4096
+    """That a solution may have."""
+    thinking: bool | None = None
+    """Whether a reasoning model thinks first; its thoughts are kept as `reasoning_content`."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        rules = [
+            (1 <= self.least <= self.most <= self.num_draws <= 1000,
+             f"least = {self.least}, most = {self.most}, num_draws = {self.num_draws}: need "
+             "1 <= least <= most <= num_draws <= 1000"),
+            (0 <= self.max_similarity <= 1, f"max_similarity = {self.max_similarity}: must lie in [0, 1]"),
+            (self.way in ("auto", "math", "stem"), f"way = {self.way!r}: must be auto, math or stem"),
+            (0 < self.min_agreement <= 1, f"min_agreement = {self.min_agreement}: must lie in (0, 1]"),
+            (1 <= self.min_votes <= self.num_draws,
+             f"min_votes = {self.min_votes}: must be 1 to num_draws = {self.num_draws}"),
+            (0 <= self.min_judge <= 10, f"min_judge = {self.min_judge}: must lie in [0, 10]"),
+            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
+            (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be positive"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A solution with what is known of it."""
+
+    reply: Reply
+    """As the model gave it."""
+    answer: str
+    """Its final answer; empty where it has none in its place."""
+    verdicts: tuple[Verdict, ...]
+    """So far."""
+
+    @staticmethod
+    def of(reply: Reply) -> Draft:
+        """Return a solution after the checks that need no other one."""
+        found = boxes(reply.text)
+        marked = ends_in_box(reply.text)
+        verdicts = (Verdict("finished", not reply.is_cut, "ended at the limit of tokens" if reply.is_cut
+                            else ""),
+                    Verdict("ending", marked, "" if marked else "does not end with its answer in a box"))
+        return Draft(reply, found[0] if marked and not reply.is_cut else "", verdicts)
+
+    def with_verdict(self, check_: str, passed: bool, detail: str = "") -> Draft:
+        """Return it with one more verdict."""
+        return replace(self, verdicts=(*self.verdicts, Verdict(check_, passed, "" if passed else detail)))
+
+    @property
+    def is_good(self) -> bool:
+        """Return whether all checks so far are passed."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def solution(self) -> Solution:
+        """Return it as `sov-data trajectories` knows one."""
+        return Solution(self.reply.text, self.reply.thinking)
+
+
+def judged(drafts: Sequence[Draft], wanted: str, choices: Sequence[str], way: Way) -> list[Draft]:
+    """Return solutions with whether their answer is the wanted one, and no other box of theirs says else."""
+    inside = [boxes(draft.reply.text) if draft.answer else [] for draft in drafts]
+    asked = [answer for found in inside for answer in found]
+    right = dict(zip(asked, check(asked, wanted, choices, way), strict=True)) if asked else {}
+    result = []
+    for draft, found in zip(drafts, inside, strict=True):
+        if not found:
+            result.append(draft)
+            continue
+        last = right[found[0]]
+        other = next((answer for answer in found if not right[answer].right), "")
+        draft = draft.with_verdict("answer", last.right, last.why or f"{found[0][:100]}, not {wanted[:100]}")
+        result.append(draft.with_verdict("consistent", not other, f"says {other[:100]} as well"))
+    return result
+
+
+class Solutions(Generator):
+    """Right solutions that differ, each a conversation."""
+
+    name: ClassVar[str] = "solutions"
+    kind = "chat"
+    help: ClassVar[str] = "two to five solutions of each problem that differ, verified by its answer"
+    templates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "solutions/solve": ("problem", "choices", "language")}
+    Settings = SolutionsSettings
+    settings: SolutionsSettings
+
+    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+        """Yield the problems of files of JSON lines."""
+        return read_problems(inputs, needs_answer="" if self.settings.vote else
+                             "add it, or let solutions vote with --set vote=true")
+
+    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+        """Yield each solution of a problem."""
+        s, choices = self.settings, item.fields["choices"]
+        replies = ask("solutions/solve", count=s.num_draws, temperature=s.temperature,
+                      max_tokens=s.max_tokens, thinking=s.thinking, problem=item.fields["problem"],
+                      choices=choices, language=s.language)
+        drafts = [Draft.of(reply) for reply in replies]
+        wanted, voted = item.fields["answer"], {}
+        if not wanted:
+            wanted, voted, drafts = self._vote(drafts, choices)
+        if wanted:
+            drafts = judged(drafts, wanted, choices, s.way)
+        num_right = sum(draft.is_good for draft in drafts)
+        drafts = self._apart([self._judge(draft, item, ask) for draft in drafts])
+        notes = {"answer": wanted, "num_draws": len(drafts), "num_right": num_right,
+                 "pass_rate": num_right / len(drafts), **voted}
+        asked = _shown(item.fields["problem"], choices)
+        for draft in drafts:
+            thought = {"reasoning_content": draft.reply.thinking} if draft.reply.thinking else {}
+            record = {"messages": [{"role": "user", "content": asked},
+                                   {"role": "assistant", **thought, "content": draft.reply.text.strip()}],
+                      "answer": wanted}
+            yield Sample(record, draft.verdicts, group=item.id, notes=notes)
+
+    def _vote(self, drafts: Sequence[Draft], choices: Sequence[str]
+              ) -> tuple[str, dict[str, int], list[Draft]]:
+        """Return the answer that most solutions give (empty: too few agree), the votes, and the solutions
+        with whether it was found."""
+        s = self.settings
+        places = [i for i, draft in enumerate(drafts) if draft.answer]
+        found = groups([drafts[i].answer for i in places], choices, s.way)
+        votes, second = (len(found[0]) if found else 0), (len(found[1]) if len(found) > 1 else 0)
+        enough = votes >= max(s.min_votes, s.min_agreement * len(drafts)) and votes > second
+        detail = f"{votes} of {len(drafts)} solutions agree, {second} on another answer"
+        return (drafts[places[found[0][0]]].answer if enough else "", {"num_votes": votes},
+                [draft.with_verdict("agreement", enough, detail) for draft in drafts])
+
+    def _judge(self, draft: Draft, item: Item, ask: Ask) -> Draft:
+        if not self.settings.min_judge or not draft.is_good:
+            return draft
+        score = ask.judge(RUBRIC, {"problem": item.fields["problem"], "solution": draft.reply.text})
+        return draft.with_verdict("judge", score >= self.settings.min_judge, f"{score:g}")
+
+    def _apart(self, drafts: list[Draft]) -> list[Draft]:
+        """Return solutions with whether they are among those that lie apart, and these are enough."""
+        s = self.settings
+        good = [draft for draft in drafts if draft.is_good]
+        solutions = [draft.solution for draft in good]
+        chosen = {id(solution) for solution in diverse(solutions, s.most, s.max_similarity)}
+        kept = {id(draft) for draft, solution in zip(good, solutions, strict=True) if id(solution) in chosen}
+        found = []
+        for draft in drafts:
+            if draft.is_good:
+                draft = draft.with_verdict("different", id(draft) in kept, f"more similar than "
+                                           f"{s.max_similarity:g} to one that is kept, or beyond {s.most}")
+            found.append(draft.with_verdict("enough", len(kept) >= s.least,
+                                            f"{len(kept)} right ones that differ"))
+        return found
+
+
+def _shown(problem: str, choices: Sequence[str]) -> str:
+    """Return a problem with its choices, as it is asked."""
+    return "\n".join([problem, *(["", *(f"{letter}. {choice}" for letter, choice in
+                                        zip("ABCDEFGHIJ", choices, strict=False))] if choices else [])])

@@ -1,0 +1,145 @@
+"""`sov-data probing-sets`: problems of `synth probes` frozen into sets that `megatron-sov ssp probe` takes.
+
+Checkpoints are chosen by these problems, so none may stand in what they were trained on: the training input
+is read once, and whatever problem shares ten words in a row with it is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.decontamination.benchmarks import text_in
+from data_prep.json_lines import read_objects
+from data_prep.synth.generators.probes import DOMAIN
+from megatron_sov.artifacts import new_artifact, refuse_existing
+from megatron_sov.documents.item_search import Item, Search
+from megatron_sov.documents.overlap import WORDS, find_units
+from megatron_sov.errors import UserError, list_problems
+
+HELP = "freeze problems of `synth probes` into sets that are not in the training input"
+KIND = "probing_sets"
+MIN_WORDS = 5
+"""A shorter problem cannot be looked for, and is left out."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem that checkpoints may be probed by."""
+
+    domain: str
+    """Its set."""
+    prompt: str
+    """What is asked."""
+    answer: str
+    """What is right."""
+    id: str
+    """Of its line."""
+    model: str
+    """Who wrote it; empty: not said."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = ("Write one file of problems for each domain, without those that stand in the "
+                          "training input, as an artifact whose hashes say that they stay the same.")
+    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
+                        help="kept.jsonl of `sov-data synth probes`, or lines with prompt, answer and domain")
+    parser.add_argument("--against", nargs="+", action="extend", type=Path, default=[], metavar="FILE",
+                        help=".jsonl files of what checkpoints are trained on: text, chats or prompts")
+    parser.add_argument("--per-domain", type=int, default=0, metavar="N",
+                        help="problems of a set at most (default: all)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the sets")
+    parser.add_argument("--overwrite", action="store_true", help="replace sets that are already there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `sov-data probing-sets`; returns 0."""
+    content = freeze(args.input, args.against, args.output, args.per_domain, overwrite=args.overwrite)
+    for domain, count in content["domains"].items():
+        print(f"{domain}: {count:,} problems")
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in content["left_out"].items())
+    print(f"left out: {left_out or 'none'}; {content['num_lines_against']:,} lines of training input read")
+    if not args.against:
+        print("no training input was given (--against), so nothing is known of what these sets share with it")
+    print(f"wrote {args.output}; megatron-sov ssp probe ... --problems {args.output} --reward math")
+    return 0
+
+
+def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_domain: int = 0, *,
+           overwrite: bool = False) -> dict[str, Any]:
+    """Write an artifact of kind "probing_sets"; returns its content.
+
+    Args:
+        files: of problems.
+        against: of training input.
+        output: the artifact.
+        per_domain: problems of a set at most; 0: all.
+        overwrite: replace sets that are already there.
+
+    Raises:
+        UserError: a line is no problem or cannot be read, or a domain has no problem left.
+    """
+    if per_domain < 0:
+        raise UserError(list_problems("probing-sets", [f"--per-domain {per_domain}: must not be negative"]))
+    refuse_existing(output, KIND, overwrite)
+    problems, left_out = _read(files)
+    search = Search([Item(p.domain, p.id, "prompt", p.prompt) for p in problems], WORDS, MIN_WORDS)
+    gone = dict.fromkeys(search.too_short, "too short to be looked for")
+    num_lines = 0
+    for file in against:
+        for _, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
+            num_lines += 1
+            for found in search.find(find_units(text_in(record))):
+                gone[found.item] = "in the training input"
+    left_out.update(gone.values())
+    sets: dict[str, list[Problem]] = defaultdict(list)
+    for number, problem in enumerate(problems):
+        of_domain = sets[problem.domain]
+        if number not in gone and not 0 < per_domain <= len(of_domain):
+            of_domain.append(problem)
+    if empty := [domain for domain, found in sets.items() if not found]:
+        raise UserError(f"{empty[0]}: no problem of this domain is left "
+                        f"({', '.join(f'{n:,} {why}' for why, n in left_out.items())}); write more with "
+                        "`sov-data synth probes`")
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        for domain, found in sets.items():
+            with open(artifact.path / f"{domain}.jsonl", "w", encoding="utf-8") as out:
+                for p in found:
+                    row = {"prompt": p.prompt, "answer": p.answer, "domain": domain, "id": p.id}
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        models = sorted({p.model for found in sets.values() for p in found if p.model})
+        artifact.settings = {"inputs": list(files), "against": list(against), "per_domain": per_domain}
+        artifact.content = {"domains": {domain: len(found) for domain, found in sets.items()},
+                            "left_out": dict(left_out), "num_lines_against": num_lines, "models": models}
+    return artifact.content
+
+
+def _read(files: Sequence[Path]) -> tuple[list[Problem], Counter[str]]:
+    """Return the problems that differ, in order, and how many were left out for what reason."""
+    found: dict[bytes, Problem] = {}
+    left_out: Counter[str] = Counter()
+    for file in files:
+        for where, row in read_objects(file):
+            prompt, answer, domain = (row.get(name) for name in ("prompt", "answer", "domain"))
+            if not all(isinstance(value, str) and value.strip() for value in (prompt, answer, domain)):
+                raise UserError(f"{where}: needs the texts prompt, answer and domain (fields: "
+                                f"{', '.join(row) or 'none'}); `sov-data synth probes` writes them")
+            if not DOMAIN.fullmatch(str(domain)) or set(str(domain)) <= {"."}:
+                raise UserError(f"{where}: domain = {str(domain)[:60]!r} must be a name of letters, digits, "
+                                "'.', '_' and '-', such as algebra")
+            made = row.get("synthetic")
+            problem = Problem(str(domain), str(prompt), str(answer), str(row.get("id") or where),
+                              str(made.get("model") or "") if isinstance(made, dict) else "")
+            if found.setdefault(find_units(problem.prompt).hashes.tobytes(), problem) is not problem:
+                left_out["repeated"] += 1
+    if not found:
+        raise UserError(f"{', '.join(map(str, files))}: has no problems; run `sov-data synth probes` first")
+    return list(found.values()), left_out

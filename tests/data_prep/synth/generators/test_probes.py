@@ -1,0 +1,64 @@
+"""Generator `probes`: problems whose answers solutions and a program find as well, and no benchmark has."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+from planted import generator, wrongly_judged
+
+from data_prep.synth.generator import Reply
+from data_prep.synth.generators.probes import ProbesSettings, read_problem, run
+from megatron_sov.errors import UserError
+
+
+def test_planted_cases_are_told_apart() -> None:
+    assert wrongly_judged("probes") == []
+
+
+def test_without_input_all_four_subdomains_are_asked_for() -> None:
+    items = list(generator("probes", per_topic=2).items([]))
+    assert {item.fields["domain"] for item in items} == {"algebra", "geometry", "calculus", "statistics"}
+    assert len(items) == len({item.id for item in items}) == 2 * 40
+    more = list(generator("probes", per_topic=3).items([]))
+    assert {item.id for item in items} < {item.id for item in more}
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("Problem: What is two and two, if not five?\nAnswer: 4", "4"),
+    ("**Problem:** What is two and two, if not five?\n\n**Answer:** $\\boxed{4}$", "4"),
+    ("Problem: Find x\nwith x + 1 = 5 and x - 1 = 3.\nAnswer: $x = 4$.", "x = 4"),
+    ("Problem: too short\nAnswer: 4", None), ("What is two and two? 4", None),
+    ("Problem: What is two and two, if not five?\nAnswer:", None),
+])
+def test_a_problem_is_read_in_its_form_alone(text: str, found: str | None) -> None:
+    _, answer, why = read_problem(Reply(text))
+    assert (None if why else answer) == found
+
+
+@pytest.mark.parametrize(("program", "printed"), [
+    ("print(3 * 4)", "12"), ("print(1)\nprint(2)", ""), ("1/0", ""), ("open('/etc/passwd')", ""),
+    ("import socket", ""), ("print('x' * 1000)", ""),
+    ("from fractions import Fraction\nprint(Fraction(6, 8))", "3/4")])
+def test_a_program_says_one_line_and_reaches_for_nothing(program: str, printed: str) -> None:
+    assert run(program) == printed
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ('{"domain": "al gebra", "topic": "x"}', "domain = 'al gebra' must be a name"),
+    ('{"domain": "algebra"}', "topic = 'None' must be a text"),
+])
+def test_a_topic_has_a_domain(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(line)
+    with pytest.raises(UserError, match=said):
+        list(generator("probes").items([tmp_path / "t.jsonl"]))
+
+
+def test_settings_name_all_problems(tmp_path: Path) -> None:
+    wrong: dict[str, Any] = {"num_solutions": 1, "min_programs": 2, "benchmarks": (str(tmp_path / "none"),)}
+    assert [problem.split(" ")[0] for problem in ProbesSettings(**wrong).problems()] == [
+        "num_solutions", "min_programs", "benchmarks:"]

@@ -1,0 +1,117 @@
+"""Generator `solutions`: what is right, ends with its answer and differs is kept, with its thoughts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+from planted import generator, samples_of, wrongly_judged
+
+from data_prep.synth.generator import Item
+from data_prep.synth.generators.solutions import SolutionsSettings
+from data_prep.trajectories import read_queries
+
+WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
+        "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
+
+
+def item(answer: str = "5", **fields: Any) -> Item:
+    return Item("sum", {"problem": "What is 2 + 3?", "answer": answer, "choices": [], "domain": "", **fields})
+
+
+def says(*texts: Any) -> Any:
+    """Return a model that says one text after the other."""
+    left = list(texts)
+    return lambda request: left.pop(0)
+
+
+def reasons(replies: Any, asked: Item | None = None, **settings: Any) -> list[str]:
+    made = generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
+    return [sample.reason for sample in samples_of(made, asked or item(), replies)]
+
+
+def test_planted_cases_are_told_apart() -> None:
+    assert wrongly_judged("solutions", "a power tower") == []
+
+
+def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tmp_path: Path) -> None:
+    replies = says({"content": f"{WAYS[0]}\n\\boxed{{5}}", "reasoning_content": "Hm."},
+                   f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}")
+    samples = samples_of(generator("solutions", num_draws=3, most=3), item(), replies)
+    assert [sample.reason for sample in samples] == ["", "", "answer"]
+    assert samples[0].record == {"answer": "5", "messages": [
+        {"role": "user", "content": "What is 2 + 3?"},
+        {"role": "assistant", "reasoning_content": "Hm.", "content": f"{WAYS[0]}\n\\boxed{{5}}"}]}
+    assert samples[0].notes == {"answer": "5", "num_draws": 3, "num_right": 2, "pass_rate": 2 / 3}
+    file = tmp_path / "kept.jsonl"
+    file.write_text("".join(json.dumps(sample.record) + "\n" for sample in samples if not sample.reason))
+    ((query, solutions),) = read_queries(file)
+    assert query == "What is 2 + 3?" and [s.thinking for s in solutions] == ["Hm.", ""]
+
+
+@pytest.mark.parametrize(("reply", "reason"), [
+    ("So it is \\boxed{5} apples.", "ending"), ("\\boxed{5}\n\nI hope that helps!", "ending"),
+    ("\\boxed{}", "ending"), ("It is 5.", "ending"), ("$$\\boxed{5}.$$", ""), ("\\boxed{4}", "answer"),
+    ("First \\boxed{4}, no: \\boxed{5}", "consistent"), ("First \\boxed{5}, so \\boxed{5}", ""),
+    ({"content": "\\boxed{5}", "finish_reason": "length"}, "finished"),
+])
+def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
+    assert reasons(says(reply), num_draws=1, most=1, min_votes=1) == [reason]
+
+
+def test_solutions_that_are_the_same_count_once() -> None:
+    same = f"{WAYS[0]}\n\\boxed{{5}}"
+    assert reasons(says(same, same, f"{WAYS[1]}\n\\boxed{{5}}"), least=2) == ["", "different", ""]
+    assert reasons(says(same, same, same), least=2) == ["enough", "different", "different"]
+
+
+def test_votes_decide_where_no_answer_is_known() -> None:
+    most = [f"{WAYS[0]}\n\\boxed{{5}}", f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}"]
+    assert reasons(says(*most), item(""), vote=True, min_votes=2) == ["", "", "answer"]
+    assert reasons(says(*most), item(""), vote=True, min_votes=3) == ["agreement"] * 3
+    tied = [*most, f"{WAYS[0]}\n\\boxed{{6}}"]
+    assert set(reasons(says(*tied), item(""), vote=True, min_votes=2, num_draws=4)) == {"agreement"}
+
+
+def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
+    asked = item("B", choices=["four", "five"])
+    requests: list[Any] = []
+    answers = says("\\boxed{B}", "\\boxed{A}")
+    samples = samples_of(generator("solutions", num_draws=2, least=1, most=2, min_votes=1), asked,
+                         lambda request: requests.append(request) or answers(request))
+    assert "What is 2 + 3?\n\nA. four\nB. five\n\nGive the letter" in requests[0]["messages"][-1]["content"]
+    assert [sample.reason for sample in samples] == ["", "answer"]
+    assert samples[0].record["messages"][0]["content"] == "What is 2 + 3?\n\nA. four\nB. five"
+
+
+def test_the_judge_reads_the_working_where_it_is_asked() -> None:
+    grades = {WAYS[0]: 9, WAYS[1]: 3}
+
+    def replies(request: Any) -> str:
+        text = request["messages"][-1]["content"]
+        if "rubric" in request["messages"][0]["content"]:
+            return json.dumps({"score": next(grade for way, grade in grades.items() if way in text)})
+        return f"{WAYS[request['seed'] % 2]}\n\\boxed{{5}}"
+
+    found = reasons(replies, num_draws=6, most=6, min_judge=7.0, max_similarity=1.0)
+    assert set(found) == {"", "judge"}
+
+
+def test_without_votes_a_problem_needs_its_answer(tmp_path: Path) -> None:
+    from megatron_sov.errors import UserError
+
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"problem": "Why?"}\n')
+    with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; add it, or .* --set vote=true"):
+        list(generator("solutions").items([file]))
+    assert len(list(generator("solutions", vote=True).items([file]))) == 1
+
+
+def test_all_problems_of_settings_are_told() -> None:
+    problems = SolutionsSettings(num_draws=1, max_similarity=2, min_agreement=0, min_judge=11).problems()
+    assert len(problems) == 5  # min_votes is more than num_draws, too

@@ -1,0 +1,60 @@
+"""Problems of JSON lines: where they stand, their ids, and what is refused by line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.synth.problems import problem_text, read_problems
+from megatron_sov.errors import UserError
+
+
+def read(folder: Path, *records: Any, **more: Any) -> Any:
+    file = folder / "in.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return list(read_problems([file], **more))
+
+
+def test_fields_are_read_and_equal_lines_count_once(tmp_path: Path) -> None:
+    items = read(tmp_path, {"question": " 1 + 1? ", "answer": 2, "domain": "sums", "licence": "MIT"},
+                 {"question": "1 + 1?", "answer": 2, "domain": "sums"}, {"id": 7, "prompt": "Why?"})
+    assert [item.fields for item in items] == [
+        {"problem": "1 + 1?", "answer": "2", "choices": [], "domain": "sums"},
+        {"problem": "Why?", "answer": "", "choices": [], "domain": ""}]
+    assert items[1].id == "7" and items[0].licence == "MIT" and items[0].source == "in"
+
+
+@pytest.mark.parametrize(("record", "found"), [
+    ({"problem": "a", "text": "b"}, "a"), ({"text": "b"}, "b"), ({"problem": "  ", "text": "b"}, "b"),
+    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+                   {"role": "assistant", "content": "x"}]}, "u"),
+    ({"prompt": [{"role": "user", "content": "u"}]}, "u"), ({"messages": "x"}, "x"), ({"a": 1}, None),
+])
+def test_a_problem_is_what_the_user_says(record: Any, found: str | None) -> None:
+    assert problem_text(record) == found
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ({"a": 1}, "has a problem in none of the fields"), ({"problem": "x" * 20_001}, "has 20,001 characters"),
+    ({"problem": "a", "answer": ["4"]}, "must be text or a number"),
+    ({"problem": "a", "answer": True}, "must be text or a number"),
+    ({"problem": "a", "choices": "ab"}, "must be a list of up to 10"),
+    ({"problem": "a", "id": "a b"}, "id = 'a b' must be"),
+    ({"problem": "a", "id": "../x" * 30}, "must be 1 to"),
+])
+def test_what_is_no_problem_is_refused_by_line(record: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"in.jsonl:1: .*{said}"):
+        read(tmp_path, record)
+
+
+def test_an_answer_may_be_needed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"in.jsonl:2: has no answer; because"):
+        read(tmp_path, {"problem": "a", "answer": 0}, {"problem": "b"}, needs_answer="because")
+
+
+def test_one_id_is_one_problem(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"in.jsonl:2: has the id 1 of .*in.jsonl:1 and says something else"):
+        read(tmp_path, {"id": 1, "problem": "a"}, {"id": 1, "problem": "b"})
