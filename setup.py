@@ -56,6 +56,8 @@ EXTRAS = {
              "scikit-learn>=1.7"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
+    # `serve`
+    "serve": ["aiohttp>=3.11"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
                   "prometheus-client>=0.26", "nvidia-ml-py>=13"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
@@ -70,7 +72,7 @@ EXTRAS = {
         "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0", "charset-normalizer>=3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7",
-        "lm-eval==0.4.13", "accelerate>=1.10",
+        "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11", "openai>=2",
         "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
         "nvidia-ml-py>=13",
         "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",
