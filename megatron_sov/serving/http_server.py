@@ -31,8 +31,9 @@ MAX_CONNECTIONS = 1024
 HEADERS_S, BODY_S, TAKES_S, IDLE_S = 10.0, 60.0, 60.0, 75.0
 """How long a client may take to send its first headers, to send a body, to take a piece of its answer, and to
 say nothing between two requests."""
-CLOSING_S = 10.0
-"""For which the end waits for clients to take their last answers."""
+LINGERS_S, CLOSING_S = 2.0, 10.0
+"""For which a body that nobody wants is still taken, so that its sender reads the answer; and for which the
+end waits for clients to take their last answers."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -91,7 +92,8 @@ class HttpServer:
         app.router.add_post("/v1/completions", self._asked(completion_question))
         # a client that goes away ends the handler, and so its answer; bodies are taken as they are sent
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S,
-                               auto_decompress=False, shutdown_timeout=CLOSING_S)
+                               auto_decompress=False, lingering_time=LINGERS_S,
+                               shutdown_timeout=CLOSING_S)
         await runner.setup()
         serves = runner.server
         assert serves is not None
@@ -167,6 +169,8 @@ class HttpServer:
                                    "Content-Type: application/json")
             if "Content-Encoding" in request.headers:
                 raise Refused(415, "the body is compressed; send it as it is")
+            if (request.content_length or 0) > MAX_BODY_BYTES:  # before it is waited for
+                raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, request.content_length or 0)
             try:
                 async with asyncio.timeout(BODY_S):
                     raw = await request.read()
@@ -196,16 +200,17 @@ class HttpServer:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8",
                                                "Cache-Control": "no-cache"})
         await response.prepare(request)
-        await _send(response, b"".join(map(event, reply.opening())))
         try:
+            await _send(response, b"".join(map(event, reply.opening())))
             while not reply.is_whole:
                 index = self._take(ticket, reply, await ticket.events.get())
                 await _send(response, b"".join(map(event, reply.news(index))))
+            await _send(response, b"".join(map(event, reply.closing())) + DONE)
         except Refused as e:  # its status has been sent
             await _send(response, b"data: " + e.body().encode() + b"\n\n")
-            return response
-        await _send(response, b"".join(map(event, reply.closing())) + DONE)
-        await response.write_eof()
+        except (ConnectionError, TimeoutError):  # the client has left, or takes nothing
+            if request.transport is not None:
+                request.transport.abort()
         return response
 
     def _take(self, ticket: Ticket, reply: Reply, told: object) -> int:
@@ -241,14 +246,10 @@ def _refusal(refused: Refused) -> web.Response:
 
 
 async def _send(response: web.StreamResponse, data: bytes) -> None:
-    """Send a piece of a stream; a client that does not take it is left."""
-    if not data:
-        return
-    try:
+    """Send a piece of a stream; raises TimeoutError where the client does not take it."""
+    if data:
         async with asyncio.timeout(TAKES_S):
             await response.write(data)
-    except TimeoutError:
-        raise ConnectionResetError(f"a client has taken nothing for {TAKES_S:g} s") from None
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

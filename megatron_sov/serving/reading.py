@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.documents import Conversation
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import Asker
 from megatron_sov.generate.target import Target
@@ -68,8 +69,7 @@ class Reader:
                 raise Refused(400, "this model has no chat template; ask /v1/completions")
             asker, field = self._chat, "messages"
         try:
-            prompts = [list(prompt) if isinstance(prompt, tuple) else asker.ask([prompt])[0]
-                       for prompt in question.prompts]
+            prompts = [_ids(asker, prompt) for prompt in question.prompts]
         except UserError as e:
             raise Refused(400, str(e), field) from None
         for ids in prompts:
@@ -112,3 +112,21 @@ class Reader:
             token["special"] &= token["content"] not in MARKS
         shows_marks = Tokenizer.from_str(json.dumps(spelled))
         return lambda tokens: shows_marks.decode(tokens, skip_special_tokens=True)
+
+
+def _ids(asker: Asker, prompt: Conversation | str | tuple[int, ...]) -> list[int]:
+    """Return a prompt in ids: with earlier answers as training has shown them, or, where the template leaves
+    something of them out (earlier thoughts, say) and training would refuse them, as the template shows them.
+
+    Raises:
+        UserError: the template refuses it, or it is no text.
+    """
+    if isinstance(prompt, tuple):
+        return list(prompt)
+    try:
+        return asker.ask([prompt])[0]
+    except UserError:
+        if isinstance(prompt, str) or all(message.role != "assistant" for message in prompt.messages):
+            raise
+    shown = tuple(replace(message, is_learned=False) for message in prompt.messages)
+    return asker.ask([replace(prompt, messages=shown)])[0]
