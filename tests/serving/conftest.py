@@ -29,8 +29,10 @@ class Served:
     """The name of its model."""
     pid: int
     """Its first rank."""
+    thread: threading.Thread
+    """In which the command runs."""
     ended: list[Any] = field(default_factory=list)
-    """How the command ended, once it has."""
+    """How it ended, once it has."""
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +52,7 @@ def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
             assert not ended, ended[0].stderr
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
-        found = Served(**json.loads(file.read_text()), ended=ended)
+        found = Served(**json.loads(file.read_text()), thread=thread, ended=ended)
         try:
             yield found
         finally:

@@ -1,8 +1,16 @@
-"""`megatron-sov serve`: what the openai client gets is what `generate` writes; limits; the end."""
+"""`megatron-sov serve`, as docs/serve.md types it: what the openai client gets is what `generate` writes;
+what is refused; how it ends."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,16 +21,21 @@ import openai
 import pytest
 
 from megatron_sov.cli import main
+from tests.pages_typed import ROOT, commands_of
 
 WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
+PAGE = (ROOT / "docs/serve.md").read_text()
+TYPED = [shlex.split(line)[3:] for line in commands_of(PAGE) if " serve my-checkpoint " in line]
+"""Options behind the target, of each command that starts a server."""
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
 
 @pytest.fixture(scope="module")
 def server(serving: Any, imported: dict[str, Path]) -> Iterator[Any]:
     """One server for this file."""
-    with serving(imported["solar_open"], "--name", "tiny", "--max-batch", "8",
+    first, *_ = TYPED
+    with serving(imported["solar_open"], *first, "--max-batch", "8",
                  "--set", "train.num_threads=1") as found:
         yield found
 
@@ -47,7 +60,7 @@ def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[
 def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, written: Any) -> None:
     for prompt in PROMPTS[:2]:
         (expected,) = written("--prompt", prompt, "--max-new-tokens", "9", *WARM, "--seed", "7")
-        found = client.completions.create(model="tiny", prompt=prompt, max_tokens=9, seed=7, logprobs=0,
+        found = client.completions.create(model="mine", prompt=prompt, max_tokens=9, seed=7, logprobs=0,
                                           **SAMPLED)
         choice = found.choices[0]
         assert (choice.text, choice.finish_reason) == (expected["text"], expected["finish_reason"])
@@ -55,18 +68,18 @@ def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, writ
             expected["logprobs"], abs=1e-5)
         assert found.usage is not None and found.usage.completion_tokens == len(expected["tokens"])
     several = written("--prompt", "Hello", "--chat", "--max-new-tokens", "8", *WARM, "--samples", "3")
-    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}], n=3,
+    chat = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "Hello"}], n=3,
                                           max_tokens=8, seed=0, **SAMPLED)
     assert [c.message.content for c in chat.choices] == [e["text"] for e in several]
     (greedy,) = written("--prompt", "Hello", "--chat", "--max-new-tokens", "8")
-    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}],
+    chat = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "Hello"}],
                                           max_completion_tokens=8, temperature=0)
     assert chat.choices[0].message.content == greedy["text"]
 
 
 def test_answers_do_not_depend_on_their_neighbours(client: openai.OpenAI) -> None:
     def ask(number: int) -> list[str]:
-        found = client.completions.create(model="tiny", prompt=PROMPTS[number % 4], max_tokens=4 + number % 9,
+        found = client.completions.create(model="mine", prompt=PROMPTS[number % 4], max_tokens=4 + number % 9,
                                           seed=number, temperature=number % 3 / 2, stop=["e ", "xq"])
         return [choice.text for choice in found.choices]
 
@@ -78,7 +91,7 @@ def test_answers_do_not_depend_on_their_neighbours(client: openai.OpenAI) -> Non
 
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
     for stop in (None, ["e"], ["re", "st"]):
-        asked: dict[str, Any] = {"model": "tiny", "max_tokens": 24, "seed": 3, "temperature": 1.0,
+        asked: dict[str, Any] = {"model": "mine", "max_tokens": 24, "seed": 3, "temperature": 1.0,
                                  "stop": stop}
         chat = {**asked, "messages": [{"role": "user", "content": "한국어?"}], "n": 2}
         whole = client.chat.completions.create(**chat)
@@ -102,12 +115,12 @@ def test_ids_are_prompts_too_and_the_model_is_listed(client: openai.OpenAI, writ
     from megatron_sov.generate.load import load_tokenizer
 
     ids = load_tokenizer(imported["solar_open"] / "tokenizer").encode("The ", add_special_tokens=False)
-    texts = [client.completions.create(model="tiny", prompt=prompt, temperature=0).choices[0].text
+    texts = [client.completions.create(model="mine", prompt=prompt, temperature=0).choices[0].text
              for prompt in ("The ", ids)]
     assert texts[0] == texts[1]
-    both = client.completions.create(model="tiny", prompt=["The ", "import "], temperature=0, n=2)
+    both = client.completions.create(model="mine", prompt=["The ", "import "], temperature=0, n=2)
     assert [c.index for c in both.choices] == [0, 1, 2, 3] and both.choices[1].text == texts[0]
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["mine"]
 
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
@@ -129,7 +142,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": [1, 99999]}, 400, "ids below 1024"),
     ({"prompt": "\ud800"}, 400, "half of a surrogate pair"),
     ({}, 400, "prompt is missing"),
-    ({"prompt": "a", "model": "gpt-9"}, 404, "model 'gpt-9' does not exist; this server has 'tiny'"),
+    ({"prompt": "a", "model": "gpt-9"}, 404, "model 'gpt-9' does not exist; this server has 'mine'"),
     ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "top_logprobs is 2"),
     ({"messages": []}, 400, "'messages' must be a non-empty list"),
     ({"messages": [{"role": "king", "content": "a"}]}, 400, "role 'king'"),
@@ -161,3 +174,75 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused(server: Any) ->
             assert http.post("/completions", headers=headers, **asked).status_code == status
         assert http.get("/nothing").status_code == 404 and http.get("/completions").status_code == 405
         assert httpx.get(server.url.removesuffix("/v1") + "/health").json() == {"status": "ok", "waiting": 0}
+
+
+def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(block.replace("http://127.0.0.1:8000/v1", server.url), {})
+    (expected,) = written("--prompt", "1 + 2?", "--chat", "--max-new-tokens", "32")
+    assert said.getvalue() == expected["text"] + "\n"
+
+
+def test_lm_eval_gets_what_generate_writes(server: Any, written: Any) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.api_models import JsonChatStr
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    model = LocalChatCompletion(base_url=f"{server.url}/chat/completions", model="mine", num_concurrent=2)
+    asked = [Instance("generate_until", {}, (JsonChatStr(json.dumps([{"role": "user", "content": text}])),
+                                             {"until": ["re"], "max_gen_toks": 12, "temperature": 0}), 0)
+             for text in ("Hello", "1 + 2?")]
+    expected = written("--prompt", "Hello", "--prompt", "1 + 2?", "--chat", "--max-new-tokens", "12",
+                       "--stop", "re")
+    assert model.generate_until(asked, disable_tqdm=True) == [e["text"] for e in expected]
+
+
+def test_two_processes_answer_what_one_answers_and_end_with_their_parent(
+        serving: Any, imported: dict[str, Path], client: openai.OpenAI,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVE_KEY", "sesame")
+
+    def ask(asked: openai.OpenAI, number: int) -> list[str]:
+        name = next(model.id for model in asked.models.list())
+        found = asked.completions.create(model=name, prompt=PROMPTS[number % 4], max_tokens=6 + number, n=2,
+                                         seed=number, temperature=number % 2)
+        return [choice.text for choice in found.choices]
+
+    expected = [ask(client, number) for number in range(6)]
+    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with serving(imported["solar_open"], *TYPED[1], "--parent-pid", str(parent.pid),
+                 "--set", "train.num_threads=1") as two:
+        other = openai.OpenAI(base_url=two.url, api_key="sesame", max_retries=0)
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(lambda number: ask(other, number), range(6))) == expected
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=two.url, api_key="none", max_retries=0).models.list()
+        parent.kill()
+        parent.wait()
+        two.thread.join(60)
+        assert two.ended and not os.path.exists(f"/proc/{two.pid}")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--host", "0.0.0.0"], "--host 0.0.0.0: others than this machine reach it"),
+    (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the environment has no key"),
+    (["--port", "x"], "argument --port: invalid int value: 'x'"), (["--port", "-1"], "--port -1: must lie"),
+    (["--max-batch", "0"], "--max-batch 0: must be at least 1"), (["--nproc", "0"], "--nproc 0"),
+    (["--max-length", "9999"], "--max-length 9999: the model ends at 512"),
+    (["--parent-pid", "4194999"], "--parent-pid 4194999: there is no such process"),
+    (["--host", "203.0.113.1", "--api-key-env", "PATH"], "--host 203.0.113.1 --port 8000: cannot be"),
+    (["--set", "parallel.tp=3"], "parallel.tp"), (["--address-file", "/no/such/file"], "--address-file"),
+    (["--max-batch", "0", "--port", "-1"], "serve: 2 problems")])
+def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None, imported: dict[str, Path],
+                                   capsys: Any) -> None:
+    assert main(["serve", str(imported["solar_open"]), *options]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and said in told and "Traceback" not in told
+
+
+def test_what_is_no_model_is_a_mistake(tmp_path: Path, capsys: Any) -> None:
+    for target in (tmp_path, tmp_path / "none"):
+        assert main(["serve", str(target)]) == 2
+        assert capsys.readouterr().err.count("error: ") == 1
