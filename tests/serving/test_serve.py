@@ -185,18 +185,21 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
     assert said.getvalue() == expected["text"] + "\n"
 
 
-def test_lm_eval_gets_what_generate_writes(server: Any, written: Any) -> None:
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.api_models import JsonChatStr
+def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(server: Any, written: Any
+                                                                               ) -> None:
     from lm_eval.models.openai_completions import LocalChatCompletion
 
-    model = LocalChatCompletion(base_url=f"{server.url}/chat/completions", model="mine", num_concurrent=2)
-    asked = [Instance("generate_until", {}, (JsonChatStr(json.dumps([{"role": "user", "content": text}])),
-                                             {"until": ["re"], "max_gen_toks": 12, "temperature": 0}), 0)
-             for text in ("Hello", "1 + 2?")]
+    client = LocalChatCompletion.__new__(LocalChatCompletion)  # without its own connections
+    client.model, client.think_end_token = "mine", None
+    answers = []
+    for text in ("Hello", "1 + 2?"):
+        messages = [{"role": "user", "content": text, "type": "text"}]
+        sent = client._create_payload(messages, generate=True, eos="<|end|>", gen_kwargs={
+            "until": ["re"], "max_gen_toks": 12, "temperature": 0, "do_sample": False})
+        answers.append(httpx.post(f"{server.url}/chat/completions", json=sent, timeout=60).json())
     expected = written("--prompt", "Hello", "--prompt", "1 + 2?", "--chat", "--max-new-tokens", "12",
                        "--stop", "re")
-    assert model.generate_until(asked, disable_tqdm=True) == [e["text"] for e in expected]
+    assert client.parse_generations(answers) == [e["text"] for e in expected]
 
 
 def test_two_processes_answer_what_one_answers_and_end_with_their_parent(
