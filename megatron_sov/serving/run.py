@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from megatron_sov.artifacts import atomic_write
+from megatron_sov.artifacts import write_output
 from megatron_sov.errors import UserError
 from megatron_sov.generate.live import continue_live
 from megatron_sov.generate.load import Loaded, run_forward_model
@@ -70,7 +70,7 @@ def _door(server: HttpServer, settings: ServeSettings) -> Iterator[None]:
     try:
         file = settings.address_file
         if file is not None:
-            atomic_write(file, json.dumps({"url": server.url, "model": settings.name, "pid": os.getpid()})
+            write_output(file, json.dumps({"url": server.url, "model": settings.name, "pid": os.getpid()})
                          + "\n")
         print(f"{settings.name} answers at {server.url}; Ctrl-C or SIGTERM ends it", file=sys.stderr,
               flush=True)

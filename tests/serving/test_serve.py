@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import openai
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.runs.parent_death import FORWARDED
 from tests.pages_typed import ROOT, commands_of
 
 WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
@@ -190,7 +192,7 @@ def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(s
     from lm_eval.models.openai_completions import LocalChatCompletion
 
     client = LocalChatCompletion.__new__(LocalChatCompletion)  # without its own connections
-    client.model, client.think_end_token = "mine", None
+    client.model, client.think_end_token, client._max_gen_toks = "mine", None, 256
     answers = []
     for text in ("Hello", "1 + 2?"):
         messages = [{"role": "user", "content": text, "type": "text"}]
@@ -236,11 +238,19 @@ def test_two_processes_answer_what_one_answers_and_end_with_their_parent(
     (["--max-length", "9999"], "--max-length 9999: the model ends at 512"),
     (["--parent-pid", "4194999"], "--parent-pid 4194999: there is no such process"),
     (["--host", "203.0.113.1", "--api-key-env", "PATH"], "--host 203.0.113.1 --port 8000: cannot be"),
-    (["--set", "parallel.tp=3"], "parallel.tp"), (["--address-file", "/no/such/file"], "--address-file"),
+    (["--set", "parallel.tp=3"], "parallel.tp"), (["--address-file", "/"], "--address-file /: is a folder"),
     (["--max-batch", "0", "--port", "-1"], "serve: 2 problems")])
 def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None, imported: dict[str, Path],
                                    capsys: Any) -> None:
-    assert main(["serve", str(imported["solar_open"]), *options]) == 2
+    before = {number: signal.getsignal(number) for number in FORWARDED}
+    try:
+        code = main(["serve", str(imported["solar_open"]), *options])
+    except SystemExit as e:  # of a rank, which has said why
+        code = int(e.code or 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and said in told and "Traceback" not in told
 
