@@ -56,7 +56,8 @@ def test_boxes_beside_each_other_are_numbers_of_their_own() -> None:
         for answer, reward in (("\\{20, 204\\}", 1.0), ("20204", 0.0), ("204", 0.0)):
             assert Math().score({"answer": answer, "response": boxes}).reward == reward
     assert Math().score({"answer": "20204", "response": "\\boxed{20,204}"}).reward == 1.0
-    assert Math().score({"answer": "204", "response": "First $\\boxed{20}$; no, $\\boxed{204}$"}).reward == 1.0
+    corrected = "First $\\boxed{20}$; no, $\\boxed{204}$"
+    assert Math().score({"answer": "204", "response": corrected}).reward == 1.0
 
 
 @pytest.mark.parametrize(("response", "own", "marked"), [
