@@ -151,8 +151,6 @@ def chat_question(raw: bytes, model: str) -> Question:
             raise Refused(400, f"messages[{number}] has {unknown[0]!r}, which is not known"
                                f"{nearest(unknown[0], MESSAGE_FIELDS)}; leave it out", "messages")
     try:
-        refuse_deep(body.chat_template_kwargs)
-        refuse_deep(body.tools)
         chat = Conversation(read_messages(body.messages, "messages"),
                             read_tools(body.tools) if shows_tools else (), body.chat_template_kwargs)
     except BadRecord as e:
@@ -184,6 +182,14 @@ def _fields(raw: bytes) -> dict[str, Any]:
         raise Refused(400, f"the body is not valid JSON ({e}); send one object in UTF-8") from None
     if not isinstance(fields, dict):
         raise Refused(400, f"the body is a JSON {type(fields).__name__}; send an object")
+    try:
+        refuse_deep(fields)
+        json.dumps(fields, ensure_ascii=False).encode()
+    except BadRecord as e:
+        raise Refused(400, f"the body {e}") from None
+    except UnicodeEncodeError:
+        raise Refused(400, "the body holds half of a surrogate pair, which is no text; write it in UTF-8"
+                      ) from None
     return {name: value for name, value in fields.items() if value is not None}
 
 

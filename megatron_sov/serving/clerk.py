@@ -4,13 +4,14 @@ written."""
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_sov.generate.live import Joining, News, Orders
 from megatron_sov.serving.desk import Begun, Desk, Event, Ticket, Wrote
-from megatron_sov.serving.reading import Reader
+from megatron_sov.serving.reading import Read, Reader
 from megatron_sov.serving.refusals import Refused
 
 WAIT_S = 0.5
@@ -78,7 +79,7 @@ class Clerk:
             return False
         question = ticket.question
         try:
-            read = self._reader.read(question)
+            read = self._read(ticket)
         except Refused as e:
             self._desk.began(question.num_sequences)
             self._desk.tell([(ticket, e)])
@@ -92,6 +93,16 @@ class Clerk:
             self._under_way[self._next_number] = (ticket, place)
             self._next_number += 1
         return True
+
+    def _read(self, ticket: Ticket) -> Read:
+        try:
+            return self._reader.read(ticket.question)
+        except Refused:
+            raise
+        except Exception:  # of one request, for which the others must not be left
+            traceback.print_exc()
+            raise Refused(500, "the prompt cannot be read, by a defect; the server's own output says which"
+                          ) from None
 
     def _leaving(self) -> list[int]:
         """Return the sequences under way for which nobody waits; those that have not begun are forgotten."""

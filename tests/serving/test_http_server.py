@@ -275,6 +275,16 @@ def test_what_is_not_done_in_time_is_given_up_with_a_word(opened: Any,
         assert "[DONE]" not in stream.text
 
 
+def test_a_defect_costs_its_request_alone(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened() as server:
+        read = server.model.reader.read
+        monkeypatch.setattr(server.model.reader, "read", lambda question: 1 // 0)
+        answer = server.chat("a")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        monkeypatch.setattr(server.model.reader, "read", read)
+        assert server.message("b")["message"]["content"] == "b" and num_waiting(server) == 0
+
+
 def test_without_the_key_nothing_is_told(opened: Any) -> None:
     with opened(api_key="sesame") as server:
         assert server.message("open")["message"]["content"] == "open"

@@ -143,6 +143,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": ""}, 400, "prompt is empty"),
     ({"prompt": [1, 99999]}, 400, "ids below 1024"),
     ({"prompt": "\ud800"}, 400, "half of a surrogate pair"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"a": "\udfff"}]}, 400, "surrogate pair"),
     ({}, 400, "prompt is missing"),
     ({"prompt": "a", "model": "gpt-9"}, 404, "model 'gpt-9' does not exist; this server has 'mine'"),
     ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "top_logprobs is 2"),
@@ -164,7 +165,8 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused(server: Any) ->
             error = answer.json()["error"]
             assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"})
             assert said in error["message"]
-        for raw in (b"", b"{", b"[]", b"nul", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 10**5, b'{"a":1e999}'):
+        for raw in (b"", b"{", b"[]", b"nul", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 10**5, b'{"a":1e999}',
+                    b'{"temperature": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"seed": ' + b"9" * 5000 + b"}"):
             answer = http.post("/completions", content=raw, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
         for status, asked in ((413, {"content": b" " * (9 << 20)}), (415, {"data": {"prompt": "a"}}),
