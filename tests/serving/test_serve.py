@@ -6,12 +6,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +26,7 @@ WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
 PAGE = (ROOT / "docs/serve.md").read_text()
 TYPED = [shlex.split(line)[3:] for line in commands_of(PAGE) if " serve my-checkpoint " in line]
-"""Options behind the target, of each command that starts a server."""
+"""Options behind the target, of each command that starts a server; test_processes.py types the second."""
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
 
@@ -204,32 +201,6 @@ def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(s
     expected = written("--prompt", "Hello", "--prompt", "1 + 2?", "--chat", "--max-new-tokens", "12",
                        "--stop", "re")
     assert client.parse_generations(answers) == [e["text"] for e in expected]
-
-
-def test_two_processes_answer_what_one_answers_and_end_with_their_parent(
-        serving: Any, imported: dict[str, Path], client: openai.OpenAI,
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SERVE_KEY", "sesame")
-
-    def ask(asked: openai.OpenAI, number: int) -> list[str]:
-        name = next(model.id for model in asked.models.list())
-        found = asked.completions.create(model=name, prompt=PROMPTS[number % 4], max_tokens=6 + number, n=2,
-                                         seed=number, temperature=number % 2)
-        return [choice.text for choice in found.choices]
-
-    expected = [ask(client, number) for number in range(6)]
-    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    with serving(imported["solar_open"], *TYPED[1], "--parent-pid", str(parent.pid),
-                 "--set", "train.num_threads=1") as two:
-        other = openai.OpenAI(base_url=two.url, api_key="sesame", max_retries=0)
-        with ThreadPoolExecutor(6) as pool:
-            assert list(pool.map(lambda number: ask(other, number), range(6))) == expected
-        with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=two.url, api_key="none", max_retries=0).models.list()
-        parent.kill()
-        parent.wait()
-        two.thread.join(60)
-        assert two.ended and not os.path.exists(f"/proc/{two.pid}")
 
 
 @pytest.mark.parametrize(("options", "said"), [
