@@ -161,14 +161,10 @@ def chat_question(raw: bytes, model: str) -> Question:
 def completion_question(raw: bytes, model: str) -> Question:
     """Return what the body of a request for `/v1/completions` asks, as `chat_question`."""
     body: _CompletionBody = _checked(_CompletionBody, _fields(raw), model)
-    given = body.prompt
-    prompts: tuple[str | tuple[int, ...], ...]
-    if isinstance(given, str):
-        prompts = (given,)
-    elif given and isinstance(given[0], int):
-        prompts = (tuple(given),)  # type: ignore[arg-type]
-    else:
-        prompts = tuple(p if isinstance(p, str) else tuple(p) for p in given)  # type: ignore[arg-type]
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in given)
     if not prompts or not all(prompts):
         raise Refused(400, "prompt is empty; send at least one character or token", "prompt")
     return body.question(prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs is not None)

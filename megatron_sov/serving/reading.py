@@ -92,7 +92,7 @@ class Reader:
 
     def piece(self, token: int) -> str:
         """Return the text of one token, whatever it is."""
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _limit(self, question: Question, prompt_tokens: int, field: str) -> int:
         left = self._longest - prompt_tokens
@@ -111,7 +111,7 @@ class Reader:
         for token in spelled["added_tokens"]:
             token["special"] &= token["content"] not in MARKS
         shows_marks = Tokenizer.from_str(json.dumps(spelled))
-        return lambda tokens: shows_marks.decode(tokens, skip_special_tokens=True)
+        return lambda tokens: str(shows_marks.decode(tokens, skip_special_tokens=True))
 
 
 def _ids(asker: Asker, prompt: Conversation | str | tuple[int, ...]) -> list[int]:

@@ -119,7 +119,8 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
     @contextlib.contextmanager
     def within(**given: Any) -> Iterator[Open]:
         settings = ServeSettings("scripted", port=0, **given)
-        reader = Reader(SimpleNamespace(tokenizer_folder=folder, vocab_size=300), LONGEST)  # type: ignore
+        target: Any = SimpleNamespace(tokenizer_folder=folder, vocab_size=300)
+        reader = Reader(target, LONGEST)
         desk = Desk(settings.max_waiting)
         stop: list[str] = []
         model = Model(reader, Clerk(desk, reader, lambda: stop[0] if stop else None, lambda: False),
