@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="tokens of prompts that are read at a time (default %(default)s)")
     parser.add_argument("--max-length", type=int, metavar="N",
                         help="tokens of the longest prompt with its answer (default: as the model takes, up "
-                             "to 32,768)")
+                             "to 8,192)")
     parser.add_argument("--max-waiting", type=int, default=ServeSettings.max_waiting, metavar="N",
                         help="answers that may wait, before requests are turned away (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes")

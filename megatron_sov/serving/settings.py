@@ -21,7 +21,7 @@ class ServeSettings:
     """Port; 0: any that is free."""
     api_key: str = field(default="", repr=False)
     """What requests must bring; empty: nothing, on addresses that this machine alone reaches."""
-    max_batch: int = 64
+    max_batch: int = 32
     """Answers that are written at a time, on each process that has sequences of its own."""
     prefill_tokens: int = 8192
     """Tokens of prompts that are read at a time."""
@@ -63,5 +63,5 @@ class ServeSettings:
         return [sentence for holds, sentence in rules if not holds]
 
 
-DEFAULT_LENGTH_TOKENS = 32768
+DEFAULT_LENGTH_TOKENS = 8192
 """Longest prompt with its answer unless told: every slot of the cache has room for it."""
