@@ -58,6 +58,8 @@ EXTRAS = {
     "synth": ["openai>=2", "httpx>=0.27", "networkx>=3", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
+    # `serve`
+    "serve": ["aiohttp>=3.11"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
                   "prometheus-client>=0.26", "nvidia-ml-py>=13"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
@@ -72,7 +74,7 @@ EXTRAS = {
         "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0", "charset-normalizer>=3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
-        "lm-eval==0.4.13", "accelerate>=1.10",
+        "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
         "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
         "nvidia-ml-py>=13",
         "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",

@@ -29,6 +29,7 @@ SAYS = {
     "clusters": "profiles, GPUs", "tools": "environments, episodes", "rollouts": "the store of RL",
     "data": "the order of samples", "mcore": "the only door to Megatron-Core", "train": "one loop",
     "convert": "Hugging Face folders", "generate": "text from a model", "eval": "needles, loss, pass@k",
+    "serving": "an OpenAI-compatible address",
     "extend": "longer contexts, gates", "post": "SFT, distillation, RL", "report": "the report of a run",
     "watch": "how runs stand", "slurm": "jobs on a cluster", "doctor": "what a machine has",
     "bundle": "a cluster without a network", "commands": "one file for each command",

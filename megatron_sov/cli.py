@@ -62,6 +62,8 @@ COMMANDS = {
                        "Hugging Face folders, adapters"),
     "generate": Command("megatron_sov.commands.generate",
                         "continue prompts with a checkpoint or a Hugging Face folder"),
+    "serve": Command("megatron_sov.commands.serve",
+                     "answer requests over HTTP as OpenAI's interface spells them, at any layout"),
     "eval": Command("megatron_sov.commands.eval",
                     "ppl, needle, pairs, passk, lm, play, suites, bigram, logits: judge a checkpoint or a "
                     "Hugging Face folder"),

@@ -40,6 +40,7 @@ TYPED = {
     "docs/plan_accounts.md": "tests/plan/test_accounts_page.py",
     "docs/rewards.md": "tests/commands/test_score.py",
     "docs/rollout_store.md": "tests/commands/test_rl_store.py",
+    "docs/serve.md": "tests/serving/test_serve.py",
     "docs/slurm.md": "tests/slurm/test_submit.py",
     "docs/synth_documents.md": "tests/test_docs_synth_documents.py",
     "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",

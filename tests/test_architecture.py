@@ -41,11 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": BASE, "clusters": BASE | {"runs"}, "data": GROUND, "mcore": GROUND,
     # both accept a Hugging Face folder
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},
-    "eval": SECOND,
+    "eval": SECOND, "serving": SECOND,
     "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
     "report": GROUND, "card": GROUND, "watch": GROUND | {"slurm"}, "ladder": GROUND,
-    "bundle": BASE, "commands": THIRD | {"extend", "post", "doctor", "slurm", "report", "card", "watch",
-                         "ladder", "bundle"},
+    "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "report", "card",
+                                         "watch", "ladder", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
     "tokenizer": BASE, "data_prep": BASE | {"runs", "clusters", "tools"},
 }

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE, kinds_of_turn
 from megatron_sov.chat.segments import Segments, around_contents, around_turns
 from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.chat.tool_calls import BEGIN_THOUGHTS
 from megatron_sov.documents import BadRecord, Conversation
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
@@ -27,6 +28,8 @@ SPLIT_TEXTS = 4096
 """Pieces of templates that are remembered, split at their special tokens."""
 SHORT_TEXT = 1000
 """Characters of a piece that is remembered; longer ones hold messages."""
+MOST_IDS_OF_A_MARK = 16
+"""`<think>` with the blanks behind it, where it is no token of its own."""
 PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
           Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
 """Chats that show how a template ends the turn of an assistant: at the end, and before another turn."""
@@ -172,6 +175,10 @@ class ChatEncoder:
         """Return the ids of a text in which special tokens that are spelled out are meant."""
         ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
         return ids
+
+    def opens_thoughts(self, asked: Sequence[int]) -> bool:
+        """Return whether what a model is asked with ends in the beginning of its thoughts."""
+        return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGIN_THOUGHTS)
 
     def special_texts(self) -> tuple[str, ...]:
         """Return how the special tokens are spelled."""

@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder, EncodedChat
-from megatron_sov.chat.tool_calls import BEGIN_THOUGHTS
 from megatron_sov.documents import BadRecord, Conversation, Message
 from megatron_sov.errors import UserError
 
 _ASKED, _SAID = Message("user", "a"), Message("assistant", "b")
-_MOST_IDS_OF_A_MARK = 16
-"""`<think>` with the blanks behind it, where it is no token of its own."""
 _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
@@ -83,7 +80,7 @@ class TurnEncoder:
 
     def opens_thoughts(self, asked: Sequence[int]) -> bool:
         """Return whether what a model is asked with ends in the beginning of its thoughts."""
-        return self._encoder.decode(asked[-_MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGIN_THOUGHTS)
+        return self._encoder.opens_thoughts(asked)
 
     def text(self, written: Sequence[int]) -> str:
         """Return what a model wrote, without the token that ends its turn."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_sov.documents.bounded_yaml import BoundedLoader
 from megatron_sov.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def read_yaml(name: str, text: str, cls: type[T], parts: tuple[type, ...], what:
         UserError: it is no YAML, has an unknown field, or a value of the wrong type.
     """
     try:
-        raw: Any = yaml.safe_load(text)
+        raw: Any = yaml.load(text, Loader=BoundedLoader)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as e:
         # a tag falls over a value that it does not know in its own way: `!!int ''`, `!!timestamp soon`
         raise UserError(f"{name}: is no YAML ({' '.join(str(e).split())}); mend it") from None

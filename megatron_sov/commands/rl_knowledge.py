@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, metavar="FILE.jsonl", nargs="+", action="extend", required=True,
                         help="records of the training split, a JSON object per line, each with a section's "
                              "text, or with `messages`, of which the assistant's turns are taken")
-    parser.add_argument("--tests", type=Path, metavar="FILE.jsonl", nargs="+", action="extend", required=True,
-                        help="the test's rows: a section that shares ten words in a row with an answer is "
-                             "left out")
+    parser.add_argument("--tests", type=Path, metavar="FILE.jsonl", nargs="+", action="extend", default=[],
+                        help="the test's rows (needed): a section that shares ten words in a row with an "
+                             "answer is left out")
     parser.add_argument("--answer-field", default="answer", metavar="FIELD",
                         help="field of a test's answer (default %(default)s)")
     parser.add_argument("--text-field", default="text", metavar="FIELD",
@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from megatron_sov.post.rl.knowledge import KEPT, Fields, answer_runs, sections
 
+    if not args.tests:
+        raise UserError("--tests: is missing; sections may hold the very answers that the model is judged "
+                        "by, so each is compared with them and left out where it does; pass the rows of "
+                        "that test")
     field, equals, value = (args.split or "").partition("=")
     if args.split is not None and not (field and equals and value):
         raise UserError(f"--split {args.split}: must be FIELD=VALUE, e.g. split=train")

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.chat.kinds import KIND
+from megatron_sov.data.described import check_described
 from megatron_sov.data.heldout_rules import warn_of_other_splits
 from megatron_sov.data.mapped_files import allow_open_files, numbers, read_index
 from megatron_sov.documents.routes import ROUTES, RouteShape
@@ -332,6 +333,8 @@ def open_sources(paths: dict[str, float], vocab_size: int,
         if manifest.content.get("content_version") != CONTENT_VERSION:
             raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, "
                             f"this version reads layout {CONTENT_VERSION}; pack the data again")
+    for path, manifest in manifests.items():
+        check_described(path, manifest.content)
     hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
     first = next(iter(paths))
     for path, value in hashes.items():

@@ -57,7 +57,9 @@ class Asker:
         elif chat:
             raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
                             "leave --chat out, or fine-tune on chats first")
-        self._target, self._tokenizer, self._encoder = target, tokenizer, encoder
+        self._target, self._tokenizer = target, tokenizer
+        self.encoder = encoder
+        """Of conversations; None: prompts are texts."""
         self.end_ids = tuple(sorted(ends))
         """Tokens that end an answer."""
 
@@ -68,8 +70,8 @@ class Asker:
             UserError: the model knows fewer ids than its tokenizer, or a prompt is no text.
         """
         _refuse_half_characters(prompts)
-        if self._encoder is not None:
-            ids = [_encode_chat(self._encoder, prompt) for prompt in prompts]
+        if self.encoder is not None:
+            ids = [_encode_chat(self.encoder, prompt) for prompt in prompts]
         else:  # begun as documents in token shards begin: with nothing before the text
             ids = [list(self._tokenizer.encode(_plain(prompt), add_special_tokens=False))
                    for prompt in prompts]

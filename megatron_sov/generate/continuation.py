@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from megatron_sov.documents.routes import RouteShape
+from megatron_sov.generate.request import Sampling, Stop
 from megatron_sov.mcore.model.kv_cache import Span
 
 
@@ -24,12 +26,14 @@ class Continuation:
     """Length of the prompt."""
     limit: int
     """Longest continuation."""
-    random: np.random.Generator
-    """The sequence's own numbers."""
+    sampling: Sampling
+    """How its tokens are chosen."""
+    stop: Stop
+    """What ends it before it is as long as allowed."""
+    stream: int
+    """Number of its stream of random numbers, which with the seed decides them."""
     logprobs: list[float] = field(default_factory=list)
     """Of each token of the continuation."""
-    prompt: bytes = b""
-    """The prompt, by which those that have the same are found; empty: it is read by itself."""
     read: int = 0
     """Tokens that the cache holds."""
     drafts: list[int] = field(default_factory=list)
@@ -39,6 +43,25 @@ class Continuation:
     where it went the last time."""
     guesses: torch.Tensor | None = None
     """[drafts, V]: what each draft was drawn from; on the last pipeline stage, when sampling."""
+
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """The sequence's own numbers."""
+        return np.random.Generator(np.random.Philox(key=[self.sampling.seed, self.stream]))
+
+    @cached_property
+    def prompt(self) -> bytes:
+        """The prompt, by which those that have the same are found; empty: it is read by itself."""
+        # of one token nothing is left to copy; the prediction layer has its own cache, which is written later
+        if self.sampling.num_drafts or self.prompt_tokens == 1:
+            return b""
+        return np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is as long as allowed, or something has ended it."""
+        written = self.tokens[self.prompt_tokens:]
+        return bool(written) and (len(written) >= self.limit or self.stop.ends(written))
 
     @property
     def in_prompt(self) -> bool:

@@ -111,8 +111,8 @@ def tell(law: Law, member: Member, folder: Path) -> Told:
     predicted = law.predict(member.num_params, member.num_tokens)
     made_s = time.time()
     for earlier in read(folder).get("predictions", []):
-        if earlier.get("name") == member.name and earlier.get("predicted") == asdict(predicted):
-            made_s = float(earlier["made_s"])
+        if earlier["name"] == member.name and earlier["predicted"] == asdict(predicted):
+            made_s = earlier["made_s"]
     run = folder / member.name
     return Told(member.name, member.num_params, member.num_tokens, predicted, made_s,
                 final_loss(run) if is_complete(run) else None)
@@ -130,6 +130,9 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         version = int(found["format_version"])
+        for told in found.get("predictions", []):
+            if not {"name", "predicted", "made_s"} <= set(told) or not math.isfinite(told["made_s"]):
+                raise ValueError(f"a prediction in it is {str(told)[:80]}")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); delete it, it is written anew from the runs") from None
     if version > FORMAT_VERSION:

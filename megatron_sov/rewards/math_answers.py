@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
 """What says that an answer is LaTeX; without, math-verify takes the 3 of 3\\sqrt{2} for the whole of it."""
 MAX_ANSWER_CHARS = 10_000
+_THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
 
 
 @dataclass(frozen=True)
@@ -87,4 +89,7 @@ class Math:
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
-    return list(parse(text, parsing_timeout=None))
+    # it joins boxes that stand together by commas, and then reads 20 and 204 as 20,204: twenty thousand
+    first, *more = text.split("\\boxed")
+    more[1:] = [_THREE_DIGITS.sub(r"{\\,", box) for box in more[1:]]
+    return list(parse("\\boxed".join([first, *more]), parsing_timeout=None))

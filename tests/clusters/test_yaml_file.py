@@ -81,3 +81,11 @@ def test_lists_of_lists_without_end_are_told_in_short() -> None:
     with pytest.raises(UserError, match="partition = ") as refusal:
         read(f"partition:\n  - &l0 [deep]\n{lists}")
     assert len(str(refusal.value)) < 2000
+
+
+def test_merges_of_merges_do_not_fill_the_memory() -> None:
+    lines = ["a0: &a0 {x0: 0, x1: 1, x2: 2}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
+    with pytest.raises(UserError, match=r"site\.yaml: is no YAML .<< of more than 50,000 values"):
+        read("\n".join(lines))
+    assert read("partition: p\npart: {<<: {minutes: 7}}\n") == Whole("p", part=Part(7))

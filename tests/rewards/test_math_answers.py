@@ -50,6 +50,16 @@ def test_an_answer_without_dollars_is_read_whole(answer: str, response: str) -> 
     assert Math().score({"answer": answer, "response": "3"}).reward == 0.0
 
 
+def test_boxes_beside_each_other_are_numbers_of_their_own() -> None:
+    """Joined by commas, as math-verify joins them, 20 and 204 would be read as 20,204."""
+    for boxes in ("\\boxed{20} and \\boxed{204}", "\\boxed{ 20 }, \\boxed { 204}"):
+        for answer, reward in (("\\{20, 204\\}", 1.0), ("20204", 0.0), ("204", 0.0)):
+            assert Math().score({"answer": answer, "response": boxes}).reward == reward
+    assert Math().score({"answer": "20204", "response": "\\boxed{20,204}"}).reward == 1.0
+    corrected = "First $\\boxed{20}$; no, $\\boxed{204}$"
+    assert Math().score({"answer": "204", "response": corrected}).reward == 1.0
+
+
 @pytest.mark.parametrize(("response", "own", "marked"), [
     ("There are 42 cases here and nobody has the time to go through all of them", 1.0, 0.0),
     ("Nobody has the time to go through all of them. The answer is 42.", 1.0, 1.0), ("\\boxed{42}", 1.0, 1.0),

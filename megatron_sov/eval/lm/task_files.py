@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megatron_sov.documents.bounded_yaml import BoundedLoader
 from megatron_sov.errors import UserError
 
 MAX_FILE_BYTES = 4 << 20
@@ -70,22 +71,8 @@ class Found:
     """File -> why it cannot be read."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """Reads plain values, and `!function` as the words behind it."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put what `<<` names into a mapping, unless that makes it larger than any task: each `<<` of ten
-        aliases makes it ten times larger."""
-        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
-        parts = [part for value in merged
-                 for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
-        for part in {id(part): part for part in parts}.values():
-            if isinstance(part, yaml.MappingNode):
-                self.flatten_mapping(part)
-        if sum(1 + len(part.value) for part in parts) > MAX_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, f"<< of more than {MAX_VALUES:,} values",
-                                                    node.start_mark)
-        super().flatten_mapping(node)
 
 
 class Function(str):

@@ -1,0 +1,217 @@
+"""Bodies of requests as OpenAI and vLLM spell them, read strictly: a field that would change the answer and
+is not known here is refused by its name, never passed over."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from megatron_sov.documents import BadRecord, Conversation
+from megatron_sov.documents.messages import REASONING, read_messages, read_tools, refuse_deep
+from megatron_sov.documents.strict_json import finite, no_constant
+from megatron_sov.errors import nearest
+from megatron_sov.generate.request import Sampling
+from megatron_sov.serving.refusals import Refused
+
+MAX_SEQUENCES, MAX_STOPS, MAX_STOP_CHARS = 128, 16, 500
+"""Answers to one request; strings that end an answer, and their length: each token is searched for them."""
+MIN_TEMPERATURE = 0.01
+"""Of those above 0: logits that are divided by less leave the range of numbers."""
+DEFAULT_COMPLETION_TOKENS = 16
+"""Of `/v1/completions` unless told, as OpenAI has it."""
+MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id", "tool_calls", "type", *REASONING}
+CHANGE_NOTHING = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+                  "service_tier", "store"}
+"""Fields that no answer depends on."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,),
+    "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "parallel_tool_calls": (True,),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "ignore_eos": (False,),
+    "skip_special_tokens": (True,), "add_generation_prompt": (True,), "tool_choice": ("auto", "none")}
+"""Fields that are understood and not done: the values with which they change nothing.  `tool_choice` none
+shows the model no tools."""
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a client asks."""
+
+    prompts: tuple[Conversation | str | tuple[int, ...], ...]
+    """A conversation; or texts or ids to continue."""
+    num_choices: int
+    """Answers to each of them."""
+    sampling: Sampling
+    """How tokens are chosen; each choice has the stream of its number.  How many there may be, `max_tokens`
+    says."""
+    max_tokens: int | None
+    """Longest answer; None: as long as there is room."""
+    stops: tuple[str, ...]
+    """Strings that end an answer."""
+    with_logprobs: bool
+    """Whether the log-probability of each token is told."""
+    is_stream: bool
+    """Whether the answer is sent as it is written."""
+    tells_usage: bool
+    """Whether a stream ends with the numbers of tokens."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a conversation."""
+        return isinstance(self.prompts[0], Conversation)
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether calls of tools are looked for in the answer."""
+        first = self.prompts[0]
+        return isinstance(first, Conversation) and bool(first.tools)
+
+    @property
+    def num_sequences(self) -> int:
+        """Answers in all."""
+        return len(self.prompts) * self.num_choices
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = False
+
+
+class _Body(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 1
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    max_tokens: Count | None = None
+
+    def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool) -> Question:
+        """Return what is asked."""
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise Refused(400, f"temperature is {self.temperature:g}: below {MIN_TEMPERATURE:g} numbers "
+                               "overflow; use 0 for the most probable token", "temperature")
+        if len(prompts) * self.n > MAX_SEQUENCES:
+            raise Refused(400, f"{len(prompts)} prompts with n = {self.n} are {len(prompts) * self.n} "
+                               f"answers, at most {MAX_SEQUENCES}; send several requests", "n")
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
+                            seed=seed)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return Question(prompts, self.n, sampling, max_tokens, stops, with_logprobs, self.stream,
+                        self.stream_options.include_usage)
+
+
+class _ChatBody(_Body):
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+    chat_template_kwargs: dict[str, Any] = {}
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] = 0
+
+
+class _CompletionBody(_Body):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+
+
+def chat_question(raw: bytes, model: str) -> Question:
+    """Return what the body of a request for `/v1/chat/completions` asks.
+
+    Args:
+        raw: the body.
+        model: the one name that there is.
+
+    Raises:
+        Refused: it is malformed, or asks for what is not done here.
+    """
+    fields = _fields(raw)
+    shows_tools = fields.get("tool_choice") != "none"
+    body: _ChatBody = _checked(_ChatBody, fields, model)
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise Refused(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
+                           f"{body.max_completion_tokens}; send one of them", "max_tokens")
+    for number, message in enumerate(body.messages):
+        message = {key: value for key, value in message.items() if value is not None}
+        if unknown := sorted(set(message) - MESSAGE_FIELDS):
+            raise Refused(400, f"messages[{number}] has {unknown[0]!r}, which is not known"
+                               f"{nearest(unknown[0], MESSAGE_FIELDS)}; leave it out", "messages")
+    try:
+        chat = Conversation(read_messages(body.messages, "messages"),
+                            read_tools(body.tools) if shows_tools else (), body.chat_template_kwargs)
+    except BadRecord as e:
+        raise Refused(400, f"the conversation is refused: {e}", "messages") from None
+    return body.question((chat,), body.max_completion_tokens or body.max_tokens, body.logprobs)
+
+
+def completion_question(raw: bytes, model: str) -> Question:
+    """Return what the body of a request for `/v1/completions` asks, as `chat_question`."""
+    body: _CompletionBody = _checked(_CompletionBody, _fields(raw), model)
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in given)
+    if not prompts or not all(prompts):
+        raise Refused(400, "prompt is empty; send at least one character or token", "prompt")
+    return body.question(prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs is not None)
+
+
+def _fields(raw: bytes) -> dict[str, Any]:
+    """Return the fields of a body but for those that are null."""
+    try:
+        fields = json.loads(raw, parse_constant=no_constant, parse_float=finite)
+    except (ValueError, RecursionError) as e:
+        raise Refused(400, f"the body is not valid JSON ({e}); send one object in UTF-8") from None
+    if not isinstance(fields, dict):
+        raise Refused(400, f"the body is a JSON {type(fields).__name__}; send an object")
+    try:
+        refuse_deep(fields)
+        json.dumps(fields, ensure_ascii=False).encode()
+    except BadRecord as e:
+        raise Refused(400, f"the body {e}") from None
+    except UnicodeEncodeError:
+        raise Refused(400, "the body holds half of a surrogate pair, which is no text; write it in UTF-8"
+                      ) from None
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
+    known = {name: value for name, value in fields.items() if name not in CHANGE_NOTHING | set(NEUTRAL)}
+    for name, allowed in NEUTRAL.items():
+        if name in fields and fields[name] not in allowed:
+            raise Refused(400, f"{name} is {_shown(fields[name])}: this server does nothing with it but for "
+                               f"{' or '.join(json.dumps(value) for value in allowed)}; leave it out", name)
+    try:
+        body = kind.model_validate(known)
+    except ValidationError as e:
+        error = e.errors(include_url=False)[0]
+        name = str(error["loc"][0])
+        if error["type"] == "extra_forbidden":
+            every = [*kind.model_fields, *NEUTRAL, *CHANGE_NOTHING]
+            raise Refused(400, f"{name} is not known{nearest(name, every)}; leave it out", name) from None
+        if error["type"] == "missing":
+            raise Refused(400, f"{name} is missing; send it", name) from None
+        raise Refused(400, f"{name} is {_shown(fields[name])}: {error['msg'][:200]}", name) from None
+    if body.model not in (None, model):
+        raise Refused(404, f"model {body.model[:200]!r} does not exist; this server has {model!r}", "model",
+                      "model_not_found")
+    return body
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 80 else f"{text[:80]}..."

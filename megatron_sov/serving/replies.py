@@ -1,0 +1,157 @@
+"""Answers as OpenAI's objects: whole, or as the chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_sov.chat.tool_calls import ToolCall
+from megatron_sov.serving.bodies import Question
+from megatron_sov.serving.desk import Begun
+from megatron_sov.serving.reading import Reader
+from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
+from megatron_sov.serving.writing import Writing
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """Return an event of a stream."""
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+class Reply:
+    """What is said to one request.
+
+    Args:
+        question: the request.
+        begun: how many tokens its prompts have.
+        reader: of the model.
+        model: its name.
+    """
+
+    def __init__(self, question: Question, begun: Begun, reader: Reader, model: str) -> None:
+        self._question, self._begun, self._reader = question, begun, reader
+        chat = question.is_chat
+        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+                      "object": "chat.completion" if chat else "text_completion",
+                      "created": int(time.time()), "model": model}
+        self.writings = [Writing(reader.decoder(question), reader.stops(question), begun.end_ids)
+                         for _ in range(question.num_sequences)]
+        """The answers, prompt by prompt."""
+        self._told = [Turn("", "") for _ in self.writings]
+        self._num_told = [0] * len(self.writings)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all answers have ended."""
+        return all(writing.reason is not None for writing in self.writings)
+
+    def whole(self) -> dict[str, Any]:
+        """Return the object of all answers, which have ended."""
+        return self._head | {"choices": [self._choice(i) for i in range(len(self.writings))],
+                             "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Return how many tokens were read and written."""
+        read = sum(self._begun.prompt_tokens)
+        written = sum(len(writing.tokens) for writing in self.writings)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        writing = self.writings[index]
+        logprobs = self._logprobs(writing, 0)
+        if not self._question.is_chat:
+            return {"index": index, "text": writing.text(), "logprobs": logprobs,
+                    "finish_reason": writing.reason}
+        turn = self._turn(writing)
+        message: dict[str, Any] = {"role": "assistant", "content": turn.content, "refusal": None}
+        if turn.thoughts:
+            message["reasoning_content"] = turn.thoughts
+        if turn.calls:
+            message |= {"content": turn.content or None, "tool_calls": _calls(turn.calls)}
+        return {"index": index, "message": message, "logprobs": logprobs,
+                "finish_reason": "tool_calls" if turn.calls else writing.reason}
+
+    def _turn(self, writing: Writing) -> Turn:
+        if writing.reason is None:
+            return turn_so_far(writing.sure_text(), self._begun.in_thoughts, self._question.has_tools)
+        return whole_turn(writing.text(), self._begun.in_thoughts, self._question.has_tools)
+
+    # streams
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks that a stream begins with."""
+        if not self._question.is_chat:
+            return []
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.writings))]
+
+    def news(self, index: int) -> list[dict[str, Any]]:
+        """Return the chunks of what is new in an answer."""
+        writing = self.writings[index]
+        if self._question.is_chat:
+            return self._chat_news(index, writing)
+        text = writing.sure_text() if writing.reason is None else writing.text()
+        new = text[len(self._told[index].content):]
+        if not new and writing.reason is None:
+            return []
+        self._told[index] = Turn("", text)
+        return [self._chunk(index, {"text": new}, writing.reason, self._new_logprobs(index, writing))]
+
+    def _chat_news(self, index: int, writing: Writing) -> list[dict[str, Any]]:
+        turn, told = self._turn(writing), self._told[index]
+        delta: dict[str, Any] = {}
+        if thoughts := turn.thoughts[len(told.thoughts):]:
+            delta["reasoning_content"] = thoughts
+        if content := turn.content[len(told.content):]:
+            delta["content"] = content
+        if turn.calls:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(_calls(turn.calls))]
+        self._told[index] = turn
+        chunks = []
+        if delta:
+            chunks.append(self._chunk(index, delta, None, self._new_logprobs(index, writing)))
+        if writing.reason is not None:
+            reason = "tool_calls" if turn.calls else writing.reason
+            chunks.append(self._chunk(index, {}, reason, self._new_logprobs(index, writing)))
+        return chunks
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Return the chunks that a stream ends with."""
+        if not self._question.tells_usage:
+            return []
+        return [self._chunk_head() | {"choices": [], "usage": self.usage()}]
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head | ({"object": "chat.completion.chunk"} if self._question.is_chat else {})
+
+    def _chunk(self, index: int, said: dict[str, Any], reason: str | None = None,
+               logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        choice = {"delta": said} if self._question.is_chat else said
+        return self._chunk_head() | {"choices": [
+            {"index": index, **choice, "logprobs": logprobs, "finish_reason": reason}]}
+
+    # log-probabilities
+
+    def _new_logprobs(self, index: int, writing: Writing) -> dict[str, Any] | None:
+        first, self._num_told[index] = self._num_told[index], len(writing.tokens)
+        return self._logprobs(writing, first)
+
+    def _logprobs(self, writing: Writing, first: int) -> dict[str, Any] | None:
+        if not self._question.with_logprobs:
+            return None
+        pieces = [self._reader.piece(token) for token in writing.tokens[first:]]
+        logprobs = writing.logprobs[first:]
+        if self._question.is_chat:
+            return {"content": [{"token": piece, "logprob": logprob, "bytes": None, "top_logprobs": []}
+                                for piece, logprob in zip(pieces, logprobs, strict=True)], "refusal": None}
+        return {"tokens": pieces, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": None}
+
+
+def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    return [{"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+             "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
+            for call in calls]

@@ -1,0 +1,81 @@
+"""What a model's turn says, thinks and calls, while it is being written and at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sov.chat.tool_calls import (
+    BEGIN_CALL,
+    BEGIN_THOUGHTS,
+    END_CALL,
+    END_THOUGHTS,
+    BadCall,
+    ToolCall,
+    parse_turn,
+)
+
+MARKS = (BEGIN_THOUGHTS, END_THOUGHTS, BEGIN_CALL, END_CALL)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn, or as much of it as is sure."""
+
+    thoughts: str
+    """What it thinks before it speaks."""
+    content: str
+    """What it says."""
+    calls: tuple[ToolCall, ...] = ()
+    """What it calls."""
+
+
+def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
+    """Return what a turn that has ended says.
+
+    Thoughts are what stands between `<think>` at its beginning and the first `</think>`; without that they
+    reach to its end.  Where one of its calls is malformed none is told, and the text stays as it was written,
+    for the client to see.
+
+    Args:
+        text: of the turn.
+        in_thoughts: the template has opened thoughts before it.
+        has_tools: whether calls are looked for.
+    """
+    thoughts, said = _split(text, in_thoughts)
+    place = said.find(BEGIN_CALL) if has_tools else -1
+    if place < 0:
+        return Turn(thoughts, said)
+    behind = parse_turn(said[place:])
+    calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
+    if not calls or any(isinstance(call, BadCall) for call in behind.calls):
+        return Turn(thoughts, said)
+    more = f"\n{behind.content}" if behind.content else ""
+    return Turn(thoughts, said[:place].rstrip() + more, calls)
+
+
+def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
+    """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
+    it, without calls."""
+    marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
+    text = text[:len(text) - max(_begun(text, mark) for mark in marks)]
+    if BEGIN_THOUGHTS.startswith(text.lstrip()):
+        return Turn("", "")
+    thoughts, said = _split(text, in_thoughts)
+    if has_tools:
+        said = said.partition(BEGIN_CALL)[0].rstrip()
+    return Turn(thoughts, said)
+
+
+def _split(text: str, in_thoughts: bool) -> tuple[str, str]:
+    """Return thoughts and what is said behind them."""
+    begun = text.lstrip()
+    if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
+        return "", text
+    # a model may open its thoughts again where the template has done so
+    thoughts, _, said = begun.removeprefix(BEGIN_THOUGHTS).partition(END_THOUGHTS)
+    return thoughts.strip(), said.lstrip()
+
+
+def _begun(text: str, mark: str) -> int:
+    """Return how many characters at the end of a text may begin a mark."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)

@@ -1,0 +1,37 @@
+"""A manifest of tokens that lacks a part is refused by the part's name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from megatron_sov.data.described import check_described
+from megatron_sov.errors import UserError
+
+WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
+    {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    (("vocab_size",), "lacks vocab_size"), (("sources",), "lacks sources"),
+    (("sources", 0, "format"), r"lacks sources\[0\]\.format"),
+    (("sources", 0, "splits"), r"lacks sources\[0\]\.splits"),
+    (("sources", 0, "splits", "train", "num_tokens"), r"lacks sources\[0\]\.splits\.train\.num_tokens")])
+def test_every_part_that_is_not_there_is_named(place: tuple[Any, ...], said: str) -> None:
+    check_described("shards", WHOLE)
+    content = copy.deepcopy(WHOLE)
+    inside = content
+    for key in place[:-1]:
+        inside = inside[key]
+    del inside[place[-1]]
+    with pytest.raises(UserError, match=f"shards: its manifest {said}"):
+        check_described("shards", content)
+
+
+@pytest.mark.parametrize("sources", [5, [5], ["web"], [None],
+                                     [{"name": "a", "format": "text", "splits": [1]}]])
+def test_sources_of_another_kind_are_refused(sources: Any) -> None:
+    with pytest.raises(UserError, match="shards: its manifest lacks"):
+        check_described("shards", {**WHOLE, "sources": sources})

@@ -1,0 +1,66 @@
+"""A server in a process of its own, and its address."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMIT_S = 120
+
+
+@dataclass
+class Served:
+    """A server that answers."""
+
+    url: str
+    """Its address, up to `/v1`."""
+    model: str
+    """The name of its model."""
+    pid: int
+    """Its first rank."""
+    thread: threading.Thread
+    """In which the command runs."""
+    ended: list[Any] = field(default_factory=list)
+    """How it ended, once it has."""
+
+
+@pytest.fixture(scope="session")
+def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
+            ) -> Callable[..., AbstractContextManager[Served]]:
+    """Return `serving(target, *options)`, within which a server answers; it must end well."""
+
+    @contextlib.contextmanager
+    def served(target: Path, *options: str) -> Iterator[Served]:
+        file = tmp_path_factory.mktemp("served") / "address.json"
+        ended: list[Any] = []
+        argv = ["serve", str(target), "--port", "0", "--address-file", str(file), *options]
+        thread = threading.Thread(target=lambda: ended.append(run_command(*argv)))
+        thread.start()
+        deadline_s = time.monotonic() + LIMIT_S
+        while not file.exists():
+            assert not ended, ended[0].stderr
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        found = Served(**json.loads(file.read_text()), thread=thread, ended=ended)
+        try:
+            yield found
+        finally:
+            if not ended:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found.pid, signal.SIGTERM)
+            thread.join(LIMIT_S)
+        assert (ended[0].returncode, file.exists()) == (0, False), ended[0].stderr
+        assert "Traceback" not in ended[0].stderr, ended[0].stderr
+
+    return served
