@@ -8,23 +8,23 @@ from data_prep.synth.generator import Generator
 from megatron_sov.errors import UserError, nearest
 
 GENERATORS: dict[str, str] = {
-    "multihop": "data_prep.synth.generators.multihop:Multihop",
-    "questions": "data_prep.synth.generators.questions:Questions",
-    "rewrite": "data_prep.synth.generators.rewrite:Rewrite",
-    "textbook": "data_prep.synth.generators.textbook:Textbook",
-    "translation": "data_prep.synth.generators.translation:Translation",
-    "triples": "data_prep.synth.generators.triples:Triples",
-    "goals": "data_prep.synth.generators.tools.goals:Goals",
-    "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
-    "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
-    "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
-    "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
-    "safety": "data_prep.synth.generators.safety.generator:Safety",
     "answers": "data_prep.synth.generators.answers:Answers",
+    "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "code": "data_prep.synth.generators.code:CodeTasks",
     "comparisons": "data_prep.synth.generators.comparisons:Comparisons",
+    "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
+    "goals": "data_prep.synth.generators.tools.goals:Goals",
+    "multihop": "data_prep.synth.generators.multihop:Multihop",
     "probes": "data_prep.synth.generators.probes:Probes",
+    "questions": "data_prep.synth.generators.questions:Questions",
+    "rewrite": "data_prep.synth.generators.rewrite:Rewrite",
+    "safety": "data_prep.synth.generators.safety.generator:Safety",
     "solutions": "data_prep.synth.generators.solutions:Solutions",
+    "textbook": "data_prep.synth.generators.textbook:Textbook",
+    "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
+    "translation": "data_prep.synth.generators.translation:Translation",
+    "triples": "data_prep.synth.generators.triples:Triples",
+    "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }
 """Name on the command line -> module:class."""
 
