@@ -195,10 +195,10 @@ def test_what_ends_an_answer_frees_its_place(opened: Any) -> None:
         assert (found["message"]["content"], found["finish_reason"]) == ("to be or ", "stop")
         pieces = [entry["token"] for entry in found["logprobs"]["content"]]
         assert "".join(pieces) == "to be or not" and found["logprobs"]["content"][0]["logprob"] == -0.5
+        server.model.rows = threading.Semaphore(0)
         with server.http.stream("POST", "/chat/completions", json={
                 "messages": [{"role": "user", "content": "long " * 70}], "stream": True}) as gone:
-            next(gone.iter_bytes())
-            server.model.rows = threading.Semaphore(0)
+            next(gone.iter_bytes())  # what a stream begins with, before the first row
 
         def left() -> bool:
             server.model.rows.release()
