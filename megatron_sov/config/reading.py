@@ -38,6 +38,12 @@ def _validator() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Return the types of a class's fields; they stand there as text, which takes longest to read."""
+    return get_type_hints(cls)
+
+
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -61,7 +67,7 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
     for part in path:
         if isinstance(part, int) or not dataclasses.is_dataclass(cls):
             continue
-        hint = get_type_hints(cls).get(part)
+        hint = _hints(cls).get(part)
         options = [hint, *get_args(hint)]
         cls = next((o for o in options if dataclasses.is_dataclass(o)), None)
         if cls is None:
@@ -145,7 +151,7 @@ def _assign(raw: Any, parts: list[str], value: Any, said: str) -> None:
 def _class_below(cls: Any, part: str) -> Any:
     """Return the dataclass (or container's item class) that a field holds, or None for plain values."""
     if dataclasses.is_dataclass(cls):
-        hint = get_type_hints(cls).get(part)
+        hint = _hints(cls).get(part)
     elif get_origin(cls) in (tuple, list):
         hint = get_args(cls)[0]
     else:
