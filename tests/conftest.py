@@ -109,11 +109,14 @@ class Worker:
             timeout_s: when it is killed.
             file_limit_bytes: how large its files may be; None: as large as they will.
             without: variables that it does not have.
-            asked: `jobs`, a file with jobs, or `program` and `argv`, a command and its arguments.
+            asked: `jobs`, a file with jobs, or `program` and `argv`, a command and its arguments, or `stays`
+                and `arguments`: file and name of a function, which nobody waits for.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         self._asked += 1
         out, err = (self._folder / f"{self._asked}.{name}" for name in ("out", "err"))
+        out.touch()
+        err.touch()
         order = asked | {"timeout_s": timeout_s, "file_limit_bytes": file_limit_bytes, "out": str(out),
                          "err": str(err), "folder": os.getcwd()}
         order["environment"] = {name: value for name, value in os.environ.items() if name not in without}

@@ -1,9 +1,9 @@
 """Does work in forks of a process that has imported megatron: the worker behind the fixtures `ranks` and
 `run_command`.
 
-Each line of standard input asks for jobs (functions of a test file, on several ranks) or for a command.  It
-is done in a fork, as fresh as this process, and a line of standard output tells the exit code.  The worker
-ends with its standard input.
+Each line of standard input asks for jobs (functions of a test file, on several ranks), for a command, or for
+a function that nobody waits for.  It is done in a fork, as fresh as this process, and a line of standard
+output tells the exit code.  The worker ends with its standard input, and all forks end with it.
 
 An argument is a folder with a double of Transformer Engine: models are then configured as on a GPU and made
 of its modules, in any dtype.
@@ -127,6 +127,7 @@ def fork(asked: dict[str, Any]) -> int:
     try:
         be_fresh(asked, parent)
         code = (run_command(asked["program"], asked["argv"]) if "argv" in asked
+                else _function(*asked["stays"])(*asked["arguments"]) if "stays" in asked
                 else run_jobs(Path(asked["jobs"])))
     except BaseException:
         traceback.print_exc()
@@ -167,4 +168,5 @@ if __name__ == "__main__":
     gc.freeze()  # forks need neither look at what is here nor copy it
     for line in sys.stdin:
         order = json.loads(line)
-        print(wait_for(fork(order), order["timeout_s"]), flush=True)
+        child = fork(order)
+        print(0 if "stays" in order else wait_for(child, order["timeout_s"]), flush=True)

@@ -24,6 +24,7 @@ gpus_per_node: 0
 cpus_per_node: 1
 preflight:
   enabled: false
+python: {python}
 """
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4",
@@ -32,17 +33,16 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
          "train.eval_every_steps=0")
 
 
-def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("virtual_cluster",
-                                                  Path(__file__).with_name("virtual_cluster.py"))
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["virtual_cluster"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-virtual_cluster = _module()
+virtual_cluster = _module("virtual_cluster")
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +55,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def warm_python(cluster: Any, worker: Any) -> str:
+    """Program that jobs of the cluster call Python by: it has imported megatron before it begins."""
+    program: Path = _module("warm_python").install(cluster.folder)
+    worker.run(30, stays=[str(Path(__file__).with_name("warm_python.py")), "serve"],
+               arguments=[str(cluster.folder)])
+    virtual_cluster.until((cluster.folder / "warm.socket").exists, 30, "the process that has imported all")
+    return str(program)
+
+
 @pytest.fixture
 def until() -> Callable[..., None]:
     """Return `until(condition, timeout_s, what)`."""
@@ -62,7 +72,7 @@ def until() -> Callable[..., None]:
 
 
 @pytest.fixture
-def site(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(cluster: Any, warm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `site.yaml`, the virtual cluster's profile; commands of this process
     go to that cluster."""
     for name in os.environ:
@@ -70,7 +80,7 @@ def site(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "site.yaml").write_text(PROFILE)
+    (tmp_path / "site.yaml").write_text(PROFILE.format(python=warm_python))
     return tmp_path
 
 

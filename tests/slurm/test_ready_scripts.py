@@ -96,7 +96,7 @@ def log_of(job: str, work: Path) -> str:
     return "".join(file.read_text() for file in files)
 
 
-def test_scripts_start_and_say_what_is_missing(cluster: Any, site: Path) -> None:
+def test_scripts_start_and_say_what_is_missing(cluster: Any, site: Path, warm_python: str) -> None:
     """All of a big recipe and all of a tiny one, in a $WORK that has no more than the tiny one's corpus."""
     work, jobs = site / "work", {}
     (work / TINY[1] / "corpus").mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_scripts_start_and_say_what_is_missing(cluster: Any, site: Path) -> None
         if script.parent.name not in (BIG[0], TINY[1]):
             continue
         nodes = ("--nodes=1",) if script.parent.name in BIG and "_NUM_NODES in" in script.read_text() else ()
-        variables = exported(WORK=work / script.parent.name, PYTHON=sys.executable)
+        variables = exported(WORK=work / script.parent.name, PYTHON=warm_python)
         jobs[script] = cluster.sbatch(variables, *nodes, str(script), cwd=site)
     for script, job in jobs.items():
         code, sentence = "2:0", "so an earlier stage is not complete; this one does not start"
@@ -159,7 +159,8 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path, work: Path) -> None:
+def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path, work: Path,
+                                                       warm_python: str) -> None:
     """Each after the one before: `pretrain` as it stands, with the look at the node and two ranks; the others
     made for this cluster, with one rank."""
     assert cli.main(["submit", "chain", "tiny-k-exaone", "--cluster", "site.yaml", "--scripts",
@@ -169,7 +170,7 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path,
 
     def send(script: Path, *options: str) -> str:
         stage = script.stem.partition("-")[2]
-        return cluster.sbatch(exported(PYTHON=sys.executable), *options, str(script),
+        return cluster.sbatch(exported(PYTHON=warm_python), *options, str(script),
                               *SMALLER.get(stage, ()), cwd=site)
 
     for script in sorted(Path("scripts").iterdir()):

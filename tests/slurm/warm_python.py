@@ -1,0 +1,158 @@
+"""Python for jobs of the virtual cluster that starts in no time: the other side of warm_client.py.
+
+To start Python with torch and megatron costs each rank and each look at a node seconds of a core.  Here the
+worker of the tests, which has imported all, forks a process that waits at a socket; whatever a job asks
+Python for is done in a fork of that one, inside of the asking process's node: its process numbers, host name
+and file systems, so that a node's death takes it along.  A keeper outside of the node passes signals on and
+kills the fork with all that it has started when the client is gone, as Slurm would.
+
+A job's PYTHONPATH names a copy of the code, of the same bytes: modules that are imported already are not
+read from there again, which a job with plain Python shows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from megatron_sov.runs.parent_death import die_with_parent
+
+NAMESPACES = {"pid": 0x20000000, "uts": 0x04000000, "mnt": 0x00020000}
+"""Of a node -> its flag; that of processes counts for children alone."""
+SOCKET = "warm.socket"
+
+
+def install(folder: Path) -> Path:
+    """Write the program that jobs call Python by; the tests find ranks by a name that begins with python."""
+    program = folder / "python3"
+    program.write_text(f"#!{sys.executable} -IS\n"
+                       + Path(__file__).with_name("warm_client.py").read_text(encoding="utf-8"))
+    program.chmod(0o755)
+    return program
+
+
+def serve(folder: str) -> NoReturn:
+    """Answer at the socket in a folder until whoever forked this process ends."""
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    waiting = Path(folder) / "waiting.socket"
+    door.bind(str(waiting))
+    door.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    waiting.rename(Path(folder) / SOCKET)
+    here = os.getpid()
+    while True:
+        client, _ = door.accept()
+        if os.fork() == 0:
+            door.close()
+            die_with_parent(here)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _keep(client)
+        client.close()
+
+
+def _keep(client: socket.socket) -> NoReturn:
+    """Start what a client asks for in its node, and wait for the end of either."""
+    try:
+        head, streams, _, _ = socket.recv_fds(client, 8, 3)
+        asked = json.loads(client.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
+        peer, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        node = {name: os.open(f"/proc/{peer}/ns/{name}", os.O_RDONLY) for name in NAMESPACES}
+        _enter(node, "pid")
+        child = os.fork()
+        if child == 0:
+            client.close()
+            _be_asked_process(asked, node, streams)
+        for stream in streams:
+            os.close(stream)
+        code = _wait(client, child)
+        with contextlib.suppress(OSError):  # it is gone
+            client.send(str(code).encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _enter(node: dict[str, int], *names: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name in names:
+        if libc.setns(node[name], NAMESPACES[name]):
+            raise OSError(ctypes.get_errno(), f"setns {name}")
+
+
+def _wait(client: socket.socket, child: int) -> int:
+    """Return how a child ended; signals of the client are passed on, and its end is the child's."""
+    ended = os.pidfd_open(child)
+    while True:
+        ready, _, _ = select.select([client, ended], [], [])
+        if ended in ready:
+            break
+        for number in client.recv(64) or [signal.SIGKILL]:
+            try:
+                os.killpg(child, number)
+            except ProcessLookupError:  # it does not lead a group yet
+                os.kill(child, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # as Slurm does with what a step has left
+    return code
+
+
+def _be_asked_process(asked: dict[str, Any], node: dict[str, int], streams: list[int]) -> NoReturn:
+    """Be what a client asked for, and end as Python would."""
+    code = 1
+    try:
+        os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it ends with its keeper, who is no process of the node
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _enter(node, "uts", "mnt")
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+        for opened in (*streams, *node.values()):
+            os.close(opened)
+        os.chdir(asked["folder"])
+        os.umask(asked["umask"])
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        code = _run_module(*asked["arguments"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run_module(name: str, *arguments: str) -> int:
+    """Run `python -m NAME ARGUMENTS`; returns its exit code."""
+    sys.argv, sys.orig_argv = [name, *arguments], [sys.executable, "-P", "-m", name, *arguments]
+    sys.path[:0] = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  (what the worker has read ahead is not ours)
+    random.seed()
+    if os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    return 0
