@@ -131,7 +131,11 @@ stages:
 @pytest.mark.slow
 def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(
     cluster: Any, site: Path, small: tuple[str, ...], packed_data: Any, capsys: pytest.CaptureFixture[str],
+    warm_python: str,
 ) -> None:
+    """With Python as it is, which reads the copy of the code; other tests of jobs have `warm_python`."""
+    profile = (site / "site.yaml").read_text()
+    (site / "site.yaml").write_text(profile.replace(warm_python, sys.executable))
     odd = site / "odd.jsonl"
     odd.write_text("this is no JSON\n")
     words = ("tiny-solar-open", "--data", "tokens", "--run", "run", *small, "--set", "train.steps=3")

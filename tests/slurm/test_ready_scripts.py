@@ -141,7 +141,7 @@ def settings(*given: str) -> tuple[str, ...]:
 SMALLER = {
     "tokenizer": ("--vocab-size", "1024"), "tokens": ("--heldout", "0.2"), "chats": ("--heldout", "0.2"),
     "pretrain": settings(*TRAINING, *MODEL), "extend-512": settings(*TRAINING, *NEEDLES),
-    "sft": settings(*TRAINING)}
+    "sft": settings(*TRAINING), "eval": ("--max-tokens", "1024")}
 """Stage -> what is added to the command of its script, so that it takes seconds."""
 
 
