@@ -81,7 +81,7 @@ class TrainConfig:
     """How often the local launcher starts the processes again after a fault, from the last checkpoint,
     without a new checkpoint in between; under torchrun or Slurm they restart the ranks."""
     num_threads: int = 0
-    """CPU threads of each process; 0: cores divided by local processes."""
+    """CPU threads of each process; 0: as OMP_NUM_THREADS says, else cores divided by local processes."""
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break by themselves."""

@@ -63,7 +63,8 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
     Args:
         main: runs one rank; its integer return value is the exit code.
         nproc: local processes.
-        num_threads: CPU threads of each rank; 0: cores / local ranks, or as torchrun or Slurm has set them.
+        num_threads: CPU threads of each rank; 0: as OMP_NUM_THREADS says, which torchrun and our Slurm
+            scripts set, else cores / local ranks.
         restarts: how local ranks are started again when one of them fails for another reason than a user's
             mistake.
         hand: returns what new processes find in `handed()`, plain JSON values; asked before each start.
@@ -111,7 +112,11 @@ def apart(work: Callable[[], Any]) -> int:
 
 
 def _threads(count: int) -> int:
-    """Return the CPU threads of each of `count` local ranks."""
+    """Return the CPU threads of each of `count` local ranks, for which nobody has named a number but perhaps
+    the environment."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of nested levels, the first
+    if said.isdecimal() and int(said):
+        return int(said)
     return max(1, (os.cpu_count() or 1) // count)
 
 

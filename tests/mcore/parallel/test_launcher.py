@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.mcore.parallel import launcher
+
 PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -111,6 +113,17 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
     assert said.count("error: seq_len = 0: must be positive") == 1
     assert "Traceback" not in said
     assert "error: rank 1 was ended by SIGKILL" in said
+
+
+@pytest.mark.parametrize(("said", "count", "threads"), [
+    (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("3", 2, 3), (" 5 ,2", 2, 5)])
+def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
+        monkeypatch: pytest.MonkeyPatch, said: str | None, count: int, threads: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert launcher._threads(count) == threads
 
 
 ON_GPU = """
