@@ -115,7 +115,7 @@ def _threads(count: int) -> int:
     """Return the CPU threads of each of `count` local ranks, for which nobody has named a number but perhaps
     the environment."""
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of nested levels, the first
-    if said.isdecimal() and int(said):
+    if said.isdecimal() and len(said) <= 4 and int(said):  # anything else the library passes over too
         return int(said)
     return max(1, (os.cpu_count() or 1) // count)
 
