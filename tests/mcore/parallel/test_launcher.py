@@ -116,7 +116,8 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("said", "count", "threads"), [
-    (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4), ("3", 2, 3), (" 5 ,2", 2, 5)])
+    (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4),
+    ("3", 2, 3), (" 5 ,2", 2, 5)])
 def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
         monkeypatch: pytest.MonkeyPatch, said: str | None, count: int, threads: int) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
