@@ -32,16 +32,19 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-gc.disable()  # while tests are collected, which makes a million objects that stay
 
 
-def pytest_collection_finish() -> None:
-    """Let the collector of garbage pass over what stays to the end, and begin less often: an eighth of all
-    processor time went into it."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let the collector of garbage pass over the million objects that tests are, which stay to the end, and
+    begin less often: an eighth of all processor time went into it."""
+    gc.disable()
+    found = yield
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
+    return found
 
 
 @dataclass(frozen=True)
