@@ -62,10 +62,10 @@ browser:  ## install Chromium for the tests that open pages in a browser, where 
 test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
 	$(MAKE) -j 2 types suite
 
-# Hundreds of processes import the packages: compiled once, not by each, also where the environment forbids to keep what is compiled.
+# Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 suite: setup
 	"$(PY)" -m compileall -q $(PACKAGES:/__init__.py=)
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
