@@ -110,12 +110,12 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
                         f"({', '.join(f'{n:,} {why}' for why, n in left_out.items())}); write more with "
                         "`sov-data synth probes`")
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
-        for domain, found in sets.items():
+        for domain, left in sets.items():
             with open(artifact.path / f"{domain}.jsonl", "w", encoding="utf-8") as out:
-                for p in found:
+                for p in left:
                     row = {"prompt": p.prompt, "answer": p.answer, "domain": domain, "id": p.id}
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        models = sorted({p.model for found in sets.values() for p in found if p.model})
+        models = sorted({p.model for left in sets.values() for p in left if p.model})
         artifact.settings = {"inputs": list(files), "against": list(against), "per_domain": per_domain}
         artifact.content = {"domains": {domain: len(found) for domain, found in sets.items()},
                             "left_out": dict(left_out), "num_lines_against": num_lines, "models": models}

@@ -7,7 +7,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -67,7 +67,7 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
     for part in path:
         if isinstance(part, int) or not dataclasses.is_dataclass(cls):
             continue
-        hint = _hints(cls).get(part)
+        hint = _hints(cast(Any, cls)).get(part)
         options = [hint, *get_args(hint)]
         cls = next((o for o in options if dataclasses.is_dataclass(o)), None)
         if cls is None:
@@ -151,7 +151,7 @@ def _assign(raw: Any, parts: list[str], value: Any, said: str) -> None:
 def _class_below(cls: Any, part: str) -> Any:
     """Return the dataclass (or container's item class) that a field holds, or None for plain values."""
     if dataclasses.is_dataclass(cls):
-        hint = _hints(cls).get(part)
+        hint = _hints(cast(Any, cls)).get(part)
     elif get_origin(cls) in (tuple, list):
         hint = get_args(cls)[0]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_WAIT_S = 60.0
 """Between two attempts, whatever the endpoint asks for."""
@@ -64,5 +64,5 @@ def told_tokens(answer: Any) -> tuple[int, int] | None:
     return (read, wrote) if _is_count(read) and _is_count(wrote) else None
 
 
-def _is_count(said: Any) -> bool:
+def _is_count(said: Any) -> TypeGuard[int]:
     return isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 10**9

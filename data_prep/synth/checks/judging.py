@@ -104,8 +104,8 @@ def _write_texts(output: Path, run: RunRecord, folder: Path) -> dict[str, dict[s
         kinds = sorted(path.name for path in temporary.glob("*"))
         with ExitStack() as stack:
             lot = _Lot(temporary, "input.jsonl", stack)
-            for place, text in (found for path in run.inputs if kinds for found in input_texts(Path(path))):
-                lot.write("", INPUT, f"input {place}", text)
+            for origin, text in (found for path in run.inputs if kinds for found in input_texts(Path(path))):
+                lot.write("", INPUT, f"input {origin}", text)
         if kinds:
             publish(temporary, folder / TEXTS)
     finally:

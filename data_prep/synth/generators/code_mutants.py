@@ -95,10 +95,10 @@ def _changes(node: ast.AST) -> list[Change]:
                 Change(node, "operand", ast.UnaryOp(ast.Not(), node.operand))]
         case ast.Constant(value=bool()):
             return [Change(node, "value", not node.value)]
-        case ast.Constant(value=int() | float()):
-            return [Change(node, "value", node.value + 1), Change(node, "value", node.value - 1)]
-        case ast.Constant(value=str()):
-            return [Change(node, "value", f"{node.value}X")]
+        case ast.Constant(value=int() | float() as number):
+            return [Change(node, "value", number + 1), Change(node, "value", number - 1)]
+        case ast.Constant(value=str(text)):
+            return [Change(node, "value", f"{text}X")]
         case ast.Return(value=ast.expr()):
             return [Change(node, "value", ast.Constant(None))]
         case ast.If() | ast.While() | ast.IfExp():

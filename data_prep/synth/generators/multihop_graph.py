@@ -60,7 +60,7 @@ class Facts:
         self.origins.append((str(made.get("source") or ""), str(made.get("licence") or "")))
         self.languages.append(str(record.get("language") or ""))
         for triple in record["triples"]:
-            fact = Fact(*(triple[part] for part in PARTS), document=len(self.documents) - 1)
+            fact = Fact(**{part: triple[part] for part in PARTS}, document=len(self.documents) - 1)
             one, other = name_key(fact.subject), name_key(fact.object)
             if one and other and one != other:
                 self.graph.add_edge(one, other, fact=fact)

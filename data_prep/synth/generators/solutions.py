@@ -148,7 +148,8 @@ class Solutions(Generator):
                       max_tokens=s.max_tokens, thinking=s.thinking, problem=item.fields["problem"],
                       choices=choices, language=s.language)
         drafts = [Draft.of(reply) for reply in replies]
-        wanted, voted = item.fields["answer"], {}
+        wanted: str = item.fields["answer"]
+        voted: dict[str, int] = {}
         if not wanted:
             wanted, voted, drafts = self._vote(drafts, choices)
         if wanted:

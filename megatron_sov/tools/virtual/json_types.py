@@ -43,7 +43,7 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
         problems.add(where, f"{shown(schema)} must be a JSON schema, at most {MAX_LEVELS} levels deep")
         return Any
     named = schema.get("type")
-    names = named if isinstance(named, list) else [named]
+    names: list[Any] = named if isinstance(named, list) else [named]
     known = PLAIN.keys() | _WORDS.keys()
     if not names or not all(isinstance(name, str) and name in known for name in names):
         problems.add(where, f"type is {shown(named)}, must be one of {', '.join(sorted(known))}, or a list "

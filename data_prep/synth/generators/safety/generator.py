@@ -151,8 +151,9 @@ class Safety(Generator):
         if not checks[-1].passed:  # no answer is paid for
             yield one.sample("", checks)
             return
+        fields: dict[str, Any] = {**one.fields()}
         reply, = ask(one.template, temperature=self.settings.temperature, max_tokens=self.settings.max_tokens,
-                     **one.fields())
+                     **fields)
         sample = one.sample(reply.text.strip(), (*checks, *self._verdicts(one, reply, ask)))
         yield sample
         if self.settings.also == "pairs" and not sample.reason:

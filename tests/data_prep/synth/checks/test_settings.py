@@ -53,7 +53,7 @@ def test_packaged_steps_are_sound_for_all_runs(default: Path) -> None:
 
 def test_a_generator_may_have_steps_of_its_own() -> None:
     assert CheckSettings().file("triples", "text").stem == "triples"
-    assert CheckSettings().file("autoif", "chat").stem == "chat"
+    assert CheckSettings().file("multihop", "prompt").stem == "prompt"
     assert CheckSettings(Path("own.yaml")).file("triples", "text") == Path("own.yaml")
     assert CheckSettings(Path("own.yaml")).file("", "prompt").stem == "prompt", "records of another kind"
 
