@@ -137,7 +137,8 @@ class CodeTasks(Generator):
     def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
         """Yield the prompt with its tests, then each program's conversation."""
         s = self.settings
-        drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens, "thinking": s.thinking}
+        drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens,
+                                 "thinking": s.thinking}
         text = item.fields["task"]
         if not text:
             (reply,) = ask("code/task", **drawn, seed=item.fields["seed"], language=s.language)

@@ -124,7 +124,8 @@ class Probes(Generator):
     def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
         """Yield one problem."""
         s = self.settings
-        drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens, "thinking": s.thinking}
+        drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens,
+                                 "thinking": s.thinking}
         number = item.fields["number"]
         (reply,) = ask("probes/problem", **drawn, domain=item.fields["domain"], topic=item.fields["topic"],
                        number=number, steps=STEPS[number % len(STEPS)],
