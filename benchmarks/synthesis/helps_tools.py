@@ -137,7 +137,7 @@ class Seed(SeedFolder):
                                                   for one in rows))
         (self.folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
         run(self.log, "tokenizer.cli", "train", "--preset", "custom", "--config",
-            self.folder / "tokenizer.json", "--vocab-size", "512", "--input", self.folder / "base.jsonl",
+            self.folder / "tokenizer.json", "--vocab-size", "400", "--input", self.folder / "base.jsonl",
             "--output", self.folder / "tokenizer", "--overwrite")
         for name in ("base", "kept", "unchecked"):
             run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
