@@ -61,9 +61,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{prefix}api-key-env", default=None, metavar="VARIABLE",
                             help="variable of the environment with the key of the address"
                                  + ("" if prefix else " (default: OPENAI_API_KEY)"))
-        parser.add_argument(f"--{prefix}input-price", type=float, default=0.0, metavar="X",
+        parser.add_argument(f"--{prefix}input-price", type=float, metavar="X",
                             help="of a million tokens that it reads")
-        parser.add_argument(f"--{prefix}output-price", type=float, default=0.0, metavar="X",
+        parser.add_argument(f"--{prefix}output-price", type=float, metavar="X",
                             help="of a million tokens that it writes")
 
 
@@ -153,17 +153,25 @@ def order_of(args: argparse.Namespace) -> Order:
 
 def models_of(args: argparse.Namespace) -> tuple[Model, Model]:
     """Return the model that writes and the one that judges.  A key is sent to another address only where its
-    variable is named for it."""
+    variable is named for it.
+
+    Raises:
+        UserError: a limit of money cannot be kept, since a price is not known.
+    """
     from data_prep.synth.models import Model
 
     key_env = "OPENAI_API_KEY" if args.api_key_env is None else args.api_key_env
-    writer = Model(args.engine, args.model, key_env, args.input_price, args.output_price)
+    writer = Model(args.engine, args.model, key_env, args.input_price or 0.0, args.output_price or 0.0)
     if not args.judge_engine and not args.judge_model:
         return writer, writer
+    if args.max_cost and args.judge_input_price is None and args.judge_output_price is None:
+        raise UserError(f"--max-cost {args.max_cost:g}: what the judge costs is not known; pass "
+                        "--judge-input-price and --judge-output-price, 0 where it costs nothing")
     engine = args.judge_engine or args.engine
     own = "" if args.judge_engine and args.judge_engine != args.engine else key_env
     judge = Model(engine, args.judge_model, own if args.judge_api_key_env is None else args.judge_api_key_env,
-                  args.judge_input_price, args.judge_output_price, ("--judge-engine", "--judge-model"))
+                  args.judge_input_price or 0.0, args.judge_output_price or 0.0,
+                  options=("--judge-engine", "--judge-model"))
     return writer, judge
 
 

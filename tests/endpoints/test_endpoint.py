@@ -35,7 +35,7 @@ class Hostile(BaseHTTPRequestHandler):
         way = self.server.way  # type: ignore[attr-defined]
         self.send_response(500 if way.endswith("500") else 200)
         if way == "packed":
-            body = gzip.compress(b" " * 50_000_000)
+            body = gzip.compress(b" " * 10_000_000)
             self.send_header("content-encoding", "gzip")
             self.send_header("content-length", str(len(body)))
             self.end_headers()

@@ -106,6 +106,16 @@ def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint
     assert not any(KEY.encode() in file.read_bytes() for file in run.output.rglob("*") if file.is_file())
 
 
+def test_a_judge_at_another_address_gets_no_key(run: Run, endpoint: ScriptedEndpoint) -> None:
+    with serving(ScriptedEndpoint(echoes.reply)) as other:
+        assert run(endpoint, "--judge-engine", other.url, "--judge-model", "wise", "--limit", "1") == 0
+        assert {request["model"] for request in endpoint.requests} == {"scripted"}
+        assert {request["model"] for request in other.requests} == {"wise"}
+        assert (endpoint.key_header, other.key_header) == (f"Bearer {KEY}", "")
+    record = json.loads((run.output / "run.json").read_text())
+    assert (record["judge"], record["judge_identity"]) == ("wise", "endpoint:wise")
+
+
 def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new(
         run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
@@ -253,6 +263,8 @@ BAD = {
     "no model": (["--model", ""], "say which model of the endpoint is asked"),
     "no time": (["--max-time", "soon"], "must be a time such as"),
     "money without prices": (["--max-cost", "1"], "no cost is known"),
+    "a judge without a price": (["--max-cost", "1", "--input-price", "1", "--judge-model", "j"],
+                                "what the judge costs is not known"),
     "no input": (["--input", "missing.jsonl"], "does not exist"),
     "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "a setting": (["--set", "tome=x"], "no such setting; did you mean 'tone'"),
