@@ -136,7 +136,7 @@ def _read(outcome: Outcome, count: int) -> tuple[list[Verdict], bool]:
     for line in outcome.stdout.splitlines():
         try:
             place, accepts, reason, how = json.loads(line)
-        except ValueError:  # cut off where the program was ended
+        except (ValueError, TypeError, RecursionError):  # cut off where the program was ended
             break
         told[place] = Verdict(accepts, reason, how == "ended")
         waited = waited or how == "waited"

@@ -108,3 +108,19 @@ def test_a_setting_lets_a_library_in() -> None:
     source = "from pythainlp.tokenize import word_tokenize\ndef evaluate(r):\n    return True"
     assert "imports pythainlp" in problem_of(source)
     assert problem_of(source, ["pythainlp"]) == ""
+
+
+@pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]', "[" * 5000],
+                         ids=["number", "null", "place", "kinds", "deep"])
+def test_a_function_that_writes_verdicts_of_its_own_gives_none(line: str) -> None:
+    source = f"""import collections
+def evaluate(response):
+    os = collections._sys.modules["os"]
+    for fd in range(3, 10):
+        try:
+            os.write(fd, {line!r}.encode() + b"\\n")
+        except OSError:
+            pass
+    return True"""
+    assert problem_of(source) == ""
+    assert [one.accepts for one in asked(source, ["a"])] == [None]

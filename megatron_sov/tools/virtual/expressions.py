@@ -19,8 +19,8 @@ from megatron_sov.tools.virtual.problems import Problems, shown
 
 MAX_CHARS, MAX_NODES = 600, 150
 """Of an expression, and of its parts."""
-MAX_NUMBER, MAX_TEXT_CHARS, MAX_ITEMS = 10 ** 15, 10_000, 5_000
-"""Of a value."""
+MAX_NUMBER, MAX_TEXT_CHARS, MAX_ITEMS, MAX_PARTS = 10 ** 15, 10_000, 5_000, 200_000
+"""Of a value; `MAX_PARTS`: of lists within lists, each as often as it stands there."""
 CONSTANTS = {"true": True, "false": False, "null": None}
 """JSON's names, beside Python's own."""
 Columns = Mapping[str, Set[str] | None]
@@ -122,11 +122,14 @@ def value_of(expression: Expression, scope: Mapping[str, Any]) -> Any:
         ToolFault: `failed`: it has no value for what it was given, or one beyond the bounds.
     """
     try:
-        return _value(expression.tree, scope)
+        return _within(_value(expression.tree, scope))
     except _NoValue as e:
         raise ToolFault("failed", f"failed ({shown(expression.text)}: {e})") from None
     except RecursionError:
         raise ToolFault("failed", f"failed ({shown(expression.text)} is nested too deep)") from None
+    except (ArithmeticError, ValueError):  # JSON's whole numbers have no bounds, and come as arguments
+        raise ToolFault("failed", f"failed ({shown(expression.text)}: a number passes {MAX_NUMBER:.0e})"
+                        ) from None
 
 
 class _NoValue(Exception):
@@ -296,6 +299,19 @@ def _bounded(value: Any) -> Any:
         raise _NoValue(f"a text passes {MAX_TEXT_CHARS:,} characters")
     if isinstance(value, list) and len(value) > MAX_ITEMS:
         raise _NoValue(f"a list passes {MAX_ITEMS:,} values")
+    return value
+
+
+def _within(value: Any) -> Any:
+    """Return a value; lists of one list, and lists of those, are small until they are written out."""
+    waiting, num_parts = [value], 0
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, (list, dict)):
+            num_parts += len(part)
+            if num_parts > MAX_PARTS:
+                raise _NoValue(f"it has more than {MAX_PARTS:,} parts")
+            waiting += part.values() if isinstance(part, dict) else part
     return value
 
 

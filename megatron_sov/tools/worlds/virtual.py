@@ -89,7 +89,7 @@ class Virtual(Database):
                 raise ToolFault("result", f"returned what its schema does not allow ({wrong})")
             if tool.changes and (broken := self._world.broken_rule(self.state)):
                 raise ToolFault("state", f"left tables that its world does not allow ({broken})")
-        except ToolFault:
+        except BaseException:
             self.state = before
             raise
         return result

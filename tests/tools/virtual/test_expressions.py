@@ -82,3 +82,16 @@ def test_a_text_without_quotes_is_told_how_to_be_written() -> None:
     problems = Problems()
     read("open", {"row": None}, "here", problems)
     assert "a text stands in quotes: \"'open'\"" in problems.told[0]
+
+
+@pytest.mark.parametrize("text", ["sum([0.5, n])", "text(n)", "n + 0.5"])
+def test_a_whole_number_without_bounds_is_a_fault_of_the_call(text: str) -> None:
+    with pytest.raises(ToolFault):
+        value(text, {"n": 10 ** 5000})
+
+
+def test_lists_of_one_list_do_not_grow_beyond_the_bounds() -> None:
+    found: Any = [1]
+    with pytest.raises(ToolFault, match="parts"):
+        for _ in range(5):
+            found = value(f"[{', '.join(['a'] * 70)}]", {"a": found})
