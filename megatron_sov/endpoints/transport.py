@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_sov.endpoints.answers import BadAnswer
+from megatron_sov.endpoints.deadline import Deadline, bound_streams
 
 MAX_BODY_BYTES = 8 << 20
-_DEADLINE = "megatron_sov.deadline_s"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Transport:
         self._is_secure = url.startswith("https:")
         self._is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._key_env, self._timeout_s = key_env, timeout_s
+        self._deadline = Deadline()
         self._lock = threading.Lock()
         self._client: Any = None
 
@@ -96,12 +97,13 @@ class Transport:
                                     # a proxy of the environment knows this machine as itself
                                     trust_env=not self._is_here,
                                     event_hooks={"request": [self._begin], "response": [_bound]})
+                bound_streams(http, self._deadline)
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
                                              timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
             return self._client
 
     def _begin(self, request: Any) -> None:
-        request.extensions[_DEADLINE] = time.monotonic() + self._timeout_s
+        self._deadline.at_s = time.monotonic() + self._timeout_s
 
 
 def _bound(response: Any) -> None:
@@ -135,8 +137,6 @@ def _bounded_stream(response: Any) -> Any:
                 if size_bytes > MAX_BODY_BYTES:
                     raise _unbounded()(f"the endpoint sent more than {MAX_BODY_BYTES >> 20} MiB",
                                        request=request)
-                if time.monotonic() > request.extensions[_DEADLINE]:
-                    raise httpx.ReadTimeout("dripping", request=request)
                 yield block
 
         def close(self) -> None:

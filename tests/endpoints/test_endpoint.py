@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import importlib
 import json
 import sqlite3
 import sys
@@ -27,12 +29,20 @@ LIMITS = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 
 
+HEADS = {"dripping headers": (b"HTTP/1.1 200 OK\r\nx: ", b"a"),
+         "dripping patience": (b"", b"HTTP/1.1 102 Processing\r\n\r\n")}
+"""Ways -> what comes first of an answer's head, and then again and again."""
+
+
 class Hostile(BaseHTTPRequestHandler):
     """Answers with what its server has as `way`."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         way = self.server.way  # type: ignore[attr-defined]
+        if way in HEADS:
+            self._drip_head(*HEADS[way])
+            return
         self.send_response(500 if way.endswith("500") else 200)
         if way == "packed":
             body = gzip.compress(b" " * 10_000_000)
@@ -50,6 +60,13 @@ class Hostile(BaseHTTPRequestHandler):
         except OSError:
             pass  # the client has gone
 
+    def _drip_head(self, first: bytes, again: bytes) -> None:
+        with contextlib.suppress(OSError):  # the client has gone
+            self.wfile.write(first)
+            for _ in range(30):
+                self.wfile.write(again)
+                time.sleep(0.05)
+
     def log_message(self, *args: object) -> None:
         """Say nothing."""
 
@@ -66,11 +83,13 @@ def hostile() -> Iterator[ThreadingHTTPServer]:
 @pytest.mark.parametrize(("way", "sentence"), [
     ("packed", "packed answer, which was not asked for"), ("endless", "sent more than 1 MiB"),
     ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
-    ("dripping 500", "longer than 0.3 s")])
+    ("dripping 500", "longer than 0.3 s"), ("dripping headers", "longer than 0.3 s"),
+    ("dripping patience", "longer than 0.3 s")])
 def test_no_answer_takes_more_than_it_may(way: str, sentence: str, hostile: ThreadingHTTPServer,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
     hostile.way = way  # type: ignore[attr-defined]
+    importlib.import_module("openai")  # seconds on a busy machine
     began_s = time.monotonic()
     asked = Transport(f"http://127.0.0.1:{hostile.server_port}/v1/chat/completions", "",
                       0.3 if "dripping" in way else 5.0)
