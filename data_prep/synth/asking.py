@@ -124,11 +124,22 @@ class Asking:
 
 def _request(messages: Sequence[Mapping[str, Any]], temperature: float, top_p: float, max_tokens: int,
              thinking: bool | None) -> dict[str, Any]:
-    request: dict[str, Any] = {"messages": [dict(message) for message in messages],
+    request: dict[str, Any] = {"messages": _sound([dict(message) for message in messages]),
                                "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     if thinking is not None:  # as vLLM, SGLang and ours take it
         request["chat_template_kwargs"] = {"enable_thinking": thinking}
     return request
+
+
+def _sound(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as UTF-8 can hold them: half of a surrogate pair becomes a question mark."""
+    text = json.dumps(messages, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        found: list[dict[str, Any]] = json.loads(sound(text))
+        return found
+    return messages
 
 
 def _seed(*parts: object) -> int:

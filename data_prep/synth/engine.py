@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from data_prep.synth.asking import Asking, Door
 from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Reply, Role
 from data_prep.synth.journal import Finished, Journal
-from data_prep.synth.sample import Sample
+from data_prep.synth.sample import Sample, writable
 from data_prep.synth.stopping import Stop
 from data_prep.synth.templates import Prompt
 from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
@@ -169,7 +169,7 @@ class Engine:
         unusable = ""
         try:
             try:
-                samples = tuple(self._generator.make(item, ask))
+                samples = tuple(map(writable, self._generator.make(item, ask)))
             except NoUsableReply as e:
                 unusable = str(e)
             if ask.failure is not None:  # which the generator went on without

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["text", "chat", "prompt", "task"]
@@ -43,3 +44,17 @@ class Sample:
     def reason(self) -> str:
         """Return the name of the first check that it does not pass; empty where it is kept."""
         return next((verdict.check for verdict in self.verdicts if not verdict.passed), "")
+
+
+def writable(sample: Sample) -> Sample:
+    """Return a sample as it is where a line of JSON in UTF-8 can hold it; otherwise one without a record
+    that says why not: a model may write half of a character as an escape, or a number without end."""
+    try:
+        json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        why = "holds half of a surrogate pair, which is no character"
+    except (ValueError, RecursionError):  # JSON's own
+        why = "holds a number that is none, or is nested too deep"
+    else:
+        return sample
+    return Sample({}, (Verdict("form", False, why),), kind=sample.kind)

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 
 MAX_WAIT_S = 60.0
 """Between two attempts, whatever the endpoint asks for."""
+MAX_LEVELS = 200
+"""Of an answer's lists and objects: what can be read just so can no longer be written."""
 NEVER = {
     "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len"),
     "against the endpoint's policy": ("content_filter", "content_policy_violation"),
@@ -33,12 +35,19 @@ class NeverAnswered(BadAnswer):
 
 
 def decoded(body: bytes) -> Any:
-    """Return the JSON of an answer; raises BadAnswer where it is none."""
+    """Return the JSON of an answer; raises BadAnswer where it is none, or more levels than can be kept."""
     try:
-        return json.loads(body)
+        found = json.loads(body)
     except (ValueError, RecursionError):
         looks = "HTML" if body.lstrip()[:1] == b"<" else "no JSON, or a part of it"
         raise BadAnswer(f"the endpoint sent {looks}") from None
+    parts = [found]
+    for _ in range(MAX_LEVELS):
+        parts = [inner for part in parts if isinstance(part, (dict, list))
+                 for inner in (part.values() if isinstance(part, dict) else part)]
+        if not parts:
+            return found
+    raise BadAnswer(f"the endpoint sent JSON of more than {MAX_LEVELS} levels")
 
 
 def why_never(body: bytes) -> str:
@@ -60,7 +69,7 @@ def told_tokens(answer: Any) -> tuple[int, int] | None:
     said = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(said, dict):
         return None
-    read, wrote = said.get("prompt_tokens"), said.get("completion_tokens", 0)
+    read, wrote = said.get("prompt_tokens"), said.get("completion_tokens")
     return (read, wrote) if _is_count(read) and _is_count(wrote) else None
 
 

@@ -69,7 +69,11 @@ class EndpointCache:
         """Return a kept answer; None where there is none."""
         found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
         if found:
-            return json.loads(found[0][0])
+            try:
+                return json.loads(found[0][0])
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(f"cache = {self._path}: the answer {key} is damaged; restore the file from a "
+                                "copy, or delete it: then its answers are asked, and paid, again") from None
         return next((answer for other in self._others if (answer := other.get(key)) is not None), None)
 
     def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:

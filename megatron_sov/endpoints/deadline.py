@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-
 _PIECE_BYTES = 1 << 16
 """Between two looks at the clock while a request is sent."""
 

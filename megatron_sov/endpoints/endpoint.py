@@ -197,6 +197,7 @@ class Endpoint:
             came = self._transport.post(payload)
             outcome = str(came.status)
             self._refuse(came.status, came.headers.get("retry-after"), came.body)
+            usage = most  # also of an answer that was cut off on its way
             found = decoded(came.body)
             usage = self._billed(found, most)
             try:

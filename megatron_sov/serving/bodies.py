@@ -7,9 +7,9 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import REASONING, read_messages, read_tools, refuse_deep
@@ -38,6 +38,10 @@ shows the model no tools."""
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+# the first wrong part of a list ends its reading: what is kept of each takes a thousand times its bytes
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,11 @@ class Question:
         return len(self.prompts) * self.num_choices
 
 
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    include_usage: bool = False
+def _few(options: Any) -> Any:
+    """Return options of which there are few; raises ValueError."""
+    if isinstance(options, dict) and len(options) > 10:
+        raise ValueError("too many names")
+    return options
 
 
 class _Body(BaseModel):
@@ -96,7 +102,7 @@ class _Body(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
     stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
+    stream_options: Annotated[dict[Literal["include_usage"], bool], BeforeValidator(_few)] = {}
     max_tokens: Count | None = None
 
     def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool) -> Question:
@@ -112,12 +118,12 @@ class _Body(BaseModel):
                             seed=seed)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         return Question(prompts, self.n, sampling, max_tokens, stops, with_logprobs, self.stream,
-                        self.stream_options.include_usage)
+                        self.stream_options.get("include_usage", False))
 
 
 class _ChatBody(_Body):
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] = []
+    messages: Objects
+    tools: Objects = []
     chat_template_kwargs: dict[str, Any] = {}
     max_completion_tokens: Count | None = None
     logprobs: bool = False
@@ -125,7 +131,7 @@ class _ChatBody(_Body):
 
 
 class _CompletionBody(_Body):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
 
 
@@ -148,8 +154,8 @@ def chat_question(raw: bytes, model: str) -> Question:
     for number, message in enumerate(body.messages):
         message = {key: value for key, value in message.items() if value is not None}
         if unknown := sorted(set(message) - MESSAGE_FIELDS):
-            raise Refused(400, f"messages[{number}] has {unknown[0]!r}, which is not known"
-                               f"{nearest(unknown[0], MESSAGE_FIELDS)}; leave it out", "messages")
+            raise Refused(400, f"messages[{number}] has {unknown[0][:200]!r}, which is not known"
+                               f"{nearest(unknown[0][:200], MESSAGE_FIELDS)}; leave it out", "messages")
     try:
         chat = Conversation(read_messages(body.messages, "messages"),
                             read_tools(body.tools) if shows_tools else (), body.chat_template_kwargs)
@@ -195,14 +201,16 @@ def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
         if name in fields and fields[name] not in allowed:
             raise Refused(400, f"{name} is {_shown(fields[name])}: this server does nothing with it but for "
                                f"{' or '.join(json.dumps(value) for value in allowed)}; leave it out", name)
+    # the first alone: of each that pydantic meets it keeps a report
+    if unknown := next((name for name in known if name not in kind.model_fields), ""):
+        every = [*kind.model_fields, *NEUTRAL, *CHANGE_NOTHING]
+        raise Refused(400, f"{unknown[:200]} is not known{nearest(unknown[:200], every)}; leave it out",
+                      unknown[:200])
     try:
         body = kind.model_validate(known)
     except ValidationError as e:
         error = e.errors(include_url=False)[0]
         name = str(error["loc"][0])
-        if error["type"] == "extra_forbidden":
-            every = [*kind.model_fields, *NEUTRAL, *CHANGE_NOTHING]
-            raise Refused(400, f"{name} is not known{nearest(name, every)}; leave it out", name) from None
         if error["type"] == "missing":
             raise Refused(400, f"{name} is missing; send it", name) from None
         raise Refused(400, f"{name} is {_shown(fields[name])}: {error['msg'][:200]}", name) from None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+MAX_CHARS = 2000
+"""Of a sentence: it may quote what a client has sent."""
+
 
 class Refused(Exception):
     """A request that is not answered."""
@@ -17,7 +20,7 @@ class Refused(Exception):
             param: the field that it is about.
             code: OpenAI's word for it, where there is one.
         """
-        super().__init__(message)
+        super().__init__(message if len(message) <= MAX_CHARS else f"{message[:MAX_CHARS]}...")
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> str:

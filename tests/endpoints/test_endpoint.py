@@ -20,10 +20,11 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from megatron_sov.endpoints import transport
-from megatron_sov.endpoints.answers import BadAnswer, Unavailable
+from megatron_sov.endpoints.answers import BadAnswer, Unavailable, decoded
 from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
 from megatron_sov.endpoints.transport import Transport
+from megatron_sov.errors import UserError
 
 LIMITS = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
@@ -126,8 +127,35 @@ def test_an_answer_that_tells_no_usage_counts_as_the_most_it_can_be(tmp_path: Pa
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
         endpoint.ask(ASKED, lambda raw: None)
         assert cache.usage() == Usage(8, 9, pytest.approx(26e-6))
-        endpoint._billed({"choices": []}, Usage(100, 8, 1.0))
-        assert endpoint._billed({"usage": {"prompt_tokens": -1}}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
+        for usage in ({}, {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": 1}):
+            assert endpoint._billed({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
+
+
+def test_an_answer_that_was_cut_off_on_its_way_is_billed_too(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        server.next = ["half"]
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
+        endpoint.ask(ASKED, lambda raw: None)
+        most = endpoint._most(ASKED)
+        assert cache.usage().input_tokens == 8 + most.input_tokens
+        assert cache.usage().output_tokens == 9 + most.output_tokens
+
+
+@pytest.mark.parametrize("levels", [250, 900, 100_000])
+def test_an_answer_of_more_levels_than_can_be_kept_is_none(levels: int) -> None:
+    with pytest.raises(BadAnswer):
+        decoded(b"[" * levels + b"]" * levels)
+    assert decoded(b"[" * 150 + b"]" * 150)
+
+
+def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    cache.note("k", "200", Usage(0, 0, 0.0), 0.0, {"a": 1})
+    with sqlite3.connect(tmp_path / "a") as connection:
+        connection.execute("UPDATE answers SET answer = '{\"a\"'")
+    with pytest.raises(UserError, match="answer k is damaged"):
+        cache.get("k")
 
 
 def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp_path: Path) -> None:

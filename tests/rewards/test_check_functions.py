@@ -110,8 +110,8 @@ def test_a_setting_lets_a_library_in() -> None:
     assert problem_of(source, ["pythainlp"]) == ""
 
 
-@pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]', "[" * 5000],
-                         ids=["number", "null", "place", "kinds", "deep"])
+@pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
+                                  "[" * 5000], ids=["number", "null", "place", "kinds", "deep"])
 def test_a_function_that_writes_verdicts_of_its_own_gives_none(line: str) -> None:
     source = f"""import collections
 def evaluate(response):
