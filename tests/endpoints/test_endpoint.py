@@ -131,10 +131,10 @@ def test_an_answer_that_tells_no_usage_counts_as_the_most_it_can_be(tmp_path: Pa
             assert endpoint._billed({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
 
 
-def test_an_answer_that_was_cut_off_on_its_way_is_billed_too(tmp_path: Path) -> None:
+def test_an_answer_that_cannot_be_read_is_billed_too(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        server.next = ["half"]
+        server.next = ["garbage"]
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
         endpoint.ask(ASKED, lambda raw: None)
         most = endpoint._most(ASKED)
