@@ -191,9 +191,10 @@ def _columns(given: Any, where: str, tables: Mapping[str, Any],
                                          "letters, digits and _, and are not id, the key's name")
         return {}
     for name, column in given.items():
-        other = column.get("references") if isinstance(column, Mapping) else None
-        if other is not None and (other not in tables or column.get("type") not in (
-                "string", ["string", "null"])):
+        refers = isinstance(column, Mapping) and "references" in column
+        other = column["references"] if refers else None
+        if refers and (not isinstance(other, str) or other not in tables
+                       or column.get("type") not in ("string", ["string", "null"])):
             problems.add(f"{where}.{name}", f"references {shown(other)}: must be a table, whose keys are of "
                                             "type string")
         if isinstance(column, Mapping) and column.get("free", False) not in (True, False):

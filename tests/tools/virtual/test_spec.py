@@ -39,6 +39,8 @@ def test_the_example_is_sound() -> None:
     ("type is 'text', must be one of", lambda w: w["tables"]["books"]["columns"].update(x={"type": "text"})),
     ("references 'shops': must be a table", lambda w: w["tables"]["loans"]["columns"]["book"].update(
         references="shops")),
+    ('references "[', lambda w: w["tables"]["loans"]["columns"]["book"].update(references=["books"])),
+    ("references 'None'", lambda w: w["tables"]["loans"]["columns"]["book"].update(references=None)),
     ("row B1 of books: copies: Input should be a valid integer",
      lambda w: w["tables"]["books"]["rows"]["B1"].update(copies="1")),
     ("row L1 of loans: member is 'M9', which members has not",
