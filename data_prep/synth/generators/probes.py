@@ -109,10 +109,10 @@ class Probes(Generator):
         for where, record in _topics(inputs):
             domain, topic = record.get("domain"), record.get("topic")
             if not isinstance(domain, str) or not DOMAIN.fullmatch(domain):
-                raise UserError(f"{where}: domain = {str(domain)[:60]!r} must be a name of letters, digits, "
+                raise UserError(f"{where}: domain = {repr(domain)[:60]} must be a name of letters, digits, "
                                 "'.', '_' and '-', such as algebra")
             if not isinstance(topic, str) or not 0 < len(topic.strip()) <= 1000:
-                raise UserError(f"{where}: topic = {str(topic)[:60]!r} must be a text of up to 1,000 "
+                raise UserError(f"{where}: topic = {repr(topic)[:60]} must be a text of up to 1,000 "
                                 "characters")
             id_ = stated_id(record, f"{domain}\n{topic}", where)
             if seen.setdefault(id_, where) != where:
