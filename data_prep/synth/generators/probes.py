@@ -23,7 +23,7 @@ from data_prep.json_lines import read_objects
 from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply
 from data_prep.synth.generators.code_parts import reaches_out
-from data_prep.synth.problems import stated_id
+from data_prep.synth.problems import line_files, stated_id
 from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
@@ -210,5 +210,5 @@ def _topics(inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not inputs:
         for domain, topics in yaml.safe_load(TOPICS.read_text(encoding="utf-8")).items():
             yield from ((f"{TOPICS.stem}:{domain}", {"domain": domain, "topic": topic}) for topic in topics)
-    for file in inputs:
+    for file in line_files(inputs):
         yield from read_objects(file)
