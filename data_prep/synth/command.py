@@ -159,10 +159,16 @@ def models_of(args: argparse.Namespace) -> tuple[Model, Model]:
     variable is named for it.
 
     Raises:
-        UserError: a limit of money cannot be kept, since a price is not known.
+        UserError: a limit of money cannot be kept, since a price is not known; a variable has no key; an
+            option is a judge's, and there is none of its own.
     """
     from data_prep.synth.models import Model
 
+    for option, variable in (("--api-key-env", args.api_key_env),
+                             ("--judge-api-key-env", args.judge_api_key_env)):
+        if variable and not os.environ.get(variable):
+            raise UserError(f"{option} {variable}: the environment has no key there; set it, or leave the "
+                            "option out where none is needed")
     key_env = "OPENAI_API_KEY" if args.api_key_env is None else args.api_key_env
     writer = Model(args.engine, args.model, key_env, args.input_price or 0.0, args.output_price or 0.0)
     if not args.judge_engine and not args.judge_model:

@@ -275,6 +275,7 @@ BAD = {
     "all of an address": (["--engine", "http://h/v1/chat/completions"], "must end before /chat/completions"),
     "no judge's folder": (["--judge-engine", "nowhere"], "--judge-engine nowhere: is neither an address"),
     "what a judge costs": (["--judge-input-price", "1"], "--judge-input-price: there is no judge of its own"),
+    "no key": (["--api-key-env", "KEY_OF_NOBODY"], "--api-key-env KEY_OF_NOBODY: the environment has no key"),
     "no time left": (["--max-time", "0s"], "--max-time 0s: leaves no time"),
     "all threads": (["--threads", "100000"], "--threads 100000: must be at most 4,096"),
     "other templates": (["--prompts", "."], "has no template of this generator; they are named echoes/"),
