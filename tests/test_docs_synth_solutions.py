@@ -18,7 +18,7 @@ from data_prep.synth.known import generator_class
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).parent / "data_prep/synth/difficulty"))
-from planted import write_measurements
+from planted_rates import write_measurements
 from synthesis.actors import code, probes, solutions
 from synthesis.cases import asked
 from synthesis.endpoint import ScriptedEndpoint, serving

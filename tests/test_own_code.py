@@ -126,12 +126,12 @@ def test_an_objective(site: Path, typed: Run) -> None:
 def test_a_model_family(site: Path, from_wheel: Run, typed: Run) -> None:
     config = done(site, from_wheel, "A model family")
     assert (config["model"]["family"], [code["kind"] for code in config["code"]]) == (
-        "llama", ["recipe", "model family"])
+        "mistral", ["recipe", "model family"])
     assert list(config["code"][0]["files"]) == ["my_family.py", "my_recipe.py"]
-    assert json.loads((site / "hf/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    refused = typed("megatron-sov convert to-hf runs/llama other")
+    assert json.loads((site / "hf/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+    refused = typed("megatron-sov convert to-hf runs/mistral other")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert f"add --plugin {site}/my_family.py:LLAMA" in refused.stderr
+    assert f"add --plugin {site}/my_family.py:MISTRAL" in refused.stderr
 
 
 def test_a_data_step(site: Path, from_wheel: Run) -> None:

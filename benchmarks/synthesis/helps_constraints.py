@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import random
 import re
 import sys
@@ -209,6 +210,8 @@ def share_kept(folder: Path, name: str) -> float | None:
 
 def report(work: Path) -> None:
     """Print what there is."""
+    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
+          f"{platform.python_version()}; one process of one thread each")
     print(f"answers to {NUM_ASKED} prompts that keep a constraint that stood in no data, %")
     found: dict[str, list[float]] = {name: [] for name in ARMS}
     for folder in sorted(work.glob("seed-*")):

@@ -45,7 +45,7 @@ ROOMS = ("kitchen", "hall", "attic", "cellar", "study", "garage", "nursery", "ba
 DEVICES = ("lamp", "heater", "fan", "radio", "camera", "screen", "kettle", "blind")
 NUM_BASE, NUM_ASKED, CONVERSATIONS = 400, 60, 4
 RIGHT, CLAIMED = 0.35, 0.4
-SETTINGS = (*ALWAYS, rows_of(128))
+SETTINGS = (*ALWAYS, rows_of(256))
 BASE_STEPS, STEPS = 250, 200
 LR = {"base": 4e-3, "sft": 2e-3}
 TEMPERATURE = 0.7
@@ -137,7 +137,7 @@ class Seed(SeedFolder):
                                                   for one in rows))
         (self.folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
         run(self.log, "tokenizer.cli", "train", "--preset", "custom", "--config",
-            self.folder / "tokenizer.json", "--vocab-size", "512", "--input", self.folder / "base.jsonl",
+            self.folder / "tokenizer.json", "--vocab-size", "400", "--input", self.folder / "base.jsonl",
             "--output", self.folder / "tokenizer", "--overwrite")
         for name in ("base", "kept", "unchecked"):
             run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
@@ -163,7 +163,7 @@ class Seed(SeedFolder):
             run(self.log, "megatron_sov", "tools", "run", "virtual", self.folder / name, "--tasks",
                 self.folder / "asked.jsonl", "--output", output, "--parallel", "20", "--temperature",
                 str(TEMPERATURE), "--limit", "max_turns=3", "--limit", "max_turn_tokens=40", "--limit",
-                "max_prompt_tokens=96", "--limit", "max_response_tokens=100")
+                "max_prompt_tokens=128", "--limit", "max_response_tokens=100")
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:

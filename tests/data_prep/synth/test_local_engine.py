@@ -47,10 +47,15 @@ def program(folder: Path, text: str) -> list[str]:
     return [sys.executable, str(folder / "serve.py")]
 
 
+def servers(folder: Path) -> list[psutil.Process]:
+    """Return the processes of `program` that live."""
+    return [child for child in psutil.Process().children() if str(folder / "serve.py") in child.cmdline()]
+
+
 def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tmp_path: Path) -> None:
     with serving(model, program(tmp_path, SERVER), Stop()) as served:
         assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
-        (child,) = psutil.Process().children()
+        (child,) = servers(tmp_path)
         assert os.environ[KEY_ENV] not in " ".join(child.cmdline()), "which all users see"
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(served.url)
@@ -73,7 +78,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Pa
     with pytest.raises(StopRequested, match="enough"), \
             serving(model, program(tmp_path, "import time; time.sleep(60)"), stop):
         pass
-    assert time.monotonic() - began_s < 10 and not psutil.Process().children()
+    assert time.monotonic() - began_s < 10 and not servers(tmp_path)
 
 
 def test_a_model_is_known_by_its_files_wherever_they_lie(model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import spearmanr
 
 sys.path.append(str(Path(__file__).parent))
-from planted import problem, write, write_measurements
+from planted_rates import problem, write, write_measurements
 
 from data_prep.cli import main
 from data_prep.synth.difficulty.estimator import load_estimator

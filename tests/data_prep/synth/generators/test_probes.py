@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from planted import generator, wrongly_judged
+from planted_cases import generator, wrongly_judged
 
 from data_prep.synth.generator import Reply
 from data_prep.synth.generators.probes import ProbesSettings, read_problem, run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from planted import actor, made, one_of_each
+from planted_cases import actor, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.questions import QuestionSettings

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from planted import generator, samples_of, wrongly_judged
+from planted_cases import generator, samples_of, wrongly_judged
 
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.solutions import SolutionsSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from planted import actor, first_reason, made, one_of_each
+from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.textbook import TextbookSettings

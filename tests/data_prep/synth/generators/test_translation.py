@@ -11,7 +11,7 @@ import pytest
 from sacrebleu import sentence_chrf
 
 sys.path.append(str(Path(__file__).parent))
-from planted import actor, first_reason, made, one_of_each
+from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.translation import TranslationSettings, chrf
