@@ -15,6 +15,8 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.synth.known import generator_class
+from data_prep.synth.running import made_generator
+from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rewards.stem import Stem
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -72,13 +74,14 @@ def test_the_example_of_korean_culture(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(Stem().score({**row, "response": f"정답은 {row['answer']}"}).reward == 1 for row in rows)
 
 
-def test_settings_of_the_page_are_those_of_its_generators() -> None:
+def test_settings_of_the_page_are_those_of_its_generators(tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "terms.tsv").write_text("tide gauge\t검조소\n", encoding="utf-8")
     for line in (line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()):
         words = shlex.split(line)
-        known = generator_class(words[2]).Settings.__dataclass_fields__
-        given = [word.partition("=")[0] for before, word in pairwise(words)
-                 if before == "--set"]
-        assert set(given) <= set(known)
+        assert made_generator(words[2], parse_settings([word for before, word in pairwise(words)
+                                                        if before == "--set"]))
     named = set(re.findall(r"`((?:min|max)_\w+)`", PAGE))
     generators = ("rewrite", "textbook", "questions", "triples", "multihop", "translation")
     assert named <= {field for name in generators

@@ -204,8 +204,8 @@ def read_summary(out: Path) -> Summary:
                             "read; run the pipeline again")
         found = TypeAdapter(Summary).validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{file}: does not exist; pass the folder that `sov-data run` wrote, and let it come "
-                        "to its end") from None
+        raise UserError(f"{file}: does not exist; pass the folder that `sov-data run` or `sov-data synth` "
+                        "wrote, and let it come to its end") from None
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

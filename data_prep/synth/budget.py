@@ -27,7 +27,7 @@ class Most:
 
     def problems(self) -> list[str]:
         """Return one sentence for every limit that is none."""
-        return [f"{option} {value:g}: must not be negative"
+        return [f"{option} {value:g}: must be a number from 0 on; 0 is no limit"
                 for option, value in (("--max-tokens-total", self.tokens), ("--max-cost", self.cost),
                                       ("--max-time", self.time_s)) if not 0 <= value < float("inf")]
 

@@ -23,6 +23,7 @@ with 75 and goes on when the limit is raised."""
 EPILOG = "Generators: --list. What stands in the output folder: docs/synth.md."
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)
+_OF_A_JUDGE = ("--judge-api-key-env", "--judge-input-price", "--judge-output-price")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +146,8 @@ def order_of(args: argparse.Namespace) -> Order:
     writer, judge = models_of(args)
     asked = Asked(args.threads, args.timeout, args.max_attempts, duration_s("--patience", args.patience))
     time_s = duration_s("--max-time", args.max_time) if args.max_time else 0.0
+    if args.max_time and not time_s:
+        raise UserError(f"--max-time {args.max_time}: leaves no time; leave it out for no limit")
     return Order(args.generator, args.output, writer, judge, tuple(args.input), parse_settings(args.changes),
                  args.prompts, asked, Most(args.max_tokens_total, args.max_cost, time_s), args.limit,
                  arguments.settings_of(args),
@@ -156,13 +159,23 @@ def models_of(args: argparse.Namespace) -> tuple[Model, Model]:
     variable is named for it.
 
     Raises:
-        UserError: a limit of money cannot be kept, since a price is not known.
+        UserError: a limit of money cannot be kept, since a price is not known; a variable has no key; an
+            option is a judge's, and there is none of its own.
     """
     from data_prep.synth.models import Model
 
+    for option, variable in (("--api-key-env", args.api_key_env),
+                             ("--judge-api-key-env", args.judge_api_key_env)):
+        if variable and not os.environ.get(variable):
+            raise UserError(f"{option} {variable}: the environment has no key there; set it, or leave the "
+                            "option out where none is needed")
     key_env = "OPENAI_API_KEY" if args.api_key_env is None else args.api_key_env
     writer = Model(args.engine, args.model, key_env, args.input_price or 0.0, args.output_price or 0.0)
     if not args.judge_engine and not args.judge_model:
+        if alone := [option for option in _OF_A_JUDGE
+                     if getattr(args, option[2:].replace("-", "_")) is not None]:
+            raise UserError(f"{', '.join(alone)}: there is no judge of its own; add --judge-engine or "
+                            "--judge-model, or leave it out")
         return writer, writer
     if args.max_cost and args.judge_input_price is None and args.judge_output_price is None:
         raise UserError(f"--max-cost {args.max_cost:g}: what the judge costs is not known; pass "

@@ -88,19 +88,23 @@ def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder:
     return Served(said["url"], said["model"])
 
 
-def identity_of(folder: Path) -> str:
+def identity_of(folder: Path, option: str = "--engine") -> str:
     """Return a hash that stands for a model's files: small ones whole, of large ones size, begin and end.
+
+    Args:
+        folder: of the model.
+        option: that names it, for sentences.
 
     Raises:
         UserError: there is no such folder, or nothing in it.
     """
     if not folder.is_dir():
-        raise UserError(f"--engine {folder}: is neither an address (http://...) nor a folder of a model"
+        raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
                         f"{download(folder)}")
     digest = hashlib.sha256()
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
-        raise UserError(f"--engine {folder}: is empty; pass a checkpoint or a Hugging Face folder")
+        raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
     for file in files:
         size_bytes = file.stat().st_size
         digest.update(f"{file.relative_to(folder)}\0{size_bytes}\0".encode())

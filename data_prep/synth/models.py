@@ -20,6 +20,7 @@ from megatron_sov.endpoints.endpoint import Endpoint, Limits
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
+MAX_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Model:
     def problems(self) -> list[str]:
         """Return one sentence for every rule that is broken."""
         where, name = self.options
-        p = [f"{option} {price:g}: must not be negative"
+        p = [f"{option} {price:g}: must be a number from 0 on"
              for option, price in ((f"{where.replace('engine', 'input-price')}", self.input_price),
                                    (f"{where.replace('engine', 'output-price')}", self.output_price))
              if not 0 <= price < float("inf")]
@@ -76,7 +77,9 @@ class Model:
         are its answers."""
         if self.known_as:
             return self.known_as
-        return f"local:{identity_of(Path(self.engine))}" if self.is_local else f"endpoint:{self.model}"
+        if self.is_local:
+            return f"local:{identity_of(Path(self.engine), self.options[0])}"
+        return f"endpoint:{self.model}"
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,12 @@ class Asked:
         """Return one sentence for every rule that is broken."""
         bounds = (("--threads", self.threads, 1), ("--timeout", self.timeout_s, 0.1),
                   ("--max-attempts", self.max_attempts, 1), ("--patience", self.patience_s, 0))
-        return [f"{option} {value:g}: must be at least {least:g}"
-                for option, value, least in bounds if not value >= least]
+        p = [f"{option} {value:g}: must be at least {least:g}"
+             for option, value, least in bounds if not value >= least]
+        if self.threads > MAX_THREADS:
+            p.append(f"--threads {self.threads}: must be at most {MAX_THREADS:,}; each is a thread of this "
+                     "process")
+        return p
 
 
 @contextlib.contextmanager
@@ -117,6 +124,7 @@ def opened(writer: Model, judge: Model, asked: Asked, cache: EndpointCache, budg
             patience_s = min(asked.patience_s, LOCAL_PATIENCE_S) if model.is_local else asked.patience_s
             endpoint = Endpoint(f"{url}/chat/completions", key_env,
                                 Limits(*limits, model.input_price, model.output_price, patience_s),
-                                cache, known_as=model.identity(), gate=budget, sleep=stop.sleep)
+                                cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
+                                told=lambda sentence: print(sentence, flush=True))
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

@@ -10,6 +10,8 @@ from typing import Any
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import Item
+from megatron_sov.documents import list_files
+from megatron_sov.documents.files import JSONL_SUFFIXES
 from megatron_sov.errors import UserError
 
 TEXT_FIELDS = ("problem", "question", "query", "prompt", "instruction", "task", "messages", "text")
@@ -25,14 +27,14 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
     `choices` and `domain`; a line that says the same as one before it is passed over.
 
     Args:
-        inputs: files of JSON lines.
+        inputs: files of JSON lines, and folders of them.
         needs_answer: why each problem has to have an answer, for the sentence; empty: it need not.
 
     Raises:
         UserError: a line is no problem, or two that differ have one id.
     """
     seen: dict[str, tuple[str, dict[str, Any]]] = {}
-    for file in inputs:
+    for file in line_files(inputs):
         for where, record in read_objects(file):
             fields = _fields(record, where, needs_answer)
             id_ = stated_id(record, "\n".join([fields["problem"], *fields["choices"]]), where)
@@ -44,6 +46,22 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
                 continue
             yield Item(id_, fields, str(record.get("source") or file.stem),
                        str(record.get("licence") or record.get("license") or ""))
+
+
+def line_files(inputs: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files of JSON lines of inputs: files, and those of folders; of a folder of `sov-data synth`
+    what it has kept.
+
+    Raises:
+        UserError: a folder has none.
+    """
+    for path in inputs:
+        files = [path]
+        if path.is_dir():
+            files = [file for file in list_files(path) if file.suffix.lower() in JSONL_SUFFIXES]
+        if not files:
+            raise UserError(f"--input {path}: holds no file of JSON lines (.jsonl); name one, or its folder")
+        yield from files
 
 
 def problem_text(record: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_jobs import refuse_living
@@ -87,7 +87,11 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
         UserError: there is none of that name, or settings break a rule; all of them are named.
     """
     cls = generator_class(name)
-    made = cls.Settings(**typed_settings(cls.Settings, settings, f"generator {name}"))
+    hints = get_type_hints(cls.Settings)
+    # a list may be written as a,b
+    given = {key: value.split(",") if isinstance(value, str) and hints.get(key) == tuple[str, ...] else value
+             for key, value in settings.items()}
+    made = cls.Settings(**typed_settings(cls.Settings, given, f"generator {name}"))
     if problems := made.problems():
         raise UserError(list_problems(f"generator {name}", problems))
     return cls(made)

@@ -121,6 +121,10 @@ def load_prompts(templates: Mapping[str, Sequence[str]],
             prompts[name] = load_prompt(name, fields, folders)
         except UserError as e:
             problems.append(str(e))
+    for folder in folders[:-1]:
+        if not any((folder / (name + ENDING)).is_file() for name in templates):
+            problems.append(f"--prompts {folder}: has no template of this generator; they are named "
+                            f"{', '.join(name + ENDING for name in templates)}")
     if problems:
         raise UserError("\n".join(problems))
     return prompts

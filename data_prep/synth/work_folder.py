@@ -125,7 +125,9 @@ def settle(output: Path, identity: Identity, redo: bool) -> None:
         UserError: its items were made with something else, and `redo` is not asked for.
     """
     before = read_before(output)
-    changed = identity.differences(before) if before is not None else []
+    has_begun = any((output / CANDIDATES).glob(PARTS)) or (output / ANSWERS).exists()
+    # a command that stopped at its input has made nothing that other settings could contradict
+    changed = identity.differences(before) if before is not None and has_begun else []
     if changed and not redo:
         raise UserError(list_problems(
             f"--output {output}: was made with other settings", changed,

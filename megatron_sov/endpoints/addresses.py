@@ -26,6 +26,9 @@ def address_problems(field: str, text: str, key_field: str) -> list[str]:
         parts, is_sound = urlsplit(""), False
     if not is_sound:
         p.append(f"{field}: must be an address such as http://localhost:8000/v1")
+    if parts.path.rstrip("/").endswith("/completions"):
+        p.append(f"{field}: must end before /chat/completions, which is added to it, such as "
+                 "http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         p.append(f"{field}: holds a key or a query, which would come into files; put the key into the "
                  f"environment and name its variable with {key_field}")

@@ -33,6 +33,8 @@ HOPELESS = {401: "the key is not accepted", 402: "the account has no money", 403
             404: "there is no such address or model"}
 """What will meet every row: the command ends, and goes on where it was."""
 REFUSED = frozenset([400, 413, 422])
+TOLD_S = 5.0
+"""Waiting that is shorter is not told."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,12 @@ class Endpoint:
         known_as: stands for the address in what answers are kept by; empty: the address itself.
         gate: what each attempt has to pass.
         sleep: waits; may raise to end all waiting.
+        told: is given a sentence when an endpoint that is full or not there begins to be waited for.
     """
 
     def __init__(self, url: str, key_env: str, limits: Limits, cache: EndpointCache, *, known_as: str = "",
-                 gate: Gate | None = None, sleep: Callable[[float], object] = time.sleep) -> None:
+                 gate: Gate | None = None, sleep: Callable[[float], object] = time.sleep,
+                 told: Callable[[str], object] = lambda sentence: None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
         self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
         self._transport = Transport(url, key_env, limits.timeout_s)
@@ -103,6 +107,7 @@ class Endpoint:
         self._asking: dict[str, tuple[threading.Lock, int]] = {}
         self.answered_s = time.monotonic()
         """When it last answered, or was made, by the monotonic clock."""
+        self._told, self._told_s = told, float("-inf")
 
     def key(self, payload: Mapping[str, Any]) -> str:
         """Return the hash that an answer is kept by."""
@@ -163,11 +168,21 @@ class Endpoint:
                     if not is_away or not limits.patience_s:
                         raise
                     if waited_s >= limits.patience_s:
-                        raise Unavailable(f"{e}, for {waited_s:.0f} s") from None
+                        raise Unavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
+                if is_away:
+                    self._tell(str(e))
                 wait_s = limits.backoff_s * 2 ** min(attempt - 1, 20) * random.uniform(0.5, 1.0)
                 self._sleep(min(max(wait_s, getattr(e, "wait_s", 0.0)), MAX_WAIT_S))
             else:
                 return answer
+
+    def _tell(self, why: str) -> None:
+        """Say once that the endpoint is waited for, when it has answered nobody for `TOLD_S`."""
+        with self._lock:
+            if time.monotonic() - self.answered_s < TOLD_S or self._told_s > self.answered_s:
+                return
+            self._told_s = time.monotonic()
+        self._told(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
 
     def _wait_for_turn(self) -> None:
         """Wait until the rate allows another request.

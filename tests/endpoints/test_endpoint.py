@@ -189,3 +189,20 @@ def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     cache.note("new", "200", Usage(1, 1, 1.0), 0.5, {"a": json.loads("1")})
     assert (cache.usage(), cache.keys()) == (Usage(2, 3, 4.0), {"new"})
+
+
+def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPatch,
+                                                           tmp_path: Path) -> None:
+    from megatron_sov.endpoints import endpoint as asking
+
+    monkeypatch.setattr(asking, "TOLD_S", 0.0)
+    told: list[str] = []
+    cache = EndpointCache(tmp_path / "answers.sqlite")
+    with serving(ScriptedEndpoint(lambda request: "hi")) as server:
+        server.next = ["503"] * 4
+        limits = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
+        made = Endpoint(f"{server.url}/chat/completions", "", limits, cache, told=told.append)
+        assert made.ask(ASKED, lambda answer: answer)["choices"]
+    cache.close()
+    assert told == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s for "
+                    "it"]

@@ -11,6 +11,7 @@ from typing import Any
 from data_prep.libraries import require
 from data_prep.pipeline.located_yaml import Located, read_located
 from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
+from data_prep.quality.identify import KNOWN
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
 from megatron_sov.clusters.yaml_file import read_text
@@ -44,6 +45,11 @@ class CheckSettings:
             found.append(f"--min-kappa {self.min_kappa:g}: there is nothing to agree with; add --labels FILE")
         if self.min_kappa is not None and not -1 <= self.min_kappa <= 1:
             found.append(f"--min-kappa {self.min_kappa:g}: must lie in [-1, 1], e.g. 0.6")
+        found += [f"--benchmarks {path}: does not exist; check the path"
+                  for path in self.benchmarks if not path.exists()]
+        found += [f"--languages {code}: is no language that is told apart{nearest(code, KNOWN)}; "
+                  "write codes of languages (ISO 639-1: ko, ja), not of countries (kr, jp)"
+                  for code in self.languages if code not in KNOWN]
         if self.steps is not None and not self.steps.is_file():
             return [*found, f"--checks {self.steps}: does not exist; pass a YAML file, e.g. a copy of "
                             f"{DEFAULTS / 'chat.yaml'}"]

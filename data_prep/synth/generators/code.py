@@ -24,7 +24,7 @@ from data_prep.synth.generators.code_parts import (
     read_task,
 )
 from data_prep.synth.generators.code_runs import agreement, killed, passed, telling
-from data_prep.synth.problems import problem_text, stated_id
+from data_prep.synth.problems import line_files, problem_text, stated_id
 from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
 from megatron_sov.errors import UserError
@@ -126,7 +126,7 @@ class CodeTasks(Generator):
     def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
         """Yield tasks (`task`, perhaps `entry_point`) and seeds (`seed`, or another text)."""
         seen: dict[str, str] = {}
-        for file in inputs:
+        for file in line_files(inputs):
             for where, record in read_objects(file):
                 fields = _fields(record, where)
                 id_ = stated_id(record, fields["task"] or fields["seed"], where)

@@ -23,7 +23,7 @@ from data_prep.json_lines import read_objects
 from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply
 from data_prep.synth.generators.code_parts import reaches_out
-from data_prep.synth.problems import stated_id
+from data_prep.synth.problems import line_files, stated_id
 from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
@@ -109,10 +109,10 @@ class Probes(Generator):
         for where, record in _topics(inputs):
             domain, topic = record.get("domain"), record.get("topic")
             if not isinstance(domain, str) or not DOMAIN.fullmatch(domain):
-                raise UserError(f"{where}: domain = {str(domain)[:60]!r} must be a name of letters, digits, "
+                raise UserError(f"{where}: domain = {repr(domain)[:60]} must be a name of letters, digits, "
                                 "'.', '_' and '-', such as algebra")
             if not isinstance(topic, str) or not 0 < len(topic.strip()) <= 1000:
-                raise UserError(f"{where}: topic = {str(topic)[:60]!r} must be a text of up to 1,000 "
+                raise UserError(f"{where}: topic = {repr(topic)[:60]} must be a text of up to 1,000 "
                                 "characters")
             id_ = stated_id(record, f"{domain}\n{topic}", where)
             if seen.setdefault(id_, where) != where:
@@ -210,5 +210,5 @@ def _topics(inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not inputs:
         for domain, topics in yaml.safe_load(TOPICS.read_text(encoding="utf-8")).items():
             yield from ((f"{TOPICS.stem}:{domain}", {"domain": domain, "topic": topic}) for topic in topics)
-    for file in inputs:
+    for file in line_files(inputs):
         yield from read_objects(file)

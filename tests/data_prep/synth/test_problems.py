@@ -27,6 +27,18 @@ def test_fields_are_read_and_equal_lines_count_once(tmp_path: Path) -> None:
     assert items[1].id == "7" and items[0].licence == "MIT" and items[0].source == "in"
 
 
+def test_a_folder_of_synthesis_is_what_it_has_kept(tmp_path: Path) -> None:
+    assert len(read(tmp_path, {"prompt": "Why?"})) == 1
+    (tmp_path / "kept.jsonl").write_text('{"prompt": "How?"}\n')
+    assert [item.fields["problem"] for item in read_problems([tmp_path])] == ["Why?", "How?"]
+    (tmp_path / "rejected.jsonl").write_text('{"prompt": "What?"}\n')
+    assert [item.fields["problem"] for item in read_problems([tmp_path])] == ["How?"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("none")
+    with pytest.raises(UserError, match="holds no file of JSON lines"):
+        list(read_problems([tmp_path / "notes"]))
+
+
 @pytest.mark.parametrize(("record", "found"), [
     ({"problem": "a", "text": "b"}, "a"), ({"text": "b"}, "b"), ({"problem": "  ", "text": "b"}, "b"),
     ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},

@@ -27,6 +27,7 @@ from data_prep.cli import main
 from data_prep.synth import finishing, models
 from data_prep.synth.generator import Ask, Item
 from data_prep.synth.known import GENERATORS
+from data_prep.synth.running import made_generator
 from data_prep.synth.sample import Sample
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
@@ -269,8 +270,32 @@ BAD = {
     "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "a setting": (["--set", "tome=x"], "no such setting; did you mean 'tone'"),
     "a value": (["--set", "min_score=11"], "must lie in [0, 10]"),
-    "negative": (["--max-tokens-total", "-1"], "must not be negative"),
+    "negative": (["--max-tokens-total", "-1"], "must be a number from 0 on"),
+    "no price": (["--input-price", "nan"], "--input-price nan: must be a number from 0 on"),
+    "all of an address": (["--engine", "http://h/v1/chat/completions"], "must end before /chat/completions"),
+    "no judge's folder": (["--judge-engine", "nowhere"], "--judge-engine nowhere: is neither an address"),
+    "what a judge costs": (["--judge-input-price", "1"], "--judge-input-price: there is no judge of its own"),
+    "no key": (["--api-key-env", "KEY_OF_NOBODY"], "--api-key-env KEY_OF_NOBODY: the environment has no key"),
+    "no time left": (["--max-time", "0s"], "--max-time 0s: leaves no time"),
+    "all threads": (["--threads", "100000"], "--threads 100000: must be at most 4,096"),
+    "other templates": (["--prompts", "."], "has no template of this generator; they are named echoes/"),
+    "no benchmark": (["--benchmarks", "nowhere"], "--benchmarks nowhere: does not exist"),
+    "a country": (["--languages", "kr"], "--languages kr: is no language that is told apart"),
 }
+
+
+def test_a_command_that_stopped_at_its_input_binds_no_later_one(run: Run, endpoint: ScriptedEndpoint,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    run.write([])
+    assert run(endpoint) == 2
+    run.write([{"id": "a", "text": "line a"}])
+    assert run(endpoint, "--set", "tone=dry") == 0
+    assert run(endpoint, "--set", "tone=odd") == 2 and "made with other settings" in capsys.readouterr().err
+
+
+def test_a_list_may_be_written_with_commas() -> None:
+    made = made_generator("rewrite", {"styles": "clearer,dialogue"}).settings
+    assert made == made_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
 
 
 def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(

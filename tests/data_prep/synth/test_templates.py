@@ -75,7 +75,9 @@ def test_a_folder_of_ones_own_goes_first_and_all_problems_are_told(tmp_path: Pat
     own, packaged = tmp_path / "own", tmp_path / "packaged"
     own.mkdir(), packaged.mkdir()
     written(packaged, GOOD)
-    assert load_prompts({"a": ["text"]}, [own, packaged])["a"].version == 2
+    assert load_prompts({"a": ["text"]}, [packaged])["a"].version == 2
+    with pytest.raises(UserError, match="has no template of this generator; they are named a"):
+        load_prompts({"a": ["text"]}, [own, packaged])
     written(own, GOOD.replace("2", "5"))
     assert load_prompts({"a": ["text"]}, [own, packaged])["a"].version == 5
     with pytest.raises(UserError) as e:

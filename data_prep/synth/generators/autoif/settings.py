@@ -10,6 +10,7 @@ from typing import Literal
 
 from data_prep.libraries import require
 from data_prep.synth.generators.autoif.constraints import SPACELESS, language_problems, temperature_problems
+from data_prep.synth.generators.autoif.kept_constraints import FILE
 from megatron_sov.documents.scripts import LANGUAGES
 from megatron_sov.rewards.reward import OPERATION
 from megatron_sov.rewards.text_views import Segmenter
@@ -78,6 +79,9 @@ class AutoIfSettings:
         elif not Path(self.constraints).exists():
             p.append(f"constraints = {self.constraints!r} does not exist; name the folder that "
                      "`sov-data synth constraints` has written")
+        elif Path(self.constraints).is_dir() and not (Path(self.constraints) / FILE).is_file():
+            p.append(f"constraints = {self.constraints!r} has no {FILE}; let `sov-data synth constraints` "
+                     "come to its end there")
         p += [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in _LEAST.items()
               if getattr(self, name) < least]
         p += [f"{name} = {getattr(self, name)} must be a share from 0 to 1" for name in _SHARES

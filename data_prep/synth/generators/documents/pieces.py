@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.documents.languages import language_problems
-from megatron_sov.documents import Reading, list_files, read_documents
+from megatron_sov.documents import Document, Reading, list_files, read_documents
 from megatron_sov.documents.cutting import cut_text
 from megatron_sov.errors import UserError
 
@@ -69,7 +69,7 @@ def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterat
     seen: set[int] = set()
     reading = Reading(kind="text", text_field=settings.text_field)
     for path in inputs:
-        for document in read_documents(list_files(path), reading):
+        for document in _read(path, reading):
             for piece in cut_text(document.text, settings.max_piece_bytes):
                 text = piece.strip()
                 if len(text.encode()) < settings.min_piece_bytes:
@@ -87,3 +87,11 @@ def fenced(text: str) -> str:
     """Return a text between two equal lines that its writer could not know, as prompts say."""
     fence = f"=== {hashlib.sha256(text.encode()).hexdigest()[:ID_CHARS]} ==="
     return f"{fence}\n{text}\n{fence}"
+
+
+def _read(path: Path, reading: Reading) -> Iterator[Document]:
+    """Yield the documents of a path; sentences name the setting as this command takes it."""
+    try:
+        yield from read_documents(list_files(path), reading)
+    except UserError as e:
+        raise UserError(str(e).replace("--text-field", "--set text_field=NAME")) from None

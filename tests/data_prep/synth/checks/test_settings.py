@@ -76,7 +76,7 @@ def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
     assert len(several) == 2 and "add --labels" in several[0] and "must lie in [-1, 1]" in several[1]
     assert "does not exist" in CheckSettings(file.parent / "none.yaml").problems()[0]
     assert "kr" in CheckSettings(languages=("kr",)).problems()[0]
-    assert "is no file" in CheckSettings(benchmarks=(file.parent / "none",)).problems()[0]
+    assert "does not exist" in CheckSettings(benchmarks=(file.parent / "none",)).problems()[0]
     file.write_text(STEPS.replace("min_score: 0.2", "keep: [ko]"))
     assert "steps.yaml:2 says `keep` itself" in CheckSettings(file, languages=("en",)).problems()[0]
 

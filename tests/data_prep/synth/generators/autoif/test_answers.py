@@ -107,6 +107,8 @@ def test_constraints_that_are_none_are_refused(record: dict[str, object], senten
 
 def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
     assert "constraints: is not set" in AutoIfSettings().problems()[0]
+    assert "has no kept.jsonl" in AutoIfSettings(constraints=str(tmp_path)).problems()[0]
+    (tmp_path / "kept.jsonl").touch()
     assert AutoIfSettings(constraints=str(tmp_path)).problems() == []
     wrong = AutoIfSettings(constraints="/nowhere", language="xx", foreign_scripts=("CHINESE",),
                            also="pairs", num_responses=1, system_share=2, min_score=11, min_query_chars=9,
