@@ -58,8 +58,10 @@ class LmEvalConfig:
                  "workers": (self.workers, 0)}
         told = f"evaluate.lm.tasks = {list(self.tasks)}"
         rules = [
-            (not is_asked or bool(self.tasks), f"{told} names none, and evaluate.background.tasks asks for lm"),
-            (is_asked or not self.tasks, f"{told} is measured by nothing; add lm to evaluate.background.tasks"),
+            (not is_asked or bool(self.tasks),
+             f"{told} names none, and evaluate.background.tasks asks for lm"),
+            (is_asked or not self.tasks,
+             f"{told} are measured by nothing; add lm to evaluate.background.tasks"),
             (all(name.strip() and "," not in name for name in self.tasks),
              f"{told} must be names of tasks, each of its own, without commas"),
             (len(set(self.tasks)) == len(self.tasks), f"{told} names a task twice"),
