@@ -45,6 +45,7 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
 
 def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp_path: Path,
                                                                              written_scores: Any) -> None:
+    (tmp_path / "evaluations").mkdir()
     for step, scores in ((20, [1.0, 0.0]), (40, [1.0, 1.0])):
         written_scores(tmp_path / f"evaluations/step-{step}.lm.json", scores, model=f"export {step}")
     (tmp_path / "evaluations/step-60.lm.json").write_text('{"tasks": [], "model": {"hash": "x"}}')
