@@ -59,7 +59,8 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, default=1, help="processes of a model (default %(default)s)")
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load "
-          f"{os.getloadavg()[0]:.1f} at the start); {args.steps} steps, {args.items} items, {args.nproc} processes", flush=True)
+          f"{os.getloadavg()[0]:.1f} at the start); {args.steps} steps, {args.items} items, {args.nproc} "
+          "processes", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         text, chats, tasks = make_data(work), make_chats(work), make_task(work, args.items)
@@ -88,8 +89,8 @@ def judged(work: Path, chats: Path, tasks: Path, name: str, rate: float, expecte
     is_complete = (run / COMPLETION).is_file()
     print(f"learning rate {rate:g}: exit code {code} (expected {int(expected)}), "
           f"{'complete' if is_complete else 'not complete'}; {told['before']:.4f} to {told['after']:.4f}, "
-          f"90 % interval of the difference {told['interval'][0]:+.4f} to {told['interval'][1]:+.4f}, tolerance "
-          f"{TOLERANCE}: {told['verdict']}; evaluated again: {value:.4f}", flush=True)
+          f"90 % interval of the difference {told['interval'][0]:+.4f} to {told['interval'][1]:+.4f}, "
+          f"tolerance {TOLERANCE}: {told['verdict']}; evaluated again: {value:.4f}", flush=True)
     return code == expected and is_complete == (expected == ExitCode.OK) and value == told["after"]
 
 

@@ -9,7 +9,6 @@ jobs that end behind it are read by the report, or become events with the next `
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -215,8 +214,6 @@ def refuse_unjudged(config: RunConfig, sources: Sequence[Source]) -> None:
     Raises:
         UserError: with the task, and the tasks that can.
     """
-    if "lm" in config.evaluate.background.tasks:
-        _refuse_unmeasured(config.evaluate.lm)
     for task in config.evaluate.background.tasks:
         for source in sources:
             if source.format not in JUDGED.get(task, (source.format,)):
@@ -225,17 +222,6 @@ def refuse_unjudged(config: RunConfig, sources: Sequence[Source]) -> None:
                     f"evaluate.background.tasks = {list(config.evaluate.background.tasks)}: {task} cannot "
                     f"judge by source {source.name!r}, which holds data of format {source.format!r}; ask for "
                     + (" or ".join(able) if able else "none, and judge the exports by other data"))
-
-
-def _refuse_unmeasured(lm: LmEvalConfig) -> None:
-    """Refuse benchmarks that cannot be measured here, nor on any node that has the same folders."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("evaluate.background.tasks: lm needs lm-eval, which is not installed; run "
-                        "`pip install 'megatron-sov[eval]'`")
-    for name, folders in (("task_dirs", lm.task_dirs), ("data_dir", (lm.data_dir,) if lm.data_dir else ())):
-        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
-            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is no folder; name one that is there before "
-                            "the run begins")
 
 
 def _scores_of(file: Path, step: int) -> list[dict[str, Any]]:

@@ -15,12 +15,11 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.commands import eval
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.results import read_results
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.folder import EVALUATIONS
 from megatron_sov.train.side_jobs import evaluations
-from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_command, refuse_unjudged
+from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_command
 
 WRITES = "import sys, json; json.dump({'x': 1}, open(sys.argv[1], 'w'))"
 WAITS = f"""
@@ -209,14 +208,6 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
     plain = eval_command(settings('evaluate.lm.tasks=["x"]', "evaluate.lm.workers=0"), EvalJob(10, "lm"),
                          tmp_path / "export", tmp_path / "step-10.lm.json")
     assert vars(parser.parse_args(plain[4:])) == {**least, "cache": tmp_path / ".step-10.lm.cache"}
-
-
-def test_benchmarks_that_are_not_there_are_refused_at_the_start(tmp_path: Path) -> None:
-    lm = ('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["x"]')
-    refuse_unjudged(settings(*lm, f'evaluate.lm.task_dirs=["{tmp_path}"]'), [])
-    for name, value in (("task_dirs", '["no such"]'), ("data_dir", "no such")):
-        with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is no folder"):
-            refuse_unjudged(settings(*lm, f"evaluate.lm.{name}={value}"), [])
 
 
 def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
