@@ -49,7 +49,8 @@ def read_evaluations(run: Path) -> list[ExportEvaluation]:
             failure = f"{file.name} cannot be read ({e})"
         if not isinstance(figures, dict):
             figures, failure = {}, f"{file.name} holds no figures"
-        step, scores = int(name[1]), []
+        step = int(name[1])
+        scores: list[dict[str, Any]] = []
         if name[2] == "lm" and not failure:
             try:
                 scores = score_events(figures, step, file)
