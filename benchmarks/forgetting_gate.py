@@ -2,11 +2,12 @@
 
     python benchmarks/forgetting_gate.py [--steps 60] [--items 120] [--nproc 1]
 
-A tiny model learns the paragraphs of a module of Python's library, and is asked which of two lines of them
-has its words in order (chance: 0.5).  Two runs of `sft` on chats of sums start from it, with the same gate:
-one at a learning rate that overwrites the model, one at a rate that leaves it nearly as it was.  Everything
-is done by commands, as a user gives them; the exit codes, the verdicts of both gates, and whether the folders
-are complete are printed.  The scores of the gate are held against a second evaluation of the last checkpoint.
+A tiny model learns the paragraphs of a module of Python's library, and is asked which it would rather write,
+byte for byte: a line of them, or a sum in words.  Two runs of `sft` on chats of sums start from it, with the
+same gate: one at a learning rate that overwrites the model, one at a rate that leaves it nearly as it was.
+Everything is done by commands, as a user gives them; the exit codes, the verdicts of both gates, and whether
+the folders are complete are printed.  The scores of the gate are held against a second evaluation of the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_layers=2", "
 TRAINING = ('data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=8",
             "train.micro_batch_size=4", "train.eval_every_steps=0", "data.max_epochs=0",
             "optim.warmup_steps=2", "train.num_threads=1", "train.precision=fp32")
-TASK = """task: in_order
+TASK = """task: library
 dataset_path: json
 dataset_kwargs: {data_files: {test: lines.jsonl}}
 test_split: test
@@ -44,11 +45,11 @@ doc_to_choice: choices
 doc_to_target: right
 target_delimiter: ""
 metric_list:
-- {metric: acc, aggregation: mean, higher_is_better: true}
+- {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """
-LEARNS, FORGETS, KEEPS = 3e-3, 2e-2, 1e-7
+LEARNS, FORGETS, KEEPS = 3e-3, 1e-2, 1e-7
 """Learning rates: of the start, and of the two that go on."""
-SFT_STEPS, CHATS, TOLERANCE, MIN_WORDS = 20, 80, 0.05, 5
+SFT_STEPS, CHATS, TOLERANCE, MIN_WORDS = 30, 80, 0.05, 5
 
 
 def main() -> int:
@@ -77,15 +78,15 @@ def judged(work: Path, chats: Path, tasks: Path, name: str, rate: float, expecte
     """Fine-tune with the gate; prints what came of it, and returns whether it is as it should be."""
     run = work / name
     settings = [*TRAINING, f"train.steps={SFT_STEPS}", f"optim.lr={rate}", f"optim.min_lr={rate / 10}"]
-    code = command("sft", chats, run, settings, nproc, "--from", str(work / "base"), "--gate", "in_order",
+    code = command("sft", chats, run, settings, nproc, "--from", str(work / "base"), "--gate", "library",
                    "--tolerance", str(TOLERANCE), "--gate-with", f"--task-dir {tasks}")
     (verdict,) = [e for e in read_events(run / EVENTS) if e["event"] == "forgetting_gate"]
     again = work / f"{name}.json"
     measured = subprocess.run([sys.executable, "-m", "megatron_sov", "eval", "lm", str(run), "--tasks",
-                               "in_order", "--task-dir", str(tasks), "--output", str(again)],
+                               "library", "--task-dir", str(tasks), "--output", str(again)],
                               capture_output=True, check=False)
     assert measured.returncode == 0, measured.stderr.decode()[-2000:]
-    value, told = read_results(again).tasks["in_order"].metrics[0].value, verdict["tasks"][0]
+    value, told = read_results(again).tasks["library"].metrics[0].value, verdict["tasks"][0]
     is_complete = (run / COMPLETION).is_file()
     print(f"learning rate {rate:g}: exit code {code} (expected {int(expected)}), "
           f"{'complete' if is_complete else 'not complete'}; {told['before']:.4f} to {told['after']:.4f}, "
@@ -120,20 +121,18 @@ def make_chats(work: Path) -> Path:
 
 
 def make_task(work: Path, items: int) -> Path:
-    """Write the task: a line of what the start learns, and the same words in another order."""
+    """Write the task: a line of what the start learns, and a sum that no chat has."""
     (folder := work / "tasks").mkdir()
     drawn, rows = random.Random(0), []
     for line in dict.fromkeys(line.strip() for line in inspect.getsource(argparse).splitlines()):
-        words = line.split()
-        mixed = drawn.sample(words, len(words))
-        if len(words) < MIN_WORDS or mixed == words or len(rows) == items:
+        if len(line.split()) < MIN_WORDS or len(rows) == items:
             continue
-        right = drawn.randrange(2)
-        choices = [" ".join(mixed)] * 2
-        choices[right] = " ".join(words)
+        right, number = drawn.randrange(2), CHATS + len(rows)
+        choices = [f"{number} plus {number % 7} is {number + number % 7}."] * 2
+        choices[right] = line
         rows.append({"choices": choices, "right": right})
     (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "in_order.yaml").write_text(TASK)
+    (folder / "library.yaml").write_text(TASK)
     return folder
 
 
