@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import MANIFEST, manifest_sha256, read_manifest
+from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of
 from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.errors import UserError
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         args.settings = [*args.settings, f"distillation.top_k={args.top_k}"]
     refuse_missing(args.teacher, "--teacher ")
     parsed = parse_stage(args, "distill")
+    refuse_unknown_benchmarks(parsed.config)
     gate = gate_of(args, parsed.config, parsed.start)
 
     from megatron_sov.data.token_shards import open_sources, tokenizer_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 
+from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of
 from megatron_sov.objectives import factory
 from megatron_sov.runs.folder import STAGES
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     stages = planned_stages(request, args.start_from, args.run, args.nproc,
                             lambda config: formats_of(factory(config, LanguageModelling)))
+    refuse_unknown_benchmarks(stages[-1].config)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
         if not repeats():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of, refuse_gate
 from megatron_sov.commands.prefer_rounds import add_round_arguments, refuse_without_rounds, run_rounds
 from megatron_sov.config import RunConfig
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return run_rounds(args)
     refuse_without_rounds(args)
     parsed = parse_stage(args, "preference")
+    refuse_unknown_benchmarks(parsed.config)
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
     gate = gate_of(args, parsed.config, parsed.start)
     fixed = _fixed_reference(args.reference, parsed.config)

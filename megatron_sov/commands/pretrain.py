@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.objectives import factory
 from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
 
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
     parsed = parse_stage(args, "lm")
+    refuse_unknown_benchmarks(parsed.config)
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 

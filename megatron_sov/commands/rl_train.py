@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import ForgettingGate, add_gate_arguments, gate_of
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.config.rounds import with_rounds
@@ -75,6 +76,7 @@ def parse_rounds(args: argparse.Namespace) -> ParsedRounds:
     prompts = read_prompts(args.prompts)
     version = reward_version(args.reward, args.reward_set)
     parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
+    refuse_unknown_benchmarks(parsed.config)
     round_prompts(prompts, parsed.config.rollout, 1)
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of
 from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fine-tune on conversations; returns 0 when the run is complete."""
     parsed = parse_stage(args, "sft")
+    refuse_unknown_benchmarks(parsed.config)
     gate = gate_of(args, parsed.config, parsed.start)
 
     from megatron_sov.data.token_shards import open_sources

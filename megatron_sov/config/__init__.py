@@ -7,7 +7,7 @@ torch.  Types are checked and converted by pydantic when a config is read from J
 
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.distillation import DistillationConfig
-from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig
+from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig, LmEvalConfig
 from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.guards import GuardConfig
@@ -32,8 +32,8 @@ from megatron_sov.config.train import TrainConfig
 
 __all__ = [
     "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig", "ExtendConfig",
-    "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LoraConfig",
-    "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
+    "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LmEvalConfig",
+    "LoraConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
     "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
     "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
     "weighted_path",

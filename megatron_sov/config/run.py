@@ -115,7 +115,7 @@ class RunConfig:
         p += self.distillation.problems(self.model.vocab_size)
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
-        p += self.evaluate.background.problems(self.train.export_every_checkpoints) + self.obs.problems()
+        p += self.evaluate.problems(self.train.export_every_checkpoints) + self.obs.problems()
         p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         return p + ([] if p else self._batch_problems(num_ranks) + self._length_problems())

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import number
 from megatron_sov.report.steps import Curve
 from megatron_sov.runs.folder import EVALUATIONS
+from megatron_sov.runs.score_events import is_told, score_events
 
 FILE = re.compile(r"^step-(\d+)\.(\w+)\.(json|failed)$")
 
@@ -23,11 +25,13 @@ class ExportEvaluation:
 
     step: int
     task: str
-    """ppl, needle or pairs."""
+    """ppl, needle, pairs or lm."""
     figures: dict[str, Any]
     """What `megatron-sov eval` gives; empty where it failed."""
     failure: str = ""
     """Why there are no figures."""
+    scores: tuple[dict[str, Any], ...] = ()
+    """lm: the figures as the run's events tell them (`runs.score_events`)."""
 
 
 def read_evaluations(run: Path) -> list[ExportEvaluation]:
@@ -45,8 +49,25 @@ def read_evaluations(run: Path) -> list[ExportEvaluation]:
             failure = f"{file.name} cannot be read ({e})"
         if not isinstance(figures, dict):
             figures, failure = {}, f"{file.name} holds no figures"
-        found.append(ExportEvaluation(int(name[1]), name[2], figures, failure))
+        step = int(name[1])
+        scores: list[dict[str, Any]] = []
+        if name[2] == "lm" and not failure:
+            try:
+                scores = score_events(figures, step, file)
+            except UserError as e:
+                figures, failure = {}, str(e)
+        found.append(ExportEvaluation(step, name[2], figures, failure, tuple(scores)))
     return sorted(found, key=lambda b: (b.step, b.task))
+
+
+def untold_scores(evaluations: list[ExportEvaluation], told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the scores that no event tells: a job brought them behind the run's end.
+
+    Args:
+        evaluations: of a run.
+        told: its `eval_lm` events.
+    """
+    return [score for one in evaluations for score in one.scores if not is_told(score, told)]
 
 
 def curves(evaluations: list[ExportEvaluation], field: str) -> list[Curve]:

@@ -24,7 +24,7 @@ from megatron_sov.obs.incidents import BY_SETTING, KINDS, is_incident
 from megatron_sov.obs.stretches import MeasuredStretch, Stretches
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.plan import kept as kept_plans
-from megatron_sov.report.evaluations import ExportEvaluation, read_evaluations
+from megatron_sov.report.evaluations import ExportEvaluation, read_evaluations, untold_scores
 from megatron_sov.report.rounds import read_rounds
 from megatron_sov.report.steps import Curve, StepTable
 from megatron_sov.runs.lock import living_holder
@@ -257,7 +257,6 @@ def read_run(path: Path) -> Run:
     run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
     run.gate_checks, run.searches = final_steps(kept["gate"], "gate"), kept["decontamination"]
     run.warnings, run.conversions = kept["warning"], kept["conversion"]
-    _add_judgements(run, kept)
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.plans, run.stretches, run.memory = kept_plans.read(path), stretches.all, kept["memory"]
     run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
@@ -265,6 +264,7 @@ def read_run(path: Path) -> Run:
     run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
                            key=lambda e: number(e.get("time_s")))
     run.evaluations, run.rounds, run.energy = read_evaluations(path), read_rounds(path), kept["energy"]
+    _add_judgements(run, kept)
     run.provenance = _provenance(path, run)
     return run
 
@@ -274,7 +274,8 @@ def _add_judgements(run: Run, kept: dict[str, list[dict[str, Any]]]) -> None:
     run.passk, run.ssp_probes = kept["passk"], kept["ssp_probe"]
     run.needles = _last_of_each_when(kept["needle"])
     run.heldout_pairs, run.heldout_divergence = kept["heldout_pairs"], kept["heldout_divergence"]
-    run.scores, run.score_checks = kept["eval_lm"], kept["eval_contamination"]
+    run.scores = kept["eval_lm"] + untold_scores(run.evaluations, kept["eval_lm"])
+    run.score_checks = kept["eval_contamination"]
     run.forgetting = kept["forgetting_gate"]
 
 

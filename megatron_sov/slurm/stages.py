@@ -29,6 +29,9 @@ Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
 for every stage of `megatron-sov` itself."""
 
+ADDRESSES = ("http://", "https://")
+"""What the address of an endpoint begins with."""
+
 
 @dataclass(frozen=True)
 class StageKind:
@@ -218,7 +221,10 @@ def _eval(arguments: list[str], args: argparse.Namespace) -> Work:
     if subject is None:
         raise UserError(f"submit eval {args.task}: names no model or run; pass --run, "
                         "the job's records lie beside it")
-    target = subject.absolute()
+    if str(subject).startswith(ADDRESSES):
+        raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
+                        "where you are, or `submit eval-lm`, whose records lie beside its --output")
+    target = Path(subject).absolute()
     records = target.with_name(f"{target.name}.{args.task}.slurm")
     return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
                 inputs=(target,))
@@ -233,7 +239,7 @@ def _sharing(stage: str, arguments: list[str], args: argparse.Namespace) -> Work
     asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
     inputs = [found for name in ("prompts", "start_from", "data_dir", "tokenizer")
               if (found := getattr(args, name, None)) is not None]
-    if stage == "eval-lm" and not args.target.startswith(("http://", "https://")):
+    if stage == "eval-lm" and not args.target.startswith(ADDRESSES):
         inputs.append(Path(args.target))
     return Work(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",
                 writes_done=False, inputs=tuple(path.absolute() for path in inputs))

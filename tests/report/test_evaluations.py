@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.obs.events import EventLog
 from megatron_sov.report.evaluations import curves, needle_curves, pair_curves, read_evaluations
@@ -40,6 +41,23 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
     (table,) = section.tables
     assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
             and table.rows[1][2] == "no memory")
+
+
+def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp_path: Path,
+                                                                             written_scores: Any) -> None:
+    (tmp_path / "evaluations").mkdir()
+    for step, scores in ((20, [1.0, 0.0]), (40, [1.0, 1.0])):
+        written_scores(tmp_path / f"evaluations/step-{step}.lm.json", scores, model=f"export {step}")
+    (tmp_path / "evaluations/step-60.lm.json").write_text('{"tasks": [], "model": {"hash": "x"}}')
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("eval_lm", **read_evaluations(tmp_path)[0].scores[0] | {"output": "where the run was before"})
+    log.close()
+    run = read_run(tmp_path)
+    assert [(score["step"], score["value"]) for score in run.scores] == [(20, 0.5), (40, 1.0)]
+    failures, scores = (next(s for s in sections(run) if s.title == title)
+                        for title in ("Evaluation beside training", "Scores"))
+    assert len(scores.charts) == 1 and scores.tables[0].rows[0][:4] == ["quiz", "acc", "40", "100.0%"]
+    assert failures.tables[0].rows[0][:2] == ["60", "lm"]
 
 
 def test_a_run_without_them_has_no_section(tmp_path: Path) -> None:

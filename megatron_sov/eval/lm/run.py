@@ -40,6 +40,7 @@ from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.parent_death import FORWARDED
+from megatron_sov.runs.score_events import EVENT, is_told, score_events
 from megatron_sov.train.stopping import StopFlag
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
@@ -330,19 +331,10 @@ def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
     if settings.run is None:
         return
     step = results.model.step if results.model.step is not None else events.last_step()
-    known = [{name: value for name, value in event.items() if name not in ("event", "time_s")}
-             for event in read_events(settings.run / EVENTS) if event["event"] == "eval_lm"]
-    for name, task in results.tasks.items():
-        for metric in task.metrics:
-            event = {"step": step, "model_hash": results.model.hash, "task": name,
-                     "task_hash": task.task_hash, "metric": metric.name, "filter": metric.filter,
-                     "k": metric.k, "value": metric.value,
-                     "interval": metric.interval and list(metric.interval), "items": task.items,
-                     "failed": task.failed, "at_limit": task.at_limit, "sampling": asdict(task.sampling),
-                     "mode": task.mode, "contamination": None, "published_as": task.published_as,
-                     "output": str(settings.output.absolute())}
-            if event not in known:
-                events.add("eval_lm", **event)
+    known = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVENT]
+    for event in score_events(asdict(results), step, settings.output):
+        if not is_told(event, known):
+            events.add(EVENT, **event)
 
 
 @contextlib.contextmanager

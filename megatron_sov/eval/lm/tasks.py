@@ -90,12 +90,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
     Raises:
         UserError: one does not exist, is incomplete, or would do what it may not.
     """
-    folders = [TaskFolder(path, sources.allow_code) for path in sources.folders]
-    if SUITES.is_dir():
-        folders.append(TaskFolder(SUITES, True))
-    found = task_files.find(folders)
-    names = [name for given in names for name in ([given] if given in found.definitions
-                                                  else found.tags.get(given, [given]))]
+    found, names = _named(names, sources)
     with quiet():
         from lm_eval.tasks import TaskManager
 
@@ -118,6 +113,24 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
     return LoadedTasks(tasks, groups, {name: _hashes(files.get(name, [])) for name in tasks})
+
+
+def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
+    """Raise `UserError` where a task is in no folder; imports no lm-eval, whose own tasks, with
+    `allow_download`, it does not know."""
+    found, names = _named(names, sources)
+    if not sources.allow_download:
+        _closure(names, found, {})
+
+
+def _named(names: Sequence[str], sources: TaskSources) -> tuple[Found, list[str]]:
+    """Return what the folders define, and the names, with a tag's tasks in its place."""
+    folders = [TaskFolder(path, sources.allow_code) for path in sources.folders]
+    if SUITES.is_dir():
+        folders.append(TaskFolder(SUITES, True))
+    found = task_files.find(folders)
+    return found, [name for given in names for name in ([given] if given in found.definitions
+                                                        else found.tags.get(given, [given]))]
 
 
 def _load(manager: Any, name: str) -> Any:

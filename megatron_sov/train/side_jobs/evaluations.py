@@ -3,25 +3,30 @@ which never hold the run up.
 
 `RUN/evaluations/step-N.TASK.json` holds the figures, `step-N.TASK.failed` why there are none,
 `.step-N.TASK.submitted` that a job is to bring them.  An export with none of the three is still to be judged:
-so a stopped or killed run goes on where it was.
+so a stopped or killed run goes on where it was.  Scores of `lm` become events of the run as well; those of
+jobs that end behind it are read by the report, or become events with the next `--resume`.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
-from megatron_sov.config.evaluate import EvalTask
+from megatron_sov.config.evaluate import EvalTask, LmEvalConfig
 from megatron_sov.data.token_shards import TEXTS, Source
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.background import BackgroundProcess
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
+from megatron_sov.runs.score_events import EVENT, score_events
 
 LOOK_EVERY_S = 1.0
 _WAIT_S = 0.05
@@ -41,7 +46,7 @@ class EvalJob:
 
 
 JUDGED: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
-"""Task -> formats of data that it can judge by."""
+"""Task -> formats of data that it can judge by; `lm` brings its own."""
 CommandOf = Callable[[EvalJob, Path, Path], list[str]]
 """(job, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
 
@@ -74,8 +79,8 @@ class Evaluations:
         done = [int(p.name[5:])
                 for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
         jobs = [EvalJob(step, name) for step in sorted(done) for name in self._settings.tasks]
-        self._submitted = [job
-                           for job in jobs if self._file(job, ".submitted").is_file() and self._is_open(job)]
+        # also those that have brought their figures meanwhile, of which the run is to be told
+        self._submitted = [job for job in jobs if self._file(job, ".submitted").is_file()]
         self._waiting = [job for job in jobs if job not in self._submitted and self._is_open(job)]
 
     def offer(self, step: int) -> None:
@@ -87,6 +92,7 @@ class Evaluations:
             for file in (self._result(job), self._result(job).with_suffix(".failed"),
                          self._file(job, ".submitted")):
                 file.unlink(missing_ok=True)
+            shutil.rmtree(_answers_of(self._result(job)), ignore_errors=True)
         self._submitted = [job for job in self._submitted if job.step != step]
         self._waiting = [*(job for job in self._waiting if job.step != step), *jobs]
         steps = list(dict.fromkeys(job.step for job in self._waiting))
@@ -152,7 +158,9 @@ class Evaluations:
                            f"it took more than evaluate.background.timeout_s = {self._settings.timeout_s:g}")
             return
         self._running = None
-        if running.process.exit_code:
+        if running.process.exit_code == ExitCode.STOPPED:  # by a signal that was meant for the run
+            self._waiting.insert(0, job)
+        elif running.process.exit_code:
             self._fail(job, running.process.last_words)
         elif self._result(job).is_file():
             self._succeed(job, took_s)
@@ -177,6 +185,14 @@ class Evaluations:
             self._fail(job, f"its job gave no result within {limit}; see its log")
 
     def _succeed(self, job: EvalJob, took_s: float) -> None:
+        try:
+            scores = _scores_of(self._result(job), job.step) if job.task == "lm" else []
+        except UserError as e:
+            self._fail(job, str(e))
+            return
+        shutil.rmtree(_answers_of(self._result(job)), ignore_errors=True)
+        for score in scores:
+            self._record(EVENT, **score)
         self._file(job, ".log").unlink(missing_ok=True)
         self._record("evaluation", step=job.step, task=job.task, path=f"{EVALUATIONS}/{job.name}.json",
                      took_s=took_s)
@@ -200,7 +216,7 @@ def refuse_unjudged(config: RunConfig, sources: Sequence[Source]) -> None:
     """
     for task in config.evaluate.background.tasks:
         for source in sources:
-            if source.format not in JUDGED[task]:
+            if source.format not in JUDGED.get(task, (source.format,)):
                 able = [name for name, formats in JUDGED.items() if source.format in formats]
                 raise UserError(
                     f"evaluate.background.tasks = {list(config.evaluate.background.tasks)}: {task} cannot "
@@ -208,16 +224,38 @@ def refuse_unjudged(config: RunConfig, sources: Sequence[Source]) -> None:
                     + (" or ".join(able) if able else "none, and judge the exports by other data"))
 
 
+def _scores_of(file: Path, step: int) -> list[dict[str, Any]]:
+    """Return the events of what a job has found.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{file}: cannot be read ({e})") from None
+    return score_events(found, step, file)
+
+
+def _answers_of(result: Path) -> Path:
+    """Return where `eval lm` keeps its answers until it has its figures; those of one that has failed are
+    kept, for `--cache`."""
+    return result.with_name(f".{result.name.removesuffix('.json')}.cache")
+
+
 def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:
     """Return the command that judges an export as the run's settings say, or submits a job that does."""
-    argv = [job.task, str(export), "--out", str(out)] + [w for path in config.data.paths
-                                                         for w in ("--data", path)]
+    argv = [job.task, str(export)]
+    if job.task == "lm":
+        argv += _lm_arguments(config.evaluate.lm, out)
+    else:
+        argv += ["--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
     if job.task == "ppl":
         argv += ["--seq-len", str(config.data.max_seq_len())]
         argv += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
     elif job.task == "pairs":
         argv += ["--seq-len", str(config.data.max_seq_len())]
-    else:
+    elif job.task == "needle":
         needle = config.needle
         several = {"--kinds": needle.kinds, "--languages": needle.languages,
                    "--lengths": needle.lengths_tokens, "--depths": needle.depths}
@@ -227,3 +265,19 @@ def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> li
     if config.evaluate.background.where == "slurm":
         return [*program, "submit", "--cluster", config.evaluate.background.cluster, "eval", *argv]
     return [*program, "eval", *argv]
+
+
+def _lm_arguments(lm: LmEvalConfig, out: Path) -> list[str]:
+    """Return what `eval lm` is told beside the model."""
+    one: dict[str, Any] = {
+        "--tasks": ",".join(lm.tasks), "--output": out, "--cache": _answers_of(out),
+        "--data-dir": lm.data_dir or None, "--limit": lm.limit, "--num-fewshot": lm.num_fewshot,
+        "--mode": lm.mode, "--samples": lm.samples, "--batch-size": lm.batch_size,
+        "--max-length": lm.max_length_tokens, "--max-gen-tokens": lm.max_gen_tokens, "--seed": lm.seed,
+        "--workers": lm.workers}
+    flags = {"--allow-task-code": lm.allow_task_code, "--allow-download": lm.allow_download,
+             "--apply-chat-template": lm.apply_chat_template}
+    several = {"--task-dir": lm.task_dirs, "--judge": lm.judge}
+    return [*(f"{option}={value}" for option, value in one.items() if value is not None),
+            *(f"{option}={value}" for option, values in several.items() for value in values),
+            *(option for option, is_on in flags.items() if is_on)]

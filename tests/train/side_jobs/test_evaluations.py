@@ -15,6 +15,7 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.commands import eval
 from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.eval.lm.results import read_results
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.folder import EVALUATIONS
 from megatron_sov.train.side_jobs import evaluations
@@ -31,6 +32,7 @@ while not os.path.exists(os.path.join(os.path.dirname(sys.argv[1]), "goes-on")):
 """
 FAILS = "import sys; sys.exit('error: no memory')"
 HANGS = "import time; time.sleep(600)"
+LM = ('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]')
 SUBMITS = "print('submitted eval as job 12')"
 
 
@@ -87,6 +89,33 @@ def test_judges_follow_one_another_and_training_never_waits(run: Run) -> None:
     assert run.files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
 
 
+def test_scores_of_benchmarks_become_events_and_their_answers_go(run: Run, written_scores: Any) -> None:
+    planted = written_scores(run.path.parent / "planted.json", [1.0, 0.0, 1.0, 1.0])
+    run.programs = {10: f"import sys, shutil; shutil.copy({str(planted)!r}, sys.argv[1])", 20: WRITES}
+    beside = run.evaluations('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]')
+    for step in (10, 20):
+        (answers := run.path / EVALUATIONS / f".step-{step}.lm.cache").mkdir(parents=True)
+        beside.offer(run.export(step))
+        answers.mkdir(exist_ok=True)  # as its process does
+        beside.wait()
+    (score,) = [e for e in run.events if e["event"] == "eval_lm"]
+    assert (score["step"], score["task"], score["metric"], score["value"]) == (10, "quiz", "acc", 0.75)
+    assert score["output"] == str(run.path / EVALUATIONS / "step-10.lm.json")
+    (_, (step, _, why)) = run.told()
+    assert step == 20 and "holds no results of `megatron-sov eval lm`" in str(why)
+    assert [p.name for p in (run.path / EVALUATIONS).glob(".*.cache")] == [".step-20.lm.cache"]
+
+
+def test_a_task_that_a_signal_stopped_goes_on(run: Run) -> None:
+    begun = run.path / EVALUATIONS / "begun"
+    run.programs = {10: f"import os, sys\nif not os.path.exists({str(begun)!r}):\n"
+                        f"    open({str(begun)!r}, 'w')\n    sys.exit(75)\n{WRITES}"}
+    beside = run.evaluations()
+    beside.offer(run.export(10))
+    beside.wait()
+    assert begun.is_file() and run.told() == [(10, "ppl", None)]
+
+
 def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     run.programs = {10: FAILS, 20: HANGS, 30: HANGS}
@@ -136,11 +165,11 @@ def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.Mon
     assert run.told() == [] and [t.step for t in beside._submitted] == [10, 20]
     (run.path / EVALUATIONS / "step-10.ppl.json").write_text("{}")
     resumed = run.evaluations(*slurm)
-    assert [t.step for t in resumed._submitted] == [20] and [t.step for t in resumed._waiting] == [30]
+    assert [t.step for t in resumed._submitted] == [10, 20] and [t.step for t in resumed._waiting] == [30]
     later_s = time.time() + 200
     monkeypatch.setattr(evaluations.time, "time", lambda: later_s)
     resumed.poll(now=True)
-    assert run.told() == [(20, "ppl",
+    assert run.told() == [(10, "ppl", None), (20, "ppl",
                            "its job gave no result within evaluate.background.timeout_s = 100; see its log")]
 
 
@@ -159,6 +188,28 @@ def test_commands_are_what_the_parsers_take(tmp_path: Path) -> None:
     assert found.lengths == [64, 96] and found.samples == config.needle.samples
 
 
+def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> None:
+    config = settings("evaluate.lm=" + json.dumps({
+        "tasks": ["capitals", "-odd"], "task_dirs": ["a b", "c"], "data_dir": "d", "limit": 3,
+        "num_fewshot": 0, "apply_chat_template": True, "mode": "no-thinking", "samples": 4,
+        "judge": ["model=m"], "batch_size": 5, "max_length_tokens": 60, "max_gen_tokens": 7, "seed": 8,
+        "allow_task_code": True, "allow_download": True}))
+    argv = eval_command(config, EvalJob(10, "lm"), tmp_path / "export", tmp_path / "step-10.lm.json")
+    parser = argparse.ArgumentParser()
+    eval.add_arguments(parser)
+    found, least = (vars(parser.parse_args(words)) for words in (
+        argv[4:], ["lm", str(tmp_path / "export"), "--tasks=x", f"--output={tmp_path / 'step-10.lm.json'}"]))
+    assert {name: value for name, value in found.items() if value != least[name]} == {
+        "tasks": "capitals,-odd", "task_dir": [Path("a b"), Path("c")], "data_dir": Path("d"), "limit": 3,
+        "num_fewshot": 0, "apply_chat_template": True, "mode": "no-thinking", "samples": 4,
+        "judge": ["model=m"], "batch_size": 5, "max_length": 60, "max_gen_tokens": 7, "seed": 8,
+        "allow_task_code": True, "allow_download": True, "workers": 1,
+        "cache": tmp_path / ".step-10.lm.cache"}
+    plain = eval_command(settings('evaluate.lm.tasks=["x"]', "evaluate.lm.workers=0"), EvalJob(10, "lm"),
+                         tmp_path / "export", tmp_path / "step-10.lm.json")
+    assert vars(parser.parse_args(plain[4:])) == {**least, "cache": tmp_path / ".step-10.lm.cache"}
+
+
 def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
                       "evaluate.background.cluster=local")
@@ -168,6 +219,12 @@ def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
     script = capsys.readouterr().out
     assert ("megatron_sov eval needle" in script.replace("\\\n", "")
             and f"--out {tmp_path / 'out.json'}" in script)
+    config = apply_settings(config, ['evaluate.lm.tasks=["quiz"]'])
+    argv = eval_command(config, EvalJob(10, "lm"), tmp_path / "step-10", tmp_path / "out.json")
+    assert cli.main([*argv[3:], "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert ("megatron_sov eval lm" in script.replace("\\\n", "")
+            and f"--output={tmp_path / 'out.json'}" in script)
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -175,11 +232,26 @@ def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
     (["evaluate.background.timeout_s=0"], "timeout_s = 0"),
     (["evaluate.background.max_waiting=0"], "max_waiting = 0"),
     (["evaluate.background.where=slurm"], "needs evaluate.background.cluster"),
-    (['evaluate.background.tasks=["ppl", "ppl"]'], "names a task twice")])
+    (['evaluate.background.tasks=["ppl", "ppl"]'], "names a task twice"),
+    (['evaluate.background.tasks=["lm"]'], "asks for lm"),
+    (['evaluate.lm.tasks=["x"]'], "measured by nothing"),
+    ([*LM, 'evaluate.lm.tasks=["x,y"]'], "without commas"),
+    ([*LM, 'evaluate.lm.tasks=["x", "x"]'], "names a task twice"),
+    ([*LM, "evaluate.lm.limit=0"], "limit = 0"),
+    ([*LM, "evaluate.lm.mode=thinking"], "of the chat template"),
+    ([*LM, 'evaluate.lm.judge=["x"]'], "key=value")])
 def test_settings_that_cannot_be(changes: list[str], says: str) -> None:
-    (problem,) = settings(*changes).evaluate.background.problems(
-        settings(*changes).train.export_every_checkpoints)
+    (problem,) = settings(*changes).evaluate.problems(settings(*changes).train.export_every_checkpoints)
     assert says in problem
+
+
+def capitals(folder: Path) -> Path:
+    """Write a task folder whose task is that of docs/eval_lm.md."""
+    folder.mkdir()
+    text = (Path(__file__).parents[3] / "docs/eval_lm.md").read_text()
+    for name, kind in (("capitals.yaml", "yaml"), ("capitals.jsonl", "json")):
+        (folder / name).write_text(text.partition(f"```{kind}\n")[2].partition("```")[0])
+    return folder
 
 
 @pytest.mark.distributed
@@ -189,17 +261,26 @@ def test_a_run_judges_its_exports_as_it_judges_itself(packed_data: Any, tmp_path
                "model.num_experts=4",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
                "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1",
-               "data.heldout_tokens=256", "train.precision=fp32", 'evaluate.background.tasks=["ppl"]']
+               "data.heldout_tokens=256", "train.precision=fp32",
+               'evaluate.background.tasks=["ppl", "lm"]', 'evaluate.lm.tasks=["capitals"]',
+               f"evaluate.lm.task_dirs={json.dumps([str(capitals(tmp_path / 'tasks'))])}"]
     done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
                        str(tmp_path / "run"), *(f"--set={change}" for change in changes))
     assert done.returncode == 0, done.stderr
     events = list(read_events(tmp_path / "run" / EVENTS))
-    (told,) = [e for e in events if e["event"] == "evaluation"]
+    told, benchmarks = [e for e in events if e["event"] == "evaluation"]
     beside = json.loads((tmp_path / "run" / told["path"]).read_text())
     (own,) = [e["heldout"] for e in events if e["event"] == "eval"]
     assert set(beside) == set(own) == {"even", "odd"}
     for source, figures in own.items():
         assert beside[source]["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-4)
         assert beside[source]["tokens"] == figures["tokens"]
+    (score,) = [e for e in events if e["event"] == "eval_lm"]
+    found = read_results(tmp_path / "run" / benchmarks["path"])
+    assert (score["step"], score["task"], score["items"]) == (2, "capitals", 3)
+    assert score["value"] == found.tasks["capitals"].metrics[0].value in (0, 1 / 3, 2 / 3, 1)
+    assert found.model.path == str(tmp_path / "run/exports/step-2")
+    assert score["model_hash"] == found.model.hash
     assert cli.main(["report", str(tmp_path / "run")]) == 0
-    assert "Evaluation beside training" in (tmp_path / "run/report.html").read_text()
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Evaluation beside training" in page and ">capitals</t" in page
