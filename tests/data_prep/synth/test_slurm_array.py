@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -194,6 +195,29 @@ def test_the_servers_script_tells_where_it_answers_and_ends_with_the_array(
         assert found.writer.identity() == order.writer.identity(), "wherever it is, it is the model"
         (programs / "squeue").write_text("#!/bin/bash\n")
         assert process.wait(10) == 0
+        assert not (order.output / ADDRESS).exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_server_is_put_back_before_its_time_limit(tmp_path: Path, programs: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    order = order_at(tmp_path, str(tmp_path / "programs"))
+    (order.output / "slurm").mkdir(parents=True)
+    text = server_script(Server(tmp_path / "programs"), order, ClusterProfile("d"))
+    (tmp_path / "server.sh").write_text(text.replace("sleep 10", "sleep 0.1").replace("sleep 300", ":"))
+    (programs / "scontrol").write_text('#!/bin/bash\necho "$@" > "$NOTED_JOBS/requeue"\n')
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    process = subprocess.Popen(["bash", str(tmp_path / "server.sh")])
+    try:
+        while not (order.output / ADDRESS).exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(10) == 75
+        assert (tmp_path / "noted" / "requeue").read_text() == "requeue 12\n"
         assert not (order.output / ADDRESS).exists()
     finally:
         process.kill()
