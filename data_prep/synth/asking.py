@@ -83,10 +83,12 @@ class Asking:
         door = self._doors["judge"]
         messages = fenced_messages(door.model, sound(rubric),
                                    {name: sound(text) for name, text in material.items()}, low, high)
+        num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
             request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0, JUDGE_MAX_TOKENS,
                                None)
             reply = self._one("judge", request, "", 0, attempt)
+            num_cut += reply.is_cut
             if not reply.is_cut:
                 try:
                     score, _ = grade_in(reply.text, low, high)
@@ -94,7 +96,9 @@ class Asking:
                     continue
                 self.asked[reply.key] = None
                 return score
-        raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers")
+        cut = (f", {num_cut} of them cut off at {JUDGE_MAX_TOKENS:,} tokens; take a judge that does not "
+               "think first" if num_cut else "")
+        raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")
 
     def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int,
                attempts: int) -> Reply:

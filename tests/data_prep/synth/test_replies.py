@@ -97,6 +97,9 @@ def test_a_judge_without_a_sound_score_gives_none(grade: str) -> None:
     with pytest.raises(NoUsableReply):
         ask.judge("Is it good?", {"text": "x"})
     assert ask.calls == 3
+    thinks = ScriptedAsk(lambda request: {"content": None, "reasoning": "Hm", "finish_reason": "length"})
+    with pytest.raises(NoUsableReply, match="3 of them cut off at 1,024 tokens"):
+        thinks.judge("Is it good?", {"text": "x"})
     second = ScriptedAsk(lambda request: grade if request["temperature"] == 0 else '{"score": 7}')
     assert second.judge("Is it good?", {"text": "x"}) == 7.0
 
