@@ -1,9 +1,10 @@
 """`sov-data unpaired`: single judged responses, each beside a response to another prompt (KTO, arXiv
 2402.01306).
 
-How far a model has gone from its reference in all is estimated on mismatched responses: each prompt is
-followed by a response of the group before it, and those of the first group by one of the last.  Which is
-which the column `desirable` says: 1 of responses that were judged good, 0 of the others.
+How far a model has gone from its reference in all is estimated on mismatched responses, which ought to be
+the same ones as the matched: the responses to a prompt stand beside those to the prompt before it, one by
+one, and those to the first prompt beside those to the last.  The column `desirable` says which are good: 1 of
+responses that were judged good, 0 of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def write_unpaired(files: list[Path], output: Path, good_from: float, *, keep_un
     counts: Counter[str] = Counter()
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
-            for group, other in _beside_another(chain.from_iterable(map(read_groups, files)), files):
-                for record in records_of(group, other, good_from, keep_unfinished, counts):
+            for group, others in _beside_another(chain.from_iterable(map(read_groups, files)), files):
+                for record in records_of(group, others, good_from, keep_unfinished, counts):
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
         if not counts["good"] or not counts["bad"]:
             raise UserError(f"{', '.join(map(str, files))}: {counts['good']:,} responses are good (a reward "
@@ -74,13 +75,13 @@ def write_unpaired(files: list[Path], output: Path, good_from: float, *, keep_un
           "that did not end are left out")
 
 
-def records_of(group: Group, other: list[dict[str, Any]], good_from: float, keep_unfinished: bool,
+def records_of(group: Group, others: list[list[dict[str, Any]]], good_from: float, keep_unfinished: bool,
                counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield a record for each response of a group, in the form of a preference.
 
     Args:
         group: with responses.
-        other: messages of a response to another prompt.
+        others: for each of them the messages of one to another prompt.
         good_from: reward of good responses at least.
         keep_unfinished: whether good responses that did not end are learned.
         counts: of "good", "bad" and "passed_over" responses.
@@ -93,29 +94,35 @@ def records_of(group: Group, other: list[dict[str, Any]], good_from: float, keep
             continue
         counts["good" if good else "bad"] += 1
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
-        yield {**group.beside, **own, "prompt": group.prompt, "chosen": response, "rejected": other,
+        yield {**group.beside, **own, "prompt": group.prompt, "chosen": response, "rejected": others[i],
                DESIRABLE: [float(good)] * 2}
 
 
 def _beside_another(groups: Iterable[Group],
-                    files: list[Path]) -> Iterator[tuple[Group, list[dict[str, Any]]]]:
-    """Yield each group with a response of the last one before it that has another prompt; the groups that
-    have none before them come last, with one of the last other group."""
+                    files: list[Path]) -> Iterator[tuple[Group, list[list[dict[str, Any]]]]]:
+    """Yield each group with responses to the prompt before its own, one for each of its responses; groups of
+    the first prompt come last, with those to the last other one."""
     first: list[Group] = []
-    before: Group | None = None
-    last: Group | None = None
-    for group in groups:
-        if not group.responses:
-            continue
-        if last is not None and group.prompt != last.prompt:
-            before = last
-        last = group
-        if before is None:
-            first.append(group)
+    before: list[Group] = []
+    last: list[Group] = []
+    for _, run in groupby((group for group in groups if group.responses), key=lambda group: group.prompt):
+        before, last = last, list(run)
+        if before:
+            yield from _one_by_one(last, before)
         else:
-            yield group, before.responses[-1]
-    if before is None or last is None:
+            first = last
+    if not before:
         raise UserError(f"{', '.join(map(str, files))}: all responses are to one prompt, or there are none; "
                         "KTO puts each beside a response to another prompt, so add prompts")
-    for group in first:
-        yield group, (last if last.prompt != group.prompt else before).responses[-1]
+    yield from _one_by_one(first, last if last[0].prompt != first[0].prompt else before)
+
+
+def _one_by_one(run: list[Group], other: list[Group]) -> Iterator[tuple[Group, list[list[dict[str, Any]]]]]:
+    """Yield the groups of a prompt with responses to another one, in order and from the start again where
+    these are fewer."""
+    responses = [response for group in other for response in group.responses]
+    place = 0
+    for group in run:
+        places = range(place, place + len(group.responses))
+        yield group, [responses[i % len(responses)] for i in places]
+        place = places.stop

@@ -19,9 +19,7 @@ process of one thread; what is complete is not run again.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import platform
 import random
 import re
 import sys
@@ -31,10 +29,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 from seed_runs import ALWAYS, MODEL, SeedFolder, rows_of, run, run_arms, words, write
-from seeds import over_seeds
 from synthesis.endpoint import MODEL as WRITER
 from synthesis.endpoint import ScriptedEndpoint, serving
 from synthesis.graded import grade, graded_in
+from synthesis.helps import records, report_shares
 
 from data_prep.synth.generators.autoif.texts import texts_of
 from data_prep.synth.generators.autoif.turns import in_user_turn
@@ -136,8 +134,8 @@ class Seed(SeedFolder):
                 "--set", f"constraints={self.folder / 'constraints.jsonl'}", "--set", "language=en", "--set",
                 "system_share=0", "--engine", server.url, "--model", WRITER, "--output",
                 self.folder / "made", "--workers", "1")
-        kept = list(_records(self.folder / "made/kept.jsonl"))
-        everything = [*kept, *(row["record"] for row in _records(self.folder / "made/rejected.jsonl"))]
+        kept = list(records(self.folder / "made/kept.jsonl"))
+        everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
         write(self.folder / "kept.jsonl", ({"messages": one["messages"]} for one in kept))
         write(self.folder / "unchecked.jsonl", ({"messages": one["messages"]}
                                                 for one in draw.sample(everything, len(kept))))
@@ -177,16 +175,12 @@ class Seed(SeedFolder):
             return
         run(self.log, "megatron_sov", "generate", self.folder / name, "--prompts",
             self.folder / "asked.jsonl", "--chat", "--max-new-tokens", "48", "--output", answers)
-        asked = _records(self.folder / "asked.jsonl")
+        asked = records(self.folder / "asked.jsonl")
         rows = [{"response": row["response"], "functions": one["functions"]}
-                for one, row in zip(asked, _records(answers), strict=True)]
+                for one, row in zip(asked, records(answers), strict=True)]
         write(self.folder / name / "rows.jsonl", rows)
         run(self.log, "megatron_sov", "score", "--reward", "constraint", "--input",
             self.folder / name / "rows.jsonl", "--output", out, "--workers", "1")
-
-
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    return map(json.loads, file.read_text().splitlines())
 
 
 def arm(seed: int, work: Path, name: str) -> None:
@@ -204,28 +198,14 @@ def share_kept(folder: Path, name: str) -> float | None:
     file = folder / ("base" if name == "without" else name) / "scored.jsonl"
     if not file.exists():
         return None
-    rewards = [row["reward"] == 1 for row in _records(file)]
+    rewards = [row["reward"] == 1 for row in records(file)]
     return 100 * sum(rewards) / len(rewards)
 
 
 def report(work: Path) -> None:
     """Print what there is."""
-    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
-          f"{platform.python_version()}; one process of one thread each")
-    print(f"answers to {NUM_ASKED} prompts that keep a constraint that stood in no data, %")
-    found: dict[str, list[float]] = {name: [] for name in ARMS}
-    for folder in sorted(work.glob("seed-*")):
-        shares = {name: share for name in ARMS if (share := share_kept(folder, name)) is not None}
-        if not (folder / "made/summary.json").exists():
-            continue
-        summary = json.loads((folder / "made/summary.json").read_text())
-        print(f"{folder.name}: {summary['num_kept']} answers kept of {summary['num_samples']}; "
-              + ", ".join(f"{name} {share:.0f}" for name, share in shares.items()))
-        for name, share in shares.items():
-            found[name].append(share)
-    for name, shares_of in found.items():
-        if shares_of:
-            print(f"  {name:<10} {over_seeds(shares_of, '5.1f')}  ({len(shares_of)} seeds)")
+    report_shares(work, f"answers to {NUM_ASKED} prompts that keep a constraint that stood in no data, %",
+                  "answers", ARMS, share_kept)
 
 
 if __name__ == "__main__":

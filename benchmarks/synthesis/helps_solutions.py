@@ -19,20 +19,19 @@ ordinary commands on one process of one thread; what is complete is not run agai
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 from seed_runs import ALWAYS, MODEL, SeedFolder, rows_of, run, run_arms, words, write
-from seeds import over_seeds
 from synthesis.endpoint import MODEL as WRITER
 from synthesis.endpoint import ScriptedEndpoint, serving
+from synthesis.helps import records, report_shares
 
 ARMS = ("without", "kept", "unchecked")
 NUM_BASE, NUM_PROBLEMS, NUM_ASKED = 300, 400, 100
@@ -92,8 +91,8 @@ class Seed(SeedFolder):
         with serving(ScriptedEndpoint(reply)) as server:
             run(self.log, "data_prep.cli", "synth", "solutions", "--input", self.folder / "problems.jsonl",
                 "--engine", server.url, "--model", WRITER, "--output", self.folder / "made", "--workers", "1")
-        kept = list(_records(self.folder / "made/kept.jsonl"))
-        everything = [*kept, *(row["record"] for row in _records(self.folder / "made/rejected.jsonl"))]
+        kept = list(records(self.folder / "made/kept.jsonl"))
+        everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
         write(self.folder / "kept.jsonl", ({"messages": one["messages"]} for one in kept))
         write(self.folder / "unchecked.jsonl", ({"messages": one["messages"]}
                                                 for one in draw.sample(everything, len(kept))))
@@ -124,10 +123,6 @@ class Seed(SeedFolder):
                 self.folder / "asked.jsonl", "--chat", "--max-new-tokens", "32", "--output", out)
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    return map(json.loads, file.read_text().splitlines())
-
-
 def chat(number: int, said: int, way: int) -> dict[str, Any]:
     """Return a problem with an answer."""
     return {"messages": [{"role": "user", "content": question(number)},
@@ -150,24 +145,14 @@ def share_right(folder: Path, name: str) -> float | None:
     if not file.exists():
         return None
     right = [re.findall(r"\\boxed\{(\d+)\}", str(row["response"]))[-1:] == [str(row["answer"])]
-             for row in _records(file)]
+             for row in records(file)]
     return 100 * sum(right) / len(right)
 
 
 def report(work: Path) -> None:
     """Print what there is."""
-    print(f"right answers to {NUM_ASKED} problems that stood in no data, %")
-    found: dict[str, list[float]] = {name: [] for name in ARMS}
-    for folder in sorted(work.glob("seed-*")):
-        shares = {name: share for name in ARMS if (share := share_right(folder, name)) is not None}
-        summary = json.loads((folder / "made/summary.json").read_text())
-        print(f"{folder.name}: {summary['num_kept']} solutions kept of {summary['num_samples']}; "
-              + ", ".join(f"{name} {share:.0f}" for name, share in shares.items()))
-        for name, share in shares.items():
-            found[name].append(share)
-    for name, shares_of in found.items():
-        if shares_of:
-            print(f"  {name:<10} {over_seeds(shares_of, '5.1f')}  ({len(shares_of)} seeds)")
+    report_shares(work, f"right answers to {NUM_ASKED} problems that stood in no data, %",
+                  "solutions", ARMS, share_right)
 
 
 if __name__ == "__main__":

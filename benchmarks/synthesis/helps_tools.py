@@ -25,17 +25,17 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 from rl_tools import TOKENIZER
 from seed_runs import ALWAYS, MODEL, SeedFolder, rows_of, run, run_arms, words, write
-from seeds import over_seeds
 from synthesis.actors.shop_clerk import call
 from synthesis.endpoint import MODEL as WRITER
 from synthesis.endpoint import ScriptedEndpoint, serving
+from synthesis.helps import records, report_shares
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.tools.worlds.virtual import Virtual
@@ -130,8 +130,8 @@ class Seed(SeedFolder):
                 self.folder / "tasks.jsonl", "--engine", server.url, "--model", WRITER, "--output",
                 self.folder / "made", "--workers", "1", "--checks", self.folder / "checks.yaml", "--threads",
                 "2", *words(("user_share=0", f"conversations_per_task={CONVERSATIONS}")))
-        kept = list(_records(self.folder / "made/kept.jsonl"))
-        everything = [*kept, *(row["record"] for row in _records(self.folder / "made/rejected.jsonl"))]
+        kept = list(records(self.folder / "made/kept.jsonl"))
+        everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
         for name, rows in (("kept", kept), ("unchecked", draw.sample(everything, len(kept)))):
             write(self.folder / f"{name}.jsonl", ({"messages": one["messages"], "tools": one["tools"]}
                                                   for one in rows))
@@ -166,10 +166,6 @@ class Seed(SeedFolder):
                 "max_prompt_tokens=128", "--limit", "max_response_tokens=100")
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    return map(json.loads, file.read_text().splitlines())
-
-
 def arm(seed: int, work: Path, name: str) -> None:
     """Do what is not done of one arm."""
     of = Seed(seed, work)
@@ -188,18 +184,8 @@ def reached(folder: Path, name: str) -> float | None:
 
 def report(work: Path) -> None:
     """Print what there is."""
-    print(f"goals reached of {NUM_ASKED} tasks that stood in no data, at temperature {TEMPERATURE:g}, %")
-    found: dict[str, list[float]] = {name: [] for name in ARMS}
-    for folder in sorted(work.glob("seed-*")):
-        shares = {name: share for name in ARMS if (share := reached(folder, name)) is not None}
-        summary = json.loads((folder / "made/summary.json").read_text())
-        print(f"{folder.name}: {summary['num_kept']} conversations kept of {summary['num_samples']}; "
-              + ", ".join(f"{name} {share:.0f}" for name, share in shares.items()))
-        for name, share in shares.items():
-            found[name].append(share)
-    for name, shares_of in found.items():
-        if shares_of:
-            print(f"  {name:<10} {over_seeds(shares_of, '5.1f')}  ({len(shares_of)} seeds)")
+    report_shares(work, f"goals reached of {NUM_ASKED} tasks that stood in no data, at temperature "
+                  f"{TEMPERATURE:g}, %", "conversations", ARMS, reached)
 
 
 if __name__ == "__main__":

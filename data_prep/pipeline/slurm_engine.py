@@ -142,6 +142,12 @@ def refuse_unquotable(output: Path) -> None:
                         "choose a folder without blanks and signs of the shell")
 
 
+def refuse_enroot(profile: ClusterProfile) -> None:
+    """Raise `UserError` where a profile's container is one that jobs of `sov-data` cannot start."""
+    if profile.container.kind == "enroot":
+        raise UserError("container.kind = enroot: is not known to `sov-data`; take pyxis, apptainer or none")
+
+
 def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str | None,
                     partition: str | None) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
@@ -318,13 +324,11 @@ def _environment(profile: ClusterProfile, logs: Path) -> Iterator[str]:
 
 
 def _python(profile: ClusterProfile) -> Iterator[str]:
+    refuse_enroot(profile)
     box, python = profile.container, profile.python_program
     if box.kind == "apptainer":
         yield from ("apptainer", "exec", *(f"--bind={shlex.quote(m)}" for m in box.mounts),
                     shlex.quote(box.image))
-    elif box.kind == "enroot":
-        raise UserError("container.kind = enroot: is not known to `sov-data run`; take pyxis, apptainer or "
-                        "none")
     yield from (shlex.quote(python), "-P")
 
 

@@ -7,15 +7,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from data_prep.synth.generator import NoReply, NoUsableReply, Reply, Role
+from data_prep.synth.generator import MAX_ATTEMPTS, NoReply, NoUsableReply, Reply, Role
 from data_prep.synth.replies import fault_of, read_reply
 from data_prep.synth.templates import Prompt
 from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
 from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
 
 T = TypeVar("T")
-MAX_ATTEMPTS = 3
-"""For an answer of use; each with another seed, and kept like any answer."""
 JUDGE_MAX_TOKENS = 1024
 JUDGE_RETRY_TEMPERATURE = 0.5
 """The likeliest answer stays what it is; another one is wanted."""
@@ -58,11 +56,11 @@ class Asking:
 
     def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
-                 thinking: bool | None = None, **fields: Any) -> list[Reply]:
+                 thinking: bool | None = None, attempts: int = MAX_ATTEMPTS, **fields: Any) -> list[Reply]:
         """Return `count` answers to a template; see `Ask`."""
         messages = self._prompts[template].messages(fields)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
-        replies = list(self._over(lambda draw: self._reply(role, request, template, draw),
+        replies = list(self._over(lambda draw: self._reply(role, request, template, draw, attempts),
                                   range(first, first + count)))
         self.asked |= dict.fromkeys(reply.key for reply in replies)
         return replies
@@ -74,7 +72,7 @@ class Asking:
         request = _request(messages, temperature, top_p, max_tokens, thinking)
         if tools:
             request["tools"] = [dict(tool) for tool in tools]
-        reply = self._reply(role, request, "", draw)
+        reply = self._reply(role, request, "", draw, MAX_ATTEMPTS)
         self.asked[reply.key] = None
         return reply
 
@@ -85,10 +83,12 @@ class Asking:
         door = self._doors["judge"]
         messages = fenced_messages(door.model, sound(rubric),
                                    {name: sound(text) for name, text in material.items()}, low, high)
+        num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
             request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0, JUDGE_MAX_TOKENS,
                                None)
             reply = self._one("judge", request, "", 0, attempt)
+            num_cut += reply.is_cut
             if not reply.is_cut:
                 try:
                     score, _ = grade_in(reply.text, low, high)
@@ -96,16 +96,19 @@ class Asking:
                     continue
                 self.asked[reply.key] = None
                 return score
-        raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers")
+        cut = (f", {num_cut} of them cut off at {JUDGE_MAX_TOKENS:,} tokens; take a judge that does not "
+               "think first" if num_cut else "")
+        raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")
 
-    def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int) -> Reply:
+    def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int,
+               attempts: int) -> Reply:
         """Return the first answer that is of use."""
         fault = ""
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in range(attempts):
             reply = self._one(role, request, template, draw, attempt)
             if not (fault := fault_of(reply)):
                 return reply
-        raise NoUsableReply(f"{MAX_ATTEMPTS} answers were of no use, the last: {fault}")
+        raise NoUsableReply(f"{attempts} answers were of no use, the last: {fault}")
 
     def _one(self, role: Role, request: Mapping[str, Any], template: str, draw: int, attempt: int) -> Reply:
         door = self._doors[role]

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from data_prep.synth.sample import Kind, Sample
 
+MAX_ATTEMPTS = 3
+"""For an answer of use; each with another seed, and kept like any answer."""
 Role = Literal["writer", "judge"]
 """writer: the model of --engine; judge: that of --judge-engine, which is the writer where none is named."""
 
@@ -64,7 +66,7 @@ class Ask(Protocol):
 
     def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
-                 thinking: bool | None = None, **fields: Any) -> list[Reply]:
+                 thinking: bool | None = None, attempts: int = MAX_ATTEMPTS, **fields: Any) -> list[Reply]:
         """Return `count` answers to a template of the generator's, each drawn with a seed of its own.
 
         Args:
@@ -76,6 +78,8 @@ class Ask(Protocol):
             top_p: share of probability that is sampled from.
             max_tokens: that an answer may have.
             thinking: whether a reasoning model thinks first; None: as it does by itself.
+            attempts: answers to a draw, each with another seed, before none is of use; 1 where an answer of
+                no use is an answer too, as in a measurement.
             fields: what the template names; exactly these.
         """
         ...

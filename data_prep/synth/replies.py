@@ -54,8 +54,11 @@ def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
 
 
 def fault_of(reply: Reply) -> str:
-    """Return why an answer is of no use to any generator, in a word; empty where it may be."""
-    if not reply.text and not reply.tool_calls:
+    """Return why an answer is of no use to any generator, in a word; empty where it may be.
+
+    One that was cut off in its thoughts says nothing and is no empty one: another would end there as well.
+    """
+    if not reply.text and not reply.tool_calls and not reply.is_cut:
         return "empty"
     try:
         json.dumps([reply.text, reply.thinking, reply.tool_calls], ensure_ascii=False).encode()

@@ -29,6 +29,7 @@ from data_prep.pipeline.slurm_engine import (
     FINISH_CPUS,
     cancelled_where_one_fails,
     outside_jobs,
+    refuse_enroot,
     refuse_unquotable,
     submit_array,
 )
@@ -168,6 +169,7 @@ def submit_order(order: Order, name: str, num_workers: int, server: Server | Non
         raise UserError(f"--model {order.writer.name}: must have letters, digits and ._/- alone, to be the "
                         "name of a served model")
     profile = cluster.load(name, account=account, partition=partition)
+    refuse_enroot(profile)
     made = ready(order)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -242,8 +244,9 @@ def server_script(server: Server, order: Order, profile: ClusterProfile) -> str:
     return environment.from_string(text).render(
         profile=profile, output=str(order.output), address=str(order.output / ADDRESS),
         array=str(order.output / ARRAY), name=order.writer.name, key_env=KEY_ENV,
+        # without generation-config vLLM puts the model's own top_k and penalties beside what is asked for
         command=[server.program, "serve", str(server.model.absolute()), "--host", "0.0.0.0",
-                 "--served-model-name", order.writer.name, *server.arguments])
+                 "--served-model-name", order.writer.name, "--generation-config", "vllm", *server.arguments])
 
 
 def _tell_failures(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any, TypeGuard
 
@@ -10,10 +11,16 @@ MAX_WAIT_S = 60.0
 MAX_LEVELS = 200
 """Of an answer's lists and objects: what can be read just so can no longer be written."""
 NEVER = {
-    "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len"),
+    "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len",
+                                          "maximum model length", "model's context length",
+                                          "exceed_context_size"),
     "against the endpoint's policy": ("content_filter", "content_policy_violation"),
 }
-"""Why a request is refused for good -> words of such a refusal."""
+"""Why a request is refused for good -> words of such a refusal, by OpenAI, vLLM, SGLang and llama.cpp."""
+NO_TOOLS = ("--enable-auto-tool-choice", "does not support tools", "requires --jinja")
+"""Words of servers that are not set up for calls of tools: vLLM, Ollama, llama.cpp."""
+MAX_TOLD_CHARS = 200
+"""Of what an endpoint says of a refusal."""
 
 
 class BadAnswer(Exception):
@@ -54,6 +61,19 @@ def why_never(body: bytes) -> str:
     """Return why the body of a refusal says that its request will never be answered; empty: it does not."""
     text = body[:10_000].decode("utf-8", "replace")
     return next((why for why, words in NEVER.items() if any(word in text for word in words)), "")
+
+
+def reason_of(body: bytes, secret: str = "") -> str:
+    """Return what a refusal says of its reason in OpenAI's form or vLLM's: one line, without the key; empty
+    where it says nothing in them."""
+    with contextlib.suppress(BadAnswer):
+        said = decoded(body)
+        said = said.get("error", said) if isinstance(said, dict) else None
+        message = said.get("message") if isinstance(said, dict) else None
+        if isinstance(message, str):
+            line = "".join(char if char.isprintable() else " " for char in message)
+            return " ".join((line.replace(secret, "...") if secret else line).split())[:MAX_TOLD_CHARS]
+    return ""
 
 
 def seconds(text: str | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import threading
 import time
@@ -13,10 +14,12 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_sov.endpoints.answers import (
     MAX_WAIT_S,
+    NO_TOOLS,
     BadAnswer,
     NeverAnswered,
     Unavailable,
     decoded,
+    reason_of,
     seconds,
     told_tokens,
     why_never,
@@ -242,8 +245,13 @@ class Endpoint:
             raise BadAnswer(f"the endpoint answered HTTP {status}", seconds(retry_after), status in AWAY)
         if status in REFUSED and (why := why_never(body)):
             raise NeverAnswered(f"the request is {why} (HTTP {status})")
+        reason = reason_of(body, os.environ.get(self._key_env, "")) if status in REFUSED else ""
+        if any(word in reason for word in NO_TOOLS):
+            raise UserError(f"{self._url}: is not set up for calls of tools (HTTP {status}); start vLLM with "
+                            "--enable-auto-tool-choice --tool-call-parser NAME (hermes for Qwen), llama.cpp "
+                            "with --jinja, or ask another model, and run the same command again")
         if status != 200:
-            raise BadAnswer(f"the endpoint answered HTTP {status}")
+            raise BadAnswer(f"the endpoint answered HTTP {status}" + (f": {reason}" if reason else ""))
 
     def _most(self, payload: Mapping[str, Any]) -> Usage:
         """Return the most that a request can be billed: no token is shorter than a byte."""

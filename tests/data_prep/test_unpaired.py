@@ -32,10 +32,20 @@ def test_each_response_is_beside_one_to_another_prompt(tmp_path: Path) -> None:
         {"prompt": "a", "response": "a1", "label": True}, {"prompt": "a", "response": "a2", "label": False},
         {"prompt": "b", "response": "b1", "label": True},
         {"prompt": "c", "responses": [{"content": "c1", "reward": 0.5}, {"content": "c2", "reward": 0.49}]}])
-    assert list(map(said, rows)) == [("b", "b1", "a2", 1.0), ("c", "c1", "b1", 1.0), ("c", "c2", "b1", 0.0),
-                                     ("a", "a1", "c2", 1.0), ("a", "a2", "c2", 0.0)]
+    assert list(map(said, rows)) == [("b", "b1", "a1", 1.0), ("c", "c1", "b1", 1.0), ("c", "c2", "b1", 0.0),
+                                     ("a", "a1", "c1", 1.0), ("a", "a2", "c2", 0.0)]
     assert read_manifest(tmp_path / "out", "corpus").content["responses"] == {
         "num_good": 3, "num_bad": 2, "num_passed_over": 0}
+
+
+@pytest.mark.parametrize("in_lines", [True, False])
+def test_mismatched_responses_are_the_matched_ones(in_lines: bool, tmp_path: Path) -> None:
+    """Of pairs, the good response first, the last of each prompt alone would be the bad ones."""
+    rows = made(tmp_path, [line for p in "abc" for line in (
+        [{"prompt": p, "response": p + sign, "label": sign == "+"} for sign in "+-"] if in_lines else
+        [{"prompt": p, "responses": [{"content": p + sign, "reward": int(sign == "+")} for sign in "+-"]}])])
+    matched, mismatched = ({said(row)[place] for row in rows} for place in (1, 2))
+    assert matched == mismatched == {p + sign for p in "abc" for sign in "+-"}
 
 
 def test_a_prompt_that_comes_again_is_no_other_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from megatron_sov.endpoints import transport
-from megatron_sov.endpoints.answers import BadAnswer, Unavailable, decoded
+from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable, decoded
 from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
 from megatron_sov.endpoints.transport import Transport
@@ -169,6 +169,30 @@ def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp
         away = Endpoint(f"{server.url}/chat/completions", "", short, EndpointCache(tmp_path / "b"))
         with pytest.raises(Unavailable, match="HTTP 503, for"):
             away.ask(ASKED, lambda raw: "read")
+
+
+REFUSALS = {  # as these servers word them
+    "vLLM, long": ("This model's maximum context length is 4096 tokens.", NeverAnswered, "is longer than"),
+    "vLLM, longer": ("The decoder prompt (length 9000) is longer than the maximum model length of 8192.",
+                     NeverAnswered, "longer than the model's context"),
+    "SGLang, long": ("The input (9000 tokens) is longer than the model's context length (8192 tokens).",
+                     NeverAnswered, "longer than the model's context"),
+    "vLLM, tools": ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+                    UserError, "not set up for calls of tools"),
+    "llama.cpp, tools": ("tools param requires --jinja flag", UserError, "not set up for calls of tools"),
+    "anything": ("top_k: no\x1b such\nfield, sk-1", BadAnswer, "HTTP 400: top_k: no such field, [.]{3}$"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_a_refusal_says_is_told_and_what_never_helps_is_not_tried(
+        name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message, kind, sentence = REFUSALS[name]
+    monkeypatch.setenv("A_KEY", "sk-1")
+    ask = Endpoint("http://127.0.0.1:9/v1/chat/completions", "A_KEY", LIMITS, EndpointCache(tmp_path / "a"))
+    for body in ({"error": {"message": message}}, {"object": "error", "message": message}):
+        with pytest.raises(kind, match=sentence):
+            ask._refuse(400, None, json.dumps(body).encode())
 
 
 def test_a_name_may_stand_for_the_address_in_what_answers_are_kept_by(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from data_prep.quality.identify import KNOWN
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
 from megatron_sov.clusters.yaml_file import read_text
-from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.errors import UserError, list_problems
 
 DEFAULTS = Path(__file__).parent / "defaults"
 """Files of steps: one for each kind of record, and for generators that need others."""
@@ -136,24 +135,3 @@ def _of_sources(located: Located, names: Sequence[str]) -> Located:
                   if place[:2] == ("steps", i)}
         steps.append(entry)
     return Located({"steps": steps}, lines, list(located.problems))
-
-
-def plain_settings(settings: CheckSettings) -> dict[str, Any]:
-    """Return settings as JSON holds them, paths absolute: what another process takes up again."""
-    found: dict[str, Any] = json.loads(json.dumps(vars(settings), default=lambda path: str(path.absolute())))
-    return found
-
-
-def settings_from(raw: Mapping[str, Any]) -> CheckSettings:
-    """Return what `plain_settings` has written.
-
-    Raises:
-        UserError: it is something else.
-    """
-    names = CheckSettings.__dataclass_fields__
-    for name in raw:
-        if name not in names:
-            raise UserError(f"{name}: is no setting of checks{nearest(name, names)}")
-    path = {name: Path(raw[name]) for name in ("steps", "labels") if raw.get(name)}
-    return CheckSettings(**path, benchmarks=tuple(map(Path, raw.get("benchmarks", ()))),
-                         languages=tuple(raw.get("languages", ())), min_kappa=raw.get("min_kappa"))

@@ -59,7 +59,8 @@ class Answers(Generator):
         return read_problems(inputs, needs_answer="add it: a model's answers are compared with it")
 
     def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
-        """Yield the measurement of one problem; a draw without an answer of use is a wrong one."""
+        """Yield the measurement of one problem; a draw without an answer of use is a wrong one, and not asked
+        again: the share of right answers would be that of the usable ones."""
         s = self.settings
         problem, choices, wanted = (item.fields[name] for name in ("problem", "choices", "answer"))
         finals = []
@@ -67,7 +68,7 @@ class Answers(Generator):
             try:
                 (reply,) = ask("solutions/solve", first=draw, temperature=s.temperature,
                                max_tokens=s.max_tokens, thinking=s.thinking, problem=problem,
-                               choices=choices, language="")
+                               choices=choices, language="", attempts=1)
             except NoUsableReply:
                 continue
             if not reply.is_cut and ends_in_box(reply.text):

@@ -37,8 +37,6 @@ class Task:
     """For people and models."""
     entry_point: str
     """Name of the function."""
-    num_arguments: int
-    """That it has to be given; a method's `self` does not exist here."""
 
 
 def read_task(text: str, entry_point: str = "") -> Task | str:
@@ -58,11 +56,9 @@ def read_task(text: str, entry_point: str = "") -> Task | str:
         if entry_point:
             functions = [node for node in functions if node.name == entry_point]
         if len(functions) == 1:
-            arguments = functions[0].args
-            given = [*arguments.posonlyargs, *arguments.args]
             if says_more_than_its_head(functions[0]):
                 return "its block holds the program as well"
-            return Task(text, functions[0].name, len(given) - len(arguments.defaults))
+            return Task(text, functions[0].name)
     return "has no block of Python with the first line of its function alone"
 
 

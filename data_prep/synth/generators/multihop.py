@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import agreed
@@ -156,6 +156,8 @@ class Multihop(Generator):
         reply, = ask("multihop/solve", temperature=0.0, max_tokens=self.settings.max_tokens,
                      question=question, documents=[fenced(document) for document in documents],
                      language=name_of(language))
+        if reply.is_cut:  # whether the documents are enough, nobody knows
+            raise NoUsableReply("an answer reached the limit of tokens; see max_tokens")
         return reply.text
 
     def _record(self, question: str, answer: str, documents: Sequence[str],

@@ -68,6 +68,13 @@ def test_what_is_of_no_use_to_anybody(text: str, fault: str) -> None:
     assert fault_of(Reply(text)) == fault
 
 
+def test_an_answer_that_was_cut_off_in_its_thoughts_is_a_cut_one_and_not_asked_again() -> None:
+    """As vLLM's parsers of thoughts tell it: no content at all."""
+    ask = ScriptedAsk(lambda request: {"content": None, "reasoning": "Hm", "finish_reason": "length"})
+    reply = ask.chat([])
+    assert (reply.is_cut, reply.text, reply.thinking, ask.calls) == (True, "", "Hm", 1)
+
+
 def test_each_draw_and_each_attempt_has_a_seed_of_its_own_that_is_the_same_every_time() -> None:
     def seeds(item_id: str) -> list[int]:
         ask = ScriptedAsk(lambda request: "x", item_id)
@@ -90,6 +97,9 @@ def test_a_judge_without_a_sound_score_gives_none(grade: str) -> None:
     with pytest.raises(NoUsableReply):
         ask.judge("Is it good?", {"text": "x"})
     assert ask.calls == 3
+    thinks = ScriptedAsk(lambda request: {"content": None, "reasoning": "Hm", "finish_reason": "length"})
+    with pytest.raises(NoUsableReply, match="3 of them cut off at 1,024 tokens"):
+        thinks.judge("Is it good?", {"text": "x"})
     second = ScriptedAsk(lambda request: grade if request["temperature"] == 0 else '{"score": 7}')
     assert second.judge("Is it good?", {"text": "x"}) == 7.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ account: lab
 cpus_per_node: 8
 gpus_per_node: 4
 memory: 16G
+scratch: /scratch
 """
 SBATCH = """#!/bin/bash
 [ "$1" = --test-only ] && exit 0
@@ -130,7 +132,9 @@ def test_what_is_submitted(tmp_path: Path, programs: Path, capsys: pytest.Captur
     told = capsys.readouterr().out
     server, ask, finish = (file.read_text() for file in sorted((tmp_path / "noted").iterdir()))
     assert f"vllm serve {tmp_path}/my-model --host 0.0.0.0 --served-model-name my-model" in server
-    assert "--tensor-parallel-size 4 --port" in server and "#SBATCH --gpus-per-node=4\n" in server
+    assert "--generation-config vllm --tensor-parallel-size 4 --port" in server
+    assert "#SBATCH --gpus-per-node=4\n" in server
+    assert "#SBATCH --exclusive\n" in server and 'export TMPDIR=/scratch/"${USER' in server
     assert "#SBATCH --array=0-2\n" in ask and "gpus" not in ask
     assert "--dependency=afterok:101" in finish.split("\n")[0]
     keys = {script.split("\n")[1] for script in (server, ask, finish)}
@@ -150,6 +154,7 @@ BAD = {
     "both": (["--engine", "http://h/v1", "--serve-vllm", "x", "--cluster", "c"],
              "stands in place of --engine"),
     "no cluster": (["--serve-vllm", "x"], "needs --cluster"),
+    "enroot": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/enroot.yaml"], "enroot: is not known"),
     "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "belong to --cluster"),
 }
 
@@ -159,6 +164,7 @@ def test_what_does_not_go_together_is_told(name: str, tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     order = order_at(tmp_path, "")
     (tmp_path / "cluster.yaml").write_text(PROFILE)
+    (tmp_path / "enroot.yaml").write_text(f"{PROFILE}container: {{kind: enroot, image: x.sqsh}}\n")
     more, sentence = BAD[name]
     assert main(["synth", echoes.NAME, "--input", str(order.inputs[0]), "--output", str(order.output),
                  *(word.format(tmp=tmp_path) for word in more)]) == 2
@@ -189,6 +195,29 @@ def test_the_servers_script_tells_where_it_answers_and_ends_with_the_array(
         assert found.writer.identity() == order.writer.identity(), "wherever it is, it is the model"
         (programs / "squeue").write_text("#!/bin/bash\n")
         assert process.wait(10) == 0
+        assert not (order.output / ADDRESS).exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_server_is_put_back_before_its_time_limit(tmp_path: Path, programs: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    order = order_at(tmp_path, str(tmp_path / "programs"))
+    (order.output / "slurm").mkdir(parents=True)
+    text = server_script(Server(tmp_path / "programs"), order, ClusterProfile("d"))
+    (tmp_path / "server.sh").write_text(text.replace("sleep 10", "sleep 0.1").replace("sleep 300", ":"))
+    (programs / "scontrol").write_text('#!/bin/bash\necho "$@" > "$NOTED_JOBS/requeue"\n')
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    process = subprocess.Popen(["bash", str(tmp_path / "server.sh")])
+    try:
+        while not (order.output / ADDRESS).exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(10) == 75
+        assert (tmp_path / "noted" / "requeue").read_text() == "requeue 12\n"
         assert not (order.output / ADDRESS).exists()
     finally:
         process.kill()

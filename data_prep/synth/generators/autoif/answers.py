@@ -180,8 +180,11 @@ class AutoIf(Generator):
 
     def _pairs(self, item: Item, prompt: Sequence[Message], beside: Message,
                samples: Sequence[Sample]) -> Iterator[Sample]:
-        """Yield a kept answer beside one that ended and that no function accepts, where there are both."""
-        chosen = next((sample for sample in samples if not sample.reason), None)
+        """Yield a kept answer that half of the functions accept beside one that ended and that none accepts,
+        where there are both, as AutoIF has it."""
+        least = len(item.fields["functions"]) / 2
+        chosen = next((sample for sample in samples if not sample.reason
+                       and sample.notes["accepting"] >= least), None)
         rejected = next((sample for sample in samples if sample.reason == "constraint"), None)
         if chosen and rejected:
             record = {"prompt": list(prompt), "chosen": chosen.record["messages"][-1]["content"],

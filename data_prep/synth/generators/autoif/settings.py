@@ -63,7 +63,7 @@ class AutoIfSettings:
     """Of the judge, from 0 to 10 (the authors' README; their code asks for more than 8)."""
     also: Literal["", "prompts", "pairs"] = ""
     """prompts: a prompt with its functions as well, for the reward `constraint`; pairs: an answer that was
-    kept and one that no function accepts, for `prefer`."""
+    kept, and that half of the functions accept, beside one that none does, for `prefer`."""
     call_time_s: float = 5.0
     """Of a processor, for a function and a text."""
     modules: tuple[str, ...] = ()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import pytest
 
 from data_prep.synth.checks.arguments import add_arguments, settings_of
-from data_prep.synth.checks.settings import DEFAULTS, CheckSettings, plain_settings, settings_from
+from data_prep.synth.checks.settings import DEFAULTS, CheckSettings
 from data_prep.synth.checks.texts import ANSWERS, SAMPLES, SOURCES
-from megatron_sov.errors import UserError
 
 STEPS = """steps:
   - language: {min_score: 0.2}
@@ -79,14 +77,6 @@ def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
     assert "does not exist" in CheckSettings(benchmarks=(file.parent / "none",)).problems()[0]
     file.write_text(STEPS.replace("min_score: 0.2", "keep: [ko]"))
     assert "steps.yaml:2 says `keep` itself" in CheckSettings(file, languages=("en",)).problems()[0]
-
-
-def test_settings_go_through_json(file: Path) -> None:
-    asked = CheckSettings(file, (file.parent / "bench.jsonl",), ("ko",), file.parent / "bench.jsonl", 0.5)
-    assert settings_from(json.loads(json.dumps(plain_settings(asked)))) == asked
-    assert settings_from(plain_settings(CheckSettings())) == CheckSettings()
-    with pytest.raises(UserError, match="did you mean 'labels'"):
-        settings_from({"label": ""})
 
 
 def test_options_are_settings() -> None:

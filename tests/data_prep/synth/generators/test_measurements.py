@@ -27,16 +27,17 @@ def test_right_answers_are_counted_and_all_else_is_wrong() -> None:
 
 
 def test_a_draw_that_is_of_no_use_is_a_wrong_answer_and_loses_nothing() -> None:
-    """The model says nothing at all to every second question, however often it is asked."""
+    """A model that says nothing, or goes round in a loop, half of the time is right half of the time: another
+    draw in the place of such a one would make it as good as one that is always right."""
     asked: list[int] = []
 
     def replies(request: Any) -> str:
         asked.append(request["seed"])
-        return "" if len(set(asked)) % 4 == 1 or asked.count(request["seed"]) > 1 else "\\boxed{7}"
+        return ("", "\\boxed{7}", "again, " * 60, "\\boxed{7}")[len(asked) % 4]
 
     item = Item("p", {"problem": "3 + 4?", "answer": "7", "choices": [], "domain": ""})
     (sample,) = samples_of(generator("answers", num_draws=4), item, replies)
-    assert sample.record["num_answers"] == 4 and sample.record["num_right"] == sample.notes["num_in_form"]
+    assert (sample.record["num_right"], sample.record["num_answers"], len(asked)) == (2, 4, 4)
     (none,) = samples_of(generator("answers", num_draws=2), item, lambda request: "")
     assert none.record["num_right"] == 0
 

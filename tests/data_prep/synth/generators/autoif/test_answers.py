@@ -60,6 +60,11 @@ def test_a_pair_is_a_kept_answer_and_one_that_no_function_accepts() -> None:
     assert {sample.reason for sample in samples if sample.kind is None} == {"", "constraint"}
     pair, = (sample.record for sample in samples if sample.kind == "prompt")
     assert (pair["chosen"], pair["rejected"]) == tuple(answers)
+    never = "def evaluate(response):\n    return 'x' in response"
+    doubted = Item(ITEM.id, {**item.fields, "functions": [NO_COMMA, never, never + " and len(response) > 9"]})
+    again = samples_of(generator, doubted, reply)
+    assert {sample.kind for sample in again} == {None}, "one of three functions is enough to be kept alone"
+    assert {sample.reason for sample in again} == {"", "constraint"}
 
 
 def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
