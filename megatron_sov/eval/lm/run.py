@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,8 +38,7 @@ from megatron_sov.rewards.held_folder import held
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
-from megatron_sov.runs.parent_death import FORWARDED
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.stopping import StopFlag, stoppable
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """As in lm-eval, whose examples they choose."""
@@ -104,7 +102,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     check_output("--output", settings.output)
     events = RunEvents(settings.run)
     offline(settings.sources.allow_download, settings.cache_folder)
-    with _stoppable() as flag:
+    with stoppable() as flag:
         if not is_first():
             _run_only(target, settings, flag)
             return None
@@ -362,14 +360,3 @@ def _joining(settings: Settings) -> Iterator[None]:
             finally:
                 shutil.rmtree(settings.joining_folder, ignore_errors=True)
             return
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[StopFlag]:
-    """Give what remembers signals that ask for a stop, and put back what they did before."""
-    before = {number: signal.getsignal(number) for number in FORWARDED}
-    try:
-        yield StopFlag()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -124,8 +124,6 @@ class Protocol:
         if self.environment and self.environment not in ENVIRONMENTS and not is_reference(self.environment):
             p.append(f"environment = {self.environment!r} is not "
                      f"known{nearest(self.environment, ENVIRONMENTS)}")
-        if self.environment and self.mode != "default":
-            p.append(f"mode = {self.mode!r}: episodes with tools leave the mode to the chat template")
         pattern = "" if self.extract == BOXED else self.extract
         if pattern and (wrong := patterns.problem(pattern)):
             p.append(f"extract = {self.extract!r} is no regular expression ({wrong})")

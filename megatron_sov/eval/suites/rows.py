@@ -49,7 +49,8 @@ def row_of(protocol: Protocol, item: Item, response: Response) -> Row | None:
         Refused: the item's data do not hold what the reward needs.
         TimeoutError: the pattern takes too long over this response.
     """
-    said = without_thoughts(response.text, protocol.mode)
+    # an episode's answer is told apart from thoughts where it is read
+    said = response.text if protocol.environment else without_thoughts(response.text, protocol.mode)
     if protocol.extract:
         answer = extracted(protocol.extract, said)
         if answer is None:
