@@ -263,8 +263,8 @@ def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], pla
             results = write_episodes(args.output, game.task, protocol, model, game.tasks, episodes, folded,
                                      args.data_dir, args.limit)
     except StopRequested as e:
-        return (f"{e}: {num_ended:,} of {game.num_episodes:,} episodes have ended, and all turns are kept; run "
-                "the same command again to go on")
+        return (f"{e}: {num_ended:,} of {game.num_episodes:,} episodes have ended, and all turns are kept; "
+                "run the same command again to go on")
     _tell(game, results, events)
     for item in folded.items:
         if item.failed:

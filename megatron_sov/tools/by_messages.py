@@ -1,5 +1,5 @@
-"""Many episodes by messages, for models that are asked with a conversation and not with ids: each episode goes
-on by itself, as many side by side as there are seats.
+"""Many episodes by messages, for models that are asked with a conversation and not with ids: each episode
+goes on by itself, as many side by side as there are seats.
 
 Nothing here is for training: the tokens that such a model wrote are not known, only how many.
 """

@@ -155,7 +155,7 @@ def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder
     turn = with_calls(turn, len(episode.turns), host, limits)
     if turn.end:
         return turn
-    behind = encoder.behind_turn([result.text for _, result in made])
+    behind = encoder.behind_turn([call["text"] for call in turn.calls])
     # a token at least has to be left for the model
     if len(behind) >= left:
         return replace(turn, end="tokens")
