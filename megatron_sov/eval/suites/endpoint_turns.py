@@ -80,7 +80,8 @@ def said_in(answer: Any) -> Said:
     tokens = told_tokens(answer)
     if tokens is None:
         raise UserError("the endpoint does not tell the tokens of its answers (`usage`), by which an "
-                        "episode's limits are counted; serve the model with vLLM, SGLang or `megatron-sov serve`")
+                        "episode's limits are counted; serve the model with one that does, such as vLLM or "
+                        "`megatron-sov serve`")
     told = next((name for name in REASONING if isinstance(message.get(name), str) and message[name]), None)
     given: Message = {"role": "assistant", "content": content or ""}
     text = content or ""
