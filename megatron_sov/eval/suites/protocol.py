@@ -128,8 +128,8 @@ class Protocol:
             p.append(f"environment = {self.environment!r} is not "
                      f"known{nearest(self.environment, ENVIRONMENTS)}")
         if self.turns_field and (self.samples > 1 or self.messages_field or self.environment):
-            p.append(f"turns_field = {self.turns_field!r}: a conversation has 1 sample, no messages_field and "
-                     "no environment")
+            p.append(f"turns_field = {self.turns_field!r}: a conversation has 1 sample, no messages_field "
+                     "and no environment")
         pattern = "" if self.extract == BOXED else self.extract
         if pattern and (wrong := patterns.problem(pattern)):
             p.append(f"extract = {self.extract!r} is no regular expression ({wrong})")
