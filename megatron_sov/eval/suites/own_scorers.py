@@ -36,8 +36,8 @@ class Copied:
 class ShortAnswer:
     """HotpotQA: how many words an answer shares with the known one.
 
-    As in the data's own script (hotpotqa/hotpot, hotpot_evaluate_v1.py): case, punctuation and articles do not
-    count, and `yes`, `no` and `noanswer` are right or wrong as a whole.
+    As in the data's own script (hotpotqa/hotpot, hotpot_evaluate_v1.py): case, punctuation and articles do
+    not count, and `yes`, `no` and `noanswer` are right or wrong as a whole.
     """
 
     exact: bool = False
