@@ -85,7 +85,8 @@ def test_the_second_question_stands_behind_the_first_answer(command: list[str], 
     assert all(p["chat_template_kwargs"] == {"enable_thinking": False} for p in script.asked)
     results = read_results(Path("out.json"))
     scores = results.tasks["mt-bench-like"]
-    assert (scores.items, scores.failed, scores.metrics[0].value, scores.metrics[0].clusters) == (4, 0, 0.5, 2)
+    [metric] = scores.metrics
+    assert (scores.items, scores.failed, metric.value, metric.clusters) == (4, 0, 0.5, 2)
     items = {item.item: item for item in read_items(Path("out.json"), results)}
     assert {name: item.scores for name, item in items.items()} == {
         "0/1": {"avg@1": 0.0}, "0/2": {"avg@1": 1.0}, "1/1": {"avg@1": 0.0}, "1/2": {"avg@1": 1.0}}
