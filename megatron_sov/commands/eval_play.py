@@ -187,8 +187,9 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
     def played(policy: Policy) -> str:
         model = EvaluatedModel(str(target.path), content_hash(target),
                                "huggingface" if target.is_hf else "checkpoint", target.step)
-        known_by = {"path": str(target.path), "hash": model.hash, "engine": local.engine,
-                    "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
+        known_by: dict[str, object] = {
+            "path": str(target.path), "hash": model.hash, "engine": local.engine,
+            "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
 
         def play(journal: Journal, **told: Any) -> list[list[Episode]]:
             return play_tasks(protocol, game.tasks, args.data_dir, policy, local.encoder, journal,
