@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.chat.tool_calls import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, parse_turn
+from megatron_sov.chat.tool_calls import (
+    BEGIN_CALL,
+    BEGIN_THOUGHTS,
+    END_CALL,
+    END_THOUGHTS,
+    BadCall,
+    ToolCall,
+    parse_turn,
+)
 from megatron_sov.documents.messages import REASONING
 from megatron_sov.endpoints.answers import BadAnswer, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache
@@ -87,8 +95,12 @@ def said_in(answer: Any) -> Said:
     text = content or ""
     if calls:
         pieces = [_written(call) for call in calls]
-        given["tool_calls"] = [_given_back(piece) for piece in pieces]
+        given["tool_calls"] = [_given_back(parse_turn(piece).calls[0]) for piece in pieces]
         text = text.replace(BEGIN_CALL, _broken(BEGIN_CALL)) + "".join(pieces)
+    elif found := parse_turn(text).calls:  # a server without a parser of calls leaves them in the text
+        thoughts, end, _ = text.rpartition(END_THOUGHTS)
+        given |= {"content": f"{thoughts}{end}{parse_turn(text).content}",
+                  "tool_calls": [_given_back(call) for call in found]}
     if told is not None:
         given[told] = message[told]
         thoughts = message[told].replace(END_THOUGHTS, _broken(END_THOUGHTS))
@@ -119,10 +131,9 @@ def _written(call: Any) -> str:
     return f'{BEGIN_CALL}{{"name": {name}, "arguments": {json.dumps(arguments)}}}{END_CALL}'
 
 
-def _given_back(piece: str) -> dict[str, Any]:
+def _given_back(call: ToolCall | BadCall) -> dict[str, Any]:
     """Return a call as it is given back: one that is none has no arguments, which templates would not read;
     its result says what was wrong."""
-    call = parse_turn(piece).calls[0]
     name, arguments = getattr(call, "name", "unknown"), getattr(call, "arguments", {})
     return {"type": "function",
             "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}

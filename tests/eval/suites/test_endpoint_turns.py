@@ -43,7 +43,9 @@ def test_calls_in_the_text_of_a_server_without_a_parser_are_read() -> None:
     text = '<think>so</think><tool_call>{"name": "f", "arguments": {}}</tool_call>'
     said = said_in(answered(content=text))
     assert parse_turn(said.text).calls == (ToolCall("f", {}),)
-    assert said.message == {"role": "assistant", "content": text}
+    assert said.message["content"] == "<think>so</think>"
+    assert [call["function"] for call in said.message["tool_calls"]] == [{"name": "f", "arguments": "{}"}]
+    assert said_in(answered(content="Well.")).message == {"role": "assistant", "content": "Well."}
     assert said_in(answered("length", content=None, reasoning="all of it")).is_cut
 
 
