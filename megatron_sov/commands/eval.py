@@ -94,9 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bigram.add_argument("--max-train-tokens", type=int, default=DEFAULT_TRAIN_TOKENS, metavar="N",
                         help="training tokens of each source that are counted at most (default %(default)s)")
     play = task("play", "have a model play a benchmark's tasks with tools, and score its episodes")
-    play.add_argument("target", metavar="TARGET",
-                      help="checkpoint, run (its newest one), Hugging Face folder, or the address of an "
-                           "OpenAI-compatible endpoint, up to /v1")
     add_play_arguments(play)
     add_suites_arguments(tasks.add_parser("suites", help=SUITES, description=SUITES))
     for sub in (ppl, pairs, bigram):

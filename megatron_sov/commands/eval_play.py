@@ -45,6 +45,9 @@ POLL_S = 0.2
 
 def add_play_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare what is played, and how."""
+    sub.add_argument("target", metavar="TARGET",
+                     help="checkpoint, run (its newest one), Hugging Face folder, or the address of an "
+                          "OpenAI-compatible endpoint, up to /v1")
     sub.add_argument("--tasks", required=True, metavar="NAME",
                      help="a task of `eval suites` with an environment, or the path of a task file of yours")
     sub.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
