@@ -37,7 +37,7 @@ class Script(ThreadingHTTPServer):
     """Calls the calculator, then says what it told; a question may be one that it fails at."""
 
     asked: list[dict[str, Any]]
-    failing = "nothing"
+    failing = "no such words"
     stops_at = 0
     """Request at which the process is asked to stop; 0: none."""
 
@@ -112,7 +112,7 @@ def test_episodes_are_scored_and_failed_ones_asked_for_again(
     assert all(payload["chat_template_kwargs"] == {"enable_thinking": True} for payload in script.asked)
     assert len({payload["seed"] for payload in script.asked}) == 2 * 3 * 2 - 2  # of each turn its own
 
-    before, script.failing = len(script.asked), "nothing"
+    before, script.failing = len(script.asked), "no such words"
     assert main([*command, "--mode", "thinking"]) == 0
     assert len(script.asked) - before == 2 * 2  # what was answered is kept
     assert read_results(Path("out.json")).tasks["sums"].failed == 0

@@ -22,7 +22,7 @@ class Script(ThreadingHTTPServer):
 
     asked: list[dict[str, Any]]
     judged: list[str]
-    failing = "nothing"
+    failing = "no such words"
 
     def answer(self, payload: dict[str, Any]) -> str:
         if payload["model"] == "judge":
@@ -106,7 +106,7 @@ def test_a_turn_that_was_not_answered_has_failed_and_is_asked_for_again(command:
     assert results.tasks["mt-bench-like"].failed == 1
     [failed] = [item for item in read_items(Path("out.json"), results) if item.failed]
     assert (failed.item, "HTTP 500" in str(failed.failed)) == ("0/2", True)
-    before, script.failing = len(script.asked), "nothing"
+    before, script.failing = len(script.asked), "no such words"
     assert main(words) == 0
     assert len(script.asked) == before + 1
     assert read_results(Path("out.json")).tasks["mt-bench-like"].failed == 0

@@ -12,9 +12,11 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
+import yaml
 from lm_eval.api.registry import get_filter
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import _load_module_with_cache, load_yaml
+from lm_eval.utils import apply_template
 from suite_items import CASES, PROX_ANSWERS, write
 
 from megatron_sov.eval.suites.catalogue import suite_tasks
@@ -137,9 +139,9 @@ def test_hotpotqa_asks_and_judges_as_longbench_does(tmp_path: Path, loaded: Load
     write(CASES["hotpotqa"], tmp_path)
     doc = loaded("hotpotqa").task_docs[0]
     passages = "Passage 1:\nAnn\nHer mother is Eve.\n\nPassage 2:\nEve\na b"
-    config = load_yaml(THEIRS / "longbench/hotpotqa.yaml")
-    from lm_eval.utils import apply_template
-
+    # not as a task: its metrics want libraries that nothing else here does
+    lines = (THEIRS / "longbench/hotpotqa.yaml").read_text(encoding="utf-8").splitlines()
+    [config] = [yaml.safe_load(line) for line in lines if line.startswith("doc_to_text: ")]
     row = {"context": passages, "question": doc["question"]}
     assert loaded("hotpotqa").doc_to_text(doc) == apply_template(config["doc_to_text"], row)
     answers = ["Old Town", "the old town.", "in Old Town, I think", "old old", "Seoul", ""]
