@@ -12,7 +12,6 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
-import yaml
 from lm_eval.api.registry import get_filter
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import _load_module_with_cache, load_yaml
@@ -135,28 +134,25 @@ def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded
     assert ours(name, mine.task_docs[0], answers, "avg@1") == scores == [1, 0, 1, 0, 0, 0]
 
 
-def test_hotpotqa_asks_and_judges_as_longbench_does(tmp_path: Path, loaded: Loaded) -> None:
+def test_hotpotqa_asks_and_judges_as_longbench_does(
+    tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # libraries that the metric below does not ask
+    for library in ("jieba", "fuzzywuzzy", "rouge"):
+        monkeypatch.setitem(sys.modules, library, SimpleNamespace(fuzz=None, Rouge=None))
     write(CASES["hotpotqa"], tmp_path)
     doc = loaded("hotpotqa").task_docs[0]
     passages = "Passage 1:\nAnn\nHer mother is Eve.\n\nPassage 2:\nEve\na b"
-    # not as a task: its metrics want libraries that nothing else here does
-    lines = (THEIRS / "longbench/hotpotqa.yaml").read_text(encoding="utf-8").splitlines()
-    [config] = [yaml.safe_load(line) for line in lines if line.startswith("doc_to_text: ")]
+    config = load_yaml(THEIRS / "longbench/hotpotqa.yaml")
     row = {"context": passages, "question": doc["question"]}
     assert loaded("hotpotqa").doc_to_text(doc) == apply_template(config["doc_to_text"], row)
     answers = ["Old Town", "the old town.", "in Old Town, I think", "old old", "Seoul", ""]
-    expected = [_token_f1(answer, "Old Town") for answer in answers]
+    f1 = _load_module_with_cache(THEIRS / "longbench/metrics.py").qa_f1_score
+    expected = [f1(answer, "Old Town") for answer in answers]
     assert ours("hotpotqa", doc, answers, "f1:avg@1") == pytest.approx(expected)
     assert ours("hotpotqa", doc, answers, "exact:avg@1") == [1, 1, 0, 0, 0, 0]
     known = {**doc, "answer": "yes"}
     assert ours("hotpotqa", known, ["Yes.", "yes it is", "no"], "f1:avg@1") == [1, 0, 0]
-
-
-def _token_f1(answer: str, known: str) -> float:
-    """Return SQuAD's F1, which HotpotQA's script has taken over, as transformers computes it."""
-    from transformers.data.metrics.squad_metrics import compute_f1
-
-    return float(compute_f1(known, answer))
 
 
 @pytest.mark.parametrize(
