@@ -96,4 +96,4 @@ def test_a_mode_opens_each_turn() -> None:
     for variables, opened in (({}, "assistant\n"), ({"enable_thinking": False}, "</think>\n\n")):
         turns = TurnEncoder(chat, "tok", variables)
         opening = turns.opening(Conversation.of(("user", "Do it.")))
-        assert [chat.decode(ids).endswith(opened) for ids in (opening, turns.behind_turn(["1"]))] == [True, True]
+        assert all(chat.decode(ids).endswith(opened) for ids in (opening, turns.behind_turn(["1"])))
