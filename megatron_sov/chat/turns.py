@@ -7,7 +7,9 @@ have several spellings in tokens), and train it on tokens that it never sampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder, EncodedChat
 from megatron_sov.documents import BadRecord, Conversation, Message
@@ -20,17 +22,20 @@ _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 class TurnEncoder:
     """A chat encoder for conversations with tools."""
 
-    def __init__(self, encoder: ChatEncoder, where: str) -> None:
+    def __init__(self, encoder: ChatEncoder, where: str,
+                 template_kwargs: Mapping[str, Any] | None = None) -> None:
         """Take the encoder of a model.
 
         Args:
             encoder: of its tokenizer and template.
             where: names it in messages.
+            template_kwargs: variables of the template, such as `enable_thinking`.
 
         Raises:
             UserError: its template ends no turn with a special token, or shows no results of tools.
         """
         self._encoder, self._where = encoder, where
+        self._template_kwargs = dict(template_kwargs or {})
         self.end_ids = encoder.end_ids()
         """Special tokens with which a model ends its turn."""
         if not self.end_ids:
@@ -44,7 +49,8 @@ class TurnEncoder:
         Raises:
             BadRecord: the template refuses the conversation.
         """
-        return self._encoder.encode(chat, awaits_response=True).ids
+        asked = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
+        return self._encoder.encode(asked, awaits_response=True).ids
 
     def behind_turn(self, results: Sequence[str]) -> list[int]:
         """Return the ids behind the end of a model's turn: results of tools, and the opening of the next one.
@@ -71,7 +77,8 @@ class TurnEncoder:
 
     def _encoded(self, results: Sequence[str]) -> EncodedChat:
         tools = tuple(Message("tool", result) for result in results)
-        return self._encoder.encode(Conversation((_ASKED, _SAID, *tools)), awaits_response=True)
+        chat = Conversation((_ASKED, _SAID, *tools), (), self._template_kwargs)
+        return self._encoder.encode(chat, awaits_response=True)
 
     def _plain(self, result: str) -> str:
         for special in self._encoder.special_texts():

@@ -94,7 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bigram.add_argument("--max-train-tokens", type=int, default=DEFAULT_TRAIN_TOKENS, metavar="N",
                         help="training tokens of each source that are counted at most (default %(default)s)")
     play = task("play", "have a model play a benchmark's tasks with tools, and score its episodes")
-    play.add_argument("target", **target)  # type: ignore[arg-type]
     add_play_arguments(play)
     add_suites_arguments(tasks.add_parser("suites", help=SUITES, description=SUITES))
     for sub in (ppl, pairs, bigram):
@@ -113,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen task; returns the exit code."""
     if args.task == "lm":  # whose target may be an address
         return run_lm(args)
+    if args.task == "play":  # likewise
+        return run_play(args)
     if args.task == "suites":  # which are no model's
         return run_suites(args)
     events = RunEvents(args.run)
@@ -120,8 +121,6 @@ def run(args: argparse.Namespace) -> int:
     for name in ("target", "checkpoint", "hf_dir"):
         if (model := getattr(args, name, None)) is not None:
             refuse_missing(model)
-    if args.task == "play":
-        return run_play(args, events)
     if args.task == "passk":
         return run_passk(args, events)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
-from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.endpoints.addresses import is_address
+from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.generate.asking import check_engine, check_length
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.request import Batching, Stop
@@ -22,19 +24,30 @@ from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.journal import opened
+from megatron_sov.tools.journal import Journal, opened
 from megatron_sov.tools.playing import Policy, identity_of
 from megatron_sov.tools.tasks import digest_of
+from megatron_sov.train.stopping import StopFlag, stoppable
 
 if TYPE_CHECKING:
+    from megatron_sov.eval.lm.results import EvaluatedModel, Results
     from megatron_sov.eval.suites.catalogue import TaskFile
     from megatron_sov.eval.suites.protocol import Protocol
     from megatron_sov.generate.target import Target
+    from megatron_sov.tools.episode import Episode
+
+DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+POLL_S = 0.2
+"""How often one who waits looks whether to stop."""
 
 
 def add_play_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare what is played, and how."""
+    sub.add_argument("target", metavar="TARGET",
+                     help="checkpoint, run (its newest one), Hugging Face folder, or the address of an "
+                          "OpenAI-compatible endpoint, up to /v1")
     sub.add_argument("--tasks", required=True, metavar="NAME",
                      help="a task of `eval suites` with an environment, or the path of a task file of yours")
     sub.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
@@ -45,11 +58,19 @@ def add_play_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--samples", type=int, metavar="N", help="episodes of each item (default: the task's)")
     sub.add_argument("--judge", action="append", default=[], metavar="key=value",
                      help="address and model of the judge, e.g. endpoint=http://localhost:8000/v1; repeat it")
+    sub.add_argument("--mode", choices=("thinking", "no-thinking"),
+                     help="of a reasoning model (default: the task's)")
     sub.add_argument("--parallel", type=int, default=8, metavar="N", help="episodes at a time (default 8)")
     sub.add_argument("--engine", choices=ENGINES,
                      help="what runs the model (default: transformers for a Hugging Face folder)")
     sub.add_argument("--workers", type=int, default=0, metavar="N",
                      help="processes that judge (default: one for each core)")
+    endpoint = sub.add_argument_group("endpoints")
+    endpoint.add_argument("--model", default="", metavar="NAME", help="name that the endpoint knows it by")
+    endpoint.add_argument("--key-env", default=DEFAULT_KEY_ENV, metavar="NAME",
+                          help="variable of the environment with the key (default %(default)s)")
+    endpoint.add_argument("--cache", type=Path, metavar="DIR",
+                          help="folder of the endpoint's answers (default: OUT.cache)")
 
 
 @dataclass(frozen=True)
@@ -60,44 +81,68 @@ class _Game:
     task: TaskFile
     protocol: Protocol
     tasks: Sequence[Task]
-    target: Target
-    encoder: TurnEncoder
+    flag: StopFlag
+    """Says whether to stop."""
 
     @property
-    def engine(self) -> str:
-        return str(self.args.engine or (TRANSFORMERS if self.target.is_hf else MEGATRON))
+    def num_episodes(self) -> int:
+        """Return how many episodes there are in all."""
+        return len(self.tasks) * self.protocol.samples
 
 
-def run_play(args: argparse.Namespace, events: RunEvents) -> int:
+@dataclass(frozen=True)
+class _Local:
+    """A model that this command runs, checked."""
+
+    target: Target
+    encoder: TurnEncoder
+    engine: str
+
+    def ends(self) -> tuple[int, ...]:
+        """Return the tokens that end a turn; one that eos ends is no whole one."""
+        from megatron_sov.generate.load import load_tokenizer
+
+        eos = load_tokenizer(self.target.tokenizer_folder).eos_token_id
+        return tuple(sorted({*self.encoder.end_ids, *([] if eos is None else [int(eos)])}))
+
+
+Play = Callable[..., "list[list[Episode]]"]
+"""Plays with a journal, `ended` and `check`."""
+
+
+def run_play(args: argparse.Namespace) -> int:
     """Play, score and write; an evaluation that was killed goes on where it was.
 
     Raises:
         UserError: there is no such task, data are missing, or the model cannot play.
+        StopRequested: a signal asked for it; what was played is kept.
     """
     check_output("--output", args.output)
     for name, value in (("parallel", args.parallel), ("limit", args.limit), ("samples", args.samples)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    game = _checked(args)
-    protocol, limits = game.protocol, game.protocol.episode_limits
-    longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
-    check_engine(game.engine, game.target, args.settings, args.nproc)
-    check_length(game.target, longest, "the limits of an episode, prompt, response and turn,",
-                 "lower `limits` in a task file of your own")
-    ends = _ends(game)
-
-    def work(engine: Engine) -> Any:
-        from megatron_sov.generate.turns import EnginePolicy, with_policy
-
-        policy = EnginePolicy(engine, protocol.sampling, Stop(ends))
-        return with_policy(policy, lambda policy: _played(game, policy, events))
-
-    run_engine(game.engine, game.target, work, longest=longest,
-               batching=Batching(max_sequences=args.parallel), settings=args.settings, nproc=args.nproc)
+    events = RunEvents(args.run)
+    with stoppable() as flag:
+        if is_address(args.target):
+            stopped = _by_endpoint(_checked(args, flag), events)
+        else:
+            refuse_missing(Path(args.target))
+            _refuse_of_endpoints(args)
+            stopped = _by_engine(_checked(args, flag), events)
+    if stopped:
+        raise StopRequested(stopped)
     return ExitCode.OK
 
 
-def _checked(args: argparse.Namespace) -> _Game:
+def _refuse_of_endpoints(args: argparse.Namespace) -> None:
+    given = [*([f"--model {args.model}"] if args.model else []),
+             *([f"--key-env {args.key_env}"] if args.key_env != DEFAULT_KEY_ENV else []),
+             *([f"--cache {args.cache}"] if args.cache else [])]
+    if given:
+        raise UserError(f"{', '.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
+
+
+def _checked(args: argparse.Namespace, flag: StopFlag) -> _Game:
     from megatron_sov.eval.suites.catalogue import chosen, read_task, require_data
     from megatron_sov.eval.suites.episodes import order_of, tasks_of
     from megatron_sov.eval.suites.protocol import changed
@@ -112,67 +157,140 @@ def _checked(args: argparse.Namespace) -> _Game:
     task, protocol = played[0], played[0].protocol
     assert protocol is not None
     changes: dict[str, Any] = {"samples": args.samples} if args.samples is not None else {}
+    changes |= {"mode": args.mode} if args.mode else {}
     if args.judge:
         changes["reward_settings"] = parse_settings(args.judge, "--judge")
     protocol = changed(protocol, changes)
     require_data(task, args.data_dir)
     make(order_of(protocol, args.data_dir))
     prepare_megatron()
+    return _Game(args, task, protocol, tasks_of(task, args.data_dir, args.limit), flag)
+
+
+def _by_engine(game: _Game, events: RunEvents) -> str:
+    """Play with a model of a folder; returns why it was stopped."""
+    from megatron_sov.eval.lm.results import EvaluatedModel
+    from megatron_sov.eval.lm.subject import content_hash
+    from megatron_sov.eval.suites.episodes import play_tasks
     from megatron_sov.generate.target import find_target
 
-    target = find_target(args.target)
+    args, protocol, limits = game.args, game.protocol, game.protocol.episode_limits
+    target = find_target(Path(args.target))
     chat = read_chat_encoder(target.tokenizer_folder)
     if chat is None:
         raise UserError(f"{target.tokenizer_folder}: has no chat template; fine-tune on chats first")
-    return _Game(args, task, protocol, tasks_of(task, args.data_dir, args.limit), target,
-                 TurnEncoder(chat, str(target.tokenizer_folder)))
+    local = _Local(target, TurnEncoder(chat, str(target.tokenizer_folder), protocol.chat_template_kwargs),
+                   str(args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)))
+    longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
+    check_engine(local.engine, target, args.settings, args.nproc)
+    check_length(target, longest, "the limits of an episode, prompt, response and turn,",
+                 "lower `limits` in a task file of your own")
+    ends = local.ends()
+
+    def played(policy: Policy) -> str:
+        model = EvaluatedModel(str(target.path), content_hash(target),
+                               "huggingface" if target.is_hf else "checkpoint", target.step)
+        known_by: dict[str, object] = {
+            "path": str(target.path), "hash": model.hash, "engine": local.engine,
+            "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
+
+        def play(journal: Journal, **told: Any) -> list[list[Episode]]:
+            return play_tasks(protocol, game.tasks, args.data_dir, policy, local.encoder, journal,
+                              parallel=args.parallel, **told)
+
+        return _played(game, model, known_by, play, events)
+
+    def work(engine: Engine) -> Any:
+        from megatron_sov.generate.turns import EnginePolicy, with_policy
+
+        return with_policy(EnginePolicy(engine, protocol.sampling, Stop(ends)), played)
+
+    return str(run_engine(local.engine, target, work, longest=longest,
+                          batching=Batching(max_sequences=args.parallel), settings=args.settings,
+                          nproc=args.nproc) or "")
 
 
-def _ends(game: _Game) -> tuple[int, ...]:
-    """Return the tokens that end a turn; one that eos ends is no whole one."""
-    from megatron_sov.generate.load import load_tokenizer
+def _by_endpoint(game: _Game, events: RunEvents) -> str:
+    """Play with a model behind an endpoint; returns why it was stopped."""
+    from megatron_sov.eval.lm.settings import EndpointSettings, Settings
+    from megatron_sov.eval.lm.subject import subject_of
+    from megatron_sov.eval.suites.endpoint_turns import EndpointSpeaker
+    from megatron_sov.eval.suites.episodes import play_tasks_by_messages
 
-    eos = load_tokenizer(game.target.tokenizer_folder).eos_token_id
-    return tuple(sorted({*game.encoder.end_ids, *([] if eos is None else [int(eos)])}))
+    args, flag = game.args, game.flag
+    endpoint = EndpointSettings(args.model, key_env=args.key_env, max_concurrent=args.parallel)
+    settings = Settings(args.output, cache=args.cache, engine=args.engine, settings=tuple(args.settings),
+                        nproc=args.nproc, endpoint=endpoint)
+    subject = subject_of(args.target, settings)
+
+    def sleep(seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while (left_s := end_s - time.monotonic()) > 0:
+            if flag.reason is not None:
+                raise StopRequested(flag.reason)
+            time.sleep(min(left_s, POLL_S))
+
+    speaker = EndpointSpeaker(args.target, endpoint, game.protocol, settings.cache_folder, sleep)
+
+    def play(journal: Journal, **told: Any) -> list[list[Episode]]:
+        return play_tasks_by_messages(game.protocol, game.tasks, args.data_dir, speaker, journal,
+                                      parallel=args.parallel, **told)
+
+    return _played(game, subject.model, subject.identity, play, events)
 
 
-def _played(game: _Game, policy: Policy, events: RunEvents) -> None:
-    from megatron_sov.eval.lm.subject import content_hash
+def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], play: Play,
+            events: RunEvents) -> str:
+    """Play what is left, score and write; returns why it was stopped, empty at the end."""
     from megatron_sov.eval.suites.episode_results import write_episodes
-    from megatron_sov.eval.suites.episodes import fold_episodes, order_of, play_tasks
+    from megatron_sov.eval.suites.episodes import fold_episodes, order_of
     from megatron_sov.tools.registry import make
 
-    args, protocol = game.args, game.protocol
-    folder = game.target.tokenizer_folder
-    digest = content_hash(game.target)
-    model: dict[str, object] = {"path": str(game.target.path), "hash": digest, "engine": game.engine,
-                                "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
+    args, protocol, num_ended = game.args, game.protocol, 0
     _, version = make(order_of(protocol, args.data_dir))
-    identity = identity_of(digest_of(game.tasks), version, protocol.episode_limits, model,
-                           protocol.as_json()["sampling"])
-    with opened(args.output, identity) as journal, work_bar(
-            "play", len(game.tasks) * protocol.samples, "episode") as bar:
-        episodes = play_tasks(protocol, game.tasks, args.data_dir, policy, game.encoder, journal,
-                              parallel=args.parallel, ended=bar.update)
-        folded = fold_episodes(protocol, game.tasks, episodes, args.data_dir, args.workers)
-        results = write_episodes(args.output, game.task, protocol, game.target, digest, game.tasks, episodes,
-                                 folded, args.data_dir, args.limit)
-    scores = results.tasks[game.task.name]
+    identity = identity_of(digest_of(game.tasks), version, protocol.episode_limits, known_by,
+                           {**protocol.as_json()["sampling"], "mode": protocol.mode})
+
+    def ended(count: int) -> None:
+        nonlocal num_ended
+        num_ended += count
+        bar.update(count)
+
+    def check() -> None:
+        if game.flag.reason is not None:
+            raise StopRequested(game.flag.reason)
+
+    try:
+        with opened(args.output, identity) as journal, work_bar("play", game.num_episodes, "episode") as bar:
+            episodes = play(journal, ended=ended, check=check)
+            folded = fold_episodes(protocol, game.tasks, episodes, args.data_dir, args.workers)
+            results = write_episodes(args.output, game.task, protocol, model, game.tasks, episodes, folded,
+                                     args.data_dir, args.limit)
+    except StopRequested as e:
+        return (f"{e}: {num_ended:,} of {game.num_episodes:,} episodes have ended, and all turns are kept; "
+                "run the same command again to go on")
+    _tell(game, results, events)
+    for item in folded.items:
+        if item.failed:
+            print(visible(item.failed), file=sys.stderr)
+            break
+    return ""
+
+
+def _tell(game: _Game, results: Results, events: RunEvents) -> None:
+    """Print the scores, and add them to a run's events."""
+    args, told, scores = game.args, game.protocol.as_json(), results.tasks[game.task.name]
+    step = results.model.step if results.model.step is not None else events.last_step()
     for metric in scores.metrics:
-        events.add("eval_lm", step=game.target.step if game.target.step is not None else events.last_step(),
-                   model_hash=digest, task=game.task.name, task_hash=scores.task_hash, metric=metric.name,
-                   filter=metric.filter, k=metric.k, value=metric.value,
-                   interval=metric.interval and list(metric.interval), items=scores.items,
-                   failed=scores.failed, at_limit=scores.at_limit, sampling=protocol.as_json()["sampling"],
-                   mode=protocol.mode, contamination=None, published_as=scores.published_as,
-                   output=str(args.output.absolute()))
+        events.add("eval_lm", step=step, model_hash=results.model.hash, task=game.task.name,
+                   task_hash=scores.task_hash, metric=metric.name, filter=metric.filter, k=metric.k,
+                   value=metric.value, interval=metric.interval and list(metric.interval),
+                   items=scores.items, failed=scores.failed, at_limit=scores.at_limit,
+                   sampling=told["sampling"], mode=game.protocol.mode, contamination=None,
+                   published_as=scores.published_as, output=str(args.output.absolute()))
         value = "-" if metric.value is None else f"{metric.value:.4f}"
         if not args.json:
             print(f"{game.task.name}  {metric.label}  {value}  {scores.items} items, {scores.failed} failed, "
                   f"{scores.at_limit} episodes at a limit")
     if args.json:
         print(json.dumps(json.loads(args.output.read_text(encoding="utf-8")), indent=1, ensure_ascii=False))
-    for item in folded.items:
-        if item.failed:
-            print(visible(item.failed), file=sys.stderr)
-            break

@@ -53,6 +53,12 @@ class Turn:
     """One of `ENDS`, where it was the last turn."""
     in_thoughts: bool = False
     """Whether the template had opened thoughts before it."""
+    message: dict[str, Any] | None = None
+    """As it is given back to an endpoint that is asked with messages; None: the model was asked with ids."""
+    read_tokens: int = 0
+    """That an endpoint says it read for this turn: all before it."""
+    wrote_tokens: int = 0
+    """That it says it wrote."""
 
     @property
     def parsed(self) -> WrittenTurn:
@@ -146,6 +152,25 @@ def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
     if not written.ids or written.ids[-1] not in encoder.end_ids:
         return replace(turn, end="unended")
+    turn = with_calls(turn, len(episode.turns), host, limits)
+    if turn.end:
+        return turn
+    behind = encoder.behind_turn([call["text"] for call in turn.calls])
+    # a token at least has to be left for the model
+    if len(behind) >= left:
+        return replace(turn, end="tokens")
+    return replace(turn, behind=behind)
+
+
+def with_calls(turn: Turn, num_before: int, host: EnvironmentHost, limits: EpisodeLimits) -> Turn:
+    """Return a turn that the model has ended with the results of its calls, and its end where it has come.
+
+    Args:
+        turn: without calls.
+        num_before: turns before it.
+        host: of the episode's environment, whose state changes.
+        limits: of the episode.
+    """
     found = turn.parsed.calls
     if not found:
         return replace(turn, end="answered")
@@ -155,13 +180,7 @@ def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder
     turn = replace(turn, calls=calls, state=host.state)
     if any(result.fault == INFRASTRUCTURE for _, result in made):
         return replace(turn, end="infrastructure")
-    if len(episode.turns) + 1 >= limits.max_turns:
-        return replace(turn, end="turns")
-    behind = encoder.behind_turn([result.text for _, result in made])
-    # a token at least has to be left for the model
-    if len(behind) >= left:
-        return replace(turn, end="tokens")
-    return replace(turn, behind=behind)
+    return replace(turn, end="turns") if num_before + 1 >= limits.max_turns else turn
 
 
 def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,

@@ -143,14 +143,14 @@ def _round(seats: Sequence[_Seat], policy: Policy, table: Table, journal: Journa
         for (_, episode), turn in zip(open_, turns, strict=True):
             episode.turns.append(turn)
     over = [(host, episode) for host, episode in playing if episode.end]
-    for (_, episode), result in zip(over, pool.map(_scored, over), strict=True):
+    for (_, episode), result in zip(over, pool.map(lambda given: scored(*given), over), strict=True):
         episode.result = result
     journal.add([*(turn_line(episode) for _, episode in open_),
                  *(result_line(episode) for _, episode in over)])
 
 
-def _scored(given: tuple[EnvironmentHost, Episode]) -> Result:
-    host, episode = given
+def scored(host: EnvironmentHost, episode: Episode) -> Result:
+    """Return the reward of an episode that has ended, or why there is none."""
     if episode.end == "infrastructure":
         return Result(None, "failed", {}, next(call["text"] for call in episode.turns[-1].calls
                                                if call["fault"] == "infrastructure"))

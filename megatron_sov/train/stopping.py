@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 from megatron_sov.runs.parent_death import FORWARDED
@@ -19,3 +21,14 @@ class StopFlag:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[StopFlag]:
+    """Give what remembers signals that ask for a stop, and put back what they did before."""
+    before = {number: signal.getsignal(number) for number in FORWARDED}
+    try:
+        yield StopFlag()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -87,3 +87,13 @@ def test_a_template_that_opens_thoughts_is_known() -> None:
         turns = TurnEncoder(with_template(template), "tok")
         assert turns.opens_thoughts(turns.opening(asked)) is opens
         assert turns.opens_thoughts(turns.behind_turn(["<think>"])) is opens
+
+
+def test_a_mode_opens_each_turn() -> None:
+    template = TEMPLATE.removesuffix("{% endif %}") + (
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+    chat = with_template(template)
+    for variables, opened in (({}, "assistant\n"), ({"enable_thinking": False}, "</think>\n\n")):
+        turns = TurnEncoder(chat, "tok", variables)
+        opening = turns.opening(Conversation.of(("user", "Do it.")))
+        assert all(chat.decode(ids).endswith(opened) for ids in (opening, turns.behind_turn(["1"])))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.eval.lm.results import read_items, read_results
+from megatron_sov.generate.turns import EnginePolicy
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
@@ -74,6 +78,28 @@ def test_a_model_plays_and_its_scores_are_kept_with_limits(
         items[0].samples[0].response != items[0].samples[1].response
     )  # each has random numbers of its own
     assert not list(folder.glob(".out.json*"))
+
+
+def test_a_wish_to_stop_keeps_the_turns_of_a_model_of_ours(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, rounds = EnginePolicy.sample, []
+
+    def stops(policy: EnginePolicy, prompts: Any, max_new_tokens: int, streams: Any) -> Any:
+        rounds.append(list(streams))
+        if len(rounds) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(policy, prompts, max_new_tokens, streams)
+
+    monkeypatch.setattr(EnginePolicy, "sample", stops)
+    words = [*WORDS, "--limit", "2", "--parallel", "2", "--mode", "no-thinking"]
+    assert main(words) == 75
+    assert "of 4 episodes have ended, and all turns are kept" in capsys.readouterr().err
+    assert len(rounds) == 1
+    assert main(words) == 0
+    asked = [stream for streams in rounds for stream in streams]
+    assert sorted(asked) == sorted(set(asked))  # no turn twice
+    assert read_results(folder / "out.json").tasks["sums"].mode == "no-thinking"
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,11 @@ import hashlib
 import json
 import random
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,10 +37,12 @@ from megatron_sov.outputs import check_output
 from megatron_sov.rewards.held_folder import held
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.launch_environment import is_first, under_launcher
-from megatron_sov.runs.parent_death import FORWARDED
+from megatron_sov.runs.launch_environment import is_first, repeats, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.stopping import StopFlag, stoppable
+
+if TYPE_CHECKING:
+    from megatron_sov.eval.lm.dialogues import Dialogues
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """As in lm-eval, whose examples they choose."""
@@ -69,6 +70,8 @@ class _Task:
     """All that is asked."""
     prompt_hash: str = ""
     """Of the instances."""
+    dialogues: Dialogues | None = None
+    """Of a task with several questions in one conversation."""
 
     @property
     def sov(self) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     check_output("--output", settings.output)
     events = RunEvents(settings.run)
     offline(settings.sources.allow_download, settings.cache_folder)
-    with _stoppable() as flag:
+    with stoppable() as flag:
         if not is_first():
             _run_only(target, settings, flag)
             return None
@@ -130,6 +133,8 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
     running = subject_of(target, settings, whole=False).running
     if running is not None:
         answer_locally(running, settings.asking_folder / ASKED, flag)
+        while repeats():  # the launcher asks for further turns; the rank ends in what it was started for
+            answer_locally(running, settings.asking_folder / ASKED, flag)
 
 
 def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
@@ -148,6 +153,9 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
         _refuse_unused(tasks, settings)
         requests = distinct(request for task in tasks for request in task.requests)
         _ask(subject, target, requests, answers, settings, flag)
+        dialogues = [task.dialogues for task in tasks if task.dialogues is not None]
+        while more := distinct(request for dialogue in dialogues for request in dialogue.go_on()):
+            _ask(subject, target, more, answers, settings, flag)
         notes: list[str] = []
         scores: dict[str, TaskScores] = {}
         items: list[Item] = []
@@ -167,8 +175,8 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
     protocol = _protocol(name, task, settings)
     if protocol is not None and protocol.environment:
         raise UserError(f"task {name}: is played with tools; run `megatron-sov eval play`")
-    if protocol is not None and protocol.messages_field and not settings.chat_template:
-        raise UserError(f"task {name}: asks whole conversations; pass --apply-chat-template")
+    if protocol is not None and (protocol.messages_field or protocol.turns_field):
+        _refuse_conversation(name, protocol, settings)
     own = task.get_config("num_fewshot")
     num_fewshot = own or 0
     if settings.num_fewshot is not None and own != 0:  # 0 in its file means that it is never to have any
@@ -201,12 +209,28 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
     if protocol is not None:
         from megatron_sov.eval.lm import sampled
 
-        built.requests = sampled.requests_of(protocol, task, bridge)
+        if protocol.turns_field:
+            from megatron_sov.eval.lm.dialogues import Dialogues
+
+            generation = sampled.generation_of(protocol, task, bridge)
+            built.dialogues = Dialogues(protocol, task, bridge, generation)
+            built.requests = built.dialogues.requests()
+        else:
+            built.requests = sampled.requests_of(protocol, task, bridge)
     else:
         built.requests = [request for instance in task.instances
                           for sample in range(int(instance.repeats or 1))
                           for request in bridge.requests_of(instance, sample)]
     return built
+
+
+def _refuse_conversation(name: str, protocol: Any, settings: Settings) -> None:
+    """Refuse how a task of conversations cannot be asked."""
+    if not settings.chat_template:
+        raise UserError(f"task {name}: asks whole conversations; pass --apply-chat-template")
+    if protocol.turns_field and under_launcher():
+        raise UserError(f"task {name}: asks in turns, which one process has to lead; leave torchrun or srun "
+                        "out, and pass --nproc N")
 
 
 def _protocol(name: str, task: Any, settings: Settings) -> Any:
@@ -272,7 +296,11 @@ def _scored(task: _Task, bridge: Any, settings: Settings, notes: list[str]) -> t
     judge: str | None = None
     told: dict[str, Any] = {}
     if task.protocol is not None:
-        scored, judge = sampled.score_sampled(task.protocol, task.task, bridge, settings.workers)
+        if task.dialogues is not None:
+            scored, judge = sampled.score_dialogues(task.protocol, task.task, task.dialogues,
+                                                    settings.workers)
+        else:
+            scored, judge = sampled.score_sampled(task.protocol, task.task, bridge, settings.workers)
         told = task.protocol.as_json()
         sampling = sampled.sampling_of(task.protocol, task.task, bridge)
     else:
@@ -354,14 +382,3 @@ def _joining(settings: Settings) -> Iterator[None]:
             finally:
                 shutil.rmtree(settings.joining_folder, ignore_errors=True)
             return
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[StopFlag]:
-    """Give what remembers signals that ask for a stop, and put back what they did before."""
-    before = {number: signal.getsignal(number) for number in FORWARDED}
-    try:
-        yield StopFlag()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

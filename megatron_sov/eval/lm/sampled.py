@@ -3,7 +3,7 @@ what is asked, and what the answers come to."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.bridge import Bridge, NotAnswered
@@ -11,6 +11,11 @@ from megatron_sov.eval.lm.item_metrics import judged_by, metric_of_items
 from megatron_sov.eval.lm.requests import Request
 from megatron_sov.eval.lm.results import Item, Sample, TaskSampling
 from megatron_sov.eval.lm.scoring import Scored, doc_hash, documents_of, question_and_answer
+from megatron_sov.eval.suites.items import Folded
+from megatron_sov.eval.suites.rows import TURN
+
+if TYPE_CHECKING:
+    from megatron_sov.eval.lm.dialogues import Dialogues
 
 
 def generation_of(protocol: Any, task: Any, bridge: Bridge) -> dict[str, Any]:
@@ -41,6 +46,33 @@ def sampling_of(protocol: Any, task: Any, bridge: Bridge) -> TaskSampling:
     generation = generation_of(protocol, task, bridge)
     return TaskSampling(protocol.temperature, protocol.top_p, protocol.top_k, generation["max_gen_toks"],
                         protocol.seed, protocol.samples)
+
+
+def score_dialogues(protocol: Any, task: Any, dialogues: Dialogues, workers: int) -> tuple[Scored, str]:
+    """Return what the turns of conversations come to, see `score_sampled`; the turns of one are a cluster."""
+    from megatron_sov.eval.suites.folding import fold
+
+    asked = dialogues.items()
+    folded = fold(protocol, [item for _, item, _ in asked], workers)
+    items = []
+    for (name, made, lacking), scores in zip(asked, folded.items, strict=True):
+        samples = tuple(Sample(response.text, response.finish_reason, score) for response, score in
+                        zip(made.responses, scores.sample_scores, strict=True))
+        known = made.doc.get("reference") or []
+        turn = made.doc[TURN]
+        values = {metric: scores.scores.get(metric) for metric in folded.metric_names}
+        items.append(Item(task.task_name, name, doc_hash(made.doc),
+                          protocol.cluster(made.doc) or name.partition("/")[0],
+                          made.doc[protocol.turns_field][turn], known[turn] if turn < len(known) else "",
+                          values, samples, lacking or scores.failed))
+    return _scored(items, folded)
+
+
+def _scored(items: list[Item], folded: Folded) -> tuple[Scored, str]:
+    notes: list[str] = []
+    metrics = tuple(metric_of_items(name, items, notes) for name in folded.metric_names)
+    at_limit = sum(scores.num_at_limit for scores in folded.items)
+    return Scored(items, metrics, at_limit, notes), judged_by(folded.judge)
 
 
 def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tuple[Scored, str]:
@@ -77,7 +109,4 @@ def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tup
         values = {name: scores.scores.get(name) for name in folded.metric_names}
         items.append(Item(task.task_name, str(number), doc_hash(made.doc), protocol.cluster(made.doc),
                           question, answer, values, samples, lacking.get(number, scores.failed)))
-    notes: list[str] = []
-    metrics = tuple(metric_of_items(name, items, notes) for name in folded.metric_names)
-    at_limit = sum(scores.num_at_limit for scores in folded.items)
-    return Scored(items, metrics, at_limit, notes), judged_by(folded.judge)
+    return _scored(items, folded)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_sov.artifacts import sha256_file
 from megatron_sov.eval.lm.item_metrics import judged_by, metric_of_items
@@ -26,11 +25,8 @@ from megatron_sov.eval.suites.protocol import Protocol
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode
 
-if TYPE_CHECKING:
-    from megatron_sov.generate.target import Target
 
-
-def write_episodes(output: Path, task: TaskFile, protocol: Protocol, target: Target, model_hash: str,
+def write_episodes(output: Path, task: TaskFile, protocol: Protocol, model: EvaluatedModel,
                    tasks: Sequence[Task], episodes: Sequence[Sequence[Episode]], folded: Folded,
                    data_dir: Path, limit: int | None) -> Results:
     """Write what was found; returns it.
@@ -39,8 +35,7 @@ def write_episodes(output: Path, task: TaskFile, protocol: Protocol, target: Tar
         output: the file.
         task: which.
         protocol: as it was played.
-        target: the model.
-        model_hash: of its content.
+        model: that played.
         tasks: what was to be done.
         episodes: of each.
         folded: their scores.
@@ -61,15 +56,14 @@ def write_episodes(output: Path, task: TaskFile, protocol: Protocol, target: Tar
     files = {path.relative_to(data_dir).as_posix(): sha256_file(path)
              for paths in task.files(data_dir).values() for path in paths}
     told = protocol.as_json()
+    asked = [list(episode.prompt) or asdict(episode.opening) for played in episodes for episode in played]
     scores = TaskScores(
         _hash([dict(task.config), asdict(protocol), files]), str(task.config.get("output_type")), len(items),
         tuple(metric_of_items(name, items, []) for name in folded.metric_names), {"files": files}, 0,
-        _hash([list(episode.prompt) for played in episodes for episode in played]), True, protocol.mode,
-        TaskSampling(**told["sampling"]), judged_by(folded.judge), told["agent_limits"], limit,
+        _hash(asked), True, protocol.mode, TaskSampling(**told["sampling"]), judged_by(folded.judge),
+        told["agent_limits"], limit,
         sum(item.failed is not None for item in items), sum(item.num_at_limit for item in folded.items), None,
         protocol.published_as or None)
-    model = EvaluatedModel(str(target.path), model_hash, "huggingface" if target.is_hf else "checkpoint",
-                           target.step)
     return write_results(output, Results(model, {task.name: scores}, {}), items)
 
 

@@ -17,6 +17,7 @@ from megatron_sov.eval.suites.task_data import TaskData
 from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools import registry
+from megatron_sov.tools.by_messages import MessageTable, Speaker, play_by_messages
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode
 from megatron_sov.tools.faults import INFRASTRUCTURE
@@ -50,7 +51,7 @@ def order_of(protocol: Protocol, data_dir: Path) -> Order:
 def play_tasks(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, policy: Policy,
                encoder: TurnEncoder, journal: Journal, *, parallel: int = 8,
                ended: Callable[[int], object] = lambda count: None,
-               should_stop: Callable[[], bool] = lambda: False) -> list[list[Episode]]:
+               check: Callable[[], object] = lambda: None) -> list[list[Episode]]:
     """Return the episodes of each task, as many as the protocol has samples.
 
     Args:
@@ -62,15 +63,33 @@ def play_tasks(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, policy
         journal: what was played before, and where this is kept.
         parallel: episodes at a time.
         ended: is told how many more episodes have ended.
-        should_stop: asked behind each round.
+        check: called behind each round; what it raises ends the play, and the journal keeps what was said.
 
     Raises:
         UserError: the environment cannot be made, or a task is none of its own.
+        Exception: what `check` raises.
     """
     table = Table(order_of(protocol, data_dir), encoder, protocol.episode_limits, parallel)
-    repeated = [task for task in tasks for _ in range(protocol.samples)]
-    episodes = play(repeated, policy, table, journal, ended, should_stop)
-    return [episodes[i * protocol.samples:(i + 1) * protocol.samples] for i in range(len(tasks))]
+    return _of_tasks(play(_repeated(protocol, tasks), policy, table, journal, ended, lambda: bool(check())),
+                     protocol)
+
+
+def play_tasks_by_messages(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, speaker: Speaker,
+                           journal: Journal, *, parallel: int = 8,
+                           ended: Callable[[int], object] = lambda count: None,
+                           check: Callable[[], object] = lambda: None) -> list[list[Episode]]:
+    """Return the episodes of each task of a model that is asked with messages; see `play_tasks`."""
+    table = MessageTable(order_of(protocol, data_dir), protocol.episode_limits, parallel)
+    return _of_tasks(play_by_messages(_repeated(protocol, tasks), speaker, table, journal, ended, check),
+                     protocol)
+
+
+def _repeated(protocol: Protocol, tasks: Sequence[Task]) -> list[Task]:
+    return [task for task in tasks for _ in range(protocol.samples)]
+
+
+def _of_tasks(episodes: Sequence[Episode], protocol: Protocol) -> list[list[Episode]]:
+    return [list(episodes[i:i + protocol.samples]) for i in range(0, len(episodes), protocol.samples)]
 
 
 def fold_episodes(protocol: Protocol, tasks: Sequence[Task], episodes: Sequence[Sequence[Episode]],

@@ -92,7 +92,7 @@ class Judge(AbstractContextManager["Judge"]):
             except TypeError:
                 raise UserError(f"task {protocol.task}: reward {protocol.reward} takes no settings, but "
                                 f"{', '.join(settings)} are given; leave them out") from None
-            version, hidden = version_of(self._own, {}), set()
+            version, hidden = version_of(self._own, settings), set()
         else:
             try:
                 order = registry.order(protocol.reward, settings)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
+from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Any
 
 from megatron_sov.rewards.reward import Row, Score, text_of
 
@@ -27,5 +32,37 @@ class Copied:
         return Score(ratio, {"prefix": True})
 
 
-OWN_SCORERS: dict[str, type[Copied]] = {"mrcr": Copied}
+@dataclass(frozen=True)
+class ShortAnswer:
+    """HotpotQA: how many words an answer shares with the known one.
+
+    As in the data's own script (hotpotqa/hotpot, hotpot_evaluate_v1.py): case, punctuation and articles do
+    not count, and `yes`, `no` and `noanswer` are right or wrong as a whole.
+    """
+
+    exact: bool = False
+    """Whether all words have to be the same; else their F1 counts."""
+
+    def score(self, row: Row) -> Score:
+        """Return F1 or equality.
+
+        Raises:
+            Refused: the row has no answer.
+        """
+        said, known = (_plain(text_of(row, name)) for name in ("response", "answer"))
+        if self.exact or (said != known and {said, known} & {"yes", "no", "noanswer"}):
+            return Score(float(said == known), {"extracted": said})
+        words, known_words = Counter(said.split()), Counter(known.split())
+        shared = (words & known_words).total()
+        total = words.total() + known_words.total()
+        return Score(2 * shared / total if shared else 0.0, {"extracted": said})
+
+
+def _plain(answer: str) -> str:
+    """Return an answer's words without case, punctuation and articles."""
+    text = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+OWN_SCORERS: dict[str, type[Any]] = {"mrcr": Copied, "short-answer": ShortAnswer}
 """Name -> scorer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,27 @@ def long_documents(doc: Mapping[str, Any]) -> str:
     return (f"BEGIN INPUT DOCUMENTS\n\n{documents}\n\nEND INPUT DOCUMENTS\n\n"
             "Answer the following question using the input documents provided above.\n\n"
             f"START QUESTION\n\n{doc['question']}\n\nEND QUESTION\n")
+
+
+def hotpotqa(doc: Mapping[str, Any]) -> str:
+    """Return the paragraphs of HotpotQA and the question about them."""
+    context = doc["context"]
+    context = json.loads(context) if isinstance(context, str) else context
+    passages = "\n\n".join(
+        f"Passage {i}:\n{title}\n{''.join(sentences)}"
+        for i, (title, sentences) in enumerate(zip(context["title"], context["sentences"], strict=True), 1))
+    asked = ("Answer the question based on the given passages. Only give me the answer and do not output any "
+             "other words.")
+    return (f"{asked}\n\nThe following are given passages.\n{passages}\n\n{asked}\n\n"
+            f"Question: {doc['question']}\nAnswer:")
+
+
+def thai_exam(doc: Mapping[str, Any]) -> str:
+    """Return a question of a Thai examination with its options."""
+    letters = LETTERS[:len(doc["options"])]
+    options = "\n".join(f"{letter}) {option}" for letter, option in zip(letters, doc["options"], strict=True))
+    return ("ตอบคำถามปรนัยต่อไปนี้ คิดทีละขั้นตอนก่อนตอบ บรรทัดสุดท้ายของคำตอบต้องอยู่ในรูปแบบ "
+            f"'คำตอบ: $LETTER' โดยที่ LETTER คือตัวอักษรหนึ่งตัวจาก {letters}\n\n{doc['question']}\n\n{options}")
 
 
 _QUIETLY: dict[str, Any] = {"load_from_cache_file": False}

@@ -81,6 +81,9 @@ class Protocol:
     """Name in `rows.ROW_MAKERS` of what makes such fields where copying is not enough."""
     messages_field: str = ""
     """Field with a whole conversation as JSON, which is the prompt then, framed by the chat template."""
+    turns_field: str = ""
+    """Field with a list of questions that are asked in one conversation, each behind the answers to those
+    before it; every turn is judged as an item, with the conversation up to it."""
     environment: str = ""
     """Tool environment of room `tools` that is played in place of one answer."""
     environment_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -124,8 +127,9 @@ class Protocol:
         if self.environment and self.environment not in ENVIRONMENTS and not is_reference(self.environment):
             p.append(f"environment = {self.environment!r} is not "
                      f"known{nearest(self.environment, ENVIRONMENTS)}")
-        if self.environment and self.mode != "default":
-            p.append(f"mode = {self.mode!r}: episodes with tools leave the mode to the chat template")
+        if self.turns_field and (self.samples > 1 or self.messages_field or self.environment):
+            p.append(f"turns_field = {self.turns_field!r}: a conversation has 1 sample, no messages_field "
+                     "and no environment")
         pattern = "" if self.extract == BOXED else self.extract
         if pattern and (wrong := patterns.problem(pattern)):
             p.append(f"extract = {self.extract!r} is no regular expression ({wrong})")

@@ -13,6 +13,8 @@ from megatron_sov.rewards import patterns
 from megatron_sov.rewards.answers import last_boxed
 from megatron_sov.rewards.reward import Refused, Row
 
+TURN = "turn"
+"""Field of a conversation's item with the number of its question, from 0."""
 THINKING_BEGIN, THINKING_END = "<think>", "</think>"
 
 
@@ -49,7 +51,8 @@ def row_of(protocol: Protocol, item: Item, response: Response) -> Row | None:
         Refused: the item's data do not hold what the reward needs.
         TimeoutError: the pattern takes too long over this response.
     """
-    said = without_thoughts(response.text, protocol.mode)
+    # an episode's answer is told apart from thoughts where it is read
+    said = response.text if protocol.environment else without_thoughts(response.text, protocol.mode)
     if protocol.extract:
         answer = extracted(protocol.extract, said)
         if answer is None:
@@ -72,6 +75,12 @@ def _instructions(doc: Mapping[str, Any]) -> dict[str, Any]:
             for name in ("instruction_id_list", "kwargs") if name in doc}
 
 
+def _turn(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """The known answer to this question of a conversation, where there is one."""
+    known = doc.get("reference") or []
+    return {"answer": known[doc[TURN]]} if doc[TURN] < len(known) else {}
+
+
 ROW_MAKERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "instructions": _instructions, "livecodebench": code_row}
+    "instructions": _instructions, "livecodebench": code_row, "turn": _turn}
 """Name -> what makes fields of a row from an item's data."""

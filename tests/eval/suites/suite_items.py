@@ -73,6 +73,24 @@ def kmmlu_row(category: str, i: int) -> dict[str, Any]:
     }
 
 
+def prox_row(category: str, i: int) -> dict[str, Any]:
+    options = {f"option_{j}": f"{category} {j}" if j < 3 + i % 3 else None for j in range(10)}
+    return {
+        "question": f"Which {category} is it ({i})?",
+        "category": category,
+        **options,
+        "answer": "B",
+        "cot_content": f"A: 한 단계씩 생각해 봅시다. It is number {i}. 답은 (B)입니다.",
+    }
+
+
+PROX_ANSWERS = {
+    "ko": "답은 ({})입니다.",
+    "th": "คำตอบคือ ({})",
+    "ja": "答えは ({}) です。",
+    "de": "Die Antwort ist ({}).",
+    "es": "La respuesta es ({}).",
+}
 MATH = [
     {"problem": "What is $1/2 + 1/3$?", "answer": r"\frac{5}{6}"},
     {"problem": "What is 200 + 4?", "answer": 204},
@@ -255,6 +273,53 @@ CASES: dict[str, Case] = {
         name: Case({f"{name}/test.jsonl": INSTRUCTED}, "<<Yes>>", "<<Yes>>, indeed", "Yes", "Say something")
         for name in ("ifeval", "ifbench")
     },
+    **{
+        f"mmlu-prox-{language}": Case(
+            {
+                f"mmlu-prox-{language}/validation.jsonl": subjects(prox_row, ("computer science", "law"), 5),
+                f"mmlu-prox-{language}/test.jsonl": subjects(prox_row, ("computer science", "law")),
+            },
+            form.format("B"),
+            form.format("A"),
+            "B, I think, or rather C",
+            "Which computer science is it (4)?",
+        )
+        for language, form in PROX_ANSWERS.items()
+    },
+    "hotpotqa": Case(
+        {
+            "hotpotqa/test.jsonl": [
+                {
+                    "question": "Where was Ann's mother born?",
+                    "answer": "Old Town",
+                    "context": {"title": ["Ann", "Eve"], "sentences": [["Her mother is Eve."], ["a", " b"]]},
+                }
+            ]
+        },
+        "the old town.",
+        "Seoul",
+        asked="Passage 2:\nEve\na b\n\nAnswer the question",
+    ),
+    "openthaieval-like": Case(
+        {
+            "openthaieval-like/test.jsonl": [
+                {"question": "ข้อใดถูก", "options": ["ก", "ข", "ค"], "answer": "B", "exam": "ONET"}
+            ]
+        },
+        "คิดแล้ว\nคำตอบ: B",
+        "คำตอบ: **C**",
+        "ไม่ทราบ",
+        "B) ข",
+    ),
+    "mt-bench-like": Case(
+        {
+            "mt-bench-like/test.jsonl": [
+                {"turns": ["Write a poem.", "Now shorter."], "category": "writing", "reference": ["a", "b"]}
+            ]
+        },
+        **JUDGED,
+        asked="Write a poem.",
+    ),
     "aa-lcr": Case(
         {"aa-lcr/test.jsonl": [{"question": "Who?", "answer": "Ann", "documents": ["a", "b"]}]},
         **JUDGED,

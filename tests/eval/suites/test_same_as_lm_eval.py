@@ -15,7 +15,8 @@ import pytest
 from lm_eval.api.registry import get_filter
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import _load_module_with_cache, load_yaml
-from suite_items import CASES, write
+from lm_eval.utils import apply_template
+from suite_items import CASES, PROX_ANSWERS, write
 
 from megatron_sov.eval.suites.catalogue import suite_tasks
 from megatron_sov.eval.suites.folding import fold
@@ -106,6 +107,52 @@ def test_mmlu_pro_reads_answers_alike(tmp_path: Path, loaded: Loaded) -> None:
     expected = [task.process_results(doc, given)["exact_match"] for given in found]
     assert ours("mmlu-pro", doc, answers, "avg@1") == expected
     assert 0 < sum(expected) < len(expected)
+
+
+@pytest.mark.parametrize("language", ["ko", "th", "ja", "de", "es"])
+def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded, language: str) -> None:
+    name, case = f"mmlu-prox-{language}", CASES[f"mmlu-prox-{language}"]
+    write(case, tmp_path)
+    expected = []
+    for category in ("computer science", "law"):
+        rows = {
+            split: [row for row in case.files[f"{name}/{split}.jsonl"] if row["category"] == category]
+            for split in ("validation", "test")
+        }
+        file = f"mmlu_prox/{language}/mmlu_prox_{language}_{category.replace(' ', '_')}.yaml"
+        task = theirs(file, rows)
+        expected += contexts(task, 5)
+    mine = loaded(name)
+    assert contexts(mine, 5) == expected
+    assert mine.config.generation_kwargs["until"] == task.config.generation_kwargs["until"]
+    form = PROX_ANSWERS[language]
+    answers = [form.format("B"), form.format("C"), form.replace("({})", "{}").format("B"), "B", "(B)", ""]
+    pattern = task.config.filter_list[0]["filter"][0]["regex_pattern"]
+    doc = task.task_docs[0]
+    found = get_filter("regex")(regex_pattern=pattern).apply([[a] for a in answers], [doc] * len(answers))
+    scores = [task.process_results(doc, given)["exact_match"] for given in found]
+    assert ours(name, mine.task_docs[0], answers, "avg@1") == scores == [1, 0, 1, 0, 0, 0]
+
+
+def test_hotpotqa_asks_and_judges_as_longbench_does(
+    tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # libraries that the metric below does not ask
+    for library in ("jieba", "fuzzywuzzy", "rouge"):
+        monkeypatch.setitem(sys.modules, library, SimpleNamespace(fuzz=None, Rouge=None))
+    write(CASES["hotpotqa"], tmp_path)
+    doc = loaded("hotpotqa").task_docs[0]
+    passages = "Passage 1:\nAnn\nHer mother is Eve.\n\nPassage 2:\nEve\na b"
+    config = load_yaml(THEIRS / "longbench/hotpotqa.yaml")
+    row = {"context": passages, "question": doc["question"]}
+    assert loaded("hotpotqa").doc_to_text(doc) == apply_template(config["doc_to_text"], row)
+    answers = ["Old Town", "the old town.", "in Old Town, I think", "old old", "Seoul", ""]
+    f1 = _load_module_with_cache(THEIRS / "longbench/metrics.py").qa_f1_score
+    expected = [f1(answer, "Old Town") for answer in answers]
+    assert ours("hotpotqa", doc, answers, "f1:avg@1") == pytest.approx(expected)
+    assert ours("hotpotqa", doc, answers, "exact:avg@1") == [1, 1, 0, 0, 0, 0]
+    known = {**doc, "answer": "yes"}
+    assert ours("hotpotqa", known, ["Yes.", "yes it is", "no"], "f1:avg@1") == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from megatron_sov.eval.suites.folding import fold
 from megatron_sov.eval.suites.items import Folded, Item, Response
 from megatron_sov.eval.suites.prompts import LETTERS
 from megatron_sov.eval.suites.protocol import Protocol, changed
+from megatron_sov.eval.suites.rows import TURN
 from megatron_sov.rewards.judge import Judge
 
 TASKS = suite_tasks()
@@ -63,6 +64,7 @@ def test_answers_get_what_they_deserve(
     if name == "gpqa-diamond":
         other = LETTERS[(LETTERS.index(doc["answer"]) + 1) % 4]
         answers = [f"Answer: {doc['answer']}", f"Answer: {other}", case.unreadable]
+    doc = {**doc, TURN: 0} if name == "mt-bench-like" else doc
     folded = scored(name, doc, "framed by a chat template" if name == "mrcr" else prompt, answers)
     for metric in folded.metric_names:
         assert folded.values(metric) == [1.0, 0.0, 0.0], (metric, folded.items)
@@ -71,8 +73,9 @@ def test_answers_get_what_they_deserve(
 
 def payload_score(payload: dict[str, Any]) -> float:
     said = payload["messages"][1]["content"].partition("RESPONSE:")[2]
-    best = 2.0 if "Score 2 where" in payload["messages"][1]["content"] else 1.0
-    return best if "RIGHT" in said else 0.0
+    rubric = payload["messages"][1]["content"]
+    worst, best = (1.0, 10.0) if "10 for" in rubric else (0.0, 2.0 if "Score 2 where" in rubric else 1.0)
+    return best if "RIGHT" in said else worst
 
 
 def scored(name: str, doc: Any, prompt: str, answers: list[str]) -> Folded:
