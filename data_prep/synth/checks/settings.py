@@ -14,7 +14,7 @@ from data_prep.quality.identify import KNOWN
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
 from megatron_sov.clusters.yaml_file import read_text
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError, list_problems, nearest
 
 DEFAULTS = Path(__file__).parent / "defaults"
 """Files of steps: one for each kind of record, and for generators that need others."""

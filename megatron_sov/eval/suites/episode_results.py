@@ -56,11 +56,11 @@ def write_episodes(output: Path, task: TaskFile, protocol: Protocol, model: Eval
     files = {path.relative_to(data_dir).as_posix(): sha256_file(path)
              for paths in task.files(data_dir).values() for path in paths}
     told = protocol.as_json()
-    asked = [list(episode.prompt) or asdict(episode.opening) for played in episodes for episode in played]
+    prompts = [list(episode.prompt) or asdict(episode.opening) for played in episodes for episode in played]
     scores = TaskScores(
         _hash([dict(task.config), asdict(protocol), files]), str(task.config.get("output_type")), len(items),
         tuple(metric_of_items(name, items, []) for name in folded.metric_names), {"files": files}, 0,
-        _hash(asked), True, protocol.mode, TaskSampling(**told["sampling"]), judged_by(folded.judge),
+        _hash(prompts), True, protocol.mode, TaskSampling(**told["sampling"]), judged_by(folded.judge),
         told["agent_limits"], limit,
         sum(item.failed is not None for item in items), sum(item.num_at_limit for item in folded.items), None,
         protocol.published_as or None)
