@@ -50,7 +50,7 @@ def test_a_program_says_one_line_and_reaches_for_nothing(program: str, printed: 
 
 @pytest.mark.parametrize(("line", "said"), [
     ('{"domain": "al gebra", "topic": "x"}', "domain = 'al gebra' must be a name"),
-    ('{"domain": "algebra"}', "topic = 'None' must be a text"),
+    ('{"domain": "algebra"}', "topic = None must be a text"),
 ])
 def test_a_topic_has_a_domain(line: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(line)
