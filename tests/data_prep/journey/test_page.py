@@ -74,7 +74,7 @@ def test_folders_without_a_summary_are_refused(own_corpus: Path, tmp_path: Path,
     (own_corpus / "summary.json").unlink()
     for folder in (own_corpus, tmp_path / "none"):
         assert main(["report", str(folder)]) == 2
-        assert "does not exist; pass the folder that `sov-data run` or `sov-data synth` wrote" in capsys.readouterr().err
+        assert "pass the folder that `sov-data run` or `sov-data synth` wrote" in capsys.readouterr().err
 
 
 def test_every_chart_is_drawn_and_nothing_complains(own_corpus: Path, open_page: OpenPage) -> None:
