@@ -16,16 +16,12 @@ from typing import Literal
 import torch
 
 from megatron_sov import models
-from megatron_sov.artifacts import manifest_sha256, refuse_existing
-from megatron_sov.config import ModelConfig, RunConfig
-from megatron_sov.convert.adapted_weights import checkpoint_weights
-from megatron_sov.convert.derived import Derived, write_derived
-from megatron_sov.convert.hf_import import planned_files
-from megatron_sov.convert.values import KEEP
+from megatron_sov.config import ModelConfig
+from megatron_sov.convert.derived import Opened
+from megatron_sov.convert.growing import block_of, opened_source, write_grown
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
+from megatron_sov.models.hf_layers import shortest_pattern
 from megatron_sov.models.weights import Link
-from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of
 
 How = Literal["stack", "interleave"]
 DEEPENED = "deepened"
@@ -69,36 +65,35 @@ def deepen(checkpoint: Path, out: Path, asked: Deepening, *, workers: int = 1,
         UserError: layers would not be more, the family has no such model, the checkpoint is damaged, or the
             disk is full; nothing is left then.
     """
-    refuse_existing(out, KIND, overwrite)
-    refuse_missing(checkpoint)
-    checkpoint = find_checkpoint(checkpoint)
-    source = checkpoint_weights(checkpoint)
-    model = deepened(source.model, asked)
+    source = opened_source(checkpoint, out, overwrite)
     origins = asked.origins(source.model.num_layers)
-    shallow = {(link.key, link.offset): link for link in source.links}
-    links = {block_name(link.key, link.offset): link for link in models.get(model.family).links(model)}
-    of_name = {name: link for link in links.values() for name in link.hf_names}
+    write_grown(source, out, deepened(source.model, asked), _Repeated(source, origins, asked.identity),
+                (DEEPENED, {**dataclasses.asdict(asked), "origins": origins}), workers=workers,
+                overwrite=overwrite)
 
-    def origin(link: Link) -> Link:
+
+class _Repeated:
+    """Blocks of layers that come again."""
+
+    def __init__(self, source: Opened, origins: list[int], identity: bool) -> None:
+        self._source, self._origins, self._identity = source, origins, identity
+        self._shallow = {(link.key, link.offset): link for link in source.links}
+
+    def origin(self, link: Link) -> Link:
+        """Return the same block of the layer that a block's layer is made from."""
         found = _LAYER.fullmatch(link.key)
-        key = f"decoder.layers.{origins[int(found[1])]}.{found[2]}" if found else link.key
-        return shallow[key, link.offset]
+        key = f"decoder.layers.{self._origins[int(found[1])]}.{found[2]}" if found else link.key
+        return self._shallow[key, link.offset]
 
-    def block(link: Link) -> torch.Tensor:
-        found, start = _LAYER.fullmatch(link.key), origin(link)
-        made: torch.Tensor = start.join({name: source.read(name) for name in start.hf_names})
-        is_repeated = found is not None and origins.index(origins[int(found[1])]) != int(found[1])
-        is_silent = asked.identity and is_repeated and link.key.endswith(WRITES)
+    def block(self, link: Link) -> torch.Tensor:
+        """Return a copy, or zeros of what a repeated layer writes to the residual."""
+        made = block_of(self._source, self.origin(link))
+        is_silent = self._identity and self._is_repeated(link) and link.key.endswith(WRITES)
         return torch.zeros_like(made) if is_silent else made
 
-    told = {**dataclasses.asdict(asked), "path": str(checkpoint), "origins": origins,
-            "manifest_sha256": manifest_sha256(checkpoint)}
-    derived = Derived(
-        [source], links,
-        planned_files(links, lambda name: source.dtype(origin(of_name[name]).hf_names[0]), KEEP),
-        lambda spec: block(links[spec.name]), lambda spec: origin(links[spec.name]).hf_names,
-        RunConfig(IMPORTED, model, code=settings_of(checkpoint).code), {"step": 0, DEEPENED: told})
-    write_derived(out, "deepen", derived, {DEEPENED: told}, workers=workers, overwrite=overwrite)
+    def _is_repeated(self, link: Link) -> bool:
+        found = _LAYER.fullmatch(link.key)
+        return found is not None and self._origins[int(found[1])] in self._origins[:int(found[1])]
 
 
 def deepened(model: ModelConfig, asked: Deepening) -> ModelConfig:
@@ -117,9 +112,8 @@ def deepened(model: ModelConfig, asked: Deepening) -> ModelConfig:
         raise UserError(f"--how {asked.how}: a dense layer would stand behind one with experts; pass --how "
                         "interleave")
     kinds = model.layer_types()
-    letters = "".join("L" if kinds[origin] == "sliding_attention" else "G" for origin in origins)
-    pattern = next(letters[:n] for n in range(1, len(letters) + 1)
-                   if (letters[:n] * len(letters))[:len(letters)] == letters)
+    pattern = shortest_pattern("".join("L" if kinds[origin] == "sliding_attention" else "G"
+                                       for origin in origins))
     deeper = dataclasses.replace(model, num_layers=asked.num_layers, attention_pattern=pattern,
                                  num_dense_layers=sum(dense) if model.num_experts else 0)
     models.get(model.family).check(deeper)

@@ -18,16 +18,11 @@ from pathlib import Path
 import torch
 
 from megatron_sov import models
-from megatron_sov.artifacts import manifest_sha256, refuse_existing
-from megatron_sov.config import ModelConfig, RunConfig
-from megatron_sov.convert.adapted_weights import checkpoint_weights
-from megatron_sov.convert.derived import Derived, Opened, write_derived
-from megatron_sov.convert.hf_import import planned_files
-from megatron_sov.convert.values import KEEP
+from megatron_sov.config import ModelConfig
+from megatron_sov.convert.derived import Opened
+from megatron_sov.convert.growing import block_of, opened_source, write_grown
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
 from megatron_sov.models.weights import Link
-from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of
 
 UPCYCLED = "upcycled"
 """What a manifest's content says of it."""
@@ -94,23 +89,12 @@ def upcycle(checkpoint: Path, out: Path, asked: Upcycling, *, workers: int = 1,
         UserError: sizes do not divide, no family has such a model, the checkpoint is damaged, or the disk is
             full; nothing is left then.
     """
-    refuse_existing(out, KIND, overwrite)
-    refuse_missing(checkpoint)
-    checkpoint = find_checkpoint(checkpoint)
-    source = checkpoint_weights(checkpoint)
+    source = opened_source(checkpoint, out, overwrite)
     if problems := asked.problems(source.model):
-        raise UserError(f"{checkpoint}: {'; '.join(problems)}")
+        raise UserError(f"{source.path}: {'; '.join(problems)}")
     model = upcycled(source.model, asked)
-    links = {block_name(link.key, link.offset): link for link in models.get(model.family).links(model)}
-    made = _Blocks(source, model, asked)
-    told = {**dataclasses.asdict(asked), "path": str(checkpoint),
-            "manifest_sha256": manifest_sha256(checkpoint)}
-    derived = Derived(
-        [source], links, planned_files(links, made.dtype, KEEP),
-        lambda spec: made.block(links[spec.name]).to(spec.dtype),
-        lambda spec: made.needs(links[spec.name]),
-        RunConfig(IMPORTED, model, code=settings_of(checkpoint).code), {"step": 0, UPCYCLED: told})
-    write_derived(out, "upcycle", derived, {UPCYCLED: told}, workers=workers, overwrite=overwrite)
+    write_grown(source, out, model, _Shards(source, model, asked), (UPCYCLED, dataclasses.asdict(asked)),
+                workers=workers, overwrite=overwrite)
 
 
 def upcycled(dense: ModelConfig, asked: Upcycling) -> ModelConfig:
@@ -140,28 +124,18 @@ def upcycled(dense: ModelConfig, asked: Upcycling) -> ModelConfig:
     return model
 
 
-class _Blocks:
+class _Shards:
     """The blocks of a model with experts, from those of a dense one."""
 
     def __init__(self, source: Opened, model: ModelConfig, asked: Upcycling) -> None:
         self._source, self._model, self._asked = source, model, asked
         self._dense = {link.key: link for link in source.links}
-        self._of = {name: link for link in models.get(model.family).links(model) for name in link.hf_names}
-
-    def dtype(self, hf_name: str) -> torch.dtype:
-        """Return the dtype of a tensor: that of what it is made from."""
-        return self._source.dtype(self._origin(self._of[hf_name]).hf_names[0])
-
-    def needs(self, link: Link) -> tuple[str, ...]:
-        """Return the dense tensors that a block is made from."""
-        return () if self._is_drawn(link) else self._origin(link).hf_names
 
     def block(self, link: Link) -> torch.Tensor:
         """Return a block: copied, cut out of a dense matrix, or drawn."""
-        if self._is_drawn(link):
+        if ".mlp.router." in link.key:
             return self._router(link)
-        origin = self._origin(link)
-        block: torch.Tensor = origin.join({name: self._source.read(name) for name in origin.hf_names})
+        block = block_of(self._source, self.origin(link))
         return self._shard(block, link) if ".experts." in link.key else block
 
     def _shard(self, block: torch.Tensor, link: Link) -> torch.Tensor:
@@ -194,11 +168,7 @@ class _Blocks:
         return torch.randn(shape, generator=torch.Generator().manual_seed(
             int.from_bytes(digest[:8], "little") >> 1))
 
-    @staticmethod
-    def _is_drawn(link: Link) -> bool:
-        return ".mlp.router." in link.key
-
-    def _origin(self, link: Link) -> Link:
+    def origin(self, link: Link) -> Link:
         """Return the dense link that a link's dtype and numbers come from."""
         if (found := _LAYER.fullmatch(link.key)) is None:
             return self._dense[link.key]

@@ -22,7 +22,7 @@ def _letters(types: list[str], name: str, length: int) -> str:
     return letters
 
 
-def _pattern(letters: str) -> str:
+def shortest_pattern(letters: str) -> str:
     """Return the shortest pattern whose repetition gives all letters."""
     return next((letters[:n] for n in range(1, len(letters) + 1)
                  if (letters[:n] * len(letters))[:len(letters)] == letters), "G")
@@ -60,7 +60,7 @@ class SlidingLayers:
         if [w or 0 for w in config.get("sliding_windows", expected)] != expected:
             raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows "
                             f"that follow from layer_types and one sliding_window = {window} are supported")
-        return {"attention_pattern": _pattern(letters), "sliding_window_tokens": window}
+        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
 
     @staticmethod
     def _from_period(period: Any, num_layers: int) -> list[str]:
@@ -114,7 +114,7 @@ class SlidingSwitch:
             raise UserError(f"config.json: layer_types = {types} names sliding layers, "
                             f"but use_sliding_window is {slides}; make them agree")
         window = config["sliding_window"] if "L" in letters else 0
-        return {"attention_pattern": _pattern(letters), "sliding_window_tokens": window}
+        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 from megatron_sov.train.objective_context import ObjectiveContext
 
-PREFERENCE, CHOSEN = "preference", "chosen"
 ADVANTAGE, SHARE = "advantage", "group_share"
 """Columns of groups: where a response stands in its group, and 1 / responses of the group."""
 
@@ -42,21 +41,21 @@ class PairLearning(DataObjective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self._asked = context.config.preference
-        self.coefficients = {PREFERENCE: 1.0}
+        self.coefficients = {preferences.PREFERENCE: 1.0}
         if self._asked.method == "orpo":  # its eq. 6
-            self.coefficients = {PREFERENCE: self._asked.beta, CHOSEN: 1.0}
+            self.coefficients = {preferences.PREFERENCE: self._asked.beta, preferences.CHOSEN: 1.0}
         if self._asked.chosen_coeff > 0:
-            self.coefficients[CHOSEN] = self._asked.chosen_coeff
+            self.coefficients[preferences.CHOSEN] = self._asked.chosen_coeff
         self.coefficients |= self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the pairs of the global batch, and the chosen responses' tokens."""
         hosts = [m.host for m in batch.micro_batches]
         found = [responses_of(m) for m in hosts]
-        targets = {PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
+        targets = {preferences.PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
         chosen = [_only(m, r.of_side(0)) for m, r in zip(hosts, found, strict=True)]
-        if CHOSEN in self.coefficients:
-            targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
+        if preferences.CHOSEN in self.coefficients:
+            targets[preferences.CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
         return with_denominators(batch, targets | self._mtp_targets(chosen))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
@@ -66,10 +65,10 @@ class PairLearning(DataObjective):
         sums = responses.sums(logprobs)
         losses, scores = self._losses(sums, batch, responses)
         whole, chosen = responses.whole_pairs(), _only(batch, responses.of_side(0))
-        terms = {PREFERENCE: (losses * whole).sum()}
-        if CHOSEN in self.coefficients:
+        terms = {preferences.PREFERENCE: (losses * whole).sum()}
+        if preferences.CHOSEN in self.coefficients:
             # not a product: what is not learned may be impossible
-            terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
+            terms[preferences.CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
         terms |= self._mtp_sum(hidden, head, chosen)
         margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
         values = ((margins > 0).double(), margins, means[0::2], means[1::2])
@@ -126,14 +125,14 @@ class GroupLearning(DataObjective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self.coefficients = {PREFERENCE: 1.0} | self._mtp_coefficient
+        self.coefficients = {preferences.PREFERENCE: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the groups of the global batch: parts of a group that lie in other batches count there."""
         hosts = [m.host for m in batch.micro_batches]
         groups = sum(float(responses_of(m).means(m.columns[SHARE]).sum()) for m in hosts)
         learning = [_only(m, learned(m)) for m in hosts]
-        return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
+        return with_denominators(batch, {preferences.PREFERENCE: groups} | self._mtp_targets(learning))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed losses of a micro-batch's responses."""
@@ -141,7 +140,7 @@ class GroupLearning(DataObjective):
         logprobs = head.logprobs(hidden[0], batch.labels)
         means = responses.means(logprobs)
         advantages, shares = (responses.means(batch.columns[name]) for name in (ADVANTAGE, SHARE))
-        terms = {PREFERENCE: (preferences.grouper(means, advantages) * shares).sum()}
+        terms = {preferences.PREFERENCE: (preferences.grouper(means, advantages) * shares).sum()}
         terms |= self._mtp_sum(hidden, head, _only(batch, learned(batch)))
         better, worse = ((advantages > 0).double(), (advantages < 0).double())
         return LossSums(terms, _learned_losses(logprobs, batch, self._num_sources),

@@ -23,7 +23,6 @@ from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 from megatron_sov.train.objective_context import ObjectiveContext
 
-PREFERENCE, CHOSEN = "preference", "chosen"
 DESIRABLE = "desirable"
 """Column: 1 of responses that were judged good, 0 of those that were judged bad."""
 MADE_BY = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
@@ -40,9 +39,9 @@ class UnpairedLearning(DataObjective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self._asked = context.config.preference
-        self.coefficients = {PREFERENCE: 1.0}
+        self.coefficients = {preferences.PREFERENCE: 1.0}
         if self._asked.chosen_coeff > 0:
-            self.coefficients[CHOSEN] = self._asked.chosen_coeff
+            self.coefficients[preferences.CHOSEN] = self._asked.chosen_coeff
         self.coefficients |= self._mtp_coefficient
         self._distance = 0.0
         """The paper's z_0 for the step that is computed."""
@@ -57,10 +56,10 @@ class UnpairedLearning(DataObjective):
         """Count the responses of the global batch, and the good ones' tokens."""
         hosts = [m.host for m in batch.micro_batches]
         found = [responses_of(m) for m in hosts]
-        targets = {PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
+        targets = {preferences.PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
         good = [_good(m, r) for m, r in zip(hosts, found, strict=True)]
-        if CHOSEN in self.coefficients:
-            targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in good)
+        if preferences.CHOSEN in self.coefficients:
+            targets[preferences.CHOSEN] = sum(float(m.weights.double().sum()) for m in good)
         return with_denominators(batch, targets | self._mtp_targets(good))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
@@ -71,10 +70,10 @@ class UnpairedLearning(DataObjective):
         desirable, whole = _desirable(responses, batch), responses.whole_pairs()
         losses = preferences.kto(ratios, desirable, self._distance, asked.beta, asked.desirable_weight,
                                  asked.undesirable_weight)
-        terms, good = {PREFERENCE: (losses * whole).sum()}, _good(batch, responses)
-        if CHOSEN in self.coefficients:
+        terms, good = {preferences.PREFERENCE: (losses * whole).sum()}, _good(batch, responses)
+        if preferences.CHOSEN in self.coefficients:
             # not a product: what is not learned may be impossible
-            terms[CHOSEN] = -logprobs.double().where(good.weights > 0, 0.0).sum()
+            terms[preferences.CHOSEN] = -logprobs.double().where(good.weights > 0, 0.0).sum()
         terms |= self._mtp_sum(hidden, head, good)
         rewards, sides = asked.beta * ratios.detach(), (desirable.double(), (~desirable).double())
         own = learned(batch) & responses.of_side(0)

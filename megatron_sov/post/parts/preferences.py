@@ -11,6 +11,9 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
+PREFERENCE, CHOSEN = "preference", "chosen"
+"""Parts of a loss: of preferences, and cross-entropy of responses that were chosen."""
+
 
 def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
     """Return [P] losses of direct preference optimisation (arXiv 2305.18290, eq. 7; smoothing: eq. 3 of
