@@ -24,7 +24,7 @@ DATA_ONLY = {"slurm"}
 
 BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
         "process_identity", "artifacts", "compiled",
-        "byte_bpe", "documents", "chat", "endpoints", "rewards", "obs", "pages"}
+        "byte_bpe", "documents", "media", "codecs", "chat", "endpoints", "rewards", "obs", "pages"}
 GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs", "clusters", "tools", "rollouts"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
@@ -34,6 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
     "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
+    "media": {"errors", "artifacts", "outputs", "documents", "compiled"},
+    # networks: whoever needs them opens them where they are needed
+    "codecs": {"errors", "artifacts", "outputs", "documents", "media", "obs", "pages"},
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},
@@ -64,8 +67,9 @@ WINGS: dict[str, tuple[set[str], ...]] = {
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
 
-TORCH_FREE = GROUND | {"doctor", "report", "card", "watch", "ladder", "bundle", "commands", "cli", "api",
-                       "__init__", "tokenizer", "data_prep", "slurm"}
+TORCH_FREE = GROUND - {"codecs"} | {
+    "doctor", "report", "card", "watch", "ladder", "bundle", "commands", "cli", "api", "__init__",
+    "tokenizer", "data_prep", "slurm"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE: set[str] = set()

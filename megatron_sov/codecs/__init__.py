@@ -1,0 +1,1 @@
+"""Networks between media and tokens: tokenizers, which see and hear, and decoders, which draw and speak."""
