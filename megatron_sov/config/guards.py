@@ -22,6 +22,9 @@ class GuardConfig:
     sigma: float = 6.0
     """A spike lies so many standard deviations above the mean of the window; 0:
     only numbers that are not finite count."""
+    attribute: bool = False
+    """Compute a refused step again at once, and say whether a process (which is named), the data (whose
+    documents are named) or the optimisation is at fault; costs a pass over the gradients in every step."""
     rollback_after_skips: int = 4
     """So many steps in a row that are refused for their loss, or for numbers that are not finite, take
     weights and optimizer back to the last good checkpoint, and all samples since then are
@@ -68,6 +71,11 @@ class GuardConfig:
             (not self.probe_every_steps or deterministic,
              f"guards.probe_every_steps = {self.probe_every_steps} needs train.deterministic = true: "
              "without it a sound process need not give the same bits twice"),
+            (not self.attribute or deterministic,
+             "guards.attribute = true needs train.deterministic = true: without it a sound process need not "
+             "give the same bits twice"),
+            (not self.attribute or self.skip,
+             "guards.attribute = true needs guards.skip = true: it looks at steps that are refused"),
             (self.straggler_every_steps >= 0,
              f"guards.straggler_every_steps = {self.straggler_every_steps} must not be negative"),
             (self.straggler_ratio > 1, f"guards.straggler_ratio = {self.straggler_ratio} must be above 1"),

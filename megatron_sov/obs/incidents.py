@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-KINDS = {"skip": "step not learned", "rollback": "weights taken back", "restart": "started again",
+KINDS = {"skip": "step not learned", "attribution": "why it was not learned",
+         "rollback": "weights taken back", "restart": "started again",
          "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
          "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Event -> what people call it."""

@@ -43,6 +43,29 @@ class StepSums:
     """Meter -> its mean; one that has counted nothing is left out."""
 
 
+@dataclass(frozen=True)
+class OwnPart:
+    """What one process computed of a step, before anything was summed over processes."""
+
+    sums: torch.Tensor
+    """[micro-batches, values] float64, on the host: packed sums; empty where the process is not on the last
+    pipeline stage."""
+    gradients: int | None
+    """Checksum of its gradients; None: they were summed up while they were computed."""
+    losses: tuple[float, ...] = ()
+    """Of each micro-batch, the mean over its targets."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all bits are equal; numbers that are none are equal to themselves."""
+        if not isinstance(other, OwnPart):
+            return False
+        same = self.sums.shape == other.sums.shape and torch.equal(
+            self.sums.view(torch.int64), other.sums.view(torch.int64))
+        return same and (None in (self.gradients, other.gradients) or self.gradients == other.gradients)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Computation:
     """Computes on one process; every method is called by all processes together."""
 
@@ -53,6 +76,9 @@ class Computation:
         self._step = 0
         self.is_finite = True
         """Whether the sums of this process's own part of the last step were numbers."""
+        self.own: OwnPart | None = None
+        """What this process computed of the last step, where `guards.attribute` keeps it."""
+        self._own_gradients: int | None = None
         expert_load.before_sync = self._own_part_done
 
     def sums(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
@@ -62,6 +88,8 @@ class Computation:
         if self._clock is not None:
             self._clock.start()
         parts = self._passes(batch, batch.micro_batches, objective, self._faults.loss_factor(step))
+        if self._config.guards.attribute:
+            self.own = self._own(parts, objective, self._own_gradients)
         names = meters_of(objective)
         size = len(objective.coefficients) + 2 * self._num_sources + 2 * len(names)
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
@@ -81,12 +109,39 @@ class Computation:
         each turn draws the same dropout."""
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         rng.reseed(self._config.train.seed, step - 1)
-        with replica_checks.unsynced(self._model, self._optimizer.wrapped):
-            self._passes(batch, batch.micro_batches[:count], objective, 1.0)
-        if turn and self._faults.due("miscompute", "step", step):
-            replica_checks.flip_bit(replica_checks.gradients(self._model)[0])
+        self._unsynced(batch, batch.micro_batches[:count], objective)
+        if turn:
+            self._miscompute(step)
         self._expert_load.forget()
         rng.reseed(self._config.train.seed, step - 1)
+
+    def own_part(self, batch: GlobalBatch, objective: Objective, step: int) -> OwnPart:
+        """Return what this process computes of a step (1-based), which is drawn as it was the first time."""
+        rng.reseed(self._config.train.seed, step - 1)
+        parts = self._unsynced(batch, batch.micro_batches, objective)
+        own = self._own(parts, objective, self._checksum())
+        self._expert_load.forget()
+        return own
+
+    def _unsynced(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch],
+                  objective: Objective) -> list[Any]:
+        with replica_checks.unsynced(self._model, self._optimizer.wrapped):
+            return self._passes(batch, micro_batches, objective, 1.0)
+
+    def _own(self, parts: list[Any], objective: Objective, gradients: int | None) -> OwnPart:
+        if not parts:
+            return OwnPart(torch.zeros(0, dtype=torch.float64), gradients)
+        sums = torch.stack(parts).cpu()
+        by_source = torch.stack([unpack(part, self._shapes(objective))[BY_SOURCE] for part in sums])
+        total, count = by_source.sum(1).unbind(1)
+        return OwnPart(sums, gradients, tuple((total / count.clamp(min=1)).tolist()))
+
+    def _miscompute(self, step: int) -> None:
+        if (fault := self._faults.due("miscompute", "step", step)) is not None:
+            replica_checks.flip_bit(replica_checks.gradients(self._model)[0], fault.options.get("bit"))
+
+    def _checksum(self) -> int:
+        return int(replica_checks.checksum(replica_checks.gradients(self._model)))
 
     def _shapes(self, objective: Objective) -> Shapes:
         """Return how the sums of a micro-batch lie in one flat tensor."""
@@ -115,10 +170,11 @@ class Computation:
     def _own_part_done(self) -> None:
         """Note that this process has its gradients, and now waits for those of others."""
         time.sleep(self._faults.delay_s(self._step))
-        if self._faults.due("miscompute", "step", self._step):
-            replica_checks.flip_bit(replica_checks.gradients(self._model)[0])
+        self._miscompute(self._step)
         if self._clock is not None:
             self._clock.stop()
+        if self._config.guards.attribute and not self._config.parallel.overlap_grad_reduce:
+            self._own_gradients = self._checksum()
 
 
 def _meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:

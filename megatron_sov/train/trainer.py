@@ -34,8 +34,9 @@ from megatron_sov.obs.events import EventLog
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.announcement import banner, memory_of
+from megatron_sov.train.attribution import attribute
 from megatron_sov.train.checkpointer import Checkpointer
-from megatron_sov.train.computation import Computation
+from megatron_sov.train.computation import Computation, StepSums
 from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.efficiency import peak_memory
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
@@ -124,6 +125,7 @@ class Trainer:
         self._continued_from: str | None = None
         self._started_from: Path | None = None
         self._entered_s = time.monotonic()
+        self._learned: GlobalBatch | None = None  # the last batch that was, where refused ones are attributed
 
     @property
     def step(self) -> int:
@@ -231,16 +233,17 @@ class Trainer:
         refuse_nothing_learned(batch, step + 1)
         self._before_computing(batch)
         sums = self.computation.sums(batch, self.objective, step + 1)
-        losses = {t: total / batch.targets[t] for t, total in sums.terms.items() if batch.targets[t] > 0}
-        loss = sum(self.objective.coefficients[t] * value for t, value in losses.items())
+        loss, losses = self.loss_of(sums, batch)
 
         # the guard is asked when loss and gradient norm are known and nothing has changed yet
         lr = self.schedule.learning_rate(step)
         grad_norm = self.optimizer.step(lr, lambda norm: guard.accepts(loss, norm))
         self.state.step += 1
         if guard.refusal is not None:
-            self._refuse(guard.refusal)
+            self._refuse(guard.refusal, batch)
             return None
+        if self.config.guards.attribute:
+            self._learned = batch
 
         self.state.tokens += batch.num_tokens
         self.state.trained_tokens = max(self.state.trained_tokens, batch.seq_len)
@@ -253,19 +256,26 @@ class Trainer:
             padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len),
             seq_len=batch.seq_len, seconds=time.monotonic() - start, meters=sums.meters)
 
+    def loss_of(self, sums: StepSums, batch: GlobalBatch) -> tuple[float, dict[str, float]]:
+        """Return the loss of a batch, and that of each of its terms."""
+        losses = {t: total / batch.targets[t] for t, total in sums.terms.items() if batch.targets[t] > 0}
+        return sum(self.objective.coefficients[t] * value for t, value in losses.items()), losses
+
     def _before_computing(self, batch: GlobalBatch) -> None:
         """Let faults on purpose come, and check that this process computes the same twice."""
         step, faults = self.step + 1, self.guards.faults
         faults.tell(self.events)
         faults.trigger("step", step)
-        if faults.due("bitflip", "step", step):
-            replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2))
+        if (fault := faults.due("bitflip", "step", step)) is not None:
+            replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2),
+                                    fault.options.get("bit"))
         if self.guards.sdc.probe_is_due(step):
             compute = partial(self.computation.own_gradients, batch, self.objective, step)
             self.guards.sdc.repeat(step, self.model, compute, self.events)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        """Take note that the step that was just computed is not learned."""
+    def _refuse(self, refusal: Refusal, batch: GlobalBatch) -> None:
+        """Take note that the step that was just computed is not learned, and find out why where that is
+        asked."""
         step = self.step
         if not self.config.guards.skip:
             self.checkpointer.finish()
@@ -278,6 +288,8 @@ class Trainer:
         self.expert_load.undo()
         self.batches.ledger.pass_over(step - 1, step)
         self.recorder.refused(step, refusal, replica_checks.ranks_where(not self.computation.is_finite))
+        if self.config.guards.attribute:
+            attribute(self, batch, self._learned)
 
     def observe(self) -> torch.Tensor | None:
         """Look at the step that was just learned, where that is due; called by all processes together.

@@ -92,8 +92,13 @@ def unsynced(model: LanguageModel, wrapped: list[Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def flip_bit(tensor: torch.Tensor) -> None:
-    """Change one bit in a tensor's middle, as a fault on purpose: of the mantissa,
-    so that no figure of the run shows it."""
+def flip_bit(tensor: torch.Tensor, bit: float | None = None) -> None:
+    """Change one bit in a tensor's middle, as a fault on purpose.
+
+    Args:
+        tensor: of a type of up to 64 bits.
+        bit: which, counted from the last; None: one of the mantissa, so that no figure of the run shows it.
+    """
     bits = tensor.view(-1).view(_INTEGERS[tensor.element_size()])
-    bits[bits.numel() // 2] ^= 1 << 3 * tensor.element_size()
+    place = 3 * tensor.element_size() if bit is None else int(bit) % (8 * tensor.element_size() - 1)
+    bits[bits.numel() // 2] ^= 1 << place

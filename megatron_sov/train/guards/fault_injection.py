@@ -28,9 +28,11 @@ STATES: dict[str, tuple[str, ...]] = {
     "nan": ("step",), "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",),
     "slow-rank": ("step",), "corrupt-checkpoint": ("save",)}
 """Kind of fault -> the states of a run in which it can come."""
-OPTIONS: dict[str, dict[str, float]] = {"spike": {"factor": 1e4},
-                                        "slow-rank": {"seconds": 0.1, "steps": 100.0}}
-"""Kind of fault -> what can be said beside where it comes, and what holds otherwise."""
+OPTIONS: dict[str, dict[str, float | None]] = {
+    "spike": {"factor": 1e4}, "slow-rank": {"seconds": 0.1, "steps": 100.0},
+    "bitflip": {"bit": None}, "miscompute": {"bit": None}}
+"""Kind of fault -> what can be said beside where it comes, and what holds otherwise (None: a bit of the
+mantissa, which no figure shows; 30 of a float32 is in its exponent)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _parse_one(text: str) -> Fault:
             values[name] = float(value)
         except ValueError:
             values[name] = math.nan
-        whole = name in (*STATES[kind], "rank")
+        whole = name in (*STATES[kind], "rank", "bit")
         known = whole or name in OPTIONS.get(kind, {})
         if not known or not 0 <= values[name] < math.inf or (whole and values[name] % 1):
             allowed = (*STATES[kind], "rank", *OPTIONS.get(kind, {}))
@@ -106,7 +108,8 @@ def _parse_one(text: str) -> Fault:
     if len(states) != 1:
         raise UserError(f"--inject {text}: must say once when it comes, "
                         f"by {' or '.join(f'{s}=N' for s in STATES[kind])}")
-    options = {name: values.get(name, default) for name, default in OPTIONS.get(kind, {}).items()}
+    options = {name: value for name, default in OPTIONS.get(kind, {}).items()
+               if (value := values.get(name, default)) is not None}
     return Fault(kind, states[0], int(values[states[0]]), int(values.get("rank", 0)), options)
 
 

@@ -55,6 +55,7 @@ class StepGuard:
         self._settings, self._is_main, self._losses_compare = settings, is_main, losses_compare
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
+        self._usual_then: tuple[list[float], list[float]] = [], []
         self.in_a_row = 0
         """Steps refused since the last one that was learned."""
         self._suspect_in_a_row = 0
@@ -94,6 +95,7 @@ class StepGuard:
             self._remember(main_loss, main_grad_norm)
             self.forget_refusals()
             return True
+        self._usual_then = list(self._losses), list(self._grad_norms)
         self.refusal = self._objection(main_loss, main_grad_norm) or Refusal(
             "another process has a number that is not finite", main_loss, main_grad_norm, finite=False,
             weights_suspect=True)
@@ -102,6 +104,16 @@ class StepGuard:
         if self.refusal.finite:
             self._remember(main_loss, main_grad_norm)
         return False
+
+    def was_unusual(self, loss: float, grad_norm: float) -> bool:
+        """Return whether the guard would have objected to these figures in the place of the step that it
+        refused last."""
+        now = self._losses, self._grad_norms
+        self._losses, self._grad_norms = self._usual_then
+        try:
+            return self._objection(loss, grad_norm) is not None
+        finally:
+            self._losses, self._grad_norms = now
 
     def _remember(self, loss: float, grad_norm: float) -> None:
         for values, value in ((self._losses, loss), (self._grad_norms, grad_norm)):

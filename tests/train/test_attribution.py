@@ -1,0 +1,107 @@
+"""Planted faults are put down to what they are: a process, its memory, the data, the optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.config import apply_settings
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.errors import UserError
+from megatron_sov.runs.folder import RunFolder
+
+SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
+            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+            "train.global_batch_size=8", "train.micro_batch_size=4", "train.precision=fp32",
+            "guards.hang_timeout_s=0", "train.deterministic=true", "guards.attribute=true", "train.steps=9")
+
+
+@pytest.fixture
+def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Any]:
+    """Return `make(*settings, faults)`: a small run whose events can be read."""
+    from megatron_sov.train.guards.fault_injection import parse
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.trainer import Trainer
+
+    made = []
+
+    def run(*settings: str, faults: str = "") -> Any:
+        config = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, *settings])
+        trainer = Trainer(config, alone, RunFolder(tmp_path), open_sources({str(packed_data.text): 1.0}, 368),
+                          LanguageModelling, faults=parse([faults] if faults else [], 1))
+        told: list[dict[str, Any]] = []
+        trainer.recorder.events = SimpleNamespace(  # type: ignore[assignment]
+            write=lambda event, **fields: told.append({"event": event, **fields}), is_open=False,
+            close=lambda: None)
+        made.append(trainer)
+        return trainer, lambda: [e for e in told if e["event"] == "attribution"]
+
+    yield run
+    for trainer in made:
+        trainer.close()
+
+
+def test_a_process_that_gives_other_bits_is_named(make: Any) -> None:
+    for faults in ("nan@step=2", "miscompute@step=2,bit=30"):
+        trainer, told = make(faults=faults)
+        assert trainer.update() is not None
+        weights = [p.clone() for p in trainer.model.parameters()]
+        assert trainer.update() is None
+        (event,) = told()
+        assert (event["verdict"], event["ranks"], event["step"]) == ("process", (0,), 2), faults
+        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
+        assert trainer.update() is not None, "and the run goes on"
+
+
+def test_data_whose_loss_is_no_number_are_named(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, told = make()
+    learn = trainer.objective.loss
+    bad: list[int] = []
+
+    def loss(hidden: Any, head: Any, batch: Any) -> Any:
+        sums = learn(hidden, head, batch)
+        if bad and any(o.segment.document == bad[0] for o in batch.origins):
+            sums.by_source.mul_(torch.nan)
+            sums.terms["lm"] = sums.terms["lm"] * torch.nan
+        return sums
+
+    monkeypatch.setattr(trainer.objective, "loss", loss)
+    assert trainer.update() is not None
+    batch = trainer.objective.collect(trainer.policy, 1)
+    bad.append(batch.micro_batches[1].origins[0].segment.document)
+    monkeypatch.setattr(trainer.objective, "collect", lambda policy, step: batch)
+    assert trainer.update() is None
+    (event,) = told()
+    assert event["verdict"] == "data", event["text"]
+    name = trainer.sources[0].name
+    assert f"{name} document {bad[0]}" in event["documents"]
+
+
+def test_weights_that_a_large_rate_has_spoilt_are_not_the_datas_fault(
+        make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, told = make()
+    assert trainer.update() is not None
+    usual = trainer.schedule.learning_rate
+    monkeypatch.setattr(trainer.schedule, "learning_rate", lambda step: usual(step) * 1e30)
+    assert trainer.update() is not None, "the rate spoils the weights after the loss was computed"
+    assert trainer.update() is None
+    assert told()[0]["verdict"] == "optimisation", told()[0]["text"]
+
+
+def test_a_first_step_is_not_put_down_to_anything(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, told = make()
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(torch.nan)
+    assert trainer.update() is None
+    assert told()[0]["verdict"] == "undecided" and told()[0]["documents"]
+
+
+def test_it_asks_for_bits_that_come_again() -> None:
+    with pytest.raises(UserError, match=r"guards\.attribute = true needs train\.deterministic = true"):
+        apply_settings(recipes.get("tiny-solar-open"), ["guards.attribute=true"]).check()
