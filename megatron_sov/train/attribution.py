@@ -60,8 +60,8 @@ def attribute(trainer: Trainer, batch: GlobalBatch, learned: GlobalBatch | None)
     """
     found = _find(trainer, batch, learned)
     if trainer.world.is_main:
-        warn(f"step {trainer.step}: {found.text}", trainer.events.write, "attribution", step=trainer.step,
-             **asdict(found))
+        fields = asdict(found)
+        warn(fields.pop("text"), trainer.events.write, "attribution", step=trainer.step, **fields)
     return found
 
 

@@ -47,16 +47,33 @@ def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Any]:
         trainer.close()
 
 
-def test_a_process_that_gives_other_bits_is_named(make: Any) -> None:
-    for faults in ("nan@step=2", "miscompute@step=2,bit=30"):
-        trainer, told = make(faults=faults)
-        assert trainer.update() is not None
-        weights = [p.clone() for p in trainer.model.parameters()]
-        assert trainer.update() is None
-        (event,) = told()
-        assert (event["verdict"], event["ranks"], event["step"]) == ("process", (0,), 2), faults
-        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
-        assert trainer.update() is not None, "and the run goes on"
+def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -> None:
+    trainer, told = make(faults="nan@step=2")
+    assert trainer.update() is not None
+    weights = [p.clone() for p in trainer.model.parameters()]
+    assert trainer.update() is None
+    (event,) = told()
+    assert (event["verdict"], event["ranks"], event["step"]) == ("process", (0,), 2)
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
+    assert trainer.update() is not None, "and the run goes on"
+
+
+def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.mcore.model import replica_checks
+
+    trainer, told = make()
+    assert trainer.update() is not None
+    sound, faults = trainer.expert_load.before_sync, [torch.nan]
+
+    def once() -> None:
+        if faults:
+            replica_checks.gradients(trainer.model)[0][0] = faults.pop()
+        sound()
+
+    monkeypatch.setattr(trainer.expert_load, "before_sync", once)
+    assert trainer.update() is None
+    assert (told()[0]["verdict"], told()[0]["ranks"]) == ("process", (0,)), told()[0]["text"]
 
 
 def test_data_whose_loss_is_no_number_are_named(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
