@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stage_arguments(parser, needs_start=False)
     add_gate_arguments(parser)
     parser.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT|RUN|HF_DIR",
-                        help="learn the distributions of this model, of the same tokenizer")
+                        help="learn the distributions of this model, of the same tokenizer unless "
+                             "distillation.other_tokenizer is set")
     parser.add_argument("--states", type=Path, action="append", default=[], metavar="DIR",
                         help="what the teacher says of the data, as `megatron-sov distill states` leaves it; "
                              "one that is not there is made first, of the data that others do not have "
@@ -107,9 +108,10 @@ def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder,
     from megatron_sov.post.teacher import Reading, read_documents
 
     target = find_target(args.teacher)
-    if target.vocab_size != config.model.vocab_size:
+    if target.vocab_size != config.model.vocab_size and not config.distillation.other_tokenizer:
         raise UserError(f"--teacher {args.teacher}: has {target.vocab_size} token ids, the student "
-                        f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
+                        f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many, "
+                        "or, of another tokenizer, pass --set distillation.other_tokenizer=true --top-k 64")
     missing = [path for path in states if not (path / MANIFEST).is_file()]
     if len(missing) > 1:
         raise UserError(f"--states {', '.join(map(str, missing))}: are not there; make all but one of them "
@@ -124,7 +126,8 @@ def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder,
         asked = config.distillation
         for path in made:
             _refuse_beside(args, asked, StateFiles(path, sources), config.model.vocab_size)
-        kept = (Kept(top_k=asked.top_k, temperature=asked.temperature) if asked.top_k
+        kept = (Kept(top_k=asked.top_k, temperature=asked.temperature,
+                     translated=asked.other_tokenizer) if asked.top_k
                 else Kept(args.states_dtype))
         # that of the others is this one's: it was compared above
         digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""

@@ -119,7 +119,8 @@ def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Pat
         yield of_data / MANIFEST, [
             "distill", "states", str(args.teacher), *_each("--data", list(shares)), "--output", str(of_data),
             "--dtype", args.states_dtype, "--top-k", str(asked.top_k),
-            "--temperature", str(asked.temperature), *_each("--set", args.teacher_settings), *plugins, *nproc]
+            "--temperature", str(asked.temperature), *["--other-tokenizer"][:asked.other_tokenizer],
+            *_each("--set", args.teacher_settings), *plugins, *nproc]
     student = args.start_from
     for number in range(1, args.rounds + 1):
         folder = args.output / f"round-{number}"

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "states")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
                         help="--top-k: what the logits are divided by (default %(default)s)")
+    parser.add_argument("--other-tokenizer", action="store_true",
+                        help="the data are of another tokenizer than the teacher's: hear it where tokens of "
+                             "both end at the same byte (needs --top-k)")
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is already there")
     with_ranks(parser)
     add_plugin_argument(parser)
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.post.state_files import KIND, Kept
     from megatron_sov.post.teacher import Reading, read_documents
 
-    kept = Kept(args.dtype, args.top_k, args.temperature)
+    kept = Kept(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
     reading = Reading(find_target(args.teacher), data_paths(args.data), kept=kept)
     read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite)
     if is_first():

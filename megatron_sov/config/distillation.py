@@ -24,6 +24,9 @@ class DistillationConfig:
     keep_remainder: bool = True
     """top_k: what each model gives to all other tokens together is one event more; false: both are
     normalised over the teacher's tokens (arXiv 2601.18129)."""
+    other_tokenizer: bool = False
+    """top_k: the teacher's tokens are other ones than the student's; it is heard where tokens of both end at
+    the same byte, and its probabilities become those of the student's tokens."""
     ce_coeff: float = 0.0
     """Weight of an auxiliary cross-entropy on the tokens of the data, over the same positions."""
 
@@ -44,6 +47,9 @@ class DistillationConfig:
         if not self.keep_remainder and not self.top_k:
             p.append("distillation.keep_remainder = false belongs to distillation.top_k: over the whole "
                      "vocabulary nothing remains")
+        if self.other_tokenizer and not self.top_k:
+            p.append("distillation.other_tokenizer = true needs distillation.top_k > 0: of a teacher of "
+                     "another tokenizer its most probable tokens are kept")
         if not 0 <= self.ce_coeff < math.inf:
             p.append(f"distillation.ce_coeff = {self.ce_coeff} must be a number that is not negative")
         return p

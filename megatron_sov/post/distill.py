@@ -42,20 +42,22 @@ class Distillation(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the learned tokens of the global batch."""
         hosts = [m.host for m in batch.micro_batches]
-        tokens = sum(float(m.weights.double().sum()) for m in hosts)
-        targets = {term: tokens for term in (DIVERGENCE, CROSS_ENTROPY) if term in self.coefficients}
+        targets = {DIVERGENCE: sum(float(self._teacher.heard(m).double().sum()) for m in hosts)}
+        if CROSS_ENTROPY in self.coefficients:
+            targets[CROSS_ENTROPY] = sum(float(m.weights.double().sum()) for m in hosts)
         return with_denominators(batch, targets | self._mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed divergence of the learned labels, and their cross-entropy where it is asked."""
-        terms, measured = head.divergence(hidden[0], self._teacher.at(batch, head),
-                                          {DIVERGENCE: batch.weights}, self._teacher.divergence)
+        heard = self._teacher.heard(batch)
+        terms, measured = head.divergence(hidden[0], self._teacher.at(batch, head), {DIVERGENCE: heard},
+                                          self._teacher.divergence)
         if CROSS_ENTROPY in self.coefficients:
             terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
         terms |= self._mtp_sum(hidden, head, batch)
-        learned = (batch.weights > 0).double()
+        learned = (heard > 0).double()
         return LossSums(
-            terms, per_source(measured.divergence, batch.weights, batch.sources, self._num_sources),
+            terms, per_source(measured.divergence, heard, batch.sources, self._num_sources),
             meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
 
     def state(self) -> dict[str, str]:

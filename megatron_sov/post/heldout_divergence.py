@@ -54,7 +54,7 @@ def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> t
 
     def sums(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
         _, measured = head.divergence(hidden[0], teacher.at(batch, head, SPLIT), {}, teacher.divergence)
-        learned = (batch.weights > 0).double()
+        learned = (teacher.heard(batch, SPLIT) > 0).double()
         return torch.stack([learned.sum(), (measured.divergence * learned).sum(),
                             (measured.kl * learned).sum()])
 

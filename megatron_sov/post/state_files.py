@@ -84,6 +84,8 @@ class Kept:
     """Most probable tokens that are kept in the place of a state; 0: none."""
     temperature: float = 1.0
     """What the logits were divided by, of whose softmax the most probable tokens' log-probabilities are."""
+    translated: bool = False
+    """Whether they are the student's tokens, and the teacher's others (`parts.translation`)."""
 
 
 def content_of(parts: list[Part], hidden_size: int, vocab_size: int, kept: Kept) -> dict[str, Any]:
@@ -121,7 +123,8 @@ class StateFiles:
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
         self.teacher = str(manifest.settings["teacher"])
         """Digest of the teacher: of its weights, its configuration, and the base of an adapter."""
-        self.kept = Kept(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0))
+        self.kept = Kept(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),
+                         content.get("translated", False))
         self.dtype = torch.int32 if self.kept.top_k else DTYPES[self.kept.dtype]
         """Of the numbers in a row."""
         self.width = 2 * self.kept.top_k or self.hidden_size

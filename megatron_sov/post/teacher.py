@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -43,6 +43,7 @@ from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device, release_unused
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.post.parts.translation import Translated, Translation
 from megatron_sov.post.state_files import (
     DTYPES,
     HEAD,
@@ -54,6 +55,7 @@ from megatron_sov.post.state_files import (
     lengths_of,
     packed,
     parts_of,
+    unpacked,
 )
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL, adapter_base
 from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
@@ -97,13 +99,17 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
     _check_kept(reading)
     if is_first():  # else it would be found behind the loading of a large model
         refuse_existing(out, KIND, overwrite)
-    sources = open_sources(reading.data, reading.target.vocab_size, FORMATS)
-    refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
+    translated = reading.kept.translated
+    sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
+    if not translated:
+        refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
+    translation = _translation(reading, sources)
     parts = parts_of(sources, reading.splits, reading.part_tokens)
     # the layout moves the last digits at most, so that a killed job may go on at another
     plan = {"parts": parts, "kept": asdict(reading.kept),
             "settings": [s for s in settings if not s.startswith("parallel.")]}
-    _refuse_too_long(reading, sources)
+    if translation is None:
+        _refuse_too_long(reading, sources)
 
     def work(loaded: Loaded) -> int:
         with contextlib.ExitStack() as held:
@@ -121,7 +127,7 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
             missing = [p for p in parts if p.file not in finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 together = missing[first:first + loaded.world.dp_size]
-                _read_parts(loaded, sources, together, Path(folder), reading.kept)
+                _read_parts(loaded, _Documents(sources, reading, translation), together, Path(folder))
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))  # all files are written
                 on_main(loaded.world, partial(note, together))
             return len(missing)
@@ -161,8 +167,8 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
         if not reading.kept.top_k:
             head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
             save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
-        artifact.writer.content = content_of(plan["parts"], model.hidden_size, model.vocab_size,
-                                             reading.kept)
+        vocab_size = sources[0].vocab_size if reading.kept.translated else model.vocab_size
+        artifact.writer.content = content_of(plan["parts"], model.hidden_size, vocab_size, reading.kept)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path)}
         artifact.writer.inputs += provenance(sources)
         yield artifact
@@ -175,6 +181,9 @@ def _check_kept(reading: Reading) -> None:
     if not 0 <= kept.top_k < vocab_size:
         raise UserError(f"--top-k {kept.top_k}: must lie in [0, {vocab_size}), the token ids of the teacher "
                         f"{reading.target.path}")
+    if kept.translated and not kept.top_k:
+        raise UserError("--top-k 0: of a teacher of another tokenizer the most probable tokens are kept; "
+                        "pass --top-k 64, say")
     if not 0 < kept.temperature < math.inf:
         raise UserError(f"--temperature {kept.temperature}: must be a number greater than 0")
 
@@ -189,36 +198,101 @@ def _refuse_too_long(reading: Reading, sources: list[Source]) -> None:
                                 "pack the data into shorter documents")
 
 
-def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], folder: Path,
-                kept: Kept) -> None:
+@dataclass(frozen=True)
+class _Documents:
+    """The documents that a teacher reads, in its own tokens."""
+
+    sources: list[Source]
+    reading: Reading
+    translation: Translation | None
+    """None: the data are of its own tokenizer."""
+
+    def of(self, part: Part) -> tuple[list[list[int]], list[Translated]]:
+        """Return the tokens that it reads of a part's documents, and how they lie beside the data's.
+
+        Raises:
+            UserError: one is too long for it, or its tokenizer changes the text.
+        """
+        shard = self.sources[part.source].shard(part.split)
+        numbers = range(part.first_document, part.first_document + part.num_documents)
+        found = [shard.tokens(number, 0, int(shard.lengths[number])).tolist() for number in numbers]
+        if self.translation is None:
+            return found, []
+        translated = [self.translation.document(ids) for ids in found]
+        longest = max((len(t.ids) for t in translated), default=0)
+        if longest > self.reading.target.max_tokens:
+            raise UserError(f"source {self.sources[part.source].name!r} ({part.split}): has a document of "
+                            f"{longest} of the teacher's tokens, {self.reading.target.path} reads "
+                            f"{self.reading.target.max_tokens} at most; pack the data into shorter documents")
+        return [t.ids for t in translated], translated
+
+    def translate(self, part: Part, translated: list[Translated], said: list[torch.Tensor]
+                  ) -> list[torch.Tensor]:
+        """Return rows in the data's tokens, of each document what the teacher said of its own."""
+        assert self.translation is not None
+        shard, kept = self.sources[part.source].shard(part.split), self.reading.kept
+        rows = []
+        for i, (document, row) in enumerate(zip(translated, said, strict=True)):
+            number = part.first_document + i
+            ids = shard.tokens(number, 0, int(shard.lengths[number])).tolist()
+            of_next = row[:, -1].contiguous().view(torch.float32)
+            rows.append(packed(*self.translation.rows(document, ids, *unpacked(row[:, :-1]), of_next,
+                                                      kept.top_k)))
+        return rows
+
+
+def _translation(reading: Reading, sources: list[Source]) -> Translation | None:
+    if not reading.kept.translated:
+        return None
+    folder = tokenizer_folder(sources)
+    if folder is None:
+        raise UserError(f"{', '.join(map(str, reading.data))}: has no tokenizer beside it, and what another "
+                        "one says is read by bytes; pack the data again")
+    if reading.kept.top_k >= sources[0].vocab_size:
+        raise UserError(f"--top-k {reading.kept.top_k}: must be less than the data's {sources[0].vocab_size} "
+                        "token ids")
+    return Translation(folder, reading.target.tokenizer_folder, sources[0].vocab_size,
+                       reading.target.vocab_size)
+
+
+def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[Part], folder: Path) -> None:
     """Run the teacher on one part per data-parallel rank and write what it finds; called by all together.
 
     Where experts are spread over data-parallel ranks, these run in step: each gets as many rows as the one
     with the most, the last of padding alone.
     """
-    device, mine = local_device(), loaded.world.dp_rank
-    shards = [sources[p.source].shard(p.split) for p in parts]
-    lengths = [[int(n) for n in shard.lengths[p.first_document + np.arange(p.num_documents)]]
-               for p, shard in zip(parts, shards, strict=True)]
+    device, mine, kept = local_device(), loaded.world.dp_rank, documents.reading.kept
+    read = [documents.of(part) for part in parts]
+    lengths = [[len(ids) for ids in of_part] for of_part, _ in read]
     rows = [rows_of(of_part, ROW_TOKENS) for of_part in lengths]
     longest = max(sum(of_part[i] for i in row) for of_part, cut in zip(lengths, rows, strict=True)
                   for row in cut)
     part = parts[mine] if mine < len(parts) else None
     own_rows = rows[mine] if part else []
     micro_batches = [] if part is None else [
-        Inputs([shards[mine].tokens(part.first_document + i, 0, lengths[mine][i]).tolist() for i in row],
-               device, longest) for row in own_rows]
+        Inputs([read[mine][0][i] for i in row], device, longest) for row in own_rows]
     micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
+    # of a row in other tokens more is kept, since several of them may be one of the student's
+    asked = min(2 * kept.top_k, documents.reading.target.vocab_size) if kept.translated else kept.top_k
 
     def kept_rows(hidden: list[torch.Tensor], head: Head, batch: Inputs) -> torch.Tensor:
-        if kept.top_k:
-            return packed(*head.most_probable(hidden[0], kept.top_k, kept.temperature)).cpu()
-        return context.gather(gather_sequence(hidden[0], loaded.policy.config)).to("cpu", DTYPES[kept.dtype])
+        if not kept.top_k:
+            gathered = context.gather(gather_sequence(hidden[0], loaded.policy.config))
+            return gathered.to("cpu", DTYPES[kept.dtype])
+        found = packed(*head.most_probable(hidden[0], asked, kept.temperature)).cpu()
+        if not kept.translated:
+            return found
+        of_next = head.logprobs(hidden[0], batch.inputs.tokens.roll(-1), kept.temperature)
+        return torch.cat([found, of_next.float().cpu()[:, None].view(torch.int32)], 1)
 
     found = loaded.policy.map(micro_batches, kept_rows)
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
-        filled = [sum(lengths[mine][i] for i in row) for row in own_rows]
-        _write(folder / part.file, [s[:n] for s, n in zip(found, filled, strict=False)])
+        filled = [[lengths[mine][i] for i in row] for row in own_rows]
+        said = [s[:sum(n)] for s, n in zip(found, filled, strict=False)]
+        if kept.translated:
+            split = [document for s, n in zip(said, filled, strict=True) for document in s.split(n)]
+            said = documents.translate(part, read[mine][1], split)
+        _write(folder / part.file, said)
 
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:

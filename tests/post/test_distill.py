@@ -20,7 +20,11 @@ KINDS = {
     "top-k": ["distillation.top_k=12", "distillation.temperature=2.0"],
     "top-k alone": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.beta=1",
                     "distillation.keep_remainder=false"],
+    "translated": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.ce_coeff=0.5",
+                   "distillation.other_tokenizer=true"],
 }
+FOLDERS = {"whole": "whole", "translated": "translated"}
+"""Of kinds -> what is kept of the teacher, where it is not its most probable tokens in `top`."""
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
 FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
@@ -47,7 +51,7 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     place = world.join(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
-    files = StateFiles(Path(states) / ("whole" if kind == "whole" else "top"), sources)
+    files = StateFiles(Path(states) / FOLDERS.get(kind, "top"), sources)
     teacher = KeptTeacher([files], config.distillation, sources, config.model.vocab_size)
     objective = partial(Distillation, teacher=teacher)
     return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
@@ -60,7 +64,7 @@ def curve(settings: list[str], data: list[str], states: str) -> dict[str, list[d
     from megatron_sov.post.heldout_divergence import measure_heldout
 
     found = {}
-    for kind in ("whole", "top-k"):
+    for kind in ("whole", "top-k", "translated"):
         trainer, teacher, sources = _begin(kind, settings, data, states)
         steps = [trainer.update() for _ in range(STEPS)]
         found[kind] = [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters,
@@ -81,6 +85,7 @@ def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.Temp
     data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
     kept_by_a_teacher(states / "whole", data, Kept("float32"))
     kept_by_a_teacher(states / "top", data, Kept(top_k=12, temperature=2.0))
+    kept_by_a_teacher(states / "translated", data, Kept(top_k=12, temperature=2.0, translated=True))
     return {"data": [str(d) for d in data], "states": str(states)}
 
 
@@ -104,13 +109,14 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
 
     from megatron_sov.mcore.decode.forward_only import Inputs
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles
+    from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles, unpacked
 
     head = load_file(Path(states) / "whole/head.safetensors")[HEAD_WEIGHT].double()
     results = []
     for kind in KINDS:
         trainer, _, sources = _begin(kind, [], data, states)
         whole, asked = StateFiles(Path(states) / "whole", sources), trainer.config.distillation
+        said = StateFiles(Path(states) / FOLDERS.get(kind, "top"), sources)
         trainer.update()
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
@@ -139,9 +145,14 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                               b * (q * (log_q - log_m)).sum(-1) + (1 - b) * (p * (log_p - log_m)).sum(-1))
                 picked = -logits.log_softmax(-1)[torch.arange(count), m.labels[here]]
                 learned = (m.weights[here] > 0).double()
-                for name, values in (("divergence", divergence), ("cross_entropy", picked), ("kl", kl),
-                                     ("entropy", entropy), ("tokens", torch.ones(count))):
-                    wanted[name] += float((values.double() * learned).sum())
+                heard = learned
+                if asked.other_tokenizer:
+                    rows = said.states(source, "train", document, start, count)
+                    heard = learned * (unpacked(rows)[1][:, 0] <= 0)
+                wanted["cross_entropy"] += float((picked.double() * learned).sum())
+                for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
+                                     ("tokens", torch.ones(count))):
+                    wanted[name] += float((values.double() * heard).sum())
                 wanted["starts"] = max(wanted["starts"], start)
         sums = trainer.computation.sums(batch, objective, 2)
         tokens = wanted["tokens"]
@@ -166,6 +177,9 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
         assert found["ours"] == pytest.approx(found["wanted"], rel=exact, abs=exact), found
     assert results[0]["ce"][0] == pytest.approx(results[0]["ce"][1], rel=1e-12)
     assert results[1]["ce"][0] is None
+    translated = next(found for found in results if found["kind"] == "translated")
+    assert translated["tokens"] < results[0]["tokens"], "some positions are not heard"
+    assert translated["ce"][0] == pytest.approx(translated["ce"][1], rel=1e-12)
 
 
 def test_a_run_goes_on_with_its_own_teacher_alone() -> None:

@@ -14,6 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import context
+from megatron_sov.mcore.parallel.device import to_device
 from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.train.microbatch import MicroBatch
 
@@ -63,17 +64,28 @@ class KeptTeacher:
         Raises:
             UserError: it has not read one of them.
         """
-        rows = self._rows(batch.origins, len(batch.labels), split)
+        rows = self._rows(batch.origins, context.pieces(len(batch.labels)), split)
         if self._files.kept.top_k:
-            return TeacherTopK(*unpacked(rows), self._keep_remainder)
+            ids, logprobs = unpacked(rows)
+            return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._keep_remainder)
         if self._head is None:
             self._head = self._read_head(head)
         return TeacherStates(rows, self._head)
 
-    def _rows(self, origins: tuple[Origin, ...], row_tokens: int, split: str) -> torch.Tensor:
-        """Return [n, width] what is kept of this process's n tokens of a row; of padding something that
+    def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
+        """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,
+        and 0 where its tokens do not begin with the student's."""
+        if not self._files.kept.translated:
+            return batch.weights
+        rows = self._rows(batch.origins, [(0, len(batch.labels))], split)
+        says = unpacked(rows)[1][:, 0] <= 0
+        return batch.weights * to_device(says, batch.weights.device)
+
+    def _rows(self, origins: tuple[Origin, ...], pieces: Sequence[tuple[int, int]], split: str
+              ) -> torch.Tensor:
+        """Return [n, width] what is kept of the n tokens of some pieces of a row; of padding something that
         can be computed with, and has no weight."""
-        files, pieces = self._files, context.pieces(row_tokens)
+        files = self._files
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
         if top_k := files.kept.top_k:
             rows[:, :top_k] = torch.arange(top_k)  # distinct ids, each of log-probability 0
@@ -105,11 +117,19 @@ def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: 
         raise UserError(f"{files.folder}: holds {_told(kept.top_k)} of the teacher, and distillation.top_k = "
                         f"{asked.top_k} asks for {_told(asked.top_k)}; set it to {kept.top_k}, or name "
                         "another folder")
+    if kept.translated != asked.other_tokenizer:
+        raise UserError(f"{files.folder}: holds {'the student' if kept.translated else 'the teacher'}'s own "
+                        f"tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
+                        f"{kept.translated}, or name another folder")
     if kept.top_k and kept.temperature != asked.temperature:
         raise UserError(f"{files.folder}: its log-probabilities are those at temperature {kept.temperature}, "
                         f"and distillation.temperature = {asked.temperature}; set it to that, or name "
                         "another folder")
-    if files.vocab_size != vocab_size:
+    if kept.translated:
+        if files.vocab_size > vocab_size:
+            raise UserError(f"{files.folder}: its tokens are those of a tokenizer of {files.vocab_size} ids, "
+                            f"the student has model.vocab_size = {vocab_size}; set it, or read other data")
+    elif files.vocab_size != vocab_size:
         raise UserError(f"{files.folder}: its teacher has {files.vocab_size} token ids, the student "
                         f"model.vocab_size = {vocab_size}; choose a teacher with as many")
 

@@ -1,0 +1,134 @@
+"""What a teacher of another tokenizer says, in the student's tokens: compared with probabilities that are
+counted byte by byte."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from megatron_sov.errors import UserError
+from megatron_sov.post.parts.translation import NOTHING, UNHEARD, Translation
+
+END = "<|end|>"
+
+
+def tokenizer(folder: Path, merges: list[str], end: str = END) -> Path:
+    """Write a byte-level tokenizer of the 256 bytes and some merges ("a b"), with a token that ends texts."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *(m.replace(" ", "") for m in merges)])}
+    made = Tokenizer(models.BPE(vocabulary, [tuple(m.split()) for m in merges]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(end, special=True)])
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    return folder
+
+
+def opened(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def translation(student: Path, teacher: Path) -> Translation:
+    return Translation(student, teacher, opened(student).get_vocab_size(), opened(teacher).get_vocab_size())
+
+
+def said(size: int, rows: int, seed: int = 0) -> torch.Tensor:
+    """Return [rows, size] log-probabilities."""
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)).double().log_softmax(-1)
+
+
+def test_of_one_tokenizer_it_is_what_the_teacher_says(tmp_path: Path) -> None:
+    folder = tokenizer(tmp_path / "a", ["a b", "ab c"])
+    ids = opened(folder).encode("abcab dä").ids
+    both = translation(folder, folder)
+    document = both.document([*ids, 258])
+    assert document.ids == [*ids, 258] and document.at.tolist() == list(range(len(ids) + 1))
+    logprobs, token = said(259, len(ids) + 1).sort(descending=True)
+    got, values = both.rows(document, [*ids, 258], token[:, :8], logprobs[:, :8].float(),
+                            torch.zeros(len(ids) + 1), 4)
+    assert torch.equal(got, token[:, :4])
+    torch.testing.assert_close(values, logprobs[:, :4].float())
+
+
+def test_masses_are_those_that_counting_texts_gives(tmp_path: Path) -> None:
+    """The student's tokens are longer here and shorter there; a row's masses are compared with a sum over all
+    tokens of the teacher, by their texts."""
+    student = tokenizer(tmp_path / "s", ["a b", "c d", "ab cd"])
+    teacher = tokenizer(tmp_path / "t", ["e f", "ef a", "a b", "c d"], end="</s>")
+    both, ours, theirs = translation(student, teacher), opened(student), opened(teacher)
+    text = "xabcdefab"
+    ids, other = ours.encode(text).ids, theirs.encode(text).ids
+    assert [ours.id_to_token(t) for t in ids] == ["x", "abcd", "e", "f", "ab"]
+    assert [theirs.id_to_token(t) for t in other] == ["x", "ab", "cd", "efa", "b"]
+    document = both.document(ids)
+    assert document.at.tolist() == [0, 2, -1, -1, 4], "where tokens of both end at the same byte"
+    size = theirs.get_vocab_size()
+    logprobs, token = said(size, len(other)).sort(descending=True)
+    of_next = torch.stack([logprobs[i][token[i] == other[(i + 1) % len(other)]][0]
+                           for i in range(len(other))])
+    got, values = both.rows(document, ids, token, logprobs.float(), of_next, size - 4)
+    # behind "x": ab, cd is one token of the student's, and has the product
+    product = math.exp(of_next[0] + of_next[1])
+    wanted: dict[str, float] = {}
+    for index, logprob in zip(token[0].tolist(), logprobs[0].tolist(), strict=True):
+        name = theirs.id_to_token(index)
+        first = {"</s>": END, "ef": "e", "efa": "e"}.get(name, name)
+        wanted[first] = wanted.get(first, 0.0) + math.exp(logprob)
+    wanted["ab"] -= product
+    wanted["abcd"] = product
+    found = {ours.id_to_token(int(i)): math.exp(v) for i, v in zip(got[0], values[0].tolist(), strict=True)
+             if v > NOTHING}
+    assert sum(wanted.values()) == pytest.approx(1)
+    assert found == pytest.approx(dict(sorted(wanted.items(), key=lambda item: -item[1])[:size - 4]), rel=1e-5)
+    assert values[2, 0] == UNHEARD and values[3, 0] == UNHEARD
+    assert all(len(set(row)) == size - 4 for row in got.tolist()), "ids are distinct in each row"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_text_is_aligned_at_the_bytes_where_both_have_an_end(tmp_path: Path, seed: int) -> None:
+    pairs = [" ".join(p) for p in itertools.product("abc", repeat=2)]
+    student = tokenizer(tmp_path / "s", pairs[seed::2])
+    teacher = tokenizer(tmp_path / "t", pairs[:7 - seed])
+    draw = torch.randint(4, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+    text = "".join("abcä"[i] for i in draw)
+    both, ours, theirs = translation(student, teacher), opened(student), opened(teacher)
+    ids = [*ours.encode(text).ids, ours.token_to_id(END)]
+    document = both.document(ids)
+    assert document.ids == [*theirs.encode(text).ids, theirs.token_to_id(END)]
+
+    def ends(made: Tokenizer, tokens: list[int]) -> list[int]:
+        sizes = [1 if t == made.token_to_id(END) else len(made.id_to_token(t)) for t in tokens]
+        return list(itertools.accumulate(sizes))
+
+    places = {end: i for i, end in enumerate(ends(theirs, document.ids))}
+    assert document.at.tolist() == [places.get(end, -1) for end in ends(ours, ids)]
+
+
+def test_a_special_token_that_the_teacher_lacks_is_read_as_its_text(tmp_path: Path) -> None:
+    student = tokenizer(tmp_path / "s", [])
+    made = opened(student)
+    made.add_special_tokens([AddedToken("<|user|>", special=True)])
+    made.save(str(student / "tokenizer.json"))
+    teacher = tokenizer(tmp_path / "t", ["h i"])
+    document = translation(student, teacher).document(made.encode("<|user|>hi").ids)
+    assert opened(teacher).decode(document.ids) == "<|user|>hi"
+    assert document.at.tolist() == [7, -1, 8]
+
+
+def test_a_teacher_that_changes_texts_is_refused(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    student, teacher = tokenizer(tmp_path / "s", []), tokenizer(tmp_path / "t", [])
+    made = opened(teacher)
+    made.normalizer = normalizers.Replace("x", "yy")
+    made.save(str(teacher / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"changes texts before it reads them \(3 bytes became 4\)"):
+        translation(student, teacher).document(opened(student).encode("axb").ids)
