@@ -6,13 +6,14 @@ The texts are those of `distillation_learning.py` (a question and one of eight a
 others), as plain documents.  Everything runs through the ordinary commands on one process of one thread.
 
   teacher   learns 12,000 documents in the tokens of a tokenizer of its own (384 ids, SuperBPE)
-  start     a smaller model in the tokens of another (512 ids, byte-level BPE), which learns the same questions
-            with answers that are drawn evenly
-  arms      go on from the start over the same 200 documents, in the same order, for the same steps: next-token
-            training at three rates, and distillation from that teacher, alone and with cross-entropy
+  start     a smaller model in the tokens of another (512 ids, byte-level BPE), which learns the same
+            questions with answers that are drawn evenly
+  arms      go on from the start over the same 200 documents, in the same order, for the same steps:
+            next-token training at three rates, and distillation from that teacher, alone and with
+            cross-entropy
 
-Printed are bits per byte on 600 other documents, means over the seeds with 95 % intervals (Student's t); an arm
-is compared with the best of next-token training seed by seed.
+Printed are bits per byte on 600 other documents, means over the seeds with 95 % intervals (Student's t); an
+arm is compared with the best of next-token training seed by seed.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Work:
         if not out.exists():
             self.command("megatron_sov", "eval", "ppl", run, "--data", data, "--out", out, "--max-tokens",
                          "100000")
-        (figures,) = json.loads(out.read_text())["sources"].values()
+        (figures,) = json.loads(out.read_text()).values()
         return float(figures["bits_per_byte"])
 
 

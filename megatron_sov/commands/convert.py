@@ -16,13 +16,14 @@ from typing import Any
 from megatron_sov.artifacts import to_json
 from megatron_sov.commands.convert_growing import add_growing, run_growing
 from megatron_sov.commands.eval import PARITY_LENGTHS, with_ranks
+from megatron_sov.config.train import AVERAGES
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.models.count import num_params
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, complete, refuse_missing
+from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 
 
@@ -109,6 +110,13 @@ def _add_average(action: Callable[[str, str], argparse.ArgumentParser]) -> None:
     average.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
     average.add_argument("--last", type=int, metavar="N",
                          help="how many of its complete checkpoints (default: all)")
+    average.add_argument("--from-step", type=int, metavar="N", help="only checkpoints from this step on")
+    average.add_argument("--to-step", type=int, metavar="N", help="only checkpoints up to this step")
+    average.add_argument("--weights", choices=AVERAGES, default="uniform",
+                         help="what each weighs: the same; 1, 2, 3, ... in their order; or --decay times "
+                              "what the one behind it weighs (default: %(default)s)")
+    average.add_argument("--decay", type=float, default=0.5, metavar="D",
+                         help="of --weights ema (default: %(default)s)")
     average.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
     average.add_argument("--workers", type=int, default=1, metavar="N",
                          help="files at a time, each with two tensors in memory (default: %(default)s)")
@@ -168,15 +176,11 @@ def _from_peft(args: argparse.Namespace) -> int:
 
 def _average(args: argparse.Namespace) -> int:
     from megatron_sov import convert
+    from megatron_sov.convert.average_weights import chosen
 
-    refuse_missing(args.run)
-    found = complete(args.run / CHECKPOINTS_OF_A_RUN)
-    if args.last is not None and not 2 <= args.last <= len(found):
-        raise UserError(f"--last {args.last}: must be at least 2, and at most the {len(found)} complete "
-                        f"checkpoints of {args.run}")
-    convert.average([(path, 1.0) for path in found[-(args.last or 0):]], args.out, workers=args.workers,
-                    overwrite=args.overwrite)
-    print(f"wrote checkpoint {args.out}, the mean of {args.last or len(found)}")
+    found = chosen(args.run, args.last, (args.from_step, args.to_step), args.weights, args.decay)
+    convert.average(found, args.out, workers=args.workers, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}, the mean of {len(found)}")
     return ExitCode.OK
 
 

@@ -9,6 +9,9 @@ from typing import Literal
 from megatron_sov.config.bounds import MAX_BATCH_SIZE, MAX_STEPS, MAX_TOKENS, above
 from megatron_sov.config.model import STRICT
 
+AVERAGES = ("uniform", "linear", "ema")
+"""Ways to weigh the checkpoints of a mean."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -66,6 +69,14 @@ class TrainConfig:
     export_every_checkpoints: int = 0
     """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside
     training; 0: none."""
+    average_last: int = 0
+    """When the run is complete, the mean of so many of its newest checkpoints becomes RUN/average, to
+    evaluate or to start the next stage from; 0: none.  So many have to be kept."""
+    average_weights: Literal["uniform", "linear", "ema"] = "uniform"
+    """What each checkpoint of `average_last` weighs: the same; 1, 2, 3, ... in their order; or
+    `average_decay` times what the one behind it weighs."""
+    average_decay: float = 0.5
+    """Of `average_weights` ema."""
     keep_every_steps: int = 0
     """Checkpoints whose step is a multiple of this stay for ever, besides the newest; 0: none."""
     async_save: bool = True
@@ -103,6 +114,13 @@ class TrainConfig:
             (self.log_every_steps > 0, f"train.log_every_steps = {self.log_every_steps} must be positive"),
             (self.export_every_checkpoints >= 0,
              f"train.export_every_checkpoints = {self.export_every_checkpoints} must not be negative"),
+            (self.average_last in (0, *range(2, 10_001)),
+             f"train.average_last = {self.average_last} must be 0, or from 2 to 10,000"),
+            (not self.keep_checkpoints or self.average_last <= self.keep_checkpoints,
+             f"train.average_last = {self.average_last} must be at most train.keep_checkpoints = "
+             f"{self.keep_checkpoints}: the others are deleted before"),
+            (0 < self.average_decay <= 1,
+             f"train.average_decay = {self.average_decay} must lie above 0 and be at most 1"),
             (self.keep_checkpoints >= 0,
              f"train.keep_checkpoints = {self.keep_checkpoints} must not be negative"),
             (self.keep_every_steps >= 0 and self.keep_every_steps % max(1, every) == 0,

@@ -32,6 +32,8 @@ FAULTS = "faults"
 """Which faults have come on purpose, one file each; one may come before there is a run."""
 REFERENCE = "reference"
 """What a run's reference says of its data; it outlives a run that was refused before its first step."""
+AVERAGE = "average"
+"""The mean of a complete run's newest checkpoints."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")

@@ -1,12 +1,15 @@
-"""What goes on beside training on rank 0: exports, and the evaluation of each of them."""
+"""What goes on beside training on rank 0: exports, and the evaluation of each of them; and behind it, the
+mean of its checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
 from megatron_sov.obs.warning import warn
+from megatron_sov.train.side_jobs.average import make_average
 from megatron_sov.train.side_jobs.evaluations import Evaluations
 from megatron_sov.train.side_jobs.exports import Exports
 
@@ -22,6 +25,7 @@ class SideJobs:
             config: its settings.
             record: writes an event: `record(name, **fields)`.
         """
+        self._average = partial(make_average, run, config.train, record)
         self._evaluations = Evaluations(run, config, record)
         self._exports = Exports(run, config.train, record,
                                 lambda step: _without_harm(lambda: self._evaluations.offer(step)))
@@ -38,6 +42,7 @@ class SideJobs:
 
     def wait(self) -> None:
         """Finish everything; for the end of a run, when nothing is held up any more."""
+        self._average()
         self._exports.wait()
         self._evaluations.wait()
 
