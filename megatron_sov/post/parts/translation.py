@@ -1,11 +1,16 @@
 """A teacher of another tokenizer, heard by byte: its probabilities of tokens become those of the student's.
 
 Where a token of the student's and one of the teacher's end at the same byte of a document, both predict what
-begins there.  The probability that the teacher gives to a token goes to the student's token by which that
-token's text begins (the first of its encoding).  Where the student's own next token spans several of the
-teacher's, it gets the product of their conditional probabilities, which is taken away from the first of
-them (merged spans: GOLD, Patiño et al. 2025, "Unlocking on-policy distillation for any model family").  At
-other places the teacher is not heard.  What remains is one event more, see `TeacherTopK.keep_remainder`.
+begins there.  Events of which both can say how probable they are:
+
+- a token of the same bytes, which no longer token of either side hides: no other token of the student's is
+  written by the teacher with this one first, nor the other way round.  One that is (" a", where the student
+  has " asks" and the teacher " a", "s", "k", "s") means other texts to each;
+- the student's own next token.  Where it spans several of the teacher's it has the product of their
+  conditional probabilities (merged spans: GOLD, Patiño et al. 2025, "Unlocking on-policy distillation for any
+  model family"); where it is the beginning of longer ones, their sum.
+
+All else is one event more, see `TeacherTopK.keep_remainder`.  At other places the teacher is not heard.
 """
 
 from __future__ import annotations
@@ -13,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +67,8 @@ class Translation:
         self._specials = _same_specials(student, teacher, self._student, self._teacher)
         self.first = self._first_tokens()
         """[teacher's ids] int64: the student's token by which each one's text begins; -1: none."""
+        self.same = self._same_tokens()
+        """[teacher's ids] int64: the student's token that means the same; -1: none."""
 
     def _first_tokens(self) -> np.ndarray:
         first = np.full(len(self._theirs), -1, np.int64)
@@ -79,6 +85,22 @@ class Translation:
                 first[theirs] = ours
         first[first >= len(self._ours)] = -1
         return first
+
+    def _same_tokens(self) -> np.ndarray:
+        """Return tokens of equal bytes, and specials, that no longer token of either side begins with."""
+        same = np.full(len(self._theirs), -1, np.int64)
+        spelled = {token: text for token, text in enumerate(map(_decoded, self._ours)) if text}
+        encoded = self._teacher.encode_batch(list(spelled.values()), add_special_tokens=False)
+        beginning = np.bincount([e.ids[0] for e in encoded if e.ids], minlength=len(same))
+        begun = np.bincount(self.first[self.first >= 0], minlength=len(self._ours))
+        for theirs, text in enumerate(self._theirs):
+            ours = self._of_bytes.get(text, -1) if text else -1
+            if ours >= 0 and begun[ours] <= 1 and beginning[theirs] <= 1:
+                same[theirs] = ours
+        for ours, theirs in self._specials.items():
+            if theirs < len(same):
+                same[theirs] = ours
+        return same
 
     def _longest_prefix(self, text: bytes) -> int:
         return next((self._of_bytes[text[:n]] for n in range(min(len(text), self._longest), 0, -1)
@@ -147,57 +169,40 @@ class Translation:
         n, vocab_size = len(ids), len(self._ours)
         heard = np.flatnonzero(document.at >= 0)
         place = document.at[heard]
-        row, found = _known(np.repeat(heard, token.shape[1]), self.first[token[place].numpy().ravel()])
-        mass = np.exp(logprobs[place].double().numpy().ravel()[found.index])
-        spans = self._merged_spans(document, ids, of_next.double().numpy())
-        keys = np.concatenate([row * vocab_size + found.ids, spans[0]])
-        unique, inverse = np.unique(keys, return_inverse=True)
-        mass = np.bincount(inverse, np.concatenate([mass, spans[1]]), len(unique)).clip(min=0)
-        return _table(n, vocab_size, k, unique, mass, heard)
+        rows, tokens = np.repeat(heard, token.shape[1]), token[place].numpy().ravel()
+        masses = np.exp(logprobs[place].double().numpy().ravel())
+        behind = np.array([*ids[1:], -1], np.int64)
+        is_own = self.first[tokens] == behind[rows]
+        spans = self._own_next(document, of_next.double().numpy())
+        # of a span the product, else what begins with the student's next token
+        own = np.bincount(rows, masses * is_own, n) if len(rows) else np.zeros(n)
+        own = np.where(np.isnan(spans), own, spans)[heard]
+        named, others = behind[heard] >= 0, (self.same[tokens] >= 0) & (self.same[tokens] != behind[rows])
+        keys = np.concatenate([(heard * vocab_size + behind[heard])[named],
+                               rows[others] * vocab_size + self.same[tokens[others]]])
+        return _table((n, vocab_size, k), keys, np.concatenate([own[named], masses[others]]),
+                      np.arange(len(keys)) < named.sum(), heard)
 
-    def _merged_spans(self, document: Translated, ids: Sequence[int], of_next: np.ndarray
-                      ) -> tuple[np.ndarray, np.ndarray]:
-        """Return keys (row * vocabulary + id) and masses of next tokens that span several of the teacher's:
-        their own probability, which the first piece loses."""
-        vocab_size = len(self._ours)
+    @staticmethod
+    def _own_next(document: Translated, of_next: np.ndarray) -> np.ndarray:
+        """Return [n] the probability of the student's next token where it is one of the teacher's or spans
+        several; NaN elsewhere."""
         until = np.concatenate([[0.0], np.cumsum(of_next)])  # log-probability of tokens 1 to j
-        keys, masses = [], []
-        for t, (here, behind) in enumerate(pairwise(document.at.tolist())):
-            if here < 0 or behind <= here + 1:
-                continue
-            probability = float(np.exp(until[behind] - until[here]))
-            piece = int(self.first[document.ids[here + 1]])
-            if piece != ids[t + 1]:
-                keys.append(t * vocab_size + ids[t + 1])
-                masses.append(probability)
-                if piece >= 0:
-                    keys.append(t * vocab_size + piece)
-                    masses.append(-probability)
-        return np.array(keys, np.int64), np.array(masses)
+        here, behind = document.at[:-1], document.at[1:]
+        spans = (here >= 0) & (behind > here)
+        found = np.full(len(document.at), np.nan)
+        found[:-1][spans] = np.exp(until[behind[spans]] - until[here[spans]])
+        return found
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Tokens that the student has."""
-
-    ids: np.ndarray
-    """[found] int64: student's ids."""
-    index: np.ndarray
-    """[found] int64: places among all that were looked up."""
-
-
-def _known(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, _Found]:
-    """Leave out tokens that the student has none for: they are part of what remains."""
-    index = np.flatnonzero(ids >= 0)
-    return rows[index], _Found(ids[index], index)
-
-
-def _table(n: int, vocab_size: int, k: int, keys: np.ndarray, mass: np.ndarray, heard: np.ndarray
-           ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k most probable ids of each row, filled up with others of no probability."""
+def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_own: np.ndarray,
+           heard: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the own next token and the k - 1 most probable ids of each of n rows, filled up with others of no
+    probability."""
+    n, vocab_size, k = sizes
     ids, logprobs = np.tile(np.arange(k), (n, 1)), np.full((n, k), NOTHING, np.float32)
     rows = keys // vocab_size
-    order = np.lexsort((-mass, rows))
+    order = np.lexsort((-mass, ~is_own, rows))
     starts = np.searchsorted(rows[order], np.arange(n))
     rank = np.arange(len(order)) - starts[rows[order]]
     kept = order[rank < k]

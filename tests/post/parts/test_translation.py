@@ -51,16 +51,19 @@ def test_of_one_tokenizer_it_is_what_the_teacher_says(tmp_path: Path) -> None:
     both = translation(folder, folder)
     document = both.document([*ids, 258])
     assert document.ids == [*ids, 258] and document.at.tolist() == list(range(len(ids) + 1))
-    logprobs, token = said(259, len(ids) + 1).sort(descending=True)
-    got, values = both.rows(document, [*ids, 258], token[:, :8], logprobs[:, :8].float(),
-                            torch.zeros(len(ids) + 1), 4)
-    assert torch.equal(got, token[:, :4])
-    torch.testing.assert_close(values, logprobs[:, :4].float())
+    whole = said(259, len(ids) + 1)
+    of_next = torch.cat([whole[:-1].gather(1, torch.tensor([[*ids[1:], 258]]).T)[:, 0], torch.zeros(1)])
+    logprobs, token = whole.sort(descending=True)
+    got, values = both.rows(document, [*ids, 258], token[:, :8], logprobs[:, :8].float(), of_next, 4)
+    torch.testing.assert_close(values, whole.gather(1, got).float())
+    assert got[:-1, 0].tolist() == [*ids[1:], 258], "the next token, and then the most probable ones"
+    for row, best in zip(got[:-1].tolist(), token.tolist(), strict=False):
+        assert row[1:] == [t for t in best if t != row[0]][:3]
 
 
-def test_masses_are_those_that_counting_texts_gives(tmp_path: Path) -> None:
-    """The student's tokens are longer here and shorter there; a row's masses are compared with a sum over all
-    tokens of the teacher, by their texts."""
+def test_events_are_texts_that_mean_the_same_to_both(tmp_path: Path) -> None:
+    """The student's tokens are longer here and shorter there; what each is written with is looked up one by
+    one."""
     student = tokenizer(tmp_path / "s", ["a b", "c d", "ab cd"])
     teacher = tokenizer(tmp_path / "t", ["e f", "ef a", "a b", "c d"], end="</s>")
     both, ours, theirs = translation(student, teacher), opened(student), opened(teacher)
@@ -71,26 +74,33 @@ def test_masses_are_those_that_counting_texts_gives(tmp_path: Path) -> None:
     document = both.document(ids)
     assert document.at.tolist() == [0, 2, -1, -1, 4], "where tokens of both end at the same byte"
     size = theirs.get_vocab_size()
-    logprobs, token = said(size, len(other)).sort(descending=True)
-    of_next = torch.stack([logprobs[i][token[i] == other[(i + 1) % len(other)]][0]
-                           for i in range(len(other))])
-    got, values = both.rows(document, ids, token, logprobs.float(), of_next, size - 4)
-    # behind "x": ab, cd is one token of the student's, and has the product
-    product = math.exp(of_next[0] + of_next[1])
-    wanted: dict[str, float] = {}
-    for index, logprob in zip(token[0].tolist(), logprobs[0].tolist(), strict=True):
-        name = theirs.id_to_token(index)
-        first = {"</s>": END, "ef": "e", "efa": "e"}.get(name, name)
-        wanted[first] = wanted.get(first, 0.0) + math.exp(logprob)
-    wanted["ab"] -= product
-    wanted["abcd"] = product
-    found = {ours.id_to_token(int(i)): math.exp(v) for i, v in zip(got[0], values[0].tolist(), strict=True)
-             if v > NOTHING}
-    assert sum(wanted.values()) == pytest.approx(1)
-    most = sorted(wanted.items(), key=lambda item: -item[1])[:size - 4]
-    assert found == pytest.approx(dict(most), rel=1e-5)
+    whole = said(size, len(other))
+    logprobs, token = whole.sort(descending=True)
+    of_next = whole.gather(1, torch.tensor([[*other[1:], 0]]).T)[:, 0]
+    got, values = both.rows(document, ids, token, logprobs.float(), of_next, size - 2)
+
+    names = {name: index for name, index in ours.get_vocab().items() if name.isascii()}
+    first_of_ours = [theirs.id_to_token(theirs.encode(name).ids[0]) for name in names if name != END]
+    first_of_theirs = [ours.id_to_token(ours.encode(name).ids[0]) for name in theirs.get_vocab()
+                       if name.isascii() and name != "</s>"]
+    alike = [name for name in names if name in theirs.get_vocab()
+             and first_of_ours.count(name) == first_of_theirs.count(name) == 1]
+    assert "cd" in alike and "x" in alike, "and not what is hidden by longer ones:"
+    assert "ab" not in alike and "e" not in alike
+
+    def found(row: int) -> dict[str, float]:
+        return {ours.id_to_token(int(i)): math.exp(v)
+                for i, v in zip(got[row], values[row].tolist(), strict=True) if v > NOTHING}
+
+    for row, own, probability in ((0, "abcd", math.exp(of_next[0] + of_next[1])),  # one token spans two
+                                  (1, "e", sum(math.exp(whole[2, theirs.token_to_id(name)])
+                                               for name in ("e", "ef", "efa")))):  # or begins longer ones
+        wanted = {name: math.exp(whole[document.at[row], theirs.token_to_id(name)]) for name in alike}
+        wanted |= {END: math.exp(whole[document.at[row], theirs.token_to_id("</s>")]), own: probability}
+        assert {k: v for k, v in found(row).items() if k.isascii()} == pytest.approx(wanted, rel=1e-5)
+        assert sum(found(row).values()) < 1, "the rest of both is one event more"
     assert values[2, 0] == UNHEARD and values[3, 0] == UNHEARD
-    assert all(len(set(row)) == size - 4 for row in got.tolist()), "ids are distinct in each row"
+    assert all(len(set(row)) == size - 2 for row in got.tolist()), "ids are distinct in each row"
 
 
 @pytest.mark.parametrize("seed", range(5))
