@@ -8,7 +8,7 @@ everything through the ordinary commands on one process of one thread.
   dense     learns for 400 steps
   upcycled  the dense checkpoint with 8 experts of which 2 are visited (`convert upcycle`): as copies; cut
             into halves with virtual groups (16 of which 4); and with noise of 5 %.  All go on over the same
-            samples for the same steps at the same rate as the dense model itself
+            samples for the same steps at the same rate, which decays, as the dense model itself
   averages  the dense model goes on at a steady rate and keeps a checkpoint every 20 steps: the last one
             beside means of the newest five (`convert average`), and beside a run whose rate decays over those
             100 steps
@@ -100,7 +100,8 @@ def measure(work: Work, seed: int, steps: int) -> dict[str, float]:
     dense = work.train(f"dense-{seed}", "tiny-llama", None, *DENSE, own, RATE, "train.steps=400",
                        "train.checkpoint_every_steps=400")
     found = {"dense, where all begin": work.loss(dense)}
-    on = (own, RATE, f"train.steps={steps}", "train.checkpoint_every_steps=1000")
+    on = (own, RATE, f"train.steps={steps}", "train.checkpoint_every_steps=1000", "optim.schedule=linear",
+          "optim.min_lr=1e-4")
     found["dense, trained on"] = work.loss(
         work.train(f"dense-on-{seed}", "tiny-llama", dense, *DENSE, *on))
     for name, arguments in UPCYCLED.items():

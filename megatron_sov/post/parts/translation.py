@@ -197,8 +197,8 @@ class Translation:
 
 def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_own: np.ndarray,
            heard: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the own next token and the k - 1 most probable ids of each of n rows, filled up with others of no
-    probability."""
+    """Return the own next token and the k - 1 most probable ids of each of n rows, filled up with others of
+    no probability."""
     n, vocab_size, k = sizes
     ids, logprobs = np.tile(np.arange(k), (n, 1)), np.full((n, k), NOTHING, np.float32)
     rows = keys // vocab_size
