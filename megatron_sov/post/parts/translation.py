@@ -10,7 +10,8 @@ begins there.  Events of which both can say how probable they are:
   conditional probabilities (merged spans: GOLD, Patiño et al. 2025, "Unlocking on-policy distillation for any
   model family"); where it is the beginning of longer ones, their sum.
 
-All else is one event more, see `TeacherTopK.keep_remainder`.  At other places the teacher is not heard.
+All else is one event more, see `TeacherTopK.keep_remainder`.  Elsewhere the teacher is not heard: where no
+token of its ends, and where the student's next token ends inside of one that it does not begin.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class Translation:
             rows where the teacher is not heard.
         """
         n, vocab_size = len(ids), len(self._ours)
-        heard = np.flatnonzero(document.at >= 0)
+        heard = np.flatnonzero(self._says(document, ids))
         place = document.at[heard]
         rows, tokens = np.repeat(heard, token.shape[1]), token[place].numpy().ravel()
         masses = np.exp(logprobs[place].double().numpy().ravel())
@@ -182,6 +183,15 @@ class Translation:
                                rows[others] * vocab_size + self.same[tokens[others]]])
         return _table((n, vocab_size, k), keys, np.concatenate([own[named], masses[others]]),
                       np.arange(len(keys)) < named.sum(), heard)
+
+    def _says(self, document: Translated, ids: Sequence[int]) -> np.ndarray:
+        """Return [n] where the teacher can say how probable the student's next token is: tokens of both end
+        before it, and it ends with one of the teacher's, or is how the teacher's next one begins."""
+        says = document.at >= 0
+        for t in np.flatnonzero(says[:-1] & (document.at[1:] < 0)).tolist():
+            theirs = document.ids[document.at[t] + 1:document.at[t] + 2]
+            says[t] = bool(theirs) and self.first[theirs[0]] == ids[t + 1]
+        return says
 
     @staticmethod
     def _own_next(document: Translated, of_next: np.ndarray) -> np.ndarray:

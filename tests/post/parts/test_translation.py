@@ -100,6 +100,15 @@ def test_events_are_texts_that_mean_the_same_to_both(tmp_path: Path) -> None:
         assert {k: v for k, v in found(row).items() if k.isascii()} == pytest.approx(wanted, rel=1e-5)
         assert sum(found(row).values()) < 1, "the rest of both is one event more"
     assert values[2, 0] == UNHEARD and values[3, 0] == UNHEARD
+    # "xab" and then "cd" here, "x", "abc" and "d" there: behind x, ab ends inside of abc, and begins it
+    begun = translation(tokenizer(tmp_path / "b", ["a b"]), tokenizer(tmp_path / "c", ["a b", "ab c"]))
+    ours_too = opened(tmp_path / "b")
+    for text, says in (("xabc", [True, False, True]), ("xyabc", [True, True, False, True])):
+        made = begun.document(ours_too.encode(text).ids)
+        assert begun._says(made, ours_too.encode(text).ids).tolist() == says
+    across = translation(tokenizer(tmp_path / "d", ["b c"]), tokenizer(tmp_path / "e", ["a b"]))
+    made = across.document(opened(tmp_path / "d").encode("xabc").ids)
+    assert across._says(made, opened(tmp_path / "d").encode("xabc").ids).tolist() == [True, False, True]
     assert all(len(set(row)) == size - 2 for row in got.tolist()), "ids are distinct in each row"
 
 
