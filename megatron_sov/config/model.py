@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,6 +120,17 @@ class ModelConfig:
     """RMSNorm over each head of queries and keys, before RoPE."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
+    block_norms: Literal["pre", "post", "both"] = "pre"
+    """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
+    before it is added to the residual; both = input and output."""
+    embedding_multiplier: float = 1.0
+    """Factor on embeddings, as in maximal update parametrisation (arXiv 2203.03466)."""
+    attention_multiplier: float | None = None
+    """Factor on the products of queries and keys; None = 1 / sqrt(head_dim)."""
+    residual_multiplier: float = 1.0
+    """Factor on what attention and feed-forward network add to the residual."""
+    logits_multiplier: float = 1.0
+    """Factor on the output head's logits."""
     tied_embeddings: bool = False
     """Whether the output head is the embedding matrix."""
     num_mtp_layers: int = 0
@@ -147,6 +159,10 @@ class ModelConfig:
     def window_tokens(self, kind: str) -> int:
         """Return the sliding window of layers of a kind (`layer_types`), in tokens; 0: none."""
         return self.sliding_window_tokens if kind == "sliding_attention" else 0
+
+    def norms_per_layer(self) -> int:
+        """Return how many RMSNorms a layer has over the residual's width."""
+        return 4 if self.block_norms == "both" else 2
 
     def num_moe_layers(self) -> int:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
@@ -191,8 +207,11 @@ class ModelConfig:
             if self.yarn is not None:
                 p.append("model.yarn and model.llama3_rope: both are set, and a model has one rotary scaling "
                          "at most; set one of them to null")
-        if self.init_std <= 0:
-            p.append(f"model.init_std = {self.init_std} must be positive")
+        for name in ("init_std", "embedding_multiplier", "attention_multiplier", "residual_multiplier",
+                     "logits_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                p.append(f"model.{name} = {value} must be positive")
         if self.num_experts * self.num_layers > MAX_EXPERTS:
             p.append(f"model.num_layers {self.num_layers} x model.num_experts {self.num_experts} must be "
                      f"at most {MAX_EXPERTS:,} experts; count their zeros")

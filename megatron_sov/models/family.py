@@ -34,6 +34,11 @@ DEEPSEEK_ROUTER_CONFIG: tuple[Item, ...] = (
 DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_prob": True}
 """Routing as in DeepSeek-V3: config fields, and the fields of `ModelConfig` that it fixes."""
 
+PLAIN: dict[str, Any] = {
+    "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
+    "residual_multiplier": 1.0, "logits_multiplier": 1.0}
+"""Fields of `ModelConfig` that few families can vary, with the value that all others have."""
+
 
 @dataclass(frozen=True)
 class TokenIds:
@@ -58,6 +63,8 @@ class Family:
     """The config map."""
     structure: dict[str, Any]
     """Fields of `ModelConfig` that this family cannot vary, with their value."""
+    varies: tuple[str, ...] = ()
+    """Those of the fields `PLAIN` that its config items read and write."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields that a config.json does not carry (they only steer training), with the published value."""
     needs_shared_expert: bool = False
@@ -72,8 +79,9 @@ class Family:
 
     def problems(self, model: ModelConfig) -> list[str]:
         """Return one sentence for each property of `model` that the family cannot express."""
+        fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
         p = [f"model.{name} = {getattr(model, name)!r}: family '{self.name}' only knows {value!r}"
-             for name, value in self.structure.items() if getattr(model, name) != value]
+             for name, value in fixed.items() if getattr(model, name) != value]
         if self.needs_shared_expert and model.num_shared_experts < 1:
             p.append(f"model.num_shared_experts = {model.num_shared_experts}: "
                      f"family '{self.name}' needs at least 1")
@@ -120,7 +128,8 @@ class Family:
         Raises:
             UserError: a field is unknown, missing, of the wrong type or not supported; the message names it.
         """
-        config = {name: value for name, value in config.items() if value is not None}
+        told = {name for item in self.config for name in getattr(item, "null_tells", ())}
+        config = {name: value for name, value in config.items() if value is not None or name in told}
         known = [name for item in self.config for name in item.names]
         unknown = [f"'{name}'{nearest(name, known)}" for name in config if name not in known]
         if unknown:

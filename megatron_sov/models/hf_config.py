@@ -189,6 +189,33 @@ class Rope:
         return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
 
 
+@dataclass(frozen=True)
+class AttentionScale:
+    """The factor on the products of queries and keys, as a number that is always there."""
+
+    hf: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the one field."""
+        return (self.hf,)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the factor."""
+        return {self.hf: _usual_scale(model.head_dim) if model.attention_multiplier is None
+                else model.attention_multiplier}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the factor, None for the usual one."""
+        head_dim = config.get("head_dim") or hidden_over_heads(config)
+        found = float(config.get(self.hf, _usual_scale(head_dim)))
+        return {"attention_multiplier": None if found == _usual_scale(head_dim) else found}
+
+
+def _usual_scale(head_dim: int) -> float:
+    return float(head_dim ** -0.5)
+
+
 def _given(rope: dict[str, Any], name: str, default: float) -> float:
     """Take a parameter out of `rope`; `default` where it is absent or null."""
     value = rope.pop(name, None)

@@ -205,9 +205,10 @@ class Experts:
 class Section:
     """Entries under common prefixes, and where they occur."""
 
-    where: Literal["once", "untied", "mtp", "every layer", "dense layers", "moe layers"]
+    where: Literal["once", "untied", "mtp", "every layer", "dense layers", "moe layers",
+                   "layers with norms behind"]
     """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with
-    multi-token prediction."""
+    multi-token prediction; layers with norms behind: every one, in models that normalise blocks' outputs."""
     megatron: str
     """Prefix of the Megatron names; "{l}" is the layer."""
     hf: str
@@ -215,7 +216,7 @@ class Section:
     entries: tuple[WeightEntry, ...]
 
     def __post_init__(self) -> None:
-        per_layer = self.where.endswith(("layer", "layers"))
+        per_layer = "layer" in self.where
         for prefix in (self.megatron, self.hf):
             if ("{l}" in prefix) != per_layer:
                 raise ValueError(f"section {self.megatron!r} <-> {self.hf!r} for {self.where}: "
@@ -239,6 +240,7 @@ class Section:
         first_moe = model.num_layers - model.num_moe_layers()
         return {"once": [None], "untied": [] if model.tied_embeddings else [None],
                 "mtp": [None] if model.num_mtp_layers else [], "every layer": range(model.num_layers),
+                "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
                 "dense layers": range(first_moe),
                 "moe layers": range(first_moe, model.num_layers)}[self.where]
 

@@ -38,7 +38,7 @@ from megatron_sov.eval.filling import ROW_TOKENS, rows_of
 from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.decode.forward_only import Inputs
-from megatron_sov.mcore.model.language_model import gather_sequence
+from megatron_sov.mcore.model.language_model import states_for_head
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device, release_unused
@@ -213,7 +213,7 @@ def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], fo
     def kept_rows(hidden: list[torch.Tensor], head: Head, batch: Inputs) -> torch.Tensor:
         if kept.top_k:
             return packed(*head.most_probable(hidden[0], kept.top_k, kept.temperature)).cpu()
-        return context.gather(gather_sequence(hidden[0], loaded.policy.config)).to("cpu", DTYPES[kept.dtype])
+        return context.gather(states_for_head(hidden[0], loaded.policy.config)).to("cpu", DTYPES[kept.dtype])
 
     found = loaded.policy.map(micro_batches, kept_rows)
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():

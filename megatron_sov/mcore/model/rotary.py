@@ -72,7 +72,8 @@ def softmax_scale(model: ModelConfig, kind: str) -> float:
     ``m^2 / sqrt(head_dim)`` behind plain rotations, which fused kernels know.  Layers that do not
     rotate have no such factor.
     """
-    plain: float = model.head_dim ** -0.5
+    plain: float = model.head_dim ** -0.5 if model.attention_multiplier is None else (
+        model.attention_multiplier)
     rotates = model.rope_on_global or kind == "sliding_attention"
     if model.yarn is None or not rotates:
         return plain

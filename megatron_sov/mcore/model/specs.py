@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.mcore.model.block_output import BlockOutput, OwnGradModeLayer
 from megatron_sov.mcore.model.gpu_settings import (
     Here,
     expert_settings,
@@ -118,7 +119,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
     _yarn(config, model)
+    if model.yarn is not None or model.attention_multiplier is not None:
+        config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
+    config.logits_multiplier = model.logits_multiplier
     return config
 
 
@@ -169,7 +173,6 @@ def _yarn(config: Any, model: ModelConfig) -> None:
         config.yarn_beta_fast, config.yarn_beta_slow = model.yarn.beta_fast, model.yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
-        config.softmax_scale = softmax_scale(model, "sliding_attention")
         config.yarn_correction_range_round_to_int = True
 
 
@@ -217,7 +220,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
         attention.core_attention = ModuleSpec(module=DocumentAttention,
                                               params={"window_tokens": model.window_tokens(kind)})
     if config.softmax_scale not in (None, softmax_scale(model, kind)):
-        attention.core_attention = _with_default_scale(attention.core_attention)
+        attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
+    _place_norms(config, spec, model)
     if isinstance(spec.submodules.mlp.submodules, MoESubmodules):
         spec.submodules.mlp.submodules.router = BalancedRouter
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
@@ -225,13 +229,54 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     return spec
 
 
-def _with_default_scale(core_attention: Any) -> Any:
-    """Return the spec of a core attention that divides by sqrt(head_dim), whatever the one scale is that the
-    library gives to all layers."""
+def _with_scale(core_attention: Any, scale: float) -> Any:
+    """Return the spec of a core attention with a scale of its own, whatever the one scale is that the library
+    gives to all layers."""
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class DefaultScale(get_module(core_attention)):  # type: ignore[misc]
+    class OwnScale(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, *args: Any, softmax_scale: float | None, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, softmax_scale=scale, **kwargs)
 
-    return ModuleSpec(module=DefaultScale, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=OwnScale, params=getattr(core_attention, "params", {}))
+
+
+def _place_norms(config: Any, spec: Any, model: ModelConfig) -> None:
+    """Have a layer normalise where the model does, and add to the residual what it adds."""
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    layer = spec.submodules
+    if model.block_norms == "post":
+        layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+        if uses_transformer_engine(config.params_dtype):
+            _without_norm_inside(layer)
+    if model.block_norms == "pre" and model.residual_multiplier == 1:
+        return
+    norm: Any = None
+    if model.block_norms != "pre":
+        norm = block_norm(uses_transformer_engine(config.params_dtype))
+    spec.module = OwnGradModeLayer
+    layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=BlockOutput, params={
+        "config": config, "norm": norm, "multiplier": model.residual_multiplier})
+
+
+def _without_norm_inside(layer: Any) -> None:
+    """Replace Transformer Engine's linear layers that begin with a norm by those that do not."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if isinstance(layer.mlp.submodules, MLPSubmodules):  # before experts the norm stands by itself
+        layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+
+
+def block_norm(transformer_engine: bool) -> Any:
+    """Return the module of an RMSNorm over the residual's width."""
+    from megatron.core.models.backends import LocalSpecProvider
+
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return LocalSpecProvider().layer_norm(rms_norm=True)
