@@ -110,6 +110,8 @@ class ModelConfig:
     """Whether global layers rotate queries and keys; False = NoPE."""
     rope_theta: float = 1e6
     """Base of the rotary frequencies."""
+    rope_share: float = 1.0
+    """Share of a head's channels that rotate, the first ones; the others have no position."""
     yarn: YarnConfig | None = None
     """Rotary scaling beyond the original context; None = plain RoPE."""
     llama3_rope: Llama3RopeConfig | None = None
@@ -160,6 +162,10 @@ class ModelConfig:
         """Return the sliding window of layers of a kind (`layer_types`), in tokens; 0: none."""
         return self.sliding_window_tokens if kind == "sliding_attention" else 0
 
+    def rotated_channels(self) -> int:
+        """Return how many channels of a head rotate."""
+        return round(self.head_dim * self.rope_share)
+
     def norms_per_layer(self) -> int:
         """Return how many RMSNorms a layer has over the residual's width."""
         return 4 if self.block_norms == "both" else 2
@@ -179,6 +185,11 @@ class ModelConfig:
                      f"{self.num_heads}")
         if self.head_dim % 2:
             p.append(f"model.head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
+        if not 0 < self.rope_share <= 1 or (self.rope_share < 1 and self.head_dim * self.rope_share % 2):
+            p.append(f"model.rope_share = {self.rope_share} must be in (0, 1], and give an even number of "
+                     f"channels of model.head_dim = {self.head_dim}")
+        if self.rope_share < 1 and self.yarn is not None:
+            p.append(f"model.yarn needs model.rope_share = 1, it is {self.rope_share}; set it to null")
         if not 0 <= self.num_dense_layers <= self.num_layers:
             p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = "
                      f"{self.num_layers}")

@@ -74,8 +74,8 @@ def router_bias(hf_name: str) -> Same:
 
 
 def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind"],
-          *parts: tuple[WeightEntry, ...]) -> Section:
-    """Return the section of parts that stand in the trunk's layers,
-    under the prefixes that all families share."""
+          *parts: tuple[WeightEntry, ...], when: str = "") -> Section:
+    """Return the section of parts that stand in the trunk's layers, under the prefixes that all families
+    share; `when` as `Section` has it."""
     return Section(where, "decoder.layers.{l}.", "model.layers.{l}.",
-                   tuple(entry for part in parts for entry in part))
+                   tuple(entry for part in parts for entry in part), when)

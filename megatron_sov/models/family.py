@@ -36,7 +36,7 @@ DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_pr
 
 PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
-    "residual_multiplier": 1.0, "logits_multiplier": 1.0}
+    "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 
@@ -69,6 +69,8 @@ class Family:
     """Fields that a config.json does not carry (they only steer training), with the published value."""
     needs_shared_expert: bool = False
     """Whether transformers' model always has a shared expert."""
+    predicts_behind: bool = False
+    """Whether prediction layers stand in a folder as further layers of the trunk; they are not read."""
     reader_split: str | None = None
     """The regular expression by which transformers' tokenizer class for this family splits text, whatever
     tokenizer.json says; None where it does what the file says."""
@@ -76,6 +78,11 @@ class Family:
     def links(self, model: ModelConfig) -> list[Link]:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
         return links(self.weights, model)
+
+    def left_out(self, model: ModelConfig, names: Iterable[str]) -> list[str]:
+        """Return those of a folder's tensors that belong to prediction layers which are not read."""
+        first = f"model.layers.{model.num_layers}."
+        return [name for name in names if self.predicts_behind and name.startswith(first)]
 
     def problems(self, model: ModelConfig) -> list[str]:
         """Return one sentence for each property of `model` that the family cannot express."""

@@ -214,6 +214,8 @@ class Section:
     hf: str
     """Prefix of the Hugging Face names; "{l}" is the layer."""
     entries: tuple[WeightEntry, ...]
+    when: str = ""
+    """Field of `ModelConfig` without which the section holds nowhere; empty: none."""
 
     def __post_init__(self) -> None:
         per_layer = "layer" in self.where
@@ -237,6 +239,8 @@ class Section:
     def layers(self, model: ModelConfig) -> Sequence[int | None]:
         """Return the trunk layers for which the section holds; [None] or nothing for one that
         belongs to no layer."""
+        if self.when and not getattr(model, self.when):
+            return []
         first_moe = model.num_layers - model.num_moe_layers()
         return {"once": [None], "untied": [] if model.tied_embeddings else [None],
                 "mtp": [None] if model.num_mtp_layers else [], "every layer": range(model.num_layers),

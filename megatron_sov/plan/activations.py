@@ -168,7 +168,7 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     if fused:
         return found | {"qkv": per_token * (queries + 2 * keys + copied),
                         "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
-    angles = 4 * m.head_dim if kind.rotates else 0
+    angles = 4 * m.rotated_channels() if kind.rotates else 0
     projected = per_token * (queries + 2 * keys) if m.qk_norm or slides else 0
     qkv = projected + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass

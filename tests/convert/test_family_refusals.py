@@ -19,6 +19,7 @@ from megatron_sov.models.family import TokenIds
 
 SIZES = ["model.vocab_size=16", "model.hidden_size=8", "model.num_heads=2", "model.num_kv_heads=1",
          "model.head_dim=4", "model.num_layers=2", "model.dense_ffn_dim=8"]
+"""Two layers and few channels."""
 POST = "model.layers.1.post_feedforward_layernorm.weight"
 PERI = "model.layers.1.post_norm2.weight"
 
@@ -45,6 +46,9 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
      "sliding_window = 32, but layer_types names no sliding layer"),
     ("tiny-exaone4", say(residual_multiplier=0.5),
      "unknown fields for family 'exaone4': 'residual_multiplier'"),
+    ("tiny-glm4-moe", say(partial_rotary_factor=0.25),
+     r"partial_rotary_factor = 0\.25, and 0\.5 in rope_parameters"),
+    ("tiny-glm4-moe", say(n_group=2), "n_group = 2, but only 1 is supported"),
     ("tiny-hyperclovax", drop(PERI), rf"1 missing \({PERI}\)"),
     ("tiny-hyperclovax", say(use_post_norm=False), r"4 unexpected \(model\.layers\.0\.post_norm1\.weight"),
     ("tiny-hyperclovax", say(use_post_norm=None), "use_post_norm = None must be true or false"),
@@ -68,6 +72,30 @@ def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, An
     with pytest.raises(UserError, match=expected):
         convert.from_hf(hf, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prediction_layer_that_is_not_read_is_told_of_and_left_out(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stands behind the trunk's two layers; what stands behind it is refused."""
+    model = apply_settings(recipes.get("tiny-glm4-moe"), [*SIZES, "model.expert_ffn_dim=8"]).model
+    family, hf = models.get(model.family), tmp_path / "hf"
+    tensors = {name: torch.ones(shape) for link in family.links(model)
+               for name, shape in link.hf_shapes().items()}
+    hf.mkdir()
+    config = family.to_hf_config(model, "float32", TokenIds()) | {"num_nextn_predict_layers": 1}
+    (hf / "config.json").write_text(json.dumps(config))
+    for name, refused in (("model.layers.2.eh_proj.weight", False), ("model.layers.3.eh_proj.weight", True)):
+        save_file(tensors | {name: torch.ones(8, 16)}, hf / "model.safetensors", metadata={"format": "pt"})
+        if refused:
+            with pytest.raises(UserError, match=r"1 unexpected \(model\.layers\.3\.eh_proj\.weight\)"):
+                convert.from_hf(hf, tmp_path / "other")
+        else:
+            convert.from_hf(hf, tmp_path / "ckpt")
+            assert f"the 1 tensors of its prediction layer ({name}, ...) are left out" in (
+                capsys.readouterr().err)
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0 and written["rope_parameters"]["rope_theta"] == 1e6
 
 
 def test_other_families_refuse_what_only_some_have() -> None:

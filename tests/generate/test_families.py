@@ -10,7 +10,8 @@ PROMPTS = [[5, 9, 2, 70], list(range(20, 60)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5,
 NEW = 6
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.init_std=0.3",
             "model.dense_ffn_dim=24", "train.precision=fp64"]
-RECIPES = {"tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
+RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
+           "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 
 

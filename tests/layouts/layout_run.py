@@ -35,6 +35,7 @@ FAMILIES = {
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
     "tiny-qwen3-moe": ("model.num_experts=4", "model.seq_aux_loss_coeff=0.01",),
     "tiny-exaone4": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
+    "tiny-glm4-moe": ("model.num_experts=4", "model.dense_ffn_dim=48"),
     "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
 

@@ -50,6 +50,11 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers],
                 "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1),
                 "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
+    if family == "glm4_moe":
+        return {**config, **experts, "head_dim": draw.choice((8, 12)), "n_routed_experts": (8, 4, 12)[seed],
+                "attention_bias": seed != 1, "use_qk_norm": seed != 0, "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
+                "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
     config["tie_word_embeddings"] = seed != 1
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

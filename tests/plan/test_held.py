@@ -45,7 +45,7 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
 
 
 @pytest.mark.parametrize("recipe", ["tiny-k-exaone", "tiny-solar-open", "tiny-qwen2", "tiny-qwen3-moe",
-                                    "tiny-exaone4", "tiny-hyperclovax"])
+                                    "tiny-exaone4", "tiny-hyperclovax", "tiny-glm4-moe"])
 def test_names_are_those_of_checkpoints(recipe: str) -> None:
     config = config_of(recipe, [], "bf16")
     named = {part.key.replace("{l}", str(layer)) for runs in held(config, 0) for layer, parts in runs

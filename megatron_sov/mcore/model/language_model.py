@@ -293,8 +293,8 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             * config.tensor_model_parallel_size, max_sequence_length=model.max_position_tokens,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
-            rotary_base=model.rope_theta, share_embeddings_and_output_weights=model.tied_embeddings,
-            mtp_block_spec=mtp, vp_stage=vp_stage)
+            rotary_percent=model.rope_share, rotary_base=model.rope_theta, mtp_block_spec=mtp,
+            share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
     place(chunk, device)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16,

@@ -15,13 +15,13 @@ from megatron_sov.mcore.parallel.device import CPU
 
 
 def frequencies(model: ModelConfig) -> torch.Tensor:
-    """Return the angle per position of each pair of channels, [head_dim / 2] float64.
+    """Return the angle per position of each rotated pair of channels, [pairs] float64.
 
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2) and, where the model has it, YaRN's "NTK-by-parts" (Peng et
     al., arXiv 2309.00071, eq. 17-22), its ramp's ends rounded outwards to whole channels as
     transformers does, or Llama 3.1's scaling (`apply_scaling` of Meta's llama-models).
     """
-    dim = model.head_dim
+    dim = model.rotated_channels()
     base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if model.llama3_rope is not None:
