@@ -110,6 +110,8 @@ class ModelConfig:
     """Whether global layers rotate queries and keys; False = NoPE."""
     rope_theta: float = 1e6
     """Base of the rotary frequencies."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies of sliding layers; None = that of global ones."""
     rope_share: float = 1.0
     """Share of a head's channels that rotate, the first ones; the others have no position."""
     yarn: YarnConfig | None = None
@@ -122,6 +124,10 @@ class ModelConfig:
     """RMSNorm over each head of queries and keys, before RoPE."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
+    zero_centered_norms: bool = False
+    """Whether every RMSNorm multiplies by 1 + its weight."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation."""
     block_norms: Literal["pre", "post", "both"] = "pre"
     """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
     before it is added to the residual; both = input and output."""
@@ -188,6 +194,9 @@ class ModelConfig:
         if not 0 < self.rope_share <= 1 or (self.rope_share < 1 and self.head_dim * self.rope_share % 2):
             p.append(f"model.rope_share = {self.rope_share} must be in (0, 1], and give an even number of "
                      f"channels of model.head_dim = {self.head_dim}")
+        if self.local_rope_theta is not None and (self.yarn is not None or self.llama3_rope is not None):
+            p.append(f"model.local_rope_theta = {self.local_rope_theta} needs plain rotations; set "
+                     "model.yarn and model.llama3_rope to null")
         if self.rope_share < 1 and self.yarn is not None:
             p.append(f"model.yarn needs model.rope_share = 1, it is {self.rope_share}; set it to null")
         if not 0 <= self.num_dense_layers <= self.num_layers:
@@ -218,8 +227,8 @@ class ModelConfig:
             if self.yarn is not None:
                 p.append("model.yarn and model.llama3_rope: both are set, and a model has one rotary scaling "
                          "at most; set one of them to null")
-        for name in ("init_std", "embedding_multiplier", "attention_multiplier", "residual_multiplier",
-                     "logits_multiplier"):
+        for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",
+                     "residual_multiplier", "logits_multiplier"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 p.append(f"model.{name} = {value} must be positive")

@@ -11,17 +11,18 @@ from megatron_sov.errors import UserError, nearest
 from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
 from megatron_sov.models.weights import Link, Section, links
 
-DECODER_CONFIG: tuple[Item, ...] = (
+COMMON_CONFIG: tuple[Item, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
     Renamed("num_key_value_heads", "num_kv_heads"), Renamed("max_position_embeddings", "max_position_tokens"),
-    Renamed("initializer_range", "init_std", 0.02), Fixed("hidden_act", "silu"),
-    Fixed("attention_dropout", 0.0),
+    Renamed("initializer_range", "init_std", 0.02), Fixed("attention_dropout", 0.0),
     Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
             "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
             "_name_or_path", "auto_map")),
 )
 """What all families here have in common."""
+DECODER_CONFIG: tuple[Item, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
+"""What nearly all have in common."""
 EXPERTS_CONFIG: tuple[Item, ...] = (
     Renamed("num_experts_per_tok", "num_experts_per_token", 8),
     Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False),
@@ -36,7 +37,8 @@ DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_pr
 
 PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
-    "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0}
+    "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
+    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu"}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 

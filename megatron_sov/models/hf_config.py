@@ -231,6 +231,9 @@ class AttentionScale:
     """The factor on the products of queries and keys, as a number that is always there."""
 
     hf: str
+    scalar: int = 0
+    """What transformers assumes where the field, whose root the products are divided by, is absent (Gemma);
+    0: the field is the factor."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -238,15 +241,23 @@ class AttentionScale:
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the factor."""
-        return {self.hf: _usual_scale(model.head_dim) if model.attention_multiplier is None
-                else model.attention_multiplier}
+        """Return the factor; `UserError` where it is no integer's root."""
+        factor = _usual_scale(model.head_dim) if model.attention_multiplier is None else (
+            model.attention_multiplier)
+        if not self.scalar:
+            return {self.hf: factor}
+        scalar = round(factor ** -2)
+        if scalar < 1 or not math.isclose(scalar ** -0.5, factor, rel_tol=1e-9):
+            raise UserError(f"model.attention_multiplier = {factor}: family '{model.family}' knows 1 / "
+                            "sqrt(n) of an integer n only")
+        return {self.hf: scalar}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the factor, None for the usual one."""
-        head_dim = config.get("head_dim") or hidden_over_heads(config)
-        found = float(config.get(self.hf, _usual_scale(head_dim)))
-        return {"attention_multiplier": None if found == _usual_scale(head_dim) else found}
+        usual = _usual_scale(config.get("head_dim") or hidden_over_heads(config))
+        found = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
+                 else float(config.get(self.hf, usual)))
+        return {"attention_multiplier": None if found == usual else found}
 
 
 def _usual_scale(head_dim: int) -> float:

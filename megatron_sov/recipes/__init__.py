@@ -15,6 +15,7 @@ from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
 from megatron_sov.recipes import (
+    gemma,
     glm,
     k_exaone,
     korean,
@@ -66,6 +67,7 @@ RECIPES: dict[str, Recipe] = {
     "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
     "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources("zai-org/GLM-4.5-Air")),
+    "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources("google/gemma-3-1b-it")),
     "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources("LGAI-EXAONE/EXAONE-4.0-32B")),
     "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources("LGAI-EXAONE/EXAONE-4.0-1.2B")),
     "hyperclovax-14b": Recipe(korean.hyperclovax_14b,
@@ -97,6 +99,7 @@ TINY = {
     "tiny-llama": "llama-3.1-8b",
     "tiny-mixtral": "mixtral-8x7b",
     "tiny-glm4-moe": "glm-4.5-air",
+    "tiny-gemma3": "gemma-3-1b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",

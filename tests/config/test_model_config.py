@@ -17,6 +17,7 @@ Small = Callable[..., RunConfig]
     ({"num_dense_layers": 5, "dense_ffn_dim": 1},
      "model.num_dense_layers = 5 must lie between 0 and num_layers = 4"),
     ({"num_dense_layers": 1}, "model.dense_ffn_dim = 0 must be positive"),
+    ({"local_rope_theta": 1e4, "yarn": YarnConfig()}, "model.local_rope_theta = 10000.0 needs plain rot"),
     ({"rope_share": 0.0}, "model.rope_share = 0.0 must be in"),
     ({"rope_share": 0.3}, "model.rope_share = 0.3 must be in"),
     ({"rope_share": 0.5, "yarn": YarnConfig()}, "model.yarn needs model.rope_share = 1, it is 0.5"),

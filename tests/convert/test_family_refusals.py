@@ -4,7 +4,9 @@ tensor's or the field's name."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
      "sliding_window = 32, but layer_types names no sliding layer"),
     ("tiny-exaone4", say(residual_multiplier=0.5),
      "unknown fields for family 'exaone4': 'residual_multiplier'"),
+    ("tiny-gemma3", drop("model.layers.0.pre_feedforward_layernorm.weight"),
+     r"1 missing \(model\.layers\.0\.pre_feedforward_layernorm\.weight\)"),
+    ("tiny-gemma3", say(final_logit_softcapping=30.0), r"final_logit_softcapping = 30\.0, but only None is"),
+    ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "linear"}), "only plain rotations are"),
+    ("tiny-gemma3", say(rope_local_base_freq=5e3), "sliding_attention rotates by 10000.0 in rope_parameters"),
     ("tiny-glm4-moe", say(partial_rotary_factor=0.25),
      r"partial_rotary_factor = 0\.25, and 0\.5 in rope_parameters"),
     ("tiny-glm4-moe", say(n_group=2), "n_group = 2, but only 1 is supported"),
@@ -60,6 +67,8 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
 def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, Any], dict[str, Any]], Any],
                                      expected: str, tmp_path: Path) -> None:
     model = apply_settings(recipes.get(recipe), SIZES).model
+    if model.family == "gemma3_text":
+        model = replace(model, embedding_multiplier=math.sqrt(model.hidden_size))
     family = models.get(model.family)
     config = family.to_hf_config(model, "float32", TokenIds())
     tensors = {name: torch.ones(shape) for link in family.links(model)

@@ -50,6 +50,13 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers],
                 "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1),
                 "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
+    if family == "gemma3_text":
+        return {**config, "hidden_size": 12 * kv_heads * 2, "num_attention_heads": 2 * kv_heads,
+                "sliding_window": 9 + seed, "layer_types": (
+                    ["sliding_attention", "full_attention"] * layers)[:layers],
+                "query_pre_attn_scalar": (config["head_dim"], 5, 30)[seed], "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}
     if family == "glm4_moe":
         return {**config, **experts, "head_dim": draw.choice((8, 12)), "n_routed_experts": (8, 4, 12)[seed],
                 "attention_bias": seed != 1, "use_qk_norm": seed != 0, "routed_scaling_factor": 2.5,

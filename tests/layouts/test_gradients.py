@@ -32,6 +32,7 @@ CASES = {
     "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
         "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
     "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
+    "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
     "glm4_moe lm": ("tiny-glm4-moe", "lm", ["model.qk_norm=true"]),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",

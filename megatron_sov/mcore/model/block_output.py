@@ -1,18 +1,23 @@
-"""What a block adds to the residual: its output, normalised and multiplied where the architecture says so.
+"""Parts of layers that the library has not: what a block adds to the residual, its output normalised and
+multiplied where the architecture says so; norms by 1 + weight; layers that rotate at a speed of their own.
 
-It takes the place of the library's bias-dropout-add, which is where a layer hands over a block's output
-together with the residual.
+The first takes the place of the library's bias-dropout-add, which is where a layer hands over a block's
+output together with the residual.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, gelu, rms_norm
+
+gelu_tanh = partial(gelu, approximate="tanh")
+"""GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
 
 
 class BlockOutput(torch.nn.Module):
@@ -49,10 +54,41 @@ class BlockOutput(torch.nn.Module):
         return added
 
 
-class OwnGradModeLayer(TransformerLayer):
-    """A layer whose residual sums compute gradients only where the rest does: the library's switch them on,
-    and a norm's weight there would keep a graph of every forward pass that wants none."""
+class ZeroCenteredNorm(torch.nn.Module):
+    """RMSNorm that multiplies by 1 + weight (Gemma), which torch does not have."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._eps = eps
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        return rms_norm(states, self.weight.shape, 1 + self.weight, self._eps)
+
+
+class OwnLayer(TransformerLayer):
+    """A layer with residual sums of our own, which may rotate at another speed than the others.
+
+    The library switches gradients on for its residual sums; with a norm's weight there that would keep a
+    graph of every forward pass that wants none.
+    """
+
+    def __init__(self, *args: Any, turns: Sequence[float] | None, **kwargs: Any) -> None:
+        """Make the layer.
+
+        Args:
+            turns: for each rotated channel, how often it turns while it turns once in other layers; None: as
+                often.
+        """
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
+        self._turns = turns
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, with its own angles."""
+        if self._turns is not None:
+            angles = kwargs["rotary_pos_emb"]
+            kwargs["rotary_pos_emb"] = angles * angles.new_tensor(self._turns)
+        return super().forward(*args, **kwargs)

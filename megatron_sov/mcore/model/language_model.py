@@ -275,7 +275,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     """Build chunk number `vp_stage` of an interleaved pipeline's stage, or (None) the only one."""
     te = uses_transformer_engine(config.params_dtype)
-    norm = block_norm(te)
+    norm = block_norm(config)
     first = get_transformer_layer_offset(config, vp_stage)
     local = layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)

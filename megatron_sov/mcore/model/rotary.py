@@ -4,6 +4,7 @@ YaRN's factor, and rotations that ask the device nothing."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +63,15 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
         # mixture gives the mixture
         embedding.inv_freq_extra = embedding.inv_freq_inter = exact
     embedding.forward.cache_clear()
+
+
+def local_turns(model: ModelConfig) -> list[float] | None:
+    """Return how often each rotated channel of sliding layers turns while it turns once in global ones; None:
+    as often."""
+    if model.local_rope_theta is None:
+        return None
+    local = frequencies(replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None))
+    return ((local / frequencies(model)).tolist()) * 2
 
 
 def softmax_scale(model: ModelConfig, kind: str) -> float:
