@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +110,10 @@ class ModelConfig:
     """Whether global layers rotate queries and keys; False = NoPE."""
     rope_theta: float = 1e6
     """Base of the rotary frequencies."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies of sliding layers; None = that of global ones."""
+    rope_share: float = 1.0
+    """Share of a head's channels that rotate, the first ones; the others have no position."""
     yarn: YarnConfig | None = None
     """Rotary scaling beyond the original context; None = plain RoPE."""
     llama3_rope: Llama3RopeConfig | None = None
@@ -119,6 +124,21 @@ class ModelConfig:
     """RMSNorm over each head of queries and keys, before RoPE."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
+    zero_centered_norms: bool = False
+    """Whether every RMSNorm multiplies by 1 + its weight."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation."""
+    block_norms: Literal["pre", "post", "both"] = "pre"
+    """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
+    before it is added to the residual; both = input and output."""
+    embedding_multiplier: float = 1.0
+    """Factor on embeddings, as in maximal update parametrisation (arXiv 2203.03466)."""
+    attention_multiplier: float | None = None
+    """Factor on the products of queries and keys; None = 1 / sqrt(head_dim)."""
+    residual_multiplier: float = 1.0
+    """Factor on what attention and feed-forward network add to the residual."""
+    logits_multiplier: float = 1.0
+    """Factor on the output head's logits."""
     tied_embeddings: bool = False
     """Whether the output head is the embedding matrix."""
     num_mtp_layers: int = 0
@@ -148,6 +168,14 @@ class ModelConfig:
         """Return the sliding window of layers of a kind (`layer_types`), in tokens; 0: none."""
         return self.sliding_window_tokens if kind == "sliding_attention" else 0
 
+    def rotated_channels(self) -> int:
+        """Return how many channels of a head rotate."""
+        return round(self.head_dim * self.rope_share)
+
+    def norms_per_layer(self) -> int:
+        """Return how many RMSNorms a layer has over the residual's width."""
+        return 4 if self.block_norms == "both" else 2
+
     def num_moe_layers(self) -> int:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
@@ -163,6 +191,14 @@ class ModelConfig:
                      f"{self.num_heads}")
         if self.head_dim % 2:
             p.append(f"model.head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
+        if not 0 < self.rope_share <= 1 or (self.rope_share < 1 and self.head_dim * self.rope_share % 2):
+            p.append(f"model.rope_share = {self.rope_share} must be in (0, 1], and give an even number of "
+                     f"channels of model.head_dim = {self.head_dim}")
+        if self.local_rope_theta is not None and (self.yarn is not None or self.llama3_rope is not None):
+            p.append(f"model.local_rope_theta = {self.local_rope_theta} needs plain rotations; set "
+                     "model.yarn and model.llama3_rope to null")
+        if self.rope_share < 1 and self.yarn is not None:
+            p.append(f"model.yarn needs model.rope_share = 1, it is {self.rope_share}; set it to null")
         if not 0 <= self.num_dense_layers <= self.num_layers:
             p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = "
                      f"{self.num_layers}")
@@ -191,8 +227,11 @@ class ModelConfig:
             if self.yarn is not None:
                 p.append("model.yarn and model.llama3_rope: both are set, and a model has one rotary scaling "
                          "at most; set one of them to null")
-        if self.init_std <= 0:
-            p.append(f"model.init_std = {self.init_std} must be positive")
+        for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",
+                     "residual_multiplier", "logits_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                p.append(f"model.{name} = {value} must be positive")
         if self.num_experts * self.num_layers > MAX_EXPERTS:
             p.append(f"model.num_layers {self.num_layers} x model.num_experts {self.num_experts} must be "
                      f"at most {MAX_EXPERTS:,} experts; count their zeros")

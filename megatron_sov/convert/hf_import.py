@@ -31,6 +31,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import (
 )
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.weights import Link
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs.checkpoints import IMPORTED, KIND, refuse_missing
 
 
@@ -60,6 +61,9 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
                         "pass the folder that holds the model")
     source = HfWeights(hf_dir)
     check_dtypes(source)
+    if source.left_out:
+        warn(f"{hf_dir}: the {len(source.left_out)} tensors of its prediction layer ({source.left_out[0]}, "
+             "...) are left out: the checkpoint is the model without it")
     links = {block_name(link.key, link.offset): link for link in source.links}
     files = planned_files(links, source.dtype, dtype)
     plan = {"from": fingerprint(hf_dir), "dtype": dtype,

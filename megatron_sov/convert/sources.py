@@ -98,6 +98,9 @@ class HfWeights:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
+        self.left_out = family.left_out(self.model, shapes)
+        """Tensors of prediction layers that the family does not read."""
+        shapes = {name: shape for name, shape in shapes.items() if name not in set(self.left_out)}
         check_exact(path, shapes, self._shapes, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
     def names(self) -> list[str]:

@@ -70,8 +70,14 @@ def family(base: ModelConfig, sizes: Sequence[int], beyond: int) -> list[ModelCo
     """Return `base` at each size, and last at one more, by which the width of heads is not chosen.
 
     Raises:
-        UserError: its structure does not come that small, or near enough.
+        UserError: its structure does not come that small, or near enough, or it has factors of one width.
     """
+    factors = [f"model.{name} = {getattr(base, name)}" for name in (
+        "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_multiplier")
+        if getattr(base, name) not in (None, 1.0)]
+    if factors:
+        raise UserError(f"{', '.join(factors)}: such a factor is made for one width, and the ladder has no "
+                        "rule for other ones; take a recipe without")
     head_dim = base.head_dim
     found = [_nearest(base, size, head_dim) for size in sizes]
     while head_dim // 2 >= MIN_HEAD_DIM and any(_misfit(base, model) > HEADS_TOLERANCE for model in found):

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.models import exaone_moe, llama, mixtral, qwen, solar_open
+from megatron_sov.models import (
+    exaone4,
+    exaone_moe,
+    gemma3,
+    glm4_moe,
+    hyperclovax,
+    llama,
+    mixtral,
+    qwen,
+    solar_open,
+)
 from megatron_sov.models.family import Family
 from megatron_sov.plugins.code import Code
 from megatron_sov.plugins.loading import Loaded
@@ -15,7 +25,8 @@ from megatron_sov.plugins.registry import Registry
 
 FAMILIES = {family.name: family for family in (
     solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE,
-    llama.FAMILY, mixtral.FAMILY)}
+    llama.FAMILY, mixtral.FAMILY, exaone4.FAMILY, hyperclovax.FAMILY, glm4_moe.FAMILY,
+    gemma3.FAMILY)}
 
 
 def get(name: str, recorded: Sequence[Code] = ()) -> Family:

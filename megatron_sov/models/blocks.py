@@ -14,11 +14,15 @@ EMBEDDINGS_AND_HEAD = (
     Section("untied", "", "", (Same("output_layer.weight", "lm_head.weight", "V H"),)),
 )
 
-ATTENTION: tuple[WeightEntry, ...] = (
-    Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
+PROJECTIONS: tuple[WeightEntry, ...] = (
     QKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
         "self_attn.v_proj.weight"),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"),
+)
+"""Attention without the norm before it."""
+
+ATTENTION: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"), *PROJECTIONS,
 )
 
 QKV_BIAS: tuple[WeightEntry, ...] = (
@@ -31,10 +35,14 @@ QK_NORM: tuple[WeightEntry, ...] = (
     Same("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"),
 )
 
-DENSE_FFN: tuple[WeightEntry, ...] = (
-    Same("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
+SWIGLU: tuple[WeightEntry, ...] = (
     GateUp("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "F H"),
     Same("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H F"),
+)
+"""A dense feed-forward network without the norm before it."""
+
+DENSE_FFN: tuple[WeightEntry, ...] = (
+    Same("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"), *SWIGLU,
 )
 
 ROUTED_EXPERTS: tuple[WeightEntry, ...] = (
@@ -53,15 +61,21 @@ SHARED_EXPERTS: tuple[WeightEntry, ...] = (
 )
 
 
+def norms_behind(attention: str, feed_forward: str) -> tuple[WeightEntry, ...]:
+    """Return the entries of the norms of both blocks' outputs, by their Hugging Face names."""
+    return (Same("self_attn_bda.norm.weight", f"{attention}.weight", "H"),
+            Same("mlp_bda.norm.weight", f"{feed_forward}.weight", "H"))
+
+
 def router_bias(hf_name: str) -> Same:
     """Return the entry of the router's selection bias: float32 always, since its steps of
     1e-4 vanish in less."""
     return Same("mlp.router.expert_bias", hf_name, "E", fp32=True)
 
 
-def trunk(where: Literal["every layer", "dense layers", "moe layers"],
-          *parts: tuple[WeightEntry, ...]) -> Section:
-    """Return the section of parts that stand in the trunk's layers,
-    under the prefixes that all families share."""
+def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind"],
+          *parts: tuple[WeightEntry, ...], when: str = "") -> Section:
+    """Return the section of parts that stand in the trunk's layers, under the prefixes that all families
+    share; `when` as `Section` has it."""
     return Section(where, "decoder.layers.{l}.", "model.layers.{l}.",
-                   tuple(entry for part in parts for entry in part))
+                   tuple(entry for part in parts for entry in part), when)

@@ -47,7 +47,7 @@ def num_params(model: ModelConfig) -> ParamCount:
     h = model.hidden_size
     num_moe_layers = model.num_moe_layers()
     num_dense_layers = model.num_layers - num_moe_layers
-    block = attention_params(model) + 2 * h
+    block = attention_params(model) + model.norms_per_layer() * h
     dense_ffn, expert = swiglu_params(h, model.dense_ffn_dim), swiglu_params(h, model.expert_ffn_dim)
     moe_ffn = h * model.num_experts + (model.num_experts + model.num_shared_experts) * expert
     embeddings_and_head = (1 if model.tied_embeddings else 2) * model.vocab_size * h

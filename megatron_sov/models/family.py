@@ -11,17 +11,18 @@ from megatron_sov.errors import UserError, nearest
 from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
 from megatron_sov.models.weights import Link, Section, links
 
-DECODER_CONFIG: tuple[Item, ...] = (
+COMMON_CONFIG: tuple[Item, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
     Renamed("num_key_value_heads", "num_kv_heads"), Renamed("max_position_embeddings", "max_position_tokens"),
-    Renamed("initializer_range", "init_std", 0.02), Fixed("hidden_act", "silu"),
-    Fixed("attention_dropout", 0.0),
+    Renamed("initializer_range", "init_std", 0.02), Fixed("attention_dropout", 0.0),
     Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
             "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
             "_name_or_path", "auto_map")),
 )
 """What all families here have in common."""
+DECODER_CONFIG: tuple[Item, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
+"""What nearly all have in common."""
 EXPERTS_CONFIG: tuple[Item, ...] = (
     Renamed("num_experts_per_tok", "num_experts_per_token", 8),
     Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False),
@@ -33,6 +34,12 @@ DEEPSEEK_ROUTER_CONFIG: tuple[Item, ...] = (
 )
 DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_prob": True}
 """Routing as in DeepSeek-V3: config fields, and the fields of `ModelConfig` that it fixes."""
+
+PLAIN: dict[str, Any] = {
+    "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
+    "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
+    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu"}
+"""Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,14 @@ class Family:
     """The config map."""
     structure: dict[str, Any]
     """Fields of `ModelConfig` that this family cannot vary, with their value."""
+    varies: tuple[str, ...] = ()
+    """Those of the fields `PLAIN` that its config items read and write."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields that a config.json does not carry (they only steer training), with the published value."""
     needs_shared_expert: bool = False
     """Whether transformers' model always has a shared expert."""
+    predicts_behind: bool = False
+    """Whether prediction layers stand in a folder as further layers of the trunk; they are not read."""
     reader_split: str | None = None
     """The regular expression by which transformers' tokenizer class for this family splits text, whatever
     tokenizer.json says; None where it does what the file says."""
@@ -70,10 +81,16 @@ class Family:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
         return links(self.weights, model)
 
+    def left_out(self, model: ModelConfig, names: Iterable[str]) -> list[str]:
+        """Return those of a folder's tensors that belong to prediction layers which are not read."""
+        first = f"model.layers.{model.num_layers}."
+        return [name for name in names if self.predicts_behind and name.startswith(first)]
+
     def problems(self, model: ModelConfig) -> list[str]:
         """Return one sentence for each property of `model` that the family cannot express."""
+        fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
         p = [f"model.{name} = {getattr(model, name)!r}: family '{self.name}' only knows {value!r}"
-             for name, value in self.structure.items() if getattr(model, name) != value]
+             for name, value in fixed.items() if getattr(model, name) != value]
         if self.needs_shared_expert and model.num_shared_experts < 1:
             p.append(f"model.num_shared_experts = {model.num_shared_experts}: "
                      f"family '{self.name}' needs at least 1")
@@ -120,7 +137,8 @@ class Family:
         Raises:
             UserError: a field is unknown, missing, of the wrong type or not supported; the message names it.
         """
-        config = {name: value for name, value in config.items() if value is not None}
+        told = {name for item in self.config for name in getattr(item, "null_tells", ())}
+        config = {name: value for name, value in config.items() if value is not None or name in told}
         known = [name for item in self.config for name in item.names]
         unknown = [f"'{name}'{nearest(name, known)}" for name in config if name not in known]
         if unknown:

@@ -94,6 +94,28 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Zero:
+    """A number that is written as 0, and read as 0 whatever it says."""
+
+    hf: str
+    aliases: tuple[str, ...] = ()
+    """Other names under which it is found."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the field's names."""
+        return (self.hf, *self.aliases)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return 0."""
+        return {self.hf: 0}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return nothing, whatever it says."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Unused:
     """Fields that change no weight and no computation, whatever their value."""
 
@@ -115,7 +137,14 @@ class Rope:
 
     default_theta: float
     """What transformers assumes where no theta is given."""
-    names: tuple[str, ...] = ("rope_parameters", "rope_scaling", "rope_theta")
+    default_share: float | None = None
+    """What it assumes where no `partial_rotary_factor` is given; None: heads rotate as a whole."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the fields of both spellings."""
+        share = () if self.default_share is None else ("partial_rotary_factor",)
+        return ("rope_parameters", "rope_scaling", "rope_theta", *share)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return `rope_parameters`, with every number explicit."""
@@ -128,6 +157,8 @@ class Rope:
             scaling = dataclasses.asdict(model.llama3_rope)
             scaling["original_max_position_embeddings"] = scaling.pop("original_max_position_tokens")
             rope |= {"rope_type": "llama3", **scaling}
+        if self.default_share is not None:
+            rope["partial_rotary_factor"] = model.rope_share
         return {"rope_parameters": rope}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -145,14 +176,20 @@ class Rope:
                             "supported")
         yarn = self._read_yarn(rope, config) if kind == "yarn" else None
         llama3 = self._read_llama3(rope) if kind == "llama3" else None
-        share = rope.pop("partial_rotary_factor", 1.0)
-        if share != 1.0:
+        said = [found["partial_rotary_factor"] for found in (rope, config)
+                if "partial_rotary_factor" in found]
+        rope.pop("partial_rotary_factor", None)
+        share = said[0] if said else 1.0 if self.default_share is None else self.default_share
+        if self.default_share is None and share != 1.0:
             raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: "
                             "heads rotate as a whole")
+        if said[1:] and said[1] != share:
+            raise UserError(f"config.json: partial_rotary_factor = {said[1]}, and {share} in "
+                            "rope_parameters; make them agree")
         if rope:
             raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for "
                             f"rope_type {kind!r}; remove them if they have no effect")
-        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3}
+        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3, "rope_share": float(share)}
 
     @staticmethod
     def _read_llama3(rope: dict[str, Any]) -> Llama3RopeConfig:
@@ -187,6 +224,44 @@ class Rope:
             raise UserError(f"config.json: truncate = {truncate}, but only true is supported for "
                             "rope_type 'yarn'")
         return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
+
+
+@dataclass(frozen=True)
+class AttentionScale:
+    """The factor on the products of queries and keys, as a number that is always there."""
+
+    hf: str
+    scalar: int = 0
+    """What transformers assumes where the field, whose root the products are divided by, is absent (Gemma);
+    0: the field is the factor."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the one field."""
+        return (self.hf,)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the factor; `UserError` where it is no integer's root."""
+        factor = _usual_scale(model.head_dim) if model.attention_multiplier is None else (
+            model.attention_multiplier)
+        if not self.scalar:
+            return {self.hf: factor}
+        scalar = round(factor ** -2)
+        if scalar < 1 or not math.isclose(scalar ** -0.5, factor, rel_tol=1e-9):
+            raise UserError(f"model.attention_multiplier = {factor}: family '{model.family}' knows 1 / "
+                            "sqrt(n) of an integer n only")
+        return {self.hf: scalar}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the factor, None for the usual one."""
+        usual = _usual_scale(config.get("head_dim") or hidden_over_heads(config))
+        found = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
+                 else float(config.get(self.hf, usual)))
+        return {"attention_multiplier": None if found == usual else found}
+
+
+def _usual_scale(head_dim: int) -> float:
+    return float(head_dim ** -0.5)
 
 
 def _given(rope: dict[str, Any], name: str, default: float) -> float:

@@ -53,7 +53,7 @@ class SlidingLayers:
         `UserError` where windows differ or disagree."""
         num_layers = _num_layers(config)
         types = (config.get("layer_types")
-                 or self._from_period(config.get("sliding_window_pattern", 4), num_layers))
+                 or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
         window = config.get("sliding_window", self.default_window) if "L" in letters else 0
         expected = [window * (letter == "L") for letter in letters]
@@ -63,9 +63,9 @@ class SlidingLayers:
         return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
 
     @staticmethod
-    def _from_period(period: Any, num_layers: int) -> list[str]:
-        """As transformers reads an integer: every `period`-th layer is global;
-        it accepts nothing else without a list."""
+    def from_period(period: Any, num_layers: int) -> list[str]:
+        """Return the types as transformers reads an integer: every `period`-th layer is global; `UserError`
+        for all else, which it does not accept without a list."""
         if not isinstance(period, int) or period < 1:
             raise UserError(f"config.json: sliding_window_pattern = {period!r} needs an explicit layer_types "
                             "list beside it")
@@ -134,6 +134,44 @@ class OneWindow:
         """Return the pattern and the window."""
         window = config.get("sliding_window", 0)
         return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
+
+
+@dataclass(frozen=True)
+class RotatingWindows:
+    """Layers of EXAONE 4, which rotate where they slide; where no layer slides (`sliding_window` is null) all
+    rotate."""
+
+    names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
+    null_tells: tuple[str, ...] = ("sliding_window",)
+    """Fields whose absence is not null: transformers then assumes a window of 4096."""
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the explicit list, window and pattern; `UserError` where global layers rotate beside sliding
+        ones, or nothing rotates."""
+        types = model.layer_types()
+        slides = "sliding_attention" in types
+        if model.rope_on_global == slides:
+            raise UserError(f"model.rope_on_global = {model.rope_on_global}: in family '{model.family}' "
+                            "global layers rotate exactly where no layer slides; set it to "
+                            f"{str(not slides).lower()} for model.attention_pattern = "
+                            f"{model.attention_pattern!r}")
+        return {"layer_types": types, "sliding_window": model.sliding_window_tokens or None,
+                "sliding_window_pattern": model.attention_pattern if slides else None}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return pattern, window, and whether global layers rotate; `UserError` where a window is given that
+        no layer has."""
+        num_layers, window = _num_layers(config), config.get("sliding_window", 4096)
+        types = config.get("layer_types") or (
+            SlidingLayers.from_period(config.get("sliding_window_pattern", 4), num_layers) if window
+            else ["full_attention"] * num_layers)
+        letters = _letters(types, "layer_types", num_layers)
+        if bool(window) != ("L" in letters):
+            raise UserError(f"config.json: sliding_window = {window}, but layer_types names "
+                            f"{'no' if window else 'a'} sliding layer; transformers rotates global layers "
+                            "only where sliding_window is null, so make them agree")
+        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window or 0,
+                "rope_on_global": not window}
 
 
 def _leading_dense(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
@@ -255,3 +293,30 @@ class Unclamped:
             raise UserError(f"config.json: {self.hf} = {limits}, but only layers without a limit "
                             "(0) are supported")
         return {}
+
+
+@dataclass(frozen=True)
+class NormsBehind:
+    """A switch for norms behind blocks that are normalised before, too."""
+
+    hf: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the one field."""
+        return (self.hf,)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the switch; `UserError` where blocks are not normalised before."""
+        if model.block_norms == "post":
+            raise UserError(f"model.block_norms = 'post': family '{model.family}' normalises before its "
+                            "blocks; use 'pre' or 'both'")
+        return {self.hf: model.block_norms == "both"}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return where blocks are normalised; `UserError` where nothing is said."""
+        if not isinstance(config.get(self.hf), bool):
+            raise UserError(f"config.json: {self.hf} = {config.get(self.hf)} must be true or false, since "
+                            "programs assume different things where it is absent; add it (the weights have a "
+                            "post_norm1 in every layer, or none)")
+        return {"block_norms": "both" if config[self.hf] else "pre"}

@@ -205,17 +205,20 @@ class Experts:
 class Section:
     """Entries under common prefixes, and where they occur."""
 
-    where: Literal["once", "untied", "mtp", "every layer", "dense layers", "moe layers"]
+    where: Literal["once", "untied", "mtp", "every layer", "dense layers", "moe layers",
+                   "layers with norms behind"]
     """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with
-    multi-token prediction."""
+    multi-token prediction; layers with norms behind: every one, in models that normalise blocks' outputs."""
     megatron: str
     """Prefix of the Megatron names; "{l}" is the layer."""
     hf: str
     """Prefix of the Hugging Face names; "{l}" is the layer."""
     entries: tuple[WeightEntry, ...]
+    when: str = ""
+    """Field of `ModelConfig` without which the section holds nowhere; empty: none."""
 
     def __post_init__(self) -> None:
-        per_layer = self.where.endswith(("layer", "layers"))
+        per_layer = "layer" in self.where
         for prefix in (self.megatron, self.hf):
             if ("{l}" in prefix) != per_layer:
                 raise ValueError(f"section {self.megatron!r} <-> {self.hf!r} for {self.where}: "
@@ -236,9 +239,12 @@ class Section:
     def layers(self, model: ModelConfig) -> Sequence[int | None]:
         """Return the trunk layers for which the section holds; [None] or nothing for one that
         belongs to no layer."""
+        if self.when and not getattr(model, self.when):
+            return []
         first_moe = model.num_layers - model.num_moe_layers()
         return {"once": [None], "untied": [] if model.tied_embeddings else [None],
                 "mtp": [None] if model.num_mtp_layers else [], "every layer": range(model.num_layers),
+                "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
                 "dense layers": range(first_moe),
                 "moe layers": range(first_moe, model.num_layers)}[self.where]
 

@@ -29,7 +29,7 @@ class Saved:
     """Bytes of one layer on one process."""
 
     residuals: int = 0
-    """Inputs of its two norms, the first of which is the layer's own; unfused ones also normed."""
+    """Inputs of its norms over the residual's width; unfused ones also normed."""
     qkv_input: int = 0
     """Norm output that the projection to queries, keys and values takes."""
     qkv: int = 0
@@ -135,14 +135,14 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     attention = _attention(m, precision, tokens, tp, cp, kind)
     if not kind.with_experts:
         dense = m.dense_ffn_dim // tp
-        return Saved(residuals=2 * norm, qkv_input=hidden, ffn_input=hidden, **attention,
+        return Saved(residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
                      dense=tokens.local * dense * item * (3 if fused else 5))
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
     # a process of an expert that is cut has the tokens of all processes that share it
     arrived = routed * etp
     return Saved(
-        residuals=2 * norm, qkv_input=hidden, ffn_input=hidden, **attention,
+        residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
         router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
         expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item,
@@ -168,7 +168,7 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     if fused:
         return found | {"qkv": per_token * (queries + 2 * keys + copied),
                         "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
-    angles = 4 * m.head_dim if kind.rotates else 0
+    angles = 4 * m.rotated_channels() if kind.rotates else 0
     projected = per_token * (queries + 2 * keys) if m.qk_norm or slides else 0
     qkv = projected + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass
@@ -214,7 +214,7 @@ def _recomputed(config: RunConfig, whole: Saved, kind: Kind) -> int:
         found += whole.dense
     if "moe" in modules:
         return found + whole.router + whole.routed + whole.shared
-    if "layernorm" in modules and kind.with_experts:
+    if "layernorm" in modules and kind.with_experts and config.model.block_norms != "post":
         found += whole.ffn_input  # all other norms are a part of the linear layer behind them
     if "moe_act" in modules:
         found += whole.expert_activated
@@ -223,9 +223,10 @@ def _recomputed(config: RunConfig, whole: Saved, kind: Kind) -> int:
 
 def _offloaded(config: RunConfig, whole: Saved) -> int:
     """Return what of a layer waits in host memory."""
-    again = config.gpu.recompute_modules
+    again, m = config.gpu.recompute_modules, config.model
+    before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
     parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
-             "mlp_norm": whole.residuals // 2, "expert_fc1": whole.expert_input,
+             "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
              "moe_act": whole.expert_hidden}
     return sum(parts[module] for module in config.gpu.offload_modules
                if not ("moe" in again and module in ("expert_fc1", "moe_act")))

@@ -104,29 +104,36 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts
         with_experts: whether it has experts.
     """
     prefix = "decoder.layers.{l}."
-    before, behind = _attention(m, tp, fused, prefix), _norm("pre_mlp_layernorm", m, prefix)
+    before = (*_attention(m, tp, fused, prefix), *_norm_behind("self_attn_bda", m, prefix))
+    last = _norm_behind("mlp_bda", m, prefix)
     if not with_experts:
-        return (*before, *_dense(m, tp, fused, prefix))
+        return (*before, *_dense(m, tp, fused, prefix), *last)
     shared = m.num_shared_experts * m.expert_ffn_dim
-    return (*before, behind, Held(prefix + "mlp.router.weight", (m.num_experts, m.hidden_size)),
+    between = () if m.block_norms == "post" else (_norm("pre_mlp_layernorm", m, prefix),)
+    return (*before, *between, Held(prefix + "mlp.router.weight", (m.num_experts, m.hidden_size)),
             *_experts(m, m.num_experts // ep, m.expert_ffn_dim // etp, fused),
-            *(_swiglu(prefix + "mlp.shared_experts.", m.hidden_size, shared // tp) if shared else ()))
+            *(_swiglu(prefix + "mlp.shared_experts.", m.hidden_size, shared // tp) if shared else ()), *last)
 
 
 def _norm(name: str, m: ModelConfig, prefix: str) -> Held:
     return Held(f"{prefix}{name}.weight", (m.hidden_size,))
 
 
+def _norm_behind(name: str, m: ModelConfig, prefix: str) -> tuple[Held, ...]:
+    """Return the norm of a block's output, where there is one."""
+    return () if m.block_norms == "pre" else (_norm(f"{name}.norm", m, prefix),)
+
+
 def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:
-    """Yield attention, with the norm before it."""
+    """Yield attention, with the norm before it where there is one."""
     heads = m.num_heads * m.head_dim // tp
     rows = heads + 2 * m.num_kv_heads * m.head_dim // tp
     norm = Held(prefix + "self_attention.linear_qkv.layer_norm_weight", (m.hidden_size,))
     prefix += "self_attention."
-    if not fused:
+    if not fused and m.block_norms != "post":
         yield norm
     yield Held(prefix + "linear_proj.weight", (m.hidden_size, heads))
-    if fused:
+    if fused and m.block_norms != "post":
         yield norm
     yield Held(prefix + "linear_qkv.weight", (rows, m.hidden_size))
     if m.qkv_bias:
@@ -137,8 +144,10 @@ def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[He
 
 
 def _dense(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:
-    """Yield a dense feed-forward network, with the norm before it: the same order, wherever the norm is."""
-    yield Held(prefix + "mlp.linear_fc1.layer_norm_weight", (m.hidden_size,))
+    """Yield a dense feed-forward network, with the norm before it where there is one: the same order,
+    wherever that is."""
+    if m.block_norms != "post":
+        yield Held(prefix + "mlp.linear_fc1.layer_norm_weight", (m.hidden_size,))
     yield from _swiglu(prefix + "mlp.", m.hidden_size, m.dense_ffn_dim // tp)
 
 
@@ -163,7 +172,8 @@ def _prediction_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool) -
     inner = prefix + "transformer_layer."
     return (_norm("enorm", m, prefix), _norm("hnorm", m, prefix),
             Held(prefix + "eh_proj.weight", (m.hidden_size // tp, 2 * m.hidden_size)),
-            *_attention(m, tp, fused, inner), *_dense(m, tp, fused, inner),
+            *_attention(m, tp, fused, inner), *_norm_behind("self_attn_bda", m, inner),
+            *_dense(m, tp, fused, inner), *_norm_behind("mlp_bda", m, inner),
             _norm("final_layernorm", m, prefix))
 
 

@@ -38,7 +38,7 @@ from megatron_sov.eval.filling import ROW_TOKENS, rows_of
 from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.decode.forward_only import Inputs
-from megatron_sov.mcore.model.language_model import gather_sequence
+from megatron_sov.mcore.model.language_model import states_for_head
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device, release_unused
@@ -277,7 +277,7 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[Part], fo
 
     def kept_rows(hidden: list[torch.Tensor], head: Head, batch: Inputs) -> torch.Tensor:
         if not kept.top_k:
-            gathered = context.gather(gather_sequence(hidden[0], loaded.policy.config))
+            gathered = context.gather(states_for_head(hidden[0], loaded.policy.config))
             return gathered.to("cpu", DTYPES[kept.dtype])
         found = packed(*head.most_probable(hidden[0], asked, kept.temperature)).cpu()
         if not kept.translated:

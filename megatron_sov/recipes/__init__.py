@@ -14,7 +14,18 @@ from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
-from megatron_sov.recipes import k_exaone, llama, policies, qwen, solar_open, typhoon_s, vibethinker
+from megatron_sov.recipes import (
+    gemma,
+    glm,
+    k_exaone,
+    korean,
+    llama,
+    policies,
+    qwen,
+    solar_open,
+    typhoon_s,
+    vibethinker,
+)
 from megatron_sov.recipes.sources import Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
 
@@ -55,6 +66,12 @@ RECIPES: dict[str, Recipe] = {
                                  qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
     "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
+    "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources("zai-org/GLM-4.5-Air")),
+    "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources("google/gemma-3-1b-it")),
+    "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources("LGAI-EXAONE/EXAONE-4.0-32B")),
+    "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources("LGAI-EXAONE/EXAONE-4.0-1.2B")),
+    "hyperclovax-14b": Recipe(korean.hyperclovax_14b,
+                              qwen.dense_sources("naver-hyperclovax/HyperCLOVAX-SEED-Think-14B")),
 }
 TINY = {
     "tiny-solar-open": "solar-open-102b",
@@ -81,6 +98,11 @@ TINY = {
     "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
     "tiny-llama": "llama-3.1-8b",
     "tiny-mixtral": "mixtral-8x7b",
+    "tiny-glm4-moe": "glm-4.5-air",
+    "tiny-gemma3": "gemma-3-1b",
+    "tiny-exaone4": "exaone-4.0-32b",
+    "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
+    "tiny-hyperclovax": "hyperclovax-14b",
 }
 """Tiny recipe -> the one whose structure it has."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.config import RunConfig
+from megatron_sov.config import RunConfig, YarnConfig
 
 Small = Callable[..., RunConfig]
 
@@ -17,6 +17,12 @@ Small = Callable[..., RunConfig]
     ({"num_dense_layers": 5, "dense_ffn_dim": 1},
      "model.num_dense_layers = 5 must lie between 0 and num_layers = 4"),
     ({"num_dense_layers": 1}, "model.dense_ffn_dim = 0 must be positive"),
+    ({"local_rope_theta": 1e4, "yarn": YarnConfig()}, "model.local_rope_theta = 10000.0 needs plain rot"),
+    ({"rope_share": 0.0}, "model.rope_share = 0.0 must be in"),
+    ({"rope_share": 0.3}, "model.rope_share = 0.3 must be in"),
+    ({"rope_share": 0.5, "yarn": YarnConfig()}, "model.yarn needs model.rope_share = 1, it is 0.5"),
+    ({"logits_multiplier": -1.0}, "model.logits_multiplier = -1.0 must be positive"),
+    ({"attention_multiplier": float("nan")}, "model.attention_multiplier = nan must be positive"),
     ({"num_mtp_layers": 2, "dense_ffn_dim": 1}, "model.num_mtp_layers = 2 must be 0 or 1"),
     ({"attention_pattern": "LG"}, "model.sliding_window_tokens = 0 must be positive"),
     ({"sliding_window_tokens": 8}, "model.sliding_window_tokens = 8 must be positive exactly when"),

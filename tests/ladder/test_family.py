@@ -64,3 +64,8 @@ def test_embeddings_and_resting_experts_are_no_part_of_the_size() -> None:
 def test_a_structure_that_does_not_come_so_small_is_named() -> None:
     with pytest.raises(UserError, match=r"--sizes: 100 parameters cannot be had .* the nearest size is"):
         family(recipes.get("tiny-k-exaone").model, [100], 4000)
+
+
+def test_factors_of_one_width_are_refused() -> None:
+    with pytest.raises(UserError, match=r"embedding_multiplier = 10\.0, .*logits_multiplier = 0\.125: "):
+        family(recipes.get("tiny-hyperclovax").model, [100_000], 200_000)

@@ -34,6 +34,11 @@ FAMILIES = {
     "tiny-qwen2": ("model.dense_ffn_dim=48",),
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
     "tiny-qwen3-moe": ("model.num_experts=4", "model.seq_aux_loss_coeff=0.01",),
+    "tiny-exaone4": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
+    "tiny-glm4-moe": ("model.num_experts=4", "model.dense_ffn_dim=48"),
+    "tiny-gemma3": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8",
+                    "model.attention_pattern=LG"),
+    "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
 
 

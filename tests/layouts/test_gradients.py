@@ -21,6 +21,7 @@ SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp
             "model.init_std=0.2"]
 """The reference knows no balancing loss; a large spread makes every detail matter."""
 PREDICTION = ["model.num_mtp_layers=1", "model.mtp_loss_coeff=0.3"]
+SPLIT = ["parallel.tp=2", "parallel.sp=true"]
 CASES = {
     "solar lm": ("tiny-solar-open", "lm", []),
     "exaone lm": ("tiny-k-exaone", "lm", []),
@@ -30,6 +31,10 @@ CASES = {
     "qwen3 lm": ("tiny-qwen3", "lm", ["model.tied_embeddings=false"]),
     "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
         "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
+    "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
+    "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
+    "glm4_moe lm": ("tiny-glm4-moe", "lm", ["model.qk_norm=true"]),
+    "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",
                   ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),
 }
@@ -96,7 +101,8 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     counts: dict[int, float] = {}
     for s in _segments(result):
         hidden = model.model(input_ids=s["tokens"][None], use_cache=False).last_hidden_state[0]
-        losses = cross_entropy(model.lm_head(hidden), s["labels"], reduction="none")
+        logits = model.lm_head(hidden) * getattr(model.config, "logits_scaling", 1.0)
+        losses = cross_entropy(logits, s["labels"], reduction="none")
         # the label of a place is the token that follows it; the last place has nothing further to predict
         if prediction:
             states = _predict(prediction, config, hidden[:-1], model.model.embed_tokens(s["labels"][:-1]))
@@ -130,10 +136,10 @@ def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_
     jobs = []
     for name, (recipe, objective, settings) in CASES.items():
         paths = [str(packed_data.text)] + ([str(packed_data.chats)] if objective == "sft" else [])
-        jobs.append(job(RUN, "one_batch", 1,
+        jobs.append(job(RUN, "one_batch", 2 if "parallel.tp=2" in settings else 1,
                         {"recipe": recipe, "settings": [*SETTINGS, *settings], "paths": paths,
                          "objective": objective, "out": str(tmp_path / name)}))
-    for (name, (_, objective, _)), (result,) in zip(CASES.items(), ranks(*jobs), strict=True):
+    for (name, (_, objective, _)), (result, *_) in zip(CASES.items(), ranks(*jobs), strict=True):
         out = tmp_path / name
         for part in ("weights", "gradients"):
             to_hf(out / part, out / f"hf-{part}")

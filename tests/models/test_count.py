@@ -21,6 +21,11 @@ from megatron_sov.recipes import get, names
     ("qwen3-30b-a3b-2507", 30.53, 3.35, 0.0),
     ("typhoon-s-8b", 8.19, 8.19, 0.0),
     ("vibethinker-1.5b", 1.54, 1.54, 0.0),
+    ("exaone-4.0-32b", 32.0, 32.0, 0.0),
+    ("exaone-4.0-1.2b", 1.28, 1.28, 0.0),
+    ("hyperclovax-14b", 14.75, 14.75, 0.0),
+    ("gemma-3-1b", 1.0, 1.0, 0.0),
+    ("glm-4.5-air", 106.85, 13.42, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
     count = num_params(get(recipe).model)

@@ -16,7 +16,8 @@ from megatron_sov.models.count import num_params
 from megatron_sov.models.family import TokenIds
 
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
-       "llama-3.1-8b", "mixtral-8x7b")
+       "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
+       "glm-4.5-air", "gemma-3-1b")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -87,7 +88,10 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
 @pytest.mark.parametrize(("name", "trunk", "mtp"), [
     ("solar-open-102b", 102.65e9, 0), ("k-exaone-236b", 236.571e9, 0.528e9), ("qwen2-1.5b", 1.5437e9, 0),
     ("qwen3-4b", 4.0225e9, 0), ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0),
-    ("llama-3.1-8b", 8.0303e9, 0), ("mixtral-8x7b", 46.703e9, 0)])
+    ("llama-3.1-8b", 8.0303e9, 0), ("mixtral-8x7b", 46.703e9, 0),
+    ("exaone-4.0-32b", 32.003e9, 0), ("exaone-4.0-1.2b", 1.2794e9, 0), ("hyperclovax-14b", 14.748e9, 0),
+    ("glm-4.5-air", 106.852e9, 0),
+    ("gemma-3-1b", 0.999886e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()

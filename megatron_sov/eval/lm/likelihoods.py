@@ -15,7 +15,7 @@ from megatron_sov.eval.filling import rows_of
 from megatron_sov.eval.lm.requests import Answer, Score
 from megatron_sov.generate.load import Loaded
 from megatron_sov.mcore.decode.forward_only import Inputs
-from megatron_sov.mcore.model.language_model import ModelInputs, gather_sequence
+from megatron_sov.mcore.model.language_model import ModelInputs, states_for_head
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device
@@ -88,7 +88,7 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _Row) -> torch.Tens
     ends = row.ends[:len(row.groups)]
     places = torch.cat([torch.arange(end - max(len(s.continuation) for s in group), end)
                         for group, end in zip(row.groups, ends, strict=True)])
-    states = gather_sequence(hidden[0], head.config)
+    states = states_for_head(hidden[0], head.config)
     best = torch.zeros(len(row.inputs.tokens), dtype=torch.int64)
     best[places] = head.top_tokens(context.pick(states, places)).cpu()
     number = [0]

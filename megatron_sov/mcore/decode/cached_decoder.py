@@ -9,7 +9,7 @@ leaves nothing to cut.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, ReadRow, Span, keep, read_row
-from megatron_sov.mcore.model.language_model import gather_sequence
+from megatron_sov.mcore.model.language_model import gather_sequence, states_for_head
 from megatron_sov.mcore.model.logprobs import Head, head_of
 from megatron_sov.mcore.model.quantization import in_bf16
 from megatron_sov.mcore.parallel import collectives, context
@@ -146,7 +146,8 @@ class CachedDecoder:
         """Return some places' states as a row of their own, one token each (on the last stage)."""
         multiple = context.row_multiple()
         row = read_row(spans, -(-len(places) // multiple) * multiple, local_device())
-        states = self._states(read, [*places, *[0] * (len(row.tokens) - len(places))])[:, None]
+        padded = [*places, *[0] * (len(row.tokens) - len(places))]
+        states = self._states(read, padded, gather_sequence)[:, None]
         if self._model.config.sequence_parallel:
             states = states.chunk(parallel_state.get_tensor_model_parallel_world_size())[
                 parallel_state.get_tensor_model_parallel_rank()]
@@ -204,7 +205,8 @@ class CachedDecoder:
     def _head(self) -> Head:
         return head_of(self._model, self._policy.head_chunk_tokens)
 
-    def _states(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
+    def _states(self, read: DecodeOutput, places: Sequence[int],
+                gathering: Callable[[torch.Tensor, Any], torch.Tensor] = states_for_head) -> torch.Tensor:
         assert read.hidden is not None
-        gathered = gather_sequence(read.hidden, self._model.config)
+        gathered = gathering(read.hidden, self._model.config)
         return gathered[torch.tensor(list(places), device=gathered.device)]

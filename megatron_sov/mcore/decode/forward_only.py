@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_sov.mcore.model import pipeline
-from megatron_sov.mcore.model.language_model import LanguageModel, ModelInputs, gather_sequence
+from megatron_sov.mcore.model.language_model import LanguageModel, ModelInputs, states_for_head
 from megatron_sov.mcore.model.logprobs import Head, head_of
 from megatron_sov.mcore.model.pipeline import HasInputs
 from megatron_sov.mcore.model.quantization import in_bf16
@@ -62,7 +62,7 @@ class ForwardModel:
         [positions, vocabulary] float32 (float64 under fp64).
         """
         def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
-            return head.logits(context.pick(gather_sequence(hidden[0], self.config), positions))
+            return head.logits(context.pick(states_for_head(hidden[0], self.config), positions))
 
         found = self.map([micro_batch], outputs)
         shape = (len(positions), self.model.vocab_size)

@@ -55,7 +55,7 @@ FUSIONS = (
     Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1),
     Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
-    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: True),
+    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation == "silu"),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
 )
 LIBRARY_FIELDS = {

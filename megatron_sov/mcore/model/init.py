@@ -21,10 +21,10 @@ from megatron_sov.config import ModelConfig
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 
-ONES, ZEROS, NORMAL, RESIDUAL = "ones", "zeros", "normal", "normal into the residual"
+NORM, ONES, ZEROS, NORMAL, RESIDUAL = "ones, of a norm", "ones", "zeros", "normal", "normal into the residual"
 ADAPTER, STANDARD = "normal of an adapter's input", "standard normal"
 RULES = (
-    ("*norm.weight", ONES), ("*.layer_norm_weight", ONES), ("*.router.expert_bias", ZEROS),
+    ("*norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
     ("*.linear_qkv.bias", ZEROS),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
@@ -144,7 +144,8 @@ def initialise(model: LanguageModel, config: ModelConfig, seed: int, *, only: st
         elif rule in stds:
             normal.append((block, stds[rule]))
         else:
-            block.data.fill_(1.0 if rule == ONES else 0.0)
+            is_one = rule == ONES or (rule == NORM and not config.zero_centered_norms)
+            block.data.fill_(1.0 if is_one else 0.0)
     parts = (part for block, std in normal for part in _parts(block, std))
     for part, values in _made_ahead(parts, seed, torch.get_num_threads()):
         part.target.copy_(values)

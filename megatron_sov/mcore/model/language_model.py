@@ -36,6 +36,7 @@ from megatron_sov.mcore.model.placement import made_here, place
 from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.mcore.model.specs import (
+    block_norm,
     layer_specs,
     mtp_layer_spec,
     own_attention,
@@ -274,7 +275,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     """Build chunk number `vp_stage` of an interleaved pipeline's stage, or (None) the only one."""
     te = uses_transformer_engine(config.params_dtype)
-    norm = _block_norm(te)
+    norm = block_norm(config)
     first = get_transformer_layer_offset(config, vp_stage)
     local = layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -292,14 +293,17 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             * config.tensor_model_parallel_size, max_sequence_length=model.max_position_tokens,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
-            rotary_base=model.rope_theta, share_embeddings_and_output_weights=model.tied_embeddings,
-            mtp_block_spec=mtp, vp_stage=vp_stage)
+            rotary_percent=model.rope_share, rotary_base=model.rope_theta, mtp_block_spec=mtp,
+            share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
     place(chunk, device)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16,
         # and its counts stop at 256 there
         parameter.data = parameter.data.to(config.params_dtype)
     rotate_by(chunk.rotary_pos_emb, model, config.params_dtype)
+    if model.embedding_multiplier != 1 and (chunk.pre_process or chunk.mtp_process):
+        chunk.embedding.register_forward_hook(
+            lambda module, inputs, embedded: embedded * model.embedding_multiplier)
     _zero_padding_rows(chunk, model.vocab_size)
     _mark_parameters(chunk)
     return chunk
@@ -346,16 +350,6 @@ def _mark_split(parameter: torch.nn.Parameter, axis: int) -> None:
         set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
-def _block_norm(transformer_engine: bool) -> Any:
-    from megatron.core.models.backends import LocalSpecProvider
-
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TENorm
-    return LocalSpecProvider().layer_norm(rms_norm=True)
-
-
 def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     """Return hidden states [tokens, hidden] on every tensor-parallel process: of all tokens, or the local
     part of a cut row.
@@ -369,3 +363,10 @@ def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     else:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     return hidden.flatten(0, 1)
+
+
+def states_for_head(hidden: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return what the output head's weight is multiplied with: the gathered hidden states, times the factor
+    on its logits."""
+    states = gather_sequence(hidden, config)
+    return states if config.logits_multiplier == 1 else states * config.logits_multiplier

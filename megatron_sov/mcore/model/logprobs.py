@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sov.mcore.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs, project
 from megatron_sov.mcore.model.divergence import Divergence, DivergenceSums, Teacher, most_probable
-from megatron_sov.mcore.model.language_model import LanguageModel, gather_sequence, valid_rows
+from megatron_sov.mcore.model.language_model import LanguageModel, states_for_head, valid_rows
 from megatron_sov.mcore.parallel import context
 from megatron_sov.mcore.parallel.device import to_device
 
@@ -65,7 +65,7 @@ class Head:
             groups and differentiable for losses that are computed alike on all of them; [T] losses in
             float32 (float64 under fp64), without gradient.
         """
-        losses, *sums = CrossEntropySums.apply(gather_sequence(hidden, self.config), self.weight, labels,
+        losses, *sums = CrossEntropySums.apply(states_for_head(hidden, self.config), self.weight, labels,
                                                self._chunking, torch.is_grad_enabled(), *weights.values())
         return dict(zip(weights, sums, strict=True)), losses
 
@@ -84,7 +84,7 @@ class Head:
         Returns:
             Term -> its sum over the whole row, as from `cross_entropy`; and each position's figures.
         """
-        of_row, *sums = DivergenceSums.apply(gather_sequence(hidden, self.config), self.weight, teacher,
+        of_row, *sums = DivergenceSums.apply(states_for_head(hidden, self.config), self.weight, teacher,
                                              divergence, self._chunking, torch.is_grad_enabled(),
                                              *weights.values())
         return dict(zip(weights, sums, strict=True)), Divergences(*of_row.unbind(1))
@@ -108,7 +108,7 @@ class Head:
             [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and
             context-parallel groups, differentiable for losses that are computed alike on all of them.
         """
-        states, own = gather_sequence(hidden, self.config), context.local(labels)
+        states, own = states_for_head(hidden, self.config), context.local(labels)
         if wanted is None:
             return context.gather(LabelLogprobs.apply(states, self.weight, own, self._chunking, temperature))
         index = to_device(context.local(wanted).nonzero()[:, 0], states.device)
@@ -134,7 +134,7 @@ class Head:
     def top_of_row(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the most probable token [T] int64 after each position of a row, from [local tokens, 1,
         H], on every process."""
-        return context.gather(self.top_tokens(gather_sequence(hidden, self.config)))
+        return context.gather(self.top_tokens(states_for_head(hidden, self.config)))
 
     @torch.no_grad()
     def most_probable(self, hidden: torch.Tensor, k: int, temperature: float = 1.0
@@ -142,7 +142,7 @@ class Head:
         """Return the K most probable tokens [T, K] int64 after each position of a row, and their
         log-probabilities [T, K] float32 (float64 under fp64), from [local tokens, 1, H], on every process."""
         found = [most_probable(s, self.weight, k, self._chunking.token_rows, temperature)
-                 for s in gather_sequence(hidden, self.config).split(self.chunk_tokens)]
+                 for s in states_for_head(hidden, self.config).split(self.chunk_tokens)]
         token, logprobs = (context.gather(torch.cat(parts)) for parts in zip(*found, strict=True))
         return token, logprobs
 

@@ -4,6 +4,7 @@ YaRN's factor, and rotations that ask the device nothing."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from megatron_sov.mcore.parallel.device import CPU
 
 
 def frequencies(model: ModelConfig) -> torch.Tensor:
-    """Return the angle per position of each pair of channels, [head_dim / 2] float64.
+    """Return the angle per position of each rotated pair of channels, [pairs] float64.
 
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2) and, where the model has it, YaRN's "NTK-by-parts" (Peng et
     al., arXiv 2309.00071, eq. 17-22), its ramp's ends rounded outwards to whole channels as
     transformers does, or Llama 3.1's scaling (`apply_scaling` of Meta's llama-models).
     """
-    dim = model.head_dim
+    dim = model.rotated_channels()
     base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if model.llama3_rope is not None:
@@ -64,6 +65,15 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     embedding.forward.cache_clear()
 
 
+def local_turns(model: ModelConfig) -> list[float] | None:
+    """Return how often each rotated channel of sliding layers turns while it turns once in global ones; None:
+    as often."""
+    if model.local_rope_theta is None:
+        return None
+    local = frequencies(replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None))
+    return ((local / frequencies(model)).tolist()) * 2
+
+
 def softmax_scale(model: ModelConfig, kind: str) -> float:
     """Return the factor on the products of queries and keys in layers of a kind (`ModelConfig.layer_types`).
 
@@ -72,7 +82,8 @@ def softmax_scale(model: ModelConfig, kind: str) -> float:
     ``m^2 / sqrt(head_dim)`` behind plain rotations, which fused kernels know.  Layers that do not
     rotate have no such factor.
     """
-    plain: float = model.head_dim ** -0.5
+    plain: float = model.head_dim ** -0.5 if model.attention_multiplier is None else (
+        model.attention_multiplier)
     rotates = model.rope_on_global or kind == "sliding_attention"
     if model.yarn is None or not rotates:
         return plain

@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.mcore.model.block_output import BlockOutput, OwnLayer, ZeroCenteredNorm, gelu_tanh
 from megatron_sov.mcore.model.gpu_settings import (
     Here,
     expert_settings,
@@ -19,7 +20,7 @@ from megatron_sov.mcore.model.gpu_settings import (
     transformer_settings,
 )
 from megatron_sov.mcore.model.quantization import keep_ends_in_bf16, library_settings
-from megatron_sov.mcore.model.rotary import softmax_scale
+from megatron_sov.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -81,7 +82,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "kv_channels": model.head_dim,
         "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True,
-        "activation_func": silu, "add_bias_linear": False, "add_qkv_bias": model.qkv_bias,
+        "activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[model.activation],
+        "layernorm_zero_centered_gamma": te and model.zero_centered_norms,
+        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.qk_norm,
         "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
         "perform_initialization": False, "use_cpu_initialization": not on_gpu(),
@@ -118,7 +121,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
     _yarn(config, model)
+    if model.yarn is not None or model.attention_multiplier is not None:
+        config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
+    config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
 
 
@@ -169,7 +175,6 @@ def _yarn(config: Any, model: ModelConfig) -> None:
         config.yarn_beta_fast, config.yarn_beta_slow = model.yarn.beta_fast, model.yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
-        config.softmax_scale = softmax_scale(model, "sliding_attention")
         config.yarn_correction_range_round_to_int = True
 
 
@@ -217,7 +222,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
         attention.core_attention = ModuleSpec(module=DocumentAttention,
                                               params={"window_tokens": model.window_tokens(kind)})
     if config.softmax_scale not in (None, softmax_scale(model, kind)):
-        attention.core_attention = _with_default_scale(attention.core_attention)
+        attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
+    _place_norms(config, spec, kind, model)
     if isinstance(spec.submodules.mlp.submodules, MoESubmodules):
         spec.submodules.mlp.submodules.router = BalancedRouter
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
@@ -225,13 +231,59 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     return spec
 
 
-def _with_default_scale(core_attention: Any) -> Any:
-    """Return the spec of a core attention that divides by sqrt(head_dim), whatever the one scale is that the
-    library gives to all layers."""
+def _with_scale(core_attention: Any, scale: float) -> Any:
+    """Return the spec of a core attention with a scale of its own, whatever the one scale is that the library
+    gives to all layers."""
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class DefaultScale(get_module(core_attention)):  # type: ignore[misc]
+    class OwnScale(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, *args: Any, softmax_scale: float | None, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, softmax_scale=scale, **kwargs)
 
-    return ModuleSpec(module=DefaultScale, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=OwnScale, params=getattr(core_attention, "params", {}))
+
+
+def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
+    """Have a layer normalise where the model does, and rotate and add to the residual what it does."""
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    layer, te = spec.submodules, uses_transformer_engine(config.params_dtype)
+    if model.block_norms == "post":
+        layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+        if te:
+            _without_norm_inside(layer)
+    if model.zero_centered_norms and not te:
+        attention = layer.self_attention.submodules
+        for part, name in ((layer, "input_layernorm"), (layer, "pre_mlp_layernorm"),
+                           (attention, "q_layernorm"), (attention, "k_layernorm")):
+            if getattr(part, name) is not IdentityOp:
+                setattr(part, name, ZeroCenteredNorm)
+    turns = local_turns(model) if kind == "sliding_attention" else None
+    if turns is None and model.block_norms == "pre" and model.residual_multiplier == 1:
+        return
+    spec.module, spec.params = OwnLayer, {"turns": turns}
+    layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=BlockOutput, params={
+        "config": config, "multiplier": model.residual_multiplier,
+        "norm": None if model.block_norms == "pre" else block_norm(config)})
+
+
+def _without_norm_inside(layer: Any) -> None:
+    """Replace Transformer Engine's linear layers that begin with a norm by those that do not."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if isinstance(layer.mlp.submodules, MLPSubmodules):  # before experts the norm stands by itself
+        layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+
+
+def block_norm(config: Any) -> Any:
+    """Return the module of an RMSNorm over the residual's width."""
+    from megatron.core.models.backends import LocalSpecProvider
+
+    if uses_transformer_engine(config.params_dtype):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)

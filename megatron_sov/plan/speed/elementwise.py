@@ -11,7 +11,7 @@ from megatron_sov.plan.speed.work import Product, local_tokens
 from megatron_sov.plan.speed.workload import Workload
 
 NUMBER_BYTES = 2
-NORM_AND_RESIDUAL = 5
+NORM, RESIDUAL = 2, 3
 """A norm reads and writes, a residual sum reads two and writes one."""
 LOGIT_BYTES = 14
 """Of each logit, both passes: written in bf16, read for the largest, read and written for the sum's
@@ -27,9 +27,9 @@ SCAN_CHUNK = 128
 
 
 def _residual(w: Workload) -> float:
-    """Return the bytes of a block's norm and residual sum."""
+    """Return the bytes of a block's norms and residual sum."""
     tokens = local_tokens(w) / (w.tp if w.sp else 1)
-    return NORM_AND_RESIDUAL * tokens * w.shape.hidden_size * NUMBER_BYTES
+    return (NORM * w.shape.norms_per_block + RESIDUAL) * tokens * w.shape.hidden_size * NUMBER_BYTES
 
 
 def attention_bytes(w: Workload) -> float:

@@ -28,6 +28,9 @@ class ModelShape:
     """Inner width of dense feed-forward layers."""
     gated: bool = True
     """Whether feed-forward networks have a gate (three matrices, SwiGLU) or not (two)."""
+    norms_per_block: int = 1
+    """Norms of an attention block or feed-forward network over the residual's width: before it, or behind it
+    too."""
     tied: bool = False
     """Whether the output head is the embedding."""
     num_experts: int = 0
@@ -223,7 +226,8 @@ def of_model(model: ModelConfig) -> ModelShape:
     return ModelShape(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim, num_kv_heads=model.num_kv_heads, vocab_size=model.vocab_size,
-        dense_ffn_dim=model.dense_ffn_dim, tied=model.tied_embeddings, num_experts=model.num_experts,
+        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_layer() // 2,
+        tied=model.tied_embeddings, num_experts=model.num_experts,
         num_experts_per_token=model.num_experts_per_token if model.num_experts else 0,
         expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,
         num_shared_experts=model.num_shared_experts if model.num_experts else 0,

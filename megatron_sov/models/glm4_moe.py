@@ -1,0 +1,55 @@
+"""GLM-4.5 and 4.6 (`glm4_moe`): half of each head rotates; biases on query, key and value; QK-norm in the
+larger ones; leading dense layers, DeepSeek-V3's router and a shared expert.
+
+Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk.
+transformers drops it on loading, and so do we.
+"""
+
+from __future__ import annotations
+
+from megatron_sov.models.blocks import (
+    ATTENTION,
+    DENSE_FFN,
+    EMBEDDINGS_AND_HEAD,
+    QK_NORM,
+    QKV_BIAS,
+    ROUTED_EXPERTS,
+    SHARED_EXPERTS,
+    router_bias,
+    trunk,
+)
+from megatron_sov.models.family import DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, Family
+from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Zero, hidden_over_heads
+from megatron_sov.models.hf_layers import LeadingDenseLayers
+
+FAMILY = Family(
+    name="glm4_moe",
+    hf_classes=("Glm4MoeForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD,
+        trunk("every layer", ATTENTION),
+        trunk("every layer", QKV_BIAS, when="qkv_bias"),
+        trunk("every layer", QK_NORM, when="qk_norm"),
+        trunk("dense layers", DENSE_FFN),
+        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS,
+              (router_bias("mlp.gate.e_score_correction_bias"),)),
+    ),
+    config=(
+        *DECODER_CONFIG, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
+        Renamed("num_experts_per_tok", "num_experts_per_token", 8),
+        Renamed("moe_intermediate_size", "expert_ffn_dim", 1408),
+        Renamed("attention_bias", "qkv_bias", False), Renamed("use_qk_norm", "qk_norm", False),
+        Renamed("rms_norm_eps", "norm_eps", 1e-5),
+        Renamed("head_dim", "head_dim", hidden_over_heads), Renamed("intermediate_size", "dense_ffn_dim"),
+        Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0),
+        Rope(default_theta=10_000.0, default_share=0.5), LeadingDenseLayers(default=1),
+        Zero("num_nextn_predict_layers", aliases=("num_mtp_layers",)),
+    ),
+    structure={**DEEPSEEK_ROUTER, "attention_pattern": "G", "sliding_window_tokens": 0,
+               "rope_on_global": True, "tied_embeddings": False, "num_mtp_layers": 0},
+    varies=("rope_share",),
+    training={"router_bias_update_rate": 1e-3},
+    needs_shared_expert=True,
+    predicts_behind=True,
+)

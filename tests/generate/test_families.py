@@ -1,0 +1,58 @@
+"""Every way that a layer can be made is generated from with the same tokens as a full forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+PROMPTS = [[5, 9, 2, 70], list(range(20, 60)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
+NEW = 6
+SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.init_std=0.3",
+            "model.dense_ffn_dim=24", "train.precision=fp64"]
+RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
+           "tiny-gemma3": ["model.sliding_window_tokens=8", "model.attention_pattern=LG",
+                           "model.embedding_multiplier=5.656854249492381"],
+           "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
+           "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
+
+
+def written_twice(layout: dict[str, Any]) -> list[Any]:
+    """Return, for each recipe, what is generated greedily with a cache, and what full forward passes say."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.generate.generator import MegatronEngine
+    from megatron_sov.generate.request import Batching, Sampling
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
+
+    parallel, found = ParallelConfig(**layout), []
+    world.join(parallel)
+    for recipe, settings in RECIPES.items():
+        config = apply_settings(recipes.get(recipe), [*SETTINGS, *settings])
+        model = build(config.model, parallel, config.train)
+        init.initialise(model, config.model, 1)
+        policy = ForwardModel(model, 50)
+        written = MegatronEngine(policy, Batching(2, 5)).generate(PROMPTS, Sampling(NEW)).continuations
+        full = [policy.logits(Inputs([[*p, *c]], torch.device("cpu")),
+                              torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
+                for p, c in zip(PROMPTS, written, strict=True)]
+        graphs = any(p.grad is not None for p in model.parameters())
+        found.append([written, full, graphs])
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any) -> None:
+    alone, split = ranks(job(__file__, "written_twice", 1, {"layout": {}}),
+                         job(__file__, "written_twice", 2, {"layout": {"tp": 2, "sp": True}}))
+    for found in (alone[0], split[0]):
+        for recipe, (written, full, graphs) in zip(RECIPES, found, strict=True):
+            assert written == full and not graphs, recipe
+            assert len({token for row in written for token in row}) > 3, recipe
+    assert alone[0] == split[0]
