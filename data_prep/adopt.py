@@ -1,4 +1,4 @@
-"""`sov-data adopt`: token shards that Megatron-LM's preprocess_data wrote become an artifact of token shards."""
+"""`sov-data adopt`: token shards that Megatron-LM's preprocess_data wrote become an artifact of ours."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
 
 HELP = "take over token shards that Megatron-LM's preprocess_data wrote"
-DESCRIPTION = """Take over .bin and .idx pairs that Megatron-LM's preprocess_data wrote, as an artifact of token
-shards: every number of the index is checked, ids against the tokenizer's vocabulary, the ends of documents, and
-whether the text that they spell gives the same ids again."""
+DESCRIPTION = """Take over .bin and .idx pairs that Megatron-LM's preprocess_data wrote, as an artifact of
+token shards: every number of the index is checked, ids against the tokenizer's vocabulary, the ends of
+documents, and whether the text that they spell gives the same ids again."""
 BLOCK_TOKENS = 1 << 22
 EODS = ("auto", "append", "none")
 
@@ -51,18 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = DESCRIPTION
     parser.add_argument("pairs", nargs="+", metavar="[NAME=]PREFIX",
-                        help="path of PREFIX.bin and PREFIX.idx; each pair is one source, named after it unless "
-                             "NAME is given")
+                        help="path of PREFIX.bin and PREFIX.idx; each pair is one source, named after it "
+                             "unless NAME is given")
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR",
                         help="tokenizer that they were made with (`sov-tokenizer import` takes one over)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the token shards")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
+                        help="folder for the token shards")
     parser.add_argument("--heldout", type=float, default=0.02, metavar="SHARE",
-                        help="part of the documents kept from training, chosen as `sov-data pack` does (default "
-                             "%(default)s)")
+                        help="part of the documents kept from training, chosen as `sov-data pack` does "
+                             "(default %(default)s)")
     parser.add_argument("--eod", choices=EODS, default="auto",
-                        help="whether documents end with the tokenizer's eos; auto: look (default %(default)s)")
+                        help="whether documents end with the tokenizer's eos; auto: look (default "
+                             "%(default)s)")
     parser.add_argument("--link", action="store_true",
-                        help="link the .bin files and copy nothing; needs --heldout 0 and the same file system")
+                        help="link the .bin files and copy nothing; needs --heldout 0 and the same file "
+                             "system")
     parser.add_argument("--shard-tokens", type=int, default=2_000_000_000, metavar="N",
                         help="most tokens of one shard (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true",
@@ -77,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if args.shard_tokens < 1:
         problems.append(f"--shard-tokens {args.shard_tokens}: must be at least 1")
     if args.link and args.heldout:
-        problems.append(f"--link: keeps the files as they are, so that no document can be held out of them, and "
-                        f"--heldout is {args.heldout}; pass --heldout 0, or leave --link out")
+        problems.append("--link: keeps the files as they are, so that no document can be held out of them, "
+                        f"and --heldout is {args.heldout}; pass --heldout 0, or leave --link out")
     if problems:
         raise UserError("; ".join(problems))
     refuse_existing(args.output, KIND, args.overwrite)
@@ -104,14 +107,14 @@ def _write(pairs: list[Pair], encoder: Encoder, args: argparse.Namespace) -> Non
     eods = {pair.surveyed.ends_with_eos for pair in pairs}
     if len(eods) > 1:
         named = ", ".join(f"{p.source.name}: {'yes' if p.surveyed.ends_with_eos else 'no'}" for p in pairs)
-        raise UserError(f"the pairs differ in whether documents end with eos ({named}); adopt them into folders "
-                        "of their own, and mix these (`sov-data mix`)")
+        raise UserError(f"the pairs differ in whether documents end with eos ({named}); adopt them into "
+                        "folders of their own, and mix these (`sov-data mix`)")
     dtype = token_dtype(encoder.vocab_size)
     if args.link:
         dtypes = {pair.split.dtype for pair in pairs}
         if len(dtypes) > 1:
-            raise UserError(f"--link: the pairs have ids of {' and '.join(sorted(dtypes))}, and one artifact has "
-                            "one dtype; leave --link out")
+            raise UserError(f"--link: the pairs have ids of {' and '.join(sorted(dtypes))}, and one "
+                            "artifact has one dtype; leave --link out")
         dtype = next(iter(dtypes))
     rule = HeldoutRule(args.heldout)
     for pair in pairs:
@@ -152,8 +155,9 @@ def _record(pair: Pair, splits: dict[str, Any]) -> dict[str, Any]:
 def _copied(pair: Pair, artifact: Path, dtype: str, rule: HeldoutRule, shard_tokens: int) -> dict[str, Any]:
     """Write the shards of both splits; returns their records."""
     heldout = rule.is_heldout(pair.surveyed.hashes)
-    with ShardedWriter(artifact, f"{pair.source.name}/{TRAIN}", dtype, {}, False, 1, shard_tokens) as train, \
-            ShardedWriter(artifact, f"{pair.source.name}/{HELDOUT}", dtype, {}, False, 1, shard_tokens) as held:
+    name = pair.source.name
+    with ShardedWriter(artifact, f"{name}/{TRAIN}", dtype, {}, False, 1, shard_tokens) as train, \
+            ShardedWriter(artifact, f"{name}/{HELDOUT}", dtype, {}, False, 1, shard_tokens) as held:
         for block, tokens in _blocks(pair.split.lengths_tokens):
             lengths = pair.split.lengths_tokens[block]
             ids = np.asarray(pair.split.tokens[tokens])
@@ -182,8 +186,9 @@ def _linked(pair: Pair, artifact: Path) -> dict[str, Any]:
     try:
         os.link(f"{pair.source.path}.bin", f"{target}.bin")
     except OSError as e:
-        raise UserError(f"--link: {pair.source.path}.bin cannot be linked into {artifact.parent} ({e.strerror}); "
-                        "choose an --output on the same file system, or leave --link out") from None
+        raise UserError(f"--link: {pair.source.path}.bin cannot be linked into {artifact.parent} "
+                        f"({e.strerror}); choose an --output on the same file system, or leave --link "
+                        "out") from None
     write_index(target, pair.split.dtype, pair.split.lengths_tokens)
     record = ShardRecord(prefix, len(pair.split.lengths_tokens), len(pair.split.tokens),
                          int(pair.surveyed.sizes_bytes.sum()))

@@ -1,5 +1,5 @@
-"""What is found in token shards of others: their range of ids, the ends of their documents, the text that they
-spell, and whether the tokenizer gives these ids for it."""
+"""What is found in token shards of others: their range of ids, the ends of their documents, the text that
+they spell, and whether the tokenizer gives these ids for it."""
 
 from __future__ import annotations
 
@@ -97,15 +97,16 @@ def _ends(prefix: Path, split: IndexedSplit, encoder: Encoder, eod: str) -> bool
     if eod == "none" or (eod == "auto" and not num_ended):
         if eod == "auto" and num_documents > 1 and (lasts == lasts[0]).all():
             raise UserError(f"{prefix}: every document ends with id {lasts[0]} "
-                            f"({encoder.decode([int(lasts[0])])!r}), and the tokenizer's eos is {encoder.eos_id} "
-                            f"({encoder.decode([encoder.eos_id])!r}); pass a tokenizer whose eos_token it is, or "
-                            "--eod none to take it for text")
+                            f"({encoder.decode([int(lasts[0])])!r}), and the tokenizer's eos is "
+                            f"{encoder.eos_id} ({encoder.decode([encoder.eos_id])!r}); pass a tokenizer "
+                            "whose eos_token it is, or --eod none to take it for text")
         return False
     if num_ended < num_documents:
         first = int(np.flatnonzero(lasts != encoder.eos_id)[0])
-        raise UserError(f"{prefix}: {num_documents - num_ended:,} of {num_documents:,} documents do not end with "
-                        f"the tokenizer's eos, id {encoder.eos_id} (the first is document {first}); pass the "
-                        "tokenizer that it was made with, or --eod none to take eos for text where it stands")
+        raise UserError(f"{prefix}: {num_documents - num_ended:,} of {num_documents:,} documents do not end "
+                        f"with the tokenizer's eos, id {encoder.eos_id} (the first is document {first}); "
+                        "pass the tokenizer that it was made with, or --eod none to take eos for text where "
+                        "it stands")
     return True
 
 
@@ -125,8 +126,8 @@ def _refuse_other_tokenizer(name: str, split: IndexedSplit, encoder: Encoder) ->
         num_tokens += len(ids)
     shown = max(texts, key=len)[:SHOWN_CHARS]
     if agreed < MIN_AGREEMENT * num_tokens:
-        raise UserError(f"{name}: is of another tokenizer: the text that it spells with this one has other ids "
-                        f"(only {agreed / num_tokens:.0%} of {len(chosen)} samples agree), and reads {shown!r}; "
-                        "pass the tokenizer that it was made with")
+        raise UserError(f"{name}: is of another tokenizer: the text that it spells with this one has other "
+                        f"ids (only {agreed / num_tokens:.0%} of {len(chosen)} samples agree), and reads "
+                        f"{shown!r}; pass the tokenizer that it was made with")
     print(f"{name}: reads {shown!r}; encoded again, {agreed / max(1, num_tokens):.1%} of the ids of "
           f"{len(chosen)} samples agree up to the first that differs")

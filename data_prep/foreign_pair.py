@@ -1,8 +1,8 @@
 """A `.bin/.idx` pair that others wrote (Megatron-LM's `preprocess_data`, Megatron-Bridge, NeMo), with every
 number of its index checked.
 
-Theirs may have several sequences in a document (`--split-sentences`) and documents without any; here a document
-is all of its sequences together, and empty ones are left out, which changes no byte of the .bin.
+Theirs may have several sequences in a document (`--split-sentences`) and documents without any; here a
+document is all of its sequences together, and empty ones are left out, which changes no byte of the .bin.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
     ends = np.cumsum(lengths) * dtype.itemsize
     wrong = np.flatnonzero(starts != ends - lengths * dtype.itemsize)
     if len(wrong):
-        raise UserError(f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, and the one before it "
-                        f"ends at {int(ends[wrong[0]] - lengths[wrong[0]] * dtype.itemsize)}; {_REMEDY}")
+        raise UserError(f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, and the one "
+                        f"before it ends at {int(ends[wrong[0]] - lengths[wrong[0]] * dtype.itemsize)}; "
+                        f"{_REMEDY}")
     if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences or (np.diff(bounds) < 0).any():
         raise UserError(f"{index}: its document bounds do not go from 0 to its {num_sequences} sequences in "
                         f"order; {_REMEDY}")
@@ -63,7 +64,8 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
     if not len(kept):
         raise UserError(f"{index}: holds no document; name another pair")
     if int(kept.max()) >= 1 << 31:
-        raise UserError(f"{index}: a document has {kept.max():,} tokens, and at most {(1 << 31) - 1:,} are read")
+        raise UserError(f"{index}: a document has {kept.max():,} tokens, and at most {(1 << 31) - 1:,} are "
+                        "read")
     begins = (np.cumsum(kept) - kept) * dtype.itemsize
     ids = np.memmap(tokens, dtype.newbyteorder("<"), mode="r")
     return IndexedSplit(dtype.name, kept.astype(np.int32), begins, ids), len(documents) - len(kept)
@@ -72,18 +74,18 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
 def _header(index: Path, raw: NDArray[np.uint8]) -> tuple[np.dtype[np.generic], int, int]:
     """Return the ids' dtype, and the number of sequences and bounds."""
     if len(raw) < HEADER.size or bytes(raw[:len(MAGIC)]) != MAGIC:
-        raise UserError(f"{index}: is no index of Megatron's indexed datasets; name a pair that preprocess_data "
-                        "wrote (the old --dataset-impl lazy and cached are not read)")
+        raise UserError(f"{index}: is no index of Megatron's indexed datasets; name a pair that "
+                        "preprocess_data wrote (the old --dataset-impl lazy and cached are not read)")
     _, version, code, num_sequences, num_bounds = HEADER.unpack_from(bytes(raw[:HEADER.size]))
     dtypes = {c: name for name, c in DTYPE_CODES.items()}
     if version != VERSION or code not in dtypes:
-        raise UserError(f"{index}: has version {version} and dtype code {code}; only version {VERSION} with ids "
-                        f"of {' or '.join(DTYPE_CODES)} is read")
+        raise UserError(f"{index}: has version {version} and dtype code {code}; only version {VERSION} with "
+                        f"ids of {' or '.join(DTYPE_CODES)} is read")
     size_bytes = HEADER.size + 12 * num_sequences + 8 * num_bounds
     if len(raw) == size_bytes + _MODE_BYTES * num_sequences and num_sequences:
-        raise UserError(f"{index}: is of text and images (it has a mode for each sequence), which is not read; "
-                        "name a pair of text")
+        raise UserError(f"{index}: is of text and images (it has a mode for each sequence), which is not "
+                        "read; name a pair of text")
     if len(raw) != size_bytes:
-        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences and "
-                        f"{num_bounds} document bounds; {_REMEDY}")
+        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences "
+                        f"and {num_bounds} document bounds; {_REMEDY}")
     return np.dtype(dtypes[code]), num_sequences, num_bounds

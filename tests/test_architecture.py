@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},
-    "models": BASE, "counterparts": BASE | {"models"}, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
+    "models": BASE, "counterparts": BASE | {"models"}, "objectives": BASE,
+    "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
     "runs": BASE, "clusters": BASE | {"runs"}, "data": GROUND, "mcore": GROUND,
     # both accept a Hugging Face folder
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},

@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("--card", getattr(args, "card", None))
     load_plugins(args.plugins)
     return {"from-hf": _from_hf, "to-hf": _to_hf, "from-peft": _from_peft, "to-peft": _to_peft,
-            "from-megatron": run_from_megatron, "average": _average, "upcycle": run_growing, "deepen": run_growing, "verify": _verify,
+            "from-megatron": run_from_megatron, "average": _average,
+            "upcycle": run_growing, "deepen": run_growing, "verify": _verify,
             "inspect": _inspect}[args.action](args)
 
 

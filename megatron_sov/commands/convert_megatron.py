@@ -16,8 +16,8 @@ from megatron_sov.rewards.settings import parse_settings
 
 def add_from_megatron(action: Callable[[str, str], argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Declare the action; returns its parser."""
-    sub = action("from-megatron", "write a torch_dist checkpoint of Megatron-LM, Megatron-Bridge or NeMo as one "
-                                  "that any layout can load")
+    sub = action("from-megatron", "write a torch_dist checkpoint of Megatron-LM, Megatron-Bridge or NeMo as "
+                                  "one that any layout can load")
     sub.add_argument("megatron_dir", metavar="DIR", type=Path,
                      help="folder of an iteration (iter_0001000), or the one that holds them")
     sub.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
@@ -26,9 +26,10 @@ def add_from_megatron(action: Callable[[str, str], argparse.ArgumentParser]) -> 
     sub.add_argument("--recipe", default="", metavar="RECIPE",
                      help="take the architecture from a recipe, and not from what the checkpoint says")
     sub.add_argument("--set", dest="settings", action="append", default=[], metavar="model.NAME=VALUE",
-                     help="a field of the architecture that the checkpoint says wrongly or not at all; may be "
-                          "repeated")
-    sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of its tokenizer, to put beside it")
+                     help="a field of the architecture that the checkpoint says wrongly or not at all; may "
+                          "be repeated")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR",
+                     help="folder of its tokenizer, to put beside the weights")
     return sub
 
 
@@ -65,7 +66,7 @@ def model_settings(settings: list[str]) -> dict[str, Any]:
     parsed = parse_settings(settings)
     given = parsed.pop("model", {})
     for name in [*parsed, *(f"model.{name}" for name in given if name not in known)]:
-        raise UserError(f"--set {name}: is no field of the architecture"
-                        f"{nearest(name.removeprefix('model.'), known, 'model.')}; fields are model.num_layers and "
-                        "the like")
+        instead = nearest(name.removeprefix("model."), known, "model.")
+        raise UserError(f"--set {name}: is no field of the architecture{instead}; fields are "
+                        "model.num_layers and the like")
     return dict(given)

@@ -1,4 +1,4 @@
-"""A `torch_dist` checkpoint of Megatron-LM or Megatron-Bridge becomes a checkpoint that any layout can load."""
+"""A `torch_dist` checkpoint of Megatron-LM or Megatron-Bridge becomes one that any layout can load."""
 
 from __future__ import annotations
 

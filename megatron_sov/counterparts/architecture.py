@@ -47,14 +47,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Theirs -> the values with which the model is one that we have."""
 DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
-           "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor", "moe_router_pre_softmax",
-           "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size", "window_attn_skip_freq",
-           "no_rope_freq", "rope_scaling", "rope_scaling_factor", "mtp_num_layers", "mtp_loss_scaling_factor",
-           "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "should_pad_vocab", "seq_length",
-           "max_position_embeddings", "yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings",
-           "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim",
-           "yarn_correction_range_round_to_int", "mtp_enabled", "group_query_attention",
-           "moe_router_group_topk")
+           "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor",
+           "moe_router_pre_softmax", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size",
+           "window_attn_skip_freq", "no_rope_freq", "rope_scaling", "rope_scaling_factor", "mtp_num_layers",
+           "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
+           "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
+           "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
+           "yarn_mscale_all_dim", "yarn_correction_range_round_to_int", "mtp_enabled",
+           "group_query_attention", "moe_router_group_topk")
 """What is read besides, together with others."""
 KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
 """All names that say something of the architecture."""
@@ -111,12 +111,13 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     if fitting:
-        raise UserError(f"the model's settings: fit the families {', '.join(fitting)}; choose one with --family")
+        raise UserError(f"the model's settings: fit the families {', '.join(fitting)}; choose one with "
+                        "--family")
     reasons = {name: _reasons(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
     raise UserError(list_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
-                                  reasons[nearest], "pass --family and --set model.NAME=VALUE where they say it "
-                                                    "wrongly"))
+                                  reasons[nearest], "pass --family and --set model.NAME=VALUE where they say "
+                                                    "it wrongly"))
 
 
 def model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
@@ -193,8 +194,8 @@ def _leading_dense(frequency: Any, num_layers: int) -> int:
         pattern = list(frequency)
     dense = pattern.index(1) if 1 in pattern else len(pattern)
     if len(pattern) != num_layers or pattern[dense:] != [1] * (num_layers - dense):
-        raise ValueError(f"moe_layer_freq = {frequency!r}: only dense layers in front of all those with experts "
-                         "are read")
+        raise ValueError(f"moe_layer_freq = {frequency!r}: only dense layers in front of all those with "
+                         "experts are read")
     return dense
 
 
@@ -233,18 +234,18 @@ def _pattern(stated: Stated) -> dict[str, Any]:
     frequency, no_rope = stated.get("window_attn_skip_freq"), stated.get("no_rope_freq")
     if window is None:
         if no_rope:
-            raise ValueError(f"no_rope_freq = {no_rope!r}: layers without rotation are read beside sliding ones "
-                             "alone")
+            raise ValueError(f"no_rope_freq = {no_rope!r}: layers without rotation are read beside sliding "
+                             "ones alone")
         return {}
-    left = list(window if isinstance(window, (list, tuple)) else _list(f"[{str(window).strip('()[]')}]"))[0]
+    left = (window if isinstance(window, (list, tuple)) else _list(f"[{str(window).strip('()[]')}]"))[0]
     slides = [True] * num_layers if frequency is None else [
         not said if is_every else said for said, is_every in _per_layer(frequency, num_layers)]
     found = {"attention_pattern": shortest_pattern("".join("GL"[bool(one)] for one in slides)),
              "sliding_window_tokens": left + 1}
     if no_rope:
         if [not said for said, _ in _per_layer(no_rope, num_layers)] != slides:
-            raise ValueError("no_rope_freq and window_attn_skip_freq: the layers without rotation must be those "
-                             "without a window")
+            raise ValueError("no_rope_freq and window_attn_skip_freq: the layers without rotation must be "
+                             "those without a window")
         found["rope_on_global"] = False
     return found
 

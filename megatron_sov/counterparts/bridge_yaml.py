@@ -29,7 +29,8 @@ def read_sections(file: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{file}: cannot be read ({e.strerror}); see to its permissions") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{file}: is no YAML of plain values ({reason}); restore it from its source") from None
+        raise UserError(f"{file}: is no YAML of plain values ({reason}); restore it from its "
+                        "source") from None
     sections = {name: value for name, value in found.items() if isinstance(name, str)} \
         if isinstance(found, dict) else {}
     if not any(isinstance(value, dict) for value in sections.values()):

@@ -110,15 +110,16 @@ def changed(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
     (HEADER.size + 4 * 200, struct.pack("<q", 2), "sequence 0 begins at byte 2"),
     (HEADER.size + 12 * 200 + 8, struct.pack("<q", 300), "document bounds do not go from 0"),
 ])
-def test_an_index_that_is_not_sound_is_refused(at: int, raw: bytes, sentence: str, pair: Path, tokenizer: Path,
-                                               tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = changed(pair, tmp_path, at, raw)
-    assert cli.main(["adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]) == 2
+def test_an_index_that_is_not_sound_is_refused(at: int, raw: bytes, sentence: str, pair: Path,
+                                               tokenizer: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    bad, out = changed(pair, tmp_path, at, raw), tmp_path / "out"
+    assert cli.main(["adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(out)]) == 2
     assert sentence in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.bin", "bad.idx"]
 
 
-def test_shards_of_another_tokenizer_are_refused(tokenizer: Path, pair: Path, texts: list[str], tmp_path: Path,
+def test_shards_of_another_tokenizer_are_refused(tokenizer: Path, texts: list[str], tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     ids, eos = encoded(tokenizer, texts[:50])
 

@@ -13,8 +13,8 @@ PROPERTIES, CHUNK = Name(_META, "TensorProperties"), Name(_META, "ChunkStorageMe
 PLACE = Name(_META, "MetadataIndex")
 STORED = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 SIZE = Name("torch", "Size")
-DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool",
-               "float8_e4m3fn", "float8_e5m2")
+DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8",
+               "bool", "float8_e4m3fn", "float8_e5m2")
 MEMBER = Name("builtins", "getattr")
 """How Python 3.11 writes a member of an enumeration."""
 _INDEX = {
@@ -36,8 +36,8 @@ STORAGES = {Name("torch", f"{name}Storage"): dtype for name, dtype in {
     "Int": "int32", "Byte": "uint8", "Bool": "bool"}.items()}
 """What torch calls a storage -> the dtype of a tensor that stands in it."""
 NAMESPACE = Name("argparse", "Namespace")
-_OF_SETTINGS = ("megatron", "torch", "transformer_engine", "nvidia_resiliency_ext", "numpy", "datetime", "enum",
-                "types")
+_OF_SETTINGS = ("megatron", "torch", "transformer_engine", "nvidia_resiliency_ext", "numpy", "datetime",
+                "enum", "types")
 """Packages whose classes and enumerations stand among settings; they are told as names."""
 _PLAIN = {"set", "frozenset", "complex", "bytearray", "slice", "range"}
 _CODECS = Name("_codecs", "encode")

@@ -46,7 +46,8 @@ def read_apart(what: str, path: Path) -> dict[str, Any]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {_REMEDY}") from None
     if not path.is_file() or size_bytes > MAX_FILE_BYTES:
-        raise UserError(f"{path}: has {size(size_bytes)}, and at most {size(MAX_FILE_BYTES)} are read; {_REMEDY}")
+        raise UserError(f"{path}: has {size(size_bytes)}, and at most {size(MAX_FILE_BYTES)} are read; "
+                        f"{_REMEDY}")
     order = json.dumps({"what": what, "path": str(path.absolute()), "size_bytes": size_bytes})
     paths = json.dumps([os.path.abspath(entry) for entry in sys.path if entry])
     try:

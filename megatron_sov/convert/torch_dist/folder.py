@@ -1,4 +1,4 @@
-"""Where in a folder of Megatron-LM, Megatron-Bridge or NeMo the checkpoint lies, and whether it can be read."""
+"""Where in a folder of Megatron-LM, Megatron-Bridge or NeMo the checkpoint lies, and whether it is read."""
 
 from __future__ import annotations
 
@@ -50,15 +50,16 @@ def _newest(folder: Path) -> Path:
             return folder / names[0]
         if not names:
             return folder
-        raise UserError(f"{folder}: has no {TRACKER} that says which of its checkpoints is the newest; name one "
-                        f"of them ({listed(names)})")
+        raise UserError(f"{folder}: has no {TRACKER} that says which of its checkpoints is the newest; name "
+                        f"one of them ({listed(names)})")
     with open(tracker, encoding="utf-8", errors="replace") as f:
         said = f.read(MAX_TRACKER_BYTES).strip()
     if not re.fullmatch(r"\d{1,12}|release", said):
         raise UserError(f"{tracker}: says {said!r}, which is no iteration; name the checkpoint's own folder")
     found = folder / (said if said == "release" else f"iter_{int(said):07d}")
     if not found.is_dir():
-        raise UserError(f"{tracker}: says {said}, and there is no {found.name}; name the checkpoint's own folder")
+        raise UserError(f"{tracker}: says {said}, and there is no {found.name}; name the checkpoint's own "
+                        "folder")
     return found
 
 
@@ -67,17 +68,17 @@ def _check_format(folder: Path) -> None:
         raise UserError(f"{folder}: has files of single ranks (--ckpt-format torch), which are not read; let "
                         "Megatron-LM write it again with --ckpt-format torch_dist (--ckpt-convert-format)")
     if not (folder / METADATA).is_file() and not (folder / FORMAT).is_file():
-        raise UserError(f"{folder}: has neither {METADATA} nor {FORMAT}, so it is no torch_dist checkpoint; name "
-                        f"the folder of an iteration, or the one with {TRACKER}")
+        raise UserError(f"{folder}: has neither {METADATA} nor {FORMAT}, so it is no torch_dist checkpoint; "
+                        f"name the folder of an iteration, or the one with {TRACKER}")
     if not (folder / FORMAT).is_file():
         raise UserError(f"{folder}: has no {FORMAT}, so its format is not known (fsdp_dtensor and plain "
-                        "torch.distributed checkpoints are not read); let Megatron write it with --ckpt-format "
-                        "torch_dist")
+                        "torch.distributed checkpoints are not read); let Megatron write it with "
+                        "--ckpt-format torch_dist")
     said = read_json(folder / FORMAT)
     backend, version = said.get("sharded_backend"), said.get("sharded_backend_version")
     if backend != BACKEND or version not in VERSIONS:
-        raise UserError(f"{folder / FORMAT}: sharded_backend = {backend!r} version {version!r} is not read, only "
-                        f"{BACKEND!r} version {VERSIONS[0]}; let Megatron write it again with --ckpt-format "
-                        "torch_dist")
+        raise UserError(f"{folder / FORMAT}: sharded_backend = {backend!r} version {version!r} is not read, "
+                        f"only {BACKEND!r} version {VERSIONS[0]}; let Megatron write it again with "
+                        "--ckpt-format torch_dist")
     if not (folder / METADATA).is_file():
         raise UserError(f"{folder}: has no {METADATA}, so it was never complete; use an earlier checkpoint")

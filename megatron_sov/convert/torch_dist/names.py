@@ -1,9 +1,9 @@
 """Under which names, and in which pieces, Megatron-LM keeps the tensors that we keep under our own.
 
 Both go by the library's global names, so most are the same.  What differs: layers of one kind may be stacked
-along a leading axis (`decoder.layers.mlp...` [layers, ...], the default up to megatron-core 0.15), experts and
-the halves of a gated matrix may be tensors of their own, and some norms are named after the module that they are
-fused into.
+along a leading axis (`decoder.layers.mlp...` [layers, ...], the default up to megatron-core 0.15), experts
+and the halves of a gated matrix may be tensors of their own, and some norms are named after the module that
+they are fused into.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
-_ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"), (".transformer_layer.", ".mtp_model_layer."))
-"""What a name may have in the place of ours: the norm before experts without Transformer Engine, and the layer
-inside a prediction layer in later versions."""
+_ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+            (".transformer_layer.", ".mtp_model_layer."))
+"""What a name may have in the place of ours: the norm before experts without Transformer Engine, and the
+layer inside a prediction layer in later versions."""
 _EXPERTS = ".experts.experts."
 PREFIXES = ("", "module.")
 """What may stand before all names: NeMo's wrapper."""

@@ -106,7 +106,8 @@ class TorchDistWeights:
 
     def files_of(self, name: str) -> set[str]:
         """Return the files that hold a part of the tensor that this one is a part of."""
-        return {file for source in self._of(self._link_of[name]) for file in self.tensors.files_of(source.key)}
+        return {file for source in self._of(self._link_of[name])
+                for file in self.tensors.files_of(source.key)}
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
