@@ -1,5 +1,5 @@
-"""`megatron-sov convert from-hf | to-hf | from-peft | to-peft | average | upcycle | deepen | verify |
-inspect`.
+"""`megatron-sov convert from-hf | to-hf | from-megatron | settings | from-peft | to-peft | average | upcycle
+| deepen | verify | inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
 """
