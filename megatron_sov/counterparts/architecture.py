@@ -7,6 +7,7 @@ arguments of Megatron-LM, which say some things otherwise, to them.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -172,7 +173,8 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
                          f"width {inner}")
     dense = _leading_dense(stated.get("moe_layer_freq", 1), stated["num_layers"])
     score = stated.get("moe_router_score_function", "softmax")
-    found = {ours: stated[theirs] for theirs, ours in OF_EXPERTS.items() if stated.get(theirs) is not None}
+    found = {"num_experts_per_token": 2}  # theirs where nothing is said
+    found |= {ours: stated[theirs] for theirs, ours in OF_EXPERTS.items() if stated.get(theirs) is not None}
     found |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
               "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
               "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
@@ -205,7 +207,7 @@ def _list(text: str) -> list[int]:
     found: list[int] = []
     for term in text.replace(" ", "").strip("()").split("+"):
         inner, _, times = term.strip("()").partition("]")
-        if not inner.startswith("[") or not (times == "" or times.startswith("*")):
+        if not inner.startswith("[") or not re.fullmatch(r"(\*\d{1,5})?", times):
             raise ValueError(f"{text[:80]!r} is no list of numbers such as [0]*3+[1]*58")
         found += [int(n) for n in inner[1:].split(",") if n] * int(times[1:] or 1)
     return found
@@ -289,6 +291,7 @@ def _reasons(name: str, fields: Mapping[str, Any]) -> list[str]:
 
 
 def not_default(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields of an architecture that differ from the defaults of `ModelConfig`."""
-    return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)
+    """Return the fields that differ from the defaults of `ModelConfig`, as plain values."""
+    plain = dataclasses.asdict(model)
+    return {field.name: plain[field.name] for field in dataclasses.fields(model)
             if getattr(model, field.name) != field.default}

@@ -168,8 +168,12 @@ def _pipeline(said: Stated, made: Settings) -> None:
 
 def _memory(said: Stated, made: Settings) -> None:
     granularity = said.get("recompute_granularity")
-    if granularity:
-        made.ours["train.recompute"] = True if granularity == "full" else "selective"
+    if granularity == "full":
+        made.ours["train.recompute"] = True
+    elif granularity:
+        modules = said.get("recompute_modules") or ["core_attn"]  # theirs where nothing is said
+        made.ours |= {"train.recompute": "selective",
+                      "gpu.recompute_modules": [modules] if isinstance(modules, str) else modules}
 
 
 def _experts(said: Stated, made: Settings) -> None:
