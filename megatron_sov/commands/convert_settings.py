@@ -13,7 +13,7 @@ from megatron_sov.config import from_dict
 from megatron_sov.counterparts.architecture import of_arguments
 from megatron_sov.counterparts.arguments import MAX_CHARS, read_arguments
 from megatron_sov.counterparts.bridge_yaml import read_sections
-from megatron_sov.counterparts.settings import Settings, nested, of_sections, translate
+from megatron_sov.counterparts.settings import Translated, nested, of_sections, translate
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.outputs import check_output
 
@@ -60,7 +60,7 @@ def run_settings(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _read(source: str, family: str) -> tuple[Settings, dict[str, str]]:
+def _read(source: str, family: str) -> tuple[Translated, dict[str, str]]:
     """Return what a source says, and what it leaves to variables."""
     if source.endswith(YAML):
         return translate(of_sections(read_sections(Path(source))), family), {}

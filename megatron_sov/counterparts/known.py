@@ -30,7 +30,8 @@ WORKED_OUT = {
     "lr_wsd_decay_samples", "lr_wsd_decay_style", "bf16", "fp16", "mixed_precision", "optimizer", "fp8",
     "fp8_recipe", "recompute_granularity", "virtual_pipeline_model_parallel_size", "rampup_batch_size",
     "num_layers_per_virtual_pipeline_stage", "moe_token_dispatcher_type", "moe_flex_dispatcher_backend",
-    "moe_enable_deepep", "recompute_modules", "attention_dropout", "tensorboard_dir", "decoupled_weight_decay",
+    "moe_enable_deepep", "recompute_modules", "attention_dropout", "tensorboard_dir",
+    "decoupled_weight_decay",
 }
 """Theirs that are read together with others."""
 NO_NEED = {
@@ -86,7 +87,6 @@ INSTEAD = {
     "end_weight_decay": "weight decay is constant here",
     "recompute_method": "train.recompute = true recomputes every layer",
     "recompute_num_layers": "train.recompute = true recomputes every layer",
-
     "distribute_saved_activations": "not done; parallel.sp does",
     "moe_z_loss_coeff": "there is no z-loss here", "moe_input_jitter_eps": "there is no jitter here",
     "moe_expert_capacity_factor": "no token is dropped here",

@@ -21,7 +21,7 @@ FP8 = {"tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 
 
 @dataclass
-class Settings:
+class Translated:
     """What was made of theirs."""
 
     ours: dict[str, Any] = field(default_factory=dict)
@@ -45,14 +45,14 @@ def of_sections(sections: Mapping[str, Stated]) -> dict[str, Any]:
     return found
 
 
-def translate(stated: Stated, family: str = "") -> Settings:
+def translate(stated: Stated, family: str = "") -> Translated:
     """Return our settings.
 
     Args:
         stated: theirs, under the names of `TransformerConfig` and of Megatron-LM's Namespace.
         family: of the model; empty: the only one that has it.
     """
-    made = Settings(is_whole=bool(stated.get("num_layers")))
+    made = Translated(is_whole=bool(stated.get("num_layers")))
     said = ({**known.UNSAID} if made.is_whole else {}) | dict(stated)
     if made.is_whole:
         try:
@@ -81,7 +81,7 @@ def _is_set(value: Any) -> bool:
     return value not in (None, False, [], {}, "")
 
 
-def _length(said: Stated, made: Settings) -> None:
+def _length(said: Stated, made: Translated) -> None:
     """Enter how long, and in samples of what length."""
     batch = said.get("global_batch_size")
     if said.get("train_iters"):
@@ -97,7 +97,7 @@ def _length(said: Stated, made: Settings) -> None:
         made.lost["attention_dropout"] = f"{dropout}: attention has no dropout here; large runs set it to 0"
 
 
-def _schedule(said: Stated, made: Settings) -> None:
+def _schedule(said: Stated, made: Translated) -> None:
     """Enter warm-up and decay, in steps."""
     style, steps = said.get("lr_decay_style"), made.ours.get("train.steps")
     if style in SCHEDULES:
@@ -131,7 +131,7 @@ def _schedule(said: Stated, made: Settings) -> None:
             made.lost["lr_wsd_decay_style"] = f"{form!r}: choose optim.decay_form among {forms}"
 
 
-def _precision(said: Stated, made: Settings) -> None:
+def _precision(said: Stated, made: Translated) -> None:
     mixed = said.get("mixed_precision")
     if said.get("bf16") or (isinstance(mixed, str) and mixed.startswith("bf16")):
         made.ours["train.precision"] = "bf16"
@@ -147,7 +147,7 @@ def _precision(said: Stated, made: Settings) -> None:
                                    "train.fp8 = tensorwise, blockwise or mxfp8")
 
 
-def _optimizer(said: Stated, made: Settings) -> None:
+def _optimizer(said: Stated, made: Translated) -> None:
     name = said.get("optimizer")
     if name in ("muon", "dist_muon"):
         made.ours["optim.name"] = "muon"
@@ -157,7 +157,7 @@ def _optimizer(said: Stated, made: Settings) -> None:
         made.lost["decoupled_weight_decay"] = "False: weight decay is always decoupled here (AdamW)"
 
 
-def _pipeline(said: Stated, made: Settings) -> None:
+def _pipeline(said: Stated, made: Translated) -> None:
     stages = said.get("pipeline_model_parallel_size") or 1
     if said.get("virtual_pipeline_model_parallel_size"):
         made.ours["parallel.vpp"] = said["virtual_pipeline_model_parallel_size"]
@@ -166,7 +166,7 @@ def _pipeline(said: Stated, made: Settings) -> None:
         made.ours["parallel.vpp"] = said["num_layers"] // stages // per_run
 
 
-def _memory(said: Stated, made: Settings) -> None:
+def _memory(said: Stated, made: Translated) -> None:
     granularity = said.get("recompute_granularity")
     if granularity == "full":
         made.ours["train.recompute"] = True
@@ -176,7 +176,7 @@ def _memory(said: Stated, made: Settings) -> None:
                       "gpu.recompute_modules": [modules] if isinstance(modules, str) else modules}
 
 
-def _experts(said: Stated, made: Settings) -> None:
+def _experts(said: Stated, made: Translated) -> None:
     kind = said.get("moe_token_dispatcher_type")
     if not said.get("num_moe_experts") or not kind:
         return
@@ -189,7 +189,7 @@ def _experts(said: Stated, made: Settings) -> None:
             f"{balancing!r}: balancing is by sequence here (model.seq_aux_loss_coeff), or by router_bias")
 
 
-def _ramp(said: Stated, made: Settings) -> None:
+def _ramp(said: Stated, made: Translated) -> None:
     ramp, full = said.get("rampup_batch_size"), said.get("global_batch_size")
     if not ramp or not full:
         return
@@ -202,7 +202,7 @@ def _ramp(said: Stated, made: Settings) -> None:
                                       f"many samples; train.ramp_steps = {steps} is as many steps in all")
 
 
-def _watching(said: Stated, made: Settings) -> None:
+def _watching(said: Stated, made: Translated) -> None:
     if said.get("tensorboard_dir"):
         made.ours["obs.tensorboard"] = True
     if said.get("wandb_project"):
