@@ -26,6 +26,8 @@ BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
 """A value of one byte in a pickle is an object of some 50 bytes in memory."""
 BASE_TIME_S, BYTES_PER_S = 60, 200_000
 """Processor time that is left to it: some ten times what it takes."""
+CLOCK_FACTOR = 4
+"""Times on the clock for the processor time: processes share a machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
          "from megatron_sov.convert.torch_dist.apart import main; main(sys.argv[1])")
 _REMEDY = "restore the checkpoint from its source"
@@ -48,11 +50,13 @@ def read_apart(what: str, path: Path) -> dict[str, Any]:
     if not path.is_file() or size_bytes > MAX_FILE_BYTES:
         raise UserError(f"{path}: has {size(size_bytes)}, and at most {size(MAX_FILE_BYTES)} are read; "
                         f"{_REMEDY}")
-    order = json.dumps({"what": what, "path": str(path.absolute()), "size_bytes": size_bytes})
+    time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
+    order = json.dumps({"what": what, "path": str(path.absolute()), "size_bytes": size_bytes,
+                        "memory_bytes": BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, "time_s": time_s})
     paths = json.dumps([os.path.abspath(entry) for entry in sys.path if entry])
     try:
         done = subprocess.run([sys.executable, "-P", "-c", _CODE, order, paths], stdin=subprocess.DEVNULL,
-                              capture_output=True, timeout=4 * _time_s(size_bytes), check=False, cwd="/",
+                              capture_output=True, timeout=CLOCK_FACTOR * time_s, check=False, cwd="/",
                               env={"PATH": os.defpath, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
         answer = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
@@ -62,15 +66,11 @@ def read_apart(what: str, path: Path) -> dict[str, Any]:
     return dict(answer["found"])
 
 
-def _time_s(size_bytes: int) -> int:
-    return BASE_TIME_S + size_bytes // BYTES_PER_S
-
-
 def main(order: str) -> None:
     """Read one file, in the process that has been started for it."""
     asked = json.loads(order)
-    limit(resource.RLIMIT_AS, BASE_MEMORY_BYTES + MEMORY_PER_BYTE * asked["size_bytes"])
-    limit(resource.RLIMIT_CPU, _time_s(asked["size_bytes"]))
+    limit(resource.RLIMIT_AS, asked["memory_bytes"])
+    limit(resource.RLIMIT_CPU, asked["time_s"])
     limit(resource.RLIMIT_FSIZE, 0)
     limit(resource.RLIMIT_CORE, 0)
     try:
