@@ -62,6 +62,8 @@ EXTRAS = {
     "serve": ["aiohttp>=3.11"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
                   "prometheus-client>=0.26", "nvidia-ml-py>=13"],
+    # `obs.mlflow`
+    "mlflow": ["mlflow-skinny>=3.1"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     "omni": ["pillow", "soundfile"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
@@ -76,7 +78,7 @@ EXTRAS = {
         "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
         "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
-        "nvidia-ml-py>=13",
+        "nvidia-ml-py>=13", "mlflow-skinny>=3.1",
         "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",
     ],
 }

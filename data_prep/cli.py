@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from data_prep import (
+    adopt,
     decontaminate,
     groups,
     mix,
@@ -26,7 +27,7 @@ from data_prep.synth import probing_sets
 from data_prep.synth.difficulty import command as difficulty
 from megatron_sov.command_line import Parser, parser_of, run_program
 
-COMMANDS = {"run": run, "synth": synth, "pack": pack, "mix": mix, "inspect": inspect_command,
+COMMANDS = {"run": run, "synth": synth, "pack": pack, "adopt": adopt, "mix": mix, "inspect": inspect_command,
             "report": report_command, "card": card_command, "stats": stats, "sample": sample,
             "verify": verify, "trajectories": trajectories, "groups": groups, "pairs": pairs,
             "unpaired": unpaired, "scorer": scorer, "difficulty": difficulty, "probing-sets": probing_sets,

@@ -155,6 +155,11 @@ class Encoder:
         """Return text with special tokens spelled out."""
         return self._with_special.decode(ids, skip_special_tokens=False)
 
+    def decode_batch(self, sequences: list[list[int]]) -> list[str]:
+        """Return the text of each, as `decode` does."""
+        found: list[str] = self._with_special.decode_batch(sequences, skip_special_tokens=False)
+        return found
+
 
 def _refuse_foreign(path: Path) -> None:
     """Raise `UserError` with the command to type where a tokenizer lies that is no artifact yet.

@@ -235,7 +235,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
             "bos_id": encoder.bos_id, "dtype": unit_settings.dtype,
             "heldout": rule.to_dict(), "sources": records}
         artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
-        _carry_tokenizer(artifact, tokenizer)
+        carry_tokenizer(artifact, tokenizer)
         for origin in dict.fromkeys(origins.values()):
             artifact.add_input(origin)
     _delete_work(work, output)
@@ -368,7 +368,7 @@ def left_out(source: EncodedSource) -> dict[str, int]:
     return dict(sum((Counter(record.num_left_out) for _, record in source.units), Counter()))
 
 
-def _carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
+def carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
     """Copy the tokenizer into the artifact, so that later steps need only this folder."""
     (artifact.path / "tokenizer").mkdir()
     for name in (TOKENIZER_JSON, CONFIG_JSON):

@@ -58,8 +58,8 @@ COMMANDS = {
                         "ls, show, stats, page, verify, gc: the rollout store between generation, reward and "
                         "training"),
     "convert": Command("megatron_sov.commands.convert",
-                       "from-hf, to-hf, verify, inspect, average, upcycle, deepen, to-peft, from-peft: "
-                       "checkpoints, Hugging Face folders, adapters"),
+                       "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
+                       "to-peft, from-peft: checkpoints, Hugging Face folders, adapters"),
     "generate": Command("megatron_sov.commands.generate",
                         "continue prompts with a checkpoint or a Hugging Face folder"),
     "serve": Command("megatron_sov.commands.serve",

@@ -25,7 +25,8 @@ DATA_ONLY = {"slurm"}
 BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
         "process_identity", "artifacts", "compiled",
         "byte_bpe", "documents", "media", "codecs", "chat", "endpoints", "rewards", "obs", "pages"}
-GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs", "clusters", "tools", "rollouts"}
+GROUND = BASE | {"models", "counterparts", "objectives", "recipes", "plan", "runs", "clusters", "tools",
+                 "rollouts"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
@@ -40,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},
-    "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
+    "models": BASE, "counterparts": BASE | {"models"}, "objectives": BASE,
+    "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
     "runs": BASE, "clusters": BASE | {"runs"}, "data": GROUND, "mcore": GROUND,
     # both accept a Hugging Face folder
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},

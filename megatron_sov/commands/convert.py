@@ -1,5 +1,5 @@
-"""`megatron-sov convert from-hf | to-hf | from-peft | to-peft | average | upcycle | deepen | verify |
-inspect`.
+"""`megatron-sov convert from-hf | to-hf | from-megatron | settings | from-peft | to-peft | average | upcycle
+| deepen | verify | inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_sov.artifacts import to_json
 from megatron_sov.commands.convert_growing import add_growing, run_growing
+from megatron_sov.commands.convert_megatron import add_from_megatron, run_from_megatron
+from megatron_sov.commands.convert_settings import add_settings, run_settings
 from megatron_sov.commands.eval import PARITY_LENGTHS, with_ranks
 from megatron_sov.config.train import AVERAGES
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
@@ -57,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="largest safetensors file (default: %(default)s)")
     conversion(to_hf, "the checkpoint's own, float32 for float64")
 
+    conversion(add_from_megatron(action), "the checkpoint's own")
+    add_settings(action)
     _add_peft(action)
     _add_average(action)
     add_growing(action)
@@ -137,7 +141,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("--card", getattr(args, "card", None))
     load_plugins(args.plugins)
     return {"from-hf": _from_hf, "to-hf": _to_hf, "from-peft": _from_peft, "to-peft": _to_peft,
-            "average": _average, "upcycle": run_growing, "deepen": run_growing, "verify": _verify,
+            "from-megatron": run_from_megatron, "settings": run_settings, "average": _average,
+            "upcycle": run_growing, "deepen": run_growing, "verify": _verify,
             "inspect": _inspect}[args.action](args)
 
 

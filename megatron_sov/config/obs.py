@@ -23,6 +23,11 @@ class ObsConfig:
     """Log to Weights & Biases; works offline with WANDB_MODE=offline (extra `dev`)."""
     wandb_project: str = "megatron-sov"
     """Weights & Biases project."""
+    mlflow: bool = False
+    """Log to MLflow: to the server whose address stands in the variable MLFLOW_TRACKING_URI, else into
+    RUN/mlflow (extra `mlflow`)."""
+    mlflow_experiment: str = "megatron-sov"
+    """MLflow experiment."""
     otlp_endpoint: str = ""
     """Send metrics to this OpenTelemetry collector by OTLP over HTTP, e.g. http://localhost:4318 (extra
     `telemetry`); what it wants as headers stands in the variable OTEL_EXPORTER_OTLP_HEADERS.  Empty: none."""

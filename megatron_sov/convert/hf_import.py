@@ -3,8 +3,11 @@ file in the making."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,19 +20,20 @@ from megatron_sov.convert.companions import carry, ids_in
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
-from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes
+from megatron_sov.convert.sources import CONFIG, PART, HfWeights, Weights, check_dtypes
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.assembling import StoredBlock
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
     MAX_FILE_BYTES,
     Index,
-    StoredBlock,
     add_block,
     block_name,
     file_name,
     write_index,
 )
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.models.family import TokenIds
 from megatron_sov.models.weights import Link
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.checkpoints import IMPORTED, KIND, refuse_missing
@@ -64,36 +68,71 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     if source.left_out:
         warn(f"{hf_dir}: the {len(source.left_out)} tensors of its prediction layer ({source.left_out[0]}, "
              "...) are left out: the checkpoint is the model without it")
-    links = {block_name(link.key, link.offset): link for link in source.links}
-    files = planned_files(links, source.dtype, dtype)
-    plan = {"from": fingerprint(hf_dir), "dtype": dtype,
+    write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), {}), dtype,
+                   workers=workers, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a checkpoint is made of, under Hugging Face names."""
+
+    weights: Weights
+    """Where the tensors come from; their folder decides, with the dtype, every byte."""
+    what: str
+    """Name of the work, for its bar."""
+    tokenizer: Path | None
+    """Folder of the tokenizer's files."""
+    tokens: TokenIds
+    """Ids of special tokens, where no file of the tokenizer says them."""
+    content: Mapping[str, Any]
+    """Of the manifest, besides what every checkpoint has."""
+
+
+def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, overwrite: bool) -> None:
+    """Write a checkpoint (part "model", step 0); it appears only when complete.
+
+    Args:
+        out: the checkpoint.
+        source: what it is made of.
+        dtype: as of `from_hf`.
+        workers: files that are written at a time.
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        UserError: a tensor is damaged, a value is not finite, the disk is full; nothing is left then.
+    """
+    weights, folder = source.weights, source.weights.path
+    links = {block_name(link.key, link.offset): link for link in weights.links}
+    files = planned_files(links, weights.dtype, dtype)
+    plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
-            tqdm(total=len(links), desc="from-hf", unit="block", disable=None) as bar:
+            tqdm(total=len(links), desc=source.what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
         bar.update(len(links) - sum(map(len, missing.values())))
 
         def read(spec: TensorSpec) -> torch.Tensor:
             link = links[spec.name]
-            parts = {name: converted(source.read(name), spec.dtype, hf_dir, name) for name in link.hf_names}
+            parts = {name: converted(weights.read(name), spec.dtype, folder, name) for name in link.hf_names}
             block: torch.Tensor = link.join(parts)
             bar.update()
             return block
 
-        with checked_source(source, workers) as check:
+        with checked_source(weights, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
                 check.require(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        if (hf_dir / MANIFEST).is_file():
-            artifact.writer.add_input(hf_dir)
+        if (folder / MANIFEST).is_file():
+            artifact.writer.add_input(folder)
         write_index(artifact.path, PART, [index_of(files, links)])
-        carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
-        artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0}
-        code = models.OWN.code(source.model.family)
-        artifact.writer.settings = RunConfig(IMPORTED, source.model, code=(code,) if code else ()).to_dict()
+        if source.tokenizer is not None:
+            carry(source.tokenizer, artifact.path / "tokenizer", source.tokens)
+        artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0, **source.content}
+        code = models.OWN.code(weights.model.family)
+        artifact.writer.settings = RunConfig(IMPORTED, weights.model, code=(code,) if code else ()).to_dict()
 
 
 def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],

@@ -36,7 +36,7 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
                      "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
                      "numba")
 OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout", "math-verify": "rl",
-                     "httpx": "judge", "aiohttp": "serve"}
+                     "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow"}
 TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, "
               "see docs/install.md)")
 BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801

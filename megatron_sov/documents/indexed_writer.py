@@ -56,16 +56,17 @@ class IndexedWriter:
         for file in self._files.values():
             file.close()
         if kind is None:
-            self._write_index()
+            write_index(self.prefix, self.dtype, np.frombuffer(self.lengths_tokens, dtype=np.int32)
+                        if self.lengths_tokens else np.zeros(0, np.int32))
 
-    def _write_index(self) -> None:
-        lengths = (np.frombuffer(self.lengths_tokens, dtype=np.int32) if self.lengths_tokens
-                   else np.zeros(0, np.int32))
-        starts = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], out=starts[1:])
-        starts *= np.dtype(self.dtype).itemsize
-        with open(f"{self.prefix}.idx", "wb") as f:
-            f.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[self.dtype], len(lengths), len(lengths) + 1))
-            f.write(lengths.astype("<i4").tobytes())
-            f.write(starts.tobytes())
-            f.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> None:
+    """Write `PREFIX.idx` of documents that follow one another in `PREFIX.bin`."""
+    starts = np.zeros(len(lengths_tokens), dtype="<i8")
+    np.cumsum(lengths_tokens[:-1], out=starts[1:])
+    starts *= np.dtype(dtype).itemsize
+    with open(f"{prefix}.idx", "wb") as f:
+        f.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype], len(lengths_tokens), len(lengths_tokens) + 1))
+        f.write(lengths_tokens.astype("<i4").tobytes())
+        f.write(starts.tobytes())
+        f.write(np.arange(len(lengths_tokens) + 1, dtype="<i8").tobytes())

@@ -88,7 +88,7 @@ class TensorFile:
         try:
             fd = os.open(self.path, os.O_RDONLY)
             try:
-                _fill(fd, entry.start, entry.shape, cut, out)
+                fill_from(fd, entry.start, entry.shape, cut, out)
             finally:
                 os.close(fd)
         except OSError as e:
@@ -144,9 +144,19 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _fill(fd: int, start: int, shape: Sequence[int], block: Sequence[slice], out: torch.Tensor) -> None:
-    """Read a block of the row-major tensor of `shape` that begins at byte `start` into
-    the contiguous `out`."""
+def fill_from(fd: int, start: int, shape: Sequence[int], block: Sequence[slice], out: torch.Tensor) -> None:
+    """Read a block of a tensor in a file into the contiguous `out`.
+
+    Args:
+        fd: the file.
+        start: byte at which the tensor, row by row, begins.
+        shape: of the whole tensor.
+        block: start and stop along each axis.
+        out: of the block's shape.
+
+    Raises:
+        OSError: the file cannot be read, or ends before.
+    """
     if all(s.start == 0 and s.stop == n for s, n in zip(block[1:], shape[1:], strict=True)):
         row_bytes = math.prod(shape[1:]) * out.element_size()
         _read(fd, start + (block[0].start * row_bytes if block else 0), out)
@@ -154,7 +164,7 @@ def _fill(fd: int, start: int, shape: Sequence[int], block: Sequence[slice], out
     row_bytes = math.prod(shape[1:]) * out.element_size()
     if row_bytes > _COVER_BYTES:  # a row is large, as an expert in a stack is: cut out of each by itself
         for i in range(block[0].stop - block[0].start):
-            _fill(fd, start + (block[0].start + i) * row_bytes, shape[1:], block[1:], out[i])
+            fill_from(fd, start + (block[0].start + i) * row_bytes, shape[1:], block[1:], out[i])
         return
     step = max(1, _COVER_BYTES // max(1, row_bytes))
     for low in range(block[0].start, block[0].stop, step):

@@ -10,18 +10,17 @@ A part ("model", "optimizer") of a checkpoint folder is `PART/RANGE/rank-R-FILE.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_sov.artifacts import FileRecord, atomic_write
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.assembling import Assembled, StoredBlock, owners
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.writer import TensorSpec, write_file
 
@@ -32,20 +31,6 @@ _DTYPES = {str(d).removeprefix("torch."): d
            for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
                      torch.uint8, torch.bool)}
 Index = dict[str, dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredBlock:
-    """One block of a global tensor, as it stands in a file."""
-
-    file: str
-    """File relative to the checkpoint folder."""
-    name: str
-    """Name inside the file."""
-    offset: tuple[int, ...]
-    """First index of the block in the global tensor."""
-    shape: tuple[int, ...]
-    """Extent of the block."""
 
 
 def file_name(part: str, rank: int, number: int) -> str:
@@ -138,28 +123,11 @@ def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
                                  f"{entry['dtype']} {entry['shape']}")
             known["pieces"] += entry["pieces"]
     for key, entry in merged.items():
-        owners = _owners(entry["shape"], entry["pieces"])
-        if (owners != 1).any():
-            raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {owners.min()} "
-                             f"blocks and parts by {owners.max()}, each must be owned by 1")
+        found = owners(entry["shape"], entry["pieces"])
+        if (found != 1).any():
+            raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {found.min()} "
+                             f"blocks and parts by {found.max()}, each must be owned by 1")
     atomic_write(folder / f"{part}.index.json", json.dumps(merged))
-
-
-def _owners(shape: Sequence[int], pieces: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Return how many pieces own each cell of the grid that is cut wherever a piece begins or ends.
-
-    Raises:
-        ValueError: a piece reaches beyond the tensor.
-    """
-    spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
-    if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
-        raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
-    cuts = [sorted({0, n, *(c for span in spans for c in span[axis])}) for axis, n in enumerate(shape)]
-    cell_of = [{c: i for i, c in enumerate(axis)} for axis in cuts]
-    owners = np.zeros([len(c) - 1 for c in cuts], np.int32)
-    for span in spans:
-        owners[tuple(slice(cells[a], cells[b]) for (a, b), cells in zip(span, cell_of, strict=True))] += 1
-    return owners
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
@@ -178,7 +146,7 @@ def _stored(raw: Any, axes: int) -> StoredBlock:
     return block
 
 
-class TensorReader:
+class TensorReader(Assembled):
     """Reads any block of any tensor of one part of a checkpoint."""
 
     def __init__(self, folder: str | Path, part: str = "model") -> None:
@@ -187,102 +155,38 @@ class TensorReader:
         file = self.folder / f"{part}.index.json"
         try:
             raw = json.loads(file.read_text())
-            self._shapes = {k: _sizes(e["shape"]) for k, e in raw.items()}
-            self._dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            self._pieces = {k: [_stored(p, len(self._shapes[k])) for p in e["pieces"]]
-                            for k, e in raw.items()}
-            self._refuse_foreign_paths(file)
+            shapes = {k: _sizes(e["shape"]) for k, e in raw.items()}
+            dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
+            pieces = {k: [_stored(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
+            _refuse_foreign_paths(file, pieces)
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no {part}.index.json, "
                             f"so it holds no '{part}' tensors") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
+        super().__init__(self.folder, shapes, dtypes, pieces, REMEDY)
 
-    def _refuse_foreign_paths(self, index: Path) -> None:
-        for key, pieces in self._pieces.items():
-            for piece in pieces:
-                parts = PurePosixPath(piece.file).parts
-                if not parts or parts[0] == "/" or ".." in parts:
-                    raise UserError(f"{index}: {key} would stand in {piece.file}, which is not a file below "
-                                    f"the checkpoint's folder; {REMEDY}")
-
-    def check_complete(self) -> None:
-        """Check, from the index alone, that every element of every tensor stands in exactly one piece.
-
-        Raises:
-            UserError: a part of a tensor is missing, or stands there twice; the message names it.
-        """
-        for key, pieces in self._pieces.items():
-            try:
-                owners = _owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
-            except ValueError as e:
-                raise UserError(f"{self.folder}: {key}: {e}; {REMEDY}") from None
-            if (owners != 1).any():
-                what = "is missing" if (owners < 1).any() else "stands in several pieces"
-                raise UserError(
-                    f"{self.folder}: a part of {key} {list(self._shapes[key])} {what} (the pieces begin at "
-                    f"{', '.join(str(p.offset) for p in pieces[:8])}{' ...' if len(pieces) > 8 else ''}); "
-                    f"{REMEDY}")
-
-    def keys(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._shapes)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's global shape."""
-        return self._shapes[key]
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return a tensor's dtype."""
-        return self._dtypes[key]
-
-    def held_in(self, file: str) -> list[str]:
-        """Return the tensors of which a file (its path below the checkpoint's folder) holds a piece."""
-        return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
-
-    def files_of(self, key: str) -> set[str]:
-        """Return the files (their paths below the checkpoint's folder) that hold a piece of a tensor."""
-        return {piece.file for piece in self._pieces[key]}
-
-    def read(self, key: str, offset: Sequence[int] | None = None,
-             shape: Sequence[int] | None = None) -> torch.Tensor:
-        """Return the block of `shape` at `offset` (default: the whole tensor),
-        assembled from the pieces that overlap it.
-
-        Raises:
-            UserError: a file is missing or damaged, or no piece holds a part of the block.
-        """
-        extent = tuple(shape) if shape is not None else self._shapes[key]
-        start = tuple(offset) if offset is not None else (0,) * len(extent)
-        for piece in self._pieces[key]:
-            if (piece.offset, piece.shape) == (start, extent):
-                # as it stands in its file, with no copy
-                return self._slice(key, piece, tuple(slice(0, n) for n in extent))
-        out = torch.empty(extent, dtype=self._dtypes[key])
-        found = 0
-        for piece in self._pieces[key]:
-            low = [max(a, b) for a, b in zip(start, piece.offset, strict=True)]
-            high = [min(a + n, b + m)
-                    for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
-            if all(a < b for a, b in zip(low, high, strict=True)):
-                here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
-                there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
-                out[here] = self._slice(key, piece, there)
-                found += math.prod(b - a for a, b in zip(low, high, strict=True))
-        if found != out.numel():
-            raise UserError(f"{self.folder}: {key} is damaged (its index holds {found} of the {out.numel()} "
-                            f"elements at {start}); {REMEDY}")
-        return out
-
-    def _slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+    def slice_of(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+        """Return the part of a piece that the slices cut out of it."""
         if piece.file not in self._files:
             self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
         file = self._files[piece.file]
         found = file.entries.get(piece.name)
         if (found is None or math.prod(found.shape) != math.prod(piece.shape)
-                or file.dtype(piece.name) != self._dtypes[key]):
+                or file.dtype(piece.name) != self.dtype(key)):
             holds = f"holds it as {found.dtype} {list(found.shape)}" if found else "lacks it"
-            raise UserError(f"{file.path}: {key} at {piece.offset} is {self._dtypes[key]} "
+            raise UserError(f"{file.path}: {key} at {piece.offset} is {self.dtype(key)} "
                             f"{list(piece.shape)} in the index, but the file {holds}; {REMEDY}")
         missing_axes = len(piece.shape) - len(found.shape)
         return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
+
+
+def _refuse_foreign_paths(index: Path, pieces: Mapping[str, Sequence[StoredBlock]]) -> None:
+    """Raise `UserError` where an index (the file, for the message) sends to a file that does not lie below
+    it."""
+    for key, found in pieces.items():
+        for piece in found:
+            parts = PurePosixPath(piece.file).parts
+            if not parts or parts[0] == "/" or ".." in parts:
+                raise UserError(f"{index}: {key} would stand in {piece.file}, which is not a file below "
+                                f"the checkpoint's folder; {REMEDY}")

@@ -1,0 +1,178 @@
+"""The weights of a `torch_dist` checkpoint under their Hugging Face names."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov import models
+from megatron_sov.config import ModelConfig
+from megatron_sov.convert.sources import check_exact, listed
+from megatron_sov.convert.torch_dist.apart import read_apart
+from megatron_sov.convert.torch_dist.folder import METADATA
+from megatron_sov.convert.torch_dist.names import PREFIXES, Source, sources
+from megatron_sov.convert.torch_dist.stored import StoredTensor, find_tensor
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.assembling import Assembled, StoredBlock
+from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS
+from megatron_sov.models.weights import Link
+from megatron_sov.outputs import refuse_link_outside
+
+REMEDY = "restore the checkpoint from its source"
+_EXPERT_AXIS = ".experts.experts."
+_KEPT_HEADERS = 4096
+"""Of stored parts, whose places are remembered."""
+
+
+class TorchDistTensors(Assembled):
+    """Any block of any tensor of a `torch_dist` checkpoint, under Megatron's names."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index; `UserError` where it is damaged or holds what it should not."""
+        self.folder = folder
+        index = read_apart("index", folder / METADATA)
+        self.num_skipped: int = index["num_skipped"]
+        """Tensors of the optimizer."""
+        tensors: dict[str, Any] = index["tensors"]
+        prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
+        of_name = {key.removeprefix(prefix): found for key, found in tensors.items()}
+        super().__init__(
+            folder, {key: tuple(shape) for key, (_, shape, _) in of_name.items()},
+            {key: getattr(torch, dtype) for key, (dtype, _, _) in of_name.items()},
+            {key: [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
+                   for file, start, length, offset, extent in pieces]
+             for key, (_, _, pieces) in of_name.items()}, REMEDY)
+        for file in {piece[0] for _, _, pieces in tensors.values() for piece in pieces}:
+            if not (folder / file).is_file():
+                raise UserError(f"{folder / file}: is missing, and the index says that it holds "
+                                f"{listed(self.held_in(file))}; {REMEDY}")
+            refuse_link_outside(folder, folder / file)
+        self._find = functools.lru_cache(_KEPT_HEADERS)(self._find_now)
+
+    def slice_of(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+        """Return the part of a piece that the slices cut out of it."""
+        try:
+            found = self._find(piece)
+            missing = len(piece.shape) - len(found.shape)
+            if ((1,) * missing + found.shape) != piece.shape or found.dtype != self.dtype(key):
+                raise ValueError(f"it is {found.dtype} {list(found.shape)} there")
+            return found.read(block[missing:]).reshape(tuple(s.stop - s.start for s in block))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.folder / piece.file}: the part of {key} {list(piece.shape)} at "
+                            f"{list(piece.offset)} cannot be read ({e}); {REMEDY}") from None
+
+    def _find_now(self, piece: StoredBlock) -> StoredTensor:
+        start, length = map(int, piece.name.split(":"))
+        return find_tensor(self.folder / piece.file, start, length)
+
+
+class TorchDistWeights:
+    """The tensors of a `torch_dist` checkpoint, split as Hugging Face has them."""
+
+    def __init__(self, path: Path, model: ModelConfig) -> None:
+        """Open a checkpoint.
+
+        Args:
+            path: the folder with the index.
+            model: its architecture.
+
+        Raises:
+            UserError: its tensors are not exactly those of the model; the message names them.
+        """
+        self.path, self.model = path, model
+        self.links = models.get(model.family).links(model)
+        self.tensors = TorchDistTensors(path)
+        self._link_of = {name: link for link in self.links for name in link.hf_names}
+        self._sources = self._matched()
+        self.tensors.check_complete()
+        self._of_thread = threading.local()
+
+    def names(self) -> list[str]:
+        """Return the names in the order of the weight map."""
+        return list(self._link_of)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the tensor is stored."""
+        return self.tensors.dtype(self._of(self._link_of[name])[0].key)
+
+    def held_in(self, file: str) -> list[str]:
+        """Return Megatron's names of the tensors of which a file holds a part."""
+        return self.tensors.held_in(file)
+
+    def files_of(self, name: str) -> set[str]:
+        """Return the files that hold a part of the tensor that this one is a part of."""
+        return {file for source in self._of(self._link_of[name])
+                for file in self.tensors.files_of(source.key)}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor; `UserError` where its file is damaged."""
+        link = self._link_of[name]
+        # parts of one block follow one another
+        last: tuple[Link, torch.Tensor] | None = getattr(self._of_thread, "last", None)
+        if last is None or last[0] is not link:
+            self._of_thread.last = None
+            last = self._of_thread.last = (link, self._block(link))
+        return link.split(last[1])[name]
+
+    def _of(self, link: Link) -> list[Source]:
+        return self._sources[link.key, link.offset]
+
+    def _block(self, link: Link) -> torch.Tensor:
+        parts = []
+        for source in self._of(link):
+            offset, extent = link.offset, link.extent
+            if source.drops_expert:
+                offset, extent = offset[1:], extent[1:]
+            if len(self._of(link)) > 1:  # a half of its rows
+                axis = len(extent) - len(link.block_shape)
+                extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
+            parts.append(self.tensors.read(source.key, (*source.lead, *offset),
+                                           (*(1,) * len(source.lead), *extent)))
+        rows = [part.reshape(-1, *link.block_shape[1:]) for part in parts]
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return whole.reshape(link.block_shape)
+
+    def _matched(self) -> dict[tuple[str, tuple[int, ...]], list[Source]]:
+        """Return where each block stands; every tensor of the checkpoint must be one of the model's, of its
+        shape."""
+        theirs, found = set(self.tensors.keys()), {}
+        missing: dict[str, tuple[int, ...]] = {}
+        expected: dict[str, tuple[int, ...]] = {}
+        for link in self.links:
+            expert = link.offset[0] if _EXPERT_AXIS in link.key else None
+            at = sources(link.key, expert, theirs)
+            if at is None:
+                missing[link.key] = link.shape
+                continue
+            found[link.key, link.offset] = at
+            for source in at:
+                expected[source.key] = self._shape(link, source, len(at))
+        shapes = {key: self.tensors.shape(key) for key in theirs}
+        for key in VOCABULARY_WEIGHTS:  # Megatron pads them, to a size that depends on the layout
+            if key in expected and key in shapes and shapes[key][0] >= expected[key][0]:
+                expected[key] = (shapes[key][0], *expected[key][1:])
+        check_exact(self.path, shapes, expected | missing,
+                    "compare the settings with those it was trained with, and set what differs with --set")
+        return found
+
+    def _shape(self, link: Link, source: Source, parts: int) -> tuple[int, ...]:
+        shape = link.shape[1:] if source.drops_expert else link.shape
+        if parts > 1:
+            axis = len(shape) - len(link.block_shape)
+            shape = (*shape[:axis], shape[axis] // 2, *shape[axis + 1:])
+        return (*(self.model.num_layers,) * len(source.lead), *shape)
+
+
+def num_padded_rows(weights: TorchDistWeights) -> int:
+    """Return the rows of the vocabulary's matrices that no token id has."""
+    return max((weights.tensors.shape(key)[0] - weights.model.vocab_size
+                for key in _present(weights.tensors.keys())), default=0)
+
+
+def _present(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if key in VOCABULARY_WEIGHTS]
