@@ -35,7 +35,8 @@ from synthesis.helps import records, report_shares
 
 ARMS = ("without", "kept", "unchecked")
 NUM_BASE, NUM_PROBLEMS, NUM_ASKED = 300, 400, 100
-SETTINGS = (*ALWAYS, rows_of(64))
+SETTINGS = (*ALWAYS, rows_of(96))
+"""No conversation is longer than a row: one whose tail is left out teaches no answer."""
 BASE_STEPS, STEPS = 200, 200
 LR = {"base": 4e-3, "sft": 3e-3}
 MISTAKEN, LAST_RIGHT_DIGIT = 0.75, 5
@@ -120,7 +121,7 @@ class Seed(SeedFolder):
         out = self.folder / name / "answers.jsonl"
         if not out.exists():
             run(self.log, "megatron_sov", "generate", self.folder / name, "--prompts",
-                self.folder / "asked.jsonl", "--chat", "--max-new-tokens", "32", "--output", out)
+                self.folder / "asked.jsonl", "--chat", "--max-new-tokens", "48", "--output", out)
 
 
 def chat(number: int, said: int, way: int) -> dict[str, Any]:
