@@ -49,6 +49,8 @@ SETTINGS = (*ALWAYS, rows_of(256))
 BASE_STEPS, STEPS = 250, 200
 LR = {"base": 4e-3, "sft": 2e-3}
 TEMPERATURE = 0.7
+LIMITS = ("max_turns=3", "max_turn_tokens=72", "max_prompt_tokens=128", "max_response_tokens=128")
+"""Of what a run plays; a call has up to 60 tokens, and one that is cut off reaches no goal."""
 DONE = "It is done."
 _PLACE = {"room": {"type": "string"}, "device": {"type": "string"}}
 
@@ -162,8 +164,7 @@ class Seed(SeedFolder):
         if not (output / "manifest.json").exists():
             run(self.log, "megatron_sov", "tools", "run", "virtual", self.folder / name, "--tasks",
                 self.folder / "asked.jsonl", "--output", output, "--parallel", "20", "--temperature",
-                str(TEMPERATURE), "--limit", "max_turns=3", "--limit", "max_turn_tokens=40", "--limit",
-                "max_prompt_tokens=128", "--limit", "max_response_tokens=100")
+                str(TEMPERATURE), *(part for limit in LIMITS for part in ("--limit", limit)))
 
 
 def arm(seed: int, work: Path, name: str) -> None:

@@ -15,6 +15,7 @@ from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
 
 T = TypeVar("T")
 JUDGE_MAX_TOKENS = 1024
+"""Of a judge's answer, unless told."""
 JUDGE_RETRY_TEMPERATURE = 0.5
 """The likeliest answer stays what it is; another one is wanted."""
 
@@ -44,10 +45,13 @@ class Asking:
         prompts: templates by name.
         doors: role -> model.
         over: maps a function over draws; a run gives one that asks several at a time.
+        judge_max_tokens: of a judge's answer.
     """
 
     def __init__(self, item_id: str, prompts: Mapping[str, Prompt], doors: Mapping[Role, Door],
-                 over: Callable[[Callable[[int], Reply], Iterable[int]], Iterator[Reply]] = map) -> None:
+                 over: Callable[[Callable[[int], Reply], Iterable[int]], Iterator[Reply]] = map,
+                 judge_max_tokens: int = JUDGE_MAX_TOKENS) -> None:
+        self._judge_max_tokens = judge_max_tokens
         self._item_id, self._prompts, self._doors, self._over = item_id, prompts, doors, over
         self.asked: dict[str, None] = {}
         """Keys of all answers that were used, in the order in which they were."""
@@ -85,8 +89,8 @@ class Asking:
                                    {name: sound(text) for name, text in material.items()}, low, high)
         num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
-            request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0, JUDGE_MAX_TOKENS,
-                               None)
+            request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0,
+                               self._judge_max_tokens, None)
             reply = self._one("judge", request, "", 0, attempt)
             num_cut += reply.is_cut
             if not reply.is_cut:
@@ -96,8 +100,8 @@ class Asking:
                     continue
                 self.asked[reply.key] = None
                 return score
-        cut = (f", {num_cut} of them cut off at {JUDGE_MAX_TOKENS:,} tokens; take a judge that does not "
-               "think first" if num_cut else "")
+        cut = (f", {num_cut} of them cut off at {self._judge_max_tokens:,} tokens; raise --judge-max-tokens, "
+               "or take a judge that does not think first" if num_cut else "")
         raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")
 
     def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int,
