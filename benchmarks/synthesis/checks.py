@@ -12,7 +12,6 @@ for all can know: leaked items of a benchmark, copies, loops, another language, 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import sys
 import tempfile
@@ -30,12 +29,14 @@ from synthesis.for_all import row_for_all
 from synthesis.written_runs import fates, write_run
 
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.generator import Generator, NoReply
+from data_prep.synth.generator import Generator, NoReply, NoUsableReply
 from data_prep.synth.known import GENERATORS, generator_class
 from data_prep.synth.sample import Sample
 from tests.data_prep.synth.scripted import ScriptedAsk
 
 ACTORS = Path(__file__).parent / "actors"
+MAX_GOES = 5
+"""For a case of which the machine was too busy to judge something: commands that go on make it again."""
 
 
 @dataclass
@@ -54,12 +55,16 @@ class Outcome:
 
 
 def made(generator: Generator, case: Case) -> list[Sample]:
-    """Return the samples of a case; none where the model's answers are of no use."""
-    ask = ScriptedAsk(case.replies, case.item.id, type(generator))
-    found: list[Sample] = []
-    with contextlib.suppress(NoReply):
-        found.extend(generator.make(case.item, ask))
-    return found
+    """Return the samples of a case; none where the model's answers are of no use, or nothing could be known
+    of them in several goes."""
+    for _ in range(MAX_GOES):
+        try:
+            return list(generator.make(case.item, ScriptedAsk(case.replies, case.item.id, type(generator))))
+        except NoUsableReply:
+            break
+        except NoReply:
+            continue
+    return []
 
 
 def judged(generator: Generator, cases: Sequence[Case], folder: Path, settings: CheckSettings) -> Outcome:

@@ -14,6 +14,8 @@ from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
 from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
 
 T = TypeVar("T")
+Drawn = Reply | NoUsableReply
+"""What comes of one draw."""
 JUDGE_MAX_TOKENS = 1024
 """Of a judge's answer, unless told."""
 JUDGE_RETRY_TEMPERATURE = 0.5
@@ -49,7 +51,7 @@ class Asking:
     """
 
     def __init__(self, item_id: str, prompts: Mapping[str, Prompt], doors: Mapping[Role, Door],
-                 over: Callable[[Callable[[int], Reply], Iterable[int]], Iterator[Reply]] = map,
+                 over: Callable[[Callable[[int], Drawn], Iterable[int]], Iterator[Drawn]] = map,
                  judge_max_tokens: int = JUDGE_MAX_TOKENS) -> None:
         self._judge_max_tokens = judge_max_tokens
         self._item_id, self._prompts, self._doors, self._over = item_id, prompts, doors, over
@@ -61,11 +63,20 @@ class Asking:
     def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
                  thinking: bool | None = None, attempts: int = MAX_ATTEMPTS, **fields: Any) -> list[Reply]:
-        """Return `count` answers to a template; see `Ask`."""
+        """Return the answers of use of `count` draws; see `Ask`."""
         messages = self._prompts[template].messages(fields)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
-        replies = list(self._over(lambda draw: self._reply(role, request, template, draw, attempts),
-                                  range(first, first + count)))
+
+        def drawn(draw: int) -> Drawn:
+            try:
+                return self._reply(role, request, template, draw, attempts)
+            except NoUsableReply as e:  # one draw, not the others of its question
+                return e
+
+        found = list(self._over(drawn, range(first, first + count)))
+        replies = [one for one in found if isinstance(one, Reply)]
+        if not replies and found and isinstance(found[-1], NoUsableReply):
+            raise found[-1]
         self.asked |= dict.fromkeys(reply.key for reply in replies)
         return replies
 

@@ -11,8 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from data_prep.synth.asking import JUDGE_MAX_TOKENS, Asking, Door
-from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Reply, Role
+from data_prep.synth.asking import JUDGE_MAX_TOKENS, Asking, Door, Drawn
+from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Role
 from data_prep.synth.journal import Finished, Journal
 from data_prep.synth.sample import Sample, writable
 from data_prep.synth.stopping import Stop
@@ -161,7 +161,7 @@ class Engine:
 
     def _made(self, number: int, item: Item, drawers: ThreadPoolExecutor) -> Finished:
         """Return one item when it is done."""
-        def over(draw: Callable[[int], Reply], draws: Iterable[int]) -> Iterator[Reply]:
+        def over(draw: Callable[[int], Drawn], draws: Iterable[int]) -> Iterator[Drawn]:
             numbers = list(draws)
             return map(draw, numbers) if len(numbers) == 1 else _all(drawers, draw, numbers)
 
@@ -181,7 +181,7 @@ class Engine:
         return Finished(number, item, samples, tuple(ask.asked), unusable)
 
 
-def _all(pool: ThreadPoolExecutor, draw: Callable[[int], Reply], numbers: list[int]) -> Iterator[Reply]:
+def _all(pool: ThreadPoolExecutor, draw: Callable[[int], Drawn], numbers: list[int]) -> Iterator[Drawn]:
     """Return all draws; where one fails the others are waited for first, so that nothing asks unheard."""
     futures = [pool.submit(draw, number) for number in numbers]
     wait(futures)
