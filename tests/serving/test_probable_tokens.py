@@ -1,28 +1,30 @@
-"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at two layouts, and
+"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at three layouts, and
 what lm-evaluation-harness makes of it by its own client."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
 
 PROMPTS = ["def parse(self, text):", "한국어 and more"]
-LAYOUTS = {"one process": (), "tensors in two parts": ("--nproc", "2", "--set", "parallel.tp=2"),
-           "two stages": ("--nproc", "2", "--set", "parallel.pp=2"),
-           "each its own sequences": ("--nproc", "2", "--set", "parallel.ep=2")}
+LAYOUTS = {
+    "tensors in two parts": ("parallel.tp=2", "parallel.sp=true"), "two stages": ("parallel.pp=2",),
+    "each its own sequences": ("parallel.ep=2",)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def server(serving: Any, imported: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
     # a prompt is read in several pieces
     with serving(imported["solar_open"], "--name", "mine", "--max-length", "512", "--prefill-tokens", "6",
-                 "--set", "train.num_threads=1", *LAYOUTS[request.param]) as found:
+                 "--nproc", "2", "--set", "train.num_threads=1",
+                 *(word for setting in LAYOUTS[request.param] for word in ("--set", setting))) as found:
         yield found
 
 
@@ -67,22 +69,23 @@ def test_prompts_and_probable_tokens_are_those_of_transformers(server: Any, thei
         assert sum(torch.tensor([one.logprob for one in place.top_logprobs]).exp()) == pytest.approx(1)
 
 
-def test_lm_evaluation_harness_gets_likelihoods_by_its_own_client(
-        server: Any, theirs: Any, hf_models: dict[str, Path], tmp_path: Path) -> None:
-    from lm_eval.api.instance import Instance
+def test_lm_evaluation_harness_gets_likelihoods_by_its_own_client(server: Any, theirs: Any) -> None:
+    """Its requests and its reading of answers, without its transport, which wants one more library."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    shutil.copytree(hf_models["solar_open"], tmp_path / "tokenizer")
-    client = LocalCompletionsAPI(base_url=f"{server.url}/completions", model="mine", batch_size=2,
-                                 tokenizer=str(tmp_path / "tokenizer"), tokenizer_backend="huggingface",
-                                 max_length=256, num_concurrent=1, max_retries=1)
-    asked = [("def parse(self", ", text):"), ("The end of", " the story"), ("한국어", " and more"),
-             ("import", " argparse")]
-    found = client.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)])
-    for (context, continuation), (logprob, is_greedy) in zip(asked, found, strict=True):
-        ids, expected = theirs(context + continuation)
-        first = len(theirs(context)[0])
-        rows = expected[first - 1:-1]
-        assert logprob == pytest.approx(float(rows.gather(1, torch.tensor(ids[first:])[:, None]).sum()),
+    client: Any = SimpleNamespace(model="mine", max_length=256)
+    pairs = [("def parse(self", ", text):"), ("The end of", " the story"), ("한국어", " and more")]
+    ids = [theirs(context + continuation)[0] for context, continuation in pairs]
+    lengths = [len(theirs(context)[0]) for context, _ in pairs]
+    prompts, contexts, _ = LocalCompletionsAPI.batch_loglikelihood_requests(
+        client, [[(pair, one[:n], one[n:]) for pair, one, n in zip(pairs, ids, lengths, strict=True)]])
+    payload = LocalCompletionsAPI._create_payload(client, prompts, generate=False)
+    answer = httpx.post(f"{server.url}/completions", json=payload, timeout=60)
+    assert answer.status_code == 200, answer.text
+    found = LocalCompletionsAPI.parse_logprobs(answer.json(), tokens=prompts, ctxlens=contexts)
+    for (context, continuation), one, first, (logprob, is_greedy) in zip(pairs, ids, lengths, found,
+                                                                         strict=True):
+        rows = theirs(context + continuation)[1][first - 1:-1]
+        assert logprob == pytest.approx(float(rows.gather(1, torch.tensor(one[first:])[:, None]).sum()),
                                         abs=1e-3)
-        assert is_greedy == (rows.argmax(-1).tolist() == ids[first:])
+        assert is_greedy == (rows.argmax(-1).tolist() == one[first:])
