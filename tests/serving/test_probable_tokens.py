@@ -1,5 +1,5 @@
-"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at three layouts, and
-what lm-evaluation-harness makes of it by its own client."""
+"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at three layouts;
+and what lm-evaluation-harness makes of it by its own client."""
 
 from __future__ import annotations
 
