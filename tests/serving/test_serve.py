@@ -129,6 +129,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "a", "temperature": 1e-9}, 400, "temperature is 1e-09: below 0.01 numbers overflow"),
     ({"prompt": "a", "temperature": "1"}, 400, "temperature is \"1\""),
     ({"prompt": "a", "logprobs": 21}, 400, "logprobs is 21"),
+    ({"prompt": ["a " * 400] * 128, "echo": True, "logprobs": 20}, 400, "log-probabilities of prompts are"),
     ({"prompt": "a", "echo": True, "stream": True}, 400, "echo is true for a stream"),
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
     ({"prompt": "a", "max_tokens": 512}, 400, "this server takes 512 in all"),
