@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at three layouts;
+"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at two layouts;
 and what lm-evaluation-harness makes of it by its own client."""
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import pytest
 import torch
 
 PROMPTS = ["def parse(self, text):", "한국어 and more"]
-LAYOUTS = {
-    "tensors in two parts": ("parallel.tp=2", "parallel.sp=true"), "two stages": ("parallel.pp=2",),
-    "each its own sequences": ("parallel.ep=2",)}
+LAYOUTS = {"tensors in two parts": ("parallel.tp=2", "parallel.sp=true"), "two stages": ("parallel.pp=2",)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
