@@ -52,7 +52,7 @@ def test_two_processes_answer_what_one_writes_and_end_with_their_parent(
         for together, (alone,) in zip(told[0], told[1:], strict=True):
             assert together.tokens == alone.tokens and len(together.tokens) > 3
             assert together.token_logprobs[1:] == pytest.approx(alone.token_logprobs[1:], abs=1e-5)
-            assert [set(top) for top in together.top_logprobs[1:]] == [set(top) for top in alone.top_logprobs[1:]]
+            assert list(map(set, together.top_logprobs[1:])) == list(map(set, alone.top_logprobs[1:]))
 
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=two.url, api_key="none", max_retries=0).models.list()
