@@ -46,11 +46,11 @@ class Code:
         """Return one sentence for every rule that these settings break."""
         p, longest_s = self._limits().problems(), self.patience * self.test_time_s
         if not self.patience >= 1:
-            p.append(f"patience = {self.patience:g} must be at least 1: no program has more of a processor than "
-                     "goes by")
+            p.append(f"patience = {self.patience:g} must be at least 1: nothing computes for longer than it "
+                     "takes")
         if not self.time_limit_s > longest_s:
-            p.append(f"time_limit_s = {self.time_limit_s:g} must be more than {self.patience:g} x test_time_s "
-                     f"= {longest_s:g}: a program that waits is ended after so many seconds")
+            p.append(f"time_limit_s = {self.time_limit_s:g} must be more than {self.patience:g} x "
+                     f"test_time_s = {longest_s:g}: a program that waits is ended after so many seconds")
         return p
 
     def inputs(self) -> dict[str, Any]:
