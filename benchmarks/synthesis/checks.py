@@ -1,19 +1,20 @@
 """Planted samples against the checks of synthesis: what is caught, and what is rejected although it is good.
 
-    python benchmarks/synthesis/checks.py [--generators NAME ...]
+    python benchmarks/synthesis/checks.py [--generators NAME ...] [--work FOLDER]
 
 Each generator with an actor (benchmarks/synthesis/actors) makes samples of 50 bad and 50 good cases: items
 with a scripted model that answers well, or badly in a way that is named.  A case counts as kept where at
 least one of its samples passes everything: first the generator's own checks, then those for all, at their
 defaults, over the bad and over the good ones as a run each.  The last line has samples that only the checks
 for all can know: leaked items of a benchmark, copies, loops, another language, records that nobody can read.
+With --work a case that has been made is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
+import json
 import sys
 import tempfile
 import time
@@ -30,12 +31,15 @@ from synthesis.for_all import row_for_all
 from synthesis.written_runs import fates, write_run
 
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.generator import Generator, NoReply
+from data_prep.synth.generator import Generator, NoReply, NoUsableReply
 from data_prep.synth.known import GENERATORS, generator_class
-from data_prep.synth.sample import Sample
+from data_prep.synth.sample import Sample, Verdict
+from megatron_sov.artifacts import atomic_write
 from tests.data_prep.synth.scripted import ScriptedAsk
 
 ACTORS = Path(__file__).parent / "actors"
+MAX_GOES = 5
+"""For a case of which the machine was too busy to judge something: commands that go on make it again."""
 
 
 @dataclass
@@ -54,17 +58,34 @@ class Outcome:
 
 
 def made(generator: Generator, case: Case) -> list[Sample]:
-    """Return the samples of a case; none where the model's answers are of no use."""
-    ask = ScriptedAsk(case.replies, case.item.id, type(generator))
-    found: list[Sample] = []
-    with contextlib.suppress(NoReply):
-        found.extend(generator.make(case.item, ask))
-    return found
+    """Return the samples of a case; none where the model's answers are of no use, or nothing could be known
+    of them in several goes."""
+    for _ in range(MAX_GOES):
+        try:
+            return list(generator.make(case.item, ScriptedAsk(case.replies, case.item.id, type(generator))))
+        except NoUsableReply:
+            break
+        except NoReply:
+            continue
+    return []
 
 
-def judged(generator: Generator, cases: Sequence[Case], folder: Path, settings: CheckSettings) -> Outcome:
+def kept_or_made(generator: Generator, case: Case, work: Path | None) -> list[Sample]:
+    """Return the samples of a case, from a file where it has been made before."""
+    if work is None:
+        return made(generator, case)
+    file = work / generator.name / f"{case.item.id}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps([asdict(one) for one in made(generator, case)], ensure_ascii=False))
+    return [Sample(**{**one, "verdicts": tuple(Verdict(**verdict) for verdict in one["verdicts"])})
+            for one in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def judged(generator: Generator, cases: Sequence[Case], folder: Path, settings: CheckSettings,
+           work: Path | None) -> Outcome:
     """Return what becomes of cases that are all good or all bad."""
-    samples = [made(generator, case) for case in cases]
+    samples = [kept_or_made(generator, case, work) for case in cases]
     write_run(folder, generator.name, generator.kind, [[asdict(one) for one in some] for some in samples])
     fate = fates(folder, settings)
     found = Outcome(len(cases))
@@ -78,14 +99,14 @@ def judged(generator: Generator, cases: Sequence[Case], folder: Path, settings: 
     return found
 
 
-def row_of(name: str, module: Any, folder: Path) -> tuple[str, bool]:
+def row_of(name: str, module: Any, folder: Path, work: Path | None) -> tuple[str, bool]:
     """Return the line of one generator, and whether all bad cases were caught."""
     cls = generator_class(name)
     generator = cls(cls.Settings(**module.SETTINGS))
     cases = module.cases()
     began_s = time.monotonic()
-    bad, good = (judged(generator, [case for case in cases if case.good is is_good], folder / f"{is_good}",
-                        CheckSettings()) for is_good in (False, True))
+    good, bad = (judged(generator, [case for case in cases if case.good is is_good], folder / f"{is_good}",
+                        CheckSettings(), work) for is_good in (True, False))
     line = (f"{name:<18} {f'{bad.num_rejected}/{bad.num_cases}':>9} {bad.num_by_judge:>8} "
             f"{f'{bad.num_rejected_by_all}/{bad.num_cases}':>8} {f'{good.num_rejected}/{good.num_cases}':>9} "
             f"{f'{good.num_rejected_by_all}/{good.num_cases}':>8} {time.monotonic() - began_s:>8.1f}")
@@ -106,6 +127,8 @@ def main() -> None:
     """Print a line for each generator."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--generators", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--work", type=Path, metavar="FOLDER",
+                        help="keeps what is made; seconds are those of the last go")
     args = parser.parse_args()
     print(f"{'':<18} {'bad: caught':>27} {'good: rejected':>18}")
     print(f"{'generator':<18} {'by itself':>9} {'by judge':>8} {'in all':>8} {'by itself':>9} {'in all':>8} "
@@ -113,7 +136,7 @@ def main() -> None:
     is_sound = True
     with tempfile.TemporaryDirectory() as folder:
         for name, module in actors(args.generators):
-            line, is_caught = row_of(name, module, Path(folder) / name)
+            line, is_caught = row_of(name, module, Path(folder) / name, args.work)
             is_sound &= is_caught
             print(line, flush=True)
         if not args.generators:

@@ -1,20 +1,95 @@
-"""What the benchmarks have in common that train small models with and without synthesised data."""
+"""What the benchmarks have in common that train small models with and without synthesised data: a base model,
+and the same one fine-tuned on what a run has kept, or on as many of its samples, kept or rejected."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from seed_runs import MODEL, SeedFolder, run, words, write
 from seeds import over_seeds
+
+ARMS = ("without", "kept", "unchecked")
 
 
 def records(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a file of JSON lines."""
     return map(json.loads, file.read_text().splitlines())
+
+
+class Taught(SeedFolder, ABC):
+    """Data and runs of one seed."""
+
+    settings: ClassVar[Sequence[str]]
+    """Of training."""
+    steps: ClassVar[Mapping[str, int]]
+    """Of `base`, and of the fine-tuning `sft`."""
+    lr: ClassVar[Mapping[str, float]]
+    """Likewise."""
+
+    @abstractmethod
+    def make_data(self) -> None:
+        """Write what is asked and learned, and have a scripted model make data, unless that is done."""
+
+    @abstractmethod
+    def measure(self, name: str) -> None:
+        """Measure a run, unless that is done."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether all data lie there."""
+        return (self.folder / "unchecked-shards/manifest.json").exists()
+
+    def write_arms(self, draw: random.Random, *fields: str) -> None:
+        """Write what the run in `made` has kept, and as many of its samples, with these fields of each."""
+        kept = list(records(self.folder / "made/kept.jsonl"))
+        everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
+        for name, rows in (("kept", kept), ("unchecked", draw.sample(everything, len(kept)))):
+            write(self.folder / f"{name}.jsonl", ({field: one[field] for field in fields} for one in rows))
+
+    def pack(self, *tokenizer: str | Path) -> None:
+        """Train a tokenizer on the base model's data, and pack all three.
+
+        Args:
+            tokenizer: more arguments of its training.
+        """
+        run(self.log, "tokenizer.cli", "train", *tokenizer, "--input", self.folder / "base.jsonl", "--output",
+            self.folder / "tokenizer", "--overwrite")
+        for name in ("base", *ARMS[1:]):
+            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
+                "chat", "--heldout", "0", "--workers", "1", "--input",
+                f"{name}={self.folder / f'{name}.jsonl'}", "--output", self.folder / f"{name}-shards",
+                "--overwrite")
+
+    def train(self, command: str, name: str, *more: str | Path) -> Path:
+        """Train on the data of a name, unless it is done; returns the run."""
+        folder, stage = self.folder / name, "base" if name == "base" else "sft"
+        if not (folder / "complete.json").exists():
+            sizes = [f"model.{size}" for size in MODEL] if name == "base" else []
+            run(self.log, "megatron_sov", command, "tiny-solar-open",
+                "--data", self.folder / f"{name}-shards", "--run", folder, "--resume", *more,
+                *words([*sizes, *self.settings, f"train.seed={self.seed}",
+                        f"train.steps={self.steps[stage]}", f"optim.lr={self.lr[stage]}"]))
+        return folder
+
+    def do(self, name: str) -> None:
+        """Do what is not done of one arm."""
+        self.make_data()
+        base = self.train("pretrain", "base")
+        if name != "without":
+            self.train("sft", name, "--from", base)
+        self.measure(run_of(name))
+
+
+def run_of(name: str) -> str:
+    """Return the run of an arm."""
+    return "base" if name == "without" else name
 
 
 def report_shares(work: Path, title: str, what: str, arms: Iterable[str],

@@ -28,23 +28,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
-from seed_runs import ALWAYS, MODEL, SeedFolder, rows_of, run, run_arms, words, write
+from seed_runs import ALWAYS, rows_of, run, run_arms, write
 from synthesis.endpoint import MODEL as WRITER
 from synthesis.endpoint import ScriptedEndpoint, serving
 from synthesis.graded import grade, graded_in
-from synthesis.helps import records, report_shares
+from synthesis.helps import ARMS, Taught, records, report_shares, run_of
 
 from data_prep.synth.generators.autoif.texts import texts_of
 from data_prep.synth.generators.autoif.turns import in_user_turn
 
-ARMS = ("without", "kept", "unchecked")
 NUM_BASE, NUM_QUERIES, NUM_ASKED = 800, 500, 120
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grape", "hazel", "iris", "jade", "koala",
          "lilac", "maple", "nectar", "olive", "pearl")
 NUM_HELDOUT = 4
 """Words of each kind of constraint, that stand in no data with it."""
 SETTINGS = (*ALWAYS, rows_of(128))
-BASE_STEPS, STEPS = 300, 200
+STEPS = {"base": 300, "sft": 200}
 LR = {"base": 4e-3, "sft": 2e-3}
 KEPT_SHARE = 0.4
 """Of the writer's draws, in which it keeps the constraint."""
@@ -108,12 +107,14 @@ def reply(request: Mapping[str, Any]) -> str:
     return answer(kind, word, a, b)
 
 
-class Seed(SeedFolder):
+class Seed(Taught):
     """Data and runs of one seed."""
+
+    settings, steps, lr = SETTINGS, STEPS, LR
 
     def make_data(self) -> None:
         """Write prompts, have the writer answer some, and pack, unless that is done."""
-        if (self.folder / "unchecked-shards/manifest.json").exists():
+        if self.has_data:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         draw, (seen, unseen) = random.Random(self.seed), split(self.seed)
@@ -134,18 +135,8 @@ class Seed(SeedFolder):
                 "--set", f"constraints={self.folder / 'constraints.jsonl'}", "--set", "language=en", "--set",
                 "system_share=0", "--engine", server.url, "--model", WRITER, "--output",
                 self.folder / "made", "--workers", "1")
-        kept = list(records(self.folder / "made/kept.jsonl"))
-        everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
-        write(self.folder / "kept.jsonl", ({"messages": one["messages"]} for one in kept))
-        write(self.folder / "unchecked.jsonl", ({"messages": one["messages"]}
-                                                for one in draw.sample(everything, len(kept))))
-        run(self.log, "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "400", "--input",
-            self.folder / "base.jsonl", "--output", self.folder / "tokenizer", "--overwrite")
-        for name in ("base", "kept", "unchecked"):
-            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
-                "chat", "--heldout", "0", "--workers", "1", "--input",
-                f"{name}={self.folder / f'{name}.jsonl'}", "--output", self.folder / f"{name}-shards",
-                "--overwrite")
+        self.write_arms(draw, "messages")
+        self.pack("--preset", "solar-open", "--vocab-size", "400")
 
     def _by_lot(self, draw: random.Random, seen: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
         """Yield prompts with answers that keep a constraint by lot."""
@@ -156,17 +147,6 @@ class Seed(SeedFolder):
             said = answer(draw.choice(list(KINDS)), word, a, b)
             turn, = in_user_turn(query(a, b), asked, texts, "base", number)
             yield {"messages": [turn, {"role": "assistant", "content": said}]}
-
-    def train(self, command: str, name: str, data: str, steps: int, lr: float, *more: str | Path) -> Path:
-        """Train, unless it is done; returns the run."""
-        folder = self.folder / name
-        if not (folder / "complete.json").exists():
-            sizes = [f"model.{size}" for size in MODEL] if name == "base" else []
-            run(self.log, "megatron_sov", command, "tiny-solar-open",
-                "--data", self.folder / f"{data}-shards", "--run", folder, "--resume", *more,
-                *words([*sizes, *SETTINGS, f"train.seed={self.seed}", f"train.steps={steps}",
-                        f"optim.lr={lr}"]))
-        return folder
 
     def measure(self, name: str) -> None:
         """Have a run answer prompts whose constraints stood in no data, and check the answers."""
@@ -185,17 +165,12 @@ class Seed(SeedFolder):
 
 def arm(seed: int, work: Path, name: str) -> None:
     """Do what is not done of one arm."""
-    of = Seed(seed, work)
-    of.make_data()
-    base = of.train("pretrain", "base", "base", BASE_STEPS, LR["base"])
-    if name != "without":
-        of.train("sft", name, name, STEPS, LR["sft"], "--from", base)
-    of.measure("base" if name == "without" else name)
+    Seed(seed, work).do(name)
 
 
 def share_kept(folder: Path, name: str) -> float | None:
     """Return the percentage of answers that keep their constraint, where it was measured."""
-    file = folder / ("base" if name == "without" else name) / "scored.jsonl"
+    file = folder / run_of(name) / "scored.jsonl"
     if not file.exists():
         return None
     rewards = [row["reward"] == 1 for row in records(file)]

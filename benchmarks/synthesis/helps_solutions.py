@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
-from seed_runs import ALWAYS, MODEL, SeedFolder, rows_of, run, run_arms, words, write
+from seed_runs import ALWAYS, rows_of, run, run_arms, write
 from synthesis.endpoint import MODEL as WRITER
 from synthesis.endpoint import ScriptedEndpoint, serving
-from synthesis.helps import records, report_shares
+from synthesis.helps import ARMS, Taught, records, report_shares, run_of
 
-ARMS = ("without", "kept", "unchecked")
 NUM_BASE, NUM_PROBLEMS, NUM_ASKED = 300, 400, 100
-SETTINGS = (*ALWAYS, rows_of(64))
-BASE_STEPS, STEPS = 200, 200
+SETTINGS = (*ALWAYS, rows_of(96))
+"""No conversation is longer than a row: one whose tail is left out teaches no answer."""
+STEPS = {"base": 200, "sft": 200}
 LR = {"base": 4e-3, "sft": 3e-3}
 MISTAKEN, LAST_RIGHT_DIGIT = 0.75, 5
 """Share of draws in which the writer is wrong, where the number begins with a larger digit."""
@@ -71,12 +71,14 @@ def reply(request: Mapping[str, Any]) -> str:
     return WAYS[drawn[1] % len(WAYS)].format(" ".join(found.groups()), int(found[3]) % 2 ^ is_mistaken)
 
 
-class Seed(SeedFolder):
+class Seed(Taught):
     """Data and runs of one seed."""
+
+    settings, steps, lr = SETTINGS, STEPS, LR
 
     def make_data(self) -> None:
         """Write problems, have the writer solve some, and pack, unless that is done."""
-        if (self.folder / "unchecked-shards/manifest.json").exists():
+        if self.has_data:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         draw, found = random.Random(self.seed), problems(self.seed)
@@ -91,36 +93,15 @@ class Seed(SeedFolder):
         with serving(ScriptedEndpoint(reply)) as server:
             run(self.log, "data_prep.cli", "synth", "solutions", "--input", self.folder / "problems.jsonl",
                 "--engine", server.url, "--model", WRITER, "--output", self.folder / "made", "--workers", "1")
-        kept = list(records(self.folder / "made/kept.jsonl"))
-        everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
-        write(self.folder / "kept.jsonl", ({"messages": one["messages"]} for one in kept))
-        write(self.folder / "unchecked.jsonl", ({"messages": one["messages"]}
-                                                for one in draw.sample(everything, len(kept))))
-        run(self.log, "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "330", "--input",
-            self.folder / "base.jsonl", "--output", self.folder / "tokenizer", "--overwrite")
-        for name in ("base", "kept", "unchecked"):
-            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
-                "chat", "--heldout", "0", "--workers", "1", "--input",
-                f"{name}={self.folder / f'{name}.jsonl'}", "--output", self.folder / f"{name}-shards",
-                "--overwrite")
-
-    def train(self, command: str, name: str, data: str, steps: int, lr: float, *more: str | Path) -> Path:
-        """Train, unless it is done; returns the run."""
-        folder = self.folder / name
-        if not (folder / "complete.json").exists():
-            sizes = [f"model.{size}" for size in MODEL] if name == "base" else []
-            run(self.log, "megatron_sov", command, "tiny-solar-open",
-                "--data", self.folder / f"{data}-shards", "--run", folder, "--resume", *more,
-                *words([*sizes, *SETTINGS, f"train.seed={self.seed}", f"train.steps={steps}",
-                        f"optim.lr={lr}"]))
-        return folder
+        self.write_arms(draw, "messages")
+        self.pack("--preset", "solar-open", "--vocab-size", "330")
 
     def measure(self, name: str) -> None:
         """Have a run answer the problems that stood in no data."""
         out = self.folder / name / "answers.jsonl"
         if not out.exists():
             run(self.log, "megatron_sov", "generate", self.folder / name, "--prompts",
-                self.folder / "asked.jsonl", "--chat", "--max-new-tokens", "32", "--output", out)
+                self.folder / "asked.jsonl", "--chat", "--max-new-tokens", "48", "--output", out)
 
 
 def chat(number: int, said: int, way: int) -> dict[str, Any]:
@@ -131,17 +112,12 @@ def chat(number: int, said: int, way: int) -> dict[str, Any]:
 
 def arm(seed: int, work: Path, name: str) -> None:
     """Do what is not done of one arm."""
-    of = Seed(seed, work)
-    of.make_data()
-    base = of.train("pretrain", "base", "base", BASE_STEPS, LR["base"])
-    if name != "without":
-        of.train("sft", name, name, STEPS, LR["sft"], "--from", base)
-    of.measure("base" if name == "without" else name)
+    Seed(seed, work).do(name)
 
 
 def share_right(folder: Path, name: str) -> float | None:
     """Return the percentage of right answers, where it was measured."""
-    file = folder / ("base" if name == "without" else name) / "answers.jsonl"
+    file = folder / run_of(name) / "answers.jsonl"
     if not file.exists():
         return None
     right = [re.findall(r"\\boxed\{(\d+)\}", str(row["response"]))[-1:] == [str(row["answer"])]

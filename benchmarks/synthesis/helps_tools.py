@@ -31,24 +31,25 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 from rl_tools import TOKENIZER
-from seed_runs import ALWAYS, MODEL, SeedFolder, rows_of, run, run_arms, words, write
+from seed_runs import ALWAYS, rows_of, run, run_arms, words, write
 from synthesis.actors.shop_clerk import call
 from synthesis.endpoint import MODEL as WRITER
 from synthesis.endpoint import ScriptedEndpoint, serving
-from synthesis.helps import records, report_shares
+from synthesis.helps import ARMS, Taught, report_shares, run_of
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.tools.worlds.virtual import Virtual
 
-ARMS = ("without", "kept", "unchecked")
 ROOMS = ("kitchen", "hall", "attic", "cellar", "study", "garage", "nursery", "bath", "porch", "pantry")
 DEVICES = ("lamp", "heater", "fan", "radio", "camera", "screen", "kettle", "blind")
 NUM_BASE, NUM_ASKED, CONVERSATIONS = 400, 60, 4
 RIGHT, CLAIMED = 0.35, 0.4
 SETTINGS = (*ALWAYS, rows_of(256))
-BASE_STEPS, STEPS = 250, 200
+STEPS = {"base": 250, "sft": 200}
 LR = {"base": 4e-3, "sft": 2e-3}
 TEMPERATURE = 0.7
+LIMITS = ("max_turns=3", "max_turn_tokens=72", "max_prompt_tokens=128", "max_response_tokens=128")
+"""Of what a run plays; a call has up to 60 tokens, and one that is cut off reaches no goal."""
 DONE = "It is done."
 _PLACE = {"room": {"type": "string"}, "device": {"type": "string"}}
 
@@ -107,12 +108,14 @@ def by_lot(draw: random.Random) -> dict[str, Any]:
     return {"messages": [*messages, {"role": "assistant", "content": DONE}], "tools": list(world.tools())}
 
 
-class Seed(SeedFolder):
+class Seed(Taught):
     """Data and runs of one seed."""
+
+    settings, steps, lr = SETTINGS, STEPS, LR
 
     def make_data(self) -> None:
         """Write tasks, have the scripted model play some, and pack, unless that is done."""
-        if (self.folder / "unchecked-shards/manifest.json").exists():
+        if self.has_data:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         draw = random.Random(self.seed)
@@ -130,55 +133,27 @@ class Seed(SeedFolder):
                 self.folder / "tasks.jsonl", "--engine", server.url, "--model", WRITER, "--output",
                 self.folder / "made", "--workers", "1", "--checks", self.folder / "checks.yaml", "--threads",
                 "2", *words(("user_share=0", f"conversations_per_task={CONVERSATIONS}")))
-        kept = list(records(self.folder / "made/kept.jsonl"))
-        everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
-        for name, rows in (("kept", kept), ("unchecked", draw.sample(everything, len(kept)))):
-            write(self.folder / f"{name}.jsonl", ({"messages": one["messages"], "tools": one["tools"]}
-                                                  for one in rows))
+        self.write_arms(draw, "messages", "tools")
         (self.folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-        run(self.log, "tokenizer.cli", "train", "--preset", "custom", "--config",
-            self.folder / "tokenizer.json", "--vocab-size", "400", "--input", self.folder / "base.jsonl",
-            "--output", self.folder / "tokenizer", "--overwrite")
-        for name in ("base", "kept", "unchecked"):
-            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
-                "chat", "--heldout", "0", "--workers", "1", "--input",
-                f"{name}={self.folder / f'{name}.jsonl'}", "--output", self.folder / f"{name}-shards",
-                "--overwrite")
+        self.pack("--preset", "custom", "--config", self.folder / "tokenizer.json", "--vocab-size", "400")
 
-    def train(self, command: str, name: str, steps: int, lr: float, *more: str | Path) -> Path:
-        """Train, unless it is done; returns the run."""
-        folder = self.folder / name
-        if not (folder / "complete.json").exists():
-            sizes = [f"model.{size}" for size in MODEL] if name == "base" else []
-            run(self.log, "megatron_sov", command, "tiny-solar-open",
-                "--data", self.folder / f"{name}-shards", "--run", folder, "--resume", *more,
-                *words([*sizes, *SETTINGS, f"train.seed={self.seed}", f"train.steps={steps}",
-                        f"optim.lr={lr}"]))
-        return folder
-
-    def play(self, name: str) -> None:
+    def measure(self, name: str) -> None:
         """Have a run play the tasks that stood in no data."""
         output = self.folder / name / "episodes"
         if not (output / "manifest.json").exists():
             run(self.log, "megatron_sov", "tools", "run", "virtual", self.folder / name, "--tasks",
                 self.folder / "asked.jsonl", "--output", output, "--parallel", "20", "--temperature",
-                str(TEMPERATURE), "--limit", "max_turns=3", "--limit", "max_turn_tokens=40", "--limit",
-                "max_prompt_tokens=128", "--limit", "max_response_tokens=100")
+                str(TEMPERATURE), *(part for limit in LIMITS for part in ("--limit", limit)))
 
 
 def arm(seed: int, work: Path, name: str) -> None:
     """Do what is not done of one arm."""
-    of = Seed(seed, work)
-    of.make_data()
-    base = of.train("pretrain", "base", BASE_STEPS, LR["base"])
-    if name != "without":
-        of.train("sft", name, STEPS, LR["sft"], "--from", base)
-    of.play("base" if name == "without" else name)
+    Seed(seed, work).do(name)
 
 
 def reached(folder: Path, name: str) -> float | None:
     """Return the percentage of goals reached, where it was measured."""
-    output = folder / ("base" if name == "without" else name) / "episodes"
+    output = folder / run_of(name) / "episodes"
     return 100 * read_manifest(output).content["mean_reward"] if output.exists() else None
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -24,11 +25,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 from data_prep.cli import main as sov_data
 from data_prep.synth.known import GENERATORS, generator_class
-from data_prep.synth.local_engine import KEY_ENV, Served, serving
+from data_prep.synth.local_engine import Served, serving
 from data_prep.synth.stopping import Stop
 
 ACTORS = Path(__file__).parent / "actors"
 NUM_ITEMS, MAX_TOKENS = 2, 32
+KEY_ENV = "LOCAL_MODEL_KEY"
 MEASURES = {"answers", "comparisons"}
 """Generators that keep what a model can do, be it nothing."""
 
@@ -64,6 +66,7 @@ def main() -> None:
           f"{'kept':>5} {'seconds':>7}")
     is_sound = True
     with serving(args.model, [], Stop()) as served, tempfile.TemporaryDirectory() as work:
+        os.environ[KEY_ENV] = served.key
         for name in args.generators or sorted(GENERATORS):
             if (ACTORS / f"{name.replace('-', '_')}.py").is_file():
                 line, is_right = row_of(name, served, Path(work) / name)

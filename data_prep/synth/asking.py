@@ -14,7 +14,10 @@ from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
 from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
 
 T = TypeVar("T")
+Drawn = Reply | NoUsableReply
+"""What comes of one draw."""
 JUDGE_MAX_TOKENS = 1024
+"""Of a judge's answer, unless told."""
 JUDGE_RETRY_TEMPERATURE = 0.5
 """The likeliest answer stays what it is; another one is wanted."""
 
@@ -44,10 +47,13 @@ class Asking:
         prompts: templates by name.
         doors: role -> model.
         over: maps a function over draws; a run gives one that asks several at a time.
+        judge_max_tokens: of a judge's answer.
     """
 
     def __init__(self, item_id: str, prompts: Mapping[str, Prompt], doors: Mapping[Role, Door],
-                 over: Callable[[Callable[[int], Reply], Iterable[int]], Iterator[Reply]] = map) -> None:
+                 over: Callable[[Callable[[int], Drawn], Iterable[int]], Iterator[Drawn]] = map,
+                 judge_max_tokens: int = JUDGE_MAX_TOKENS) -> None:
+        self._judge_max_tokens = judge_max_tokens
         self._item_id, self._prompts, self._doors, self._over = item_id, prompts, doors, over
         self.asked: dict[str, None] = {}
         """Keys of all answers that were used, in the order in which they were."""
@@ -57,11 +63,20 @@ class Asking:
     def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
                  thinking: bool | None = None, attempts: int = MAX_ATTEMPTS, **fields: Any) -> list[Reply]:
-        """Return `count` answers to a template; see `Ask`."""
+        """Return the answers of use of `count` draws; see `Ask`."""
         messages = self._prompts[template].messages(fields)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
-        replies = list(self._over(lambda draw: self._reply(role, request, template, draw, attempts),
-                                  range(first, first + count)))
+
+        def drawn(draw: int) -> Drawn:
+            try:
+                return self._reply(role, request, template, draw, attempts)
+            except NoUsableReply as e:  # one draw, not the others of its question
+                return e
+
+        found = list(self._over(drawn, range(first, first + count)))
+        replies = [one for one in found if isinstance(one, Reply)]
+        if not replies and found and isinstance(found[-1], NoUsableReply):
+            raise found[-1]
         self.asked |= dict.fromkeys(reply.key for reply in replies)
         return replies
 
@@ -85,8 +100,8 @@ class Asking:
                                    {name: sound(text) for name, text in material.items()}, low, high)
         num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
-            request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0, JUDGE_MAX_TOKENS,
-                               None)
+            request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0,
+                               self._judge_max_tokens, None)
             reply = self._one("judge", request, "", 0, attempt)
             num_cut += reply.is_cut
             if not reply.is_cut:
@@ -96,8 +111,8 @@ class Asking:
                     continue
                 self.asked[reply.key] = None
                 return score
-        cut = (f", {num_cut} of them cut off at {JUDGE_MAX_TOKENS:,} tokens; take a judge that does not "
-               "think first" if num_cut else "")
+        cut = (f", {num_cut} of them cut off at {self._judge_max_tokens:,} tokens; raise --judge-max-tokens, "
+               "or take a judge that does not think first" if num_cut else "")
         raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")
 
     def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int,

@@ -23,7 +23,8 @@ with 75 and goes on when the limit is raised."""
 EPILOG = "Generators: --list. What stands in the output folder: docs/synth.md."
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)
-_OF_A_JUDGE = ("--judge-api-key-env", "--judge-input-price", "--judge-output-price")
+_OF_A_JUDGE = ("--judge-api-key-env", "--judge-input-price", "--judge-output-price",
+               "--judge-max-tokens-field")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
                             help="of a million tokens that it reads")
         parser.add_argument(f"--{prefix}output-price", type=float, metavar="X",
                             help="of a million tokens that it writes")
+        parser.add_argument(f"--{prefix}max-tokens-field", metavar="NAME",
+                            help="what it is told the longest answer by: max_tokens, max_completion_tokens, "
+                                 "or none" + (" (default: that of the model that writes)" if prefix else
+                                              " (default: max_tokens)"))
+    parser.add_argument("--judge-max-tokens", type=int, default=1024, metavar="N",
+                        help="longest answer of whoever judges, with its thoughts (default: %(default)s)")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +151,8 @@ def order_of(args: argparse.Namespace) -> Order:
         raise UserError(f"sov-data synth {args.generator}: {' and '.join(f'--{name}' for name in missing)} "
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
     writer, judge = models_of(args)
-    asked = Asked(args.threads, args.timeout, args.max_attempts, duration_s("--patience", args.patience))
+    asked = Asked(args.threads, args.timeout, args.max_attempts, duration_s("--patience", args.patience),
+                  args.judge_max_tokens)
     time_s = duration_s("--max-time", args.max_time) if args.max_time else 0.0
     if args.max_time and not time_s:
         raise UserError(f"--max-time {args.max_time}: leaves no time; leave it out for no limit")
@@ -170,7 +178,9 @@ def models_of(args: argparse.Namespace) -> tuple[Model, Model]:
             raise UserError(f"{option} {variable}: the environment has no key there; set it, or leave the "
                             "option out where none is needed")
     key_env = "OPENAI_API_KEY" if args.api_key_env is None else args.api_key_env
-    writer = Model(args.engine, args.model, key_env, args.input_price or 0.0, args.output_price or 0.0)
+    length = args.max_tokens_field or "max_tokens"
+    writer = Model(args.engine, args.model, key_env, args.input_price or 0.0, args.output_price or 0.0,
+                   max_tokens_field=length)
     if not args.judge_engine and not args.judge_model:
         if alone := [option for option in _OF_A_JUDGE
                      if getattr(args, option[2:].replace("-", "_")) is not None]:
@@ -184,6 +194,7 @@ def models_of(args: argparse.Namespace) -> tuple[Model, Model]:
     own = "" if args.judge_engine and args.judge_engine != args.engine else key_env
     judge = Model(engine, args.judge_model, own if args.judge_api_key_env is None else args.judge_api_key_env,
                   args.judge_input_price or 0.0, args.judge_output_price or 0.0,
+                  max_tokens_field=args.judge_max_tokens_field or length,
                   options=("--judge-engine", "--judge-model"))
     return writer, judge
 

@@ -11,8 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from data_prep.synth.asking import Asking, Door
-from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Reply, Role
+from data_prep.synth.asking import JUDGE_MAX_TOKENS, Asking, Door, Drawn
+from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Role
 from data_prep.synth.journal import Finished, Journal
 from data_prep.synth.sample import Sample, writable
 from data_prep.synth.stopping import Stop
@@ -99,10 +99,12 @@ class Engine:
         doors: role -> model.
         threads: items at a time.
         stop: of the run.
+        judge_max_tokens: of a judge's answer.
     """
 
     def __init__(self, generator: Generator, prompts: Mapping[str, Prompt], doors: Mapping[Role, Door],
-                 threads: int, stop: Stop) -> None:
+                 threads: int, stop: Stop, judge_max_tokens: int = JUDGE_MAX_TOKENS) -> None:
+        self._judge_max_tokens = judge_max_tokens
         self._generator, self._prompts, self._doors = generator, prompts, doors
         self._threads, self._stop = threads, stop
 
@@ -159,12 +161,12 @@ class Engine:
 
     def _made(self, number: int, item: Item, drawers: ThreadPoolExecutor) -> Finished:
         """Return one item when it is done."""
-        def over(draw: Callable[[int], Reply], draws: Iterable[int]) -> Iterator[Reply]:
+        def over(draw: Callable[[int], Drawn], draws: Iterable[int]) -> Iterator[Drawn]:
             numbers = list(draws)
             return map(draw, numbers) if len(numbers) == 1 else _all(drawers, draw, numbers)
 
         self._stop.check()
-        ask = Asking(item.id, self._prompts, self._doors, over)
+        ask = Asking(item.id, self._prompts, self._doors, over, self._judge_max_tokens)
         samples: tuple[Sample, ...] = ()
         unusable = ""
         try:
@@ -179,7 +181,7 @@ class Engine:
         return Finished(number, item, samples, tuple(ask.asked), unusable)
 
 
-def _all(pool: ThreadPoolExecutor, draw: Callable[[int], Reply], numbers: list[int]) -> Iterator[Reply]:
+def _all(pool: ThreadPoolExecutor, draw: Callable[[int], Drawn], numbers: list[int]) -> Iterator[Drawn]:
     """Return all draws; where one fails the others are waited for first, so that nothing asks unheard."""
     futures = [pool.submit(draw, number) for number in numbers]
     wait(futures)

@@ -67,11 +67,13 @@ class Ask(Protocol):
     def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
                  thinking: bool | None = None, attempts: int = MAX_ATTEMPTS, **fields: Any) -> list[Reply]:
-        """Return `count` answers to a template of the generator's, each drawn with a seed of its own.
+        """Return answers to a template of the generator's, each drawn with a seed of its own.
+
+        A draw without an answer of use is left out; where all are, that raises `NoUsableReply`.
 
         Args:
             template: name of a file of `prompts/` without its ending, such as "autoif/constraints".
-            count: answers.
+            count: draws.
             first: number of the first draw, where the draws of one question are asked for in several calls.
             role: which model.
             temperature: of sampling; 0: the likeliest.

@@ -12,13 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.synth.stopping import Stop
 from megatron_sov.errors import UserError, download
 
 KEY_ENV = "SOV_SERVE_KEY"
+"""Of the server's environment alone: no other process of the run needs the key."""
 STOP_S = 30.0
 """For the answers that it still gives; then it is killed."""
 _LOOK_S = 0.05
@@ -35,6 +36,8 @@ class Served:
     """Up to `/v1`."""
     model: str
     """As it is called there."""
+    key: str = field(repr=False)
+    """That it wants."""
 
 
 @contextlib.contextmanager
@@ -50,7 +53,7 @@ def serving(folder: Path, program: list[str], stop: Stop) -> Iterator[Served]:
         UserError: it does not start; its own sentence says why.
         StopRequested: the run was asked to stop before it answered.
     """
-    key = os.environ.setdefault(KEY_ENV, secrets.token_urlsafe(32))
+    key = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="sov-synth-") as work:
         address, log = Path(work) / "address.json", Path(work) / "serve.log"
         command = [*(program or [sys.executable, "-m", "megatron_sov", "serve"]), str(folder), "--port", "0",
@@ -61,7 +64,7 @@ def serving(folder: Path, program: list[str], stop: Stop) -> Iterator[Served]:
             child = subprocess.Popen(command, env=os.environ | {KEY_ENV: key}, stdin=subprocess.DEVNULL,
                                      stdout=out, stderr=out, start_new_session=True)
         try:
-            yield _answering(child, address, log, folder, stop)
+            yield Served(*_answering(child, address, log, folder, stop), key)
         finally:
             child.terminate()
             try:
@@ -71,8 +74,9 @@ def serving(folder: Path, program: list[str], stop: Stop) -> Iterator[Served]:
                 child.wait()
 
 
-def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder: Path, stop: Stop) -> Served:
-    """Return where it answers, when it does."""
+def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder: Path, stop: Stop
+               ) -> tuple[str, str]:
+    """Return where it answers, when it does, and what the model is called there."""
     began_s = time.monotonic()
     told = False
     while not address.exists():
@@ -85,7 +89,7 @@ def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder:
             told = True
         stop.sleep(_LOOK_S)
     said = json.loads(address.read_text(encoding="utf-8"))
-    return Served(said["url"], said["model"])
+    return said["url"], said["model"]
 
 
 def identity_of(folder: Path, option: str = "--engine") -> str:

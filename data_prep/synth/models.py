@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data_prep.synth.asking import Door
+from data_prep.synth.asking import JUDGE_MAX_TOKENS, Door
 from data_prep.synth.budget import Budget
 from data_prep.synth.engine import EndpointDoor
 from data_prep.synth.generator import Role
-from data_prep.synth.local_engine import KEY_ENV, identity_of, serving
+from data_prep.synth.local_engine import identity_of, serving
 from data_prep.synth.stopping import Stop
 from megatron_sov.endpoints.addresses import address_problems, is_address
 from megatron_sov.endpoints.cache import EndpointCache
@@ -21,6 +22,9 @@ from megatron_sov.endpoints.endpoint import Endpoint, Limits
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
 MAX_THREADS = 4096
+NO_FIELD = "none"
+MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens", NO_FIELD)
+"""max_completion_tokens: what OpenAI's reasoning models take; none: for what refuses both."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Model:
     """Of a million tokens that it writes."""
     known_as: str = ""
     """What stands for it in what answers are kept by; empty: what follows from the rest."""
+    max_tokens_field: str = "max_tokens"
+    """What the longest answer stands in, where requests are sent; none: it is not sent."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
     """What the command line calls address and name."""
 
@@ -64,6 +70,9 @@ class Model:
              for option, price in ((f"{where.replace('engine', 'input-price')}", self.input_price),
                                    (f"{where.replace('engine', 'output-price')}", self.output_price))
              if not 0 <= price < float("inf")]
+        if self.max_tokens_field not in MAX_TOKENS_FIELDS:
+            p.append(f"{where.replace('engine', 'max-tokens-field')} {self.max_tokens_field}: must be "
+                     f"{', '.join(MAX_TOKENS_FIELDS)}")
         if not self.is_local:
             p += address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
             if not self.model:
@@ -71,6 +80,13 @@ class Model:
         elif "://" in self.engine:
             p.append(f"{where}: must be an address such as http://localhost:8000/v1, or a folder")
         return p
+
+    def sent(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a request as the endpoint takes it; what it is kept by stays the same."""
+        others = {name: value for name, value in request.items() if name != "max_tokens"}
+        if self.max_tokens_field == NO_FIELD or "max_tokens" not in request:
+            return others
+        return {**others, self.max_tokens_field: request["max_tokens"]}
 
     def identity(self) -> str:
         """Return what stands for the model in what answers are kept by: wherever it is served, its answers
@@ -94,11 +110,14 @@ class Asked:
     """For a request."""
     patience_s: float
     """How long an endpoint that is full or away is waited for."""
+    judge_max_tokens: int = JUDGE_MAX_TOKENS
+    """Of a judge's answer, with its thoughts."""
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that is broken."""
         bounds = (("--threads", self.threads, 1), ("--timeout", self.timeout_s, 0.1),
-                  ("--max-attempts", self.max_attempts, 1), ("--patience", self.patience_s, 0))
+                  ("--max-attempts", self.max_attempts, 1), ("--patience", self.patience_s, 0),
+                  ("--judge-max-tokens", self.judge_max_tokens, 1))
         p = [f"{option} {value:g}: must be at least {least:g}"
              for option, value, least in bounds if not value >= least]
         if self.threads > MAX_THREADS:
@@ -116,15 +135,16 @@ def opened(writer: Model, judge: Model, asked: Asked, cache: EndpointCache, budg
     with contextlib.ExitStack() as stack:
         doors: dict[Model, Door] = {}
         for model in dict.fromkeys((writer, judge)):
-            url, name, key_env = model.engine.rstrip("/"), model.name, model.key_env
+            url, name, key = model.engine.rstrip("/"), model.name, ""
             if model.is_local:
                 served = stack.enter_context(serving(Path(model.engine), list(program), stop))
-                url, name, key_env = served.url, served.model, KEY_ENV
+                url, name, key = served.url, served.model, served.key
             # a server of this machine that answers nobody has ended, and nobody starts it again
             patience_s = min(asked.patience_s, LOCAL_PATIENCE_S) if model.is_local else asked.patience_s
-            endpoint = Endpoint(f"{url}/chat/completions", key_env,
+            endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
                                 Limits(*limits, model.input_price, model.output_price, patience_s),
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
-                                told=lambda sentence: print(sentence, flush=True))
+                                told=lambda sentence: print(sentence, flush=True), key=key,
+                                sent=model.sent)
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

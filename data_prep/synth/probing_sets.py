@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data_prep.decontamination.benchmarks import text_in
 from data_prep.json_lines import read_objects
 from data_prep.synth.generators.probes import DOMAIN
+from data_prep.synth.problems import line_files
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import WORDS, find_units
@@ -50,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Write one file of problems for each domain, without those that stand in the "
                           "training input, as an artifact whose hashes say that they stay the same.")
-    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
-                        help="kept.jsonl of `sov-data synth probes`, or lines with prompt, answer and domain")
-    parser.add_argument("--against", nargs="+", action="extend", type=Path, default=[], metavar="FILE",
-                        help=".jsonl files of what checkpoints are trained on: text, chats or prompts")
+    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="PATH",
+                        help="the folder of `sov-data synth probes`, or lines with prompt, answer and domain")
+    parser.add_argument("--against", nargs="+", action="extend", type=Path, default=[], metavar="PATH",
+                        help=".jsonl files, or folders of them, of what checkpoints are trained on: text, "
+                             "chats or prompts")
     parser.add_argument("--per-domain", type=int, default=0, metavar="N",
                         help="problems of a set at most (default: all)")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the sets")
@@ -78,8 +80,8 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
     """Write an artifact of kind "probing_sets"; returns its content.
 
     Args:
-        files: of problems.
-        against: of training input.
+        files: of problems, and folders of them.
+        against: of training input, likewise.
         output: the artifact.
         per_domain: problems of a set at most; 0: all.
         overwrite: replace sets that are already there.
@@ -94,7 +96,7 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
     search = Search([Item(p.domain, p.id, "prompt", p.prompt) for p in problems], WORDS, MIN_WORDS)
     gone = dict.fromkeys(search.too_short, "too short to be looked for")
     num_lines = 0
-    for file in against:
+    for file in line_files(against):
         for _, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
             num_lines += 1
             for found in search.find(find_units(text_in(record))):
@@ -126,7 +128,7 @@ def _read(files: Sequence[Path]) -> tuple[list[Problem], Counter[str]]:
     """Return the problems that differ, in order, and how many were left out for what reason."""
     found: dict[bytes, Problem] = {}
     left_out: Counter[str] = Counter()
-    for file in files:
+    for file in line_files(files):
         for where, row in read_objects(file):
             prompt, answer, domain = (row.get(name) for name in ("prompt", "answer", "domain"))
             if not all(isinstance(value, str) and value.strip() for value in (prompt, answer, domain)):

@@ -60,7 +60,7 @@ def line_files(inputs: Sequence[Path]) -> Iterator[Path]:
         if path.is_dir():
             files = [file for file in list_files(path) if file.suffix.lower() in JSONL_SUFFIXES]
         if not files:
-            raise UserError(f"--input {path}: holds no file of JSON lines (.jsonl); name one, or its folder")
+            raise UserError(f"{path}: holds no file of JSON lines (.jsonl); name one, or its folder")
         yield from files
 
 

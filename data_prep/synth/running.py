@@ -148,7 +148,8 @@ def ready(order: Order) -> Ready:
     if generator.needs_input and not order.inputs:
         raise UserError(f"--input: generator {order.generator} needs one")
     prompts = load_prompts(generator.templates, [*([order.prompts] if order.prompts else []), PROMPTS])
-    identity = Identity.of(generator, prompts, order.writer, order.judge, order.inputs)
+    identity = Identity.of(generator, prompts, order.writer, order.judge, order.inputs,
+                           order.asked.judge_max_tokens)
     check_folder(order.output)
     return Ready(generator, prompts, identity)
 
@@ -237,7 +238,8 @@ def make(made: Ready, order: Order, todo: set[str], tally: Tally, share: Share |
 
     try:
         with opened(order.writer, order.judge, order.asked, cache, budget, stop) as doors:
-            engine = Engine(made.generator, made.prompts, doors, order.asked.threads, stop)
+            engine = Engine(made.generator, made.prompts, doors, order.asked.threads, stop,
+                            order.asked.judge_max_tokens)
             items = ((number, item) for number, item in items_of(made.generator, order.inputs, order.limit)
                      if item.id in todo)
             engine.run(items, Journal(order.output, share.prefix if share else ""), tally, told)

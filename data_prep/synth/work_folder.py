@@ -19,8 +19,10 @@ from megatron_sov.outputs import refuse_nowhere
 
 ANSWERS = "answers.sqlite"
 _DECIDES = ("generator", "version", "settings", "model", "judge", "identity", "judge_identity",
-            "template_digests", "files")
+            "template_digests", "files", "judge_max_tokens")
 """What samples depend on, besides items and answers."""
+_BEFORE = {"judge_max_tokens": 1024}
+"""What was so in folders of versions that could not set it."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class Identity:
     """Of a million tokens that the writer reads."""
     output_price: float
     """Of a million tokens that it writes."""
+    judge_max_tokens: int
+    """Of a judge's answer."""
 
     @staticmethod
     def of(generator: Generator, prompts: Mapping[str, Prompt], writer: Model, judge: Model,
-           inputs: tuple[Path, ...]) -> Identity:
+           inputs: tuple[Path, ...], judge_max_tokens: int) -> Identity:
         """Return what a run is made with; raises UserError where a model's folder cannot be read."""
         settings = json.loads(to_json(asdict(generator.settings)))
         return Identity(
@@ -71,14 +75,14 @@ class Identity:
             {name: prompt.version for name, prompt in prompts.items()},
             {name: prompt.digest for name, prompt in prompts.items()},
             {str(file): file_digest(file) for file in generator.files()},
-            tuple(map(str, inputs)), writer.input_price, writer.output_price)
+            tuple(map(str, inputs)), writer.input_price, writer.output_price, judge_max_tokens)
 
     def differences(self, before: Mapping[str, Any]) -> list[str]:
         """Return what differs from an earlier command's, in what samples depend on."""
         now = json.loads(to_json(asdict(self)))
         found = []
         for name in _DECIDES:
-            old, new = before.get(name), now[name]
+            old, new = before.get(name, _BEFORE.get(name)), now[name]
             if isinstance(old, dict) and isinstance(new, dict):
                 found += [f"{name}: {key} was {_short(old.get(key))}, and is {_short(new.get(key))}"
                           for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

@@ -20,6 +20,10 @@ BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
 Fault = Literal["json", "form", "unclosed"]
 _SPACE = " \t\r\n"
 _MARK = re.compile(f"{BEGIN_CALL}|{BEGIN_THOUGHTS}")
+_PIECE_CHARS = 1024
+"""Of a text, in which its JSON is looked for first."""
+_WORD_CHARS = 16
+"""More than the longest word or escape of JSON: an error nearer to the end may come from the cut."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,13 @@ def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:
         text: of the turn.
         in_thoughts: the template has opened thoughts before it.
     """
-    place = _first_place(text, in_thoughts)
+    place, last_end = _first_place(text, in_thoughts), text.rfind(END_CALL)
     said: list[str] = []
     calls: list[ToolCall | BadCall] = []
     while mark := _MARK.search(text, place):
         said.append(text[place:mark.start()])
         if mark[0] == BEGIN_CALL:
-            call, place = _call(text, mark.end())
+            call, place = _call(text, mark.end(), last_end)
             calls.append(call)
         else:
             place = _behind_thoughts(text, mark.end())
@@ -90,12 +94,18 @@ def _behind_thoughts(text: str, start: int) -> int:
     return len(text) if end < 0 else end + len(END_THOUGHTS)
 
 
-def _call(text: str, start: int) -> tuple[ToolCall | BadCall, int]:
-    """Return the call whose opening tag ends at `start`, and where the text goes on behind it."""
+def _call(text: str, start: int, last_end: int) -> tuple[ToolCall | BadCall, int]:
+    """Return the call whose opening tag ends at `start`, and where the text goes on behind it.
+
+    Args:
+        text: of the turn.
+        start: behind the tag.
+        last_end: place of the text's last closing tag; -1: it has none.
+    """
     while start < len(text) and text[start] in _SPACE:
         start += 1
     try:
-        value, end = _DECODER.raw_decode(text, start)
+        value, end = _value(text, start)
         refuse_deep(value)  # what is made of it goes through functions that call themselves more than JSON's
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError, BadRecord) as e:
@@ -103,10 +113,33 @@ def _call(text: str, start: int) -> tuple[ToolCall | BadCall, int]:
     while end < len(text) and text[end] in _SPACE:
         end += 1
     if not text.startswith(END_CALL, end):
-        if END_CALL in text[end:]:
+        if last_end >= end:
             return _no_json(text, start, ValueError("more stands behind the object"))
         return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
     return _checked(value), end + len(END_CALL)
+
+
+def _value(text: str, start: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at a place, and where it ends; raises as `JSONDecoder.raw_decode`.
+
+    It is read from a piece that grows: where it is malformed json counts the lines of all that it is given,
+    so that many malformed calls in one long text would take the square of its length.
+    """
+    num_chars = _PIECE_CHARS
+    while True:
+        piece, is_rest = text[start:start + num_chars], start + num_chars >= len(text)
+        try:
+            value, end = _DECODER.raw_decode(piece)
+            if is_rest or end < len(piece):  # a number may go on
+                return value, start + end
+        except json.JSONDecodeError as e:
+            is_sure = not e.msg.startswith("Unterminated string") and e.pos < len(piece) - _WORD_CHARS
+            if is_rest or is_sure:
+                raise
+        except ValueError:
+            if is_rest:
+                raise
+        num_chars *= 2
 
 
 def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:

@@ -97,14 +97,18 @@ class Endpoint:
         gate: what each attempt has to pass.
         sleep: waits; may raise to end all waiting.
         told: is given a sentence when an endpoint that is full or not there begins to be waited for.
+        key: the key itself, of a server of one's own; goes before the variable.
+        sent: makes of a request what is sent; kept and counted is the request itself.
     """
 
     def __init__(self, url: str, key_env: str, limits: Limits, cache: EndpointCache, *, known_as: str = "",
                  gate: Gate | None = None, sleep: Callable[[float], object] = time.sleep,
-                 told: Callable[[str], object] = lambda sentence: None) -> None:
+                 told: Callable[[str], object] = lambda sentence: None, key: str = "",
+                 sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
         self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
-        self._transport = Transport(url, key_env, limits.timeout_s)
+        self._transport = Transport(url, key_env, limits.timeout_s, key)
+        self._sent = sent
         self._lock = threading.Lock()
         self._next_s = 0.0
         self._asking: dict[str, tuple[threading.Lock, int]] = {}
@@ -212,7 +216,7 @@ class Endpoint:
         self._gate.enter(most)
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:
-            came = self._transport.post(payload)
+            came = self._transport.post(self._sent(payload))
             outcome = str(came.status)
             self._refuse(came.status, came.headers.get("retry-after"), came.body)
             usage = most  # also of an answer that was cut off on its way

@@ -45,13 +45,14 @@ class Transport:
         url: the address.
         key_env: variable of the environment with the key; none is sent where it is not set.
         timeout_s: for a request as a whole.
+        key: the key itself, of a server of one's own; goes before the variable.
     """
 
-    def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
+    def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "") -> None:
         self._base, _, self._path = url.rpartition("/")
         self._is_secure = url.startswith("https:")
         self._is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-        self._key_env, self._timeout_s = key_env, timeout_s
+        self._key_env, self._timeout_s, self._key = key_env, timeout_s, key
         self._deadline = Deadline()
         self._lock = threading.Lock()
         self._client: Any = None
@@ -66,7 +67,7 @@ class Transport:
         import httpx
         import openai
 
-        secret = os.environ.get(self._key_env, "") if self._key_env else ""
+        secret = self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
         headers: dict[str, Any] = {"Accept-Encoding": "identity",
                                    "Authorization": f"Bearer {secret}" if secret else openai.Omit()}
         try:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_sov.documents.routes import RouteShape
-from megatron_sov.generate.request import Sampling, Stop
+from megatron_sov.generate.request import Sampling, Stop, Tells, Written
 from megatron_sov.mcore.model.kv_cache import Span
 
 
@@ -34,6 +34,11 @@ class Continuation:
     """Number of its stream of random numbers, which with the seed decides them."""
     logprobs: list[float] = field(default_factory=list)
     """Of each token of the continuation."""
+    tells: Tells = Tells()
+    """What is told of it."""
+    ranked: list[Written] = field(default_factory=list)
+    """Of each place that is told of, its token and then the most probable ones; taken away as they are
+    told."""
     read: int = 0
     """Tokens that the cache holds."""
     drafts: list[int] = field(default_factory=list)
@@ -53,7 +58,7 @@ class Continuation:
     def prompt(self) -> bytes:
         """The prompt, by which those that have the same are found; empty: it is read by itself."""
         # of one token nothing is left to copy; the prediction layer has its own cache, which is written later
-        if self.sampling.num_drafts or self.prompt_tokens == 1:
+        if self.sampling.num_drafts or self.prompt_tokens == 1 or self.tells.prompt:
             return b""
         return np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_sov.generate.continuation import Continuation, RowItem, keep_routes
 from megatron_sov.generate.piece_table import pieces_of, table_of
+from megatron_sov.generate.ranking import places_of, ranked
 from megatron_sov.generate.request import Sampling, Written
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput
@@ -72,6 +73,7 @@ class Decoding:
         self._copy_prompts(items)
         chosen = [i for i in items if i.places]
         written = self._written(read, chosen)
+        self._rank(read, items, written)
         self._move_on(items, written)
         if self._num_drafts and items:
             self._draft(read, items)
@@ -167,6 +169,21 @@ class Decoding:
         places = [start + k for start, t in zip(starts, tokens, strict=True) for k in range(len(t))]
         logprobs = iter(shares[places, list(chain.from_iterable(tokens))].log().tolist())
         return [(t, [next(logprobs) for _ in t]) for t in tokens]
+
+    def _rank(self, read: DecodeOutput, items: list[RowItem], written: list[Written]) -> None:
+        """Tell sequences what the model holds of their places, where they ask, the same on all processes that
+        read them."""
+        if not any(item.sequence.tells.something for item in items):
+            return
+        if not (asked := list(places_of(items, written))):
+            return
+        places = [place for _, place in asked]
+        found: list[Written] = [([], []) for _ in asked]
+        if self._decoder.last_stage:
+            found = ranked(lambda rows: self._decoder.logits(read, rows), places)
+        table = table_of(found, 1 + max(place.num_top for place in places))
+        for (sequence, _), one in zip(asked, pieces_of(self._decoder.agree(table)), strict=True):
+            sequence.ranked.append(one)
 
     def _move_on(self, items: list[RowItem], written: list[Written]) -> None:
         """Count what has been read and write what was chosen, up to the end of a continuation."""

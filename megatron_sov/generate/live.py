@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -16,7 +17,8 @@ import torch.distributed as dist
 
 from megatron_sov.generate.continuation import Continuation
 from megatron_sov.generate.decoding import Decoding
-from megatron_sov.generate.request import LENGTH, STOP, Batching, Sampling, Stop
+from megatron_sov.generate.piece_table import pieces_of, table_of
+from megatron_sov.generate.request import LENGTH, STOP, Batching, Sampling, Stop, Tells, Written
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.kv_cache import CacheSize
@@ -37,6 +39,8 @@ class Joining:
     """Number of its stream of random numbers."""
     end_ids: tuple[int, ...]
     """Tokens that end it."""
+    tells: Tells = Tells()
+    """What is told of it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class News:
     """Its log-probability under the distribution that it was drawn from, see `Generated.logprobs`."""
     reason: str | None
     """`STOP` or `LENGTH` where it is the last one."""
+    ranked: tuple[Written, ...] = ()
+    """What its sequence asks to be told: the token and then the most probable ones, with log-probabilities;
+    with the first token, before it, the same of the prompt's tokens from the second on."""
 
 
 class Office(Protocol):
@@ -95,6 +102,10 @@ class _Place:
     """Tokens that end it."""
     own: Continuation | None
     """The sequence where it is this process's."""
+    tells: Tells
+    """What is told of it."""
+    prompt_tokens: int
+    """Length of its prompt."""
 
 
 def room(batching: Batching, longest: int) -> int:
@@ -150,9 +161,10 @@ class _Live:
         if share == self._rank:
             own = Continuation(joining.number, list(joining.prompt), len(joining.prompt),
                                joining.sampling.max_new_tokens, joining.sampling, Stop(joining.end_ids),
-                               joining.stream)
+                               joining.stream, tells=joining.tells)
             self._decoding.join(own)
-        self._places[joining.number] = _Place(share, joining.sampling.max_new_tokens, joining.end_ids, own)
+        self._places[joining.number] = _Place(share, joining.sampling.max_new_tokens, joining.end_ids, own,
+                                              joining.tells, len(joining.prompt))
         self._written[joining.number] = 0
 
     def _forget(self, number: int) -> _Place | None:
@@ -173,14 +185,29 @@ class _Live:
                 row[:] = torch.tensor([1, place.own.tokens[-1], int(bits[0])])
         table = over_shares(table)
         logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
-        found = []
-        for number, (count, token, _), logprob in zip(list(self._places), table.tolist(), logprobs,
-                                                      strict=True):
-            if count:
-                found.append(self._news(number, token, logprob))
-        return found
+        written = {number: (token, logprob) for number, (count, token, _), logprob in zip(
+            self._places, table.tolist(), logprobs, strict=True) if count}
+        told = self._ranked(list(written))
+        return [self._news(number, token, logprob, told.get(number, ()))
+                for number, (token, logprob) in written.items()]
 
-    def _news(self, number: int, token: int, logprob: float) -> News:
+    def _ranked(self, numbers: Sequence[int]) -> dict[int, tuple[Written, ...]]:
+        """Return what is told of sequences that have a new token, on all processes."""
+        asked = [(number, place) for number in numbers if (place := self._places[number]).tells.something]
+        if not asked:
+            return {}
+        sizes = [place.prompt_tokens if place.tells.prompt and not self._written[number] else 1
+                 for number, place in asked]
+        pieces: list[Written] = []
+        for (_, place), size in zip(asked, sizes, strict=True):
+            pieces += place.own.ranked if place.own is not None else [([], [])] * size
+            if place.own is not None:
+                place.own.ranked = []
+        table = over_shares(table_of(pieces, 1 + max(place.tells.num_top for _, place in asked)))
+        found = iter(pieces_of(table))
+        return {number: tuple(islice(found, size)) for (number, _), size in zip(asked, sizes, strict=True)}
+
+    def _news(self, number: int, token: int, logprob: float, ranked: tuple[Written, ...]) -> News:
         place, reason = self._places[number], None
         self._written[number] += 1
         if token in place.end_ids:
@@ -189,4 +216,4 @@ class _Live:
             reason = LENGTH
         if reason is not None:
             self._forget(number)
-        return News(number, token, logprob, reason)
+        return News(number, token, logprob, reason, ranked)

@@ -14,7 +14,7 @@ from megatron_sov.models.blocks import (
     norms_behind,
     trunk,
 )
-from megatron_sov.models.family import DECODER_CONFIG, Family
+from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.models.hf_layers import RotatingWindows
 
@@ -25,7 +25,7 @@ FAMILY = Family(
         "every layer", PROJECTIONS, QK_NORM, SWIGLU,
         norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
-        *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"),
+        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
         Renamed("head_dim", "head_dim", hidden_over_heads),
         Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
         Rope(default_theta=10_000.0), RotatingWindows(),

@@ -25,6 +25,7 @@ from megatron_sov.models.family import (
     DEEPSEEK_ROUTER,
     DEEPSEEK_ROUTER_CONFIG,
     EXPERTS_CONFIG,
+    KV_HEADS,
     Family,
 )
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, hidden_over_heads
@@ -50,7 +51,8 @@ FAMILY = Family(
                 (*ATTENTION, *QK_NORM, *DENSE_FFN)),
     ),
     config=(
-        *DECODER_CONFIG, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
+        *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
+        Fixed("tie_word_embeddings", False),
         Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("head_dim", "head_dim", hidden_over_heads),
         Renamed("intermediate_size", "dense_ffn_dim"),
         Renamed("num_experts", "num_experts", 64), Renamed("num_shared_experts", "num_shared_experts", 1),

@@ -14,8 +14,8 @@ from megatron_sov.models.weights import Link, Section, links
 COMMON_CONFIG: tuple[Item, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
-    Renamed("num_key_value_heads", "num_kv_heads"), Renamed("max_position_embeddings", "max_position_tokens"),
-    Renamed("initializer_range", "init_std", 0.02), Fixed("attention_dropout", 0.0),
+    Renamed("max_position_embeddings", "max_position_tokens"), Renamed("initializer_range", "init_std", 0.02),
+    Fixed("attention_dropout", 0.0),
     Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
             "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
             "_name_or_path", "auto_map")),
@@ -23,6 +23,9 @@ COMMON_CONFIG: tuple[Item, ...] = (
 """What all families here have in common."""
 DECODER_CONFIG: tuple[Item, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
 """What nearly all have in common."""
+KV_HEADS = Renamed("num_key_value_heads", "num_kv_heads")
+"""Required: where it is null transformers takes all heads, and where it is absent another number in each
+family."""
 EXPERTS_CONFIG: tuple[Item, ...] = (
     Renamed("num_experts_per_tok", "num_experts_per_token", 8),
     Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False),

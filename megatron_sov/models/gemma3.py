@@ -8,7 +8,7 @@ The larger ones are vision models of another class, whose global layers scale th
 from __future__ import annotations
 
 from megatron_sov.models.blocks import ATTENTION, EMBEDDINGS_AND_HEAD, QK_NORM, SWIGLU, norms_behind, trunk
-from megatron_sov.models.family import COMMON_CONFIG, Family
+from megatron_sov.models.family import COMMON_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import AttentionScale, Fixed, Renamed, Unused
 from megatron_sov.models.hf_gemma import EmbeddingsByWidth, PeriodicLayers, TwoThetas
 from megatron_sov.models.weights import Same
@@ -21,7 +21,7 @@ FAMILY = Family(
         (Same("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", "H"),), SWIGLU,
         norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
-        *COMMON_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"), Renamed("head_dim", "head_dim", 256),
+        *COMMON_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"), Renamed("head_dim", "head_dim", 256),
         Renamed("tie_word_embeddings", "tied_embeddings", True), Renamed("rms_norm_eps", "norm_eps", 1e-6),
         Fixed("hidden_activation", "gelu_pytorch_tanh"), Fixed("attention_bias", False),
         Fixed("attn_logit_softcapping", None), Fixed("final_logit_softcapping", None),

@@ -18,7 +18,13 @@ from megatron_sov.models.blocks import (
     router_bias,
     trunk,
 )
-from megatron_sov.models.family import DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, Family
+from megatron_sov.models.family import (
+    DECODER_CONFIG,
+    DEEPSEEK_ROUTER,
+    DEEPSEEK_ROUTER_CONFIG,
+    KV_HEADS,
+    Family,
+)
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Zero, hidden_over_heads
 from megatron_sov.models.hf_layers import LeadingDenseLayers
 
@@ -35,7 +41,7 @@ FAMILY = Family(
               (router_bias("mlp.gate.e_score_correction_bias"),)),
     ),
     config=(
-        *DECODER_CONFIG, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
+        *DECODER_CONFIG, KV_HEADS, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
         Renamed("num_experts_per_tok", "num_experts_per_token", 8),
         Renamed("moe_intermediate_size", "expert_ffn_dim", 1408),
         Renamed("attention_bias", "qkv_bias", False), Renamed("use_qk_norm", "qk_norm", False),

@@ -9,7 +9,7 @@ false.
 from __future__ import annotations
 
 from megatron_sov.models.blocks import ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, norms_behind, trunk
-from megatron_sov.models.family import DECODER_CONFIG, Family
+from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import AttentionScale, Fixed, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.models.hf_layers import NormsBehind
 
@@ -19,7 +19,7 @@ FAMILY = Family(
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
              trunk("layers with norms behind", norms_behind("post_norm1", "post_norm2"))),
     config=(
-        *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"),
+        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
         Renamed("head_dim", "head_dim", hidden_over_heads),
         Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
         Rope(default_theta=10_000.0), Fixed("attention_bias", False), Fixed("mlp_bias", False),

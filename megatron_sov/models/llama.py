@@ -15,6 +15,8 @@ FAMILY = Family(
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN)),
     config=(
         *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"),
+        # transformers' default; Llama 1 came before there were others
+        Renamed("num_key_value_heads", "num_kv_heads", lambda config: config["num_attention_heads"]),
         Renamed("head_dim", "head_dim", hidden_over_heads),
         Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
         Rope(default_theta=10_000.0), Fixed("attention_bias", False), Fixed("mlp_bias", False),

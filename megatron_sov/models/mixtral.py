@@ -7,7 +7,7 @@ transformers computes the router's logits in the model's dtype, we in fp32; they
 from __future__ import annotations
 
 from megatron_sov.models.blocks import ATTENTION, EMBEDDINGS_AND_HEAD, trunk
-from megatron_sov.models.family import DECODER_CONFIG, Family
+from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.models.hf_layers import OneWindow
 from megatron_sov.models.weights import Experts, GateUp, Same
@@ -25,7 +25,7 @@ FAMILY = Family(
     hf_classes=("MixtralForCausalLM",),
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, _EXPERTS)),
     config=(
-        *DECODER_CONFIG, Renamed("intermediate_size", "expert_ffn_dim"),
+        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
         Renamed("head_dim", "head_dim", hidden_over_heads),
         Renamed("num_local_experts", "num_experts", 8),
         Renamed("num_experts_per_tok", "num_experts_per_token", 2),

@@ -19,12 +19,12 @@ from megatron_sov.models.blocks import (
     ROUTED_EXPERTS,
     trunk,
 )
-from megatron_sov.models.family import DECODER_CONFIG, EXPERTS_CONFIG, Family
+from megatron_sov.models.family import DECODER_CONFIG, EXPERTS_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import Fixed, Item, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.models.hf_layers import SlidingSwitch, SparseSteps
 
 _CONFIG: tuple[Item, ...] = (
-    *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"),
+    *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
     Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
     Rope(default_theta=10_000.0),
 )

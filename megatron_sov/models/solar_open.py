@@ -15,6 +15,7 @@ from megatron_sov.models.family import (
     DEEPSEEK_ROUTER,
     DEEPSEEK_ROUTER_CONFIG,
     EXPERTS_CONFIG,
+    KV_HEADS,
     Family,
 )
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused
@@ -29,7 +30,8 @@ FAMILY = Family(
               (router_bias("mlp.gate.e_score_correction_bias"),)),
     ),
     config=(
-        *DECODER_CONFIG, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
+        *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
+        Fixed("tie_word_embeddings", False),
         Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("head_dim", "head_dim", 128),
         Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
         Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0), Rope(default_theta=1e6),

@@ -21,8 +21,6 @@ MAX_TESTS = 10_000
 _FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
 _PYTHON = ("", "python", "py", "python3")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
-_PATIENCE = 3
-"""A program that waits, or shares its processor with others, has so many times its time by the clock."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,20 @@ class Code:
     """What encloses the program; auto: the best that this machine gives."""
     command: tuple[str, ...] = field(default=(), metadata=OPERATION)
     """A command that encloses it instead, as ["bwrap", ...]; `{folder}` stands for its folder."""
+    patience: float = field(default=3.0, metadata=OPERATION)
+    """A program that waits, or shares its processor with others, has so many times its time by the clock."""
     time_limit_s: float = field(default=300.0, metadata=OPERATION)
     """For a row; then its status is timeout."""
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
-        p, longest_s = self._limits().problems(), _PATIENCE * self.test_time_s
+        p, longest_s = self._limits().problems(), self.patience * self.test_time_s
+        if not self.patience >= 1:
+            p.append(f"patience = {self.patience:g} must be at least 1: nothing computes for longer than it "
+                     "takes")
         if not self.time_limit_s > longest_s:
-            p.append(f"time_limit_s = {self.time_limit_s:g} must be more than {_PATIENCE} x test_time_s = "
-                     f"{longest_s:g}: a program that waits is ended after so many seconds")
+            p.append(f"time_limit_s = {self.time_limit_s:g} must be more than {self.patience:g} x "
+                     f"test_time_s = {longest_s:g}: a program that waits is ended after so many seconds")
         return p
 
     def inputs(self) -> dict[str, Any]:
@@ -99,7 +102,7 @@ class Code:
         for test in tests:
             # of one that is too slow no test is begun that the row's time may not be enough for
             left_s = self.time_limit_s - (time.monotonic() - began_s)
-            if too_slow and left_s < _PATIENCE * self.test_time_s:
+            if too_slow and left_s < self.patience * self.test_time_s:
                 break
             expected = test["stdout"]
             outcome = self._run(Program(source, stdin=test["stdin"]), len(expected.encode(errors="replace")))
@@ -147,7 +150,7 @@ class Code:
         return outcome
 
     def _limits(self) -> Limits:
-        return Limits(wall_s=_PATIENCE * self.test_time_s, cpu_s=self.test_time_s,
+        return Limits(wall_s=self.patience * self.test_time_s, cpu_s=self.test_time_s,
                       memory_bytes=self.memory_bytes)
 
     def _sandbox(self) -> Sandbox:

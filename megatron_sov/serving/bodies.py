@@ -15,11 +15,13 @@ from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import REASONING, read_messages, read_tools, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import nearest
-from megatron_sov.generate.request import Sampling
+from megatron_sov.generate.request import Sampling, Tells
 from megatron_sov.serving.refusals import Refused
 
 MAX_SEQUENCES, MAX_STOPS, MAX_STOP_CHARS = 128, 16, 500
 """Answers to one request; strings that end an answer, and their length: each token is searched for them."""
+MAX_TOP = 20
+"""Most probable tokens that are told of a place, as OpenAI has it for chats."""
 MIN_TEMPERATURE = 0.01
 """Of those above 0: logits that are divided by less leave the range of numbers."""
 DEFAULT_COMPLETION_TOKENS = 16
@@ -61,6 +63,10 @@ class Question:
     """Strings that end an answer."""
     with_logprobs: bool
     """Whether the log-probability of each token is told."""
+    num_top: int
+    """Most probable tokens that are told of each place."""
+    echoes: bool
+    """Whether answers begin with their prompt, and its tokens are told of as theirs are."""
     is_stream: bool
     """Whether the answer is sent as it is written."""
     tells_usage: bool
@@ -70,6 +76,11 @@ class Question:
     def is_chat(self) -> bool:
         """Whether it is a conversation."""
         return isinstance(self.prompts[0], Conversation)
+
+    @property
+    def tells(self) -> Tells:
+        """What the model is asked beside tokens and their log-probabilities."""
+        return Tells(self.num_top, self.echoes and self.with_logprobs)
 
     @property
     def has_tools(self) -> bool:
@@ -105,7 +116,8 @@ class _Body(BaseModel):
     stream_options: Annotated[dict[Literal["include_usage"], bool], BeforeValidator(_few)] = {}
     max_tokens: Count | None = None
 
-    def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool) -> Question:
+    def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
+                 echoes: bool = False) -> Question:
         """Return what is asked."""
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise Refused(400, f"temperature is {self.temperature:g}: below {MIN_TEMPERATURE:g} numbers "
@@ -117,8 +129,8 @@ class _Body(BaseModel):
         sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
                             seed=seed)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return Question(prompts, self.n, sampling, max_tokens, stops, with_logprobs, self.stream,
-                        self.stream_options.get("include_usage", False))
+        return Question(prompts, self.n, sampling, max_tokens, stops, with_logprobs, num_top, echoes,
+                        self.stream, self.stream_options.get("include_usage", False))
 
 
 class _ChatBody(_Body):
@@ -127,12 +139,13 @@ class _ChatBody(_Body):
     chat_template_kwargs: dict[str, Any] = {}
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] = 0
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] = 0
 
 
 class _CompletionBody(_Body):
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    echo: bool = False
 
 
 def chat_question(raw: bytes, model: str) -> Question:
@@ -161,7 +174,11 @@ def chat_question(raw: bytes, model: str) -> Question:
                             read_tools(body.tools) if shows_tools else (), body.chat_template_kwargs)
     except BadRecord as e:
         raise Refused(400, f"the conversation is refused: {e}", "messages") from None
-    return body.question((chat,), body.max_completion_tokens or body.max_tokens, body.logprobs)
+    if body.top_logprobs and not body.logprobs:
+        raise Refused(400, f"top_logprobs is {body.top_logprobs} without logprobs; send \"logprobs\": true",
+                      "top_logprobs")
+    return body.question((chat,), body.max_completion_tokens or body.max_tokens, body.logprobs,
+                         body.top_logprobs)
 
 
 def completion_question(raw: bytes, model: str) -> Question:
@@ -173,7 +190,10 @@ def completion_question(raw: bytes, model: str) -> Question:
     prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in given)
     if not prompts or not all(prompts):
         raise Refused(400, "prompt is empty; send at least one character or token", "prompt")
-    return body.question(prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs is not None)
+    if body.echo and body.stream:
+        raise Refused(400, "echo is true for a stream; ask without one of them", "echo")
+    return body.question(prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs is not None,
+                         body.logprobs or 0, body.echo)
 
 
 def _fields(raw: bytes) -> dict[str, Any]:
@@ -196,8 +216,9 @@ def _fields(raw: bytes) -> dict[str, Any]:
 
 
 def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
-    known = {name: value for name, value in fields.items() if name not in CHANGE_NOTHING | set(NEUTRAL)}
-    for name, allowed in NEUTRAL.items():
+    neutral = {name: allowed for name, allowed in NEUTRAL.items() if name not in kind.model_fields}
+    known = {name: value for name, value in fields.items() if name not in CHANGE_NOTHING | set(neutral)}
+    for name, allowed in neutral.items():
         if name in fields and fields[name] not in allowed:
             raise Refused(400, f"{name} is {_shown(fields[name])}: this server does nothing with it but for "
                                f"{' or '.join(json.dumps(value) for value in allowed)}; leave it out", name)

@@ -67,7 +67,7 @@ class Clerk:
         told: list[tuple[Ticket, Event]] = []
         for one in news:
             ticket, sequence = self._under_way[one.number]
-            told.append((ticket, Wrote(sequence, one.token, one.logprob, one.reason)))
+            told.append((ticket, Wrote(sequence, one.token, one.logprob, one.reason, one.ranked)))
             if one.reason is not None:
                 del self._under_way[one.number]
         self._desk.tell(told)
@@ -84,12 +84,13 @@ class Clerk:
             self._desk.began(question.num_sequences)
             self._desk.tell([(ticket, e)])
             return True
-        self._desk.tell([(ticket, Begun(tuple(map(len, read.prompts)), read.in_thoughts, read.end_ids))])
+        self._desk.tell([(ticket, Begun(tuple(map(len, read.prompts)), read.in_thoughts, read.end_ids,
+                                         tuple(map(tuple, read.prompts)) if question.echoes else ()))])
         for place in range(question.num_sequences):
             prompt, choice = divmod(place, question.num_choices)
             sampling = replace(question.sampling, max_new_tokens=read.limits[prompt])
             self._ready.append(Joining(self._next_number, read.prompts[prompt], sampling, choice,
-                                       read.end_ids))
+                                       read.end_ids, question.tells))
             self._under_way[self._next_number] = (ticket, place)
             self._next_number += 1
         return True

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_sov.generate.request import Written
 from megatron_sov.serving.bodies import Question
 from megatron_sov.serving.refusals import Refused
 
@@ -25,6 +26,8 @@ class Begun:
     """Whether the template has opened the thoughts that the answer begins with."""
     end_ids: tuple[int, ...]
     """Tokens that end an answer."""
+    echoed: tuple[tuple[int, ...], ...] = ()
+    """Ids of each prompt, where answers begin with it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Wrote:
     """Its log-probability."""
     reason: str | None
     """Why the answer ends with it; None: it goes on."""
+    ranked: tuple[Written, ...] = ()
+    """What is asked of probable tokens, see `News`."""
 
 
 Event = Begun | Wrote | Refused

@@ -219,7 +219,7 @@ class HttpServer:
             raise told
         assert isinstance(told, Wrote)
         writing = reply.writings[told.sequence]
-        writing.add(told.token, told.logprob, told.reason)
+        writing.add(told.token, told.logprob, told.reason, told.ranked)
         # by a string, of which the model knows nothing
         if writing.reason is not None and told.reason is None:
             self._desk.leave(ticket, told.sequence)

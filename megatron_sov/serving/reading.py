@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
@@ -18,6 +18,8 @@ from megatron_sov.serving.refusals import Refused
 from megatron_sov.serving.turn import MARKS
 
 Decode = Callable[[list[int]], str]
+MAX_TOLD = 1 << 20
+"""Log-probabilities of prompts' tokens that one request gets."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Reader:
             if not ids or not all(0 <= id_ < self._vocab_size for id_ in ids):
                 raise Refused(400, f"a prompt must have at least one token, and ids below {self._vocab_size}",
                               field)
+        _refuse_too_much(question, prompts)
         ends = [self._special[text] for text in question.stops if text in self._special]
         return Read(prompts, tuple(sorted({*asker.end_ids, *ends})),
                     [self._limit(question, len(ids), field) for ids in prompts],
@@ -112,6 +115,14 @@ class Reader:
             token["special"] &= token["content"] not in MARKS
         shows_marks = Tokenizer.from_str(json.dumps(spelled))
         return lambda tokens: str(shows_marks.decode(tokens, skip_special_tokens=True))
+
+
+def _refuse_too_much(question: Question, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise `Refused` where more would be told of prompts than is good for the memory of both sides."""
+    told = question.num_choices * sum(map(len, prompts)) * (1 + question.num_top)
+    if question.tells.prompt and told > MAX_TOLD:
+        raise Refused(400, f"{told:,} log-probabilities of prompts are asked for, at most {MAX_TOLD:,}; send "
+                           "fewer prompts at a time, or a smaller logprobs", "echo")
 
 
 def _ids(asker: Asker, prompt: Conversation | str | tuple[int, ...]) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from megatron_sov.chat.tool_calls import ToolCall
@@ -13,7 +14,7 @@ from megatron_sov.serving.bodies import Question
 from megatron_sov.serving.desk import Begun
 from megatron_sov.serving.reading import Reader
 from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
-from megatron_sov.serving.writing import Writing
+from megatron_sov.serving.writing import Writing, top_of
 
 DONE = b"data: [DONE]\n\n"
 
@@ -65,7 +66,7 @@ class Reply:
         writing = self.writings[index]
         logprobs = self._logprobs(writing, 0)
         if not self._question.is_chat:
-            return {"index": index, "text": writing.text(), "logprobs": logprobs,
+            return {"index": index, "text": self._echo(index) + writing.text(), "logprobs": logprobs,
                     "finish_reason": writing.reason}
         turn = self._turn(writing)
         message: dict[str, Any] = {"role": "assistant", "content": turn.content, "refusal": None}
@@ -143,12 +144,44 @@ class Reply:
     def _logprobs(self, writing: Writing, first: int) -> dict[str, Any] | None:
         if not self._question.with_logprobs:
             return None
-        pieces = [self._reader.piece(token) for token in writing.tokens[first:]]
-        logprobs = writing.logprobs[first:]
+        places = list(zip(writing.tokens[first:], writing.logprobs[first:],
+                          writing.tops[first:] or [[]] * (len(writing.tokens) - first), strict=True))
         if self._question.is_chat:
-            return {"content": [{"token": piece, "logprob": logprob, "bytes": None, "top_logprobs": []}
-                                for piece, logprob in zip(pieces, logprobs, strict=True)], "refusal": None}
-        return {"tokens": pieces, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": None}
+            return {"content": [self._of_chat(token, logprob) | {
+                "top_logprobs": [self._of_chat(*one) for one in top]} for token, logprob, top in places],
+                "refusal": None}
+        before = [(tokens[0], logprobs[0], top_of((tokens, logprobs))) for tokens, logprobs in writing.prompt]
+        found = self._of_completion([*before, *places])
+        if self._question.echoes:  # nothing stands before the first
+            prompt = self._begun.echoed[self.writings.index(writing) // self._question.num_choices]
+            found["tokens"].insert(0, self._reader.piece(prompt[0]))
+            for values in (found["token_logprobs"], found["top_logprobs"] or []):
+                values.insert(0, None)
+        return found
+
+    def _of_chat(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._reader.piece(token), "logprob": logprob, "bytes": None}
+
+    def _of_completion(self, places: Sequence[tuple[int, float, Sequence[tuple[int, float]]]]
+                       ) -> dict[str, Any]:
+        """Return what is told of tokens, of each with its most probable ones; among these it stands itself,
+        and of two that read the same the more probable one."""
+        piece = self._reader.piece
+        tops = [{piece(one): value for one, value in sorted([(token, logprob), *top], key=itemgetter(1))}
+                for token, logprob, top in places] if self._question.num_top else None
+        return {"tokens": [piece(token) for token, _, _ in places],
+                "token_logprobs": [logprob for _, logprob, _ in places], "top_logprobs": tops,
+                "text_offset": None}
+
+    def _echo(self, index: int) -> str:
+        """Return what stands before an answer."""
+        if not self._question.echoes:
+            return ""
+        number = index // self._question.num_choices
+        prompt = self._question.prompts[number]
+        if isinstance(prompt, str):
+            return prompt
+        return self._reader.decoder(self._question)(list(self._begun.echoed[number]))
 
 
 def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:

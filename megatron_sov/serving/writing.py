@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from megatron_sov.generate.request import STOP, Stop
+from megatron_sov.generate.request import STOP, Stop, Written
 
 CUT_CHARACTER = "\ufffd"
 """What the beginning of a character of several tokens is shown as."""
@@ -28,21 +28,31 @@ class Writing:
         """Ids, with the one that ends it."""
         self.logprobs: list[float] = []
         """Of each token."""
+        self.prompt: list[Written] = []
+        """Of the prompt's tokens from the second on, where they are asked for: the token and then the most
+        probable ones, with log-probabilities."""
+        self.tops: list[list[tuple[int, float]]] = []
+        """Of each token, where they are asked for: the most probable ones in its place."""
         self.reason: str | None = None
         """What has ended it; None: nothing yet."""
         self._text, self._first, self._shown = "", 0, 0
 
-    def add(self, token: int, logprob: float, reason: str | None) -> None:
+    def add(self, token: int, logprob: float, reason: str | None, ranked: Sequence[Written] = ()) -> None:
         """Take the next token; what comes behind the end is passed over.
 
         Args:
             token: its id.
             logprob: its log-probability.
             reason: why the model goes on no further; None: it does.
+            ranked: see `News`.
         """
         if self.reason is not None:
             return
         self.tokens.append(token)
+        if ranked:
+            self.prompt += ranked[:-1]
+            self.tops.append(top_of(ranked[-1]))
+            logprob = ranked[-1][1][0]  # to the last bit what stands among the most probable ones
         self.logprobs.append(logprob)
         self.reason = STOP if self._stop.ends(self.tokens) else reason
 
@@ -63,6 +73,12 @@ class Writing:
             self._first, self._shown = self._shown, len(self.tokens)
         held = max((_begun(self._text, stop) for stop in self._stop.texts), default=0)
         return self._stop.cut_text(self._text[:len(self._text) - held])
+
+
+def top_of(ranked: Written) -> list[tuple[int, float]]:
+    """Return the most probable tokens of a place, with their log-probabilities."""
+    tokens, logprobs = ranked
+    return list(zip(tokens[1:], logprobs[1:], strict=True))
 
 
 def _begun(text: str, stop: str) -> int:

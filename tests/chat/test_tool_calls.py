@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -48,6 +49,26 @@ def test_what_is_nearly_a_call_is_told_and_what_follows_is_read(inside: str, cod
 def test_a_call_that_does_not_end_is_none(text: str) -> None:
     (bad,) = parse_turn(text).calls
     assert isinstance(bad, BadCall) and bad.code == "unclosed"
+
+
+@pytest.mark.parametrize("part", [
+    "<tool_call>{}", "<tool_call>x</tool_call>\n", '<tool_call>["</tool_call>', "<tool_call>{}x</tool_call>",
+    '<tool_call>{"name": "f", "arguments": {"x": "' + "a" * 3000 + '\\u00e4"}}</tool_call>'])
+def test_reading_takes_time_by_the_length_of_a_turn(part: str) -> None:
+    """Where each of them looked at all that follows, the first three would take 2 to 8 s."""
+    num_parts = 500_000 // len(part)
+    began_s = time.process_time()
+    calls = parse_turn(part * num_parts).calls
+    assert time.process_time() - began_s < 1.5 and num_parts // 2 <= len(calls) <= num_parts
+
+
+@pytest.mark.parametrize("num_chars", range(1000, 1050))
+def test_a_call_of_any_length_is_read(num_chars: int) -> None:
+    for value in ("a" * num_chars, "\n\\\"" * (num_chars // 4),
+                  ["x" * (num_chars - 9), 1e-5, -12345, True, None]):
+        arguments = {"x": value}
+        assert parse_turn(call(json.dumps({"name": "f", "arguments": arguments}))).calls == (
+            ToolCall("f", arguments),)
 
 
 def test_thoughts_call_nothing() -> None:

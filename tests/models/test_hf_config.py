@@ -66,6 +66,20 @@ def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:
         assert recipes.get(name).model == replace(released, yarn=None)
 
 
+@pytest.mark.parametrize("said", [{}, {"num_key_value_heads": None}])
+def test_a_llama_whose_config_has_no_heads_of_keys_has_as_many_as_queries(said: dict) -> None:
+    from transformers import LlamaConfig
+
+    config = {name: value for name, value in hf_config(recipes.get("llama-3.1-8b").model).items()
+              if name != "num_key_value_heads"} | said
+    assert models.get("llama").from_hf_config(config).num_kv_heads == 32
+    assert LlamaConfig(**config).num_key_value_heads == 32
+    with pytest.raises(UserError, match="lacks 'num_key_value_heads'"):
+        models.get("mixtral").from_hf_config({
+            name: value for name, value in PUBLISHED["mistralai/Mixtral-8x7B-v0.1"].items()
+            if name != "num_key_value_heads"})
+
+
 def test_yarn_means_the_same_frequencies_in_transformers() -> None:
     """A YaRN that is not the default survives, and transformers computes its attention factor as
     0.1 ln(factor) + 1."""

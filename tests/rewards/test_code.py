@@ -225,15 +225,15 @@ def test_outputs_and_calls_are_compared(enclosure: str) -> None:
     assert share(enclosure, "def twice(x):\n    return 2 * x", check, entry_point="twice").reward == 1
 
 
-def test_all_or_nothing_is_the_default_and_says_why(enclosure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     row = {"response": "def f(x): return x", "tests": ["assert f(1) == 1", "assert f(1) == 2, 'wrong'"]}
     result = judged(Code(enclosure=enclosure), row)
     assert (result.reward, result.components) == (
         0.0, {"passed": 1, "tests": 2, "why": "AssertionError: wrong"})
     broken = judged(Code(enclosure=enclosure), {**row, "response": "```python\ndef f(x)\n```"})
     assert broken.reward == 0 and "SyntaxError" in broken.components["why"]
-    monkeypatch.setattr(code, "_PATIENCE", 100)  # on a busy machine it is not its fault before
-    endless = judged(Code(enclosure=enclosure, test_time_s=0.3),
+    # on a busy machine it is not its fault before
+    endless = judged(Code(enclosure=enclosure, test_time_s=0.3, patience=100),
                      {**row, "response": "def f(x):\n    while 1: pass"})
     assert (endless.status, endless.reward) == ("timeout", 0.0) and "processors" in endless.components["why"]
 

@@ -1,11 +1,11 @@
-"""A scripted model that knows ten programming tasks, and planted cases for the checks of `code`."""
+"""A scripted model that knows ten programming tasks, each for five places, and planted cases for `code`."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class Known:
     def name(self) -> str:
         """Return the function's name."""
         return re.findall(r"def (\w+)", self.head)[0]
+
+    def at(self, place: str) -> Known:
+        """Return the task as somebody at a place has it: under another name, with more said of it."""
+        return replace(self, head=self.head.replace(f"{self.name}(", f"{self.name}_of_{place}(", 1),
+                       says=f"{self.says} It is used in the books of the {place}.")
 
     def task(self) -> str:
         """Return the task as it is written for people."""
@@ -107,6 +112,9 @@ TASKS = (
            "return best"),
           (("a bcd ef",), ("",), ("one",), ("aa bb",), ("x yy  zzz",), ("long longer",), ("  lead",))),
 )
+PLACES = ("harbour", "library", "garden", "observatory", "bakery")
+KNOWN = (*TASKS, *(task.at(place) for place in PLACES for task in TASKS))
+"""All that can be asked for; equal cases would be kept once."""
 ABOUT = ("I go through it from front to back and keep what matters so far.",
          "Another road: state the result as one expression and let Python do the walking.")
 Change = Callable[[str, Known, int], "str | Mapping[str, Any] | None"]
@@ -116,8 +124,8 @@ says."""
 
 def known_in(text: str) -> Known:
     """Return the task that a prompt is about."""
-    return next((known for known in TASKS
-                 if f"def {known.name}(" in text or f"about {known.name}" in text), TASKS[0])
+    return next((known for known in KNOWN
+                 if f"def {known.name}(" in text or f"about {known.name}." in text), TASKS[0])
 
 
 def reply(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
@@ -215,12 +223,13 @@ GOOD: dict[str, Change] = {
 
 
 def cases() -> list[Case]:
-    """Return 50 bad and 50 good cases; half of the tasks are given, half are written."""
+    """Return 50 bad and 50 good cases of 50 tasks; half of the tasks are given, half are written."""
     found = []
     for changes, is_good in ((BAD, False), (GOOD, True)):
         for number in range(50):
             what = list(changes)[number % len(changes)]
-            known = TASKS[(number // len(changes) + number) % len(TASKS)]
+            turn, place = divmod(number, len(TASKS))
+            known = TASKS[(place + 3 * turn) % len(TASKS)].at(PLACES[turn])
             fields = {"task": known.task() if number % 2 else "", "entry_point": "",
                       "seed": "" if number % 2 else f"Something about {known.name}."}
             found.append(Case(Item(f"{'good' if is_good else 'bad'}-{number}", fields),

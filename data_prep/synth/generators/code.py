@@ -30,6 +30,9 @@ from data_prep.trajectories import Solution, diverse
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import Code, program_in
 
+PATIENCE = 30.0
+"""Times a program's seconds of processors that it may take by the clock, on a machine with other work."""
+
 
 @dataclass(frozen=True)
 class CodeSettings:
@@ -210,7 +213,9 @@ class CodeTasks(Generator):
 
     @cached_property
     def _code(self) -> Code:
-        return Code(test_time_s=self.settings.test_time_s)
+        # what `reaches_out` lets through cannot sleep: what takes long by the clock waits for a processor
+        time_s = self.settings.test_time_s
+        return Code(test_time_s=time_s, patience=PATIENCE, time_limit_s=max(300.0, 2 * PATIENCE * time_s))
 
 
 def _conversation(task: Task, reply: Reply) -> dict[str, Any]:

@@ -7,6 +7,7 @@ An answer is verified by solutions that do not see it, and by a program.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from data_prep.decontamination.hits import find_hits
 from data_prep.decontamination.step import SearchSettings
 from data_prep.json_lines import read_objects
 from data_prep.synth.final_answers import boxes, check, ends_in_box
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply
+from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply, Reply
 from data_prep.synth.generators.code_parts import reaches_out
 from data_prep.synth.problems import line_files, stated_id
 from data_prep.synth.sample import Sample, Verdict
@@ -142,7 +143,9 @@ class Probes(Generator):
                             language="")
             verdicts.append(self._agreed(solutions, answer, notes))
         if all(verdict.passed for verdict in verdicts) and s.num_programs:
-            programs = ask("probes/program", count=s.num_programs, **drawn, problem=problem)
+            programs: list[Reply] = []
+            with contextlib.suppress(NoUsableReply):  # none that ends; how many must, min_programs says
+                programs = ask("probes/program", count=s.num_programs, **drawn, problem=problem)
             verdicts.append(self._computed(programs, answer, notes))
         yield Sample(record, tuple(verdicts), notes=notes)
 
@@ -154,9 +157,10 @@ class Probes(Generator):
         finals = [boxes(reply.text)[0] for reply in solutions
                   if not reply.is_cut and ends_in_box(reply.text)]
         num_right = sum(checked.right for checked in check(finals, answer))
-        notes |= {"num_solutions": len(solutions), "num_right": num_right}
-        return Verdict("agreement", num_right >= self.settings.min_agreement * len(solutions),
-                       f"{num_right} of {len(solutions)} solutions give the stated answer")
+        num_asked = self.settings.num_solutions  # one of no use does not agree
+        notes |= {"num_solutions": num_asked, "num_right": num_right}
+        return Verdict("agreement", num_right >= self.settings.min_agreement * num_asked,
+                       f"{num_right} of {num_asked} solutions give the stated answer")
 
     def _computed(self, programs: Sequence[Reply], answer: str, notes: dict[str, Any]) -> Verdict:
         printed = [found for reply in programs if not reply.is_cut and (found := run(program_in(reply.text)))]
@@ -165,7 +169,8 @@ class Probes(Generator):
         if not all(right):
             return Verdict("program", False, f"a program prints {printed[right.index(False)][:100]}")
         enough = len(right) >= self.settings.min_programs
-        return Verdict("program", enough, f"{len(right)} programs of {len(programs)} end with an answer")
+        return Verdict("program", enough,
+                       f"{len(right)} programs of {self.settings.num_programs} end with an answer")
 
     @cached_property
     def _search(self) -> Search | None:

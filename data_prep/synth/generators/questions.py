@@ -9,25 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
 from data_prep.synth.generators.documents.judging import agreed, graded
-from data_prep.synth.generators.documents.languages import in_language, language_of
+from data_prep.synth.generators.documents.languages import in_language
 from data_prep.synth.generators.documents.likeness import letters_likeness
+from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
-    document_items,
     fenced,
     grade_problems,
     share_problems,
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_list
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
+from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
 from data_prep.synth.sample import Kind, Sample, Verdict
 
 Form = Literal["text", "chat", "prompt"]
@@ -78,7 +77,7 @@ class QuestionSettings(DocumentSettings):
                 + grade_problems(self, "min_support", "min_agreement"))
 
 
-class Questions(Generator):
+class Questions(OfDocuments):
     """Makes questions with answers of each document."""
 
     name: ClassVar[str] = "questions"
@@ -94,24 +93,15 @@ class Questions(Generator):
         super().__init__(settings)
         self.kind = settings.form
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
-        """Yield the pieces of the documents; raises UserError as `document_items` does."""
-        return document_items(inputs, self.settings)
-
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[Sample]:
         """Yield each pair; of form text those that are not kept, and the document with those that are."""
         settings = self.settings
-        source: str = item.fields["text"]
-        source_language = language_of(source)
-        if not source_language:
-            yield unknown_language(source)
-            return
         language = settings.language or source_language
         reply, = ask("questions/pairs", temperature=settings.temperature, max_tokens=settings.max_tokens,
                      document=fenced(source), language=name_of(language), num_pairs=settings.num_pairs)
         pairs = read_list(reply.text, "question", "answer")
         if pairs is None or reply.is_cut:
-            yield malformed(reply, {}, item.id)
+            yield malformed(reply, {}, group)
             return
         kept: list[Mapping[str, str]] = []
         notes: list[Mapping[str, Any]] = []
@@ -122,12 +112,12 @@ class Questions(Generator):
                 kept.append(pair)
                 notes.append(seen)
             if settings.form != "text" or not is_kept:
-                yield Sample(self._record(source, pair, language), tuple(verdicts), item.id, seen)
+                yield Sample(self._record(source, pair, language), tuple(verdicts), group, seen)
         if settings.form == "text":
             yield Sample({"text": with_pairs(source, kept), "language": language},
                          (complete(reply), Verdict("number of pairs", len(kept) >= settings.min_pairs,
                                                    f"{len(kept)} of {len(pairs)} are kept")),
-                         item.id, {"num_pairs": len(kept), "pairs": notes})
+                         group, {"num_pairs": len(kept), "pairs": notes})
 
     def _verdicts(self, pair: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
                   language: str, source_language: str, ask: Ask) -> tuple[list[Verdict], dict[str, Any]]:

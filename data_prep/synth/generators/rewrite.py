@@ -10,24 +10,23 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
 from data_prep.synth.generators.documents.judging import FAITHFUL, graded
-from data_prep.synth.generators.documents.languages import in_language, language_of
+from data_prep.synth.generators.documents.languages import in_language
 from data_prep.synth.generators.documents.likeness import copied_share, size_ratio
+from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
-    document_items,
     fenced,
     grade_problems,
     share_problems,
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, within
+from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from data_prep.synth.sample import Kind, Sample, Verdict
 
 STYLES = ("clearer", "encyclopedic", "dialogue")
@@ -70,7 +69,7 @@ class RewriteSettings(DocumentSettings):
                 + grade_problems(self, "min_faithfulness"))
 
 
-class Rewrite(Generator):
+class Rewrite(OfDocuments):
     """Rewrites each document in each style."""
 
     name: ClassVar[str] = "rewrite"
@@ -81,19 +80,10 @@ class Rewrite(Generator):
     Settings: ClassVar[type[Any]] = RewriteSettings
     settings: RewriteSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
-        """Yield the pieces of the documents; raises UserError as `document_items` does."""
-        return document_items(inputs, self.settings)
-
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[Sample]:
         """Yield a rewrite in each style."""
-        source: str = item.fields["text"]
-        source_language = language_of(source)
-        if not source_language:
-            yield unknown_language(source)
-            return
         for style in self.settings.styles:
-            yield self._sample(source, source_language, style, item.id, ask)
+            yield self._sample(source, source_language, style, group, ask)
 
     def _sample(self, source: str, source_language: str, style: str, group: str, ask: Ask) -> Sample:
         settings = self.settings

@@ -142,7 +142,7 @@ class Solutions(Generator):
                              "add it, or let solutions vote with --set vote=true")
 
     def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
-        """Yield each solution of a problem."""
+        """Yield each solution of a problem; a draw without an answer of use counts as a wrong one."""
         s, choices = self.settings, item.fields["choices"]
         replies = ask("solutions/solve", count=s.num_draws, temperature=s.temperature,
                       max_tokens=s.max_tokens, thinking=s.thinking, problem=item.fields["problem"],
@@ -156,8 +156,8 @@ class Solutions(Generator):
             drafts = judged(drafts, wanted, choices, s.way)
         num_right = sum(draft.is_good for draft in drafts)
         drafts = self._apart([self._judge(draft, item, ask) for draft in drafts])
-        notes = {"answer": wanted, "num_draws": len(drafts), "num_right": num_right,
-                 "pass_rate": num_right / len(drafts), **voted}
+        notes = {"answer": wanted, "num_draws": s.num_draws, "num_right": num_right,
+                 "pass_rate": num_right / s.num_draws, **voted}
         asked = _shown(item.fields["problem"], choices)
         for draft in drafts:
             thought = {"reasoning_content": draft.reply.thinking} if draft.reply.thinking else {}
@@ -174,8 +174,8 @@ class Solutions(Generator):
         places = [i for i, draft in enumerate(drafts) if draft.answer]
         found = groups([drafts[i].answer for i in places], choices, s.way)
         votes, second = (len(found[0]) if found else 0), (len(found[1]) if len(found) > 1 else 0)
-        enough = votes >= max(s.min_votes, s.min_agreement * len(drafts)) and votes > second
-        detail = f"{votes} of {len(drafts)} solutions agree, {second} on another answer"
+        enough = votes >= max(s.min_votes, s.min_agreement * s.num_draws) and votes > second
+        detail = f"{votes} of {s.num_draws} solutions agree, {second} on another answer"
         return (drafts[places[found[0][0]]].answer if enough else "", {"num_votes": votes},
                 [draft.with_verdict("agreement", enough, detail) for draft in drafts])
 

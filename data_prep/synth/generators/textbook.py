@@ -9,25 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask
 from data_prep.synth.generators.documents.answers import answer_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
 from data_prep.synth.generators.documents.judging import FAITHFUL, agreed, graded
-from data_prep.synth.generators.documents.languages import in_language, language_of
+from data_prep.synth.generators.documents.languages import in_language
 from data_prep.synth.generators.documents.likeness import copied_share
+from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
-    document_items,
     fenced,
     grade_problems,
     share_problems,
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_list, read_tagged
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, within
+from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from data_prep.synth.sample import Kind, Sample, Verdict
 
 Level = Literal["children", "school", "university"]
@@ -67,7 +66,7 @@ class TextbookSettings(DocumentSettings):
                 + grade_problems(self, "min_faithfulness", "min_agreement"))
 
 
-class Textbook(Generator):
+class Textbook(OfDocuments):
     """Makes a lesson of each document."""
 
     name: ClassVar[str] = "textbook"
@@ -79,18 +78,9 @@ class Textbook(Generator):
     Settings: ClassVar[type[Any]] = TextbookSettings
     settings: TextbookSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
-        """Yield the pieces of the documents; raises UserError as `document_items` does."""
-        return document_items(inputs, self.settings)
-
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[Sample]:
         """Yield a lesson."""
         settings = self.settings
-        source: str = item.fields["text"]
-        source_language = language_of(source)
-        if not source_language:
-            yield unknown_language(source)
-            return
         language = settings.language or source_language
         record = {"level": settings.level, "language": language}
         reply, = ask("textbook/lesson", temperature=settings.temperature, max_tokens=settings.max_tokens,
@@ -99,7 +89,7 @@ class Textbook(Generator):
         parts = read_tagged(reply.text, "title", "lesson", "exercises")
         exercises = read_list(parts["exercises"], "question", "answer") if parts else None
         if parts is None or exercises is None:
-            yield malformed(reply, record, item.id)
+            yield malformed(reply, record, group)
             return
         told = "\n".join([parts["title"], parts["lesson"], *(e["question"] for e in exercises)])
         copied = copied_share(parts["lesson"], source, settings.copied_words)
@@ -116,7 +106,7 @@ class Textbook(Generator):
             verdicts += self._solved(parts["lesson"], exercises, language, ask)
         notes = {"copied_share": round(copied, 4), "num_exercises": len(exercises)}
         yield Sample({"text": page(parts["title"], parts["lesson"], exercises), **record}, tuple(verdicts),
-                     item.id, notes)
+                     group, notes)
 
     def _sections(self, lesson: str) -> Verdict:
         """Return whether a lesson has its sections, each with a text of its own."""

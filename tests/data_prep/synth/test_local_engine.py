@@ -56,10 +56,11 @@ def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tm
     with serving(model, program(tmp_path, SERVER), Stop()) as served:
         assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
         (child,) = servers(tmp_path)
-        assert os.environ[KEY_ENV] not in " ".join(child.cmdline()), "which all users see"
+        assert served.key not in " ".join(child.cmdline()) + repr(served), "which all users see"
+        assert KEY_ENV not in os.environ, "which every program gets that the run starts"
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(served.url)
-        asked = urllib.request.Request(served.url, headers={"Authorization": f"Bearer {os.environ[KEY_ENV]}"})
+        asked = urllib.request.Request(served.url, headers={"Authorization": f"Bearer {served.key}"})
         urllib.request.urlopen(asked).close()
     assert not child.is_running()
 

@@ -36,7 +36,11 @@ def test_sets_are_frozen_without_what_training_has(tmp_path: Path, capsys: pytes
     train = rows(tmp_path, "train.jsonl", {"text": "Nothing of the kind."}, {"messages": [
         {"role": "user", "content": "So: " + other.replace(".", ";").upper()},
         {"role": "assistant", "content": KOREAN.format(2, 3)}]})
-    words = ["probing-sets", "--input", file, "--against", train, "--output", str(tmp_path / "sets")]
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/rejected.jsonl").write_text("{}\n")
+    Path(file).rename(tmp_path / "made/kept.jsonl")
+    words = ["probing-sets", "--input", str(tmp_path / "made"), "--against", train, "--output",
+             str(tmp_path / "sets")]
     assert main(words) == 0
     content = read_manifest(tmp_path / "sets", "probing_sets").content
     assert content["domains"] == {"algebra": 1, "geometry": 1} and content["models"] == ["writer-7b"]

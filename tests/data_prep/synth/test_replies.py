@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from scripted import ScriptedAsk
+from scripted import ScriptedAsk, ScriptedDoor
 
+from data_prep.synth.asking import Asking
 from data_prep.synth.generator import NoUsableReply, Reply
 from data_prep.synth.replies import fault_of, read_reply
 from megatron_sov.chat.tool_calls import parse_turn
@@ -100,6 +101,8 @@ def test_a_judge_without_a_sound_score_gives_none(grade: str) -> None:
     thinks = ScriptedAsk(lambda request: {"content": None, "reasoning": "Hm", "finish_reason": "length"})
     with pytest.raises(NoUsableReply, match="3 of them cut off at 1,024 tokens"):
         thinks.judge("Is it good?", {"text": "x"})
+    door = ScriptedDoor(lambda request: '{"score": 7}' if request["max_tokens"] == 9000 else "")
+    assert Asking("x", {}, {"judge": door}, judge_max_tokens=9000).judge("Is it good?", {"text": "x"}) == 7.0
     second = ScriptedAsk(lambda request: grade if request["temperature"] == 0 else '{"score": 7}')
     assert second.judge("Is it good?", {"text": "x"}) == 7.0
 

@@ -144,6 +144,22 @@ def test_other_settings_on_a_folder_are_refused_by_name_and_redone_on_request(
     assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
 
 
+def test_an_endpoint_is_told_the_longest_answer_as_it_takes_it(run: Run, endpoint: ScriptedEndpoint,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["--judge-model", "judge", "--max-tokens-field", "max_completion_tokens"]
+    assert run(endpoint, *told, "--judge-max-tokens-field", "none", "--judge-max-tokens", "3000") == 0
+    lengths = [(body["model"], body.get("max_tokens"), body.get("max_completion_tokens"))
+               for body in endpoint.requests]
+    assert set(lengths) == {("scripted", None, 50), ("judge", None, None)}
+    num_asked = len(endpoint.requests)
+    assert run(endpoint, "--judge-model", "judge", "--judge-max-tokens", "3000", "--redo") == 0
+    assert len(endpoint.requests) == num_asked, "it is the same answer"
+    assert run(endpoint, "--judge-model", "judge") == 2
+    assert "judge_max_tokens was 3000, and is 1024" in capsys.readouterr().err
+    assert run(endpoint, "--max-tokens-field", "tokens") == 2
+    assert "--max-tokens-field tokens: must be max_tokens, " in capsys.readouterr().err
+
+
 def test_an_item_that_is_another_one_than_before_is_refused(run: Run, endpoint: ScriptedEndpoint,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0

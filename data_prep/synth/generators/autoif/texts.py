@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from data_prep.synth.generators.documents.customs import name_of
+
 FILE = Path(__file__).with_suffix(".yaml")
 OTHERS = "en"
 """Language whose words stand in for those of one that has none of its own."""
@@ -36,8 +38,8 @@ def _read() -> Any:
 
 
 def languages() -> dict[str, str]:
-    """Return the languages that prompts can name: ISO 639-1 code -> name in English."""
-    return {code: texts["name"] for code, texts in _read()["languages"].items()}
+    """Return the languages that constraints are made for: ISO 639-1 code -> name in English."""
+    return {code: name_of(code) for code in _read()["languages"]}
 
 
 def texts_of(language: str) -> Texts:
@@ -47,4 +49,4 @@ def texts_of(language: str) -> Texts:
     own = {**every[OTHERS], **every[language]}
     plain = [text for texts in every.values() for text in texts.get("plain", ())]
     seeds = [seed.format_map(own["words"]) if "{" in seed else seed for seed in content["seeds"]]
-    return Texts(own["name"], tuple(seeds), tuple(plain), tuple(own["user"]), tuple(own["system"]))
+    return Texts(name_of(language), tuple(seeds), tuple(plain), tuple(own["user"]), tuple(own["system"]))

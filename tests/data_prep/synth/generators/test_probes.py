@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from planted_cases import generator, wrongly_judged
+from planted_cases import generator, samples_of, wrongly_judged
+from synthesis.actors import probes
 
-from data_prep.synth.generator import Reply
+from data_prep.synth.generator import Item, Reply
 from data_prep.synth.generators.probes import ProbesSettings, read_problem, run
 from megatron_sov.errors import UserError
 
@@ -56,6 +57,18 @@ def test_a_topic_has_a_domain(line: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(line)
     with pytest.raises(UserError, match=said):
         list(generator("probes").items([tmp_path / "t.jsonl"]))
+
+
+def test_draws_of_no_use_do_not_agree_and_lose_no_problem() -> None:
+    def replies(request: Any) -> Any:
+        said = probes.reply(request)
+        is_lost = "Python programs" in str(request["messages"]) or request["seed"] % 7 < 6
+        return "" if is_lost and not str(said).startswith("Problem:") else said
+
+    asked = Item("x.1", {"domain": "algebra", "topic": "gardens", "number": 1})
+    (sample,) = samples_of(generator("probes", min_agreement=0.1, num_solutions=9), asked, replies)
+    assert sample.reason == "" and sample.notes["num_solutions"] == 9 > sample.notes["num_right"] > 0
+    assert sample.notes["num_programs"] == 0
 
 
 def test_settings_name_all_problems(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import Item, NoUsableReply
 from data_prep.synth.generators.solutions import SolutionsSettings
 from data_prep.trajectories import read_queries
 
@@ -62,6 +62,19 @@ def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tm
 ])
 def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
     assert reasons(says(reply), num_draws=1, most=1, min_votes=1) == [reason]
+
+
+def test_a_draw_of_no_use_is_a_wrong_one_and_takes_no_other_with_it() -> None:
+    good = f"{WAYS[0]}\n\\boxed{{5}}"
+    samples = samples_of(generator("solutions", num_draws=8, least=1, most=1, min_votes=1), item(),
+                         lambda request: good if request["seed"] % 4 == 0 else "")
+    assert 0 < len(samples) < 8 and {sample.notes["num_draws"] for sample in samples} == {8}
+    assert samples[0].notes["pass_rate"] == len(samples) / 8
+    voting = generator("solutions", num_draws=8, least=1, most=1, min_votes=1, vote=True, min_agreement=1.0)
+    assert {sample.reason for sample in samples_of(voting, item(""), lambda request: (
+        good if request["seed"] % 4 == 0 else ""))} == {"agreement"}
+    with pytest.raises(NoUsableReply):
+        samples_of(generator("solutions"), item(), lambda request: "")
 
 
 def test_solutions_that_are_the_same_count_once() -> None:

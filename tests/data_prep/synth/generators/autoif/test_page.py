@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from data_prep.cli import main
+from data_prep.synth.generators.autoif.texts import texts_of
 from data_prep.synth.generators.safety.taxonomy import read_taxonomy
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import autoif, constraints, safety
 from synthesis.endpoint import ScriptedEndpoint, serving
+from synthesis.rules import Rule, plain
 
 PAGE = (Path(__file__).parents[5] / "docs/synth_autoif.md").read_text(encoding="utf-8")
 ADDRESS = re.compile(r"http://localhost:\d+/v1")
@@ -50,6 +52,22 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(kept("work/constraints")) == 3
     assert [set(row) >= {"messages", "constraint", "language", "synthetic"} for row in kept("work/autoif")]
     assert {row["strategy"] for row in kept("work/safety")} == {"redirect", "answer"}
+
+
+def test_the_first_command_begins_with_our_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is typed as it stands, for the first seed alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+    line = blocks("bash")[0].replace("\\\n", " ")
+    seed, *_ = texts_of("ko").seeds
+    three = Rule(seed, r"len([part for part in response.split('\n\n') if part.strip()]) == 3",
+                 "There must be three paragraphs.",
+                 lambda topic, number: "\n\n".join(plain(topic, number + place) for place in range(3)), plain)
+    monkeypatch.setitem(constraints.RULES, seed, three)
+    with serving(ScriptedEndpoint(constraints.reply)) as server:
+        assert main([*shlex.split(ADDRESS.sub(server.url, line))[1:], "--limit", "1", "--workers", "1"]) == 0
+    (row,) = kept("work/constraints")
+    assert row["prompt"] == seed and len(row["functions"]) >= 3
 
 
 def test_the_taxonomy_of_the_page_is_one(tmp_path: Path) -> None:
