@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-AUDIO, IMAGE = "audio", "image"
-"""Kinds of media."""
+AUDIO, IMAGE, VIDEO = "audio", "image", "video"
+"""Kinds of media; a video has no discrete tokens."""
 
 
 @dataclass(frozen=True)
