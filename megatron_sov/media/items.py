@@ -1,9 +1,9 @@
 """What stands in a text for one picture, sound or video.
 
 The order of an item's blocks is that of the chat template of HyperCLOVA X 8B Omni's serving code (github
-NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b): what the item is, how long it is,
-its discrete tokens, then its continuous ones; a video has continuous ones alone.  A picture that the model
-draws is a tool call whose argument is the discrete block.
+NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b): what the item is, how long it
+is, its discrete tokens, then its continuous ones; a video has continuous ones alone.  A picture that the
+model draws is a tool call whose argument is the discrete block.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How the tokens of media are spelled in a text: entries of codebooks, and the marks around them.
 
 The spelling is that of HyperCLOVA X 8B Omni: marks and placeholders as in the chat template of its serving
-code (github NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook entries as
-its released model code names them (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
+code (github NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook entries
+as its released model code names them (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def ratio(width: int, height: int) -> str:
 
 
 MARKS = (*MIME, *AUDIO_AUX, *VIDEO_AUX, *DISCRETE_IMAGE, *DISCRETE_AUDIO, *CONTINUOUS_IMAGE,
-         *CONTINUOUS_AUDIO, *CONTINUOUS_VIDEO, IMAGE_PAD, AUDIO_PAD, VIDEO_PAD, *(ratio(w, h) for w, h in RATIOS), END_OF_LINE,
-         END_OF_FRAME)
+         *CONTINUOUS_AUDIO, *CONTINUOUS_VIDEO, IMAGE_PAD, AUDIO_PAD, VIDEO_PAD,
+         *(ratio(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
 """All tokens of media that are no codebook entries, in the order in which a vocabulary gets them."""
 SPELLED = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
                                *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
