@@ -39,7 +39,8 @@ def read_sound(file: Path, rate_hz: int, limits: MediaLimits) -> tuple[np.ndarra
             samples = _mono(sound, limits)
             own_hz, mime_type = int(sound.samplerate), FORMATS[sound.format]
     except soundfile.LibsndfileError as e:
-        raise BadRecord("no_sound", f"is no sound that is read ({str(e).rpartition(': ')[2][:120]}); convert it to "
+        raise BadRecord("no_sound", f"is no sound that is read ({str(e).rpartition(': ')[2][:120]}); "
+                                    "convert it to "
                                     "WAV, FLAC, "
                                     "OGG or MP3, or leave it out") from None
     if not len(samples):
