@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = MediaSettings(Path())
     parser.description = DESCRIPTION
     parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="PATH",
-                        help='JSONL files, or folders of them: chats ("messages") or documents ("content") whose '
-                             'parts are {"type": "text" | "image" | "audio" | "video", ...}')
+                        help='JSONL files, or folders of them: chats ("messages") or documents ("content") '
+                             'whose parts are {"type": "text" | "image" | "audio" | "video", ...}')
     parser.add_argument("--media-root", required=True, type=Path, metavar="DIR",
                         help="folder that the paths of media begin from; nothing outside of it is read")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for what is "
@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         submit_order(order, args.cluster, 4 if args.workers is None else args.workers, account=args.account,
                      partition=args.partition)
         return 0
-    if idle := [f"--{name}" for name in ("account", "partition", "workers") if getattr(args, name) is not None]:
+    if idle := [f"--{name}" for name in ("account", "partition", "workers")
+                if getattr(args, name) is not None]:
         raise UserError(f"{', '.join(idle)}: only with --cluster; leave it out, or name a profile")
     run_order(order)
     return 0

@@ -11,13 +11,13 @@ from typing import Any
 from data_prep.media.finishing import KIND
 from data_prep.media.running import Order, encode_units, finished
 from data_prep.media.units import UnitEncoder, plan
-from data_prep.pipeline.engine
-import
-TaskFailed,
-keeping_failure,
-prepare,
-raise_failures,
-refuse_many_restarts
+from data_prep.pipeline.engine import (
+    TaskFailed,
+    keeping_failure,
+    prepare,
+    raise_failures,
+    refuse_many_restarts,
+)
 from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_engine import (
     FINISH_CPUS,
