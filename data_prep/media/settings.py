@@ -19,6 +19,7 @@ CODE_VERSION = 1
 SAMPLE_RATE_HZ, HOP_SAMPLES = 16_000, 160
 """Of the spectrograms that encoders of the Whisper family hear."""
 STOP, SKIP = "stop", "skip"
+CALL, CONTENT = "call", "content"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class MediaSettings:
     """Of a video."""
     animated: str = "refuse"
     """What becomes of an animated picture: "refuse", or "first" takes its first frame."""
+    drawn: str = CALL
+    """Where a picture stands that an assistant draws: `CALL`, a tool call as the published model draws; or
+    `CONTENT`, in what it says, for templates that show no calls."""
     bad_media: str = STOP
     """What becomes of a record with a bad medium: `STOP` at the first, or `SKIP` and list it."""
     limits: MediaLimits = field(default_factory=MediaLimits)

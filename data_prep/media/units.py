@@ -161,7 +161,7 @@ class UnitEncoder:
                 try:
                     if part is not None:
                         raise media[part]  # type: ignore[misc]
-                    made = encoded(record, good)
+                    made = encoded(record, good, self._settings.drawn)
                 except BadRecord as e:
                     self._note(bad, unit, number, part.value if part else "", e)
                     continue
