@@ -48,7 +48,8 @@ class TypedLosses:
         if not self._blocks:
             return {}
         learned = batch.weights > 0
-        of = {name: (batch.labels >= block.first) & (batch.labels < block.end) for name, block, _ in self._blocks}
+        of = {name: (batch.labels >= block.first) & (batch.labels < block.end)
+              for name, block, _ in self._blocks}
         of[TEXT] = ~torch.stack(list(of.values())).any(0)
         return {name: ((losses.detach().double() * (of[name] & learned)).sum(), (of[name] & learned).sum())
                 for name in self.meters}
