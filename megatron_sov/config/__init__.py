@@ -34,8 +34,8 @@ from megatron_sov.config.train import TrainConfig
 __all__ = [
     "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig", "ExtendConfig",
     "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "IdBlock", "Language",
-    "LmEvalConfig", "LoraConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
-    "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
-    "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
-    "weighted_path",
+    "LmEvalConfig", "LoraConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig",
+    "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig",
+    "PreferenceConfig", "RolloutConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings",
+    "data_paths", "from_dict", "layout_settings", "weighted_path",
 ]

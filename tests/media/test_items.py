@@ -14,7 +14,8 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 def test_a_picture_is_what_it_is_then_discrete_then_continuous() -> None:
     # omni_chainer/tests/chat_template/track_b/chat_template.jinja, lines 98 to 100, its two pads filled in
     discrete = discrete_image([7, 65535, 0, 1], 2, 400, 300)
-    assert discrete == ("<|discrete_image_start|><|vision_ratio_4:3|><|vision00007|><|vision65535|><|vision_eol|>"
+    assert discrete == ("<|discrete_image_start|><|vision_ratio_4:3|>"
+                        "<|vision00007|><|vision65535|><|vision_eol|>"
                         "<|vision00000|><|vision00001|><|vision_eol|><|vision_eof|><|discrete_image_end|>")
     assert Item(IMAGE, 0, "image/jpeg", "image.jpg", discrete=discrete, num_placeholders=2).text() == (
         '<|mime_start|>{"id": "image_00", "type": "image/jpeg", "filename": "image.jpg"}<|mime_end|>\n'
