@@ -41,6 +41,11 @@ class Order:
         """Hidden folder beside the output that keeps complete units until the output is."""
         return self.output.with_name(f".{self.output.name}.work")
 
+    @property
+    def slurm(self) -> Path:
+        """Hidden folder beside the output with the logs of Slurm's jobs, which outlive the work."""
+        return self.output.with_name(f".{self.output.name}.slurm")
+
     def files(self) -> list[Path]:
         """Return the files of records, in order.
 
@@ -98,7 +103,7 @@ def run_order(order: Order) -> dict[str, Any]:
     encoder = UnitEncoder(order.settings, order.work, order.threads)
     order.begin(encoder.identity)
     with only_one(order.work):
-        refuse_living(order.work)
+        refuse_living(order.slurm)
         try:
             encode_units(encoder, units, shows=True)
         finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import manifest_sha256
+from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.reading.limits import MediaLimits
@@ -93,12 +93,15 @@ class MediaSettings:
         """Return JSON of all that a unit depends on besides its records and media.
 
         Raises:
-            UserError: a codec's folder has no manifest.
+            UserError: a folder is no codec.
         """
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                                  if f.name not in ("media_root", "device", "limits")}
-        codecs = {name: manifest_sha256(path) if (path := facts[name]) else None
-                  for name in ("image_tokenizer", "audio_tokenizer")}
+        codecs: dict[str, str | None] = {}
+        for name in ("image_tokenizer", "audio_tokenizer"):
+            if (path := facts[name]) is not None:
+                read_manifest(path, "codec")
+            codecs[name] = None if path is None else manifest_sha256(path)
         return json.dumps({**facts, **codecs, "limits": dataclasses.asdict(self.limits),
                            "code": CODE_VERSION}, sort_keys=True)
 

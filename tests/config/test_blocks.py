@@ -13,7 +13,7 @@ from megatron_sov.config import IdBlock
 @pytest.mark.parametrize(("audio", "image", "words"), [
     ((0, 10), (10, 10), ""), ((0, 10), None, ""), ((10, 10), (0, 10), ""),
     ((0, 11), (10, 10), "audio_tokens reaches up to 11 and model.image_tokens begins at 10"),
-    ((0, 10), (-1, 5), "image_tokens = -1 + 5 must lie within"), ((0, 0), None, "at least one id"),
+    ((10, 10), (-1, 5), "image_tokens = -1 + 5 must lie within"), ((0, 0), None, "at least one id"),
     (None, (10**9, 1), "must lie within model.vocab_size")])
 def test_blocks_lie_in_the_vocabulary_apart(audio: tuple[int, int] | None, image: tuple[int, int] | None,
                                             words: str) -> None:

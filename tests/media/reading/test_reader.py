@@ -55,7 +55,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reader(root: Path) -> Iterator[MediaReader]:
-    with MediaReader(root, MediaLimits(time_s=0.5)) as found:
+    with MediaReader(root) as found:
         yield found
 
 
@@ -93,8 +93,7 @@ def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     (tmp_path / "code").mkdir()
     (tmp_path / "code/hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
-    monkeypatch.setattr(reading, "_CODE", reading._CODE.replace("from {module}", "import hostile; from "
-                                                                                 "{module}"))
+    monkeypatch.setattr(reading, "_CODE", reading._CODE.replace("from {", "import hostile; from {"))
     reader = MediaReader(root, MediaLimits(time_s=0.5))
 
     def read(name: str) -> str:
@@ -103,9 +102,6 @@ def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
             reader.picture(f"{name}.png", (4,))
         except BadRecord as e:
             return e.code
-        finally:
-            assert (reader.picture("deep/a.png", (4,)).arrays[0]
-                    == 9).all()  # the next one is read all the same
         return "read"
 
     return read
@@ -114,6 +110,7 @@ def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def test_harm_costs_the_medium_and_nothing_else(hostile: Callable[[str], str]) -> None:
     assert {name: hostile(name) for name in ("crash", "spin", "eat", "much", "write")} == {
         "crash": "crash", "spin": "time", "eat": "memory", "much": "decoder", "write": "broken"}
+    assert hostile("unharmed") == "read"  # by the process that was started after the others
     assert not os.path.exists("/tmp/left-by-a-decoder")
 
 
