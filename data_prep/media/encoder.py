@@ -141,8 +141,8 @@ class MediaEncoder:
             raise BadRecord("missing", "is neither a file nor a folder; name a medium")
         most = self._settings.limits.file_bytes
         if file.is_file() and (size_bytes := file.stat().st_size) > most:
-            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {most:,} are read; shrink it, or raise "
-                                    "--max-file-bytes")
+            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {most:,} are read; shrink it, or "
+                                    "raise --max-file-bytes")
         return file
 
     def _read(self, part: Part) -> list[Read] | BadRecord:
