@@ -169,7 +169,7 @@ class ChatEncoder:
         try:
             return around_contents(self._template, chat, awaits_response, wanted)
         except BadRecord as marked:
-            means = self._meant.ids if self._meant else frozenset()
+            means: Collection[int] = self._meant.ids if self._meant else ()
             spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
             if spelled is None:
                 return around_turns(self._template, chat, wanted, self._ends, awaits_response)

@@ -15,6 +15,12 @@ from PIL import Image
 from data_prep.cli import main
 from data_prep.media import encoder
 from megatron_sov.artifacts import new_artifact
+from megatron_sov.media.reading.limits import MediaLimits
+from megatron_sov.media.reading.pictures import Asked, read_picture
+from megatron_sov.media.reading.places import place_of
+from megatron_sov.media.reading.reader import Read
+from megatron_sov.media.reading.sounds import read_sound
+from megatron_sov.media.reading.videos import Sampling, read_video
 from tests.data_prep.media.chats import Encode
 from tokenizer.media.command import add_media
 from tokenizer.media.layout import MediaTokens
@@ -40,6 +46,29 @@ class Loudness:
         return (filled.abs().amax(1) * 7).round().long().clamp(max=7)
 
 
+class Here:
+    """Reads media in this process, which starts sooner than those of tests/media/reading."""
+
+    def __init__(self, root: Path, limits: MediaLimits, processes: int) -> None:
+        self._root, self._limits = root.resolve(), limits
+
+    def picture(self, path: str, sides: tuple[int, ...], animated: str) -> Read:
+        return self._told(read_picture(place_of(self._root, path), Asked(sides, animated), self._limits))
+
+    def sound(self, path: str, rate_hz: int) -> Read:
+        arrays, facts = read_sound(place_of(self._root, path), rate_hz, self._limits)
+        return self._told(([arrays], facts))
+
+    def video(self, path: str, sampling: Sampling) -> Read:
+        return self._told(read_video(place_of(self._root, path), sampling, self._limits))
+
+    def close(self) -> None:
+        pass
+
+    def _told(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> Read:
+        return Read(found[0], **found[1])
+
+
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
     """A folder of two pictures (one of them twice), two sounds, an animation, and what is none of these."""
@@ -56,13 +85,16 @@ def media(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> Encode:
+def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch,
+           request: pytest.FixtureRequest) -> Encode:
     """A function that encodes records, given as lists, with both codecs and both banks."""
     codecs = {"images": Greys(), "sounds": Loudness()}
     for name in codecs:
         with new_artifact(tmp_path / name, "codec") as artifact:
             artifact.content = {"codec": name, "config": {}}
     monkeypatch.setattr(encoder, "_opened", lambda folder, *rest: codecs[folder.name] if folder else None)
+    if request.module.__name__.rpartition(".")[2] != "test_page":  # which has it as it is
+        monkeypatch.setattr(encoder, "MediaReader", Here)
 
     def run(records: list[Any], *options: str, output: str = "corpus") -> int:
         (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -35,7 +35,8 @@ def run(*arguments: object) -> int:
     return main(["media", *map(str, arguments)])
 
 
-def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path) -> None:
+def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     assert run(plain, "--audio-tokens", 5, "--image-tokens", 7, "--output", tmp_path / "omni") == 0
     content = read_manifest(tmp_path / "omni", "tokenizer").content
     first = 264 + len(MARKS)
@@ -50,6 +51,8 @@ def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path) -> No
     loaded = AutoTokenizer.from_pretrained(tmp_path / "omni")
     assert loaded.convert_tokens_to_ids("<|IMAGE_PAD|>") == new.token_to_id("<|IMAGE_PAD|>")
     assert not damaged_files(tmp_path / "omni")
+    assert run(tmp_path / "omni", "--image-tokens", 8, "--output", tmp_path / "more") == 2
+    assert "is a token already" in capsys.readouterr().err
 
 
 def test_the_published_blocks_close_to_the_published_vocabulary() -> None:
@@ -70,13 +73,6 @@ def test_what_cannot_be_is_one_sentence(plain: Path, tmp_path: Path, capsys: pyt
                                         options: tuple[object, ...], words: str) -> None:
     assert run(plain, *options, "--output", tmp_path / "omni") == 2
     assert words in capsys.readouterr().err and not (tmp_path / "omni").exists()
-
-
-def test_tokens_of_media_are_added_once(plain: Path, tmp_path: Path,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(plain, "--image-tokens", 4, "--output", tmp_path / "one") == 0
-    assert run(tmp_path / "one", "--image-tokens", 8, "--output", tmp_path / "two") == 2
-    assert "is a token already" in capsys.readouterr().err
 
 
 def test_a_model_gets_rows_near_the_mean_of_the_old_ones(plain: Path, tmp_path: Path) -> None:
