@@ -204,6 +204,8 @@ def _refuse_foreign(path: Path) -> None:
 
 def _media(meant: MeantTokens, sequences: list[list[int]], documents: list[Document]) -> NDArray[np.int64]:
     """Return what the sidecar of banks says of each token of documents of one sequence each."""
+    for ids, document in zip(sequences, documents, strict=True):
+        meant.refuse_lost(ids, document.texts())
     return np.concatenate([meant.numbers(ids, document.media or {})
                            for ids, document in zip(sequences, documents, strict=True)])
 

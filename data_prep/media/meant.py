@@ -63,6 +63,19 @@ class MeantTokens:
         """Return the tokens that stand for features of a bank."""
         return tuple(self._id_of[token] for token in PLACEHOLDERS[kind] if token in self._id_of)
 
+    def refuse_lost(self, ids: Sequence[int], texts: Sequence[str]) -> None:
+        """Refuse a document whose tokens of media are not all there: a template may leave calls out, or spell
+        them otherwise.
+
+        Raises:
+            BadRecord: some are not.
+        """
+        wanted = sum(1 for text in texts for _ in SPELLED.finditer(text))
+        if (found := sum(1 for id_ in ids if id_ in self.ids)) != wanted:
+            raise BadRecord("media_lost", f"has {wanted} tokens of media, and {found} behind the chat template, "
+                                          "which leaves out or respells calls; encode media with --drawn "
+                                          "content")
+
     def numbers(self, ids: Sequence[int], rows: Rows) -> NDArray[np.int64]:
         """Return what the sidecar says of each token: ``row * slots + slot`` of a placeholder, else -1.
 

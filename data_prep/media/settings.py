@@ -90,13 +90,13 @@ class MediaSettings:
         return found
 
     def identity(self) -> str:
-        """Return JSON of all that a unit depends on besides its records and media.
+        """Return JSON of all that a unit without bad records depends on besides its records and media.
 
         Raises:
             UserError: a folder is no codec.
         """
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                                 if f.name not in ("media_root", "device", "limits")}
+                                 if f.name not in ("media_root", "device", "limits", "bad_media")}
         codecs: dict[str, str | None] = {}
         for name in ("image_tokenizer", "audio_tokenizer"):
             if (path := facts[name]) is not None:

@@ -117,6 +117,15 @@ def test_bad_records_stop_the_run_or_are_listed(encode: Encode, tmp_path: Path,
     assert read_manifest(tmp_path / "corpus").content["num_bad"]["outside"] == 1
 
 
+def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """Units of an earlier command that listed bad records are kept, and what it listed is not passed over."""
+    chats = [shown(("image", "broken.png")), shown(("image", "light.png")), {"content": "b"}]
+    assert encode(chats, "--bad-media", "skip") == 2  # chats and documents are mixed, and the unit is kept
+    assert encode(chats) == 2
+    assert "records.jsonl:1: broken.png is no picture" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (("--continuous-pictures", "4"), "SIDE:SLOTS"), (("--continuous-sounds", "8:0:5"), "1..600 seconds"),
     (("--threads", "0"), "--threads 0"), (("--media-root", "/nowhere"), "is no folder"),

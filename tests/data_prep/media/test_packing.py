@@ -20,6 +20,8 @@ from megatron_sov.documents import BadRecord
 from megatron_sov.media.banks import MEDIA, NONE, open_bank, read_shapes
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from tests.data_prep.media.chats import Encode, shown
+from tokenizer.media.command import add_media
+from tokenizer.media.layout import MediaTokens
 
 CHATS = [shown(("image", "light.png")),
          shown(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
@@ -77,6 +79,21 @@ def test_what_the_assistant_says_is_learned_as_tokens_of_media(encode: Encode, o
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
     assert learned.startswith("<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>")
+
+
+def test_a_drawn_picture_is_learned_as_a_call(encode: Encode, tokenizers: dict[str, Path], omni: Path,
+                                              tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_media(tokenizers["k-exaone"], tmp_path / "omni", MediaTokens(8, 8))
+    assert encode([shown(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
+    assert pack(tmp_path / "omni", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
+    _, (shard,) = columns(tmp_path / "shards")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "omni/tokenizer.json"))
+    learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
+    assert "t2i_model_generation" in learned and learned.count("<|vision00007|>") == 4
+    entry = tokenizer.token_to_id("<|vision00007|>")
+    assert shard["ids"].tolist().count(entry) == 4 and shard["loss"][shard["ids"] == entry].all()
+    assert pack(omni, tmp_path / "corpus", tmp_path / "other", "--format", "chat") == 2
+    assert "does not show" in capsys.readouterr().err  # this preset's template shows no calls
 
 
 def test_documents_are_learned_whole_but_for_placeholders(encode: Encode, omni: Path, tmp_path: Path) -> None:

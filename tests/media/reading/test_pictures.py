@@ -58,6 +58,12 @@ def test_several_sides_are_given_as_pillow_resizes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, expected.transpose(2, 0, 1))
 
 
+def test_a_photograph_with_a_small_one_behind_it_is_no_animation(tmp_path: Path) -> None:
+    large, small = Image.new("RGB", (16, 16), (250, 0, 0)), Image.new("RGB", (8, 8))
+    file = save(tmp_path, large, "a.jpg", format="MPO", save_all=True, append_images=[small])
+    assert abs(int(read(file)[0, 0, 0]) - 250) <= 3
+
+
 def bad_files(folder: Path) -> dict[str, Path]:
     whole = save(folder, Image.effect_noise((60, 60), 50), "whole.png").read_bytes()
     for name, content in {"text.png": b"hello", "empty.png": b"", "cut.png": whole[:len(whole) // 2],
