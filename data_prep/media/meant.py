@@ -72,9 +72,9 @@ class MeantTokens:
         """
         wanted = sum(1 for text in texts for _ in SPELLED.finditer(text))
         if (found := sum(1 for id_ in ids if id_ in self.ids)) != wanted:
-            raise BadRecord("media_lost", f"has {wanted} tokens of media, and {found} behind the chat template, "
-                                          "which leaves out or respells calls; encode media with --drawn "
-                                          "content")
+            raise BadRecord("media_lost", f"has {wanted} tokens of media, and {found} behind the chat "
+                                          "template, which leaves out or respells calls; encode media with "
+                                          "--drawn content")
 
     def numbers(self, ids: Sequence[int], rows: Rows) -> NDArray[np.int64]:
         """Return what the sidecar says of each token: ``row * slots + slot`` of a placeholder, else -1.

@@ -116,9 +116,10 @@ def submit_order(order: Order, name: str, num_workers: int, *, account: str | No
 
 def _absolute(order: Order) -> Order:
     """Return an order whose paths hold on other nodes."""
-    settings = replace(order.settings, media_root=order.settings.media_root.absolute(), **{
-        field: folder.absolute() for field in ("image_tokenizer", "audio_tokenizer")
-        if (folder := getattr(order.settings, field)) is not None})
+    images, sounds = order.settings.image_tokenizer, order.settings.audio_tokenizer
+    settings = replace(order.settings, media_root=order.settings.media_root.absolute(),
+                       image_tokenizer=images and images.absolute(),
+                       audio_tokenizer=sounds and sounds.absolute())
     return replace(order, output=order.output.absolute(), settings=settings,
                    inputs=tuple(path.absolute() for path in order.inputs))
 
