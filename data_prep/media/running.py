@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.libraries import require
 from data_prep.media.finishing import KIND, finish
 from data_prep.media.settings import MediaSettings
 from data_prep.media.units import Unit, UnitEncoder, plan
@@ -70,7 +71,7 @@ class Order:
         Raises:
             UserError: settings, paths or the output are.
         """
-        p = self.settings.problems()
+        p = self.settings.problems() + require("it", "PIL", "soundfile", "scipy", extra="omni")
         p += [f"--threads {self.threads}: must be at least 1"] if self.threads < 1 else []
         p += [f"--input {path}: does not exist; check the path" for path in self.inputs if not path.exists()]
         if p:
