@@ -4,6 +4,7 @@ feature."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from data_prep.cli import main
 from data_prep.indexed import open_split
 from data_prep.media.meant import MeantTokens, MediaEncoding
 from data_prep.verify import check
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.documents import BadRecord
 from megatron_sov.media.banks import MEDIA, NONE, open_bank, read_shapes
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from tests.data_prep.media.chats import Encode, shown
-from tokenizer.media.command import add_media
-from tokenizer.media.layout import MediaTokens
 
 CHATS = [shown(("image", "light.png")),
          shown(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
          shown(("video", "moving.gif"), ("text", "Say."), answer=[{"type": "audio", "path": "short.wav"}])]
+
+CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+         "<tool_call>{{ call.function.name }}\n{% for k, v in call.function.arguments.items() %}"
+         "<arg_key>{{ k }}</arg_key>\n<arg_value>{{ v }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
+         "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}")
+"""Shows calls as the chat template of OmniServe's track_b does."""
 
 
 def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
@@ -81,15 +86,20 @@ def test_what_the_assistant_says_is_learned_as_tokens_of_media(encode: Encode, o
     assert learned.startswith("<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>")
 
 
-def test_a_drawn_picture_is_learned_as_a_call(encode: Encode, tokenizers: dict[str, Path], omni: Path,
-                                              tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    add_media(tokenizers["k-exaone"], tmp_path / "omni", MediaTokens(8, 8))
+def test_a_drawn_picture_is_learned_as_a_call(encode: Encode, omni: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    with new_artifact(tmp_path / "calls", "tokenizer") as artifact:
+        shutil.copy(omni / "tokenizer.json", artifact.path)
+        config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": CALLS}
+        (artifact.path / "tokenizer_config.json").write_text(json.dumps(config))
+        artifact.content = read_manifest(omni).content
     assert encode([shown(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
-    assert pack(tmp_path / "omni", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
+    assert pack(tmp_path / "calls", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
     _, (shard,) = columns(tmp_path / "shards")
-    tokenizer = Tokenizer.from_file(str(tmp_path / "omni/tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
-    assert "t2i_model_generation" in learned and learned.count("<|vision00007|>") == 4
+    assert learned.startswith("<tool_call>t2i_model_generation\n<arg_key>discrete_image_token</arg_key>\n"
+                              "<arg_value><|discrete_image_start|><|vision_ratio_1:1|><|vision00007|>")
     entry = tokenizer.token_to_id("<|vision00007|>")
     assert shard["ids"].tolist().count(entry) == 4 and shard["loss"][shard["ids"] == entry].all()
     assert pack(omni, tmp_path / "corpus", tmp_path / "other", "--format", "chat") == 2

@@ -13,7 +13,13 @@ from data_prep.pipeline.slurm_jobs import Jobs
 from megatron_sov.clusters import client
 from tests.data_prep.media.chats import Encode, shown
 
-PROFILE = "description: noted, not run\npartition: cpu\ncpus_per_node: 8\ngpus_per_node: 0\nmemory: 16G\n"
+PROFILE = """description: noted, not run
+partition: cpu
+account: lab
+cpus_per_node: 8
+gpus_per_node: 0
+memory: 16G
+"""
 
 
 @pytest.fixture
