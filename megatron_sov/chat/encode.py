@@ -245,8 +245,7 @@ class ChatEncoder:
                 continue
             if segment.message is not None:
                 place = 0
-                for n, (text, special) in enumerate(self._meant.split(segment.text) if self._meant
-                                                    else [(segment.text, None)]):
+                for n, (text, special) in enumerate(self._pieces(segment.text)):
                     first = begins and n == 0
                     parts.append(_Part(text, special, kinds[place:place + len(text)], first,
                                        first and later and special is None))
@@ -262,6 +261,10 @@ class ChatEncoder:
                       for n, (text, special) in enumerate(split)]
             is_open = is_open and all(special is None for _, special in split[:end])
         return parts, is_open
+
+    def _pieces(self, text: str) -> list[tuple[str, int | None]]:
+        """Return a content as ordinary texts and the special tokens that are meant in it."""
+        return [(text, None)] if self._meant is None else self._meant.split(text)
 
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
         if run[0].special is not None:
