@@ -21,7 +21,8 @@ FAMILY = Family(
         (Same("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", "H"),), SWIGLU,
         norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
-        *COMMON_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"), Renamed("head_dim", "head_dim", 256),
+        *COMMON_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
+        Renamed("head_dim", "head_dim", 256),
         Renamed("tie_word_embeddings", "tied_embeddings", True), Renamed("rms_norm_eps", "norm_eps", 1e-6),
         Fixed("hidden_activation", "gelu_pytorch_tanh"), Fixed("attention_bias", False),
         Fixed("attn_logit_softcapping", None), Fixed("final_logit_softcapping", None),
