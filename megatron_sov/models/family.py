@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.models.encoders import encoder_links
 from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
 from megatron_sov.models.weights import Link, Section, links
 
@@ -68,7 +69,7 @@ class Family:
 
     def links(self, model: ModelConfig) -> list[Link]:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
-        return links(self.weights, model)
+        return links(self.weights, model) + encoder_links(model)
 
     def problems(self, model: ModelConfig) -> list[str]:
         """Return one sentence for each property of `model` that the family cannot express."""

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_sov.config import ModelConfig, RunConfig
+from megatron_sov.models.encoders import is_frozen, is_table
 from megatron_sov.plan.buffers import END_MULTIPLE, FAST_END_MULTIPLE, Buffer, Piece, Size, laid_out
 from megatron_sov.plan.held import TABLES, Held, Run, chunk_layers, held, is_adapter
 
@@ -205,7 +206,7 @@ def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
     same, and context parallelism changes little: a search asks for many a layout once.
     """
     gpu, p, m = config.gpu, config.parallel, config.model
-    key = (_but_for_length(m), config.lora, config.optim, config.train.precision, gpu.pad_buckets,
+    key = (_but_for_length(m), config.lora, config.media, config.optim, config.train.precision, gpu.pad_buckets,
            gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp, p.ep, p.etp,
            p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
            bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
@@ -244,13 +245,14 @@ def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
 
 def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
     """Return how parameters of a layer are updated."""
-    matrix = len(part.shape) == 2 and part.key not in TABLES
+    matrix = len(part.shape) == 2 and part.key not in TABLES and not is_table(part.key)
     algorithm, frozen = config.optim.name, False
     if config.optim.groups:
         key = part.key.replace("{l}", str(layer))
         for group in config.optim.groups:
             if fnmatch.fnmatchcase(key, group.pattern):
                 algorithm, frozen = group.optimizer or config.optim.name, group.frozen
+    frozen = frozen or is_frozen(part.key, config.media)
     return _Rule(frozen or (config.lora.on and not is_adapter(part.key)),
                  matrix and algorithm == "muon", len(part.shape) == 1)
 

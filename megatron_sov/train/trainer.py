@@ -93,7 +93,8 @@ class Trainer:
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.state = TrainState()
-        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
+                           config.media)
         init.initialise(self.model, config.model, config.train.seed, only="" if initial_weights else PREFIX)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)

@@ -1,12 +1,12 @@
-"""The compressor of long recordings: of each chunk of features one stays, which a Mamba-2 layer has written at a
-learned query behind the chunk.
+"""The compressor of long recordings: of each chunk of features one stays, which a Mamba-2 layer has written
+at a learned query behind the chunk.
 
 It is MambaMia2 as the authors serve it (OmniServe, mambamia_videoaudio_compressor.py), with their names: a
-projection to the layer's width, a query behind each chunk, a norm, one block (norm, gated pooling of the chunk
-into its query, Mamba-2, residual), a norm, a projection to the model's width.  Their dropout inside the block is
-left out: what a layout computes would depend on it.
+projection to the layer's width, a query behind each chunk, a norm, one block (norm, gated pooling of the
+chunk into its query, Mamba-2, residual), a norm, a projection to the model's width.  Their dropout inside the
+block is left out: what is computed would depend on the layout.
 
-The scan is Mamba-2's (arXiv 2405.21060, listing 1) in plain torch, chunk by chunk; where `mamba_ssm` is
+The scan is Mamba-2's (arXiv 2405.21060, listing 1) in plain torch, piece by piece; where `mamba_ssm` is
 installed and the layer is on a GPU, its kernel does the same.
 """
 
@@ -36,7 +36,8 @@ Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 """x, dt, a, b, c of `scan` -> y."""
 
 
-def scan(x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def scan(x: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+         c: torch.Tensor) -> torch.Tensor:
     """Return y with state[t] = exp(dt[t] a) state[t - 1] + dt[t] x[t] b[t]^T and y[t] = state[t] c[t].
 
     Args:
@@ -88,7 +89,8 @@ class Mixer(torch.nn.Module):
         self.dt_bias = torch.nn.Parameter(torch.ones(self.heads))
         self.A_log = torch.nn.Parameter(torch.ones(self.heads))
         self.D = torch.nn.Parameter(torch.ones(self.heads))
-        self.conv1d = torch.nn.Conv1d(channels, channels, CONV_KERNEL, groups=channels, padding=CONV_KERNEL - 1)
+        self.conv1d = torch.nn.Conv1d(channels, channels, CONV_KERNEL, groups=channels,
+                                      padding=CONV_KERNEL - 1)
         self.in_proj = torch.nn.Linear(width, self.inner + channels + self.heads, bias=False)
         self.norm = Norm(self.inner)
         self.out_proj = torch.nn.Linear(self.inner, width, bias=False)

@@ -60,7 +60,8 @@ class MediaEncoder(torch.nn.Module):
         if isinstance(c, AudioEncoderConfig):
             out: torch.Tensor = self.encoder(records.to(dtype)).last_hidden_state
             return out
-        mean, std = (torch.tensor(x, dtype=dtype, device=records.device)[:, None, None] for x in (c.mean, c.std))
+        mean, std = (torch.tensor(x, dtype=dtype, device=records.device)[:, None, None]
+                     for x in (c.mean, c.std))
         pixels = (records.to(dtype) / 255 - mean) / std
         if c.kind == "siglip":
             out = self.encoder(pixel_values=pixels).last_hidden_state
@@ -81,7 +82,8 @@ class MediaEncoder(torch.nn.Module):
 
 def patches(pixels: torch.Tensor, config: VisionEncoderConfig) -> torch.Tensor:
     """Return the patches of pictures [n, 3, side, side] as Qwen2.5-VL orders them: [n * patches, 3 * frames *
-    patch * patch], those that are merged behind one another; a picture is repeated as the frames of a patch."""
+    patch * patch], those that are merged behind one another; a picture is repeated as the frames of a
+    patch."""
     patch, merge, frames = config.patch_size, config.merge_size, config.temporal_patch_size
     side = config.image_size // patch // merge
     cut = pixels.reshape(len(pixels), 3, side, merge, patch, side, merge, patch)
@@ -130,4 +132,5 @@ def _audio(c: AudioEncoderConfig) -> Any:
 
     return _built(Qwen2AudioEncoder, Qwen2AudioEncoderConfig(
         num_mel_bins=c.num_mels, d_model=c.hidden_size, encoder_layers=c.num_layers,
-        encoder_attention_heads=c.num_heads, encoder_ffn_dim=c.ffn_dim, max_source_positions=c.num_frames // 2))
+        encoder_attention_heads=c.num_heads, encoder_ffn_dim=c.ffn_dim,
+        max_source_positions=c.num_frames // 2))

@@ -1,0 +1,126 @@
+"""Runs inside ranks: a step of a real trainer on rows with pictures and sounds, as plain numbers and
+checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sov.config import apply_settings
+from megatron_sov.data.token_shards import Source
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.parallel import world
+from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
+from megatron_sov.media.placed import Media, placed
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.trainer import Trainer
+
+IMAGE_PAD, AUDIO_PAD = 5, 6
+VISION = {"kind": "siglip", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 4, "hidden_size": 16,
+          "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "adapter": "mlp"}
+QWEN_VISION = {"kind": "qwen2_5_vl", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 2,
+               "hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "window_size": 4,
+               "full_attention_layers": [1], "out_hidden_size": 24}
+AUDIO = {"kind": "qwen2_audio", "placeholder_ids": [AUDIO_PAD], "num_mels": 4, "num_frames": 60, "hidden_size": 16,
+         "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "compression": 5, "compressor_size": 16,
+         "compressor_head_dim": 8, "compressor_state_size": 4}
+SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
+         "model.head_dim=8", "model.dense_ffn_dim=48", "train.global_batch_size=8", "train.micro_batch_size=2",
+         "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2", "model.init_std=0.1",
+         'data.phases=[{"name": "main", "seq_len": 32}]', "media.train_encoders=true", "data.paths={}")
+
+
+class Documents:
+    """Documents of 5 to 40 tokens with pictures of 4 features and sounds of 3, some of them cut in two where a
+    sample ends; the last third are texts."""
+
+    is_plain = False
+    columns = ()
+    banks = {PICTURES: BankShape(PICTURES, (3, 8, 8), 4, (IMAGE_PAD,)),
+             SOUNDS: BankShape(SOUNDS, (4, 60), 3, (AUDIO_PAD,), 16000, 160)}
+
+    def __init__(self, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.records = {PICTURES: random.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8),
+                        SOUNDS: random.normal(size=(40, 4, 60)).astype(np.float16)}
+        self.ids, self.features = [], []
+        for document in range(60):
+            ids, features = list(random.integers(10, 96, random.integers(1, 6))), [-1] * 40
+            features = features[:len(ids)]
+            for kind, pad, slots in ((PICTURES, IMAGE_PAD, 4), (SOUNDS, AUDIO_PAD, 3)) * 2:
+                if document < 40 and random.random() < 0.7:
+                    row = int(random.integers(40))
+                    ids += [pad] * slots
+                    features += [row * slots + slot for slot in range(slots)]
+                text = list(random.integers(10, 96, random.integers(1, 8)))
+                ids, features = ids + text, features + [-1] * len(text)
+            self.ids.append(np.array(ids))
+            self.features.append(np.array(features))
+        self.lengths = np.array([len(ids) for ids in self.ids])
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token ids."""
+        return self.ids[document][start:start + count].astype(np.int64)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return 0 for placeholders."""
+        return (self.tokens(document, start, count) >= 10).astype(np.float32)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return zeros."""
+        return np.zeros(count, np.uint8)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """Return the pictures and sounds of some tokens."""
+        tokens, features = self.tokens(document, start, count), self.features[document][start:start + count]
+        found = {}
+        for kind, bank in self.banks.items():
+            mine = np.isin(tokens, bank.placeholder_ids)
+            if mine.any():
+                found[kind] = placed(np.flatnonzero(mine), features[mine], self.records[kind], bank.slots)
+        return found
+
+
+def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Trainer:
+    """Return a trainer of a tiny model with both encoders."""
+    import json
+
+    from megatron_sov import recipes
+
+    both = [f"model.vision={json.dumps(VISION)}", f"model.audio={json.dumps(AUDIO)}"]
+    config = apply_settings(recipes.get(recipe), [*both, *SMALL, *settings])
+    documents = Documents()
+    source = Source("media", None, "text", {}, {"train": int(documents.lengths.sum()), "heldout": 0}, 1.0,
+                    made=documents, banks=documents.banks)
+    place = world.join(config.parallel)
+    config.check(place.size)
+    return Trainer(config, place, RunFolder(Path(run)), [source], LanguageModelling)
+
+
+def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
+    """Return the losses of the first global batch; OUT/weights and OUT/gradients are checkpoints."""
+    found = trainer(recipe, settings)
+    config, state = found.config, {"step": 0, "tokens": 0}
+    load.save(Path(out) / "weights", found.model, None, state, config.to_dict(), None)
+    batch = found.objective.prepare(found.objective.collect(found.policy, 0))
+    sums = found.computation.sums(batch, found.objective, 1)
+    held = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
+    frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters() if id(p) not in held]
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
+    load.save(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
+    world.leave()
+    return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()}, "frozen": frozen,
+            "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "tokens": m.inputs.tokens.tolist(),
+                               "labels": m.labels.tolist(), "weights": m.weights.tolist(),
+                               "media": {kind: {"places": part.places.tolist(),
+                                                "features": part.features.tolist(),
+                                                "records": part.records.tolist()}
+                                         for kind, part in (m.inputs.media or {}).items()}}
+                              for m in batch.micro_batches]}
