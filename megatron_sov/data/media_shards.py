@@ -59,8 +59,8 @@ class MediaShard:
                 continue
             these, bank = features[mine], self._banks[kind]
             if wrong := these[(these < 0) | (these >= len(bank) * shape.slots)][:1].tolist():
-                raise UserError(f"{self._sidecar}: document {document} has a placeholder of {kind} for feature "
-                                f"{wrong[0]}, and there are {len(bank) * shape.slots}; {DAMAGED}")
+                raise UserError(f"{self._sidecar}: document {document} has a placeholder of {kind} for "
+                                f"feature {wrong[0]}, and there are {len(bank) * shape.slots}; {DAMAGED}")
             found[kind] = placed(np.flatnonzero(mine), these, bank, shape.slots)
             rest = rest & ~mine
         if rest.any():
@@ -98,11 +98,12 @@ def _unread(model: ModelConfig, bank: BankShape, source: str) -> str | None:
     name, encoder = ("vision", model.vision) if bank.kind == PICTURES else ("audio", model.audio)
     where = f"source {source!r} has {bank.kind}"
     if encoder is None:
-        return (f"{where}, and the model has no model.{name}; take a recipe with an encoder, or pack the data "
-                "without continuous media")
+        return (f"{where}, and the model has no model.{name}; take a recipe with an encoder, or pack the "
+                "data without continuous media")
     if (tuple(bank.shape), bank.slots) != (encoder.record_shape, encoder.slots):
-        return (f"{where} of shape {list(bank.shape)} with {bank.slots} features each, and model.{name} reads "
-                f"{list(encoder.record_shape)} as {encoder.slots}; write the data for this encoder again")
+        return (f"{where} of shape {list(bank.shape)} with {bank.slots} features each, and model.{name} "
+                f"reads {list(encoder.record_shape)} as {encoder.slots}; write the data "
+                "for this encoder again")
     if unknown := sorted(set(bank.placeholder_ids) - set(encoder.placeholder_ids)):
         return (f"{where} at placeholders {unknown}, which are not among model.{name}.placeholder_ids = "
                 f"{list(encoder.placeholder_ids)}; pack the data with the model's tokenizer")

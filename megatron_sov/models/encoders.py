@@ -1,10 +1,10 @@
-"""The weights of encoders of pictures and sounds: names and shapes from a config alone, and what they are called
-in a Hugging Face folder.
+"""The weights of encoders of pictures and sounds: names and shapes from a config alone, and what they are
+called in a Hugging Face folder.
 
-Names are those of checkpoints: `vision.encoder.` or `audio.encoder.` and transformers' own name of the tensor,
-`*.adapter.`, and `audio.compressor.` with the authors' names.  Every process of the first pipeline stage holds
-all of them whole.  In a Hugging Face folder they have the prefixes of the released HyperCLOVA X 8B Omni
-(OmniServe, model_converter/README.md).
+Names are those of checkpoints: `vision.encoder.` or `audio.encoder.` and transformers' own name of the
+tensor, `*.adapter.`, and `audio.compressor.` with the authors' names.  Every process of the first pipeline
+stage holds all of them whole.  In a Hugging Face folder they have the prefixes of the released HyperCLOVA X
+8B Omni (OmniServe, model_converter/README.md).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def is_table(key: str) -> bool:
 
 
 def is_frozen(key: str, media: MediaConfig) -> bool:
-    """Return whether a tensor does not learn by what `media` says, or because it never does: Whisper's places,
-    which are sines."""
+    """Return whether a tensor does not learn by what `media` says, or because it never does: Whisper's
+    places, which are sines."""
     if not is_encoder(key):
         return False
     if key.endswith(_PLACES):

@@ -206,9 +206,9 @@ def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
     same, and context parallelism changes little: a search asks for many a layout once.
     """
     gpu, p, m = config.gpu, config.parallel, config.model
-    key = (_but_for_length(m), config.lora, config.media, config.optim, config.train.precision, gpu.pad_buckets,
-           gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp, p.ep, p.etp,
-           p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
+    key = (_but_for_length(m), config.lora, config.media, config.optim, config.train.precision,
+           gpu.pad_buckets, gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp,
+           p.ep, p.etp, p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
            bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
     if key not in _known:
         if len(_known) >= MAX_KNOWN:

@@ -30,6 +30,7 @@ from megatron_sov.mcore.parallel import collectives, rng
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.adapters import PREFIX
+from megatron_sov.models.encoders import PREFIXES as ENCODERS
 from megatron_sov.obs.events import EventLog
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
@@ -38,6 +39,7 @@ from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.efficiency import peak_memory
+from megatron_sov.train.encoder_weights import start_encoders
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.garbage import Garbage
@@ -84,7 +86,7 @@ class Trainer:
             began_s: Unix time at which the work on the run began; None: now.
             planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
             initial_weights: whether weights are made of the seed, which takes minutes for a large model;
-                False: a checkpoint is loaded next, which holds all of them but a new adapter's.
+                False: a checkpoint is loaded next, which holds all of them but a new adapter's or encoder's.
             feed: brings what is not there yet when the run begins; None: everything is.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
@@ -95,7 +97,10 @@ class Trainer:
         self.state = TrainState()
         self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
                            config.media)
-        init.initialise(self.model, config.model, config.train.seed, only="" if initial_weights else PREFIX)
+        init.initialise(self.model, config.model, config.train.seed,
+                        only="" if initial_weights else (PREFIX, *ENCODERS))
+        if initial_weights:
+            start_encoders(self.model, config)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
@@ -169,6 +174,8 @@ class Trainer:
     def start_from(self, path: Path) -> None:
         """Start from the weights of another run's checkpoint."""
         self.checkpointer.load_weights(path)
+        start_encoders(self.model, self.config)
+        self.optimizer.sync_master_weights()
         self.state.trained_tokens = checkpoints.trained_tokens(path)
         self._started_from = path
 

@@ -3,12 +3,14 @@ checkpoints."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.checkpoint import load
@@ -20,23 +22,24 @@ from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
 IMAGE_PAD, AUDIO_PAD = 5, 6
-VISION = {"kind": "siglip", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 4, "hidden_size": 16,
-          "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "adapter": "mlp"}
+VISION = {"kind": "siglip", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 4,
+          "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "adapter": "mlp"}
 QWEN_VISION = {"kind": "qwen2_5_vl", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 2,
                "hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "window_size": 4,
                "full_attention_layers": [1], "out_hidden_size": 24}
-AUDIO = {"kind": "qwen2_audio", "placeholder_ids": [AUDIO_PAD], "num_mels": 4, "num_frames": 60, "hidden_size": 16,
-         "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "compression": 5, "compressor_size": 16,
-         "compressor_head_dim": 8, "compressor_state_size": 4}
+AUDIO = {"kind": "qwen2_audio", "placeholder_ids": [AUDIO_PAD], "num_mels": 4, "num_frames": 60,
+         "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "compression": 5,
+         "compressor_size": 16, "compressor_head_dim": 8, "compressor_state_size": 4}
 SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
-         "model.head_dim=8", "model.dense_ffn_dim=48", "train.global_batch_size=8", "train.micro_batch_size=2",
-         "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2", "model.init_std=0.1",
-         'data.phases=[{"name": "main", "seq_len": 32}]', "media.train_encoders=true", "data.paths={}")
+         "model.head_dim=8", "model.dense_ffn_dim=48", "train.global_batch_size=8",
+         "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24",
+         "optim.warmup_steps=2", "model.init_std=0.1", 'data.phases=[{"name": "main", "seq_len": 32}]',
+         "media.train_encoders=true", "data.paths={}")
 
 
 class Documents:
-    """Documents of 5 to 40 tokens with pictures of 4 features and sounds of 3, some of them cut in two where a
-    sample ends; the last third are texts."""
+    """Documents of 5 to 40 tokens with pictures of 4 features and sounds of 3, some of them cut in two where
+    a sample ends; the last third are texts."""
 
     is_plain = False
     columns = ()
@@ -51,7 +54,7 @@ class Documents:
         for document in range(60):
             ids, features = list(random.integers(10, 96, random.integers(1, 6))), [-1] * 40
             features = features[:len(ids)]
-            for kind, pad, slots in ((PICTURES, IMAGE_PAD, 4), (SOUNDS, AUDIO_PAD, 3)) * 2:
+            for pad, slots in ((IMAGE_PAD, 4), (AUDIO_PAD, 3)) * 2:
                 if document < 40 and random.random() < 0.7:
                     row = int(random.integers(40))
                     ids += [pad] * slots
@@ -87,10 +90,6 @@ class Documents:
 
 def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Trainer:
     """Return a trainer of a tiny model with both encoders."""
-    import json
-
-    from megatron_sov import recipes
-
     both = [f"model.vision={json.dumps(VISION)}", f"model.audio={json.dumps(AUDIO)}"]
     config = apply_settings(recipes.get(recipe), [*both, *SMALL, *settings])
     documents = Documents()
@@ -109,14 +108,17 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
     batch = found.objective.prepare(found.objective.collect(found.policy, 0))
     sums = found.computation.sums(batch, found.objective, 1)
     held = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
-    frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters() if id(p) not in held]
+    frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters()
+              if id(p) not in held]
+    moments = sorted({b.key for b in found.optimizer.state_shards() if b.key.startswith("exp_avg/")})
     with torch.no_grad():
         for parameter in found.model.parameters():
             gradient = getattr(parameter, "main_grad", None)
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
     load.save(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
     world.leave()
-    return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()}, "frozen": frozen,
+    return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
+            "frozen": frozen, "moments": moments,
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "tokens": m.inputs.tokens.tolist(),
                                "labels": m.labels.tolist(), "weights": m.weights.tolist(),
                                "media": {kind: {"places": part.places.tolist(),

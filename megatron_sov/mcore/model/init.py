@@ -43,8 +43,8 @@ ENCODER_RULES = (
     ("*.query_token", STANDARD), ("*.bias", ZEROS), ("*norm*.weight", ONES), ("*.ln_q.weight", ONES),
     ("*.adapter.*", NORMAL), ("*", FAN_IN),
 )
-"""The same for encoders of pictures and sounds; the first that matches counts.  Places are Whisper's, time steps
-lie between Mamba-2's bounds as its random ones do (arXiv 2405.21060), and its decays are S4D's."""
+"""The same for encoders of pictures and sounds; the first that matches counts.  Places are Whisper's, time
+steps lie between Mamba-2's bounds as its random ones do (arXiv 2405.21060), and its decays are S4D's."""
 TIME_STEPS = (0.001, 0.1)
 _CHUNK = 1 << 18
 _PER_COUNTER = 8
@@ -156,7 +156,8 @@ def _made_ahead(parts: Iterator[_Part], seed: int, num_threads: int) -> Iterator
 
 
 @torch.no_grad()
-def initialise(model: LanguageModel, config: ModelConfig, seed: int, *, only: str = "") -> None:
+def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
+               only: str | tuple[str, ...] = "") -> None:
     """Set the weights and buffers of this process's part of the model, with as many threads as torch has.
 
     Args:

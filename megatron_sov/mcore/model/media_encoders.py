@@ -1,10 +1,10 @@
 """Encoders of pictures and sounds in a model, at any layout: their features take the place of placeholders'
 embeddings.
 
-The first pipeline stage holds them, whole on every process.  Each process computes the features of the records
-that its own part of a row needs: its pieces under context parallelism, its stretch of them under sequence
-parallelism.  A gradient is then a sum over these processes, which the library makes as it does for norms;
-without sequence parallelism all processes of a tensor-parallel group compute the same one.
+The first pipeline stage holds them, whole on every process.  Each process computes the features of the
+records that its own part of a row needs: its pieces under context parallelism, its stretch of them under
+sequence parallelism.  A gradient is then a sum over these processes, which the library makes as it does for
+norms; without sequence parallelism all processes of a tensor-parallel group compute the same one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_sov.mcore.parallel import context
 from megatron_sov.media.banks import PICTURES, SOUNDS
 from megatron_sov.media.placed import Media, Placed, chosen
 
+Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 OF_BANK = {PICTURES: "vision", SOUNDS: "audio"}
 """Kind of bank -> the encoder of its records."""
 
@@ -83,9 +84,9 @@ class MediaEncoders(torch.nn.Module):
         return embedded.index_copy(0, torch.from_numpy(here.places).to(device),
                                    over[:, None].to(embedded.dtype))
 
-    def blocks(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Return the blocks of this process, which are whole tensors: name, memory, global shape, place in it,
-        and place among the processes that hold the same (as `local_shards.LocalShard`)."""
+    def blocks(self) -> list[Block]:
+        """Return the blocks of this process, which are whole tensors: name, memory, global shape, place in
+        it, and place among the processes that hold the same (as `local_shards.LocalShard`)."""
         replica = (0, int(parallel_state.get_tensor_model_parallel_rank()),
                    int(parallel_state.get_data_parallel_rank(with_context_parallel=True)))
         return [(name, p.detach(), tuple(p.shape), (0,) * p.dim(), replica)
@@ -122,16 +123,16 @@ def local(part: Placed, mine: np.ndarray) -> Placed:
 
 
 def _announce(part: torch.nn.Module) -> None:
-    """Do before a part that is not used what is done before one that is: the library brings updated weights to a
-    module before it runs, and refuses to bring them again where it never did."""
+    """Do before a part that is not used what is done before one that is: the library brings updated weights
+    to a module before it runs, and refuses to bring them again where it never did."""
     for module in part.modules():
         for hook in module._forward_pre_hooks.values():
             hook(module, ())
 
 
 class _Connected(torch.autograd.Function):
-    """Passes embeddings on, and gives parameters that no record has reached a gradient of zero: the library waits
-    for every trained parameter's gradient in each step."""
+    """Passes embeddings on, and gives parameters that no record has reached a gradient of zero: the library
+    waits for every trained parameter's gradient in each step."""
 
     @staticmethod
     def forward(ctx: Any, embedded: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
