@@ -63,7 +63,8 @@ def is_frozen(key: str, media: MediaConfig) -> bool:
 
 def encoder_links(model: ModelConfig) -> list[Link]:
     """Return every tensor with its name in a Hugging Face folder."""
-    return [Link(key, shape, (0,) * len(shape), (hf_name(key, model),), Layout(shape, 0, (shape[0],), 1))
+    return [Link(key, shape, (0,) * len(shape), (hf_name(key, model),), Layout(shape, 0, (shape[0],), 1),
+                 fp32=False)
             for key, shape in encoder_tensors(model).items()]
 
 
@@ -175,6 +176,15 @@ def _compressor(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple
     yield "model.norm_f.weight", (w,)
     yield from _norm("input_norm", w)
     yield from _linear("output_proj", hidden, w)
+
+
+def encoder_buffer_bytes(model: ModelConfig) -> int:
+    """Return the bytes of what encoders have beside parameters: SigLIP's numbers of places, and Qwen2.5-VL's
+    rotary frequencies, which transformers keeps twice."""
+    c = model.vision
+    if c is None:
+        return 0
+    return c.slots * 8 if c.kind == "siglip" else 2 * (c.hidden_size // c.num_heads // 4) * 4
 
 
 def encoder_params(model: ModelConfig) -> int:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_sov.config import ModelConfig, RunConfig
-from megatron_sov.models.encoders import is_frozen, is_table
+from megatron_sov.models.encoders import encoder_buffer_bytes, is_frozen, is_table
 from megatron_sov.plan.buffers import END_MULTIPLE, FAST_END_MULTIPLE, Buffer, Piece, Size, laid_out
 from megatron_sov.plan.held import TABLES, Held, Run, chunk_layers, held, is_adapter
 
@@ -89,6 +89,7 @@ class StageBuffers:
         p = config.parallel
         self._config, self._num_ranks, self._chunks = config, num_ranks, held(config, stage)
         self._sizes = {False: num_ranks // (p.tp * p.pp), True: num_ranks // (p.etp * p.ep * p.pp)}
+        self._is_first = stage == 0
         self._rules: list[_Rule] = []
         self._known: dict[int, list[int]] = {}
         self._buffers: dict[bool, list[Buffer]] = {False: [], True: []}
@@ -183,7 +184,8 @@ class StageBuffers:
 
     def _counters(self) -> int:
         """Return the bytes of buffers, float32 each: of a router every expert's tokens and bias, of a chunk
-        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.16.1)."""
+        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.16.1); and
+        those of encoders."""
         m = self._config.model
         layers = (layer for runs in self._chunks for layer, parts in runs if len(parts) > 1
                   and parts[0].key.startswith("decoder.layers.{l}"))
@@ -191,7 +193,8 @@ class StageBuffers:
         routers = sum(layer is not None and layer >= first_moe for layer in layers)
         angles = (len(self._chunks) * 2 * m.head_dim * m.yarn.original_max_position_tokens
                   // self._config.parallel.cp if m.yarn is not None else 0)
-        return (routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
+        return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
+                + (encoder_buffer_bytes(m) if self._is_first else 0))
 
 
 _known: dict[tuple[object, ...], States] = {}

@@ -34,8 +34,8 @@ FIELDS = {
                 "num_mel_bins": "num_mels"},
 }
 FIELDS["qwen2_audio"] = FIELDS["whisper"]
-"""Kind -> field of transformers' config -> ours: what the shapes of weights do not tell, such as heads, has to
-agree as well."""
+"""Kind -> field of transformers' config -> ours: what the shapes of weights do not tell, such as heads, has
+to agree as well."""
 
 
 @torch.no_grad()
