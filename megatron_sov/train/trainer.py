@@ -24,7 +24,7 @@ from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model import init, replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
-from megatron_sov.mcore.model.language_model import build
+from megatron_sov.mcore.model.language_model import LanguageModel, build
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import collectives, rng
 from megatron_sov.mcore.parallel.device import on_gpu
@@ -97,10 +97,7 @@ class Trainer:
         self.state = TrainState()
         self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
                            config.media)
-        init.initialise(self.model, config.model, config.train.seed,
-                        only="" if initial_weights else (PREFIX, *ENCODERS))
-        if initial_weights:
-            start_encoders(self.model, config)
+        _begin(self.model, config, initial_weights)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
@@ -351,3 +348,10 @@ class Trainer:
         self.guards.faults.tell(self.events)
         self.recorder.close()
         self.batches.close()
+
+
+def _begin(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
+    """Give a model its initial weights; without them those of new adapters and encoders alone."""
+    init.initialise(model, config.model, config.train.seed, only="" if initial_weights else (PREFIX, *ENCODERS))
+    if initial_weights:
+        start_encoders(model, config)

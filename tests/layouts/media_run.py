@@ -3,6 +3,7 @@ checkpoints."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.parallel import world
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.placed import Media, placed
@@ -126,3 +128,33 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
                                                 "records": part.records.tolist()}
                                          for kind, part in (m.inputs.media or {}).items()}}
                               for m in batch.micro_batches]}
+
+
+def _step(found: Trainer) -> dict[str, Any]:
+    """Learn a step; return its loss, and what this process holds then."""
+    loss = found.update().loss
+    held = hashlib.sha256()
+    for block in (*local_shards(found.model), *found.optimizer.state_shards()):
+        held.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())
+    return {"loss": loss, "held": held.hexdigest()}
+
+
+def trained(settings: list[str], run: str) -> list[dict[str, Any]]:
+    """Train two steps, with a checkpoint behind the first."""
+    found = trainer("tiny-qwen3", settings, run)
+    found.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    steps = [_step(found)]
+    found.save()
+    found.checkpointer.finish()
+    steps.append(_step(found))
+    world.leave()
+    return steps
+
+
+def continued(settings: list[str], run: str) -> dict[str, Any]:
+    """Train the second step behind the checkpoint of the first."""
+    found = trainer("tiny-qwen3", settings)
+    found.resume(RunFolder(Path(run)).checkpoint(1))
+    step = _step(found)
+    world.leave()
+    return step

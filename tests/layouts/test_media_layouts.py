@@ -96,6 +96,22 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
         assert {key for key in every if float(gradients.read(key).abs().max()) == 0} == frozen, name
 
 
+@pytest.mark.distributed
+def test_a_run_goes_on_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
+    """With moments of encoders, behind the checkpoint of one process under ZeRO-1 and of two stages."""
+    one, stages = [*FP64, *OVERLAP], [*FP64, "parallel.pp=2"]
+    first, second, same, other, back = ranks(
+        job(RUN, "trained", 1, {"settings": one, "run": str(tmp_path / "one")}),
+        job(RUN, "trained", 2, {"settings": stages, "run": str(tmp_path / "two")}),
+        job(RUN, "continued", 1, {"settings": one, "run": str(tmp_path / "one")}),
+        job(RUN, "continued", 2, {"settings": [*FP64, *SP], "run": str(tmp_path / "one")}),
+        job(RUN, "continued", 1, {"settings": one, "run": str(tmp_path / "two")}))
+    assert same[0] == first[0][1]
+    losses = [second[0][1]["loss"], other[0]["loss"], back[0]["loss"]]
+    assert losses == pytest.approx([first[0][1]["loss"]] * 3, rel=1e-11)
+    assert first[0][1]["loss"] != first[0][0]["loss"]
+
+
 # the same with transformers
 
 def scanned(x: torch.Tensor, w: dict[str, torch.Tensor], head_dim: int, state_size: int) -> torch.Tensor:
