@@ -352,6 +352,7 @@ class Trainer:
 
 def _begin(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
     """Give a model its initial weights; without them those of new adapters and encoders alone."""
-    init.initialise(model, config.model, config.train.seed, only="" if initial_weights else (PREFIX, *ENCODERS))
+    init.initialise(model, config.model, config.train.seed,
+                    only="" if initial_weights else (PREFIX, *ENCODERS))
     if initial_weights:
         start_encoders(model, config)

@@ -17,6 +17,7 @@ from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.config.encoders import CLIP_MEAN, CLIP_STD
 from megatron_sov.convert.hf_export import to_hf
+from megatron_sov.convert.hf_import import from_hf
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.models.encoders import encoder_tensors
 
@@ -178,6 +179,8 @@ def test_losses_and_gradients_are_those_of_transformers(ranks: Any, job: Any, tm
                                                    "out": str(tmp_path)}))
     for name in ("weights", "gradients"):
         to_hf(tmp_path / name, tmp_path / f"hf-{name}", "float64")
+    from_hf(tmp_path / "hf-weights", tmp_path / "again")
+    assert set(_apart(tmp_path / "again", tmp_path / "weights").values()) == {0.0}
     w = {name: t.requires_grad_() for name, t in load_file(tmp_path / "hf-weights/model.safetensors").items()}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf-weights", dtype=torch.float64)
     vision, audio = hf_encoders(w)

@@ -60,9 +60,10 @@ class MediaEncoder(torch.nn.Module):
         if isinstance(c, AudioEncoderConfig):
             out: torch.Tensor = self.encoder(records.to(dtype)).last_hidden_state
             return out
-        mean, std = (torch.tensor(x, dtype=dtype, device=records.device)[:, None, None]
+        wide = torch.promote_types(dtype, torch.float32)
+        mean, std = (torch.tensor(x, dtype=wide, device=records.device)[:, None, None]
                      for x in (c.mean, c.std))
-        pixels = (records.to(dtype) / 255 - mean) / std
+        pixels = ((records.to(wide) / 255 - mean) / std).to(dtype)
         if c.kind == "siglip":
             out = self.encoder(pixel_values=pixels).last_hidden_state
             return out

@@ -108,8 +108,7 @@ class Chunk(GPTModel):
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
                                                 packed_seq_params=packed)
-        if self.media is not None:
-            embedded = self.media(embedded, len(inputs.tokens), inputs.media)
+        embedded = self._with_media(embedded, len(inputs.tokens), inputs.media)
         # the fused kernel finds each token's angles itself
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
@@ -132,8 +131,7 @@ class Chunk(GPTModel):
         """
         embedded, rotary, *_ = self._preprocess(input_ids=row.tokens[None], position_ids=row.positions[None],
                                                 packed_seq_params=row.packed)
-        if self.media is not None:
-            embedded = self.media(embedded, len(row.tokens), row.media, cut_for_context=False)
+        embedded = self._with_media(embedded, len(row.tokens), row.media, cut_for_context=False)
         return self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
@@ -154,6 +152,17 @@ class Chunk(GPTModel):
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
         return self.mtp.layers[0].transform(hidden, embedded,
                                             rotary[row.positions], row.packed)
+
+    def _with_media(self, embedded: torch.Tensor, row_tokens: int, media: Media | None, *,
+                    cut_for_context: bool = True) -> torch.Tensor:
+        """Return embeddings with features over those of placeholders, on the run that embeds tokens."""
+        if self.media is not None:
+            with_features: torch.Tensor = self.media(embedded, row_tokens, media,
+                                                     cut_for_context=cut_for_context)
+            return with_features
+        if self.pre_process and media:
+            raise ValueError(f"a row has {' and '.join(media)}, and the model has no encoder of such")
+        return embedded
 
     def _local_padding(self, padding: torch.Tensor, first_route: int | None) -> torch.Tensor:
         """Return this process's part of the padding mask, [1, tokens], or [1 + bits, tokens] with the places

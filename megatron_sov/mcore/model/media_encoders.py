@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sov.codecs.encoders.networks import MediaEncoder
 from megatron_sov.config import ModelConfig
 from megatron_sov.mcore.parallel import context
+from megatron_sov.mcore.parallel.device import to_device
 from megatron_sov.media.banks import PICTURES, SOUNDS
 from megatron_sov.media.placed import Media, Placed, chosen
 
@@ -75,14 +76,14 @@ class MediaEncoders(torch.nn.Module):
 
     def _over(self, embedded: torch.Tensor, encoder: MediaEncoder, here: Placed) -> torch.Tensor:
         device = embedded.device
-        records = torch.from_numpy(here.records).to(device)
+        records, features_of, places = (to_device(torch.from_numpy(values), device)
+                                        for values in (here.records, here.features, here.places))
         if self._recomputed and torch.is_grad_enabled():
             features = checkpoint(encoder, records, use_reentrant=False)
         else:
             features = encoder(records)
-        over = features.flatten(0, 1)[torch.from_numpy(here.features).to(device)]
-        return embedded.index_copy(0, torch.from_numpy(here.places).to(device),
-                                   over[:, None].to(embedded.dtype))
+        over = features.flatten(0, 1)[features_of]
+        return embedded.index_copy(0, places, over[:, None].to(embedded.dtype))
 
     def blocks(self) -> list[Block]:
         """Return the blocks of this process, which are whole tensors: name, memory, global shape, place in
