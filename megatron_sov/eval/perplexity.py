@@ -43,8 +43,8 @@ def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
         UserError: the data have pictures or sounds, which that model does not read.
     """
     if read := [f"{s.name} ({', '.join(s.banks)})" for s in data.sources if s.banks]:
-        raise UserError(f"sources {'; '.join(read)}: transformers' model reads text alone; judge the checkpoint "
-                        "itself, or data of text")
+        raise UserError(f"sources {'; '.join(read)}: transformers' model reads text alone; judge the "
+                        "checkpoint itself, or data of text")
     return evaluate_rows(data, lambda row: row_losses(model, row))
 
 

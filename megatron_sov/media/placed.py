@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,9 @@ class Placed:
     """[k] int64, ascending: row index of each placeholder."""
     features: np.ndarray
     """[k] int64: what stands over it, as record * slots + slot."""
-    records: np.ndarray
-    """[records, ...]: raw pictures or spectrograms, those of the row alone."""
+    records: tuple[np.ndarray, ...]
+    """Raw pictures or spectrograms, those of the row alone: views of mapped banks, which are read by the process
+    that encodes them and by no other."""
     slots: int
     """Features of a record."""
 
@@ -26,8 +27,9 @@ Media = Mapping[str, Placed]
 """Kind of bank (`media.banks.KINDS`) -> what of it a row has; a kind of which it has nothing is left out."""
 
 
-def placed(places: np.ndarray, numbers: np.ndarray, records: np.ndarray, slots: int) -> Placed:
-    """Return the media of a row, with copies of just the records that it has.
+def placed(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.ndarray] | np.ndarray,
+           slots: int) -> Placed:
+    """Return the media of a row.
 
     Args:
         places: [k] of the placeholders, ascending.
@@ -36,7 +38,8 @@ def placed(places: np.ndarray, numbers: np.ndarray, records: np.ndarray, slots: 
         slots: features of a record.
     """
     rows, index = np.unique(numbers // slots, return_inverse=True)
-    return Placed(places.astype(np.int64), index * slots + numbers % slots, np.asarray(records[rows]), slots)
+    return Placed(places.astype(np.int64), index * slots + numbers % slots,
+                  tuple(records[row] for row in rows.tolist()), slots)
 
 
 def joined(parts: Iterable[tuple[int, Media | None]]) -> dict[str, Placed]:
@@ -55,7 +58,7 @@ def _joined(parts: list[tuple[int, Placed]]) -> Placed:
     return Placed(np.concatenate([part.places + first for first, part in parts]),
                   np.concatenate([part.features + start * part.slots
                                   for (_, part), start in zip(parts, starts, strict=True)]),
-                  np.concatenate([part.records for _, part in parts]), parts[0][1].slots)
+                  tuple(record for _, part in parts for record in part.records), parts[0][1].slots)
 
 
 def cut(media: Media | None, start: int, count: int) -> dict[str, Placed]:

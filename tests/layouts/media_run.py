@@ -125,7 +125,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
                                "labels": m.labels.tolist(), "weights": m.weights.tolist(),
                                "media": {kind: {"places": part.places.tolist(),
                                                 "features": part.features.tolist(),
-                                                "records": part.records.tolist()}
+                                                "records": np.stack(part.records).tolist()}
                                          for kind, part in (m.inputs.media or {}).items()}}
                               for m in batch.micro_batches]}
 

@@ -40,16 +40,27 @@ class MediaEncoder(torch.nn.Module):
         self.config = config
         self.slots = config.slots
         """Features of a record."""
+        self._encoded_features = config.features if isinstance(config, AudioEncoderConfig) else config.slots
         self.encoder: Any = _vision(config) if isinstance(config, VisionEncoderConfig) else _audio(config)
         self.adapter = Adapter(config.adapter, config.feature_size, hidden_size)
         self.compressor = (Compressor(config, hidden_size)
                            if isinstance(config, AudioEncoderConfig) and config.compression > 1 else None)
 
-    def forward(self, records: torch.Tensor) -> torch.Tensor:
-        """Return [records, slots, hidden] of raw records, whatever their dtype."""
-        trains = any(p.requires_grad for p in self.encoder.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            features = self._encoded(records)
+    @property
+    def trains(self) -> bool:
+        """Whether anything of it learns."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def forward(self, records: torch.Tensor | None) -> torch.Tensor:
+        """Return [records, slots, hidden] of raw records, whatever their dtype; None: features of nothing,
+        through all that learns."""
+        weight, learns = self.adapter.fc2.weight, any(p.requires_grad for p in self.encoder.parameters())
+        if records is None and not learns:
+            features = weight.new_zeros(1, self._encoded_features, self.config.feature_size)
+        else:
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                features = self._encoded(weight.new_zeros(1, *self.config.record_shape)
+                                         if records is None else records)
         features = self.adapter(features)
         return features if self.compressor is None else self.compressor(features)
 

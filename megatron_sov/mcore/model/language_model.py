@@ -289,6 +289,8 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
     with output_head.without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     for chunk in chunks:
+        if chunk.media is not None:
+            chunk.media.overlapped = parallel.overlap_grad_reduce or parallel.overlap_param_gather
         with made_here():
             chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
     return LanguageModel(chunks, model, lora, media)

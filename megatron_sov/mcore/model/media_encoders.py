@@ -43,6 +43,8 @@ class MediaEncoders(torch.nn.Module):
         self.audio = MediaEncoder(model.audio, model.hidden_size) if model.audio is not None else None
         self._recomputed = config.recompute_granularity == "full"
         self._sequence_parallel = config.sequence_parallel
+        self.overlapped = False
+        """Whether gradients or weights are sent while there is computation."""
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -56,34 +58,38 @@ class MediaEncoders(torch.nn.Module):
             media: what stands at which place of the row; None: nothing.
             cut_for_context: whether the row is cut over the context-parallel group.
         """
-        mine = _index(row_tokens, self._sequence_parallel, cut_for_context)
-        used = set()
-        for kind, part in (media or {}).items():
-            encoder = getattr(self, OF_BANK[kind])
-            if encoder is None:
-                raise ValueError(f"a row has {kind}, and the model has no model.{OF_BANK[kind]}")
-            here = local(part, mine)
-            if len(here.places):
-                used.add(OF_BANK[kind])
+        places = _places(row_tokens, self._sequence_parallel, cut_for_context) if media else None
+        for kind, name in OF_BANK.items():
+            encoder, part = getattr(self, name), (media or {}).get(kind)
+            here = None
+            if part is not None and places is not None:
+                at = places[part.places]
+                here = chosen(part, at >= 0, at[at >= 0])
+            if here is not None and len(here.places):
+                if encoder is None:
+                    raise ValueError(f"a row has {kind}, and the model has no model.{name}")
                 embedded = self._over(embedded, encoder, here)
-        for name in {"vision", "audio"} - used:
-            if getattr(self, name) is not None:
-                _announce(getattr(self, name))
-        trained = [p for p in self.parameters() if p.requires_grad]
-        if trained and torch.is_grad_enabled():
-            embedded = _Connected.apply(embedded, *trained)
+            elif encoder is not None and self.overlapped and encoder.trains and torch.is_grad_enabled():
+                # the library waits for every parameter's gradient, and sends them as they come: which must be
+                # the same order on all processes, whatever their rows hold
+                nothing = torch.zeros(0, dtype=torch.int64, device=embedded.device)
+                embedded = embedded.index_copy(0, nothing, self._features(encoder, None)[nothing][:, None])
         return embedded
 
     def _over(self, embedded: torch.Tensor, encoder: MediaEncoder, here: Placed) -> torch.Tensor:
-        device = embedded.device
-        records, features_of, places = (to_device(torch.from_numpy(values), device)
-                                        for values in (here.records, here.features, here.places))
+        """Return embeddings with features over some of them."""
+        records, numbers, places = (to_device(torch.from_numpy(values), embedded.device)
+                                    for values in (np.stack(here.records), here.features, here.places))
+        over = self._features(encoder, records)[numbers]
+        return embedded.index_copy(0, places, over[:, None].to(embedded.dtype))
+
+    def _features(self, encoder: MediaEncoder, records: torch.Tensor | None) -> torch.Tensor:
+        """Return [records * slots, hidden]."""
         if self._recomputed and torch.is_grad_enabled():
-            features = checkpoint(encoder, records, use_reentrant=False)
+            features: torch.Tensor = checkpoint(encoder, records, use_reentrant=False)
         else:
             features = encoder(records)
-        over = features.flatten(0, 1)[features_of]
-        return embedded.index_copy(0, places, over[:, None].to(embedded.dtype))
+        return features.flatten(0, 1)
 
     def blocks(self) -> list[Block]:
         """Return the blocks of this process, which are whole tensors: name, memory, global shape, place in
@@ -98,48 +104,15 @@ class MediaEncoders(torch.nn.Module):
         return {}
 
 
-def _index(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
-    """Return the row index of each local token."""
+def _places(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
+    """Return [row tokens] int64: which local token each token of a row is, -1 for another process's."""
     if cut_for_context:
-        return context.row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
-    index = np.arange(row_tokens)
-    if sequence_parallel:
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        index = index.reshape(size, -1)[parallel_state.get_tensor_model_parallel_rank()]
-    return index
-
-
-def local(part: Placed, mine: np.ndarray) -> Placed:
-    """Return what of a row's media stands at local tokens, placed among them.
-
-    Args:
-        part: the media, by row index.
-        mine: [local tokens] row index of each.
-    """
-    order = np.argsort(mine)
-    found = np.searchsorted(mine, part.places, sorter=order).clip(max=len(mine) - 1)
-    at = order[found]
-    here = mine[at] == part.places
-    return chosen(part, here, at[here])
-
-
-def _announce(part: torch.nn.Module) -> None:
-    """Do before a part that is not used what is done before one that is: the library brings updated weights
-    to a module before it runs, and refuses to bring them again where it never did."""
-    for module in part.modules():
-        for hook in module._forward_pre_hooks.values():
-            hook(module, ())
-
-
-class _Connected(torch.autograd.Function):
-    """Passes embeddings on, and gives parameters that no record has reached a gradient of zero: the library
-    waits for every trained parameter's gradient in each step."""
-
-    @staticmethod
-    def forward(ctx: Any, embedded: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.like = parameters
-        return embedded.view_as(embedded)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return grads[0], *(torch.zeros_like(p) for p in ctx.like)
+        mine = context.row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
+    else:
+        mine = np.arange(row_tokens)
+        if sequence_parallel:
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            mine = mine.reshape(size, -1)[parallel_state.get_tensor_model_parallel_rank()]
+    places = np.full(row_tokens, -1, np.int64)
+    places[mine] = np.arange(len(mine))
+    return places
