@@ -36,7 +36,9 @@ SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", "mo
          "model.head_dim=8", "model.dense_ffn_dim=48", "train.global_batch_size=8",
          "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24",
          "optim.warmup_steps=2", "model.init_std=0.1", 'data.phases=[{"name": "main", "seq_len": 32}]',
-         "media.train_encoders=true", "data.paths={}")
+         'model.audio_tokens={"first": 60, "size": 16}', 'model.image_tokens={"first": 76, "size": 20}',
+         "objective.audio_weight=0.5", "objective.image_weight=2.0", "media.train_encoders=true",
+         "data.paths={}")
 
 
 class Documents:
@@ -120,7 +122,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
     load.save(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
     world.leave()
     return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
-            "frozen": frozen, "moments": moments,
+            "meters": sums.meters, "frozen": frozen, "moments": moments,
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "tokens": m.inputs.tokens.tolist(),
                                "labels": m.labels.tolist(), "weights": m.weights.tolist(),
                                "media": {kind: {"places": part.places.tolist(),

@@ -66,7 +66,9 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, tmp_path: Path) -> No
     results = ranks(*(job(RUN, "one_batch", n, {"recipe": recipe, "settings": settings(recipe, layout),
                                                 "out": str(tmp_path / name)})
                       for name, (recipe, n, layout) in every.items()))
-    losses = {name: per_rank[0]["losses"] for name, per_rank in zip(every, results, strict=True)}
+    losses = {name: per_rank[0]["losses"] | per_rank[0]["meters"]
+              for name, per_rank in zip(every, results, strict=True)}
+    assert {"lm", "text_loss", "audio_loss", "image_loss"} <= set(losses["tiny-qwen3"])
     for name, (recipe, _, _) in LAYOUTS.items():
         assert losses[name] == pytest.approx(losses[recipe], rel=1e-12), name
         apart = _apart(tmp_path / name / "gradients", tmp_path / recipe / "gradients")
