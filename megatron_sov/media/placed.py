@@ -17,8 +17,8 @@ class Placed:
     features: np.ndarray
     """[k] int64: what stands over it, as record * slots + slot."""
     records: tuple[np.ndarray, ...]
-    """Raw pictures or spectrograms, those of the row alone: views of mapped banks, which are read by the process
-    that encodes them and by no other."""
+    """Raw pictures or spectrograms, those of the row alone: views of mapped banks, which are read by the
+    process that encodes them and by no other."""
     slots: int
     """Features of a record."""
 
