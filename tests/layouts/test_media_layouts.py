@@ -102,16 +102,17 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
 @pytest.mark.distributed
 def test_a_run_goes_on_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
     """With moments of encoders, behind the checkpoint of two processes under ZeRO-1 and of two stages."""
-    one, stages = [*FP64, *OVERLAP], [*FP64, "parallel.pp=2"]
+    fp64 = [*FP64, "optim.name=muon"]
+    one, stages = [*fp64, *OVERLAP], [*fp64, "parallel.pp=2"]
     first, second, same, other, back = ranks(
         job(RUN, "trained", 2, {"settings": one, "run": str(tmp_path / "one")}),
         job(RUN, "trained", 2, {"settings": stages, "run": str(tmp_path / "two")}),
         job(RUN, "continued", 2, {"settings": one, "run": str(tmp_path / "one")}),
-        job(RUN, "continued", 2, {"settings": [*FP64, *SP], "run": str(tmp_path / "one")}),
+        job(RUN, "continued", 2, {"settings": [*fp64, *SP], "run": str(tmp_path / "one")}),
         job(RUN, "continued", 2, {"settings": one, "run": str(tmp_path / "two")}))
     assert same == [steps[1] for steps in first]
     losses = [second[0][1]["loss"], other[0]["loss"], back[0]["loss"]]
-    assert losses == pytest.approx([first[0][1]["loss"]] * 3, rel=1e-11)
+    assert losses == pytest.approx([first[0][1]["loss"]] * 3, rel=1e-9)
     assert first[0][1]["loss"] != first[0][0]["loss"]
 
 

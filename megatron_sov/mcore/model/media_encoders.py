@@ -41,6 +41,8 @@ class MediaEncoders(torch.nn.Module):
         super().__init__()
         self.vision = MediaEncoder(model.vision, model.hidden_size) if model.vision is not None else None
         self.audio = MediaEncoder(model.audio, model.hidden_size) if model.audio is not None else None
+        # families that scale embeddings scale what stands over them as well
+        self._factor = float(getattr(model, "embedding_multiplier", 1.0))
         self._recomputed = config.recompute_granularity == "full"
         self._sequence_parallel = config.sequence_parallel
         self.overlapped = False
@@ -80,7 +82,7 @@ class MediaEncoders(torch.nn.Module):
         """Return embeddings with features over some of them."""
         records, numbers, places = (to_device(torch.from_numpy(values), embedded.device)
                                     for values in (np.stack(here.records), here.features, here.places))
-        over = self._features(encoder, records)[numbers]
+        over = self._features(encoder, records)[numbers] * self._factor
         return embedded.index_copy(0, places, over[:, None].to(embedded.dtype))
 
     def _features(self, encoder: MediaEncoder, records: torch.Tensor | None) -> torch.Tensor:
