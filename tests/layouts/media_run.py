@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.parallel import world
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
@@ -160,3 +162,29 @@ def continued(settings: list[str], run: str) -> dict[str, Any]:
     step = _step(found)
     world.leave()
     return step
+
+
+def started(plain: str, encoder: str) -> dict[str, list[str]]:
+    """Start from a checkpoint without encoders, with a picture encoder of a folder; return which tensors are
+    the checkpoint's, which the folder's, and which neither's.
+
+    PLAIN is the checkpoint, which is written first.
+    """
+    first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
+    load.save(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
+    world.leave()
+    found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
+    found.start_from(Path(plain))
+    reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
+    known, result = set(reader.keys()), {"checkpoint": [], "folder": [], "neither": []}
+    for block in local_shards(found.model):
+        name = block.key.removeprefix("vision.encoder.")
+        same = [tensor for tensor_name, tensor in stored.items() if tensor_name.endswith(name)]
+        if block.key in known and reader.read(block.key).reshape(block.data.shape).equal(block.data):
+            result["checkpoint"].append(block.key)
+        elif same and same[0].equal(block.data):
+            result["folder"].append(block.key)
+        else:
+            result["neither"].append(block.key)
+    world.leave()
+    return result

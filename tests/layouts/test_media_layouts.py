@@ -116,6 +116,21 @@ def test_a_run_goes_on_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, t
     assert first[0][1]["loss"] != first[0][0]["loss"]
 
 
+@pytest.mark.distributed
+def test_a_run_starts_beside_a_model_without_encoders(ranks: Any, job: Any, tmp_path: Path) -> None:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    SiglipVisionModel(SiglipVisionConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, vision_use_head=False)).save_pretrained(tmp_path / "vit")
+    ((found,),) = ranks(job(RUN, "started", 1, {"plain": str(tmp_path / "plain"),
+                                                "encoder": str(tmp_path / "vit")}))
+    every = set(encoder_tensors(trained_config().model))
+    assert not set(found["checkpoint"]) & every and len(found["checkpoint"]) > 20
+    assert set(found["folder"]) == {key for key in every if key.startswith("vision.encoder.")}
+    assert set(found["neither"]) == every - set(found["folder"])
+
+
 # the same with transformers
 
 def scanned(x: torch.Tensor, w: dict[str, torch.Tensor], head_dim: int, state_size: int) -> torch.Tensor:
