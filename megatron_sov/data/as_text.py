@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from megatron_sov.chat.encode import TYPE_TEXT
-from megatron_sov.data.media_shards import banks_of
+from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.media.placed import Media
 
@@ -46,7 +46,7 @@ class AsText:
 
     def media(self, document: int, start: int, count: int) -> Media:
         """Return the pictures and sounds of some tokens."""
-        return self._documents.media(document, start, count)
+        return media_of(self._documents, document, start, count)
 
 
 def as_text(source: Source) -> Source:

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_sov.data.lengths import ChainedLengths
-from megatron_sov.data.media_shards import banks_of
+from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents
 from megatron_sov.media.placed import Media
 
@@ -57,4 +57,4 @@ class LongDocuments:
 
     def media(self, document: int, start: int, count: int) -> Media:
         """Return the pictures and sounds of some tokens."""
-        return self._documents.media(int(self.index[document]), start, count)
+        return media_of(self._documents, int(self.index[document]), start, count)

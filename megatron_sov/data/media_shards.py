@@ -12,7 +12,7 @@ from megatron_sov.config import ModelConfig
 from megatron_sov.data.mapped_files import numbers
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import KINDS, MEDIA, NONE, PICTURES, SIDECAR_DTYPE, BankShape, open_bank
-from megatron_sov.media.placed import Media, placed
+from megatron_sov.media.placed import Media, Placed, placed
 
 DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
 
@@ -51,7 +51,7 @@ class MediaShard:
         Raises:
             UserError: a placeholder stands for no feature, or a number for none that there is.
         """
-        features, found = self._numbers[where], {}
+        features, found = self._numbers[where], dict[str, Placed]()
         rest = features != NONE
         for kind, shape in self._shapes.items():
             mine = np.isin(tokens, shape.placeholder_ids)
@@ -76,9 +76,12 @@ def banks_of(documents: Any) -> Mapping[str, BankShape]:
     return found
 
 
-def has_media(documents: Any) -> bool:
-    """Return whether documents can be asked for pictures and sounds."""
-    return bool(banks_of(documents))
+def media_of(documents: Any, document: int, start: int, count: int) -> Media:
+    """Return the pictures and sounds of some tokens, placed from the first of them."""
+    if not banks_of(documents):
+        return {}
+    found: Media = documents.media(document, start, count)
+    return found
 
 
 def check_encoders(model: ModelConfig, sources: Sequence[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_sov.data.media_shards import has_media
+from megatron_sov.data.media_shards import media_of
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment, best_fit, concatenate, cut
 from megatron_sov.data.token_shards import Documents
@@ -97,8 +97,7 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
                 numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
         if went is not None:  # of the tokens themselves, not of their labels
             went[first:end] = documents.routes(document, start, count)
-        if has_media(documents):
-            found.append((first, documents.media(document, start, count)))
+        found.append((first, media_of(documents, document, start, count)))
         bounds.append(end)
     filled = bounds[-1]
     if filled < seq_len:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.data.media_shards import banks_of
+from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents
 from megatron_sov.media.placed import Media
 
@@ -86,4 +86,4 @@ class Pieces:
     def media(self, document: int, start: int, count: int) -> Media:
         """Return the pictures and sounds of some tokens."""
         whole, first = self.lengths.find(document)
-        return self._documents.media(whole, first + start, count)
+        return media_of(self._documents, whole, first + start, count)

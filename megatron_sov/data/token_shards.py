@@ -75,11 +75,6 @@ class Documents(Protocol):
         sources that have `routes` alone."""
         ...
 
-    def media(self, document: int, start: int, count: int) -> Media:
-        """Return the pictures and sounds of these tokens, placed from the first of them; asked of documents
-        that have banks alone (`media_shards.has_media`)."""
-        ...
-
 
 class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""

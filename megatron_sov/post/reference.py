@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
 from megatron_sov.config import RunConfig, layout_settings
-from megatron_sov.data.media_shards import banks_of
+from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.generate.load import run_forward_model
@@ -127,7 +127,7 @@ class WithReference:
 
     def media(self, document: int, start: int, count: int) -> Media:
         """As `Documents.media`."""
-        return self._documents.media(document, start, count)
+        return media_of(self._documents, document, start, count)
 
 
 class Reference:

@@ -20,7 +20,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.parallel import world
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.media.placed import Media, placed
+from megatron_sov.media.placed import Media, Placed, placed
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.trainer import Trainer
@@ -56,7 +56,8 @@ class Documents:
         random = np.random.default_rng(seed)
         self.records = {PICTURES: random.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8),
                         SOUNDS: random.normal(size=(40, 4, 60)).astype(np.float16)}
-        self.ids, self.features = [], []
+        self.ids: list[np.ndarray] = []
+        self.features: list[np.ndarray] = []
         for document in range(60):
             ids, features = list(random.integers(10, 96, random.integers(1, 6))), [-1] * 40
             features = features[:len(ids)]
@@ -86,7 +87,7 @@ class Documents:
     def media(self, document: int, start: int, count: int) -> Media:
         """Return the pictures and sounds of some tokens."""
         tokens, features = self.tokens(document, start, count), self.features[document][start:start + count]
-        found = {}
+        found: dict[str, Placed] = {}
         for kind, bank in self.banks.items():
             mine = np.isin(tokens, bank.placeholder_ids)
             if mine.any():
@@ -176,7 +177,8 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
     found.start_from(Path(plain))
     reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
-    known, result = set(reader.keys()), {"checkpoint": [], "folder": [], "neither": []}
+    known = set(reader.keys())
+    result: dict[str, list[str]] = {"checkpoint": [], "folder": [], "neither": []}
     for block in local_shards(found.model):
         name = block.key.removeprefix("vision.encoder.")
         same = [tensor for tensor_name, tensor in stored.items() if tensor_name.endswith(name)]

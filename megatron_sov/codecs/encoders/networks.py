@@ -62,7 +62,9 @@ class MediaEncoder(torch.nn.Module):
                 features = self._encoded(weight.new_zeros(1, *self.config.record_shape)
                                          if records is None else records)
         features = self.adapter(features)
-        return features if self.compressor is None else self.compressor(features)
+        if self.compressor is not None:
+            features = self.compressor(features)
+        return features
 
     def _encoded(self, records: torch.Tensor) -> torch.Tensor:
         """Return [records, features, feature size]."""

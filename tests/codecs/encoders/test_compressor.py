@@ -77,7 +77,7 @@ def test_a_chunk_is_written_at_its_query_and_knows_what_came_before() -> None:
 
 def test_the_kernel_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A double of `mamba_ssm`, whose kernel is asked as that package's is."""
-    asked = {}
+    asked: dict[str, int] = {}
 
     def kernel(x: Any, dt: Any, a: Any, b: Any, c: Any, chunk_size: int) -> Any:
         asked.update(groups=b.shape[2], chunk_size=chunk_size)

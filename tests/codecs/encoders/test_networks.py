@@ -45,7 +45,7 @@ def records(config: Any, count: int) -> torch.Tensor:
 @pytest.mark.parametrize(("encoders", "hidden_size"), [
     ((QWEN, QWEN_AUDIO), 32), ((SIGLIP, WHISPER), 32), (PUBLISHED, 4096)])
 def test_names_and_shapes_follow_from_a_config_alone(encoders: tuple[Any, ...], hidden_size: int) -> None:
-    made = {}
+    made: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
         for name, config in zip(("vision", "audio"), encoders, strict=True):
             network = MediaEncoder(config, hidden_size)
