@@ -6,7 +6,7 @@ features of a record are the same whatever stands beside it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -85,7 +85,7 @@ class MediaEncoder(torch.nn.Module):
         out = self.encoder(patches(pixels, c), grid_thw=grid).pooler_output
         return out.unflatten(0, (len(records), -1))
 
-    def train(self, mode: bool = True) -> MediaEncoder:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode; what is frozen is always evaluated."""
         super().train(mode)
         for part in (self.encoder, self.adapter, self.compressor):
