@@ -182,8 +182,9 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     for block in local_shards(found.model):
         name = block.key.removeprefix("vision.encoder.")
         same = [tensor for tensor_name, tensor in stored.items() if tensor_name.endswith(name)]
-        if block.key in known and reader.read(block.key).reshape(block.data.shape).equal(block.data):
-            result["checkpoint"].append(block.key)
+        if block.key in known:
+            whole = reader.read(block.key, block.offset, block.shape).reshape(block.data.shape)
+            result["checkpoint" if whole.equal(block.data) else "neither"].append(block.key)
         elif same and same[0].equal(block.data):
             result["folder"].append(block.key)
         else:
