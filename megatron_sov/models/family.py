@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
+from megatron_sov.models.encoders import encoder_links
+from megatron_sov.models.hf_config import Encoders, Fixed, Item, Renamed, Unused
 from megatron_sov.models.weights import Link, Section, links
 
 COMMON_CONFIG: tuple[Item, ...] = (
@@ -16,6 +17,7 @@ COMMON_CONFIG: tuple[Item, ...] = (
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
     Renamed("max_position_embeddings", "max_position_tokens"), Renamed("initializer_range", "init_std", 0.02),
     Fixed("attention_dropout", 0.0),
+    Encoders(),
     Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
             "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
             "_name_or_path", "auto_map")),
@@ -82,7 +84,7 @@ class Family:
 
     def links(self, model: ModelConfig) -> list[Link]:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
-        return links(self.weights, model)
+        return links(self.weights, model) + encoder_links(model)
 
     def left_out(self, model: ModelConfig, names: Iterable[str]) -> list[str]:
         """Return those of a folder's tensors that belong to prediction layers which are not read."""
