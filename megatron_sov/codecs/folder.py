@@ -1,6 +1,6 @@
-"""A codec on disk: an artifact of kind "codec" whose manifest has its kind and settings, and whose weights lie in
-`model.safetensors`.  Opening one runs nothing that the folder brings, and reserves no memory that its files do not
-fill."""
+"""A codec on disk: an artifact of kind "codec" whose manifest has its kind and settings, and whose weights
+lie in `model.safetensors`.  Opening one runs nothing that the folder brings, and reserves no memory that its
+files do not fill."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
         UserError: the folder is taken, or the disk refuses.
     """
     with new_artifact(path, KIND, overwrite=overwrite) as writer:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in codec.state_dict().items()}
+        state = {name: tensor.detach().cpu().clone().contiguous()
+                 for name, tensor in codec.state_dict().items()}
         save_file(state, writer.path / WEIGHTS)
         for name, file in (files or {}).items():
             (writer.path / name).write_bytes(file.read_bytes())
@@ -63,13 +64,13 @@ def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str
         kind: the only one that will do; None: any.
 
     Raises:
-        UserError: there is no codec, its settings break a rule, its weights are not the ones that these settings
-            ask for, or it is of another kind.
+        UserError: there is no codec, its settings break a rule, its weights are not the ones that these
+            settings ask for, or it is of another kind.
     """
     folder = Path(folder)
     found, settings, cls = read_codec(folder)
     if kind is not None and found != kind:
-        raise UserError(f"{folder}: is a codec of kind {found!r} where {kind!r} is needed; pass another folder")
+        raise UserError(f"{folder}: is a codec of kind {found!r} where {kind!r} is needed; pass another one")
     with torch.device("meta"):
         expected = cls(settings).state_dict()
     file = folder / WEIGHTS
@@ -122,10 +123,11 @@ def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.
     """Raise `UserError` where a file's tensors are not the expected ones."""
     for name, tensor in expected.items():
         if name not in found:
-            raise UserError(f"{file}: lacks {name}; its settings and its weights do not belong together; {_REMEDY}")
+            raise UserError(f"{file}: lacks {name}, which its settings ask for; {_REMEDY}")
         shape, dtype = list(found[name].get_shape()), found[name].get_dtype()
         if shape != list(tensor.shape):
-            raise UserError(f"{file}: {name} has the shape {shape}, its settings say {list(tensor.shape)}; {_REMEDY}")
+            raise UserError(f"{file}: {name} has the shape {shape}, its settings say {list(tensor.shape)}; "
+                            f"{_REMEDY}")
         if (dtype in _FLOATS) != tensor.dtype.is_floating_point:
             raise UserError(f"{file}: {name} has numbers of kind {dtype}, not {tensor.dtype}; {_REMEDY}")
     if extra := [name for name in found if name not in expected]:

@@ -16,8 +16,8 @@ KNOWN = {
     "dit": "megatron_sov.codecs.images.dit:DiT",
     "unit-bigvgan": "megatron_sov.codecs.sounds.bigvgan:UnitBigVGAN",
 }
-"""Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings` and keeps
-them as `.settings`."""
+"""Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
+and keeps them as `.settings`."""
 
 
 def codec_class(kind: str, where: str) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any, Protocol, TypeVar, cast
+from dataclasses import asdict, is_dataclass
+from typing import Any, Protocol, TypeVar, cast, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.errors import UserError, list_problems
 
@@ -37,28 +37,31 @@ def read_settings(cls: type[S], raw: object, where: str) -> S:
         UserError: naming every field that is unknown, of a wrong type or out of bounds.
     """
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where}: must be an object of settings, not {type(raw).__name__}; make the codec again")
+        raise UserError(f"{where}: must be an object of settings, not {type(raw).__name__}")
+    if unknown := _unknown(cls, raw):
+        raise UserError(list_problems(where, unknown[:_MAX_PROBLEMS]))
     try:
-        adapter = TypeAdapter(cls, config=_of(cls))
-        settings = adapter.validate_json(json.dumps(raw), strict=True)
-    except (ValidationError, ValueError, RecursionError, TypeError) as e:
-        errors = e.errors() if isinstance(e, ValidationError) else []
-        found = [_sentence(error) for error in errors[:_MAX_PROBLEMS]] or [str(e)]
-        raise UserError(list_problems(where, found)) from None
+        settings = TypeAdapter(cls).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as e:
+        raise UserError(list_problems(where, list(map(_sentence, e.errors()[:_MAX_PROBLEMS])))) from None
     if found := settings.problems():
         raise UserError(list_problems(where, found))
     return settings
 
 
-def _of(cls: type[Any]) -> ConfigDict | None:
-    """Return how pydantic reads a dataclass; nested ones carry their own `__pydantic_config__`."""
-    return None if hasattr(cls, "__pydantic_config__") else ConfigDict(extra="forbid")
+def _unknown(cls: Any, raw: Mapping[Any, Any], above: str = "") -> list[str]:
+    """Return one sentence for each key that is no field of a dataclass, or of those inside it."""
+    hints, found = get_type_hints(cls), []
+    for key, value in raw.items():
+        if key not in hints:
+            found.append(f"{above}{key}: there is no such setting")
+        elif is_dataclass(hints[key]) and isinstance(value, Mapping):
+            found += _unknown(hints[key], value, f"{above}{key}.")
+    return found
 
 
 def _sentence(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: there is no such setting"
     if error["type"] == "missing":
         return f"{where}: is missing"
     value = repr(error.get("input"))

@@ -1,4 +1,4 @@
-"""How much of a codebook is used: a tokenizer that says everything with a few tokens has learned a small codebook."""
+"""How much of a codebook is used: what says everything with a few tokens has learned a small codebook."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class CodebookUsage:
         self.counts += torch.bincount(ids.detach().reshape(-1).cpu(), minlength=len(self.counts))
 
     def figures(self) -> dict[str, float]:
-        """Return `perplexity` (e to the entropy of the ids: as many ids, each as frequent, would say as much) and
-        `used_share` (of the codebook's entries that came at all; the others are dead)."""
+        """Return `perplexity` (e to the entropy of the ids: so many ids, equally frequent, would say as much)
+        and `used_share` (of the codebook's entries that came at all; the others are dead)."""
         total = int(self.counts.sum())
         if not total:
             return {"perplexity": math.nan, "used_share": 0.0}

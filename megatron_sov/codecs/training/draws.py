@@ -1,4 +1,4 @@
-"""What is random in training, as a function of (seed, step): a run that is continued draws what it would have drawn."""
+"""What is random in training, as a function of (seed, step), so that one that is continued draws the same."""
 
 from __future__ import annotations
 

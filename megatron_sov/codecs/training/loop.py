@@ -1,7 +1,7 @@
-"""The loop that trains a codec: steps, events, what is kept to continue from, and the codec's folder at the end.
+"""The loop that trains a codec: steps, events, what is kept to continue from, and its folder at the end.
 
-What is under way lies in `OUTPUT.training` beside the output.  The same command, started again after a kill, goes on
-from what was kept last and ends with the same bits.
+What is under way lies in `OUTPUT.training` beside the output.  The same command, started again after a kill,
+goes on from what was kept last and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _own_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if holds(fd) is False:
-            raise UserError(f"{folder}: another process trains this codec; wait for it, or choose another --output")
+            raise UserError(f"{folder}: another process trains this codec; wait for it, or choose another "
+                            "--output")
         _refuse_other_settings(folder, json.loads(to_json(dict(settings))))
         yield
     finally:
@@ -117,6 +118,7 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     except (OSError, ValueError, RecursionError):
         before = None
     if before != settings:
-        differs = [key for key in settings if not isinstance(before, dict) or before.get(key) != settings[key]]
-        raise UserError(f"{folder}: is a training with other settings ({', '.join(differs) or 'more of them'}); give "
-                        f"the same ones to go on, or delete {folder} to begin again")
+        known = before if isinstance(before, dict) else {}
+        differs = [key for key in settings if known.get(key) != settings[key]]
+        raise UserError(f"{folder}: is a training with other settings ({', '.join(differs) or 'more'}); "
+                        f"give the same ones to go on, or delete {folder} to begin again")

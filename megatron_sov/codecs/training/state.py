@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.artifacts import clear_leftovers, damaged_files, new_artifact, read_manifest
 from megatron_sov.codecs.training.task import Task
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, told_in_a_line
 
 KIND = "codec_training"
 """Of the artifact."""
@@ -64,13 +64,13 @@ def load_state(path: Path, task: Task) -> int:
         if not isinstance(step, int) or step < 1:
             raise ValueError(f"step {step!r}")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
-        raise UserError(f"{path}: is not the state of this training ({str(e).splitlines()[0]}); {remedy}") from None
+        raise UserError(f"{path}: does not fit this training ({told_in_a_line(e)}); {remedy}") from None
     return step
 
 
 def _optimizer_state(name: str, numbers: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Return one optimizer's state as torch has it."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in numbers["state"].items()}
+    state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in numbers["state"].items()}
     begin = f"optimizer.{name}."
     for key, tensor in tensors.items():
         if key.startswith(begin):
