@@ -117,8 +117,8 @@ class FSQTokenizer(nn.Module):
             return self.quantiser.embed(ids)
 
     def reconstruct(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the sound [t * samples_per_token] in -1..1 that the plain decoder and Griffin-Lim's search for
-        phases make of ids."""
+        """Return the sound [t * samples_per_token] in -1..1 that the plain decoder and Griffin and Lim's
+        search for phases make of ids."""
         with torch.no_grad():
             return self.frames.sound(self._frames_of(self.embed(ids)[None]))[0]
 

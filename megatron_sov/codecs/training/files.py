@@ -13,16 +13,19 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".opus")
 """Endings of files of a folder that are taken; a list may name any file."""
 MAX_LIST_BYTES = 1 << 30
+MAX_NAME_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
 class MediaFiles:
     """Files in a fixed order."""
 
-    train: tuple[Path, ...]
-    """Learned from."""
-    heldout: tuple[Path, ...]
-    """Looked at, and never learned from."""
+    root: Path
+    """Folder that names begin at."""
+    train: tuple[str, ...]
+    """Names of those that are learned from."""
+    heldout: tuple[str, ...]
+    """Of those that are looked at, and never learned from."""
     digest: str
     """Of names and sizes: media that were exchanged are another training."""
 
@@ -36,26 +39,25 @@ def media_files(given: Path, endings: tuple[str, ...], heldout_share: float) -> 
     Raises:
         UserError: there are none, or one does not exist.
     """
+    root = given if given.is_dir() else given.parent
     if given.is_dir():
-        found = {p.relative_to(given).as_posix(): p for p in sorted(given.rglob("*"))
-                 if p.suffix.lower() in endings and p.is_file()}
-        if not found:
+        names = sorted(p.relative_to(given).as_posix() for p in given.rglob("*")
+                       if p.suffix.lower() in endings and p.is_file())
+        if not names:
             raise UserError(f"--input {given}: has no file that ends with {', '.join(endings)}; pass the "
                             "folder that has the media, or a list of files")
     else:
-        found = _listed(given)
-    names = sorted(found)
-    sizes = "".join(f"{name}\0{os.stat(found[name]).st_size}\n" for name in names)
+        names = _listed(given)
+    sizes = "".join(f"{name}\0{os.stat(root / name).st_size}\n" for name in names)
     num_heldout = min(len(names) - 1, max(1, round(heldout_share * len(names)))) if heldout_share else 0
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     out = set(ranked[:num_heldout])
-    return MediaFiles(tuple(found[n] for n in names if n not in out),
-                      tuple(found[n] for n in names if n in out),
+    return MediaFiles(root, tuple(n for n in names if n not in out), tuple(n for n in names if n in out),
                       hashlib.sha256(sizes.encode()).hexdigest())
 
 
-def _listed(given: Path) -> dict[str, Path]:
-    """Return the files that a list names, each once."""
+def _listed(given: Path) -> list[str]:
+    """Return the files that a list names, each once, by name."""
     try:
         if given.stat().st_size > MAX_LIST_BYTES:
             raise UserError(f"--input {given}: is larger than a list can be ({MAX_LIST_BYTES:,} bytes); pass "
@@ -65,13 +67,13 @@ def _listed(given: Path) -> dict[str, Path]:
         raise UserError(f"--input {given}: is neither a folder nor a list of files "
                         f"({getattr(e, 'strerror', None) or 'it is no text'}); pass a folder of media, or a "
                         "text file with one path in each line") from None
-    found: dict[str, Path] = {}
+    found: set[str] = set()
     for number, line in enumerate(lines, 1):
         if name := line.strip():
-            found[name] = given.parent / name
-            if "\0" in name or not found[name].is_file():
+            found.add(name)
+            if "\0" in name or len(name) > MAX_NAME_CHARACTERS or not (given.parent / name).is_file():
                 raise UserError(f"{given}:{number}: {name[:200]!r} is no file; write paths as they are seen "
                                 f"from {given.parent}, one in each line")
     if not found:
         raise UserError(f"--input {given}: names no file; write one path in each line")
-    return found
+    return sorted(found)

@@ -1,5 +1,5 @@
-"""Training tokenizers of pictures and of sounds as autoencoders: what the plain decoder makes of the tokens is
-to be what was seen or heard."""
+"""Training tokenizers of pictures and of sounds as autoencoders: what the plain decoder makes of the tokens
+is to be what was seen or heard."""
 
 from __future__ import annotations
 
