@@ -98,9 +98,9 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
                         f"({type(e).__name__}: {str(e)[:200]}); import the .nemo file again") from e
     quantiser = model.vector_quantizer
     if quantiser is None or quantiser.num_codebooks != 1:
-        raise UserError("codec of kind 'nemo-audio': has "
-                        f"{'no' if quantiser is None else quantiser.num_codebooks} codebooks, where a token is "
-                        "one number; use a codec with one codebook")
+        count = "no" if quantiser is None else quantiser.num_codebooks
+        raise UserError(f"codec of kind 'nemo-audio': has {count} codebooks, where a token is one number; use a "
+                        "codec with one codebook")
     return model
 
 
@@ -112,7 +112,7 @@ def config_problems(config: object) -> Iterator[str]:
         where, node, depth = stack.pop()
         num_items += 1
         if depth > _MAX_DEPTH or num_items > _MAX_ITEMS:
-            yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has more than {_MAX_ITEMS:,} items"
+            yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has too many items ({_MAX_ITEMS:,})"
             return
         if isinstance(node, dict):
             target = node.get("_target_")
