@@ -3,12 +3,12 @@
     python benchmarks/omni/reconstruction.py
 
 Pictures are digits (digits.py), 16 x 16 in 16 tokens of 256; speech is espeak-ng's (speech.py), English and
-Korean, 25 tokens a second of 4,096.  Encoder, decoder, media, steps and seeds are the same for all; what differs
-is the quantiser: vector-quantize-pytorch's VectorQuantize with its defaults, or SimVQ (pictures) and FSQ (speech).
-"No quantiser" has the frames of a sound untouched and looks for phases alone: what that search costs.
+Korean, 25 tokens a second of 4,096.  Encoder, decoder, media, steps and seeds are the same for all; what
+differs is the quantiser: vector-quantize-pytorch's VectorQuantize with its defaults, or SimVQ (pictures) and
+FSQ (speech).  "No quantiser" has the frames of a sound untouched: what the search for phases alone costs.
 
-PSNR and SSIM are scikit-image's; STOI is pystoi's, of phrases at a pitch and speed that were not learned from;
-the judges are a support vector classifier of digits and PocketSphinx, none of them trained on anything of ours.
+PSNR and SSIM are scikit-image's; STOI is pystoi's, of phrases at a pitch and speed that were not learned
+from; judges are a support vector classifier of digits and PocketSphinx, none of them trained on what is ours.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_sov.codecs.training.tokenizers import AudioTokenizerTask, ImageTok
 from megatron_sov.codecs.usage import CodebookUsage
 
 sys.path.append(str(Path(__file__).parents[1]))
-from seeds import over_seeds  # noqa: E402
+from seeds import over_seeds
 
 SEEING = SimVQSettings(side_pixels=16, grid=4, width=64, num_layers=2, num_heads=4, code_width=16,
                        codebook_size=256)
@@ -110,7 +110,8 @@ def spoken(pitch: int, speed_wpm: int) -> list[tuple[str, np.ndarray[Any, Any]]]
     """Return what is said, and how it sounds, at one pitch and speed: words, then phrases."""
     texts = [(word, speech.ENGLISH) for word in speech.WORDS]
     texts += [(phrase, voice) for voice, phrases in PHRASES.items() for phrase in phrases]
-    return [(text, speech.with_silence(speech.say(text, voice, pitch, speed_wpm), 0.1)) for text, voice in texts]
+    return [(text, speech.with_silence(speech.say(text, voice, pitch, speed_wpm), 0.1))
+            for text, voice in texts]
 
 
 def of_sounds(again: Callable[[torch.Tensor], torch.Tensor], usage: CodebookUsage | None = None) -> Figures:

@@ -99,8 +99,8 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
     quantiser = model.vector_quantizer
     if quantiser is None or quantiser.num_codebooks != 1:
         count = "no" if quantiser is None else quantiser.num_codebooks
-        raise UserError(f"codec of kind 'nemo-audio': has {count} codebooks, where a token is one number; use a "
-                        "codec with one codebook")
+        raise UserError(f"codec of kind 'nemo-audio': has {count} codebooks, where a token is one number; "
+                        "use a codec with one codebook")
     return model
 
 
