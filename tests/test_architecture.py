@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
     "media": {"errors", "artifacts", "outputs", "documents", "compiled"},
     # networks: whoever needs them opens them where they are needed
-    "codecs": {"errors", "artifacts", "outputs", "file_locks", "documents", "media", "obs", "pages"},
+    "codecs": {"errors", "artifacts", "digests", "outputs", "file_locks", "documents", "media", "obs",
+               "pages"},
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},

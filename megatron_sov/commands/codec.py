@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="folder of media, searched below it too, or a text file with a path in each line")
     train.add_argument("--output", type=Path, required=True, metavar="DIR",
                        help="codec to write; what is under way lies in DIR.training beside it")
+    train.add_argument("--encoder", type=Path, metavar="HF_DIR",
+                       help="folder of a SigLIP that sees, frozen, in place of an encoder that is learned")
     train.add_argument("--steps", type=int, metavar="N", help="optimizer steps (learning.steps)")
     train.add_argument("--seed", type=int, metavar="N", help="of weights and order (learning.seed)")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
@@ -68,13 +70,14 @@ def _train(args: argparse.Namespace) -> None:
         raise UserError(f"--checkpoint-every {args.checkpoint_every:g}, --look-every {args.look_every}: the "
                         "first must be above 0, the second at least 0")
     from megatron_sov.codecs.settings import with_changes
-    from megatron_sov.codecs.training.start import SETTINGS, train_tokenizer
+    from megatron_sov.codecs.training.start import settings_of, train_tokenizer
 
     changes = [f"learning.{name}={value}" for name, value in (("steps", args.steps), ("seed", args.seed))
                if value is not None]
-    settings = with_changes(SETTINGS[args.kind](), [*changes, *args.changes])
-    figures = train_tokenizer(args.input, args.output, settings, overwrite=args.overwrite,
-                              checkpoint_every_s=args.checkpoint_every, look_every=args.look_every)
+    settings = with_changes(settings_of(args.kind, args.encoder), [*changes, *args.changes])
+    figures = train_tokenizer(args.input, args.output, settings, encoder=args.encoder,
+                              checkpoint_every_s=args.checkpoint_every, look_every=args.look_every,
+                              overwrite=args.overwrite)
     print(f"wrote codec {args.output}" + (f": held out, {_told(figures)}" if figures else ""))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from megatron_sov.codecs.folder import open_codec
+from megatron_sov.codecs.folder import open_codec, save_codec
+from megatron_sov.codecs.images.siglip import SiglipSettings, load_siglip, siglip_settings
+from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.importing import import_codec
 from megatron_sov.codecs.sounds.fsq import LevelQuantiser
+from megatron_sov.codecs.training.tokenizers import ImageTokenizerTask, Learning
 from megatron_sov.errors import UserError
 
 
@@ -287,3 +291,37 @@ def test_an_archive_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: py
         with pytest.raises(UserError, match=said):
             import_codec("nemo-audio", Path(name), Path("codec"))
     assert not Path("was-run").exists()
+
+
+def test_a_siglip_sees_frozen_while_a_tokenizer_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    published = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=20,
+        patch_size=6)).eval()
+    published.save_pretrained(tmp_path / "siglip")
+    state = {f"vision_model.{name}": tensor for name, tensor in published.state_dict().items()}
+    save_file(state, tmp_path / "siglip" / "model.safetensors")
+    siglip, side = siglip_settings(tmp_path / "siglip")
+    assert (siglip, side) == (SiglipSettings(6, 16, 24, 2, 2), 20)
+    settings = SimVQSettings(20, 3, 16, 1, 2, 4, 16, siglip)
+    assert settings.problems() == []
+    network = SimVQTokenizer(settings)
+    load_siglip(network.encoder, tmp_path / "siglip", siglip.num_layers)
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 3, 20, 20), dtype=np.uint8)
+    task = ImageTokenizerTask(network, Learning(batch_size=4, warmup_steps=0), pictures, pictures)
+    before = network.to_code.weight.clone()
+    task.learn(1)
+    seen = torch.from_numpy(pictures).float() / 255
+    states = published(seen * 2 - 1, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(network.encoder(seen), states)
+    assert not torch.equal(network.to_code.weight, before)
+    assert network.reconstruct(network.encode(seen)).shape == (8, 3, 20, 20)
+    save_codec(tmp_path / "codec", "simvq", network)
+    assert torch.equal(open_codec(tmp_path / "codec").encode(seen), network.encode(seen))
+    save_file({"vision_model.head.probe": torch.zeros(1)}, tmp_path / "siglip" / "model.safetensors")
+    with pytest.raises(UserError, match="are not those of the SigLIP"):
+        load_siglip(network.encoder, tmp_path / "siglip", siglip.num_layers)
+    for content in ("", "[]", '{"model_type": "clip"}', '{"model_type": "siglip", "image_size": -1}', "[" * 9999):
+        (tmp_path / "siglip" / "config.json").write_text(content)
+        with pytest.raises(UserError, match="is not the configuration of a SigLIP"):
+            siglip_settings(tmp_path / "siglip")

@@ -123,8 +123,7 @@ def test_frames_of_a_tone_are_loudest_at_its_band_and_come_back_as_that_tone() -
     hz = torch.fft.rfft(again).abs().argmax() * 16_000 / 8000
     assert abs(float(hz) - 1000) < 40
     loudest = seen[0].mean(-1).argmax()
-    torch.testing.assert_close(frames(again[None])[0, loudest, 5:45], seen[0, loudest, 5:45], atol=0.2,
-                               rtol=0)
+    assert float(F.l1_loss(frames(again[None])[0, loudest, 5:45], seen[0, loudest, 5:45])) < 0.3
 
 
 def test_perplexity_is_that_of_scipy(drawn: torch.Generator) -> None:

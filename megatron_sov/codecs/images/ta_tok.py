@@ -7,13 +7,14 @@ The authors' serving code draws ids at a temperature; here the likeliest is take
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_sov.codecs.images.quantiser import UnitSimVQ
+from megatron_sov.codecs.images.siglip import SiglipFeatures, SiglipSettings, used
 from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError
 
@@ -28,17 +29,9 @@ class TATokSettings:
     """Sizes: TA-Tok's own."""
 
     side_pixels: int = 384
-    """Height and width of a picture; what is over behind whole patches is not seen."""
-    patch_pixels: int = 14
-    """Of a patch: 384 pixels have 27."""
-    width: int = 1152
-    """Of the vision transformer."""
-    feed_forward_width: int = 4304
-    """Of its layers."""
-    num_layers: int = 26
-    """Of it that are used: all but the last."""
-    num_heads: int = _SO400M_HEADS
-    """Of its attention; divides `width`."""
+    """Height and width of a picture: 27 patches of 14, and 6 pixels that are not seen."""
+    encoder: SiglipSettings = field(default_factory=SiglipSettings)
+    """SigLIP 2 so400m."""
     code_width: int = 1536
     """Of the codebook's vectors."""
     codebook_size: int = 65_536
@@ -46,14 +39,11 @@ class TATokSettings:
 
     def problems(self) -> list[str]:
         """Return one sentence for each setting that is not well."""
-        found = outside(self, side_pixels=(1, 4096), patch_pixels=(1, 4096), width=(1, 16_384),
-                        feed_forward_width=(1, 65_536), num_layers=(1, 200), num_heads=(1, 256),
-                        code_width=(1, 16_384), codebook_size=(2, 1 << 20))
-        if not found and self.patch_pixels > self.side_pixels:
-            found.append(f"patch_pixels = {self.patch_pixels} must be at most side_pixels = "
-                         f"{self.side_pixels}")
-        if not found and self.width % self.num_heads:
-            found.append(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
+        found = outside(self, side_pixels=(1, 4096), code_width=(1, 16_384), codebook_size=(2, 1 << 20))
+        found += [f"encoder.{problem}" for problem in self.encoder.problems()]
+        if not found and self.encoder.patch_pixels > self.side_pixels:
+            found.append(f"encoder.patch_pixels = {self.encoder.patch_pixels} must be at most side_pixels"
+                         f" = {self.side_pixels}")
         return found
 
 
@@ -64,25 +54,19 @@ class TATok(nn.Module):
 
     def __init__(self, settings: TATokSettings) -> None:
         super().__init__()
-        from transformers import SiglipVisionConfig, SiglipVisionModel
-
         self.settings = settings
-        self.side_pixels, self.grid = settings.side_pixels, settings.side_pixels // settings.patch_pixels
+        self.side_pixels, self.grid = settings.side_pixels, settings.side_pixels // settings.encoder.patch_pixels
         self.codebook_size, self.width = settings.codebook_size, settings.code_width
-        self.encoder = SiglipVisionModel(SiglipVisionConfig(
-            hidden_size=settings.width, intermediate_size=settings.feed_forward_width,
-            num_hidden_layers=settings.num_layers, num_attention_heads=settings.num_heads,
-            image_size=settings.side_pixels, patch_size=settings.patch_pixels, vision_use_head=False))
-        self.encoder.post_layernorm = nn.Identity()  # behind the layer that is used
-        self.task = nn.Sequential(nn.Linear(settings.width, settings.width), nn.Tanh())
-        self.to_code = nn.Linear(settings.width, settings.code_width)
+        width = settings.encoder.width
+        self.encoder = SiglipFeatures(settings.encoder, settings.side_pixels)
+        self.task = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        self.to_code = nn.Linear(width, settings.code_width)
         self.quantiser = UnitSimVQ(settings.code_width, settings.codebook_size, bias=True)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
         with torch.no_grad():
-            seen = self.encoder.encoder(inputs_embeds=self.encoder.embeddings(pictures * 2 - 1))
-            return self.quantiser.nearest(self.to_code(self.task(seen.last_hidden_state)))
+            return self.quantiser.nearest(self.to_code(self.task(self.encoder(pictures))))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return [n, grid * grid, width] float32 embeddings of ids: unit vectors."""
@@ -116,18 +100,18 @@ def converted(found: Mapping[str, torch.Tensor], where: str) -> tuple[TATokSetti
     codebook_size, code_width = _shape(found, f"{regularizer}.embedding.weight", 2, where)
     # 384 = 27 * 14 + 6: the side is not known from the weights where patches do not fill it
     side = 384 if 384 // patch == grid else grid * patch
-    settings = TATokSettings(side_pixels=side, patch_pixels=patch, width=width, num_layers=layers - 1,
+    encoder = SiglipSettings(patch_pixels=patch, width=width, num_layers=layers - 1,
                              feed_forward_width=_shape(found, needed[2], 2, where)[0],
-                             num_heads=_SO400M_HEADS if width % _SO400M_HEADS == 0 else 1,
-                             code_width=code_width, codebook_size=codebook_size)
+                             num_heads=_SO400M_HEADS if width % _SO400M_HEADS == 0 else 1)
+    settings = TATokSettings(side_pixels=side, encoder=encoder, code_width=code_width,
+                             codebook_size=codebook_size)
     names = {"encode_task_layer.": "task.", "bottleneck.in_linear.": "to_code.",
              f"{regularizer}.embedding_proj.": "quantiser.book.code_transform.0.",
-             f"{regularizer}.embedding.weight": "quantiser.book.frozen_codebook", "encoder.": "encoder."}
-    unused = ("encoder.post_layernorm.", "encoder.head.", f"encoder.encoder.layers.{layers - 1}.")
+             f"{regularizer}.embedding.weight": "quantiser.book.frozen_codebook", "encoder.": "encoder.network."}
     state = {}
     for name, tensor in found.items():
         old = next((begin for begin in names if name.startswith(begin)), None)
-        if old is not None and not name.startswith(unused) and not name.endswith("position_ids"):
+        if old is not None and (old != "encoder." or used(name.removeprefix(old), layers - 1)):
             state[names[old] + name.removeprefix(old)] = tensor
     return settings, state
 

@@ -96,7 +96,8 @@ class _Autoencoder:
         self.network, self.learning = network, learning
         self.networks = nn.ModuleDict({"tokenizer": network})
         self.optimizers: dict[str, Optimizer] = {
-            "tokenizer": AdamW(network.parameters(), lr=learning.learning_rate, betas=(0.9, 0.99),
+            "tokenizer": AdamW([p for p in network.parameters() if p.requires_grad],
+                               lr=learning.learning_rate, betas=(0.9, 0.99),
                                weight_decay=learning.weight_decay)}
 
     def codec(self) -> nn.Module:
