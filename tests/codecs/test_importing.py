@@ -321,7 +321,8 @@ def test_a_siglip_sees_frozen_while_a_tokenizer_learns(tmp_path: Path) -> None:
     save_file({"vision_model.head.probe": torch.zeros(1)}, tmp_path / "siglip" / "model.safetensors")
     with pytest.raises(UserError, match="are not those of the SigLIP"):
         load_siglip(network.encoder, tmp_path / "siglip", siglip.num_layers)
-    for content in ("", "[]", '{"model_type": "clip"}', '{"model_type": "siglip", "image_size": -1}', "[" * 9999):
+    for content in ("", "[]", '{"model_type": "clip"}', '{"model_type": "siglip", "image_size": -1}',
+                    "[" * 9999):
         (tmp_path / "siglip" / "config.json").write_text(content)
         with pytest.raises(UserError, match="is not the configuration of a SigLIP"):
             siglip_settings(tmp_path / "siglip")

@@ -55,7 +55,8 @@ class TATok(nn.Module):
     def __init__(self, settings: TATokSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.side_pixels, self.grid = settings.side_pixels, settings.side_pixels // settings.encoder.patch_pixels
+        self.side_pixels = settings.side_pixels
+        self.grid = settings.side_pixels // settings.encoder.patch_pixels
         self.codebook_size, self.width = settings.codebook_size, settings.code_width
         width = settings.encoder.width
         self.encoder = SiglipFeatures(settings.encoder, settings.side_pixels)
@@ -107,7 +108,8 @@ def converted(found: Mapping[str, torch.Tensor], where: str) -> tuple[TATokSetti
                              codebook_size=codebook_size)
     names = {"encode_task_layer.": "task.", "bottleneck.in_linear.": "to_code.",
              f"{regularizer}.embedding_proj.": "quantiser.book.code_transform.0.",
-             f"{regularizer}.embedding.weight": "quantiser.book.frozen_codebook", "encoder.": "encoder.network."}
+             f"{regularizer}.embedding.weight": "quantiser.book.frozen_codebook",
+             "encoder.": "encoder.network."}
     state = {}
     for name, tensor in found.items():
         old = next((begin for begin in names if name.startswith(begin)), None)
