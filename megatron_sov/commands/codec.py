@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--seed", type=int, metavar="N", help="of weights and order (learning.seed)")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
                        help="another setting, e.g. model.grid=4 or learning.batch_size=16; may be repeated")
+    train.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
     train.add_argument("--checkpoint-every", type=float, default=60.0, metavar="S",
                        help="seconds between two states that are kept to go on from (default: %(default)s)")
     train.add_argument("--look-every", type=int, default=0, metavar="N",
@@ -76,9 +77,19 @@ def _train(args: argparse.Namespace) -> None:
                if value is not None]
     settings = with_changes(settings_of(args.kind, args.encoder), [*changes, *args.changes])
     figures = train_tokenizer(args.input, args.output, settings, encoder=args.encoder,
+                              device=_device(args.device),
                               checkpoint_every_s=args.checkpoint_every, look_every=args.look_every,
                               overwrite=args.overwrite)
     print(f"wrote codec {args.output}" + (f": held out, {_told(figures)}" if figures else ""))
+
+
+def _device(asked: str | None) -> str:
+    """Return where to compute."""
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; leave it out, or ask `megatron-sov doctor`")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _told(figures: dict[str, Any]) -> str:

@@ -129,6 +129,18 @@ def test_what_was_kept_is_refused_where_it_is_damaged(tmp_path: Path) -> None:
         train(plan(tmp_path / "codec", "simvq"), image_task)
 
 
+def test_a_loss_that_is_no_number_ends_a_training(tmp_path: Path) -> None:
+    def broken(folder: Path) -> Any:
+        task = image_task(folder)
+        learn = task.learn
+        task.learn = lambda step: {**learn(step), "loss": float("nan")}
+        return task
+
+    with pytest.raises(UserError, match=r"the loss of step 1 is nan; lower learning\.learning_rate"):
+        train(plan(tmp_path / "codec", "simvq"), broken)
+    assert not (tmp_path / "codec").exists()
+
+
 def test_every_row_comes_once_before_any_comes_again() -> None:
     rows = torch.cat([batch_rows(10, 4, 7, step) for step in range(1, 6)])
     assert sorted(rows[:10].tolist()) == sorted(rows[10:].tolist()) == list(range(10))
@@ -163,7 +175,9 @@ def test_files_are_split_by_name_and_lists_begin_at_their_folder(tmp_path: Path)
 @pytest.mark.parametrize(("content", "said"), [
     (None, "is neither a folder nor a list of files"), (b"\xff\xfe\x00", "it is no text"),
     (b"", "names no file"),
-    (b"a.png\n", r"list:1: 'a.png' is no file"), (b"\0\n", "is no file"), (b"x" * 5000, "is no file")])
+    (b"a.png\n", r"list:1: 'a.png' is no file"), (b"\0\n", "is no file"), (b"x" * 5000, "is no file"),
+    (b"../list\n", r"list:1: '../list' is no file; write paths as they are seen from"),
+    (b"/etc/passwd\n", "is no file")])
 def test_a_list_that_is_none_is_one_sentence(tmp_path: Path, content: bytes | None, said: str) -> None:
     if content is not None:
         (tmp_path / "list").write_bytes(content)

@@ -53,7 +53,7 @@ def settings_of(kind: str, encoder: Path | None) -> Training:
 
 
 def train_tokenizer(given: Path, output: Path, settings: Training, *, encoder: Path | None = None,
-                    checkpoint_every_s: float = 60.0, look_every: int = 0,
+                    device: str = "cpu", checkpoint_every_s: float = 60.0, look_every: int = 0,
                     overwrite: bool = False) -> dict[str, float]:
     """Train a tokenizer from media, or go on; return its figures on held-out ones.
 
@@ -62,6 +62,7 @@ def train_tokenizer(given: Path, output: Path, settings: Training, *, encoder: P
         output: the codec's folder.
         settings: of which kind they are says what is trained.
         encoder: folder of the SigLIP whose sizes the settings have.
+        device: where it learns, as torch spells it.
         checkpoint_every_s: seconds between two states that are kept.
         look_every: steps between two looks at held-out media; 0: at the end alone.
         overwrite: replace a codec that is already at `output`.
@@ -75,7 +76,7 @@ def train_tokenizer(given: Path, output: Path, settings: Training, *, encoder: P
                 settings={**plain(settings), "media": files.digest, **_digests(encoder)},
                 checkpoint_every_s=checkpoint_every_s, look_every=look_every, overwrite=overwrite)
     with MediaReader(files.root) as reader:
-        return train(plan, lambda folder: _task(settings, files, reader, encoder, folder))
+        return train(plan, lambda folder: _task(settings, files, reader, encoder, folder, device))
 
 
 def _digests(encoder: Path | None) -> dict[str, str]:
@@ -85,7 +86,7 @@ def _digests(encoder: Path | None) -> dict[str, str]:
 
 
 def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: Path | None,
-          folder: Path) -> ImageTokenizerTask | AudioTokenizerTask:
+          folder: Path, device: str) -> ImageTokenizerTask | AudioTokenizerTask:
     """Return what learns; media are decoded where the folder does not hold them yet."""
     if isinstance(settings, ImageTokenizerTraining):
         side = settings.model.side_pixels
@@ -95,7 +96,7 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
 
         task = ImageTokenizerTask.made(settings, *(
             picture_bank(folder / f"{part}.bin", names, side, _said(files.root, picture))
-            for part, names in (("train", files.train), ("heldout", files.heldout))))
+            for part, names in (("train", files.train), ("heldout", files.heldout))), device=device)
         if encoder is not None and settings.model.siglip is not None:
             load_siglip(task.network.encoder, encoder, settings.model.siglip.num_layers)
         return task
@@ -106,7 +107,7 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
 
     return AudioTokenizerTask.made(settings, *(
         SoundBank(folder / f"{part}.bin", names, _said(files.root, sound))
-        for part, names in (("train", files.train), ("heldout", files.heldout))))
+        for part, names in (("train", files.train), ("heldout", files.heldout))), device=device)
 
 
 def _said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
