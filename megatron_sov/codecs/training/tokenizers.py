@@ -29,7 +29,7 @@ class Learning:
     """Optimizer steps."""
     seed: int = 0
     """Of weights and of the order of media."""
-    batch_size: int = 64
+    batch_size: int = 16
     """Pictures or pieces of sound in a step."""
     learning_rate: float = 1e-3
     """Of AdamW, at its highest."""
