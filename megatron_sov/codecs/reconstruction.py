@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,16 @@ def reconstruct(folder: Path, files: Sequence[Path], output: Path) -> Iterator[P
                         "command once for each of them")
     for target in targets:
         refuse_input("--output", target, *files)
-    with ExitStack() as stack:
-        readers = {folder: stack.enter_context(MediaReader(folder)) for folder in {f.parent for f in files}}
-        for file, target in zip(files, targets, strict=True):
-            with named(file):
-                (_picture if sees else _sound)(codec, readers[file.parent], file.name, target)
-            yield target
+    for file, target in zip(files, targets, strict=True):
+        (_picture if sees else _sound)(codec, file, target)
+        yield target
 
 
-def _picture(codec: Any, reader: MediaReader, name: str, target: Path) -> None:
+def _picture(codec: Any, file: Path, target: Path) -> None:
     from PIL import Image
 
-    seen = reader.picture(name, (codec.side_pixels,)).arrays[0]
+    with MediaReader(file.parent) as reader, named(file):
+        seen = reader.picture(file.name, (codec.side_pixels,)).arrays[0]
     again = codec.reconstruct(codec.encode(torch.from_numpy(seen.copy())[None].float() / 255))[0]
     pixels = (again * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     written = io.BytesIO()
@@ -60,10 +57,11 @@ def _picture(codec: Any, reader: MediaReader, name: str, target: Path) -> None:
     write_output(target, written.getvalue())
 
 
-def _sound(codec: Any, reader: MediaReader, name: str, target: Path) -> None:
+def _sound(codec: Any, file: Path, target: Path) -> None:
     import soundfile
 
-    heard = reader.sound(name, codec.sample_rate_hz).arrays[0]
+    with MediaReader(file.parent) as reader, named(file):
+        heard = reader.sound(file.name, codec.sample_rate_hz).arrays[0]
     again: np.ndarray[Any, Any] = codec.reconstruct(codec.encode(torch.from_numpy(heard.copy()))).numpy()
     written = io.BytesIO()
     soundfile.write(written, again[:len(heard)], codec.sample_rate_hz, subtype="PCM_16", format="WAV")
