@@ -1,0 +1,88 @@
+"""Sizes of the picture decoder (`dit.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUM_AXES = 3
+"""Of a place in a picture, as Flux counts them: a stream's number (always 0 here), row, column."""
+
+
+@dataclass(frozen=True)
+class DiTSettings:
+    """The defaults are those of the authors' serving code (OmniServe, decoder/vision/track_b/pipeline.py)."""
+
+    side_pixels: int = 768
+    """Height and width of a square picture; one of another shape has as many pixels."""
+    size_multiple_pixels: int = 16
+    """Heights and widths of other shapes are rounded down to a multiple of it."""
+    grid: int = 27
+    """Tokens of a row and of a column of the picture's tokenizer."""
+    codebook_size: int = 65536
+    """Tokens of the tokenizer."""
+    token_width: int = 1536
+    """Of the tokenizer's embeddings."""
+    channels: int = 16
+    """Of what is denoised: 3 for pixels, those of the latents behind a VAE."""
+    vae_pixels: int = 8
+    """Pixels of a side of one latent; 1: pixels themselves are denoised, and there is no VAE."""
+    patch: int = 1
+    """Latents (or pixels) of a side of one place in the sequence."""
+    width: int = 1920
+    """Of the hidden states."""
+    num_heads: int = 24
+    """Of attention."""
+    num_layers: int = 35
+    """Single-stream blocks."""
+    mlp_ratio: float = 4.0
+    """Width of a block's feed-forward part over `width`."""
+    rope_axes: tuple[int, int, int] = (8, 36, 36)
+    """Dimensions of a head that turn with each axis of a place."""
+    rope_theta: int = 10_000
+    """Base of the rotations."""
+    shift: float = 1.0
+    """Of the noise levels towards more noise (diffusers' scheduler); ours, no source gives it."""
+    steps: int = 30
+    """Steps of sampling where none are asked for: what the authors serve with (their page's pictures
+    took 50)."""
+
+    @property
+    def patch_channels(self) -> int:
+        """Numbers at one place of the sequence."""
+        return self.channels * self.patch**2
+
+    def size_of(self, width_part: int = 1, height_part: int = 1) -> tuple[int, int]:
+        """Return (height, width) in pixels of a picture of a ratio, with the area of a square one.
+
+        The authors' rule (decoder/vision/track_b/serve.py): sides are rounded down to a multiple.
+        """
+        ratio, area, unit = height_part / width_part, self.side_pixels**2, self.size_multiple_pixels
+        return int((area * ratio)**0.5 // unit) * unit, int((area / ratio)**0.5 // unit) * unit
+
+    def problems(self) -> list[str]:
+        """Return what is wrong, one sentence each."""
+        whole = ("side_pixels", "size_multiple_pixels", "grid", "codebook_size", "token_width", "channels",
+                 "vae_pixels", "patch", "width", "num_heads", "num_layers", "rope_theta", "steps")
+        found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
+                 if getattr(self, name) < 1]
+        if found:
+            return found
+        place = self.vae_pixels * self.patch
+        for name in ("side_pixels", "size_multiple_pixels"):
+            if getattr(self, name) % place:
+                found.append(f"{name} = {getattr(self, name)} is no multiple of vae_pixels * patch = {place}")
+        if self.side_pixels % self.size_multiple_pixels:
+            found.append(f"side_pixels = {self.side_pixels} is no multiple of size_multiple_pixels = "
+                         f"{self.size_multiple_pixels}")
+        if self.width % self.num_heads:
+            found.append(f"width = {self.width} is no multiple of num_heads = {self.num_heads}")
+        if len(self.rope_axes) != NUM_AXES or any(n < 2 or n % 2 for n in self.rope_axes):
+            found.append(f"rope_axes = {list(self.rope_axes)} must be {NUM_AXES} even numbers from 2 on")
+        elif sum(self.rope_axes) != self.width // self.num_heads:
+            found.append(f"rope_axes = {list(self.rope_axes)} must add up to a head's dimensions, "
+                         f"width / num_heads = {self.width // self.num_heads}")
+        if self.vae_pixels == 1 and self.channels != 3:
+            found.append(f"channels = {self.channels} must be 3 without a VAE (vae_pixels = 1)")
+        if not self.mlp_ratio > 0 or not self.shift > 0:
+            found.append(f"mlp_ratio = {self.mlp_ratio} and shift = {self.shift} must be above 0")
+        return found

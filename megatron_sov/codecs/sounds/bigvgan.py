@@ -1,0 +1,136 @@
+"""The vocoder: speech from an audio tokenizer's ids (Unit-BigVGAN, causal).
+
+Its shape is that of the authors' serving code (OmniServe, decoder/audio/codec): a token's embedding and a
+speaker's vector side by side, then upsamplings, each followed by blocks with periodic activations whose mean
+goes on.  Activations are late instead of looking ahead (`snake.py`), so streaming is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
+from megatron_sov.codecs.sounds.causal import CausalConv, CausalUpsampling, Past
+from megatron_sov.codecs.sounds.snake import CausalSnake
+from megatron_sov.errors import UserError
+
+OUTER_KERNEL = 7
+"""Of the first and the last convolution."""
+
+
+class Block(nn.Module):
+    """Residual layers of two convolutions behind activations, the first of them dilated (`AMPBlock1`)."""
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.wide = nn.ModuleList(CausalConv(channels, channels, kernel, d) for d in dilations)
+        self.narrow = nn.ModuleList(CausalConv(channels, channels, kernel) for _ in dilations)
+        self.before_wide = nn.ModuleList(CausalSnake(channels) for _ in dilations)
+        self.before_narrow = nn.ModuleList(CausalSnake(channels) for _ in dilations)
+
+    def forward(self, piece: torch.Tensor, past: Past) -> torch.Tensor:
+        """Return [n, channels, t] of a piece of that shape."""
+        layers = zip(self.before_wide, self.wide, self.before_narrow, self.narrow, strict=True)
+        for first_snake, wide, second_snake, narrow in layers:
+            inner = wide(first_snake(piece, past), past)
+            piece = piece + narrow(second_snake(inner, past), past)
+        return piece
+
+
+class UnitBigVGAN(nn.Module):
+    """Ids of speech and a speaker -> sound."""
+
+    Settings = UnitBigVGANSettings
+
+    def __init__(self, settings: UnitBigVGANSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        s = settings
+        self.units = nn.Embedding(s.codebook_size, s.unit_width)
+        self.voices = nn.Embedding(len(s.speakers), s.speaker_width)
+        self.first = CausalConv(s.unit_width + s.speaker_width, s.channels, OUTER_KERNEL)
+        widths = [s.channels // 2**i for i in range(len(s.rates) + 1)]
+        self.upsamplings = nn.ModuleList(CausalUpsampling(widths[i], widths[i + 1], rate)
+                                         for i, rate in enumerate(s.rates))
+        self.blocks = nn.ModuleList(nn.ModuleList(Block(width, kernel, s.dilations) for kernel in s.kernels)
+                                    for width in widths[1:])
+        self.last_snake = CausalSnake(widths[-1])
+        self.last = CausalConv(widths[-1], 1, OUTER_KERNEL)
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Of what it says."""
+        return self.settings.sample_rate_hz
+
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        """Names of the voices in its table."""
+        return self.settings.speakers
+
+    def forward(self, ids: torch.Tensor, voices: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+        """Return [n, t * samples_per_token] samples in -1..1.
+
+        Args:
+            ids: [n, t] tokens.
+            voices: [n, speaker_width] speakers' vectors.
+            past: of the sounds that these tokens go on with; None: they begin.
+        """
+        past = Past() if past is None else past
+        unit = self.units(ids).transpose(1, 2) * self.settings.unit_width**-0.5
+        piece = self.first(torch.cat([unit, voices[:, :, None].expand(-1, -1, ids.shape[1])], 1), past)
+        for upsampling, blocks in zip(self.upsamplings, self.blocks, strict=True):
+            piece = upsampling(piece, past)
+            piece = torch.stack([block(piece, past) for block in blocks]).mean(0)
+        return torch.tanh(self.last(self.last_snake(piece, past), past)).squeeze(1)
+
+    def voice_of(self, speaker: str) -> torch.Tensor:
+        """Return [speaker_width], the vector of a speaker in the table.
+
+        Raises:
+            UserError: the name is none of them.
+        """
+        if speaker not in self.speakers:
+            raise UserError(f"speaker '{speaker}': this vocoder knows {', '.join(self.speakers)}")
+        return self.voices.weight[self.speakers.index(speaker)]
+
+    @torch.no_grad()
+    def decode(self, ids: torch.Tensor, speaker: str | torch.Tensor) -> torch.Tensor:
+        """Return [t * samples_per_token] float32 samples in -1..1 of [t] ids; no ids, no sound.
+
+        Args:
+            ids: tokens of one sound.
+            speaker: a name of the table, or the vector of somebody else (an ECAPA-TDNN's, [speaker_width]).
+
+        Raises:
+            UserError: an unknown speaker, a vector of another width, an id outside of the codebook.
+        """
+        return torch.cat([*self.stream([ids], speaker), torch.zeros(0, device=ids.device)])
+
+    @torch.no_grad()
+    def stream(self, ids: Iterable[torch.Tensor], speaker: str | torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the sound of each piece of ids as soon as it is there; all of it is what `decode` returns.
+
+        Raises:
+            UserError: as `decode`.
+        """
+        voice = self.voice_of(speaker) if isinstance(speaker, str) else speaker
+        width = self.settings.speaker_width
+        if voice.shape != (width,):
+            raise UserError(f"a speaker's vector has {width} numbers for this vocoder, and here are "
+                            f"{tuple(voice.shape)}; take the encoder that it was trained with")
+        past, weight = Past(), self.voices.weight
+        voice = voice.to(weight.device, weight.dtype)[None]
+        for piece in ids:
+            if len(piece):
+                self._check(piece)
+                yield self(piece[None].to(weight.device), voice, past)[0].float()
+
+    def _check(self, ids: torch.Tensor) -> None:
+        size = self.settings.codebook_size
+        outside = ids[(ids < 0) | (ids >= size)]
+        if len(outside):
+            raise UserError(f"audio token {int(outside[0])} is outside of the vocoder's codebook "
+                            f"(0 to {size - 1}); take the vocoder of this tokenizer")

@@ -1,0 +1,60 @@
+"""Sizes of the vocoder (`bigvgan.py`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UnitBigVGANSettings:
+    """The rates of sound and tokens, the speakers' names and the kernels are the authors' (OmniServe,
+    decoder/audio) or those of BigVGAN's base model at 24 kHz; widths that neither gives are ours."""
+
+    sample_rate_hz: int = 24_000
+    """Of what it says."""
+    tokens_per_s: int = 25
+    """Of what it reads."""
+    codebook_size: int = 6_562
+    """Tokens of the tokenizer: 6,561, and one more that the authors' server lets pass."""
+    speakers: tuple[str, ...] = ("fkms", "mhwj")
+    """Names of the voices in the table: a woman's and a man's."""
+    unit_width: int = 512
+    """Of a token's embedding; ours."""
+    speaker_width: int = 256
+    """Of a speaker's vector: what the authors' ECAPA-TDNN puts out."""
+    channels: int = 512
+    """Before the first upsampling; each one halves them."""
+    rates: tuple[int, ...] = (8, 6, 5, 4)
+    """Of the upsamplings; their product is `sample_rate_hz / tokens_per_s`; ours."""
+    kernels: tuple[int, ...] = (3, 7, 11)
+    """Of the blocks side by side behind each upsampling."""
+    dilations: tuple[int, ...] = (1, 3, 5)
+    """Of the layers of each block."""
+
+    @property
+    def samples_per_token(self) -> int:
+        """Samples that a token becomes."""
+        return math.prod(self.rates)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong, one sentence each."""
+        whole = ("sample_rate_hz", "tokens_per_s", "codebook_size", "unit_width", "speaker_width", "channels")
+        found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
+                 if getattr(self, name) < 1]
+        for name in ("rates", "kernels", "dilations"):
+            numbers = getattr(self, name)
+            if not numbers or min(numbers) < 1:
+                found.append(f"{name} = {list(numbers)} must be whole numbers from 1 on, at least one")
+        if not self.speakers or len(set(self.speakers)) < len(self.speakers):
+            found.append(f"speakers = {list(self.speakers)} must be different names, at least one")
+        if found:
+            return found
+        if self.samples_per_token * self.tokens_per_s != self.sample_rate_hz:
+            found.append(f"rates = {list(self.rates)} make {self.samples_per_token} samples of a token, and "
+                         f"{self.sample_rate_hz} Hz at {self.tokens_per_s} tokens/s need "
+                         f"{self.sample_rate_hz / self.tokens_per_s:g}")
+        if self.channels % 2**len(self.rates):
+            found.append(f"channels = {self.channels} cannot be halved at each of {len(self.rates)} rates; take "
+                         f"a multiple of {2**len(self.rates)}")
+        return found
