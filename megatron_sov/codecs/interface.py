@@ -78,5 +78,6 @@ class Vocoder(Protocol):
         ...
 
     def stream(self, ids: Iterable[torch.Tensor], speaker: str) -> Iterator[torch.Tensor]:
-        """Yield sound while ids arrive; all of it together is what `decode` returns."""
+        """Yield one sound for each piece of ids, as soon as it is there; all of them together are what `decode`
+        returns."""
         ...

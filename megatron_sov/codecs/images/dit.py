@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxSingleTransformerBlock
 from torch import nn
 
 from megatron_sov.codecs.images.dit_settings import NUM_AXES, DiTSettings
+from megatron_sov.codecs.images.vae import new_vae
 from megatron_sov.errors import UserError
 
 LEVELS = 1000
@@ -29,11 +30,11 @@ class DiT(nn.Module):
 
     Settings = DiTSettings
 
-    def __init__(self, settings: DiTSettings, vae: AutoencoderKL | None = None) -> None:
+    def __init__(self, settings: DiTSettings) -> None:
         super().__init__()
         self.settings = settings
         s = settings
-        self.vae = vae
+        self.vae = None if s.vae is None else new_vae(s.vae)
         self.register_buffer("token_embeddings", torch.zeros(s.codebook_size, s.token_width))
         self.place_in = nn.Linear(s.patch_channels + s.token_width, s.width)
         self.condition_in = CombinedTimestepTextProjEmbeddings(s.width, s.token_width)
@@ -80,17 +81,16 @@ class DiT(nn.Module):
     def to_latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return what is denoised of [n, 3, h, w] pictures in 0..1."""
         pictures = pictures * 2 - 1
-        if self.vae is None:
+        if self.vae is None or self.settings.vae is None:
             return pictures
-        config = self.vae.config
-        return (self.vae.encode(pictures).latent_dist.mode() - (config.shift_factor or 0.0)) \
-            * config.scaling_factor
+        sizes = self.settings.vae
+        return (self.vae.encode(pictures).latent_dist.mode() - sizes.shift_factor) * sizes.scaling_factor
 
     def to_pictures(self, latents: torch.Tensor) -> torch.Tensor:
         """Return [n, 3, h, w] pictures in 0..1 of what was denoised."""
-        if self.vae is not None:
-            config = self.vae.config
-            latents = self.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+        if self.vae is not None and self.settings.vae is not None:
+            sizes = self.settings.vae
+            latents = self.vae.decode(latents / sizes.scaling_factor + sizes.shift_factor).sample
         return (latents.clamp(-1, 1) + 1) / 2
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class DiT(nn.Module):
         s = self.settings
         self._check(ids, ratio)
         height, width = s.size_of(*ratio)
-        shape = (len(ids), s.channels, height // s.vae_pixels, width // s.vae_pixels)
+        shape = (len(ids), s.channels, height // s.latent_pixels, width // s.latent_pixels)
         generator = torch.Generator().manual_seed(seed)
         weight = self.place_in.weight
         latents = torch.randn(shape, generator=generator).to(weight.device)

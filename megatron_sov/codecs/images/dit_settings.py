@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sov.codecs.images.vae import VAESettings
+
 NUM_AXES = 3
 """Of a place in a picture, as Flux counts them: a stream's number (always 0 here), row, column."""
 
@@ -22,10 +24,8 @@ class DiTSettings:
     """Tokens of the tokenizer."""
     token_width: int = 1536
     """Of the tokenizer's embeddings."""
-    channels: int = 16
-    """Of what is denoised: 3 for pixels, those of the latents behind a VAE."""
-    vae_pixels: int = 8
-    """Pixels of a side of one latent; 1: pixels themselves are denoised, and there is no VAE."""
+    vae: VAESettings | None = VAESettings()
+    """The autoencoder whose latents are denoised; None: pixels themselves are."""
     patch: int = 1
     """Latents (or pixels) of a side of one place in the sequence."""
     width: int = 1920
@@ -47,6 +47,16 @@ class DiTSettings:
     took 50)."""
 
     @property
+    def channels(self) -> int:
+        """Of what is denoised."""
+        return 3 if self.vae is None else self.vae.latent_channels
+
+    @property
+    def latent_pixels(self) -> int:
+        """Pixels of a side of what is denoised at one point."""
+        return 1 if self.vae is None else self.vae.pixels
+
+    @property
     def patch_channels(self) -> int:
         """Numbers at one place of the sequence."""
         return self.channels * self.patch**2
@@ -61,16 +71,18 @@ class DiTSettings:
 
     def problems(self) -> list[str]:
         """Return what is wrong, one sentence each."""
-        whole = ("side_pixels", "size_multiple_pixels", "grid", "codebook_size", "token_width", "channels",
-                 "vae_pixels", "patch", "width", "num_heads", "num_layers", "rope_theta", "steps")
+        whole = ("side_pixels", "size_multiple_pixels", "grid", "codebook_size", "token_width", "patch",
+                 "width", "num_heads", "num_layers", "rope_theta", "steps")
         found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
                  if getattr(self, name) < 1]
+        found += [] if self.vae is None else self.vae.problems()
         if found:
             return found
-        place = self.vae_pixels * self.patch
+        place = self.latent_pixels * self.patch
         for name in ("side_pixels", "size_multiple_pixels"):
             if getattr(self, name) % place:
-                found.append(f"{name} = {getattr(self, name)} is no multiple of vae_pixels * patch = {place}")
+                found.append(f"{name} = {getattr(self, name)} is no multiple of a place's "
+                             f"{place} pixels (the autoencoder's {self.latent_pixels} * patch)")
         if self.side_pixels % self.size_multiple_pixels:
             found.append(f"side_pixels = {self.side_pixels} is no multiple of size_multiple_pixels = "
                          f"{self.size_multiple_pixels}")
@@ -81,8 +93,6 @@ class DiTSettings:
         elif sum(self.rope_axes) != self.width // self.num_heads:
             found.append(f"rope_axes = {list(self.rope_axes)} must add up to a head's dimensions, "
                          f"width / num_heads = {self.width // self.num_heads}")
-        if self.vae_pixels == 1 and self.channels != 3:
-            found.append(f"channels = {self.channels} must be 3 without a VAE (vae_pixels = 1)")
         if not self.mlp_ratio > 0 or not self.shift > 0:
             found.append(f"mlp_ratio = {self.mlp_ratio} and shift = {self.shift} must be above 0")
         return found

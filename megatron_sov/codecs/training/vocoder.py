@@ -1,0 +1,171 @@
+"""How the vocoder learns: to sound like the speech whose tokens it reads, to the ear and, by setting, to judges.
+
+The distance is of spectra at several resolutions (`sounds/spectral_loss.py`); judges (`sounds/discriminators.py`)
+add what makes BigVGAN's speech crisp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
+from megatron_sov.codecs.sounds.discriminators import Judges, deceiving_loss, judges_loss
+from megatron_sov.codecs.sounds.spectral_loss import SpectralLoss
+from megatron_sov.codecs.training.draws import batch_rows, generator
+from megatron_sov.codecs.training.learning_rate import set_learning_rate
+
+LOOK_SOUNDS = 64
+"""Held-out sounds that are looked at."""
+
+
+@dataclass(frozen=True)
+class VocoderTraining:
+    """How a vocoder is trained.  Betas, the spectral weight and the widths of the judges are BigVGAN-v2's
+    (configs/bigvgan_v2_24khz_100band_256x.json); the rest is ours."""
+
+    steps: int = 1_000_000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Segments of a step."""
+    segment_tokens: int = 32
+    """Tokens of a segment; a shorter sound is taken whole."""
+    learning_rate: float = 1e-4
+    """The highest, of vocoder and judges."""
+    warmup_steps: int = 100
+    """Until it is reached."""
+    max_grad_norm: float = 500.0
+    """Longer gradients are shortened."""
+    windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    """Samples of the windows of the spectra."""
+    num_mels: int = 320
+    """Bands of the largest window's mel spectrum."""
+    judges_from_step: int = 0
+    """Step from which the judges are asked; -1: never, there are none."""
+    judges_width: int = 32
+    """Of their first layers."""
+    spectral_weight: float = 15.0
+    """Of the spectra's distance beside the judges; 1 without them."""
+    seed: int = 0
+    """Of the order, the segments and the first weights."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong, one sentence each."""
+        whole = ("steps", "batch_size", "segment_tokens", "num_mels", "judges_width")
+        found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
+                 if getattr(self, name) < 1]
+        found += [f"{name} = {getattr(self, name)} must be above 0"
+                  for name in ("learning_rate", "max_grad_norm", "spectral_weight") if not getattr(self, name) > 0]
+        if self.warmup_steps < 0:
+            found.append(f"warmup_steps = {self.warmup_steps} must be 0 or more")
+        if self.judges_from_step < -1:
+            found.append(f"judges_from_step = {self.judges_from_step} must be -1 (never) or a step")
+        if not self.windows or any(w < 16 or w % 4 for w in self.windows):
+            found.append(f"windows = {list(self.windows)} must be multiples of 4 from 16 on, at least one")
+        return found
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One sound to learn from."""
+
+    ids: torch.Tensor
+    """[t] tokens."""
+    sound: torch.Tensor
+    """[samples] float32 in -1..1 at the vocoder's rate."""
+    speaker: int
+    """Row of the vocoder's table."""
+
+
+class VocoderTask:
+    """A vocoder, judges where they are asked for, and sounds with their tokens."""
+
+    def __init__(self, settings: VocoderTraining, vocoder: UnitBigVGAN, sounds: Sequence[Spoken],
+                 heldout: Sequence[Spoken] = ()) -> None:
+        """Args:
+            settings: how to train.
+            vocoder: what learns.
+            sounds: to learn from.
+            heldout: not to learn from.
+        """
+        self.settings = settings
+        self.vocoder, self.sounds, self.heldout = vocoder, sounds, heldout
+        self.networks = nn.ModuleDict({"vocoder": vocoder})
+        device = vocoder.voices.weight.device
+        self.distance = SpectralLoss(vocoder.sample_rate_hz, settings.windows, settings.num_mels).to(device)
+        self.judges: Judges | None = None
+        if settings.judges_from_step >= 0:
+            self.judges = Judges(settings.judges_width).to(device)
+            self.networks["judges"] = self.judges
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            name: torch.optim.AdamW(network.parameters(), settings.learning_rate, betas=(0.8, 0.99),
+                                    weight_decay=0.0) for name, network in self.networks.items()}
+
+    def learn(self, step: int) -> dict[str, float]:
+        """Take an optimizer step of the judges, if they are asked, and one of the vocoder.
+
+        Returns `loss`, `spectral`, `grad_norm`, and with judges `judges` and `deceiving`.
+        """
+        s = self.settings
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, s.learning_rate, step, s.warmup_steps, s.steps)
+        rows = batch_rows(len(self.sounds), s.batch_size, s.seed, step).tolist()
+        real, made = self._heard([self.sounds[row] for row in rows], generator(s.seed, step, "segments"))
+        spectral = self.distance(made, real)
+        if self.judges is None or step < s.judges_from_step:
+            norm = self._step("vocoder", spectral)
+            return {"loss": spectral.item(), "spectral": spectral.item(), "grad_norm": norm}
+        judged = judges_loss(self.judges(real), self.judges(made.detach()))
+        self._step("judges", judged)
+        self.judges.requires_grad_(False)
+        deceiving = deceiving_loss(self.judges(real), self.judges(made))
+        loss = s.spectral_weight * spectral + deceiving
+        norm = self._step("vocoder", loss)
+        self.judges.requires_grad_(True)
+        return {"loss": loss.item(), "spectral": spectral.item(), "grad_norm": norm, "judges": judged.item(),
+                "deceiving": deceiving.item()}
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """Return `spectral` on the begins of held-out sounds."""
+        if not self.heldout:
+            return {}
+        real, made = self._heard(self.heldout[:LOOK_SOUNDS], None)
+        return {"spectral": self.distance(made, real).item()}
+
+    def codec(self) -> UnitBigVGAN:
+        """Return the vocoder."""
+        return self.vocoder
+
+    def _step(self, name: str, loss: torch.Tensor) -> float:
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.networks[name].parameters(), self.settings.max_grad_norm)
+        optimizer.step()
+        return norm.item()
+
+    def _heard(self, sounds: Sequence[Spoken], draws: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return real and made sound [n, samples] of a segment of each; silence behind short ones in both.
+
+        Args:
+            sounds: one a row.
+            draws: where segments begin; None: at the begin.
+        """
+        length, samples = self.settings.segment_tokens, self.vocoder.settings.samples_per_token
+        ids = torch.zeros(len(sounds), length, dtype=torch.int64)
+        real = torch.zeros(len(sounds), length * samples)
+        there = torch.zeros(len(sounds), length)
+        for row, spoken in enumerate(sounds):
+            last = max(len(spoken.ids) - length, 0)
+            first = 0 if draws is None else int(torch.randint(last + 1, (), generator=draws))
+            tokens = spoken.ids[first:first + length]
+            piece = spoken.sound[first * samples:(first + len(tokens)) * samples]
+            ids[row, :len(tokens)], real[row, :len(piece)], there[row, :len(tokens)] = tokens, piece, 1.0
+        device = self.vocoder.voices.weight.device
+        voices = self.vocoder.voices(torch.tensor([spoken.speaker for spoken in sounds], device=device))
+        made = self.vocoder(ids.to(device), voices)
+        return real.to(device), made * there.repeat_interleave(samples, 1).to(device)
