@@ -1,8 +1,8 @@
 """A reply in parts: what a model writes, draws and says, taken from its ids one by one.
 
-Codebook entries stand between marks (`media/marks.py`) among the ids of a text.  Speech and text may alternate;
-all audio tokens of a reply are one sound, as in the authors' serving code (OmniServe, `extract_audio_info`), and
-`speak` lets it be heard while the text goes on.
+Codebook entries stand between marks (`media/marks.py`) among the ids of a text.  Speech and text may
+alternate; all audio tokens of a reply are one sound, as in the authors' serving code (OmniServe,
+`extract_audio_info`), and `speak` lets it be heard while the text goes on.
 """
 
 from __future__ import annotations
@@ -199,8 +199,8 @@ def speak(parts: Iterable[Part], vocoder: Vocoder, speaker: str,
 def transcript(text: str) -> tuple[str, dict[str, Any]]:
     """Return what to show of a spoken reply's text, and what it says about the speaker.
 
-    The rules are those of the authors' serving code (omni_chainer/core/openai/v1/track_b.py): what the user said
-    goes where what the model says stands beside it, and the tags go always.
+    The rules are those of the authors' serving code (omni_chainer/core/openai/v1/track_b.py): what the user
+    said goes where what the model says stands beside it, and the tags go always.
     """
     found, speaker = _SPEAKER.search(text), dict[str, Any]()
     if found:

@@ -65,7 +65,7 @@ class DiT(nn.Module):
             ids: [n, grid * grid] tokens.
         """
         s = self.settings
-        n, _, height, width = noisy.shape
+        height, width = noisy.shape[2:]
         rows, columns = height // s.patch, width // s.patch
         seen = self.token_embeddings[ids].to(noisy.dtype)
         beside = nn.functional.interpolate(seen.transpose(1, 2).unflatten(2, (s.grid, s.grid)),
@@ -136,7 +136,7 @@ class DiT(nn.Module):
             raise UserError(f"image token {int(outside[0])} is outside of the decoder's codebook "
                             f"(0 to {s.codebook_size - 1}); take the decoder of this tokenizer")
         if min(ratio) < 1 or min(s.size_of(*ratio)) < 1:
-            raise UserError(f"a picture of ratio {ratio[0]}:{ratio[1]} has no pixels at this decoder's area of "
+            raise UserError(f"a picture of ratio {ratio[0]}:{ratio[1]} has no pixels with the area of "
                             f"{s.side_pixels} x {s.side_pixels}; ask for a ratio nearer to 1:1")
 
 

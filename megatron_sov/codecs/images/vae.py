@@ -1,4 +1,4 @@
-"""The autoencoder whose latents the picture decoder denoises: diffusers' `AutoencoderKL`, from a local folder."""
+"""The autoencoder whose latents the picture decoder denoises: diffusers' `AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_sov.errors import UserError, told_in_a_line
 
 @dataclass(frozen=True)
 class VAESettings:
-    """The defaults are Flux's autoencoder, which the authors' latents (16 channels, an eighth of the side) fit;
-    names are those of diffusers' config."""
+    """The defaults are Flux's autoencoder, which the authors' latents (16 channels, an eighth of the side)
+    fit; names are those of diffusers' config."""
 
     latent_channels: int = 16
     """Of a latent."""
@@ -40,14 +40,15 @@ class VAESettings:
 
     def problems(self) -> list[str]:
         """Return what is wrong, one sentence each."""
-        found = [f"vae.{name} = {getattr(self, name)} must be at least 1"
-                 for name in ("latent_channels", "layers_per_block", "norm_num_groups") if getattr(self, name) < 1]
+        whole = ("latent_channels", "layers_per_block", "norm_num_groups")
+        found = [f"vae.{name} = {getattr(self, name)} must be at least 1" for name in whole
+                 if getattr(self, name) < 1]
         if found:
             return found
         widths = self.block_out_channels
         if not widths or any(width < 1 or width % self.norm_num_groups for width in widths):
-            found.append(f"vae.block_out_channels = {list(widths)} must be multiples of vae.norm_num_groups = "
-                         f"{self.norm_num_groups}, at least one")
+            found.append(f"vae.block_out_channels = {list(widths)} must be multiples of "
+                         f"vae.norm_num_groups = {self.norm_num_groups}, at least one")
         if not self.scaling_factor > 0:
             found.append(f"vae.scaling_factor = {self.scaling_factor} must be above 0")
         return found

@@ -55,6 +55,6 @@ class UnitBigVGANSettings:
                          f"{self.sample_rate_hz} Hz at {self.tokens_per_s} tokens/s need "
                          f"{self.sample_rate_hz / self.tokens_per_s:g}")
         if self.channels % 2**len(self.rates):
-            found.append(f"channels = {self.channels} cannot be halved at each of {len(self.rates)} rates; take "
-                         f"a multiple of {2**len(self.rates)}")
+            found.append(f"channels = {self.channels} cannot be halved at each of {len(self.rates)} rates; "
+                         f"take a multiple of {2**len(self.rates)}")
         return found

@@ -1,7 +1,7 @@
 """Layers of a sound that never look ahead, and what they remember between two pieces of it.
 
-A sound is [n, channels, t].  Each layer puts in front of a piece what it needs of the pieces before, so a sound
-in pieces comes out as the sound in one piece does.
+A sound is [n, channels, t].  Each layer puts in front of a piece what it needs of the pieces before, so a
+sound in pieces comes out as the sound in one piece does.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ with their widths as a setting; the losses are its least-squares ones (loss.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class PeriodJudge(nn.Module):
         widths = [1, width, 4 * width, 16 * width, 32 * width]
         self.layers = nn.ModuleList(
             [*(weight_norm(nn.Conv2d(a, b, (5, 1), (3, 1), padding=(2, 0)))
-               for a, b in zip(widths, widths[1:], strict=False)),
+               for a, b in pairwise(widths)),
              weight_norm(nn.Conv2d(widths[-1], widths[-1], (5, 1), padding=(2, 0)))])
         self.last = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
 
@@ -70,8 +71,8 @@ class SpectrumJudge(nn.Module):
         """Judge [n, t] samples."""
         side = (self.transform - self.hop) // 2
         padded = functional.pad(sound[:, None], (side, side), mode="reflect").squeeze(1)
-        spectrum = torch.stft(padded, self.transform, self.hop, self.window, center=False, return_complex=True,
-                              window=torch.ones(self.window, device=sound.device))
+        spectrum = torch.stft(padded, self.transform, self.hop, self.window, center=False,
+                              window=torch.ones(self.window, device=sound.device), return_complex=True)
         return _through(spectrum.abs()[:, None], self.layers, self.last)
 
 

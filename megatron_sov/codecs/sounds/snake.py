@@ -1,8 +1,8 @@
-"""The periodic activation of BigVGAN (arXiv 2206.04658): Snake at twice the rate, between two low-pass filters.
+"""The periodic activation of BigVGAN (arXiv 2206.04658): Snake at twice the rate, between low-pass filters.
 
-The filters and formulas are those of NVIDIA/BigVGAN (activations.py, alias_free_activation/torch).  There, and in
-the authors' serving code, each activation looks ahead; here the same filters are late by `DELAY_SAMPLES`
-instead, so that nothing depends on what comes later and a stream is exactly the whole.
+The filters and formulas are those of NVIDIA/BigVGAN (activations.py, alias_free_activation/torch).  There,
+and in the authors' serving code, each activation looks ahead; here the same filters are late by
+`DELAY_SAMPLES` instead, so that nothing depends on what comes later and a stream is exactly the whole.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def low_pass(cutoff: float, half_width: float, num_taps: int) -> torch.Tensor:
 
 
 class SnakeBeta(nn.Module):
-    """x + sin(a x)^2 / b with a = exp(`alpha`) and b = exp(`beta`) of each channel, both 1 at the start."""
+    """x + sin(a x)^2 / b with a = exp(`alpha`), b = exp(`beta`) of each channel, both 1 at the start."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -74,5 +74,5 @@ class CausalSnake(nn.Module):
         spread = RATIO * functional.conv_transpose1d(joined, taps, stride=RATIO, groups=channels)
         first = num_before * RATIO
         bent = self.snake(spread[..., first:first + length * RATIO])
-        return functional.conv1d(past.before(self.snake, bent, TAPS - RATIO, repeats=True), taps, stride=RATIO,
-                                 groups=channels)
+        joined = past.before(self.snake, bent, TAPS - RATIO, repeats=True)
+        return functional.conv1d(joined, taps, stride=RATIO, groups=channels)

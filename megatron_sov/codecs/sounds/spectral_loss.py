@@ -16,14 +16,12 @@ HOPS_PER_WINDOW = 4
 
 
 def mel_filters(sample_rate_hz: int, window: int, num_mels: int) -> torch.Tensor:
-    """Return [num_mels, window // 2 + 1] triangular filters, equally wide on Slaney's mel scale, of equal area.
-
-    Transformers' `mel_filter_bank` makes them; a filter too narrow for the window's resolution is empty.
-    """
+    """Return [num_mels, window // 2 + 1] triangular filters, equally wide on Slaney's mel scale, of equal
+    area (transformers' `mel_filter_bank`); one too narrow for the window's resolution is empty."""
     from transformers.audio_utils import mel_filter_bank
 
-    filters = mel_filter_bank(window // 2 + 1, num_mels, 0.0, sample_rate_hz / 2, sample_rate_hz, norm="slaney",
-                              mel_scale="slaney")
+    filters = mel_filter_bank(window // 2 + 1, num_mels, 0.0, sample_rate_hz / 2, sample_rate_hz,
+                              norm="slaney", mel_scale="slaney")
     return torch.from_numpy(filters).float().T
 
 
@@ -55,8 +53,8 @@ class SpectralLoss(nn.Module):
         return torch.stack(parts).sum() / len(self.windows)
 
     def _magnitudes(self, sound: torch.Tensor, window: int) -> torch.Tensor:
-        spectrum = torch.stft(sound, window, window // HOPS_PER_WINDOW, window=self.get_buffer(f"hann{window}"),
-                              return_complex=True, pad_mode="constant")
+        spectrum = torch.stft(sound, window, window // HOPS_PER_WINDOW, pad_mode="constant",
+                              window=self.get_buffer(f"hann{window}"), return_complex=True)
         # the square root has no slope at 0
         return (spectrum.real**2 + spectrum.imag**2).clamp(min=QUIET**2).sqrt()
 

@@ -41,8 +41,8 @@ class ImageDecoderTraining:
         """Return what is wrong, one sentence each."""
         found = [f"{name} = {getattr(self, name)} must be at least 1" for name in ("steps", "batch_size")
                  if getattr(self, name) < 1]
-        found += [f"{name} = {getattr(self, name)} must be above 0" for name in ("learning_rate", "max_grad_norm")
-                  if not getattr(self, name) > 0]
+        found += [f"{name} = {getattr(self, name)} must be above 0"
+                  for name in ("learning_rate", "max_grad_norm") if not getattr(self, name) > 0]
         if self.warmup_steps < 0:
             found.append(f"warmup_steps = {self.warmup_steps} must be 0 or more")
         return found
@@ -51,11 +51,11 @@ class ImageDecoderTraining:
 class ImageDecoderTask:
     """A picture decoder and pictures with their tokens."""
 
-    def __init__(self, settings: ImageDecoderTraining, decoder: DiT, pictures: torch.Tensor, ids: torch.Tensor,
-                 heldout: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+    def __init__(self, settings: ImageDecoderTraining, decoder: DiT, pictures: torch.Tensor,
+                 ids: torch.Tensor, heldout: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
         """Args:
             settings: how to train.
-            decoder: its `token_embeddings` are those of the tokenizer; the autoencoder, if any, stays as it is.
+            decoder: its `token_embeddings` are those of the tokenizer; an autoencoder stays as it is.
             pictures: [n, 3, side, side] uint8, or float32 in 0..1.
             ids: [n, grid * grid] tokens of each.
             heldout: pictures and ids that are not learned from.
@@ -68,10 +68,12 @@ class ImageDecoderTask:
         self.networks = nn.ModuleDict({"decoder": decoder})
         learned = [weight for weight in decoder.parameters() if weight.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "decoder": torch.optim.AdamW(learned, settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)}
+            "decoder": torch.optim.AdamW(learned, settings.learning_rate, betas=(0.9, 0.95),
+                                         weight_decay=0.0)}
 
     def learn(self, step: int) -> dict[str, float]:
-        """Take an optimizer step; returns `loss`, the mean square of the velocity's error, and `grad_norm`."""
+        """Take an optimizer step; returns `loss`, the mean square of the velocity's error, `grad_norm` and
+        `lr`."""
         s, optimizer = self.settings, self.optimizers["decoder"]
         set_learning_rate(optimizer, s.learning_rate, step, s.warmup_steps, s.steps)
         rows = batch_rows(len(self.pictures), s.batch_size, s.seed, step)

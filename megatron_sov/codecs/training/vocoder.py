@@ -1,7 +1,7 @@
-"""How the vocoder learns: to sound like the speech whose tokens it reads, to the ear and, by setting, to judges.
+"""How the vocoder learns: to sound like the speech whose tokens it reads, to the ear and to judges.
 
-The distance is of spectra at several resolutions (`sounds/spectral_loss.py`); judges (`sounds/discriminators.py`)
-add what makes BigVGAN's speech crisp.
+The distance is of spectra at several resolutions (`sounds/spectral_loss.py`); judges
+(`sounds/discriminators.py`) add what makes BigVGAN's speech crisp.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class VocoderTraining:
         whole = ("steps", "batch_size", "segment_tokens", "num_mels", "judges_width")
         found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
                  if getattr(self, name) < 1]
-        found += [f"{name} = {getattr(self, name)} must be above 0"
-                  for name in ("learning_rate", "max_grad_norm", "spectral_weight") if not getattr(self, name) > 0]
+        above = ("learning_rate", "max_grad_norm", "spectral_weight")
+        found += [f"{name} = {getattr(self, name)} must be above 0" for name in above
+                  if not getattr(self, name) > 0]
         if self.warmup_steps < 0:
             found.append(f"warmup_steps = {self.warmup_steps} must be 0 or more")
         if self.judges_from_step < -1:
@@ -148,7 +149,8 @@ class VocoderTask:
         optimizer.step()
         return norm.item()
 
-    def _heard(self, sounds: Sequence[Spoken], draws: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _heard(self, sounds: Sequence[Spoken],
+               draws: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return real and made sound [n, samples] of a segment of each; silence behind short ones in both.
 
         Args:
