@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any, Protocol, TypeVar, cast, get_type_hints
+from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -55,8 +55,9 @@ def _unknown(cls: Any, raw: Mapping[Any, Any], above: str = "") -> list[str]:
     for key, value in raw.items():
         if key not in hints:
             found.append(f"{above}{key}: there is no such setting")
-        elif is_dataclass(hints[key]) and isinstance(value, Mapping):
-            found += _unknown(hints[key], value, f"{above}{key}.")
+        elif isinstance(value, Mapping):
+            for inside in filter(is_dataclass, (hints[key], *get_args(hints[key]))):
+                found += _unknown(inside, value, f"{above}{key}.")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sov.codecs.images.vae import VAESettings
+from megatron_sov.codecs.sizes import outside
 
 NUM_AXES = 3
 """Of a place in a picture, as Flux counts them: a stream's number (always 0 here), row, column."""
@@ -70,29 +71,27 @@ class DiTSettings:
         return int((area * ratio)**0.5 // unit) * unit, int((area / ratio)**0.5 // unit) * unit
 
     def problems(self) -> list[str]:
-        """Return what is wrong, one sentence each."""
-        whole = ("side_pixels", "size_multiple_pixels", "grid", "codebook_size", "token_width", "patch",
-                 "width", "num_heads", "num_layers", "rope_theta", "steps")
-        found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
-                 if getattr(self, name) < 1]
-        found += [] if self.vae is None else self.vae.problems()
+        """Return one sentence for each setting that is not well."""
+        found = outside(self, side_pixels=(1, 8192), size_multiple_pixels=(1, 8192), grid=(1, 256),
+                        codebook_size=(1, 1 << 20), token_width=(1, 16_384), patch=(1, 256),
+                        width=(1, 65_536), num_heads=(1, 1024), num_layers=(1, 1000), mlp_ratio=(0.1, 100),
+                        rope_axes=(2, 65_536), rope_theta=(1, 1e9), shift=(1e-3, 1000), steps=(1, 10_000))
+        found += [] if self.vae is None else [f"vae.{problem}" for problem in self.vae.problems()]
         if found:
             return found
         place = self.latent_pixels * self.patch
         for name in ("side_pixels", "size_multiple_pixels"):
             if getattr(self, name) % place:
-                found.append(f"{name} = {getattr(self, name)} is no multiple of a place's "
-                             f"{place} pixels (the autoencoder's {self.latent_pixels} * patch)")
+                found.append(f"{name} = {getattr(self, name)} must be a multiple of a place's {place} pixels "
+                             f"(the autoencoder's {self.latent_pixels} * patch)")
         if self.side_pixels % self.size_multiple_pixels:
-            found.append(f"side_pixels = {self.side_pixels} is no multiple of size_multiple_pixels = "
+            found.append(f"side_pixels = {self.side_pixels} must be a multiple of size_multiple_pixels = "
                          f"{self.size_multiple_pixels}")
         if self.width % self.num_heads:
-            found.append(f"width = {self.width} is no multiple of num_heads = {self.num_heads}")
-        if len(self.rope_axes) != NUM_AXES or any(n < 2 or n % 2 for n in self.rope_axes):
-            found.append(f"rope_axes = {list(self.rope_axes)} must be {NUM_AXES} even numbers from 2 on")
+            found.append(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
         elif sum(self.rope_axes) != self.width // self.num_heads:
             found.append(f"rope_axes = {list(self.rope_axes)} must add up to a head's dimensions, "
                          f"width / num_heads = {self.width // self.num_heads}")
-        if not self.mlp_ratio > 0 or not self.shift > 0:
-            found.append(f"mlp_ratio = {self.mlp_ratio} and shift = {self.shift} must be above 0")
+        if len(self.rope_axes) != NUM_AXES or any(n % 2 for n in self.rope_axes):
+            found.append(f"rope_axes = {list(self.rope_axes)} must be {NUM_AXES} even numbers")
         return found

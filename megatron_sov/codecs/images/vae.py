@@ -8,7 +8,10 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
+from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError, told_in_a_line
+
+MAX_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,16 @@ class VAESettings:
         return 2**(len(self.block_out_channels) - 1)
 
     def problems(self) -> list[str]:
-        """Return what is wrong, one sentence each."""
-        whole = ("latent_channels", "layers_per_block", "norm_num_groups")
-        found = [f"vae.{name} = {getattr(self, name)} must be at least 1" for name in whole
-                 if getattr(self, name) < 1]
-        if found:
-            return found
+        """Return one sentence for each setting that is not well."""
+        found = outside(self, latent_channels=(1, 1024), block_out_channels=(1, 65_536),
+                        layers_per_block=(1, 100), norm_num_groups=(1, 65_536), scaling_factor=(1e-6, 1e6),
+                        shift_factor=(-1e6, 1e6))
         widths = self.block_out_channels
-        if not widths or any(width < 1 or width % self.norm_num_groups for width in widths):
-            found.append(f"vae.block_out_channels = {list(widths)} must be multiples of "
-                         f"vae.norm_num_groups = {self.norm_num_groups}, at least one")
-        if not self.scaling_factor > 0:
-            found.append(f"vae.scaling_factor = {self.scaling_factor} must be above 0")
+        if not 1 <= len(widths) <= MAX_BLOCKS:
+            found.append(f"block_out_channels = {list(widths[:20])} must be 1 to {MAX_BLOCKS} numbers")
+        elif not found and any(width % self.norm_num_groups for width in widths):
+            found.append(f"block_out_channels = {list(widths)} must be multiples of norm_num_groups = "
+                         f"{self.norm_num_groups}")
         return found
 
 

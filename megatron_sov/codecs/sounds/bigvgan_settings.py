@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_sov.codecs.sizes import outside
+
+MAX_LAYERS, MAX_SPEAKERS = 16, 100_000
+
 
 @dataclass(frozen=True)
 class UnitBigVGANSettings:
@@ -38,16 +42,16 @@ class UnitBigVGANSettings:
         return math.prod(self.rates)
 
     def problems(self) -> list[str]:
-        """Return what is wrong, one sentence each."""
-        whole = ("sample_rate_hz", "tokens_per_s", "codebook_size", "unit_width", "speaker_width", "channels")
-        found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
-                 if getattr(self, name) < 1]
+        """Return one sentence for each setting that is not well."""
+        found = outside(self, sample_rate_hz=(1, 192_000), tokens_per_s=(1, 1000), codebook_size=(1, 1 << 20),
+                        unit_width=(1, 16_384), speaker_width=(1, 16_384), channels=(1, 65_536),
+                        rates=(1, 1000), kernels=(1, 1000), dilations=(1, 1000))
         for name in ("rates", "kernels", "dilations"):
-            numbers = getattr(self, name)
-            if not numbers or min(numbers) < 1:
-                found.append(f"{name} = {list(numbers)} must be whole numbers from 1 on, at least one")
-        if not self.speakers or len(set(self.speakers)) < len(self.speakers):
-            found.append(f"speakers = {list(self.speakers)} must be different names, at least one")
+            if not 1 <= len(getattr(self, name)) <= MAX_LAYERS:
+                found.append(f"{name} = {list(getattr(self, name)[:20])} must be 1 to {MAX_LAYERS} numbers")
+        if not 1 <= len(self.speakers) <= MAX_SPEAKERS or len(set(self.speakers)) < len(self.speakers):
+            found.append(f"speakers = {list(self.speakers[:20])} must be 1 to {MAX_SPEAKERS:,} different "
+                         "names")
         if found:
             return found
         if self.samples_per_token * self.tokens_per_s != self.sample_rate_hz:
@@ -55,6 +59,6 @@ class UnitBigVGANSettings:
                          f"{self.sample_rate_hz} Hz at {self.tokens_per_s} tokens/s need "
                          f"{self.sample_rate_hz / self.tokens_per_s:g}")
         if self.channels % 2**len(self.rates):
-            found.append(f"channels = {self.channels} cannot be halved at each of {len(self.rates)} rates; "
-                         f"take a multiple of {2**len(self.rates)}")
+            found.append(f"channels = {self.channels} must be a multiple of {2**len(self.rates)}: each of "
+                         f"the {len(self.rates)} rates halves them")
         return found

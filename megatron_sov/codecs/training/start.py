@@ -63,7 +63,7 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader,
             return reader.picture(name, (side,)).arrays[0]
 
         return ImageTokenizerTask.made(settings, *(
-            picture_bank(folder / f"{part}.bin", names, side, _said(files.root, picture))
+            picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
             for part, names in (("train", files.train), ("heldout", files.heldout))))
     rate_hz = settings.model.sample_rate_hz
 
@@ -71,11 +71,11 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader,
         return reader.sound(name, rate_hz).arrays[0]
 
     return AudioTokenizerTask.made(settings, *(
-        SoundBank(folder / f"{part}.bin", names, _said(files.root, sound))
+        SoundBank(folder / f"{part}.bin", names, said(files.root, sound))
         for part, names in (("train", files.train), ("heldout", files.heldout))))
 
 
-def _said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
+def said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
     """Return a reader whose refusals are sentences for the user."""
     def checked(name: str) -> np.ndarray[Any, Any]:
         with named(root / name):

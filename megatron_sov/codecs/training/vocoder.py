@@ -7,66 +7,75 @@ The distance is of spectra at several resolutions (`sounds/spectral_loss.py`); j
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from megatron_sov.codecs.sizes import outside
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
+from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
 from megatron_sov.codecs.sounds.discriminators import Judges, deceiving_loss, judges_loss
-from megatron_sov.codecs.sounds.spectral_loss import SpectralLoss
+from megatron_sov.codecs.sounds.spectral_loss import HOPS_PER_WINDOW, SpectralLoss
 from megatron_sov.codecs.training.draws import batch_rows, generator
-from megatron_sov.codecs.training.learning_rate import set_learning_rate
+from megatron_sov.codecs.training.schedule import Schedule
 
 LOOK_SOUNDS = 64
 """Held-out sounds that are looked at."""
+MAX_WINDOWS = 16
+MAX_GRAD_NORM = 500.0
+"""Longer gradients are shortened; BigVGAN-v2's."""
 
 
 @dataclass(frozen=True)
-class VocoderTraining:
-    """How a vocoder is trained.  Betas, the spectral weight and the widths of the judges are BigVGAN-v2's
-    (configs/bigvgan_v2_24khz_100band_256x.json); the rest is ours."""
+class VocoderLearning(Schedule):
+    """How a vocoder learns.  Windows, weight and widths of the judges are BigVGAN-v2's
+    (configs/bigvgan_v2_24khz_100band_256x.json, loss.py); the rest is ours."""
 
     steps: int = 1_000_000
     """Optimizer steps."""
     batch_size: int = 32
     """Segments of a step."""
+    learning_rate: float = 1e-4
+    """Of AdamW, at its highest; the judges' too."""
     segment_tokens: int = 32
     """Tokens of a segment; a shorter sound is taken whole."""
-    learning_rate: float = 1e-4
-    """The highest, of vocoder and judges."""
-    warmup_steps: int = 100
-    """Until it is reached."""
-    max_grad_norm: float = 500.0
-    """Longer gradients are shortened."""
     windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     """Samples of the windows of the spectra."""
     num_mels: int = 320
     """Bands of the largest window's mel spectrum."""
-    judges_from_step: int = 0
-    """Step from which the judges are asked; -1: never, there are none."""
+    judges_from_step: int = 1
+    """Step from which the judges are asked; 0: never, there are none."""
     judges_width: int = 32
     """Of their first layers."""
     spectral_weight: float = 15.0
-    """Of the spectra's distance beside the judges; 1 without them."""
-    seed: int = 0
-    """Of the order, the segments and the first weights."""
+    """Of the spectra's distance beside the judges."""
 
     def problems(self) -> list[str]:
-        """Return what is wrong, one sentence each."""
-        whole = ("steps", "batch_size", "segment_tokens", "num_mels", "judges_width")
-        found = [f"{name} = {getattr(self, name)} must be at least 1" for name in whole
-                 if getattr(self, name) < 1]
-        above = ("learning_rate", "max_grad_norm", "spectral_weight")
-        found += [f"{name} = {getattr(self, name)} must be above 0" for name in above
-                  if not getattr(self, name) > 0]
-        if self.warmup_steps < 0:
-            found.append(f"warmup_steps = {self.warmup_steps} must be 0 or more")
-        if self.judges_from_step < -1:
-            found.append(f"judges_from_step = {self.judges_from_step} must be -1 (never) or a step")
-        if not self.windows or any(w < 16 or w % 4 for w in self.windows):
-            found.append(f"windows = {list(self.windows)} must be multiples of 4 from 16 on, at least one")
+        """Return one sentence for each setting that is not well."""
+        found = [*super().problems(),
+                 *outside(self, segment_tokens=(1, 10_000), windows=(16, 1 << 20), num_mels=(4, 4096),
+                          judges_from_step=(0, 100_000_000), judges_width=(1, 1024),
+                          spectral_weight=(1e-6, 1e6))]
+        if not 1 <= len(self.windows) <= MAX_WINDOWS or any(w % HOPS_PER_WINDOW for w in self.windows):
+            found.append(f"windows = {list(self.windows[:20])} must be 1 to {MAX_WINDOWS} multiples of "
+                         f"{HOPS_PER_WINDOW}")
         return found
+
+
+@dataclass(frozen=True)
+class VocoderTraining:
+    """Settings of `codec train vocoder`."""
+
+    model: UnitBigVGANSettings = field(default_factory=UnitBigVGANSettings)
+    """Sizes; speakers and tokens are those of the media and of the tokenizer."""
+    learning: VocoderLearning = field(default_factory=VocoderLearning)
+    """How it learns."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each setting that is not well."""
+        return [f"{name}.{problem}" for name, part in (("model", self.model), ("learning", self.learning))
+                for problem in part.problems()]
 
 
 @dataclass(frozen=True)
@@ -84,25 +93,24 @@ class Spoken:
 class VocoderTask:
     """A vocoder, judges where they are asked for, and sounds with their tokens."""
 
-    def __init__(self, settings: VocoderTraining, vocoder: UnitBigVGAN, sounds: Sequence[Spoken],
-                 heldout: Sequence[Spoken] = ()) -> None:
+    def __init__(self, vocoder: UnitBigVGAN, learning: VocoderLearning, sounds: Sequence[Spoken],
+                 heldout: Sequence[Spoken]) -> None:
         """Args:
-            settings: how to train.
             vocoder: what learns.
+            learning: how it learns.
             sounds: to learn from.
             heldout: not to learn from.
         """
-        self.settings = settings
-        self.vocoder, self.sounds, self.heldout = vocoder, sounds, heldout
+        self.vocoder, self.learning, self.sounds, self.heldout = vocoder, learning, sounds, heldout
         self.networks = nn.ModuleDict({"vocoder": vocoder})
         device = vocoder.voices.weight.device
-        self.distance = SpectralLoss(vocoder.sample_rate_hz, settings.windows, settings.num_mels).to(device)
+        self.distance = SpectralLoss(vocoder.sample_rate_hz, learning.windows, learning.num_mels).to(device)
         self.judges: Judges | None = None
-        if settings.judges_from_step >= 0:
-            self.judges = Judges(settings.judges_width).to(device)
+        if learning.judges_from_step:
+            self.judges = Judges(learning.judges_width).to(device)
             self.networks["judges"] = self.judges
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: torch.optim.AdamW(network.parameters(), settings.learning_rate, betas=(0.8, 0.99),
+            name: torch.optim.AdamW(network.parameters(), learning.learning_rate, betas=(0.8, 0.99),
                                     weight_decay=0.0) for name, network in self.networks.items()}
 
     def learn(self, step: int) -> dict[str, float]:
@@ -110,9 +118,9 @@ class VocoderTask:
 
         Returns `loss`, `spectral`, `grad_norm`, and with judges `judges` and `deceiving`.
         """
-        s = self.settings
+        s = self.learning
         for optimizer in self.optimizers.values():
-            set_learning_rate(optimizer, s.learning_rate, step, s.warmup_steps, s.steps)
+            s.set_rate(optimizer, step)
         rows = batch_rows(len(self.sounds), s.batch_size, s.seed, step).tolist()
         real, made = self._heard([self.sounds[row] for row in rows], generator(s.seed, step, "segments"))
         spectral = self.distance(made, real)
@@ -134,7 +142,8 @@ class VocoderTask:
         """Return `spectral` on the begins of held-out sounds."""
         if not self.heldout:
             return {}
-        real, made = self._heard(self.heldout[:LOOK_SOUNDS], None)
+        rows = range(min(len(self.heldout), LOOK_SOUNDS))
+        real, made = self._heard([self.heldout[row] for row in rows], None)
         return {"spectral": self.distance(made, real).item()}
 
     def codec(self) -> UnitBigVGAN:
@@ -145,7 +154,7 @@ class VocoderTask:
         optimizer = self.optimizers[name]
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.networks[name].parameters(), self.settings.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.networks[name].parameters(), MAX_GRAD_NORM)
         optimizer.step()
         return norm.item()
 
@@ -157,7 +166,7 @@ class VocoderTask:
             sounds: one a row.
             draws: where segments begin; None: at the begin.
         """
-        length, samples = self.settings.segment_tokens, self.vocoder.settings.samples_per_token
+        length, samples = self.learning.segment_tokens, self.vocoder.settings.samples_per_token
         ids = torch.zeros(len(sounds), length, dtype=torch.int64)
         real = torch.zeros(len(sounds), length * samples)
         there = torch.zeros(len(sounds), length)

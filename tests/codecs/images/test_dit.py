@@ -1,8 +1,9 @@
-"""The picture decoder: its sampler is Euler's rule, its noise is the seed's, and its sizes are the published ones."""
+"""The picture decoder: its sampler is Euler's rule, its noise the seed's, its sizes the published ones."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_sampling_is_eulers_rule_from_noise_to_picture(decoder: DiT) -> None:
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     levels = [*torch.linspace(1000, 1, steps) / 1000, torch.tensor(0.0)]
     with torch.no_grad():
-        for level, after in zip(levels, levels[1:], strict=False):
+        for level, after in pairwise(levels):
             x = x + (after - level) * decoder(x, level.expand(3), IDS)
     expected = (x.clamp(-1, 1) + 1) / 2
     torch.testing.assert_close(decoder.decode(IDS, steps=steps, seed=5), expected, atol=1e-5, rtol=0)
@@ -54,7 +55,7 @@ def test_a_picture_is_a_function_of_ids_and_seed(decoder: DiT) -> None:
 
 
 def test_each_token_stands_at_its_place(decoder: DiT) -> None:
-    """What is put beside the noise is the tokens' embeddings, stretched: a whole-number factor repeats them."""
+    """Beside the noise of each place stand the embeddings, here of one token each."""
     noise = torch.zeros(1, 3, 4, 4)
     seen: list[torch.Tensor] = []
     hook = decoder.place_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

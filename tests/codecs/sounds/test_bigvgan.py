@@ -1,4 +1,4 @@
-"""The vocoder: a stream is the whole, what comes later changes nothing, and voices are told from each other."""
+"""The vocoder: a stream is the whole, what comes later changes nothing, and voices differ."""
 
 from __future__ import annotations
 

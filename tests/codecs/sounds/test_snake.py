@@ -29,7 +29,7 @@ def test_snake_is_its_formula() -> None:
 
 
 def _activation_of_bigvgan(x: torch.Tensor, snake: SnakeBeta, taps: torch.Tensor) -> torch.Tensor:
-    """NVIDIA/BigVGAN, alias_free_activation/torch: UpSample1d, the activation, DownSample1d; ratio 2, 12 taps."""
+    """NVIDIA/BigVGAN, alias_free_activation/torch: UpSample1d, the activation, DownSample1d; 12 taps."""
     channels = x.shape[1]
     filters = taps.expand(channels, 1, -1)
     x = functional.pad(x, (5, 5), mode="replicate")
