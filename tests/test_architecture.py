@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
     "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
-    "media": {"errors", "artifacts", "outputs", "documents", "compiled"},
+    # what reads pictures and sounds is enclosed as what runs programs is
+    "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards"},
     # networks: whoever needs them opens them where they are needed
     "codecs": {"errors", "artifacts", "outputs", "file_locks", "documents", "media", "obs", "pages"},
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
@@ -62,7 +63,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep": ({"sources", "journey", "demo", "pipelines"}, {"pipeline"},
                   {"quality", "dedup", "scoring", "mixture"}, {"decontamination"}),
-    "tokenizer": ({"bpe"}, {"formats"}, {"report", "graft"}, {"compare"}),
+    "tokenizer": ({"bpe"}, {"formats"}, {"report", "graft"}, {"compare", "media"}),
 }
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""

@@ -9,10 +9,11 @@ from tokenizer import train
 from tokenizer.compare import command as compare
 from tokenizer.formats import export_command, import_command
 from tokenizer.graft import command
+from tokenizer.media import command as media
 from tokenizer.report import command as report
 
 COMMANDS = {"train": train, "import": import_command, "export": export_command, "graft": command,
-            "report": report, "compare": compare}
+            "media": media, "report": report, "compare": compare}
 
 
 def build_parser() -> Parser:

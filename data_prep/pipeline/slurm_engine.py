@@ -256,7 +256,7 @@ def _submit_all(plan: Plan, file: Path, output: Path, profile: ClusterProfile) -
 
 
 def submit_array(block: Callable[..., None], num_tasks: int, logs: Path, profile: ClusterProfile,
-            after: str | None, cpus: int) -> str:
+            after: str | None, cpus: int, gpus: int = 0) -> str:
     """Submit one array; returns its number.
 
     Args:
@@ -266,6 +266,7 @@ def submit_array(block: Callable[..., None], num_tasks: int, logs: Path, profile
         profile: of the cluster.
         after: number of an array that has to end well before; None: of none.
         cpus: cores of a task.
+        gpus: of a task.
 
     Raises:
         UserError: Slurm refuses it.
@@ -280,7 +281,8 @@ def submit_array(block: Callable[..., None], num_tasks: int, logs: Path, profile
         depends_job_id=after, job_id_retriever=_job_number, randomize_start_duration=0,
         srun_args={"cpus-per-task": str(cpus)} | _srun_options(profile),  # srun does not inherit it
         sbatch_args={"account": profile.account, "constraint": profile.constraint,
-                     "mem-per-cpu": f"{memory}M" if memory else "", "kill-on-invalid-dep": "yes",
+                     "mem-per-cpu": f"{memory}M" if memory else "",
+                     "gres": f"gpu:{gpus}" if gpus else "", "kill-on-invalid-dep": "yes",
                      "signal": f"USR1@{profile.signal_lead_s}"})
     client.check_script(executor.get_launch_file_contents(executor.get_sbatch_args(1), "true"))
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import resource
 import signal
 import socket
 import sys
@@ -16,13 +15,9 @@ from data_prep.sources.job import Item, Job, job_of
 from data_prep.sources.source import Broken, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError, told_in_a_line
-from megatron_sov.rewards.sandbox import landlock, seccomp
-from megatron_sov.rewards.sandbox import system_calls as sc
 from megatron_sov.rewards.sandbox.channel import receive, send
-from megatron_sov.rewards.sandbox.readable import DEVICES, readable_paths
-from megatron_sov.rewards.sandbox.resources import limit
+from megatron_sov.rewards.sandbox.reading import enclose_reader
 
-MAX_OPEN_FILES = 256
 MAX_ERROR_CHARS = 300
 MAX_DEPTH = 2000
 """Of Python's own calls: parsers that recurse meet it before the C stack's end."""
@@ -33,7 +28,8 @@ def main(fd: int) -> None:
     channel = socket.socket(fileno=fd)
     try:
         order = receive(channel)
-        _enclose(order["readable"], order["memory_bytes"])
+        sys.setrecursionlimit(MAX_DEPTH)
+        enclose_reader(order["readable"], order["memory_bytes"])
         while True:
             asked = receive(channel)
             reader = reader_class(asked["job"]["piece"]["format"])
@@ -51,26 +47,6 @@ def _tell(channel: socket.socket, message: dict[str, object]) -> None:
         send(channel, message)
     except OSError as e:
         raise _Gone from e
-
-
-def _enclose(readable: list[str], memory_bytes: int) -> None:
-    """Take from this process, for good, what reading needs not: memory without end, writing, the network, and
-    where the kernel knows Landlock all files but the source's."""
-    sys.setrecursionlimit(MAX_DEPTH)
-    limit(resource.RLIMIT_AS, memory_bytes)
-    limit(resource.RLIMIT_FSIZE, 0)
-    limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
-    version = landlock.abi()
-    if version < landlock.NEEDED_ABI or seccomp.supported():
-        return
-    prefixes = [path for path in {sys.prefix, *readable} if os.path.isdir(path)]
-    sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-    devices = [device for device in DEVICES if os.path.exists(device)]
-    landlock.restrict(version, [*readable_paths(prefixes), *devices], [])
-    scoped = version >= landlock.SIGNAL_SCOPE_ABI
-    seccomp.install(seccomp.prepare(
-        seccomp.rules(namespaces=False, signal_scope=scoped, own_pid=os.getpid())))
 
 
 def _read(channel: socket.socket, items: Iterator[Item], job: Job, skip: int) -> None:

@@ -8,12 +8,10 @@ file could make of it is ever run or unpickled here.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from data_prep.sources.limits import Limits
 from data_prep.sources.source import KEPT_CHARS, Broken, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.rewards.sandbox.channel import receive, send
+from megatron_sov.rewards.sandbox.reading import module_path, start_reader
 
 START_LIMIT_S = 120.0
 CLOCK_FACTOR = 10.0
@@ -34,9 +33,6 @@ FILES_EACH = 2000
 """Files that one process reads: what parsers leak stays small."""
 _MESSAGE_FACTOR = 8
 """Bytes of JSON for a byte of text: a control character becomes six."""
-_ROOT = str(Path(__file__).parents[2])
-_CODE = ("import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
-         "from data_prep.sources.enclosed import main; main(int(sys.argv[1]))")
 
 
 def read_apart(job: Job) -> Iterator[Raw | Broken]:
@@ -76,20 +72,10 @@ class _Process:
 
     def __init__(self, root: str, limits: Limits) -> None:
         self._root, self._memory_bytes, self.num_files = root, limits.memory_bytes, 0
-        ours, theirs = socket.socketpair()
-        self._channel = ours
-        environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1",
-                       "ARROW_DEFAULT_MEMORY_POOL": "system",
-                       **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}}
-        path = [_ROOT, *(entry for entry in map(os.path.abspath, filter(None, sys.path)) if entry != _ROOT)]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, str(theirs.fileno()), json.dumps(path)], env=environment,
-                cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], start_new_session=True)
-        self._end = weakref.finalize(self, _end, self._process, ours, os.getpid())
-        ours.settimeout(START_LIMIT_S)
-        send(ours, {"readable": [root, *path], "memory_bytes": limits.memory_bytes})
+        self._process, self._channel = start_reader("data_prep.sources.enclosed")
+        self._end = weakref.finalize(self, _end, self._process, self._channel, os.getpid())
+        self._channel.settimeout(START_LIMIT_S)
+        send(self._channel, {"readable": [root, *module_path()], "memory_bytes": limits.memory_bytes})
 
     def serves(self, root: str, limits: Limits) -> bool:
         """Return whether it may read files in a folder, within these limits."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
+from megatron_sov.config.blocks import IdBlock, block_problems
 from megatron_sov.config.bounds import MAX_SEQ_LEN, above
 
 STRICT = ConfigDict(extra="forbid")
@@ -130,6 +131,10 @@ class ModelConfig:
     """Weight of the multi-token prediction loss."""
     max_position_tokens: int = 131072
     """Longest context the model claims, in tokens."""
+    audio_tokens: IdBlock | None = None
+    """Ids of discrete sound; None: the vocabulary has none."""
+    image_tokens: IdBlock | None = None
+    """Ids of discrete pictures; None: the vocabulary has none."""
     init_std: float = 0.02
     """Standard deviation of initial weights; matrices that write to the residual get it /
     sqrt(2 * num_layers)."""
@@ -193,6 +198,7 @@ class ModelConfig:
                          "at most; set one of them to null")
         if self.init_std <= 0:
             p.append(f"model.init_std = {self.init_std} must be positive")
+        p += block_problems(self.vocab_size, audio_tokens=self.audio_tokens, image_tokens=self.image_tokens)
         if self.num_experts * self.num_layers > MAX_EXPERTS:
             p.append(f"model.num_layers {self.num_layers} x model.num_experts {self.num_experts} must be "
                      f"at most {MAX_EXPERTS:,} experts; count their zeros")

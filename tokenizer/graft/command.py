@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ CONFIG = "config.json"
 COMPANIONS = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja",
               "chat_template.json")
 """Files that stay true; vocab.json and the like would not, and code is not taken along."""
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Special tokens whose spelling says nothing about them: entries of codebooks and what stands around
+    them."""
+
+    tokens: tuple[str, ...]
+    """In the order of their ids, behind all others."""
+    noise: float
+    """Of their rows, which are the mean of all: normal, in standard deviations of each column."""
+    seed: int
+    """Of the noise."""
+    content: dict[str, Any] = field(default_factory=dict)
+    """What the manifest says of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
           replace: list[str] | None = None, vocab_size: int | None = None, texts: list[Path] | None = None,
-          overwrite: bool = False) -> None:
+          codebooks: Codebooks | None = None, overwrite: bool = False) -> None:
     """Write a model with other tokens, as an artifact of kind "hf_model".
 
     Args:
@@ -76,6 +92,7 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
         replace: OLD=NEW.
         vocab_size: rows of the finished model; None: as many as needed, but no fewer than before.
         texts: files and folders on which ids are compared besides.
+        codebooks: tokens that are added behind those of `add`.
         overwrite: replace a model that is already there.
 
     Raises:
@@ -87,7 +104,7 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
     from tokenizer.graft.vocabulary import Surgery
 
     refuse_existing(output, KIND, overwrite)
-    if not add and not replace:
+    if not add and not replace and codebooks is None:
         raise UserError("sov-tokenizer graft: nothing to do; pass --add or --replace")
     if not (model / CONFIG).is_file():
         raise UserError(f"{model}: has no {CONFIG}, so it is not a Hugging Face folder; "
@@ -101,12 +118,18 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
     files = weight_files(model)
     tables = find_tables(files, old_rows)
     surgery = Surgery(source.raw, str(source.file), _protected(source, config))
-    _operate(surgery, add, special, replace or [], vocab_size)
+    if add or replace:
+        _operate(surgery, add, special, replace or [], vocab_size)
+    noisy = range(surgery.num_ids, surgery.num_ids + len(codebooks.tokens)) if codebooks else range(0)
+    if codebooks is not None:
+        surgery.add_words(codebooks.tokens, special=True)
     new_rows = max(old_rows, surgery.num_ids) if vocab_size is None else vocab_size
     if new_rows < max(old_rows, surgery.num_ids):
         raise UserError(f"--vocab-size {vocab_size}: must be at least {max(old_rows, surgery.num_ids)}, "
                         "which the model has and the tokens need")
-    plan = RowPlan(old_rows, new_rows, known_ids, {token.id: token.old_ids for token in surgery.new})
+    plan = RowPlan(old_rows, new_rows, known_ids, {
+        token.id: [] if token.id in noisy else token.old_ids for token in surgery.new},
+        codebooks.noise if codebooks else 0.0, noisy, codebooks.seed if codebooks else 0)
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         _write_tokenizer(artifact.path, model, surgery)
         config.get("text_config", config)["vocab_size"] = new_rows
@@ -114,6 +137,7 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
         checked = _check(artifact.path, source, surgery, texts or [])
         _write_weights(artifact, files, tables, plan)
         _describe(artifact, model, surgery, plan, checked, config)
+        artifact.content |= codebooks.content if codebooks else {}
     _tell(surgery, plan, checked, output)
 
 
@@ -134,8 +158,8 @@ def _protected(source: Any, config: dict[str, Any]) -> set[str]:
     defaults = source.file.with_name("generation_config.json")
     ids: list[int | None] = []
     for place in (config, read_json(defaults) if defaults.is_file() else {}):
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = place.get(field)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = place.get(name)
             ids += value if isinstance(value, list) else [value]
     relied = json.dumps(source.raw.get("post_processor"), ensure_ascii=False) + (source.chat_template or "")
     named = {token for token in (*source.named.values(), source.raw["model"].get("unk_token")) if token}

@@ -2,7 +2,8 @@
 
 A new row is the mean of the rows of which its text was made before (sub-token mean); where there are none,
 the mean of all rows, which keeps the model's distribution over old tokens nearly as it was (Hewitt,
-"Initializing New Word Embeddings for Pretrained Language Models", 2021).  Means are taken in float64 and
+"Initializing New Word Embeddings for Pretrained Language Models", 2021).  Rows of codebook entries, whose
+spelling says nothing, are that mean with noise, or all would be one.  Means are taken in float64 and
 rounded once.  Old rows are copied as bytes; memory holds one tensor of a file that has such rows,
 and a block of any other.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from megatron_sov.artifacts import FileRecord
 from megatron_sov.digests import Digest
@@ -42,6 +44,12 @@ class RowPlan:
     """Rows up to here belong to tokens and count for the mean of all; the rest is padding."""
     made_of: dict[int, list[int]]
     """New id -> old ids whose mean it is; [] and ids above `old_rows` that are not named: the mean of all."""
+    noise: float = 0.0
+    """What is added to the rows of `noisy`: normal, in standard deviations of each column."""
+    noisy: range = range(0)
+    """Ids whose rows get it."""
+    seed: int = 0
+    """Of the noise."""
 
 
 def weight_files(model: Path) -> list[Path]:
@@ -136,7 +144,7 @@ def graft_file(file: Path, target: Path, tables: set[str], plan: RowPlan) -> Fil
             yield len(head).to_bytes(8, "little") + head
             for name in names:
                 if name in tables:
-                    yield from (_bytes(rows) for rows in _rows(slices[name], plan))
+                    yield from (_bytes(rows) for rows in _rows(slices[name], plan, name))
                 else:
                     yield _bytes(source.get_tensor(name))
 
@@ -163,16 +171,21 @@ def row_bytes(tables: dict[str, Path]) -> int:
     return total
 
 
-def _rows(table: Any, plan: RowPlan) -> Iterator[torch.Tensor]:
+def _rows(table: Any, plan: RowPlan, name: str) -> Iterator[torch.Tensor]:
     """Yield the rows of a table in blocks: the old ones, some of them replaced, and the new ones."""
     import torch
 
-    mean = _mean(table, plan.known_ids)
+    mean, deviation = _mean_and_deviation(table, plan.known_ids)
 
     def row(id_: int) -> torch.Tensor:
         old = plan.made_of.get(id_)
+        if not old and plan.noise and id_ in plan.noisy:
+            # a function of seed, tensor and id: what else is grafted does not change it
+            drawn = torch.Generator().manual_seed(crc32(f"{plan.seed} {name} {id_}".encode()))
+            noise = torch.randn(mean.shape, dtype=torch.float64, generator=drawn)
+            return (mean + plan.noise * deviation * noise).to(table[0:1].dtype)
         if not old:
-            return mean
+            return mean.to(table[0:1].dtype)
         rows = torch.cat([table[i:i + 1] for i in old])
         return rows.double().mean(0).to(rows.dtype)
 
@@ -189,12 +202,12 @@ def _rows(table: Any, plan: RowPlan) -> Iterator[torch.Tensor]:
             yield torch.stack(fresh)
 
 
-def _mean(table: Any, num_rows: int) -> torch.Tensor:
-    """Return the mean of the first rows in the table's dtype."""
-    total = sum(table[start:min(start + BLOCK_ROWS, num_rows)].double().sum(0)
-                for start in range(0, num_rows, BLOCK_ROWS))
-    mean: torch.Tensor = (total / num_rows).to(table[0:1].dtype)
-    return mean
+def _mean_and_deviation(table: Any, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of each column of the first rows, in float64."""
+    blocks = [(start, min(start + BLOCK_ROWS, num_rows)) for start in range(0, num_rows, BLOCK_ROWS)]
+    mean: torch.Tensor = sum(table[start:stop].double().sum(0) for start, stop in blocks) / num_rows
+    squares: torch.Tensor = sum((table[start:stop].double() - mean).square().sum(0) for start, stop in blocks)
+    return mean, (squares / num_rows).sqrt()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

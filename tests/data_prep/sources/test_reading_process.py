@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.sources import formats, reading_process
 from data_prep.sources.source import Broken, Raw, SourceSettings
+from megatron_sov.rewards.sandbox import reading
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time
@@ -66,10 +67,9 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # the reading process loads its reader by name, so that the format's own is replaced by a module
     monkeypatch.setitem(formats.FORMATS, "text", "hostile_reader:Reader")
     replaced = "from data_prep.sources import formats; formats.FORMATS['text'] = 'hostile_reader:Reader'; "
-    main = "from data_prep.sources.enclosed"
-    assert main in reading_process._CODE
-    code = reading_process._CODE.replace(main, replaced + main)
-    monkeypatch.setattr(reading_process, "_CODE", code)
+    main = "from {module}"
+    assert main in reading._CODE
+    monkeypatch.setattr(reading, "_CODE", reading._CODE.replace(main, replaced + main))
     monkeypatch.setattr(reading_process, "_kept", {})
 
     def read(words: str, **options: object) -> list[Raw | Broken]:

@@ -1,0 +1,264 @@
+"""Media as codebook entries and as records of banks, each content once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.media.records import Part
+from data_prep.media.settings import SAMPLE_RATE_HZ, MediaSettings
+from data_prep.media.spectrograms import Spectrograms
+from megatron_sov.documents import BadRecord
+from megatron_sov.errors import UserError
+from megatron_sov.media.banks import PICTURES, SOUNDS
+from megatron_sov.media.items import discrete_audio, discrete_image
+from megatron_sov.media.reading.places import place_of
+from megatron_sov.media.reading.reader import MediaReader, Read
+from megatron_sov.media.reading.videos import Sampling
+from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
+
+BATCH = 16
+"""Pictures that a codec sees at a time: always as many, so that what it says of one does not depend on which
+others there are."""
+AT_A_TIME = 16
+"""Media whose numbers are held in memory."""
+KEPT = 50_000
+"""Contents whose codebook entries are remembered."""
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What stands in a text for a medium, besides its name."""
+
+    mime_type: str
+    """Type of its content."""
+    discrete: str = ""
+    """Its discrete block."""
+    duration_s: float = 0.0
+    """Length of a sound or video."""
+    bank: str = ""
+    """Kind of the bank that has its records; "": none."""
+    rows: tuple[tuple[int, int], ...] = ()
+    """Record of the bank, and how many of its slots are used, in order."""
+
+
+@dataclass
+class UnitBanks:
+    """The records of a unit, each content once."""
+
+    write: dict[str, Callable[[bytes], object]]
+    """Kind -> what takes a record's bytes."""
+    keys: dict[str, list[str]] = field(default_factory=lambda: {PICTURES: [], SOUNDS: []})
+    """Kind -> a name of each record's content, in order."""
+
+    def add(self, kind: str, content: str, records: np.ndarray) -> list[int]:
+        """Append records of a medium; returns their rows."""
+        first = len(self.keys[kind])
+        for i, record in enumerate(records):
+            self.write[kind](np.ascontiguousarray(record).tobytes())
+            self.keys[kind].append(f"{content}/{i}")
+        return list(range(first, first + len(records)))
+
+
+def content_hash(file: Path) -> str:
+    """Return the hash of a medium's bytes; of a folder: of its files' names and bytes."""
+    digest = hashlib.sha256()
+    for one in [file] if file.is_file() else sorted(file.iterdir()):
+        digest.update(f"{one.name if one != file else ''}\0".encode(errors="replace"))
+        if one.is_file() and not (one != file and one.is_symlink()):
+            with open(one, "rb") as f:
+                while block := f.read(_BLOCK_BYTES):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+class MediaEncoder:
+    """Encodes media; one per process."""
+
+    def __init__(self, settings: MediaSettings, threads: int) -> None:
+        """Open the codecs.
+
+        Raises:
+            UserError: a folder is no codec of its kind.
+        """
+        self._settings, self._threads = settings, threads
+        self._reader = MediaReader(settings.media_root, settings.limits, threads)
+        self.images = _opened(settings.image_tokenizer, "--image-tokenizer", settings.device, "side_pixels")
+        self.sounds = _opened(settings.audio_tokenizer, "--audio-tokenizer", settings.device,
+                              "samples_per_token")
+        bank = settings.sound_bank
+        self._spectrograms = Spectrograms(bank[0], bank[1]) if bank else None
+        self._banks = settings.banks()
+        self._known: OrderedDict[str, str] = OrderedDict()
+
+    def close(self) -> None:
+        """End the processes that read."""
+        self._reader.close()
+
+    def codebooks(self) -> dict[str, int]:
+        """Return kind -> entries of the codec's codebook."""
+        return {kind: int(codec.codebook_size) for kind, codec in ((IMAGE, self.images), (AUDIO, self.sounds))
+                if codec is not None}
+
+    def encode(self, parts: Sequence[Part], banks: UnitBanks) -> dict[Part, Medium | BadRecord]:
+        """Return what stands for each of the parts, or why there is nothing; equal contents are encoded once.
+
+        Args:
+            parts: media.
+            banks: take the records.
+        """
+        found: dict[Part, Medium | BadRecord] = {}
+        contents: dict[str, Medium | BadRecord] = {}
+        names: dict[Part, str] = {}
+        for part in dict.fromkeys(parts):
+            try:
+                names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
+            except BadRecord as e:
+                found[part] = e
+        first = {name: part for part, name in reversed(names.items())}
+        todo = list(dict.fromkeys(names.values()))
+        with ThreadPoolExecutor(self._threads) as pool:
+            for start in range(0, len(todo), AT_A_TIME):
+                here = todo[start:start + AT_A_TIME]
+                reads = list(pool.map(lambda name: self._read(first[name]), here))
+                contents |= self._encoded(here, reads, banks)
+        return found | {part: contents[name] for part, name in names.items()}
+
+    def _place(self, part: Part) -> Path:
+        try:
+            file = place_of(self._settings.media_root.resolve(), part.value)
+            if file.is_file() and file.stat().st_size > self._settings.limits.file_bytes:
+                raise BadRecord("size", f"has {file.stat().st_size:,} bytes, at most "
+                                        f"{self._settings.limits.file_bytes:,} are read; shrink it, or raise "
+                                        "--max-file-bytes")
+            return file
+        except OSError as e:
+            raise BadRecord("missing", f"cannot be read ({e.strerror or e}); check its permissions") from None
+
+    def _read(self, part: Part) -> list[Read] | BadRecord:
+        """Return a medium's numbers: of a sound once for each rate that is asked for."""
+        settings = self._settings
+        try:
+            if part.kind == VIDEO:
+                if settings.picture_bank is None:
+                    raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
+                sampling = Sampling(settings.picture_bank[0], settings.frames_per_s, settings.most_frames,
+                                    part.frames_per_s)
+                return [self._reader.video(part.value, sampling)]
+            if part.kind == IMAGE:
+                sides = [*([self.images.side_pixels] if self.images else []),
+                         *([settings.picture_bank[0]] if settings.picture_bank else [])]
+                if not sides:
+                    raise BadRecord("no_codec", "is a picture, which needs --image-tokenizer or "
+                                                "--continuous-pictures")
+                return [self._reader.picture(part.value, tuple(sides), settings.animated)]
+            rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
+                     *([SAMPLE_RATE_HZ] if settings.sound_bank else [])]
+            if not rates:
+                raise BadRecord("no_codec", "is a sound, which needs --audio-tokenizer or "
+                                            "--continuous-sounds")
+            by_rate = {rate: self._reader.sound(part.value, rate) for rate in dict.fromkeys(rates)}
+            return [by_rate[rate] for rate in rates]
+        except BadRecord as e:
+            return e
+
+    def _encoded(self, names: list[str], reads: list[list[Read] | BadRecord],
+                 banks: UnitBanks) -> dict[str, Medium | BadRecord]:
+        self._encode_pictures({name: read[0] for name, read in zip(names, reads, strict=True)
+                               if not isinstance(read, BadRecord) and name.startswith(f"{IMAGE}/")})
+        found: dict[str, Medium | BadRecord] = {}
+        for name, read in zip(names, reads, strict=True):
+            if isinstance(read, BadRecord):
+                found[name] = read
+                continue
+            kind = name.partition("/")[0]
+            found[name] = (self._sound(name, read, banks) if kind == AUDIO
+                           else self._picture(name, read[0], banks, is_video=kind == VIDEO))
+        return found
+
+    def _encode_pictures(self, reads: dict[str, Read]) -> None:
+        """Remember the discrete blocks of pictures that are not known."""
+        if self.images is None:
+            return
+        import torch
+
+        todo = [name for name in reads if name not in self._known]
+        for start in range(0, len(todo), BATCH):
+            here = todo[start:start + BATCH]
+            side = self.images.side_pixels
+            batch = np.zeros((BATCH, 3, side, side), np.float32)
+            for i, name in enumerate(here):
+                batch[i] = reads[name].arrays[0].astype(np.float32) / 255
+            with torch.inference_mode():
+                ids = self.images.encode(torch.from_numpy(batch).to(self._settings.device)).cpu().numpy()
+            for i, name in enumerate(here):
+                numbers = _checked(ids[i], self.images, self._settings.image_tokenizer)
+                self._remember(name, discrete_image(numbers, self.images.grid, reads[name].width,
+                                                    reads[name].height))
+
+    def _picture(self, name: str, read: Read, banks: UnitBanks, *, is_video: bool) -> Medium:
+        rows: list[int] = []
+        if PICTURES in self._banks:
+            records = read.arrays[-1] if is_video else read.arrays[-1][None]
+            rows = banks.add(PICTURES, name, records)
+        slots = self._banks[PICTURES].slots if rows else 0
+        return Medium(read.mime_type, "" if is_video else self._known.get(name, ""), read.duration_s,
+                      PICTURES if rows else "", tuple((row, slots) for row in rows))
+
+    def _sound(self, name: str, reads: list[Read], banks: UnitBanks) -> Medium:
+        if self.sounds is not None and name not in self._known:
+            numbers = [n for piece in self._pieces(reads[0].arrays[0]) for n in piece]
+            self._remember(name, discrete_audio(numbers))
+        rows: list[tuple[int, int]] = []
+        if self._spectrograms is not None:
+            records, frames = self._spectrograms.pieces(reads[-1].arrays[0])
+            shape = self._banks[SOUNDS]
+            rows = [(row, shape.slots_of(used))
+                    for row, used in zip(banks.add(SOUNDS, name, records), frames, strict=True)]
+        return Medium(reads[0].mime_type, self._known.get(name, ""), reads[0].duration_s,
+                      SOUNDS if rows else "", tuple(rows))
+
+    def _pieces(self, samples: np.ndarray) -> Iterator[list[int]]:
+        """Yield the codebook entries of a sound's pieces."""
+        import torch
+
+        piece = int(self.sounds.max_piece_s * self.sounds.sample_rate_hz)
+        for start in range(0, len(samples), piece):
+            with torch.inference_mode():
+                sound = torch.from_numpy(samples[start:start + piece].copy()).to(self._settings.device)
+                ids = self.sounds.encode(sound).cpu().numpy()
+            yield _checked(ids, self.sounds, self._settings.audio_tokenizer)
+
+    def _remember(self, name: str, block: str) -> None:
+        self._known[name] = block
+        while len(self._known) > KEPT:
+            self._known.popitem(last=False)
+
+
+def _opened(folder: Path | None, option: str, device: str, needed: str) -> Any:
+    """Return the codec of a folder; None: none is wanted."""
+    if folder is None:
+        return None
+    from megatron_sov.codecs.folder import open_codec
+
+    codec = open_codec(folder, device)
+    if not hasattr(codec, needed) or not hasattr(codec, "encode"):
+        raise UserError(f"{option} {folder}: is a codec of another kind ({type(codec).__name__}); pass a "
+                        "tokenizer")
+    return codec
+
+
+def _checked(ids: np.ndarray, codec: Any, folder: Path | None) -> list[int]:
+    """Return codebook entries, each of which must be one."""
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < codec.codebook_size:
+        raise UserError(f"{folder}: gives entries from {ids.min()} to {ids.max()} of a codebook of "
+                        f"{codec.codebook_size}; make the codec again, or restore it from a copy")
+    return [int(n) for n in ids]

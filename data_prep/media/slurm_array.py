@@ -1,0 +1,148 @@
+"""A run as Slurm's jobs: an array of workers, each with its share of the units, and a last job that writes
+the
+artifact.  The same command, typed again, tells how far they are or goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.media.finishing import KIND
+from data_prep.media.running import Order, encode_units, finished
+from data_prep.media.units import UnitEncoder, plan
+from data_prep.pipeline.engine import (
+    TaskFailed,
+    keeping_failure,
+    prepare,
+    raise_failures,
+    refuse_many_restarts,
+)
+from data_prep.pipeline.running import only_one
+from data_prep.pipeline.slurm_engine import (
+    FINISH_CPUS,
+    cancelled_where_one_fails,
+    outside_jobs,
+    refuse_enroot,
+    refuse_unquotable,
+    submit_array,
+)
+from data_prep.pipeline.slurm_jobs import Jobs
+from megatron_sov.artifacts import disk_errors, refuse_existing
+from megatron_sov.clusters import client, cluster
+from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.errors import UserError
+
+ENCODE, FINISH = "encode", "finish"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The one block of the array."""
+
+    order: Order
+    """What was asked for."""
+    logs: Path
+    """Folder of the array's logs."""
+    num_workers: int
+    """Of the array."""
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        """Make this worker's units: every `num_workers`-th."""
+        with keeping_failure(self.logs, rank), disk_errors(self.order.work):
+            refuse_many_restarts("sov-data encode-media", "take more --workers")
+            encoder = UnitEncoder(self.order.settings, self.order.work, self.order.threads)
+            try:
+                encode_units(encoder, list(plan(self.order.files()))[rank::self.num_workers], shows=False)
+            finally:
+                encoder.close()
+
+
+@dataclass(frozen=True)
+class Last:
+    """The one block of the last job."""
+
+    order: Order
+    """What was asked for."""
+    logs: Path
+    """Folder of its logs."""
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        """Write the artifact."""
+        with keeping_failure(self.logs, rank):
+            finished(self.order, list(plan(self.order.files())), self.order.settings.identity())
+
+
+def submit_order(order: Order, name: str, num_workers: int, *, account: str | None,
+                 partition: str | None) -> None:
+    """Submit what is not done, or tell how far jobs are that work on it.
+
+    Args:
+        order: what was asked for; its paths are on a disk that all nodes see.
+        name: cluster profile.
+        num_workers: jobs of the array.
+        account: Slurm account; None: the profile's.
+        partition: partition; None: the profile's.
+
+    Raises:
+        UserError: the profile, the order or Slurm are in the way.
+    """
+    order = _absolute(order)
+    refuse_unquotable(order.output)
+    if num_workers < 1:
+        raise UserError(f"--workers {num_workers}: must be at least 1")
+    profile = cluster.load(name, account=account, partition=partition)
+    refuse_enroot(profile)
+    units = order.ready()
+    encoder = UnitEncoder(order.settings, order.work, order.threads)
+    order.begin(encoder.identity)
+    with only_one(order.work), disk_errors(order.work):
+        num_done = sum(map(encoder.is_done, units))
+        if living := Jobs.read(order.work).living():
+            print(f"{order.output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "
+                  f"{len(units):,} "
+                  "units are done")
+            return
+        refuse_existing(order.output, KIND, order.overwrite)
+        _tell_failures(order.work)
+        client.check_partition(profile.partition)
+        _submit(order, profile, min(num_workers, len(units) - num_done))
+
+
+def _absolute(order: Order) -> Order:
+    """Return an order whose paths hold on other nodes."""
+    settings = replace(order.settings, media_root=order.settings.media_root.absolute(), **{
+        field: folder.absolute() for field in ("image_tokenizer", "audio_tokenizer")
+        if (folder := getattr(order.settings, field)) is not None})
+    return replace(order, output=order.output.absolute(), settings=settings,
+                   inputs=tuple(path.absolute() for path in order.inputs))
+
+
+def _submit(order: Order, profile: ClusterProfile, num_workers: int) -> None:
+    jobs, after = Jobs("encode-media", {}), None
+    with cancelled_where_one_fails(jobs), outside_jobs():
+        logs = {name: order.work / "logs" / name for name in (ENCODE, FINISH)}
+        for folder in logs.values():
+            prepare(folder, [], 0)
+        if num_workers:
+            worker = Worker(order, logs[ENCODE], num_workers)
+            after = submit_array(worker, num_workers, logs[ENCODE], profile, None,
+                                 min(profile.cpus_per_node, order.threads + 1),
+                                 gpus=int(order.settings.device.startswith("cuda")))
+            jobs.numbers[ENCODE] = after
+            jobs.write(order.work)
+        jobs.numbers[FINISH] = submit_array(Last(order, logs[FINISH]), 1, logs[FINISH], profile, after,
+                                            min(profile.cpus_per_node, FINISH_CPUS))
+        jobs.write(order.work)
+    named = ", ".join(f"{what} {number}" for what, number in jobs.numbers.items())
+    print(f"{order.output}: submitted {named}; the same command tells how far they are")
+
+
+def _tell_failures(work: Path) -> None:
+    """Print what has stopped the jobs of an earlier command."""
+    for name in (ENCODE, FINISH):
+        try:
+            raise_failures(work / "logs" / name)
+        except (UserError, TaskFailed) as e:
+            print(f"the jobs before were stopped by: {str(e).strip()}")
+            return

@@ -1,0 +1,186 @@
+"""Units of work: some records with their media, encoded into a folder of its own that appears when it is
+complete.
+
+A unit's folder is named by a hash of its records and of every setting.  A command that was killed
+continues with
+the units that are there.  Media themselves are not looked at again: who changes one starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.media.encoder import MediaEncoder, UnitBanks
+from data_prep.media.records import MediaRecord, parse_record
+from data_prep.media.settings import STOP, MediaSettings
+from data_prep.media.texts import encoded
+from data_prep.units import unit_folder
+from megatron_sov.artifacts import disk_errors, fsync_path, to_json
+from megatron_sov.documents import BadRecord
+from megatron_sov.documents.visible import visible
+from megatron_sov.errors import UserError
+from megatron_sov.media.banks import KINDS, PICTURES, SOUNDS
+
+RECORDS_PER_UNIT = 128
+MOST_LINE_BYTES = 64 << 20
+RECORDS, BAD, ROWS, SUMMARY = "records.jsonl", "bad.jsonl", "rows.json", "unit.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some lines of a file."""
+
+    file: Path
+    """The file."""
+    start: int
+    """First byte."""
+    stop: int
+    """The byte behind the last."""
+    first_line: int
+    """Number of its first line, from 1."""
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield number and bytes of each line that is not empty."""
+        with open(self.file, "rb") as f:
+            f.seek(self.start)
+            raw = f.read(self.stop - self.start)
+        for number, line in enumerate(raw.split(b"\n"), self.first_line):
+            if line.strip():
+                yield number, line
+
+    def key(self, identity: str) -> str:
+        """Return the name of its folder."""
+        digest = hashlib.sha256(identity.encode())
+        for number, line in self.lines():
+            digest.update(f"\n{number - self.first_line} {len(line)} ".encode())
+            digest.update(line)
+        return digest.hexdigest()
+
+
+def plan(files: list[Path]) -> Iterator[Unit]:
+    """Yield the units of files, in order.
+
+    Raises:
+        UserError: a file cannot be read, or has a line that is too long.
+    """
+    for file in files:
+        try:
+            with open(file, "rb") as f:
+                yield from _of_file(file, f)
+        except OSError as e:
+            raise UserError(f"--input {file}: cannot be read ({e.strerror or e}); check the path") from None
+
+
+def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[Unit]:
+    start = stop = 0
+    first, number = 1, 0
+    for number, line in enumerate(f, 1):
+        if len(line) > MOST_LINE_BYTES:
+            raise UserError(f"{file}:{number}: has {len(line):,} bytes, at most {MOST_LINE_BYTES:,} are "
+                            "read; name "
+                            "media by their paths")
+        stop += len(line)
+        if number - first + 1 == RECORDS_PER_UNIT:
+            yield Unit(file, start, stop, first)
+            start, first = stop, number + 1
+    if stop > start:
+        yield Unit(file, start, stop, first)
+
+
+class UnitEncoder:
+    """Encodes units; one per process."""
+
+    def __init__(self, settings: MediaSettings, work: Path, threads: int) -> None:
+        """Take the order; codecs are opened by the first unit that needs them."""
+        self._settings, self._work, self._threads = settings, work, threads
+        self.identity = settings.identity()
+        self._encoder: MediaEncoder | None = None
+
+    def close(self) -> None:
+        """End the processes that read."""
+        if self._encoder is not None:
+            self._encoder.close()
+
+    def is_done(self, unit: Unit) -> bool:
+        """Return whether a unit is complete."""
+        return (unit_folder(self._work, unit.key(self.identity)) / SUMMARY).is_file()
+
+    def encode(self, unit: Unit) -> None:
+        """Make a unit, unless it is there.
+
+        Raises:
+            UserError: a record or a medium is bad, and that is to stop it; or the disk refuses.
+        """
+        folder = unit_folder(self._work, unit.key(self.identity))
+        if (folder / SUMMARY).is_file():
+            return
+        if self._encoder is None:
+            self._encoder = MediaEncoder(self._settings, self._threads)
+        temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        with disk_errors(self._work):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+            temporary.mkdir(parents=True)
+            try:
+                self._write(unit, temporary)
+                for file in temporary.iterdir():
+                    fsync_path(file)
+                try:
+                    os.rename(temporary, folder)
+                except OSError:
+                    if not folder.exists():  # else an equal unit, of another file, came first
+                        raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write(self, unit: Unit, folder: Path) -> None:
+        assert self._encoder is not None
+        bad: list[dict[str, object]] = []
+        records: list[tuple[int, MediaRecord]] = []
+        for number, line in unit.lines():
+            try:
+                records.append((number, parse_record(line)))
+            except BadRecord as e:
+                self._note(bad, unit, number, "", e)
+        files = {kind: folder / f"{kind}.bin" for kind in KINDS}
+        with open(files[PICTURES], "wb") as pictures, open(files[SOUNDS], "wb") as sounds:
+            banks = UnitBanks({PICTURES: pictures.write, SOUNDS: sounds.write})
+            media = self._encoder.encode([p for _, record in records for p in record.media()], banks)
+        good = {part: medium for part, medium in media.items() if not isinstance(medium, BadRecord)}
+        counts: Counter[str] = Counter()
+        kinds = set()
+        with open(folder / RECORDS, "w", encoding="utf-8") as out:
+            for number, record in records:
+                part = next((p for p in record.media() if p not in good), None)
+                try:
+                    if part is not None:
+                        raise media[part]  # type: ignore[misc]
+                    made = encoded(record, good)
+                except BadRecord as e:
+                    self._note(bad, unit, number, part.value if part else "", e)
+                    continue
+                out.write(json.dumps(made, ensure_ascii=False) + "\n")
+                kinds.add(record.kind)
+                counts.update(p.kind for p in record.media())
+                counts["records"] += 1
+        (folder / BAD).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
+        (folder / ROWS).write_text(to_json({kind: banks.keys[kind] for kind in KINDS}))
+        (folder / SUMMARY).write_text(to_json({"counts": counts, "kinds": sorted(kinds),
+                                               "codebooks": self._encoder.codebooks()}))
+
+    def _note(self, bad: list[dict[str, object]], unit: Unit, number: int, medium: str,
+              why: BadRecord) -> None:
+        """List what is bad, or stop at it."""
+        named = f" {visible(medium)}" if medium else ""
+        if self._settings.bad_media == STOP:
+            raise UserError(f"{unit.file}:{number}:{named} {why.reason} (--bad-media skip lists such "
+                            "records and "
+                            "goes on)")
+        bad.append({"file": str(unit.file), "line": number, "medium": medium, "code": why.code,
+                    "reason": why.reason})

@@ -1,0 +1,1 @@
+"""Tokens of pictures and sounds behind those of text."""

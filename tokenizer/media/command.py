@@ -1,0 +1,159 @@
+"""`sov-tokenizer media`: tokens of pictures and sounds behind those of a text tokenizer or a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import new_artifact, read_manifest, refuse_existing, sha256_file, to_json
+from megatron_sov.errors import UserError
+from megatron_sov.media.vocabulary import MEDIA, described
+from tokenizer.media.layout import MediaTokens, laid_out
+
+HELP = "add tokens of pictures and sounds to a tokenizer or a model"
+DESCRIPTION = """Add a token for each entry of the codebooks of sounds and pictures, and the marks that stand
+around them in a text, behind all other tokens: marks, sounds, pictures. Ids of text stay as they are.
+
+TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote, or a Hugging Face model's folder: its
+embedding and head then get rows too, the mean of all old rows with a little noise."""
+KIND = "tokenizer"
+NOISE = 0.1
+"""Standard deviations of each column (ours: the authors of the published model do not say how they began)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER",
+                        help="folder of a tokenizer, or of a Hugging Face model")
+    for kind, published in (("audio", "6561"), ("image", "65536")):
+        parser.add_argument(f"--{kind}-tokens", type=int, default=0, metavar="N",
+                            help=f"entries of the codebook (HyperCLOVA X 8B Omni: {published}; "
+                                 "default: none)")
+        parser.add_argument(f"--{kind}-first", type=int, metavar="ID",
+                            help="id of the first one; ids left free before it become reserved tokens "
+                                 "(default: the next id)")
+    parser.add_argument("--noise", type=float, metavar="S",
+                        help="of a model's new rows, in standard deviations of each column "
+                             f"(default {NOISE})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default %(default)s)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
+                        help="folder for the tokenizer, or the model")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `sov-tokenizer media`; returns 0."""
+    asked = MediaTokens(args.audio_tokens, args.image_tokens, args.audio_first, args.image_first)
+    if problems := asked.problems():
+        raise UserError("; ".join(problems))
+    if (args.tokenizer / "config.json").is_file():
+        noise = NOISE if args.noise is None else args.noise
+        if not 0 <= noise <= 10:
+            raise UserError(f"--noise {noise}: must lie in 0..10")
+        _grow_model(args.tokenizer, args.output, asked, noise, args.seed, args.overwrite)
+        return 0
+    if args.noise is not None:
+        raise UserError(f"--noise {args.noise}: {args.tokenizer} is no model, and a tokenizer alone has no "
+                        "rows; leave it out")
+    add_media(args.tokenizer, args.output, asked, overwrite=args.overwrite)
+    return 0
+
+
+def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: bool = False) -> None:
+    """Write a tokenizer with tokens of media as an artifact of kind "tokenizer".
+
+    Args:
+        tokenizer: artifact of kind "tokenizer".
+        output: the folder to write.
+        asked: which tokens.
+        overwrite: replace a tokenizer that is already there.
+
+    Raises:
+        UserError: there is no such tokenizer, it has tokens of media, or text would get other ids.
+    """
+    from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
+    from tokenizer.formats.reader import find_file, ids_of, open_hf, opened, read_json
+
+    refuse_existing(output, KIND, overwrite)
+    manifest = read_manifest(tokenizer, KIND)
+    source = open_hf(find_file(tokenizer))
+    surgery, blocks = _operated(source, asked)
+    config = read_json(tokenizer / CONFIG_JSON)
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        text = opened(surgery.finished(), tokenizer).to_str()
+        (artifact.path / TOKENIZER_JSON).write_text(text, encoding="utf-8")
+        (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
+        checked = _check(artifact.path, source, surgery)
+        artifact.add_input(tokenizer)
+        artifact.content = {**manifest.content,
+                            "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
+                            "vocab_size": max(ids_of(surgery.raw).values()) + 1, "checked": checked,
+                            MEDIA: described(blocks)}
+        artifact.settings = {"tokenizer": tokenizer, "asked": asked}
+    _tell(blocks, artifact.content["vocab_size"], checked, output)
+
+
+def _operated(source: Any, asked: MediaTokens) -> tuple[Any, list[Any]]:
+    """Return the tokenizer with its new tokens, and their blocks."""
+    from tokenizer.graft.vocabulary import Surgery
+
+    surgery = Surgery(source.raw, str(source.file), set())
+    words, blocks = _laid_out(source, asked)
+    surgery.add_words(words, special=True)
+    return surgery, blocks
+
+
+def _laid_out(source: Any, asked: MediaTokens) -> tuple[list[str], list[Any]]:
+    from tokenizer.formats.reader import ids_of
+
+    ids = ids_of(source.raw)
+    return laid_out(asked, ids.keys(), max(ids.values()) + 1)
+
+
+def _check(folder: Path, source: Any, surgery: Any) -> str:
+    """Compare ids of text before and after, and look for each new token in its own text; returns a sentence.
+
+    Raises:
+        UserError: text has other ids, or a token is not found.
+    """
+    from tokenizers import Tokenizer
+
+    from tokenizer.formats.hf_files import TOKENIZER_JSON
+    from tokenizer.formats.reader import opened, plain_ids, read_json
+    from tokenizer.sample_texts import built_in, first_difference
+
+    encode = plain_ids(opened(read_json(folder / TOKENIZER_JSON), folder))
+    texts = list(built_in(source.raw))
+    if difference := first_difference(texts, encode, source.encode):
+        raise UserError(f"{source.file}: text would get other ids with tokens of media in its vocabulary, "
+                        f"{difference}; so they cannot be added to this tokenizer")
+    special = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    together = special.encode("".join(token.token for token in surgery.new), add_special_tokens=False).ids
+    if together != [token.id for token in surgery.new]:
+        raise UserError(f"{source.file}: its new tokens are not found in their own text; it cannot have "
+                        "tokens of media")
+    return f"each token of media is found in its own text, and {len(texts)} texts keep their ids"
+
+
+def _grow_model(model: Path, output: Path, asked: MediaTokens, noise: float, seed: int,
+                overwrite: bool) -> None:
+    """Write a Hugging Face model with tokens of media and rows for them."""
+    from tokenizer.formats.reader import find_file, open_hf
+    from tokenizer.graft.command import Codebooks, graft
+
+    words, blocks = _laid_out(open_hf(find_file(model)), asked)
+    graft(model, output, add=[], overwrite=overwrite, codebooks=Codebooks(
+        tuple(words), noise, seed, {MEDIA: described(blocks), "media_noise": noise}))
+    _tell(blocks, 0, "", output)
+
+
+def _tell(blocks: list[Any], vocab_size: int, checked: str, output: Path) -> None:
+    for block in blocks:
+        print(f"{block.kind}: ids {block.first:,} to {block.end - 1:,}; set model.{block.kind}_tokens.first="
+              f"{block.first} and model.{block.kind}_tokens.size={block.size}")
+    if checked:
+        print(f"vocabulary of {vocab_size:,}; {checked}")
+        print(f"wrote {output}")
