@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sov.artifacts import to_json
 from megatron_sov.errors import ExitCode, UserError
 
-TRAINED = ("image-tokenizer", "audio-tokenizer")
+TOKENIZERS, DECODERS = ("image-tokenizer", "audio-tokenizer"), ("image-decoder", "vocoder")
 """What `codec train` makes."""
 IMPORTED = ("ta-tok", "cosyvoice2", "nemo-audio")
 """Published tokenizers that `codec import` takes over."""
@@ -24,11 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return actions.add_parser(name, help=text, description=text)
 
     train = action("train", "train a codec from media of your own, or go on where it was killed")
-    train.add_argument("kind", choices=TRAINED, metavar="KIND", help=", ".join(TRAINED))
+    kinds = (*TOKENIZERS, *DECODERS)
+    train.add_argument("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
     train.add_argument("--input", type=Path, required=True, metavar="DIR_OR_LIST",
                        help="folder of media, searched below it too, or a text file with a path in each line")
     train.add_argument("--output", type=Path, required=True, metavar="DIR",
                        help="codec to write; what is under way lies in DIR.training beside it")
+    train.add_argument("--tokenizer", type=Path, metavar="CODEC",
+                       help="whose ids a decoder decodes; needed for " + " and ".join(DECODERS))
+    train.add_argument("--vae", type=Path, metavar="DIR",
+                       help="diffusers' AutoencoderKL in whose latents image-decoder draws; none: in pixels")
     train.add_argument("--steps", type=int, metavar="N", help="optimizer steps (learning.steps)")
     train.add_argument("--seed", type=int, metavar="N", help="of weights and order (learning.seed)")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
@@ -45,10 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     take.add_argument("output", type=Path, metavar="DIR", help="codec to write")
     take.add_argument("--overwrite", action="store_true", help="replace a codec that is already there")
 
-    again = action("reconstruct", "write what a tokenizer's own plain decoder makes of media")
+    again = action("reconstruct", "write what a decoder makes of media's tokens")
     again.add_argument("codec", type=Path, metavar="CODEC", help="folder of a tokenizer")
     again.add_argument("files", type=Path, nargs="+", metavar="FILE", help="pictures or sounds")
     again.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write files into")
+    again.add_argument("--decoder", type=Path, metavar="CODEC",
+                       help="an image decoder or a vocoder (default: the tokenizer's own plain decoder)")
+    again.add_argument("--speaker", metavar="NAME", help="voice of the vocoder (default: its first)")
+    again.add_argument("--decoder-steps", type=int, metavar="N", help="of the image decoder's sampler")
+    again.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="of the image decoder's noise (default: %(default)s)")
 
     inspect = action("inspect", "show a codec's kind, settings, size and figures")
     inspect.add_argument("codec", type=Path, metavar="CODEC", help="folder of a codec")
@@ -67,15 +78,36 @@ def _train(args: argparse.Namespace) -> None:
     if not args.checkpoint_every > 0 or args.look_every < 0:
         raise UserError(f"--checkpoint-every {args.checkpoint_every:g}, --look-every {args.look_every}: the "
                         "first must be above 0, the second at least 0")
+    changes = [f"learning.{name}={value}" for name, value in (("steps", args.steps), ("seed", args.seed))
+               if value is not None]
+    figures = (_train_decoder if args.kind in DECODERS else _train_tokenizer)(args, [*changes, *args.changes])
+    print(f"wrote codec {args.output}" + (f": held out, {_told(figures)}" if figures else ""))
+
+
+def _train_tokenizer(args: argparse.Namespace, changes: list[str]) -> dict[str, float]:
+    for option, value in (("--tokenizer", args.tokenizer), ("--vae", args.vae)):
+        if value is not None:
+            raise UserError(f"{option} {value}: is for {', '.join(DECODERS)}; leave it out for {args.kind}")
     from megatron_sov.codecs.settings import with_changes
     from megatron_sov.codecs.training.start import SETTINGS, train_tokenizer
 
-    changes = [f"learning.{name}={value}" for name, value in (("steps", args.steps), ("seed", args.seed))
-               if value is not None]
-    settings = with_changes(SETTINGS[args.kind](), [*changes, *args.changes])
-    figures = train_tokenizer(args.input, args.output, settings, overwrite=args.overwrite,
-                              checkpoint_every_s=args.checkpoint_every, look_every=args.look_every)
-    print(f"wrote codec {args.output}" + (f": held out, {_told(figures)}" if figures else ""))
+    return train_tokenizer(args.input, args.output, with_changes(SETTINGS[args.kind](), changes),
+                           overwrite=args.overwrite, checkpoint_every_s=args.checkpoint_every,
+                           look_every=args.look_every)
+
+
+def _train_decoder(args: argparse.Namespace, changes: list[str]) -> dict[str, float]:
+    if args.tokenizer is None:
+        raise UserError(f"codec train {args.kind}: needs --tokenizer CODEC, whose ids are decoded")
+    if args.vae is not None and args.kind != "image-decoder":
+        raise UserError(f"--vae {args.vae}: is for image-decoder; leave it out for {args.kind}")
+    from megatron_sov.codecs.settings import with_changes
+    from megatron_sov.codecs.training.decoders import SETTINGS, train_decoder
+
+    settings = with_changes(SETTINGS[args.kind](), changes)
+    return train_decoder(args.input, args.output, settings, args.tokenizer, vae=args.vae,
+                         overwrite=args.overwrite, checkpoint_every_s=args.checkpoint_every,
+                         look_every=args.look_every)
 
 
 def _told(figures: dict[str, Any]) -> str:
@@ -91,9 +123,10 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    from megatron_sov.codecs.reconstruction import reconstruct
+    from megatron_sov.codecs.reconstruction import Through, reconstruct
 
-    for file in reconstruct(args.codec, args.files, args.output):
+    through = Through(args.decoder, args.speaker, args.decoder_steps, args.seed)
+    for file in reconstruct(args.codec, args.files, args.output, through):
         print(f"wrote {file}")
 
 
