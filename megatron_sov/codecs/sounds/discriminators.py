@@ -79,8 +79,8 @@ class SpectrumJudge(nn.Module):
 class Judges(nn.Module):
     """All of them."""
 
-    def __init__(self, width: int, periods: Sequence[int] = PERIODS,
-                 resolutions: Sequence[tuple[int, int, int]] = RESOLUTIONS) -> None:
+    def __init__(self, width: int, periods: Sequence[int],
+                 resolutions: Sequence[tuple[int, int, int]]) -> None:
         super().__init__()
         self.judges = nn.ModuleList([*(PeriodJudge(period, width) for period in periods),
                                      *(SpectrumJudge(resolution, width) for resolution in resolutions)])

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-QUIET = 1e-5
-"""Magnitudes below it are as silent as it."""
 HOPS_PER_WINDOW = 4
 """Frames that overlap."""
 
@@ -28,14 +26,16 @@ def mel_filters(sample_rate_hz: int, window: int, num_mels: int) -> torch.Tensor
 class SpectralLoss(nn.Module):
     """The mean distance of two batches of sound over all resolutions."""
 
-    def __init__(self, sample_rate_hz: int, windows: tuple[int, ...], num_mels: int) -> None:
+    def __init__(self, sample_rate_hz: int, windows: tuple[int, ...], num_mels: int,
+                 quiet: float = 1e-5) -> None:
         """Args:
             sample_rate_hz: of the sounds.
             windows: samples of each resolution's window.
             num_mels: of the largest window; a smaller window has fewer, in proportion.
+            quiet: magnitudes well below it are all silence; a tone of amplitude 1 has window / 4.
         """
         super().__init__()
-        self.windows = windows
+        self.windows, self.quiet = windows, quiet
         for window in windows:
             mels = max(num_mels * window // max(windows), 4)
             self.register_buffer(f"hann{window}", torch.hann_window(window), persistent=False)
@@ -47,17 +47,15 @@ class SpectralLoss(nn.Module):
         for window in self.windows:
             of_made, of_real = self._magnitudes(made, window), self._magnitudes(real, window)
             # spectral convergence: what is loud counts as much as it is loud
-            parts.append((of_real - of_made).norm() / of_real.norm().clamp(min=QUIET))
+            parts.append((of_real - of_made).norm() / of_real.norm())
             filters = self.get_buffer(f"mels{window}")
-            parts += [_log_distance(of_made, of_real), _log_distance(filters @ of_made, filters @ of_real)]
+            mels_of_made, mels_of_real = filters @ of_made + self.quiet, filters @ of_real + self.quiet
+            parts += [(of_made.log() - of_real.log()).abs().mean(),
+                      (mels_of_made.log() - mels_of_real.log()).abs().mean()]
         return torch.stack(parts).sum() / len(self.windows)
 
     def _magnitudes(self, sound: torch.Tensor, window: int) -> torch.Tensor:
         spectrum = torch.stft(sound, window, window // HOPS_PER_WINDOW, pad_mode="constant",
                               window=self.get_buffer(f"hann{window}"), return_complex=True)
-        # the square root has no slope at 0
-        return (spectrum.real**2 + spectrum.imag**2).clamp(min=QUIET**2).sqrt()
-
-
-def _log_distance(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    return (made.clamp(min=QUIET).log() - real.clamp(min=QUIET).log()).abs().mean()
+        # never 0, where neither root nor logarithm has a slope
+        return (spectrum.real**2 + spectrum.imag**2 + self.quiet**2).sqrt()

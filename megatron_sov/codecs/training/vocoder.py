@@ -15,7 +15,13 @@ from torch import nn
 from megatron_sov.codecs.sizes import outside
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
-from megatron_sov.codecs.sounds.discriminators import Judges, deceiving_loss, judges_loss
+from megatron_sov.codecs.sounds.discriminators import (
+    PERIODS,
+    RESOLUTIONS,
+    Judges,
+    deceiving_loss,
+    judges_loss,
+)
 from megatron_sov.codecs.sounds.spectral_loss import HOPS_PER_WINDOW, SpectralLoss
 from megatron_sov.codecs.training.draws import batch_rows, generator
 from megatron_sov.codecs.training.schedule import Schedule
@@ -44,10 +50,16 @@ class VocoderLearning(Schedule):
     """Samples of the windows of the spectra."""
     num_mels: int = 320
     """Bands of the largest window's mel spectrum."""
+    quiet: float = 1e-5
+    """Magnitudes well below it count as silence."""
     judges_from_step: int = 1
     """Step from which the judges are asked; 0: never, there are none."""
     judges_width: int = 32
     """Of their first layers."""
+    judges_periods: tuple[int, ...] = PERIODS
+    """Samples that lie side by side for each judge of samples."""
+    judges_resolutions: tuple[tuple[int, int, int], ...] = RESOLUTIONS
+    """Transform, hop and window, in samples, for each judge of spectra."""
     spectral_weight: float = 15.0
     """Of the spectra's distance beside the judges."""
 
@@ -55,8 +67,12 @@ class VocoderLearning(Schedule):
         """Return one sentence for each setting that is not well."""
         found = [*super().problems(),
                  *outside(self, segment_tokens=(1, 10_000), windows=(16, 1 << 20), num_mels=(4, 4096),
-                          judges_from_step=(0, 100_000_000), judges_width=(1, 1024),
-                          spectral_weight=(1e-6, 1e6))]
+                          judges_from_step=(0, 100_000_000), judges_width=(1, 1024), quiet=(1e-9, 1),
+                          judges_periods=(1, 1000), spectral_weight=(1e-6, 1e6))]
+        if any(not 1 <= hop <= window <= transform <= 1 << 20
+               for transform, hop, window in self.judges_resolutions):
+            found.append(f"judges_resolutions = {[list(r) for r in self.judges_resolutions[:20]]} must be "
+                         "transform, hop and window, none of them larger than the first")
         if not 1 <= len(self.windows) <= MAX_WINDOWS or any(w % HOPS_PER_WINDOW for w in self.windows):
             found.append(f"windows = {list(self.windows[:20])} must be 1 to {MAX_WINDOWS} multiples of "
                          f"{HOPS_PER_WINDOW}")
@@ -104,10 +120,12 @@ class VocoderTask:
         self.vocoder, self.learning, self.sounds, self.heldout = vocoder, learning, sounds, heldout
         self.networks = nn.ModuleDict({"vocoder": vocoder})
         device = vocoder.voices.weight.device
-        self.distance = SpectralLoss(vocoder.sample_rate_hz, learning.windows, learning.num_mels).to(device)
+        self.distance = SpectralLoss(vocoder.sample_rate_hz, learning.windows, learning.num_mels,
+                                     learning.quiet).to(device)
         self.judges: Judges | None = None
         if learning.judges_from_step:
-            self.judges = Judges(learning.judges_width).to(device)
+            self.judges = Judges(learning.judges_width, learning.judges_periods,
+                                 learning.judges_resolutions).to(device)
             self.networks["judges"] = self.judges
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             name: torch.optim.AdamW(network.parameters(), learning.learning_rate, betas=(0.8, 0.99),

@@ -104,4 +104,5 @@ def test_a_folder_with_an_autoencoder_draws_the_same(tmp_path: Path) -> None:
     save_codec(tmp_path / "dit", "dit", network)
     again = open_codec(tmp_path / "dit", kind="dit")
     assert again.settings == network.settings
-    assert torch.equal(again.decode(IDS, seed=3), network.decode(IDS, seed=3))
+    # where the weights lie in memory decides which sum is taken first
+    torch.testing.assert_close(again.decode(IDS, seed=3), network.decode(IDS, seed=3), atol=1e-5, rtol=0)

@@ -46,7 +46,8 @@ def _speaker(judges_from_step: int = 3, steps: int = STEPS) -> Task:
     sounds = [Spoken(torch.tensor([i, 1, 2, 3] * 12)[:n], tone[:n * 32 - 5] * (i + 1) / 4, i % 2)
               for i, n in enumerate((40, 45, 30))]
     learning = VocoderLearning(steps, batch_size=3, segment_tokens=40, learning_rate=1e-2, warmup_steps=1,
-                               windows=(16, 64), num_mels=8, judges_width=1,
+                               windows=(16, 64), num_mels=8, judges_width=1, judges_periods=(3,),
+                               judges_resolutions=((32, 8, 16),), quiet=1e-2,
                                judges_from_step=judges_from_step)
     return VocoderTask(vocoder, learning, sounds, sounds)
 
@@ -90,7 +91,7 @@ def test_the_painter_learns_each_picture_by_its_token() -> None:
     for step in range(1, 101):
         figures = task.learn(step)
     assert figures["loss"] > 0 and figures["grad_norm"] > 0
-    assert before == pytest.approx(2.0, abs=0.3)  # noise of variance 1 minus pixels of -1 and 1
+    assert before == pytest.approx(2.0, abs=0.5)  # noise of variance 1 minus pixels of -1 and 1
     assert task.look()["loss"] < 0.6 * before
 
 
