@@ -104,7 +104,7 @@ def _train_decoder(args: argparse.Namespace, changes: list[str]) -> dict[str, fl
     from megatron_sov.codecs.settings import with_changes
     from megatron_sov.codecs.training.decoders import SETTINGS, train_decoder
 
-    settings = with_changes(SETTINGS[args.kind](), changes)
+    settings = with_changes(SETTINGS[args.kind], changes)
     return train_decoder(args.input, args.output, settings, args.tokenizer, vae=args.vae,
                          overwrite=args.overwrite, checkpoint_every_s=args.checkpoint_every,
                          look_every=args.look_every)

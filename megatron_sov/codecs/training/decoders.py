@@ -13,6 +13,7 @@ import torch
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.codecs.folder import open_codec
 from megatron_sov.codecs.images.dit import DiT
+from megatron_sov.codecs.images.dit_settings import DiTSettings
 from megatron_sov.codecs.images.vae import open_vae
 from megatron_sov.codecs.settings import plain
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
@@ -26,8 +27,9 @@ from megatron_sov.errors import UserError, list_problems
 from megatron_sov.media.reading.reader import MediaReader
 
 Training = ImageDecoderTraining | VocoderTraining
-SETTINGS: dict[str, type[Training]] = {"image-decoder": ImageDecoderTraining, "vocoder": VocoderTraining}
-"""Kind, as `codec train` has it -> its settings."""
+SETTINGS: dict[str, Training] = {"image-decoder": ImageDecoderTraining(DiTSettings(vae=None)),
+                                 "vocoder": VocoderTraining()}
+"""Kind, as `codec train` has it -> its settings before any change."""
 ONE_SPEAKER = "speaker"
 """Name of the voice where all files lie in the folder itself."""
 
