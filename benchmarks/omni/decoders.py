@@ -50,10 +50,10 @@ SETTINGS = {
     "image-decoder": ["model.side_pixels=16", "model.size_multiple_pixels=2", "model.patch=2",
                       "model.width=96", "model.num_layers=3", "model.num_heads=4", "model.rope_axes=[8,8,8]",
                       "model.mlp_ratio=2", "learning.learning_rate=0.002"],
-    "vocoder": ["model.sample_rate_hz=16000", "model.rates=[5,4,4,8]", "model.channels=64",
-                "model.kernels=[3]", "model.dilations=[1,3]", "model.unit_width=64", "model.speaker_width=16",
+    "vocoder": ["model.sample_rate_hz=16000", "model.rates=[5,4,4,8]", "model.channels=128",
+                "model.kernels=[7]", "model.dilations=[1]", "model.unit_width=64", "model.speaker_width=16",
                 "learning.batch_size=4", "learning.segment_tokens=14", "learning.windows=[256,1024]",
-                "learning.num_mels=64", "learning.quiet=0.01", "learning.judges_from_step=0",
+                "learning.num_mels=64", "learning.quiet=0.1", "learning.judges_from_step=0",
                 "learning.warmup_steps=20", "learning.learning_rate=0.003"],
 }
 """Kind -> what differs from the settings of the published sizes."""
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=4, default=(400, 700, 400, 1200),
+    parser.add_argument("--steps", type=int, nargs=4, default=(300, 600, 300, 1500),
                         metavar=("IMAGE_TOKENIZER", "IMAGE_DECODER", "AUDIO_TOKENIZER", "VOCODER"))
     parser.add_argument("--sampler-steps", type=int, default=20)
     parser.add_argument("--only", choices=("pictures", "speech"))
