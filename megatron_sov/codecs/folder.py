@@ -71,11 +71,12 @@ def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str
     found, settings, cls = read_codec(folder)
     if kind is not None and found != kind:
         raise UserError(f"{folder}: is a codec of kind {found!r} where {kind!r} is needed; pass another one")
-    with torch.device("meta"):
-        expected = cls(settings).state_dict()
     file = folder / WEIGHTS
     refuse_link_outside(folder, file)
-    codec = load_weights(file, expected, lambda: cls(settings))
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
+        with torch.device("meta"):
+            expected = cls(settings).state_dict()
+        codec = load_weights(file, expected, lambda: cls(settings))
     return codec.to(device).eval().requires_grad_(False)
 
 

@@ -55,9 +55,10 @@ def _unknown(cls: Any, raw: Mapping[Any, Any], above: str = "") -> list[str]:
     for key, value in raw.items():
         if key not in hints:
             found.append(f"{above}{key}: there is no such setting")
-        elif isinstance(value, Mapping):
-            for inside in filter(is_dataclass, (hints[key], *get_args(hints[key]))):
-                found += _unknown(inside, value, f"{above}{key}.")
+            continue
+        inside = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        if inside is not None and isinstance(value, Mapping):
+            found += _unknown(inside, value, f"{above}{key}.")
     return found
 
 

@@ -34,10 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="whose ids a decoder decodes; needed for " + " and ".join(DECODERS))
     train.add_argument("--vae", type=Path, metavar="DIR",
                        help="diffusers' AutoencoderKL in whose latents image-decoder draws; none: in pixels")
+    train.add_argument("--encoder", type=Path, metavar="HF_DIR",
+                       help="folder of a SigLIP that sees, frozen, in place of an encoder that is learned")
     train.add_argument("--steps", type=int, metavar="N", help="optimizer steps (learning.steps)")
     train.add_argument("--seed", type=int, metavar="N", help="of weights and order (learning.seed)")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
                        help="another setting, e.g. model.grid=4 or learning.batch_size=16; may be repeated")
+    train.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU where there is one)")
     train.add_argument("--checkpoint-every", type=float, default=60.0, metavar="S",
                        help="seconds between two states that are kept to go on from (default: %(default)s)")
     train.add_argument("--look-every", type=int, default=0, metavar="N",
@@ -89,25 +92,37 @@ def _train_tokenizer(args: argparse.Namespace, changes: list[str]) -> dict[str, 
         if value is not None:
             raise UserError(f"{option} {value}: is for {', '.join(DECODERS)}; leave it out for {args.kind}")
     from megatron_sov.codecs.settings import with_changes
-    from megatron_sov.codecs.training.start import SETTINGS, train_tokenizer
+    from megatron_sov.codecs.training.start import settings_of, train_tokenizer
 
-    return train_tokenizer(args.input, args.output, with_changes(SETTINGS[args.kind](), changes),
-                           overwrite=args.overwrite, checkpoint_every_s=args.checkpoint_every,
-                           look_every=args.look_every)
+    settings = with_changes(settings_of(args.kind, args.encoder), changes)
+    return train_tokenizer(args.input, args.output, settings, encoder=args.encoder,
+                           device=_device(args.device),
+                           checkpoint_every_s=args.checkpoint_every, look_every=args.look_every,
+                           overwrite=args.overwrite)
 
 
 def _train_decoder(args: argparse.Namespace, changes: list[str]) -> dict[str, float]:
     if args.tokenizer is None:
         raise UserError(f"codec train {args.kind}: needs --tokenizer CODEC, whose ids are decoded")
-    if args.vae is not None and args.kind != "image-decoder":
-        raise UserError(f"--vae {args.vae}: is for image-decoder; leave it out for {args.kind}")
+    for option, value, kind in (("--vae", args.vae, "image-decoder"),
+                                ("--encoder", args.encoder, "image-tokenizer")):
+        if value is not None and args.kind != kind:
+            raise UserError(f"{option} {value}: is for {kind}; leave it out for {args.kind}")
     from megatron_sov.codecs.settings import with_changes
     from megatron_sov.codecs.training.decoders import SETTINGS, train_decoder
 
-    settings = with_changes(SETTINGS[args.kind], changes)
-    return train_decoder(args.input, args.output, settings, args.tokenizer, vae=args.vae,
-                         overwrite=args.overwrite, checkpoint_every_s=args.checkpoint_every,
-                         look_every=args.look_every)
+    return train_decoder(args.input, args.output, with_changes(SETTINGS[args.kind], changes), args.tokenizer,
+                         vae=args.vae, device=_device(args.device), checkpoint_every_s=args.checkpoint_every,
+                         look_every=args.look_every, overwrite=args.overwrite)
+
+
+def _device(asked: str | None) -> str:
+    """Return where to compute."""
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; leave it out, or ask `megatron-sov doctor`")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _told(figures: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_sov.codecs.images.quantiser import UnitSimVQ
+from megatron_sov.codecs.images.siglip import SiglipFeatures, SiglipSettings
 from megatron_sov.codecs.sizes import outside
 
 MAX_CODEBOOK_SIZE = 1 << 20
@@ -33,12 +34,20 @@ class SimVQSettings:
     """Of the codebook's vectors."""
     codebook_size: int = 65_536
     """Tokens there are."""
+    siglip: SiglipSettings | None = None
+    """A SigLIP, frozen, that sees in place of an encoder that is learned."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each setting that is not well."""
         found = outside(self, side_pixels=(1, 4096), grid=(1, 256), width=(1, 16_384), num_layers=(1, 100),
                         num_heads=(1, 256), code_width=(1, 16_384), codebook_size=(2, MAX_CODEBOOK_SIZE))
-        if not found and self.side_pixels % self.grid:
+        if self.siglip is not None:
+            found += [f"siglip.{problem}" for problem in self.siglip.problems()]
+        if not found and self.siglip is not None \
+                and self.side_pixels // self.siglip.patch_pixels != self.grid:
+            found.append(f"grid = {self.grid} must be the number of siglip's patches of "
+                         f"{self.siglip.patch_pixels} pixels in side_pixels = {self.side_pixels}")
+        if not found and self.siglip is None and self.side_pixels % self.grid:
             found.append(f"side_pixels = {self.side_pixels} must be a multiple of grid = {self.grid}")
         if not found and self.width % self.num_heads:
             found.append(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
@@ -57,10 +66,12 @@ class SimVQTokenizer(nn.Module):
         self.codebook_size, self.width = settings.codebook_size, settings.code_width
         patch = settings.side_pixels // settings.grid
         tokens = settings.grid ** 2
-        self.to_patches = nn.Conv2d(3, settings.width, patch, stride=patch)
-        self.seen_at = nn.Parameter(torch.randn(tokens, settings.width) * 0.02)
-        self.encoder = _transformer(settings)
-        self.to_code = nn.Linear(settings.width, settings.code_width)
+        if settings.siglip is None:
+            self.encoder: nn.Module = _PatchEncoder(settings)
+            self.to_code = nn.Linear(settings.width, settings.code_width)
+        else:
+            self.encoder = SiglipFeatures(settings.siglip, settings.side_pixels).requires_grad_(False)
+            self.to_code = nn.Linear(settings.siglip.width, settings.code_width)
         self.quantiser = self.make_quantiser()
         self.from_code = nn.Linear(settings.code_width, settings.width)
         self.drawn_at = nn.Parameter(torch.randn(tokens, settings.width) * 0.02)
@@ -73,8 +84,7 @@ class SimVQTokenizer(nn.Module):
 
     def _vectors(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return the vectors [n, tokens, code_width] before the codebook."""
-        patches = self.to_patches(pictures * 2 - 1).flatten(2).transpose(1, 2)
-        vectors: torch.Tensor = self.to_code(self.encoder(patches + self.seen_at))
+        vectors: torch.Tensor = self.to_code(self.encoder(pictures))
         return vectors
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +110,27 @@ class SimVQTokenizer(nn.Module):
     def _draw(self, codes: torch.Tensor) -> torch.Tensor:
         patches = self.to_pixels(self.decoder(self.from_code(codes) + self.drawn_at)).transpose(1, 2)
         patch = self.side_pixels // self.grid
-        return F.fold(patches, self.side_pixels, kernel_size=patch, stride=patch) + 0.5
+        drawn = F.fold(patches, self.grid * patch, kernel_size=patch, stride=patch) + 0.5
+        if self.grid * patch == self.side_pixels:
+            return drawn
+        return F.interpolate(drawn, size=self.side_pixels, mode="bilinear", align_corners=False)
+
+
+class _PatchEncoder(nn.Module):
+    """A small vision transformer."""
+
+    def __init__(self, settings: SimVQSettings) -> None:
+        super().__init__()
+        patch = settings.side_pixels // settings.grid
+        self.to_patches = nn.Conv2d(3, settings.width, patch, stride=patch)
+        self.seen_at = nn.Parameter(torch.randn(settings.grid ** 2, settings.width) * 0.02)
+        self.layers = _transformer(settings)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return states [n, patches, width] of pictures in 0..1."""
+        patches = self.to_patches(pictures * 2 - 1).flatten(2).transpose(1, 2)
+        states: torch.Tensor = self.layers(patches + self.seen_at)
+        return states
 
 
 def _transformer(settings: SimVQSettings) -> nn.Module:

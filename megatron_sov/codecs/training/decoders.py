@@ -21,7 +21,7 @@ from megatron_sov.codecs.training.banks import Ragged, SoundBank, id_bank, pictu
 from megatron_sov.codecs.training.files import PICTURES, SOUNDS, MediaFiles, media_files
 from megatron_sov.codecs.training.image_decoder import Drawn, ImageDecoderTask, ImageDecoderTraining
 from megatron_sov.codecs.training.loop import Plan, train
-from megatron_sov.codecs.training.start import said
+from megatron_sov.codecs.training.start import digests, said
 from megatron_sov.codecs.training.vocoder import Spoken, VocoderTask, VocoderTraining
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.media.reading.reader import MediaReader
@@ -35,7 +35,7 @@ ONE_SPEAKER = "speaker"
 
 
 def train_decoder(given: Path, output: Path, settings: Training, tokenizer: Path, *, vae: Path | None = None,
-                  checkpoint_every_s: float = 60.0, look_every: int = 0,
+                  device: str = "cpu", checkpoint_every_s: float = 60.0, look_every: int = 0,
                   overwrite: bool = False) -> dict[str, float]:
     """Train a decoder of a tokenizer's ids from media, or go on; return its figures on held-out ones.
 
@@ -46,6 +46,7 @@ def train_decoder(given: Path, output: Path, settings: Training, tokenizer: Path
             files is taken from there.
         tokenizer: codec whose ids are decoded.
         vae: folder of diffusers' AutoencoderKL in whose latents pictures are drawn.
+        device: where it learns, as torch spells it.
         checkpoint_every_s: seconds between two states that are kept.
         look_every: steps between two looks at held-out media; 0: at the end alone.
         overwrite: replace a codec that is already at `output`.
@@ -61,14 +62,14 @@ def train_decoder(given: Path, output: Path, settings: Training, tokenizer: Path
         _of_sounds(settings, codec, files)
     if problems := fitted.problems():
         raise UserError(list_problems(f"--set, with tokenizer {tokenizer}", problems))
-    made_from = {"media": files.digest, "tokenizer": manifest_sha256(tokenizer)}
+    made_from = {"media": files.digest, "tokenizer": manifest_sha256(tokenizer), **digests("vae", vae)}
     plan = Plan(kind="dit" if draws else "unit-bigvgan", output=output, steps=fitted.learning.steps,
                 settings={**plain(fitted), **made_from}, checkpoint_every_s=checkpoint_every_s,
                 look_every=look_every, overwrite=overwrite)
     with MediaReader(files.root) as reader:
         if isinstance(fitted, ImageDecoderTraining):
-            return train(plan, lambda folder: _drawing(fitted, codec, vae, files, reader, folder))
-        return train(plan, lambda folder: _speaking(fitted, codec, files, reader, folder))
+            return train(plan, lambda folder: _drawing(fitted, codec, vae, files, reader, folder, device))
+        return train(plan, lambda folder: _speaking(fitted, codec, files, reader, folder, device))
 
 
 def _tokenizer(folder: Path, of_pictures: bool) -> Any:
@@ -107,7 +108,7 @@ def _speaker(name: str) -> str:
 
 
 def _drawing(settings: ImageDecoderTraining, codec: Any, vae: Path | None, files: MediaFiles,
-             reader: MediaReader, folder: Path) -> ImageDecoderTask:
+             reader: MediaReader, folder: Path, device: str) -> ImageDecoderTask:
     """Return the task of a picture decoder; media and tokens are written where the folder lacks them."""
     side = settings.model.side_pixels
 
@@ -125,11 +126,11 @@ def _drawing(settings: ImageDecoderTraining, codec: Any, vae: Path | None, files
     decoder.token_embeddings.copy_(codec.embed(torch.arange(codec.codebook_size)[None])[0])
     if vae is not None and decoder.vae is not None:
         decoder.vae.load_state_dict(open_vae(vae)[1].state_dict())
-    return ImageDecoderTask(decoder, settings.learning, drawn, heldout)
+    return ImageDecoderTask(decoder.to(device), settings.learning, drawn, heldout)
 
 
 def _speaking(settings: VocoderTraining, codec: Any, files: MediaFiles, reader: MediaReader,
-              folder: Path) -> VocoderTask:
+              folder: Path, device: str) -> VocoderTask:
     """Return the task of a vocoder; media and tokens are written where the folder lacks them."""
     def sound(name: str) -> np.ndarray[Any, Any]:
         return reader.sound(name, settings.model.sample_rate_hz).arrays[0]
@@ -143,7 +144,7 @@ def _speaking(settings: VocoderTraining, codec: Any, files: MediaFiles, reader: 
                    [settings.model.speakers.index(_speaker(name)) for name in names])
         for part, names in (("train", files.train), ("heldout", files.heldout)))
     torch.manual_seed(settings.learning.seed)
-    return VocoderTask(UnitBigVGAN(settings.model), settings.learning, spoken, heldout)
+    return VocoderTask(UnitBigVGAN(settings.model).to(device), settings.learning, spoken, heldout)
 
 
 class SpokenBank(Sequence[Spoken]):

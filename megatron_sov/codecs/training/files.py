@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megatron_sov.errors import UserError
 
@@ -56,6 +56,13 @@ def media_files(given: Path, endings: tuple[str, ...], heldout_share: float) -> 
                       hashlib.sha256(sizes.encode()).hexdigest())
 
 
+def _is_below(name: str) -> bool:
+    """Return whether a name can be that of a file below a folder."""
+    path = PurePosixPath(name)
+    return ("\0" not in name and len(name) <= MAX_NAME_CHARACTERS and not path.is_absolute()
+            and ".." not in path.parts)
+
+
 def _listed(given: Path) -> list[str]:
     """Return the files that a list names, each once, by name."""
     try:
@@ -71,7 +78,7 @@ def _listed(given: Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if name := line.strip():
             found.add(name)
-            if "\0" in name or len(name) > MAX_NAME_CHARACTERS or not (given.parent / name).is_file():
+            if not _is_below(name) or not (given.parent / name).is_file():
                 raise UserError(f"{given}:{number}: {name[:200]!r} is no file; write paths as they are seen "
                                 f"from {given.parent}, one in each line")
     if not found:

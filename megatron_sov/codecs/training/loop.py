@@ -7,6 +7,7 @@ goes on from what was kept last and ends with the same bits.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -82,7 +83,11 @@ def _steps(plan: Plan, task: Task, folder: Path, events: EventLog, first: int) -
     with work_bar("training", plan.steps, "step") as bar:
         bar.update(first)
         for step in range(first + 1, plan.steps + 1):
-            events.write("codec_step", step=step, **task.learn(step))
+            figures = task.learn(step)
+            events.write("codec_step", step=step, **figures)
+            if not math.isfinite(figures["loss"]):
+                raise UserError(f"{folder}: the loss of step {step} is {figures['loss']}; lower "
+                                f"learning.learning_rate, and delete {folder} to begin again")
             bar.update(1)
             if plan.look_every and step % plan.look_every == 0 and step < plan.steps:
                 events.write("codec_heldout", step=step, **task.look())

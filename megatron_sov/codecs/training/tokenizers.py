@@ -90,13 +90,20 @@ def _named(problems: list[str], group: str) -> list[str]:
 
 
 class _Autoencoder:
-    """A network that returns reconstruction, ids and the quantiser's loss, and learns by AdamW."""
+    """A network that returns reconstruction, ids and the quantiser's loss, and learns by AdamW.
 
-    def __init__(self, network: nn.Module, learning: Learning) -> None:
-        self.network, self.learning = network, learning
+    Args:
+        network: the tokenizer.
+        learning: how it learns.
+        device: where.
+    """
+
+    def __init__(self, network: nn.Module, learning: Learning, device: torch.device | str = "cpu") -> None:
+        self.network, self.learning, self.device = network.to(device), learning, torch.device(device)
         self.networks = nn.ModuleDict({"tokenizer": network})
         self.optimizers: dict[str, Optimizer] = {
-            "tokenizer": AdamW(network.parameters(), lr=learning.learning_rate, betas=(0.9, 0.99),
+            "tokenizer": AdamW([p for p in network.parameters() if p.requires_grad],
+                               lr=learning.learning_rate, betas=(0.9, 0.99),
                                weight_decay=learning.weight_decay)}
 
     def codec(self) -> nn.Module:
@@ -109,6 +116,7 @@ class _Autoencoder:
         for group in optimizer.param_groups:
             group["lr"] = self.learning.rate_at(step)
         self.network.train()
+        media = media.to(self.device)
         again, ids, own_loss = self.network(media)
         error = self.error(again, media)
         loss = error + self.learning.quantiser_weight * own_loss
@@ -135,18 +143,20 @@ class ImageTokenizerTask(_Autoencoder):
         learning: how it learns.
         pictures: [n, 3, side, side] uint8.
         heldout: the same, not learned from.
+        device: where it learns.
     """
 
-    def __init__(self, network: nn.Module, learning: Learning, pictures: Pictures, heldout: Pictures) -> None:
-        super().__init__(network, learning)
+    def __init__(self, network: nn.Module, learning: Learning, pictures: Pictures, heldout: Pictures,
+                 device: torch.device | str = "cpu") -> None:
+        super().__init__(network, learning, device)
         self._pictures, self._heldout = pictures, heldout
 
     @classmethod
-    def made(cls, settings: ImageTokenizerTraining, pictures: Pictures,
-             heldout: Pictures) -> ImageTokenizerTask:
+    def made(cls, settings: ImageTokenizerTraining, pictures: Pictures, heldout: Pictures,
+             device: torch.device | str = "cpu") -> ImageTokenizerTask:
         """Return a task with a new tokenizer, whose weights are a function of the seed."""
         torch.manual_seed(settings.learning.seed)
-        return cls(SimVQTokenizer(settings.model), settings.learning, pictures, heldout)
+        return cls(SimVQTokenizer(settings.model), settings.learning, pictures, heldout, device)
 
     def learn(self, step: int) -> dict[str, float]:
         """Take one step; see `task.Task`."""
@@ -164,7 +174,7 @@ class ImageTokenizerTask(_Autoencoder):
         self.network.eval()
         usage, psnr_db = CodebookUsage(self.network.codebook_size), 0.0
         for begin in range(0, len(self._heldout), self.learning.batch_size):
-            pictures = _shares(self._heldout[begin:begin + self.learning.batch_size])
+            pictures = _shares(self._heldout[begin:begin + self.learning.batch_size]).to(self.device)
             ids = self.network.encode(pictures)
             usage.add(ids)
             error = (self.network.reconstruct(ids) - pictures).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
@@ -185,21 +195,22 @@ class AudioTokenizerTask(_Autoencoder):
         learning: how it learns.
         sounds: learned from.
         heldout: not learned from.
+        device: where it learns.
     """
 
     network: FSQTokenizer
 
-    def __init__(self, network: FSQTokenizer, learning: Learning, sounds: SoundBank,
-                 heldout: SoundBank) -> None:
-        super().__init__(network, learning)
+    def __init__(self, network: FSQTokenizer, learning: Learning, sounds: SoundBank, heldout: SoundBank,
+                 device: torch.device | str = "cpu") -> None:
+        super().__init__(network, learning, device)
         self._sounds, self._heldout = sounds, heldout
 
     @classmethod
-    def made(cls, settings: AudioTokenizerTraining, sounds: SoundBank,
-             heldout: SoundBank) -> AudioTokenizerTask:
+    def made(cls, settings: AudioTokenizerTraining, sounds: SoundBank, heldout: SoundBank,
+             device: torch.device | str = "cpu") -> AudioTokenizerTask:
         """Return a task with a new tokenizer, whose weights are a function of the seed."""
         torch.manual_seed(settings.learning.seed)
-        return cls(FSQTokenizer(settings.model), settings.learning, sounds, heldout)
+        return cls(FSQTokenizer(settings.model), settings.learning, sounds, heldout, device)
 
     def learn(self, step: int) -> dict[str, float]:
         """Take one step over pieces that begin anywhere; see `task.Task`."""
@@ -212,7 +223,7 @@ class AudioTokenizerTask(_Autoencoder):
             begin = int(place * max(1, len(sound) - size + 1))
             cut = sound[begin:begin + size]
             piece[:len(cut)] = torch.from_numpy(cut)
-        return self._step(step, self.network.frames(pieces))
+        return self._step(step, self.network.frames(pieces.to(self.device)))
 
     def error(self, again: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         """Return the mean absolute error of log-mel frames, in nepers of power."""
@@ -223,7 +234,7 @@ class AudioTokenizerTask(_Autoencoder):
         self.network.eval()
         usage, error_db, num_sounds = CodebookUsage(self.network.codebook_size), 0.0, 0
         for row in range(len(self._heldout)):
-            sound = torch.from_numpy(self._heldout[row])
+            sound = torch.from_numpy(self._heldout[row]).to(self.device)
             tokens = len(sound) // (FRAMES_PER_TOKEN * self.network.frames.hop_samples)
             if not tokens:
                 continue
