@@ -44,7 +44,8 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def test_the_page_leads_from_media_to_pictures_and_sound(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_leads_from_media_to_pictures_and_sound(site: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in _blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     assert [line.split()[2] for line in lines] == ["train"] * 2 + ["reconstruct"] * 2 + ["inspect"]
     for line in lines:
@@ -62,9 +63,9 @@ def test_the_page_leads_from_media_to_pictures_and_sound(site: Path, capsys: pyt
 @pytest.mark.parametrize(("line", "message"), [
     ("train vocoder --input voices --output out", "needs --tokenizer CODEC"),
     ("train vocoder --input voices --output out --tokenizer pic-tok", "is no tokenizer of sounds"),
-    ("train image-decoder --input pictures --output out --tokenizer snd-tok", "is no tokenizer of pictures"),
-    ("train image-tokenizer --input pictures --output out --tokenizer pic-tok", "--tokenizer pic-tok: is for"),
-    ("train vocoder --input voices --output out --tokenizer snd-tok --vae x", "--vae x: is for image-decoder"),
+    ("train image-decoder --input pictures --output out --tokenizer snd-tok", "no tokenizer of pictures"),
+    ("train image-tokenizer --input pictures --output out --tokenizer pic-tok", "pic-tok: is for image-dec"),
+    ("train vocoder --input voices --output out --tokenizer snd-tok --vae x", "x: is for image-decoder"),
     ("train image-decoder --input pictures --output out --tokenizer pic-tok --vae pictures",
      "is no folder of diffusers' AutoencoderKL"),
     ("train vocoder --input voices --output out --tokenizer snd-tok --set model.tokens_per_s=50 "
