@@ -8,8 +8,6 @@ each place; their mean joins the noise level in the modulation.  Blocks, rotatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
@@ -29,6 +27,8 @@ class DiT(nn.Module):
     """Noisy pictures and ids -> the velocity from the picture to the noise; `decode` samples with it."""
 
     Settings = DiTSettings
+    token_embeddings: torch.Tensor
+    """[codebook_size, token_width], of the tokenizer; kept with the weights, and not learned."""
 
     def __init__(self, settings: DiTSettings) -> None:
         super().__init__()
@@ -39,17 +39,15 @@ class DiT(nn.Module):
         self.place_in = nn.Linear(s.patch_channels + s.token_width, s.width)
         self.condition_in = CombinedTimestepTextProjEmbeddings(s.width, s.token_width)
         self.turns = FluxPosEmbed(s.rope_theta, list(s.rope_axes))
-        self.blocks = nn.ModuleList(FluxSingleTransformerBlock(s.width, s.num_heads, s.width // s.num_heads,
-                                                               s.mlp_ratio) for _ in range(s.num_layers))
+        blocks = [FluxSingleTransformerBlock(s.width, s.num_heads, s.width // s.num_heads, s.mlp_ratio)
+                  for _ in range(s.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.last_norm = AdaLayerNormContinuous(s.width, s.width, elementwise_affine=False, eps=1e-6)
         self.place_out = nn.Linear(s.width, s.patch_channels)
         # every block begins as the identity and the velocity as 0 (adaLN-Zero, arXiv 2212.09748)
-        for last in (*(block.norm.linear for block in self._blocks()), self.last_norm.linear, self.place_out):
+        for last in (*(block.norm.linear for block in blocks), self.last_norm.linear, self.place_out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-
-    def _blocks(self) -> Iterator[FluxSingleTransformerBlock]:
-        yield from self.blocks
 
     @property
     def side_pixels(self) -> int:
@@ -84,7 +82,8 @@ class DiT(nn.Module):
         if self.vae is None or self.settings.vae is None:
             return pictures
         sizes = self.settings.vae
-        return (self.vae.encode(pictures).latent_dist.mode() - sizes.shift_factor) * sizes.scaling_factor
+        latents: torch.Tensor = self.vae.encode(pictures).latent_dist.mode()
+        return (latents - sizes.shift_factor) * sizes.scaling_factor
 
     def to_pictures(self, latents: torch.Tensor) -> torch.Tensor:
         """Return [n, 3, h, w] pictures in 0..1 of what was denoised."""

@@ -40,6 +40,20 @@ class Block(nn.Module):
         return piece
 
 
+class Level(nn.Module):
+    """An upsampling, which halves the channels, and blocks of several kernels side by side."""
+
+    def __init__(self, channels: int, rate: int, kernels: tuple[int, ...], dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.upsampling = CausalUpsampling(channels, channels // 2, rate)
+        self.blocks = nn.ModuleList(Block(channels // 2, kernel, dilations) for kernel in kernels)
+
+    def forward(self, piece: torch.Tensor, past: Past) -> torch.Tensor:
+        """Return [n, channels / 2, t * rate] of [n, channels, t]."""
+        piece = self.upsampling(piece, past)
+        return torch.stack([block(piece, past) for block in self.blocks]).mean(0)
+
+
 class UnitBigVGAN(nn.Module):
     """Ids of speech and a speaker -> sound."""
 
@@ -52,13 +66,11 @@ class UnitBigVGAN(nn.Module):
         self.units = nn.Embedding(s.codebook_size, s.unit_width)
         self.voices = nn.Embedding(len(s.speakers), s.speaker_width)
         self.first = CausalConv(s.unit_width + s.speaker_width, s.channels, OUTER_KERNEL)
-        widths = [s.channels // 2**i for i in range(len(s.rates) + 1)]
-        self.upsamplings = nn.ModuleList(CausalUpsampling(widths[i], widths[i + 1], rate)
-                                         for i, rate in enumerate(s.rates))
-        self.blocks = nn.ModuleList(nn.ModuleList(Block(width, kernel, s.dilations) for kernel in s.kernels)
-                                    for width in widths[1:])
-        self.last_snake = CausalSnake(widths[-1])
-        self.last = CausalConv(widths[-1], 1, OUTER_KERNEL)
+        self.levels = nn.ModuleList(Level(s.channels // 2**i, rate, s.kernels, s.dilations)
+                                    for i, rate in enumerate(s.rates))
+        width = s.channels // 2**len(s.rates)
+        self.last_snake = CausalSnake(width)
+        self.last = CausalConv(width, 1, OUTER_KERNEL)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -81,9 +93,8 @@ class UnitBigVGAN(nn.Module):
         past = Past() if past is None else past
         unit = self.units(ids).transpose(1, 2) * self.settings.unit_width**-0.5
         piece = self.first(torch.cat([unit, voices[:, :, None].expand(-1, -1, ids.shape[1])], 1), past)
-        for upsampling, blocks in zip(self.upsamplings, self.blocks, strict=True):
-            piece = upsampling(piece, past)
-            piece = torch.stack([block(piece, past) for block in blocks]).mean(0)
+        for level in self.levels:
+            piece = level(piece, past)
         return torch.tanh(self.last(self.last_snake(piece, past), past)).squeeze(1)
 
     def voice_of(self, speaker: str) -> torch.Tensor:

@@ -52,7 +52,8 @@ class CausalConv(nn.Module):
 
     def forward(self, piece: torch.Tensor, past: Past) -> torch.Tensor:
         """Return [n, channels_out, t] of [n, channels_in, t]."""
-        return self.convolution(past.before(self, piece, self.num_before, repeats=False))
+        out: torch.Tensor = self.convolution(past.before(self, piece, self.num_before, repeats=False))
+        return out
 
 
 class CausalUpsampling(nn.Module):
@@ -71,5 +72,5 @@ class CausalUpsampling(nn.Module):
 
     def forward(self, piece: torch.Tensor, past: Past) -> torch.Tensor:
         """Return [n, channels_out, t * rate] of [n, channels_in, t]."""
-        spread = self.convolution(past.before(self, piece, 1, repeats=True))
+        spread: torch.Tensor = self.convolution(past.before(self, piece, 1, repeats=True))
         return spread[..., self.rate:-self.rate]

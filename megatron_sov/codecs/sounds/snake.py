@@ -60,6 +60,9 @@ class SnakeBeta(nn.Module):
 class CausalSnake(nn.Module):
     """SnakeBeta at twice the rate, between two low-pass filters over the present and the past."""
 
+    taps: torch.Tensor
+    """[TAPS], of both filters."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.snake = SnakeBeta(channels)
