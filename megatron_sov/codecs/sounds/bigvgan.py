@@ -19,6 +19,8 @@ from megatron_sov.errors import UserError
 
 OUTER_KERNEL = 7
 """Of the first and the last convolution."""
+MOST_NAMED = 20
+"""Speakers that a message tells."""
 
 
 class Block(nn.Module):
@@ -43,7 +45,8 @@ class Block(nn.Module):
 class Level(nn.Module):
     """An upsampling, which halves the channels, and blocks of several kernels side by side."""
 
-    def __init__(self, channels: int, rate: int, kernels: tuple[int, ...], dilations: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, rate: int, kernels: tuple[int, ...],
+                 dilations: tuple[int, ...]) -> None:
         super().__init__()
         self.upsampling = CausalUpsampling(channels, channels // 2, rate)
         self.blocks = nn.ModuleList(Block(channels // 2, kernel, dilations) for kernel in kernels)
@@ -104,7 +107,9 @@ class UnitBigVGAN(nn.Module):
             UserError: the name is none of them.
         """
         if speaker not in self.speakers:
-            raise UserError(f"speaker '{speaker}': this vocoder knows {', '.join(self.speakers)}")
+            more = ", ..." if len(self.speakers) > MOST_NAMED else ""
+            raise UserError(f"speaker '{speaker}': this vocoder knows "
+                            f"{', '.join(self.speakers[:MOST_NAMED])}{more}")
         return self.voices.weight[self.speakers.index(speaker)]
 
     @torch.no_grad()
