@@ -52,6 +52,7 @@ SETTINGS = {
                       "model.mlp_ratio=2", "learning.learning_rate=0.002"],
     "vocoder": ["model.sample_rate_hz=16000", "model.rates=[5,4,4,8]", "model.channels=128",
                 "model.kernels=[7]", "model.dilations=[1]", "model.unit_width=64", "model.speaker_width=16",
+                "model.lookahead_tokens=2",
                 "learning.batch_size=4", "learning.segment_tokens=14", "learning.windows=[256,1024]",
                 "learning.num_mels=64", "learning.quiet=0.1", "learning.judges_from_step=0",
                 "learning.warmup_steps=20", "learning.learning_rate=0.003"],
@@ -163,7 +164,7 @@ def streaming(vocoder: UnitBigVGAN, ids: Sequence[torch.Tensor],
     for tokens, (_, speaker, _) in zip(ids[::10], heldout[::10], strict=True):
         begin_s, sounds = time.perf_counter(), []
         for sound in vocoder.stream(tokens.split(PIECE_TOKENS), speaker):
-            if not sounds:
+            if not sounds and len(sound):
                 first_s.append(time.perf_counter() - begin_s)
             sounds.append(sound)
         apart = max(apart, float((torch.cat(sounds) - vocoder.decode(tokens, speaker)).abs().max()))

@@ -78,6 +78,6 @@ class Vocoder(Protocol):
         ...
 
     def stream(self, ids: Iterable[torch.Tensor], speaker: str) -> Iterator[torch.Tensor]:
-        """Yield one sound for each piece of ids, as soon as it is there; together they are what `decode`
-        returns."""
+        """Yield one sound for each piece of ids that has some, as soon as it is there (perhaps no sample
+        yet), and what is left at the end; together they are what `decode` returns."""
         ...

@@ -172,17 +172,18 @@ def speak(parts: Iterable[Part], vocoder: Vocoder, speaker: str,
     held, waiting = list[int](), list[torch.Tensor]()
 
     def pieces() -> Iterator[torch.Tensor]:
-        while True:
+        while waiting:
             yield waiting.pop()
 
-    # one sound comes out for one piece that goes in, so asking for the next sound takes the next piece
+    # one sound comes out for one piece that goes in, so asking for the next sound takes the next piece; when
+    # none is left, what is late comes
     sounds = vocoder.stream(pieces(), speaker)
 
     def say() -> Iterator[torch.Tensor]:
         if held:
             waiting.append(torch.tensor(held))
             held.clear()
-            yield next(sounds)
+            yield from (sound for sound in (next(sounds),) if len(sound))
 
     for part in parts:
         if isinstance(part, Audio):
@@ -194,6 +195,7 @@ def speak(parts: Iterable[Part], vocoder: Vocoder, speaker: str,
             yield from say()
             yield part
     yield from say()
+    yield from sounds
 
 
 def transcript(text: str) -> tuple[str, dict[str, Any]]:

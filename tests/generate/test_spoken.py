@@ -56,12 +56,13 @@ def test_without_marks_the_blocks_alone_decide() -> None:
     assert parts_of([0, first], (), MarkIds()) == [Text((0, first))]
 
 
-@pytest.mark.parametrize("piece_tokens", [1, 3, 100])
-def test_speech_is_heard_while_the_text_goes_on(piece_tokens: int) -> None:
+@pytest.mark.parametrize(("piece_tokens", "lookahead_tokens"), [(1, 0), (3, 0), (100, 0), (3, 1)])
+def test_speech_is_heard_while_the_text_goes_on(piece_tokens: int, lookahead_tokens: int) -> None:
     torch.manual_seed(0)
     vocoder = UnitBigVGAN(UnitBigVGANSettings(sample_rate_hz=100, codebook_size=20, speakers=("x",),
                                               unit_width=4, speaker_width=4, channels=4, rates=(4,),
-                                              kernels=(3,), dilations=(1,)))
+                                              kernels=(3,), dilations=(1,),
+                                              lookahead_tokens=lookahead_tokens))
     reply, given = Reply(BLOCKS, MARKS), []
 
     def parts() -> object:
@@ -76,7 +77,7 @@ def test_speech_is_heard_while_the_text_goes_on(piece_tokens: int) -> None:
         if heard == Text((1,)):
             assert Audio((4,)) not in given, "the text is not held back until more speech comes"
     kinds = ["sound" if isinstance(part, torch.Tensor) else part.ids for part in out]
-    assert kinds[0] == (0,) and kinds[1] == "sound" and kinds[-2:] == [(1,), "sound"]
+    assert kinds[0] == (0,) and kinds[1] == "sound" and kinds[-1] == "sound" and (1,) in kinds
     whole = vocoder.decode(torch.tensor([2, 7, 1, 8, 4]), "x")
     sound = torch.cat([part for part in out if isinstance(part, torch.Tensor)])
     torch.testing.assert_close(sound, whole, atol=1e-6, rtol=0)

@@ -66,7 +66,8 @@ class UnitBigVGAN(nn.Module):
         super().__init__()
         self.settings = settings
         s = settings
-        self.units = nn.Embedding(s.codebook_size, s.unit_width)
+        # the last row is what comes behind the end of a sound
+        self.units = nn.Embedding(s.codebook_size + 1, s.unit_width)
         self.voices = nn.Embedding(len(s.speakers), s.speaker_width)
         self.first = CausalConv(s.unit_width + s.speaker_width, s.channels, OUTER_KERNEL)
         self.levels = nn.ModuleList(Level(s.channels // 2**i, rate, s.kernels, s.dilations)
@@ -85,15 +86,26 @@ class UnitBigVGAN(nn.Module):
         """Names of the voices in its table."""
         return self.settings.speakers
 
-    def forward(self, ids: torch.Tensor, voices: torch.Tensor, past: Past | None = None) -> torch.Tensor:
-        """Return [n, t * samples_per_token] samples in -1..1.
+    def forward(self, ids: torch.Tensor, voices: torch.Tensor) -> torch.Tensor:
+        """Return [n, t * samples_per_token] samples in -1..1 of t tokens.
 
         Args:
-            ids: [n, t] tokens.
+            ids: [n, t + lookahead_tokens] tokens; `behind_end` where there are no more.
             voices: [n, speaker_width] speakers' vectors.
-            past: of the sounds that these tokens go on with; None: they begin.
         """
-        past = Past() if past is None else past
+        return self._piece(ids, voices, Past())[:, self.settings.lookahead_tokens * self._samples_per_token:]
+
+    @property
+    def behind_end(self) -> int:
+        """The id of what comes behind the end of a sound."""
+        return self.settings.codebook_size
+
+    @property
+    def _samples_per_token(self) -> int:
+        return self.settings.samples_per_token
+
+    def _piece(self, ids: torch.Tensor, voices: torch.Tensor, past: Past) -> torch.Tensor:
+        """Return what [n, t] tokens add to sounds: late by the lookahead."""
         unit = self.units(ids).transpose(1, 2) * self.settings.unit_width**-0.5
         piece = self.first(torch.cat([unit, voices[:, :, None].expand(-1, -1, ids.shape[1])], 1), past)
         for level in self.levels:
@@ -127,7 +139,8 @@ class UnitBigVGAN(nn.Module):
 
     @torch.no_grad()
     def stream(self, ids: Iterable[torch.Tensor], speaker: str | torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the sound of each piece of ids as soon as it is there; all of it is what `decode` returns.
+        """Yield the sound of each piece of ids as soon as it is there, and what is late at the end; all of it
+        is what `decode` returns.
 
         Raises:
             UserError: as `decode`.
@@ -139,10 +152,18 @@ class UnitBigVGAN(nn.Module):
                             f"{tuple(voice.shape)}; take the encoder that it was trained with")
         past, weight = Past(), self.voices.weight
         voice = voice.to(weight.device, weight.dtype)[None]
+        ahead = self.settings.lookahead_tokens
+        late, num_tokens = ahead * self._samples_per_token, 0
         for piece in ids:
             if len(piece):
                 self._check(piece)
-                yield self(piece[None].to(weight.device), voice, past)[0].float()
+                num_tokens += len(piece)
+                sound = self._piece(piece[None].to(weight.device), voice, past)[0].float()
+                yield sound[late:]
+                late = max(late - len(sound), 0)
+        if ahead and num_tokens:
+            end = torch.full((1, ahead), self.behind_end, device=weight.device)
+            yield self._piece(end, voice, past)[0, late:].float()
 
     def _check(self, ids: torch.Tensor) -> None:
         size = self.settings.codebook_size

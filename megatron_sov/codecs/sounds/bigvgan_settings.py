@@ -35,6 +35,9 @@ class UnitBigVGANSettings:
     """Of the blocks side by side behind each upsampling."""
     dilations: tuple[int, ...] = (1, 3, 5)
     """Of the layers of each block."""
+    lookahead_tokens: int = 0
+    """Tokens that are known before the sound of one is made: speech sounds after what follows, and layers are
+    late.  A stream is later by as many tokens."""
 
     @property
     def samples_per_token(self) -> int:
@@ -45,7 +48,8 @@ class UnitBigVGANSettings:
         """Return one sentence for each setting that is not well."""
         found = outside(self, sample_rate_hz=(1, 192_000), tokens_per_s=(1, 1000), codebook_size=(1, 1 << 20),
                         unit_width=(1, 16_384), speaker_width=(1, 16_384), channels=(1, 65_536),
-                        rates=(1, 1000), kernels=(1, 1000), dilations=(1, 1000))
+                        rates=(1, 1000), kernels=(1, 1000), dilations=(1, 1000),
+                        lookahead_tokens=(0, 100))
         for name in ("rates", "kernels", "dilations"):
             if not 1 <= len(getattr(self, name)) <= MAX_LAYERS:
                 found.append(f"{name} = {list(getattr(self, name)[:20])} must be 1 to {MAX_LAYERS} numbers")

@@ -184,16 +184,18 @@ class VocoderTask:
             sounds: one a row.
             draws: where segments begin; None: at the begin.
         """
-        length, samples = self.learning.segment_tokens, self.vocoder.settings.samples_per_token
-        ids = torch.zeros(len(sounds), length, dtype=torch.int64)
+        sizes, length = self.vocoder.settings, self.learning.segment_tokens
+        samples, ahead = sizes.samples_per_token, sizes.lookahead_tokens
+        ids = torch.full((len(sounds), length + ahead), self.vocoder.behind_end)
         real = torch.zeros(len(sounds), length * samples)
         there = torch.zeros(len(sounds), length)
         for row, spoken in enumerate(sounds):
             last = max(len(spoken.ids) - length, 0)
             first = 0 if draws is None else int(torch.randint(last + 1, (), generator=draws))
-            tokens = spoken.ids[first:first + length]
-            piece = spoken.sound[first * samples:(first + len(tokens)) * samples]
-            ids[row, :len(tokens)], real[row, :len(piece)], there[row, :len(tokens)] = tokens, piece, 1.0
+            tokens = spoken.ids[first:first + length + ahead]
+            num_tokens = min(len(tokens), length)
+            piece = spoken.sound[first * samples:(first + num_tokens) * samples]
+            ids[row, :len(tokens)], real[row, :len(piece)], there[row, :num_tokens] = tokens, piece, 1.0
         device = self.vocoder.voices.weight.device
         voices = self.vocoder.voices(torch.tensor([spoken.speaker for spoken in sounds], device=device))
         made = self.vocoder(ids.to(device), voices)

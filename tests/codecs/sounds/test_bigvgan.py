@@ -20,14 +20,24 @@ TINY = UnitBigVGANSettings(sample_rate_hz=800, tokens_per_s=25, codebook_size=32
 IDS = torch.randint(32, (23,), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def vocoder() -> UnitBigVGAN:
+def _loud(lookahead_tokens: int) -> UnitBigVGAN:
     """Loud weights, so that every layer counts."""
-    network = UnitBigVGAN(TINY)
+    network = UnitBigVGAN(replace(TINY, lookahead_tokens=lookahead_tokens))
     generator = torch.Generator().manual_seed(1)
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.2, generator=generator)
     return network.eval()
+
+
+@pytest.fixture(scope="module")
+def vocoder() -> UnitBigVGAN:
+    return _loud(0)
+
+
+@pytest.fixture(scope="module")
+def waiting() -> UnitBigVGAN:
+    """A vocoder that hears two tokens ahead."""
+    return _loud(2)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 23, [23], [2, 1, 13, 0, 7]])
@@ -37,6 +47,18 @@ def test_a_stream_is_the_whole(vocoder: UnitBigVGAN, sizes: list[int]) -> None:
     whole = vocoder.decode(IDS, "her")
     assert whole.abs().max() > 0.05
     torch.testing.assert_close(torch.cat(sounds), whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 23, [23], [1, 22]])
+def test_what_is_late_comes_at_the_end(waiting: UnitBigVGAN, sizes: list[int]) -> None:
+    sounds = list(waiting.stream(IDS.split(sizes), "her"))
+    assert len(sounds) == len(sizes) + 1 and sum(map(len, sounds)) == len(IDS) * 32
+    torch.testing.assert_close(torch.cat(sounds), waiting.decode(IDS, "her"), atol=1e-6, rtol=0)
+    # as a whole, as training has it
+    ids = torch.cat([IDS, torch.tensor([waiting.behind_end] * 2)])
+    torch.testing.assert_close(waiting(ids[None], waiting.voice_of("her")[None])[0],
+                               waiting.decode(IDS, "her"), atol=1e-6, rtol=0)
+    assert len(waiting.decode(IDS[:1], "her")) == 32 and len(waiting.decode(IDS[:0], "her")) == 0
 
 
 def test_sound_comes_before_the_next_ids_are_known(vocoder: UnitBigVGAN) -> None:
@@ -56,6 +78,13 @@ def test_a_later_id_changes_no_earlier_sample(vocoder: UnitBigVGAN) -> None:
     other[9] = (other[9] + 1) % 32
     differs = vocoder.decode(IDS, "her") != vocoder.decode(other, "her")
     assert not differs[:9 * 32].any() and differs[9 * 32:10 * 32].any()
+
+
+def test_it_hears_as_far_ahead_as_it_says(waiting: UnitBigVGAN) -> None:
+    other = IDS.clone()
+    other[9] = (other[9] + 1) % 32
+    differs = waiting.decode(IDS, "her") != waiting.decode(other, "her")
+    assert not differs[:7 * 32].any() and differs[7 * 32:8 * 32].any()
 
 
 def test_a_voice_is_a_name_or_a_vector(vocoder: UnitBigVGAN) -> None:
