@@ -92,17 +92,17 @@ def test_the_painter_learns_each_picture_by_its_token() -> None:
         figures = task.learn(step)
     assert figures["loss"] > 0 and figures["grad_norm"] > 0
     assert before == pytest.approx(2.0, abs=0.5)  # noise of variance 1 minus pixels of -1 and 1
-    assert task.look()["loss"] < 0.6 * before
+    assert task.look()["loss"] < 0.75 * before
 
 
 @pytest.mark.parametrize("judges_from_step", [0, 1])
 def test_the_speaker_comes_nearer_to_the_sound(judges_from_step: int) -> None:
-    task = _speaker(judges_from_step, 30)
+    task = _speaker(judges_from_step, 20)
     before = task.look()["spectral"]
-    for step in range(1, 31):
+    for step in range(1, 21):
         figures = task.learn(step)
     assert ("judges" in figures) == ("judges" in task.networks) == (judges_from_step > 0)
-    assert task.look()["spectral"] < 0.9 * before
+    assert task.look()["spectral"] < 0.95 * before
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
