@@ -25,6 +25,8 @@ INSIDE = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discret
 _MAX_CONFIG_BYTES, _MAX_MEMBERS = 1_000_000, 1000
 _MAX_WEIGHTS_BYTES = 16 << 30
 Tensors = dict[str, torch.Tensor]
+_CONVERTERS: dict[str, Callable[[Mapping[str, torch.Tensor], str], tuple[Any, Tensors]]] = {
+    "ta-tok": ta_tok.converted, "cosyvoice2": cosyvoice2.converted}
 
 
 def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = False) -> None:
@@ -43,9 +45,7 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
     if kind == "nemo-audio":
         settings, state = _nemo(source)
     else:
-        convert: Callable[[Mapping[str, torch.Tensor], str], tuple[Any, Tensors]] = {
-            "ta-tok": ta_tok.converted, "cosyvoice2": cosyvoice2.converted}[kind]
-        settings, state = convert(_tensors(source, INSIDE[kind]), str(source))
+        settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
     if found := settings.problems():
         raise UserError(list_problems(f"{source}: its sizes", found))
     codec: nn.Module = codec_class(kind, str(source))(settings)

@@ -306,7 +306,7 @@ def test_a_siglip_sees_frozen_while_a_tokenizer_learns(tmp_path: Path) -> None:
     settings = SimVQSettings(20, 3, 16, 1, 2, 4, 16, siglip)
     assert settings.problems() == []
     network = SimVQTokenizer(settings)
-    load_siglip(network.encoder, tmp_path / "siglip", siglip.num_layers)
+    load_siglip(network.encoder, tmp_path / "siglip")
     pictures = np.random.default_rng(0).integers(0, 256, (8, 3, 20, 20), dtype=np.uint8)
     task = ImageTokenizerTask(network, Learning(batch_size=4, warmup_steps=0), pictures, pictures)
     before = network.to_code.weight.clone()
@@ -320,7 +320,7 @@ def test_a_siglip_sees_frozen_while_a_tokenizer_learns(tmp_path: Path) -> None:
     assert torch.equal(open_codec(tmp_path / "codec").encode(seen), network.encode(seen))
     save_file({"vision_model.head.probe": torch.zeros(1)}, tmp_path / "siglip" / "model.safetensors")
     with pytest.raises(UserError, match="are not those of the SigLIP"):
-        load_siglip(network.encoder, tmp_path / "siglip", siglip.num_layers)
+        load_siglip(network.encoder, tmp_path / "siglip")
     for content in ("", "[]", '{"model_type": "clip"}', '{"model_type": "siglip", "image_size": -1}',
                     "[" * 9999):
         (tmp_path / "siglip" / "config.json").write_text(content)

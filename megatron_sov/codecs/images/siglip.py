@@ -58,7 +58,8 @@ class SiglipFeatures(nn.Module):
         super().__init__()
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        self.network = SiglipVisionModel(SiglipVisionConfig(
+        self.settings = settings
+        self.network: Any = SiglipVisionModel(SiglipVisionConfig(
             hidden_size=settings.width, intermediate_size=settings.feed_forward_width,
             num_hidden_layers=settings.num_layers, num_attention_heads=settings.num_heads,
             image_size=side_pixels, patch_size=settings.patch_pixels, vision_use_head=False))
@@ -102,7 +103,7 @@ def siglip_settings(folder: Path) -> tuple[SiglipSettings, int]:
     return read_settings(SiglipSettings, sizes, str(file)), side_pixels
 
 
-def load_siglip(features: SiglipFeatures, folder: Path, num_layers: int) -> None:
+def load_siglip(features: SiglipFeatures, folder: Path) -> None:
     """Give the transformer the weights of a folder, from its safetensors files.
 
     Raises:
@@ -114,7 +115,7 @@ def load_siglip(features: SiglipFeatures, folder: Path, num_layers: int) -> None
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     own = name.removeprefix(_PREFIX)
-                    if name.startswith(_PREFIX) and used(own, num_layers):
+                    if name.startswith(_PREFIX) and used(own, features.settings.num_layers):
                         found[own] = opened.get_tensor(name).float()
         features.network.load_state_dict(found)
     except (OSError, SafetensorError, RuntimeError) as e:

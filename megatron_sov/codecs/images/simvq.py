@@ -4,6 +4,7 @@ the codebook's space, SimVQ, and a plain transformer back to pixels, which train
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class SimVQTokenizer(nn.Module):
         self.decoder = _transformer(settings)
         self.to_pixels = nn.Linear(settings.width, 3 * patch * patch)
 
-    def make_quantiser(self) -> nn.Module:
+    def make_quantiser(self) -> Any:
         """Return what finds codes; a baseline may put another one here."""
         return UnitSimVQ(self.settings.code_width, self.settings.codebook_size)
 
@@ -95,12 +96,14 @@ class SimVQTokenizer(nn.Module):
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
         with torch.no_grad():
-            return self.quantiser.nearest(self._vectors(pictures))
+            ids: torch.Tensor = self.quantiser.nearest(self._vectors(pictures))
+        return ids
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return [n, grid * grid, width] float32 embeddings of ids."""
         with torch.no_grad():
-            return self.quantiser.embed(ids)
+            codes: torch.Tensor = self.quantiser.embed(ids)
+        return codes
 
     def reconstruct(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the pictures [n, 3, side, side] in 0..1 that the plain decoder draws of ids."""

@@ -78,7 +78,8 @@ class CosyVoice2Tokenizer(nn.Module):
         filled = F.pad(sound, (0, -len(sound) % self.samples_per_token))
         frames = log_mel_spectrogram(filled, n_mels=self.settings.num_mels)[None]
         ids, lengths = self.network.quantize(frames, torch.tensor([frames.shape[-1]], device=frames.device))
-        return ids[0, :int(lengths[0])].long().clone()
+        found: torch.Tensor = ids[0, :int(lengths[0])].long().clone()
+        return found
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return [t, 8] float32 embeddings of ids: their levels, -1, 0 or 1; the published tokenizer has no

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ class FSQTokenizer(nn.Module):
             nn.ConvTranspose1d(width, width, 4, stride=2, padding=1), Block(width, 1), nn.GELU(),
             nn.Conv1d(width, settings.num_mels, 3, padding=1))
 
-    def make_quantiser(self) -> nn.Module:
+    def make_quantiser(self) -> Any:
         """Return what finds codes; a baseline may put another one here."""
         return LevelQuantiser(self.settings.levels)
 
@@ -114,7 +115,8 @@ class FSQTokenizer(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return [t, width] float32 embeddings of ids: the rounded numbers, in -1..1."""
         with torch.no_grad():
-            return self.quantiser.embed(ids)
+            codes: torch.Tensor = self.quantiser.embed(ids)
+        return codes
 
     def reconstruct(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the sound [t * samples_per_token] in -1..1 that the plain decoder and Griffin and Lim's

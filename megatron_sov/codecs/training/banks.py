@@ -93,6 +93,10 @@ class SoundBank(Ragged):
         return self.row(row).astype(np.float32) / 32767
 
 
+Sounds = SoundBank | Sequence[np.ndarray[Any, np.dtype[np.float32]]]
+"""Sounds by row."""
+
+
 def _as_int16(sound: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.round(np.clip(sound, -1, 1) * 32767).astype(np.int16)
 

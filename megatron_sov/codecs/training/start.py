@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.codecs.images.siglip import load_siglip, siglip_settings
+from megatron_sov.codecs.images.siglip import SiglipFeatures, load_siglip, siglip_settings
 from megatron_sov.codecs.settings import plain
 from megatron_sov.codecs.training.banks import SoundBank, picture_bank
 from megatron_sov.codecs.training.files import PICTURES, SOUNDS, MediaFiles, media_files
@@ -97,8 +97,8 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
         task = ImageTokenizerTask.made(settings, *(
             picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
             for part, names in (("train", files.train), ("heldout", files.heldout))), device=device)
-        if encoder is not None and settings.model.siglip is not None:
-            load_siglip(task.network.encoder, encoder, settings.model.siglip.num_layers)
+        if encoder is not None and isinstance(sees := task.network.encoder, SiglipFeatures):
+            load_siglip(sees, encoder)
         return task
     rate_hz = settings.model.sample_rate_hz
 

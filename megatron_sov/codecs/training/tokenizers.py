@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.sizes import outside
 from megatron_sov.codecs.sounds.fsq import FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer
-from megatron_sov.codecs.training.banks import Pictures, SoundBank
+from megatron_sov.codecs.training.banks import Pictures, Sounds
 from megatron_sov.codecs.training.draws import batch_rows, generator
 from megatron_sov.codecs.usage import CodebookUsage
 
@@ -29,7 +30,7 @@ class Learning:
     """Optimizer steps."""
     seed: int = 0
     """Of weights and of the order of media."""
-    batch_size: int = 64
+    batch_size: int = 16
     """Pictures or pieces of sound in a step."""
     learning_rate: float = 1e-3
     """Of AdamW, at its highest."""
@@ -98,6 +99,9 @@ class _Autoencoder:
         device: where.
     """
 
+    network: Any
+    """The tokenizer."""
+
     def __init__(self, network: nn.Module, learning: Learning, device: torch.device | str = "cpu") -> None:
         self.network, self.learning, self.device = network.to(device), learning, torch.device(device)
         self.networks = nn.ModuleDict({"tokenizer": network})
@@ -108,7 +112,8 @@ class _Autoencoder:
 
     def codec(self) -> nn.Module:
         """Return the tokenizer."""
-        return self.network
+        network: nn.Module = self.network
+        return network
 
     def _step(self, step: int, media: torch.Tensor) -> dict[str, float]:
         """Learn from one batch."""
@@ -146,7 +151,9 @@ class ImageTokenizerTask(_Autoencoder):
         device: where it learns.
     """
 
-    def __init__(self, network: nn.Module, learning: Learning, pictures: Pictures, heldout: Pictures,
+    network: SimVQTokenizer
+
+    def __init__(self, network: SimVQTokenizer, learning: Learning, pictures: Pictures, heldout: Pictures,
                  device: torch.device | str = "cpu") -> None:
         super().__init__(network, learning, device)
         self._pictures, self._heldout = pictures, heldout
@@ -200,13 +207,13 @@ class AudioTokenizerTask(_Autoencoder):
 
     network: FSQTokenizer
 
-    def __init__(self, network: FSQTokenizer, learning: Learning, sounds: SoundBank, heldout: SoundBank,
+    def __init__(self, network: FSQTokenizer, learning: Learning, sounds: Sounds, heldout: Sounds,
                  device: torch.device | str = "cpu") -> None:
         super().__init__(network, learning, device)
         self._sounds, self._heldout = sounds, heldout
 
     @classmethod
-    def made(cls, settings: AudioTokenizerTraining, sounds: SoundBank, heldout: SoundBank,
+    def made(cls, settings: AudioTokenizerTraining, sounds: Sounds, heldout: Sounds,
              device: torch.device | str = "cpu") -> AudioTokenizerTask:
         """Return a task with a new tokenizer, whose weights are a function of the seed."""
         torch.manual_seed(settings.learning.seed)
