@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.indexed import sidecars_of
+from data_prep.media.packing import SourceBanks
 from data_prep.sharding import ShardedWriter
 from data_prep.splits import HELDOUT, SPLITS, HeldoutRule
 from data_prep.units import GROUP, StoredUnit, UnitRecord, open_unit
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.kinds import KIND_NONE
 from megatron_sov.documents import Span
+from megatron_sov.media.banks import MEDIA, NONE
 
 BLOCK_TOKENS = 1 << 22
 """Tokens that are held in memory at a time."""
@@ -46,6 +48,8 @@ class EncodedSource:
 
     columns: tuple[str, ...] = ()
     """Columns of its documents."""
+    banks: SourceBanks | None = None
+    """Banks that its documents name; None: they have no media."""
     buckets: list[str] = field(default_factory=lambda: [""])
     """Those that its documents belong to, each of which becomes a source; "" alone: it is one itself."""
     largest: dict[str, int] = field(default_factory=dict)
@@ -94,11 +98,12 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
 def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, rule: HeldoutRule,
                  shard_tokens: int) -> dict[str, dict[str, Any]]:
     """Write the shards of a source; returns the manifest's record of each split, by bucket."""
-    sidecars, extra = sidecars_of(source.kind, source.columns), source.kind == "prompt"
+    sidecars = sidecars_of(source.kind, source.columns, source.banks is not None)
+    extra = source.kind == "prompt"
     with ExitStack() as stack:
         writers = {(bucket, split): stack.enter_context(ShardedWriter(
             artifact, f"{source.name_of(bucket)}/{split}", dtype, sidecars, extra, source.group,
-            shard_tokens)) for bucket in source.buckets for split in SPLITS}
+            shard_tokens, source.banks)) for bucket in source.buckets for split in SPLITS}
         for number, (_, record) in enumerate(source.units):
             unit = open_unit(work, record.key, dtype)
             heldout = rule.is_heldout(unit.sequences["hash"])
@@ -140,6 +145,9 @@ def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: 
         columns["loss"] = learned.astype(np.float32)
         if source.kind == "chat":
             columns["kind"] = kinds
+    if unit.media is not None:
+        columns[MEDIA] = unit.media[tokens][mask]
+        columns.setdefault("loss", (columns[MEDIA] == NONE).astype(np.float32))
     for i, name in enumerate(source.columns):
         columns[name] = np.repeat(unit.columns[block, i][chosen], lengths[chosen])
     extra = [line for line, keep in zip(lines, chosen, strict=True) if keep] if lines else []

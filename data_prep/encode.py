@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_prep.fast_bpe import FastBpe, load_fast
+from data_prep.media.meant import MeantTokens, MediaEncoding
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE
@@ -20,6 +21,7 @@ from megatron_sov.chat.segments import odd_opening
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.documents import BadRecord, Conversation, Document
 from megatron_sov.errors import UserError
+from megatron_sov.media.banks import NONE
 
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
 SUFFIXES = (".json", ".tiktoken", ".model")
@@ -38,6 +40,8 @@ class EncodingSettings:
     their response follows."""
     fast: bool = False
     """Whether tiktoken encodes, proven equal beforehand."""
+    media: MediaEncoding | None = None
+    """Of documents with tokens of media; None: they have none."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class EncodedBatch:
     """[sum of lengths]."""
     kinds: NDArray[np.uint8]
     """What each is learned as (`chat.kinds`), [sum of lengths]; empty for plain text."""
+    media: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """What the sidecar of banks says of each, [sum of lengths]; empty where there are no media."""
 
 
 class Encoder:
@@ -86,7 +92,10 @@ class Encoder:
             raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
         self.odd_opening = partial(odd_opening, chat_template)
-        self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None)
+        self.meant = (MeantTokens(self._with_special, self.settings.media) if self.settings.media is not None
+                      else None)
+        self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None,
+                                 self.meant)
 
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
         """Return whether tiktoken gives the ids of this tokenizer on `samples` and adversarial text, and a
@@ -101,14 +110,34 @@ class Encoder:
             BadRecord: the chat template refuses a document (encode them one by one to know which).
         """
         if documents[0].kind == "text":
+            if self.meant is not None:
+                return self._media_texts(documents, self.meant)
             sequences = self._texts([d.text for d in documents])
             lengths = np.array([len(s) for s in sequences], dtype=np.int32)
             return EncodedBatch(lengths, _flat(sequences, int(lengths.sum())), np.zeros(0, np.uint8))
         pairs = [pair for d in documents for pair in self._conversations(d)]
         lengths = np.array([len(ids) for ids, _ in pairs], dtype=np.int32)
         num_tokens = int(lengths.sum())
-        return EncodedBatch(lengths, _flat([ids for ids, _ in pairs], num_tokens),
-                            np.frombuffer(b"".join(kinds for _, kinds in pairs), np.uint8))
+        kinds = np.frombuffer(b"".join(kinds for _, kinds in pairs), np.uint8)
+        flat = _flat([ids for ids, _ in pairs], num_tokens)
+        if self.meant is None:
+            return EncodedBatch(lengths, flat, kinds)
+        media = _media(self.meant, [ids for ids, _ in pairs], documents)
+        # what stands for a feature is never said
+        return EncodedBatch(lengths, flat, np.where(media == NONE, kinds, KIND_NONE).astype(np.uint8), media)
+
+    def _media_texts(self, documents: list[Document], meant: MeantTokens) -> EncodedBatch:
+        """Return texts in which tokens of media are meant."""
+        sequences = []
+        for document in documents:
+            ids = [] if self.bos_id is None else [self.bos_id]
+            for text, id_ in meant.split(document.text):
+                ids += ([id_] if id_ is not None else self._fast.encode(text) if self._fast else
+                        self.plain.encode(text, add_special_tokens=False).ids)
+            sequences.append(ids + ([self.eos_id] if self.settings.eod == "append" else []))
+        lengths = np.array([len(s) for s in sequences], np.int32)
+        return EncodedBatch(lengths, _flat(sequences, int(lengths.sum())), np.zeros(0, np.uint8),
+                            _media(meant, sequences, documents))
 
     def _texts(self, texts: list[str]) -> list[list[int]]:
         if self._fast is not None:
@@ -171,6 +200,14 @@ def _refuse_foreign(path: Path) -> None:
     output = shlex.quote(f"{path.stem if path.is_file() else path.resolve().name}-tokenizer")
     raise UserError(f"--tokenizer {path}: holds a tokenizer that is not taken over yet; run `sov-tokenizer "
                     f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
+
+
+def _media(meant: MeantTokens, sequences: list[list[int]], documents: list[Document]) -> NDArray[np.int64]:
+    """Return what the sidecar of banks says of each token of documents of one sequence each."""
+    for ids, document in zip(sequences, documents, strict=True):
+        meant.refuse_lost(ids, document.texts())
+    return np.concatenate([meant.numbers(ids, document.media or {})
+                           for ids, document in zip(sequences, documents, strict=True)])
 
 
 def _flat(sequences: list[list[int]], num_tokens: int) -> NDArray[np.int32]:

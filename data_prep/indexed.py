@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_sov.documents.indexed_writer import DTYPE_CODES, HEADER, MAGIC, VERSION
 from megatron_sov.errors import UserError
+from megatron_sov.media.banks import MEDIA, SIDECAR_DTYPE
 
 SMALLEST_INT32_VOCAB = 65500
 """Megatron's DType.optimal_dtype: vocabularies below it fit uint16 with room for ids of its own."""
@@ -22,10 +23,12 @@ COLUMN_DTYPE = "float32"
 """Of the other sidecars: columns, each a file of its name."""
 
 
-def sidecars_of(kind: str, columns: Sequence[str] = ()) -> dict[str, str]:
+def sidecars_of(kind: str, columns: Sequence[str] = (), has_media: bool = False) -> dict[str, str]:
     """Return ending -> dtype of the sidecars of a source of that kind (one of `documents.KINDS`)."""
     own = {} if kind == "text" else {n: d for n, d in SIDECARS.items() if n != "kind" or kind == "chat"}
-    return own | dict.fromkeys(columns, COLUMN_DTYPE)
+    # placeholders of features weigh nothing, in texts too
+    media = {"loss": SIDECARS["loss"], MEDIA: SIDECAR_DTYPE} if has_media else {}
+    return own | media | dict.fromkeys(columns, COLUMN_DTYPE)
 
 
 def token_dtype(vocab_size: int) -> str:

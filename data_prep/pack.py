@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
 from data_prep.indexed import sidecars_of, token_dtype
+from data_prep.media.packing import banks_of, check_tokenizer, described, encoding_of, media_of, records_of
 from data_prep.provenance import artifact_of
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule
 from data_prep.steps import named_steps
@@ -214,18 +215,23 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
         raise UserError(f"--workers {workers}: must be at least 1")
     refuse_existing(output, KIND, overwrite)
     refuse_unknown_sources(settings.tags, [source.name for source in sources])
-    encoder = Encoder(tokenizer, EncodingSettings(settings.bos, settings.eod))
+    corpora = media_of(sources, settings.reading.kind)
+    settings = replace(settings, reading=replace(settings.reading, media=bool(corpora)))
+    encoding = EncodingSettings(settings.bos, settings.eod, media=encoding_of(corpora))
+    encoder = Encoder(tokenizer, encoding)
+    check_tokenizer(tokenizer, corpora)
     if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
         warn(sentence)
-    units = [(source, unit) for source in sources for unit in plan_units(list_files(source.path))]
+    units = [(source, unit) for source in sources for unit in plan_units(list_files(records_of(source.path)))]
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
                                  sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
-                                 settings.reading, EncodingSettings(settings.bos, settings.eod, fast),
-                                 settings.steps)
+                                 settings.reading, replace(encoding, fast=fast), settings.steps)
     work = work_folder(output)
     encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
+    for source in encoded:
+        source.banks = banks_of(corpora, encoder.meant).get(source.name)
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         rule = HeldoutRule(settings.heldout_share)
         records = _write(artifact.path, encoded, unit_settings, work, settings, rule)
@@ -236,7 +242,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
             "heldout": rule.to_dict(), "sources": records}
         artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
         _carry_tokenizer(artifact, tokenizer)
-        for origin in dict.fromkeys(origins.values()):
+        for origin in dict.fromkeys([*origins.values(), *corpora.values()]):
             artifact.add_input(origin)
     _delete_work(work, output)
     _tell(artifact.content["sources"], output)
@@ -356,7 +362,8 @@ def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: 
             num_bad: dict[str, int], tags: dict[str, list[str]]) -> dict[str, Any]:
     """Return the manifest's record of a source, or of one of its buckets."""
     return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
-            "sidecars": list(sidecars_of(source.kind, source.columns)),
+            "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
+            **described(source.banks),
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
             "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),
             **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}

@@ -12,7 +12,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.media.packing import SourceBanks
 from megatron_sov.documents.indexed_writer import IndexedWriter
+from megatron_sov.media.banks import MEDIA
 
 
 @dataclass
@@ -33,7 +35,7 @@ class ShardedWriter:
     """Writes one split as one or more shards; there is always one, which may be empty."""
 
     def __init__(self, artifact: Path, name: str, dtype: str, sidecars: Mapping[str, str], extra: bool,
-                 group: int, shard_tokens: int) -> None:
+                 group: int, shard_tokens: int, banks: SourceBanks | None = None) -> None:
         """Begin the first shard.
 
         Args:
@@ -44,10 +46,11 @@ class ShardedWriter:
             extra: whether `.extra.jsonl` is written, a line for each document.
             group: sequences that stay together.
             shard_tokens: most tokens of a shard, unless one document has more.
+            banks: those of the source's documents; None: they have none.
         """
         self._artifact, self._name, self._dtype, self._sidecars, self._extra = (artifact, name, dtype,
                                                                                 sidecars, extra)
-        self._group, self._shard_tokens = group, shard_tokens
+        self._group, self._shard_tokens, self._source_banks = group, shard_tokens, banks
         self.shards: list[ShardRecord] = []
         self._begin()
 
@@ -62,6 +65,7 @@ class ShardedWriter:
         self.shards.append(ShardRecord(f"{self._name}-{len(self.shards):05d}"))
         prefix = self._artifact / self.shards[-1].prefix
         self._writer = IndexedWriter(prefix, self._dtype, self._sidecars)
+        self._banks = self._source_banks.opened(prefix) if self._source_banks else None
         self._lines: IO[bytes] | None = (open(f"{prefix}.extra.jsonl", "wb")  # noqa: SIM115  (closed in _end)
                                          if self._extra else None)
 
@@ -70,6 +74,8 @@ class ShardedWriter:
         self._writer.__exit__(kind, error, trace)
         if self._lines is not None:
             self._lines.close()
+        if self._banks is not None:
+            self._banks.close()
 
     def write(self, lengths_tokens: NDArray[np.int32], sizes_bytes: NDArray[np.int64],
               columns: dict[str, NDArray[np.generic]], extra: Sequence[bytes]) -> None:
@@ -89,8 +95,10 @@ class ShardedWriter:
                     continue
                 stop = done + self._group  # a document above the limit has a shard of its own
             part = slice(passed, int(ends[stop - 1]))
-            self._writer.write(lengths_tokens[done:stop],
-                               {suffix: column[part] for suffix, column in columns.items()})
+            here = {suffix: column[part] for suffix, column in columns.items()}
+            if self._banks is not None:
+                here[MEDIA] = self._banks.moved(here["bin"], here[MEDIA].astype(np.int64))
+            self._writer.write(lengths_tokens[done:stop], here)
             if self._lines is not None:
                 self._lines.writelines(extra[done:stop])
             shard = self.shards[-1]

@@ -18,6 +18,7 @@ from data_prep.token_artifact import num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.artifacts import to_json
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.errors import UserError
+from megatron_sov.media.marks import name_of
 from megatron_sov.obs.work_bar import work_bar
 
 HELP = "show lengths of documents, token types and special tokens, per source"
@@ -99,10 +100,18 @@ def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, 
         "documents_up_to_tokens": {2**p: powers[p]
                                    for p in range(min(powers, default=0), max(powers, default=-1) + 1)},
         "num_prompt_tokens": int(types[TYPE_PROMPT]), "num_response_tokens": int(types[TYPE_RESPONSE]),
-        "special_tokens": {name: int(counts[id_])
-                           for id_, name in sorted(special.items()) if id_ < len(counts) and counts[id_]},
+        "special_tokens": _occurring(special, counts),
         "num_bad": source["num_bad"],
     }
+
+
+def _occurring(special: dict[int, str], counts: np.ndarray) -> dict[str, int]:
+    """Return how often each special token occurs, the entries of a codebook together."""
+    found: Counter[str] = Counter()
+    for id_, token in sorted(special.items()):
+        if id_ < len(counts) and counts[id_]:
+            found[name_of(token)] += int(counts[id_])
+    return dict(found)
 
 
 def _shown(found: dict[str, Any]) -> list[str]:

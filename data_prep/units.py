@@ -30,6 +30,8 @@ from megatron_sov.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.documents.reading import CountedSpan
 from megatron_sov.documents.records import check_texts
 from megatron_sov.errors import UserError
+from megatron_sov.media.banks import MEDIA
+from megatron_sov.media.marks import SPELLED
 from megatron_sov.plugins.code import Code
 
 CODE_VERSION = 3
@@ -143,7 +145,8 @@ class _UnitWriter:
         names = ["tokens", "sequences", "bad", *(["kinds"] if settings.reading.kind != "text" else []),
                  *(["extra"] if settings.reading.kind == "prompt" else []),
                  *(["columns"] if settings.reading.columns else []),
-                 *(["buckets"] if settings.reading.bucket_by else [])]
+                 *(["buckets"] if settings.reading.bucket_by else []),
+                 *([MEDIA] if settings.encoding.media is not None else [])]
         self._files: dict[str, IO[bytes]] = {
             name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
         self._num_sequences = self._num_tokens = 0
@@ -246,12 +249,16 @@ class _UnitWriter:
         self._files["sequences"].write(sequences.tobytes())
         if "kinds" in self._files:
             self._files["kinds"].write(encoded.kinds.tobytes())
+        if MEDIA in self._files:
+            self._files[MEDIA].write(encoded.media.astype("<i8").tobytes())
         self._num_sequences += len(sequences)
         self._num_tokens += len(encoded.ids)
 
 
 def _sizes_bytes(document: Document) -> list[int]:
     """Return the UTF-8 bytes of each sequence's text."""
+    if document.media is not None:  # of what people wrote: bytes of media would be of another kind
+        return [sum(len(SPELLED.sub("", text).encode()) for text in document.texts())]
     if document.kind != "preference":
         return [sum(len(text.encode()) for text in document.texts())]
     return [sum(len(text.encode()) for message in (*document.messages, *side) for text in message.texts())
@@ -330,6 +337,8 @@ class StoredUnit:
     """[sequences, columns] as `Reading.columns` names them."""
     folder: Path
     """Where it lies."""
+    media: NDArray[np.int64] | None = None
+    """[tokens] what the sidecar of banks says; None: there are no media."""
 
     def buckets(self) -> NDArray[np.str_]:
         """Return the bucket of each sequence, [sequences]; "" where there are none."""
@@ -357,4 +366,5 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     sequences = mapped("sequences", SEQUENCE)
     columns = mapped("columns", np.dtype("<f4")) if (folder / "columns").exists() else np.zeros(0, "<f4")
     return StoredUnit(sequences, mapped("tokens", np.dtype(dtype).newbyteorder("<")), kinds,
-                      columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder)
+                      columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder,
+                      mapped(MEDIA, np.dtype("<i8")) if (folder / MEDIA).exists() else None)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.indexed import COLUMN_DTYPE, SIDECARS, IndexedSplit
+from data_prep.media.verifying import media_problems
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.token_artifact import Shard, num_tokens, read_tokens_manifest, shards_of
 from data_prep.twin_documents import document_hashes
@@ -19,6 +20,7 @@ from megatron_sov.artifacts import damaged_files
 from megatron_sov.chat.kinds import KIND_NONE, KINDS
 from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.media.banks import MEDIA
 from megatron_sov.obs.work_bar import work_bar
 
 HELP = "check token shards: hashes, indices, ids, splits, duplicates, epochs"
@@ -115,6 +117,8 @@ def _shard_problems(shard: Shard, split: IndexedSplit, content: dict[str, Any]) 
         file = Path(f"{prefix}.{suffix}")
         if suffix == ROUTES:
             problems += _routes_problems(file, shard.source, len(split.tokens))
+        elif suffix == MEDIA:
+            problems += media_problems(shard.prefix, shard.source, split.tokens)
         else:
             problems += _sidecar_problems(file, suffix, len(split.tokens))
     return problems

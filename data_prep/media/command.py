@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from data_prep.media.settings import SKIP, STOP, MediaSettings, parse_numbers
+from data_prep.media.settings import CALL, CONTENT, SKIP, STOP, MediaSettings, parse_numbers
 from megatron_sov.errors import UserError
 from megatron_sov.media.reading.limits import MediaLimits
 
@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="most frames of a video (default %(default)s)")
     parser.add_argument("--animated", choices=("refuse", "first"), default=default.animated,
                         help="animated pictures: refuse them, or take the first frame (default %(default)s)")
+    parser.add_argument("--drawn", choices=(CALL, CONTENT), default=default.drawn,
+                        help="pictures of an assistant: tool calls, as the published model draws, or in "
+                             "what it "
+                             "says, for templates that show no calls (default %(default)s)")
     parser.add_argument("--bad-media", choices=(STOP, SKIP), default=default.bad_media,
                         help="records that are bad, or name a bad medium: stop at the first, or leave them "
                              "out and "
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         args.media_root, args.image_tokenizer, args.audio_tokenizer,
         None if pictures is None else (pictures[0], pictures[1]),
         None if sounds is None else (sounds[0], sounds[1], sounds[2]), args.video_frames_per_s,
-        args.video_frames, args.animated, args.bad_media, limits, args.device)
+        args.video_frames, args.animated, args.drawn, args.bad_media, limits, args.device)
     order = Order(tuple(args.input), args.output, settings, args.threads, args.overwrite)
     if args.cluster:
         from data_prep.media.slurm_array import submit_order

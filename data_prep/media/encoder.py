@@ -123,6 +123,9 @@ class MediaEncoder:
                 names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
             except BadRecord as e:
                 found[part] = e
+            except OSError as e:
+                found[part] = BadRecord("missing",
+                                        f"cannot be read ({e.strerror or e}); check its permissions")
         first = {name: part for part, name in reversed(names.items())}
         todo = list(dict.fromkeys(names.values()))
         with ThreadPoolExecutor(self._threads) as pool:
@@ -133,15 +136,14 @@ class MediaEncoder:
         return found | {part: contents[name] for part, name in names.items()}
 
     def _place(self, part: Part) -> Path:
-        try:
-            file = place_of(self._settings.media_root.resolve(), part.value)
-            if file.is_file() and file.stat().st_size > self._settings.limits.file_bytes:
-                raise BadRecord("size", f"has {file.stat().st_size:,} bytes, at most "
-                                        f"{self._settings.limits.file_bytes:,} are read; shrink it, or raise "
-                                        "--max-file-bytes")
-            return file
-        except OSError as e:
-            raise BadRecord("missing", f"cannot be read ({e.strerror or e}); check its permissions") from None
+        file = place_of(self._settings.media_root.resolve(), part.value)
+        if not (file.is_file() or file.is_dir()):
+            raise BadRecord("missing", "is neither a file nor a folder; name a medium")
+        most = self._settings.limits.file_bytes
+        if file.is_file() and (size_bytes := file.stat().st_size) > most:
+            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {most:,} are read; shrink it, or "
+                                    "raise --max-file-bytes")
+        return file
 
     def _read(self, part: Part) -> list[Read] | BadRecord:
         """Return a medium's numbers: of a sound once for each rate that is asked for."""

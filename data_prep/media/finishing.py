@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_prep.media.settings import MediaSettings
-from data_prep.media.units import BAD, RECORDS, ROWS, SUMMARY, Unit
+from data_prep.media.settings import STOP, MediaSettings
+from data_prep.media.units import BAD, RECORDS, ROWS, SUMMARY, Unit, bad_medium
 from data_prep.units import unit_folder
 from megatron_sov.artifacts import manifest_sha256, new_artifact, read_manifest
 from megatron_sov.errors import UserError
@@ -35,6 +35,8 @@ class _Joined:
     out: IO[str]
     bad: IO[str]
     files: dict[str, IO[bytes]]
+    stops: bool
+    """Whether a bad record, which an earlier command has listed, is an end."""
     rows: dict[str, dict[str, int]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     """Bank -> content of a record -> its row."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -42,7 +44,7 @@ class _Joined:
     kinds: set[str] = field(default_factory=set)
     codebooks: dict[str, int] = field(default_factory=dict)
 
-    def take(self, folder: Path) -> None:
+    def take(self, unit: Unit, folder: Path) -> None:
         """Append a unit."""
         summary = json.loads((folder / SUMMARY).read_text())
         self.counts.update(summary["counts"])
@@ -50,8 +52,12 @@ class _Joined:
         self.codebooks |= summary["codebooks"]
         with open(folder / BAD, encoding="utf-8") as f:
             for line in f:
-                self.num_bad[json.loads(line)["code"]] += 1
-                self.bad.write(line)
+                row = json.loads(line)
+                row = {"file": str(unit.file), **row, "line": row["line"] + unit.first_line}
+                if self.stops:
+                    raise bad_medium(unit.file, row["line"], row["medium"], row["reason"])
+                self.num_bad[row["code"]] += 1
+                self.bad.write(json.dumps(row, ensure_ascii=False) + "\n")
         places = self._banks(folder)
         with open(folder / RECORDS, encoding="utf-8") as f:
             for line in f:
@@ -90,9 +96,9 @@ def finish(settings: MediaSettings, units: list[Unit], identity: str, work: Path
             return stack.enter_context(open(artifact.path / name, mode, encoding=encoding))
 
         joined = _Joined(artifact.path, banks, opened(RECORDS, "w"), opened(BAD_MEDIA, "w"),
-                         {kind: opened(f"{kind}.bin", "wb") for kind in banks})
+                         {kind: opened(f"{kind}.bin", "wb") for kind in banks}, settings.bad_media == STOP)
         for unit in units:
-            joined.take(unit_folder(work, unit.key(identity)))
+            joined.take(unit, unit_folder(work, unit.key(identity)))
         stack.close()
         if len(joined.kinds) > 1:
             raise UserError("--input: holds chats and documents; encode them on their own, as `sov-data "

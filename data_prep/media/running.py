@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.libraries import require
 from data_prep.media.finishing import KIND, finish
 from data_prep.media.settings import MediaSettings
 from data_prep.media.units import Unit, UnitEncoder, plan
@@ -41,6 +42,11 @@ class Order:
         """Hidden folder beside the output that keeps complete units until the output is."""
         return self.output.with_name(f".{self.output.name}.work")
 
+    @property
+    def slurm(self) -> Path:
+        """Hidden folder beside the output with the logs of Slurm's jobs, which outlive the work."""
+        return self.output.with_name(f".{self.output.name}.slurm")
+
     def files(self) -> list[Path]:
         """Return the files of records, in order.
 
@@ -65,7 +71,7 @@ class Order:
         Raises:
             UserError: settings, paths or the output are.
         """
-        p = self.settings.problems()
+        p = self.settings.problems() + require("it", "PIL", "soundfile", "scipy", extra="omni")
         p += [f"--threads {self.threads}: must be at least 1"] if self.threads < 1 else []
         p += [f"--input {path}: does not exist; check the path" for path in self.inputs if not path.exists()]
         if p:
@@ -98,7 +104,7 @@ def run_order(order: Order) -> dict[str, Any]:
     encoder = UnitEncoder(order.settings, order.work, order.threads)
     order.begin(encoder.identity)
     with only_one(order.work):
-        refuse_living(order.work)
+        refuse_living(order.slurm)
         try:
             encode_units(encoder, units, shows=True)
         finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import manifest_sha256
+from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.reading.limits import MediaLimits
@@ -19,6 +19,7 @@ CODE_VERSION = 1
 SAMPLE_RATE_HZ, HOP_SAMPLES = 16_000, 160
 """Of the spectrograms that encoders of the Whisper family hear."""
 STOP, SKIP = "stop", "skip"
+CALL, CONTENT = "call", "content"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class MediaSettings:
     """Of a video."""
     animated: str = "refuse"
     """What becomes of an animated picture: "refuse", or "first" takes its first frame."""
+    drawn: str = CALL
+    """Where a picture stands that an assistant draws: `CALL`, a tool call as the published model draws; or
+    `CONTENT`, in what it says, for templates that show no calls."""
     bad_media: str = STOP
     """What becomes of a record with a bad medium: `STOP` at the first, or `SKIP` and list it."""
     limits: MediaLimits = field(default_factory=MediaLimits)
@@ -86,15 +90,18 @@ class MediaSettings:
         return found
 
     def identity(self) -> str:
-        """Return JSON of all that a unit depends on besides its records and media.
+        """Return JSON of all that a unit without bad records depends on besides its records and media.
 
         Raises:
-            UserError: a codec's folder has no manifest.
+            UserError: a folder is no codec.
         """
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                                 if f.name not in ("media_root", "device", "limits")}
-        codecs = {name: manifest_sha256(path) if (path := facts[name]) else None
-                  for name in ("image_tokenizer", "audio_tokenizer")}
+                                 if f.name not in ("media_root", "device", "limits", "bad_media")}
+        codecs: dict[str, str | None] = {}
+        for name in ("image_tokenizer", "audio_tokenizer"):
+            if (path := facts[name]) is not None:
+                read_manifest(path, "codec")
+            codecs[name] = None if path is None else manifest_sha256(path)
         return json.dumps({**facts, **codecs, "limits": dataclasses.asdict(self.limits),
                            "code": CODE_VERSION}, sort_keys=True)
 

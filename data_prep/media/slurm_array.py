@@ -28,7 +28,7 @@ from data_prep.pipeline.slurm_engine import (
     submit_array,
 )
 from data_prep.pipeline.slurm_jobs import Jobs
-from megatron_sov.artifacts import disk_errors, refuse_existing
+from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
@@ -93,27 +93,33 @@ def submit_order(order: Order, name: str, num_workers: int, *, account: str | No
         raise UserError(f"--workers {num_workers}: must be at least 1")
     profile = cluster.load(name, account=account, partition=partition)
     refuse_enroot(profile)
+    if (order.output / MANIFEST).is_file() and not order.overwrite:
+        read_manifest(order.output, KIND)
+        print(f"{order.output}: complete from before")
+        return
     units = order.ready()
     encoder = UnitEncoder(order.settings, order.work, order.threads)
     order.begin(encoder.identity)
-    with only_one(order.work), disk_errors(order.work):
+    with disk_errors(order.slurm):
+        (order.slurm / "slurm").mkdir(parents=True, exist_ok=True)
+    with only_one(order.slurm), disk_errors(order.slurm):
         num_done = sum(map(encoder.is_done, units))
-        if living := Jobs.read(order.work).living():
+        if living := Jobs.read(order.slurm).living():
             print(f"{order.output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "
                   f"{len(units):,} "
                   "units are done")
             return
-        refuse_existing(order.output, KIND, order.overwrite)
-        _tell_failures(order.work)
+        _tell_failures(order.slurm)
         client.check_partition(profile.partition)
         _submit(order, profile, min(num_workers, len(units) - num_done))
 
 
 def _absolute(order: Order) -> Order:
     """Return an order whose paths hold on other nodes."""
-    settings = replace(order.settings, media_root=order.settings.media_root.absolute(), **{
-        field: folder.absolute() for field in ("image_tokenizer", "audio_tokenizer")
-        if (folder := getattr(order.settings, field)) is not None})
+    images, sounds = order.settings.image_tokenizer, order.settings.audio_tokenizer
+    settings = replace(order.settings, media_root=order.settings.media_root.absolute(),
+                       image_tokenizer=images and images.absolute(),
+                       audio_tokenizer=sounds and sounds.absolute())
     return replace(order, output=order.output.absolute(), settings=settings,
                    inputs=tuple(path.absolute() for path in order.inputs))
 
@@ -121,7 +127,7 @@ def _absolute(order: Order) -> Order:
 def _submit(order: Order, profile: ClusterProfile, num_workers: int) -> None:
     jobs, after = Jobs("encode-media", {}), None
     with cancelled_where_one_fails(jobs), outside_jobs():
-        logs = {name: order.work / "logs" / name for name in (ENCODE, FINISH)}
+        logs = {name: order.slurm / "logs" / name for name in (ENCODE, FINISH)}
         for folder in logs.values():
             prepare(folder, [], 0)
         if num_workers:
@@ -130,19 +136,19 @@ def _submit(order: Order, profile: ClusterProfile, num_workers: int) -> None:
                                  min(profile.cpus_per_node, order.threads + 1),
                                  gpus=int(order.settings.device.startswith("cuda")))
             jobs.numbers[ENCODE] = after
-            jobs.write(order.work)
+            jobs.write(order.slurm)
         jobs.numbers[FINISH] = submit_array(Last(order, logs[FINISH]), 1, logs[FINISH], profile, after,
                                             min(profile.cpus_per_node, FINISH_CPUS))
-        jobs.write(order.work)
+        jobs.write(order.slurm)
     named = ", ".join(f"{what} {number}" for what, number in jobs.numbers.items())
     print(f"{order.output}: submitted {named}; the same command tells how far they are")
 
 
-def _tell_failures(work: Path) -> None:
+def _tell_failures(folder: Path) -> None:
     """Print what has stopped the jobs of an earlier command."""
     for name in (ENCODE, FINISH):
         try:
-            raise_failures(work / "logs" / name)
+            raise_failures(folder / "logs" / name)
         except (UserError, TaskFailed) as e:
             print(f"the jobs before were stopped by: {str(e).strip()}")
             return

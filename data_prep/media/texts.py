@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.media.encoder import Medium
 from data_prep.media.records import TEXT, MediaRecord, Message, Part
+from data_prep.media.settings import CALL
 from megatron_sov.documents import BadRecord
 from megatron_sov.media.banks import KINDS as BANKS
 from megatron_sov.media.banks import MEDIA
@@ -19,8 +20,8 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 class _Writer:
     """Puts the media of one record in their places."""
 
-    def __init__(self, media: Mapping[Part, Medium]) -> None:
-        self._media, self._numbers = media, Counter[str]()
+    def __init__(self, media: Mapping[Part, Medium], drawn: str) -> None:
+        self._media, self._calls, self._numbers = media, drawn == CALL, Counter[str]()
         self.rows: dict[str, list[list[int]]] = {}
         """Bank -> row and used slots of each of its records, in the order of the placeholders."""
 
@@ -47,7 +48,8 @@ class _Writer:
                     sum(used for _, used in medium.rows)).text()
 
     def _drawn(self, message: Message) -> dict[str, Any]:
-        """Return what a model says: sounds as discrete blocks in the text, pictures as tool calls."""
+        """Return what a model says: sounds as discrete blocks in the text, pictures as tool calls or
+        likewise."""
         said, calls = [], list(message.fields.get("tool_calls") or [])
         for part in message.parts or ():
             if part.kind == "text":
@@ -58,20 +60,20 @@ class _Writer:
                 needed = {IMAGE: "--image-tokenizer", AUDIO: "--audio-tokenizer"}.get(part.kind)
                 raise BadRecord("answer", f"has a {part.kind} ({part.value}) in what the assistant says, " + (
                     f"which needs {needed}" if needed else "and a model draws no videos; remove it"))
-            if part.kind == IMAGE:
+            if part.kind == IMAGE and self._calls:
                 calls.append(drawing_call(block))
             else:
                 said.append(block)
         return {**message.fields, "content": "\n".join(said), **({"tool_calls": calls} if calls else {})}
 
 
-def encoded(record: MediaRecord, media: Mapping[Part, Medium]) -> dict[str, Any]:
-    """Return a record with text in the place of its media.
+def encoded(record: MediaRecord, media: Mapping[Part, Medium], drawn: str = CALL) -> dict[str, Any]:
+    """Return a record with text in the place of its media; `drawn` is `MediaSettings.drawn`.
 
     Raises:
         BadRecord: an assistant's medium has no discrete tokens.
     """
-    writer = _Writer(media)
+    writer = _Writer(media, drawn)
     if record.kind == TEXT:
         found: dict[str, Any] = {"text": writer.shown(record.messages[0].parts or ())}
     else:

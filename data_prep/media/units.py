@@ -161,7 +161,7 @@ class UnitEncoder:
                 try:
                     if part is not None:
                         raise media[part]  # type: ignore[misc]
-                    made = encoded(record, good)
+                    made = encoded(record, good, self._settings.drawn)
                 except BadRecord as e:
                     self._note(bad, unit, number, part.value if part else "", e)
                     continue
@@ -177,10 +177,14 @@ class UnitEncoder:
     def _note(self, bad: list[dict[str, object]], unit: Unit, number: int, medium: str,
               why: BadRecord) -> None:
         """List what is bad, or stop at it."""
-        named = f" {visible(medium)}" if medium else ""
         if self._settings.bad_media == STOP:
-            raise UserError(f"{unit.file}:{number}:{named} {why.reason} (--bad-media skip lists such "
-                            "records and "
-                            "goes on)")
-        bad.append({"file": str(unit.file), "line": number, "medium": medium, "code": why.code,
+            raise bad_medium(unit.file, number, medium, why.reason)
+        # of the unit, for an equal one of another file has its folder too
+        bad.append({"line": number - unit.first_line, "medium": medium, "code": why.code,
                     "reason": why.reason})
+
+
+def bad_medium(file: Path, line: int, medium: str, reason: str) -> UserError:
+    """Return the error for a record that is bad, or names a bad medium."""
+    named = f" {visible(medium)}" if medium else ""
+    return UserError(f"{file}:{line}:{named} {reason} (--bad-media skip lists such records and goes on)")

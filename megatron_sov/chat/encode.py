@@ -8,9 +8,10 @@ alone: spelled out in a content they are ordinary text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
@@ -65,6 +66,19 @@ class _Part:
     """Whether it is a response that a model sees again when it is asked for a later turn."""
 
 
+class Meant(Protocol):
+    """Special tokens that are meant where a content spells them, such as those of pictures and sounds."""
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Their ids."""
+        ...
+
+    def split(self, text: str) -> list[tuple[str, int | None]]:
+        """Return a content as ordinary texts and such tokens with their ids, in order; never nothing."""
+        ...
+
+
 class _Joined(BadRecord):
     """A response that other ids begin when it is asked again than when it is written."""
 
@@ -77,7 +91,7 @@ class ChatEncoder:
     """A tokenizer with its chat template."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer,
-                 encode_plain: Callable[[str], list[int]] | None = None) -> None:
+                 encode_plain: Callable[[str], list[int]] | None = None, meant: Meant | None = None) -> None:
         """Take both.
 
         Args:
@@ -85,7 +99,9 @@ class ChatEncoder:
             tokenizer: finds special tokens in text.
             encode_plain: gives the ids of ordinary text, in which special tokens are text, where something is
                 faster than the tokenizer itself.
+            meant: special tokens that contents may spell and then mean; None: none.
         """
+        self._meant = meant
         self._template, self._with_special = template, tokenizer
         self._plain = Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
@@ -128,7 +144,7 @@ class ChatEncoder:
         """Refuse a chat whose tools, variables or names would bring special tokens into the template's
         text."""
         beside = "\n".join(chat.beside())
-        if beside and (spelled := next((t for t in self._special.values() if t in beside), None)):
+        if beside and (spelled := self._spelled([beside])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
                                              "chat_template_kwargs or a name, where it would become one; "
                                              "remove it")
@@ -153,14 +169,23 @@ class ChatEncoder:
         try:
             return around_contents(self._template, chat, awaits_response, wanted)
         except BadRecord as marked:
-            spelled = next((token for message in chat.messages for text in message.texts()
-                            for token in self._special.values() if token in text), None)
+            means: Collection[int] = self._meant.ids if self._meant else ()
+            spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
             if spelled is None:
                 return around_turns(self._template, chat, wanted, self._ends, awaits_response)
             raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
                                              f"where the chat template of {self._template.where} shows "
                                              "messages otherwise than they are, or with thoughts and calls, "
                                              "the contents cannot be told from it") from marked
+
+    def _spelled(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
+        """Return the first special token that texts spell, besides those that are allowed; None: none."""
+        for text in texts:
+            ids = self._with_special.encode(text, add_special_tokens=False).ids
+            for id_ in ids:
+                if id_ in self._special and id_ not in allowed:
+                    return self._special[id_]
+        return None
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
@@ -219,7 +244,12 @@ class ChatEncoder:
                 is_open = split[-1][1] is None
                 continue
             if segment.message is not None:
-                parts.append(_Part(segment.text, None, kinds, begins, begins and later))
+                place = 0
+                for n, (text, special) in enumerate(self._pieces(segment.text)):
+                    first = begins and n == 0
+                    parts.append(_Part(text, special, kinds[place:place + len(text)], first,
+                                       first and later and special is None))
+                    place += len(text)
                 is_open = learned[i]
                 continue
             split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
@@ -231,6 +261,10 @@ class ChatEncoder:
                       for n, (text, special) in enumerate(split)]
             is_open = is_open and all(special is None for _, special in split[:end])
         return parts, is_open
+
+    def _pieces(self, text: str) -> list[tuple[str, int | None]]:
+        """Return a content as ordinary texts and the special tokens that are meant in it."""
+        return [(text, None)] if self._meant is None else self._meant.split(text)
 
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
         if run[0].special is not None:
@@ -256,8 +290,7 @@ class ChatEncoder:
 
     def _check_spaces(self, segments: Segments, chat: Conversation, ids: list[int]) -> None:
         """Refuse a chat whose white space a special token takes when the whole text is encoded."""
-        contents = [text for message in chat.messages for text in message.texts()]
-        if any(special in text for text in contents for special in self._special.values()):
+        if self._spelled(text for message in chat.messages for text in message.texts()):
             return
         if self._with_special.encode("".join(s.text for s in segments), add_special_tokens=False).ids != ids:
             raise BadRecord("template", "has white space that a special token of this tokenizer takes when a "

@@ -5,6 +5,7 @@ torch.  Types are checked and converted by pydantic when a config is read from J
 `--set key=value`.
 """
 
+from megatron_sov.config.blocks import IdBlock
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig, LmEvalConfig
@@ -32,9 +33,9 @@ from megatron_sov.config.train import TrainConfig
 
 __all__ = [
     "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig", "ExtendConfig",
-    "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LmEvalConfig",
-    "LoraConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
-    "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
-    "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
-    "weighted_path",
+    "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "IdBlock", "Language",
+    "LmEvalConfig", "LoraConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig",
+    "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig",
+    "PreferenceConfig", "RolloutConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings",
+    "data_paths", "from_dict", "layout_settings", "weighted_path",
 ]

@@ -45,16 +45,28 @@ class ObjectiveConfig:
     loss_per: Literal["token", "turn", "sample"] = "token"
     """sft: what counts the same in the loss of responses: every token; every turn of the assistant, by its
     mean; or every sample (conversation), by its mean."""
+    audio_weight: float = 1.0
+    """lm, sft: what the loss of a label in `model.audio_tokens` counts; that of text counts 1."""
+    image_weight: float = 1.0
+    """Likewise of `model.image_tokens`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of an objective of your own: the arguments that it takes by name."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
+    def problems(self, model: ModelConfig) -> list[str]:
+        """Return one sentence for every rule that these settings break; `model` is what learns."""
         p = []
         if not 0 <= self.text_coeff < math.inf:
             p.append(f"objective.text_coeff = {self.text_coeff} must be a number that is not negative")
         if self.text_coeff and self.name != "sft":
             p.append(f"objective.text_coeff = {self.text_coeff} belongs to objective sft, not {self.name}")
+        for name, block in (("audio_weight", "audio_tokens"), ("image_weight", "image_tokens")):
+            weight = getattr(self, name)
+            if weight != 1 and getattr(model, block) is None:
+                p.append(f"objective.{name} = {weight} needs model.{block}; set the block, or leave it at 1")
+            if not 0 <= weight < math.inf:
+                p.append(f"objective.{name} = {weight} must be a number that is not negative")
+            if weight != 1 and self.name not in ("lm", "sft"):
+                p.append(f"objective.{name} = {weight} belongs to objectives lm and sft, not {self.name}")
         if self.loss_per != "token" and self.name != "sft":
             p.append(f"objective.loss_per = {self.loss_per} belongs to objective sft, not {self.name}")
         return p
@@ -109,7 +121,8 @@ class RunConfig:
         empty when it is sound."""
         p = self.model.problems()
         p += self.parallel.problems(self.model, num_ranks)
-        p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
+        p += self.data.problems() + self._phase_problems() + self.train.problems()
+        p += self.objective.problems(self.model)
         p += self.preference.problems() + self.optim.problems() + self.extend.problems()
         p += self.rollout.problems() + self.policy.problems(self.rollout)
         p += self.distillation.problems(self.model.vocab_size)

@@ -47,6 +47,9 @@ class Reading:
     """Field whose values sort the records into buckets; "": none."""
     tags: tuple[str, ...] = ()
     """Fields whose values become tags of the source, by which blends choose."""
+    media: bool = False
+    """Whether they are those of a media corpus, whose texts hold tokens of media and which name rows of
+    banks."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class Document:
     """The bucket that it belongs to; "": there are none."""
     tags: tuple[str, ...] = ()
     """The value of each of `Reading.tags`; "" where the record has none."""
+    media: Mapping[str, tuple[tuple[int, int], ...]] | None = None
+    """Bank -> row and used slots of each of its records that features are made of; None: its texts hold no
+    tokens of media."""
     line: int = 0
     """Line or row, from 1, counted from where reading began; 0 where there is none."""
 
@@ -168,6 +174,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     if reading.bucket_by:
         fields["bucket"] = read_bucket(record, reading.bucket_by)
     fields["tags"] = read_tags(record, reading.tags)
+    if reading.media:
+        fields["media"] = _media(record)
     fields["columns"] = read_columns(record, reading.columns, 2 if kind == "preference" else 1)
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
@@ -234,6 +242,23 @@ def _beside(record: dict[str, Any]) -> dict[str, Any]:
 def _messages(value: Any, name: str, role: str) -> Messages:
     """Return messages given as such, or as one string by `role`."""
     return (Message(role, value),) if isinstance(value, str) else read_messages(value, name)
+
+
+def _media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Return the rows of banks that a record of a media corpus names."""
+    value = record.get("media")
+    try:
+        if not isinstance(value, dict):
+            raise TypeError("no object")
+        found = {str(kind): tuple((row, used) for row, used in rows) for kind, rows in value.items()}
+        numbers = [n for rows in found.values() for pair in rows for n in pair]
+        if not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers):
+            raise ValueError("no whole numbers")
+    except (TypeError, ValueError) as e:
+        raise BadRecord("media_rows", f"has {str(value)[:80]!r} in 'media' ({e}), must be rows of banks; "
+                                      "encode the "
+                                      "media again") from None
+    return found
 
 
 def _preference(record: dict[str, Any]) -> dict[str, Messages]:

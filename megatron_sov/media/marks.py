@@ -46,6 +46,12 @@ def entries(kind: str, text: str) -> list[int]:
     return [int(number) for number in _ENTRY[kind].findall(text)]
 
 
+def name_of(token: str) -> str:
+    """Return what a token is told as: an entry of a codebook as `<|vision...|>`, any other as it is."""
+    kind = next((kind for kind, pattern in _ENTRY.items() if pattern.fullmatch(token)), None)
+    return f"<|{_NAMES[kind]}...|>" if kind else token
+
+
 def ratio(width: int, height: int) -> str:
     """Return the token of a ratio of width to height."""
     return f"<|vision_ratio_{width}:{height}|>"

@@ -40,9 +40,11 @@ class SupervisedFineTuning(DataObjective):
         if config.objective.text_coeff > 0:
             self.coefficients[TEXT] = config.objective.text_coeff
         self.coefficients |= self._mtp_coefficient
+        self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's targets over the global batch: tokens, or what `objective.loss_per` says."""
+        batch = self._with_types(batch)
         batch = dataclasses.replace(batch, micro_batches=tuple(map(self._weighted, batch.micro_batches)))
         hosts = [m.host for m in batch.micro_batches]
         targets = {term: sum(float(_weights(m, term).double().sum()) for m in hosts)
@@ -62,7 +64,8 @@ class SupervisedFineTuning(DataObjective):
         weights = {term: _weights(batch, term) for term in TYPE_OF if term in self.coefficients}
         terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
         terms |= self._mtp_sum(hidden, head, _responses(batch))
-        return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))
+        return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
+                        self._typed.measured(losses, batch))
 
 
 def _weights(batch: MicroBatch, term: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ over depths and divided by all their targets.  Without prediction layers there i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.train.microbatch import MicroBatch, shifted
 from megatron_sov.train.objective import GlobalBatch
 from megatron_sov.train.objective_context import ObjectiveContext
+from megatron_sov.train.typed_losses import TypedLosses
 
 MTP = "mtp"
 
@@ -29,10 +31,15 @@ class DataObjective:
         self._depths = range(1, config.model.num_mtp_layers + 1)
         self._mtp_coefficient = {MTP: config.model.mtp_loss_coeff} if self._depths else {}
         """Part of an objective's `coefficients`."""
+        self._typed = TypedLosses(config)
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         """Return the next batch of the data order."""
         return self._batches.next()
+
+    def _with_types(self, batch: GlobalBatch) -> GlobalBatch:
+        """Return a batch whose labels weigh what the objective says of their types."""
+        return dataclasses.replace(batch, micro_batches=tuple(map(self._typed.weighted, batch.micro_batches)))
 
     def _mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
         """Return this process's targets of the prediction term; weights of labels say which count.

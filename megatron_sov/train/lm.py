@@ -20,10 +20,12 @@ class LanguageModelling(DataObjective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self.coefficients = {LM: 1.0} | self._mtp_coefficient
+        self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count targets: every weighted label for the trunk, and those of all depths for
         multi-token prediction."""
+        batch = self._with_types(batch)
         hosts = [m.host for m in batch.micro_batches]
         targets = {LM: sum(float(m.weights.double().sum()) for m in hosts)}
         return with_denominators(batch, targets | self._mtp_targets(hosts))
@@ -32,4 +34,5 @@ class LanguageModelling(DataObjective):
         """Return the summed cross-entropy of the trunk and of the prediction depths."""
         terms, losses = head.cross_entropy(hidden[0], batch.labels, {LM: batch.weights})
         terms |= self._mtp_sum(hidden, head, batch)
-        return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))
+        return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
+                        self._typed.measured(losses, batch))

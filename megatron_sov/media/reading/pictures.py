@@ -40,7 +40,9 @@ def read_picture(file: Path, asked: Asked, limits: MediaLimits) -> tuple[list[np
         BadRecord: it is none, is too large, is animated, or is cut off.
     """
     with opened(file, limits) as picture:
-        if getattr(picture, "is_animated", False) and asked.animated == "refuse":
+        # an MPO is a photograph with others of it behind: of two lenses, or smaller
+        if (getattr(picture, "is_animated", False) and picture.format != "MPO"
+                and asked.animated == "refuse"):
             raise BadRecord("animated", f"is an animated picture of {getattr(picture, 'n_frames', 0)} "
                                         "frames; make "
                                         'it a part of type "video", or take the first frame '

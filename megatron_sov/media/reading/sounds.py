@@ -78,6 +78,10 @@ def _mono(sound: Any, limits: MediaLimits) -> np.ndarray:
         if passed > most:
             raise _too_long(passed / sound.samplerate, limits)
         parts.append(block.mean(axis=1))
+    if passed < sound.frames and sound.format != "MP3":  # whose header says it about
+        raise BadRecord("truncated",
+                        f"is cut off: {passed:,} of {sound.frames:,} samples are there; fetch it "
+                                     "again, or leave it out")
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 

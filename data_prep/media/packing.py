@@ -1,0 +1,188 @@
+"""What `sov-data pack` does with a media corpus: each shard gets banks of its own, which hold what its
+documents
+name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.media.finishing import KIND
+from data_prep.media.meant import MeantTokens, MediaEncoding
+from data_prep.media.units import RECORDS
+from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.errors import UserError
+from megatron_sov.media.banks import MEDIA, BankShape, open_bank, read_shapes
+from megatron_sov.media.vocabulary import MEDIA as BLOCKS
+from megatron_sov.media.vocabulary import read_blocks
+
+
+class _Named(Protocol):
+    """A source of `sov-data pack`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class SourceBanks:
+    """The banks that the documents of a source name."""
+
+    folder: Path
+    """The media corpus."""
+    shapes: Mapping[str, BankShape]
+    """Kind -> what its records are."""
+
+    def opened(self, prefix: Path) -> ShardBanks:
+        """Begin the banks of a shard."""
+        return ShardBanks(self, prefix)
+
+
+class ShardBanks:
+    """The banks of one shard as they grow; each record once."""
+
+    def __init__(self, source: SourceBanks, prefix: Path) -> None:
+        """Open `PREFIX.KIND` for each kind."""
+        self._shapes = source.shapes
+        self._from = {kind: open_bank(source.folder / f"{kind}.bin", shape)
+                      for kind, shape in source.shapes.items()}
+        self._files: dict[str, IO[bytes]] = {
+            kind: open(f"{prefix}.{kind}", "wb") for kind in source.shapes}  # noqa: SIM115  (closed in close)
+        self._rows: dict[str, dict[int, int]] = {kind: {} for kind in source.shapes}
+
+    def moved(self, ids: NDArray[np.generic], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what the sidecar says of tokens in this shard, with the records that are new appended.
+
+        Args:
+            ids: the tokens.
+            numbers: what it says of them in the source.
+
+        Raises:
+            UserError: a record is not in the source's bank.
+        """
+        found = numbers.copy()
+        for kind, shape in self._shapes.items():
+            places = np.flatnonzero(np.isin(ids, shape.placeholder_ids) & (numbers >= 0))
+            rows, slots = np.divmod(numbers[places], shape.slots)
+            known = self._rows[kind]
+            for row in dict.fromkeys(rows.tolist()):
+                if row not in known:
+                    if row >= len(self._from[kind]):
+                        raise UserError(f"{kind}: a document names record {row} of "
+                                        f"{len(self._from[kind])}; encode "
+                                        "the media again")
+                    known[row] = len(known)
+                    self._files[kind].write(self._from[kind][row].tobytes())
+            found[places] = np.array([known[row] for row in rows.tolist()], np.int64) * shape.slots + slots
+        return found
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def corpus_of(path: Path) -> Path | None:
+    """Return the media corpus that a path is, or lies in; None: none."""
+    for folder in (path, path.absolute().parent):
+        if (folder / MANIFEST).is_file() and read_manifest(folder).kind == KIND:
+            return folder
+    return None
+
+
+def records_of(path: Path) -> Path:
+    """Return what is read of an input: of a media corpus its records alone."""
+    return path / RECORDS if path.is_dir() and corpus_of(path) else path
+
+
+def media_of(sources: Iterable[_Named], kind: str | None) -> dict[str, Path]:
+    """Return source -> its media corpus; nothing where none is one.
+
+    Args:
+        sources: what is packed together.
+        kind: the format that was asked for.
+
+    Raises:
+        UserError: one is a part of a media corpus, others are none, or they hold records of another format.
+    """
+    found = {source.name: (source.path, corpus_of(source.path)) for source in sources}
+    corpora = {name: folder for name, (_, folder) in found.items() if folder is not None}
+    for name, folder in corpora.items():
+        if found[name][0].is_file():
+            raise UserError(f"--input {found[name][0]}: belongs to the media corpus {folder}, and its "
+                            "media would be "
+                            "lost; pass the folder")
+        if (holds := read_manifest(folder, KIND).content["format"]) != kind:
+            raise UserError(f"--input {folder}: holds media in records of format {holds}; pack it with "
+                            "--format "
+                            f"{holds}")
+    if corpora and len(corpora) < len(found):
+        other = next(path for path, folder in found.values() if folder is None)
+        raise UserError(f"--input {other}: is no media corpus, and {next(iter(corpora.values()))} is one; "
+                        "pack each "
+                        "on its own (training takes several --data, and `sov-data mix` joins them)")
+    return corpora
+
+
+def encoding_of(corpora: Mapping[str, Path]) -> MediaEncoding | None:
+    """Return what ids depend on; None: there are no media.
+
+    Raises:
+        UserError: banks of one kind have other slots.
+    """
+    if not corpora:
+        return None
+    slots: dict[str, int] = {}
+    for folder in corpora.values():
+        for kind, shape in _shapes(folder).items():
+            if slots.setdefault(kind, shape.slots) != shape.slots:
+                raise UserError(f"--input {folder}: has {shape.slots} slots of {kind}, another one "
+                                f"{slots[kind]}; "
+                                "pack each on its own")
+    return MediaEncoding(tuple(sorted(slots.items())))
+
+
+def _shapes(folder: Path) -> dict[str, BankShape]:
+    return read_shapes(read_manifest(folder, KIND).content.get(MEDIA), str(folder))
+
+
+def banks_of(corpora: Mapping[str, Path], meant: MeantTokens | None) -> dict[str, SourceBanks]:
+    """Return source -> its banks, with the placeholders of the tokenizer; no source has none."""
+    if meant is None:
+        return {}
+    return {name: SourceBanks(folder, {
+        kind: replace(shape, placeholder_ids=meant.placeholder_ids(kind))
+        for kind, shape in _shapes(folder).items()}) for name, folder in corpora.items()}
+
+
+def described(banks: SourceBanks | None) -> dict[str, Any]:
+    """Return what a source's record says of its banks."""
+    return {} if banks is None else {MEDIA: {kind: shape.record() for kind, shape in banks.shapes.items()}}
+
+
+def check_tokenizer(tokenizer: Path, corpora: Mapping[str, Path]) -> None:
+    """Refuse a tokenizer without the tokens that media corpora hold.
+
+    Raises:
+        UserError: it has none, or a smaller codebook.
+    """
+    blocks = read_blocks(read_manifest(tokenizer).content.get(BLOCKS), str(tokenizer))
+    for folder in corpora.values():
+        for kind, codec in read_manifest(folder, KIND).content["codecs"].items():
+            have = blocks[kind].size if kind in blocks else 0
+            if (needed := codec["codebook_size"] or 0) > have:
+                raise UserError(f"--tokenizer {tokenizer}: has {have} tokens of {kind}, and {folder} was "
+                                "encoded "
+                                f"with a codebook of {needed}; make one with `sov-tokenizer media "
+                                f"{tokenizer} "
+                                f"--{kind}-tokens {needed} ...`")
+    if corpora and not blocks:
+        raise UserError(f"--tokenizer {tokenizer}: has no tokens of media; make one with `sov-tokenizer "
+                        "media`")

@@ -1,0 +1,14 @@
+"""Chats that show media, and what encodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Encode = Callable[..., int]
+
+
+def shown(*parts: tuple[str, str], answer: Any = "Yes.") -> dict[str, Any]:
+    """Return a chat that shows media, as (kind, path) or ("text", text)."""
+    content = [{"type": kind, ("text" if kind == "text" else "path"): value} for kind, value in parts]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}

@@ -1,0 +1,116 @@
+"""Small media, codecs that anyone can compute by hand, and a tokenizer with tokens of media."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from data_prep.cli import main
+from data_prep.media import encoder
+from megatron_sov.artifacts import new_artifact
+from megatron_sov.media.reading.limits import MediaLimits
+from megatron_sov.media.reading.pictures import Asked, read_picture
+from megatron_sov.media.reading.places import place_of
+from megatron_sov.media.reading.reader import Read
+from megatron_sov.media.reading.sounds import read_sound
+from megatron_sov.media.reading.videos import Sampling, read_video
+from tests.data_prep.media.chats import Encode
+from tokenizer.media.command import add_media
+from tokenizer.media.layout import MediaTokens
+
+
+class Greys:
+    """A picture's 2 x 2 quarters, 8 shades each."""
+
+    side_pixels, grid, codebook_size = 8, 2, 8
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        quarters = pictures.mean(1).reshape(-1, 2, 4, 2, 4).mean((2, 4)).reshape(-1, 4)
+        return (quarters * 7).round().long()
+
+
+class Loudness:
+    """A tenth of a second's largest sample, 8 steps."""
+
+    sample_rate_hz, samples_per_token, codebook_size, max_piece_s = 8000, 800, 8, 0.5
+
+    def encode(self, sound: torch.Tensor) -> torch.Tensor:
+        filled = torch.nn.functional.pad(sound, (0, -len(sound) % 800)).reshape(-1, 800)
+        return (filled.abs().amax(1) * 7).round().long().clamp(max=7)
+
+
+class Here:
+    """Reads media in this process, which starts sooner than those of tests/media/reading."""
+
+    def __init__(self, root: Path, limits: MediaLimits, processes: int) -> None:
+        self._root, self._limits = root.resolve(), limits
+
+    def picture(self, path: str, sides: tuple[int, ...], animated: str) -> Read:
+        return self._told(read_picture(place_of(self._root, path), Asked(sides, animated), self._limits))
+
+    def sound(self, path: str, rate_hz: int) -> Read:
+        arrays, facts = read_sound(place_of(self._root, path), rate_hz, self._limits)
+        return self._told(([arrays], facts))
+
+    def video(self, path: str, sampling: Sampling) -> Read:
+        return self._told(read_video(place_of(self._root, path), sampling, self._limits))
+
+    def close(self) -> None:
+        pass
+
+    def _told(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> Read:
+        return Read(found[0], **found[1])
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """A folder of two pictures (one of them twice), two sounds, an animation, and what is none of these."""
+    root = tmp_path / "media"
+    root.mkdir()
+    for name, shade in (("dark", 0), ("light", 255), ("twin", 255)):
+        Image.new("L", (16, 16), shade).save(root / f"{name}.png")
+    soundfile.write(root / "short.wav", np.full(800, 0.99), 8000)
+    soundfile.write(root / "long.wav", np.full(12_000, 0.5), 8000)
+    frames = [Image.new("L", (8, 8), shade) for shade in (0, 255)]
+    frames[0].save(root / "moving.gif", save_all=True, append_images=frames[1:], duration=1000)
+    (root / "broken.png").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture
+def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch,
+           request: pytest.FixtureRequest) -> Encode:
+    """A function that encodes records, given as lists, with both codecs and both banks."""
+    codecs = {"images": Greys(), "sounds": Loudness()}
+    for name in codecs:
+        with new_artifact(tmp_path / name, "codec") as artifact:
+            artifact.content = {"codec": name, "config": {}}
+    monkeypatch.setattr(encoder, "_opened", lambda folder, *rest: codecs[folder.name] if folder else None)
+    if request.module.__name__.rpartition(".")[2] != "test_page":  # which has it as it is
+        monkeypatch.setattr(encoder, "MediaReader", Here)
+
+    def run(records: list[Any], *options: str, output: str = "corpus") -> int:
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        return main(["encode-media", "--input", str(tmp_path / "records.jsonl"), "--media-root", str(media),
+                     "--image-tokenizer", str(tmp_path / "images"), "--audio-tokenizer",
+                     str(tmp_path / "sounds"),
+                     "--continuous-pictures", "4:3", "--continuous-sounds", "8:1:5", "--threads", "1",
+                     "--output",
+                     str(tmp_path / output), *options])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def omni(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer artifact with 8 tokens of sounds and 8 of pictures."""
+    folder = tmp_path_factory.mktemp("omni") / "omni"
+    add_media(tokenizers["solar-open"], folder, MediaTokens(8, 8))
+    return folder

@@ -1,0 +1,147 @@
+"""`sov-data encode-media`: text and banks of media, the same however often it was killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.media import units
+from data_prep.media.encoder import MediaEncoder
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.errors import ExitCode
+from megatron_sov.media.banks import PICTURES, SOUNDS, open_bank, read_shapes
+from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
+from tests.data_prep.media.chats import Encode, shown
+
+
+def records(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def bank(folder: Path, kind: str) -> np.ndarray:
+    return open_bank(folder / f"{kind}.bin", read_shapes(read_manifest(folder).content["media"], "it")[kind])
+
+
+def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
+    assert encode([shown(("image", "light.png"), ("text", "What?")),
+                   shown(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
+                   shown(("video", "moving.gif"))]) == 0
+    first, second, third = records(tmp_path / "corpus")
+    user = first["messages"][0]["content"]
+    assert entries("image", user) == [7] * 4 and user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
+    assert first["media"] == {"pictures": [[0, 3]]}
+    user = second["messages"][0]["content"]
+    # 1.5 s in pieces of 0.5 s for the codec and of 1 s, 5 slots each, for the encoder
+    assert entries("audio", user) == [4] * 15 and user.count(AUDIO_PAD) == 5 + 3
+    assert entries("image", user) == [0] * 4 + [7] * 4 and '"image_01"' in user
+    # the twin has the light picture's content, and shares its row
+    assert second["media"] == {"pictures": [[1, 3], [0, 3]], "sounds": [[0, 5], [1, 3]]}
+    assert third["messages"][0]["content"].count(VIDEO_PAD) == 6
+    pictures = bank(tmp_path / "corpus", PICTURES)
+    assert [int(p.max()) for p in pictures] == [255, 0, 0, 255] and pictures.shape[1:] == (3, 4, 4)
+    content = read_manifest(tmp_path / "corpus", "media_corpus").content
+    assert content["num_media"] == {"image": 3, "audio": 1, "video": 1} and content["format"] == "chat"
+    assert content["codecs"]["image"]["codebook_size"] == 8
+
+
+def test_spectrograms_are_those_of_whisper(encode: Encode, tmp_path: Path, media: Path) -> None:
+    from transformers import WhisperFeatureExtractor
+
+    from megatron_sov.media.reading.limits import MediaLimits
+    from megatron_sov.media.reading.sounds import read_sound
+
+    assert encode([shown(("audio", "short.wav"))]) == 0
+    samples, _ = read_sound(media / "short.wav", 16_000, MediaLimits())
+    expected = WhisperFeatureExtractor(feature_size=8, chunk_length=1)(samples, sampling_rate=16_000)
+    np.testing.assert_array_equal(bank(tmp_path / "corpus", SOUNDS),
+                                  np.asarray(expected["input_features"], np.float16))
+
+
+def test_an_assistant_draws_by_a_call_and_speaks_in_its_text(encode: Encode, tmp_path: Path) -> None:
+    answer = [{"type": "text", "text": "Here:"}, {"type": "image", "path": "light.png"},
+              {"type": "audio", "path": "short.wav"}]
+    assert encode([shown(("text", "Draw."), answer=answer)]) == 0
+    said = records(tmp_path / "corpus")[0]["messages"][1]
+    assert said["content"] == "Here:\n<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>"
+    call = said["tool_calls"][0]["function"]
+    assert call["name"] == "t2i_model_generation"
+    assert entries("image", call["arguments"]["discrete_image_token"]) == [7] * 4
+    assert records(tmp_path / "corpus")[0]["media"] == {}
+    assert encode([shown(("text", "Draw."), answer=answer)], "--drawn", "content", output="two") == 0
+    said = records(tmp_path / "two")[0]["messages"][1]
+    assert "tool_calls" not in said and entries("image", said["content"]) == [7] * 4
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(encode: Encode, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "RECORDS_PER_UNIT", 2)
+    chats = [shown(("image", name))
+             for name in ("light.png", "dark.png", "twin.png", "dark.png", "light.png")]
+    assert encode(chats, output="whole") == 0
+    whole, calls = MediaEncoder.encode, []
+
+    def killed(self: MediaEncoder, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(MediaEncoder, "encode", killed)
+    assert encode(chats) == ExitCode.INTERRUPTED
+    assert not (tmp_path / "corpus").exists() and (tmp_path / ".corpus.work").is_dir()
+    assert encode(chats) == 0 and len(calls) == 4  # the first of three units was kept
+    for name in ("records.jsonl", "pictures.bin", "bad_media.jsonl"):
+        assert (tmp_path / "corpus" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / ".corpus.work").exists()
+
+
+def test_bad_records_stop_the_run_or_are_listed(encode: Encode, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    chats: list[Any] = [shown(("image", "light.png")), shown(("image", "broken.png")),
+                        shown(("image", "../records.jsonl")), shown(("text", "<|IMAGE_PAD|>")), {"text": "a"},
+                        shown(("text", "a"), answer=[{"type": "video", "path": "moving.gif"}])]
+    assert encode(chats) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "records.jsonl:4: spells '<|IMAGE_PAD|>'" in said
+    assert encode(chats[:2]) == 2
+    assert "records.jsonl:2: broken.png is no picture" in capsys.readouterr().err
+    assert encode(chats, "--bad-media", "skip") == 0
+    bad = [json.loads(line) for line in (tmp_path / "corpus/bad_media.jsonl").read_text().splitlines()]
+    assert sorted((row["line"], row["code"]) for row in bad) == [
+        (2, "no_picture"), (3, "outside"), (4, "mark"), (5, "fields"), (6, "answer")]
+    assert read_manifest(tmp_path / "corpus").content["num_bad"]["outside"] == 1
+
+
+def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """Units of an earlier command that listed bad records are kept, and what it listed is not passed over."""
+    chats = [shown(("image", "broken.png")), shown(("image", "light.png")), {"content": "b"}]
+    assert encode(chats, "--bad-media", "skip") == 2  # chats and documents are mixed, and the unit is kept
+    assert encode(chats) == 2
+    assert "records.jsonl:1: broken.png is no picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (("--continuous-pictures", "4"), "SIDE:SLOTS"), (("--continuous-sounds", "8:0:5"), "1..600 seconds"),
+    (("--threads", "0"), "--threads 0"), (("--media-root", "/nowhere"), "is no folder"),
+    (("--input", "gone.jsonl"), "gone.jsonl: does not exist"), (("--workers", "2"), "only with --cluster"),
+    (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
+    (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
+def test_wrong_options_are_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                        options: tuple[str, ...], words: str) -> None:
+    assert encode([shown(("text", "a"))], *options) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "corpus").exists()
+
+
+def test_chats_and_documents_are_not_mixed(encode: Encode, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert encode([shown(("text", "a")), {"content": "b"}]) == 2
+    assert "chats and documents" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / ".corpus.work")
+    assert encode([shown(("text", "a"), ("image", "broken.png"))], "--bad-media", "skip") == 2
+    assert "no record is left (1 are bad" in capsys.readouterr().err

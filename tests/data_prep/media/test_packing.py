@@ -1,0 +1,169 @@
+"""`sov-data pack` of a media corpus: tokens of media are meant there alone, and each placeholder finds its
+feature."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from data_prep.cli import main
+from data_prep.indexed import open_split
+from data_prep.media.meant import MeantTokens, MediaEncoding
+from data_prep.verify import check
+from megatron_sov.artifacts import new_artifact, read_manifest
+from megatron_sov.documents import BadRecord
+from megatron_sov.media.banks import MEDIA, NONE, open_bank, read_shapes
+from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
+from tests.data_prep.media.chats import Encode, shown
+
+CHATS = [shown(("image", "light.png")),
+         shown(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
+         shown(("video", "moving.gif"), ("text", "Say."), answer=[{"type": "audio", "path": "short.wav"}])]
+
+CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+         "<tool_call>{{ call.function.name }}\n{% for k, v in call.function.arguments.items() %}"
+         "<arg_key>{{ k }}</arg_key>\n<arg_value>{{ v }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
+         "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}")
+"""Shows calls as the chat template of OmniServe's track_b does."""
+
+
+def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
+    return main(["pack", "--tokenizer", str(omni), "--input", str(corpus), "--output", str(output),
+                 "--heldout", "0",
+                 "--workers", "1", *options])
+
+
+def columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
+    """Return the source's record, and ids, numbers, weights and banks of each shard."""
+    source = read_manifest(folder).content["sources"][0]
+    shards = []
+    for record in source["splits"]["train"]["shards"]:
+        prefix = folder / record["prefix"]
+        shapes = read_shapes(source[MEDIA], "it")
+        shards.append({"ids": np.asarray(open_split(prefix).tokens),
+                       MEDIA: np.fromfile(f"{prefix}.{MEDIA}", "<i8"),
+                       "loss": np.fromfile(f"{prefix}.loss", "<f4")}
+                      | {kind: open_bank(Path(f"{prefix}.{kind}"), shape) for kind, shape in shapes.items()})
+    return source, shards
+
+
+@pytest.mark.parametrize("shard_tokens", ["1000000", "1"])
+def test_each_placeholder_finds_its_feature_in_its_shard(encode: Encode, omni: Path, tmp_path: Path,
+                                                         shard_tokens: str) -> None:
+    assert encode(CHATS) == 0
+    assert pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format", "chat", "--shard-tokens",
+                shard_tokens) == 0
+    source, shards = columns(tmp_path / "shards")
+    token = Tokenizer.from_file(str(omni / "tokenizer.json")).token_to_id
+    assert source[MEDIA]["pictures"]["placeholder_ids"] == [token(IMAGE_PAD), token(VIDEO_PAD)]
+    seen: list[int] = []
+    for shard in shards:
+        stands = np.isin(shard["ids"], [token(t) for t in (IMAGE_PAD, VIDEO_PAD, AUDIO_PAD)])
+        assert ((shard[MEDIA] != NONE) == stands).all() and not shard["loss"][stands].any()
+        numbers = shard[MEDIA][np.isin(shard["ids"], source[MEDIA]["pictures"]["placeholder_ids"])]
+        assert (numbers % 3).tolist() == [0, 1, 2] * (len(numbers) // 3)
+        seen += [int(shard["pictures"][n // 3].max()) for n in numbers[::3]]
+        assert len(shard["pictures"]) == len(set((numbers // 3).tolist()))  # each content once
+    assert seen == [255, 0, 255, 0, 255]
+    sounds = np.concatenate([s[MEDIA][s["ids"] == token(AUDIO_PAD)] for s in shards])
+    assert sounds.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert check(tmp_path / "shards")[0] == []
+
+
+def test_what_the_assistant_says_is_learned_as_tokens_of_media(encode: Encode, omni: Path,
+                                                               tmp_path: Path) -> None:
+    assert encode(CHATS[2:]) == 0 and pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format",
+                                           "chat") == 0
+    _, (shard,) = columns(tmp_path / "shards")
+    tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
+    learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
+    assert learned.startswith("<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>")
+
+
+def test_a_drawn_picture_is_learned_as_a_call(encode: Encode, omni: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    with new_artifact(tmp_path / "calls", "tokenizer") as artifact:
+        shutil.copy(omni / "tokenizer.json", artifact.path)
+        config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": CALLS}
+        (artifact.path / "tokenizer_config.json").write_text(json.dumps(config))
+        artifact.content = read_manifest(omni).content
+    assert encode([shown(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
+    assert pack(tmp_path / "calls", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
+    _, (shard,) = columns(tmp_path / "shards")
+    tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
+    learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
+    assert learned.startswith("<tool_call>t2i_model_generation\n<arg_key>discrete_image_token</arg_key>\n"
+                              "<arg_value><|discrete_image_start|><|vision_ratio_1:1|><|vision00007|>")
+    entry = tokenizer.token_to_id("<|vision00007|>")
+    assert shard["ids"].tolist().count(entry) == 4 and shard["loss"][shard["ids"] == entry].all()
+    assert pack(omni, tmp_path / "corpus", tmp_path / "other", "--format", "chat") == 2
+    assert "does not show" in capsys.readouterr().err  # this preset's template shows no calls
+
+
+def test_documents_are_learned_whole_but_for_placeholders(encode: Encode, omni: Path, tmp_path: Path) -> None:
+    assert encode([{"content": [{"type": "text", "text": "A <|end|> b"},
+                                {"type": "image", "path": "dark.png"}]}]) == 0
+    assert pack(omni, tmp_path / "corpus", tmp_path / "shards") == 0
+    _, (shard,) = columns(tmp_path / "shards")
+    tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
+    assert shard["loss"].sum() == len(shard["ids"]) - 3
+    assert list(shard["ids"]).count(tokenizer.token_to_id("<|end|>")) == 0  # spelled, and no token of media
+    text = tokenizer.decode(shard["ids"].tolist(), skip_special_tokens=False)
+    assert text.startswith("A <|end|> b\n<|mime_start|>") and text.count("<|vision00000|>") == 4
+
+
+def test_other_texts_only_spell_tokens_of_media(omni: Path, tmp_path: Path) -> None:
+    (tmp_path / "web.jsonl").write_text(json.dumps({"text": "see <|vision00001|><|IMAGE_PAD|>", "media": {}}))
+    assert pack(omni, tmp_path / "web.jsonl", tmp_path / "shards") == 0
+    prefix = tmp_path / "shards/web/train-00000"
+    tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
+    ids = open_split(prefix).tokens.tolist()
+    assert not {tokenizer.token_to_id("<|vision00001|>"), tokenizer.token_to_id(IMAGE_PAD)} & set(ids)
+
+
+def test_placeholders_and_features_must_be_as_many(omni: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
+    meant = MeantTokens(tokenizer, MediaEncoding((("pictures", 2), ("sounds", 5))))
+    pad = tokenizer.token_to_id(IMAGE_PAD)
+    assert meant.numbers([1, pad, pad, 2], {"pictures": [(3, 2)]}).tolist() == [-1, 6, 7, -1]
+    for ids, rows, code in (([pad], {}, "placeholders"), ([1], {"pictures": [(0, 1)]}, "placeholders"),
+                            ([pad] * 3, {"pictures": [(0, 3)]}, "media_rows"),
+                            ([pad], {"sounds": [(0, 1)]}, "placeholders")):
+        with pytest.raises(BadRecord) as found:
+            meant.numbers(ids, rows)  # type: ignore[arg-type]
+        assert found.value.code == code
+    with pytest.raises(BadRecord, match="no such token"):
+        meant.split("<|vision09999|>")
+
+
+def test_what_does_not_fit_is_one_sentence(encode: Encode, omni: Path, tokenizers: dict[str, Path],
+                                           tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert encode(CHATS[:1]) == 0
+    (tmp_path / "web.jsonl").write_text('{"text": "a"}\n')
+    corpus, out = tmp_path / "corpus", tmp_path / "shards"
+    for tokenizer, path, options, words in (
+            (tokenizers["solar-open"], corpus, ("--format", "chat"), "has 0 tokens of image"),
+            (omni, corpus, (), "pack it with --format chat"),
+            (omni, corpus / "records.jsonl", ("--format", "chat"), "pass the folder"),
+            (omni, corpus, ("--format", "chat", "--input", str(tmp_path / "web.jsonl")), "is no media "
+                                                                                         "corpus")):
+        assert pack(tokenizer, path, out, *options) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_damage_to_banks_is_found(encode: Encode, omni: Path, tmp_path: Path) -> None:
+    assert encode(CHATS[:1]) == 0 and pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format",
+                                           "chat") == 0
+    file = next((tmp_path / "shards").rglob("*.pictures"))
+    file.write_bytes(b"")
+    assert any("3 placeholders of pictures name none of its 0 records" in p
+               for p in check(tmp_path / "shards")[0])
+    file.write_bytes(b"abc")
+    assert any("no whole records" in p for p in check(tmp_path / "shards")[0])

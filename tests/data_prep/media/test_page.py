@@ -1,0 +1,42 @@
+"""docs/media_data.md, typed as it stands with codecs of a few entries."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.media.banks import MEDIA
+from tests.data_prep.media.chats import Encode
+from tokenizer.cli import main as sov_tokenizer
+
+PAGE = (Path(__file__).parents[3] / "docs/media_data.md").read_text(encoding="utf-8")
+SMALLER = {"6561": "8", "65536": "8", "448:256": "4:3", "128:30:750": "8:1:5"}
+"""Sizes of the page -> those of the codecs here, for time."""
+
+
+def test_the_page_leads_from_media_to_shards(encode: Encode, tokenizers: dict[str, Path], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("work").mkdir()
+    Path("work/tokenizer").symlink_to(tokenizers["solar-open"])
+    for name in ("images", "sounds"):
+        Path(name).rename(f"work/{name}")
+    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```json\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
+        Path(name).write_text(content)
+    first, second = (block.splitlines() for block in re.findall(r"^```bash\n(.*?)^```$", PAGE,
+                                                                re.MULTILINE | re.DOTALL))
+    for line in first:
+        program, *words = [SMALLER.get(word, word) for word in shlex.split(line)]
+        assert (main(words) if program == "sov-data" else sov_tokenizer(words)) == 0, line
+    source = read_manifest(Path("work/tokens")).content["sources"][0]
+    assert source[MEDIA]["sounds"]["slots"] == 5
+    assert sum(split["num_documents"] for split in source["splits"].values()) == 2
+    corpus = [json.loads(line) for line in Path("work/media/records.jsonl").read_text().splitlines()]
+    assert corpus[1]["messages"][1]["content"].startswith("Listen:\n<|discrete_audio_start|>")
+    assert len(second) == 1  # the one for Slurm, whose options tests/test_docs.py parses
