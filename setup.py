@@ -63,7 +63,8 @@ EXTRAS = {
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
                   "prometheus-client>=0.26", "nvidia-ml-py>=13"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
-    "omni": ["pillow", "soundfile"],
+    # pictures and sounds: their readers; quantisers of tokenizers
+    "omni": ["pillow", "soundfile", "vector-quantize-pytorch>=1.32"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "mypy", "setuptools>=77",
@@ -77,6 +78,9 @@ EXTRAS = {
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
         "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
         "nvidia-ml-py>=13",
+        "pillow", "soundfile", "vector-quantize-pytorch>=1.32",
+        # measures and judges of media in benchmarks/omni
+        "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
         "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",
     ],
 }

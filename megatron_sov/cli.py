@@ -100,6 +100,8 @@ COMMANDS = {
                     "write the card of a model from manifests and events: data, cost, scores, provenance"),
     "ladder": Command("megatron_sov.commands.ladder",
                       "train small models of a recipe's structure, fit a scaling law, predict the next size"),
+    "codec": Command("megatron_sov.commands.codec",
+                     "train, import, reconstruct, inspect: tokenizers and decoders of pictures and sounds"),
     "bundle": Command("megatron_sov.commands.bundle",
                       "gather wheels, code and folders for a cluster without a network"),
     "doctor": Command("megatron_sov.commands.doctor",

@@ -23,6 +23,7 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 TYPED = {
     "README.md": "tests/test_readme.py",
     "docs/card.md": "tests/card/test_command.py",
+    "docs/codecs.md": "tests/commands/test_codec.py",
     "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data_pages.py",
     "docs/data_journey.md": "tests/data_prep/journey/test_journey_page.py",

@@ -69,7 +69,7 @@ def test_every_command_explains_itself_without_torch(command: str) -> None:
     assert cli.COMMANDS[command].help in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", ["convert", "eval", "tools", "rl store"])
+@pytest.mark.parametrize("command", ["convert", "codec", "eval", "tools", "rl store"])
 def test_the_list_of_commands_names_what_each_of_several_does(command: str) -> None:
     parser = argparse.ArgumentParser()
     importlib.import_module(cli.COMMANDS[command].module).add_arguments(parser)

@@ -1,0 +1,1 @@
+"""Tokenizers of pictures, and networks that draw."""

@@ -1,0 +1,143 @@
+"""A tokenizer of pictures in TA-Tok's shape, small enough to be trained: a vision transformer, a layer into
+the codebook's space, SimVQ, and a plain transformer back to pixels, which training needs and use does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_sov.codecs.images.quantiser import UnitSimVQ
+from megatron_sov.codecs.images.siglip import SiglipFeatures, SiglipSettings
+from megatron_sov.codecs.sizes import outside
+
+MAX_CODEBOOK_SIZE = 1 << 20
+
+
+@dataclass(frozen=True)
+class SimVQSettings:
+    """Sizes of the networks."""
+
+    side_pixels: int = 384
+    """Height and width of a picture; a whole number of patches."""
+    grid: int = 24
+    """Patches of a row and of a column: a picture has grid * grid tokens."""
+    width: int = 384
+    """Of the transformers."""
+    num_layers: int = 6
+    """Of the encoder, and of the decoder."""
+    num_heads: int = 6
+    """Of attention; divides `width`."""
+    code_width: int = 64
+    """Of the codebook's vectors."""
+    codebook_size: int = 65_536
+    """Tokens there are."""
+    siglip: SiglipSettings | None = None
+    """A SigLIP, frozen, that sees in place of an encoder that is learned."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each setting that is not well."""
+        found = outside(self, side_pixels=(1, 4096), grid=(1, 256), width=(1, 16_384), num_layers=(1, 100),
+                        num_heads=(1, 256), code_width=(1, 16_384), codebook_size=(2, MAX_CODEBOOK_SIZE))
+        if self.siglip is not None:
+            found += [f"siglip.{problem}" for problem in self.siglip.problems()]
+        if not found and self.siglip is not None \
+                and self.side_pixels // self.siglip.patch_pixels != self.grid:
+            found.append(f"grid = {self.grid} must be the number of siglip's patches of "
+                         f"{self.siglip.patch_pixels} pixels in side_pixels = {self.side_pixels}")
+        if not found and self.siglip is None and self.side_pixels % self.grid:
+            found.append(f"side_pixels = {self.side_pixels} must be a multiple of grid = {self.grid}")
+        if not found and self.width % self.num_heads:
+            found.append(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
+        return found
+
+
+class SimVQTokenizer(nn.Module):
+    """Pictures as ids; an `interface.ImageTokenizer` with a decoder of its own."""
+
+    Settings = SimVQSettings
+
+    def __init__(self, settings: SimVQSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.side_pixels, self.grid = settings.side_pixels, settings.grid
+        self.codebook_size, self.width = settings.codebook_size, settings.code_width
+        patch = settings.side_pixels // settings.grid
+        tokens = settings.grid ** 2
+        if settings.siglip is None:
+            self.encoder: nn.Module = _PatchEncoder(settings)
+            self.to_code = nn.Linear(settings.width, settings.code_width)
+        else:
+            self.encoder = SiglipFeatures(settings.siglip, settings.side_pixels).requires_grad_(False)
+            self.to_code = nn.Linear(settings.siglip.width, settings.code_width)
+        self.quantiser = self.make_quantiser()
+        self.from_code = nn.Linear(settings.code_width, settings.width)
+        self.drawn_at = nn.Parameter(torch.randn(tokens, settings.width) * 0.02)
+        self.decoder = _transformer(settings)
+        self.to_pixels = nn.Linear(settings.width, 3 * patch * patch)
+
+    def make_quantiser(self) -> Any:
+        """Return what finds codes; a baseline may put another one here."""
+        return UnitSimVQ(self.settings.code_width, self.settings.codebook_size)
+
+    def _vectors(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return the vectors [n, tokens, code_width] before the codebook."""
+        vectors: torch.Tensor = self.to_code(self.encoder(pictures))
+        return vectors
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return reconstructions [n, 3, side, side], ids and the quantiser's loss, for training."""
+        codes, ids, loss = self.quantiser(self._vectors(pictures))
+        return self._draw(codes), ids, loss
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
+        with torch.no_grad():
+            ids: torch.Tensor = self.quantiser.nearest(self._vectors(pictures))
+        return ids
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [n, grid * grid, width] float32 embeddings of ids."""
+        with torch.no_grad():
+            codes: torch.Tensor = self.quantiser.embed(ids)
+        return codes
+
+    def reconstruct(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the pictures [n, 3, side, side] in 0..1 that the plain decoder draws of ids."""
+        with torch.no_grad():
+            return self._draw(self.embed(ids)).clamp(0, 1)
+
+    def _draw(self, codes: torch.Tensor) -> torch.Tensor:
+        patches = self.to_pixels(self.decoder(self.from_code(codes) + self.drawn_at)).transpose(1, 2)
+        patch = self.side_pixels // self.grid
+        drawn = F.fold(patches, self.grid * patch, kernel_size=patch, stride=patch) + 0.5
+        if self.grid * patch == self.side_pixels:
+            return drawn
+        return F.interpolate(drawn, size=self.side_pixels, mode="bilinear", align_corners=False)
+
+
+class _PatchEncoder(nn.Module):
+    """A small vision transformer."""
+
+    def __init__(self, settings: SimVQSettings) -> None:
+        super().__init__()
+        patch = settings.side_pixels // settings.grid
+        self.to_patches = nn.Conv2d(3, settings.width, patch, stride=patch)
+        self.seen_at = nn.Parameter(torch.randn(settings.grid ** 2, settings.width) * 0.02)
+        self.layers = _transformer(settings)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return states [n, patches, width] of pictures in 0..1."""
+        patches = self.to_patches(pictures * 2 - 1).flatten(2).transpose(1, 2)
+        states: torch.Tensor = self.layers(patches + self.seen_at)
+        return states
+
+
+def _transformer(settings: SimVQSettings) -> nn.Module:
+    layers = (nn.TransformerEncoderLayer(settings.width, settings.num_heads, 4 * settings.width, dropout=0.0,
+                                         activation="gelu", batch_first=True, norm_first=True)
+              for _ in range(settings.num_layers))
+    return nn.Sequential(*layers, nn.LayerNorm(settings.width))

@@ -1,0 +1,159 @@
+"""Published tokenizers as codecs: their tensors are read without unpickling, and written under our names."""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from torch import nn
+
+from megatron_sov.artifacts import refuse_existing
+from megatron_sov.codecs.folder import KIND, save_codec
+from megatron_sov.codecs.images import ta_tok
+from megatron_sov.codecs.known import codec_class
+from megatron_sov.codecs.sounds import cosyvoice2, nemo_audio
+from megatron_sov.errors import UserError, list_problems, told_in_a_line
+
+INSIDE = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discrete_audio_model."}
+"""Kind -> how its tensors' names begin inside a released any-to-any model (HyperCLOVA X 8B Omni)."""
+_MAX_CONFIG_BYTES, _MAX_MEMBERS = 1_000_000, 1000
+_MAX_WEIGHTS_BYTES = 16 << 30
+Tensors = dict[str, torch.Tensor]
+_CONVERTERS: dict[str, Callable[[Mapping[str, torch.Tensor], str], tuple[Any, Tensors]]] = {
+    "ta-tok": ta_tok.converted, "cosyvoice2": cosyvoice2.converted}
+
+
+def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = False) -> None:
+    """Write a codec of what others published.
+
+    Args:
+        kind: "ta-tok", "cosyvoice2" or "nemo-audio".
+        source: a file (.safetensors, .pth, .pt, .onnx, .nemo), or a folder of safetensors files.
+        output: the codec's folder.
+        overwrite: replace a codec that is already there.
+
+    Raises:
+        UserError: the source cannot be read without running it, or is another network.
+    """
+    refuse_existing(output, KIND, overwrite)
+    if kind == "nemo-audio":
+        settings, state = _nemo(source)
+    else:
+        settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
+    if found := settings.problems():
+        raise UserError(list_problems(f"{source}: its sizes", found))
+    codec: nn.Module = codec_class(kind, str(source))(settings)
+    _take(codec, state, source)
+    save_codec(output, kind, codec, overwrite=overwrite)
+
+
+def _take(codec: nn.Module, state: Tensors, source: Path) -> None:
+    """Give a codec its weights; `UserError` where one is missing, unknown or of another shape."""
+    own = codec.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state or name not in own:
+            said = "lacks" if name not in state else "has more than the codec needs:"
+            raise UserError(f"{source}: {said} what is {name} here; it is of another version of it")
+        if own[name].shape != state[name].shape:
+            raise UserError(f"{source}: what is {name} here has the shape {list(state[name].shape)}, not "
+                            f"{list(own[name].shape)}; it is of another version of it")
+        if not bool(state[name].isfinite().all()):
+            raise UserError(f"{source}: what is {name} here has numbers that are not finite; download it "
+                            "again")
+    codec.load_state_dict(state)
+
+
+def _tensors(source: Path, inside: str) -> Tensors:
+    """Return the tensors of a source under the names that their authors gave them."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(f"{source}: {'has no safetensors files' if source.is_dir() else 'does not exist'}; "
+                        "pass the file or folder that you downloaded")
+    found: Tensors = {}
+    for file in files:
+        found |= _read(file, inside)
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+
+def _read(file: Path, inside: str = "") -> Tensors:
+    """Return the tensors of one file; where some begin with `inside`, these alone, without it."""
+    if file.suffix == ".onnx":
+        return _onnx(file)
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                names = list(opened.keys())
+                own = [name for name in names if name.startswith(inside)] or names
+                return {name.removeprefix(inside): opened.get_tensor(name) for name in own}
+        raw = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # what is no pickle of tensors raises as it likes
+        raise UserError(f"{file}: cannot be read without running what it holds ({told_in_a_line(e)[:200]}); "
+                        "pass its weights as safetensors, e.g. those of a model with it inside") from None
+    for key in ("model", "sd", "state_dict"):
+        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
+            raw = raw[key]
+    if not isinstance(raw, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in raw.values()):
+        raise UserError(f"{file}: holds no names with tensors; pass the file with a tokenizer's weights")
+    return {str(name): tensor for name, tensor in raw.items()}
+
+
+def _onnx(file: Path) -> Tensors:
+    """Return the tensors of CosyVoice 2's published file, under s3tokenizer's names."""
+    try:
+        from s3tokenizer.utils import onnx2torch
+    except ImportError as e:
+        raise UserError(f"{file}: needs the package s3tokenizer ({e}); install it by "
+                        "`pip install s3tokenizer`") from None
+    try:
+        found: Tensors = onnx2torch(str(file), None, False)
+    except Exception as e:
+        raise UserError(f"{file}: is not CosyVoice's tokenizer ({told_in_a_line(e)[:200]}); pass "
+                        "speech_tokenizer_v2.onnx") from None
+    return found
+
+
+def _nemo(source: Path) -> tuple[nemo_audio.NemoAudioSettings, Tensors]:
+    """Return settings and state of a `.nemo` archive; its members are read one by one, and never unpacked."""
+    try:
+        with tarfile.open(source) as archive, tempfile.TemporaryDirectory() as folder:
+            members = {Path(m.name).name: m for m, _ in zip(archive, range(_MAX_MEMBERS), strict=False)
+                       if m.isreg()}
+            config = yaml.safe_load(_member(archive, members, "model_config.yaml", _MAX_CONFIG_BYTES).read())
+            weights = Path(folder) / "weights.pt"
+            with open(weights, "wb") as out:
+                read = _member(archive, members, "model_weights.ckpt", _MAX_WEIGHTS_BYTES)
+                while block := read.read(1 << 24):
+                    out.write(block)
+            state = _read(weights)
+    except (OSError, tarfile.TarError, yaml.YAMLError, EOFError, RecursionError) as e:
+        raise UserError(f"{source}: cannot be read as a .nemo file ({told_in_a_line(e)[:200]}); download it "
+                        "again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{source}: its model_config.yaml is no object of settings; download it again")
+    config = {key: value for key, value in config.items() if key not in nemo_audio.UNUSED}
+    if found := list(nemo_audio.config_problems(config)):
+        raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
+    model = nemo_audio.nemo_model(config)
+    ids = torch.zeros(1, 1, 1, dtype=torch.int64)
+    width = model.dequantize(tokens=ids, tokens_len=torch.tensor([1])).shape[1]
+    settings = nemo_audio.NemoAudioSettings(
+        config=config, sample_rate_hz=int(model.sample_rate), samples_per_frame=int(model.samples_per_frame),
+        codebook_size=int(model.vector_quantizer.codebook_size), code_width=int(width))
+    return settings, {f"network.{name}": tensor for name, tensor in state.items()}
+
+
+def _member(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], name: str,
+            max_bytes: int) -> Any:
+    """Return a member of an archive, to be read; `UserError` where there is none, or it is too large."""
+    if name not in members or members[name].size > max_bytes:
+        raise UserError(f"{archive.name}: {'has no' if name not in members else 'has too large a'} {name}; "
+                        "pass a .nemo file of a codec")
+    found = archive.extractfile(members[name])
+    assert found is not None  # it is a regular file
+    return found

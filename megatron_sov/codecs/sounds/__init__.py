@@ -1,0 +1,1 @@
+"""Tokenizers of sounds, and networks that speak."""

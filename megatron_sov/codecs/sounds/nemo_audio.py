@@ -1,0 +1,125 @@
+"""A codec of NeMo (`AudioCodecModel` of nemo-toolkit) with one codebook as a tokenizer of speech.
+
+A `.nemo` file is an archive of a configuration, whose `_target_` fields name what NeMo then calls, and of
+pickled weights.  Neither is trusted: `codec import` reads the weights without unpickling, only classes of
+NeMo's own speech networks may be named, and nothing is looked up in the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_sov.errors import UserError
+
+_CLASS = re.compile(r"nemo\.collections\.tts\.(modules|losses)\.[a-z_.]+\.[A-Z][A-Za-z0-9]*")
+"""What `_target_` may name."""
+UNUSED = ("train_ds", "validation_ds", "test_ds", "optim", "log_config", "exp_manager", "trainer")
+"""Fields of a configuration that belong to its training; a model that is made with them opens files."""
+_MAX_DEPTH, _MAX_ITEMS = 20, 100_000
+
+
+@dataclass(frozen=True)
+class NemoAudioSettings:
+    """The configuration that the archive came with."""
+
+    config: dict[str, Any]
+    """`model_config.yaml`, without what belongs to training."""
+    sample_rate_hz: int
+    """Of what it hears."""
+    samples_per_frame: int
+    """Of one token."""
+    codebook_size: int
+    """Tokens there are."""
+    code_width: int
+    """Of a token's embedding."""
+    max_piece_s: float = 30.0
+    """A longer sound is cut into pieces of this length."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each setting that is not well."""
+        return list(config_problems(self.config))
+
+
+class NemoAudioTokenizer(nn.Module):
+    """Speech as ids; an `interface.AudioTokenizer`."""
+
+    Settings = NemoAudioSettings
+
+    def __init__(self, settings: NemoAudioSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.sample_rate_hz, self.samples_per_token = settings.sample_rate_hz, settings.samples_per_frame
+        self.codebook_size, self.max_piece_s = settings.codebook_size, settings.max_piece_s
+        self.width = settings.code_width
+        with torch.device("cpu"):
+            self.network = nemo_model(settings.config)
+
+    def encode(self, sound: torch.Tensor) -> torch.Tensor:
+        """Return [t] int64 ids of [s] samples; NeMo fills up the last token's silence."""
+        tokens = int(self.max_piece_s * self.sample_rate_hz / self.samples_per_token)
+        ids = []
+        with torch.no_grad():
+            for part in sound.split(max(1, tokens) * self.samples_per_token) if len(sound) else []:
+                length = torch.tensor([len(part)], device=sound.device)
+                found, _ = self.network.encode(audio=part[None], audio_len=length)
+                ids.append(found[0, 0].long())
+        return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [t, width] float32 embeddings of ids."""
+        with torch.no_grad():
+            length = torch.tensor([len(ids)], device=ids.device)
+            found: torch.Tensor = self.network.dequantize(tokens=ids[None, None], tokens_len=length)
+            return found[0].T.float()
+
+
+def nemo_model(config: Mapping[str, Any]) -> Any:
+    """Return NeMo's codec of a configuration that was checked, its weights not read.
+
+    Raises:
+        UserError: nemo-toolkit is not installed, refuses the configuration, or it has several codebooks.
+    """
+    try:
+        from nemo.collections.tts.models import AudioCodecModel
+        from omegaconf import OmegaConf
+    except ImportError as e:
+        raise UserError(f"codec of kind 'nemo-audio': needs NeMo ({e}); install it by "
+                        "`pip install nemo-toolkit[tts]`") from None
+    try:
+        model = AudioCodecModel(cfg=OmegaConf.create(dict(config)))
+    except Exception as e:
+        raise UserError("codec of kind 'nemo-audio': NeMo makes no codec of its configuration "
+                        f"({type(e).__name__}: {str(e)[:200]}); import the .nemo file again") from e
+    quantiser = model.vector_quantizer
+    if quantiser is None or quantiser.num_codebooks != 1:
+        count = "no" if quantiser is None else quantiser.num_codebooks
+        raise UserError(f"codec of kind 'nemo-audio': has {count} codebooks, where a token is one number; "
+                        "use a codec with one codebook")
+    return model
+
+
+def config_problems(config: object) -> Iterator[str]:
+    """Yield one sentence for each part of a configuration that would have NeMo call or read other things."""
+    stack: list[tuple[str, object, int]] = [("config", config, 0)]
+    num_items = 0
+    while stack:
+        where, node, depth = stack.pop()
+        num_items += 1
+        if depth > _MAX_DEPTH or num_items > _MAX_ITEMS:
+            yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has too many items ({_MAX_ITEMS:,})"
+            return
+        if isinstance(node, dict):
+            target = node.get("_target_")
+            if target is not None and not (isinstance(target, str) and _CLASS.fullmatch(target)):
+                yield f"{where}._target_ = {str(target)[:100]!r}: names no network of NeMo's for speech"
+            stack += [(f"{where}.{key}", value, depth + 1) for key, value in node.items()]
+        elif isinstance(node, list):
+            stack += [(f"{where}.{i}", value, depth + 1) for i, value in enumerate(node)]
+        elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
+            yield f"{where} = {node[:100]!r}: would be looked up outside of the file"
