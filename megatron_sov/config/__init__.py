@@ -8,6 +8,7 @@ torch.  Types are checked and converted by pydantic when a config is read from J
 from megatron_sov.config.blocks import IdBlock
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.distillation import DistillationConfig
+from megatron_sov.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig, LmEvalConfig
 from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
 from megatron_sov.config.gpu import GpuConfig
@@ -32,10 +33,11 @@ from megatron_sov.config.run import ObjectiveConfig, RunConfig
 from megatron_sov.config.train import TrainConfig
 
 __all__ = [
-    "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig", "ExtendConfig",
-    "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "IdBlock", "Language",
-    "LmEvalConfig", "LoraConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig",
-    "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig",
-    "PreferenceConfig", "RolloutConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings",
-    "data_paths", "from_dict", "layout_settings", "weighted_path",
+    "AudioEncoderConfig", "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig",
+    "ExtendConfig", "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig",
+    "IdBlock", "Language", "LmEvalConfig", "LoraConfig", "MediaConfig", "ModelConfig", "NeedleConfig",
+    "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig",
+    "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig", "RunConfig", "TrainConfig",
+    "VisionEncoderConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
+    "weighted_path",
 ]

@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 
 from megatron_sov.config.blocks import IdBlock, block_problems
 from megatron_sov.config.bounds import MAX_SEQ_LEN, above
+from megatron_sov.config.encoders import AudioEncoderConfig, VisionEncoderConfig, both_problems
 
 STRICT = ConfigDict(extra="forbid")
 MAX_EXPERTS = 1_000_000
@@ -135,6 +136,10 @@ class ModelConfig:
     """Ids of discrete sound; None: the vocabulary has none."""
     image_tokens: IdBlock | None = None
     """Ids of discrete pictures; None: the vocabulary has none."""
+    vision: VisionEncoderConfig | None = None
+    """Encoder of pictures whose features are put over placeholders' embeddings; None: there is none."""
+    audio: AudioEncoderConfig | None = None
+    """The same of sounds."""
     init_std: float = 0.02
     """Standard deviation of initial weights; matrices that write to the residual get it /
     sqrt(2 * num_layers)."""
@@ -199,6 +204,7 @@ class ModelConfig:
         if self.init_std <= 0:
             p.append(f"model.init_std = {self.init_std} must be positive")
         p += block_problems(self.vocab_size, audio_tokens=self.audio_tokens, image_tokens=self.image_tokens)
+        p += both_problems(self.vision, self.audio, self.vocab_size)
         if self.num_experts * self.num_layers > MAX_EXPERTS:
             p.append(f"model.num_layers {self.num_layers} x model.num_experts {self.num_experts} must be "
                      f"at most {MAX_EXPERTS:,} experts; count their zeros")

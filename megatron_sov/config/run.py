@@ -12,6 +12,7 @@ from megatron_sov.config import curriculum, quantization
 from megatron_sov.config.bounds import MAX_STEPS
 from megatron_sov.config.data import DataConfig
 from megatron_sov.config.distillation import DistillationConfig
+from megatron_sov.config.encoders import MediaConfig
 from megatron_sov.config.evaluate import EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig
 from megatron_sov.config.gpu import GpuConfig
@@ -113,6 +114,8 @@ class RunConfig:
     """What watches the run."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adaptation of a frozen model."""
+    media: MediaConfig = MediaConfig()
+    """Which weights of encoders of pictures and sounds are trained."""
     code: tuple[Code, ...] = ()
     """Code of your own, or of installed packages, that the settings above name; written by the command."""
 
@@ -131,7 +134,18 @@ class RunConfig:
         p += self.evaluate.problems(self.train.export_every_checkpoints) + self.obs.problems()
         p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
+        p += self._media_problems()
         return p + ([] if p else self._batch_problems(num_ranks) + self._length_problems())
+
+    def _media_problems(self) -> list[str]:
+        """Check what is said of encoders against those that the model has."""
+        p = [f"media.{name}_from = {folder!r}: the model has no model.{name}"
+             for name, folder in (("vision", self.media.vision_from), ("audio", self.media.audio_from))
+             if folder and getattr(self.model, name) is None]
+        if self.lora.on and self.media.train_encoders:
+            p.append("media.train_encoders = True: lora.rank freezes all weights but those of its own "
+                     "adapters; set one of them off")
+        return p
 
     def _phase_problems(self) -> list[str]:
         """Check every phase against what it is trained with: positions of the model,

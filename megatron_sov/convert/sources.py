@@ -89,7 +89,7 @@ class HfWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        self._shards = _open_shards(path)
+        self._shards = open_shards(path)
         shapes = {name: shard.entries[name].shape for name, shard in self._shards.items()}
         family = models.get(str(self.config.get("model_type")))
         try:
@@ -207,7 +207,7 @@ def check_dtypes(weights: Weights) -> None:
                                 "save the model in one dtype")
 
 
-def _open_shards(path: Path) -> dict[str, TensorFile]:
+def open_shards(path: Path) -> dict[str, TensorFile]:
     """Return for each tensor the file that holds it; index and files must agree in both directions."""
     if not (path / INDEX).is_file():
         if not (path / SINGLE_FILE).is_file():

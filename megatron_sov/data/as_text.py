@@ -7,7 +7,9 @@ import dataclasses
 import numpy as np
 
 from megatron_sov.chat.encode import TYPE_TEXT
+from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents, Source
+from megatron_sov.media.placed import Media
 
 TEXT = "text"
 
@@ -20,6 +22,7 @@ class AsText:
     def __init__(self, documents: Documents) -> None:
         self._documents = documents
         self.lengths, self.columns = documents.lengths, documents.columns
+        self.banks = banks_of(documents)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token ids, int64."""
@@ -40,6 +43,10 @@ class AsText:
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         """Return where each token went."""
         return self._documents.routes(document, start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """Return the pictures and sounds of some tokens."""
+        return media_of(self._documents, document, start, count)
 
 
 def as_text(source: Source) -> Source:

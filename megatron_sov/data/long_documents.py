@@ -6,7 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_sov.data.token_shards import ChainedLengths, Documents
+from megatron_sov.data.lengths import ChainedLengths
+from megatron_sov.data.media_shards import banks_of, media_of
+from megatron_sov.data.token_shards import Documents
+from megatron_sov.media.placed import Media
 
 
 class LongDocuments:
@@ -16,6 +19,7 @@ class LongDocuments:
         self._documents, self._min_tokens = documents, min_tokens
         self.is_plain = documents.is_plain
         self.columns = documents.columns
+        self.banks = banks_of(documents)
 
     @cached_property
     def index(self) -> np.ndarray:
@@ -50,3 +54,7 @@ class LongDocuments:
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         """Return where each token went."""
         return self._documents.routes(int(self.index[document]), start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """Return the pictures and sounds of some tokens."""
+        return media_of(self._documents, int(self.index[document]), start, count)

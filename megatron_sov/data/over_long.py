@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.data.lengths import ChainedLengths, Lengths
 from megatron_sov.data.rounds import RoundDocuments
-from megatron_sov.data.token_shards import ChainedLengths, Lengths, Source
+from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 
 

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_sov.data.media_shards import media_of
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment, best_fit, concatenate, cut
 from megatron_sov.data.token_shards import Documents
 from megatron_sov.documents.routes import RouteShape
+from megatron_sov.media.placed import Media, joined
 
 
 class Origin(NamedTuple):
@@ -54,6 +56,8 @@ class Row:
     routes: np.ndarray | None = None
     """[n, layers, top_k]: where each token went when it was generated (`documents.routes`), marked where
     that is not known; None: of no token it is."""
+    media: Media | None = None
+    """Pictures and sounds whose features stand over placeholders; None: there are none."""
 
 
 def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0,
@@ -76,6 +80,7 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
     positions, places = np.empty(seq_len, np.int64), _places(seq_len)
     went = None if routes is None else routes.absent(seq_len)
     bounds = [0]
+    found: list[tuple[int, Media]] = []
     for document, start, count in sample.segments:
         first, end = bounds[-1], bounds[-1] + count
         length = documents.lengths[document]
@@ -92,6 +97,7 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
                 numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
         if went is not None:  # of the tokens themselves, not of their labels
             went[first:end] = documents.routes(document, start, count)
+        found.append((first, media_of(documents, document, start, count)))
         bounds.append(end)
     filled = bounds[-1]
     if filled < seq_len:
@@ -99,6 +105,7 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
         bounds.append(seq_len)
     return Row(tokens, labels, weights, positions, types, sources=np.full(seq_len, sample.source, np.int64),
                padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers, routes=went,
+               media=joined(found) or None,
                origins=tuple(Origin(first, sample.source, segment) for first, segment in zip(
                    bounds, sample.segments, strict=False)))
 
@@ -121,7 +128,8 @@ def join_rows(rows: list[Row]) -> Row:
     columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
     origins = tuple(o._replace(first=o.first + int(s)) for r, s in zip(rows, starts, strict=True)
                     for o in r.origins)
-    return Row(**fields, bounds=bounds, columns=columns, origins=origins, routes=_joined_routes(rows))
+    return Row(**fields, bounds=bounds, columns=columns, origins=origins, routes=_joined_routes(rows),
+               media=joined((int(s), r.media) for r, s in zip(rows, starts, strict=True)) or None)
 
 
 def _joined_routes(rows: list[Row]) -> np.ndarray | None:

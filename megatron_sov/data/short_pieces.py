@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents
+from megatron_sov.media.placed import Media
 
 
 class PieceLengths:
@@ -48,6 +50,7 @@ class Pieces:
         self._documents, self._max_tokens = documents, max_tokens
         self.is_plain = documents.is_plain
         self.columns = documents.columns
+        self.banks = banks_of(documents)
 
     @cached_property
     def lengths(self) -> PieceLengths:
@@ -79,3 +82,8 @@ class Pieces:
         """Return where each token went."""
         whole, first = self.lengths.find(document)
         return self._documents.routes(whole, first + start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """Return the pictures and sounds of some tokens."""
+        whole, first = self.lengths.find(document)
+        return media_of(self._documents, whole, first + start, count)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import errno
 import resource
 import sys
-from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,29 +17,23 @@ from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.chat.kinds import KIND
 from megatron_sov.data.described import check_described
 from megatron_sov.data.heldout_rules import warn_of_other_splits
+from megatron_sov.data.lengths import ChainedLengths, Lengths
 from megatron_sov.data.mapped_files import allow_open_files, numbers, read_index
+from megatron_sov.data.media_shards import MediaShard
 from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
+from megatron_sov.media.banks import MEDIA, BankShape, read_shapes
+from megatron_sov.media.placed import Media
 
 TEXTS = ("text", "chat")
 """Formats that are learned from token by token."""
-NO_COLUMNS = ("loss", "type", ROUTES)
+NO_COLUMNS = ("loss", "type", ROUTES, MEDIA)
 """Sidecars that are not columns of one number for each token as a label."""
 COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
 """Of the columns that are not float32."""
+NO_BANKS: Mapping[str, BankShape] = {}
 CONTENT_VERSION = 2
 """Layout of a token manifest's content that is read: each split is a list of shards."""
-
-
-class Lengths(Protocol):
-    """Tokens of each document: an array, or what stands for one."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, documents: Any, /) -> Any:
-        """Return the tokens of one document, or of an array of documents."""
-        ...
-
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Documents(Protocol):
@@ -87,7 +80,7 @@ class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""
 
     def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = (),
-                 routes: RouteShape | None = None) -> None:
+                 routes: RouteShape | None = None, banks: Mapping[str, BankShape] = NO_BANKS) -> None:
         """Open the files.
 
         Args:
@@ -95,6 +88,7 @@ class TokenShard:
             vocab_size: what token ids must lie below.
             columns: those that it has, each a file of that ending.
             routes: shape of its routes, a file `.routes`; None: it has none.
+            banks: kind -> its bank of pictures or sounds, files of these endings beside `.media`.
 
         Raises:
             UserError: a file is damaged, or too many are open.
@@ -113,6 +107,8 @@ class TokenShard:
             if routes is not None:
                 row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
                 self._routes = self._map(f".{ROUTES}", row)
+            self.banks = banks
+            self._media = MediaShard(prefix, banks, self._num_tokens) if banks else None
             self.is_plain = self._loss is None and self._type is None
         except OSError as e:
             if e.errno == errno.EMFILE:
@@ -184,6 +180,16 @@ class TokenShard:
                             " write the routes again")
         return found
 
+    def media(self, document: int, start: int, count: int) -> Media:
+        """Return the pictures and sounds of these tokens, placed from the first of them.
+
+        Raises:
+            UserError: the bank has no such feature, or a placeholder stands for none.
+        """
+        assert self._media is not None
+        return self._media.placed(document, self._range(document, start, count),
+                                  self.tokens(document, start, count))
+
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
         if not 0 <= first <= first + count <= len(self._tokens):  # a slice beyond the end would be short
@@ -193,51 +199,16 @@ class TokenShard:
         return slice(first, first + count)
 
 
-class ChainedLengths:
-    """The lengths of several shards as one sequence, without reading them."""
-
-    def __init__(self, parts: list[np.ndarray]) -> None:
-        self.parts = parts
-        self._ends = np.cumsum([len(p) for p in parts], dtype=np.int64).tolist()
-
-    def find(self, document: int) -> tuple[int, int]:
-        """Return the part that holds a document, and its index there."""
-        if not 0 <= document < self._ends[-1]:
-            raise IndexError(f"document {document} of {self._ends[-1]}")
-        part = bisect_right(self._ends, document)
-        return part, document - (self._ends[part] - len(self.parts[part]))
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, documents: Any) -> Any:
-        if isinstance(documents, int):
-            part, index = self.find(documents)
-            return int(self.parts[part][index])
-        order = np.argsort(documents)
-        ascending = np.asarray(documents)[order]
-        found = np.empty(len(order), np.int64)
-        stops = np.searchsorted(ascending, self._ends)
-        for part in np.flatnonzero(np.diff(stops, prepend=0)).tolist():
-            here = slice(stops[part - 1] if part else 0, stops[part])
-            found[order[here]] = self.parts[part][
-                ascending[here] - (self._ends[part] - len(self.parts[part]))]
-        return found
-
-    def __iter__(self) -> Iterator[int]:
-        for part in self.parts:
-            yield from part.tolist()
-
-
 class ShardChain:
     """The documents of several shards one after the other; opening it costs the same for
     shards of any size."""
 
     def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
-                 columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> None:
+                 columns: tuple[str, ...] = (), routes: RouteShape | None = None,
+                 banks: Mapping[str, BankShape] = NO_BANKS) -> None:
         allow_open_files()
-        self._shards = [TokenShard(prefix, vocab_size, columns, routes) for prefix in prefixes]
-        self.columns = columns
+        self._shards = [TokenShard(prefix, vocab_size, columns, routes, banks) for prefix in prefixes]
+        self.columns, self.banks = columns, banks
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
 
@@ -265,6 +236,11 @@ class ShardChain:
         """As `TokenShard.routes`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].routes(index, start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """As `TokenShard.media`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].media(index, start, count)
 
 
 @dataclass(frozen=True)
@@ -296,6 +272,8 @@ class Source:
     """Folder of the tokenizer; None: that in the artifact."""
     routes: RouteShape | None = None
     """Shape of the routes that its documents have, which are replayed; None: they have none."""
+    banks: Mapping[str, BankShape] = field(default_factory=dict)
+    """Kind -> bank of pictures or sounds whose features stand over placeholders."""
 
     @property
     def is_chat(self) -> bool:
@@ -309,7 +287,7 @@ class Source:
         if self.artifact is None:
             raise ValueError(f"source {self.name} has neither an artifact nor documents")
         return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]], self.vocab_size,
-                          self.columns, self.routes)
+                          self.columns, self.routes, self.banks)
 
 
 def open_sources(paths: dict[str, float], vocab_size: int,
@@ -380,6 +358,7 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
             group=s.get("group_documents", 1),
             routes=(RouteShape.from_record(s.get(ROUTES), f"{path}: source {s['name']!r}")
                     if ROUTES in s.get("sidecars", ()) else None),
+            banks=read_shapes(s.get(MEDIA), f"{path}: source {s['name']!r}"),
         )
         for s in described
     ]

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sov.data.media_shards import check_encoders
 from megatron_sov.data.rows import Row
+from megatron_sov.errors import UserError
 from megatron_sov.eval.filling import ROW_TOKENS
 from megatron_sov.eval.heldout import HeldoutData, evaluate_rows
 from megatron_sov.generate.load import Loaded
@@ -18,6 +20,7 @@ from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 
 def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
     """Return the loss per source of a running policy; called by all processes together."""
+    check_encoders(loaded.config.model, data.sources)
     rows = rows_per_batch(loaded, data.seq_len, data.max_tokens)
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
@@ -34,7 +37,14 @@ def rows_per_batch(loaded: Loaded, seq_len: int, max_tokens: int = ROW_TOKENS) -
 
 
 def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
-    """Return the loss per source of transformers' model on the same targets in the same contexts."""
+    """Return the loss per source of transformers' model on the same targets in the same contexts.
+
+    Raises:
+        UserError: the data have pictures or sounds, which that model does not read.
+    """
+    if read := [f"{s.name} ({', '.join(s.banks)})" for s in data.sources if s.banks]:
+        raise UserError(f"sources {'; '.join(read)}: transformers' model reads text alone; judge the "
+                        "checkpoint itself, or data of text")
     return evaluate_rows(data, lambda row: row_losses(model, row))
 
 

@@ -46,7 +46,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     # those of a run that has trained in this process: the library refuses another attention than it had;
     # what is only for backward passes is left out
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
-    model = build(config.model, config.parallel, config.train, gpu, config.lora)
+    model = build(config.model, config.parallel, config.train, gpu, config.lora, config.media)
     load.load_model(path, model)
     return ForwardModel(model, config.train.head_chunk_tokens)
 

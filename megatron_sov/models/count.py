@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sov.config import ModelConfig
+from megatron_sov.models.encoders import encoder_params
 
 
 @dataclass(frozen=True)
 class ParamCount:
-    """Parameters of a model; `total` and `active` leave out the multi-token prediction layers,
-    as published figures do."""
+    """Parameters of a model; `total` and `active` leave out the multi-token prediction layers and
+    encoders, as published figures do."""
 
     total: int
     """Parameters of the trunk, embeddings and output head included."""
@@ -23,6 +24,8 @@ class ParamCount:
     mtp: int
     """Parameters of the multi-token prediction layers (0 where there are none);
     embeddings and head are the trunk's."""
+    encoders: int = 0
+    """Parameters of encoders of pictures and sounds, of their adapters and compressor."""
 
 
 def attention_params(model: ModelConfig) -> int:
@@ -56,4 +59,4 @@ def num_params(model: ModelConfig) -> ParamCount:
              + num_moe_layers * moe_ffn)
     idle = num_moe_layers * (model.num_experts - model.num_experts_per_token) * expert
     mtp = model.num_mtp_layers * (2 * h + 2 * h * h + block + dense_ffn + h)
-    return ParamCount(total, total - idle, mtp)
+    return ParamCount(total, total - idle, mtp, encoder_params(model))

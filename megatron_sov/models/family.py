@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
+from megatron_sov.models.encoders import encoder_links
+from megatron_sov.models.hf_config import Encoders, Fixed, Item, Renamed, Unused
 from megatron_sov.models.weights import Link, Section, links
 
 DECODER_CONFIG: tuple[Item, ...] = (
@@ -17,6 +18,7 @@ DECODER_CONFIG: tuple[Item, ...] = (
     Renamed("num_key_value_heads", "num_kv_heads"), Renamed("max_position_embeddings", "max_position_tokens"),
     Renamed("initializer_range", "init_std", 0.02), Fixed("hidden_act", "silu"),
     Fixed("attention_dropout", 0.0),
+    Encoders(),
     Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
             "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
             "_name_or_path", "auto_map")),
@@ -68,7 +70,7 @@ class Family:
 
     def links(self, model: ModelConfig) -> list[Link]:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
-        return links(self.weights, model)
+        return links(self.weights, model) + encoder_links(model)
 
     def problems(self, model: ModelConfig) -> list[str]:
         """Return one sentence for each property of `model` that the family cannot express."""

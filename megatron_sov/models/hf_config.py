@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from megatron_sov.config import ModelConfig, YarnConfig
@@ -106,6 +106,22 @@ class Unused:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return nothing, whatever they say."""
         return {}
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Encoders of pictures and sounds, in our own terms: transformers' class of a text model has none."""
+
+    names: tuple[str, ...] = ("vision_config", "audio_config")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return those that the model has."""
+        found = {"vision_config": model.vision, "audio_config": model.audio}
+        return {name: asdict(config) for name, config in found.items() if config is not None}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return them as fields of a model."""
+        return {name.removesuffix("_config"): config[name] for name in self.names if name in config}
 
 
 @dataclass(frozen=True)

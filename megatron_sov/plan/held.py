@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 
 from megatron_sov.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.models.adapters import PREFIX, Adapted, adapted_modules
+from megatron_sov.models.encoders import encoder_tensors
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 TABLES = (EMBEDDING, HEAD)
@@ -70,6 +71,8 @@ def held(config: RunConfig, stage: int) -> list[list[Run]]:
             runs += [(i, _prediction_layer(*sizes)) for i in range(m.num_mtp_layers)]
             if not (first and m.tied_embeddings):
                 runs.append((None, (_table(m, p, EMBEDDING if m.tied_embeddings else HEAD),)))
+        if first:
+            runs += _encoders(m)
         if config.lora.on:
             runs += _adapters(config, layers, first, last)
         chunks.append(runs)
@@ -81,6 +84,12 @@ def chunk_layers(parallel: ParallelConfig, stage: int, num_layers: int) -> list[
     runs = parallel.pipeline_layout or (num_layers // (parallel.pp * parallel.vpp),) * (
         parallel.pp * parallel.vpp)
     return [list(range(sum(runs[:run]), sum(runs[:run + 1]))) for run in range(stage, len(runs), parallel.pp)]
+
+
+@lru_cache(maxsize=16)
+def _encoders(m: ModelConfig) -> tuple[Run, ...]:
+    """Return the encoders of pictures and sounds, whole on every process."""
+    return tuple((None, (Held(key, shape),)) for key, shape in encoder_tensors(m).items())
 
 
 def _table(m: ModelConfig, p: ParallelConfig, key: str) -> Held:

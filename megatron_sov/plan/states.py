@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_sov.config import ModelConfig, RunConfig
+from megatron_sov.models.encoders import encoder_buffer_bytes, is_frozen, is_table
 from megatron_sov.plan.buffers import END_MULTIPLE, FAST_END_MULTIPLE, Buffer, Piece, Size, laid_out
 from megatron_sov.plan.held import TABLES, Held, Run, chunk_layers, held, is_adapter
 
@@ -88,6 +89,7 @@ class StageBuffers:
         p = config.parallel
         self._config, self._num_ranks, self._chunks = config, num_ranks, held(config, stage)
         self._sizes = {False: num_ranks // (p.tp * p.pp), True: num_ranks // (p.etp * p.ep * p.pp)}
+        self._is_first = stage == 0
         self._rules: list[_Rule] = []
         self._known: dict[int, list[int]] = {}
         self._buffers: dict[bool, list[Buffer]] = {False: [], True: []}
@@ -182,7 +184,8 @@ class StageBuffers:
 
     def _counters(self) -> int:
         """Return the bytes of buffers, float32 each: of a router every expert's tokens and bias, of a chunk
-        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.16.1)."""
+        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.16.1); and
+        those of encoders."""
         m = self._config.model
         layers = (layer for runs in self._chunks for layer, parts in runs if len(parts) > 1
                   and parts[0].key.startswith("decoder.layers.{l}"))
@@ -190,7 +193,8 @@ class StageBuffers:
         routers = sum(layer is not None and layer >= first_moe for layer in layers)
         angles = (len(self._chunks) * 2 * m.head_dim * m.yarn.original_max_position_tokens
                   // self._config.parallel.cp if m.yarn is not None else 0)
-        return (routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
+        return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
+                + (encoder_buffer_bytes(m) if self._is_first else 0))
 
 
 _known: dict[tuple[object, ...], States] = {}
@@ -205,9 +209,9 @@ def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
     same, and context parallelism changes little: a search asks for many a layout once.
     """
     gpu, p, m = config.gpu, config.parallel, config.model
-    key = (_but_for_length(m), config.lora, config.optim, config.train.precision, gpu.pad_buckets,
-           gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp, p.ep, p.etp,
-           p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
+    key = (_but_for_length(m), config.lora, config.media, config.optim, config.train.precision,
+           gpu.pad_buckets, gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp,
+           p.ep, p.etp, p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
            bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
     if key not in _known:
         if len(_known) >= MAX_KNOWN:
@@ -244,13 +248,14 @@ def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
 
 def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
     """Return how parameters of a layer are updated."""
-    matrix = len(part.shape) == 2 and part.key not in TABLES
+    matrix = len(part.shape) == 2 and part.key not in TABLES and not is_table(part.key)
     algorithm, frozen = config.optim.name, False
     if config.optim.groups:
         key = part.key.replace("{l}", str(layer))
         for group in config.optim.groups:
             if fnmatch.fnmatchcase(key, group.pattern):
                 algorithm, frozen = group.optimizer or config.optim.name, group.frozen
+    frozen = frozen or is_frozen(part.key, config.media)
     return _Rule(frozen or (config.lora.on and not is_adapter(part.key)),
                  matrix and algorithm == "muon", len(part.shape) == 1)
 

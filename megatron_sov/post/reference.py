@@ -20,11 +20,13 @@ import numpy as np
 
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
 from megatron_sov.config import RunConfig, layout_settings
+from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.generate.load import run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.media.placed import Media
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.post.document_logprobs import Running, document_logprobs
 from megatron_sov.runs.checkpoints import BASE
@@ -99,6 +101,7 @@ class WithReference:
         self._documents, self._parts = parts.documents, parts
         self.lengths, self.is_plain = parts.documents.lengths, parts.documents.is_plain
         self.columns = (*parts.documents.columns, COLUMN)
+        self.banks = banks_of(parts.documents)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """As `Documents.tokens`."""
@@ -121,6 +124,10 @@ class WithReference:
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         """As `Documents.routes`."""
         return self._documents.routes(document, start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """As `Documents.media`."""
+        return media_of(self._documents, document, start, count)
 
 
 class Reference:

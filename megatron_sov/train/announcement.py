@@ -52,7 +52,8 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
     too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
                        f"tokens, {fate} (data.over_long)" for o in over_long(sources, entries))
-    return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active), steps "
+    return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active)"
+            f"{f', {short(count.encoders)} of encoders' if count.encoders else ''}, steps "
             f"{steps.start + 1} to {steps.stop}{length}\n"
             f"  processes  {world.size}{f': {layout}' if layout else ''}; {config.train.precision}, "
             f"{states} of weights, gradients and optimizer each{activations}\n"

@@ -113,7 +113,7 @@ class Checkpointer:
     def load_weights(self, path: Path) -> None:
         """Start from the weights of another run's checkpoint."""
         load.check(path)
-        self._load_model(path)
+        self._load_model(path, new_encoders=True)
 
     def load(self, path: Path, *, data_too: bool = True) -> TrainState:
         """Bring back what a (sound) checkpoint of this run holds, and return the loop's
@@ -141,6 +141,6 @@ class Checkpointer:
             self._batches.restore(state["order"])
         return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.trained_tokens(path))
 
-    def _load_model(self, path: Path) -> None:
-        load.load_model(path, self._model)
+    def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
+        load.load_model(path, self._model, new_encoders=new_encoders)
         self._optimizer.sync_master_weights()

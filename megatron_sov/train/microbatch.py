@@ -68,7 +68,7 @@ def _record(flat: torch.Tensor, row: Row, values: list[np.ndarray]) -> MicroBatc
     inputs = ModelInputs(
         tokens=found["tokens"], positions=found["positions"], cu_seqlens=found["bounds"],
         max_document_tokens=int(np.diff(bounds).max()), padding=found["padding"],
-        host_bounds=bounds.tolist(), routes=row.routes)
+        host_bounds=bounds.tolist(), routes=row.routes, media=row.media)
     return MicroBatch(inputs=inputs, labels=found["labels"], weights=found["weights"], types=found["types"],
                       sources=found["sources"], columns=columns, origins=row.origins)
 

@@ -23,7 +23,7 @@ from megatron_sov.config.schedules import changed_schedule
 from megatron_sov.data import over_long
 from megatron_sov.data.columns import refuse_without_columns
 from megatron_sov.data.ledger import LedgerEntry, plan
-from megatron_sov.data.routes import refuse_other_routes
+from megatron_sov.data.model_fit import refuse_unreadable
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
@@ -195,7 +195,7 @@ def _open_data(stage: Stage) -> _Data:
             source.shard("heldout")
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     refuse_without_columns(sources, columns_of(stage.objective))
-    refuse_other_routes(sources, stage.config.model)
+    refuse_unreadable(sources, stage.config.model)
     planned = plan(stage.config, sources)
     if stage.config.data.over_long == "refuse":
         over_long.refuse(over_long.over_long(sources, planned))

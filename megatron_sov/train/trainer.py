@@ -24,12 +24,13 @@ from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model import init, replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
-from megatron_sov.mcore.model.language_model import build
+from megatron_sov.mcore.model.language_model import LanguageModel, build
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import collectives, rng
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.adapters import PREFIX
+from megatron_sov.models.encoders import PREFIXES as ENCODERS
 from megatron_sov.obs.events import EventLog
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
@@ -38,6 +39,7 @@ from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.efficiency import peak_memory
+from megatron_sov.train.encoder_weights import start_encoders
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.garbage import Garbage
@@ -84,7 +86,7 @@ class Trainer:
             began_s: Unix time at which the work on the run began; None: now.
             planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
             initial_weights: whether weights are made of the seed, which takes minutes for a large model;
-                False: a checkpoint is loaded next, which holds all of them but a new adapter's.
+                False: a checkpoint is loaded next, which holds all of them but a new adapter's or encoder's.
             feed: brings what is not there yet when the run begins; None: everything is.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
@@ -93,8 +95,9 @@ class Trainer:
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.state = TrainState()
-        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
-        init.initialise(self.model, config.model, config.train.seed, only="" if initial_weights else PREFIX)
+        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
+                           config.media)
+        _begin(self.model, config, initial_weights)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
@@ -168,6 +171,8 @@ class Trainer:
     def start_from(self, path: Path) -> None:
         """Start from the weights of another run's checkpoint."""
         self.checkpointer.load_weights(path)
+        start_encoders(self.model, self.config)
+        self.optimizer.sync_master_weights()
         self.state.trained_tokens = checkpoints.trained_tokens(path)
         self._started_from = path
 
@@ -343,3 +348,11 @@ class Trainer:
         self.guards.faults.tell(self.events)
         self.recorder.close()
         self.batches.close()
+
+
+def _begin(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
+    """Give a model its initial weights; without them those of new adapters and encoders alone."""
+    init.initialise(model, config.model, config.train.seed,
+                    only="" if initial_weights else (PREFIX, *ENCODERS))
+    if initial_weights:
+        start_encoders(model, config)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig
 from megatron_sov.data.ledger import plan
+from megatron_sov.data.lengths import ChainedLengths
 from megatron_sov.data.long_documents import LongDocuments
 from megatron_sov.data.order import SampleOrder
-from megatron_sov.data.token_shards import ChainedLengths, Source, open_sources
+from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.data.views import with_views
 from megatron_sov.errors import UserError
 

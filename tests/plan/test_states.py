@@ -5,6 +5,7 @@ and two of big models."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,19 @@ BIG = (
                             "parallel.etp=2", "parallel.zero1=true", "gpu.optimizer_offload=0.3",
                             "optim.name=adamw", "train.global_batch_size=1024"), 512, 400))
 """On one process of the first stage, and on one of the last."""
+_VISION = {"placeholder_ids": [5], "image_size": 56, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+           "ffn_dim": 48, "full_attention_layers": [1], "out_hidden_size": 64}
+_PLAIN = {"kind": "siglip", "placeholder_ids": [5], "image_size": 28, "hidden_size": 32, "num_layers": 2,
+          "num_heads": 4, "ffn_dim": 48, "adapter": "mlp"}
+_AUDIO = {"placeholder_ids": [6], "num_mels": 8, "num_frames": 200, "hidden_size": 32, "num_layers": 2,
+          "num_heads": 4, "ffn_dim": 48, "compression": 25, "compressor_size": 64}
+ENCODERS = (
+    Drawn("tiny-qwen3", (f"model.vision={json.dumps(_VISION)}", f"model.audio={json.dumps(_AUDIO)}",
+                         "media.train_encoders=true", "parallel.pp=2", "parallel.zero1=true",
+                         "parallel.overlap_grad_reduce=true", "train.precision=bf16",
+                         "optim.name=muon"), 4, 0),
+    Drawn("tiny-qwen3", (f"model.vision={json.dumps(_PLAIN)}", "train.precision=fp32"), 1, 0))
+"""Trained ones under Muon, and a frozen one with a trained adapter."""
 
 
 def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
@@ -45,7 +59,7 @@ def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) -> None:
-    layouts = [*(draw(number) for number in DRAWN), *BIG]
+    layouts = [*(draw(number) for number in DRAWN), *BIG, *ENCODERS]
     for run, fused in ((te_ranks, True), (ranks, False)):
         asked = [layout for layout in layouts if is_fused(layout) is fused]
         assert asked

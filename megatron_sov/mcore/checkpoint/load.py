@@ -25,6 +25,7 @@ from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.models.adapters import PREFIX
+from megatron_sov.models.encoders import PREFIXES as ENCODERS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
 
@@ -48,7 +49,7 @@ def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: d
 
 
 @contextlib.contextmanager
-def _agreement() -> Iterator[None]:
+def agreement() -> Iterator[None]:
     """Run the block on every process; where it raises on any of them, every process raises,
     so that none waits for it."""
     problem: Exception | None = None
@@ -65,7 +66,7 @@ def damage(path: Path, *, weights_only: bool = False) -> str | None:
     """Return, on every process, what is wrong with a checkpoint's files, or None;
     each process looks at a share of them."""
     problem: str | None = None
-    with _agreement():
+    with agreement():
         problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
                                      weights_only=weights_only)
     return next((p for p in gather_objects(problem) if p is not None), None)
@@ -83,11 +84,17 @@ def check(path: Path) -> None:
 
 
 @torch.no_grad()
-def load_model(path: Path, model: LanguageModel) -> None:
+def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) -> None:
     """Read this process's part of the weights, from whatever layout wrote them.
 
     Of an adapter's checkpoint its base is read too, which is checked before.  A model with adapters that
     reads a checkpoint of all weights keeps the adapters that it has, beside these weights.
+
+    Args:
+        path: the checkpoint.
+        model: is given the weights.
+        new_encoders: a model may have an encoder of pictures or sounds that the checkpoint has not; it keeps
+            the weights that it has.
 
     Raises:
         UserError: on every process; the checkpoint holds other tensors or shapes than the
@@ -95,16 +102,16 @@ def load_model(path: Path, model: LanguageModel) -> None:
     """
     base = checkpoints.adapter_base(path)
     if base is None:
-        _load_part(path, MODEL, model)
+        _load_part(path, MODEL, model, new_encoders)
     elif not model.lora.on:
         raise UserError(f"{path}: is an adapter, and lora.rank is 0; train with its lora settings, or from "
                         "what `megatron-sov convert to-hf` makes of it")
     else:
-        with _agreement():
+        with agreement():
             _refuse_other_adapters(path, model)
             frozen = checkpoints.found_base(path, base)
         check(frozen)
-        _load_part(frozen, MODEL, model)
+        _load_part(frozen, MODEL, model, new_encoders)
         _load_part(path, ADAPTER, model)
     if model.lora.on:
         model.adapter_base = base or checkpoints.AdapterBase.of(path)
@@ -123,12 +130,16 @@ def _refuse_other_adapters(path: Path, model: LanguageModel) -> None:
                             "use the setting that it was made with")
 
 
-def _load_part(path: Path, part: str, model: LanguageModel) -> None:
+def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool = False) -> None:
     reader = TensorReader(path, part)
     blocks = [b for b in local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
+    if new_encoders:
+        known = set(reader.keys())
+        new = tuple(prefix for prefix in ENCODERS if not any(key.startswith(prefix) for key in known))
+        blocks = [b for b in blocks if not b.key.startswith(new)]
     names: set[str] = {key for keys in gather_objects({b.key for b in blocks}) for key in keys}
     _refuse_difference(path, names, set(reader.keys()))
-    with _agreement():
+    with agreement():
         _fill(path, reader, blocks)
 
 
@@ -140,7 +151,7 @@ def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
         UserError: on every process; the checkpoint holds no such state, or is damaged.
     """
     reader = TensorReader(path, "optimizer")
-    with _agreement():
+    with agreement():
         _fill(path, reader, list(optimizer.state_shards()))
     optimizer.restore_updates(num_updates)
 

@@ -20,9 +20,12 @@ import torch
 from megatron_sov.config import ModelConfig
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
+from megatron_sov.models.encoders import is_encoder
 
 ONES, ZEROS, NORMAL, RESIDUAL = "ones", "zeros", "normal", "normal into the residual"
 ADAPTER, STANDARD = "normal of an adapter's input", "standard normal"
+FAN_IN = "normal of spread 1 / sqrt(inputs)"
+SINUSOIDS, STEPS, DECAYS = "sines and cosines", "even time steps", "logarithms of 1, 2, ..."
 RULES = (
     ("*norm.weight", ONES), ("*.layer_norm_weight", ONES), ("*.router.expert_bias", ZEROS),
     ("*.linear_qkv.bias", ZEROS),
@@ -35,6 +38,14 @@ RULES = (
 """Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
 residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019).  An adapter's A has the
 spread of PEFT's default, which is uniform between +-1 / sqrt(columns), and for an embedding normal."""
+ENCODER_RULES = (
+    ("*.embed_positions.weight", SINUSOIDS), ("*.dt_bias", STEPS), ("*.A_log", DECAYS), ("*.D", ONES),
+    ("*.query_token", STANDARD), ("*.bias", ZEROS), ("*norm*.weight", ONES), ("*.ln_q.weight", ONES),
+    ("*.adapter.*", NORMAL), ("*", FAN_IN),
+)
+"""The same for encoders of pictures and sounds; the first that matches counts.  Places are Whisper's, time
+steps lie between Mamba-2's bounds as its random ones do (arXiv 2405.21060), and its decays are S4D's."""
+TIME_STEPS = (0.001, 0.1)
 _CHUNK = 1 << 18
 _PER_COUNTER = 8
 """Normals made of one Philox counter step: four 64-bit words, two 32-bit halves each."""
@@ -46,6 +57,8 @@ def rule_for(key: str) -> str:
     Raises:
         ValueError: no rule or several rules match its name.
     """
+    if is_encoder(key):
+        return next(rule for pattern, rule in ENCODER_RULES if fnmatch.fnmatchcase(key, pattern))
     matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]
     if len(matches) != 1:
         raise ValueError(f"{key}: {len(matches)} rules of mcore/init.py match this tensor's name, "
@@ -99,14 +112,34 @@ class _Part:
 def _parts(block: LocalShard, std: float) -> Iterator[_Part]:
     """Yield the rows of a block, some hundred thousand values at a time: what fits a core's cache."""
     leading = block.offset[: len(block.global_shape) - 2]
-    rows, columns = block.global_shape[-2:]
+    rows, columns = (1, *block.global_shape)[-2:]
     matrix = int(np.ravel_multi_index(leading, block.global_shape[:-2])) if leading else 0
-    row0, column0 = block.offset[-2:]
+    row0, column0 = (0, *block.offset)[-2:]
     target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
     step = max(1, _CHUNK // columns)
     for row in range(0, target.shape[0], step):
         yield _Part(block.key, (matrix * rows + row0 + row) * columns, columns,
                     slice(column0, column0 + target.shape[1]), target[row:row + step], std)
+
+
+def given(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor that no random number enters, float64.
+
+    Args:
+        rule: `SINUSOIDS` of [places, width], `STEPS` or `DECAYS` of [heads].
+        shape: of the tensor.
+    """
+    index = torch.arange(shape[0], dtype=torch.float64)
+    if rule == DECAYS:
+        return (index + 1).log()
+    if rule == STEPS:
+        low, high = map(math.log, TIME_STEPS)
+        step = (low + (index + 0.5) / shape[0] * (high - low)).exp()
+        return step + torch.log(-torch.expm1(-step))  # what softplus makes the step of
+    half = shape[1] // 2
+    turns = torch.exp(-math.log(10_000) / max(half - 1, 1) * torch.arange(half, dtype=torch.float64))
+    angle = index[:, None] * turns
+    return torch.cat([angle.sin(), angle.cos()], 1)
 
 
 def _made_ahead(parts: Iterator[_Part], seed: int, num_threads: int) -> Iterator[tuple[_Part, torch.Tensor]]:
@@ -123,7 +156,8 @@ def _made_ahead(parts: Iterator[_Part], seed: int, num_threads: int) -> Iterator
 
 
 @torch.no_grad()
-def initialise(model: LanguageModel, config: ModelConfig, seed: int, *, only: str = "") -> None:
+def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
+               only: str | tuple[str, ...] = "") -> None:
     """Set the weights and buffers of this process's part of the model, with as many threads as torch has.
 
     Args:
@@ -141,6 +175,10 @@ def initialise(model: LanguageModel, config: ModelConfig, seed: int, *, only: st
         rule = rule_for(block.key)
         if rule == ADAPTER:
             normal.append((block, 1 / math.sqrt(3 * block.global_shape[-1])))
+        elif rule == FAN_IN:
+            normal.append((block, 1 / math.sqrt(math.prod(block.global_shape[1:]))))
+        elif rule in (SINUSOIDS, STEPS, DECAYS):
+            block.data.copy_(given(rule, block.global_shape))
         elif rule in stds:
             normal.append((block, stds[rule]))
         else:

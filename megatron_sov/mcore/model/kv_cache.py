@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_sov.mcore.model.attention import attend, attend_whole
 from megatron_sov.mcore.model.rotary import softmax_scale
 from megatron_sov.mcore.parallel import context
+from megatron_sov.media.placed import Media, joined
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Span:
     """How many of its tokens the cache holds; what it holds beyond is taken back."""
     tokens: Sequence[int]
     """What is read now, at least one token."""
+    media: Media | None = None
+    """Pictures and sounds that these tokens stand for, placed from the first of them; None: nothing."""
 
 
 @dataclass
@@ -84,6 +87,8 @@ class ReadRow:
     """Row index after each span."""
     packed: PackedSpans
     """The spans."""
+    media: Media | None = None
+    """Pictures and sounds that its tokens stand for; None: nothing."""
 
     def padding(self, sequence_parallel: bool) -> torch.Tensor:
         """Return [tokens] bool, True where a token is padding;
@@ -119,7 +124,8 @@ def read_row(spans: Sequence[Span], row_tokens: int, device: torch.device) -> Re
     whole = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)
     packed = PackedSpans(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest,
                          max_seqlen_kv=longest, groups=groups)
-    return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed)
+    media = joined((end - len(span.tokens), span.media) for end, span in zip(ends, spans, strict=True))
+    return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed, media)
 
 
 class CachedAttention(torch.nn.Module):

@@ -26,12 +26,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_sov.config import GpuConfig, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config import GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.adapters import Adapters
 from megatron_sov.mcore.model.attention import PackedDocuments, SharedPrompts, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
+from megatron_sov.mcore.model.media_encoders import MediaEncoders
 from megatron_sov.mcore.model.placement import made_here, place
 from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
@@ -43,11 +44,13 @@ from megatron_sov.mcore.model.specs import (
     uses_transformer_engine,
 )
 from megatron_sov.mcore.parallel import context
+from megatron_sov.media.placed import Media
 from megatron_sov.runs.checkpoints import AdapterBase
 
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Weights with a row per token id, split by rows over the tensor-parallel group."""
 NO_ADAPTERS = LoraConfig()
+MEDIA = MediaConfig()
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class ModelInputs:
     choose."""
     shared: SharedPrompts | None = None
     """What documents share, of which the row holds each token once; None: nothing."""
+    media: Media | None = None
+    """Pictures and sounds whose features stand over placeholders, on the host; None: there are none."""
 
 
 class Chunk(GPTModel):
@@ -83,6 +88,8 @@ class Chunk(GPTModel):
 
     adapters: Adapters | None
     """Low-rank adapters of its linear layers, where they are trained in the place of the weights."""
+    media: MediaEncoders | None
+    """Encoders of pictures and sounds, on the first run of a model that has some."""
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
         """Run the model on this process's part of the row.
@@ -101,6 +108,7 @@ class Chunk(GPTModel):
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
                                                 packed_seq_params=packed)
+        embedded = self._with_media(embedded, len(inputs.tokens), inputs.media)
         # the fused kernel finds each token's angles itself
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
@@ -123,6 +131,7 @@ class Chunk(GPTModel):
         """
         embedded, rotary, *_ = self._preprocess(input_ids=row.tokens[None], position_ids=row.positions[None],
                                                 packed_seq_params=row.packed)
+        embedded = self._with_media(embedded, len(row.tokens), row.media, cut_for_context=False)
         return self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
@@ -143,6 +152,17 @@ class Chunk(GPTModel):
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
         return self.mtp.layers[0].transform(hidden, embedded,
                                             rotary[row.positions], row.packed)
+
+    def _with_media(self, embedded: torch.Tensor, row_tokens: int, media: Media | None, *,
+                    cut_for_context: bool = True) -> torch.Tensor:
+        """Return embeddings with features over those of placeholders, on the run that embeds tokens."""
+        if self.media is not None:
+            with_features: torch.Tensor = self.media(embedded, row_tokens, media,
+                                                     cut_for_context=cut_for_context)
+            return with_features
+        if self.pre_process and media:
+            raise ValueError(f"a row has {' and '.join(media)}, and the model has no encoder of such")
+        return embedded
 
     def _local_padding(self, padding: torch.Tensor, first_route: int | None) -> torch.Tensor:
         """Return this process's part of the padding mask, [1, tokens], or [1 + bits, tokens] with the places
@@ -215,12 +235,14 @@ class LanguageModel(torch.nn.ModuleList):
     """This process's part of the model: one chunk, or several under an interleaved pipeline."""
 
     def __init__(self, chunks: list[Chunk], architecture: ModelConfig,
-                 lora: LoraConfig = NO_ADAPTERS) -> None:
+                 lora: LoraConfig = NO_ADAPTERS, media: MediaConfig = MEDIA) -> None:
         super().__init__(chunks)
         self.architecture = architecture
         """What it is, in our own terms."""
         self.lora = lora
         """Its adapters."""
+        self.media = media
+        """Which weights of its encoders are trained."""
         self.adapter_base: AdapterBase | None = None
         """The checkpoint that the frozen weights are from; None: they are trained, or come of a seed."""
         self.chunks: tuple[Any, ...] = tuple(chunks)
@@ -255,7 +277,8 @@ class LanguageModel(torch.nn.ModuleList):
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-          gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS) -> LanguageModel:
+          gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS,
+          media: MediaConfig = MEDIA) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train, gpu)
     if config.fp8 or config.fp4:
@@ -266,9 +289,11 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
     with output_head.without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     for chunk in chunks:
+        if chunk.media is not None:
+            chunk.media.overlapped = parallel.overlap_grad_reduce or parallel.overlap_param_gather
         with made_here():
             chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
-    return LanguageModel(chunks, model, lora)
+    return LanguageModel(chunks, model, lora, media)
 
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
@@ -294,6 +319,8 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
             rotary_base=model.rope_theta, share_embeddings_and_output_weights=model.tied_embeddings,
             mtp_block_spec=mtp, vp_stage=vp_stage)
+        encodes = chunk.pre_process and (model.vision is not None or model.audio is not None)
+        chunk.media = MediaEncoders(model, config) if encodes else None
     place(chunk, device)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16,

@@ -44,7 +44,8 @@ def built(config: RunConfig, num_ranks: int, rank: int) -> Built:
 
     with fake_world(config.parallel, num_ranks, rank), _nothing_has_memory():
         with torch.device("meta"):
-            model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+            model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
+                          config.media)
         shapes = [[tuple(weight.shape) for weight in chunk.parameters()] for chunk in model.chunks]
         optimizer = Optimizer(model, config.optim, config.parallel, config.gpu)
         place = Place(parallel_state.get_data_parallel_rank(with_context_parallel=True),

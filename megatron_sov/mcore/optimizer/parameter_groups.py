@@ -18,6 +18,7 @@ from megatron_sov.mcore.optimizer.muon import Muon, holders
 from megatron_sov.mcore.optimizer.state_shards import Inner, Shard, shards
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.models.adapters import PREFIX
+from megatron_sov.models.encoders import is_frozen, is_table
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
         parameter = lookup.find(block)
         if parameter is not None:
             rule = rule_for(config, block.key, parameter.dim())
-            if model.lora.on and not block.key.startswith(PREFIX):
+            adapted = model.lora.on and not block.key.startswith(PREFIX)
+            if adapted or is_frozen(block.key, model.media):
                 rule = replace(rule, frozen=True)
             found[id(parameter)] = rule
             matched |= {g.pattern for g in config.groups if fnmatch.fnmatchcase(block.key, g.pattern)}
@@ -80,7 +82,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
 
 def rule_for(config: OptimConfig, key: str, dim: int) -> Rule:
     """Return the rule of the parameter `key` with `dim` axes."""
-    is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS
+    is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_table(key)
     rule = Rule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0,
                 frozen=False)
     for group in config.groups:

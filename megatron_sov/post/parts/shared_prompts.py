@@ -36,8 +36,13 @@ def can_share(config: RunConfig) -> bool:
 
 
 def sharing_prompts(batch: MicroBatch) -> MicroBatch:
-    """Return a micro-batch without what is in it more than once; without such a thing the same."""
+    """Return a micro-batch without what is in it more than once; without such a thing the same.
+
+    Placeholders of two pictures are the same tokens, so a row that has any is left as it is.
+    """
     host = batch.host
+    if host.inputs.media:
+        return batch
     source, kept = np.arange(len(host.labels)), np.ones(len(host.labels), bool)
     spans = _spans(host, source, kept)
     if kept.all() or host.inputs.routes is not None:

@@ -1,0 +1,193 @@
+"""Runs inside ranks: a step of a real trainer on rows with pictures and sounds, as plain numbers and
+checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from megatron_sov import recipes
+from megatron_sov.config import apply_settings
+from megatron_sov.data.token_shards import Source
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.mcore.model.local_shards import local_shards
+from megatron_sov.mcore.parallel import world
+from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
+from megatron_sov.media.placed import Media, Placed, placed
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.trainer import Trainer
+
+IMAGE_PAD, AUDIO_PAD = 5, 6
+VISION = {"kind": "siglip", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 4,
+          "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "adapter": "mlp"}
+QWEN_VISION = {"kind": "qwen2_5_vl", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 2,
+               "hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "window_size": 4,
+               "full_attention_layers": [1], "out_hidden_size": 24}
+AUDIO = {"kind": "qwen2_audio", "placeholder_ids": [AUDIO_PAD], "num_mels": 4, "num_frames": 60,
+         "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "compression": 5,
+         "compressor_size": 16, "compressor_head_dim": 8, "compressor_state_size": 4}
+SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
+         "model.head_dim=8", "model.dense_ffn_dim=48", "train.global_batch_size=8",
+         "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24",
+         "optim.warmup_steps=2", "model.init_std=0.1", 'data.phases=[{"name": "main", "seq_len": 32}]',
+         'model.audio_tokens={"first": 60, "size": 16}', 'model.image_tokens={"first": 76, "size": 20}',
+         "objective.audio_weight=0.5", "objective.image_weight=2.0", "media.train_encoders=true",
+         "data.paths={}")
+
+
+class Documents:
+    """Documents of 5 to 40 tokens with pictures of 4 features and sounds of 3, some of them cut in two where
+    a sample ends; the last third are texts."""
+
+    is_plain = False
+    columns = ()
+    banks = {PICTURES: BankShape(PICTURES, (3, 8, 8), 4, (IMAGE_PAD,)),
+             SOUNDS: BankShape(SOUNDS, (4, 60), 3, (AUDIO_PAD,), 16000, 160)}
+
+    def __init__(self, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.records = {PICTURES: random.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8),
+                        SOUNDS: random.normal(size=(40, 4, 60)).astype(np.float16)}
+        self.ids: list[np.ndarray] = []
+        self.features: list[np.ndarray] = []
+        for document in range(60):
+            ids, features = list(random.integers(10, 96, random.integers(1, 6))), [-1] * 40
+            features = features[:len(ids)]
+            for pad, slots in ((IMAGE_PAD, 4), (AUDIO_PAD, 3)) * 2:
+                if document < 40 and random.random() < 0.7:
+                    row = int(random.integers(40))
+                    ids += [pad] * slots
+                    features += [row * slots + slot for slot in range(slots)]
+                text = list(random.integers(10, 96, random.integers(1, 8)))
+                ids, features = ids + text, features + [-1] * len(text)
+            self.ids.append(np.array(ids))
+            self.features.append(np.array(features))
+        self.lengths = np.array([len(ids) for ids in self.ids])
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token ids."""
+        return self.ids[document][start:start + count].astype(np.int64)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return 0 for placeholders."""
+        return (self.tokens(document, start, count) >= 10).astype(np.float32)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return zeros."""
+        return np.zeros(count, np.uint8)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """Return the pictures and sounds of some tokens."""
+        tokens, features = self.tokens(document, start, count), self.features[document][start:start + count]
+        found: dict[str, Placed] = {}
+        for kind, bank in self.banks.items():
+            mine = np.isin(tokens, bank.placeholder_ids)
+            if mine.any():
+                found[kind] = placed(np.flatnonzero(mine), features[mine], self.records[kind], bank.slots)
+        return found
+
+
+def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Trainer:
+    """Return a trainer of a tiny model with both encoders."""
+    both = [f"model.vision={json.dumps(VISION)}", f"model.audio={json.dumps(AUDIO)}"]
+    config = apply_settings(recipes.get(recipe), [*both, *SMALL, *settings])
+    documents = Documents()
+    source = Source("media", None, "text", {}, {"train": int(documents.lengths.sum()), "heldout": 0}, 1.0,
+                    made=documents, banks=documents.banks)
+    place = world.join(config.parallel)
+    config.check(place.size)
+    return Trainer(config, place, RunFolder(Path(run)), [source], LanguageModelling)
+
+
+def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
+    """Return the losses of the first global batch; OUT/weights and OUT/gradients are checkpoints."""
+    found = trainer(recipe, settings)
+    config, state = found.config, {"step": 0, "tokens": 0}
+    load.save(Path(out) / "weights", found.model, None, state, config.to_dict(), None)
+    batch = found.objective.prepare(found.objective.collect(found.policy, 0))
+    sums = found.computation.sums(batch, found.objective, 1)
+    held = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
+    frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters()
+              if id(p) not in held]
+    moments = sorted({b.key for b in found.optimizer.state_shards() if b.key.startswith("exp_avg/")})
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
+    load.save(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
+    world.leave()
+    return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
+            "meters": sums.meters, "frozen": frozen, "moments": moments,
+            "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "tokens": m.inputs.tokens.tolist(),
+                               "labels": m.labels.tolist(), "weights": m.weights.tolist(),
+                               "media": {kind: {"places": part.places.tolist(),
+                                                "features": part.features.tolist(),
+                                                "records": np.stack(part.records).tolist()}
+                                         for kind, part in (m.inputs.media or {}).items()}}
+                              for m in batch.micro_batches]}
+
+
+def _step(found: Trainer) -> dict[str, Any]:
+    """Learn a step; return its loss, and what this process holds then."""
+    loss = found.update().loss
+    held = hashlib.sha256()
+    for block in (*local_shards(found.model), *found.optimizer.state_shards()):
+        held.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())
+    return {"loss": loss, "held": held.hexdigest()}
+
+
+def trained(settings: list[str], run: str) -> list[dict[str, Any]]:
+    """Train two steps, with a checkpoint behind the first."""
+    found = trainer("tiny-qwen3", settings, run)
+    found.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    steps = [_step(found)]
+    found.save()
+    found.checkpointer.finish()
+    steps.append(_step(found))
+    world.leave()
+    return steps
+
+
+def continued(settings: list[str], run: str) -> dict[str, Any]:
+    """Train the second step behind the checkpoint of the first."""
+    found = trainer("tiny-qwen3", settings)
+    found.resume(RunFolder(Path(run)).checkpoint(1))
+    step = _step(found)
+    world.leave()
+    return step
+
+
+def started(plain: str, encoder: str) -> dict[str, list[str]]:
+    """Start from a checkpoint without encoders, with a picture encoder of a folder; return which tensors are
+    the checkpoint's, which the folder's, and which neither's.
+
+    PLAIN is the checkpoint, which is written first.
+    """
+    first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
+    load.save(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
+    world.leave()
+    found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
+    found.start_from(Path(plain))
+    reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
+    known = set(reader.keys())
+    result: dict[str, list[str]] = {"checkpoint": [], "folder": [], "neither": []}
+    for block in local_shards(found.model):
+        name = block.key.removeprefix("vision.encoder.")
+        same = [tensor for tensor_name, tensor in stored.items() if tensor_name.endswith(name)]
+        if block.key in known:
+            whole = reader.read(block.key, block.offset, block.shape).reshape(block.data.shape)
+            result["checkpoint" if whole.equal(block.data) else "neither"].append(block.key)
+        elif same and same[0].equal(block.data):
+            result["folder"].append(block.key)
+        else:
+            result["neither"].append(block.key)
+    world.leave()
+    return result
