@@ -78,5 +78,6 @@ class Vocoder(Protocol):
         ...
 
     def stream(self, ids: Iterable[torch.Tensor], speaker: str) -> Iterator[torch.Tensor]:
-        """Yield sound while ids arrive; all of it together is what `decode` returns."""
+        """Yield one sound for each piece of ids that has some, as soon as it is there (perhaps no sample
+        yet), and what is left at the end; together they are what `decode` returns."""
         ...

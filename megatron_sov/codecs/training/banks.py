@@ -14,6 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.work_bar import work_bar
 
 Pictures = np.ndarray[Any, np.dtype[np.uint8]]
+Ids = np.ndarray[Any, np.dtype[np.int32]]
 Read = Callable[[str], np.ndarray[Any, Any]]
 
 
@@ -26,47 +27,70 @@ def picture_bank(file: Path, names: Sequence[str], side_pixels: int, read: Read)
         side_pixels: height and width of all.
         read: returns one, uint8 [3, side, side], or raises `UserError` with its name.
     """
-    shape = (len(names), 3, side_pixels, side_pixels)
+    return _even(file, names, (3, side_pixels, side_pixels), np.dtype(np.uint8), read)
+
+
+def id_bank(file: Path, names: Sequence[str], num_tokens: int, read: Read) -> Ids:
+    """Return the tokens [n, num_tokens], int32, of pictures; `read` returns those of one (see
+    `picture_bank`)."""
+    return _even(file, names, (num_tokens,), np.dtype(np.int32), read)
+
+
+def _even(file: Path, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype[Any],
+          read: Read) -> np.ndarray[Any, Any]:
+    """Return items of one shape; they are written where `file` does not hold them yet."""
     if not names:
-        return np.zeros(shape, dtype=np.uint8)
+        return np.zeros((0, *shape), dtype=dtype)
     if not file.exists():
-        _write(file, names, read, np.dtype(np.uint8))
-    bank = np.memmap(file, dtype=np.uint8, mode="r")
-    if bank.size != np.prod(shape):
-        raise UserError(f"{file}: has {bank.size:,} bytes where {len(names):,} pictures have "
-                        f"{int(np.prod(shape)):,}; delete {file.parent} to begin again")
-    return bank.reshape(shape)
+        _write(file, names, read, dtype)
+    bank, expected = np.memmap(file, dtype=dtype, mode="r"), len(names) * int(np.prod(shape))
+    if bank.size != expected:
+        raise UserError(f"{file}: has {bank.size:,} numbers where {len(names):,} pictures have {expected:,}; "
+                        f"delete {file.parent} to begin again")
+    return bank.reshape(len(names), *shape)
 
 
-class SoundBank:
-    """Sounds of one rate, one behind the other, as 16-bit samples.
+class Ragged:
+    """Rows of any length, one behind the other.
 
     Args:
-        file: where they are kept; they are decoded where it does not hold them yet.
-        names: the sounds.
-        read: returns one, float32 in -1..1, or raises `UserError` with its name.
+        file: where they are kept; they are written where it does not hold them yet.
+        names: the media.
+        read: returns one's row, or raises `UserError` with its name.
+        dtype: of the numbers.
     """
 
-    def __init__(self, file: Path, names: Sequence[str], read: Read) -> None:
+    def __init__(self, file: Path, names: Sequence[str], read: Read, dtype: np.dtype[Any]) -> None:
         lengths = file.with_suffix(".json")
         if names and not (file.exists() and lengths.exists()):
-            counts = _write(file, names, lambda name: _as_int16(read(name)), np.dtype(np.int16))
+            counts = _write(file, names, read, dtype)
             atomic_write(lengths, json.dumps(counts))
         counts = json.loads(lengths.read_text(encoding="utf-8")) if names else []
         self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
-        self._samples = np.memmap(file, dtype=np.int16, mode="r") if names else np.zeros(0, np.int16)
-        if len(self._ends) != len(names) or (names and self._ends[-1] != self._samples.size):
+        self._numbers = np.memmap(file, dtype=dtype, mode="r") if names else np.zeros(0, dtype)
+        if len(self._ends) != len(names) or (names and self._ends[-1] != self._numbers.size):
             raise UserError(f"{file}: does not hold the {len(names):,} sounds of this training; delete "
                             f"{file.parent} to begin again")
 
     def __len__(self) -> int:
-        """Return the number of sounds."""
+        """Return the number of rows."""
         return len(self._ends)
+
+    def row(self, row: int) -> np.ndarray[Any, Any]:
+        """Return one of them, as it is kept."""
+        begin = int(self._ends[row - 1]) if row else 0
+        return np.asarray(self._numbers[begin:int(self._ends[row])])
+
+
+class SoundBank(Ragged):
+    """Sounds of one rate as 16-bit samples; `read` returns one, float32 in -1..1."""
+
+    def __init__(self, file: Path, names: Sequence[str], read: Read) -> None:
+        super().__init__(file, names, lambda name: _as_int16(read(name)), np.dtype(np.int16))
 
     def __getitem__(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return one sound, float32 in -1..1."""
-        begin = int(self._ends[row - 1]) if row else 0
-        return np.asarray(self._samples[begin:int(self._ends[row])], dtype=np.float32) / 32767
+        return self.row(row).astype(np.float32) / 32767
 
 
 Sounds = SoundBank | Sequence[np.ndarray[Any, np.dtype[np.float32]]]

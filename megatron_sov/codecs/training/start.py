@@ -73,16 +73,16 @@ def train_tokenizer(given: Path, output: Path, settings: Training, *, encoder: P
     sees = isinstance(settings, ImageTokenizerTraining)
     files = media_files(given, PICTURES if sees else SOUNDS, settings.learning.heldout_share)
     plan = Plan(kind="simvq" if sees else "fsq", output=output, steps=settings.learning.steps,
-                settings={**plain(settings), "media": files.digest, **_digests(encoder)},
+                settings={**plain(settings), "media": files.digest, **digests("encoder", encoder)},
                 checkpoint_every_s=checkpoint_every_s, look_every=look_every, overwrite=overwrite)
     with MediaReader(files.root) as reader:
         return train(plan, lambda folder: _task(settings, files, reader, encoder, folder, device))
 
 
-def _digests(encoder: Path | None) -> dict[str, str]:
-    """Return what is written of the weights that an encoder begins with."""
-    return {f"encoder/{file.name}": file_digest(file)
-            for file in sorted(encoder.glob("*.safetensors") if encoder is not None else [])}
+def digests(part: str, folder: Path | None) -> dict[str, str]:
+    """Return what is written of the weights that a part of a codec takes from a folder."""
+    return {f"{part}/{file.name}": file_digest(file)
+            for file in sorted(folder.glob("*.safetensors") if folder is not None else [])}
 
 
 def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: Path | None,
@@ -95,7 +95,7 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
             return reader.picture(name, (side,)).arrays[0]
 
         task = ImageTokenizerTask.made(settings, *(
-            picture_bank(folder / f"{part}.bin", names, side, _said(files.root, picture))
+            picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
             for part, names in (("train", files.train), ("heldout", files.heldout))), device=device)
         if encoder is not None and isinstance(sees := task.network.encoder, SiglipFeatures):
             load_siglip(sees, encoder)
@@ -106,11 +106,11 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
         return reader.sound(name, rate_hz).arrays[0]
 
     return AudioTokenizerTask.made(settings, *(
-        SoundBank(folder / f"{part}.bin", names, _said(files.root, sound))
+        SoundBank(folder / f"{part}.bin", names, said(files.root, sound))
         for part, names in (("train", files.train), ("heldout", files.heldout))), device=device)
 
 
-def _said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
+def said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
     """Return a reader whose refusals are sentences for the user."""
     def checked(name: str) -> np.ndarray[Any, Any]:
         with named(root / name):

@@ -1,0 +1,94 @@
+"""The autoencoder whose latents the picture decoder denoises: diffusers' `AutoencoderKL`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL
+
+from megatron_sov.codecs.sizes import outside
+from megatron_sov.errors import UserError, told_in_a_line
+
+MAX_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """The defaults are Flux's autoencoder, which the authors' latents (16 channels, an eighth of the side)
+    fit; names are those of diffusers' config."""
+
+    latent_channels: int = 16
+    """Of a latent."""
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Of each block; every one but the last halves the picture's sides."""
+    layers_per_block: int = 2
+    """Residual layers of a block."""
+    norm_num_groups: int = 32
+    """Groups of its norms."""
+    scaling_factor: float = 0.3611
+    """What latents are multiplied with, so that they spread as the noise does."""
+    shift_factor: float = 0.1159
+    """What is taken off them before."""
+    use_quant_conv: bool = False
+    """A convolution of size 1 behind the encoder."""
+    use_post_quant_conv: bool = False
+    """A convolution of size 1 before the decoder."""
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a side of one latent."""
+        return 2**(len(self.block_out_channels) - 1)
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each setting that is not well."""
+        found = outside(self, latent_channels=(1, 1024), block_out_channels=(1, 65_536),
+                        layers_per_block=(1, 100), norm_num_groups=(1, 65_536), scaling_factor=(1e-6, 1e6),
+                        shift_factor=(-1e6, 1e6))
+        widths = self.block_out_channels
+        if not 1 <= len(widths) <= MAX_BLOCKS:
+            found.append(f"block_out_channels = {list(widths[:20])} must be 1 to {MAX_BLOCKS} numbers")
+        elif not found and any(width % self.norm_num_groups for width in widths):
+            found.append(f"block_out_channels = {list(widths)} must be multiples of norm_num_groups = "
+                         f"{self.norm_num_groups}")
+        return found
+
+
+def new_vae(settings: VAESettings) -> AutoencoderKL:
+    """Return an autoencoder of these sizes, with weights that nobody trained."""
+    depth = len(settings.block_out_channels)
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * depth,
+                         up_block_types=("UpDecoderBlock2D",) * depth,
+                         **{name: getattr(settings, name) for name in VAESettings.__dataclass_fields__})
+
+
+def open_vae(folder: Path) -> tuple[VAESettings, AutoencoderKL]:
+    """Return the autoencoder in a local folder that diffusers wrote (`config.json` and safetensors).
+
+    Raises:
+        UserError: there is none, or its shape is one that the settings cannot say.
+    """
+    try:
+        there = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as e:
+        raise UserError(f"{folder}: is no folder of diffusers' AutoencoderKL ({told_in_a_line(e)}); name one "
+                        "with config.json and diffusion_pytorch_model.safetensors") from e
+    found = _config(there)
+    settings = VAESettings(**{name: tuple(value) if isinstance(value, list) else value
+                              for name, value in found.items() if name in VAESettings.__dataclass_fields__})
+    problems = settings.problems()
+    if not problems:
+        ours = _config(new_vae(settings))
+        problems = [f"{name} = {value}" for name, value in found.items() if ours.get(name) != value]
+    if problems:
+        raise UserError(f"{folder}: this autoencoder's config.json asks for what is not supported "
+                        f"({'; '.join(problems)}); take one of Flux's or Stable Diffusion's shape")
+    return settings, there
+
+
+def _config(vae: AutoencoderKL) -> dict[str, Any]:
+    """Return what shapes an autoencoder's arithmetic."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in vae.config.items()
+             if not name.startswith("_") and name not in ("sample_size", "force_upcast")}
+    return {**plain, "shift_factor": plain["shift_factor"] or 0.0}

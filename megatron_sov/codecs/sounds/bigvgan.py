@@ -1,0 +1,173 @@
+"""The vocoder: speech from an audio tokenizer's ids (Unit-BigVGAN, causal).
+
+Its shape is that of the authors' serving code (OmniServe, decoder/audio/codec): a token's embedding and a
+speaker's vector side by side, then upsamplings, each followed by blocks with periodic activations whose mean
+goes on.  Activations are late instead of looking ahead (`snake.py`), so streaming is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
+from megatron_sov.codecs.sounds.causal import CausalConv, CausalUpsampling, Past
+from megatron_sov.codecs.sounds.snake import CausalSnake
+from megatron_sov.errors import UserError
+
+OUTER_KERNEL = 7
+"""Of the first and the last convolution."""
+MOST_NAMED = 20
+"""Speakers that a message tells."""
+
+
+class Block(nn.Module):
+    """Residual layers of two convolutions behind activations, the first of them dilated (`AMPBlock1`)."""
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.wide = nn.ModuleList(CausalConv(channels, channels, kernel, d) for d in dilations)
+        self.narrow = nn.ModuleList(CausalConv(channels, channels, kernel) for _ in dilations)
+        self.before_wide = nn.ModuleList(CausalSnake(channels) for _ in dilations)
+        self.before_narrow = nn.ModuleList(CausalSnake(channels) for _ in dilations)
+
+    def forward(self, piece: torch.Tensor, past: Past) -> torch.Tensor:
+        """Return [n, channels, t] of a piece of that shape."""
+        layers = zip(self.before_wide, self.wide, self.before_narrow, self.narrow, strict=True)
+        for first_snake, wide, second_snake, narrow in layers:
+            inner = wide(first_snake(piece, past), past)
+            piece = piece + narrow(second_snake(inner, past), past)
+        return piece
+
+
+class Level(nn.Module):
+    """An upsampling, which halves the channels, and blocks of several kernels side by side."""
+
+    def __init__(self, channels: int, rate: int, kernels: tuple[int, ...],
+                 dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.upsampling = CausalUpsampling(channels, channels // 2, rate)
+        self.blocks = nn.ModuleList(Block(channels // 2, kernel, dilations) for kernel in kernels)
+
+    def forward(self, piece: torch.Tensor, past: Past) -> torch.Tensor:
+        """Return [n, channels / 2, t * rate] of [n, channels, t]."""
+        piece = self.upsampling(piece, past)
+        return torch.stack([block(piece, past) for block in self.blocks]).mean(0)
+
+
+class UnitBigVGAN(nn.Module):
+    """Ids of speech and a speaker -> sound."""
+
+    Settings = UnitBigVGANSettings
+
+    def __init__(self, settings: UnitBigVGANSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        s = settings
+        # the last row is what comes behind the end of a sound
+        self.units = nn.Embedding(s.codebook_size + 1, s.unit_width)
+        self.voices = nn.Embedding(len(s.speakers), s.speaker_width)
+        self.first = CausalConv(s.unit_width + s.speaker_width, s.channels, OUTER_KERNEL)
+        self.levels = nn.ModuleList(Level(s.channels // 2**i, rate, s.kernels, s.dilations)
+                                    for i, rate in enumerate(s.rates))
+        width = s.channels // 2**len(s.rates)
+        self.last_snake = CausalSnake(width)
+        self.last = CausalConv(width, 1, OUTER_KERNEL)
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Of what it says."""
+        return self.settings.sample_rate_hz
+
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        """Names of the voices in its table."""
+        return self.settings.speakers
+
+    def forward(self, ids: torch.Tensor, voices: torch.Tensor) -> torch.Tensor:
+        """Return [n, t * samples_per_token] samples in -1..1 of t tokens.
+
+        Args:
+            ids: [n, t + lookahead_tokens] tokens; `behind_end` where there are no more.
+            voices: [n, speaker_width] speakers' vectors.
+        """
+        return self._piece(ids, voices, Past())[:, self.settings.lookahead_tokens * self._samples_per_token:]
+
+    @property
+    def behind_end(self) -> int:
+        """The id of what comes behind the end of a sound."""
+        return self.settings.codebook_size
+
+    @property
+    def _samples_per_token(self) -> int:
+        return self.settings.samples_per_token
+
+    def _piece(self, ids: torch.Tensor, voices: torch.Tensor, past: Past) -> torch.Tensor:
+        """Return what [n, t] tokens add to sounds: late by the lookahead."""
+        unit = self.units(ids).transpose(1, 2) * self.settings.unit_width**-0.5
+        piece = self.first(torch.cat([unit, voices[:, :, None].expand(-1, -1, ids.shape[1])], 1), past)
+        for level in self.levels:
+            piece = level(piece, past)
+        return torch.tanh(self.last(self.last_snake(piece, past), past)).squeeze(1)
+
+    def voice_of(self, speaker: str) -> torch.Tensor:
+        """Return [speaker_width], the vector of a speaker in the table.
+
+        Raises:
+            UserError: the name is none of them.
+        """
+        if speaker not in self.speakers:
+            more = ", ..." if len(self.speakers) > MOST_NAMED else ""
+            raise UserError(f"speaker '{speaker}': this vocoder knows "
+                            f"{', '.join(self.speakers[:MOST_NAMED])}{more}")
+        return self.voices.weight[self.speakers.index(speaker)]
+
+    @torch.no_grad()
+    def decode(self, ids: torch.Tensor, speaker: str | torch.Tensor) -> torch.Tensor:
+        """Return [t * samples_per_token] float32 samples in -1..1 of [t] ids; no ids, no sound.
+
+        Args:
+            ids: tokens of one sound.
+            speaker: a name of the table, or the vector of somebody else (an ECAPA-TDNN's, [speaker_width]).
+
+        Raises:
+            UserError: an unknown speaker, a vector of another width, an id outside of the codebook.
+        """
+        return torch.cat([*self.stream([ids], speaker), torch.zeros(0, device=ids.device)])
+
+    @torch.no_grad()
+    def stream(self, ids: Iterable[torch.Tensor], speaker: str | torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the sound of each piece of ids as soon as it is there, and what is late at the end; all of it
+        is what `decode` returns.
+
+        Raises:
+            UserError: as `decode`.
+        """
+        voice = self.voice_of(speaker) if isinstance(speaker, str) else speaker
+        width = self.settings.speaker_width
+        if voice.shape != (width,):
+            raise UserError(f"a speaker's vector has {width} numbers for this vocoder, and here are "
+                            f"{tuple(voice.shape)}; take the encoder that it was trained with")
+        past, weight = Past(), self.voices.weight
+        voice = voice.to(weight.device, weight.dtype)[None]
+        ahead = self.settings.lookahead_tokens
+        late, num_tokens = ahead * self._samples_per_token, 0
+        for piece in ids:
+            if len(piece):
+                self._check(piece)
+                num_tokens += len(piece)
+                sound = self._piece(piece[None].to(weight.device), voice, past)[0].float()
+                yield sound[late:]
+                late = max(late - len(sound), 0)
+        if ahead and num_tokens:
+            end = torch.full((1, ahead), self.behind_end, device=weight.device)
+            yield self._piece(end, voice, past)[0, late:].float()
+
+    def _check(self, ids: torch.Tensor) -> None:
+        size = self.settings.codebook_size
+        outside = ids[(ids < 0) | (ids >= size)]
+        if len(outside):
+            raise UserError(f"audio token {int(outside[0])} is outside of the vocoder's codebook "
+                            f"(0 to {size - 1}); take the vocoder of this tokenizer")

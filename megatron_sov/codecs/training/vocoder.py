@@ -1,0 +1,202 @@
+"""How the vocoder learns: to sound like the speech whose tokens it reads, to the ear and to judges.
+
+The distance is of spectra at several resolutions (`sounds/spectral_loss.py`); judges
+(`sounds/discriminators.py`) add what makes BigVGAN's speech crisp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from megatron_sov.codecs.sizes import outside
+from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
+from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
+from megatron_sov.codecs.sounds.discriminators import (
+    PERIODS,
+    RESOLUTIONS,
+    Judges,
+    deceiving_loss,
+    judges_loss,
+)
+from megatron_sov.codecs.sounds.spectral_loss import HOPS_PER_WINDOW, SpectralLoss
+from megatron_sov.codecs.training.draws import batch_rows, generator
+from megatron_sov.codecs.training.schedule import Schedule
+
+LOOK_SOUNDS = 64
+"""Held-out sounds that are looked at."""
+MAX_WINDOWS = 16
+MAX_GRAD_NORM = 500.0
+"""Longer gradients are shortened; BigVGAN-v2's."""
+
+
+@dataclass(frozen=True)
+class VocoderLearning(Schedule):
+    """How a vocoder learns.  Windows, weight and widths of the judges are BigVGAN-v2's
+    (configs/bigvgan_v2_24khz_100band_256x.json, loss.py); the rest is ours."""
+
+    steps: int = 1_000_000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Segments of a step."""
+    learning_rate: float = 1e-4
+    """Of AdamW, at its highest; the judges' too."""
+    segment_tokens: int = 32
+    """Tokens of a segment; a shorter sound is taken whole."""
+    windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    """Samples of the windows of the spectra."""
+    num_mels: int = 320
+    """Bands of the largest window's mel spectrum."""
+    quiet: float = 1e-5
+    """Magnitudes well below it count as silence."""
+    judges_from_step: int = 1
+    """Step from which the judges are asked; 0: never, there are none."""
+    judges_width: int = 32
+    """Of their first layers."""
+    judges_periods: tuple[int, ...] = PERIODS
+    """Samples that lie side by side for each judge of samples."""
+    judges_resolutions: tuple[tuple[int, int, int], ...] = RESOLUTIONS
+    """Transform, hop and window, in samples, for each judge of spectra."""
+    spectral_weight: float = 15.0
+    """Of the spectra's distance beside the judges."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each setting that is not well."""
+        found = [*super().problems(),
+                 *outside(self, segment_tokens=(1, 10_000), windows=(16, 1 << 20), num_mels=(4, 4096),
+                          judges_from_step=(0, 100_000_000), judges_width=(1, 1024), quiet=(1e-9, 1),
+                          judges_periods=(1, 1000), spectral_weight=(1e-6, 1e6))]
+        if any(not 1 <= hop <= window <= transform <= 1 << 20
+               for transform, hop, window in self.judges_resolutions):
+            found.append(f"judges_resolutions = {[list(r) for r in self.judges_resolutions[:20]]} must be "
+                         "transform, hop and window, none of them larger than the first")
+        if not 1 <= len(self.windows) <= MAX_WINDOWS or any(w % HOPS_PER_WINDOW for w in self.windows):
+            found.append(f"windows = {list(self.windows[:20])} must be 1 to {MAX_WINDOWS} multiples of "
+                         f"{HOPS_PER_WINDOW}")
+        return found
+
+
+@dataclass(frozen=True)
+class VocoderTraining:
+    """Settings of `codec train vocoder`."""
+
+    model: UnitBigVGANSettings = field(default_factory=UnitBigVGANSettings)
+    """Sizes; speakers and tokens are those of the media and of the tokenizer."""
+    learning: VocoderLearning = field(default_factory=VocoderLearning)
+    """How it learns."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each setting that is not well."""
+        return [f"{name}.{problem}" for name, part in (("model", self.model), ("learning", self.learning))
+                for problem in part.problems()]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One sound to learn from."""
+
+    ids: torch.Tensor
+    """[t] tokens."""
+    sound: torch.Tensor
+    """[samples] float32 in -1..1 at the vocoder's rate."""
+    speaker: int
+    """Row of the vocoder's table."""
+
+
+class VocoderTask:
+    """A vocoder, judges where they are asked for, and sounds with their tokens."""
+
+    def __init__(self, vocoder: UnitBigVGAN, learning: VocoderLearning, sounds: Sequence[Spoken],
+                 heldout: Sequence[Spoken]) -> None:
+        """Args:
+            vocoder: what learns.
+            learning: how it learns.
+            sounds: to learn from.
+            heldout: not to learn from.
+        """
+        self.vocoder, self.learning, self.sounds, self.heldout = vocoder, learning, sounds, heldout
+        self.networks = nn.ModuleDict({"vocoder": vocoder})
+        device = vocoder.voices.weight.device
+        self.distance = SpectralLoss(vocoder.sample_rate_hz, learning.windows, learning.num_mels,
+                                     learning.quiet).to(device)
+        self.judges: Judges | None = None
+        if learning.judges_from_step:
+            self.judges = Judges(learning.judges_width, learning.judges_periods,
+                                 learning.judges_resolutions).to(device)
+            self.networks["judges"] = self.judges
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            name: torch.optim.AdamW(network.parameters(), learning.learning_rate, betas=(0.8, 0.99),
+                                    weight_decay=0.0) for name, network in self.networks.items()}
+
+    def learn(self, step: int) -> dict[str, float]:
+        """Take an optimizer step of the judges, if they are asked, and one of the vocoder.
+
+        Returns `loss`, `spectral`, `grad_norm`, and with judges `judges` and `deceiving`.
+        """
+        s = self.learning
+        for optimizer in self.optimizers.values():
+            s.set_rate(optimizer, step)
+        rows = batch_rows(len(self.sounds), s.batch_size, s.seed, step).tolist()
+        real, made = self._heard([self.sounds[row] for row in rows], generator(s.seed, step, "segments"))
+        spectral = self.distance(made, real)
+        if self.judges is None or step < s.judges_from_step:
+            norm = self._step("vocoder", spectral)
+            return {"loss": spectral.item(), "spectral": spectral.item(), "grad_norm": norm}
+        judged = judges_loss(self.judges(real), self.judges(made.detach()))
+        self._step("judges", judged)
+        self.judges.requires_grad_(False)
+        deceiving = deceiving_loss(self.judges(real), self.judges(made))
+        loss = s.spectral_weight * spectral + deceiving
+        norm = self._step("vocoder", loss)
+        self.judges.requires_grad_(True)
+        return {"loss": loss.item(), "spectral": spectral.item(), "grad_norm": norm, "judges": judged.item(),
+                "deceiving": deceiving.item()}
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """Return `spectral` on the begins of held-out sounds."""
+        if not self.heldout:
+            return {}
+        rows = range(min(len(self.heldout), LOOK_SOUNDS))
+        real, made = self._heard([self.heldout[row] for row in rows], None)
+        return {"spectral": self.distance(made, real).item()}
+
+    def codec(self) -> UnitBigVGAN:
+        """Return the vocoder."""
+        return self.vocoder
+
+    def _step(self, name: str, loss: torch.Tensor) -> float:
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.networks[name].parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        return norm.item()
+
+    def _heard(self, sounds: Sequence[Spoken],
+               draws: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return real and made sound [n, samples] of a segment of each; silence behind short ones in both.
+
+        Args:
+            sounds: one a row.
+            draws: where segments begin; None: at the begin.
+        """
+        sizes, length = self.vocoder.settings, self.learning.segment_tokens
+        samples, ahead = sizes.samples_per_token, sizes.lookahead_tokens
+        ids = torch.full((len(sounds), length + ahead), self.vocoder.behind_end)
+        real = torch.zeros(len(sounds), length * samples)
+        there = torch.zeros(len(sounds), length)
+        for row, spoken in enumerate(sounds):
+            last = max(len(spoken.ids) - length, 0)
+            first = 0 if draws is None else int(torch.randint(last + 1, (), generator=draws))
+            tokens = spoken.ids[first:first + length + ahead]
+            num_tokens = min(len(tokens), length)
+            piece = spoken.sound[first * samples:(first + num_tokens) * samples]
+            ids[row, :len(tokens)], real[row, :len(piece)], there[row, :num_tokens] = tokens, piece, 1.0
+        device = self.vocoder.voices.weight.device
+        voices = self.vocoder.voices(torch.tensor([spoken.speaker for spoken in sounds], device=device))
+        made = self.vocoder(ids.to(device), voices)
+        return real.to(device), made * there.repeat_interleave(samples, 1).to(device)
