@@ -14,7 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
-from megatron_sov.recipes import k_exaone, llama, policies, qwen, solar_open, typhoon_s, vibethinker
+from megatron_sov.recipes import hyperclova_omni, k_exaone, llama, policies, qwen, solar_open, typhoon_s, vibethinker
 from megatron_sov.recipes.sources import Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
 
@@ -38,6 +38,10 @@ RECIPES: dict[str, Recipe] = {
     "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
     "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
     "k-exaone-236b-rl": Recipe(policies.k_exaone_236b_rl, policies.AGAPO_SOURCES),
+    "hyperclova-omni-8b": Recipe(hyperclova_omni.hyperclova_omni_8b, hyperclova_omni.SOURCES),
+    "hyperclova-omni-8b-continuous": Recipe(hyperclova_omni.hyperclova_omni_8b_continuous,
+                                            hyperclova_omni.CONTINUOUS_SOURCES),
+    "hyperclova-omni-8b-sft": Recipe(hyperclova_omni.hyperclova_omni_8b_sft, hyperclova_omni.SFT_SOURCES),
     "typhoon-s-8b": Recipe(typhoon_s.typhoon_s_8b, typhoon_s.SOURCES),
     "typhoon-s-8b-opd": Recipe(typhoon_s.typhoon_s_8b_opd, typhoon_s.OPD_SOURCES),
     "typhoon-s-4b-legal": Recipe(policies.typhoon_s_4b_legal, policies.LEGAL_SOURCES),
@@ -65,6 +69,9 @@ TINY = {
     "tiny-k-exaone": "k-exaone-236b",
     "tiny-k-exaone-extend": "k-exaone-236b-extend",
     "tiny-k-exaone-rl": "k-exaone-236b-rl",
+    "tiny-hyperclova-omni": "hyperclova-omni-8b",
+    "tiny-hyperclova-omni-continuous": "hyperclova-omni-8b-continuous",
+    "tiny-hyperclova-omni-sft": "hyperclova-omni-8b-sft",
     "tiny-typhoon-s": "typhoon-s-8b",
     "tiny-typhoon-s-opd": "typhoon-s-8b-opd",
     "tiny-typhoon-s-legal": "typhoon-s-4b-legal",
