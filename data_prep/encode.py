@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_prep.fast_bpe import FastBpe, load_fast
-from data_prep.media.meant import MeantTokens, MediaEncoding
+from megatron_sov.media.meant import MeantTokens, MediaEncoding
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.media.finishing import KIND
-from data_prep.media.meant import MeantTokens, MediaEncoding
+from megatron_sov.media.meant import MeantTokens, MediaEncoding
 from data_prep.media.units import RECORDS
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.errors import UserError
