@@ -97,6 +97,11 @@ class Asker:
         _refuse_unknown([ids], self._target)
         return ids
 
+    def id_of(self, token: str) -> int | None:
+        """Return a token's id; None where the tokenizer has no such token."""
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        return None if found is None or found == self._tokenizer.unk_token_id else int(found)
+
     def decode(self, tokens: list[int]) -> str:
         """Return the text of ids, without special tokens."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
