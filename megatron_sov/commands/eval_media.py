@@ -14,6 +14,7 @@ from megatron_sov.eval.media.judges import Judge, judge_of
 from megatron_sov.eval.media.pairs import AUDIO, IMAGE, PAIRS, TEXT, Row, figures, read_rows
 from megatron_sov.generate.request import Batching, Sampling
 from megatron_sov.outputs import check_output
+from megatron_sov.pages.embedded import address_of
 from megatron_sov.runs.append import RunEvents
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run_media(args: argparse.Namespace, events: RunEvents) -> int:
     step = events.last_step() if target.step is None else target.step
     for name, told in found.items():
         events.add("media", step=step, pair=name,
-                   **{**told, "samples": told["samples"][:SHOWN_SAMPLES]})
+                   **{**told, "samples": [_embedded(s) for s in told["samples"][:SHOWN_SAMPLES]]})
     print(to_json({n: {k: v for k, v in t.items() if k != "samples"} for n, t in found.items()}).rstrip()
           if args.json else "\n".join(_line(name, told) for name, told in found.items()))
     return ExitCode.OK
@@ -154,6 +155,15 @@ def _sample(row: Row, reply: Replied, heard: str, root: Path) -> dict[str, Any]:
             "pictures": [str(file.resolve()) for file in reply.made.pictures],
             "sounds": [str(file.resolve()) for file in reply.made.sounds],
             "broken_pictures": reply.made.num_broken, "tokens": reply.made.tokens}
+
+
+def _embedded(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample with its media inside, as far as they are small, in the place of paths and tokens."""
+    content = [{"type": part["type"], "address": address_of(Path(part["path"]))} if "path" in part else part
+               for part in sample["content"]]
+    made = [address_of(Path(file)) for file in (*sample["pictures"], *sample["sounds"])]
+    return {"content": content, "answer": sample["answer"], "recognised": sample["recognised"],
+            "text": sample["text"], "addresses": [address for address in made if address]}
 
 
 def _line(name: str, told: dict[str, Any]) -> str:
