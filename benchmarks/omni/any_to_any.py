@@ -163,8 +163,8 @@ class Seed:
         """Return all figures of the seed."""
         shards, text = self.shared.shards(self.seed), self.shared.work / "text-shards"
         recipe = "tiny-hyperclova-omni"
-        media = self.train("media", "pretrain", recipe, [f"{shards}:{1 - TEXT_SHARE}", f"{text}:{TEXT_SHARE}"],
-                           4e-3)
+        both = [f"{shards}:{1 - TEXT_SHARE}", f"{text}:{TEXT_SHARE}"]
+        media = self.train("media", "pretrain", recipe, both, 4e-3)
         only = self.train("text", "pretrain", recipe, [text], 4e-3)
         tuned = self.train("sft", "sft", f"{recipe}-sft", [shards], 3e-3, "--from", media)
         found = self._ask(tuned, num_drawn)
@@ -248,8 +248,9 @@ def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tup
     print("\nDrawn pictures whose tokens are those of a training picture: "
           + over_seeds([100 * copied(shared, s, told) for s, told in found.items()], "5.1f") + " %")
     print("\nText, bits per byte of held-out text:")
-    for name, what in (("text", "pretrained on text alone"), ("media", "on as much text, and media beside it"),
-                       ("sft", "after fine-tuning on media without text")):
+    whats = (("text", "pretrained on text alone"), ("media", "on as much text, and media beside it"),
+             ("sft", "after fine-tuning on media without text"))
+    for name, what in whats:
         print(f"  {what:<42} {over_seeds([t[f'bits_per_byte/{name}'] for t in found.values()], '5.3f')}")
 
 
@@ -261,7 +262,8 @@ def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
     corpus = shared.work / f"seed-{seed}/corpus-text-image"
     known = {tuple(entries(IMAGE, line)) for file in corpus.glob("*.jsonl")
              for line in file.read_text().splitlines()}
-    drawn = [tuple(tokens) for sample in told["text-image"]["samples"] for tokens in sample["tokens"]["image"]]
+    drawn = [tuple(tokens) for sample in told["text-image"]["samples"]
+             for tokens in sample["tokens"]["image"]]
     return sum(tokens in known for tokens in drawn) / max(1, len(drawn))
 
 

@@ -35,7 +35,8 @@ def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
                 for number, i in enumerate(order)]
         (root / f"pictures-{name}").mkdir(parents=True, exist_ok=True)
         for row, i in zip(rows, order, strict=True):
-            Image.fromarray((seen[i].transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(root / row["path"])
+            pixels = (seen[i].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+            Image.fromarray(pixels).save(root / row["path"])
         index[f"pictures-{name}"] = rows
         spoken = [(word, voice, pitch, speed) for english, korean in WORDS.items()
                   for word, voice in ((english, ENGLISH), (korean, KOREAN))

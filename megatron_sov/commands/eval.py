@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
 PARITY_LENGTHS = [1, 7, 64, 200]
+MEDIA = "from text, pictures and speech to one another, judged by what is recognised"
 SUITES = "the benchmarks that come along: list them, check their data"
 
 
@@ -82,8 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument("target", **target)  # type: ignore[arg-type]
     passk = task("passk", "sample responses to prompts, have a reward judge them, estimate pass@k and maj@k")
     add_passk_arguments(passk)
-    media = task("media", "from text, pictures and speech to one another, judged by what is recognised")
-    add_media_arguments(media)
+    media = add_media_arguments(task("media", MEDIA))
     lm = task("lm", "score a model on tasks of lm-eval's form, by its own prompts and metrics, offline")
     add_lm_arguments(lm)
     logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in "

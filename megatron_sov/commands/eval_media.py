@@ -24,8 +24,8 @@ SHOWN_SAMPLES = 8
 """Of each pair, in the run's events; the file has all."""
 
 
-def add_media_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `eval media` takes beside the layout."""
+def add_media_arguments(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Declare what `eval media` takes beside the layout; returns its parser."""
     sub.add_argument("target", metavar="TARGET", type=Path,
                      help="checkpoint, run (its newest one) or Hugging Face folder")
     sub.add_argument("--data", action="append", required=True, metavar="PAIR=FILE.jsonl",
@@ -36,7 +36,8 @@ def add_media_arguments(sub: argparse.ArgumentParser) -> None:
                      help="folder that paths of media begin from; nothing outside of it is read")
     add_codec_arguments(sub)
     sub.add_argument("--image-judge", metavar="FILE.py:NAME|COMMAND",
-                     help="recognises what the model draws: a function (files, labels) -> texts, or a program")
+                     help="recognises what the model draws: a function (files, labels) -> texts, or a "
+                          "program")
     sub.add_argument("--audio-judge", metavar="FILE.py:NAME|COMMAND",
                      help="recognises what the model says, likewise")
     sub.add_argument("--files", type=Path, required=True, metavar="DIR",
@@ -52,6 +53,7 @@ def add_media_arguments(sub: argparse.ArgumentParser) -> None:
                      help="replies that are written at a time (default %(default)s)")
     sub.add_argument("--output", type=Path, metavar="FILE.json",
                      help="write figures and every sample as JSON")
+    return sub
 
 
 def run_media(args: argparse.Namespace, events: RunEvents) -> int:

@@ -77,7 +77,8 @@ def _check(args: argparse.Namespace) -> None:
              ("--run", args.run))
     for option, value in taken:
         if value:
-            raise UserError(f"{option}: does not go with media; leave it out (`eval media` asks many prompts)")
+            raise UserError(f"{option}: does not go with media; leave it out (`eval media` asks many "
+                            "prompts)")
     if args.engine not in (None, MEGATRON):
         raise UserError(f"--engine {args.engine}: it does not keep blocks of media whole; use megatron")
     if not (args.prompt or args.image or args.audio):

@@ -61,8 +61,8 @@ class MediaDecoders:
                 raise UserError(f"{OPTIONS[kind]} {folder}: is no codec that makes media of kind {kind} "
                                 f"({type(codec).__name__}); pass a decoder, or a tokenizer trained here")
             if kind == AUDIO and self.speaker and self.speaker not in getattr(codec, "speakers", ()):
-                raise UserError(f"--speaker {self.speaker}: {folder} has the voices "
-                                f"{', '.join(getattr(codec, 'speakers', ())) or 'of its plain decoder alone'}")
+                voices = ", ".join(getattr(codec, "speakers", ())) or "none to choose from"
+                raise UserError(f"--speaker {self.speaker}: {folder} has the voices {voices}")
             found[kind] = codec
         return found
 

@@ -83,8 +83,9 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
     blocks = blocks_of(target)
     wanted = {*asking.out, *asking.shown.tokenizers}
     if lacking := sorted(wanted - set(blocks)):
-        raise UserError(f"{target.path}: has no discrete tokens of kind {lacking[0]} (model."
-                        f"{lacking[0]}_tokens is not set); ask one that was trained on media, or leave these options out")
+        raise UserError(f"{target.path}: has no discrete tokens of kind {lacking[0]} "
+                        f"(model.{lacking[0]}_tokens is not set); ask one that was trained on "
+                        "media, or leave these options out")
     asking.decoders.check(blocks)
     asker = Asker(target, asking.chat, with_media=True)
     with MediaReader(asking.shown.root) as reader:

@@ -44,8 +44,8 @@ class ShownMedia:
             kind = part.get("type")
             if kind == "text" and isinstance(part.get("text"), str):
                 if mark := spelled(part["text"]):
-                    raise UserError(f"{where}: its text spells {mark!r}, which is a token of media; remove it: "
-                                    "media are named by their paths alone")
+                    raise UserError(f"{where}: its text spells {mark!r}, which is a token of media; remove "
+                                    "it: media are named by their paths alone")
                 said.append(part["text"])
             elif kind in OPTIONS and isinstance(part.get("path"), str):
                 said.append(self._item(str(kind), part["path"], numbers[str(kind)], reader, where))

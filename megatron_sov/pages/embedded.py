@@ -1,4 +1,4 @@
-"""Small pictures and sounds inside a page: as addresses that hold their content, so that a page loads nothing."""
+"""Small pictures and sounds inside a page: addresses that hold their content, so that nothing is loaded."""
 
 from __future__ import annotations
 

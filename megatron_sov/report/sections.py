@@ -31,8 +31,8 @@ from megatron_sov.report.divergence import divergence_section
 from megatron_sov.report.forgetting import forgetting_section
 from megatron_sov.report.gates import VERDICTS, gate_section
 from megatron_sov.report.incidents import incident_section
-from megatron_sov.report.pairs import pair_section
 from megatron_sov.report.media import media_section
+from megatron_sov.report.pairs import pair_section
 from megatron_sov.report.passk import passk_section
 from megatron_sov.report.rounds import round_section
 from megatron_sov.report.routing import expert_section

@@ -1,5 +1,5 @@
-"""Blocks of media are whole whatever a model would like to write: any reply that the rules allow is one that a
-regular expression of the published form accepts, and that splits into whole pictures."""
+"""Blocks of media are whole whatever a model would like to write: a regular expression of the published form
+accepts any reply that the rules allow, and it splits into whole pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_sov.media.marks import MARKS, entry
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block
 
 GRID = 2
-NAMES = ["a", "b", "<end>", *MARKS, *(entry(AUDIO, i) for i in range(5)), *(entry(IMAGE, i) for i in range(6))]
+NAMES = ["a", "b", "<end>", *MARKS, *(entry(AUDIO, i) for i in range(5)),
+         *(entry(IMAGE, i) for i in range(6))]
 IDS = {name: i for i, name in enumerate(NAMES)}
 BLOCKS = {AUDIO: Block(AUDIO, IDS[entry(AUDIO, 0)], 5), IMAGE: Block(IMAGE, IDS[entry(IMAGE, 0)], 6)}
 ROW = rf"(<\|vision\d+\|>){{{GRID}}}<\|vision_eol\|>"

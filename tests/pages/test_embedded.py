@@ -23,7 +23,8 @@ def test_a_picture_and_a_sound_are_held_whole(tmp_path: Path) -> None:
     assert base64.b64decode(sound.partition(",")[2]) == (tmp_path / "b.wav").read_bytes()
 
 
-@pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"RIFF1234AVI ", b"\x89PNG\r\n\x1a\n" * 40_000])
+@pytest.mark.parametrize("content", [
+    b"", b"<svg onload=alert(1)>", b"RIFF1234AVI ", b"\x89PNG\r\n\x1a\n" * 40_000])
 def test_other_files_and_large_ones_are_left_out(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     assert address_of(tmp_path / "a.png") == "" == address_of(tmp_path / "none.png")

@@ -33,8 +33,9 @@ def test_the_vocabulary_closes_as_published() -> None:
 def test_encoders_are_the_published_ones_and_their_placeholders_are_text() -> None:
     model = get(NAMES[1]).model
     assert model.vision is not None and model.audio is not None
-    assert (model.vision.num_layers, model.vision.hidden_size, model.vision.num_heads, model.vision.patch_size,
-            model.vision.full_attention_layers) == (32, 1280, 16, 14, (7, 15, 23, 31))
+    seen = model.vision
+    assert (seen.num_layers, seen.hidden_size, seen.num_heads, seen.patch_size, seen.full_attention_layers) == (
+        32, 1280, 16, 14, (7, 15, 23, 31))
     assert (model.audio.num_layers, model.audio.hidden_size, model.audio.num_heads, model.audio.num_mels,
             model.audio.slots) == (32, 1280, 20, 128, 750), "25 in a second of 30"
     for name in (NAMES[1], "tiny-hyperclova-omni-continuous"):

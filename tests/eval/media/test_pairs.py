@@ -15,8 +15,8 @@ WORDS = [{"type": "text", "text": "Say it."}]
 
 
 def test_pairs_are_those_of_the_model_card_and_no_others() -> None:
-    assert set(PAIRS) == {"image-text", "image-audio", "text-image", "text-audio", "audio-text", "audio-image",
-                          "audio-audio"}
+    assert set(PAIRS) == {"image-text", "image-audio", "text-image", "text-audio", "audio-text",
+                          "audio-image", "audio-audio"}
 
 
 def test_figures_count_what_was_recognised() -> None:
