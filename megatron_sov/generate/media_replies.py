@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import Asker, check_engine, check_length
 from megatron_sov.generate.block_rules import BlockRules
+from megatron_sov.generate.data_codecs import codecs_of, refuse_other_codecs
 from megatron_sov.generate.engine import MEGATRON, Engine, run_engine
 from megatron_sov.generate.made_media import Made, MediaDecoders
 from megatron_sov.generate.request import Batching, Sampling, Stop
@@ -86,6 +87,8 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
         raise UserError(f"{target.path}: has no discrete tokens of kind {lacking[0]} "
                         f"(model.{lacking[0]}_tokens is not set); ask one that was trained on "
                         "media, or leave these options out")
+    known = codecs_of(target.config.data.paths) if target.config is not None else {}
+    refuse_other_codecs(asking.shown.tokenizers, known, "--{kind}-tokenizer")
     asking.decoders.check(blocks)
     asker = Asker(target, asking.chat, with_media=True)
     with MediaReader(asking.shown.root) as reader:
