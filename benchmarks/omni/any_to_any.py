@@ -180,8 +180,8 @@ class Seed:
             if not output.exists():
                 file = self.folder / f"asked/{stem}.jsonl"
                 write_rows(file, rows)
-                # greedy, but for pictures: each is asked for several times
-                temperature = "1.0" if pair == "text-image" else "0"
+                # greedy, but where the same words are asked for several times
+                temperature = "0.7" if pair.startswith("text-") else "0"
                 run(self.folder / "eval.log", "megatron_sov", "eval", "media", model, "--data",
                     f"{pair}={file}", "--media-root", self.shared.media, "--image-tokenizer",
                     self.shared.work / "image-tokenizer", "--audio-tokenizer",
