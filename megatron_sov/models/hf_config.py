@@ -122,8 +122,8 @@ class Encoders:
         return {name: asdict(config) for name, config in found.items() if config is not None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return them as fields of a model."""
-        return {name.removesuffix("_config"): config[name] for name in self.names if name in config}
+        """Return them as fields of a model; one that the file does not have is none."""
+        return {name.removesuffix("_config"): config.get(name) for name in self.names}
 
 
 @dataclass(frozen=True)
