@@ -12,7 +12,7 @@ CORPUS = "media_corpus"
 
 
 def codecs_of(data: Iterable[str | Path]) -> dict[str, set[str]]:
-    """Return kind -> hashes of the codecs of token shards, as far as shards and their corpora are still there.
+    """Return kind -> hashes of the codecs of token shards, as far as shards and corpora are still there.
 
     Args:
         data: folders of token shards.
@@ -40,6 +40,6 @@ def refuse_other_codecs(tokenizers: Mapping[str, Path], known: Mapping[str, set[
     """
     for kind, folder in tokenizers.items():
         if known.get(kind) and (found := manifest_sha256(folder)) not in known[kind]:
-            raise UserError(f"{option.format(kind=kind)} {folder}: is codec {found[:12]}, and the model's data "
-                            f"were encoded with {', '.join(sorted(h[:12] for h in known[kind]))}; pass that "
+            raise UserError(f"{option.format(kind=kind)} {folder}: is codec {found[:12]}, and the model's "
+                            f"data were encoded with {', '.join(sorted(h[:12] for h in known[kind]))}; pass that "
                             "one")

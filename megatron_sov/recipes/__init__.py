@@ -14,7 +14,16 @@ from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
-from megatron_sov.recipes import hyperclova_omni, k_exaone, llama, policies, qwen, solar_open, typhoon_s, vibethinker
+from megatron_sov.recipes import (
+    hyperclova_omni,
+    k_exaone,
+    llama,
+    policies,
+    qwen,
+    solar_open,
+    typhoon_s,
+    vibethinker,
+)
 from megatron_sov.recipes.sources import Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
 
