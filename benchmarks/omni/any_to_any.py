@@ -46,7 +46,6 @@ CODECS = {
 """Kind -> media, steps and settings."""
 MODEL = ("model.vision=null", "model.audio=null", "train.micro_batch_size=8", "train.global_batch_size=8",
          "train.num_threads=1")
-PAIRS = ("image-text", "text-image", "audio-text", "text-audio", "audio-audio")
 TEXT_SHARE = 0.2
 
 
@@ -115,18 +114,14 @@ class Shared:
         if (out / "manifest.json").exists():
             return out
         say(f"seed {seed}: encode-media and pack")
-        corpora = []
-        for pair, rows in conversations(self.index, seed).items():
-            file = self.work / f"seed-{seed}/records/{pair}.jsonl"
-            write_rows(file, rows)
-            corpora.append(self.work / f"seed-{seed}/corpus-{pair}")
-            if not (corpora[-1] / "manifest.json").exists():
-                run(self.work / f"seed-{seed}/encode.log", "data_prep.cli", "encode-media", "--input", file,
-                    "--media-root", self.media, "--image-tokenizer", self.work / "image-tokenizer",
-                    "--audio-tokenizer", self.work / "audio-tokenizer", "--drawn", "content", "--threads",
-                    "1", "--output", corpora[-1])
-        self._pack(f"seed-{seed}/shards", "chat", "0", *(
-            f"{pair}={corpus}" for pair, corpus in zip(PAIRS, corpora, strict=True)))
+        file, corpus = self.work / f"seed-{seed}/records.jsonl", self.work / f"seed-{seed}/corpus"
+        write_rows(file, (row for rows in conversations(self.index, seed).values() for row in rows))
+        if not (corpus / "manifest.json").exists():
+            run(self.work / f"seed-{seed}/encode.log", "data_prep.cli", "encode-media", "--input", file,
+                "--media-root", self.media, "--image-tokenizer", self.work / "image-tokenizer",
+                "--audio-tokenizer", self.work / "audio-tokenizer", "--drawn", "content", "--threads", "1",
+                "--output", corpus)
+        self._pack(f"seed-{seed}/shards", "chat", "0", corpus)
         return out
 
     def blocks(self) -> list[str]:
@@ -259,9 +254,9 @@ def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
     from megatron_sov.media.marks import entries
     from megatron_sov.media.vocabulary import IMAGE
 
-    corpus = shared.work / f"seed-{seed}/corpus-text-image"
+    corpus = shared.work / f"seed-{seed}/corpus"
     known = {tuple(entries(IMAGE, line)) for file in corpus.glob("*.jsonl")
-             for line in file.read_text().splitlines()}
+             for line in file.read_text().splitlines()}  # no conversation has two pictures
     drawn = [tuple(tokens) for sample in told["text-image"]["samples"]
              for tokens in sample["tokens"]["image"]]
     return sum(tokens in known for tokens in drawn) / max(1, len(drawn))

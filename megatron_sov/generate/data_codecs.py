@@ -40,6 +40,6 @@ def refuse_other_codecs(tokenizers: Mapping[str, Path], known: Mapping[str, set[
     """
     for kind, folder in tokenizers.items():
         if known.get(kind) and (found := manifest_sha256(folder)) not in known[kind]:
+            theirs = ", ".join(sorted(digest[:12] for digest in known[kind]))
             raise UserError(f"{option.format(kind=kind)} {folder}: is codec {found[:12]}, and the model's "
-                            f"data were encoded with {', '.join(sorted(h[:12] for h in known[kind]))}; pass that "
-                            "one")
+                            f"data were encoded with {theirs}; pass that one")
