@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_prep.fast_bpe import FastBpe, load_fast
-from data_prep.media.meant import MeantTokens, MediaEncoding
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE
@@ -22,6 +21,7 @@ from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.documents import BadRecord, Conversation, Document
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import NONE
+from megatron_sov.media.meant import MeantTokens, MediaEncoding
 
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
 SUFFIXES = (".json", ".tiktoken", ".model")

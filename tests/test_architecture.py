@@ -38,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what reads pictures and sounds is enclosed as what runs programs is
     "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards"},
     # networks: whoever needs them opens them where they are needed
-    "codecs": {"errors", "config", "artifacts", "digests", "outputs", "file_locks", "documents", "media", "obs",
-               "pages"},
+    "codecs": {"errors", "config", "artifacts", "digests", "outputs", "file_locks", "documents", "media",
+               "obs", "pages"},
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.media.finishing import KIND
-from data_prep.media.meant import MeantTokens, MediaEncoding
 from data_prep.media.units import RECORDS
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import MEDIA, BankShape, open_bank, read_shapes
+from megatron_sov.media.meant import MeantTokens, MediaEncoding
 from megatron_sov.media.vocabulary import MEDIA as BLOCKS
 from megatron_sov.media.vocabulary import read_blocks
 

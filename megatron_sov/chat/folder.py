@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megatron_sov.chat.encode import ChatEncoder
+from megatron_sov.chat.encode import ChatEncoder, Meant
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.errors import UserError
 
@@ -19,8 +19,12 @@ SPECIAL_JSON = "special_tokens_map.json"
 """Where older folders keep bos and eos."""
 
 
-def read_chat_encoder(folder: Path) -> ChatEncoder | None:
+def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder | None:
     """Return the encoder of a folder's chats; None where it has no chat template or no tokenizer.json.
+
+    Args:
+        folder: of a tokenizer or a model.
+        meant: special tokens that contents may spell and then mean; None: none.
 
     Raises:
         UserError: a file cannot be read, or the template is no Jinja.
@@ -40,7 +44,8 @@ def read_chat_encoder(folder: Path) -> ChatEncoder | None:
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
     bos, eos = (_text(config.get(name)) for name in ("bos_token", "eos_token"))
-    return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer)
+    return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer,
+                       meant=meant)
 
 
 def chat_files(folder: Path) -> list[Path]:

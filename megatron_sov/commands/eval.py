@@ -1,4 +1,4 @@
-"""`megatron-sov eval ppl | needle | pairs | passk | lm | play | suites | logits | bigram`."""
+"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | play | suites | logits | bigram`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_lm import add_lm_arguments, run_lm
+from megatron_sov.commands.eval_media import add_media_arguments, run_media
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
 from megatron_sov.commands.eval_passk import add_passk_arguments, run_passk
 from megatron_sov.commands.eval_play import add_play_arguments, run_play
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
 PARITY_LENGTHS = [1, 7, 64, 200]
+MEDIA = "from text, pictures and speech to one another, judged by what is recognised"
 SUITES = "the benchmarks that come along: list them, check their data"
 
 
@@ -81,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument("target", **target)  # type: ignore[arg-type]
     passk = task("passk", "sample responses to prompts, have a reward judge them, estimate pass@k and maj@k")
     add_passk_arguments(passk)
+    media = add_media_arguments(task("media", MEDIA))
     lm = task("lm", "score a model on tasks of lm-eval's form, by its own prompts and metrics, offline")
     add_lm_arguments(lm)
     logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in "
@@ -101,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (ppl, needle, pairs):
         sub.add_argument("--out", type=Path, metavar="FILE",
                          help="also write the figures into a JSON file, which appears whole")
-    for sub in (ppl, needle, pairs, passk, lm, play, logits):
+    for sub in (ppl, needle, pairs, passk, media, lm, play, logits):
         with_ranks(sub)
     with_length(pairs)
     for sub in (ppl, bigram):
@@ -123,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
             refuse_missing(model)
     if args.task == "passk":
         return run_passk(args, events)
+    if args.task == "media":
+        return run_media(args, events)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.artifacts import write_output
+from megatron_sov.commands.generate_media import asks_for_media, run_with_media
+from megatron_sov.commands.media_options import add_codec_arguments
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import Asked, asked_of, check_engine, check_length
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare-speed", action="store_true",
                         help="with --speculative: decode without drafts as well and tell how much "
                              "faster drafts are")
+    _add_media_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
                         help="prompts that are continued at a time (default %(default)s)")
     parser.add_argument("--prefill-tokens", type=int, default=Batching.prefill_tokens, metavar="N",
@@ -80,9 +83,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "to, and what ended the text")
 
 
+def _add_media_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE",
+                        help="show it a picture before the prompt; repeat it")
+    parser.add_argument("--audio", type=Path, action="append", default=[], metavar="FILE",
+                        help="let it hear a sound before the prompt; repeat it")
+    parser.add_argument("--out-image", type=Path, metavar="DIR", help="let it draw, and write pictures there")
+    parser.add_argument("--out-audio", type=Path, metavar="DIR", help="let it speak, and write sounds there")
+    add_codec_arguments(parser)
+
+
 def run(args: argparse.Namespace) -> int:
     """Continue the prompts and print what the model wrote."""
     load_plugins(args.plugins)
+    if asks_for_media(args):
+        return run_with_media(args)
     prompts = read_prompts(args.prompt, args.prompts)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
                         args.speculative)

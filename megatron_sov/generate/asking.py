@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.chat.encode import ChatEncoder
-from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import MEGATRON
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
+    from megatron_sov.media.meant import MeantTokens
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ class Asked:
 class Asker:
     """A model's own tokenizer, and its chat template if wanted."""
 
-    def __init__(self, target: Target, chat: bool) -> None:
+    def __init__(self, target: Target, chat: bool, with_media: bool = False) -> None:
         """Read both.
 
         Args:
             target: the model.
             chat: whether prompts are framed by the chat template.
+            with_media: whether tokens of media that prompts spell are meant.
 
         Raises:
             UserError: the model has no tokenizer or no chat template.
@@ -51,7 +54,8 @@ class Asker:
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-        encoder = read_chat_encoder(target.tokenizer_folder) if chat else None
+        self._meant = _meant(target.tokenizer_folder) if with_media else None
+        encoder = read_chat_encoder(target.tokenizer_folder, self._meant) if chat else None
         if encoder is not None:
             ends |= set(encoder.end_ids())
         elif chat:
@@ -73,10 +77,14 @@ class Asker:
         if self.encoder is not None:
             ids = [_encode_chat(self.encoder, prompt) for prompt in prompts]
         else:  # begun as documents in token shards begin: with nothing before the text
-            ids = [list(self._tokenizer.encode(_plain(prompt), add_special_tokens=False))
-                   for prompt in prompts]
+            ids = [self._text_ids(_plain(prompt)) for prompt in prompts]
         _refuse_unknown(ids, self._target)
         return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        pieces = self._meant.split(text) if self._meant else [(text, None)]
+        return [i for piece, id_ in pieces for i in (
+            self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text that an answer begins with.
@@ -89,9 +97,25 @@ class Asker:
         _refuse_unknown([ids], self._target)
         return ids
 
+    def id_of(self, token: str) -> int | None:
+        """Return a token's id; None where the tokenizer has no such token."""
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        return None if found is None or found == self._tokenizer.unk_token_id else int(found)
+
     def decode(self, tokens: list[int]) -> str:
         """Return the text of ids, without special tokens."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _meant(folder: Path) -> MeantTokens:
+    from tokenizers import Tokenizer
+
+    from megatron_sov.media.meant import MeantTokens
+
+    try:
+        return MeantTokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)))
+    except Exception as e:  # the binding raises a bare Exception
+        raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 
 
 def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> Asked:

@@ -129,9 +129,11 @@ class Decoding:
             return []
         found: list[Written] = [([], []) for _ in items]
         if self._decoder.last_stage:
-            greedy = [n for n, item in enumerate(items) if item.sequence.sampling.temperature == 0]
-            drawn = [n for n, item in enumerate(items) if item.sequence.sampling.temperature]
-            for places, choose in ((greedy, self._best), (drawn, self._drawn)):
+            ruled = [n for n, item in enumerate(items) if item.sequence.sampling.rules]
+            free = [n for n in range(len(items)) if n not in set(ruled)]
+            greedy = [n for n in free if items[n].sequence.sampling.temperature == 0]
+            drawn = [n for n in free if items[n].sequence.sampling.temperature]
+            for places, choose in ((greedy, self._best), (drawn, self._drawn), (ruled, self._ruled)):
                 chosen = choose(read, [items[n] for n in places]) if places else []
                 for place, piece in zip(places, chosen, strict=True):
                     found[place] = piece
@@ -144,6 +146,24 @@ class Decoding:
         for item, behind, of_behind in zip(items, best.split(sizes), logprobs.split(sizes), strict=True):
             count = 1 + accepted_greedily(item.sequence.drafts, behind.tolist())
             found.append((behind[:count].tolist(), of_behind[:count].tolist()))
+        return found
+
+    def _ruled(self, read: DecodeOutput, items: list[RowItem]) -> list[Written]:
+        """Choose among the tokens that each sequence's rules allow; there are no drafts."""
+        logits = self._decoder.logits(read, [p for i in items for p in i.places]).double()
+        found: list[Written] = []
+        for item, row in zip(items, logits, strict=True):
+            sequence, sampling = item.sequence, item.sequence.sampling
+            assert sampling.rules is not None, "only sequences with rules"
+            allowed = torch.from_numpy(sampling.rules.allowed(sequence.tokens[sequence.prompt_tokens:]))
+            masked = row[None].masked_fill(~allowed.to(row.device)[:row.shape[0]], -torch.inf)
+            if sampling.temperature:
+                shares = probabilities(masked, sampling)
+                (token,) = draw(shares, [sequence.random.random()])
+            else:
+                shares = torch.softmax(masked, dim=-1)
+                token = int(masked.argmax())
+            found.append(([token], [float(shares[0, token].log())]))
         return found
 
     def _drawn(self, read: DecodeOutput, items: list[RowItem]) -> list[Written]:

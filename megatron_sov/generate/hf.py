@@ -22,6 +22,7 @@ from megatron_sov.generate.request import (
     Tokens,
     refuse_drafts,
     refuse_routes,
+    refuse_rules,
 )
 from megatron_sov.generate.sampling import seed_of
 
@@ -78,6 +79,7 @@ class HfEngine:
                 asked for.
         """
         refuse_drafts("transformers", sampling)
+        refuse_rules("transformers", sampling)
         refuse_routes("transformers", sampling)
         sampling.check()
         stop, version = stop or Stop(), self._held.version

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,14 @@ STOP, LENGTH = "stop", "length"
 allowed."""
 Written = tuple[list[int], list[float]]
 """Tokens behind a prompt, and the log-probability of each."""
+
+
+class TokenRules(Protocol):
+    """Which tokens may stand next; a function of what was written, so that it is the same everywhere."""
+
+    def allowed(self, written: Tokens) -> np.ndarray:
+        """Return whether each id may stand behind what was written, [vocabulary] bool; at least one may."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,9 @@ class Sampling:
     """Take them all the same; log-probabilities are those of the part."""
     with_routes: bool = False
     """Whether to tell which experts tokens visited (`Generated.routes`; engines megatron and vllm)."""
+    rules: TokenRules | None = None
+    """Tokens that it does not allow have no probability (engine megatron, without drafts); log-probabilities
+    are those of the part."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that has no meaning, by the name of the command's option."""
@@ -56,7 +68,10 @@ class Sampling:
                  (not (self.for_training and self.truncates) or self.allow_truncation,
                   f"--top-k {self.top_k} and --top-p {self.top_p}: samples that are trained on come from the "
                   "whole distribution, whose log-probabilities a trainer computes; leave both out, or set "
-                  "allow_truncation")]
+                  "allow_truncation"),
+                 (self.rules is None or not (self.num_drafts or self.for_training),
+                  f"--speculative {self.num_drafts}: drafts know nothing of which tokens are allowed; leave "
+                  "it out")]
         return [sentence for holds, sentence in rules if not holds]
 
     @property
@@ -74,6 +89,12 @@ def refuse_drafts(engine: str, sampling: Sampling) -> None:
     """Raise `ValueError` where drafts are asked of an engine that has none."""
     if sampling.num_drafts:
         raise ValueError(f"num_drafts = {sampling.num_drafts}: the engine {engine} does not draft")
+
+
+def refuse_rules(engine: str, sampling: Sampling) -> None:
+    """Raise `UserError` where tokens are ruled out and an engine cannot leave them out."""
+    if sampling.rules is not None:
+        raise UserError(f"--engine {engine}: it does not keep blocks of media whole; use the engine megatron")
 
 
 def refuse_routes(engine: str, sampling: Sampling) -> None:

@@ -29,6 +29,7 @@ from megatron_sov.generate.request import (
     Tokens,
     Written,
     refuse_drafts,
+    refuse_rules,
 )
 from megatron_sov.generate.sampling import seed_of
 
@@ -88,6 +89,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         refuse_drafts("vllm", sampling)
+        refuse_rules("vllm", sampling)
         if sampling.with_routes and self._shape is None:
             raise ValueError("the engine vllm was started without routes, and they are asked for")
         sampling.check()

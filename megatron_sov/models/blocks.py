@@ -79,3 +79,17 @@ def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers wi
     share; `when` as `Section` has it."""
     return Section(where, "decoder.layers.{l}.", "model.layers.{l}.",
                    tuple(entry for part in parts for entry in part), when)
+
+
+def prediction_layer(*parts: tuple[WeightEntry, ...]) -> tuple[Section, Section]:
+    """Return the sections of a multi-token prediction layer whose transformer layer has these parts, under
+    the names of K-EXAONE's (`mtp.*`)."""
+    return (
+        Section("mtp", "mtp.layers.0.", "mtp.", (
+            Same("enorm.weight", "pre_fc_norm_embedding.weight", "H"),
+            Same("hnorm.weight", "pre_fc_norm_hidden.weight", "H"),
+            Same("eh_proj.weight", "fc.weight", "H 2H"),
+            Same("final_layernorm.weight", "norm.weight", "H"),
+        )),
+        Section("mtp", "mtp.layers.0.transformer_layer.", "mtp.layers.0.",
+                tuple(entry for part in parts for entry in part)))

@@ -17,6 +17,7 @@ from megatron_sov.models.blocks import (
     QK_NORM,
     ROUTED_EXPERTS,
     SHARED_EXPERTS,
+    prediction_layer,
     router_bias,
     trunk,
 )
@@ -30,7 +31,6 @@ from megatron_sov.models.family import (
 )
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, hidden_over_heads
 from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionLayer, SlidingLayers, Unclamped
-from megatron_sov.models.weights import Same, Section
 
 FAMILY = Family(
     name="exaone_moe",
@@ -41,14 +41,7 @@ FAMILY = Family(
         trunk("every layer", ATTENTION, QK_NORM),
         trunk("dense layers", DENSE_FFN),
         trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS, (router_bias("mlp.e_score_correction_bias"),)),
-        Section("mtp", "mtp.layers.0.", "mtp.", (
-            Same("enorm.weight", "pre_fc_norm_embedding.weight", "H"),
-            Same("hnorm.weight", "pre_fc_norm_hidden.weight", "H"),
-            Same("eh_proj.weight", "fc.weight", "H 2H"),
-            Same("final_layernorm.weight", "norm.weight", "H"),
-        )),
-        Section("mtp", "mtp.layers.0.transformer_layer.", "mtp.layers.0.",
-                (*ATTENTION, *QK_NORM, *DENSE_FFN)),
+        *prediction_layer(ATTENTION, QK_NORM, DENSE_FFN),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,

@@ -132,18 +132,20 @@ class Unused:
 
 @dataclass(frozen=True)
 class Encoders:
-    """Encoders of pictures and sounds, in our own terms: transformers' class of a text model has none."""
+    """Encoders of pictures and sounds, and the ids of discrete ones, in our own terms: transformers' class of
+    a text model has none."""
 
-    names: tuple[str, ...] = ("vision_config", "audio_config")
+    names: tuple[str, ...] = ("vision_config", "audio_config", "audio_tokens", "image_tokens")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return those that the model has."""
-        found = {"vision_config": model.vision, "audio_config": model.audio}
+        found = {"vision_config": model.vision, "audio_config": model.audio,
+                 "audio_tokens": model.audio_tokens, "image_tokens": model.image_tokens}
         return {name: asdict(config) for name, config in found.items() if config is not None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return them as fields of a model."""
-        return {name.removesuffix("_config"): config[name] for name in self.names if name in config}
+        """Return them as fields of a model; one that the file does not have is none."""
+        return {name.removesuffix("_config"): config.get(name) for name in self.names}
 
 
 @dataclass(frozen=True)

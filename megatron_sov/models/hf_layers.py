@@ -240,13 +240,15 @@ class PredictionLayer:
 
     default_coeff: float = 0.05
     """Published weight of its loss, where the config is silent."""
+    said_without: bool = True
+    """Whether a model without such a layer says so."""
     names: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
                               "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return everything explicit; without such a layer only that there is none."""
+        """Return everything explicit; without such a layer at most that there is none."""
         if not model.num_mtp_layers:
-            return {"num_nextn_predict_layers": 0}
+            return {"num_nextn_predict_layers": 0} if self.said_without else {}
         window = model.sliding_window_tokens if model.mtp_attention == "L" else 0
         n = model.num_mtp_layers
         return {"num_nextn_predict_layers": n, "mtp_layer_types": [model.mtp_layer_type()] * n,

@@ -27,6 +27,26 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Exhibit:
+    """What was shown and what was made of it; media are addresses of `pages/embedded.py`."""
+
+    title: str
+    """What it is; stands above it."""
+    asked: str
+    """What was said beside the media that were shown."""
+    shown_pictures: list[str]
+    shown_sounds: list[str]
+    text: str
+    """What was written to it."""
+    pictures: list[str]
+    """What was drawn."""
+    sounds: list[str]
+    """What was said."""
+    recognised: str
+    """What others recognise in it."""
+
+
+@dataclass(frozen=True)
 class Section:
     """One part of a chapter."""
 
@@ -38,6 +58,7 @@ class Section:
     turns: list[tuple[str, str]] = field(default_factory=list)
     """(who, what was said), in order."""
     comparisons: list[Comparison] = field(default_factory=list)
+    exhibits: list[Exhibit] = field(default_factory=list)
     json: str = ""
     """Collapsible details, as JSON."""
     side_by_side: bool = False

@@ -13,6 +13,8 @@ from megatron_sov.config import (
     PhaseConfig,
     RunConfig,
 )
+from megatron_sov.config.blocks import IdBlock
+from megatron_sov.config.model import ModelConfig
 from megatron_sov.recipes.sources import ours
 
 SEQ_LEN, WIDTH, HEAD_DIM = 256, 128, 32
@@ -42,6 +44,8 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     )
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
+    if model.audio_tokens and model.image_tokens:
+        small = _small_media(small)
     extend = _small_extension(run.extend)
     lengths = {stage.name: stage.seq_len for stage in extend.stages}
     tiny = replace(
@@ -59,6 +63,25 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         extend=extend,
     )
     return _small_rounds(tiny) if run.objective.name == "policy" else tiny
+
+
+def _small_media(model: ModelConfig) -> ModelConfig:
+    """Return a model whose codebooks end a vocabulary of 2,048, with encoders of 16 x 16 pixels and 2 s."""
+    audio, image = IdBlock(1280, 512), IdBlock(1792, 256)
+    small = replace(model, audio_tokens=audio, image_tokens=image)
+    if model.vision and model.audio:
+        moved = model.audio_tokens.first - audio.first if model.audio_tokens else 0
+        small = replace(
+            small,
+            vision=replace(
+                model.vision, placeholder_ids=tuple(i - moved for i in model.vision.placeholder_ids),
+                image_size=16, patch_size=4, hidden_size=32, num_layers=2, num_heads=2, ffn_dim=64,
+                window_size=16, full_attention_layers=(1,), out_hidden_size=64),
+            audio=replace(
+                model.audio, placeholder_ids=tuple(i - moved for i in model.audio.placeholder_ids),
+                num_mels=16, num_frames=200, hidden_size=32, num_layers=2, num_heads=2, ffn_dim=64,
+                compressor_size=32, compressor_head_dim=16, compressor_state_size=8))
+    return small
 
 
 def _small_rounds(run: RunConfig) -> RunConfig:

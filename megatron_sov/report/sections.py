@@ -31,6 +31,7 @@ from megatron_sov.report.divergence import divergence_section
 from megatron_sov.report.forgetting import forgetting_section
 from megatron_sov.report.gates import VERDICTS, gate_section
 from megatron_sov.report.incidents import incident_section
+from megatron_sov.report.media import media_section
 from megatron_sov.report.pairs import pair_section
 from megatron_sov.report.passk import passk_section
 from megatron_sov.report.rounds import round_section
@@ -138,6 +139,7 @@ def sections(run: Run) -> list[Section]:
                 text="Share of questions about hidden facts that the model answers, by the length of the "
                      "context and their depth in it."),
         passk_section(run.passk),
+        media_section(run.media),
         spectrum_section(run.ssp_probes),
         gate_section(run.gate_checks, run.searches),
         _sample_section(run),

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import main
 from data_prep.indexed import open_split
-from data_prep.media.meant import MeantTokens, MediaEncoding
 from data_prep.verify import check
 from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.documents import BadRecord
 from megatron_sov.media.banks import MEDIA, NONE, open_bank, read_shapes
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
+from megatron_sov.media.meant import MeantTokens, MediaEncoding
 from tests.data_prep.media.chats import Encode, shown
 
 CHATS = [shown(("image", "light.png")),

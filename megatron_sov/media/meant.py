@@ -32,7 +32,7 @@ class MediaEncoding:
 class MeantTokens:
     """The tokens of media of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, encoding: MediaEncoding) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoding: MediaEncoding = MediaEncoding()) -> None:
         """`tokenizer`: one that `sov-tokenizer media` wrote."""
         self._id_of = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()
                        if SPELLED.fullmatch(token.content)}

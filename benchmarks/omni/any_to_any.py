@@ -1,0 +1,281 @@
+"""A tiny model from pictures, speech and text to any of them, trained by the real commands and judged by
+others.
+
+    python benchmarks/omni/any_to_any.py --work FOLDER > benchmarks/results/omni_any_to_any.txt
+
+Media: scikit-learn's handwritten digits, and eleven words that espeak-ng says in English and in Korean.  The
+commands are those of docs/omni.md: `codec train`, `sov-tokenizer train | media`, `sov-data encode-media |
+pack`, `pretrain`, `sft`, `eval media`, `eval ppl`.  Every picture and every sound that is shown in the end is
+held out: other people's handwriting, other pitches and speeds.  What is drawn and said is judged by what
+others recognise in it (`judges.py`); the ceiling of such a judge is what it recognises in held-out media that
+went through the codec alone.  The same steps of text, without media, tell what media cost the text.
+
+A killed run goes on in the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import numpy as np  # noqa: E402  (behind the places of benchmarks)
+from judges import WORDS, pictures, sounds  # noqa: E402
+from media_sets import conversations, questions, write_media, write_rows  # noqa: E402
+from seed_runs import run, words  # noqa: E402
+from seeds import over_seeds  # noqa: E402
+
+VOCAB_SIZE, AUDIO_SIZE, IMAGE_SIZE = 512, 512, 128
+CODECS = {
+    "image-tokenizer": ("pictures-train", 1500, ("model.side_pixels=16", "model.grid=4", "model.width=64",
+                                                 "model.num_layers=2", "model.num_heads=4",
+                                                 "model.code_width=16", f"model.codebook_size={IMAGE_SIZE}")),
+    "audio-tokenizer": ("sounds-train", 1500, ("model.width=128", "model.num_blocks=3", "model.num_mels=80",
+                                               "model.levels=[8,8,8]", "learning.batch_size=16",
+                                               "learning.crop_tokens=16")),
+}
+"""Kind -> media, steps and settings."""
+MODEL = ("model.vision=null", "model.audio=null", "train.micro_batch_size=8", "train.global_batch_size=8",
+         "train.num_threads=1")
+TEXT_SHARE = 0.2
+
+
+def say(text: str) -> None:
+    """Print progress where results are not."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+class Shared:
+    """What all seeds have in common: media, codecs, tokenizer, shards."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.media = work, work / "media"
+
+    def make(self, codec_steps: int) -> None:
+        """Make what is not there."""
+        index_file = self.work / "index.json"
+        if not index_file.exists():
+            say("media")
+            index_file.parent.mkdir(parents=True, exist_ok=True)
+            index = write_media(self.media)
+            index_file.write_text(json.dumps(index, ensure_ascii=False))
+        self.index = json.loads(index_file.read_text())
+        for kind, (media, steps, settings) in CODECS.items():
+            if not (self.work / kind / "manifest.json").exists():
+                say(f"codec {kind}")
+                run(self.work / "codecs.log", "megatron_sov", "codec", "train", kind, "--input",
+                    self.media / media, "--output", self.work / kind, "--steps", str(codec_steps or steps),
+                    *words(settings))
+        self._tokenizer()
+
+    def _tokenizer(self) -> None:
+        texts = self.work / "text.jsonl"
+        if not texts.exists():
+            pages = [p for file in sorted((HERE.parents[1] / "docs").glob("*.md"))
+                     for p in file.read_text().split("\n\n") if len(p) > 200]
+            write_rows(texts, ({"text": page} for page in pages))
+            chats = conversations(self.index, 0)
+            said = [part["text"] for rows in chats.values() for row in rows for m in row["messages"]
+                    for part in m["content"] if part["type"] == "text"]
+            # what stands around media in a prompt
+            around = ['{"id": "audio_00", "type": "audio/wav", "filename": "00000.wav"}',
+                      '{"id": "image_00", "type": "image/png", "filename": "00000.png"}',
+                      "다음 중 audio_duration은 오디오 길이 정보입니다. 참고하여 답변하세요. "
+                      '{"audio_duration": "0.60"}']
+            write_rows(self.work / "words.jsonl", ({"text": text} for text in [*said, *around * 500]))
+        if not (self.work / "tokenizer/manifest.json").exists():
+            say("tokenizer")
+            run(self.work / "tokenizer.log", "tokenizer.cli", "train", "--preset", "solar-open",
+                "--vocab-size", str(VOCAB_SIZE), "--input", texts, self.work / "words.jsonl", "--output",
+                self.work / "text-tokenizer", "--overwrite")
+            run(self.work / "tokenizer.log", "tokenizer.cli", "media", self.work / "text-tokenizer",
+                "--audio-tokens", str(AUDIO_SIZE), "--image-tokens", str(IMAGE_SIZE), "--output",
+                self.work / "tokenizer", "--overwrite")
+        if not (self.work / "text-shards/manifest.json").exists():
+            self._pack("text-shards", "text", "0.05", texts)
+
+    def _pack(self, output: str, kind: str, heldout: str, *inputs: str | Path) -> None:
+        run(self.work / "pack.log", "data_prep.cli", "pack", "--tokenizer", self.work / "tokenizer",
+            "--format", kind, "--heldout", heldout, "--workers", "1", "--input", *inputs, "--output",
+            self.work / output, "--overwrite")
+
+    def shards(self, seed: int) -> Path:
+        """Return the token shards of a seed's conversations."""
+        out = self.work / f"seed-{seed}/shards"
+        if (out / "manifest.json").exists():
+            return out
+        say(f"seed {seed}: encode-media and pack")
+        file, corpus = self.work / f"seed-{seed}/records.jsonl", self.work / f"seed-{seed}/corpus"
+        write_rows(file, (row for rows in conversations(self.index, seed).values() for row in rows))
+        if not (corpus / "manifest.json").exists():
+            run(self.work / f"seed-{seed}/encode.log", "data_prep.cli", "encode-media", "--input", file,
+                "--media-root", self.media, "--image-tokenizer", self.work / "image-tokenizer",
+                "--audio-tokenizer", self.work / "audio-tokenizer", "--drawn", "content", "--threads", "1",
+                "--output", corpus)
+        self._pack(f"seed-{seed}/shards", "chat", "0", corpus)
+        return out
+
+    def blocks(self) -> list[str]:
+        """Return the model's settings that follow from the tokenizer."""
+        content = json.loads((self.work / "tokenizer/manifest.json").read_text())["content"]
+        found = [f"model.{kind}_tokens.{name}={block[name]}" for kind, block in content["media"].items()
+                 for name in ("first", "size")]
+        return [f"model.vocab_size={content['vocab_size']}", *found]
+
+
+class Seed:
+    """One seed: two models, with media and with text alone, and what they can."""
+
+    def __init__(self, shared: Shared, seed: int, steps: int) -> None:
+        self.shared, self.seed = shared, seed
+        self.folder = shared.work / f"seed-{seed}"
+        self.steps = {"media": steps // 3, "text": max(1, round(steps // 3 * TEXT_SHARE)), "sft": steps}
+
+    def train(self, name: str, command: str, recipe: str, data: Sequence[str | Path], lr: float,
+              *more: str | Path) -> Path:
+        """Train, unless it is done; returns the run."""
+        folder, began_s = self.folder / name, time.time()
+        if not (folder / "complete.json").exists():
+            data_words = [word for one in data for word in ("--data", str(one))]
+            settings = [*self.shared.blocks(), *MODEL, f"train.seed={self.seed}",
+                        f"train.steps={self.steps[name]}", f"optim.lr={lr}", f"optim.min_lr={lr / 20}",
+                        'data.phases=[{"name": "main", "seq_len": 256}]']
+            run(self.folder / f"{name}.log", "megatron_sov", command, recipe, *data_words, "--run", folder,
+                "--resume", *words(settings), *more)
+            say(f"seed {self.seed}: {name}, {self.steps[name]} steps in {time.time() - began_s:.0f} s")
+        return folder
+
+    def run(self, num_drawn: int) -> dict[str, Any]:
+        """Return all figures of the seed."""
+        shards, text = self.shared.shards(self.seed), self.shared.work / "text-shards"
+        recipe = "tiny-hyperclova-omni"
+        both = [f"{shards}:{1 - TEXT_SHARE}", f"{text}:{TEXT_SHARE}"]
+        media = self.train("media", "pretrain", recipe, both, 4e-3)
+        only = self.train("text", "pretrain", recipe, [text], 4e-3)
+        tuned = self.train("sft", "sft", f"{recipe}-sft", [shards], 3e-3, "--from", media)
+        found = self._ask(tuned, num_drawn)
+        for name, folder in (("media", media), ("text", only), ("sft", tuned)):
+            found[f"bits_per_byte/{name}"] = self._bits_per_byte(folder, text)
+        return found
+
+    def _ask(self, model: Path, num_drawn: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, rows in questions(self.shared.index, num_drawn).items():
+            pair, stem = name.partition("/")[0], name.replace("/", "-")
+            output = self.folder / f"answers/{stem}.json"
+            if not output.exists():
+                file = self.folder / f"asked/{stem}.jsonl"
+                write_rows(file, rows)
+                # greedy, but where the same words are asked for several times
+                temperature = "0.7" if pair.startswith("text-") else "0"
+                run(self.folder / "eval.log", "megatron_sov", "eval", "media", model, "--data",
+                    f"{pair}={file}", "--media-root", self.shared.media, "--image-tokenizer",
+                    self.shared.work / "image-tokenizer", "--audio-tokenizer",
+                    self.shared.work / "audio-tokenizer", "--image-decoder",
+                    self.shared.work / "image-tokenizer", "--vocoder", self.shared.work / "audio-tokenizer",
+                    "--image-judge", f"{HERE / 'judges.py'}:pictures", "--audio-judge",
+                    f"{HERE / 'judges.py'}:sounds", "--files", self.folder / "made" / stem,
+                    "--max-new-tokens", "64", "--max-audio-tokens", "40", "--temperature", temperature,
+                    "--batch-size", "64", "--run", model, "--output", output)
+                say(f"seed {self.seed}: asked {name}")
+            found[name] = json.loads(output.read_text())[pair]
+        return found
+
+    def _bits_per_byte(self, folder: Path, text: Path) -> float:
+        out = self.folder / f"bpb-{folder.name}.json"
+        if not out.exists():
+            run(self.folder / "eval.log", "megatron_sov", "eval", "ppl", folder, "--data", text, "--out", out)
+        (told,) = json.loads(out.read_text()).values()
+        return float(told["bits_per_byte"])
+
+
+def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
+    """Return what judges recognise in held-out media: as they are, and through the codec and back."""
+    from megatron_sov.codecs.reconstruction import reconstruct
+
+    found: dict[str, tuple[float, float]] = {}
+    for name, rows in questions(shared.index, 0).items():
+        shown = [next((p for p in row["content"] if p["type"] != "text"), None) for row in rows]
+        if name not in ("image-text", "audio-text"):
+            continue
+        files = [shared.media / part["path"] for part in shown if part]
+        kind, judge = (("image-tokenizer", pictures) if name == "image-text" else ("audio-tokenizer", sounds))
+        again = list(reconstruct(shared.work / kind, files, shared.work / "reconstructed"))
+        labels = [row["labels"] for row in rows]
+        languages = np.array([of[0].isascii() for of in labels])
+        right = [np.array([a == row["answer"] for a, row in zip(judge(of, labels), rows, strict=True)])
+                 for of in (files, again)]
+        if name == "image-text":
+            found["pictures"] = (float(right[0].mean()), float(right[1].mean()))
+        else:
+            for language, which in (("English speech", languages), ("Korean speech", ~languages)):
+                found[language] = (float(right[0][which].mean()), float(right[1][which].mean()))
+    return found
+
+
+def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tuple[float, float]]) -> None:
+    """Print what came out."""
+    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
+          f"{platform.python_version()}; one process of one thread")
+    print(f"{len(WORDS)} words in English and Korean, ten digits; every medium that is shown is held out\n")
+    print("What judges recognise in held-out media, as they are and through the codec alone:")
+    for name, (real, coded) in tops.items():
+        print(f"  {name:<16} {real:6.1%} {coded:6.1%}")
+    print("\nRight, by pair (mean and range over seeds):                chance   rows a seed")
+    first = next(iter(found.values()))
+    for name, told in first.items():
+        if isinstance(told, dict):
+            shares = [100 * seed[name]["accuracy"] for seed in found.values()]
+            print(f"  {name:<24} {over_seeds(shares, '5.1f')} %   {told['chance']:6.1%}   {told['num_rows']}")
+    for name, told in first.items():
+        if isinstance(told, dict) and "cer" in told:
+            rates = [seed[name]["cer"] for seed in found.values()]
+            print(f"  characters wrong, {name:<20} {over_seeds(rates, '5.3f')}")
+    print("\nDrawn pictures whose tokens are those of a training picture: "
+          + over_seeds([100 * copied(shared, s, told) for s, told in found.items()], "5.1f") + " %")
+    print("\nText, bits per byte of held-out text:")
+    whats = (("text", "pretrained on text alone"), ("media", "on as much text, and media beside it"),
+             ("sft", "after fine-tuning on media without text"))
+    for name, what in whats:
+        print(f"  {what:<42} {over_seeds([t[f'bits_per_byte/{name}'] for t in found.values()], '5.3f')}")
+
+
+def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
+    """Return the share of drawn pictures that are, token for token, in the training data."""
+    from megatron_sov.media.marks import entries
+    from megatron_sov.media.vocabulary import IMAGE
+
+    corpus = shared.work / f"seed-{seed}/corpus"
+    known = {tuple(entries(IMAGE, line)) for file in corpus.glob("*.jsonl")
+             for line in file.read_text().splitlines()}  # no conversation has two pictures
+    drawn = [tuple(tokens) for sample in told["text-image"]["samples"]
+             for tokens in sample["tokens"]["image"]]
+    return sum(tokens in known for tokens in drawn) / max(1, len(drawn))
+
+
+def main() -> None:
+    """Run what is not done, and print the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1800, help="of fine-tuning; a third of it before")
+    parser.add_argument("--codec-steps", type=int, default=0, help="of both codecs (0: their own)")
+    parser.add_argument("--drawn", type=int, default=200, help="pictures that are asked for")
+    args = parser.parse_args()
+    shared = Shared(args.work)
+    shared.make(args.codec_steps)
+    found = {seed: Seed(shared, seed, args.steps).run(args.drawn) for seed in args.seeds}
+    report(shared, found, ceilings(shared))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Rows of pairs of modalities, and figures that agree with jiwer and with counting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jiwer
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.eval.intervals import wilson_interval
+from megatron_sov.eval.media.pairs import PAIRS, Row, figures, normalised, read_rows
+
+WORDS = [{"type": "text", "text": "Say it."}]
+
+
+def test_pairs_are_those_of_the_model_card_and_no_others() -> None:
+    assert set(PAIRS) == {"image-text", "image-audio", "text-image", "text-audio", "audio-text",
+                          "audio-image", "audio-audio"}
+
+
+def test_figures_count_what_was_recognised() -> None:
+    """Case and punctuation do not count; rates are those of all words and characters together."""
+    rows = [Row(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
+    heard = ["hello world", "yell oh", ""]
+    told = figures(rows, heard)
+    assert (told["num_rows"], told["accuracy"], told["chance"]) == (3, 1 / 3, 0.25)
+    assert told["accuracy_interval"] == list(wilson_interval(1, 3))
+    assert told["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
+    assert told["wer"] == (0 + 2 + 2) / 5
+    assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
+    assert normalised("  Ｈello, — World! ") == "ｈello world"
+    assert "chance" not in figures([Row(WORDS, "a")], ["a"])
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("{", ":1: is no row"), ('{"content": [], "answer": "a"}', ":1: is no row"), ("", "has no row"),
+    ('{"content": [{"type": "text"}], "answer": ""}', ":1: is no row"), ("[1]", ":1: is no row"),
+    ('{"content": [{"type": "text"}], "answer": "a", "labels": "b"}', ":1: is no row")])
+def test_bad_rows_are_named(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(line)
+    with pytest.raises(UserError, match=said):
+        read_rows(file)
+    file.write_text('\n{"content": [{"type": "text", "text": "a"}], "answer": "b", "labels": ["b", "c"]}\n')
+    assert read_rows(file) == [Row([{"type": "text", "text": "a"}], "b", ("b", "c"))]
