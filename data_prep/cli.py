@@ -28,11 +28,12 @@ from data_prep.synth import probing_sets
 from data_prep.synth.difficulty import command as difficulty
 from megatron_sov.command_line import Parser, parser_of, run_program
 
-COMMANDS = {"run": run, "synth": synth, "encode-media": encode_media, "pack": pack, "adopt": adopt, "mix": mix,
-            "inspect": inspect_command, "report": report_command, "card": card_command, "stats": stats,
-            "sample": sample, "verify": verify, "trajectories": trajectories, "groups": groups,
-            "pairs": pairs, "unpaired": unpaired, "scorer": scorer, "difficulty": difficulty,
-            "probing-sets": probing_sets, "decontaminate": decontaminate, "demo-corpus": corpus}
+COMMANDS = {"run": run, "synth": synth, "encode-media": encode_media, "pack": pack, "adopt": adopt,
+            "mix": mix, "inspect": inspect_command, "report": report_command, "card": card_command,
+            "stats": stats, "sample": sample, "verify": verify, "trajectories": trajectories,
+            "groups": groups, "pairs": pairs, "unpaired": unpaired, "scorer": scorer,
+            "difficulty": difficulty, "probing-sets": probing_sets, "decontaminate": decontaminate,
+            "demo-corpus": corpus}
 
 
 def build_parser() -> Parser:

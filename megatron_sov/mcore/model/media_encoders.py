@@ -42,7 +42,7 @@ class MediaEncoders(torch.nn.Module):
         self.vision = MediaEncoder(model.vision, model.hidden_size) if model.vision is not None else None
         self.audio = MediaEncoder(model.audio, model.hidden_size) if model.audio is not None else None
         # families that scale embeddings scale what stands over them as well
-        self._factor = float(getattr(model, "embedding_multiplier", 1.0))
+        self._factor = float(model.embedding_multiplier)
         self._recomputed = config.recompute_granularity == "full"
         self._sequence_parallel = config.sequence_parallel
         self.overlapped = False
