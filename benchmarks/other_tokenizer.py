@@ -38,7 +38,7 @@ ARMS = {
     "next token, rate / 4": ("pretrain", "optim.lr=5e-4", "optim.min_lr=5e-5"),
     "next token, rate / 16": ("pretrain", "optim.lr=1.25e-4", "optim.min_lr=1.25e-5"),
     "other tokenizer": ("distill",),
-    "other tokenizer + 0.1 CE": ("distill", "distillation.ce_coeff=0.1"),
+    "other tokenizer + 1 CE": ("distill", "distillation.ce_coeff=1"),
     "other tokenizer + 0.5 CE": ("distill", "distillation.ce_coeff=0.5"),
 }
 ACROSS = ("distillation.other_tokenizer=true", "distillation.top_k=64")
