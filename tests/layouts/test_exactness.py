@@ -97,7 +97,9 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight")):
-            tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if name.endswith("weight") else 0.0)
+            # Gemma adds the 1 itself
+            is_factor = name.endswith("weight") and config["model_type"] != "gemma3_text"
+            tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if is_factor else 0.0)
     if seed == 1:  # in bfloat16, but for what transformers keeps in float32
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()

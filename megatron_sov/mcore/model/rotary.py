@@ -70,8 +70,10 @@ def local_turns(model: ModelConfig) -> list[float] | None:
     as often."""
     if model.local_rope_theta is None:
         return None
-    local = frequencies(replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None))
-    return ((local / frequencies(model)).tolist()) * 2
+    with CPU:  # a model may be built on meta tensors, and these are numbers
+        local = frequencies(replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None))
+        turns: list[float] = (local / frequencies(model)).tolist()
+    return turns * 2  # a channel and its pair in the other half
 
 
 def softmax_scale(model: ModelConfig, kind: str) -> float:
