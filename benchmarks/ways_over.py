@@ -93,7 +93,7 @@ def write_shards(work: Path) -> None:
                                                                                                         "")
              if p.strip()]
     (work / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    run("tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), "--input",
+    run("tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), "--input",
         str(work / "text.jsonl"), "--output", str(work / "tokenizer"))
     tokenizer = Tokenizer.from_file(str(work / "tokenizer/tokenizer.json"))
     eos = json.loads((work / "tokenizer/manifest.json").read_text())["content"]["eos_id"]

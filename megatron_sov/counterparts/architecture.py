@@ -166,14 +166,14 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
     if not experts:
         return {"num_experts": 0, "num_shared_experts": 0, "num_dense_layers": 0,
                 **({"dense_ffn_dim": ffn} if ffn else {})}
-    inner = stated.get("moe_ffn_hidden_size") or ffn
+    inner = stated.get("moe_ffn_hidden_size") or ffn or 1
     shared = stated.get("moe_shared_expert_intermediate_size") or 0
     if shared % inner:
         raise ValueError(f"moe_shared_expert_intermediate_size = {shared} must be a multiple of the experts' "
                          f"width {inner}")
     dense = _leading_dense(stated.get("moe_layer_freq", 1), stated["num_layers"])
     score = stated.get("moe_router_score_function", "softmax")
-    found = {"num_experts_per_token": 2}  # theirs where nothing is said
+    found: dict[str, Any] = {"num_experts_per_token": 2}  # theirs where nothing is said
     found |= {ours: stated[theirs] for theirs, ours in OF_EXPERTS.items() if stated.get(theirs) is not None}
     found |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
               "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),

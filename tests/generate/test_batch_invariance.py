@@ -1,4 +1,4 @@
-"""One sequence at a time: what a prompt is continued with is the same to the bit, whatever stands beside it."""
+"""One sequence at a time: what a prompt is continued with is the same to the bit, whatever stands beside."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84], [3, 1, 4, 1, 5], [2] * 17,
            [11, 12]]
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-            "model.init_std=0.3", "model.sliding_window_tokens=8", "model.num_layers=4", "model.num_experts=4",
-            "train.precision=fp32"]
+            "model.init_std=0.3", "model.sliding_window_tokens=8", "model.num_layers=4",
+            "model.num_experts=4", "train.precision=fp32"]
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -75,8 +75,9 @@ def open_vae(folder: Path) -> tuple[VAESettings, AutoencoderKL]:
         raise UserError(f"{folder}: is no folder of diffusers' AutoencoderKL ({told_in_a_line(e)}); name one "
                         "with config.json and diffusion_pytorch_model.safetensors") from e
     found = _config(there)
-    settings = VAESettings(**{name: tuple(value) if isinstance(value, list) else value
-                              for name, value in found.items() if name in VAESettings.__dataclass_fields__})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
+                              for name, value in found.items() if name in VAESettings.__dataclass_fields__}
+    settings = VAESettings(**fields)
     problems = settings.problems()
     if not problems:
         ours = _config(new_vae(settings))

@@ -90,7 +90,7 @@ class SoundBank(Ragged):
 
     def __getitem__(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return one sound, float32 in -1..1."""
-        return self.row(row).astype(np.float32) / 32767
+        return self.row(row).astype(np.float32) / np.float32(32767)
 
 
 Sounds = SoundBank | Sequence[np.ndarray[Any, np.dtype[np.float32]]]

@@ -94,9 +94,9 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
         def picture(name: str) -> np.ndarray[Any, Any]:
             return reader.picture(name, (side,)).arrays[0]
 
-        task = ImageTokenizerTask.made(settings, *(
-            picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
-            for part, names in (("train", files.train), ("heldout", files.heldout))), device=device)
+        train, heldout = (picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
+                          for part, names in (("train", files.train), ("heldout", files.heldout)))
+        task = ImageTokenizerTask.made(settings, train, heldout, device=device)
         if encoder is not None and isinstance(sees := task.network.encoder, SiglipFeatures):
             load_siglip(sees, encoder)
         return task
@@ -105,9 +105,9 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
     def sound(name: str) -> np.ndarray[Any, Any]:
         return reader.sound(name, rate_hz).arrays[0]
 
-    return AudioTokenizerTask.made(settings, *(
-        SoundBank(folder / f"{part}.bin", names, said(files.root, sound))
-        for part, names in (("train", files.train), ("heldout", files.heldout))), device=device)
+    sounds, others = (SoundBank(folder / f"{part}.bin", names, said(files.root, sound))
+                      for part, names in (("train", files.train), ("heldout", files.heldout)))
+    return AudioTokenizerTask.made(settings, sounds, others, device=device)
 
 
 def said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:

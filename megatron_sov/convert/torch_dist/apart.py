@@ -76,7 +76,7 @@ def main(order: str) -> None:
     try:
         with open(asked["path"], "rb") as f:
             raw = f.read(asked["size_bytes"])
-        answer = {"found": READERS[asked["what"]](raw)}
+        answer: dict[str, Any] = {"found": READERS[asked["what"]](raw)}
     except MemoryError:
         answer = {"error": "it takes more memory than a file of its size can need"}
     except (ValueError, OSError, RecursionError) as e:

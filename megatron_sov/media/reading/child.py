@@ -36,7 +36,7 @@ def main(fd: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             send(channel, header)
             for array in arrays:
-                channel.sendall(memoryview(array).cast("B"))
+                channel.sendall(array.data.cast("B"))
     except (EOFError, OSError):
         os._exit(0)
 

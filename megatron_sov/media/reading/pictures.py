@@ -13,6 +13,7 @@ from megatron_sov.media.reading.limits import MediaLimits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Those that are decoded: pixels alone, and nothing that is a program."""
@@ -53,7 +54,7 @@ def read_picture(file: Path, asked: Asked, limits: MediaLimits) -> tuple[list[np
     return arrays, {"width": rgb.width, "height": rgb.height, "mime_type": mime_type}
 
 
-def opened(file: Path, limits: MediaLimits) -> Image:
+def opened(file: Path, limits: MediaLimits) -> ImageFile:
     """Open a picture, its size checked, nothing decoded.
 
     Raises:

@@ -56,6 +56,10 @@ def _train(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
     seconds = step_time(step, pricing.parameters).components
     if kind == "distillation":
         seconds["teacher's head"] = _teachers_head_s(stage, pricing, assumed)
+    if kind == "preference" and stage.config.preference.method == "kto":
+        # its distance from the reference is one number of the whole batch, found before the losses
+        forward = replace(step, objective="forward", sharding="none", recompute="none", recompute_modules=())
+        seconds["distance"] = sum(step_time(forward, pricing.parameters).components.values())
     job = priced(pricing, stage.name, f"{kind}: train" if kind != "SFT" else kind,
                  replace(stage.phase, global_batch_size=stage.global_batch_size), steps=stage.steps,
                  tokens=stage.tokens, seconds=seconds, memory=whole.memory,

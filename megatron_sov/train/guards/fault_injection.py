@@ -108,8 +108,8 @@ def _parse_one(text: str) -> Fault:
     if len(states) != 1:
         raise UserError(f"--inject {text}: must say once when it comes, "
                         f"by {' or '.join(f'{s}=N' for s in STATES[kind])}")
-    options = {name: value for name, default in OPTIONS.get(kind, {}).items()
-               if (value := values.get(name, default)) is not None}
+    stated = {name: values.get(name, default) for name, default in OPTIONS.get(kind, {}).items()}
+    options = {name: number for name, number in stated.items() if number is not None}
     return Fault(kind, states[0], int(values[states[0]]), int(values.get("rank", 0)), options)
 
 

@@ -62,6 +62,14 @@ def test_a_reference_is_a_pass_that_only_looks() -> None:
     assert list(hours(apply_settings(base, ["preference.method=simper"]))) == ["preference: train"]
 
 
+def test_the_distance_of_kto_is_a_forward_pass_more() -> None:
+    base = apply_settings(recipes.get("typhoon-s-8b"), ["objective.name=preference"])
+    step_s = {method: {q.kind: q.step_s for q in quotes(apply_settings(
+        base, [f"preference.method={method}"]), gpus())} for method in ("dpo", "kto")}
+    kto, dpo = (step_s[method]["preference: train"] for method in ("kto", "dpo"))
+    assert kto - dpo == pytest.approx(step_s["dpo"]["preference: reference"], rel=0.3)
+
+
 def test_adapters_need_less() -> None:
     whole, adapter = priced("typhoon-s-8b")["SFT"], priced("typhoon-s-8b", "lora.rank=16")["SFT"]
     assert 0.5 * whole.hours < adapter.hours < 0.95 * whole.hours
