@@ -12,7 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 START_GAIN = 0.3
 """Of a convolution at the start: how much of what goes in comes out.  BigVGAN's weights begin with a
-deviation of 0.01, about this in its widest layers; narrow ones would be silent for hundreds of steps (ours)."""
+deviation of 0.01, about this in its widest layers; narrow ones would be silent for hundreds of steps.
+Ours."""
 
 
 class Past:
