@@ -14,7 +14,7 @@ from megatron_sov.models.hf_layers import PredictionLayer
 FAMILY = Family(
     name="llama",
     hf_classes=("LlamaForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, prediction_layer, trunk("every layer", ATTENTION, DENSE_FFN),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
              *prediction_layer(ATTENTION, DENSE_FFN)),
     config=(
         *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"),

@@ -120,4 +120,4 @@ def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
 def _small(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
     """Return a phase with its part of the run kept, over whatever sources the data has."""
     return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len,
-                   global_batch_size=0, lr=0.0, rewarm_steps=0)
+                   global_batch_size=0, lr=0.0, min_lr=0.0, rewarm_steps=0)
