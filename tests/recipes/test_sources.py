@@ -69,7 +69,8 @@ def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
     (released,) = {s.source.where for s in said}
     told = {field for item in family.config for field in getattr(item, "null_tells", ())}
     raw = {field: value for field, value in CONFIGS[released].items() if value is not None or field in told}
-    decided = {"family", *PLAIN, *family.structure, *(field for item in family.config for field in item.read(raw))}
+    decided = {"family", *PLAIN, *family.structure,
+               *(field for item in family.config for field in item.read(raw))}
     read = {s.key: s.value for s in settings(replace(config, model=family.from_hf_config(raw)), {})}
     assert {s.key: s.value for s in said} == {s.key: read[s.key] for s in said}
     assert {s.key.split(".")[1] for s in said} <= decided
