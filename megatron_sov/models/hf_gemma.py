@@ -71,7 +71,8 @@ class TwoThetas:
                                 f"{old[kind]} beside it; remove one of them")
             found = [value for value in (theta, old[kind], THETAS[kind]) if value is not None]
             thetas[kind] = float(found[0])
-        return {"rope_theta": thetas["full_attention"], "local_rope_theta": thetas["sliding_attention"]}
+        return {"rope_theta": thetas["full_attention"], "local_rope_theta": thetas["sliding_attention"],
+                "yarn": None, "llama3_rope": None}
 
 
 @dataclass(frozen=True)
