@@ -63,8 +63,17 @@ def trained(seed: int, place: world.World, source: Source, folder: Path) -> tupl
     trainer.recorder.events = SimpleNamespace(  # type: ignore[assignment]
         write=write, is_open=False, close=lambda: None)
     for _ in range(USUAL_STEPS):
-        trainer.update()
+        update(trainer)
     return trainer, told
+
+
+def update(trainer: Any) -> Any:
+    """Do a step as the loop does."""
+    from megatron_sov.train.attribution import attribute
+
+    result = trainer.update()
+    attribute(trainer)
+    return result
 
 
 def plant_data(trainer: Any, case: int) -> Callable[[dict[str, Any]], bool]:
@@ -121,7 +130,7 @@ def plant_rate(trainer: Any, case: int) -> Callable[[dict[str, Any]], bool]:
     """Make the next step's learning rate too large, and do that step."""
     usual, factor = trainer.schedule.learning_rate, 10.0 ** (2 + case % 20 * 28 / 19)
     trainer.schedule.learning_rate = lambda step: usual(step) * factor
-    trainer.update()
+    update(trainer)
     trainer.schedule.learning_rate = usual
     return lambda event: True
 
@@ -143,7 +152,7 @@ def measure(cases: int, folder: Path) -> None:
                 kind, lambda trainer, case, kind=kind: plant_bit(trainer, case, kind))
             names_it = plant(trainer, case)
             for _ in range(3):
-                if trainer.update() is None:
+                if update(trainer) is None:
                     break
             refused += bool(told)
             if told:

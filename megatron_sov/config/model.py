@@ -190,15 +190,8 @@ class ModelConfig:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that the architecture breaks."""
+    def _rotary_problems(self) -> list[str]:
         p = []
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) <= 0:
-                p.append(f"model.{name} = {getattr(self, name)} must be positive")
-        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
-            p.append(f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = "
-                     f"{self.num_heads}")
         if self.head_dim % 2:
             p.append(f"model.head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
         if not 0 < self.rope_share <= 1 or (self.rope_share < 1 and self.head_dim * self.rope_share % 2):
@@ -209,6 +202,23 @@ class ModelConfig:
                      "model.yarn and model.llama3_rope to null")
         if self.rope_share < 1 and self.yarn is not None:
             p.append(f"model.yarn needs model.rope_share = 1, it is {self.rope_share}; set it to null")
+        if self.llama3_rope is not None:
+            p += self.llama3_rope.problems()
+            if self.yarn is not None:
+                p.append("model.yarn and model.llama3_rope: both are set, and a model has one rotary scaling "
+                         "at most; set one of them to null")
+        return p
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each rule that the architecture breaks."""
+        p = []
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) <= 0:
+                p.append(f"model.{name} = {getattr(self, name)} must be positive")
+        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
+            p.append(f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = "
+                     f"{self.num_heads}")
+        p += self._rotary_problems()
         if not 0 <= self.num_dense_layers <= self.num_layers:
             p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = "
                      f"{self.num_layers}")
@@ -232,11 +242,6 @@ class ModelConfig:
                      f"it is {self.router_score!r}")
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
-        if self.llama3_rope is not None:
-            p += self.llama3_rope.problems()
-            if self.yarn is not None:
-                p.append("model.yarn and model.llama3_rope: both are set, and a model has one rotary scaling "
-                         "at most; set one of them to null")
         for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",
                      "residual_multiplier", "logits_multiplier"):
             value = getattr(self, name)

@@ -49,16 +49,17 @@ class Attribution:
     """Where the verdict is data: the documents of the micro-batch with the largest loss."""
 
 
-def attribute(trainer: Trainer, batch: GlobalBatch, learned: GlobalBatch | None) -> Attribution:
-    """Find out why a step was refused, and record it; called by all processes together, behind the refusal
-    and before anything else is computed.
+def attribute(trainer: Trainer) -> Attribution | None:
+    """Find out why the last step was refused, if it was, and record it; called by all processes together,
+    behind the step and before anything else is computed.
 
     Args:
-        trainer: holds weights that the step has not changed.
-        batch: that of the refused step.
-        learned: the one that was learned last; None: there is none.
+        trainer: holds weights that the step has not changed, its batch, and the one that was learned last.
     """
-    found = _find(trainer, batch, learned)
+    if trainer.refused is None:
+        return None
+    found = _find(trainer, trainer.refused, trainer.learned)
+    trainer.refused = None
     if trainer.world.is_main:
         fields = asdict(found)
         warn(fields.pop("text"), trainer.events.write, "attribution", step=trainer.step, **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_sov.train.attribution import attribute
 from megatron_sov.train.rollback import rollback
 from megatron_sov.train.state import StepResult
 from megatron_sov.train.stopping import StopFlag
@@ -27,6 +28,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
         guards.watchdog.begin(trainer.step + 1)
         trainer.profiling.before_step(trainer.step + 1)
         result = trainer.update()  # None: its samples are passed over, or it is refused
+        attribute(trainer)
         load = trainer.observe() if result is not None else None
         if trainer.side_jobs is not None:
             trainer.side_jobs.poll()

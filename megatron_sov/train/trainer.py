@@ -35,7 +35,6 @@ from megatron_sov.obs.events import EventLog
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.announcement import banner, memory_of
-from megatron_sov.train.attribution import attribute
 from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation, StepSums
 from megatron_sov.train.data_batches import DataBatches
@@ -106,8 +105,7 @@ class Trainer:
         self.batches = DataBatches(config, sources, world, planned, columns_of(objective))
         self.recorder = Recorder(config, world, self.num_steps, began_s)
         self.objective = objective(ObjectiveContext(
-            config, self.batches, world, folder.path, self._write_event,
-            self._waiting))
+            config, self.batches, world, folder.path, self._write_event, self._waiting))
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
                              losses_compare=is_comparable(self.objective))
         parts: dict[str, Any] = {"guard": self.guards.step_guard, **parts_of(self.objective)}
@@ -128,7 +126,9 @@ class Trainer:
         self._continued_from: str | None = None
         self._started_from: Path | None = None
         self._entered_s = time.monotonic()
-        self._learned: GlobalBatch | None = None  # the last batch that was, where refused ones are attributed
+        # batches: the last that was learned, and one that was refused, where these are attributed
+        self.learned: GlobalBatch | None = None
+        self.refused: GlobalBatch | None = None
 
     @property
     def step(self) -> int:
@@ -248,7 +248,7 @@ class Trainer:
             self._refuse(guard.refusal, batch)
             return None
         if self.config.guards.attribute:
-            self._learned = batch
+            self.learned = batch
 
         self.state.tokens += batch.num_tokens
         self.state.trained_tokens = max(self.state.trained_tokens, batch.seq_len)
@@ -279,8 +279,8 @@ class Trainer:
             self.guards.sdc.repeat(step, self.model, compute, self.events)
 
     def _refuse(self, refusal: Refusal, batch: GlobalBatch) -> None:
-        """Take note that the step that was just computed is not learned, and find out why where that is
-        asked."""
+        """Take note that the step that was just computed is not learned; its batch is kept where it is asked
+        why."""
         step = self.step
         if not self.config.guards.skip:
             self.checkpointer.finish()
@@ -294,7 +294,7 @@ class Trainer:
         self.batches.ledger.pass_over(step - 1, step)
         self.recorder.refused(step, refusal, replica_checks.ranks_where(not self.computation.is_finite))
         if self.config.guards.attribute:
-            attribute(self, batch, self._learned)
+            self.refused = batch
 
     def observe(self) -> torch.Tensor | None:
         """Look at the step that was just learned, where that is due; called by all processes together.

@@ -22,6 +22,15 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2"
             "guards.hang_timeout_s=0", "train.deterministic=true", "guards.attribute=true", "train.steps=9")
 
 
+def update(trainer: Any) -> Any:
+    """Do a step as the loop does."""
+    from megatron_sov.train.attribution import attribute
+
+    result = trainer.update()
+    attribute(trainer)
+    return result
+
+
 @pytest.fixture
 def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Any]:
     """Return `make(*settings, faults)`: a small run whose events can be read."""
@@ -49,13 +58,13 @@ def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Any]:
 
 def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -> None:
     trainer, told = make(faults="nan@step=2")
-    assert trainer.update() is not None
+    assert update(trainer) is not None
     weights = [p.clone() for p in trainer.model.parameters()]
-    assert trainer.update() is None
+    assert update(trainer) is None
     (event,) = told()
     assert (event["verdict"], event["ranks"], event["step"]) == ("process", (0,), 2)
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
-    assert trainer.update() is not None, "and the run goes on"
+    assert update(trainer) is not None, "and the run goes on"
 
 
 def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
@@ -63,7 +72,7 @@ def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
     from megatron_sov.mcore.model import replica_checks
 
     trainer, told = make()
-    assert trainer.update() is not None
+    assert update(trainer) is not None
     sound, faults = trainer.expert_load.before_sync, [torch.nan]
 
     def once() -> None:
@@ -72,7 +81,7 @@ def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
         sound()
 
     monkeypatch.setattr(trainer.expert_load, "before_sync", once)
-    assert trainer.update() is None
+    assert update(trainer) is None
     assert (told()[0]["verdict"], told()[0]["ranks"]) == ("process", (0,)), told()[0]["text"]
 
 
@@ -89,11 +98,11 @@ def test_data_whose_loss_is_no_number_are_named(make: Any, monkeypatch: pytest.M
         return sums
 
     monkeypatch.setattr(trainer.objective, "loss", loss)
-    assert trainer.update() is not None
+    assert update(trainer) is not None
     batch = trainer.objective.collect(trainer.policy, 1)
     bad.append(batch.micro_batches[1].origins[0].segment.document)
     monkeypatch.setattr(trainer.objective, "collect", lambda policy, step: batch)
-    assert trainer.update() is None
+    assert update(trainer) is None
     (event,) = told()
     assert event["verdict"] == "data", event["text"]
     name = trainer.sources[0].name
@@ -103,11 +112,11 @@ def test_data_whose_loss_is_no_number_are_named(make: Any, monkeypatch: pytest.M
 def test_weights_that_a_large_rate_has_spoilt_are_not_the_datas_fault(
         make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, told = make()
-    assert trainer.update() is not None
+    assert update(trainer) is not None
     usual = trainer.schedule.learning_rate
     monkeypatch.setattr(trainer.schedule, "learning_rate", lambda step: usual(step) * 1e30)
-    assert trainer.update() is not None, "the rate spoils the weights after the loss was computed"
-    assert trainer.update() is None
+    assert update(trainer) is not None, "the rate spoils the weights after the loss was computed"
+    assert update(trainer) is None
     assert told()[0]["verdict"] == "optimisation", told()[0]["text"]
 
 
@@ -115,7 +124,7 @@ def test_a_first_step_is_not_put_down_to_anything(make: Any, monkeypatch: pytest
     trainer, told = make()
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(torch.nan)
-    assert trainer.update() is None
+    assert update(trainer) is None
     assert told()[0]["verdict"] == "undecided" and told()[0]["documents"]
 
 

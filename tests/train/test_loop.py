@@ -23,6 +23,7 @@ class Recorded:
                                                                "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
         self.gate: Any = None
+        self.refused: Any = None
         self.stop_after = 10 ** 9
         self.watched: int | None = None
         self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False),
