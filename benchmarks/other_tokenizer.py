@@ -9,8 +9,8 @@ others), as plain documents.  Everything runs through the ordinary commands on o
   start     a smaller model in the tokens of another (512 ids, byte-level BPE), which learns the same
             questions with answers that are drawn evenly
   arms      go on from the start over the same 200 documents, in the same order, for the same steps:
-            next-token training at three rates, and distillation from that teacher, alone and with
-            cross-entropy
+            next-token training at three rates, and distillation from that teacher, alone, and with
+            cross-entropy at three rates
 
 Printed are bits per byte on 600 other documents, means over the seeds with 95 % intervals (Student's t); an
 arm is compared with the best of next-token training seed by seed.
@@ -33,13 +33,15 @@ from seeds import over_seeds
 VOCABULARY = {"own": ("solar-open", 512), "other": ("k-exaone", 384)}
 """Tokenizer -> its preset and ids."""
 SETTINGS = ("model.tied_embeddings=true",)
+SLOW, SLOWER = ("optim.lr=5e-4", "optim.min_lr=5e-5"), ("optim.lr=1.25e-4", "optim.min_lr=1.25e-5")
 ARMS = {
     "next token": ("pretrain",),
-    "next token, rate / 4": ("pretrain", "optim.lr=5e-4", "optim.min_lr=5e-5"),
-    "next token, rate / 16": ("pretrain", "optim.lr=1.25e-4", "optim.min_lr=1.25e-5"),
+    "next token, rate / 4": ("pretrain", *SLOW),
+    "next token, rate / 16": ("pretrain", *SLOWER),
     "other tokenizer": ("distill",),
     "other tokenizer + 1 CE": ("distill", "distillation.ce_coeff=1"),
-    "other tokenizer + 0.5 CE": ("distill", "distillation.ce_coeff=0.5"),
+    "other tokenizer + 1 CE, rate / 4": ("distill", "distillation.ce_coeff=1", *SLOW),
+    "other tokenizer + 1 CE, rate / 16": ("distill", "distillation.ce_coeff=1", *SLOWER),
 }
 ACROSS = ("distillation.other_tokenizer=true", "distillation.top_k=64")
 
@@ -134,7 +136,7 @@ def report(found: dict[int, dict[str, float]], steps: int, teacher_steps: int) -
     best = min((arm for arm in arms if arm.startswith("next")), key=lambda arm: fmean(arms[arm]))
     for arm, values in arms.items():
         changes = [value / other - 1 for value, other in zip(values, arms[best], strict=True)]
-        print(f"  {arm:<26} {over_seeds(values, '.4f'):>17}   {over_seeds(changes, '+.1%'):>16} against "
+        print(f"  {arm:<34} {over_seeds(values, '.4f'):>17}   {over_seeds(changes, '+.1%'):>16} against "
               f"{best}   ({', '.join(f'{v:.4f}' for v in values)})")
 
 
