@@ -267,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of all that is made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1800, help="of fine-tuning; a third of it before")
+    parser.add_argument("--steps", type=int, default=1500, help="of fine-tuning; a third of it before")
     parser.add_argument("--codec-steps", type=int, default=0, help="of both codecs (0: their own)")
     parser.add_argument("--drawn", type=int, default=200, help="pictures that are asked for")
     args = parser.parse_args()
