@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
@@ -152,7 +153,7 @@ def _member(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], na
             max_bytes: int) -> Any:
     """Return a member of an archive, to be read; `UserError` where there is none, or it is too large."""
     if name not in members or members[name].size > max_bytes:
-        raise UserError(f"{archive.name}: {'has no' if name not in members else 'has too large a'} {name}; "
+        raise UserError(f"{os.fsdecode(archive.name or b'')}: {'has no' if name not in members else 'has too large a'} {name}; "
                         "pass a .nemo file of a codec")
     found = archive.extractfile(members[name])
     assert found is not None  # it is a regular file
