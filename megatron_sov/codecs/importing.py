@@ -153,7 +153,8 @@ def _member(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], na
             max_bytes: int) -> Any:
     """Return a member of an archive, to be read; `UserError` where there is none, or it is too large."""
     if name not in members or members[name].size > max_bytes:
-        raise UserError(f"{os.fsdecode(archive.name or b'')}: {'has no' if name not in members else 'has too large a'} {name}; "
+        what = "has no" if name not in members else "has too large a"
+        raise UserError(f"{os.fsdecode(archive.name or b'')}: {what} {name}; "
                         "pass a .nemo file of a codec")
     found = archive.extractfile(members[name])
     assert found is not None  # it is a regular file
