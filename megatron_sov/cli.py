@@ -65,8 +65,8 @@ COMMANDS = {
     "serve": Command("megatron_sov.commands.serve",
                      "answer requests over HTTP as OpenAI's interface spells them, at any layout"),
     "eval": Command("megatron_sov.commands.eval",
-                    "ppl, needle, pairs, passk, lm, play, suites, bigram, logits: judge a checkpoint or a "
-                    "Hugging Face folder"),
+                    "ppl, needle, pairs, passk, lm, media, play, suites, bigram, logits: judge a checkpoint "
+                    "or a Hugging Face folder"),
     "eval difference": Command("megatron_sov.commands.eval_difference",
                                "what the scores of two models on the same items tell, with intervals"),
     "eval contamination": Command("megatron_sov.commands.eval_contamination",

@@ -38,7 +38,8 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
     steps = [e for e in read_events(tuned / "events.jsonl") if e["event"] == "step"]
     assert len(steps) == 2 and set(steps[0]["losses"]) == {"response", "text"}
     assert json.loads((tuned / "config.json").read_text())["objective"] == {
-        "name": "sft", "text_coeff": 0.3, "loss_per": "token", "options": {}}
+        "name": "sft", "text_coeff": 0.3, "loss_per": "token", "options": {},
+        "audio_weight": 1.0, "image_weight": 1.0}
     assert json.loads((tuned / "complete.json").read_text())["step"] == 2
 
     def refused(data: list[Path], *settings: str) -> str:
