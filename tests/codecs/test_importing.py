@@ -222,7 +222,8 @@ class AudioCodecModel(nn.Module):
         self.sample_rate, self.samples_per_frame = cfg["sample_rate"], cfg["samples_per_frame"]
         self.audio_encoder = nn.Linear(640, 1)
         self.vector_quantizer = nn.Module()
-        self.vector_quantizer.num_codebooks = cfg.get("books", 1)
+        if "books" in cfg:  # GroupFiniteScalarQuantizer; FiniteScalarQuantizer has no such number
+            self.vector_quantizer.num_groups = cfg["books"]
         self.vector_quantizer.codebook_size = cfg["levels"]
 
     def encode(self, *, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
