@@ -113,11 +113,12 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
         raise UserError("codec of kind 'nemo-audio': NeMo makes no codec of its configuration "
                         f"({type(e).__name__}: {str(e)[:200]}); import the .nemo file again") from e
     quantiser = model.vector_quantizer
-    # a group of scalar quantisers has one codebook each; a scalar one by itself does not count, in NeMo 2.5
-    count = 0 if quantiser is None else getattr(quantiser, "num_codebooks", getattr(quantiser, "num_groups", 1))
+    # a group of scalar quantisers has a codebook of each; one by itself does not count in NeMo 2.5
+    count = 0 if quantiser is None else getattr(quantiser, "num_codebooks",
+                                                getattr(quantiser, "num_groups", 1))
     if count != 1:
-        raise UserError(f"codec of kind 'nemo-audio': has {count or "no"} codebooks, where a token is one number; "
-                        "use a codec with one codebook")
+        raise UserError(f"codec of kind 'nemo-audio': has {count or 'no'} codebooks, where a token is one "
+                        "number; use a codec with one codebook")
     return model
 
 
