@@ -75,11 +75,12 @@ RECIPES: dict[str, Recipe] = {
         "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py")),
     "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
-    "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
+    "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(
+        f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
     "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources(
         "LGAI-EXAONE/EXAONE-4.0-1.2B, compared with Megatron-Bridge's test_exaone4_provider.py")),
-    "hyperclovax-14b": Recipe(korean.hyperclovax_14b,
-                              qwen.dense_sources(f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}")),
+    "hyperclovax-14b": Recipe(korean.hyperclovax_14b, qwen.dense_sources(
+        f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}")),
 }
 TINY = {
     "tiny-solar-open": "solar-open-102b",
