@@ -138,6 +138,7 @@ def _nemo(source: Path) -> tuple[nemo_audio.NemoAudioSettings, Tensors]:
     if not isinstance(config, dict):
         raise UserError(f"{source}: its model_config.yaml is no object of settings; download it again")
     config = {key: value for key, value in config.items() if key not in nemo_audio.UNUSED}
+    config |= nemo_audio.NEUTRAL
     if found := list(nemo_audio.config_problems(config)):
         raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
     model = nemo_audio.nemo_model(config)
@@ -146,7 +147,8 @@ def _nemo(source: Path) -> tuple[nemo_audio.NemoAudioSettings, Tensors]:
     settings = nemo_audio.NemoAudioSettings(
         config=config, sample_rate_hz=int(model.sample_rate), samples_per_frame=int(model.samples_per_frame),
         codebook_size=int(model.vector_quantizer.codebook_size), code_width=int(width))
-    return settings, {f"network.{name}": tensor for name, tensor in state.items()}
+    return settings, {f"network.{name}": tensor for name, tensor in state.items()
+                      if not name.startswith(nemo_audio.UNHEARD)}
 
 
 def _member(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], name: str,

@@ -109,8 +109,12 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
     names = [family] if family else [name for name, one in models.FAMILIES.items() if fields["num_experts"]
                                      or one.structure.get("num_experts") == 0]
     fitting = {name: model for name in names if (model := _as_family(name, fields)) is not None}
-    if len(fitting) == 1:
-        return next(iter(fitting.values()))
+    # likewise one that may have factors or other norms than Llama has models without any
+    plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    own = {name: model for name, model in fitting.items() if not (varies := models.get(name).varies)
+           or any(getattr(model, field) != plain[field] for field in varies)}
+    if len(own or fitting) == 1:
+        return next(iter((own or fitting).values()))
     if fitting:
         raise UserError(f"the model's settings: fit the families {', '.join(fitting)}; choose one with "
                         "--family")

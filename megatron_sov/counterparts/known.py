@@ -91,7 +91,7 @@ INSTEAD = {
     "moe_z_loss_coeff": "there is no z-loss here", "moe_input_jitter_eps": "there is no jitter here",
     "moe_expert_capacity_factor": "no token is dropped here",
     "exit_duration_in_mins": "submit with the cluster's time limit: a run saves before it ends",
-    "exit_interval": "set train.steps", "tp_comm_overlap": "set gpu.tp_comm_overlap where it exists",
+    "exit_interval": "set train.steps", "tp_comm_overlap": "there is no such overlap here",
     "wandb_exp_name": "the run's folder names it", "wandb_entity": "set WANDB_ENTITY",
     "use_megatron_fsdp": "use parallel.zero1 with tp and pp",
     "use_torch_fsdp2": "use parallel.zero1 with tp and pp",

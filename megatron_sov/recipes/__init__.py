@@ -27,7 +27,7 @@ from megatron_sov.recipes import (
     typhoon_s,
     vibethinker,
 )
-from megatron_sov.recipes.sources import Sources, derive, relabelled
+from megatron_sov.recipes.sources import UNCOMPARED, Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
 
 
@@ -71,12 +71,16 @@ RECIPES: dict[str, Recipe] = {
                                  qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
     "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
-    "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources("zai-org/GLM-4.5-Air")),
-    "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources("google/gemma-3-1b-it")),
-    "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources("LGAI-EXAONE/EXAONE-4.0-32B")),
-    "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources("LGAI-EXAONE/EXAONE-4.0-1.2B")),
-    "hyperclovax-14b": Recipe(korean.hyperclovax_14b,
-                              qwen.dense_sources("naver-hyperclovax/HyperCLOVAX-SEED-Think-14B")),
+    "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources(
+        "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py")),
+    "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
+        "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
+    "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(
+        f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
+    "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources(
+        "LGAI-EXAONE/EXAONE-4.0-1.2B, compared with Megatron-Bridge's test_exaone4_provider.py")),
+    "hyperclovax-14b": Recipe(korean.hyperclovax_14b, qwen.dense_sources(
+        f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}")),
 }
 TINY = {
     "tiny-solar-open": "solar-open-102b",

@@ -27,6 +27,8 @@ class Source:
 Sources = dict[str, Source]
 """Dotted setting -> source; a key may have * for any text, and the last one that matches holds."""
 DEFAULT, YOURS = Source("default"), Source("yours")
+UNCOMPARED = "as remembered: not compared with the file"
+"""Behind the name of a model whose config.json was not at hand, and no other source of its sizes."""
 
 
 @dataclass(frozen=True)

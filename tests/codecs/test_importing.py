@@ -26,6 +26,7 @@ from megatron_sov.codecs.images.siglip import SiglipSettings, load_siglip, sigli
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.importing import import_codec
 from megatron_sov.codecs.sounds.fsq import LevelQuantiser
+from megatron_sov.codecs.sounds.nemo_audio import config_problems
 from megatron_sov.codecs.training.tokenizers import ImageTokenizerTask, Learning
 from megatron_sov.errors import UserError
 
@@ -206,8 +207,9 @@ def test_cosyvoice_2_is_heard_by_s3tokenizers_network(tmp_path: Path,
     assert torch.equal(open_codec(tmp_path / "again").encode(sound[:3000]), codec.encode(sound[:3000]))
 
 
+NEMO_MODULE = "nemo.collections.tts.modules.audio_codec_modules"
 NEMO = {"sample_rate": 16_000, "samples_per_frame": 640, "levels": 5,
-        "audio_encoder": {"_target_": "nemo.collections.tts.modules.audio_codec_modules.HiFiGANEncoder"}}
+        "audio_encoder": {"_target_": f"{NEMO_MODULE}.HiFiGANEncoder"}}
 
 
 class AudioCodecModel(nn.Module):
@@ -216,10 +218,12 @@ class AudioCodecModel(nn.Module):
     def __init__(self, cfg: dict[str, Any]) -> None:
         super().__init__()
         assert "train_ds" not in cfg
+        assert cfg["discriminator"] is None and cfg["use_scl_loss"] is False  # each would download networks
         self.sample_rate, self.samples_per_frame = cfg["sample_rate"], cfg["samples_per_frame"]
         self.audio_encoder = nn.Linear(640, 1)
         self.vector_quantizer = nn.Module()
-        self.vector_quantizer.num_codebooks = cfg.get("books", 1)
+        if "books" in cfg:  # GroupFiniteScalarQuantizer; FiniteScalarQuantizer has no such number
+            self.vector_quantizer.num_groups = cfg["books"]
         self.vector_quantizer.codebook_size = cfg["levels"]
 
     def encode(self, *, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,9 +250,11 @@ def nemo_file(path: Path, config: Any, weights: Any, folder: str = "./") -> Path
 
 def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    network = AudioCodecModel(NEMO)
-    file = nemo_file(tmp_path / "codec.nemo", {**NEMO, "train_ds": {"_target_": "os.system"}},
-                     network.state_dict(), "../../")
+    network = AudioCodecModel({**NEMO, "discriminator": None, "use_scl_loss": False})
+    trained = {"train_ds": {"_target_": "os.system"}, "discriminator": {"_target_": "a.Discriminator"},
+               "use_scl_loss": True}
+    file = nemo_file(tmp_path / "codec.nemo", {**NEMO, **trained},
+                     {**network.state_dict(), "discriminator.first.weight": torch.ones(1)}, "../../")
     with pytest.raises(UserError, match=r"needs NeMo .*`pip install nemo-toolkit\[tts\]`"):
         import_codec("nemo-audio", file, tmp_path / "codec")
     module(monkeypatch, "nemo.collections.tts.models", AudioCodecModel=AudioCodecModel)
@@ -270,6 +276,10 @@ def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pyte
     ({"audio_encoder": {"_target_": "os.system", "command": "touch was-run"}},
      "config.audio_encoder._target_ = 'os.system': names no network of NeMo's for speech"),
     ({"a": [{"_target_": "nemo.collections.tts.modules.x.download"}]}, "config.a.0._target_"),
+    ({"a": {"_target_": f"{NEMO_MODULE}.torch.ctypes.util.subprocess.Popen"}}, "config.a._target_"),
+    ({"a": {"_target_": f"{NEMO_MODULE}.SLMDiscriminator"}}, "config.a._target_"),
+    ({"audio_encoder": {"cls": "subprocess.Popen", "params": {"args": "id"}}}, "config.audio_encoder.cls"),
+    ({"params": {"use_scl_loss": True}}, "config.params"),
     ({"a": {"_target_": ["os", "system"]}}, "config.a._target_"),
     ({"a": "${oc.env:HOME}"}, "config.a = '${oc.env:HOME}': would be looked up outside of the file"),
     ([1], "is no object of settings")])
@@ -277,6 +287,11 @@ def test_a_configuration_that_calls_something_else_is_refused(tmp_path: Path, co
     file = nemo_file(tmp_path / "evil.nemo", config, {})
     with pytest.raises(UserError, match=re.escape(said)):
         import_codec("nemo-audio", file, tmp_path / "codec")
+
+
+def test_a_folder_with_a_discriminator_is_refused() -> None:
+    found = list(config_problems({**NEMO, "discriminator": {}, "use_scl_loss": True}))
+    assert len(found) == 1 and "config.use_scl_loss: belongs to training" in found[0]
 
 
 def test_an_archive_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
     config = get(name)
     family = models.get(config.model.family)
     said = [s for s in settings(config, sources(name)) if s.source.kind == "config.json"]
-    (released,) = {s.source.where for s in said}
+    (released,) = {s.source.where.partition(",")[0] for s in said}
     told = {field for item in family.config for field in getattr(item, "null_tells", ())}
     raw = {field: value for field, value in CONFIGS[released].items() if value is not None or field in told}
     decided = {"family", *PLAIN, *family.structure,

@@ -2,7 +2,7 @@
 
 A `.nemo` file is an archive of a configuration, whose `_target_` fields name what NeMo then calls, and of
 pickled weights.  Neither is trusted: `codec import` reads the weights without unpickling, only classes of
-NeMo's own speech networks may be named, and nothing is looked up in the environment.
+NeMo's own speech codecs may be named, and nothing is looked up in the environment.
 """
 
 from __future__ import annotations
@@ -17,10 +17,26 @@ from torch import nn
 
 from megatron_sov.errors import UserError
 
-_CLASS = re.compile(r"nemo\.collections\.tts\.(modules|losses)\.[a-z_.]+\.[A-Z][A-Za-z0-9]*")
-"""What `_target_` may name."""
+_NAMED = {
+    "modules.audio_codec_modules": (
+        "CausalHiFiGANDecoder", "CausalHiFiGANEncoder", "FiniteScalarQuantizer", "FullBandMelEncoder",
+        "GroupFiniteScalarQuantizer", "HiFiGANDecoder", "HiFiGANEncoder", "MelSpectrogramProcessor",
+        "MultiBandMelEncoder", "ResNetEncoder"),
+    "modules.encodec_modules": ("SEANetDecoder", "SEANetEncoder"),  # its quantisers do not tell their sizes
+    "losses.audio_codec_loss": (
+        "DiscriminatorHingedLoss", "DiscriminatorSquaredLoss", "GeneratorHingedLoss", "GeneratorSquaredLoss")}
+_CLASSES = frozenset(f"nemo.collections.tts.{module}.{name}" for module, names in _NAMED.items()
+                     for name in names)
+"""What `_target_` may name.  A module of NeMo is no bound: Hydra walks from it to all that it imports
+(`...audio_codec_modules.torch.ctypes.util.subprocess.Popen`), and `SLMDiscriminator` downloads a model."""
+_OLD_KEYS = ("cls", "params")
+"""Hydra 0's: NeMo makes `_target_` of the first and lays the second over its parent, after our check."""
 UNUSED = ("train_ds", "validation_ds", "test_ds", "optim", "log_config", "exp_manager", "trainer")
 """Fields of a configuration that belong to its training; a model that is made with them opens files."""
+NEUTRAL = {"discriminator": None, "use_scl_loss": False}
+"""Others that belong to it, which NeMo reads always: a loss of speakers downloads a pickled network."""
+UNHEARD = ("discriminator.", "speaker_encoder.")
+"""Weights of them."""
 _MAX_DEPTH, _MAX_ITEMS = 20, 100_000
 
 
@@ -97,15 +113,21 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
         raise UserError("codec of kind 'nemo-audio': NeMo makes no codec of its configuration "
                         f"({type(e).__name__}: {str(e)[:200]}); import the .nemo file again") from e
     quantiser = model.vector_quantizer
-    if quantiser is None or quantiser.num_codebooks != 1:
-        count = "no" if quantiser is None else quantiser.num_codebooks
-        raise UserError(f"codec of kind 'nemo-audio': has {count} codebooks, where a token is one number; "
-                        "use a codec with one codebook")
+    # a group of scalar quantisers has a codebook of each; one by itself does not count in NeMo 2.5
+    count = 0 if quantiser is None else getattr(quantiser, "num_codebooks",
+                                                getattr(quantiser, "num_groups", 1))
+    if count != 1:
+        raise UserError(f"codec of kind 'nemo-audio': has {count or 'no'} codebooks, where a token is one "
+                        "number; use a codec with one codebook")
     return model
 
 
 def config_problems(config: object) -> Iterator[str]:
     """Yield one sentence for each part of a configuration that would have NeMo call or read other things."""
+    if isinstance(config, dict):
+        for name in NEUTRAL:
+            if config.get(name):
+                yield f"config.{name}: belongs to training, which may download other networks; leave it out"
     stack: list[tuple[str, object, int]] = [("config", config, 0)]
     num_items = 0
     while stack:
@@ -116,8 +138,10 @@ def config_problems(config: object) -> Iterator[str]:
             return
         if isinstance(node, dict):
             target = node.get("_target_")
-            if target is not None and not (isinstance(target, str) and _CLASS.fullmatch(target)):
+            if target is not None and not (isinstance(target, str) and target in _CLASSES):
                 yield f"{where}._target_ = {str(target)[:100]!r}: names no network of NeMo's for speech"
+            yield from (f"{where}.{key}: is of an old form, which NeMo would turn into calls that nobody "
+                        "checked" for key in _OLD_KEYS if key in node)
             stack += [(f"{where}.{key}", value, depth + 1) for key, value in node.items()]
         elif isinstance(node, list):
             stack += [(f"{where}.{i}", value, depth + 1) for i, value in enumerate(node)]
