@@ -21,7 +21,7 @@ _CLASS = re.compile(r"nemo\.collections\.tts\.(modules|losses)\.[a-z_.]+\.[A-Z][
 """What `_target_` may name."""
 UNUSED = ("train_ds", "validation_ds", "test_ds", "optim", "log_config", "exp_manager", "trainer")
 """Fields of a configuration that belong to its training; a model that is made with them opens files."""
-_MAX_DEPTH, _MAX_ITEMS = 20, 100_000
+_MAX_DEPTH, _MAX_ITEMS, _MAX_SHOWN_CHARS = 20, 100_000, 200
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,12 @@ def config_problems(config: object) -> Iterator[str]:
         if isinstance(node, dict):
             target = node.get("_target_")
             if target is not None and not (isinstance(target, str) and _CLASS.fullmatch(target)):
-                yield f"{where}._target_ = {str(target)[:100]!r}: names no network of NeMo's for speech"
-            stack += [(f"{where}.{key}", value, depth + 1) for key, value in node.items()]
+                # what is no text may hold itself again and again, and is not written out
+                told = repr(target[:100]) if isinstance(target, str) else f"a {type(target).__name__}"
+                yield f"{where}._target_ = {told}: names no network of NeMo's for speech"
+            stack += [(f"{where}.{str(key)[:100]}"[:_MAX_SHOWN_CHARS], value, depth + 1)
+                      for key, value in node.items()]
         elif isinstance(node, list):
-            stack += [(f"{where}.{i}", value, depth + 1) for i, value in enumerate(node)]
-        elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
+            stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
+        elif isinstance(node, str) and ":" in node.partition("${")[2]:
             yield f"{where} = {node[:100]!r}: would be looked up outside of the file"
