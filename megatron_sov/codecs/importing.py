@@ -55,14 +55,17 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
         settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
     if found := settings.problems():
         raise UserError(list_problems(f"{source}: its sizes", found))
-    codec: nn.Module = codec_class(kind, str(source))(settings)
-    _take(codec, state, source)
+    cls = codec_class(kind, str(source))
+    with torch.device("meta"):  # sizes that small tensors tell apart may ask for much together
+        expected = cls(settings).state_dict()
+    _compare(expected, state, source)
+    codec: nn.Module = cls(settings)
+    codec.load_state_dict(state)
     save_codec(output, kind, codec, overwrite=overwrite)
 
 
-def _take(codec: nn.Module, state: Tensors, source: Path) -> None:
-    """Give a codec its weights; `UserError` where one is missing, unknown or of another shape."""
-    own = codec.state_dict()
+def _compare(own: Mapping[str, torch.Tensor], state: Tensors, source: Path) -> None:
+    """Raise `UserError` where a weight is missing, unknown, of another shape or not finite."""
     for name in sorted(own.keys() | state.keys()):
         if name not in state or name not in own:
             said = "lacks" if name not in state else "has more than the codec needs:"
@@ -73,7 +76,6 @@ def _take(codec: nn.Module, state: Tensors, source: Path) -> None:
         if not bool(state[name].isfinite().all()):
             raise UserError(f"{source}: what is {name} here has numbers that are not finite; download it "
                             "again")
-    codec.load_state_dict(state)
 
 
 def _tensors(source: Path, inside: str) -> Tensors:
@@ -150,7 +152,7 @@ def _onnx(file: Path) -> Tensors:
 def _nemo(source: Path) -> tuple[nemo_audio.NemoAudioSettings, Tensors]:
     """Return settings and state of a `.nemo` archive; its members are read one by one, and never unpacked."""
     try:
-        with _opened(source) as file, tarfile.TarFile(fileobj=_InPieces(file)) as archive, \
+        with _opened(source) as file, tarfile.TarFile(source, fileobj=_InPieces(file)) as archive, \
                 tempfile.TemporaryDirectory() as folder:
             members = {Path(m.name).name: m for m, _ in zip(archive, range(_MAX_MEMBERS), strict=False)
                        if m.isreg() and not m.issparse()}

@@ -141,7 +141,7 @@ def test_any_text_is_read_without_an_error(text: str) -> None:
     (["/nowhere/run.yaml"], "cannot be read"), (["/nowhere/run.sh"], "is neither a file that can be read"),
     (["hello"], "is neither a file that can be read"),
     (["--no-such-thing 3"], "holds no setting of Megatron"),
-    (["--num-layers"], "num_layers = True: must be a whole number"),
+    (["--num-layers many"], "num_layers = 'many': must be a whole number"),
     (["--global-batch-size x --train-samples 9"], "global_batch_size = 'x': must be a whole number"),
     (["--global-batch-size 8 --rampup-batch-size 2 0 9"], "does not lead to 8"),
     (["--global-batch-size 9000000000 --rampup-batch-size 1 1 9"], "does not lead to 9000000000"),
