@@ -184,7 +184,8 @@ def _linked(pair: Pair, artifact: Path) -> dict[str, Any]:
     target = artifact / prefix
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(f"{pair.source.path}.bin", f"{target}.bin")
+        # of a link what it names: a link inside of the artifact would lead out of it
+        os.link(os.path.realpath(f"{pair.source.path}.bin"), f"{target}.bin")
     except OSError as e:
         raise UserError(f"--link: {pair.source.path}.bin cannot be linked into {artifact.parent} "
                         f"({e.strerror}); choose an --output on the same file system, or leave --link "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,15 @@ from megatron_sov.codecs.folder import KIND, save_codec
 from megatron_sov.codecs.images import ta_tok
 from megatron_sov.codecs.known import codec_class
 from megatron_sov.codecs.sounds import cosyvoice2, nemo_audio
+from megatron_sov.documents.bounded_yaml import BoundedLoader
 from megatron_sov.errors import UserError, list_problems, told_in_a_line
 
 INSIDE = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discrete_audio_model."}
 """Kind -> how its tensors' names begin inside a released any-to-any model (HyperCLOVA X 8B Omni)."""
 _MAX_CONFIG_BYTES, _MAX_MEMBERS = 1_000_000, 1000
-_MAX_WEIGHTS_BYTES = 16 << 30
+_MAX_WEIGHTS_BYTES, _MAX_READ_BYTES = 16 << 30, 1 << 25
+_MAX_GROWTH = 10
+"""Times of an archive's size that weights in it may have: numbers hardly shrink when they are compressed."""
 Tensors = dict[str, torch.Tensor]
 _CONVERTERS: dict[str, Callable[[Mapping[str, torch.Tensor], str], tuple[Any, Tensors]]] = {
     "ta-tok": ta_tok.converted, "cosyvoice2": cosyvoice2.converted}
@@ -49,14 +55,17 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
         settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
     if found := settings.problems():
         raise UserError(list_problems(f"{source}: its sizes", found))
-    codec: nn.Module = codec_class(kind, str(source))(settings)
-    _take(codec, state, source)
+    cls = codec_class(kind, str(source))
+    with torch.device("meta"):  # sizes that small tensors tell apart may ask for much together
+        expected = cls(settings).state_dict()
+    _compare(expected, state, source)
+    codec: nn.Module = cls(settings)
+    codec.load_state_dict(state)
     save_codec(output, kind, codec, overwrite=overwrite)
 
 
-def _take(codec: nn.Module, state: Tensors, source: Path) -> None:
-    """Give a codec its weights; `UserError` where one is missing, unknown or of another shape."""
-    own = codec.state_dict()
+def _compare(own: Mapping[str, torch.Tensor], state: Tensors, source: Path) -> None:
+    """Raise `UserError` where a weight is missing, unknown, of another shape or not finite."""
     for name in sorted(own.keys() | state.keys()):
         if name not in state or name not in own:
             said = "lacks" if name not in state else "has more than the codec needs:"
@@ -67,7 +76,6 @@ def _take(codec: nn.Module, state: Tensors, source: Path) -> None:
         if not bool(state[name].isfinite().all()):
             raise UserError(f"{source}: what is {name} here has numbers that are not finite; download it "
                             "again")
-    codec.load_state_dict(state)
 
 
 def _tensors(source: Path, inside: str) -> Tensors:
@@ -92,6 +100,7 @@ def _read(file: Path, inside: str = "") -> Tensors:
                 names = list(opened.keys())
                 own = [name for name in names if name.startswith(inside)] or names
                 return {name.removeprefix(inside): opened.get_tensor(name) for name in own}
+        _refuse_inflated(file)
         raw = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # what is no pickle of tensors raises as it likes
         raise UserError(f"{file}: cannot be read without running what it holds ({told_in_a_line(e)[:200]}); "
@@ -101,7 +110,28 @@ def _read(file: Path, inside: str = "") -> Tensors:
             raw = raw[key]
     if not isinstance(raw, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in raw.values()):
         raise UserError(f"{file}: holds no names with tensors; pass the file with a tokenizer's weights")
+    if not _are_held(raw.values(), file.stat().st_size):
+        raise UserError(f"{file}: its tensors are not numbers that it holds; pass the file with a "
+                        "tokenizer's weights")
     return {str(name): tensor for name, tensor in raw.items()}
+
+
+def _refuse_inflated(file: Path) -> None:
+    """Raise ValueError where an archive of torch.save would be larger in memory than it is on the disk."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members) \
+                or sum(m.file_size for m in members) > file.stat().st_size:
+            raise ValueError("it is compressed, which torch.save never does")
+
+
+def _are_held(tensors: Iterable[torch.Tensor], size_bytes: int) -> bool:
+    """Return whether tensors are plain numbers, none of them spread out of fewer ones; two may be one."""
+    kept = list(tensors)
+    return all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
+               and not t.is_complex() for t in kept) \
+        and sum(t.numel() * t.element_size() for t in kept) <= 2 * size_bytes
 
 
 def _onnx(file: Path) -> Tensors:
@@ -122,17 +152,21 @@ def _onnx(file: Path) -> Tensors:
 def _nemo(source: Path) -> tuple[nemo_audio.NemoAudioSettings, Tensors]:
     """Return settings and state of a `.nemo` archive; its members are read one by one, and never unpacked."""
     try:
-        with tarfile.open(source) as archive, tempfile.TemporaryDirectory() as folder:
+        with _opened(source) as file, tarfile.TarFile(source, fileobj=_InPieces(file)) as archive, \
+                tempfile.TemporaryDirectory() as folder:
             members = {Path(m.name).name: m for m, _ in zip(archive, range(_MAX_MEMBERS), strict=False)
-                       if m.isreg()}
-            config = yaml.safe_load(_member(archive, members, "model_config.yaml", _MAX_CONFIG_BYTES).read())
+                       if m.isreg() and not m.issparse()}
+            config = yaml.load(_member(archive, members, "model_config.yaml", _MAX_CONFIG_BYTES).read(),
+                               Loader=BoundedLoader)
             weights = Path(folder) / "weights.pt"
             with open(weights, "wb") as out:
-                read = _member(archive, members, "model_weights.ckpt", _MAX_WEIGHTS_BYTES)
+                read = _member(archive, members, "model_weights.ckpt",
+                               min(_MAX_WEIGHTS_BYTES, _MAX_GROWTH * source.stat().st_size))
                 while block := read.read(1 << 24):
                     out.write(block)
             state = _read(weights)
-    except (OSError, tarfile.TarError, yaml.YAMLError, EOFError, RecursionError) as e:
+    except (OSError, tarfile.TarError, yaml.YAMLError, EOFError, RecursionError, ValueError,
+            OverflowError, zlib.error) as e:
         raise UserError(f"{source}: cannot be read as a .nemo file ({told_in_a_line(e)[:200]}); download it "
                         "again") from None
     if not isinstance(config, dict):
@@ -149,6 +183,29 @@ def _nemo(source: Path) -> tuple[nemo_audio.NemoAudioSettings, Tensors]:
         codebook_size=int(model.vector_quantizer.codebook_size), code_width=int(width))
     return settings, {f"network.{name}": tensor for name, tensor in state.items()
                       if not name.startswith(nemo_audio.UNHEARD)}
+
+
+def _opened(source: Path) -> Any:
+    """Return an archive's bytes; older ones are compressed."""
+    with open(source, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(source) if zipped else open(source, "rb")
+
+
+class _InPieces:
+    """A file of which nothing is read at once that is larger than a part of an archive has to be: names and
+    headers have the size that the archive says, and would be held as a whole."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Read; `tarfile.ReadError` for too much."""
+        if not 0 <= size <= _MAX_READ_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        found: bytes = self._file.read(size)
+        return found
 
 
 def _member(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], name: str,

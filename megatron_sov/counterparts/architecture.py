@@ -14,6 +14,7 @@ from typing import Any
 from megatron_sov import models
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.models.family import PLAIN
 from megatron_sov.models.hf_layers import shortest_pattern
 
 Stated = Mapping[str, Any]
@@ -58,7 +59,24 @@ DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden
            "group_query_attention", "moe_router_group_topk")
 """What is read besides, together with others."""
 KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
+MAX_LAYERS, MAX_COUNT = 10_000, 1 << 53
+COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+          "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+          "vocab_size", "padded_vocab_size", "seq_length", "max_position_embeddings", "train_iters",
+          "train_samples", "global_batch_size", "lr_warmup_iters", "lr_warmup_samples", "lr_decay_iters",
+          "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "pipeline_model_parallel_size",
+          "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")
+"""Theirs that count something: what is computed with them has to be possible."""
 """All names that say something of the architecture."""
+
+
+def refuse_odd_counts(stated: Stated) -> None:
+    """Raise `UserError` where what counts something is no count, or is one that no run has."""
+    limits = {"num_layers": MAX_LAYERS, "mtp_num_layers": MAX_LAYERS} | dict.fromkeys(COUNTS, MAX_COUNT)
+    if problems := [f"{name} = {str(value)[:80]!r}: must be a whole number from 0 to {most:,}"
+                    for name, most in limits.items() if (value := stated.get(name)) is not None
+                    and not (type(value) is int and 0 <= value <= most)]:
+        raise UserError(f"their settings: {'; '.join(problems)}; mend them where they are from")
 
 
 def of_arguments(args: Stated) -> dict[str, Any]:
@@ -97,6 +115,7 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
     Raises:
         UserError: it says too little, or what no family has; all of it is told.
     """
+    refuse_odd_counts(stated)
     fields, problems = model_fields(stated)
     given = dict(overrides or {})
     missing = [name for name in ("num_layers", "hidden_size", "num_heads", "vocab_size")
@@ -106,15 +125,18 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
         raise UserError(list_problems("the model's settings", problems))
     fields |= given
     # one that may have experts has models without any, which nobody means
-    names = [family] if family else [name for name, one in models.FAMILIES.items() if fields["num_experts"]
-                                     or one.structure.get("num_experts") == 0]
+    names = [family] if family else [
+        name for name, one in models.FAMILIES.items()
+        if (fields["num_experts"] or one.structure.get("num_experts") == 0)
+        # nor is what says nothing of norms behind blocks, say, a family that always has them
+        and all(field in fields or one.structure.get(field, plain) == plain
+                for field, plain in PLAIN.items())]
     fitting = {name: model for name in names if (model := _as_family(name, fields)) is not None}
-    # likewise one that may have factors or other norms than Llama has models without any
-    plain = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    own = {name: model for name, model in fitting.items() if not (varies := models.get(name).varies)
-           or any(getattr(model, field) != plain[field] for field in varies)}
-    if len(own or fitting) == 1:
-        return next(iter((own or fitting).values()))
+    # a family whose models may have more, and here have nothing of it, has the same model as a plainer one
+    fewest = min((len(models.get(name).varies) for name in fitting), default=0)
+    fitting = {name: model for name, model in fitting.items() if len(models.get(name).varies) == fewest}
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
     if fitting:
         raise UserError(f"the model's settings: fit the families {', '.join(fitting)}; choose one with "
                         "--family")
@@ -213,7 +235,10 @@ def _list(text: str) -> list[int]:
         inner, _, times = term.strip("()").partition("]")
         if not inner.startswith("[") or not re.fullmatch(r"(\*\d{1,5})?", times):
             raise ValueError(f"{text[:80]!r} is no list of numbers such as [0]*3+[1]*58")
-        found += [int(n) for n in inner[1:].split(",") if n] * int(times[1:] or 1)
+        numbers = [int(n) for n in inner[1:].split(",") if n]
+        if len(found) + len(numbers) * int(times[1:] or 1) > MAX_LAYERS:
+            raise ValueError(f"{text[:80]!r} is of more than {MAX_LAYERS:,} layers")
+        found += numbers * int(times[1:] or 1)
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.counterparts import known
-from megatron_sov.counterparts.architecture import KNOWN, architecture, not_default
+from megatron_sov.counterparts.architecture import KNOWN, architecture, not_default, refuse_odd_counts
 from megatron_sov.errors import UserError
 
 Stated = Mapping[str, Any]
@@ -17,6 +17,8 @@ SECTIONS = ("model", "train", "validation", "optimizer", "scheduler", "ddp", "ch
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "WSD": "wsd",
              "inverse-square-root": "inverse_sqrt"}
 DECAYS = {"linear": "linear", "cosine": "cosine", "minus_sqrt": "one_minus_sqrt"}
+MAX_RAMP = 100_000
+"""Sizes that a batch may have while it grows."""
 FP8 = {"tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 
 
@@ -51,7 +53,11 @@ def translate(stated: Stated, family: str = "") -> Translated:
     Args:
         stated: theirs, under the names of `TransformerConfig` and of Megatron-LM's Namespace.
         family: of the model; empty: the only one that has it.
+
+    Raises:
+        UserError: a value is of another kind than theirs.
     """
+    refuse_odd_counts(stated)
     made = Translated(is_whole=bool(stated.get("num_layers")))
     said = ({**known.UNSAID} if made.is_whole else {}) | dict(stated)
     if made.is_whole:
@@ -65,7 +71,11 @@ def translate(stated: Stated, family: str = "") -> Translated:
         if said.get(theirs) is not None and not ours.startswith("model."):
             made.ours[ours] = said[theirs]
     for part in (_length, _schedule, _precision, _optimizer, _pipeline, _memory, _experts, _ramp, _watching):
-        part(said, made)
+        try:
+            part(said, made)
+        except (TypeError, ValueError, ArithmeticError) as e:
+            raise UserError(f"their settings: a value cannot be understood ({e}); mend it where it is "
+                            "from") from None
     for name, value in said.items():
         if name in known.INSTEAD and _is_set(value):
             made.lost.setdefault(name, known.INSTEAD[name])
@@ -194,6 +204,9 @@ def _ramp(said: Stated, made: Translated) -> None:
     if not ramp or not full:
         return
     first, increment, samples = (int(n) for n in ramp)
+    if not (0 < first <= full and increment > 0 and full <= MAX_RAMP * increment):
+        raise ValueError(f"rampup_batch_size = {str(ramp)[:80]} does not lead to {full} in at most "
+                         f"{MAX_RAMP:,} steps")
     stretches = max(1, (full - first) // increment)
     steps = sum(round(samples / stretches / (first + i * increment)) for i in range(stretches))
     made.ours |= {"train.ramp_from_batch_size": first, "train.ramp_increment": increment,

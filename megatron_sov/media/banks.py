@@ -7,6 +7,7 @@ record becomes as many features as it has slots; the token that stands for a fea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class BankShape:
     @property
     def record_bytes(self) -> int:
         """Size of a record."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def slots_of(self, num_frames: int) -> int:
         """Return the features of a sound that fills `num_frames` frames of its record: the share of its
@@ -85,7 +86,7 @@ class BankShape:
                 raise ValueError("no encoder has such sizes")
             if record["dtype"] != shape.dtype:
                 raise ValueError(f"{kind} are {shape.dtype}")
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"{where}: {MEDIA}.{kind} = {str(record)[:200]} cannot be read "
                             f"({type(e).__name__}: {e}); must have shape, dtype, slots and placeholder_ids; "
                             "write the data again") from None

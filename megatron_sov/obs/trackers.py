@@ -27,7 +27,7 @@ MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX
 """What its client is told where nobody tells it: a server that is away must not hold up steps for minutes."""
 _MAX_PARAMS, _MAX_PARAM_CHARS = 100, 500
 """Of one request; older servers refuse longer ones."""
-_PASSWORD = re.compile(r"//[^/@\s]*@")
+_PASSWORD = re.compile(r"//[^/\s]*@")
 
 
 class Tracker(Protocol):

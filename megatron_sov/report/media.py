@@ -18,7 +18,7 @@ def media_section(events: list[dict[str, Any]]) -> Section:
     Args:
         events: `media` events; of one pair and step the newest counts.
     """
-    found = {(str(e.get("pair")), e.get("step")): e for e in events if number(e.get("num_rows")) > 0}
+    found = {(str(e.get("pair")), str(e.get("step"))): e for e in events if number(e.get("num_rows")) > 0}
     exhibits = [_exhibit(e, sample) for e in found.values() for sample in _list(e.get("samples"))[:SHOWN]
                 if isinstance(sample, dict)]
     return Section("From one modality to another", tables=[_table(list(found.values()))] if found else [],
@@ -30,8 +30,8 @@ def _table(events: list[dict[str, Any]]) -> Table:
     rows = []
     for e in events:
         low, high = (*_list(e.get("accuracy_interval")), 0, 0)[:2]
-        rows.append([str(e.get("pair")), "–" if e.get("step") is None else f"{int(number(e['step'])):,}",
-                     f"{int(number(e.get('num_rows'))):,}",
+        rows.append([str(e.get("pair")), "–" if e.get("step") is None else f"{number(e['step']):,.0f}",
+                     f"{number(e.get('num_rows')):,.0f}",
                      f"{number(e.get('accuracy')):.1%} ({number(low):.1%} to {number(high):.1%})",
                      f"{number(e['chance']):.1%}" if "chance" in e else "–",
                      f"{number(e['wer']):.3f}" if "wer" in e else "–",

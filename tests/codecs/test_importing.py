@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import re
 import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -130,6 +132,23 @@ def test_pickles_that_run_something_are_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match="holds no names with tensors"):
         import_codec(kind, Path("list.pt"), Path("codec"))
     assert not Path("was-run").exists() and not Path("codec").exists()
+
+
+@pytest.mark.parametrize("kind", ["spread", "sparse", "compressed"])
+def test_tensors_that_are_larger_than_their_file_are_refused(tmp_path: Path, kind: str) -> None:
+    """A file of some kilobytes would fill the memory."""
+    file = tmp_path / "small.pth"
+    many = {"spread": torch.zeros(1, dtype=torch.float16).expand(1 << 40),
+            "sparse": torch.zeros(1 << 20).to_sparse(), "compressed": torch.zeros(1 << 20)}[kind]
+    torch.save({"a": many}, file)
+    if kind == "compressed":
+        with zipfile.ZipFile(file) as read:
+            members = {name: read.read(name) for name in read.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
+            for name, content in members.items():
+                out.writestr(name, content)
+    with pytest.raises(UserError, match="compressed" if kind == "compressed" else "not numbers that it"):
+        import_codec("ta-tok", file, tmp_path / "codec")
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
@@ -281,6 +300,8 @@ def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pyte
     ({"audio_encoder": {"cls": "subprocess.Popen", "params": {"args": "id"}}}, "config.audio_encoder.cls"),
     ({"params": {"use_scl_loss": True}}, "config.params"),
     ({"a": {"_target_": ["os", "system"]}}, "config.a._target_"),
+    ({"b": "oc.env", "a": "${${b}:HOME}"}, "config.a = '${${b}:HOME}': would be looked up"),
+    ({"a": {"_target_": [[[["x"] * 9] * 9] * 9]}}, "config.a._target_ = a list"),
     ({"a": "${oc.env:HOME}"}, "config.a = '${oc.env:HOME}': would be looked up outside of the file"),
     ([1], "is no object of settings")])
 def test_a_configuration_that_calls_something_else_is_refused(tmp_path: Path, config: Any, said: str) -> None:
@@ -300,8 +321,13 @@ def test_an_archive_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: py
     nemo_file(Path("evil.nemo"), NEMO, {"a": Evil()})
     with tarfile.open("empty.nemo", "w"):
         pass
+    name = tarfile.TarInfo("x")
+    name.type, name.size = tarfile.XHDTYPE, 1 << 32
+    Path("names.nemo").write_bytes(name.tobuf())
+    Path("bent.nemo").write_bytes(gzip.compress(b"\0" * 9999)[:12] + b"\xff" * 99)
     for name, said in [("text.nemo", "cannot be read as a .nemo file"), ("none.nemo", "cannot be read as"),
-                       ("empty.nemo", "has no model_config.yaml"),
+                       ("empty.nemo", "has no model_config.yaml"), ("bent.nemo", "cannot be read as"),
+                       ("names.nemo", "a header of 4,294,967,296"),
                        ("evil.nemo", "without running what it holds")]:
         with pytest.raises(UserError, match=said):
             import_codec("nemo-audio", Path(name), Path("codec"))

@@ -107,7 +107,10 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
     ({"moe_layer_freq": 2, "num_moe_experts": 4}, "only dense layers in front of all those with experts"),
     ({"moe_layer_freq": "__import__('os').system('x')", "num_moe_experts": 4}, "is no list of numbers"),
     ({"moe_layer_freq": "[1]*999999999999", "num_moe_experts": 4}, "is no list of numbers"),
-    ({"num_layers": "many"}, "model.num_layers = 'many'"),
+    ({"num_layers": "many"}, "num_layers = 'many': must be a whole number"),
+    ({"num_layers": 10**30}, "must be a whole number from 0 to 10,000"),
+    ({"mtp_num_layers": 10**30}, "must be a whole number from 0 to 10,000"),
+    ({"moe_layer_freq": "[1,1,1]*99999", "num_moe_experts": 4}, "is of more than 10,000 layers"),
     ({"add_bias_linear": True}, "add_bias_linear = True: only False is read"),
 ])
 def test_an_architecture_that_is_none_of_ours_is_refused(stated: dict[str, Any], sentence: str) -> None:
@@ -129,7 +132,7 @@ def test_windows_and_layers_without_rotation_are_a_pattern() -> None:
     assert (model.num_dense_layers, model.num_shared_experts, model.routed_scaling_factor) == (1, 1, 2.5)
 
 
-@pytest.mark.parametrize("text", ["", "--", "--num-layers", "nothing here", "--a 'b", "$(rm -rf /)", "--x"])
+@pytest.mark.parametrize("text", ["", "--", "nothing here", "--a 'b", "$(rm -rf /)", "--x"])
 def test_any_text_is_read_without_an_error(text: str) -> None:
     translate(of_arguments(read_arguments(text).values))
 
@@ -138,6 +141,11 @@ def test_any_text_is_read_without_an_error(text: str) -> None:
     (["/nowhere/run.yaml"], "cannot be read"), (["/nowhere/run.sh"], "is neither a file that can be read"),
     (["hello"], "is neither a file that can be read"),
     (["--no-such-thing 3"], "holds no setting of Megatron"),
+    (["--num-layers many"], "num_layers = 'many': must be a whole number"),
+    (["--global-batch-size x --train-samples 9"], "global_batch_size = 'x': must be a whole number"),
+    (["--global-batch-size 8 --rampup-batch-size 2 0 9"], "does not lead to 8"),
+    (["--global-batch-size 9000000000 --rampup-batch-size 1 1 9"], "does not lead to 9000000000"),
+    (["--train-iters 9 --lr-warmup-fraction x"], "a value cannot be understood"),
     (["--lr 3e-4", "--output", "/nowhere/run.json"], "--output"),
 ])
 def test_bad_command_lines_are_told_in_a_sentence(words: list[str], sentence: str,

@@ -21,7 +21,8 @@ def test_shapes_are_read_back() -> None:
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"shape": [3, 4]}, "3 sizes"), ({"slots": 0}, "no encoder"), ({"dtype": "float64"}, "uint8"),
-    ({"shape": [3, 1 << 20, 1 << 20]}, "no encoder"), ({"placeholder_ids": None}, "TypeError")])
+    ({"shape": [3, 1 << 20, 1 << 20]}, "no encoder"), ({"shape": [1 << 22] * 3}, "no encoder"),
+    ({"slots": float("inf")}, "OverflowError"), ({"placeholder_ids": None}, "TypeError")])
 def test_a_shape_that_none_has_is_refused(change: dict[str, object], words: str) -> None:
     record = {PICTURES: SHAPES[PICTURES].record() | change}
     with pytest.raises(UserError, match=words):

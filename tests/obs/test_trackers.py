@@ -166,7 +166,7 @@ def test_mlflow_keeps_its_run_and_has_all_values(tmp_path: Path, monkeypatch: py
 
 def test_a_server_that_is_away_does_not_end_the_run_and_its_password_is_not_told(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hunt@hunter2@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     Trackers(ObsConfig(mlflow=True), tmp_path, {}).log_step(1, {"loss": 1.0})
     told = capsys.readouterr().err

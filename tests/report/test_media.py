@@ -33,6 +33,7 @@ def test_a_sample_is_seen_and_heard_in_the_page() -> None:
 def test_hostile_addresses_and_fields_are_not_shown() -> None:
     bad = {"content": [{"address": "http://example.com/x.png"}, 3],
            "addresses": ["javascript:alert(1)", None], "answer": "<script>evil()", "text": None}
+    page(event(step="nan", num_rows=float("inf")), event(step=[1]))
     text = page(event(samples=[bad, "no sample"], accuracy_interval=None, accuracy="high"))
     assert "example.com" not in text and "javascript:alert" not in text and "<script>evil" not in text
 

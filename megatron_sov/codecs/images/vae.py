@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
 
+from megatron_sov.codecs.settings import read_settings
 from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError, told_in_a_line
 
 MAX_BLOCKS = 8
+MAX_CONFIG_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def open_vae(folder: Path) -> tuple[VAESettings, AutoencoderKL]:
     Raises:
         UserError: there is none, or its shape is one that the settings cannot say.
     """
+    _refuse_larger(folder)
     try:
         there = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as e:
@@ -86,6 +91,27 @@ def open_vae(folder: Path) -> tuple[VAESettings, AutoencoderKL]:
         raise UserError(f"{folder}: this autoencoder's config.json asks for what is not supported "
                         f"({'; '.join(problems)}); take one of Flux's or Stable Diffusion's shape")
     return settings, there
+
+
+def _refuse_larger(folder: Path) -> None:
+    """Raise `UserError` where a folder's config.json asks for more numbers than its weights' file can hold:
+    diffusers reserves the memory first."""
+    file, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        said = {name: raw[name] for name in VAESettings.__dataclass_fields__ if raw.get(name) is not None}
+        held_bytes = weights.stat().st_size
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as e:
+        raise UserError(f"{folder}: is no folder of diffusers' AutoencoderKL ({told_in_a_line(e)}); name one "
+                        f"with config.json and {weights.name}") from None
+    settings = read_settings(VAESettings, said, str(file))
+    with torch.device("meta"):
+        asked = sum(tensor.numel() for tensor in new_vae(settings).state_dict().values())
+    if asked > held_bytes:
+        raise UserError(f"{folder}: is no folder of diffusers' AutoencoderKL ({file.name} asks for {asked:,} "
+                        f"numbers, and {weights.name} has {held_bytes:,} bytes); download both again")
 
 
 def _config(vae: AutoencoderKL) -> dict[str, Any]:

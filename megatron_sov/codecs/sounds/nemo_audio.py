@@ -7,7 +7,6 @@ NeMo's own speech codecs may be named, and nothing is looked up in the environme
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ NEUTRAL = {"discriminator": None, "use_scl_loss": False}
 """Others that belong to it, which NeMo reads always: a loss of speakers downloads a pickled network."""
 UNHEARD = ("discriminator.", "speaker_encoder.")
 """Weights of them."""
-_MAX_DEPTH, _MAX_ITEMS = 20, 100_000
+_MAX_DEPTH, _MAX_ITEMS, _MAX_SHOWN_CHARS = 20, 100_000, 200
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,14 @@ def config_problems(config: object) -> Iterator[str]:
         if isinstance(node, dict):
             target = node.get("_target_")
             if target is not None and not (isinstance(target, str) and target in _CLASSES):
-                yield f"{where}._target_ = {str(target)[:100]!r}: names no network of NeMo's for speech"
+                # what is no text may hold itself again and again, and is not written out
+                told = repr(target[:100]) if isinstance(target, str) else f"a {type(target).__name__}"
+                yield f"{where}._target_ = {told}: names no network of NeMo's for speech"
             yield from (f"{where}.{key}: is of an old form, which NeMo would turn into calls that nobody "
                         "checked" for key in _OLD_KEYS if key in node)
-            stack += [(f"{where}.{key}", value, depth + 1) for key, value in node.items()]
+            stack += [(f"{where}.{str(key)[:100]}"[:_MAX_SHOWN_CHARS], value, depth + 1)
+                      for key, value in node.items()]
         elif isinstance(node, list):
-            stack += [(f"{where}.{i}", value, depth + 1) for i, value in enumerate(node)]
-        elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
+            stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
+        elif isinstance(node, str) and ":" in node.partition("${")[2]:
             yield f"{where} = {node[:100]!r}: would be looked up outside of the file"

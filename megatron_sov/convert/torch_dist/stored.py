@@ -22,6 +22,8 @@ from megatron_sov.mcore.checkpoint.safetensors_file import fill_from
 
 MAX_HEADER_BYTES = 1 << 16
 MAX_MEMBERS = 64
+MAX_READ_BYTES = 1 << 20
+"""Of an archive's list of members and its header, at a time."""
 _LOCAL_HEADER_BYTES = 30
 """Of a member, before its name and what follows it (APPNOTE.TXT of PKWARE, 4.3.7)."""
 
@@ -59,8 +61,7 @@ def find_tensor(path: Path, start: int, length_bytes: int) -> StoredTensor:
         with open(path, "rb") as file:
             if start + length_bytes > os.fstat(file.fileno()).st_size:
                 raise ValueError("the file ends before it does")
-            window = io.BufferedReader(_Window(file, start, length_bytes))
-            with zipfile.ZipFile(window) as archive:
+            with zipfile.ZipFile(_Window(file, start, length_bytes)) as archive:
                 return _found(path, file, start, archive, length_bytes)
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
         raise ValueError(f"it is no archive of torch.save ({e})") from None
@@ -132,6 +133,12 @@ class _Window(io.RawIOBase):
         """Move to a place in the part."""
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
         return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as `RawIOBase`; ValueError for more than what an archive of one tensor has at a place."""
+        if min(size if size >= 0 else self._length, self._length - self._at) > MAX_READ_BYTES:
+            raise ValueError(f"its archive has a list of more than {MAX_READ_BYTES:,} bytes")
+        return super().read(min(size, MAX_READ_BYTES)) or b""
 
     def readinto(self, buffer: Any) -> int:
         """Read what fits, up to the part's end."""

@@ -28,7 +28,9 @@ def test_its_settings_and_weights_come_back(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("act_fn", "relu"), ("latents_mean", [0.0, 0.0]),
-                                              ("mid_block_add_attention", False), ("norm_num_groups", 3)])
+                                              ("mid_block_add_attention", False), ("norm_num_groups", 3),
+                                              ("scaling_factor", "much"),
+                                              ("block_out_channels", [65536] * 8)])
 def test_another_arithmetic_is_refused(folder: Path, field: str, value: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: value}))

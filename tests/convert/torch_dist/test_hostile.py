@@ -196,6 +196,7 @@ def _saved(value: Any) -> bytes:
     (_saved({"a": torch.zeros(2)}), "describes no tensor"),
     (_archive(b"\x80\x02]q\x00." + b"\0" * 70_000), "a larger one than a tensor has"),
     (_archive(pickle.dumps([0] * 9000, 2), zipfile.ZIP_DEFLATED), "is compressed"),
+    (b"\0" * 3_000_000 + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 9, 9, 2_999_999, 0, 0), "a list of more"),
     (b"PK\5\6" + b"\xff" * 40, "no archive of torch.save"), (b"", "no archive of torch.save"),
 ])
 def test_a_stored_tensor_that_is_none_is_refused(raw: bytes, sentence: str, tmp_path: Path) -> None:
@@ -220,6 +221,16 @@ def test_what_takes_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(f"megatron_sov.convert.torch_dist.apart.{name}", 0)
     with pytest.raises(UserError, match="takes more memory than a file of its size can need"):
         read_apart("index", tmp_path / "x")
+
+
+def test_what_is_said_fits_the_memory_of_the_process_that_reads(tmp_path: Path) -> None:
+    """A text of a megabyte, named a thousand times: a gigabyte of JSON out of one megabyte."""
+    long = "x" * (1 << 20)
+    file = tmp_path / "common.pt"
+    file.write_bytes(_saved({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
+    assert file.stat().st_size < 2 << 20
+    with pytest.raises(UserError, match="takes more memory than a file of its size can need"):
+        read_apart("settings", file)
 
 
 def _link_outside(folder: Path) -> None:
