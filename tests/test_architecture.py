@@ -52,8 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
     "report": GROUND, "card": GROUND, "watch": GROUND | {"slurm"}, "ladder": GROUND,
     "kubernetes": GROUND | {"slurm"},
-    "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "kubernetes", "report",
-                                         "card", "watch", "ladder", "bundle"},
+    "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "kubernetes",
+                                         "report", "card", "watch", "ladder", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
     "tokenizer": BASE, "data_prep": BASE | {"runs", "clusters", "tools"},
 }

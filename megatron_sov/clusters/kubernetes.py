@@ -25,8 +25,8 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 QUALIFIED = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 """Names of resources and of labels, with or without a domain before them."""
-RESERVED = ("PET_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-"""How variables begin that the operator and torchrun set."""
+RESERVED = re.compile(r"PET_.*|RANK|WORLD_SIZE|(LOCAL|GROUP)_(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
+"""Variables that the operator and torchrun set."""
 KIND = re.compile(r"^kind:[ \t]*[\"']?(k8s|kubernetes)\b", re.MULTILINE)
 OF_ITS_OWN = "/dev/shm"
 """Where the shared memory of processes lies; its volume is `shm_size`."""
@@ -80,8 +80,8 @@ class KubernetesProfile:
     gpus_per_node: int = 8
     """GPUs of a pod, which is a node of the run; one rank for each.  0: training runs on CPUs."""
     gpu: str = ""
-    """What they are, by its name in `slurm/chips.yaml`: runs that do not fit its memory are refused, recommended
-    layouts are taken; empty: another kind, and nobody looks."""
+    """What they are, by its name in `slurm/chips.yaml`: runs that do not fit its memory are refused,
+    recommended layouts are taken; empty: another kind, and nobody looks."""
     gpu_resource: str = "nvidia.com/gpu"
     """What the device plugin calls them."""
     ranks_per_node: int = 1
@@ -119,7 +119,7 @@ class KubernetesProfile:
         return self.gpus_per_node or self.ranks_per_node
 
     def holds(self, path: Path, *, written: bool = False) -> bool:
-        """Return whether a path lies on a volume, the innermost one, that may be written to where that is asked."""
+        """Return whether a path lies on a volume, the innermost one, and may be written to if asked."""
         mounts = [v for v in self.volumes if PurePosixPath(path).is_relative_to(v.mount)]
         innermost = max(mounts, key=lambda v: len(PurePosixPath(v.mount).parts), default=None)
         return innermost is not None and not (written and innermost.read_only)
@@ -128,15 +128,17 @@ class KubernetesProfile:
         """Return one sentence for each rule that the profile breaks."""
         rules = [
             (bool(self.image) and not re.search(r"\s", self.image),
-             f"image = {self.image!r} names no image; write the one that has this package (containers/Dockerfile)"),
+             f"image = {self.image!r} names no image; write the one that has this package "
+             "(containers/Dockerfile)"),
             (self.gpus_per_node >= 0, f"gpus_per_node = {self.gpus_per_node} must not be negative"),
             (self.ranks_per_node >= 1, f"ranks_per_node = {self.ranks_per_node} must be at least 1"),
             (self.max_restarts >= 0, f"max_restarts = {self.max_restarts} must not be negative"),
             (self.stop_grace_s >= 1, f"stop_grace_s = {self.stop_grace_s} must be at least 1"),
             (bool(LABEL.fullmatch(self.namespace)),
              f"namespace = {self.namespace!r} is no DNS label: at most 63 of a-z, 0-9 and -, no - at an end"),
-            (not self.gpu or self.gpu in CHIPS, f"gpu = {self.gpu!r} is not in the table"
-             f"{nearest(self.gpu.lower(), CHIPS)} (GPUs: {', '.join(sorted(CHIPS))}); leave it empty for another"),
+            (not self.gpu or self.gpu in CHIPS,
+             f"gpu = {self.gpu!r} is not in the table{nearest(self.gpu.lower(), CHIPS)} (GPUs: "
+             f"{', '.join(sorted(CHIPS))}); leave it empty for another"),
             (bool(self.python) and not re.search(r"\s", self.python),
              f"python = {self.python!r} must be one word, the program"),
         ]
@@ -151,10 +153,11 @@ class KubernetesProfile:
 
     def _problems_of_volumes(self) -> list[str]:
         mounts = [v.mount for v in self.volumes]
-        p = [f"volumes.{i}.mount = {mount!r} must be an absolute path below /, without .., : and a / at its end"
-             for i, mount in enumerate(mounts) if not re.fullmatch(r"(/[^/:\0]+)+", mount)
+        p = [f"volumes.{i}.mount = {mount!r} must be an absolute path below /, without .., : and a / at its "
+             "end" for i, mount in enumerate(mounts) if not re.fullmatch(r"(/[^/:\0]+)+", mount)
              or {".", ".."} & set(mount.split("/"))]
-        p += [f"volumes: {mount} is mounted twice" for mount in sorted(set(mounts)) if mounts.count(mount) > 1]
+        p += [f"volumes: {mount} is mounted twice" for mount in sorted(set(mounts))
+              if mounts.count(mount) > 1]
         if OF_ITS_OWN in mounts:
             p.append(f"volumes: {OF_ITS_OWN} is the volume of shm_size; choose another path")
         return p
@@ -166,11 +169,11 @@ class KubernetesProfile:
             p += [f"{field}.{name} is not a name of a variable" for name in variables
                   if not VARIABLE.fullmatch(name)]
             p += [f"{field}.{name} is set by the operator and torchrun; leave it out" for name in variables
-                  if name.startswith(RESERVED)]
+                  if RESERVED.fullmatch(name)]
         p += [f"{name} stands in environment and in secrets; leave it out of one"
               for name in self.environment if name in self.secrets]
-        p += [f"secrets.{name} must have the form SECRET/KEY, the secret's name and the key in it; its content "
-              "never stands in a profile" for name, text in self.secrets.items()
+        p += [f"secrets.{name} must have the form SECRET/KEY, the secret's name and the key in it; its "
+              "content never stands in a profile" for name, text in self.secrets.items()
               if not SECRET_KEY.fullmatch(text.partition("/")[2])]
         return p
 
@@ -184,8 +187,8 @@ class KubernetesProfile:
                              ("labels", self.labels), ("gpu_resource", {self.gpu_resource: ""})):
             p += [f"{field}.{name} is no name of Kubernetes" for name in found if not QUALIFIED.fullmatch(name)]
         for field, values in (("node_selector", self.node_selector), ("labels", self.labels)):
-            p += [f"{field}.{name} = {value!r} is no value of a label: at most 63 of A-Z, a-z, 0-9, -, _ and ."
-                  for name, value in values.items()
+            p += [f"{field}.{name} = {value!r} is no value of a label: at most 63 of A-Z, a-z, 0-9, -, _ "
+                  "and ." for name, value in values.items()
                   if not re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?", value)]
         p += [f"tolerations.{i}.value = {t.value!r}: belongs to operator: Equal; leave it out"
               for i, t in enumerate(self.tolerations) if t.value and t.operator == "Exists"]
@@ -215,10 +218,12 @@ def load(name: str) -> KubernetesProfile:
         UserError: it cannot be read, it has no such field, or it breaks a rule.
     """
     if name in names():
-        text = importlib.resources.files("slurm").joinpath("kubernetes", f"{name}.yaml").read_text(encoding="utf-8")
+        file = importlib.resources.files("slurm").joinpath("kubernetes", f"{name}.yaml")
+        text = file.read_text(encoding="utf-8")
     else:
         text = read_text(f"--cluster {name}", Path(name))
-    profile = read_yaml(f"--cluster {name}", text, KubernetesProfile, (VolumeConfig, TolerationConfig), "profile")
+    profile = read_yaml(f"--cluster {name}", text, KubernetesProfile, (VolumeConfig, TolerationConfig),
+                        "profile")
     problems = profile.problems()
     if problems:
         copied = f"; copy {name} to a file of your own and pass that" if name in names() else ""

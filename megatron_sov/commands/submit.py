@@ -80,13 +80,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", metavar="LIMIT",
                         help="time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS")
     parser.add_argument("--dry-run", action="store_true",
-                        help="print what would be submitted; writes nothing, needs no Slurm and no Kubernetes")
+                        help="print what would be submitted; writes nothing, needs neither Slurm nor "
+                             "Kubernetes")
     parser.add_argument("--scripts", type=Path, metavar="DIR", help="chain: submit nothing, write a script "
                                                                     "of each stage for `sbatch`, "
                                                                     "with paths that begin with $WORK")
     parser.add_argument("--continue", dest="continue_chain", action="store_true",
                         help="chain: submit what is not complete yet")
-    parser.add_argument("--job-name", metavar="NAME", help="Kubernetes: instead of the stage's and its folder's")
+    parser.add_argument("--job-name", metavar="NAME",
+                        help="Kubernetes: instead of the stage's and its folder's")
     parser.add_argument("--manifest", type=Path, metavar="FILE",
                         help="Kubernetes: write the manifest to this file")
     parser.add_argument("--apply", action="store_true",
@@ -139,17 +141,17 @@ def _kubernetes(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.kubernetes import submission
 
     if args.stage == "chain":
-        raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; submit "
-                        "each stage when the one before is complete")
+        raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; "
+                        "submit each stage when the one before is complete")
     if given := [name for name in OF_SLURM if getattr(args, name)]:
-        raise UserError(f"{_option(given[0])}: belongs to Slurm; leave it out where --cluster names a profile of "
-                        "kind k8s")
+        raise UserError(f"{_option(given[0])}: belongs to Slurm; leave it out where --cluster names a profile "
+                        "of kind k8s")
     if not (args.dry_run or args.manifest or args.apply):
-        raise UserError("--cluster names a profile of kind k8s: say what becomes of the manifest; --dry-run prints "
-                        "it, --manifest FILE writes it, --apply has `kubectl create` make the job")
+        raise UserError("--cluster names a profile of kind k8s: say what becomes of the manifest; --dry-run "
+                        "prints it, --manifest FILE writes it, --apply has `kubectl create` make the job")
     if args.dry_run and (args.manifest or args.apply):
-        raise UserError("--dry-run: prints the manifest and does nothing else; leave it out beside --manifest "
-                        "and --apply")
+        raise UserError("--dry-run: prints the manifest and does nothing else; leave it out beside "
+                        "--manifest and --apply")
     request = submission.Request(args.stage, tuple(argv), kubernetes.load(args.cluster),
                                  1 if args.nodes is None else args.nodes, args.job_name, args.time)
     submission.check_manifest_path(args.manifest)

@@ -1,8 +1,9 @@
-"""A stage as a TrainJob of Kubeflow Trainer (trainer.kubeflow.org/v1alpha1), the operator that runs distributed
-training on Kubernetes."""
+"""A stage as a TrainJob of Kubeflow Trainer (trainer.kubeflow.org/v1alpha1), the operator that runs
+distributed training on Kubernetes."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ stop() {  # the ranks save and end with 0; torchrun itself would give them 30 s
 trap stop TERM
 while :; do trapped=''; wait "$program"; code=$?; [ -n "$trapped" ] || break; done
 [ "$code" -eq 0 ] || exit "$code"
-[ -z "$done" ] || [ -e "$done" ] || { echo "job: $done does not exist, so the stage is not complete" >&2; exit 75; }
+[ -z "$done" ] || [ -e "$done" ] || { echo "job: no $done, so the stage is not complete" >&2; exit 75; }
 """
-"""What runs in each pod: with 0 it ends only where the stage is complete.  Nothing in it is one of Kubernetes'
-own references, $(NAME)."""
+"""What runs in each pod: with 0 it ends only where the stage is complete.  Nothing in it is one of
+Kubernetes' own references, $(NAME)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _variables(profile: KubernetesProfile) -> list[dict[str, Any]]:
 
 
 def _patch(profile: KubernetesProfile) -> dict[str, Any]:
-    """Return what is changed in the runtime's pods: volumes, where they run, how long they may take to stop."""
+    """Return what is changed in the runtime's pods: volumes, where they run, how long a stop may take."""
     volumes: list[dict[str, Any]] = [
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm_size}}]
     mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": OF_ITS_OWN}]
@@ -134,8 +135,7 @@ def _patch(profile: KubernetesProfile) -> dict[str, Any]:
     if profile.node_selector:
         pod["nodeSelector"] = dict(profile.node_selector)
     if profile.tolerations:
-        pod["tolerations"] = [{name: value for name, value in (("key", t.key), ("operator", t.operator),
-                                                               ("value", t.value), ("effect", t.effect)) if value}
+        pod["tolerations"] = [{name: value for name, value in dataclasses.asdict(t).items() if value}
                               for t in profile.tolerations]
     job = {"name": TRAINER, "template": {"spec": {"template": {"spec": pod}}}}
     return {"manager": MANAGER,

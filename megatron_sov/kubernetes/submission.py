@@ -1,5 +1,5 @@
-"""One submission to Kubernetes: everything is checked, the manifest is made, and `kubectl` is asked only where
-the user says so."""
+"""One submission to Kubernetes: everything is checked, the manifest is made, and `kubectl` is asked only
+where the user says so."""
 
 from __future__ import annotations
 
@@ -71,14 +71,15 @@ def _job_name(request: Request, work: Work) -> str:
         name = re.sub(r"[._]+", "-", f"{request.stage}-{work.target.name}".lower())
     longest = LONGEST_POD - len(f"-node-0-{request.nodes - 1}-xxxxx")
     if not NAME.fullmatch(name) or len(name) > longest:
-        raise UserError(f"--job-name {name}: must be a DNS label of at most {longest} of a-z, 0-9 and -, that "
-                        "begins with a letter and does not end with -; pass another --job-name")
+        raise UserError(f"--job-name {name}: must be a DNS label of at most {longest} of a-z, 0-9 and -, "
+                        "that begins with a letter and does not end with -; pass another --job-name")
     return name
 
 
 def _check_paths(work: Work, profile: KubernetesProfile) -> None:
     mounts = ", ".join(v.mount for v in profile.volumes) or "none"
-    for path, written in ((work.target, work.stage not in ("eval",)), *((path, False) for path in work.inputs)):
+    places = [(work.target, work.stage != "eval"), *((path, False) for path in work.inputs)]
+    for path, written in places:
         if not profile.holds(_plain(path), written=written):
             raise UserError(f"{path}: lies on no volume of the profile{' that may be written to' * written} "
                             f"(mounts: {mounts}); name it as the pods see it, or add its claim to volumes")
@@ -95,8 +96,8 @@ def _plain(path: Path) -> Path:
 def _check_side_jobs(work: Work) -> None:
     if (work.config is not None and work.config.evaluate.background.tasks
             and work.config.evaluate.background.where == "slurm"):
-        raise UserError("evaluate.background.where = slurm: there is no Slurm in a pod; set it to another place, "
-                        "or leave evaluate.background.tasks empty")
+        raise UserError("evaluate.background.where = slurm: there is no Slurm in a pod; set it to another "
+                        "place, or leave evaluate.background.tasks empty")
 
 
 def _seconds(limit: str | None) -> int | None:
