@@ -185,7 +185,8 @@ class KubernetesProfile:
             p.append(f"resources.{self.gpu_resource}: is what gpus_per_node asks for; leave it out")
         for field, found in (("resources", self.resources), ("node_selector", self.node_selector),
                              ("labels", self.labels), ("gpu_resource", {self.gpu_resource: ""})):
-            p += [f"{field}.{name} is no name of Kubernetes" for name in found if not QUALIFIED.fullmatch(name)]
+            p += [f"{field}.{name} is no name of Kubernetes" for name in found
+                  if not QUALIFIED.fullmatch(name)]
         for field, values in (("node_selector", self.node_selector), ("labels", self.labels)):
             p += [f"{field}.{name} = {value!r} is no value of a label: at most 63 of A-Z, a-z, 0-9, -, _ "
                   "and ." for name, value in values.items()

@@ -144,8 +144,8 @@ def _kubernetes(args: argparse.Namespace, argv: list[str]) -> int:
         raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; "
                         "submit each stage when the one before is complete")
     if given := [name for name in OF_SLURM if getattr(args, name)]:
-        raise UserError(f"{_option(given[0])}: belongs to Slurm; leave it out where --cluster names a profile "
-                        "of kind k8s")
+        raise UserError(f"{_option(given[0])}: belongs to Slurm; leave it out where --cluster names a "
+                        "profile of kind k8s")
     if not (args.dry_run or args.manifest or args.apply):
         raise UserError("--cluster names a profile of kind k8s: say what becomes of the manifest; --dry-run "
                         "prints it, --manifest FILE writes it, --apply has `kubectl create` make the job")

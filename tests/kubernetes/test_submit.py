@@ -21,7 +21,7 @@ from megatron_sov.clusters import kubernetes
 from megatron_sov.kubernetes.manifest import SCRIPT
 
 PAGE = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text()
-(PROFILE,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+PROFILE, RUNTIME = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 TYPED = [line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
          for line in block.replace("\\\n", " ").splitlines()]
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("trainjob_schema.yaml").read_text())
@@ -120,6 +120,19 @@ def test_the_schema_refuses_what_the_operator_would(site: Path, capsys: pytest.C
         ".spec.trainer.resourcesPerNode.limits.memory"}
 
 
+def test_a_claim_may_be_seen_at_two_places(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "site.yaml").write_text(PROFILE.replace("claim: corpora", "claim: shared"))
+    assert list(refused(made(capsys, "pretrain", *HERE, *RUN), PUBLISHED["schema"])) == []
+
+
+def test_the_runtime_of_the_page_has_what_manifests_patch() -> None:
+    runtime = yaml.safe_load(RUNTIME)
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert (job["name"], [c["name"] for c in pod["containers"]]) == ("node", ["node"])
+    assert kubernetes.LABEL.fullmatch(runtime["metadata"]["name"])
+
+
 def test_a_stage_of_one_node_is_one_process_and_asks_for_gpus_only_where_it_uses_them(
     site: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -181,7 +194,8 @@ def test_kubectl_is_asked_only_by_apply(
     if code == 0:
         assert (said.out, yaml.safe_load((site / "got").read_text())) == ("made\n", job)
     else:
-        assert (code, said.err.count("\n")) == (2, 1) and "kubectl refuses the job: exists already" in said.err
+        assert (code, said.err.count("\n")) == (2, 1)
+        assert "kubectl refuses the job: exists already" in said.err
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
