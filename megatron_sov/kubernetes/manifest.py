@@ -120,9 +120,10 @@ def _patch(profile: KubernetesProfile) -> dict[str, Any]:
     volumes: list[dict[str, Any]] = [
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm_size}}]
     mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": OF_ITS_OWN}]
-    for i, v in enumerate(profile.volumes):  # a patch takes each name once, so one for each place of a claim
+    for i, v in enumerate(profile.volumes):  # one for each place of a claim: a patch takes each name once
         volumes.append({"name": f"volume-{i}", "persistentVolumeClaim": {"claimName": v.claim}})
-        mounts.append({"name": f"volume-{i}", "mountPath": v.mount} | ({"readOnly": True} if v.read_only else {}))
+        mounts.append({"name": f"volume-{i}", "mountPath": v.mount}
+                      | ({"readOnly": True} if v.read_only else {}))
     container: dict[str, Any] = {"name": TRAINER, "volumeMounts": mounts}
     if profile.capabilities:
         container["securityContext"] = {"capabilities": {"add": list(profile.capabilities)}}
