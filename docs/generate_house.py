@@ -36,6 +36,7 @@ SAYS = {
     "cli": "the door: megatron-sov", "__main__": "python -m megatron_sov", "api": "the door from Python",
     "__init__": "import megatron_sov", "tokenizer": "sov-tokenizer", "data_prep": "sov-data",
     "card": "model cards from manifests", "ladder": "families of small models",
+    "kubernetes": "stages as TrainJobs",
 }
 """Room -> a few words; of a room that is not here, its docstring's first sentence stands."""
 FLOORS = ("Foundation", "Ground floor",

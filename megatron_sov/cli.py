@@ -87,7 +87,7 @@ COMMANDS = {
     "tools": Command("megatron_sov.commands.tools",
                      "list, play, run: tool environments, by hand or by a model"),
     "submit": Command("megatron_sov.commands.submit",
-                      "submit a stage or a chain of stages to a Slurm cluster"),
+                      "submit a stage or a chain of stages to a Slurm cluster, a stage to Kubernetes"),
     "status": Command("megatron_sov.commands.status",
                       "how runs stand: step, speed, time left, restarts, use of time"),
     "logs": Command("megatron_sov.commands.logs", "what a run's processes wrote, across ranks and restarts"),

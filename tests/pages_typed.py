@@ -34,6 +34,7 @@ TYPED = {
     "docs/eval.md": "tests/eval/test_eval_pages.py",
     "docs/eval_lm.md": "tests/eval/lm/test_page.py",
     "docs/eval_suites.md": "tests/eval/suites/test_suites_page.py",
+    "docs/kubernetes.md": "tests/kubernetes/test_submit.py",
     "docs/generate.md": "tests/eval/test_eval_pages.py",
     "docs/media_decoders.md": "tests/codecs/test_decoders_page.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
@@ -67,6 +68,7 @@ SHELL = {
     "srun": "tests/slurm", "salloc": "tests/slurm", "sbatch": "tests/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",
+    "kubectl": "not run",
 }
 """First word of a line that begins none of our programs -> what holds it."""
 

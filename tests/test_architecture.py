@@ -51,8 +51,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval": SECOND, "serving": SECOND,
     "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
     "report": GROUND, "card": GROUND, "watch": GROUND | {"slurm"}, "ladder": GROUND,
-    "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "report", "card",
-                                         "watch", "ladder", "bundle"},
+    "kubernetes": GROUND | {"slurm"},
+    "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "kubernetes",
+                                         "report", "card", "watch", "ladder", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
     "tokenizer": BASE, "data_prep": BASE | {"runs", "clusters", "tools"},
 }
@@ -73,7 +74,7 @@ itself, and where it does not stand they are free.  A wing imports those on lowe
 
 TORCH_FREE = GROUND - {"codecs"} | {
     "doctor", "report", "card", "watch", "ladder", "bundle", "commands", "cli", "api", "__init__",
-    "tokenizer", "data_prep", "slurm"}
+    "tokenizer", "data_prep", "slurm", "kubernetes"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE: set[str] = set()

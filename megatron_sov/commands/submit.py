@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.clusters import cluster
+from megatron_sov.clusters import cluster, kubernetes
 from megatron_sov.commands import (
     convert,
     distill,
@@ -27,7 +28,12 @@ from megatron_sov.slurm.stages import STAGES, Commands
 
 DEFAULTS: dict[str, Any] = {
     "cluster": None, "nodes": None, "min_nodes": None, "nodes_set": [], "array": 0, "account": None,
-    "partition": None, "time": None, "dry_run": False, "continue_chain": False, "scripts": None}
+    "partition": None, "time": None, "dry_run": False, "continue_chain": False, "scripts": None,
+    "job_name": None, "manifest": None, "apply": False}
+OF_SLURM = ("min_nodes", "nodes_set", "array", "account", "partition", "scripts", "continue_chain")
+"""Options that mean nothing on Kubernetes."""
+OF_KUBERNETES = ("job_name", "manifest", "apply")
+"""Options that mean nothing on Slurm."""
 
 
 def _declare_eval_lm(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="PROFILE",
-                        help=f"{', '.join(cluster.names())}, or a YAML file of your own")
+                        help=f"{', '.join((*cluster.names(), *kubernetes.names()))}, "
+                             "or a YAML file of your own")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of a training stage (default 1)")
     parser.add_argument("--min-nodes", type=int, metavar="N",
                         help="go on with as few nodes as this when others are missing")
@@ -73,12 +80,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", metavar="LIMIT",
                         help="time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS")
     parser.add_argument("--dry-run", action="store_true",
-                        help="print what would be submitted; writes nothing, needs no Slurm")
+                        help="print what would be submitted; writes nothing, needs neither Slurm nor "
+                             "Kubernetes")
     parser.add_argument("--scripts", type=Path, metavar="DIR", help="chain: submit nothing, write a script "
                                                                     "of each stage for `sbatch`, "
                                                                     "with paths that begin with $WORK")
     parser.add_argument("--continue", dest="continue_chain", action="store_true",
                         help="chain: submit what is not complete yet")
+    parser.add_argument("--job-name", metavar="NAME",
+                        help="Kubernetes: instead of the stage's and its folder's")
+    parser.add_argument("--manifest", type=Path, metavar="FILE",
+                        help="Kubernetes: write the manifest to this file")
+    parser.add_argument("--apply", action="store_true",
+                        help="Kubernetes: have `kubectl create` make the job")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,6 +102,11 @@ def run(args: argparse.Namespace) -> int:
     _add_options(options)
     found, argv = options.parse_known_args(args.arguments)
     vars(args).update(vars(found))
+    if args.cluster is not None and kubernetes.is_kubernetes(args.cluster):
+        return _kubernetes(args, argv)
+    if given := [name for name in OF_KUBERNETES if getattr(args, name)]:
+        raise UserError(f"{_option(given[0])}: belongs to Kubernetes; leave it out, or pass --cluster with a "
+                        f"profile of kind k8s ({', '.join(kubernetes.names())}, or a file of your own)")
     return _chain(args, argv) if args.stage == "chain" else _stage(args, argv)
 
 
@@ -115,6 +134,40 @@ def _stage(args: argparse.Namespace, argv: list[str]) -> int:
     print(f"submitted {args.stage} as job {' and '.join(numbers)}\nscript: {prepared.jobs[0].script}\n"
           f"log:    {prepared.work.records}/{numbers[0]}{'_*' if args.array else ''}.log")
     return 0
+
+
+def _kubernetes(args: argparse.Namespace, argv: list[str]) -> int:
+    """Make a manifest of a stage; returns 0 when it is where the user wants it."""
+    from megatron_sov.kubernetes import submission
+
+    if args.stage == "chain":
+        raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; "
+                        "submit each stage when the one before is complete")
+    if given := [name for name in OF_SLURM if getattr(args, name)]:
+        raise UserError(f"{_option(given[0])}: belongs to Slurm; leave it out where --cluster names a "
+                        "profile of kind k8s")
+    if not (args.dry_run or args.manifest or args.apply):
+        raise UserError("--cluster names a profile of kind k8s: say what becomes of the manifest; --dry-run "
+                        "prints it, --manifest FILE writes it, --apply has `kubectl create` make the job")
+    if args.dry_run and (args.manifest or args.apply):
+        raise UserError("--dry-run: prints the manifest and does nothing else; leave it out beside "
+                        "--manifest and --apply")
+    request = submission.Request(args.stage, tuple(argv), kubernetes.load(args.cluster),
+                                 1 if args.nodes is None else args.nodes, args.job_name, args.time)
+    submission.check_manifest_path(args.manifest)
+    text = submission.prepare(request, COMMANDS)
+    if args.dry_run:
+        sys.stdout.write(text)
+    if args.manifest:
+        submission.write(args.manifest, text)
+        print(args.manifest)
+    if args.apply:
+        print(submission.create(text))
+    return 0
+
+
+def _option(name: str) -> str:
+    return f"--{name.removesuffix('_chain').replace('_', '-')}"
 
 
 def _chain(args: argparse.Namespace, argv: list[str]) -> int:
