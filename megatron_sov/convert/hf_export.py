@@ -13,6 +13,7 @@ from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, re
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
+from megatron_sov.convert.processor import processor_files
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
@@ -27,7 +28,9 @@ from megatron_sov.convert.sources import (
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.media.data_codecs import codecs_of
 from megatron_sov.obs.warning import warn
+from megatron_sov.runs.checkpoints import settings_of
 
 KIND = "hf_model"
 
@@ -59,9 +62,12 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     check_dtypes(source)
     files = planned_files(source, dtype, max_shard_bytes)
     specs = [spec for tensors in files.values() for spec in tensors]
-    tokens = ids_beside(checkpoint / "tokenizer")
+    tokenizer = checkpoint / "tokenizer"
+    tokens = ids_beside(tokenizer)
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    beside = {CONFIG: config, **processor_files(source.model, tokenizer, codecs_of(
+        settings_of(checkpoint).data.paths))}
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
             "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
@@ -83,8 +89,9 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
 
             write_files(artifact.path, missing, read, workers, finish)
         _write_index(artifact.path, files)
-        atomic_write(artifact.path / CONFIG, to_json(config))
-        carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
+        for name, content in beside.items():
+            atomic_write(artifact.path / name, to_json(content))
+        carry(tokenizer, artifact.path, with_turn_ends(tokenizer, tokens))
         add_inputs(artifact.writer, source)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
