@@ -39,6 +39,9 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     """
     from tokenizers import Tokenizer
 
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
     from megatron_sov.mcore.checkpoint import load
     from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.language_model import build

@@ -122,8 +122,8 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
 
 
 def _refuse_features(target: Target, prompts: Sequence[Parts]) -> None:
-    """Raise `UserError` where a model has learned from features of what is shown: it would see less of it here
-    than in training."""
+    """Raise `UserError` where a model has learned from features of what is shown: it would see less of it
+    here than in training."""
     model, shown = target.model, {part.get("type") for parts in prompts for part in parts}
     banks = banks_of(target.config.data.paths) if target.config is not None else None
     for kind, bank, encoder in ((IMAGE, PICTURES, model.vision), (AUDIO, SOUNDS, model.audio)):

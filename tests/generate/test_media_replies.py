@@ -62,14 +62,15 @@ def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: py
 def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By a judge that hears nothing but "seven"; a text that it writes is compared as it is."""
     Path("judges.py").write_text("def seen(files, labels):\n    return ['seven' for _ in files]\n")
-    drawn = {"content": [{"type": "text", "text": "Draw seven."}], "answer": "seven", "labels": ["six", "seven"]}
+    drawn = {"content": [{"type": "text", "text": "Draw seven."}], "answer": "seven",
+             "labels": ["six", "seven"]}
     heard = {"content": [{"type": "audio", "path": "word.wav"}], "answer": "no such word"}
     Path("drawn.jsonl").write_text(json.dumps(drawn))
     Path("heard.jsonl").write_text(json.dumps(heard))
     assert cli.main(shlex.split(
-        "eval media model --data text-image=drawn.jsonl --data audio-text=heard.jsonl --media-root . --no-chat "
-        "--image-decoder pictures --audio-tokenizer sounds --image-judge judges.py:seen --files made "
-        "--max-new-tokens 48 --json")) == 0
+        "eval media model --data text-image=drawn.jsonl --data audio-text=heard.jsonl --media-root . "
+        "--no-chat --image-decoder pictures --audio-tokenizer sounds --image-judge judges.py:seen "
+        "--files made --max-new-tokens 48 --json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["text-image"]["accuracy"], found["text-image"]["chance"]) == (1.0, 0.5)
     assert found["audio-text"]["accuracy"] == 0.0
