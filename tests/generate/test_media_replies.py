@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +16,69 @@ from PIL import Image
 
 from megatron_sov import cli
 from megatron_sov.artifacts import new_artifact
-from tests.omni_model import GRID, save_codecs, save_omni_model
+from tests.omni_model import save_codecs, save_omni_model
 
-PLAIN = ("model.vision=null", "model.audio=null", "train.precision=fp64")
 LIKES = ("<|discrete_image_start|>", "<|discrete_audio_start|>", "<|discrete_audio_end|>")
-ASK = ("generate model --image seven.png --audio word.wav --prompt What? --image-tokenizer pictures "
-       "--audio-tokenizer sounds --max-audio-tokens 5 --max-new-tokens 48 --json "
-       "--temperature 1 --out-image {0} --image-decoder pictures --out-audio {0} --vocoder sounds")
+ASK = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --prompt What? --prompt Why? "
+       "--prompt Who? --image-tokenizer {0}/pictures --audio-tokenizer {0}/sounds --max-audio-tokens 5 "
+       "--max-new-tokens 60 --json --temperature 1 --out-image {0}/{1} --image-decoder {0}/pictures "
+       "--out-audio {0}/{1} --vocoder {0}/sounds")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Path:
+    """A folder with a model with encoders whose data had none of their features, codecs, a picture and a
+    sound."""
+    folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
+    Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
+    soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
+    save_codecs(folder / "pictures", folder / "sounds")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(free_port())}.items():
+            environment.setenv(name, value)
+        save_omni_model(folder / "model", packed_data.tokenizer, (
+            "train.precision=fp64", f'data.paths={json.dumps({str(folder / "shards"): 1.0})}'), likes=LIKES)
+    return folder
 
 
 @pytest.fixture
-def site(tmp_path: Path, packed_data: Any, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, codecs, a picture and a sound."""
-    monkeypatch.chdir(tmp_path)
-    random = np.random.default_rng(0)
-    Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save("seven.png")
-    soundfile.write("word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
-    save_codecs(Path("pictures"), Path("sounds"))
-    save_omni_model(Path("model").absolute(), packed_data.tokenizer, PLAIN, likes=LIKES)
-    return tmp_path
+def site(made: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, to work in."""
+    monkeypatch.chdir(made)
+    shards_with({})
+    return made
 
 
-def told(folder: str, line: str) -> int:
-    """Runs inside ranks: the command, in a folder."""
-    import os
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
-    os.chdir(folder)
-    return cli.main(shlex.split(line))
+
+def shards_with(media: dict[str, Any]) -> None:
+    """Write what is left of the model's data: their manifest."""
+    with new_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
+        shards.content = {"sources": [{"media": media}]}
 
 
 @pytest.mark.distributed
 def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: pytest.CaptureFixture[str],
-                                                          ranks: Any, job: Any) -> None:
-    assert cli.main(shlex.split(ASK.format("one"))) == 0
-    (reply,) = json.loads(capsys.readouterr().out)
-    assert len(reply["pictures"]) >= 1 and len(reply["sounds"]) == 1 and reply["broken_pictures"] <= 1
-    assert Image.open(reply["pictures"][0]).size == (16, 16)
-    assert "<|" not in reply["text"] and GRID == 4
-    codes = ranks(*(job(__file__, "told", 2, {"folder": str(site), "line": ASK.format(layout)
-                                              + f" --set parallel.{layout}=2"}) for layout in ("tp", "pp")))
-    assert codes == [[0, 0], [0, 0]]
+                                                          run_command: Any) -> None:
+    assert cli.main(shlex.split(ASK.format(site, "one"))) == 0
+    replies = json.loads(capsys.readouterr().out)
+    pictures, sounds = ([file for reply in replies for file in reply[kind]]
+                        for kind in ("pictures", "sounds"))
+    assert len(replies) == 3 and len(pictures) >= 2 and len(sounds) >= 1
+    assert {Image.open(file).size for file in pictures} == {(16, 16)}
+    assert all(soundfile.info(file).frames for file in sounds)
+    for reply in replies:  # a picture that has begun is whole, or the reply ended in it
+        assert reply["broken_pictures"] <= 1 and "<|" not in reply["text"]
     files = {file.name: file.read_bytes() for file in Path("one").iterdir()}
     for layout in ("tp", "pp"):
+        ran = run_command(*shlex.split(ASK.format(site, layout)), "--nproc", "2", "--set",
+                          f"parallel.{layout}=2")
+        assert ran.returncode == 0, ran.stderr
         assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
 
 
@@ -77,15 +100,14 @@ def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str])
     assert [file.parent.name for file in Path("made").rglob("*.png")][:1] == ["text-image"]
 
 
-def test_a_model_that_learned_from_features_is_not_shown_less(
-        tmp_path: Path, packed_data: Any, one_rank: None, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    with new_artifact(Path("shards"), "token_shards") as shards:
-        shards.content = {"sources": [{"media": {"pictures": {}}}]}
-    Image.new("L", (16, 16)).save("seven.png")
-    save_codecs(Path("pictures"), Path("sounds"))
-    save_omni_model(tmp_path / "model", packed_data.tokenizer,
-                    (f'data.paths={json.dumps({str(tmp_path / "shards"): 1.0})}',))
-    assert cli.main(shlex.split("generate model --image seven.png --image-tokenizer pictures")) == 2
+def test_a_model_that_learned_from_features_is_not_shown_less(site: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    shards_with({"pictures": {}})
+    line = "generate model --{0} {1} --image-tokenizer pictures --audio-tokenizer sounds --max-new-tokens 2"
+    assert cli.main(shlex.split(line.format("image", "seven.png"))) == 2
     assert "has learned from features of pictures (model.vision)" in capsys.readouterr().err
+    assert cli.main(shlex.split(line.format("audio", "word.wav"))) == 0
+    assert "encoder" not in capsys.readouterr().err
+    shutil.rmtree("shards")
+    assert cli.main(shlex.split(line.format("audio", "word.wav"))) == 0
+    assert "has an encoder of sounds, which prompts do not reach" in capsys.readouterr().err
