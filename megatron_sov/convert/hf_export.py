@@ -4,6 +4,7 @@ being written."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -62,12 +63,10 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     check_dtypes(source)
     files = planned_files(source, dtype, max_shard_bytes)
     specs = [spec for tensors in files.values() for spec in tensors]
-    tokenizer = checkpoint / "tokenizer"
-    tokens = ids_beside(tokenizer)
+    tokens = ids_beside(checkpoint / "tokenizer")
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
-    beside = {CONFIG: config, **processor_files(source.model, tokenizer, codecs_of(
-        settings_of(checkpoint).data.paths))}
+    beside = {CONFIG: config, **_processors(source, checkpoint)}
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
             "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
@@ -88,10 +87,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        _write_index(artifact.path, files)
-        for name, content in beside.items():
-            atomic_write(artifact.path / name, to_json(content))
-        carry(tokenizer, artifact.path, with_turn_ends(tokenizer, tokens))
+        _write_beside(artifact.path, files, beside)
+        carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
         add_inputs(artifact.writer, source)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
@@ -111,8 +108,17 @@ def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_index(folder: Path, files: dict[str, list[TensorSpec]]) -> None:
-    """Write which file holds which tensor, where there are several."""
+def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return file -> content of what reads pictures and sounds for a model."""
+    codecs = codecs_of(settings_of(checkpoint).data.paths)
+    return processor_files(source.model, checkpoint / "tokenizer", codecs)
+
+
+def _write_beside(folder: Path, files: dict[str, list[TensorSpec]],
+                  beside: dict[str, dict[str, Any]]) -> None:
+    """Write JSON files, and which file holds which tensor, where there are several."""
+    for name, content in beside.items():
+        atomic_write(folder / name, to_json(content))
     if SINGLE_FILE in files:
         return
     weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
