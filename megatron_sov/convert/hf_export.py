@@ -4,6 +4,7 @@ being written."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, re
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
+from megatron_sov.convert.processor import processor_files
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
@@ -27,7 +29,9 @@ from megatron_sov.convert.sources import (
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.media.data_codecs import codecs_of
 from megatron_sov.obs.warning import warn
+from megatron_sov.runs.checkpoints import settings_of
 
 KIND = "hf_model"
 
@@ -62,6 +66,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     tokens = ids_beside(checkpoint / "tokenizer")
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    beside = {CONFIG: config, **_processors(source, checkpoint)}
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
             "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
@@ -82,8 +87,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        _write_index(artifact.path, files)
-        atomic_write(artifact.path / CONFIG, to_json(config))
+        _write_beside(artifact.path, files, beside)
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
         add_inputs(artifact.writer, source)
         artifact.writer.content = {
@@ -104,8 +108,17 @@ def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_index(folder: Path, files: dict[str, list[TensorSpec]]) -> None:
-    """Write which file holds which tensor, where there are several."""
+def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return file -> content of what reads pictures and sounds for a model."""
+    codecs = codecs_of(settings_of(checkpoint).data.paths)
+    return processor_files(source.model, checkpoint / "tokenizer", codecs)
+
+
+def _write_beside(folder: Path, files: dict[str, list[TensorSpec]],
+                  beside: dict[str, dict[str, Any]]) -> None:
+    """Write JSON files, and which file holds which tensor, where there are several."""
+    for name, content in beside.items():
+        atomic_write(folder / name, to_json(content))
     if SINGLE_FILE in files:
         return
     weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}

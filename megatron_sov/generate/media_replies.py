@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import Asker, check_engine, check_length
 from megatron_sov.generate.block_rules import BlockRules
-from megatron_sov.generate.data_codecs import codecs_of, refuse_other_codecs
 from megatron_sov.generate.engine import MEGATRON, Engine, run_engine
 from megatron_sov.generate.made_media import Made, MediaDecoders
 from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.generate.shown_media import ShownMedia
 from megatron_sov.generate.spoken import MarkIds
+from megatron_sov.media.banks import PICTURES, SOUNDS
+from megatron_sov.media.data_codecs import banks_of, codecs_of, refuse_other_codecs
 from megatron_sov.media.reading.reader import MediaReader
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.obs.warning import warn
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
@@ -87,6 +89,7 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
         raise UserError(f"{target.path}: has no discrete tokens of kind {lacking[0]} "
                         f"(model.{lacking[0]}_tokens is not set); ask one that was trained on "
                         "media, or leave these options out")
+    _refuse_features(target, prompts)
     known = codecs_of(target.config.data.paths) if target.config is not None else {}
     refuse_other_codecs(asking.shown.tokenizers, known, "--{kind}-tokenizer")
     asking.decoders.check(blocks)
@@ -116,3 +119,20 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
         made = asking.decoders.write(reply, list(blocks.values()), marks, f"{number:05d}", asking.out)
         told.append(Replied(asker.decode(made.text).strip(), made))
     return told
+
+
+def _refuse_features(target: Target, prompts: Sequence[Parts]) -> None:
+    """Raise `UserError` where a model has learned from features of what is shown: it would see less of it
+    here than in training."""
+    model, shown = target.model, {part.get("type") for parts in prompts for part in parts}
+    banks = banks_of(target.config.data.paths) if target.config is not None else None
+    for kind, bank, encoder in ((IMAGE, PICTURES, model.vision), (AUDIO, SOUNDS, model.audio)):
+        if encoder is None or kind not in shown:
+            continue
+        if banks is None:
+            warn(f"{target.path}: has an encoder of {bank}, which prompts do not reach: they show discrete "
+                 "tokens alone")
+        elif bank in banks:
+            raise UserError(f"{target.path}: has learned from features of {bank} (model."
+                            f"{'vision' if kind == IMAGE else kind}), and prompts show discrete tokens "
+                            f"alone; ask a model that was trained without them, or ask without {kind}s")

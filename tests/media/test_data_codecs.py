@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov.artifacts import manifest_sha256, new_artifact
 from megatron_sov.errors import UserError
-from megatron_sov.generate.data_codecs import CORPUS, codecs_of, refuse_other_codecs
+from megatron_sov.media.data_codecs import CORPUS, codecs_of, refuse_other_codecs
 
 
 def artifact(path: Path, kind: str, content: dict[str, object], *inputs: Path) -> Path:

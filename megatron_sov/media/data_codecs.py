@@ -1,4 +1,5 @@
-"""Which codecs a model's data were encoded with: other ones give its tokens another meaning."""
+"""Which codecs a model's data were encoded with, as other ones give its tokens another meaning, and which
+features of encoders they had."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.errors import UserError
+from megatron_sov.media.banks import MEDIA
 
 CORPUS = "media_corpus"
 
@@ -28,6 +30,22 @@ def codecs_of(data: Iterable[str | Path]) -> dict[str, set[str]]:
         except (UserError, KeyError, TypeError, AttributeError):
             continue  # moved or deleted: nothing is known of it
     return found
+
+
+def banks_of(data: Iterable[str | Path]) -> set[str] | None:
+    """Return the kinds of banks whose features a model has read; None where its data are not there.
+
+    Args:
+        data: folders of token shards.
+    """
+    found, folders = set[str](), list(data)
+    try:
+        for folder in folders:
+            for source in read_manifest(Path(folder)).content["sources"]:
+                found |= set(source.get(MEDIA) or {})
+    except (UserError, KeyError, TypeError, AttributeError):
+        return found or None
+    return found if folders else None
 
 
 def refuse_other_codecs(tokenizers: Mapping[str, Path], known: Mapping[str, set[str]], option: str) -> None:

@@ -1,0 +1,113 @@
+"""A model that is shown a picture and a sound, and draws and speaks: by the commands, through files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from megatron_sov import cli
+from megatron_sov.artifacts import new_artifact
+from tests.omni_model import save_codecs, save_omni_model
+
+LIKES = ("<|discrete_image_start|>", "<|discrete_audio_start|>", "<|discrete_audio_end|>")
+ASK = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --prompt What? --prompt Why? "
+       "--prompt Who? --image-tokenizer {0}/pictures --audio-tokenizer {0}/sounds --max-audio-tokens 5 "
+       "--max-new-tokens 60 --json --temperature 1 --out-image {0}/{1} --image-decoder {0}/pictures "
+       "--out-audio {0}/{1} --vocoder {0}/sounds")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Path:
+    """A folder with a model with encoders whose data had none of their features, codecs, a picture and a
+    sound."""
+    folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
+    Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
+    soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
+    save_codecs(folder / "pictures", folder / "sounds")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(free_port())}.items():
+            environment.setenv(name, value)
+        save_omni_model(folder / "model", packed_data.tokenizer, (
+            "train.precision=fp64", f'data.paths={json.dumps({str(folder / "shards"): 1.0})}'), likes=LIKES)
+    return folder
+
+
+@pytest.fixture
+def site(made: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, to work in."""
+    monkeypatch.chdir(made)
+    shards_with({})
+    return made
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def shards_with(media: dict[str, Any]) -> None:
+    """Write what is left of the model's data: their manifest."""
+    with new_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
+        shards.content = {"sources": [{"media": media}]}
+
+
+@pytest.mark.distributed
+def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: pytest.CaptureFixture[str],
+                                                          run_command: Any) -> None:
+    assert cli.main(shlex.split(ASK.format(site, "one"))) == 0
+    replies = json.loads(capsys.readouterr().out)
+    pictures, sounds = ([file for reply in replies for file in reply[kind]]
+                        for kind in ("pictures", "sounds"))
+    assert len(replies) == 3 and len(pictures) >= 2 and len(sounds) >= 1
+    assert {Image.open(file).size for file in pictures} == {(16, 16)}
+    assert all(soundfile.info(file).frames for file in sounds)
+    for reply in replies:  # a picture that has begun is whole, or the reply ended in it
+        assert reply["broken_pictures"] <= 1 and "<|" not in reply["text"]
+    files = {file.name: file.read_bytes() for file in Path("one").iterdir()}
+    for layout in ("tp", "pp"):
+        ran = run_command(*shlex.split(ASK.format(site, layout)), "--nproc", "2", "--set",
+                          f"parallel.{layout}=2")
+        assert ran.returncode == 0, ran.stderr
+        assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
+
+
+def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a judge that hears nothing but "seven"; a text that it writes is compared as it is."""
+    Path("judges.py").write_text("def seen(files, labels):\n    return ['seven' for _ in files]\n")
+    drawn = {"content": [{"type": "text", "text": "Draw seven."}], "answer": "seven",
+             "labels": ["six", "seven"]}
+    heard = {"content": [{"type": "audio", "path": "word.wav"}], "answer": "no such word"}
+    Path("drawn.jsonl").write_text(json.dumps(drawn))
+    Path("heard.jsonl").write_text(json.dumps(heard))
+    assert cli.main(shlex.split(
+        "eval media model --data text-image=drawn.jsonl --data audio-text=heard.jsonl --media-root . "
+        "--no-chat --image-decoder pictures --audio-tokenizer sounds --image-judge judges.py:seen "
+        "--files made --max-new-tokens 48 --json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text-image"]["accuracy"], found["text-image"]["chance"]) == (1.0, 0.5)
+    assert found["audio-text"]["accuracy"] == 0.0
+    assert [file.parent.name for file in Path("made").rglob("*.png")][:1] == ["text-image"]
+
+
+def test_a_model_that_learned_from_features_is_not_shown_less(site: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    shards_with({"pictures": {}})
+    line = "generate model --{0} {1} --image-tokenizer pictures --audio-tokenizer sounds --max-new-tokens 2"
+    assert cli.main(shlex.split(line.format("image", "seven.png"))) == 2
+    assert "has learned from features of pictures (model.vision)" in capsys.readouterr().err
+    assert cli.main(shlex.split(line.format("audio", "word.wav"))) == 0
+    assert "encoder" not in capsys.readouterr().err
+    shutil.rmtree("shards")
+    assert cli.main(shlex.split(line.format("audio", "word.wav"))) == 0
+    assert "has an encoder of sounds, which prompts do not reach" in capsys.readouterr().err

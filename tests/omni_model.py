@@ -1,0 +1,74 @@
+"""A drawn model that reads and writes pictures and sounds, as a checkpoint, and codecs of a few entries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.codecs.folder import save_codec
+from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
+from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer
+from megatron_sov.config import apply_settings
+from tokenizer.media.command import add_media
+from tokenizer.media.layout import MediaTokens
+
+GRID, NUM_PICTURE_TOKENS, NUM_SOUND_TOKENS = 4, 16, 512
+
+
+def save_codecs(pictures: Path, sounds: Path) -> None:
+    """Write drawn tokenizers of pictures of 16 x 16 pixels and of sounds."""
+    torch.manual_seed(0)
+    save_codec(pictures, "simvq", SimVQTokenizer(SimVQSettings(
+        side_pixels=16, grid=GRID, width=8, num_layers=1, num_heads=1, code_width=4,
+        codebook_size=NUM_PICTURE_TOKENS)))
+    save_codec(sounds, "fsq", FSQTokenizer(FSQSettings(num_mels=8, width=8, num_blocks=1, levels=(8, 8, 8))))
+
+
+def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...] = (), *,
+                    likes: tuple[str, ...] = ()) -> None:
+    """Write a drawn model as a checkpoint; called with the environment of one rank.
+
+    Args:
+        path: the checkpoint; its tokenizer is written beside it.
+        plain_tokenizer: artifact that gets tokens of media.
+        settings: `key=value` changes of tiny-hyperclova-omni.
+        likes: tokens that it writes much more often than any other.
+    """
+    from tokenizers import Tokenizer
+
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.mcore.checkpoint import load
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
+
+    tokenizer = path.with_name(f"{path.name}-tokenizer")
+    add_media(plain_tokenizer, tokenizer, MediaTokens(NUM_SOUND_TOKENS, NUM_PICTURE_TOKENS))
+    words = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    blocks = read_manifest(tokenizer).content["media"]
+    ids = {name: words.token_to_id(f"<|{name}_PAD|>") for name in ("IMAGE", "VIDEO", "AUDIO")}
+    config = apply_settings(recipes.get("tiny-hyperclova-omni"), [
+        f"model.vocab_size={words.get_vocab_size()}", "model.hidden_size=32", "model.num_heads=2",
+        "model.num_kv_heads=2", "model.head_dim=16", "model.dense_ffn_dim=48", "model.num_layers=2",
+        "data.paths={}",
+        f"model.vision.placeholder_ids=[{ids['IMAGE']},{ids['VIDEO']}]",
+        f"model.audio.placeholder_ids=[{ids['AUDIO']}]",
+        *(f"model.{kind}_tokens.{name}={block[name]}" for kind, block in blocks.items()
+          for name in ("first", "size")), *settings])
+    world.join(config.parallel)
+    try:
+        model = build(config.model, config.parallel, config.train, config.gpu, config.lora, config.media)
+        init.initialise(model, config.model, 1)
+        if likes:
+            with torch.no_grad():  # states all point one way, and so do the rows of what it likes
+                model.chunks[0].embedding.word_embeddings.weight.add_(1.0)
+                for name in likes:
+                    model.chunks[0].output_layer.weight[words.token_to_id(name)] = 0.2
+        load.save(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
+    finally:
+        world.leave()
