@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -152,7 +152,8 @@ def _onnx(file: Path) -> Tensors:
 def _nemo(source: Path) -> tuple[nemo_audio.NemoAudioSettings, Tensors]:
     """Return settings and state of a `.nemo` archive; its members are read one by one, and never unpacked."""
     try:
-        with _opened(source) as file, tarfile.TarFile(source, fileobj=_InPieces(file)) as archive, \
+        with _opened(source) as file, \
+                tarfile.TarFile(source, fileobj=cast(Any, _InPieces(file))) as archive, \
                 tempfile.TemporaryDirectory() as folder:
             members = {Path(m.name).name: m for m, _ in zip(archive, range(_MAX_MEMBERS), strict=False)
                        if m.isreg() and not m.issparse()}
