@@ -113,7 +113,7 @@ def test_an_objective(site: Path, typed: Run) -> None:
         "makes it") in refused.stderr
     config = json.loads((site / "runs/focal/config.json").read_text())
     assert config["objective"] == {"name": "Focal", "text_coeff": 0.0, "loss_per": "token",
-                                   "options": {"gamma": 1.5}}
+                                   "audio_weight": 1.0, "image_weight": 1.0, "options": {"gamma": 1.5}}
     steps = [event for event in map(json.loads, (site / "runs/focal/events.jsonl").open())
              if event["event"] == "step"]
     losses = [event["losses"]["focal"] for event in steps]

@@ -92,7 +92,9 @@ class ShardBanks:
 def corpus_of(path: Path) -> Path | None:
     """Return the media corpus that a path is, or lies in; None: none."""
     for folder in (path, path.absolute().parent):
-        if (folder / MANIFEST).is_file() and read_manifest(folder).kind == KIND:
+        # its records first: text may lie beside a `manifest.json` that is another program's
+        complete = all((folder / name).is_file() for name in (RECORDS, MANIFEST))
+        if complete and read_manifest(folder).kind == KIND:
             return folder
     return None
 

@@ -18,6 +18,7 @@ from megatron_sov.models.count import num_params
 from megatron_sov.plan.activations import kinds, saved
 from megatron_sov.plan.fitting import fullest
 from megatron_sov.plan.memory import account
+from tests.head_config import head_config
 
 ROOT = Path(__file__).parents[2]
 CHUNK, WORDS = 128, 8192
@@ -71,7 +72,6 @@ def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) 
 def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     """Return [bytes that a divergence of two chunks and its gradients take at most, those of a
     cross-entropy]."""
-    from types import SimpleNamespace
 
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -92,7 +92,7 @@ def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     states, weight = torch.randn(tokens, 1, 8).requires_grad_(), torch.randn(WORDS, 8).requires_grad_()
     teacher = (TeacherTopK(torch.arange(top_k).expand(tokens, top_k), torch.full((tokens, top_k), -1.0))
                if top_k else TeacherStates(torch.randn(tokens, 8), torch.randn(WORDS, 8)))
-    head, ones = Head(weight, SimpleNamespace(sequence_parallel=False), CHUNK, WORDS), torch.ones(tokens)
+    head, ones = Head(weight, head_config(), CHUNK, WORDS), torch.ones(tokens)
     labels = torch.zeros(tokens, dtype=torch.int64)
     found = [peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
              peak(lambda: head.cross_entropy(states, labels, {"sum": ones}))]

@@ -16,6 +16,7 @@ from megatron_sov import recipes  # noqa: E402
 from megatron_sov.config import RunConfig, apply_settings  # noqa: E402
 from megatron_sov.data.rows import Row, join_rows  # noqa: E402
 from megatron_sov.post.sft import check_sources  # noqa: E402
+from tests.head_config import head_config  # noqa: E402
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 
@@ -60,7 +61,7 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
                  torch.randn(2, LENGTH, 1, 8, generator=generator))
     hidden = torch.cat([one] + [text] * num_texts, dim=1)
     weight = torch.randn(32, 8, generator=generator).requires_grad_()
-    head = Head(weight, SimpleNamespace(sequence_parallel=False), 7, len(weight))
+    head = Head(weight, head_config(), 7, len(weight))
     sums = objective.loss([hidden[0], hidden[1]], head, batch.micro_batches[0])
     loss = total_loss(sums, objective.coefficients, batch.targets)
     loss.backward()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from megatron_sov.config import ParallelConfig  # noqa: E402
 from megatron_sov.mcore.model.divergence import Divergence, TeacherStates, TeacherTopK  # noqa: E402
 from megatron_sov.mcore.model.logprobs import Head  # noqa: E402
 from megatron_sov.mcore.parallel import context, world  # noqa: E402
+from tests.head_config import head_config  # noqa: E402
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCABULARY, K = 12, 8, 6, 40, 5
 BETAS = (0.0, 0.1, 0.5, 1.0)
@@ -107,7 +107,7 @@ def score(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float6
     else:
         top = teacher_logprobs(tensors, temperature)[local].topk(K)
         teacher = TeacherTopK(top.indices, top.values, keep_remainder=kind == "top-k with the rest")
-    head = Head(weight, SimpleNamespace(sequence_parallel=sp), chunk_tokens, VOCABULARY)
+    head = Head(weight, head_config(sp), chunk_tokens, VOCABULARY)
     terms = {name: tensors[name].to(weight.dtype) for name in ("first", "second")}
     sums, found = head.divergence(states, teacher, terms, Divergence(beta, temperature))
     (sums["first"] / 7 + 3 * sums["second"]).backward()
@@ -206,7 +206,7 @@ def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> Non
     top = teacher_logprobs(tensors, 1.0).topk(K)
     teacher = (TeacherStates(tensors["teacher states"], tensors["teacher weight"]) if kind == "states"
                else TeacherTopK(top.indices, top.values, kind == "top-k with the rest"))
-    head = Head(tensors["weight"].requires_grad_(), SimpleNamespace(sequence_parallel=False), 50, VOCABULARY)
+    head = Head(tensors["weight"].requires_grad_(), head_config(), 50, VOCABULARY)
     with Largest() as seen:
         sums, _ = head.divergence(tensors["states"][:, None].requires_grad_(), teacher,
                                   {"sum": torch.ones(200)}, Divergence(0.5))
@@ -241,7 +241,7 @@ def test_the_heads_gradient_is_summed_in_float32_under_bf16(alone: None) -> None
     n = 2048
     states = (torch.randn(n, HIDDEN, generator=random) * 0.1 + 1).bfloat16()
     weight, teacher = (torch.randn(VOCABULARY, HIDDEN, generator=random).bfloat16() for _ in range(2))
-    head = Head(weight.clone().requires_grad_(), SimpleNamespace(sequence_parallel=False), 8, VOCABULARY)
+    head = Head(weight.clone().requires_grad_(), head_config(), 8, VOCABULARY)
     sums, _ = head.divergence(states[:, None], TeacherStates(states, teacher), {"sum": torch.ones(n)},
                               Divergence())
     sums["sum"].backward()

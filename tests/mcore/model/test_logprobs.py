@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.head_config import head_config
+
 TOKENS, HIDDEN, VOCABULARY = 12, 16, 40
 
 
@@ -25,7 +27,6 @@ def whole() -> tuple[Any, Any, Any, Any]:
 def score(tp: int, sp: bool, chunk_tokens: int) -> dict[str, Any]:
     """Return this process's results and its parts of the gradients; rows that pad the vocabulary
     would beat every token."""
-    from types import SimpleNamespace
 
     import torch
 
@@ -39,7 +40,7 @@ def score(tp: int, sp: bool, chunk_tokens: int) -> dict[str, Any]:
     weight = torch.cat([weight, 9 * hidden[:rows * tp - VOCABULARY]])
     part = weight[place.rank * rows:(place.rank + 1) * rows].clone().requires_grad_()
     local = (hidden.chunk(tp)[place.rank] if sp else hidden)[:, None].clone().requires_grad_()
-    head = Head(part, SimpleNamespace(sequence_parallel=sp), chunk_tokens, VOCABULARY)
+    head = Head(part, head_config(sp), chunk_tokens, VOCABULARY)
     logprobs = head.logprobs(local, labels)
     (logprobs * upstream).sum().backward()
     return {"logprobs": logprobs.tolist(), "hidden_grad": local.grad[:, 0].tolist(),
@@ -80,7 +81,6 @@ def test_a_split_head_scores_like_a_whole_one(ranks, job) -> None:
 def weighted(layout: dict[str, Any], chunk_tokens: int) -> dict[str, Any]:
     """Return two weighted sums in float64, and this process's parts of the gradient of
     ``first / 7 + 3 * second``, with their places."""
-    from types import SimpleNamespace
 
     import torch
     from megatron.core import parallel_state
@@ -98,7 +98,7 @@ def weighted(layout: dict[str, Any], chunk_tokens: int) -> dict[str, Any]:
     part = padded[tp_rank * rows:(tp_rank + 1) * rows].clone().requires_grad_()
     places = context.row_index(TOKENS, sp, hidden.device)
     local = hidden[places, None].double().requires_grad_()
-    head = Head(part, SimpleNamespace(sequence_parallel=sp), chunk_tokens, VOCABULARY)
+    head = Head(part, head_config(sp), chunk_tokens, VOCABULARY)
     weights = {"first": upstream.abs(), "second": (upstream > 0).float()}
     sums, losses = head.cross_entropy(local, labels, weights)
     (sums["first"] / 7 + 3 * sums["second"]).backward()
@@ -141,7 +141,6 @@ def test_weighted_sums_have_the_gradients_of_whole_logits(ranks, job) -> None:
 def tempered(layout: dict[str, Any], every: int) -> dict[str, Any]:
     """Return log-probabilities at temperature 0.7 in float64 of every n-th position (0: of none), and this
     process's rows of their gradient."""
-    from types import SimpleNamespace
 
     from megatron.core import parallel_state
 
@@ -154,7 +153,7 @@ def tempered(layout: dict[str, Any], every: int) -> dict[str, Any]:
 
     hidden, weight, labels, upstream = whole()
     part = weight.double().chunk(layout["tp"])[parallel_state.get_tensor_model_parallel_rank()].clone()
-    head = Head(part.requires_grad_(), SimpleNamespace(sequence_parallel=False), 5, VOCABULARY)
+    head = Head(part.requires_grad_(), head_config(), 5, VOCABULARY)
     states = hidden[:, None].double().requires_grad_()
     logprobs = head.logprobs(states, labels, 0.7, None if every == 1 else torch.tensor(_is_asked(every)))
     (logprobs * upstream).sum().backward()

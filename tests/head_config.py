@@ -1,0 +1,11 @@
+"""What an output head reads of a model's configuration."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+
+def head_config(sequence_parallel: bool = False) -> Any:
+    """Return it, for a head whose logits have no factor."""
+    return SimpleNamespace(sequence_parallel=sequence_parallel, logits_multiplier=1.0)
