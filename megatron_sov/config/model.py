@@ -120,6 +120,9 @@ class ModelConfig:
     """Rotary scaling beyond the original context; None = plain RoPE."""
     llama3_rope: Llama3RopeConfig | None = None
     """Rotary scaling as Llama 3.1 has it, in the place of YaRN; None = none."""
+    linear_rope_factor: float | None = None
+    """Divisor of all rotary frequencies (of global layers, where local_rope_theta is given), in the place of
+    YaRN; None = none."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have a bias (the output projection never has)."""
     qk_norm: bool = False
@@ -141,6 +144,10 @@ class ModelConfig:
     """Factor on what attention and feed-forward network add to the residual."""
     logits_multiplier: float = 1.0
     """Factor on the output head's logits."""
+    attention_softcap: float | None = None
+    """Cap on the products of queries and keys, cap * tanh(x / cap), before the mask; None = none."""
+    logits_softcap: float | None = None
+    """Cap on the output head's logits, behind the factor on them and before any temperature; None = none."""
     tied_embeddings: bool = False
     """Whether the output head is the embedding matrix."""
     num_mtp_layers: int = 0
@@ -202,6 +209,13 @@ class ModelConfig:
                      "model.yarn and model.llama3_rope to null")
         if self.rope_share < 1 and self.yarn is not None:
             p.append(f"model.yarn needs model.rope_share = 1, it is {self.rope_share}; set it to null")
+        if self.linear_rope_factor is not None:
+            if not 1 <= self.linear_rope_factor < math.inf:
+                p.append(f"model.linear_rope_factor = {self.linear_rope_factor} must be at least 1")
+            if self.yarn is not None or self.llama3_rope is not None:
+                p.append(f"model.linear_rope_factor = {self.linear_rope_factor} stands beside model.yarn or "
+                         "model.llama3_rope, and a model has one rotary scaling at most; set the others to "
+                         "null")
         if self.llama3_rope is not None:
             p += self.llama3_rope.problems()
             if self.yarn is not None:
@@ -243,7 +257,7 @@ class ModelConfig:
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",
-                     "residual_multiplier", "logits_multiplier"):
+                     "residual_multiplier", "logits_multiplier", "attention_softcap", "logits_softcap"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 p.append(f"model.{name} = {value} must be positive")

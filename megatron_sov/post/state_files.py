@@ -88,9 +88,11 @@ class Kept:
     """Whether they are the student's tokens, and the teacher's others (`parts.translation`)."""
 
 
-def content_of(parts: list[Part], hidden_size: int, vocab_size: int, kept: Kept) -> dict[str, Any]:
+def content_of(parts: list[Part], hidden_size: int, vocab_size: int, kept: Kept,
+               logits_softcap: float | None = None) -> dict[str, Any]:
     """Return what the manifest says."""
-    return {"hidden_size": hidden_size, "vocab_size": vocab_size, **asdict(kept),
+    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
+            **asdict(kept),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
 
 
@@ -121,6 +123,8 @@ class StateFiles:
         manifest = read_manifest(folder, KIND)
         self.folder, content = folder, manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
+        self.logits_softcap: float | None = content.get("logits_softcap")
+        """Cap on the logits that the head makes of states."""
         self.teacher = str(manifest.settings["teacher"])
         """Digest of the teacher: of its weights, its configuration, and the base of an adapter."""
         self.kept = Kept(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),

@@ -168,7 +168,8 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
             head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
             save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
         vocab_size = sources[0].vocab_size if reading.kept.translated else model.vocab_size
-        artifact.writer.content = content_of(plan["parts"], model.hidden_size, vocab_size, reading.kept)
+        artifact.writer.content = content_of(plan["parts"], model.hidden_size, vocab_size, reading.kept,
+                                             model.logits_softcap)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path)}
         artifact.writer.inputs += provenance(sources)
         yield artifact

@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 from torch.autograd.function import once_differentiable
 
+from megatron_sov.mcore.model.softcap import cap_, slope
 from megatron_sov.mcore.parallel import context
 
 ROWS_OF_PRODUCT = 8192
@@ -34,6 +35,8 @@ class Chunking:
     token_rows: int
     """This process's rows of the head's weight that belong to token ids; rows that pad the vocabulary
     follow them."""
+    softcap: float | None = None
+    """Cap on the logits, before the temperature (`ModelConfig.logits_softcap`)."""
 
     def parts(self, num_tokens: int) -> list[slice]:
         """Return the chunks of so many tokens, in order; of none, one without any."""
@@ -88,11 +91,11 @@ class LabelLogprobs(torch.autograd.Function):
 
 
 def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
-            temperature: float = 1.0) -> torch.Tensor:
-    """Return logits [n, V / tp], divided by the temperature, in float32 (float64 where the model is), -inf
-    behind `token_rows`."""
+            temperature: float = 1.0, softcap: float | None = None) -> torch.Tensor:
+    """Return logits [n, V / tp], capped and then divided by the temperature, in float32 (float64 where the
+    model is), -inf behind `token_rows`."""
     logits = states @ weight.t()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = cap_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
     if temperature != 1:
         logits /= temperature
     logits[:, token_rows:] = -torch.inf
@@ -188,15 +191,18 @@ def _sweep(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chu
            gradients: Gradients, temperature: float = 1.0) -> torch.Tensor:
     """Return log-probabilities [n] of labels in float32 (float64 where the model is); gradients
     are added up."""
-    return torch.cat([_chunk(part, states[part], weight, labels[part], chunking.token_rows, gradients,
-                             temperature) for part in chunking.parts(len(states))])
+    return torch.cat([_chunk(part, states[part], weight, labels[part], chunking, gradients, temperature)
+                      for part in chunking.parts(len(states))])
 
 
-def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_rows: int,
+def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
            gradients: Gradients, temperature: float) -> torch.Tensor:
-    """[C, H], [V / tp, H], [C] -> [C]; the one tensor of logits turns in place into what it is needed for."""
+    """[C, H], [V / tp, H], [C] -> [C]; the one tensor of logits turns in place into what it is needed for,
+    beside the slope of a cap."""
     group = parallel_state.get_tensor_model_parallel_group()
-    logits = project(states, weight, token_rows, temperature)
+    logits = project(states, weight, chunking.token_rows, temperature, chunking.softcap)
+    steep = (slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
+             else None)
     largest = logits.max(dim=-1).values
     if group.size() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
@@ -212,5 +218,7 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
     chosen, sums = both
     if gradients.are_needed:
         exponentials[torch.arange(len(place), device=place.device), place] -= sums.where(here, 0.0)
+        if steep is not None:
+            exponentials *= steep
         gradients.add(part, states, weight, exponentials, sums * temperature)
     return chosen - sums.log()

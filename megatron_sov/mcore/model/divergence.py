@@ -28,6 +28,7 @@ from megatron.core import parallel_state
 from torch.autograd.function import once_differentiable
 
 from megatron_sov.mcore.model.chunked_head import Chunking, Gradients, project
+from megatron_sov.mcore.model.softcap import slope
 from megatron_sov.mcore.parallel import context
 
 EXCLUDED = -1e30
@@ -71,12 +72,14 @@ class TeacherStates:
     """[n, H'], on any device: a chunk is sent when it is its turn."""
     weight: torch.Tensor
     """[V / tp, H'], split and padded as the student's."""
+    softcap: float | None = None
+    """Cap on the teacher's logits; None: none."""
 
     def compare(self, part: slice, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Teacher`."""
         states = self.states[part].to(self.weight.device, self.weight.dtype)
-        teacher = log_softmax(states, self.weight, token_rows, divergence.temperature)
+        teacher = log_softmax(states, self.weight, token_rows, divergence.temperature, self.softcap)
         return _compare(student, teacher.to(student.dtype), divergence.beta, over_group=True)
 
 
@@ -134,8 +137,7 @@ class DivergenceSums(torch.autograd.Function):
                                     differentiable and ctx.needs_input_grad[1])
         measured = []
         for part in chunking.parts(len(states)):
-            measured.append(_of_chunk(part, states[part], weight, teacher, divergence, chunking.token_rows,
-                                      gradients))
+            measured.append(_of_chunk(part, states[part], weight, teacher, divergence, chunking, gradients))
         of_row = context.gather(torch.cat(measured, dim=1).t().contiguous())
         gradients.keep(ctx)
         ctx.mark_non_differentiable(of_row)
@@ -149,20 +151,29 @@ class DivergenceSums(torch.autograd.Function):
 
 
 def _of_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: Teacher,
-              divergence: Divergence, token_rows: int, gradients: Gradients) -> torch.Tensor:
+              divergence: Divergence, chunking: Chunking, gradients: Gradients) -> torch.Tensor:
     """[C, H], [V / tp, H] -> [3, C]; nothing of a chunk's logits is left when the next one's are made."""
-    student = log_softmax(states, weight, token_rows, divergence.temperature)
-    values, derivative = teacher.compare(part, student, divergence, token_rows)
+    logits = project(states, weight, chunking.token_rows, divergence.temperature, chunking.softcap)
+    steep = (slope(logits, chunking.softcap, divergence.temperature, chunking.token_rows)
+             if gradients.are_needed else None)
+    values, derivative = teacher.compare(part, _normalised(logits, chunking.token_rows), divergence,
+                                         chunking.token_rows)
     if gradients.are_needed:
+        if steep is not None:
+            derivative *= steep
         temperature = values.new_full((values.shape[1],), divergence.temperature)
         gradients.add(part, states, weight, derivative, temperature)
     return values
 
 
-def log_softmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int, temperature: float
-                ) -> torch.Tensor:
+def log_softmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int, temperature: float,
+                softcap: float | None = None) -> torch.Tensor:
     """Return log-probabilities [C, V / tp] of the whole vocabulary's softmax, from states [C, H]."""
-    logits = project(states, weight, token_rows, temperature)
+    return _normalised(project(states, weight, token_rows, temperature, softcap), token_rows)
+
+
+def _normalised(logits: torch.Tensor, token_rows: int) -> torch.Tensor:
+    """Return the log-softmax over the whole vocabulary of logits [C, V / tp], which are spent."""
     logits[:, token_rows:] = EXCLUDED
     local = logits.log_softmax(-1)
     group = parallel_state.get_tensor_model_parallel_group()
@@ -176,14 +187,14 @@ def log_softmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int, tem
     return local
 
 
-def most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token_rows: int, temperature: float
-                  ) -> tuple[torch.Tensor, torch.Tensor]:
+def most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token_rows: int, temperature: float,
+                  softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the K most probable tokens [C, K] int64 of the whole vocabulary, the first of them first, and
     their log-probabilities, from states [C, H].
 
     K must be less than the vocabulary: rows that pad it then never come in.
     """
-    logprobs, token = log_softmax(states, weight, token_rows, temperature).topk(min(k, len(weight)))
+    logprobs, token = log_softmax(states, weight, token_rows, temperature, softcap).topk(min(k, len(weight)))
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return token, logprobs

@@ -136,20 +136,22 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
 def resolved(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
     here = Here(te, config.model, config.parallel)
-    own = own_attention_serves(te, config.parallel.cp, config.gpu.attention)
+    own = own_attention_serves(te, config.parallel.cp, config.gpu.attention,
+                               capped=config.model.attention_softcap is not None)
     return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
             "attention": "local" if own else config.gpu.attention}
 
 
-def own_attention_serves(te: bool, cp: int, attention: str) -> bool:
+def own_attention_serves(te: bool, cp: int, attention: str, *, capped: bool = False) -> bool:
     """Return whether this framework's own attention serves.
 
     Args:
         te: whether Transformer Engine's modules make the model.
         cp: context parallel size.
         attention: `gpu.attention`.
+        capped: whether the model caps products of queries and keys, which no other attention does.
     """
-    return not te or cp > 1 or attention == "local"
+    return not te or cp > 1 or attention == "local" or capped
 
 
 def refuse(config: RunConfig, te: bool) -> None:
@@ -183,6 +185,9 @@ def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
         p.append(f"gpu.shared_expert_overlap = on {NEEDS_TE}; leave it out")
     if gpu.attention not in ("auto", "local") and not here.te:
         p.append(f"gpu.attention = {gpu.attention} {NEEDS_TE}; set it to auto or local")
+    elif gpu.attention not in ("auto", "local") and here.model.attention_softcap is not None:
+        p.append(f"gpu.attention = {gpu.attention}: only this framework's own attention caps products of "
+                 "queries and keys (model.attention_softcap); set it to auto or local")
     elif gpu.attention == "flash" and not any(map(importlib.util.find_spec,
                                                   ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         p.append("gpu.attention = flash: FlashAttention is not installed; install flash-attn, or set auto")

@@ -18,10 +18,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import Attention
-from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sov.mcore.model.attention import attend, attend_whole
 from megatron_sov.mcore.model.rotary import softmax_scale
+from megatron_sov.mcore.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.mcore.parallel import context
 from megatron_sov.media.placed import Media, joined
 
@@ -131,8 +131,10 @@ def read_row(spans: Sequence[Span], row_tokens: int, device: torch.device) -> Re
 class CachedAttention(torch.nn.Module):
     """Core attention of one layer with what it keeps; takes the place of any other while `keep` holds."""
 
-    def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int) -> None:
+    def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int,
+                 kernel: Kernel = FUSED) -> None:
         super().__init__()
+        self.kernel = kernel
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
         whole = size.max_tokens + size.step_tokens
         self.capacity = min(whole, window_tokens - 1 + size.step_tokens) if window_tokens else whole
@@ -193,7 +195,7 @@ class CachedAttention(torch.nn.Module):
         heads = query.shape[2] // keys.shape[1]
         grouped = query.unflatten(2, (keys.shape[1], heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible[:, None, None].expand(-1, -1, heads, -1, -1).flatten(2, 3)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
+        out = self.kernel(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
         return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _first(self, group: Group, query: torch.Tensor, key: torch.Tensor,
@@ -202,7 +204,7 @@ class CachedAttention(torch.nn.Module):
         assert self.stored is not None
         for kept, new in zip(self.stored, (key, value), strict=True):
             kept[group.slot:group.slot + len(group.past), :, :group.length] = new.transpose(1, 2)
-        return attend_whole(query, key, value, self.softmax_scale)
+        return attend_whole(query, key, value, self.softmax_scale, self.kernel)
 
     def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
                value: torch.Tensor) -> torch.Tensor:
@@ -213,7 +215,7 @@ class CachedAttention(torch.nn.Module):
                               device=query.device)
         keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
                         for k, new in zip(kept, (key, value), strict=True))
-        out = attend(query, keys, values, self.softmax_scale, self.window_tokens)
+        out = attend(query, keys, values, self.softmax_scale, self.window_tokens, self.kernel)
         stays = min(len(key), self.capacity)
         places = torch.arange(past + len(key) - stays, past + len(key), device=query.device) % self.capacity
         for k, new in zip(kept, (key, value), strict=True):
@@ -240,7 +242,8 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
         for module in found:
             kind = kinds[module.layer_number - 1]
             module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
-                                                    architecture.window_tokens(kind))
+                                                    architecture.window_tokens(kind),
+                                                    kernel_of(architecture.attention_softcap))
         yield [m.core_attention for m in found]
     finally:
         config.apply_rope_fusion = fused

@@ -47,6 +47,8 @@ class Head:
     """C."""
     vocab_size: int
     """Token ids, without padding."""
+    logits_softcap: float | None = None
+    """Cap on the logits; None: none."""
 
     def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
                       weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -120,13 +122,13 @@ class Head:
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
         """Return the most probable token [n] int64 after each of some positions' hidden states [n, H]
         (already gathered)."""
-        return torch.cat([_chunk_argmax(project(s, self.weight, self._chunking.token_rows))[0]
+        return torch.cat([_chunk_argmax(self._project(s, self._chunking.token_rows))[0]
                           for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()
     def best_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return these tokens, and the log-probability [n] float32 (float64 under fp64) of each."""
-        found = [_chunk_best(project(s, self.weight, self._chunking.token_rows))
+        found = [_chunk_best(self._project(s, self._chunking.token_rows))
                  for s in states.split(self.chunk_tokens)]
         return torch.cat([token for token, _ in found]), torch.cat([logprob for _, logprob in found])
 
@@ -141,7 +143,7 @@ class Head:
                       ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the K most probable tokens [T, K] int64 after each position of a row, and their
         log-probabilities [T, K] float32 (float64 under fp64), from [local tokens, 1, H], on every process."""
-        found = [most_probable(s, self.weight, k, self._chunking.token_rows, temperature)
+        found = [most_probable(s, self.weight, k, self._chunking.token_rows, temperature, self.logits_softcap)
                  for s in states_for_head(hidden, self.config).split(self.chunk_tokens)]
         token, logprobs = (context.gather(torch.cat(parts)) for parts in zip(*found, strict=True))
         return token, logprobs
@@ -150,7 +152,7 @@ class Head:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H]
         (already gathered)."""
-        local = project(states, self.weight, len(self.weight))
+        local = self._project(states, len(self.weight))
         return tensor_parallel.gather_from_tensor_model_parallel_region(local)[:, :self.vocab_size]
 
     @property
@@ -162,12 +164,16 @@ class Head:
 
     @property
     def _chunking(self) -> Chunking:
-        return Chunking(self.chunk_tokens, valid_rows(self.weight, self.vocab_size))
+        return Chunking(self.chunk_tokens, valid_rows(self.weight, self.vocab_size), self.logits_softcap)
+
+    def _project(self, states: torch.Tensor, rows: int) -> torch.Tensor:
+        return project(states, self.weight, rows, softcap=self.logits_softcap)
 
 
 def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
     """Return the head of a model's last pipeline stage."""
-    return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size)
+    return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size,
+                model.architecture.logits_softcap)
 
 
 def _chunk_best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,13 +20,16 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
 
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2) and, where the model has it, YaRN's "NTK-by-parts" (Peng et
     al., arXiv 2309.00071, eq. 17-22), its ramp's ends rounded outwards to whole channels as
-    transformers does, or Llama 3.1's scaling (`apply_scaling` of Meta's llama-models).
+    transformers does, Llama 3.1's scaling (`apply_scaling` of Meta's llama-models), or positions divided by
+    a factor (arXiv 2306.15595).
     """
     dim = model.rotated_channels()
     base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if model.llama3_rope is not None:
         return _llama3(plain, model.llama3_rope)
+    if model.linear_rope_factor is not None:
+        return plain / model.linear_rope_factor
     if model.yarn is None:
         return plain
     yarn = model.yarn
@@ -52,7 +55,7 @@ def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
 def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     """Have the library's rotary embedding turn by `frequencies`: in float64 for models in float64, whose
     angles it would round, and in its own float32 for scalings that it does not have with these numbers."""
-    if dtype != torch.float64 and model.llama3_rope is None:
+    if dtype != torch.float64 and model.llama3_rope is None and model.linear_rope_factor is None:
         return
     with CPU:  # a model may be built on meta tensors, and these are numbers
         exact = frequencies(model).to(torch.promote_types(dtype, torch.float32))
@@ -71,7 +74,8 @@ def local_turns(model: ModelConfig) -> list[float] | None:
     if model.local_rope_theta is None:
         return None
     with CPU:  # a model may be built on meta tensors, and these are numbers
-        local = frequencies(replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None))
+        local = frequencies(replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None,
+                                    linear_rope_factor=None))
         turns: list[float] = (local / frequencies(model)).tolist()
     return turns * 2  # a channel and its pair in the other half
 

@@ -65,7 +65,7 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 def own_attention(config: Any) -> bool:
     """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
     return own_attention_serves(uses_transformer_engine(config.params_dtype), config.context_parallel_size,
-                                config.attention_backend.name)
+                                config.attention_backend.name, capped=config.attention_capped)
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
@@ -123,6 +123,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     _yarn(config, model)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
+    config.attention_capped = model.attention_softcap is not None
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
@@ -220,7 +221,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     attention = spec.submodules.self_attention.submodules
     if own_attention(config):
         attention.core_attention = ModuleSpec(module=DocumentAttention,
-                                              params={"window_tokens": model.window_tokens(kind)})
+                                              params={"window_tokens": model.window_tokens(kind),
+                                                      "softcap": model.attention_softcap})
     if config.softmax_scale not in (None, softmax_scale(model, kind)):
         attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
     _place_norms(config, spec, kind, model)

@@ -70,7 +70,7 @@ class KeptTeacher:
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._keep_remainder)
         if self._head is None:
             self._head = self._read_head(head)
-        return TeacherStates(rows, self._head)
+        return TeacherStates(rows, self._head, self._files.logits_softcap)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
         """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,

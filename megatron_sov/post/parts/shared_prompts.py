@@ -32,7 +32,9 @@ def can_share(config: RunConfig) -> bool:
     return (config.policy.share_prompts and layout.tp == layout.pp == layout.cp == 1
             and (layout.ep * layout.etp == 1 or layout.expert_dispatcher == "alltoall")
             and not config.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
-            and not config.policy.router_replay and own_attention_serves(te, layout.cp, config.gpu.attention))
+            and not config.policy.router_replay
+            and own_attention_serves(te, layout.cp, config.gpu.attention,
+                                     capped=config.model.attention_softcap is not None))
 
 
 def sharing_prompts(batch: MicroBatch) -> MicroBatch:

@@ -60,7 +60,7 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
 
 
 def library_config(dtype: Any) -> Any:
-    return SimpleNamespace(params_dtype=dtype, context_parallel_size=1,
+    return SimpleNamespace(params_dtype=dtype, context_parallel_size=1, attention_capped=False,
                            attention_backend=SimpleNamespace(name="auto"))
 
 
