@@ -66,8 +66,8 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     source = HfWeights(hf_dir)
     check_dtypes(source)
     if source.left_out:
-        warn(f"{hf_dir}: the {len(source.left_out)} tensors of its prediction layer ({source.left_out[0]}, "
-             "...) are left out: the checkpoint is the model without it")
+        warn(f"{hf_dir}: the {len(source.left_out)} tensors of {source.left_out_part} "
+             f"({source.left_out[0]}, ...) are left out: the checkpoint is the model without it")
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), {}), dtype,
                    workers=workers, overwrite=overwrite)
 

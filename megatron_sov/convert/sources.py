@@ -18,6 +18,7 @@ from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.models.text_inside import TEXT_INSIDE, text_config
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,
@@ -84,22 +85,33 @@ def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict
 
 
 class HfWeights:
-    """The tensors of a Hugging Face folder."""
+    """The tensors of a Hugging Face folder; of one of a model that sees, those of its text model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_json(path / CONFIG)
+        config = read_json(path / CONFIG)
         self._shards = open_shards(path)
-        shapes = {name: shard.entries[name].shape for name, shard in self._shards.items()}
-        family = models.get(str(self.config.get("model_type")))
+        self._stored = {name: name for name in self._shards}
+        """Name of each tensor -> that in its file."""
+        self.left_out: list[str] = []
+        """Tensors that are not read."""
+        self.left_out_part = "its prediction layer"
+        """What these are."""
+        inside = TEXT_INSIDE.get(str(config.get("model_type")))
         try:
+            self.config = text_config(config)
+            if inside is not None:
+                self._stored, self.left_out = inside.names(self._shards)
+                self.left_out_part = "what sees pictures"
+            shapes = {name: self._shards[stored].entries[stored].shape
+                      for name, stored in self._stored.items()}
+            family = models.get(str(self.config.get("model_type")))
             self.model = family.from_hf_config(self.config, shapes)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
-        self.left_out = family.left_out(self.model, shapes)
-        """Tensors of prediction layers that the family does not read."""
+        self.left_out += family.left_out(self.model, shapes)
         shapes = {name: shape for name, shape in shapes.items() if name not in set(self.left_out)}
         check_exact(path, shapes, self._shapes, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
@@ -109,7 +121,8 @@ class HfWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which the tensor stands in its file."""
-        return self._shards[name].dtype(name)
+        stored = self._stored[name]
+        return self._shards[stored].dtype(stored)
 
     def held_in(self, file: str) -> list[str]:
         """Return the tensors that a file holds."""
@@ -117,11 +130,12 @@ class HfWeights:
 
     def files_of(self, name: str) -> set[str]:
         """Return the file that holds the tensor."""
-        return {self._shards[name].path.name}
+        return {self._shards[self._stored[name]].path.name}
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
-        return self._shards[name].read(name)
+        stored = self._stored[name]
+        return self._shards[stored].read(stored)
 
 
 class CheckpointWeights:

@@ -18,6 +18,7 @@ from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_se
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel import launcher
 from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.models.text_inside import text_config
 from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
 
@@ -85,8 +86,9 @@ class Target:
 
     def _hf_field(self, name: str) -> int:
         try:
-            return int(json.loads((self.path / "config.json").read_text(encoding="utf-8"))[name])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            return int(text_config(config)[name])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); "
                             "restore it from its source") from None
 

@@ -10,6 +10,7 @@ from megatron_sov.errors import UserError, nearest
 from megatron_sov.models import (
     exaone4,
     exaone_moe,
+    gemma2,
     gemma3,
     glm4_moe,
     hyperclovax,
@@ -26,7 +27,7 @@ from megatron_sov.plugins.registry import Registry
 FAMILIES = {family.name: family for family in (
     solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE,
     llama.FAMILY, mixtral.FAMILY, exaone4.FAMILY, hyperclovax.FAMILY, glm4_moe.FAMILY,
-    gemma3.FAMILY)}
+    gemma2.FAMILY, gemma3.FAMILY)}
 
 
 def get(name: str, recorded: Sequence[Code] = ()) -> Family:

@@ -175,12 +175,14 @@ class Rope:
             scaling = dataclasses.asdict(model.llama3_rope)
             scaling["original_max_position_embeddings"] = scaling.pop("original_max_position_tokens")
             rope |= {"rope_type": "llama3", **scaling}
+        if model.linear_rope_factor is not None:
+            rope |= {"rope_type": "linear", "factor": model.linear_rope_factor}
         if self.default_share is not None:
             rope["partial_rotary_factor"] = model.rope_share
         return {"rope_parameters": rope}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return theta and YaRN; `UserError` for other kinds of scaling and for parameters without effect."""
+        """Return theta and scaling; `UserError` for other kinds of scaling and parameters without effect."""
         spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
         if len(spellings) == 2 and spellings[0] != spellings[1]:
             raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
@@ -189,9 +191,12 @@ class Rope:
         theta = float(rope.pop("rope_theta", config.get("rope_theta", self.default_theta)))
         old_kind = rope.pop("type", "default")
         kind = rope.pop("rope_type", old_kind)
-        if kind not in ("default", "yarn", "llama3"):
-            raise UserError(f"config.json: rope_type = {kind!r}, but only 'default', 'yarn' and 'llama3' are "
-                            "supported")
+        if kind not in ("default", "yarn", "llama3", "linear"):
+            raise UserError(f"config.json: rope_type = {kind!r}, but only 'default', 'yarn', 'llama3' and "
+                            "'linear' are supported")
+        if kind == "linear" and rope.get("factor") is None:
+            raise UserError("config.json: rope_type 'linear' lacks 'factor'; add it to rope_parameters")
+        linear = float(rope.pop("factor")) if kind == "linear" else None
         yarn = self._read_yarn(rope, config) if kind == "yarn" else None
         llama3 = self._read_llama3(rope) if kind == "llama3" else None
         said = [found["partial_rotary_factor"] for found in (rope, config)
@@ -207,7 +212,8 @@ class Rope:
         if rope:
             raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for "
                             f"rope_type {kind!r}; remove them if they have no effect")
-        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3, "rope_share": float(share)}
+        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3, "linear_rope_factor": linear,
+                "rope_share": float(share)}
 
     @staticmethod
     def _read_llama3(rope: dict[str, Any]) -> Llama3RopeConfig:

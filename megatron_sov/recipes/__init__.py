@@ -75,6 +75,10 @@ RECIPES: dict[str, Recipe] = {
         "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py")),
     "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
+    "gemma3-27b": Recipe(gemma.gemma3_27b, qwen.dense_sources(
+        "google/gemma-3-27b-it, compared with NeMo's Gemma3Config27B")),
+    "gemma2-9b": Recipe(gemma.gemma2_9b, qwen.dense_sources(
+        "google/gemma-2-9b, compared with NeMo's Gemma2Config9B")),
     "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(
         f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
     "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources(
@@ -112,6 +116,8 @@ TINY = {
     "tiny-mixtral": "mixtral-8x7b",
     "tiny-glm4-moe": "glm-4.5-air",
     "tiny-gemma3": "gemma-3-1b",
+    "tiny-gemma3-27b": "gemma3-27b",
+    "tiny-gemma2": "gemma2-9b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",

@@ -32,12 +32,14 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     rope = model.llama3_rope and replace(model.llama3_rope, original_max_position_tokens=SEQ_LEN)
     by_width = model.embedding_multiplier == model.hidden_size ** 0.5
     scale = model.attention_multiplier and model.attention_multiplier * model.head_dim / HEAD_DIM
+    if scale and by_width:  # Gemma's, which goes with 1 / the root of it
+        scale = (round(model.attention_multiplier ** -2) * HEAD_DIM / model.head_dim) ** -0.5
     small = replace(
         model,
         vocab_size=2048, hidden_size=WIDTH, num_layers=max(4, len(model.attention_pattern)), num_heads=4,
         num_kv_heads=2, head_dim=HEAD_DIM,
         embedding_multiplier=WIDTH ** 0.5 if by_width else model.embedding_multiplier,
-        attention_multiplier=scale,  # it goes with 1 / head_dim
+        attention_multiplier=scale,  # muP's goes with 1 / head_dim
         dense_ffn_dim=384 if model.dense_ffn_dim else 0,
         sliding_window_tokens=32 if model.sliding_window_tokens else 0,
         yarn=None, llama3_rope=rope, max_position_tokens=4096, init_std=0.04,

@@ -50,8 +50,19 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
      "unknown fields for family 'exaone4': 'residual_multiplier'"),
     ("tiny-gemma3", drop("model.layers.0.pre_feedforward_layernorm.weight"),
      r"1 missing \(model\.layers\.0\.pre_feedforward_layernorm\.weight\)"),
-    ("tiny-gemma3", say(final_logit_softcapping=30.0), r"final_logit_softcapping = 30\.0, but only None is"),
-    ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "linear"}), "only plain rotations are"),
+    ("tiny-gemma3", say(attn_logit_softcapping=50.0), r"attn_logit_softcapping = 50\.0, but only None is"),
+    ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "linear"}),
+     "rope_scaling = .*, and rope_parameters of full_attention = "),
+    ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "dynamic"}),
+     "rope_scaling = .*, but only rope_type 'default', and 'linear' with its factor, are supported"),
+    ("tiny-gemma3", say(rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 8.0}}),
+     "only global layers may be scaled"),
+    ("tiny-gemma2", say(final_logit_softcapping=0), "final_logit_softcapping = 0 must be a number greater"),
+    ("tiny-gemma2", say(sliding_window_size=7), "sliding_window = 32 and sliding_window_size = 7 disagree"),
+    ("tiny-gemma2", say(hidden_act="silu"), "hidden_act = 'silu', but only 'gelu_pytorch_tanh' is"),
+    ("tiny-gemma2", drop("model.layers.1.post_attention_layernorm.weight"),
+     r"1 missing \(model\.layers\.1\.post_attention_layernorm\.weight\)"),
+    ("tiny-llama", say(rope_parameters={"rope_type": "linear"}), "rope_type 'linear' lacks 'factor'"),
     ("tiny-gemma3", say(rope_local_base_freq=5e3), "sliding_attention rotates by 10000.0 in rope_parameters"),
     ("tiny-glm4-moe", say(partial_rotary_factor=0.25),
      r"partial_rotary_factor = 0\.25, and 0\.5 in rope_parameters"),
@@ -67,7 +78,7 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
 def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, Any], dict[str, Any]], Any],
                                      expected: str, tmp_path: Path) -> None:
     model = apply_settings(recipes.get(recipe), SIZES).model
-    if model.family == "gemma3_text":
+    if model.family.startswith("gemma"):
         model = replace(model, embedding_multiplier=math.sqrt(model.hidden_size))
     family = models.get(model.family)
     config = family.to_hf_config(model, "float32", TokenIds())
@@ -110,7 +121,8 @@ def test_a_prediction_layer_that_is_not_read_is_told_of_and_left_out(
 def test_other_families_refuse_what_only_some_have() -> None:
     run = recipes.get("tiny-llama")
     for setting in ("block_norms=both", "embedding_multiplier=2", "attention_multiplier=0.5",
-                    "residual_multiplier=0.5", "logits_multiplier=2"):
+                    "residual_multiplier=0.5", "logits_multiplier=2", "attention_softcap=50",
+                    "logits_softcap=30"):
         name = setting.partition("=")[0]
         model = apply_settings(run, [f"model.{setting}"]).model
         with pytest.raises(UserError, match=rf"model\.{name} = .*: family 'llama' only knows"):

@@ -38,6 +38,7 @@ FAMILIES = {
     "tiny-glm4-moe": ("model.num_experts=4", "model.dense_ffn_dim=48"),
     "tiny-gemma3": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8",
                     "model.attention_pattern=LG"),
+    "tiny-gemma2": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
     "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
 

@@ -50,12 +50,19 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers],
                 "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1),
                 "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
-    if family == "gemma3_text":
+    if family == "gemma2":
         return {**config, "hidden_size": 12 * kv_heads * 2, "num_attention_heads": 2 * kv_heads,
+                "sliding_window": 9 + seed, "attn_logit_softcapping": (0.7, None, 2.0)[seed],
+                "final_logit_softcapping": (4.0, 3.0, None)[seed],
+                "query_pre_attn_scalar": (config["head_dim"], 5, 30)[seed]}
+    if family == "gemma3_text":
+        scaled = {"rope_type": "linear", "factor": 8.0} if seed == 0 else {"rope_type": "default"}
+        return {**config, "hidden_size": 12 * kv_heads * 2, "num_attention_heads": 2 * kv_heads,
+                "final_logit_softcapping": 5.0 if seed == 2 else None,
                 "sliding_window": 9 + seed, "layer_types": (
                     ["sliding_attention", "full_attention"] * layers)[:layers],
                 "query_pre_attn_scalar": (config["head_dim"], 5, 30)[seed], "rope_parameters": {
-                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "full_attention": {**scaled, "rope_theta": 1e6},
                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}
     if family == "glm4_moe":
         return {**config, **experts, "head_dim": draw.choice((8, 12)), "n_routed_experts": (8, 4, 12)[seed],
@@ -82,7 +89,8 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
         return {**config, "num_experts_per_tok": experts["num_experts_per_tok"],
                 "num_local_experts": (8, 4, 16)[seed], "sliding_window": 11 if seed == 2 else None}
     if family == "llama":
-        return {**config, **({"rope_parameters": llama3} if seed == 0 else {})}
+        linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+        return {**config, **({"rope_parameters": (llama3, {}, linear)[seed]} if seed != 1 else {})}
     return {**config, **slides, "max_window_layers": 1, **({"rope_parameters": yarn} if seed == 0 else {})}
 
 
@@ -98,7 +106,7 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight")):
             # Gemma adds the 1 itself
-            is_factor = name.endswith("weight") and config["model_type"] != "gemma3_text"
+            is_factor = name.endswith("weight") and not config["model_type"].startswith("gemma")
             tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if is_factor else 0.0)
     if seed == 1:  # in bfloat16, but for what transformers keeps in float32
         for parameter in model.parameters():

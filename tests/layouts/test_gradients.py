@@ -33,6 +33,8 @@ CASES = {
         "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
     "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
     "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
+    "gemma2 lm": ("tiny-gemma2", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
+                                        "model.attention_softcap=1.5", "model.logits_softcap=2.5"]),
     "glm4_moe lm": ("tiny-glm4-moe", "lm", ["model.qk_norm=true"]),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",
@@ -102,6 +104,8 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     for s in _segments(result):
         hidden = model.model(input_ids=s["tokens"][None], use_cache=False).last_hidden_state[0]
         logits = model.lm_head(hidden) * getattr(model.config, "logits_scaling", 1.0)
+        if cap := getattr(model.config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
         losses = cross_entropy(logits, s["labels"], reduction="none")
         # the label of a place is the token that follows it; the last place has nothing further to predict
         if prediction:
