@@ -12,9 +12,8 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
             "model.dense_ffn_dim=24", "train.precision=fp64"]
 RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
            "tiny-gemma3": ["model.sliding_window_tokens=8", "model.attention_pattern=LG",
+                           "model.linear_rope_factor=4",
                            "model.embedding_multiplier=5.656854249492381"],
-           "tiny-gemma3-27b": ["model.sliding_window_tokens=8", "model.attention_pattern=LG",
-                               "model.embedding_multiplier=5.656854249492381"],
            "tiny-gemma2": ["model.sliding_window_tokens=8", "model.attention_softcap=1.5",
                            "model.logits_softcap=3", "model.embedding_multiplier=5.656854249492381"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
