@@ -44,14 +44,15 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "moe_router_num_groups": (None, 1), "moe_shared_expert_gate": (False,), "moe_latent_size": (None,),
     "experimental_attention_variant": (None,), "linear_attention_freq": (None,), "is_hybrid_model": (False,),
     "hybrid_override_pattern": (None,), "heterogeneous_block_specs": (False,),
-    "seq_len_interpolation_factor": (None, 1.0), "rotary_scaling_factor": (None, 1.0),
+    "rotary_scaling_factor": (None, 1.0),
     "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,),
 }
 """Theirs -> the values with which the model is one that we have."""
 DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
            "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor",
            "moe_router_pre_softmax", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size",
-           "window_attn_skip_freq", "no_rope_freq", "rope_scaling", "rope_scaling_factor", "mtp_num_layers",
+           "window_attn_skip_freq", "no_rope_freq", "rope_scaling", "rope_scaling_factor",
+           "seq_len_interpolation_factor", "mtp_num_layers",
            "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
            "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
            "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
@@ -256,6 +257,8 @@ def _positions(stated: Stated) -> dict[str, Any]:
     if stated.get("rope_scaling"):
         # its other numbers are constants of megatron-core's RotaryEmbedding
         found["llama3_rope"] = {"factor": stated.get("rope_scaling_factor") or 8.0}
+    if stated.get("seq_len_interpolation_factor") not in (None, 1.0):
+        found["linear_rope_factor"] = float(stated["seq_len_interpolation_factor"])
     return found
 
 

@@ -120,6 +120,11 @@ def test_an_architecture_that_is_none_of_ours_is_refused(stated: dict[str, Any],
     assert sentence in str(refused.value)
 
 
+def test_positions_divided_by_a_factor_are_read() -> None:
+    assert architecture(LLAMA | {"seq_len_interpolation_factor": 4}).linear_rope_factor == 4.0
+    assert architecture(LLAMA | {"seq_len_interpolation_factor": None}).linear_rope_factor is None
+
+
 def test_windows_and_layers_without_rotation_are_a_pattern() -> None:
     model = architecture(LLAMA | {
         "num_layers": 8, "num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_layer_freq": "[0]*1+[1]*7",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) 
 
 def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     """Return [bytes that a divergence of two chunks and its gradients take at most, those of a
-    cross-entropy]."""
+    cross-entropy, and those of one whose logits are capped]."""
 
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -95,7 +96,8 @@ def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     head, ones = Head(weight, head_config(), CHUNK, WORDS), torch.ones(tokens)
     labels = torch.zeros(tokens, dtype=torch.int64)
     found = [peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
-             peak(lambda: head.cross_entropy(states, labels, {"sum": ones}))]
+             peak(lambda: head.cross_entropy(states, labels, {"sum": ones})),
+             peak(lambda: replace(head, logits_softcap=3.0).cross_entropy(states, labels, {"sum": ones}))]
     world.leave()
     return found
 
@@ -110,10 +112,12 @@ def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
     asked = [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 2)]
     found = ranks(*(job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": beta, "top_k": top_k})
                     for beta, top_k in asked))
-    for (beta, top_k), ((peak, plain),) in zip(asked, found, strict=True):
+    slope = head_bytes("model.logits_softcap=3") - head_bytes()
+    for (beta, top_k), ((peak, plain, capped),) in zip(asked, found, strict=True):
         said = head_bytes("objective.name=distill", f"distillation.beta={beta}",
                           f"distillation.top_k={top_k}") - head_bytes()
         assert peak - plain == pytest.approx(said, rel=0.05), f"beta {beta}, top-k {top_k}"
+        assert capped - plain == pytest.approx(slope, rel=0.05)
 
 
 @pytest.mark.parametrize(("change", "item", "factor"), [

@@ -156,8 +156,9 @@ def _of_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: 
     logits = project(states, weight, chunking.token_rows, divergence.temperature, chunking.softcap)
     steep = (slope(logits, chunking.softcap, divergence.temperature, chunking.token_rows)
              if gradients.are_needed else None)
-    values, derivative = teacher.compare(part, _normalised(logits, chunking.token_rows), divergence,
-                                         chunking.token_rows)
+    student = _normalised(logits, chunking.token_rows)
+    del logits  # while both are compared there is no room for a chunk that nobody needs
+    values, derivative = teacher.compare(part, student, divergence, chunking.token_rows)
     if gradients.are_needed:
         if steep is not None:
             derivative *= steep

@@ -21,8 +21,8 @@ and values [b, kv_heads, L, head_dim], attn_mask (bool: [m, L] or [b, 1, m, L]) 
 enable_gqa."""
 FUSED: Kernel = scaled_dot_product_attention
 """Torch's own."""
-MAX_PRODUCTS = 1 << 26
-"""Products of queries and keys that are held at a time, in float32 a quarter of a gigabyte."""
+MAX_PRODUCTS = 1 << 25
+"""Products of queries and keys that are computed at a time, in float32 an eighth of a gigabyte."""
 
 
 def kernel_of(cap: float | None) -> Kernel:
@@ -46,17 +46,22 @@ def soft_capped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, 
         stop = min(start + rows, queries)
         keys = slice(0, stop if is_causal else key.shape[2])
         seen = None if attn_mask is None else attn_mask[..., start:stop, :]
-        if is_causal:
-            seen = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
-        part = grouped[..., start:stop, :], key[:, :, keys], value[:, :, keys], seen, cap, scale
+        part = (grouped[..., start:stop, :], key[:, :, keys], value[:, :, keys],
+                start if is_causal else seen, cap, scale)
         blocks.append(checkpoint(_block, *part, use_reentrant=False, preserve_rng_state=False)
                       if torch.is_grad_enabled() else _block(*part))
     return torch.cat(blocks, dim=3).flatten(1, 2)
 
 
-def _block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None, cap: float,
-           scale: float) -> torch.Tensor:
-    """[b, kv_heads, heads / kv_heads, m, head_dim], [b, kv_heads, L, head_dim] twice -> as the queries."""
+def _block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | int | None,
+           cap: float, scale: float) -> torch.Tensor:
+    """[b, kv_heads, heads / kv_heads, m, head_dim], [b, kv_heads, L, head_dim] twice -> as the queries.
+
+    `seen` is a mask, the place of the first query among keys of which none behind a query is seen (a mask
+    that is made here is not kept for the backward pass), or None: every key.
+    """
+    if isinstance(seen, int):
+        seen = torch.ones(query.shape[3], key.shape[2], dtype=torch.bool, device=query.device).tril(seen)
     groups = query.shape[2:4]
     # queries of heads that share keys become further queries: keys are not copied
     products = (query.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, groups)
