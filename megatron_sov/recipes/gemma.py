@@ -27,7 +27,7 @@ def gemma3_27b() -> RunConfig:
         sliding_window_tokens=1024, rope_theta=1e6, local_rope_theta=1e4, linear_rope_factor=8.0,
         qk_norm=True, zero_centered_norms=True, activation="gelu_tanh", block_norms="both",
         embedding_multiplier=5376 ** 0.5, attention_multiplier=168 ** -0.5, tied_embeddings=True,
-        norm_eps=1e-6, max_position_tokens=131072), ParallelConfig(tp=4, sp=True))
+        norm_eps=1e-6, max_position_tokens=131072), ParallelConfig(tp=4, sp=True, zero1=True))
 
 
 def gemma2_9b() -> RunConfig:
@@ -37,4 +37,4 @@ def gemma2_9b() -> RunConfig:
         head_dim=256, dense_ffn_dim=14336, num_experts=0, attention_pattern="LG", sliding_window_tokens=4096,
         rope_theta=1e4, zero_centered_norms=True, activation="gelu_tanh", block_norms="both",
         embedding_multiplier=3584 ** 0.5, attention_softcap=50.0, logits_softcap=30.0, tied_embeddings=True,
-        norm_eps=1e-6, max_position_tokens=8192), ParallelConfig())
+        norm_eps=1e-6, max_position_tokens=8192), ParallelConfig(tp=2, sp=True, zero1=True))
