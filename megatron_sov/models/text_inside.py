@@ -47,7 +47,7 @@ class TextInside:
                             f"{config['model_type']!r} is {self.hf_class}; make them agree")
         tied = [part["tie_word_embeddings"] for part in (config, said)
                 if part.get("tie_word_embeddings") is not None]
-        if len(set(tied)) > 1:
+        if len(tied) > 1 and tied[0] != tied[1]:
             raise UserError(f"config.json: tie_word_embeddings = {tied[0]}, and {tied[1]} in text_config; "
                             "make them agree")
         outer = {name: config[name] for name in OUTER if config.get(name) is not None}

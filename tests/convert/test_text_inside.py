@@ -92,6 +92,7 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
      r"architectures = \['Gemma3ForSequenceClassification'\], but model_type 'gemma3' is Gemma3ForCond"),
     (part("model_type", "llama"), "text_config.model_type = 'llama', but only 'gemma3_text' is read"),
     (part("tie_word_embeddings", False), "tie_word_embeddings = True, and False in text_config"),
+    (part("tie_word_embeddings", [True]), r"tie_word_embeddings = True, and \[True\] in text_config"),
     (part("attn_logit_softcapping", 50.0), r"attn_logit_softcapping = 50\.0, but only None is supported"),
     (part("intermediate_size", 25), r"its tensors are not those of the model: .* of another shape"),
     (part("hidden_sice", 3), "unknown fields for family 'gemma3_text': 'hidden_sice'"),

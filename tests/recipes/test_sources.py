@@ -11,6 +11,7 @@ import pytest
 from megatron_sov import models
 from megatron_sov.config import OptimConfig, PhaseConfig, YarnConfig, apply_settings
 from megatron_sov.models.family import PLAIN
+from megatron_sov.models.text_inside import text_config
 from megatron_sov.recipes import RECIPES, TINY, get, names, sources
 from megatron_sov.recipes.sources import (
     DEFAULT,
@@ -71,7 +72,8 @@ def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
     said = [s for s in settings(config, sources(name)) if s.source.kind == "config.json"]
     (released,) = {s.source.where.partition(",")[0] for s in said}
     told = {field for item in family.config for field in getattr(item, "null_tells", ())}
-    raw = {field: value for field, value in CONFIGS[released].items() if value is not None or field in told}
+    raw = {field: value for field, value in text_config(CONFIGS[released]).items()
+           if value is not None or field in told}
     decided = {"family", *PLAIN, *family.structure,
                *(field for item in family.config for field in item.read(raw))}
     read = {s.key: s.value for s in settings(replace(config, model=family.from_hf_config(raw)), {})}
