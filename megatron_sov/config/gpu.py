@@ -28,8 +28,8 @@ class GpuConfig:
     __pydantic_config__ = STRICT
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
-    (unfused) one, or this framework's own (local), which serves anyway under context parallelism and
-    without Transformer Engine."""
+    (unfused) one, or this framework's own (local), which serves anyway under context parallelism,
+    without Transformer Engine, and where products are capped (`model.attention_softcap`)."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Literal["on", "off"] = "off"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.errors import UserError
+from megatron_sov.generate.target import Target
 
 NAMES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
          "as in memory": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")}
@@ -64,6 +65,7 @@ def test_the_text_model_computes_what_it_computes_inside(seeing: Path, names: st
     source = respelled(seeing, names, tmp_path / "hf")
     convert.from_hf(source, tmp_path / "ckpt")
     told = capsys.readouterr().err
+    assert (Target(source, True).vocab_size, Target(source, True).max_tokens) == (96, 131072)
     assert "tensors of what sees pictures (" in told and told.count("are left out") == 1
     convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
     written = json.loads((tmp_path / "back/config.json").read_text())

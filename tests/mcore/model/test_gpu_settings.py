@@ -133,6 +133,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     assert gpu_settings.resolved(config_with([]), te=True) == fused | {"attention": "auto"}
     assert gpu_settings.resolved(config_with(["parallel.cp=2"]), te=True) == fused | {
         "rope_fusion": False, "attention": "local"}
+    assert gpu_settings.resolved(config_with(["model.attention_softcap=50"]), te=True) == fused | {
+        "attention": "local"}
     assert set(gpu_settings.resolved(config_with([]), te=False).values()) == {False, "local"}
 
 
@@ -151,6 +153,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     (["gpu.nccl_user_buffers=on"], False, {}, "gpu.nccl_user_buffers = on needs GPUs"),
     (["parallel.expert_dispatcher=deepep"], False, {}, "parallel.expert_dispatcher = deepep needs GPUs"),
     (["gpu.attention=flash"], True, {}, "gpu.attention = flash: FlashAttention is not installed"),
+    (["gpu.attention=fused", "model.attention_softcap=50"], True, {},
+     "gpu.attention = fused: only this framework's own attention caps products of queries and keys"),
     ([], True, {"NVTE_FUSED_ATTN": "0"},
      "gpu.attention = auto needs the variable NVTE_FUSED_ATTN = 1 or none"),
     (["gpu.attention=fused"], True, {"NVTE_FLASH_ATTN": "1"},
