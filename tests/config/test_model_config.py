@@ -22,6 +22,8 @@ Small = Callable[..., RunConfig]
     ({"linear_rope_factor": 2.0, "yarn": YarnConfig()}, "model.linear_rope_factor = 2.0 stands beside"),
     ({"attention_softcap": 0.0}, "model.attention_softcap = 0.0 must be positive"),
     ({"logits_softcap": float("inf")}, "model.logits_softcap = inf must be positive"),
+    ({"linear_bias": True, "num_shared_experts": 0}, "model.linear_bias = True needs model.qkv_bias = True"),
+    ({"linear_bias": True, "qkv_bias": True}, "model.linear_bias = True needs model.num_shared_experts = 0"),
     ({"rope_share": 0.0}, "model.rope_share = 0.0 must be in"),
     ({"rope_share": 0.3}, "model.rope_share = 0.3 must be in"),
     ({"rope_share": 0.5, "yarn": YarnConfig()}, "model.yarn needs model.rope_share = 1, it is 0.5"),
