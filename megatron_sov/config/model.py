@@ -264,6 +264,9 @@ class ModelConfig:
         if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
             p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
                      f"it is {self.router_score!r}")
+        if self.attention_sinks and self.attention_softcap is not None:
+            p.append("model.attention_sinks = True cannot be with model.attention_softcap = "
+                     f"{self.attention_softcap}: no attention has both; set it to null")
         if self.linear_bias and not self.qkv_bias:
             p.append("model.linear_bias = True needs model.qkv_bias = True, it is False")
         if self.linear_bias and self.num_moe_layers() and self.num_shared_experts:

@@ -22,6 +22,7 @@ Small = Callable[..., RunConfig]
     ({"linear_rope_factor": 2.0, "yarn": YarnConfig()}, "model.linear_rope_factor = 2.0 stands beside"),
     ({"attention_softcap": 0.0}, "model.attention_softcap = 0.0 must be positive"),
     ({"logits_softcap": float("inf")}, "model.logits_softcap = inf must be positive"),
+    ({"attention_sinks": True, "attention_softcap": 5.0}, "model.attention_sinks = True cannot be with"),
     ({"linear_bias": True, "num_shared_experts": 0}, "model.linear_bias = True needs model.qkv_bias = True"),
     ({"linear_bias": True, "qkv_bias": True}, "model.linear_bias = True needs model.num_shared_experts = 0"),
     ({"rope_share": 0.0}, "model.rope_share = 0.0 must be in"),
