@@ -233,6 +233,18 @@ class ModelConfig:
                          "at most; set one of them to null")
         return p
 
+    def _bias_and_sink_problems(self) -> list[str]:
+        p = []
+        if self.attention_sinks and self.attention_softcap is not None:
+            p.append("model.attention_sinks = True cannot be with model.attention_softcap = "
+                     f"{self.attention_softcap}: no attention has both; set it to null")
+        if self.linear_bias and not self.qkv_bias:
+            p.append("model.linear_bias = True needs model.qkv_bias = True, it is False")
+        if self.linear_bias and self.num_moe_layers() and self.num_shared_experts:
+            p.append("model.linear_bias = True needs model.num_shared_experts = 0, it is "
+                     f"{self.num_shared_experts}: shared experts have no biases")
+        return p
+
     def problems(self) -> list[str]:
         """Return one sentence for each rule that the architecture breaks."""
         p = []
@@ -264,14 +276,7 @@ class ModelConfig:
         if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
             p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
                      f"it is {self.router_score!r}")
-        if self.attention_sinks and self.attention_softcap is not None:
-            p.append("model.attention_sinks = True cannot be with model.attention_softcap = "
-                     f"{self.attention_softcap}: no attention has both; set it to null")
-        if self.linear_bias and not self.qkv_bias:
-            p.append("model.linear_bias = True needs model.qkv_bias = True, it is False")
-        if self.linear_bias and self.num_moe_layers() and self.num_shared_experts:
-            p.append("model.linear_bias = True needs model.num_shared_experts = 0, it is "
-                     f"{self.num_shared_experts}: shared experts have no biases")
+        p += self._bias_and_sink_problems()
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",
