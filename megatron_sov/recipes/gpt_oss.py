@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, YarnConfig
 from megatron_sov.recipes.qwen import continued, moe_sources
-from megatron_sov.recipes.sources import derive, ours
+from megatron_sov.recipes.sources import DEFAULT, derive, ours
 
-BALANCING = {"model.seq_aux_loss_coeff": ours("what transformers' class assumes for router_aux_loss_coef")}
-"""config.json has 0.9, with which no published run was trained further."""
+OTHERS = {"model.dense_ffn_dim": DEFAULT, "model.seq_aux_loss_coeff": ours(
+    "what transformers' class assumes for router_aux_loss_coef")}
+"""Settings that are not from config.json, whose router_aux_loss_coef is 0.9."""
 _SMALL = ModelConfig(
     family="gpt_oss", vocab_size=201088, hidden_size=2880, num_layers=24, num_heads=64, num_kv_heads=8,
     head_dim=64, num_experts=32, num_experts_per_token=4, num_shared_experts=0, expert_ffn_dim=2880,
@@ -19,9 +20,9 @@ _SMALL = ModelConfig(
     yarn=YarnConfig(factor=32.0, original_max_position_tokens=4096, truncate=False), qkv_bias=True,
     linear_bias=True, attention_sinks=True, activation="clamped_swiglu", max_position_tokens=131072)
 SOURCES_20B = derive(moe_sources("openai/gpt-oss-20b, compared with the copy in EchoCog/gpt-oss-20b"),
-                     BALANCING)
+                     OTHERS)
 SOURCES_120B = derive(moe_sources("openai/gpt-oss-120b, compared with the defaults of transformers' "
-                                  "GptOssConfig"), BALANCING)
+                                  "GptOssConfig"), OTHERS)
 
 
 def gpt_oss_20b() -> RunConfig:
