@@ -121,6 +121,9 @@ class ParallelConfig:
             if model.expert_ffn_dim % self.etp:
                 p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = "
                          f"{model.expert_ffn_dim}")
+            if model.linear_bias and self.etp > 1:
+                p.append(f"parallel.etp = {self.etp} must be 1: megatron-core cuts no experts that have "
+                         "biases (model.linear_bias); raise parallel.ep")
             shared = model.num_shared_experts * model.expert_ffn_dim
             if shared % self.tp:
                 p.append(f"parallel.tp = {self.tp} must divide the width of the shared experts, "

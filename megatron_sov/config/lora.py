@@ -82,6 +82,10 @@ class LoraConfig:
             p.append("lora.targets names embed_tokens, with which the first pipeline stage embeds and, for "
                      f"the prediction layer, the last (parallel.pp = {parallel.pp}); set parallel.pp=1 or "
                      "leave it out")
+        if EXPERTS in self.adapted(model) and model.linear_bias:
+            p.append("lora.targets adapts experts, which is not built for experts with biases "
+                     "(model.linear_bias): Hugging Face folders hold their gate and up projections in turns; "
+                     f"name some of {', '.join((*ATTENTION, HEAD, EMBEDDING))}")
         if EXPERTS in self.adapted(model) and "expert_fc1" in gpu.offload_modules:
             # parts below the library's `min_offloaded_tensor_size` stay, and the whole's memory is freed
             p.append("lora.targets adapts experts, each of which keeps its own part of the tokens, and "

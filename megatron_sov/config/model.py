@@ -30,6 +30,8 @@ class YarnConfig:
     """Rotations within the original context above which a dimension is left alone."""
     beta_slow: float = 1.0
     """Rotations within the original context below which a dimension is fully interpolated."""
+    truncate: bool = True
+    """Whether the ends of the ramp between the two are rounded outwards to whole channels."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,23 @@ class ModelConfig:
     """Divisor of all rotary frequencies (of global layers, where local_rope_theta is given), in the place of
     YaRN; None = none."""
     qkv_bias: bool = False
-    """Whether the query, key and value projections have a bias (the output projection never has)."""
+    """Whether the query, key and value projections have a bias."""
+    linear_bias: bool = False
+    """Whether attention's output projection, the router and the matrices of feed-forward networks and experts
+    have one, too (gpt-oss); needs qkv_bias, and no shared experts."""
+    attention_sinks: bool = False
+    """Whether each head has a learned logit in the denominator of its softmax, a key without a value
+    (arXiv 2309.17453, section 3.3; gpt-oss)."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys, before RoPE."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
     zero_centered_norms: bool = False
     """Whether every RMSNorm multiplies by 1 + its weight."""
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation."""
+    activation: Literal["silu", "gelu_tanh", "clamped_swiglu"] = "silu"
+    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation;
+    clamped_swiglu = g sigmoid(1.702 g) times 1 + the up projection, with g at most 7 and the up projection
+    within -7 and 7 (gpt-oss)."""
     block_norms: Literal["pre", "post", "both"] = "pre"
     """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
     before it is added to the residual; both = input and output."""
@@ -223,6 +233,18 @@ class ModelConfig:
                          "at most; set one of them to null")
         return p
 
+    def _bias_and_sink_problems(self) -> list[str]:
+        p = []
+        if self.attention_sinks and self.attention_softcap is not None:
+            p.append("model.attention_sinks = True cannot be with model.attention_softcap = "
+                     f"{self.attention_softcap}: no attention has both; set it to null")
+        if self.linear_bias and not self.qkv_bias:
+            p.append("model.linear_bias = True needs model.qkv_bias = True, it is False")
+        if self.linear_bias and self.num_moe_layers() and self.num_shared_experts:
+            p.append("model.linear_bias = True needs model.num_shared_experts = 0, it is "
+                     f"{self.num_shared_experts}: shared experts have no biases")
+        return p
+
     def problems(self) -> list[str]:
         """Return one sentence for each rule that the architecture breaks."""
         p = []
@@ -254,6 +276,7 @@ class ModelConfig:
         if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
             p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
                      f"it is {self.router_score!r}")
+        p += self._bias_and_sink_problems()
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",

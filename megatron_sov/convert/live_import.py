@@ -18,6 +18,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.models.expert_stacks import StackLayout
 from megatron_sov.models.weights import Link
 
 
@@ -79,7 +80,7 @@ class LiveImport:
         self._regions: dict[str, list[_Region]] = {}
         """Of each tensor, or, where those of a block are interleaved, of the block by its first one."""
         for link in links:
-            here = shards.get(_shelf(link.key, link.shape, link.offset), [])
+            here = [shard for shelf in _shelves(link) for shard in shards.get(shelf, ())]
             for name, (first, count) in link.rows().items():
                 offset, self._extents[name] = _place(link, first, count)
                 self._regions[name] = _regions(here, offset, self._extents[name])
@@ -125,7 +126,7 @@ class LiveImport:
             else:
                 link = self._link_of[name]
                 regions, extent = self._regions[link.hf_names[0]], link.extent
-                places = _places_in_block(link, name).to(places.device)[places] if regions else places
+                places = _places_in_block(link, name, places) if regions else places
             for region in regions:
                 region.put(torch.unravel_index(places, extent), found.values)
 
@@ -139,6 +140,12 @@ def _shelf(key: str, shape: tuple[int, ...], offset: tuple[int, ...]) -> tuple[s
     """Return by what shards are found: the tensor, and of stacked experts, whose shards are one expert's
     each, which one."""
     return key, offset[0] if len(shape) == 3 else 0
+
+
+def _shelves(link: Link) -> list[tuple[str, int]]:
+    """Return where the shards of a block are found: of stacked experts one place for each."""
+    experts = link.extent[0] if len(link.shape) == 3 else 1
+    return [(link.key, link.offset[0] * (len(link.shape) == 3) + expert) for expert in range(experts)]
 
 
 def _place(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -173,8 +180,16 @@ def _copy(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) 
         region.target.copy_(block[region.source])
 
 
-def _places_in_block(link: Link, name: str) -> torch.Tensor:
-    """Return where in its block (row-major) each value of an interleaved tensor (row-major) lies, int64."""
+def _places_in_block(link: Link, name: str, places: torch.Tensor) -> torch.Tensor:
+    """Return where in its block (row-major) values of an interleaved tensor lie, int64.
+
+    Args:
+        link: of the block.
+        name: of the tensor.
+        places: of the values in the tensor (row-major), int64.
+    """
+    if isinstance(link.layout, StackLayout):
+        return link.layout.places(places)
     parts, first = {}, 0
     for other, shape in link.hf_shapes().items():
         count = torch.Size(shape).numel()
@@ -183,4 +198,4 @@ def _places_in_block(link: Link, name: str) -> torch.Tensor:
     sources = link.join(parts).flatten()
     found = torch.empty_like(sources)
     found[sources] = torch.arange(len(sources))
-    return found[parts[name].flatten()]
+    return found[parts[name].flatten()].to(places.device)[places]

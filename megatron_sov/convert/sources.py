@@ -15,6 +15,7 @@ import torch
 
 from megatron_sov import models
 from megatron_sov.config import ModelConfig
+from megatron_sov.convert.mxfp4 import BLOCKS, SCALES, packed_weights
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
@@ -91,7 +92,9 @@ class HfWeights:
         self.path = path
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
-        self._stored = {name: name for name in self._shards}
+        self._packed = packed_weights(self._shards)
+        parts = {name + part for name in self._packed for part in (BLOCKS, SCALES)}
+        self._stored = {name: name for name in self._shards if name not in parts}
         """Name of each tensor -> that in its file."""
         self.left_out: list[str] = []
         """Tensors that are not read."""
@@ -105,6 +108,7 @@ class HfWeights:
                 self.left_out_part = "what sees pictures"
             shapes = {name: self._shards[stored].entries[stored].shape
                       for name, stored in self._stored.items()}
+            shapes |= {name: packed.shape for name, packed in self._packed.items()}
             family = models.get(str(self.config.get("model_type")))
             self.model = family.from_hf_config(self.config, shapes)
         except UserError as e:
@@ -120,7 +124,9 @@ class HfWeights:
         return list(self._shapes)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor stands in its file."""
+        """Return the dtype in which the tensor is read: of its file, or what it unpacks to."""
+        if name in self._packed:
+            return torch.bfloat16
         stored = self._stored[name]
         return self._shards[stored].dtype(stored)
 
@@ -130,10 +136,14 @@ class HfWeights:
 
     def files_of(self, name: str) -> set[str]:
         """Return the file that holds the tensor."""
+        if name in self._packed:
+            return {path.name for path in self._packed[name].files}
         return {self._shards[self._stored[name]].path.name}
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
+        if name in self._packed:
+            return self._packed[name].read()
         stored = self._stored[name]
         return self._shards[stored].read(stored)
 

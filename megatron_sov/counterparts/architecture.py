@@ -251,7 +251,8 @@ def _positions(stated: Stated) -> dict[str, Any]:
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
         names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-                 "original_max_position_tokens": "original_max_position_embeddings"}
+                 "original_max_position_tokens": "original_max_position_embeddings",
+                 "truncate": "correction_range_round_to_int"}
         found["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
                          if stated.get(f"yarn_{theirs}") is not None}
     if stated.get("rope_scaling"):

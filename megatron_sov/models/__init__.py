@@ -13,6 +13,7 @@ from megatron_sov.models import (
     gemma2,
     gemma3,
     glm4_moe,
+    gpt_oss,
     hyperclovax,
     llama,
     mixtral,
@@ -27,7 +28,7 @@ from megatron_sov.plugins.registry import Registry
 FAMILIES = {family.name: family for family in (
     solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE,
     llama.FAMILY, mixtral.FAMILY, exaone4.FAMILY, hyperclovax.FAMILY, glm4_moe.FAMILY,
-    gemma2.FAMILY, gemma3.FAMILY)}
+    gemma2.FAMILY, gemma3.FAMILY, gpt_oss.FAMILY)}
 
 
 def get(name: str, recorded: Sequence[Code] = ()) -> Family:

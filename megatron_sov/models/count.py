@@ -30,15 +30,16 @@ class ParamCount:
 
 def attention_params(model: ModelConfig) -> int:
     """Return the weights of one attention block: query, key, value, output and, where it has them,
-    biases and QK-norms."""
+    biases, QK-norms and sinks."""
     projections = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
     bias = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.qkv_bias else 0
-    return projections + bias + (2 * model.head_dim if model.qk_norm else 0)
+    further = model.linear_bias * model.hidden_size + model.attention_sinks * model.num_heads
+    return projections + bias + further + (2 * model.head_dim if model.qk_norm else 0)
 
 
-def swiglu_params(hidden_size: int, ffn_dim: int) -> int:
+def swiglu_params(hidden_size: int, ffn_dim: int, *, bias: bool = False) -> int:
     """Return the weights of one SwiGLU feed-forward network: gate, up and down."""
-    return 3 * hidden_size * ffn_dim
+    return 3 * hidden_size * ffn_dim + (2 * ffn_dim + hidden_size if bias else 0)
 
 
 def num_params(model: ModelConfig) -> ParamCount:
@@ -51,8 +52,10 @@ def num_params(model: ModelConfig) -> ParamCount:
     num_moe_layers = model.num_moe_layers()
     num_dense_layers = model.num_layers - num_moe_layers
     block = attention_params(model) + model.norms_per_layer() * h
-    dense_ffn, expert = swiglu_params(h, model.dense_ffn_dim), swiglu_params(h, model.expert_ffn_dim)
-    moe_ffn = h * model.num_experts + (model.num_experts + model.num_shared_experts) * expert
+    dense_ffn, expert = (swiglu_params(h, width, bias=model.linear_bias)
+                         for width in (model.dense_ffn_dim, model.expert_ffn_dim))
+    router = (h + model.linear_bias) * model.num_experts
+    moe_ffn = router + (model.num_experts + model.num_shared_experts) * expert
     embeddings_and_head = (1 if model.tied_embeddings else 2) * model.vocab_size * h
 
     total = (embeddings_and_head + h + model.num_layers * block + num_dense_layers * dense_ffn

@@ -44,7 +44,8 @@ PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
     "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
     "attention_softcap": None, "logits_softcap": None,
-    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu"}
+    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu", "linear_bias": False,
+    "attention_sinks": False}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 

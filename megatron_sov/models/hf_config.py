@@ -170,7 +170,8 @@ class Rope:
         if model.yarn:
             rope |= {"rope_type": "yarn", "factor": model.yarn.factor,
                      "original_max_position_embeddings": model.yarn.original_max_position_tokens,
-                     "beta_fast": model.yarn.beta_fast, "beta_slow": model.yarn.beta_slow}
+                     "beta_fast": model.yarn.beta_fast, "beta_slow": model.yarn.beta_slow,
+                     **({} if model.yarn.truncate else {"truncate": False})}
         if model.llama3_rope:
             scaling = dataclasses.asdict(model.llama3_rope)
             scaling["original_max_position_embeddings"] = scaling.pop("original_max_position_tokens")
@@ -244,10 +245,10 @@ class Rope:
             raise UserError(f"config.json: attention_factor = {attention_factor}, but only 0.1 ln(factor) + "
                             f"1 = {expected:.6f} is supported")
         truncate = rope.pop("truncate", True)
-        if truncate is not True:
-            raise UserError(f"config.json: truncate = {truncate}, but only true is supported for "
-                            "rope_type 'yarn'")
-        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
+        if not isinstance(truncate, bool):
+            raise UserError(f"config.json: truncate = {truncate!r} must be true or false")
+        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0),
+                          truncate)
 
 
 @dataclass(frozen=True)

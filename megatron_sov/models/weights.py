@@ -20,14 +20,15 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "V": lambda m: m.vocab_size,
     "H": lambda m: m.hidden_size,
     "D": lambda m: m.head_dim,
+    "N": lambda m: m.num_heads,
     "A": lambda m: m.num_heads * m.head_dim,
     "F": lambda m: m.dense_ffn_dim,
     "E": lambda m: m.num_experts,
     "I": lambda m: m.expert_ffn_dim,
     "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
 }
-"""Letters of a shape: Vocabulary, Hidden, heaD, All query heads, dense Ffn, Experts, expert's Inner,
-Shared experts' inner."""
+"""Letters of a shape: Vocabulary, Hidden, heaD, Number of query heads, All of them, dense Ffn, Experts,
+expert's Inner, Shared experts' inner."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
 
 
@@ -62,6 +63,24 @@ class Layout:
         """Return the stored shape of a part that has `length` along the cut axis."""
         part = self.part(length)
         return (math.prod(part[:self.merged]), *part[self.merged:])
+
+    @property
+    def rows_stay(self) -> bool:
+        """Return whether each Hugging Face tensor is a run of the block's rows."""
+        return not self.axis
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Return the shape of the Megatron block."""
+        return self.stored(self.view[self.axis])
+
+    def to_stored(self, part: Any, length: int) -> Any:
+        """Return a viewed part of that length as Hugging Face stores it."""
+        return part.reshape(self.stored(length))
+
+    def to_view(self, tensor: Any, length: int) -> Any:
+        """Return a Hugging Face tensor of that length as a part of the view."""
+        return tensor.reshape(self.part(length))
 
     def part(self, length: int) -> tuple[int, ...]:
         """Return the viewed shape of a part that has `length` along the cut axis."""
@@ -266,7 +285,7 @@ class Link:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """Return the block's shape, an expert's without the leading axis."""
-        return self.layout.stored(self.layout.view[self.layout.axis])
+        return self.layout.block
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -281,7 +300,7 @@ class Link:
     def rows(self) -> dict[str, tuple[int, int]]:
         """Return the first row in the block and the number of rows of each Hugging Face tensor; nothing where
         their rows are interleaved."""
-        if self.layout.axis:
+        if not self.layout.rows_stay:
             return {}
         each = math.prod(self.layout.view[1:self.layout.merged])
         return {name: (start * each, length * each) for name, start, length in zip(
@@ -294,15 +313,16 @@ class Link:
     def split(self, block: Any) -> dict[str, Any]:
         """Return the Hugging Face tensors of a block; they may share its memory."""
         viewed = block.reshape(self.layout.view)
-        return {name: part.reshape(self.layout.stored(n)) for name, n, part in self._parts(viewed)}
+        return {name: self.layout.to_stored(part, n) for name, n, part in self._parts(viewed)}
 
     def join(self, tensors: dict[str, Any]) -> Any:
         """Return the block that these Hugging Face tensors (of one dtype and device) make up."""
         if len(self.hf_names) == 1:
-            return tensors[self.hf_names[0]].reshape(self.block_shape)
+            tensor = tensors[self.hf_names[0]]
+            return self.layout.to_view(tensor, self.layout.lengths[0]).reshape(self.block_shape)
         viewed = tensors[self.hf_names[0]].new_empty(self.layout.view)
         for name, length, part in self._parts(viewed):
-            part.copy_(tensors[name].reshape(self.layout.part(length)))
+            part.copy_(self.layout.to_view(tensors[name], length))
         return viewed.reshape(self.block_shape)
 
 
@@ -332,7 +352,7 @@ def _expand(section: Section, model: ModelConfig, layer: int | None = None) -> I
     for entry in section.entries:
         layout = entry.layout(model)
         key = named(section.megatron, entry.megatron)
-        block = layout.stored(layout.view[layout.axis])
+        block = layout.block
         stacked = isinstance(entry, Experts)
         for expert in range(model.num_experts if stacked else 1):
             shape = (model.num_experts, *block) if stacked else block

@@ -119,9 +119,16 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts
         return (*before, *_dense(m, tp, fused, prefix), *last)
     shared = m.num_shared_experts * m.expert_ffn_dim
     between = () if m.block_norms == "post" else (_norm("pre_mlp_layernorm", m, prefix),)
-    return (*before, *between, Held(prefix + "mlp.router.weight", (m.num_experts, m.hidden_size)),
+    router = (Held(prefix + "mlp.router.weight", (m.num_experts, m.hidden_size)),
+              *_bias(prefix + "mlp.router", m.num_experts, m))
+    return (*before, *between, *router,
             *_experts(m, m.num_experts // ep, m.expert_ffn_dim // etp, fused),
             *(_swiglu(prefix + "mlp.shared_experts.", m.hidden_size, shared // tp) if shared else ()), *last)
+
+
+def _bias(name: str, width: int, m: ModelConfig, *, routed: bool = False) -> tuple[Held, ...]:
+    """Return a bias that has the place of `ModelConfig.linear_bias`."""
+    return (Held(name + ".bias", (width,), routed=routed),) if m.linear_bias else ()
 
 
 def _norm(name: str, m: ModelConfig, prefix: str) -> Held:
@@ -141,7 +148,10 @@ def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[He
     prefix += "self_attention."
     if not fused and m.block_norms != "post":
         yield norm
+    if m.attention_sinks:
+        yield Held(prefix + "core_attention.softmax_offset", (m.num_heads // tp,))
     yield Held(prefix + "linear_proj.weight", (m.hidden_size, heads))
+    yield from _bias(prefix + "linear_proj", m.hidden_size, m)
     if fused and m.block_norms != "post":
         yield norm
     yield Held(prefix + "linear_qkv.weight", (rows, m.hidden_size))
@@ -169,9 +179,12 @@ def _swiglu(prefix: str, hidden: int, ffn: int, count: int = 1, *, routed: bool 
 def _experts(m: ModelConfig, count: int, ffn: int, fused: bool) -> tuple[Held, ...]:
     """Return so many routed experts."""
     prefix = "decoder.layers.{l}.mlp.experts.experts."
-    if fused:
+    if fused and not m.linear_bias:
         return _swiglu(prefix, m.hidden_size, ffn, count, routed=True)
-    return _swiglu(prefix, m.hidden_size, ffn, routed=True) * count
+    first, second = _swiglu(prefix, m.hidden_size, ffn, routed=True)
+    firsts = (first, *_bias(prefix + "linear_fc1", 2 * ffn, m, routed=True))
+    seconds = (second, *_bias(prefix + "linear_fc2", m.hidden_size, m, routed=True))
+    return (*firsts * count, *seconds * count) if fused else (*firsts, *seconds) * count
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from megatron_sov.plugins.signatures import takes
 from megatron_sov.recipes import (
     gemma,
     glm,
+    gpt_oss,
     hyperclova_omni,
     k_exaone,
     korean,
@@ -79,6 +80,8 @@ RECIPES: dict[str, Recipe] = {
         "google/gemma-3-27b-it, compared with NeMo's Gemma3Config27B")),
     "gemma2-9b": Recipe(gemma.gemma2_9b, qwen.dense_sources(
         "google/gemma-2-9b, compared with NeMo's Gemma2Config9B")),
+    "gpt-oss-20b": Recipe(gpt_oss.gpt_oss_20b, gpt_oss.SOURCES_20B),
+    "gpt-oss-120b": Recipe(gpt_oss.gpt_oss_120b, gpt_oss.SOURCES_120B),
     "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(
         f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
     "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources(
@@ -118,6 +121,8 @@ TINY = {
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",
     "tiny-gemma2": "gemma2-9b",
+    "tiny-gpt-oss": "gpt-oss-20b",
+    "tiny-gpt-oss-120b": "gpt-oss-120b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",

@@ -44,6 +44,12 @@ def test_rules_of_the_layout(parallel: dict[str, Any], num_ranks: int, sentence:
     assert problem.startswith(sentence)
 
 
+def test_experts_with_biases_are_not_cut(small: Small) -> None:
+    model = small(linear_bias=True, qkv_bias=True, num_shared_experts=0)
+    (problem,) = replace(model, parallel=ParallelConfig(etp=2)).problems(2)
+    assert problem.startswith("parallel.etp = 2 must be 1: megatron-core cuts no experts that have biases")
+
+
 def test_shared_experts_are_divided_like_attention_not_like_the_routed_ones(small: Small) -> None:
     """They are one wide feed-forward network, of which every tensor parallel rank has a piece."""
     def problems(expert_ffn_dim: int, num_shared_experts: int) -> list[str]:

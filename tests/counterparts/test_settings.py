@@ -12,7 +12,7 @@ import yaml
 from megatron_sov import recipes
 from megatron_sov.cli import main
 from megatron_sov.config import RunConfig, from_dict
-from megatron_sov.counterparts.architecture import architecture, of_arguments
+from megatron_sov.counterparts.architecture import architecture, model_fields, of_arguments
 from megatron_sov.counterparts.arguments import read_arguments
 from megatron_sov.counterparts.settings import translate
 from megatron_sov.errors import UserError
@@ -158,3 +158,10 @@ def test_bad_command_lines_are_told_in_a_sentence(words: list[str], sentence: st
     assert main(["convert", "settings", *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.splitlines()) == 1
+
+
+def test_yarns_ramp_ends_where_megatron_ends_it() -> None:
+    stated = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 32.0}
+    for said in ({}, {"yarn_correction_range_round_to_int": False}):
+        fields, _ = model_fields(stated | said)
+        assert fields["yarn"] == {"factor": 32.0} | ({"truncate": False} if said else {})

@@ -16,6 +16,8 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                            "model.embedding_multiplier=5.656854249492381"],
            "tiny-gemma2": ["model.sliding_window_tokens=8", "model.attention_softcap=1.5",
                            "model.logits_softcap=3", "model.embedding_multiplier=5.656854249492381"],
+           "tiny-gpt-oss": ["model.num_experts=4", "model.expert_ffn_dim=16",
+                            "model.sliding_window_tokens=8"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 

@@ -39,6 +39,8 @@ FAMILIES = {
     "tiny-gemma3": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8",
                     "model.attention_pattern=LG"),
     "tiny-gemma2": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
+    "tiny-gpt-oss": ("model.num_experts=4", "model.sliding_window_tokens=8",
+                     'model.yarn={"factor": 4.0, "original_max_position_tokens": 16, "truncate": false}'),
     "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
 

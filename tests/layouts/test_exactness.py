@@ -69,6 +69,12 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "attention_bias": seed != 1, "use_qk_norm": seed != 0, "routed_scaling_factor": 2.5,
                 "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
                 "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
+    if family == "gpt_oss":
+        del config["intermediate_size"]
+        return {**config, "intermediate_size": draw.choice((14, 18)), "num_local_experts": (8, 4, 12)[seed],
+                "num_experts_per_tok": (2, 1, 3)[seed], "sliding_window": 9 + seed, "layer_types": (
+                    ["sliding_attention", "full_attention"] * layers)[:layers],
+                **({"rope_parameters": {**yarn, "truncate": seed == 2}} if seed != 1 else {})}
     config["tie_word_embeddings"] = seed != 1
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -104,7 +110,8 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight")):
+        if name.endswith(("bias", "sinks", "norm.weight", "layernorm.weight", "norm1.weight",
+                          "norm2.weight")):
             # Gemma adds the 1 itself
             is_factor = name.endswith("weight") and not config["model_type"].startswith("gemma")
             tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if is_factor else 0.0)
@@ -162,7 +169,8 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
 
 def fits(config: dict[str, Any], layout: dict[str, Any]) -> bool:
     """Return whether the layout divides the model."""
-    experts = config.get("num_experts", config.get("n_routed_experts", 1))
+    experts = next((config[name] for name in ("num_experts", "n_routed_experts", "num_local_experts")
+                    if name in config), 1)
     return (config["num_key_value_heads"] % layout.get("tp", 1) == 0 and experts % layout.get("ep", 1) == 0)
 
 

@@ -36,6 +36,7 @@ CASES = {
     "gemma2 lm": ("tiny-gemma2", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
                                         "model.attention_softcap=1.5", "model.logits_softcap=2.5"]),
     "glm4_moe lm": ("tiny-glm4-moe", "lm", ["model.qk_norm=true"]),
+    "gpt_oss lm": ("tiny-gpt-oss", "lm", SPLIT),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",
                   ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),

@@ -27,6 +27,8 @@ from megatron_sov.recipes import get, names
     ("gemma-3-1b", 1.0, 1.0, 0.0),
     ("gemma3-27b", 27.01, 27.01, 0.0),
     ("gemma2-9b", 9.24, 9.24, 0.0),
+    ("gpt-oss-20b", 20.91, 4.19, 0.0),
+    ("gpt-oss-120b", 116.83, 5.71, 0.0),
     ("glm-4.5-air", 106.85, 13.42, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:

@@ -17,7 +17,8 @@ from megatron_sov.models.family import TokenIds
 
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
-       "glm-4.5-air", "gemma-3-1b", "gemma3-27b", "gemma2-9b")
+       "glm-4.5-air", "gemma-3-1b", "gemma3-27b", "gemma2-9b", "gpt-oss-20b",
+       "gpt-oss-120b")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -34,7 +35,7 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
 
     In memory it fuses experts to [E, 2I, H] and [E, H, I]; on disk each expert has its three matrices.
     K-EXAONE's router bias stands one level higher on disk, and Mixtral's experts have names of their own
-    there.  A tied head is not saved.
+    there; gpt-oss's stay together.  A tied head is not saved.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,7 +46,9 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
     old = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     for name, tensor in network.state_dict().items():
         shape, dtype = tuple(tensor.shape), tensor.dtype
-        if name.endswith("experts.gate_up_proj"):
+        if model.family == "gpt_oss":
+            found[name] = (shape, dtype)
+        elif name.endswith("experts.gate_up_proj"):
             for e in range(shape[0]):
                 for part in ("gate_proj", "up_proj"):
                     found[name.replace("gate_up_proj", f"{e}.{part}.weight")] = (
@@ -91,7 +94,8 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
     ("llama-3.1-8b", 8.0303e9, 0), ("mixtral-8x7b", 46.703e9, 0),
     ("exaone-4.0-32b", 32.003e9, 0), ("exaone-4.0-1.2b", 1.2794e9, 0), ("hyperclovax-14b", 14.748e9, 0),
     ("glm-4.5-air", 106.852e9, 0),
-    ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0), ("gemma2-9b", 9.241706e9, 0)])
+    ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0), ("gemma2-9b", 9.241706e9, 0),
+    ("gpt-oss-20b", 20.914757e9, 0), ("gpt-oss-120b", 116.829157e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()

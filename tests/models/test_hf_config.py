@@ -54,7 +54,8 @@ RELEASED = {
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1", "exaone-4.0-32b": "LGAI-EXAONE/EXAONE-4.0-32B",
     "exaone-4.0-1.2b": "LGAI-EXAONE/EXAONE-4.0-1.2B", "gemma-3-1b": "google/gemma-3-1b-it",
     "gemma3-27b": "google/gemma-3-27b-it", "gemma2-9b": "google/gemma-2-9b",
-    "glm-4.5-air": "zai-org/GLM-4.5-Air",
+    "glm-4.5-air": "zai-org/GLM-4.5-Air", "gpt-oss-20b": "openai/gpt-oss-20b",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
     "hyperclovax-14b": "naver-hyperclovax/HyperCLOVAX-SEED-Think-14B"}
 
 
@@ -62,6 +63,17 @@ RELEASED = {
 def test_released_configs_are_the_recipes_models(name: str, released: str) -> None:
     model = recipes.get(name).model
     assert models.get(model.family).from_hf_config(text_config(PUBLISHED[released])) == model
+
+
+def test_what_gpt_oss_leaves_out_is_what_transformers_assumes() -> None:
+    """Its class's defaults are the 120B."""
+    from transformers import GptOssConfig
+
+    theirs = json.loads(GptOssConfig().to_json_string())
+    needed = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "intermediate_size", "max_position_embeddings", "rope_parameters")
+    for config in (theirs, {name: theirs[name] for name in needed}):
+        assert models.get("gpt_oss").from_hf_config(config) == recipes.get("gpt-oss-120b").model
 
 
 def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:

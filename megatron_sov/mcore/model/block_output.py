@@ -20,6 +20,12 @@ gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
 
 
+def quick_gelu(gate: torch.Tensor) -> torch.Tensor:
+    """Return GELU by its sigmoid approximation (arXiv 1606.08415, section 2); the library's own is compiled
+    at its first call."""
+    return gate * torch.sigmoid(1.702 * gate)
+
+
 class BlockOutput(torch.nn.Module):
     """Residual + multiplier x dropout(norm(output))."""
 

@@ -55,7 +55,7 @@ FUSIONS = (
     Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1),
     Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
-    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation == "silu"),
+    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
 )
 LIBRARY_FIELDS = {
@@ -188,6 +188,9 @@ def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
     elif gpu.attention not in ("auto", "local") and here.model.attention_softcap is not None:
         p.append(f"gpu.attention = {gpu.attention}: only this framework's own attention caps products of "
                  "queries and keys (model.attention_softcap); set it to auto or local")
+    elif gpu.attention == "flash" and here.model.attention_sinks:
+        p.append("gpu.attention = flash: Transformer Engine's FlashAttention has no sinks "
+                 "(model.attention_sinks); set it to auto or fused")
     elif gpu.attention == "flash" and not any(map(importlib.util.find_spec,
                                                   ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         p.append("gpu.attention = flash: FlashAttention is not installed; install flash-attn, or set auto")

@@ -28,7 +28,7 @@ FAN_IN = "normal of spread 1 / sqrt(inputs)"
 SINUSOIDS, STEPS, DECAYS = "sines and cosines", "even time steps", "logarithms of 1, 2, ..."
 RULES = (
     ("*norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
-    ("*.linear_qkv.bias", ZEROS),
+    ("*.linear_*.bias", ZEROS), ("*.router.bias", NORMAL), ("*.softmax_offset", NORMAL),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),

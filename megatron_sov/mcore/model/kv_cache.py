@@ -10,8 +10,9 @@ take tokens back is to read the next ones at their positions: what stands furthe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megatron.core.transformer.attention import Attention
 
 from megatron_sov.mcore.model.attention import attend, attend_whole
 from megatron_sov.mcore.model.rotary import softmax_scale
+from megatron_sov.mcore.model.sinks import attend_with_sinks, with_logits
 from megatron_sov.mcore.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.mcore.parallel import context
 from megatron_sov.media.placed import Media, joined
@@ -132,9 +134,19 @@ class CachedAttention(torch.nn.Module):
     """Core attention of one layer with what it keeps; takes the place of any other while `keep` holds."""
 
     def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int,
-                 kernel: Kernel = FUSED) -> None:
+                 kernel: Kernel = FUSED, sinks: Callable[[], torch.Tensor] | None = None) -> None:
+        """Take another attention's place.
+
+        Args:
+            size: how much is kept.
+            softmax_scale: factor on the products of queries and keys.
+            window_tokens: sliding window, the current token included; 0: every token before.
+            kernel: what attends.
+            sinks: gives the sinks of this process's heads, which stay the other attention's; None: there
+                are none.
+        """
         super().__init__()
-        self.kernel = kernel
+        self.kernel, self.sinks = kernel if sinks is None else attend_with_sinks, sinks
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
         whole = size.max_tokens + size.step_tokens
         self.capacity = min(whole, window_tokens - 1 + size.step_tokens) if window_tokens else whole
@@ -158,7 +170,9 @@ class CachedAttention(torch.nn.Module):
             shape = (self.size.slots, key.shape[1], self.capacity, key.shape[2])
             # zeros: what is masked still must be finite
             self.stored = key.new_zeros(shape), value.new_zeros(shape)
-        out = torch.zeros_like(query)
+        out = query.new_zeros(*query.shape[:2], value.shape[2])
+        if self.sinks is not None:
+            query = with_logits(query, self.sinks(), self.softmax_scale)
         for group in packed_seq_params.groups:
             here = slice(group.start, group.start + len(group.past) * group.length)
             q, k, v = (t[here].unflatten(0, (len(group.past), group.length)) for t in (query, key, value))
@@ -241,9 +255,11 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
     try:
         for module in found:
             kind = kinds[module.layer_number - 1]
+            sinks = partial(getattr, module.core_attention, "softmax_offset")
             module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
                                                     architecture.window_tokens(kind),
-                                                    kernel_of(architecture.attention_softcap))
+                                                    kernel_of(architecture.attention_softcap),
+                                                    sinks if architecture.attention_sinks else None)
         yield [m.core_attention for m in found]
     finally:
         config.apply_rope_fusion = fused

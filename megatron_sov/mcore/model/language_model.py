@@ -11,12 +11,6 @@ import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
@@ -33,6 +27,7 @@ from megatron_sov.mcore.model.adapters import Adapters
 from megatron_sov.mcore.model.attention import PackedDocuments, SharedPrompts, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.media_encoders import MediaEncoders
+from megatron_sov.mcore.model.parameter_marks import mark_parameters
 from megatron_sov.mcore.model.placement import made_here, place
 from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
@@ -332,7 +327,7 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
         chunk.embedding.register_forward_hook(
             lambda module, inputs, embedded: embedded * model.embedding_multiplier)
     _zero_padding_rows(chunk, model.vocab_size)
-    _mark_parameters(chunk)
+    mark_parameters(chunk)
     return chunk
 
 
@@ -349,32 +344,6 @@ def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
     for name, weight in chunk.named_parameters():
         if name in VOCABULARY_WEIGHTS:
             weight[valid_rows(weight, vocab_size):] = 0
-
-
-def _mark_parameters(chunk: Chunk) -> None:
-    """Have gradients of routed experts summed over the expert data-parallel group, and every tensor-parallel
-    process count its own part of a split weight in the gradient norm.
-
-    Defect of 0.16.1: the library marks experts only for expert parallel sizes above 1, so with ep = 1 and
-    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  What is split it marks only
-    while it initialises weights, which `init.py` does in its place.  Transformer Engine marks its layers'
-    weights, but since 2.13 not those of grouped ones, the experts: the processes of a tensor-parallel group
-    would compute different norms, and clip differently.
-    """
-    for module in chunk.modules():
-        split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
-        # a tied head has no weight of its own
-        if split and module.weight is not None:
-            _mark_split(module.weight, int(isinstance(module, RowParallelLinear)))
-    for name, parameter in chunk.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False
-            _mark_split(parameter, int("linear_fc2" in name))
-
-
-def _mark_split(parameter: torch.nn.Parameter, axis: int) -> None:
-    if not hasattr(parameter, "tensor_model_parallel"):
-        set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
 def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:

@@ -39,7 +39,10 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
         return (dim * math.log(yarn.original_max_position_tokens / (rotations * 2 * math.pi))
                 / (2 * math.log(base)))
 
-    low, high = max(math.floor(channel(yarn.beta_fast)), 0), min(math.ceil(channel(yarn.beta_slow)), dim - 1)
+    low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated
 

@@ -12,7 +12,13 @@ from torch.nn.functional import silu
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError, told_in_a_line
-from megatron_sov.mcore.model.block_output import BlockOutput, OwnLayer, ZeroCenteredNorm, gelu_tanh
+from megatron_sov.mcore.model.block_output import (
+    BlockOutput,
+    OwnLayer,
+    ZeroCenteredNorm,
+    gelu_tanh,
+    quick_gelu,
+)
 from megatron_sov.mcore.model.gpu_settings import (
     Here,
     expert_settings,
@@ -82,9 +88,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "kv_channels": model.head_dim,
         "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True,
-        "activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[model.activation],
+        **_activation(model, te),
         "layernorm_zero_centered_gamma": te and model.zero_centered_norms,
-        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias,
+        "add_bias_linear": model.linear_bias, "add_qkv_bias": model.qkv_bias,
+        "softmax_type": "learnable" if model.attention_sinks else "vanilla",
         "qk_layernorm": model.qk_norm,
         "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
         "perform_initialization": False, "use_cpu_initialization": not on_gpu(),
@@ -100,7 +107,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
         "deterministic_mode": train.deterministic,
-        "masked_softmax_fusion": False, "bias_dropout_fusion": te,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
         "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
         **transformer_settings(gpu, train, here),
     }
@@ -127,6 +134,17 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
+
+
+def _activation(model: ModelConfig, te: bool) -> dict[str, Any]:
+    """Return what a gate passes through, and what becomes of the up projection."""
+    if model.activation != "clamped_swiglu":
+        return {"activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[model.activation]}
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu as compiled
+
+    # by its own function the library knows that its fused kernel serves
+    return {"activation_func": compiled if te else quick_gelu, "glu_linear_offset": 1.0,
+            "activation_func_clamp_value": 7.0}
 
 
 def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
@@ -176,7 +194,7 @@ def _yarn(config: Any, model: ModelConfig) -> None:
         config.yarn_beta_fast, config.yarn_beta_slow = model.yarn.beta_fast, model.yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
-        config.yarn_correction_range_round_to_int = True
+        config.yarn_correction_range_round_to_int = model.yarn.truncate
 
 
 def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
@@ -217,10 +235,12 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_sov.mcore.model.attention import DocumentAttention
+    from megatron_sov.mcore.model.sinks import SinkAttention
 
     attention = spec.submodules.self_attention.submodules
     if own_attention(config):
-        attention.core_attention = ModuleSpec(module=DocumentAttention,
+        attention.core_attention = ModuleSpec(module=SinkAttention if model.attention_sinks
+                                              else DocumentAttention,
                                               params={"window_tokens": model.window_tokens(kind),
                                                       "softcap": model.attention_softcap})
     if config.softmax_scale not in (None, softmax_scale(model, kind)):

@@ -152,6 +152,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
      "gpu.optimizer_offload = 0.5 needs Transformer Engine on a GPU"),
     (["gpu.nccl_user_buffers=on"], False, {}, "gpu.nccl_user_buffers = on needs GPUs"),
     (["parallel.expert_dispatcher=deepep"], False, {}, "parallel.expert_dispatcher = deepep needs GPUs"),
+    (["gpu.attention=flash", "model.attention_sinks=true"], True, {},
+     "gpu.attention = flash: Transformer Engine's FlashAttention has no sinks"),
     (["gpu.attention=flash"], True, {}, "gpu.attention = flash: FlashAttention is not installed"),
     (["gpu.attention=fused", "model.attention_softcap=50"], True, {},
      "gpu.attention = fused: only this framework's own attention caps products of queries and keys"),

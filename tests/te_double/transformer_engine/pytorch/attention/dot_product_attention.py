@@ -29,7 +29,7 @@ def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]
 
 
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
-             size: tuple[int, int]) -> torch.Tensor:
+             size: tuple[int, int], sinks: torch.Tensor | None = None) -> torch.Tensor:
     """Return [tokens, heads, channels]: softmax(q k^T scale) v of one sequence.
 
     Args:
@@ -38,6 +38,7 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
         v: [tokens, groups, channels].
         scale: of the products.
         size: see `window`.
+        sinks: [heads], each a logit without a value; None: there are none.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -49,12 +50,15 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
         seen &= -distance <= size[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * scale
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)], -1)
+    weights = scores.softmax(-1)[..., :len(k)]
     return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
 
 
 class DotProductAttention(TransformerEngineBaseModule):
-    """Attention without weights of its own."""
+    """Attention without weights of its own but learned sinks."""
 
     def __init__(self, num_attention_heads: int, kv_channels: Any, num_gqa_groups: int | None = None,
                  attention_dropout: float = 0.0, qkv_format: str = "sbhd", attn_mask_type: str = "causal",
@@ -66,9 +70,15 @@ class DotProductAttention(TransformerEngineBaseModule):
                  softmax_scale: float | None = None, softmax_type: str = "vanilla",
                  return_max_logit: bool | None = False, name: str | None = None) -> None:
         super().__init__(name)
-        if attention_dropout or softcap or softmax_type != "vanilla" or return_max_logit or cp_group:
+        if (attention_dropout or softcap or softmax_type not in ("vanilla", "learnable") or return_max_logit
+                or cp_group):
             raise NotImplementedError("the double has plain softmax attention, without context parallelism")
         self._take_group(tp_group, tp_size)
+        self.softmax_offset = None
+        if softmax_type == "learnable":  # float32 on the GPU, whatever the model's dtype
+            del self.softmax_offset
+            self.register_parameter("softmax_offset", torch.nn.Parameter(
+                torch.zeros(num_attention_heads // self.tp_size)))
         self.qkv_format, self.attn_mask_type = qkv_format, attn_mask_type
         self.window_size = window(attn_mask_type, window_size)
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
@@ -114,10 +124,11 @@ class DotProductAttention(TransformerEngineBaseModule):
         if kind == "thd":
             # rows behind the last document are nobody's: the kernels leave what they find
             parts = [attended(*(x[a:b] for x in (query_layer, key_layer, value_layer)), self.softmax_scale,
-                              size) for a, b in pairwise(cu_seqlens_q.tolist()) if b > a]
+                              size, self.softmax_offset) for a, b in pairwise(cu_seqlens_q.tolist()) if b > a]
             out = torch.cat([*parts, torch.zeros_like(query_layer[int(cu_seqlens_q[-1]):])])
         else:
-            out = torch.stack([attended(q, k, v, self.softmax_scale, size) for q, k, v in zip(
+            out = torch.stack([attended(q, k, v, self.softmax_scale, size, self.softmax_offset)
+                               for q, k, v in zip(
                 query_layer.unbind(1), key_layer.unbind(1), value_layer.unbind(1), strict=True)], dim=1)
         return out.flatten(-2)
 

@@ -53,8 +53,9 @@ class GroupedLinear(TransformerEngineBaseModule):
                  single_grouped_weight: bool = False, single_grouped_bias: bool = False,
                  name: str | None = None, use_grouped_tensor: bool | None = None) -> None:
         super().__init__(name)
-        if bias or single_grouped_weight or single_grouped_bias or use_grouped_tensor:
-            raise NotImplementedError("the double's grouped layers have no bias and one weight per group")
+        if single_grouped_weight or single_grouped_bias or use_grouped_tensor or (bias and not return_bias
+                                                                                  and parallel_mode == "row"):
+            raise NotImplementedError("the double's grouped layers have one weight per group")
         if ub_overlap_rs or ub_overlap_ag:
             raise ValueError("GroupedLinear doesn't support Userbuffer overlap.")
         self._take_group(tp_group, tp_size)
@@ -63,11 +64,15 @@ class GroupedLinear(TransformerEngineBaseModule):
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.save_original_input, self.ub_name = save_original_input, ub_name
         self.in_features, self.out_features = self._local_sizes(in_features, out_features, parallel_mode)
-        weights = [self._add_parameter(f"weight{i}", (self.out_features, self.in_features), params_dtype,
-                                      device, init_method) for i in range(num_gemms)]
-        # unlike Linear, the real layer leaves its weights without marks of tensor parallelism
+        weights = []
         for i in range(num_gemms):
-            setattr(self, f"bias{i}", torch.Tensor().to(dtype=params_dtype))
+            # unlike Linear, the real layer leaves its weights without marks of tensor parallelism
+            weights.append(self._add_parameter(f"weight{i}", (self.out_features, self.in_features),
+                                               params_dtype, device, init_method))
+            if bias:
+                self._add_parameter(f"bias{i}", (self.out_features,), params_dtype, device, init_method)
+            else:
+                setattr(self, f"bias{i}", torch.Tensor().to(dtype=params_dtype))
         if delay_wgrad_compute:
             self._delay_products(weights)
 
@@ -89,8 +94,9 @@ class GroupedLinear(TransformerEngineBaseModule):
         return [None] * len(weights)
 
     def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None,
-                out: torch.Tensor | None = None, dgrad_out: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply layer i to the next `m_splits[i]` rows of [rows, in]."""
+                out: torch.Tensor | None = None, dgrad_out: torch.Tensor | None = None) -> Any:
+        """Apply layer i to the next `m_splits[i]` rows of [rows, in]; returns the list of biases beside it
+        where they are asked for."""
         if out is not None or dgrad_out is not None:
             raise NotImplementedError("the double writes into no buffers of the caller")
         splits = m_splits.tolist() if torch.is_tensor(m_splits) else list(m_splits)
@@ -100,4 +106,9 @@ class GroupedLinear(TransformerEngineBaseModule):
         inp = self.prepare_forward(inp, self.num_gemms)
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         product: torch.Tensor = _Products.apply(inp, splits, self, is_first_microbatch, *weights)
+        biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)]
+        if self.return_bias:
+            return product, biases
+        if self.use_bias:
+            product = torch.cat([x + b for x, b in zip(product.split(splits), biases, strict=True)])
         return product
