@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from megatron_sov.config.blocks import IdBlock, block_problems
 from megatron_sov.config.bounds import MAX_SEQ_LEN, above
 from megatron_sov.config.encoders import AudioEncoderConfig, VisionEncoderConfig, both_problems
+from megatron_sov.config.latent import LatentAttentionConfig
 
 STRICT = ConfigDict(extra="forbid")
 MAX_EXPERTS = 1_000_000
@@ -30,6 +31,9 @@ class YarnConfig:
     """Rotations within the original context above which a dimension is left alone."""
     beta_slow: float = 1.0
     """Rotations within the original context below which a dimension is fully interpolated."""
+    mscale: float = 1.0
+    """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
+    equal); others than 1 in models with latent attention only."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ class ModelConfig:
     """Weight of the multi-token prediction loss."""
     max_position_tokens: int = 131072
     """Longest context the model claims, in tokens."""
+    latent_attention: LatentAttentionConfig | None = None
+    """Sizes of multi-head latent attention; None: attention has queries, keys and values of its own."""
     audio_tokens: IdBlock | None = None
     """Ids of discrete sound; None: the vocabulary has none."""
     image_tokens: IdBlock | None = None
@@ -180,7 +186,18 @@ class ModelConfig:
 
     def rotated_channels(self) -> int:
         """Return how many channels of a head rotate."""
-        return round(self.head_dim * self.rope_share)
+        latent = self.latent_attention
+        return latent.qk_rope_head_dim if latent is not None else round(self.head_dim * self.rope_share)
+
+    @property
+    def has_query_latent(self) -> bool:
+        """Whether queries are made of a narrow vector."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is not None
+
+    @property
+    def has_whole_queries(self) -> bool:
+        """Whether the queries of latent attention are made of the layer's input."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is None
 
     def norms_per_layer(self) -> int:
         """Return how many RMSNorms a layer has over the residual's width."""
@@ -209,6 +226,26 @@ class ModelConfig:
                          "at most; set one of them to null")
         return p
 
+    def _latent_problems(self) -> list[str]:
+        latent, p = self.latent_attention, []
+        if latent is None:
+            if self.yarn is not None and self.yarn.mscale != 1:
+                p.append(f"model.yarn.mscale = {self.yarn.mscale} needs model.latent_attention; set it to 1")
+            return p
+        p += latent.problems(self.num_heads, self.num_kv_heads, self.head_dim)
+        if "L" in self.attention_pattern or self.mtp_attention == "L":
+            p.append("model.latent_attention has no sliding windows; set model.attention_pattern and "
+                     "model.mtp_attention to 'G'")
+        for name, plain in (("qkv_bias", False), ("qk_norm", False), ("rope_share", 1.0), ("llama3_rope", None),
+                            ("local_rope_theta", None), ("rope_on_global", True), ("block_norms", "pre"),
+                            ("zero_centered_norms", False), ("attention_multiplier", None)):
+            if getattr(self, name) != plain:
+                p.append(f"model.{name} = {getattr(self, name)} is not built for model.latent_attention; set "
+                         f"it to {str(plain).lower() if isinstance(plain, bool) else plain or 'null'}")
+        if self.yarn is not None and not 0 < self.yarn.mscale < math.inf:
+            p.append(f"model.yarn.mscale = {self.yarn.mscale} must be positive")
+        return p
+
     def problems(self) -> list[str]:
         """Return one sentence for each rule that the architecture breaks."""
         p = []
@@ -218,7 +255,7 @@ class ModelConfig:
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             p.append(f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = "
                      f"{self.num_heads}")
-        p += self._rotary_problems()
+        p += self._rotary_problems() + self._latent_problems()
         if not 0 <= self.num_dense_layers <= self.num_layers:
             p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = "
                      f"{self.num_layers}")

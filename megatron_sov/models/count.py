@@ -30,7 +30,9 @@ class ParamCount:
 
 def attention_params(model: ModelConfig) -> int:
     """Return the weights of one attention block: query, key, value, output and, where it has them,
-    biases and QK-norms."""
+    biases and QK-norms; of latent attention its norms."""
+    if model.latent_attention is not None:
+        return model.latent_attention.num_params(model.hidden_size, model.num_heads)
     projections = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
     bias = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.qkv_bias else 0
     return projections + bias + (2 * model.head_dim if model.qk_norm else 0)

@@ -43,7 +43,8 @@ DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_pr
 PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
     "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
-    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu"}
+    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu",
+    "latent_attention": None}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from megatron_sov.config import ModelConfig
+from megatron_sov.config.latent import LatentAttentionConfig
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "V": lambda m: m.vocab_size,
@@ -25,10 +26,21 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "E": lambda m: m.num_experts,
     "I": lambda m: m.expert_ffn_dim,
     "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
+    "Q": lambda m: _latent(m).q_lora_rank or 0,
+    "K": lambda m: _latent(m).kv_lora_rank,
+    "C": lambda m: _latent(m).cached_dim,
+    "B": lambda m: m.num_heads * (_latent(m).qk_nope_head_dim + _latent(m).v_head_dim),
+    "O": lambda m: m.num_heads * _latent(m).v_head_dim,
 }
 """Letters of a shape: Vocabulary, Hidden, heaD, All query heads, dense Ffn, Experts, expert's Inner,
-Shared experts' inner."""
+Shared experts' inner; of latent attention the Query vector, the one of Keys and values, what is Cached, what
+keys without positions and values have in all heads (Both), and what heads Output."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
+
+
+def _latent(model: ModelConfig) -> LatentAttentionConfig:
+    assert model.latent_attention is not None, model.family
+    return model.latent_attention
 
 
 def shape_of(letters: str, model: ModelConfig) -> tuple[int, ...]:
@@ -215,7 +227,7 @@ class Section:
     """Prefix of the Hugging Face names; "{l}" is the layer."""
     entries: tuple[WeightEntry, ...]
     when: str = ""
-    """Field of `ModelConfig` without which the section holds nowhere; empty: none."""
+    """Field or property of `ModelConfig` without which the section holds nowhere; empty: none."""
 
     def __post_init__(self) -> None:
         per_layer = "layer" in self.where

@@ -15,6 +15,7 @@ from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
 from megatron_sov.recipes import (
+    deepseek,
     gemma,
     glm,
     hyperclova_omni,
@@ -73,6 +74,10 @@ RECIPES: dict[str, Recipe] = {
     "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
     "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources(
         "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py")),
+    "deepseek-v3": Recipe(deepseek.deepseek_v3, qwen.moe_sources(
+        "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's deepseek_v3_bridge.py")),
+    "kimi-k2": Recipe(deepseek.kimi_k2, qwen.moe_sources(
+        "moonshotai/Kimi-K2-Instruct, compared with Megatron-Bridge's test_kimi_bridge.py")),
     "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(
@@ -111,6 +116,7 @@ TINY = {
     "tiny-llama": "llama-3.1-8b",
     "tiny-mixtral": "mixtral-8x7b",
     "tiny-glm4-moe": "glm-4.5-air",
+    "tiny-deepseek-v3": "deepseek-v3",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",

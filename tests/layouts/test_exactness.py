@@ -62,6 +62,16 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "attention_bias": seed != 1, "use_qk_norm": seed != 0, "routed_scaling_factor": 2.5,
                 "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
                 "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
+    if family == "deepseek_v3":
+        mscale = (1.0, 0.707, None)[seed]
+        config.pop("head_dim")
+        return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed], "n_shared_experts": (1, 2, 1)[seed],
+                "num_key_value_heads": heads, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
+                "q_lora_rank": (10, None, 26)[seed], "kv_lora_rank": (14, 22, 6)[seed],
+                "qk_nope_head_dim": (6, 10, 8)[seed], "qk_rope_head_dim": (4, 6, 10)[seed],
+                "v_head_dim": (12, 6, 30)[seed],
+                **({"rope_parameters": {**yarn, "mscale": mscale, "mscale_all_dim": mscale}} if mscale else {})}
     config["tie_word_embeddings"] = seed != 1
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

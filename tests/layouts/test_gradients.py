@@ -34,6 +34,7 @@ CASES = {
     "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
     "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
     "glm4_moe lm": ("tiny-glm4-moe", "lm", ["model.qk_norm=true"]),
+    "deepseek_v3 lm": ("tiny-deepseek-v3", "lm", SPLIT),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",
                   ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),

@@ -317,9 +317,9 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             vocab_size=-(-model.vocab_size // config.tensor_model_parallel_size)
             * config.tensor_model_parallel_size, max_sequence_length=model.max_position_tokens,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
-            rotary_percent=model.rope_share, rotary_base=model.rope_theta, mtp_block_spec=mtp,
-            share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
+            position_embedding_type="yarn" if model.yarn or model.latent_attention else "rope",
+            post_process=last_stage, rotary_percent=model.rope_share, rotary_base=model.rope_theta,
+            mtp_block_spec=mtp, share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
         encodes = chunk.pre_process and (model.vision is not None or model.audio is not None)
         chunk.media = MediaEncoders(model, config) if encodes else None
     place(chunk, device)

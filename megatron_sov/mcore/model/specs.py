@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig, YarnConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.mcore.model.block_output import BlockOutput, OwnLayer, ZeroCenteredNorm, gelu_tanh
@@ -72,6 +72,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
                        gpu: GpuConfig = AUTO) -> Any:
     """Return the library's `TransformerConfig` for a model, a layout, a precision and a use of GPUs."""
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_sov.mcore.model.latent_attention import latent_settings
 
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
@@ -102,7 +105,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
-        **transformer_settings(gpu, train, here),
+        **transformer_settings(gpu, train, here), **latent_settings(model),
     }
     if parallel.pipeline_layout:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(model, parallel)
@@ -116,11 +119,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
         settings |= library_settings(train)
-    config = TransformerConfig(**settings)
+    config = (TransformerConfig if model.latent_attention is None else MLATransformerConfig)(**settings)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
-    _yarn(config, model)
+    _yarn(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
@@ -168,11 +171,16 @@ def _per_layer_lists(config: Any, model: ModelConfig) -> None:
         config.no_rope_freq = [int(k == "full_attention") for k in kinds]
 
 
-def _yarn(config: Any, model: ModelConfig) -> None:
-    if model.yarn is not None:
-        config.yarn_rotary_scaling_factor = model.yarn.factor
-        config.yarn_original_max_position_embeddings = model.yarn.original_max_position_tokens
-        config.yarn_beta_fast, config.yarn_beta_slow = model.yarn.beta_fast, model.yarn.beta_slow
+def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
+    yarn = model.yarn
+    if yarn is None and model.latent_attention is not None:
+        # the library makes a model no angles for latent attention but YaRN's: those with a factor of 1, and a
+        # ramp of no width
+        yarn = YarnConfig(1.0, 2 * parallel.cp, 1.0, 1.0)
+    if yarn is not None:
+        config.yarn_rotary_scaling_factor = yarn.factor
+        config.yarn_original_max_position_embeddings = yarn.original_max_position_tokens
+        config.yarn_beta_fast, config.yarn_beta_slow = yarn.beta_fast, yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
         config.yarn_correction_range_round_to_int = True
@@ -197,9 +205,12 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
     )
 
     if uses_transformer_engine(config.params_dtype):
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
+            normalization="RMSNorm")
     return _finish_spec(config, spec, model.mtp_layer_type(), model)
 
 
@@ -216,12 +227,16 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_sov.mcore.model.attention import DocumentAttention
+    from megatron_sov.mcore.model.latent_attention import LatentDocumentAttention, latent_specs
 
-    attention = spec.submodules.self_attention.submodules
+    attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if own_attention(config):
-        attention.core_attention = ModuleSpec(module=DocumentAttention,
+        attention.core_attention = ModuleSpec(module=LatentDocumentAttention if latent else DocumentAttention,
                                               params={"window_tokens": model.window_tokens(kind)})
-    if config.softmax_scale not in (None, softmax_scale(model, kind)):
+    if latent:
+        latent_specs(spec)
+    # the library computes another one for latent attention
+    if latent or config.softmax_scale not in (None, softmax_scale(model, kind)):
         attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
     _place_norms(config, spec, kind, model)
     if isinstance(spec.submodules.mlp.submodules, MoESubmodules):

@@ -16,6 +16,7 @@ def mend() -> None:
     """Mend the library in this process; called before a model is built."""
     _router_gemm_name()
     _norms_under_sequence_parallelism()
+    _latent_attention_alone()
 
 
 def _router_gemm_name() -> None:
@@ -25,6 +26,15 @@ def _router_gemm_name() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _latent_attention_alone() -> None:
+    """Latent attention takes Transformer Engine to be there where its stand-ins are, and asks whether a layer is
+    an instance of one, which is no class."""
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    if not isinstance(latent.TELinear, type):
+        latent.HAVE_TE = False
 
 
 def _norms_under_sequence_parallelism() -> None:
