@@ -11,8 +11,8 @@ MAX_WIDTH = 1_000_000
 
 @dataclass(frozen=True)
 class LatentAttentionConfig:
-    """Sizes of latent attention: keys and values of all heads come of one narrow vector, beside which a key that
-    all heads share carries the position."""
+    """Sizes of latent attention: keys and values of all heads are made of one narrow vector, beside which
+    a key that all heads share carries the position."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     kv_lora_rank: int

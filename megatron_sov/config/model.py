@@ -236,9 +236,10 @@ class ModelConfig:
         if "L" in self.attention_pattern or self.mtp_attention == "L":
             p.append("model.latent_attention has no sliding windows; set model.attention_pattern and "
                      "model.mtp_attention to 'G'")
-        for name, plain in (("qkv_bias", False), ("qk_norm", False), ("rope_share", 1.0), ("llama3_rope", None),
-                            ("local_rope_theta", None), ("rope_on_global", True), ("block_norms", "pre"),
-                            ("zero_centered_norms", False), ("attention_multiplier", None)):
+        for name, plain in (("qkv_bias", False), ("qk_norm", False), ("rope_share", 1.0),
+                            ("llama3_rope", None), ("local_rope_theta", None), ("rope_on_global", True),
+                            ("block_norms", "pre"), ("zero_centered_norms", False),
+                            ("attention_multiplier", None)):
             if getattr(self, name) != plain:
                 p.append(f"model.{name} = {getattr(self, name)} is not built for model.latent_attention; set "
                          f"it to {str(plain).lower() if isinstance(plain, bool) else plain or 'null'}")

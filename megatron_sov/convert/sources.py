@@ -15,6 +15,7 @@ import torch
 
 from megatron_sov import models
 from megatron_sov.config import ModelConfig
+from megatron_sov.convert.block_scales import FIELD, RESULT, BlockScales
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
@@ -90,10 +91,13 @@ class HfWeights:
         self.path = path
         self.config = read_json(path / CONFIG)
         self._shards = open_shards(path)
-        shapes = {name: shard.entries[name].shape for name, shard in self._shards.items()}
+        self._scales = BlockScales(path, self.config, self._shards)
+        shapes = self._scales.without(
+            {name: shard.entries[name].shape for name, shard in self._shards.items()})
         family = models.get(str(self.config.get("model_type")))
         try:
-            self.model = family.from_hf_config(self.config, shapes)
+            self.model = family.from_hf_config(
+                {name: value for name, value in self.config.items() if name != FIELD}, shapes)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
@@ -108,20 +112,21 @@ class HfWeights:
         return list(self._shapes)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor stands in its file."""
-        return self._shards[name].dtype(name)
+        """Return the dtype in which the tensor stands in its file; of one in 8 bits that of its product with
+        its scales."""
+        return RESULT if self._scales.scaled(name) else self._shards[name].dtype(name)
 
     def held_in(self, file: str) -> list[str]:
         """Return the tensors that a file holds."""
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
     def files_of(self, name: str) -> set[str]:
-        """Return the file that holds the tensor."""
-        return {self._shards[name].path.name}
+        """Return the file that holds the tensor, and that of its scales."""
+        return {self._shards[name].path.name} | self._scales.files_of(name)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
-        return self._shards[name].read(name)
+        return self._scales.read(name) if self._scales.scaled(name) else self._shards[name].read(name)
 
 
 class CheckpointWeights:

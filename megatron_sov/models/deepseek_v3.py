@@ -1,5 +1,5 @@
-"""DeepSeek-V3 and R1, Kimi K2 (`deepseek_v3`): multi-head latent attention, leading dense layers, DeepSeek-V3's
-router and a shared expert.
+"""DeepSeek-V3 and R1, Kimi K2 (`deepseek_v3`): multi-head latent attention, leading dense layers,
+DeepSeek-V3's router and a shared expert.
 
 The prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk.
 transformers drops it on loading, and so do we.

@@ -6,8 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_sov.config import ModelConfig
-from megatron_sov.config.latent import LatentAttentionConfig
+from megatron_sov.config import LatentAttentionConfig, ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.hf_config import Rope
 
@@ -24,7 +23,7 @@ class LatentHeads:
     """Null: there is none; where it is absent transformers takes 1536."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the sizes, and as many key/value heads as heads; `UserError` where attention is not latent."""
+        """Return the sizes, and as many key/value heads as heads; `UserError` where there are none."""
         latent = model.latent_attention
         if latent is None:
             raise UserError(f"model.latent_attention = null: family '{model.family}' has latent attention; "
@@ -33,7 +32,7 @@ class LatentHeads:
                 "num_key_value_heads": model.num_kv_heads}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the sizes; `UserError` where one is missing, or a width that follows from them is another."""
+        """Return the sizes; `UserError` where one is missing, or a width is not what follows from them."""
         missing = [name for name in (*_SIZES, "q_lora_rank") if name not in config]
         if missing:
             raise UserError(f"config.json: lacks {', '.join(missing)}; add them (null for a q_lora_rank that "
@@ -53,8 +52,8 @@ class LatentHeads:
 
 @dataclass(frozen=True)
 class LatentRope(Rope):
-    """Rotary frequencies whose YaRN has its factor as `mscale` and `mscale_all_dim`: with both equal, cosine and
-    sine have none, and the scale of the softmax has all of it."""
+    """Rotary frequencies whose YaRN has its factor as `mscale` and `mscale_all_dim`: with both equal, cosine
+    and sine have none, and the scale of the softmax has all of it."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return `rope_parameters` with both."""
@@ -72,13 +71,13 @@ class LatentRope(Rope):
                 yarns += rope.get("rope_type", rope.get("type")) == "yarn"
                 factors |= {rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")}
                 if rope.pop("attention_factor", None) not in (None, 1.0):
-                    raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only 1.0 "
-                                    "is supported; leave it out")
+                    raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "
+                                    "1.0 is supported; leave it out")
         found = super().read(config)
         if not yarns:
             return found
         if len(factors) != 1 or not (mscale := factors.pop()):
-            raise UserError("config.json: rope_type 'yarn' needs mscale and mscale_all_dim that are equal and "
-                            "not 0: with others cosine and sine had a factor, which is not built for latent "
-                            "attention")
+            raise UserError("config.json: rope_type 'yarn' needs mscale and mscale_all_dim that are equal "
+                            "and not 0: with others cosine and sine had a factor, which is not built for "
+                            "latent attention")
         return found | {"yarn": replace(found["yarn"], mscale=float(mscale))}

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from megatron_sov.config import ModelConfig
-from megatron_sov.config.latent import LatentAttentionConfig
+from megatron_sov.config import LatentAttentionConfig, ModelConfig
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "V": lambda m: m.vocab_size,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from megatron_sov.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.config import LatentAttentionConfig, LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.models.adapters import PREFIX, Adapted, adapted_modules
 from megatron_sov.models.encoders import encoder_tensors
 
@@ -135,6 +135,9 @@ def _norm_behind(name: str, m: ModelConfig, prefix: str) -> tuple[Held, ...]:
 
 def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:
     """Yield attention, with the norm before it where there is one."""
+    if m.latent_attention is not None:
+        yield from _latent_attention(m, m.latent_attention, tp, fused, prefix)
+        return
     heads = m.num_heads * m.head_dim // tp
     rows = heads + 2 * m.num_kv_heads * m.head_dim // tp
     norm = Held(prefix + "self_attention.linear_qkv.layer_norm_weight", (m.hidden_size,))
@@ -150,6 +153,31 @@ def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[He
     if m.qk_norm:
         yield Held(prefix + "q_layernorm.weight", (m.head_dim,))
         yield Held(prefix + "k_layernorm.weight", (m.head_dim,))
+
+
+def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, tp: int, fused: bool,
+                      prefix: str) -> Iterator[Held]:
+    """Yield latent attention and the norm before it; projections to narrow vectors are whole on every
+    process."""
+    yield _norm("input_layernorm", m, prefix)
+    prefix += "self_attention."
+    queries = m.num_heads * latent.query_dim // tp
+    both = m.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim) // tp
+    yield Held(prefix + "linear_proj.weight", (m.hidden_size, m.num_heads * latent.v_head_dim // tp))
+    norms = []
+    for letter, rank, down, up in (("q", latent.q_lora_rank, latent.q_lora_rank or 0, queries),
+                                   ("kv", latent.kv_lora_rank, latent.cached_dim, both)):
+        if rank is None:
+            yield Held(prefix + "linear_q_proj.weight", (queries, m.hidden_size))
+            continue
+        yield Held(f"{prefix}linear_{letter}_down_proj.weight", (down, m.hidden_size))
+        norm = Held(f"{prefix}linear_{letter}_up_proj.layer_norm_weight", (rank,))
+        if fused:
+            yield norm
+        else:
+            norms.append(norm)
+        yield Held(f"{prefix}linear_{letter}_up_proj.weight", (up, rank))
+    yield from norms
 
 
 def _dense(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:

@@ -191,8 +191,11 @@ class StageBuffers:
                   and parts[0].key.startswith("decoder.layers.{l}"))
         first_moe = m.num_layers - m.num_moe_layers()
         routers = sum(layer is not None and layer >= first_moe for layer in layers)
-        angles = (len(self._chunks) * 2 * m.head_dim * m.yarn.original_max_position_tokens
-                  // self._config.parallel.cp if m.yarn is not None else 0)
+        cp = self._config.parallel.cp
+        # latent attention without YaRN has its angles, too, of as few positions as can be
+        positions = (m.yarn.original_max_position_tokens if m.yarn is not None
+                     else 2 * cp if m.latent_attention is not None else 0)
+        angles = len(self._chunks) * 2 * m.rotated_channels() * positions // cp
         return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
                 + (encoder_buffer_bytes(m) if self._is_first else 0))
 

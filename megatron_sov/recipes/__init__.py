@@ -117,6 +117,7 @@ TINY = {
     "tiny-mixtral": "mixtral-8x7b",
     "tiny-glm4-moe": "glm-4.5-air",
     "tiny-deepseek-v3": "deepseek-v3",
+    "tiny-kimi-k2": "kimi-k2",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",

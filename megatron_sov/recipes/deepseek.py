@@ -3,8 +3,7 @@ fine-tuning, as those of `qwen.py`."""
 
 from __future__ import annotations
 
-from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, YarnConfig
-from megatron_sov.config.latent import LatentAttentionConfig
+from megatron_sov.config import LatentAttentionConfig, ModelConfig, ParallelConfig, RunConfig, YarnConfig
 from megatron_sov.recipes.qwen import continued
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
@@ -13,8 +12,8 @@ LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_h
 
 
 def deepseek_v3() -> RunConfig:
-    """Return DeepSeek-V3 without its prediction layer: 8 of 256 experts by a sigmoid router, one shared, latent
-    attention, 160K by YaRN."""
+    """Return DeepSeek-V3 without its prediction layer: 8 of 256 experts by a sigmoid router, one shared,
+    latent attention, 160K by YaRN."""
     return continued("deepseek-v3", ModelConfig(
         family="deepseek_v3", vocab_size=129280, hidden_size=7168, num_layers=61, num_heads=128,
         num_kv_heads=128, head_dim=192, latent_attention=LATENT, num_dense_layers=3, dense_ffn_dim=18432,
@@ -25,7 +24,7 @@ def deepseek_v3() -> RunConfig:
 
 
 def kimi_k2() -> RunConfig:
-    """Return Kimi K2: DeepSeek-V3 with half the heads, 8 of 384 experts, and one dense layer; 128K by YaRN."""
+    """Return Kimi K2: DeepSeek-V3 with half the heads, 8 of 384 experts, one dense layer; 128K by YaRN."""
     return continued("kimi-k2", ModelConfig(
         family="deepseek_v3", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64,
         num_kv_heads=64, head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432,

@@ -137,8 +137,8 @@ class CachedAttention(torch.nn.Module):
         whole = size.max_tokens + size.step_tokens
         self.capacity = min(whole, window_tokens - 1 + size.step_tokens) if window_tokens else whole
         self.stored: tuple[torch.Tensor, ...] | None = None
-        """Keys and values [slots, kv_heads, capacity, head_dim], once where they are the same; None before the
-        first token."""
+        """Keys and values [slots, kv_heads, capacity, head_dim], once where they are the same; None before
+        the first token."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                 attn_mask_type: Any = None, attention_bias: None = None,

@@ -29,8 +29,8 @@ def _router_gemm_name() -> None:
 
 
 def _latent_attention_alone() -> None:
-    """Latent attention takes Transformer Engine to be there where its stand-ins are, and asks whether a layer is
-    an instance of one, which is no class."""
+    """Latent attention takes Transformer Engine to be there where its stand-ins are, and asks whether a layer
+    is an instance of one, which is no class."""
     import megatron.core.transformer.multi_latent_attention as latent
 
     if not isinstance(latent.TELinear, type):
