@@ -64,13 +64,14 @@ class BlockScales:
         entry = self._shards[name].entries[name]
         if len(entry.shape) != 2 or math.prod(entry.shape) != entry.size_bytes:
             raise UserError(f"{where}: {name} has {entry.size_bytes} bytes and the shape "
-                            f"{list(entry.shape)}; in {EIGHT_BITS} it must be a matrix with a byte for each number")
+                            f"{list(entry.shape)}; in {EIGHT_BITS} it must be a matrix with a byte for each "
+                            "number")
         if scale not in self._shards:
             raise UserError(f"{where}: {name} has no scale ({scale}); download the folder again")
         found, wanted = self._shards[scale].entries[scale], [-(-n // BLOCK) for n in entry.shape]
         if list(found.shape) != wanted or found.dtype != "F32":
-            raise UserError(f"{where}: {scale} is {found.dtype} {list(found.shape)} and must be F32 {wanted}: "
-                            f"a number for each block of {BLOCK} x {BLOCK} of {name}")
+            raise UserError(f"{where}: {scale} is {found.dtype} {list(found.shape)} and must be F32 "
+                            f"{wanted}: a number for each block of {BLOCK} x {BLOCK} of {name}")
 
     def without(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return a table of tensors without the scales."""
@@ -103,6 +104,6 @@ def _check_kind(where: object, quantised: Any) -> None:
     said = {name: quantised.get(name) for name in {*KNOWN, *quantised} if name not in NAMES}
     for name, value in sorted(said.items()):
         if value not in KNOWN.get(name, (None,)):
-            raise UserError(f"{where}: {FIELD} has {name} = {value!r}, but only weights in float8 (e4m3) with "
-                            f"a scale for each block of {BLOCK} x {BLOCK} are read; save the model without "
+            raise UserError(f"{where}: {FIELD} has {name} = {value!r}, but only weights in float8 (e4m3) "
+                            f"with a scale for each block of {BLOCK} x {BLOCK} are read; save the model without "
                             "quantisation")

@@ -43,6 +43,29 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     experts = {"moe_intermediate_size": draw.choice((14, 18)), "num_experts_per_tok": (2, 1, 3)[seed]}
     if family == "solar_open":
         return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
+                "n_shared_experts": (1, 2, 1)[seed], "routed_scaling_factor": 1.7, "rope_parameters": yarn}
+    if family == "exaone_moe":
+        return {**config, **experts, "num_experts": (8, 16, 4)[seed], "num_shared_experts": 1,
+                "sliding_window": 9 + seed,
+                "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers],
+                "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1),
+                "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
+    if family == "gemma3_text":
+        return {**config, "hidden_size": 12 * kv_heads * 2, "num_attention_heads": 2 * kv_heads,
+                "sliding_window": 9 + seed, "layer_types": (
+                    ["sliding_attention", "full_attention"] * layers)[:layers],
+                "query_pre_attn_scalar": (config["head_dim"], 5, 30)[seed], "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    if family == "glm4_moe":
+        return {**config, **experts, "head_dim": draw.choice((8, 12)), "n_routed_experts": (8, 4, 12)[seed],
+                "attention_bias": seed != 1, "use_qk_norm": seed != 0, "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
+                "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
+    if family == "deepseek_v3":
+        mscale = (1.0, 0.707, None)[seed]
+        config.pop("head_dim")
+        return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
                 "n_shared_experts": (1, 2, 1)[seed], "num_key_value_heads": heads, "n_group": 1,
                 "topk_group": 1, "routed_scaling_factor": 2.5,
                 "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
