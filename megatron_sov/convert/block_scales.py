@@ -105,5 +105,5 @@ def _check_kind(where: object, quantised: Any) -> None:
     for name, value in sorted(said.items()):
         if value not in KNOWN.get(name, (None,)):
             raise UserError(f"{where}: {FIELD} has {name} = {value!r}, but only weights in float8 (e4m3) "
-                            f"with a scale for each block of {BLOCK} x {BLOCK} are read; save the model without "
-                            "quantisation")
+                            f"with a scale for each block of {BLOCK} x {BLOCK} are read; save the model "
+                            "without quantisation")
