@@ -52,6 +52,8 @@ CASES = {
         "micro batch 1")),
     "fp32": ("tiny-k-exaone", "lm", [], FP32, ("TP2+SP x PP2 x EP2", "ETP2")),
     "qwen2": ("tiny-qwen2", "lm", TIED, FP64, ("TP2", "DP2 overlapped", "PP2 VPP2 x DP2 ZeRO-1 overlapped")),
+    "deepseek_v3": ("tiny-deepseek-v3", "lm", [], FP64, ("TP2+SP x PP2 x EP2",
+                                                         "CP2 x DP2 x EP2 ZeRO-1 overlapped")),
     "qwen3_moe": ("tiny-qwen3-moe", "lm", [], FP64, ("TP2+SP", "EP2", "TP2+SP x PP2 x EP2")),
 }
 

@@ -17,7 +17,7 @@ from megatron_sov.models.family import TokenIds
 
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
-       "glm-4.5-air", "gemma-3-1b")
+       "glm-4.5-air", "gemma-3-1b", "deepseek-v3", "kimi-k2")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -91,7 +91,7 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
     ("llama-3.1-8b", 8.0303e9, 0), ("mixtral-8x7b", 46.703e9, 0),
     ("exaone-4.0-32b", 32.003e9, 0), ("exaone-4.0-1.2b", 1.2794e9, 0), ("hyperclovax-14b", 14.748e9, 0),
     ("glm-4.5-air", 106.852e9, 0),
-    ("gemma-3-1b", 0.999886e9, 0)])
+    ("gemma-3-1b", 0.999886e9, 0), ("deepseek-v3", 671.0264e9, 0), ("kimi-k2", 1026.408e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()

@@ -81,6 +81,10 @@ class LatentAttention(MLASelfAttention):
                               ("linear_kv_down_proj", config.kv_lora_rank + config.qk_pos_emb_head_dim)):
             if isinstance(getattr(self, name, None), ColumnParallelLinear):
                 setattr(self, name, WholeLinear(config.hidden_size, outputs, config))
+            elif hasattr(self, name):
+                # Transformer Engine marks every weight as cut, and each process would count it in the norm of
+                # gradients
+                getattr(self, name).weight.tensor_model_parallel = False
         # with Transformer Engine the norms are in the projections behind them
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             if hasattr(getattr(self, name, None), "eps"):
