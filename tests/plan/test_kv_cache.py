@@ -64,7 +64,6 @@ def test_a_cached_decoder_keeps_as_much(ranks: Any, job: Any) -> None:
     """Its slots are as long as the sequence with the token that is read."""
     tokens = 100
     names = ("tiny-k-exaone", "tiny-deepseek-v3")
-    for name, ((found,),) in zip(names, zip(*[ranks(*(job(
-            __file__, "kept_by_a_decoder", 1, {"recipe": name, "tokens": tokens}) for name in names))]),
-            strict=True):
+    jobs = (job(__file__, "kept_by_a_decoder", 1, {"recipe": name, "tokens": tokens}) for name in names)
+    for name, (found,) in zip(names, ranks(*jobs), strict=True):
         assert found == kv_bytes(of_model(recipes.get(name).model), tokens, item_bytes=4), name

@@ -36,8 +36,8 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim,
             # the model's own angles take this width from here
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
-            # the fused kernel wants positions that begin with a row; `rope` has no factor on cosine and sine
-            "apply_rope_fusion": False, "rope_type": "rope"}
+            # which has no factor on cosine and sine
+            "rope_type": "rope"}
 
 
 class WholeLinear(torch.nn.Module):

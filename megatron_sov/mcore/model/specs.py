@@ -71,11 +71,6 @@ def own_attention(config: Any) -> bool:
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                        gpu: GpuConfig = AUTO) -> Any:
     """Return the library's `TransformerConfig` for a model, a layout, a precision and a use of GPUs."""
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
-
-    from megatron_sov.mcore.model.latent_attention import latent_settings
-
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
     here = Here(te, model, parallel)
@@ -105,7 +100,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
-        **transformer_settings(gpu, train, here), **latent_settings(model),
+        **transformer_settings(gpu, train, here),
     }
     if parallel.pipeline_layout:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(model, parallel)
@@ -119,7 +114,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
         settings |= library_settings(train)
-    config = (TransformerConfig if model.latent_attention is None else MLATransformerConfig)(**settings)
+    config = _library_config(model, settings)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
@@ -129,6 +124,16 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
+
+
+def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
+    """Return the library's configuration of these settings, of the kind that the model's attention has."""
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+    from megatron_sov.mcore.model.latent_attention import latent_settings
+
+    latent = latent_settings(model)
+    return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
 
 
 def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:

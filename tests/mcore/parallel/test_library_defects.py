@@ -49,7 +49,8 @@ def looks() -> list[dict[str, bool]]:
 
 @pytest.mark.parametrize(("defect", "file"), [("router gemm name", "library_defects"),
                                               ("norms", "library_defects"),
-                                              ("latent attention", "library_defects"), ("split sizes", "cpu_shims")])
+                                              ("latent attention", "library_defects"),
+                                              ("split sizes", "cpu_shims")])
 def test_the_library_still_needs_the_patch(defect: str, file: str, looks: list[dict[str, bool]]) -> None:
     assert looks[0][defect], f"{defect}: the library is mended; its patch in mcore/parallel/{file}.py can go"
 
