@@ -84,8 +84,7 @@ class ParallelConfig:
             value = getattr(model, name)
             if value % self.tp:
                 p.append(f"parallel.tp = {self.tp} must divide model.{name} = {value}; {_divisors(value)}")
-        if ((model.num_moe_layers() < model.num_layers or model.num_mtp_layers)
-                and model.dense_ffn_dim % self.tp):
+        if model.has_dense_layers() and model.dense_ffn_dim % self.tp:
             p.append(f"parallel.tp = {self.tp} must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
         p += self._expert_problems(model)
         if self.sp and self.tp == 1:

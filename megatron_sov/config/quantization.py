@@ -114,7 +114,9 @@ def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelCo
               (f"(model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
                f"{head_dim}{cut}", (heads + 2 * kv_heads) * head_dim / tp),
               (f"model.num_heads {heads} x model.head_dim {head_dim}{cut}", heads * head_dim / tp)]
-    if model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers() or predicts:
+    dense_prediction = predicts and not model.mtp_experts
+    if (model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers()
+            or dense_prediction):
         widths.append((f"model.dense_ffn_dim {model.dense_ffn_dim}{cut}", model.dense_ffn_dim / tp))
     if model.num_moe_layers():
         etp = f" / parallel.etp {parallel.etp}" if parallel.etp > 1 else ""

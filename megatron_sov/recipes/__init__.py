@@ -71,8 +71,7 @@ RECIPES: dict[str, Recipe] = {
                                  qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
     "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
-    "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources(
-        "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py")),
+    "glm-4.5-air": Recipe(glm.glm_4_5_air, glm.SOURCES),
     "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(
