@@ -91,6 +91,11 @@ class ModelConfig:
     """Routed experts of a layer; 0: every layer is dense."""
     num_experts_per_token: int = 8
     """Routed experts that each token visits (top-k)."""
+    num_expert_groups: int = 1
+    """Equal groups of a layer's experts, in their order (node-limited routing, DeepSeek-V3, arXiv 2412.19437,
+    section 2.1.2); 1: none.  A group's score is the sum of its two best, selection bias included."""
+    num_groups_per_token: int = 1
+    """Groups with the best scores, among whose experts each token's are chosen."""
     num_shared_experts: int = 1
     """Experts that every token visits."""
     expert_ffn_dim: int = 1280
@@ -148,7 +153,9 @@ class ModelConfig:
     tied_embeddings: bool = False
     """Whether the output head is the embedding matrix."""
     num_mtp_layers: int = 0
-    """Multi-token prediction layers after the trunk (DeepSeek-V3 form, dense)."""
+    """Multi-token prediction layers after the trunk (DeepSeek-V3 form)."""
+    mtp_experts: bool = False
+    """Whether the multi-token prediction layer has experts as the trunk's layers have; False: it is dense."""
     mtp_attention: Literal["G", "L"] = "G"
     """Attention of the multi-token prediction layer: G = global (rotated as other global layers are),
     L = sliding window."""
@@ -207,6 +214,38 @@ class ModelConfig:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
 
+    def num_mtp_moe_layers(self) -> int:
+        """Return how many multi-token prediction layers have experts."""
+        return self.num_mtp_layers if self.mtp_experts else 0
+
+    def has_dense_layers(self) -> bool:
+        """Return whether any layer, of the trunk or for prediction, has a dense feed-forward network."""
+        return self.num_moe_layers() < self.num_layers or self.num_mtp_layers > self.num_mtp_moe_layers()
+
+    def _routing_problems(self) -> list[str]:
+        p = []
+        if self.num_moe_layers() and not 0 < self.num_experts_per_token <= self.num_experts:
+            p.append(f"model.num_experts_per_token = {self.num_experts_per_token} must lie between 1 and "
+                     f"num_experts = {self.num_experts}")
+        if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
+            p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
+                     f"it is {self.router_score!r}")
+        if self.num_mtp_moe_layers() and not self.num_moe_layers():
+            p.append("model.mtp_experts = True needs a trunk with experts, and none of its layers has any; "
+                     "set it to false")
+        groups, kept = self.num_expert_groups, self.num_groups_per_token
+        if not 1 <= kept <= groups:
+            return [*p, f"model.num_groups_per_token = {kept} must lie between 1 and model.num_expert_groups "
+                    f"= {groups}"]
+        if groups > 1 and (self.num_experts % groups or self.num_experts < 2 * groups):
+            return [*p, f"model.num_expert_groups = {groups} must divide model.num_experts = "
+                    f"{self.num_experts} into groups of at least two"]
+        within = kept * self.num_experts // groups
+        if groups > 1 and within < self.num_experts_per_token:
+            p.append(f"model.num_groups_per_token = {kept} leaves {within} experts to choose from, and "
+                     f"model.num_experts_per_token = {self.num_experts_per_token} must not be more")
+        return p
+
     def _rotary_problems(self) -> list[str]:
         p = []
         if self.head_dim % 2:
@@ -260,12 +299,10 @@ class ModelConfig:
         if not 0 <= self.num_dense_layers <= self.num_layers:
             p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = "
                      f"{self.num_layers}")
-        if (self.num_moe_layers() < self.num_layers or self.num_mtp_layers) and self.dense_ffn_dim <= 0:
+        if self.has_dense_layers() and self.dense_ffn_dim <= 0:
             p.append(f"model.dense_ffn_dim = {self.dense_ffn_dim} must be positive for dense and multi-token "
                      "prediction layers")
-        if self.num_moe_layers() and not 0 < self.num_experts_per_token <= self.num_experts:
-            p.append(f"model.num_experts_per_token = {self.num_experts_per_token} must lie between 1 and "
-                     f"num_experts = {self.num_experts}")
+        p += self._routing_problems()
         if set(self.attention_pattern) - {"L", "G"} or not self.attention_pattern:
             p.append(f"model.attention_pattern = {self.attention_pattern!r} may hold only the "
                      "letters L and G")
@@ -275,9 +312,6 @@ class ModelConfig:
         if self.num_mtp_layers and self.mtp_attention == "L" and not self.sliding_window_tokens:
             p.append("model.mtp_attention = 'L' needs model.sliding_window_tokens > 0, "
                      f"it is {self.sliding_window_tokens}")
-        if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
-            p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
-                     f"it is {self.router_score!r}")
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",

@@ -111,7 +111,9 @@ def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelCo
     shared = model.num_shared_experts * model.expert_ffn_dim if model.num_moe_layers() else 0
     widths = [(f"model.hidden_size = {model.hidden_size}", model.hidden_size),
               *_attention_widths(model, tp, cut)]
-    if model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers() or predicts:
+    dense_prediction = predicts and not model.mtp_experts
+    if (model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers()
+            or dense_prediction):
         widths.append((f"model.dense_ffn_dim {model.dense_ffn_dim}{cut}", model.dense_ffn_dim / tp))
     if model.num_moe_layers():
         etp = f" / parallel.etp {parallel.etp}" if parallel.etp > 1 else ""

@@ -102,10 +102,10 @@ class HfWeights:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
-        self.left_out = family.left_out(self.model, shapes)
-        """Tensors of prediction layers that the family does not read."""
-        shapes = {name: shape for name, shape in shapes.items() if name not in set(self.left_out)}
-        check_exact(path, shapes, self._shapes, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
+        self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
+        """Tensors of the folder that are others once more -> those that they equal (`convert.copies`)."""
+        copied = {name: self._shapes[other] for name, other in self.copies.items()}
+        check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
     def names(self) -> list[str]:
         """Return the names in the order of the weight map."""

@@ -42,7 +42,7 @@ def multiplied_weights(model: ModelConfig) -> int:
     num_moe_layers = model.num_moe_layers()
     return (model.num_layers * attention + (model.num_layers - num_moe_layers) * dense
             + num_moe_layers * experts + depths * model.vocab_size * h
-            + model.num_mtp_layers * (2 * h * h + attention + dense))
+            + model.num_mtp_layers * (2 * h * h + attention + (experts if model.mtp_experts else dense)))
 
 
 def mean_keys(seq_len: int, window: int) -> float:

@@ -86,7 +86,7 @@ def kinds(m: ModelConfig) -> tuple[Kind, ...]:
 
 def prediction_kind(m: ModelConfig) -> Kind:
     """Return the kind of the layer inside a multi-token prediction layer."""
-    return _kind(m, False, m.mtp_layer_type())
+    return _kind(m, m.mtp_experts, m.mtp_layer_type())
 
 
 def _kind(m: ModelConfig, with_experts: bool, attention: str) -> Kind:

@@ -113,6 +113,12 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts
         with_experts: whether it has experts.
     """
     prefix = "decoder.layers.{l}."
+    return _block(m, tp, ep, etp, fused, prefix, with_experts)
+
+
+def _block(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, prefix: str,
+           with_experts: bool) -> tuple[Held, ...]:
+    """Return a transformer layer whose parameters have a prefix; the rest as `_layer` has it."""
     before = (*_attention(m, tp, fused, prefix), *_norm_behind("self_attn_bda", m, prefix))
     last = _norm_behind("mlp_bda", m, prefix)
     if not with_experts:
@@ -120,7 +126,7 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts
     shared = m.num_shared_experts * m.expert_ffn_dim
     between = () if m.block_norms == "post" else (_norm("pre_mlp_layernorm", m, prefix),)
     return (*before, *between, Held(prefix + "mlp.router.weight", (m.num_experts, m.hidden_size)),
-            *_experts(m, m.num_experts // ep, m.expert_ffn_dim // etp, fused),
+            *_experts(m, m.num_experts // ep, m.expert_ffn_dim // etp, fused, prefix),
             *(_swiglu(prefix + "mlp.shared_experts.", m.hidden_size, shared // tp) if shared else ()), *last)
 
 
@@ -194,9 +200,9 @@ def _swiglu(prefix: str, hidden: int, ffn: int, count: int = 1, *, routed: bool 
             Held(prefix + "linear_fc2.weight", (hidden, ffn), count, routed))
 
 
-def _experts(m: ModelConfig, count: int, ffn: int, fused: bool) -> tuple[Held, ...]:
+def _experts(m: ModelConfig, count: int, ffn: int, fused: bool, prefix: str) -> tuple[Held, ...]:
     """Return so many routed experts."""
-    prefix = "decoder.layers.{l}.mlp.experts.experts."
+    prefix += "mlp.experts.experts."
     if fused:
         return _swiglu(prefix, m.hidden_size, ffn, count, routed=True)
     return _swiglu(prefix, m.hidden_size, ffn, routed=True) * count
@@ -204,13 +210,11 @@ def _experts(m: ModelConfig, count: int, ffn: int, fused: bool) -> tuple[Held, .
 
 @lru_cache(maxsize=256)
 def _prediction_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool) -> tuple[Held, ...]:
-    """Return a multi-token prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2), which is dense."""
+    """Return a multi-token prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
     prefix = "mtp.layers.{l}."
-    inner = prefix + "transformer_layer."
     return (_norm("enorm", m, prefix), _norm("hnorm", m, prefix),
             Held(prefix + "eh_proj.weight", (m.hidden_size // tp, 2 * m.hidden_size)),
-            *_attention(m, tp, fused, inner), *_norm_behind("self_attn_bda", m, inner),
-            *_dense(m, tp, fused, inner), *_norm_behind("mlp_bda", m, inner),
+            *_block(m, tp, ep, etp, fused, prefix + "transformer_layer.", m.mtp_experts),
             _norm("final_layernorm", m, prefix))
 
 

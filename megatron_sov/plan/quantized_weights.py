@@ -58,7 +58,7 @@ def _weights(config: RunConfig, stage: int) -> Iterator[tuple[int, tuple[int, in
         for _ in range(m.num_mtp_layers):
             yield 1, (m.hidden_size // p.tp, 2 * m.hidden_size)
             yield from _attention(m, p)
-            yield from _swiglu(m.hidden_size, m.dense_ffn_dim // p.tp)
+            yield from _experts(m, p) if m.mtp_experts else _swiglu(m.hidden_size, m.dense_ffn_dim // p.tp)
 
 
 def _attention(m: ModelConfig, p: ParallelConfig) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -190,7 +190,9 @@ class StageBuffers:
         layers = (layer for runs in self._chunks for layer, parts in runs if len(parts) > 1
                   and parts[0].key.startswith("decoder.layers.{l}"))
         first_moe = m.num_layers - m.num_moe_layers()
-        routers = sum(layer is not None and layer >= first_moe for layer in layers)
+        routers = sum(layer is not None and layer >= first_moe for layer in layers) + sum(
+            parts[0].key.startswith("mtp.layers.") for runs in self._chunks
+            for _, parts in runs) * m.mtp_experts
         cp = self._config.parallel.cp
         # latent attention without YaRN has its angles, too, of as few positions as can be
         positions = (m.yarn.original_max_position_tokens if m.yarn is not None

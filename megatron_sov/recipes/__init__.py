@@ -72,12 +72,9 @@ RECIPES: dict[str, Recipe] = {
                                  qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
     "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
-    "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources(
-        "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py")),
-    "deepseek-v3": Recipe(deepseek.deepseek_v3, qwen.moe_sources(
-        "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's deepseek_v3_bridge.py")),
-    "kimi-k2": Recipe(deepseek.kimi_k2, qwen.moe_sources(
-        "moonshotai/Kimi-K2-Instruct, compared with Megatron-Bridge's test_kimi_bridge.py")),
+    "glm-4.5-air": Recipe(glm.glm_4_5_air, glm.SOURCES),
+    "deepseek-v3": Recipe(deepseek.deepseek_v3, deepseek.SOURCES),
+    "kimi-k2": Recipe(deepseek.kimi_k2, deepseek.KIMI_SOURCES),
     "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(

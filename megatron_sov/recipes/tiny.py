@@ -48,6 +48,8 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         small = replace(small, num_kv_heads=small.num_heads, latent_attention=latent)
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
+    if model.num_expert_groups > 1:
+        small = replace(small, num_expert_groups=4, num_groups_per_token=2)
     if model.audio_tokens and model.image_tokens:
         small = _small_media(small)
     extend = _small_extension(run.extend)

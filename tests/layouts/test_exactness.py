@@ -66,8 +66,8 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
         mscale = (1.0, 0.707, None)[seed]
         config.pop("head_dim")
         return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
-                "n_shared_experts": (1, 2, 1)[seed], "num_key_value_heads": heads, "n_group": 1,
-                "topk_group": 1, "routed_scaling_factor": 2.5,
+                "n_shared_experts": (1, 2, 1)[seed], "num_key_value_heads": heads, "n_group": (2, 1, 3)[seed],
+                "topk_group": (1, 1, 2)[seed], "routed_scaling_factor": 2.5,
                 "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
                 "q_lora_rank": (10, None, 26)[seed], "kv_lora_rank": (14, 22, 6)[seed],
                 "qk_nope_head_dim": (6, 10, 8)[seed], "qk_rope_head_dim": (4, 6, 10)[seed],

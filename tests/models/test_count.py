@@ -26,7 +26,7 @@ from megatron_sov.recipes import get, names
     ("hyperclovax-14b", 14.75, 14.75, 0.0),
     ("gemma-3-1b", 1.0, 1.0, 0.0),
     ("glm-4.5-air", 106.85, 13.42, 0.0),
-    ("deepseek-v3", 671.03, 37.55, 0.0),
+    ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:

@@ -151,6 +151,8 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
         "moe_grouped_gemm": te,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
+        **({"moe_router_num_groups": model.num_expert_groups,
+            "moe_router_group_topk": model.num_groups_per_token} if model.num_expert_groups > 1 else {}),
     }
 
 
@@ -203,13 +205,18 @@ def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
-    """Return the spec of the dense transformer layer inside a multi-token prediction layer."""
+    """Return the spec of the transformer layer inside a multi-token prediction layer: dense, or as the
+    trunk's last one."""
     from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_layer_specs,
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    if uses_transformer_engine(config.params_dtype):
+    te = uses_transformer_engine(config.params_dtype)
+    if model.mtp_experts:
+        spec = _own_copies(get_gpt_decoder_layer_specs(config, te, "RMSNorm")[-1:])[0]
+    elif te:
         spec = get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
     else:

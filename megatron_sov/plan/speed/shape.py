@@ -234,7 +234,7 @@ def of_model(model: ModelConfig) -> ModelShape:
         expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,
         num_shared_experts=model.num_shared_experts if model.num_experts else 0,
         num_dense_layers=model.num_layers - model.num_moe_layers() if model.num_experts else 0,
-        num_mtp_layers=model.num_mtp_layers,
+        num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts,
         window=model.sliding_window_tokens if windowed else 0, global_every=every if windowed else 0,
         **({} if latent is None else {
             "q_lora_rank": latent.q_lora_rank or 0, "kv_lora_rank": latent.kv_lora_rank,
