@@ -16,9 +16,9 @@ SOURCES = derive(moe_sources(RELEASED), {
     "model.mtp_experts": config_json(RELEASED), "model.mtp_attention": config_json(RELEASED),
     "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1"),
 })
-KIMI_SOURCES = derive(moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script of it"), {
-    "model.mtp_loss_coeff": ours("DeepSeek-V3's; it has no prediction layer"),
-})
+KIMI_SOURCES = derive(
+    moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script of it"),
+    {"model.mtp_loss_coeff": ours("DeepSeek-V3's; it has no prediction layer")})
 
 
 def deepseek_v3() -> RunConfig:
@@ -40,6 +40,6 @@ def kimi_k2() -> RunConfig:
         family="deepseek_v3", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64,
         num_kv_heads=64, head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432,
         num_experts=384, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=2048,
-        mtp_loss_coeff=0.1, routed_scaling_factor=2.827, rope_theta=50_000.0, yarn=YarnConfig(32.0, 4096, 1.0, 1.0),
-        norm_eps=1e-6, max_position_tokens=131072), ParallelConfig(tp=4, sp=True, pp=8, ep=32,
-                                                                   pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
+        mtp_loss_coeff=0.1, routed_scaling_factor=2.827, rope_theta=50_000.0,
+        yarn=YarnConfig(32.0, 4096, 1.0, 1.0), norm_eps=1e-6, max_position_tokens=131072),
+        ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
