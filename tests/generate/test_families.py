@@ -12,6 +12,7 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
             "model.dense_ffn_dim=24", "train.precision=fp64"]
 RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
            "tiny-deepseek-v3": ["model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
+                                "model.num_expert_groups=2", "model.num_groups_per_token=1",
                                 'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '
                                 '"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}',
                                 'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'],
