@@ -51,6 +51,8 @@ FAMILY = Family(
         *DECODER_CONFIG, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG, LatentHeads(),
         Fixed("tie_word_embeddings", False), Fixed("rope_interleave", True),
         Fixed("moe_layer_freq", 1, written=False),
+        # transformers' class takes these where a config is silent
+        Renamed("n_group", "num_expert_groups", 8), Renamed("topk_group", "num_groups_per_token", 4),
         Renamed("rms_norm_eps", "norm_eps", 1e-6), Renamed("intermediate_size", "dense_ffn_dim", 18432),
         Renamed("n_routed_experts", "num_experts", 256), Renamed("n_shared_experts", "num_shared_experts", 1),
         Renamed("routed_scaling_factor", "routed_scaling_factor", 2.5),

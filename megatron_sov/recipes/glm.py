@@ -9,7 +9,7 @@ from megatron_sov.recipes.sources import config_json, derive, ours
 
 RELEASED = "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py"
 SOURCES = derive(moe_sources(RELEASED), {
-    "model.mtp_experts": config_json(RELEASED), "model.mtp_attention": config_json(RELEASED),
+    "model.mtp_experts": config_json(RELEASED),
     "model.mtp_loss_coeff": ours("what the second half of its pre-training is remembered to have had"),
 })
 

@@ -60,7 +60,8 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     if family == "glm4_moe":
         return {**config, **experts, "head_dim": draw.choice((8, 12)), "n_routed_experts": (8, 4, 12)[seed],
                 "attention_bias": seed != 1, "use_qk_norm": seed != 0, "routed_scaling_factor": 2.5,
-                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
+                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": int(seed != 1),
+                "n_group": (4, 1, 3)[seed], "topk_group": (2, 1, 1)[seed],
                 "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
     if family == "deepseek_v3":
         mscale = (1.0, 0.707, None)[seed]
@@ -100,7 +101,7 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
 
 def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     """Write a random model as transformers does, with every bias away from zero;
-    K-EXAONE's prediction layer is added by hand."""
+    K-EXAONE's and GLM's prediction layers are added by hand."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -116,6 +117,8 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     model.save_pretrained(folder)
+    if config["model_type"] == "glm4_moe" and config["num_nextn_predict_layers"]:
+        add_layer_behind(folder, config["num_hidden_layers"])
     if config["model_type"] == "exaone_moe":
         tensors = load_file(folder / "model.safetensors")
         like_layer_0 = {n.replace("model.", "mtp."): torch.randn_like(t)
@@ -125,6 +128,22 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
                for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
         fc = {"mtp.fc.weight": torch.randn(hidden, 2 * hidden).to(norm.dtype)}
         save_file(tensors | like_layer_0 | own | fc, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_layer_behind(folder: Path, num_layers: int) -> None:
+    """Add a prediction layer under the names of published folders: as the trunk's last one, and around it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors, at = load_file(folder / "model.safetensors"), f"model.layers.{num_layers}."
+    last = f"model.layers.{num_layers - 1}."
+    like_last = {n.replace(last, at): torch.randn_like(t) for n, t in tensors.items() if n.startswith(last)}
+    norm, embedding = tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
+    own = {f"{at}{n}.weight": torch.randn_like(norm) for n in ("enorm", "hnorm", "shared_head.norm")}
+    own[f"{at}eh_proj.weight"] = torch.randn(len(norm), 2 * len(norm)).to(norm.dtype)
+    copies = {f"{at}embed_tokens.weight": embedding.clone(),
+              f"{at}shared_head.head.weight": tensors["lm_head.weight"].clone()}
+    save_file(tensors | like_last | own | copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def documents(vocab_size: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ from megatron_sov.recipes import get, names
     ("exaone-4.0-1.2b", 1.28, 1.28, 0.0),
     ("hyperclovax-14b", 14.75, 14.75, 0.0),
     ("gemma-3-1b", 1.0, 1.0, 0.0),
-    ("glm-4.5-air", 106.85, 13.42, 0.0),
+    ("glm-4.5-air", 106.85, 13.42, 2.38),
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
 ])
