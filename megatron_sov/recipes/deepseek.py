@@ -13,7 +13,7 @@ LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_h
 RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
 REPORT = "arXiv 2412.19437, section 4.2"
 SOURCES = derive(moe_sources(RELEASED), {
-    "model.mtp_experts": config_json(RELEASED), "model.mtp_attention": config_json(RELEASED),
+    "model.mtp_experts": config_json(RELEASED),
     "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1"),
 })
 KIMI_SOURCES = derive(

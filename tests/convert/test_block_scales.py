@@ -27,8 +27,9 @@ ODD = "model.layers.0.mlp.down_proj.weight"
 def small() -> ModelConfig:
     return replace(
         recipes.get("tiny-deepseek-v3").model, vocab_size=16, hidden_size=130, num_layers=2,
-        num_dense_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, dense_ffn_dim=260, num_experts=2, num_expert_groups=1,
-        num_groups_per_token=1, expert_ffn_dim=8, latent_attention=LatentAttentionConfig(8, 4, 4, 6))
+        num_dense_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, dense_ffn_dim=260, num_experts=2,
+        num_expert_groups=1, num_groups_per_token=1, expert_ffn_dim=8,
+        latent_attention=LatentAttentionConfig(8, 4, 4, 6))
 
 
 def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[str, torch.Tensor]:
