@@ -9,6 +9,7 @@ from typing import Any
 from megatron_sov.config import LatentAttentionConfig, ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.hf_config import Rope
+from megatron_sov.models.weights import latent_of
 
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -24,10 +25,7 @@ class LatentHeads:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the sizes, and as many key/value heads as heads; `UserError` where there are none."""
-        latent = model.latent_attention
-        if latent is None:
-            raise UserError(f"model.latent_attention = null: family '{model.family}' has latent attention; "
-                            "give its sizes")
+        latent = latent_of(model)
         return {**{name: getattr(latent, name) for name in _SIZES}, "q_lora_rank": latent.q_lora_rank,
                 "num_key_value_heads": model.num_kv_heads}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from megatron_sov.config import LatentAttentionConfig, ModelConfig
+from megatron_sov.errors import UserError
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "V": lambda m: m.vocab_size,
@@ -25,11 +26,11 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "E": lambda m: m.num_experts,
     "I": lambda m: m.expert_ffn_dim,
     "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
-    "Q": lambda m: _latent(m).q_lora_rank or 0,
-    "K": lambda m: _latent(m).kv_lora_rank,
-    "C": lambda m: _latent(m).cached_dim,
-    "B": lambda m: m.num_heads * (_latent(m).qk_nope_head_dim + _latent(m).v_head_dim),
-    "O": lambda m: m.num_heads * _latent(m).v_head_dim,
+    "Q": lambda m: latent_of(m).q_lora_rank or 0,
+    "K": lambda m: latent_of(m).kv_lora_rank,
+    "C": lambda m: latent_of(m).cached_dim,
+    "B": lambda m: m.num_heads * (latent_of(m).qk_nope_head_dim + latent_of(m).v_head_dim),
+    "O": lambda m: m.num_heads * latent_of(m).v_head_dim,
 }
 """Letters of a shape: Vocabulary, Hidden, heaD, All query heads, dense Ffn, Experts, expert's Inner,
 Shared experts' inner; of latent attention the Query vector, the one of Keys and values, what is Cached, what
@@ -37,8 +38,11 @@ keys without positions and values have in all heads (Both), and what heads Outpu
 _TOKEN = re.compile(r"(\d*)([A-Z])")
 
 
-def _latent(model: ModelConfig) -> LatentAttentionConfig:
-    assert model.latent_attention is not None, model.family
+def latent_of(model: ModelConfig) -> LatentAttentionConfig:
+    """Return the sizes of latent attention; `UserError` where a model of a family that has it gives none."""
+    if model.latent_attention is None:
+        raise UserError(f"model.latent_attention = null: family '{model.family}' has latent attention; "
+                        "give its sizes")
     return model.latent_attention
 
 

@@ -69,7 +69,7 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
         return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
                 "n_shared_experts": (1, 2, 1)[seed], "num_key_value_heads": heads, "n_group": (2, 1, 3)[seed],
                 "topk_group": (1, 1, 2)[seed], "routed_scaling_factor": 2.5,
-                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
+                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": int(seed != 1),
                 "q_lora_rank": (10, None, 26)[seed], "kv_lora_rank": (14, 22, 6)[seed],
                 "qk_nope_head_dim": (6, 10, 8)[seed], "qk_rope_head_dim": (4, 6, 10)[seed],
                 "v_head_dim": (12, 6, 30)[seed],
@@ -101,7 +101,7 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
 
 def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     """Write a random model as transformers does, with every bias away from zero;
-    K-EXAONE's and GLM's prediction layers are added by hand."""
+    K-EXAONE's, GLM's and DeepSeek's prediction layers are added by hand."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -117,7 +117,7 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     model.save_pretrained(folder)
-    if config["model_type"] == "glm4_moe" and config["num_nextn_predict_layers"]:
+    if config["model_type"] in ("glm4_moe", "deepseek_v3") and config["num_nextn_predict_layers"]:
         add_layer_behind(folder, config["num_hidden_layers"])
     if config["model_type"] == "exaone_moe":
         tensors = load_file(folder / "model.safetensors")
