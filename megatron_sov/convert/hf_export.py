@@ -3,6 +3,7 @@ being written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,17 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         check_space(out, missing_bytes)
         bar.update(len(specs) - sum(map(len, missing.values())))
 
+        def original(spec: TensorSpec) -> str:
+            return copies.get(spec.name, spec.name)
+
         def read(spec: TensorSpec) -> torch.Tensor:
-            name = copies.get(spec.name, spec.name)
-            tensor = converted(source.read(name), spec.dtype, checkpoint, name)
+            tensor = converted(source.read(original(spec)), spec.dtype, checkpoint, original(spec))
             bar.update()
             return tensor
 
         with checked_source(source, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
-                check.require(copies.get(spec.name, spec.name) for spec in files[name])
+                check.require(map(original, files[name]))
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
@@ -96,11 +99,14 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         add_inputs(artifact.writer, source)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
-            "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs
-                                  if spec.name not in copies)}
+            "num_parameters": _num_parameters(spec for spec in specs if spec.name not in copies)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
+
+
+def _num_parameters(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)
 
 
 def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
