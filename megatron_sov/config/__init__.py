@@ -13,6 +13,7 @@ from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig, L
 from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.guards import GuardConfig
+from megatron_sov.config.latent import LatentAttentionConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.lora import LoraConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
@@ -35,9 +36,9 @@ from megatron_sov.config.train import TrainConfig
 __all__ = [
     "AudioEncoderConfig", "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig",
     "ExtendConfig", "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig",
-    "IdBlock", "Language", "LmEvalConfig", "LoraConfig", "MediaConfig", "ModelConfig", "NeedleConfig",
-    "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig",
-    "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig", "RunConfig", "TrainConfig",
-    "VisionEncoderConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
-    "weighted_path",
+    "IdBlock", "Language", "LatentAttentionConfig", "LmEvalConfig", "LoraConfig", "MediaConfig",
+    "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
+    "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
+    "RunConfig", "TrainConfig", "VisionEncoderConfig", "YarnConfig", "apply_settings", "data_paths",
+    "from_dict", "layout_settings", "weighted_path",
 ]

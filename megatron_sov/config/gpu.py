@@ -96,7 +96,7 @@ class GpuConfig:
         if "shared_experts" in chosen and self.shared_expert_overlap == "on":
             p.append("gpu.recompute_modules names shared_experts, which gpu.shared_expert_overlap = on "
                      "cannot recompute; leave one of them out")
-        if "mlp" in chosen and model.num_moe_layers() == model.num_layers and not model.num_mtp_layers:
+        if "mlp" in chosen and not model.has_dense_layers():
             p.append("gpu.recompute_modules names mlp, and the model has no dense layer; "
                      "leave it out, or name moe")
         return p

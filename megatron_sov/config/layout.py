@@ -84,9 +84,11 @@ class ParallelConfig:
             value = getattr(model, name)
             if value % self.tp:
                 p.append(f"parallel.tp = {self.tp} must divide model.{name} = {value}; {_divisors(value)}")
-        if ((model.num_moe_layers() < model.num_layers or model.num_mtp_layers)
-                and model.dense_ffn_dim % self.tp):
+        if model.has_dense_layers() and model.dense_ffn_dim % self.tp:
             p.append(f"parallel.tp = {self.tp} must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
+        if model.latent_attention is not None and self.tp > 1 and not self.sp:
+            p.append(f"parallel.sp = {self.sp} must be true when model.latent_attention meets parallel.tp = "
+                     f"{self.tp} > 1")
         p += self._expert_problems(model)
         if self.sp and self.tp == 1:
             p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")

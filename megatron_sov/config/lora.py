@@ -101,6 +101,10 @@ class LoraConfig:
         for target in self.targets:
             if target not in TARGETS:
                 p.append(f"lora.targets names {target!r}, which is none of {', '.join(TARGETS)}")
+        adapted = [name for name in ATTENTION if name in self.adapted(model)]
+        if model.latent_attention is not None and adapted:
+            p.append(f"lora.targets adapts {', '.join(adapted)}, and adapters of latent attention are not "
+                     f"built; name others of {', '.join((*FEED_FORWARD, EXPERTS, HEAD, EMBEDDING))}")
         missing = {*(() if _has_feed_forward(model) else FEED_FORWARD),
                    *(() if model.num_moe_layers() else (EXPERTS,))}
         p += [f"lora.targets names {target}, which this model lacks; leave it out"

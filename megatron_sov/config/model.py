@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from megatron_sov.config.blocks import IdBlock, block_problems
 from megatron_sov.config.bounds import MAX_SEQ_LEN, above
 from megatron_sov.config.encoders import AudioEncoderConfig, VisionEncoderConfig, both_problems
+from megatron_sov.config.latent import LatentAttentionConfig
 
 STRICT = ConfigDict(extra="forbid")
 MAX_EXPERTS = 1_000_000
@@ -32,6 +33,9 @@ class YarnConfig:
     """Rotations within the original context below which a dimension is fully interpolated."""
     truncate: bool = True
     """Whether the ends of the ramp between the two are rounded outwards to whole channels."""
+    mscale: float = 1.0
+    """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
+    equal); others than 1 in models with latent attention only."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class ModelConfig:
     """Routed experts of a layer; 0: every layer is dense."""
     num_experts_per_token: int = 8
     """Routed experts that each token visits (top-k)."""
+    num_expert_groups: int = 1
+    """Equal groups of a layer's experts, in their order (node-limited routing, DeepSeek-V3, arXiv 2412.19437,
+    section 2.1.2); 1: none.  A group's score is the sum of its two best, selection bias included."""
+    num_groups_per_token: int = 1
+    """Groups with the best scores, among whose experts each token's are chosen."""
     num_shared_experts: int = 1
     """Experts that every token visits."""
     expert_ffn_dim: int = 1280
@@ -161,7 +170,9 @@ class ModelConfig:
     tied_embeddings: bool = False
     """Whether the output head is the embedding matrix."""
     num_mtp_layers: int = 0
-    """Multi-token prediction layers after the trunk (DeepSeek-V3 form, dense)."""
+    """Multi-token prediction layers after the trunk (DeepSeek-V3 form)."""
+    mtp_experts: bool = False
+    """Whether the multi-token prediction layer has experts as the trunk's layers have; False: it is dense."""
     mtp_attention: Literal["G", "L"] = "G"
     """Attention of the multi-token prediction layer: G = global (rotated as other global layers are),
     L = sliding window."""
@@ -169,6 +180,8 @@ class ModelConfig:
     """Weight of the multi-token prediction loss."""
     max_position_tokens: int = 131072
     """Longest context the model claims, in tokens."""
+    latent_attention: LatentAttentionConfig | None = None
+    """Sizes of multi-head latent attention; None: attention has queries, keys and values of its own."""
     audio_tokens: IdBlock | None = None
     """Ids of discrete sound; None: the vocabulary has none."""
     image_tokens: IdBlock | None = None
@@ -197,7 +210,18 @@ class ModelConfig:
 
     def rotated_channels(self) -> int:
         """Return how many channels of a head rotate."""
-        return round(self.head_dim * self.rope_share)
+        latent = self.latent_attention
+        return latent.qk_rope_head_dim if latent is not None else round(self.head_dim * self.rope_share)
+
+    @property
+    def has_query_latent(self) -> bool:
+        """Whether queries are made of a narrow vector."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is not None
+
+    @property
+    def has_whole_queries(self) -> bool:
+        """Whether the queries of latent attention are made of the layer's input."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is None
 
     def norms_per_layer(self) -> int:
         """Return how many RMSNorms a layer has over the residual's width."""
@@ -206,6 +230,38 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
+
+    def num_mtp_moe_layers(self) -> int:
+        """Return how many multi-token prediction layers have experts."""
+        return self.num_mtp_layers if self.mtp_experts else 0
+
+    def has_dense_layers(self) -> bool:
+        """Return whether any layer, of the trunk or for prediction, has a dense feed-forward network."""
+        return self.num_moe_layers() < self.num_layers or self.num_mtp_layers > self.num_mtp_moe_layers()
+
+    def _routing_problems(self) -> list[str]:
+        p = []
+        if self.num_moe_layers() and not 0 < self.num_experts_per_token <= self.num_experts:
+            p.append(f"model.num_experts_per_token = {self.num_experts_per_token} must lie between 1 and "
+                     f"num_experts = {self.num_experts}")
+        if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
+            p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
+                     f"it is {self.router_score!r}")
+        if self.num_mtp_moe_layers() and not self.num_moe_layers():
+            p.append("model.mtp_experts = True needs a trunk with experts, and none of its layers has any; "
+                     "set it to false")
+        groups, kept = self.num_expert_groups, self.num_groups_per_token
+        if not 1 <= kept <= groups:
+            return [*p, f"model.num_groups_per_token = {kept} must lie between 1 and model.num_expert_groups "
+                    f"= {groups}"]
+        if groups > 1 and (self.num_experts % groups or self.num_experts < 2 * groups):
+            return [*p, f"model.num_expert_groups = {groups} must divide model.num_experts = "
+                    f"{self.num_experts} into groups of at least two"]
+        within = kept * self.num_experts // groups
+        if groups > 1 and within < self.num_experts_per_token:
+            p.append(f"model.num_groups_per_token = {kept} leaves {within} experts to choose from, and "
+                     f"model.num_experts_per_token = {self.num_experts_per_token} must not be more")
+        return p
 
     def _rotary_problems(self) -> list[str]:
         p = []
@@ -243,6 +299,25 @@ class ModelConfig:
         if self.linear_bias and self.num_moe_layers() and self.num_shared_experts:
             p.append("model.linear_bias = True needs model.num_shared_experts = 0, it is "
                      f"{self.num_shared_experts}: shared experts have no biases")
+    def _latent_problems(self) -> list[str]:
+        latent, p = self.latent_attention, []
+        if latent is None:
+            if self.yarn is not None and self.yarn.mscale != 1:
+                p.append(f"model.yarn.mscale = {self.yarn.mscale} needs model.latent_attention; set it to 1")
+            return p
+        p += latent.problems(self.num_heads, self.num_kv_heads, self.head_dim)
+        if "L" in self.attention_pattern or self.mtp_attention == "L":
+            p.append("model.latent_attention has no sliding windows; set model.attention_pattern and "
+                     "model.mtp_attention to 'G'")
+        for name, plain in (("qkv_bias", False), ("qk_norm", False), ("rope_share", 1.0),
+                            ("llama3_rope", None), ("local_rope_theta", None), ("rope_on_global", True),
+                            ("block_norms", "pre"), ("zero_centered_norms", False),
+                            ("attention_multiplier", None)):
+            if getattr(self, name) != plain:
+                p.append(f"model.{name} = {getattr(self, name)} is not built for model.latent_attention; set "
+                         f"it to {str(plain).lower() if isinstance(plain, bool) else plain or 'null'}")
+        if self.yarn is not None and not 0 < self.yarn.mscale < math.inf:
+            p.append(f"model.yarn.mscale = {self.yarn.mscale} must be positive")
         return p
 
     def problems(self) -> list[str]:
@@ -254,16 +329,14 @@ class ModelConfig:
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
             p.append(f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = "
                      f"{self.num_heads}")
-        p += self._rotary_problems()
+        p += self._rotary_problems() + self._latent_problems()
         if not 0 <= self.num_dense_layers <= self.num_layers:
             p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = "
                      f"{self.num_layers}")
-        if (self.num_moe_layers() < self.num_layers or self.num_mtp_layers) and self.dense_ffn_dim <= 0:
+        if self.has_dense_layers() and self.dense_ffn_dim <= 0:
             p.append(f"model.dense_ffn_dim = {self.dense_ffn_dim} must be positive for dense and multi-token "
                      "prediction layers")
-        if self.num_moe_layers() and not 0 < self.num_experts_per_token <= self.num_experts:
-            p.append(f"model.num_experts_per_token = {self.num_experts_per_token} must lie between 1 and "
-                     f"num_experts = {self.num_experts}")
+        p += self._routing_problems() + self._bias_and_sink_problems()
         if set(self.attention_pattern) - {"L", "G"} or not self.attention_pattern:
             p.append(f"model.attention_pattern = {self.attention_pattern!r} may hold only the "
                      "letters L and G")
@@ -273,10 +346,6 @@ class ModelConfig:
         if self.num_mtp_layers and self.mtp_attention == "L" and not self.sliding_window_tokens:
             p.append("model.mtp_attention = 'L' needs model.sliding_window_tokens > 0, "
                      f"it is {self.sliding_window_tokens}")
-        if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
-            p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
-                     f"it is {self.router_score!r}")
-        p += self._bias_and_sink_problems()
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",

@@ -108,13 +108,12 @@ def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelCo
     # under nvfp4 the library keeps the prediction layer in bf16
     predicts = bool(model.num_mtp_layers) and train.fp8 != "nvfp4"
     tp, cut = parallel.tp, f" / parallel.tp {parallel.tp}" if parallel.tp > 1 else ""
-    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     shared = model.num_shared_experts * model.expert_ffn_dim if model.num_moe_layers() else 0
     widths = [(f"model.hidden_size = {model.hidden_size}", model.hidden_size),
-              (f"(model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
-               f"{head_dim}{cut}", (heads + 2 * kv_heads) * head_dim / tp),
-              (f"model.num_heads {heads} x model.head_dim {head_dim}{cut}", heads * head_dim / tp)]
-    if model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers() or predicts:
+              *_attention_widths(model, tp, cut)]
+    dense_prediction = predicts and not model.mtp_experts
+    if (model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers()
+            or dense_prediction):
         widths.append((f"model.dense_ffn_dim {model.dense_ffn_dim}{cut}", model.dense_ffn_dim / tp))
     if model.num_moe_layers():
         etp = f" / parallel.etp {parallel.etp}" if parallel.etp > 1 else ""
@@ -129,3 +128,22 @@ def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelCo
     return [f"{name}{'' if ' = ' in name else f' = {width:g}'} must be a multiple of {multiple} for "
             f"train.fp8 = {train.fp8}; choose another recipe{' or a smaller parallel.tp' if tp > 1 else ''}"
             for name, width in widths if width % multiple]
+
+
+def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, float]]:
+    """Return the sizes of attention's weights, each with its name."""
+    heads, kv_heads, head_dim, latent = (model.num_heads, model.num_kv_heads, model.head_dim,
+                                         model.latent_attention)
+    if latent is None:
+        return [(f"(model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
+                 f"{head_dim}{cut}", (heads + 2 * kv_heads) * head_dim / tp),
+                (f"model.num_heads {heads} x model.head_dim {head_dim}{cut}", heads * head_dim / tp)]
+    at = "model.latent_attention"
+    whole = {"q_lora_rank": latent.q_lora_rank, "kv_lora_rank": latent.kv_lora_rank,
+             "kv_lora_rank + qk_rope_head_dim": latent.cached_dim}
+    by_head = {"head_dim": head_dim, "latent_attention.v_head_dim": latent.v_head_dim,
+               "latent_attention.(qk_nope_head_dim + v_head_dim)":
+                   latent.qk_nope_head_dim + latent.v_head_dim}
+    return [*((f"{at}.{name} = {size}", size) for name, size in whole.items() if size),
+            *((f"model.num_heads {heads} x model.{name} {size}{cut}", heads * size / tp)
+              for name, size in by_head.items())]

@@ -3,6 +3,8 @@ being written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, re
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
+from megatron_sov.convert.copies import copies_of
 from megatron_sov.convert.processor import processor_files
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
@@ -63,6 +66,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     check_dtypes(source)
     files = planned_files(source, dtype, max_shard_bytes)
     specs = [spec for tensors in files.values() for spec in tensors]
+    copies = copies_of(source)
     tokens = ids_beside(checkpoint / "tokenizer")
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
@@ -76,14 +80,17 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         check_space(out, missing_bytes)
         bar.update(len(specs) - sum(map(len, missing.values())))
 
+        def original(spec: TensorSpec) -> str:
+            return copies.get(spec.name, spec.name)
+
         def read(spec: TensorSpec) -> torch.Tensor:
-            tensor = converted(source.read(spec.name), spec.dtype, checkpoint, spec.name)
+            tensor = converted(source.read(original(spec)), spec.dtype, checkpoint, original(spec))
             bar.update()
             return tensor
 
         with checked_source(source, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
-                check.require(spec.name for spec in files[name])
+                check.require(map(original, files[name]))
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
@@ -92,17 +99,22 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         add_inputs(artifact.writer, source)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
-            "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)}
+            "num_parameters": _num_parameters(spec for spec in specs if spec.name not in copies)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
 
 
+def _num_parameters(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)
+
+
 def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Return every Hugging Face tensor that a checkpoint becomes, once, by the name of its file."""
-    specs = [TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
-             for link in source.links for name, shape in link.hf_shapes().items()]
-    shards = plan_shards(specs, max_shard_bytes)
+    """Return every Hugging Face tensor that a checkpoint becomes, copies last, by the name of its file."""
+    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
+             for link in source.links for name, shape in link.hf_shapes().items()}
+    specs |= {name: replace(specs[other], name=name) for name, other in copies_of(source).items()}
+    shards = plan_shards(list(specs.values()), max_shard_bytes)
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}

@@ -17,6 +17,7 @@ from megatron_sov.artifacts import MANIFEST, FileRecord, refuse_existing
 from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companions import carry, ids_in
+from megatron_sov.convert.copies import check_copies
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
@@ -66,8 +67,9 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     source = HfWeights(hf_dir)
     check_dtypes(source)
     if source.left_out:
-        warn(f"{hf_dir}: the {len(source.left_out)} tensors of {source.left_out_part} "
+        warn(f"{hf_dir}: the {len(source.left_out)} tensors of what sees pictures "
              f"({source.left_out[0]}, ...) are left out: the checkpoint is the model without it")
+    check_copies(source)
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), {}), dtype,
                    workers=workers, overwrite=overwrite)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -45,9 +44,19 @@ class PackedWeight:
         return experts, groups * PER_BLOCK, outputs
 
     @property
-    def files(self) -> set[Path]:
-        """Return the files that hold a part of it."""
-        return {self.blocks.path, self.scales.path}
+    def dtype(self) -> torch.dtype:
+        """Return that of what is read."""
+        return torch.bfloat16
+
+    @property
+    def files(self) -> set[str]:
+        """Return the names of the files that hold a part of it."""
+        return {self.blocks.path.name, self.scales.path.name}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the names of blocks and scales."""
+        return self.name + BLOCKS, self.name + SCALES
 
     def read(self) -> torch.Tensor:
         """Return the weight, bfloat16.

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, damaged_files
 from megatron_sov.convert import DEFAULT_WORKERS
+from megatron_sov.convert.copies import differing_copies
 from megatron_sov.convert.opening import open_weights
 from megatron_sov.convert.sources import HfWeights, Weights, listed
 from megatron_sov.errors import UserError
@@ -97,6 +98,8 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
     records = _compare(sides[0], sides[1], workers)
     checks += _tensor_checks(sides[0], sides[1], records)
+    checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
+               for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
         for side in sides:
             if isinstance(side, HfWeights):
@@ -175,8 +178,12 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     except (RuntimeError, ValueError, OSError) as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False,
                             str(e).strip().splitlines()[0])]
-    return [_count(f"{title} {kind}", sorted(map(str, info[f"{kind}_keys"])))
-            for kind in ("missing", "unexpected", "mismatched")]
+    # the class knows no prediction layer, and drops that of the published sizes alone without a word
+    behind = models.get(side.model.family).prediction_prefix(side.model)
+    found = {kind: [name for name in sorted(map(str, info[f"{kind}_keys"]))
+                    if not (behind and name.startswith(behind))]
+             for kind in ("missing", "unexpected", "mismatched")}
+    return [_count(f"{title} {kind}", names) for kind, names in found.items()]
 
 
 def _check_memory(path: Path) -> None:

@@ -15,7 +15,9 @@ import torch
 
 from megatron_sov import models
 from megatron_sov.config import ModelConfig
-from megatron_sov.convert.mxfp4 import BLOCKS, SCALES, packed_weights
+from megatron_sov.convert.block_scales import FIELD, scaled_weights
+from megatron_sov.convert.mxfp4 import packed_weights
+from megatron_sov.convert.stored_tensor import FileTensor, StoredTensor
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
@@ -92,60 +94,57 @@ class HfWeights:
         self.path = path
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
-        self._packed = packed_weights(self._shards)
-        parts = {name + part for name in self._packed for part in (BLOCKS, SCALES)}
-        self._stored = {name: name for name in self._shards if name not in parts}
-        """Name of each tensor -> that in its file."""
         self.left_out: list[str] = []
         """Tensors that are not read."""
-        self.left_out_part = "its prediction layer"
-        """What these are."""
         inside = TEXT_INSIDE.get(str(config.get("model_type")))
         try:
             self.config = text_config(config)
-            if inside is not None:
-                self._stored, self.left_out = inside.names(self._shards)
-                self.left_out_part = "what sees pictures"
-            shapes = {name: self._shards[stored].entries[stored].shape
-                      for name, stored in self._stored.items()}
-            shapes |= {name: packed.shape for name, packed in self._packed.items()}
             family = models.get(str(self.config.get("model_type")))
-            self.model = family.from_hf_config(self.config, shapes)
+            reads_field = any(FIELD in item.names for item in family.config)
+            self._stored = _stored(self._shards, {} if reads_field else config)
+            """Name of each tensor -> how it stands in the folder."""
+            if inside is not None:
+                names, self.left_out = inside.names(self._stored)
+                self._stored = {name: self._stored[other] for name, other in names.items()}
+            shapes = {name: stored.shape for name, stored in self._stored.items()}
+            self.model = family.from_hf_config(
+                {name: value for name, value in self.config.items() if reads_field or name != FIELD}, shapes)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
-        self.left_out += family.left_out(self.model, shapes)
-        shapes = {name: shape for name, shape in shapes.items() if name not in set(self.left_out)}
-        check_exact(path, shapes, self._shapes, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
+        self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
+        """Tensors of the folder that are others once more -> those that they equal (`convert.copies`)."""
+        copied = {name: self._shapes[other] for name, other in self.copies.items()}
+        check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
     def names(self) -> list[str]:
         """Return the names in the order of the weight map."""
         return list(self._shapes)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor is read: of its file, or what it unpacks to."""
-        if name in self._packed:
-            return torch.bfloat16
-        stored = self._stored[name]
-        return self._shards[stored].dtype(stored)
+        """Return the dtype in which the tensor is read: of its file, or of what is made of what stands
+        there."""
+        return self._stored[name].dtype
 
     def held_in(self, file: str) -> list[str]:
         """Return the tensors that a file holds."""
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
     def files_of(self, name: str) -> set[str]:
-        """Return the file that holds the tensor."""
-        if name in self._packed:
-            return {path.name for path in self._packed[name].files}
-        return {self._shards[self._stored[name]].path.name}
+        """Return the files that hold the tensor."""
+        return self._stored[name].files
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
-        if name in self._packed:
-            return self._packed[name].read()
-        stored = self._stored[name]
-        return self._shards[stored].read(stored)
+        return self._stored[name].read()
+
+
+def _stored(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
+    """Return how each tensor of a folder's files stands there; `UserError` where one cannot be read."""
+    made: dict[str, StoredTensor] = {**packed_weights(shards), **scaled_weights(config, shards)}
+    parts = {part for tensor in made.values() for part in tensor.parts}
+    return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | made
 
 
 class CheckpointWeights:

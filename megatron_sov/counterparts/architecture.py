@@ -41,7 +41,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False,), "apply_residual_connection_post_layernorm": (False,),
     "attention_output_gate": (False,), "softmax_type": ("vanilla",), "softmax_scale": (None,),
     "qk_l2_norm": (False,), "glu_linear_offset": (0.0,), "activation_func_clamp_value": (None,),
-    "moe_router_num_groups": (None, 1), "moe_shared_expert_gate": (False,), "moe_latent_size": (None,),
+    "moe_shared_expert_gate": (False,), "moe_latent_size": (None,),
     "experimental_attention_variant": (None,), "linear_attention_freq": (None,), "is_hybrid_model": (False,),
     "hybrid_override_pattern": (None,), "heterogeneous_block_specs": (False,),
     "rotary_scaling_factor": (None, 1.0),
@@ -57,7 +57,7 @@ DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden
            "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
            "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
            "yarn_mscale_all_dim", "yarn_correction_range_round_to_int", "mtp_enabled",
-           "group_query_attention", "moe_router_group_topk")
+           "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
 """What is read besides, together with others."""
 KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
 MAX_LAYERS, MAX_COUNT = 10_000, 1 << 53
@@ -207,10 +207,23 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
               "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
               # a softmax over the chosen ones alone is one over all, divided by the sum of the chosen
               "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
-              "dense_ffn_dim": ffn if dense or stated.get("mtp_num_layers") else 0}
+              # its prediction layer is made as the trunk's last one
+              "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
+              **_groups(stated)}
     if stated.get("moe_router_load_balancing_type") == "seq_aux_loss":
         found["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
     return found
+
+
+def _groups(stated: Stated) -> dict[str, Any]:
+    """Return groups of experts, where its score of a group is ours."""
+    groups, kept = stated.get("moe_router_num_groups") or 1, stated.get("moe_router_group_topk")
+    if groups == 1 or not kept:
+        return {}
+    if (chosen := stated.get("moe_router_topk", 2)) // kept != 2:
+        raise ValueError(f"moe_router_group_topk = {kept} with moe_router_topk = {chosen}: groups are scored "
+                         "by their two best experts here, and there by the quotient of these")
+    return {"num_expert_groups": groups, "num_groups_per_token": kept}
 
 
 def _leading_dense(frequency: Any, num_layers: int) -> int:

@@ -75,7 +75,7 @@ class Decoding:
         written = self._written(read, chosen)
         self._rank(read, items, written)
         self._move_on(items, written)
-        if self._num_drafts and items:
+        if self._num_drafts and (items or self._decoder.predicts_together):
             self._draft(read, items)
         for slot in [i.span.slot for i in reversed(chosen) if i.sequence.has_ended]:
             self._vacate(slot)
@@ -244,7 +244,8 @@ class Decoding:
             # row index of token n - 2, the last one that has a follower; the span began at token `past`
             places = [i.start + len(i.sequence.tokens) - 2 - i.span.past for i in going]
             guesses: list[torch.Tensor] = []
-            for depth in range(self._num_drafts if going else 0):
+            together = self._decoder.predicts_together and self._decoder.any_has(len(going))
+            for depth in range(self._num_drafts if going or together else 0):
                 if depth:
                     # To look further ahead the layer reads its own states: a row of one token for each
                     # sequence, one place on, with the draft before as what follows.
@@ -254,7 +255,8 @@ class Decoding:
                     ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
                     ahead[:len(going)] = drafts[:, depth - 1]
                     read = self._decoder.predict(read, ahead)
-                drafts[:, depth] = self._guess(read, places, going, guesses)
+                if going:
+                    drafts[:, depth] = self._guess(read, places, going, guesses)
             # what each draft was drawn from decides later whether it is taken (`accepted_by_chance`);
             # greedy ones need none
             for number, item in enumerate(going if guesses else []):

@@ -78,6 +78,9 @@ def family(base: ModelConfig, sizes: Sequence[int], beyond: int) -> list[ModelCo
     if factors:
         raise UserError(f"{', '.join(factors)}: such a factor is made for one width, and the ladder has no "
                         "rule for other ones; take a recipe without")
+    if base.latent_attention is not None:
+        raise UserError("model.latent_attention: the ladder has no rule for the widths of latent attention; "
+                        "take a recipe without")
     head_dim = base.head_dim
     found = [_nearest(base, size, head_dim) for size in sizes]
     while head_dim // 2 >= MIN_HEAD_DIM and any(_misfit(base, model) > HEADS_TOLERANCE for model in found):

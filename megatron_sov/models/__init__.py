@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.models import (
+    deepseek_v3,
     exaone4,
     exaone_moe,
     gemma2,
@@ -28,7 +29,7 @@ from megatron_sov.plugins.registry import Registry
 FAMILIES = {family.name: family for family in (
     solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE,
     llama.FAMILY, mixtral.FAMILY, exaone4.FAMILY, hyperclovax.FAMILY, glm4_moe.FAMILY,
-    gemma2.FAMILY, gemma3.FAMILY, gpt_oss.FAMILY)}
+    gemma2.FAMILY, gemma3.FAMILY, gpt_oss.FAMILY, deepseek_v3.FAMILY)}
 
 
 def get(name: str, recorded: Sequence[Code] = ()) -> Family:

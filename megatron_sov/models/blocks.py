@@ -93,3 +93,22 @@ def prediction_layer(*parts: tuple[WeightEntry, ...]) -> tuple[Section, Section]
         )),
         Section("mtp", "mtp.layers.0.transformer_layer.", "mtp.layers.0.",
                 tuple(entry for part in parts for entry in part)))
+
+
+PREDICTION_BEHIND = Section("mtp layer behind", "mtp.layers.0.", "model.layers.{l}.", (
+    Same("enorm.weight", "enorm.weight", "H"), Same("hnorm.weight", "hnorm.weight", "H"),
+    Same("eh_proj.weight", "eh_proj.weight", "H 2H"),
+    Same("final_layernorm.weight", "shared_head.norm.weight", "H"),
+))
+"""What stands around the transformer layer of a multi-token prediction layer, under the names of
+DeepSeek-V3's."""
+COPIES_BEHIND = {"model.layers.{l}.embed_tokens.weight": "model.embed_tokens.weight",
+                 "model.layers.{l}.shared_head.head.weight": "lm_head.weight"}
+"""Tensors that are in such a layer once more -> those that they equal."""
+
+
+def inside_prediction(*parts: tuple[WeightEntry, ...], when: str = "") -> Section:
+    """Return the section of parts that stand in the transformer layer of such a prediction layer; `when` as
+    `Section` has it."""
+    return Section("mtp layer behind", "mtp.layers.0.transformer_layer.", "model.layers.{l}.",
+                   tuple(entry for part in parts for entry in part), when)

@@ -22,7 +22,7 @@ class ParamCount:
     active: int
     """Parameters of the trunk that one token meets: `total` without the experts that it is not routed to."""
     mtp: int
-    """Parameters of the multi-token prediction layers (0 where there are none);
+    """Parameters of the multi-token prediction layers (0 where there are none), all experts included;
     embeddings and head are the trunk's."""
     encoders: int = 0
     """Parameters of encoders of pictures and sounds, of their adapters and compressor."""
@@ -30,7 +30,9 @@ class ParamCount:
 
 def attention_params(model: ModelConfig) -> int:
     """Return the weights of one attention block: query, key, value, output and, where it has them,
-    biases, QK-norms and sinks."""
+    biases, QK-norms and sinks; of latent attention its norms."""
+    if model.latent_attention is not None:
+        return model.latent_attention.num_params(model.hidden_size, model.num_heads)
     projections = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
     bias = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.qkv_bias else 0
     further = model.linear_bias * model.hidden_size + model.attention_sinks * model.num_heads
@@ -46,7 +48,7 @@ def num_params(model: ModelConfig) -> ParamCount:
     """Return the parameter counts of `model`.
 
     A multi-token prediction layer has the form of DeepSeek-V3 (arXiv 2412.19437, section 2.2): two norms, a
-    projection from 2H to H, one dense transformer layer and a last norm.
+    projection from 2H to H, one transformer layer, dense or with experts, and a last norm.
     """
     h = model.hidden_size
     num_moe_layers = model.num_moe_layers()
@@ -61,5 +63,6 @@ def num_params(model: ModelConfig) -> ParamCount:
     total = (embeddings_and_head + h + model.num_layers * block + num_dense_layers * dense_ffn
              + num_moe_layers * moe_ffn)
     idle = num_moe_layers * (model.num_experts - model.num_experts_per_token) * expert
-    mtp = model.num_mtp_layers * (2 * h + 2 * h * h + block + dense_ffn + h)
+    mtp = model.num_mtp_layers * (
+        2 * h + 2 * h * h + block + (moe_ffn if model.mtp_experts else dense_ffn) + h)
     return ParamCount(total, total - idle, mtp, encoder_params(model))

@@ -25,6 +25,7 @@ from megatron_sov.models.family import (
     DECODER_CONFIG,
     DEEPSEEK_ROUTER,
     DEEPSEEK_ROUTER_CONFIG,
+    EXPERT_GROUPS,
     EXPERTS_CONFIG,
     KV_HEADS,
     Family,
@@ -56,5 +57,6 @@ FAMILY = Family(
     structure={**DEEPSEEK_ROUTER, "rope_on_global": False, "qkv_bias": False, "qk_norm": True,
                "tied_embeddings": False},
     training={"router_bias_update_rate": 1e-4},
+    varies=EXPERT_GROUPS,
     needs_shared_expert=True,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.models.encoders import encoder_links
 from megatron_sov.models.hf_config import Encoders, Fixed, Item, Renamed, Unused
+from megatron_sov.models.hf_layers import PREDICTION_NAMES
 from megatron_sov.models.weights import Link, Section, links
 
 COMMON_CONFIG: tuple[Item, ...] = (
@@ -34,18 +35,23 @@ EXPERTS_CONFIG: tuple[Item, ...] = (
 )
 """What those with experts have in common."""
 DEEPSEEK_ROUTER_CONFIG: tuple[Item, ...] = (
-    Fixed("norm_topk_prob", True), Fixed("n_group", 1), Fixed("topk_group", 1),
+    Fixed("norm_topk_prob", True),
+    Renamed("n_group", "num_expert_groups", 1), Renamed("topk_group", "num_groups_per_token", 1),
     Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False),
 )
 DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_prob": True}
 """Routing as in DeepSeek-V3: config fields, and the fields of `ModelConfig` that it fixes."""
+EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")
+"""Those that its config fields read and write, for `Family.varies`."""
 
 PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
     "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
     "attention_softcap": None, "logits_softcap": None,
     "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu", "linear_bias": False,
-    "attention_sinks": False}
+    "attention_sinks": False,
+    "num_expert_groups": 1, "num_groups_per_token": 1, "mtp_experts": False,
+    "latent_attention": None}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 
@@ -78,8 +84,9 @@ class Family:
     """Fields that a config.json does not carry (they only steer training), with the published value."""
     needs_shared_expert: bool = False
     """Whether transformers' model always has a shared expert."""
-    predicts_behind: bool = False
-    """Whether prediction layers stand in a folder as further layers of the trunk; they are not read."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of a prediction layer behind the trunk ("{l}" is its number) that are others once more -> those
+    that they equal: written always, not needed where they are read."""
     reader_split: str | None = None
     """The regular expression by which transformers' tokenizer class for this family splits text, whatever
     tokenizer.json says; None where it does what the file says."""
@@ -88,10 +95,19 @@ class Family:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
         return links(self.weights, model) + encoder_links(model)
 
-    def left_out(self, model: ModelConfig, names: Iterable[str]) -> list[str]:
-        """Return those of a folder's tensors that belong to prediction layers which are not read."""
-        first = f"model.layers.{model.num_layers}."
-        return [name for name in names if self.predicts_behind and name.startswith(first)]
+    def copies_in(self, model: ModelConfig) -> dict[str, str]:
+        """Return the tensors of a folder that are others once more -> those that they equal."""
+        if not model.num_mtp_layers:
+            return {}
+        return {name.replace("{l}", str(model.num_layers)): other for name, other in self.copies.items()}
+
+    def predicts_behind(self) -> bool:
+        """Return whether a folder counts the prediction layer as one more layer of the trunk."""
+        return any(section.where == "mtp layer behind" for section in self.weights)
+
+    def prediction_prefix(self, model: ModelConfig) -> str:
+        """Return what the names of such a layer's tensors begin with; empty: `model` has none."""
+        return f"model.layers.{model.num_layers}." if self.predicts_behind() and model.num_mtp_layers else ""
 
     def problems(self, model: ModelConfig) -> list[str]:
         """Return one sentence for each property of `model` that the family cannot express."""
@@ -156,7 +172,11 @@ class Family:
                 name not in self.hf_classes for name in architectures):
             raise UserError(f"config.json: architectures = {config['architectures']}, but model_type "
                             f"'{self.name}' is {self.hf_classes[0]}; make them agree")
-        if "num_mtp_layers" not in self.structure and any(name.startswith("mtp.") for name in tensor_names):
+        tensor_names = list(tensor_names)
+        if self.predicts_behind() and tensor_names:
+            config = _without(config, PREDICTION_NAMES) | {
+                PREDICTION_NAMES[0]: _layers_behind(config.get("num_hidden_layers"), tensor_names)}
+        elif "num_mtp_layers" not in self.structure and any(n.startswith("mtp.") for n in tensor_names):
             config.setdefault("num_nextn_predict_layers", 1)
         fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
         for item in self.config:
@@ -169,3 +189,19 @@ class Family:
         model = from_dict({"recipe": "from-hf", "model": fields}).model
         self.check(model)
         return model
+
+
+def _without(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def _layers_behind(num_layers: Any, tensor_names: list[str]) -> int:
+    """Return how many layers without a gap stand behind a trunk of so many.
+
+    transformers' config says that there is one also where its model, which drops them, was saved.
+    """
+    found = 0
+    while isinstance(num_layers, int) and any(
+            name.startswith(f"model.layers.{num_layers + found}.") for name in tensor_names):
+        found += 1
+    return found

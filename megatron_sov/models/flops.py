@@ -20,21 +20,29 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the FLOPs of forward and backward pass of a token, the mean over a row of `seq_len`."""
     keys = [mean_keys(seq_len, model.window_tokens(kind)) for kind in model.layer_types()]
     keys += [mean_keys(seq_len, model.window_tokens(model.mtp_layer_type()))] * model.num_mtp_layers
-    return PER_WEIGHT * (multiplied_weights(model) + 2 * model.num_heads * model.head_dim * sum(keys))
+    latent = model.latent_attention
+    # of a query and a key: their product, and the value's
+    widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
+    return PER_WEIGHT * (multiplied_weights(model) + model.num_heads * widths * sum(keys))
 
 
 def multiplied_weights(model: ModelConfig) -> int:
     """Return the weights that a token is multiplied with: of projections, feed-forward networks, routers
     and heads."""
     h, depths = model.hidden_size, 1 + model.num_mtp_layers
-    attention = 2 * h * model.head_dim * (model.num_heads + model.num_kv_heads)
+    latent = model.latent_attention
+    if latent is None:
+        attention = 2 * h * model.head_dim * (model.num_heads + model.num_kv_heads)
+    else:
+        norms = latent.kv_lora_rank + (latent.q_lora_rank or 0)
+        attention = latent.num_params(h, model.num_heads) - norms
     dense = swiglu_params(h, model.dense_ffn_dim)
     experts = (h * model.num_experts + (model.num_experts_per_token + model.num_shared_experts)
                * swiglu_params(h, model.expert_ffn_dim))
     num_moe_layers = model.num_moe_layers()
     return (model.num_layers * attention + (model.num_layers - num_moe_layers) * dense
             + num_moe_layers * experts + depths * model.vocab_size * h
-            + model.num_mtp_layers * (2 * h * h + attention + dense))
+            + model.num_mtp_layers * (2 * h * h + attention + (experts if model.mtp_experts else dense)))
 
 
 def mean_keys(seq_len: int, window: int) -> float:

@@ -1,20 +1,23 @@
 """GLM-4.5 and 4.6 (`glm4_moe`): half of each head rotates; biases on query, key and value; QK-norm in the
 larger ones; leading dense layers, DeepSeek-V3's router and a shared expert.
 
-Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk.
-transformers drops it on loading, and so do we.
+Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk, with
+copies of embedding and head.  transformers' model drops it on loading; its `MtpModel` and vLLM read it.
 """
 
 from __future__ import annotations
 
 from megatron_sov.models.blocks import (
     ATTENTION,
+    COPIES_BEHIND,
     DENSE_FFN,
     EMBEDDINGS_AND_HEAD,
+    PREDICTION_BEHIND,
     QK_NORM,
     QKV_BIAS,
     ROUTED_EXPERTS,
     SHARED_EXPERTS,
+    inside_prediction,
     router_bias,
     trunk,
 )
@@ -22,11 +25,14 @@ from megatron_sov.models.family import (
     DECODER_CONFIG,
     DEEPSEEK_ROUTER,
     DEEPSEEK_ROUTER_CONFIG,
+    EXPERT_GROUPS,
     KV_HEADS,
     Family,
 )
-from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Zero, hidden_over_heads
-from megatron_sov.models.hf_layers import LeadingDenseLayers
+from megatron_sov.models.hf_config import Fixed, Renamed, Rope, hidden_over_heads
+from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionBehind
+
+EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_score_correction_bias"))
 
 FAMILY = Family(
     name="glm4_moe",
@@ -37,8 +43,9 @@ FAMILY = Family(
         trunk("every layer", QKV_BIAS, when="qkv_bias"),
         trunk("every layer", QK_NORM, when="qk_norm"),
         trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS,
-              (router_bias("mlp.gate.e_score_correction_bias"),)),
+        trunk("moe layers", EXPERTS),
+        PREDICTION_BEHIND, inside_prediction(ATTENTION, EXPERTS),
+        inside_prediction(QKV_BIAS, when="qkv_bias"), inside_prediction(QK_NORM, when="qk_norm"),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
@@ -50,12 +57,12 @@ FAMILY = Family(
         Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
         Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0),
         Rope(default_theta=10_000.0, default_share=0.5), LeadingDenseLayers(default=1),
-        Zero("num_nextn_predict_layers", aliases=("num_mtp_layers",)),
+        PredictionBehind(),
     ),
     structure={**DEEPSEEK_ROUTER, "attention_pattern": "G", "sliding_window_tokens": 0,
-               "rope_on_global": True, "tied_embeddings": False, "num_mtp_layers": 0},
-    varies=("rope_share",),
-    training={"router_bias_update_rate": 1e-3},
+               "rope_on_global": True, "tied_embeddings": False},
+    varies=("rope_share", "mtp_experts", *EXPERT_GROUPS),
+    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
     needs_shared_expert=True,
-    predicts_behind=True,
+    copies=COPIES_BEHIND,
 )

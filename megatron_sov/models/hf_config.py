@@ -94,28 +94,6 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Zero:
-    """A number that is written as 0, and read as 0 whatever it says."""
-
-    hf: str
-    aliases: tuple[str, ...] = ()
-    """Other names under which it is found."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the field's names."""
-        return (self.hf, *self.aliases)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return 0."""
-        return {self.hf: 0}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing, whatever it says."""
-        return {}
-
-
-@dataclass(frozen=True)
 class Unused:
     """Fields that change no weight and no computation, whatever their value."""
 

@@ -10,6 +10,8 @@ from typing import Any
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError
 
+PREDICTION_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
+"""How configs call the number of prediction layers behind the trunk; the first is written."""
 _LETTER = {"sliding_attention": "L", "full_attention": "G"}
 
 
@@ -271,6 +273,34 @@ class PredictionLayer:
                             f"{num_layers} is supported: no prediction layer is applied twice")
         return {"num_mtp_layers": num_layers, "mtp_attention": letters[:1] or "G",
                 "mtp_loss_coeff": config.get("mtp_loss_scaling_factor", self.default_coeff)}
+
+
+@dataclass(frozen=True)
+class PredictionBehind:
+    """How many prediction layers with experts stand behind the trunk."""
+
+    names: tuple[str, ...] = (*PREDICTION_NAMES, "mtp_mlp_layer_types")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return their number and, where there are any, that they have experts, which transformers' reader of
+        such layers asks for beside `mlp_layer_types`; `UserError` where one is dense."""
+        if model.num_mtp_layers and not model.mtp_experts:
+            raise UserError(f"model.mtp_experts = False: the prediction layer of family '{model.family}' has "
+                            "experts; set it to true, or model.num_mtp_layers to 0")
+        kinds = {"mtp_mlp_layer_types": ["sparse"] * model.num_mtp_layers} if model.num_mtp_layers else {}
+        return {PREDICTION_NAMES[0]: model.num_mtp_layers, **kinds}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return their number; `UserError` where the names disagree, or a layer has no experts."""
+        said = {name: config[name] for name in PREDICTION_NAMES if name in config}
+        if set(config.get("mtp_mlp_layer_types", [])) - {"sparse"}:
+            raise UserError(f"config.json: mtp_mlp_layer_types = {config['mtp_mlp_layer_types']}, but only "
+                            "prediction layers with experts ('sparse') are supported for this family")
+        if len(set(said.values())) > 1:
+            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in said.items())} disagree; "
+                            "remove one of them")
+        count = next(iter(said.values()), 0)
+        return {"num_mtp_layers": count, "mtp_experts": bool(count)}
 
 
 @dataclass(frozen=True)

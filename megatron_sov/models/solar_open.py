@@ -14,6 +14,7 @@ from megatron_sov.models.family import (
     DECODER_CONFIG,
     DEEPSEEK_ROUTER,
     DEEPSEEK_ROUTER_CONFIG,
+    EXPERT_GROUPS,
     EXPERTS_CONFIG,
     KV_HEADS,
     Family,
@@ -44,5 +45,6 @@ FAMILY = Family(
     structure={**DEEPSEEK_ROUTER, "num_dense_layers": 0, "dense_ffn_dim": 0, "attention_pattern": "G",
                "sliding_window_tokens": 0, "rope_on_global": True, "qkv_bias": False, "qk_norm": False,
                "tied_embeddings": False, "num_mtp_layers": 0},
+    varies=EXPERT_GROUPS,
     needs_shared_expert=True,
 )

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from megatron_sov.config import ModelConfig
+from megatron_sov.config import LatentAttentionConfig, ModelConfig
+from megatron_sov.errors import UserError
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "V": lambda m: m.vocab_size,
@@ -26,10 +27,24 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "E": lambda m: m.num_experts,
     "I": lambda m: m.expert_ffn_dim,
     "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
+    "Q": lambda m: latent_of(m).q_lora_rank or 0,
+    "K": lambda m: latent_of(m).kv_lora_rank,
+    "C": lambda m: latent_of(m).cached_dim,
+    "B": lambda m: m.num_heads * (latent_of(m).qk_nope_head_dim + latent_of(m).v_head_dim),
+    "O": lambda m: m.num_heads * latent_of(m).v_head_dim,
 }
 """Letters of a shape: Vocabulary, Hidden, heaD, Number of query heads, All of them, dense Ffn, Experts,
-expert's Inner, Shared experts' inner."""
+expert's Inner, Shared experts' inner; of latent attention the Query vector, the one of Keys and values, what
+is Cached, what keys without positions and values have in all heads (Both), and what heads Output."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
+
+
+def latent_of(model: ModelConfig) -> LatentAttentionConfig:
+    """Return the sizes of latent attention; `UserError` where a model of a family that has it gives none."""
+    if model.latent_attention is None:
+        raise UserError(f"model.latent_attention = null: family '{model.family}' has latent attention; "
+                        "give its sizes")
+    return model.latent_attention
 
 
 def shape_of(letters: str, model: ModelConfig) -> tuple[int, ...]:
@@ -224,25 +239,29 @@ class Experts:
 class Section:
     """Entries under common prefixes, and where they occur."""
 
-    where: Literal["once", "untied", "mtp", "every layer", "dense layers", "moe layers",
+    where: Literal["once", "untied", "mtp", "mtp layer behind", "every layer", "dense layers", "moe layers",
                    "layers with norms behind"]
     """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with
-    multi-token prediction; layers with norms behind: every one, in models that normalise blocks' outputs."""
+    multi-token prediction; mtp layer behind: the same, where Hugging Face counts it as one more layer of the
+    trunk; layers with norms behind: every one, in models that normalise blocks' outputs."""
     megatron: str
-    """Prefix of the Megatron names; "{l}" is the layer."""
+    """Prefix of the Megatron names; "{l}" is the layer, which a prediction layer behind the trunk lacks."""
     hf: str
     """Prefix of the Hugging Face names; "{l}" is the layer."""
     entries: tuple[WeightEntry, ...]
     when: str = ""
-    """Field of `ModelConfig` without which the section holds nowhere; empty: none."""
+    """Field or property of `ModelConfig` without which the section holds nowhere; empty: none."""
 
     def __post_init__(self) -> None:
         per_layer = "layer" in self.where
-        for prefix in (self.megatron, self.hf):
-            if ("{l}" in prefix) != per_layer:
-                raise ValueError(f"section {self.megatron!r} <-> {self.hf!r} for {self.where}: "
-                                 f"{'both prefixes need' if per_layer else 'neither prefix may have'} the "
-                                 "placeholder {l}")
+        if self.where == "mtp layer behind":
+            if "{l}" in self.megatron or "{l}" not in self.hf:
+                raise ValueError(f"section {self.megatron!r} <-> {self.hf!r} for {self.where}: the Hugging "
+                                 "Face prefix alone needs the placeholder {l}")
+        elif any(("{l}" in prefix) != per_layer for prefix in (self.megatron, self.hf)):
+            raise ValueError(f"section {self.megatron!r} <-> {self.hf!r} for {self.where}: "
+                             f"{'both prefixes need' if per_layer else 'neither prefix may have'} the "
+                             "placeholder {l}")
         for entry in self.entries:
             misplaced = ["{l}"] if isinstance(entry, Experts) else ["{l}", "{e}"]
             if any(placeholder in name for placeholder in misplaced
@@ -256,13 +275,15 @@ class Section:
                 raise ValueError(f"section {self.megatron!r} <-> {self.hf!r}: {', '.join(twice)} stand twice")
 
     def layers(self, model: ModelConfig) -> Sequence[int | None]:
-        """Return the trunk layers for which the section holds; [None] or nothing for one that
-        belongs to no layer."""
+        """Return the layers for which the section holds, as Hugging Face counts them; [None] or nothing for
+        one that belongs to no layer."""
         if self.when and not getattr(model, self.when):
             return []
         first_moe = model.num_layers - model.num_moe_layers()
         return {"once": [None], "untied": [] if model.tied_embeddings else [None],
-                "mtp": [None] if model.num_mtp_layers else [], "every layer": range(model.num_layers),
+                "mtp": [None] if model.num_mtp_layers else [],
+                "mtp layer behind": [model.num_layers] if model.num_mtp_layers else [],
+                "every layer": range(model.num_layers),
                 "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
                 "dense layers": range(first_moe),
                 "moe layers": range(first_moe, model.num_layers)}[self.where]
@@ -333,10 +354,10 @@ def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:
     Raises:
         ValueError: the map names a tensor twice.
     """
-    trunk = [s for s in sections if s.where != "mtp"]
-    prediction = [s for s in sections if s.where == "mtp"]
+    trunk = [s for s in sections if not s.where.startswith("mtp")]
+    prediction = [s for s in sections if s.where.startswith("mtp")]
     order = ([(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk]
-             + [(s, None) for s in prediction])
+             + [(s, layer) for layer in (None, model.num_layers) for s in prediction])
     found = [x for s, layer in order if layer in s.layers(model) for x in _expand(s, model, layer)]
     hf_names = [name for link in found for name in link.hf_names]
     blocks = [(link.key, link.offset) for link in found]

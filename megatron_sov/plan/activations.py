@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_sov.config import ModelConfig, RunConfig
+from megatron_sov.config import LatentAttentionConfig, ModelConfig, RunConfig
 from megatron_sov.plan.states import FLOAT32_BYTES, ITEM_BYTES
 
 INDEX_BYTES = 8
@@ -86,7 +86,7 @@ def kinds(m: ModelConfig) -> tuple[Kind, ...]:
 
 def prediction_kind(m: ModelConfig) -> Kind:
     """Return the kind of the layer inside a multi-token prediction layer."""
-    return _kind(m, False, m.mtp_layer_type())
+    return _kind(m, m.mtp_experts, m.mtp_layer_type())
 
 
 def _kind(m: ModelConfig, with_experts: bool, attention: str) -> Kind:
@@ -153,6 +153,8 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
                kind: Kind) -> dict[str, int]:
     """Return what attention saves, by the names of `Saved`."""
+    if m.latent_attention is not None:
+        return _latent_attention(m, m.latent_attention, precision, tokens, tp, cp)
     item, fused = ITEM_BYTES[precision], precision == "bf16"
     queries, keys = m.num_heads * m.head_dim // tp, m.num_kv_heads * m.head_dim // tp
     sums = tokens.local * (m.num_heads // tp) * max(item, FLOAT32_BYTES)
@@ -179,6 +181,21 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     taken = queries + keys * (1 if slides else 2)
     return found | {"qkv": qkv, "rotated": per_token * (taken + angles),
                     "core": per_token * queries + sums + masks, "attended": per_token * queries}
+
+
+def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: str, tokens: Tokens, tp: int,
+                      cp: int) -> dict[str, int]:
+    """Return what latent attention saves: both narrow vectors before and behind their norms, then queries,
+    keys and values of every head.  Not measured."""
+    item, heads = ITEM_BYTES[precision], m.num_heads // tp
+    per_token, narrow = tokens.local * item, latent.kv_lora_rank + (latent.q_lora_rank or 0)
+    # without a fused kernel, values are as wide as queries
+    values = heads * (latent.v_head_dim if precision == "bf16" and cp == 1 else latent.query_dim)
+    return {"gathered": 2 * tokens.row * heads * latent.query_dim * item if cp > 1 else 0,
+            "qkv": tokens.share * item * (2 * narrow + latent.qk_rope_head_dim),
+            "rotated": per_token * (2 * heads * latent.query_dim + values),
+            "core": per_token * values + tokens.local * heads * max(item, FLOAT32_BYTES),
+            "attended": per_token * heads * latent.v_head_dim}
 
 
 def _mask_numbers(tokens: int, window: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from megatron_sov.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.config import LatentAttentionConfig, LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.models.adapters import PREFIX, Adapted, adapted_modules
 from megatron_sov.models.encoders import encoder_tensors
 
@@ -113,6 +113,12 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts
         with_experts: whether it has experts.
     """
     prefix = "decoder.layers.{l}."
+    return _block(m, tp, ep, etp, fused, prefix, with_experts)
+
+
+def _block(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, prefix: str,
+           with_experts: bool) -> tuple[Held, ...]:
+    """Return a transformer layer whose parameters have a prefix; the rest as `_layer` has it."""
     before = (*_attention(m, tp, fused, prefix), *_norm_behind("self_attn_bda", m, prefix))
     last = _norm_behind("mlp_bda", m, prefix)
     if not with_experts:
@@ -122,7 +128,7 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts
     router = (Held(prefix + "mlp.router.weight", (m.num_experts, m.hidden_size)),
               *_bias(prefix + "mlp.router", m.num_experts, m))
     return (*before, *between, *router,
-            *_experts(m, m.num_experts // ep, m.expert_ffn_dim // etp, fused),
+            *_experts(m, m.num_experts // ep, m.expert_ffn_dim // etp, fused, prefix),
             *(_swiglu(prefix + "mlp.shared_experts.", m.hidden_size, shared // tp) if shared else ()), *last)
 
 
@@ -142,6 +148,9 @@ def _norm_behind(name: str, m: ModelConfig, prefix: str) -> tuple[Held, ...]:
 
 def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:
     """Yield attention, with the norm before it where there is one."""
+    if m.latent_attention is not None:
+        yield from _latent_attention(m, m.latent_attention, tp, fused, prefix)
+        return
     heads = m.num_heads * m.head_dim // tp
     rows = heads + 2 * m.num_kv_heads * m.head_dim // tp
     norm = Held(prefix + "self_attention.linear_qkv.layer_norm_weight", (m.hidden_size,))
@@ -162,6 +171,31 @@ def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[He
         yield Held(prefix + "k_layernorm.weight", (m.head_dim,))
 
 
+def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, tp: int, fused: bool,
+                      prefix: str) -> Iterator[Held]:
+    """Yield latent attention and the norm before it; projections to narrow vectors are whole on every
+    process."""
+    yield _norm("input_layernorm", m, prefix)
+    prefix += "self_attention."
+    queries = m.num_heads * latent.query_dim // tp
+    both = m.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim) // tp
+    yield Held(prefix + "linear_proj.weight", (m.hidden_size, m.num_heads * latent.v_head_dim // tp))
+    norms = []
+    for letter, rank, down, up in (("q", latent.q_lora_rank, latent.q_lora_rank or 0, queries),
+                                   ("kv", latent.kv_lora_rank, latent.cached_dim, both)):
+        if rank is None:
+            yield Held(prefix + "linear_q_proj.weight", (queries, m.hidden_size))
+            continue
+        yield Held(f"{prefix}linear_{letter}_down_proj.weight", (down, m.hidden_size))
+        norm = Held(f"{prefix}linear_{letter}_up_proj.layer_norm_weight", (rank,))
+        if fused:
+            yield norm
+        else:
+            norms.append(norm)
+        yield Held(f"{prefix}linear_{letter}_up_proj.weight", (up, rank))
+    yield from norms
+
+
 def _dense(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:
     """Yield a dense feed-forward network, with the norm before it where there is one: the same order,
     wherever that is."""
@@ -176,9 +210,9 @@ def _swiglu(prefix: str, hidden: int, ffn: int, count: int = 1, *, routed: bool 
             Held(prefix + "linear_fc2.weight", (hidden, ffn), count, routed))
 
 
-def _experts(m: ModelConfig, count: int, ffn: int, fused: bool) -> tuple[Held, ...]:
+def _experts(m: ModelConfig, count: int, ffn: int, fused: bool, prefix: str) -> tuple[Held, ...]:
     """Return so many routed experts."""
-    prefix = "decoder.layers.{l}.mlp.experts.experts."
+    prefix += "mlp.experts.experts."
     if fused and not m.linear_bias:
         return _swiglu(prefix, m.hidden_size, ffn, count, routed=True)
     first, second = _swiglu(prefix, m.hidden_size, ffn, routed=True)
@@ -189,13 +223,11 @@ def _experts(m: ModelConfig, count: int, ffn: int, fused: bool) -> tuple[Held, .
 
 @lru_cache(maxsize=256)
 def _prediction_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool) -> tuple[Held, ...]:
-    """Return a multi-token prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2), which is dense."""
+    """Return a multi-token prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
     prefix = "mtp.layers.{l}."
-    inner = prefix + "transformer_layer."
     return (_norm("enorm", m, prefix), _norm("hnorm", m, prefix),
             Held(prefix + "eh_proj.weight", (m.hidden_size // tp, 2 * m.hidden_size)),
-            *_attention(m, tp, fused, inner), *_norm_behind("self_attn_bda", m, inner),
-            *_dense(m, tp, fused, inner), *_norm_behind("mlp_bda", m, inner),
+            *_block(m, tp, ep, etp, fused, prefix + "transformer_layer.", m.mtp_experts),
             _norm("final_layernorm", m, prefix))
 
 

@@ -118,7 +118,8 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         weights=states.weights, gradients=states.gradients, optimizer=states.optimizer,
         on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
         layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
-        quantized_weights=kept_bytes(config, stage), angles=2 * row * config.model.head_dim * FLOAT32_BYTES,
+        quantized_weights=kept_bytes(config, stage),
+        angles=2 * row * config.model.rotated_channels() * FLOAT32_BYTES,
         nccl=nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
 
 

@@ -58,11 +58,21 @@ def _weights(config: RunConfig, stage: int) -> Iterator[tuple[int, tuple[int, in
         for _ in range(m.num_mtp_layers):
             yield 1, (m.hidden_size // p.tp, 2 * m.hidden_size)
             yield from _attention(m, p)
-            yield from _swiglu(m.hidden_size, m.dense_ffn_dim // p.tp)
+            yield from _experts(m, p) if m.mtp_experts else _swiglu(m.hidden_size, m.dense_ffn_dim // p.tp)
 
 
 def _attention(m: ModelConfig, p: ParallelConfig) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield the projection to queries, keys and values, and the one of the output."""
+    """Yield the projection to queries, keys and values, and the one of the output; of latent attention those
+    to and from its narrow vectors."""
+    if (latent := m.latent_attention) is not None:
+        rank, queries = latent.q_lora_rank, m.num_heads * latent.query_dim // p.tp
+        both = m.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim) // p.tp
+        for shape in (*([(queries, m.hidden_size)] if rank is None
+                        else [(rank, m.hidden_size), (queries, rank)]),
+                      (latent.cached_dim, m.hidden_size), (both, latent.kv_lora_rank),
+                      (m.hidden_size, m.num_heads * latent.v_head_dim // p.tp)):
+            yield 1, shape
+        return
     yield 1, ((m.num_heads + 2 * m.num_kv_heads) * m.head_dim // p.tp, m.hidden_size)
     yield 1, (m.hidden_size, m.num_heads * m.head_dim // p.tp)
 

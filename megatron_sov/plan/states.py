@@ -190,9 +190,14 @@ class StageBuffers:
         layers = (layer for runs in self._chunks for layer, parts in runs if len(parts) > 1
                   and parts[0].key.startswith("decoder.layers.{l}"))
         first_moe = m.num_layers - m.num_moe_layers()
-        routers = sum(layer is not None and layer >= first_moe for layer in layers)
-        angles = (len(self._chunks) * 2 * m.head_dim * m.yarn.original_max_position_tokens
-                  // self._config.parallel.cp if m.yarn is not None else 0)
+        routers = sum(layer is not None and layer >= first_moe for layer in layers) + sum(
+            parts[0].key.startswith("mtp.layers.") for runs in self._chunks
+            for _, parts in runs) * m.mtp_experts
+        cp = self._config.parallel.cp
+        # latent attention without YaRN has its angles, too, of as few positions as can be
+        positions = (m.yarn.original_max_position_tokens if m.yarn is not None
+                     else 2 * cp if m.latent_attention is not None else 0)
+        angles = len(self._chunks) * 2 * m.rotated_channels() * positions // cp
         return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
                 + (encoder_buffer_bytes(m) if self._is_first else 0))
 

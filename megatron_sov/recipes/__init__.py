@@ -15,6 +15,7 @@ from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
 from megatron_sov.recipes import (
+    deepseek,
     gemma,
     glm,
     gpt_oss,
@@ -72,8 +73,9 @@ RECIPES: dict[str, Recipe] = {
                                  qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
     "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
-    "glm-4.5-air": Recipe(glm.glm_4_5_air, qwen.moe_sources(
-        "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py")),
+    "glm-4.5-air": Recipe(glm.glm_4_5_air, glm.SOURCES),
+    "deepseek-v3": Recipe(deepseek.deepseek_v3, deepseek.SOURCES),
+    "kimi-k2": Recipe(deepseek.kimi_k2, deepseek.KIMI_SOURCES),
     "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "gemma3-27b": Recipe(gemma.gemma3_27b, qwen.dense_sources(
@@ -118,6 +120,8 @@ TINY = {
     "tiny-llama": "llama-3.1-8b",
     "tiny-mixtral": "mixtral-8x7b",
     "tiny-glm4-moe": "glm-4.5-air",
+    "tiny-deepseek-v3": "deepseek-v3",
+    "tiny-kimi-k2": "kimi-k2",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",
     "tiny-gemma2": "gemma2-9b",

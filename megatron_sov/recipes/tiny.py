@@ -44,8 +44,14 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         sliding_window_tokens=32 if model.sliding_window_tokens else 0,
         yarn=None, llama3_rope=rope, max_position_tokens=4096, init_std=0.04,
     )
+    if model.latent_attention is not None:
+        latent = replace(model.latent_attention, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+                         v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
+        small = replace(small, num_kv_heads=small.num_heads, latent_attention=latent)
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
+    if model.num_expert_groups > 1:
+        small = replace(small, num_expert_groups=4, num_groups_per_token=2)
     if model.audio_tokens and model.image_tokens:
         small = _small_media(small)
     extend = _small_extension(run.extend)

@@ -38,6 +38,7 @@ def test_all_linear_is_what_the_model_has_without_its_head(recipe: str, extra: s
     ("tiny-gpt-oss", [], "lora.targets adapts experts, which is not built for experts with biases"),
     ("tiny-solar-open", ["lora.dora=true"], "lora.dora = True is not built for experts"),
     ("tiny-qwen3", ["lora.dora=true", 'lora.targets=["q_proj", "lm_head"]'], "not built for lm_head"),
+    ("tiny-deepseek-v3", [], "adapts q_proj, k_proj, v_proj, o_proj, and adapters of latent attention"),
     ("tiny-qwen3", ["optim.name=muon"], "cannot be with optimizer muon"),
     ("tiny-qwen3", ["parallel.zero1=true", "parallel.overlap_grad_reduce=true",
                     "parallel.overlap_param_gather=true"], "parallel.overlap_param_gather; set it to false"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert, models, recipes
 from megatron_sov.config import apply_settings
@@ -66,7 +66,6 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     ("tiny-gemma3", say(rope_local_base_freq=5e3), "sliding_attention rotates by 10000.0 in rope_parameters"),
     ("tiny-glm4-moe", say(partial_rotary_factor=0.25),
      r"partial_rotary_factor = 0\.25, and 0\.5 in rope_parameters"),
-    ("tiny-glm4-moe", say(n_group=2), "n_group = 2, but only 1 is supported"),
     ("tiny-gpt-oss", drop("model.layers.0.self_attn.sinks"),
      r"1 missing \(model\.layers\.0\.self_attn\.sinks\)"),
     ("tiny-gpt-oss", add("model.layers.0.mlp.gate.weight"), r"1 unexpected \(model\.layers\.0\.mlp\.gate\.w"),
@@ -102,28 +101,72 @@ def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, An
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prediction_layer_that_is_not_read_is_told_of_and_left_out(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It stands behind the trunk's two layers; what stands behind it is refused."""
+def behind(name: str, folder: Path, **config: Any) -> Path:
+    """Write a folder of two layers and a prediction layer without its tensor `name` ("": with all), whose
+    config says something else."""
     model = apply_settings(recipes.get("tiny-glm4-moe"), [*SIZES, "model.expert_ffn_dim=8"]).model
-    family, hf = models.get(model.family), tmp_path / "hf"
-    tensors = {name: torch.ones(shape) for link in family.links(model)
-               for name, shape in link.hf_shapes().items()}
-    hf.mkdir()
-    config = family.to_hf_config(model, "float32", TokenIds()) | {"num_nextn_predict_layers": 1}
-    (hf / "config.json").write_text(json.dumps(config))
-    for name, refused in (("model.layers.2.eh_proj.weight", False), ("model.layers.3.eh_proj.weight", True)):
-        save_file(tensors | {name: torch.ones(8, 16)}, hf / "model.safetensors", metadata={"format": "pt"})
-        if refused:
-            with pytest.raises(UserError, match=r"1 unexpected \(model\.layers\.3\.eh_proj\.weight\)"):
-                convert.from_hf(hf, tmp_path / "other")
-        else:
-            convert.from_hf(hf, tmp_path / "ckpt")
-            assert f"the 1 tensors of its prediction layer ({name}, ...) are left out" in (
-                capsys.readouterr().err)
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
-    written = json.loads((tmp_path / "back/config.json").read_text())
-    assert written["num_nextn_predict_layers"] == 0 and written["rope_parameters"]["rope_theta"] == 1e6
+    family = models.get(model.family)
+    tensors = {key: torch.rand(shape, generator=torch.Generator().manual_seed(0))
+               for link in family.links(model) for key, shape in link.hf_shapes().items()}
+    tensors |= {copy: tensors[other].clone() for copy, other in family.copies_in(model).items()}
+    tensors = {key: tensor for key, tensor in tensors.items() if not name or not key.startswith(name)}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(
+        family.to_hf_config(model, "float32", TokenIds()) | config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_prediction_layer_behind_the_trunk_comes_back_to_the_bit(tmp_path: Path) -> None:
+    """With its copies of embedding and head, which are written even where they were not read."""
+    hf = behind("", tmp_path / "hf")
+    expected = load_file(hf / "model.safetensors")
+    assert "model.layers.2.mlp.experts.7.down_proj.weight" in expected
+    sources = {"all": hf} | {name: behind(f"model.layers.2.{name}", tmp_path / name)
+                             for name in ("embed_tokens", "shared_head.head")}
+    for name, folder in sources.items():
+        convert.from_hf(folder, tmp_path / f"{name}-ckpt")
+        convert.to_hf(tmp_path / f"{name}-ckpt", tmp_path / f"{name}-back")
+        back = load_file(tmp_path / f"{name}-back/model.safetensors")
+        assert back.keys() == expected.keys() and all(torch.equal(back[key], expected[key]) for key in back)
+    written = json.loads((tmp_path / "all-back/config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 1 and written["mtp_mlp_layer_types"] == ["sparse"]
+
+
+def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
+    """transformers drops such a layer, and says in what it saves that there is one."""
+    without = behind("model.layers.2.", tmp_path / "without", num_nextn_predict_layers=1)
+    assert not convert.open_weights(without).model.num_mtp_layers
+    silent = behind("", tmp_path / "silent", num_nextn_predict_layers=0)
+    assert convert.open_weights(silent).model.num_mtp_layers == 1
+
+
+@pytest.mark.parametrize(("missing", "config", "expected"), [
+    ("model.layers.2.eh_proj", {}, r"1 missing \(model\.layers\.2\.eh_proj\.weight\)"),
+    ("model.layers.2.mlp.gate.e_score", {}, r"1 missing \(model\.layers\.2\.mlp\.gate\.e_score_corr"),
+    ("", {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}, "num_mtp_layers = 2 must be 0 or 1"),
+    ("", {"mtp_mlp_layer_types": ["dense"]}, r"mtp_mlp_layer_types = \['dense'\], but only prediction"),
+    ("", {"n_group": 3}, r"num_groups_per_token = 1 .*|num_expert_groups = 3 must divide"),
+    ("", {"topk_group": 2}, "num_groups_per_token = 2 must lie between 1 and model.num_expert_groups = 1"),
+    ("", {"n_group": 8}, "num_expert_groups = 8 must divide model.num_experts = 8 into groups of at least"),
+    ("", {"n_group": 4, "num_experts_per_tok": 3}, "leaves 2 experts to choose from, and model.num_"),
+])
+def test_a_prediction_layer_behind_is_refused_by_name(missing: str, config: dict[str, Any], expected: str,
+                                                      tmp_path: Path) -> None:
+    folder = behind(missing, tmp_path / "hf", **config)
+    with pytest.raises(UserError, match=expected):
+        convert.from_hf(folder, tmp_path / "out")
+
+
+def test_a_copy_that_is_another_tensor_is_refused(tmp_path: Path) -> None:
+    folder = behind("", tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.embed_tokens.weight"][3, 4] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"2\.embed_tokens\.weight differs from model\.embed_tokens\.weight"):
+        convert.from_hf(folder, tmp_path / "out")
+    assert [check for check in convert.verify(folder, folder, load=False).checks
+            if not check.passed and "copies that differ" in check.name]
 
 
 def test_other_families_refuse_what_only_some_have() -> None:

@@ -50,7 +50,7 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"swiglu_limits": [7.0] * 5}, "swiglu_limits = .* only layers without a limit"),
     ({"slidin_window": 3}, r"'slidin_window'; did you mean 'sliding_window'\?"),
-    ({"n_group": 2}, "n_group = 2, but only 1"),
+    ({"n_group": 3}, "model.num_expert_groups = 3 must divide model.num_experts = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but only 'silu'"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
     ({"layer_types": ["full_attention"]}, "layer_types must name"),

@@ -11,6 +11,11 @@ NEW = 6
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.init_std=0.3",
             "model.dense_ffn_dim=24", "train.precision=fp64"]
 RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
+           "tiny-deepseek-v3": ["model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
+                                "model.num_expert_groups=2", "model.num_groups_per_token=1",
+                                'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '
+                                '"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}',
+                                'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'],
            "tiny-gemma3": ["model.sliding_window_tokens=8", "model.attention_pattern=LG",
                            "model.linear_rope_factor=4",
                            "model.embedding_multiplier=5.656854249492381"],
@@ -22,8 +27,9 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 
 
-def written_twice(layout: dict[str, Any]) -> list[Any]:
-    """Return, for each recipe, what is generated greedily with a cache, and what full forward passes say."""
+def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
+    """Return, for each recipe, what is generated greedily with a cache, what full forward passes say, and
+    what is generated with drafts of a prediction layer, where there is one."""
     import torch
 
     from megatron_sov import recipes
@@ -37,27 +43,35 @@ def written_twice(layout: dict[str, Any]) -> list[Any]:
 
     parallel, found = ParallelConfig(**layout), []
     world.join(parallel)
-    for recipe, settings in RECIPES.items():
-        config = apply_settings(recipes.get(recipe), [*SETTINGS, *settings])
+    for recipe in names:
+        config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
         model = build(config.model, parallel, config.train)
         init.initialise(model, config.model, 1)
         policy = ForwardModel(model, 50)
-        written = MegatronEngine(policy, Batching(2, 5)).generate(PROMPTS, Sampling(NEW)).continuations
+        engine = MegatronEngine(policy, Batching(2, 5))
+        written = engine.generate(PROMPTS, Sampling(NEW)).continuations
+        drafted = [engine.generate(PROMPTS, Sampling(NEW, num_drafts=2)).continuations
+                   for _ in range(config.model.num_mtp_layers)]
         full = [policy.logits(Inputs([[*p, *c]], torch.device("cpu")),
                               torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                 for p, c in zip(PROMPTS, written, strict=True)]
         graphs = any(p.grad is not None for p in model.parameters())
-        found.append([written, full, graphs])
+        found.append([written, full, graphs, drafted])
     world.leave()
     return found
 
 
 @pytest.mark.distributed
 def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any) -> None:
-    alone, split = ranks(job(__file__, "written_twice", 1, {"layout": {}}),
-                         job(__file__, "written_twice", 2, {"layout": {"tp": 2, "sp": True}}))
-    for found in (alone[0], split[0]):
-        for recipe, (written, full, graphs) in zip(RECIPES, found, strict=True):
+    names = list(RECIPES)
+    alone, split, experts = ranks(
+        job(__file__, "written_twice", 1, {"layout": {}, "names": names}),
+        job(__file__, "written_twice", 2, {"layout": {"tp": 2, "sp": True}, "names": names}),
+        # the processes have two prompts and one: they reach the prediction layer's experts together
+        job(__file__, "written_twice", 2, {"layout": {"ep": 2}, "names": names[:1]}))
+    for found in (alone[0], split[0], experts[0]):
+        for recipe, (written, full, graphs, drafted) in zip(names, found, strict=False):
             assert written == full and not graphs, recipe
+            assert drafted == [written] * (recipe == "tiny-glm4-moe")
             assert len({token for row in written for token in row}) > 3, recipe
-    assert alone[0] == split[0]
+    assert alone[0] == split[0] and experts[0] == alone[0][:1]

@@ -67,7 +67,8 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     if family == "glm4_moe":
         return {**config, **experts, "head_dim": draw.choice((8, 12)), "n_routed_experts": (8, 4, 12)[seed],
                 "attention_bias": seed != 1, "use_qk_norm": seed != 0, "routed_scaling_factor": 2.5,
-                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": 0,
+                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": int(seed != 1),
+                "n_group": (4, 1, 3)[seed], "topk_group": (2, 1, 1)[seed],
                 "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
     if family == "gpt_oss":
         del config["intermediate_size"]
@@ -75,6 +76,18 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "num_experts_per_tok": (2, 1, 3)[seed], "sliding_window": 9 + seed, "layer_types": (
                     ["sliding_attention", "full_attention"] * layers)[:layers],
                 **({"rope_parameters": {**yarn, "truncate": seed == 2}} if seed != 1 else {})}
+    if family == "deepseek_v3":
+        mscale = (1.0, 0.707, None)[seed]
+        config.pop("head_dim")
+        return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
+                "n_shared_experts": (1, 2, 1)[seed], "num_key_value_heads": heads, "n_group": (2, 1, 3)[seed],
+                "topk_group": (1, 1, 2)[seed], "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": int(seed != 1),
+                "q_lora_rank": (10, None, 26)[seed], "kv_lora_rank": (14, 22, 6)[seed],
+                "qk_nope_head_dim": (6, 10, 8)[seed], "qk_rope_head_dim": (4, 6, 10)[seed],
+                "v_head_dim": (12, 6, 30)[seed],
+                **({"rope_parameters": {**yarn, "mscale": mscale, "mscale_all_dim": mscale}}
+                   if mscale else {})}
     config["tie_word_embeddings"] = seed != 1
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -102,7 +115,7 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
 
 def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     """Write a random model as transformers does, with every bias away from zero;
-    K-EXAONE's prediction layer is added by hand."""
+    K-EXAONE's, GLM's and DeepSeek's prediction layers are added by hand."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -119,6 +132,8 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     model.save_pretrained(folder)
+    if config["model_type"] in ("glm4_moe", "deepseek_v3") and config["num_nextn_predict_layers"]:
+        add_layer_behind(folder, config["num_hidden_layers"])
     if config["model_type"] == "exaone_moe":
         tensors = load_file(folder / "model.safetensors")
         like_layer_0 = {n.replace("model.", "mtp."): torch.randn_like(t)
@@ -128,6 +143,22 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
                for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
         fc = {"mtp.fc.weight": torch.randn(hidden, 2 * hidden).to(norm.dtype)}
         save_file(tensors | like_layer_0 | own | fc, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_layer_behind(folder: Path, num_layers: int) -> None:
+    """Add a prediction layer under the names of published folders: as the trunk's last one, and around it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors, at = load_file(folder / "model.safetensors"), f"model.layers.{num_layers}."
+    last = f"model.layers.{num_layers - 1}."
+    like_last = {n.replace(last, at): torch.randn_like(t) for n, t in tensors.items() if n.startswith(last)}
+    norm, embedding = tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
+    own = {f"{at}{n}.weight": torch.randn_like(norm) for n in ("enorm", "hnorm", "shared_head.norm")}
+    own[f"{at}eh_proj.weight"] = torch.randn(len(norm), 2 * len(norm)).to(norm.dtype)
+    copies = {f"{at}embed_tokens.weight": embedding.clone(),
+              f"{at}shared_head.head.weight": tensors["lm_head.weight"].clone()}
+    save_file(tensors | like_last | own | copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def documents(vocab_size: int) -> list[list[int]]:

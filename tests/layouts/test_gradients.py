@@ -1,7 +1,8 @@
 """Loss and every gradient of a training step equal those of transformers' model classes,
 document by document.
 
-The multi-token prediction layer, which transformers does not have, is written out here in plain torch.
+K-EXAONE's multi-token prediction layer, which transformers does not have, is written out here in plain torch;
+GLM's and DeepSeek's are read by transformers' `MtpModel`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ CASES = {
     "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
     "gemma2 lm": ("tiny-gemma2", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
                                         "model.attention_softcap=1.5", "model.logits_softcap=2.5"]),
-    "glm4_moe lm": ("tiny-glm4-moe", "lm", ["model.qk_norm=true"]),
     "gpt_oss lm": ("tiny-gpt-oss", "lm", SPLIT),
+    "glm4_moe lm and prediction": ("tiny-glm4-moe", "lm", [
+        *PREDICTION, "model.qk_norm=true", "model.num_expert_groups=2", "model.num_groups_per_token=1"]),
+    "deepseek_v3 lm and prediction": ("tiny-deepseek-v3", "lm", [*PREDICTION, *SPLIT]),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",
                   ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),
@@ -90,6 +93,37 @@ def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.T
     return norm(x + linear(silu(gate) * up, w["layers.0.mlp.down_proj.weight"]), "norm")
 
 
+def _predictor(model: Any, weights: Path, num_layers: int) -> Any:
+    """Return transformers' own model of a prediction layer behind the trunk, read from the folder; None: it
+    has none.  The class names the layers of published sizes alone."""
+    from transformers.modeling_layers import MtpModel
+
+    if (not model.config.to_dict().get("num_nextn_predict_layers")
+            or model.config.model_type not in ("glm4_moe", "deepseek_v3")):
+        return None
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{num_layers}\..*"]
+    return MtpModel.from_pretrained(model)
+
+
+def _gradients_behind(predictor: Any, num_layers: int, embedding: torch.Tensor,
+                      head: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a prediction layer's gradients under the names of a folder, copies included."""
+    at = f"model.layers.{num_layers}."
+    found = {f"{at}embed_tokens.weight": embedding, f"{at}shared_head.head.weight": head}
+    for name, parameter in predictor.layers[0].named_parameters():
+        name = at + name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+        if "gate_up_proj" in name:
+            for e, (gate, up) in enumerate(parameter.grad.unflatten(1, (2, -1)).unbind()):
+                stem = name.replace("gate_up_proj", str(e))
+                found |= {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            found |= {name.replace("down_proj", f"{e}.down_proj.weight"): down
+                      for e, down in enumerate(parameter.grad)}
+        else:
+            found[name] = parameter.grad
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
 def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective: str) -> dict[str, float]:
     """Run transformers on each segment alone; returns the losses and saves the model with gradients in
     the weights' place."""
@@ -99,6 +133,7 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     config = json.loads((weights / "config.json").read_text())
     prediction = {name.removeprefix("mtp."): tensor.requires_grad_() for name, tensor in load_file(
         weights / "model.safetensors").items() if name.startswith("mtp.")}
+    predictor = _predictor(model, weights, config["num_hidden_layers"])
     predicted, num_predicted = torch.zeros(()), 0.0
     sums: dict[int, torch.Tensor] = {}
     counts: dict[int, float] = {}
@@ -109,8 +144,11 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
             logits = cap * torch.tanh(logits / cap)
         losses = cross_entropy(logits, s["labels"], reduction="none")
         # the label of a place is the token that follows it; the last place has nothing further to predict
-        if prediction:
-            states = _predict(prediction, config, hidden[:-1], model.model.embed_tokens(s["labels"][:-1]))
+        if prediction or predictor:
+            states = _predict(prediction, config, hidden[:-1], model.model.embed_tokens(
+                s["labels"][:-1])) if prediction else predictor.forward_layer(
+                    0, hidden[None, :-1], torch.arange(1, len(hidden))[None], None,
+                    input_ids=s["labels"][None, :-1])[0]
             further = cross_entropy(model.lm_head(states), s["labels"][1:], reduction="none")
             predicted = predicted + (further * s["weights"][1:]).sum()
             num_predicted += float(s["weights"][1:].sum())
@@ -121,15 +159,17 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     text, response = 0, 2
     terms = {"lm": sums[text] / counts[text]} if objective == "lm" else {
         "response": sums[response] / counts[response], "text": sums[text] / counts[text]}
-    if prediction:
+    if num_predicted:
         terms["mtp"] = predicted / num_predicted
     sum({"text": 0.3, "mtp": 0.3}.get(name, 1.0) * term  # type: ignore[union-attr]
         for name, term in terms.items()).backward()
+    behind = _gradients_behind(predictor, config["num_hidden_layers"], model.model.embed_tokens.weight.grad,
+                               model.lm_head.weight.grad) if predictor else {}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad if parameter.grad is not None else 0.0)
     model.save_pretrained(gradients)
-    save_file({f"mtp.{name}": tensor.grad for name, tensor in prediction.items()},
+    save_file({f"mtp.{name}": tensor.grad for name, tensor in prediction.items()} | behind,
               gradients / "prediction.safetensors")
     return {name: term.item() for name, term in terms.items()}
 

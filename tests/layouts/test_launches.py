@@ -104,8 +104,9 @@ def without_numbers() -> list[int]:
     sys.path.insert(0, str(Path(__file__).parent))
     from layout_run import small_config
 
-    from megatron_sov.mcore.model.language_model import ModelInputs, build, next_tokens
+    from megatron_sov.mcore.model.language_model import ModelInputs, build
     from megatron_sov.mcore.model.logprobs import head_of
+    from megatron_sov.mcore.model.prediction import next_tokens
     from megatron_sov.mcore.model.router import BalancedRouter
     from megatron_sov.mcore.parallel import world
     from megatron_sov.train.microbatch import MicroBatch, shifted

@@ -50,9 +50,15 @@ CASES = {
     "sft": ("tiny-k-exaone", "sft", SFT, FP64, (
         "TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "PP2 VPP2 x DP2 ZeRO-1 overlapped",
         "micro batch 1")),
+    # experts in the prediction layer, chosen within groups
+    "glm4_moe sft": ("tiny-glm4-moe", "sft", [
+        *SFT, "model.num_expert_groups=2", "model.num_groups_per_token=1", "model.seq_aux_loss_coeff=0.01"],
+        FP64, ("TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
     "fp32": ("tiny-k-exaone", "lm", [], FP32, ("TP2+SP x PP2 x EP2", "ETP2")),
     "qwen2": ("tiny-qwen2", "lm", TIED, FP64, ("TP2", "DP2 overlapped", "PP2 VPP2 x DP2 ZeRO-1 overlapped")),
     "gpt_oss": ("tiny-gpt-oss", "lm", [], FP64, ("TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped")),
+    "deepseek_v3": ("tiny-deepseek-v3", "lm", [], FP64, ("TP2+SP x PP2 x EP2",
+                                                         "CP2 x DP2 x EP2 ZeRO-1 overlapped")),
     "qwen3_moe": ("tiny-qwen3-moe", "lm", [], FP64, ("TP2+SP", "EP2", "TP2+SP x PP2 x EP2")),
 }
 
@@ -71,7 +77,8 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, packed_data: Any, tmp
     (reference,), *others = ranks(*jobs)
     assert len(reference) == STEPS and reference[0]["loss"] > reference[-1]["loss"]
     terms = {"term lm"} if objective == "lm" else {"term response", "term text"}
-    assert terms | ({"term mtp"} if "exaone" in recipe else set()) <= set(reference[0])
+    predicts = "exaone" in recipe or "glm" in recipe
+    assert terms | ({"term mtp"} if predicts else set()) <= set(reference[0])
     if objective == "sft":
         assert reference[0]["tokens"] < 8 * 64, "the batch should have padding"
     problems = []

@@ -29,7 +29,9 @@ from megatron_sov.recipes import get, names
     ("gemma2-9b", 9.24, 9.24, 0.0),
     ("gpt-oss-20b", 20.91, 4.19, 0.0),
     ("gpt-oss-120b", 116.83, 5.71, 0.0),
-    ("glm-4.5-air", 106.85, 13.42, 0.0),
+    ("glm-4.5-air", 106.85, 13.42, 2.38),
+    ("deepseek-v3", 671.03, 37.55, 11.61),
+    ("kimi-k2", 1026.41, 32.86, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
     count = num_params(get(recipe).model)

@@ -18,7 +18,7 @@ from megatron_sov.models.family import TokenIds
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
        "glm-4.5-air", "gemma-3-1b", "gemma3-27b", "gemma2-9b", "gpt-oss-20b",
-       "gpt-oss-120b")
+       "gpt-oss-120b", "deepseek-v3", "kimi-k2")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -68,14 +68,19 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
     return found
 
 
+def of_prediction(name: str, model: ModelConfig) -> bool:
+    """Return whether a tensor is the prediction layer's, which transformers' class leaves out."""
+    return name.startswith(("mtp.", f"model.layers.{model.num_layers}."))
+
+
 @pytest.mark.parametrize("name", BIG)
 def test_full_size_tensors_are_those_of_transformers(name: str) -> None:
     model = recipes.get(name).model
     ours = our_tensors(model)
-    mtp = {key: value for key, value in ours.items() if key.startswith("mtp.")}
+    mtp = {key: value for key, value in ours.items() if of_prediction(key, model)}
     theirs = transformers_tensors(model)
     assert {key: value for key, value in ours.items() if key not in mtp} == theirs
-    assert bool(mtp) == (name == "k-exaone-236b")
+    assert bool(mtp) == (name in ("k-exaone-236b", "glm-4.5-air", "deepseek-v3"))
 
 
 def test_prediction_layer_has_the_published_names_and_shapes() -> None:
@@ -88,19 +93,36 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
     assert {key: v for key, v in ours.items() if key.startswith("mtp.")} == expected
 
 
+def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None:
+    """With four tensors around it, and embedding and head once more (`glm4_moe_mtp.py` of vLLM)."""
+    model = recipes.get("glm-4.5-air").model
+    ours, at, hidden = our_tensors(model), "model.layers.46.", 4096
+    last = {key.replace("layers.45.", "layers.46."): v
+            for key, v in ours.items() if key.startswith("model.layers.45.")}
+    around = {f"{at}{norm}.weight": ((hidden,), torch.bfloat16)
+              for norm in ("enorm", "hnorm", "shared_head.norm")}
+    around[f"{at}eh_proj.weight"] = (hidden, 2 * hidden), torch.bfloat16
+    assert {key: v for key, v in ours.items() if key.startswith(at)} == last | around
+    assert models.get("glm4_moe").copies_in(model) == {
+        f"{at}embed_tokens.weight": "model.embed_tokens.weight",
+        f"{at}shared_head.head.weight": "lm_head.weight"}
+
+
 @pytest.mark.parametrize(("name", "trunk", "mtp"), [
     ("solar-open-102b", 102.65e9, 0), ("k-exaone-236b", 236.571e9, 0.528e9), ("qwen2-1.5b", 1.5437e9, 0),
     ("qwen3-4b", 4.0225e9, 0), ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0),
     ("llama-3.1-8b", 8.0303e9, 0), ("mixtral-8x7b", 46.703e9, 0),
     ("exaone-4.0-32b", 32.003e9, 0), ("exaone-4.0-1.2b", 1.2794e9, 0), ("hyperclovax-14b", 14.748e9, 0),
-    ("glm-4.5-air", 106.852e9, 0),
+    # with the copies of embedding and head these are the 110 B that the hub counts of the folder
+    ("glm-4.5-air", 106.852e9, 2.3751e9),
     ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0), ("gemma2-9b", 9.241706e9, 0),
-    ("gpt-oss-20b", 20.914757e9, 0), ("gpt-oss-120b", 116.829157e9, 0)])
+    ("gpt-oss-20b", 20.914757e9, 0), ("gpt-oss-120b", 116.829157e9, 0),
+    ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()
              if "correction_bias" not in key}
-    counted_mtp = sum(n for key, n in sizes.items() if key.startswith("mtp."))
+    counted_mtp = sum(n for key, n in sizes.items() if of_prediction(key, model))
     counted = sum(sizes.values()) - counted_mtp
     assert counted == pytest.approx(trunk, rel=5e-5)
     assert counted_mtp == pytest.approx(mtp, rel=1e-3)

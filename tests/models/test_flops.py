@@ -15,7 +15,8 @@ from megatron_sov.recipes import get
 SEQ_LEN = 64
 
 
-@pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3"])
+@pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3",
+                                    "tiny-deepseek-v3"])
 def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     """Eager attention multiplies every query with every key, which the formula is asked for as well."""
     torch = pytest.importorskip("torch")
@@ -29,7 +30,9 @@ def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     tokens = torch.arange(SEQ_LEN)[None] % model.vocab_size
     with FlopCounterMode(display=False) as counter:
         reference(input_ids=tokens, labels=tokens).loss.backward()
-    unmasked = 12 * model.num_layers * model.num_heads * model.head_dim * SEQ_LEN
+    latent = model.latent_attention
+    widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
+    unmasked = 6 * model.num_layers * model.num_heads * widths * SEQ_LEN
     expected = 6 * multiplied_weights(model) + unmasked
     assert counter.get_total_flops() / SEQ_LEN == pytest.approx(expected, rel=2e-3)
 

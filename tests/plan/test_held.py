@@ -17,7 +17,10 @@ RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "p
         ("tiny-qwen3", ["lora.rank=2", "lora.dora=true", "parallel.tp=2"], 2, 1),
         ("tiny-exaone4", ["parallel.pp=2"], 2, 1), ("tiny-hyperclovax", ["parallel.tp=2"], 2, 0),
         ("tiny-gemma3", [], 1, 0), ("tiny-gemma2", [], 1, 0),
-        ("tiny-gpt-oss", ["parallel.ep=2"], 2, 1))
+        ("tiny-gpt-oss", ["parallel.ep=2"], 2, 1),
+        ("tiny-glm4-moe", ["parallel.pp=2", "parallel.ep=2"], 4, 3),
+        ("tiny-deepseek-v3", ["parallel.tp=2", "parallel.sp=true"], 2, 1),
+        ("tiny-deepseek-v3", ["model.latent_attention.q_lora_rank=null"], 1, 0))
 """Recipe, settings, processes, rank."""
 
 
@@ -48,7 +51,7 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
 
 @pytest.mark.parametrize("recipe", ["tiny-k-exaone", "tiny-solar-open", "tiny-qwen2", "tiny-qwen3-moe",
                                     "tiny-exaone4", "tiny-hyperclovax", "tiny-glm4-moe",
-                                    "tiny-gemma3", "tiny-gemma2", "tiny-gpt-oss"])
+                                    "tiny-gemma3", "tiny-gemma2", "tiny-gpt-oss", "tiny-deepseek-v3"])
 def test_names_are_those_of_checkpoints(recipe: str) -> None:
     config = config_of(recipe, [], "bf16")
     named = {part.key.replace("{l}", str(layer)) for runs in held(config, 0) for layer, parts in runs

@@ -18,7 +18,9 @@ from megatron_sov.plan.speed.shape import ModelShape, of_model
     ("solar-open-102b", 1000, {"item_bytes": 1}, 1000 * 48 * 2 * 8 * 128),
     # three of four layers keep a window of 128 of 48
     ("k-exaone-236b", 10_000, {}, (12 * 10_000 + 36 * 128) * 2 * 8 * 128 * 2),
-    ("k-exaone-236b", 100, {}, 48 * 100 * 2 * 8 * 128 * 2)])
+    ("k-exaone-236b", 100, {}, 48 * 100 * 2 * 8 * 128 * 2),
+    # one vector of 512 and a rotated key of 64 for all heads of each of 61 layers
+    ("deepseek-v3", 1000, {}, 61 * 1000 * (512 + 64) * 2)])
 def test_a_sequence_keeps_what_is_counted_by_hand(recipe: str, tokens: int, sizes: dict[str, Any],
                                                   by_hand: int) -> None:
     assert kv_bytes(of_model(recipes.get(recipe).model), tokens, **sizes) == by_hand
@@ -61,6 +63,7 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
 def test_a_cached_decoder_keeps_as_much(ranks: Any, job: Any) -> None:
     """Its slots are as long as the sequence with the token that is read."""
     tokens = 100
-    (((found,),),) = (ranks(job(__file__, "kept_by_a_decoder", 1, {"recipe": "tiny-k-exaone",
-                                                                   "tokens": tokens})),)
-    assert found == kv_bytes(of_model(recipes.get("tiny-k-exaone").model), tokens, item_bytes=4)
+    names = ("tiny-k-exaone", "tiny-deepseek-v3")
+    jobs = (job(__file__, "kept_by_a_decoder", 1, {"recipe": name, "tokens": tokens}) for name in names)
+    for name, (found,) in zip(names, ranks(*jobs), strict=True):
+        assert found == kv_bytes(of_model(recipes.get(name).model), tokens, item_bytes=4), name

@@ -51,7 +51,8 @@ def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
     assert {f: getattr(tiny.model, f) for f in STRUCTURE} == {f: getattr(big.model, f) for f in STRUCTURE}
     assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
     assert set(tiny.model.layer_types()) == set(big.model.layer_types())
-    assert tiny.model.num_heads // tiny.model.num_kv_heads > 1, "grouped-query attention stays grouped"
+    assert (tiny.model.num_heads // tiny.model.num_kv_heads > 1) == (
+        tiny.model.latent_attention is None), "grouped-query attention stays grouped"
     assert [(p.name, p.share) for p in tiny.data.phases] == [
         (p.name, p.tokens or p.share) for p in big.data.phases]
     assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "any data will do"

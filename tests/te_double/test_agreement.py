@@ -95,7 +95,8 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "settings"), [("tiny-k-exaone", EXAONE), ("tiny-solar-open", SOLAR),
                                                   ("tiny-gpt-oss", ["model.num_layers=2"]),
-                                                  ("tiny-qwen2", ["model.num_layers=2"])])
+                                                  ("tiny-qwen2", ["model.num_layers=2"]),
+                                                  ("tiny-deepseek-v3", ["model.num_layers=4"])])
 def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                        recipe: str, settings: list[str]) -> None:
     """tiny-qwen2 has biases and no experts; tiny-gpt-oss has biases of all, and sinks."""

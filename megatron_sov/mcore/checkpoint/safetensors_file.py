@@ -74,15 +74,21 @@ class TensorFile:
                             "read; save the model without quantisation")
         return DTYPES[found]
 
-    def read(self, name: str, block: Sequence[slice] | None = None) -> torch.Tensor:
+    def read(self, name: str, block: Sequence[slice] | None = None,
+             dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a tensor, or the block of it that the slices (start and stop, one for each axis) cut out.
+
+        Args:
+            name: of the tensor.
+            block: the part of it; None: all.
+            dtype: of a tensor whose own is none of `DTYPES`, for a caller who knows what its bytes are.
 
         Raises:
             UserError: the file lacks the tensor, or cannot be read any more.
         """
         if name not in self.entries:
             raise self._damaged(f"it lacks {name}")
-        entry, dtype = self.entries[name], self.dtype(name)
+        entry, dtype = self.entries[name], dtype or self.dtype(name)
         cut = list(block) if block is not None else [slice(0, n) for n in entry.shape]
         out = torch.empty([s.stop - s.start for s in cut], dtype=dtype)
         try:

@@ -77,6 +77,9 @@ class CachedDecoder:
         self._exit = contextlib.ExitStack()
         self.last_stage = parallel_state.is_pipeline_last_stage()
         """Whether this process sees the outputs."""
+        self.predicts_together = policy.model.architecture.mtp_experts
+        """Whether `predict` and `pick` are calls of all processes of the last stage, as `read` is: the
+        prediction layer's experts may be on any of them."""
 
     def __enter__(self) -> CachedDecoder:
         """Put the model into evaluation mode, with empty caches."""
@@ -93,6 +96,11 @@ class CachedDecoder:
         self._layers = []
         self._model.config.routing_step.record = None
         self._exit.close()
+
+    def any_has(self, count: int) -> bool:
+        """Return whether a process that reads other sequences has any of what this one counts; called by all
+        of a stage."""
+        return bool(over_shares(torch.tensor([count]), dist.ReduceOp.MAX)[0])
 
     def common_row_tokens(self, num_tokens: int) -> int:
         """Agree with the processes that read other sequences on the next row; returns its length here, 0
@@ -145,7 +153,9 @@ class CachedDecoder:
     def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[Span]) -> DecodeOutput:
         """Return some places' states as a row of their own, one token each (on the last stage)."""
         multiple = context.row_multiple()
-        row = read_row(spans, -(-len(places) // multiple) * multiple, local_device())
+        row_tokens = (self.common_row_tokens(len(places)) if self.predicts_together
+                      else -(-len(places) // multiple) * multiple)
+        row = read_row(spans, row_tokens, local_device())
         padded = [*places, *[0] * (len(row.tokens) - len(places))]
         states = self._states(read, padded, gather_sequence)[:, None]
         if self._model.config.sequence_parallel:

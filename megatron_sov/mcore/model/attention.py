@@ -106,6 +106,9 @@ class PackedDocuments(PackedSeqParams):
     """The row's documents by their length, made for the first layer that needs them."""
     shared: SharedPrompts | None = None
     """What documents share; None: each is there whole."""
+    padding: torch.Tensor | None = None
+    """[1, local tokens] bool, True where a token is padding, for experts of a prediction layer; None: nobody
+    asks."""
 
     def bounds_within(self, window_tokens: int) -> list[PieceBounds]:
         """Return the bounds of each local piece for the fused kernel."""

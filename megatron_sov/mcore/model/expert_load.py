@@ -18,7 +18,10 @@ class ExpertLoad:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._shape = model.architecture.num_layers + 1, model.architecture.num_experts
+        architecture = model.architecture
+        # behind the trunk's layers stand those for prediction, whose routers have numbers of their own
+        num_layers = architecture.num_layers + architecture.num_mtp_moe_layers()
+        self._shape = num_layers + 1, architecture.num_experts
         self._counts: dict[int, torch.Tensor] = {}
         self._gathered: torch.Tensor | None = None
         self._biases_before: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -57,7 +60,7 @@ class ExpertLoad:
 
     def gather(self) -> torch.Tensor:
         """Return [layers, experts] token counts of the last step, summed over all processes once (zero
-        rows: dense layers)."""
+        rows: dense layers); the last row is the prediction layer's, where it has experts."""
         if self._gathered is None:
             self._gathered = self._sum(self._counts)
         return self._gathered

@@ -4,7 +4,8 @@ Never run on a GPU here.  Read for it: the Python side of Transformer Engine 2.2
 kernels (`common/fused_router/*.cu`) of its development branch at 2.20.0.dev0.  They compute in float32, add
 the bias to sigmoid scores for the choice alone, and divide sigmoid weights by their sum (plus 1e-20) where
 more than one expert is chosen.  The weight of a chosen expert is its biased score less the bias, so it may
-differ from the score in the last bits.
+differ from the score in the last bits.  A group's score is the sum of its best K / (kept groups) experts,
+which is the router's sum of two where twice as many experts as groups are chosen.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def problem(model: ModelConfig) -> str:
         return (f"does not go with model.norm_topk_prob = {model.norm_topk_prob} and "
                 f"model.num_experts_per_token = {model.num_experts_per_token}: the kernels divide several "
                 "sigmoid weights by their sum, and never a single one; leave it out")
+    if model.num_expert_groups > 1 and not _groups_serve(model.num_experts_per_token,
+                                                         model.num_groups_per_token):
+        return (f"does not go with model.num_experts_per_token = {model.num_experts_per_token} and "
+                f"model.num_groups_per_token = {model.num_groups_per_token}: of a group the kernels add up "
+                "as many scores as experts are chosen in a kept one, and the router two; leave it out")
     return ""
 
 
@@ -39,6 +45,9 @@ def serves(config: Any, logits: torch.Tensor) -> bool:
         return False
     if logits.dtype == torch.float64:
         return False
+    if config.moe_router_num_groups is not None and not _groups_serve(config.moe_router_topk,
+                                                                      config.moe_router_group_topk):
+        return False
     return _formula_serves(config.moe_router_score_function, config.norm_topk_prob, config.moe_router_topk)
 
 
@@ -46,6 +55,11 @@ def _formula_serves(score: str, normalised: bool, num_chosen: int) -> bool:
     """Return whether the kernels compute a router's weights: those of a softmax may be divided by their sum
     or not, one sigmoid weight is never divided, several always are."""
     return score == "softmax" or normalised == (num_chosen > 1)
+
+
+def _groups_serve(num_chosen: int, num_groups: int) -> bool:
+    """Return whether the kernels' score of a group is the router's, the sum of two."""
+    return num_chosen // num_groups == 2
 
 
 def choose(config: Any, logits: torch.Tensor,
@@ -56,7 +70,8 @@ def choose(config: Any, logits: torch.Tensor,
     weights, chosen = te.fused_topk_with_score_function(
         logits=logits.contiguous(), topk=config.moe_router_topk,
         # a softmax over the chosen ones alone is one over all, divided by the sum of the chosen ones
-        use_pre_softmax=not config.norm_topk_prob, num_groups=None, group_topk=None,
+        use_pre_softmax=not config.norm_topk_prob, num_groups=config.moe_router_num_groups,
+        group_topk=config.moe_router_group_topk,
         scaling_factor=config.moe_router_topk_scaling_factor,
         score_function=config.moe_router_score_function, expert_bias=bias)
     return weights, chosen

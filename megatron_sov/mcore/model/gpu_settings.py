@@ -52,7 +52,9 @@ class Fusion:
 
 FUSIONS = (
     # YaRN's factor is in the scale of the softmax, so that the kernel rotates and does no more
-    Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1),
+    Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1
+           # the kernel of latent attention wants a table of cosines and sines
+           and here.model.latent_attention is None),
     Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),

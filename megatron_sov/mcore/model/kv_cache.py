@@ -150,8 +150,9 @@ class CachedAttention(torch.nn.Module):
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
         whole = size.max_tokens + size.step_tokens
         self.capacity = min(whole, window_tokens - 1 + size.step_tokens) if window_tokens else whole
-        self.stored: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Keys and values [slots, kv_heads, capacity, head_dim]; None before the first token."""
+        self.stored: tuple[torch.Tensor, ...] | None = None
+        """Keys and values [slots, kv_heads, capacity, head_dim], once where they are the same; None before
+        the first token."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                 attn_mask_type: Any = None, attention_bias: None = None,
@@ -159,7 +160,8 @@ class CachedAttention(torch.nn.Module):
         """Keep the new keys and values and attend to them and to those kept before.
 
         Args:
-            query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim].
+            query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim]; one tensor for both
+                is kept once.
             packed_seq_params: the row's spans.
 
         Returns:
@@ -169,7 +171,7 @@ class CachedAttention(torch.nn.Module):
         if self.stored is None:
             shape = (self.size.slots, key.shape[1], self.capacity, key.shape[2])
             # zeros: what is masked still must be finite
-            self.stored = key.new_zeros(shape), value.new_zeros(shape)
+            self.stored = tuple(t.new_zeros(shape) for t in ((key,) if value is key else (key, value)))
         out = query.new_zeros(*query.shape[:2], value.shape[2])
         if self.sinks is not None:
             query = with_logits(query, self.sinks(), self.softmax_scale)
@@ -193,10 +195,11 @@ class CachedAttention(torch.nn.Module):
         past = torch.tensor(group.past, device=device)[:, None]
         positions = past + torch.arange(group.length, device=device)
         rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
-        for kept, new in zip(self.stored, (key, value), strict=True):
+        for kept, new in zip(self.stored, (key, value), strict=False):
             kept[rows, :, positions % self.capacity] = new
         filled = min(self.capacity, max(group.past) + group.length)
-        keys, values = (kept[group.slot:group.slot + count, :, :filled] for kept in self.stored)
+        keys, values = (kept[group.slot:group.slot + count, :, :filled]
+                        for kept in (self.stored[0], self.stored[-1]))
         last = past + group.length - 1
         # position at each place; negative: none yet
         held = last - (last - torch.arange(filled, device=device)) % self.capacity
@@ -216,7 +219,7 @@ class CachedAttention(torch.nn.Module):
                value: torch.Tensor) -> torch.Tensor:
         """Attend from the first tokens of sequences at once: [sequences, new, heads, head_dim]."""
         assert self.stored is not None
-        for kept, new in zip(self.stored, (key, value), strict=True):
+        for kept, new in zip(self.stored, (key, value), strict=False):
             kept[group.slot:group.slot + len(group.past), :, :group.length] = new.transpose(1, 2)
         return attend_whole(query, key, value, self.softmax_scale, self.kernel)
 
@@ -228,11 +231,11 @@ class CachedAttention(torch.nn.Module):
         before = torch.arange(max(0, past - self.window_tokens + 1) if self.window_tokens else 0, past,
                               device=query.device)
         keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
-                        for k, new in zip(kept, (key, value), strict=True))
+                        for k, new in zip((kept[0], kept[-1]), (key, value), strict=True))
         out = attend(query, keys, values, self.softmax_scale, self.window_tokens, self.kernel)
         stays = min(len(key), self.capacity)
         places = torch.arange(past + len(key) - stays, past + len(key), device=query.device) % self.capacity
-        for k, new in zip(kept, (key, value), strict=True):
+        for k, new in zip(kept, (key, value), strict=False):
             k[:, places] = new[-stays:].transpose(0, 1)
         return out
 

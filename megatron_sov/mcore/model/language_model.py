@@ -13,22 +13,21 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     get_mtp_layer_spec,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.config import GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.adapters import Adapters
-from megatron_sov.mcore.model.attention import PackedDocuments, SharedPrompts, pack
-from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
+from megatron_sov.mcore.model.attention import SharedPrompts, pack
+from megatron_sov.mcore.model.kv_cache import ReadRow
 from megatron_sov.mcore.model.media_encoders import MediaEncoders
 from megatron_sov.mcore.model.parameter_marks import mark_parameters
 from megatron_sov.mcore.model.placement import made_here, place
+from megatron_sov.mcore.model.prediction import PredictionLayer
 from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.mcore.model.specs import (
@@ -112,6 +111,8 @@ class Chunk(GPTModel):
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
             padding_mask=self._local_padding(inputs.padding, first_route))
         if self.mtp_process:
+            # no place in a table of routes: what generates records the trunk's alone
+            packed.padding = self._local_padding(inputs.padding, None)
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=positions, hidden_states=hidden,
                               attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
                               embedding=self.embedding)
@@ -172,59 +173,6 @@ class Chunk(GPTModel):
             return padding[mine][None]
         mask: torch.Tensor = self.config.routing_step.table.mask(padding[mine], first_route + mine)
         return mask
-
-
-class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction layer for rows of packed documents, wherever they are cut,
-    that can be recomputed.
-
-    The library moves tokens ahead in a loop over documents, and under context parallelism cuts each
-    document for itself.
-    """
-
-    def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
-                        embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
-                        packed_seq_params: PackedDocuments | None = None) -> tuple[torch.Tensor, ...]:
-        """Return the whole row's tokens [tokens] moved one place further, and the local ones' embedding."""
-        assert packed_seq_params is not None
-        ahead = next_tokens(input_ids, packed_seq_params.bounds)
-        embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
-        return (ahead, position_ids, embedded,
-                make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True))
-
-    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
-                  packed: PackedSpans) -> torch.Tensor:
-        """Run the layer on given states and embeddings of the tokens ahead, both [tokens /
-        sequence-parallel size, 1, hidden]."""
-        states: torch.Tensor = self._proj_and_transformer_layer(
-            hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
-        return states
-
-    def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
-                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor,
-                              **constants: Any) -> torch.Tensor:
-        # defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only
-        def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary,
-                                **constants)
-
-        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input,
-                                                              rotary_pos_emb)
-        return outputs
-
-
-def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Return [tokens] int64: at each place the token that follows in its document,
-    and 0 at the document's last place.
-
-    Args:
-        tokens: [tokens] int64, a whole row.
-        bounds: [documents + 1], cumulative lengths of its documents.
-    """
-    ahead = tokens.roll(-1)
-    # behind an empty document at the row's beginning: the row's last place, which is a document's too
-    lasts = (bounds[1:].long() - 1) % len(tokens)
-    return ahead.index_fill(0, lasts, 0)
 
 
 class LanguageModel(torch.nn.ModuleList):
@@ -312,9 +260,9 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             vocab_size=-(-model.vocab_size // config.tensor_model_parallel_size)
             * config.tensor_model_parallel_size, max_sequence_length=model.max_position_tokens,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
-            rotary_percent=model.rope_share, rotary_base=model.rope_theta, mtp_block_spec=mtp,
-            share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
+            position_embedding_type="yarn" if model.yarn or model.latent_attention else "rope",
+            post_process=last_stage, rotary_percent=model.rope_share, rotary_base=model.rope_theta,
+            mtp_block_spec=mtp, share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
         encodes = chunk.pre_process and (model.vision is not None or model.audio is not None)
         chunk.media = MediaEncoders(model, config) if encodes else None
     place(chunk, device)

@@ -64,7 +64,7 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
         exact = frequencies(model).to(torch.promote_types(dtype, torch.float32))
     exact = exact.to(embedding.inv_freq.device)
     embedding.inv_freq = exact
-    if model.yarn is not None:
+    if model.yarn is not None or model.latent_attention is not None:
         # it mixes these two by float32 shares that add up to exactly 1, so both being the
         # mixture gives the mixture
         embedding.inv_freq_extra = embedding.inv_freq_inter = exact
@@ -89,14 +89,15 @@ def softmax_scale(model: ModelConfig, kind: str) -> float:
     YaRN multiplies cosine and sine by ``m = 0.1 ln(factor) + 1`` (arXiv 2309.00071, eq. 22).  Rotations are
     linear, so queries and keys come out m times as long and their products m^2 times as large: the same as
     ``m^2 / sqrt(head_dim)`` behind plain rotations, which fused kernels know.  Layers that do not
-    rotate have no such factor.
+    rotate have no such factor.  DeepSeek's latent attention, of whose heads a part rotates, has it there for
+    the whole heads, with ``m = 0.1 mscale ln(factor) + 1``.
     """
     plain: float = model.head_dim ** -0.5 if model.attention_multiplier is None else (
         model.attention_multiplier)
     rotates = model.rope_on_global or kind == "sliding_attention"
     if model.yarn is None or not rotates:
         return plain
-    return plain * max(1.0, 0.1 * math.log(model.yarn.factor) + 1.0) ** 2
+    return plain * max(1.0, 0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1.0) ** 2
 
 
 def rotate_by_token() -> None:

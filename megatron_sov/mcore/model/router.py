@@ -108,15 +108,18 @@ class BalancedRouter(TopKRouter):
         """Return weights and choice of the top K experts by score, plus bias where there is one (arXiv
         2412.19437, eq. 12-16), or of those that were recorded; weights are of these scores either way.
 
-        The library's `topk_routing_with_score_function` rounds scores to float32, and leaves a single
-        expert's weight as it is.
+        The library's `topk_routing_with_score_function` rounds scores to float32, leaves a single expert's
+        weight as it is, and takes for a group's score as many experts as each kept group would give, where
+        DeepSeek-V3 takes two.
         """
         record = self.config.routing_step.record
         # kernels choose by themselves, and tell no order
         if recorded is None and record is None and fused_routing.serves(self.config, logits):
             return fused_routing.choose(self.config, logits, self.expert_bias)
         scores = self._scores(logits)
-        _, chosen = torch.topk(scores if self.expert_bias is None else scores + self.expert_bias,
+        biased = scores if self.expert_bias is None else scores + self.expert_bias
+        groups, kept = self.config.moe_router_num_groups, self.config.moe_router_group_topk
+        _, chosen = torch.topk(biased if groups is None else _within_groups(biased, groups, kept),
                                self.topk, dim=1)
         if recorded is not None:
             chosen = torch.where(recorded.there[:, None], recorded.experts, chosen)
@@ -169,12 +172,13 @@ class BalancedRouter(TopKRouter):
         """Return scores [tokens, experts] that sum to 1, and how often each expert is among the top K of a
         sequence's local tokens, [sequences, experts].
 
-        The top K by score are the choice where there is no selection bias, and then a recorded choice stands
-        in their place.  With a bias the formula looks at scores which did not choose, and a record tells
-        nothing of them.
+        The top K by score are the choice where there are neither selection bias nor groups, and then a
+        recorded choice stands in their place.  Else the formula looks at scores which did not choose, and a
+        record tells nothing of them.
         """
         experts = logits.shape[1]
-        replayed = recorded if self.expert_bias is None else None
+        is_choice = self.expert_bias is None and self.config.moe_router_num_groups is None
+        replayed = recorded if is_choice else None
         if replayed is None and fused_routing.serves(self.config, logits):
             scores, chosen = (_of_documents(found, self.config.routing_step.shared)
                               for found in fused_routing.balancing_scores(self.config, logits))
@@ -199,6 +203,16 @@ class BalancedRouter(TopKRouter):
             step.rows[key] = context.row_index(num_tokens * split, self.config.sequence_parallel,
                                                device) // step.seq_len
         return step.rows[key], max(1, num_tokens * split // step.seq_len)
+
+
+def _within_groups(scores: torch.Tensor, num_groups: int, num_kept: int) -> torch.Tensor:
+    """Return scores [tokens, experts] with -infinity outside of each token's best groups, of which a group's
+    score is the sum of its two best experts' (node-limited routing, DeepSeek-V3, arXiv 2412.19437, section
+    2.1.2; the two are of its published code and of transformers')."""
+    grouped = scores.unflatten(1, (num_groups, -1))
+    best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(num_kept, dim=-1).indices
+    is_outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
+    return grouped.masked_fill(is_outside[..., None], -torch.inf).flatten(1)
 
 
 def _of_documents(numbers: torch.Tensor, shared: SharedPrompts | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig, YarnConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.mcore.model.block_output import (
@@ -77,8 +77,6 @@ def own_attention(config: Any) -> bool:
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                        gpu: GpuConfig = AUTO) -> Any:
     """Return the library's `TransformerConfig` for a model, a layout, a precision and a use of GPUs."""
-    from megatron.core.transformer import TransformerConfig
-
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
     here = Here(te, model, parallel)
@@ -123,11 +121,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
         settings |= library_settings(train)
-    config = TransformerConfig(**settings)
+    config = _library_config(model, settings)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
-    _yarn(config, model)
+    _yarn(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.attention_capped = model.attention_softcap is not None
@@ -147,6 +145,16 @@ def _activation(model: ModelConfig, te: bool) -> dict[str, Any]:
             "activation_func_clamp_value": 7.0}
 
 
+def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
+    """Return the library's configuration of these settings, of the kind that the model's attention has."""
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+    from megatron_sov.mcore.model.latent_attention import latent_settings
+
+    latent = latent_settings(model)
+    return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+
+
 def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
     return {
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
@@ -162,6 +170,8 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
         "moe_grouped_gemm": te,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
+        **({"moe_router_num_groups": model.num_expert_groups,
+            "moe_router_group_topk": model.num_groups_per_token} if model.num_expert_groups > 1 else {}),
     }
 
 
@@ -187,11 +197,16 @@ def _per_layer_lists(config: Any, model: ModelConfig) -> None:
         config.no_rope_freq = [int(k == "full_attention") for k in kinds]
 
 
-def _yarn(config: Any, model: ModelConfig) -> None:
-    if model.yarn is not None:
-        config.yarn_rotary_scaling_factor = model.yarn.factor
-        config.yarn_original_max_position_embeddings = model.yarn.original_max_position_tokens
-        config.yarn_beta_fast, config.yarn_beta_slow = model.yarn.beta_fast, model.yarn.beta_slow
+def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
+    yarn = model.yarn
+    if yarn is None and model.latent_attention is not None:
+        # the library makes a model no angles for latent attention but YaRN's: those with a factor of 1, and a
+        # ramp of no width
+        yarn = YarnConfig(1.0, 2 * parallel.cp, 1.0, 1.0)
+    if yarn is not None:
+        config.yarn_rotary_scaling_factor = yarn.factor
+        config.yarn_original_max_position_embeddings = yarn.original_max_position_tokens
+        config.yarn_beta_fast, config.yarn_beta_slow = yarn.beta_fast, yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
         config.yarn_correction_range_round_to_int = model.yarn.truncate
@@ -209,16 +224,24 @@ def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
-    """Return the spec of the dense transformer layer inside a multi-token prediction layer."""
+    """Return the spec of the transformer layer inside a multi-token prediction layer: dense, or as the
+    trunk's last one."""
     from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_layer_specs,
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    if uses_transformer_engine(config.params_dtype):
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+    te = uses_transformer_engine(config.params_dtype)
+    if model.mtp_experts:
+        spec = _own_copies(get_gpt_decoder_layer_specs(config, te, "RMSNorm")[-1:])[0]
+    elif te:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
+            normalization="RMSNorm")
     return _finish_spec(config, spec, model.mtp_layer_type(), model)
 
 
@@ -235,15 +258,19 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_sov.mcore.model.attention import DocumentAttention
+    from megatron_sov.mcore.model.latent_attention import LatentDocumentAttention, latent_specs
     from megatron_sov.mcore.model.sinks import SinkAttention
 
-    attention = spec.submodules.self_attention.submodules
+    attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if own_attention(config):
-        attention.core_attention = ModuleSpec(module=SinkAttention if model.attention_sinks
-                                              else DocumentAttention,
-                                              params={"window_tokens": model.window_tokens(kind),
-                                                      "softcap": model.attention_softcap})
-    if config.softmax_scale not in (None, softmax_scale(model, kind)):
+        module = (LatentDocumentAttention if latent else
+                  SinkAttention if model.attention_sinks else DocumentAttention)
+        attention.core_attention = ModuleSpec(module=module, params={
+            "window_tokens": model.window_tokens(kind), "softcap": model.attention_softcap})
+    if latent:
+        latent_specs(spec)
+    # the library computes another one for latent attention
+    if latent or config.softmax_scale not in (None, softmax_scale(model, kind)):
         attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
     _place_norms(config, spec, kind, model)
     if isinstance(spec.submodules.mlp.submodules, MoESubmodules):

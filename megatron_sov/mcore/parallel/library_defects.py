@@ -17,6 +17,7 @@ def mend() -> None:
     _router_gemm_name()
     _norms_under_sequence_parallelism()
     _biases_of_experts()
+    _latent_attention_alone()
 
 
 def _router_gemm_name() -> None:
@@ -26,6 +27,15 @@ def _router_gemm_name() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _latent_attention_alone() -> None:
+    """Latent attention takes Transformer Engine to be there where its stand-ins are, and asks whether a layer
+    is an instance of one, which is no class."""
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    if not isinstance(latent.TELinear, type):
+        latent.HAVE_TE = False
 
 
 def _norms_under_sequence_parallelism() -> None:

@@ -221,16 +221,21 @@ def mean_keys(seq_len: int, window: int) -> float:
 @cache
 def of_model(model: ModelConfig) -> ModelShape:
     """Return the shape of a recipe's model."""
+    latent = model.latent_attention
     windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
     every = model.num_layers // max(1, model.num_layers - windowed) + (windowed == model.num_layers)
     return ModelShape(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
-        head_dim=model.head_dim, num_kv_heads=model.num_kv_heads, vocab_size=model.vocab_size,
+        head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
+        num_kv_heads=model.num_kv_heads, vocab_size=model.vocab_size,
         dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_layer() // 2,
         tied=model.tied_embeddings, num_experts=model.num_experts,
         num_experts_per_token=model.num_experts_per_token if model.num_experts else 0,
         expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,
         num_shared_experts=model.num_shared_experts if model.num_experts else 0,
         num_dense_layers=model.num_layers - model.num_moe_layers() if model.num_experts else 0,
-        num_mtp_layers=model.num_mtp_layers,
-        window=model.sliding_window_tokens if windowed else 0, global_every=every if windowed else 0)
+        num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts,
+        window=model.sliding_window_tokens if windowed else 0, global_every=every if windowed else 0,
+        **({} if latent is None else {
+            "q_lora_rank": latent.q_lora_rank or 0, "kv_lora_rank": latent.kv_lora_rank,
+            "rope_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim}))

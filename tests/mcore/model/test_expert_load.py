@@ -75,10 +75,11 @@ def test_all_layers_loads_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -
     prepare_megatron()
     from megatron_sov.mcore.model.expert_load import ExpertLoad
 
-    model: Any = SimpleNamespace(architecture=SimpleNamespace(num_layers=3, num_experts=2))
+    model: Any = SimpleNamespace(architecture=SimpleNamespace(
+        num_layers=3, num_experts=2, num_mtp_moe_layers=lambda: 1))
     fetched, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self) or cpu(self))
-    rows = ExpertLoad(model)._rows({1: torch.tensor([4.0, 0.0]), 3: torch.tensor([1.0, 3.0])})
-    assert rows.tolist() == [[0, 0], [4, 0], [0, 0], [1, 3]] and rows.dtype == torch.float64
+    rows = ExpertLoad(model)._rows({1: torch.tensor([4.0, 0.0]), 4: torch.tensor([1.0, 3.0])})
+    assert rows.tolist() == [[0, 0], [4, 0], [0, 0], [0, 0], [1, 3]] and rows.dtype == torch.float64
     assert len(fetched) == 1
     assert not ExpertLoad(model)._rows({}).any()

@@ -115,6 +115,51 @@ def joined(results: list[dict[str, Any]], name: str) -> Any:
     return values.double() if values.is_floating_point() else values
 
 
+def grouped_choices() -> list[Any]:
+    """Return [groups, kept groups, our weights, transformers' weights] of random scores, where biases are
+    large and groups of two."""
+    import torch
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeTopkRouter
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.router import BalancedRouter
+    from megatron_sov.mcore.parallel import world
+
+    world.join(ParallelConfig())
+    found, generator = [], torch.Generator().manual_seed(5)
+    for groups, kept, chosen in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
+        config = apply_settings(recipes.get("tiny-glm4-moe"), [
+            "model.num_experts=16", f"model.num_experts_per_token={chosen}",
+            f"model.num_expert_groups={groups}", f"model.num_groups_per_token={kept}"])
+        router = next(m for m in build(config.model, ParallelConfig(), config.train).modules()
+                      if isinstance(m, BalancedRouter)).eval()
+        hidden, weight = (torch.randn(n, config.model.hidden_size, generator=generator) for n in (200, 16))
+        theirs = Glm4MoeTopkRouter(Glm4MoeConfig(
+            hidden_size=config.model.hidden_size, n_routed_experts=16, num_experts_per_tok=chosen,
+            n_group=groups, topk_group=kept))
+        theirs.weight.data.copy_(weight)
+        theirs.e_score_correction_bias.copy_(torch.randn(16, generator=generator) - 2)
+        router.expert_bias.copy_(theirs.e_score_correction_bias)
+        logits, weights, index = theirs(hidden)
+        ours, _ = router.routing(logits[:, None])
+        found.append([groups, kept, ours.tolist(),
+                      torch.zeros_like(logits).scatter(1, index, weights).tolist()])
+    return found
+
+
+def test_experts_are_chosen_within_the_best_groups_as_in_transformers(ranks: Any, job: Any) -> None:
+    import torch
+
+    ((cases,),) = ranks(job(__file__, "grouped_choices", 1, {}))
+    for groups, kept, ours, theirs in cases:
+        ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+        assert torch.allclose(ours, theirs, atol=1e-6)
+        reached = (ours.unflatten(1, (groups, -1)) > 0).any(-1).sum(-1)
+        assert int(reached.max()) == kept and ours.count_nonzero() == theirs.count_nonzero()
+
+
 @pytest.mark.distributed
 def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> None:
     import torch

@@ -125,7 +125,8 @@ class DotProductAttention(TransformerEngineBaseModule):
             # rows behind the last document are nobody's: the kernels leave what they find
             parts = [attended(*(x[a:b] for x in (query_layer, key_layer, value_layer)), self.softmax_scale,
                               size, self.softmax_offset) for a, b in pairwise(cu_seqlens_q.tolist()) if b > a]
-            out = torch.cat([*parts, torch.zeros_like(query_layer[int(cu_seqlens_q[-1]):])])
+            behind = query_layer[int(cu_seqlens_q[-1]):]
+            out = torch.cat([*parts, behind.new_zeros(*behind.shape[:2], value_layer.shape[-1])])
         else:
             out = torch.stack([attended(q, k, v, self.softmax_scale, size, self.softmax_offset)
                                for q, k, v in zip(

@@ -1,0 +1,62 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from pydantic import ConfigDict
+
+MAX_WIDTH = 1_000_000
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Sizes of latent attention: keys and values of all heads are made of one narrow vector, beside which
+    a key that all heads share carries the position."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    kv_lora_rank: int
+    """Width of the vector that keys and values are made of."""
+    qk_nope_head_dim: int
+    """Channels of a head's queries and keys that have no position."""
+    qk_rope_head_dim: int
+    """Channels that rotate; all heads share those of the key."""
+    v_head_dim: int
+    """Width of a head's values."""
+    q_lora_rank: int | None = None
+    """Width of the vector that queries are made of; None: they are made of the layer's input."""
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers that generating keeps of a token in a layer, for all heads together."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def num_params(self, hidden_size: int, num_heads: int) -> int:
+        """Return the weights of a layer's attention, the two norms of its vectors included."""
+        queries = num_heads * self.query_dim
+        whole = (hidden_size * queries if self.q_lora_rank is None
+                 else self.q_lora_rank * (hidden_size + queries + 1))
+        keys_and_values = num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return (whole + hidden_size * self.cached_dim + self.kv_lora_rank * (keys_and_values + 1)
+                + num_heads * self.v_head_dim * hidden_size)
+
+    def problems(self, num_heads: int, num_kv_heads: int, head_dim: int) -> list[str]:
+        """Return one sentence for each rule that these sizes break in a model with such heads."""
+        p = [f"model.latent_attention.{f.name} = {value} must be positive, and at most {MAX_WIDTH:,}"
+             for f in fields(self)
+             if (value := getattr(self, f.name)) is not None and not 0 < value <= MAX_WIDTH]
+        if self.qk_rope_head_dim % 2:
+            p.append(f"model.latent_attention.qk_rope_head_dim = {self.qk_rope_head_dim} must be even (RoPE "
+                     "rotates pairs)")
+        if head_dim != self.query_dim:
+            p.append(f"model.head_dim = {head_dim} must be model.latent_attention.qk_nope_head_dim "
+                     f"{self.qk_nope_head_dim} + qk_rope_head_dim {self.qk_rope_head_dim} = {self.query_dim}")
+        if num_kv_heads != num_heads:
+            p.append(f"model.num_kv_heads = {num_kv_heads} must be model.num_heads = {num_heads} under "
+                     "model.latent_attention, which has keys and values for every head")
+        return p
