@@ -57,7 +57,7 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
     ({"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 3, "first_k_dense_replace": None},
      "must name dense layers first"),
     ({"first_k_dense_replace": 2}, "mlp_layer_types and first_k_dense_replace disagree"),
-    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type = 'linear'"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type = 'dynamic'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "lacks 'original_max_position_embeddings'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
      "rope_parameters = .* and rope_scaling = .* disagree"),
