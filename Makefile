@@ -65,6 +65,7 @@ test: style slurm browser  ## lint, and beside mypy all tests; three at a time o
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 suite: setup
 	"$(PY)" -m compileall -q $(PACKAGES:/__init__.py=)
+	"$(PY)" tests/rewrite_asserts.py
 	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores

@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import asdict, dataclass, field
@@ -93,14 +94,58 @@ Ranks = Callable[..., list[list[Any]]]
 NO_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+TE_DOUBLE = Path(__file__).with_name("te_double")
+
+
+class Server:
+    """A process that will import megatron once, when first called, and answers every caller in a fork."""
+
+    def __init__(self, *doubles: Path) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.address = str(Path(self._folder.name) / "socket")
+        """Where it is called."""
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(self.address)
+            door.listen()
+            # -P: the folder of tests mirrors our packages, and must not stand for them
+            command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("rank_main.py")),
+                       str(door.fileno()), *map(str, doubles)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[door.fileno()])
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+SERVERS = pytest.StashKey[dict[str, Server]]()
+"""Those of a process that starts others, which call them."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each of several processes of pytest where to call the workers, which are the same for all."""
+    servers = node.config.stash.setdefault(SERVERS, {})
+    if not servers:
+        servers |= {"worker": Server(), "te_worker": Server(TE_DOUBLE)}
+    node.workerinput["servers"] = {name: server.address for name, server in servers.items()}
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the workers."""
+    for server in config.stash.get(SERVERS, {}).values():
+        server.close()
+
+
 class Worker:
     """A process that has imported megatron once, and does everything that is asked of it in a fork."""
 
-    def __init__(self, folder: Path, *doubles: Path) -> None:
-        # -P: the folder of tests mirrors our packages, and must not stand for them
-        command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("rank_main.py")),
-                   *map(str, doubles)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, folder: Path, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(address)
+        self._lines = self._socket.makefile("rw")
         self._folder = folder
         self._asked = 0
 
@@ -115,7 +160,6 @@ class Worker:
             asked: `jobs`, a file with jobs, or `program` and `argv`, a command and its arguments, or `stays`
                 and `arguments`: file and name of a function, which nobody waits for.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
         self._asked += 1
         out, err = (self._folder / f"{self._asked}.{name}" for name in ("out", "err"))
         out.touch()
@@ -123,35 +167,41 @@ class Worker:
         order = asked | {"timeout_s": timeout_s, "file_limit_bytes": file_limit_bytes, "out": str(out),
                          "err": str(err), "folder": os.getcwd()}
         order["environment"] = {name: value for name, value in os.environ.items() if name not in without}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        self._lines.write(json.dumps(order) + "\n")
+        self._lines.flush()
+        answer = self._lines.readline()
         if not answer:
             pytest.exit("the worker has ended; see its error above")
         return subprocess.CompletedProcess(asked, int(answer),
                                            *(f.read_text(errors="replace") for f in (out, err)))
 
     def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """Let go of it; what it still does ends."""
+        self._lines.close()
+        self._socket.close()
+
+
+def _worker(request: pytest.FixtureRequest, folder: Path, name: str, *doubles: Path) -> Iterator[Worker]:
+    """Call the worker of all processes of pytest, or that of this process, if it is the only one."""
+    known = getattr(request.config, "workerinput", {}).get("servers", {})
+    own = None if name in known else Server(*doubles)
+    found = Worker(folder, own.address if own else known[name])
+    yield found
+    found.close()
+    if own:
+        own.close()
 
 
 @pytest.fixture(scope="session")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One worker for all tests."""
-    found = Worker(tmp_path_factory.mktemp("worker"))
-    yield found
-    found.close()
+    yield from _worker(request, tmp_path_factory.mktemp("worker"), "worker")
 
 
 @pytest.fixture(scope="session")
-def te_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def te_worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One worker for all tests whose models are made of Transformer Engine's modules, by its double."""
-    found = Worker(tmp_path_factory.mktemp("te_worker"), Path(__file__).with_name("te_double"))
-    yield found
-    found.close()
+    yield from _worker(request, tmp_path_factory.mktemp("te_worker"), "te_worker", TE_DOUBLE)
 
 
 @pytest.fixture

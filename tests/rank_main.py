@@ -1,12 +1,13 @@
 """Does work in forks of a process that has imported megatron: the worker behind the fixtures `ranks` and
 `run_command`.
 
-Each line of standard input asks for jobs (functions of a test file, on several ranks), for a command, or for
-a function that nobody waits for.  It is done in a fork, as fresh as this process, and a line of standard
-output tells the exit code.  The worker ends with its standard input, and all forks end with it.
+It serves all processes of pytest, each of which calls at a socket.  Each line of a caller asks for jobs
+(functions of a test file, on several ranks), for a command, or for a function that nobody waits for.  It is
+done in a fork, as fresh as this process, and a line back tells the exit code.  The worker ends with its
+standard input, and all forks end with it; those of a caller end with the caller.
 
-An argument is a folder with a double of Transformer Engine: models are then configured as on a GPU and made
-of its modules, in any dtype.
+The first argument is the number of the listening socket, the second a folder with a double of Transformer
+Engine: models are then configured as on a GPU and made of its modules, in any dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import json
 import os
 import pkgutil
 import resource
+import select
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -149,24 +152,54 @@ def wait_for(child: int, timeout_s: float) -> int:
         time.sleep(0.005)
 
 
-if __name__ == "__main__":
+def warm(doubles: list[str]) -> None:
+    """Import what forks will need."""
     from megatron_sov.mcore.parallel import cpu_shims
 
-    sys.path[:0] = sys.argv[1:]  # megatron looks for the library while it is imported
+    sys.path[:0] = doubles  # megatron looks for the library while it is imported
     cpu_shims.prepare_megatron()
     from megatron_sov.mcore.model import specs
     from megatron_sov.train import lm, stage  # noqa: F401  (ranks need them)
 
-    if sys.argv[1:]:
+    if doubles:
         specs.on_gpu = lambda: True
         specs.transformer_engine_serves = lambda dtype: True
     else:
         import_everything()
-
     make_what_is_kept()
     gc.collect()
     gc.freeze()  # forks need neither look at what is here nor copy it
+
+
+def answer(caller: socket.socket) -> None:
+    """Do all that a caller asks for; its lines stand for standard input and output."""
+    for fd in (0, 1):
+        os.dup2(caller.fileno(), fd)
+    caller.close()
     for line in sys.stdin:
         order = json.loads(line)
         child = fork(order)
         print(0 if "stays" in order else wait_for(child, order["timeout_s"]), flush=True)
+
+
+def serve(door: socket.socket, doubles: list[str]) -> None:
+    """Answer each caller in a fork of its own, until standard input ends; the first waits for the imports."""
+    is_warm = False
+    while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
+        caller, _ = door.accept()
+        if not is_warm:
+            warm(doubles)
+            is_warm = True
+        server = os.getpid()
+        if not os.fork():
+            try:
+                die_with_parent(server)
+                door.close()
+                answer(caller)
+            finally:
+                os._exit(0)
+        caller.close()
+
+
+if __name__ == "__main__":
+    serve(socket.socket(socket.AF_UNIX, fileno=int(sys.argv[1])), sys.argv[2:])

@@ -239,7 +239,7 @@ class AudioCodecModel(nn.Module):
         assert "train_ds" not in cfg
         assert cfg["discriminator"] is None and cfg["use_scl_loss"] is False  # each would download networks
         self.sample_rate, self.samples_per_frame = cfg["sample_rate"], cfg["samples_per_frame"]
-        self.audio_encoder = nn.Linear(640, 1)
+        self.audio_encoder = nn.Linear(640, cfg.get("width", 1))
         self.vector_quantizer = nn.Module()
         if "books" in cfg:  # GroupFiniteScalarQuantizer; FiniteScalarQuantizer has no such number
             self.vector_quantizer.num_groups = cfg["books"]
@@ -289,6 +289,9 @@ def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pyte
     many = nemo_file(tmp_path / "many.nemo", {**NEMO, "books": 8}, network.state_dict())
     with pytest.raises(UserError, match="has 8 codebooks, where a token is one number"):
         import_codec("nemo-audio", many, tmp_path / "other")
+    large = nemo_file(tmp_path / "large.nemo", {**NEMO, "width": 900_000}, network.state_dict())
+    with pytest.raises(UserError, match="its configuration asks for 576,000,000 numbers in 1 tensors"):
+        import_codec("nemo-audio", large, tmp_path / "other")
 
 
 @pytest.mark.parametrize(("config", "said"), [
@@ -302,6 +305,8 @@ def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pyte
     ({"a": {"_target_": ["os", "system"]}}, "config.a._target_"),
     ({"b": "oc.env", "a": "${${b}:HOME}"}, "config.a = '${${b}:HOME}': would be looked up"),
     ({"a": {"_target_": [[[["x"] * 9] * 9] * 9]}}, "config.a._target_ = a list"),
+    ({"a": {"width": 10**7}}, "config.a.width = 10000000: is no number of a codec"),
+    ({"a": {"rate": float("nan")}}, "config.a.rate = nan: is no number"),
     ({"a": "${oc.env:HOME}"}, "config.a = '${oc.env:HOME}': would be looked up outside of the file"),
     ([1], "is no object of settings")])
 def test_a_configuration_that_calls_something_else_is_refused(tmp_path: Path, config: Any, said: str) -> None:

@@ -149,13 +149,6 @@ def test_every_row_comes_once_before_any_comes_again() -> None:
     assert not torch.equal(batch_rows(10, 10, 8, 1), batch_rows(10, 10, 7, 1))
 
 
-def test_the_learning_rate_rises_and_falls() -> None:
-    learning = Learning(steps=100, warmup_steps=9, learning_rate=1.0)
-    rates = [learning.rate_at(step) for step in range(1, 101)]
-    assert rates[0] < rates[5] < max(rates) == pytest.approx(1.0, abs=0.03)
-    assert rates[-1] == pytest.approx(0.1)
-
-
 def test_files_are_split_by_name_and_lists_begin_at_their_folder(tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / "deep" / str(i % 2)).mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ from tests.omni_model import save_codecs, save_omni_model
 
 LIKES = ("<|discrete_image_start|>", "<|discrete_audio_start|>", "<|discrete_audio_end|>")
 ASK = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --prompt What? --prompt Why? "
-       "--prompt Who? --image-tokenizer {0}/pictures --audio-tokenizer {0}/sounds --max-audio-tokens 5 "
-       "--max-new-tokens 60 --json --temperature 1 --out-image {0}/{1} --image-decoder {0}/pictures "
+       "--image-tokenizer {0}/pictures --audio-tokenizer {0}/sounds --max-audio-tokens 5 "
+       "--max-new-tokens 45 --json --temperature 1 --out-image {0}/{1} --image-decoder {0}/pictures "
        "--out-audio {0}/{1} --vocoder {0}/sounds")
 
 
@@ -69,7 +69,7 @@ def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: py
     replies = json.loads(capsys.readouterr().out)
     pictures, sounds = ([file for reply in replies for file in reply[kind]]
                         for kind in ("pictures", "sounds"))
-    assert len(replies) == 3 and len(pictures) >= 2 and len(sounds) >= 1
+    assert len(replies) == 2 and len(pictures) >= 2 and len(sounds) >= 1
     assert {Image.open(file).size for file in pictures} == {(16, 16)}
     assert all(soundfile.info(file).frames for file in sounds)
     for reply in replies:  # a picture that has begun is whole, or the reply ended in it

@@ -34,9 +34,7 @@ LAYOUTS = {
     "TP2": ("tiny-qwen3", 2, ["parallel.tp=2"]),
     "TP2+SP recompute": ("tiny-qwen3", 2, [*SP, "train.recompute=true"]),
     "PP2": ("tiny-qwen3", 2, ["parallel.pp=2"]),
-    "CP2": ("tiny-qwen3", 2, ["parallel.cp=2"]),
     "DP2 overlapped": ("tiny-qwen3", 2, SENT),
-    "EP2": ("tiny-qwen3-moe", 2, ["parallel.ep=2"]),
     "TP2+SP x CP2 x EP2": ("tiny-qwen3-moe", 4, [*SP, "parallel.cp=2", "parallel.ep=2"]),
 }
 

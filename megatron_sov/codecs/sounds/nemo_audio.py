@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_sov.codecs.bounded import Bounded
 from megatron_sov.errors import UserError
 
 _NAMED = {
@@ -37,6 +38,8 @@ NEUTRAL = {"discriminator": None, "use_scl_loss": False}
 UNHEARD = ("discriminator.", "speaker_encoder.")
 """Weights of them."""
 _MAX_DEPTH, _MAX_ITEMS, _MAX_SHOWN_CHARS = 20, 100_000, 200
+_MAX_NUMBER = 1_000_000
+"""Sizes and rates: tables of filters are made outside of torch, and a layer of each count."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
     """Return NeMo's codec of a configuration that was checked, its weights not read.
 
     Raises:
-        UserError: nemo-toolkit is not installed, refuses the configuration, or it has several codebooks.
+        UserError: nemo-toolkit is not installed, refuses the configuration, or it has several codebooks or
+            asks for more numbers than a codec has.
     """
     try:
         from nemo.collections.tts.models import AudioCodecModel
@@ -106,9 +110,14 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
     except ImportError as e:
         raise UserError(f"codec of kind 'nemo-audio': needs NeMo ({e}); install it by "
                         "`pip install nemo-toolkit[tts]`") from None
+    bounded = Bounded()
     try:
-        model = AudioCodecModel(cfg=OmegaConf.create(dict(config)))
+        with bounded:
+            model = AudioCodecModel(cfg=OmegaConf.create(dict(config)))
     except Exception as e:
+        if bounded.problem:
+            raise UserError(f"codec of kind 'nemo-audio': its configuration {bounded.problem}; import a "
+                            "codec of usual size") from None
         raise UserError("codec of kind 'nemo-audio': NeMo makes no codec of its configuration "
                         f"({type(e).__name__}: {str(e)[:200]}); import the .nemo file again") from e
     quantiser = model.vector_quantizer
@@ -147,5 +156,7 @@ def config_problems(config: object) -> Iterator[str]:
                       for key, value in node.items()]
         elif isinstance(node, list):
             stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
+        elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
+            yield f"{where} = {str(node)[:40]}: is no number of a codec; each is at most {_MAX_NUMBER:,}"
         elif isinstance(node, str) and ":" in node.partition("${")[2]:
             yield f"{where} = {node[:100]!r}: would be looked up outside of the file"

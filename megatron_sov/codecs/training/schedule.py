@@ -1,4 +1,4 @@
-"""How fast a decoder of media learns."""
+"""How fast tokenizers and decoders of media learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps, order and learning rate: ours where a kind of decoder does not name a source."""
+    """Steps, order and learning rate: ours where a kind of network does not name a source."""
 
     steps: int = 100_000
     """Optimizer steps."""

@@ -17,45 +17,33 @@ from megatron_sov.codecs.sizes import outside
 from megatron_sov.codecs.sounds.fsq import FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer
 from megatron_sov.codecs.training.banks import Pictures, Sounds
 from megatron_sov.codecs.training.draws import batch_rows, generator
+from megatron_sov.codecs.training.schedule import Schedule
 from megatron_sov.codecs.usage import CodebookUsage
 
 _DB = 10 / math.log(10)
 
 
 @dataclass(frozen=True)
-class Learning:
+class Learning(Schedule):
     """How a tokenizer learns: ours, for no source gives it."""
 
     steps: int = 20_000
     """Optimizer steps."""
-    seed: int = 0
-    """Of weights and of the order of media."""
     batch_size: int = 16
     """Pictures or pieces of sound in a step."""
     learning_rate: float = 1e-3
     """Of AdamW, at its highest."""
-    warmup_steps: int = 100
-    """From 0 up to it; then a cosine down to a tenth."""
     weight_decay: float = 0.01
     """Of AdamW."""
     quantiser_weight: float = 1.0
     """Of the quantiser's own loss beside the reconstruction's."""
-    heldout_share: float = 0.05
-    """Of the files; never learned from."""
     crop_tokens: int = 32
     """Tokens of a piece of sound in training."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each setting that is not well."""
-        return outside(self, steps=(1, 100_000_000), seed=(0, 2**63 - 1), batch_size=(1, 1_000_000),
-                       learning_rate=(0, 10), warmup_steps=(0, 100_000_000), weight_decay=(0, 10),
-                       quantiser_weight=(0, 1000), heldout_share=(0, 0.9), crop_tokens=(1, 10_000))
-
-    def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        rise = min(1.0, step / (self.warmup_steps + 1))
-        along = min(1.0, step / self.steps)
-        return self.learning_rate * rise * (0.55 + 0.45 * math.cos(math.pi * along))
+        return super().problems() + outside(self, weight_decay=(0, 10), quantiser_weight=(0, 1000),
+                                            crop_tokens=(1, 10_000))
 
 
 @dataclass(frozen=True)
@@ -118,8 +106,7 @@ class _Autoencoder:
     def _step(self, step: int, media: torch.Tensor) -> dict[str, float]:
         """Learn from one batch."""
         optimizer = self.optimizers["tokenizer"]
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning.rate_at(step)
+        rate = self.learning.set_rate(optimizer, step)
         self.network.train()
         media = media.to(self.device)
         again, ids, own_loss = self.network(media)
@@ -132,7 +119,7 @@ class _Autoencoder:
         usage = CodebookUsage(self.network.codebook_size)
         usage.add(ids)
         return {"loss": loss.item(), "error": error.item(), "quantiser_loss": own_loss.item(),
-                "grad_norm": norm.item(), "lr": self.learning.rate_at(step),
+                "grad_norm": norm.item(), "lr": rate,
                 "perplexity": usage.figures()["perplexity"]}
 
     def error(self, again: torch.Tensor, media: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from megatron_sov.errors import UserError
 MAX_CELLS_PER_PIECE = 64
 """Of the grid that pieces cut a tensor into: real ones form it themselves, and made-up ones shall not fill
 the memory."""
+MAX_OWNERS = 4
+"""Of a cell, on average: each has one, and what is more is only counted to be told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ def owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndar
     """Return how many pieces own each cell of the grid that is cut wherever a piece begins or ends.
 
     Raises:
-        ValueError: a piece reaches beyond the tensor, or they are cut in a way that no layout cuts.
+        ValueError: a piece reaches beyond the tensor, they are cut in a way that no layout cuts, or they
+            stand one upon another so often that counting would take the square of their number.
     """
     spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
     if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
@@ -47,8 +50,13 @@ def owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndar
         raise ValueError(f"its {len(pieces)} blocks are cut in a way that no layout cuts")
     cell_of = [{c: i for i, c in enumerate(axis)} for axis in cuts]
     found = np.zeros([len(c) - 1 for c in cuts], np.int32)
+    num_counted = 0
     for span in spans:
-        found[tuple(slice(cells[a], cells[b]) for (a, b), cells in zip(span, cell_of, strict=True))] += 1
+        places = [slice(cells[a], cells[b]) for (a, b), cells in zip(span, cell_of, strict=True)]
+        num_counted += math.prod(place.stop - place.start for place in places)
+        if num_counted > MAX_OWNERS * found.size:
+            raise ValueError(f"its {len(pieces)} blocks stand one upon another")
+        found[tuple(places)] += 1
     return found
 
 

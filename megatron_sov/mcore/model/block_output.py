@@ -91,10 +91,17 @@ class OwnLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self._turns = turns
+        self._kept: torch.Tensor | None = None  # no buffer: the library rounds those to the weights' dtype
+
+    def _turns_beside(self, angles: torch.Tensor) -> torch.Tensor:
+        """Return the turns where the angles are; a copy to a GPU in each pass would wait for it."""
+        if self._kept is None or (self._kept.device, self._kept.dtype) != (angles.device, angles.dtype):
+            self._kept = angles.new_tensor(self._turns)
+        return self._kept
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, with its own angles."""
         if self._turns is not None:
             angles = kwargs["rotary_pos_emb"]
-            kwargs["rotary_pos_emb"] = angles * angles.new_tensor(self._turns)
+            kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
         return super().forward(*args, **kwargs)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint import sharded_tensors
+from megatron_sov.mcore.checkpoint.assembling import owners
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 
 LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
@@ -103,6 +104,14 @@ def test_two_halves_that_overlap_and_leave_a_gap_are_refused(tmp_path: Path) -> 
         writer.add("w", torch.zeros(2), (4,), (start,))
     with pytest.raises(ValueError, match=r"owned by 0 blocks and parts by 2"):
         write_index(tmp_path, "model", [writer.finish()])
+
+
+def test_blocks_upon_blocks_are_refused_before_all_are_counted() -> None:
+    """Counting each would take the square of their number: minutes here."""
+    own = [{"offset": [i], "shape": [1]} for i in range(20_000)]
+    assert (owners([20_000], own) == 1).all()
+    with pytest.raises(ValueError, match="40000 blocks stand one upon another"):
+        owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
 
 
 def test_a_block_beyond_its_tensor_is_refused(tmp_path: Path) -> None:
