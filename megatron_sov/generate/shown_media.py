@@ -93,7 +93,8 @@ class ShownMedia:
             item, records = reads(path, reader)
         except BadRecord as e:
             raise UserError(f"{where}: {path} {e}") from None
-        found.records.setdefault(BANK_OF[kind], []).extend(records)
+        if records:
+            found.records.setdefault(BANK_OF[kind], []).extend(records)
         return Item(kind, number, filename=PurePosixPath(path).name, **item,
                     num_placeholders=sum(used for _, used in records)).text()
 
