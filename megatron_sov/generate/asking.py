@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sov.chat.encode import ChatEncoder
+from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.errors import UserError
@@ -98,6 +98,24 @@ class Asker:
         """
         _refuse_half_characters([text])
         ids = list(self._tokenizer.encode(text, add_special_tokens=False))
+        _refuse_unknown([ids], self._target)
+        return ids
+
+    def answer(self, text: str) -> list[int]:
+        """Return the ids of a whole answer, with what ends it: those that training on chats has seen, or with
+        the tokenizer's eos.
+
+        Raises:
+            UserError: the model knows fewer ids than its tokenizer, or it is no text.
+        """
+        if self.encoder is None:
+            return [*self.encode(text), *self.end_ids[:1]]
+        _refuse_half_characters([text])
+        try:
+            told = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
+        except BadRecord as e:
+            raise UserError(f"the answer {text[:40]!r} {e}") from None
+        ids = [i for i, type_ in zip(told.ids, told.types, strict=True) if type_ == TYPE_RESPONSE]
         _refuse_unknown([ids], self._target)
         return ids
 

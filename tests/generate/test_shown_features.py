@@ -16,6 +16,7 @@ import soundfile
 from PIL import Image
 
 from data_prep.cli import main as sov_data
+from megatron_sov import cli
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment
 from megatron_sov.data.rows import Row, sample_row
@@ -152,3 +153,21 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
         assert logprobs[0] != pytest.approx(logprobs[1], abs=1e-6)
         assert np.array(logprobs) == pytest.approx(np.array(again), abs=1e-9)
 
+
+
+def test_retrieval_ranks_by_these_probabilities(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_sov.generate.asking import Asker
+    from megatron_sov.generate.target import find_target
+    from megatron_sov.media.meant import MediaEncoding
+
+    asker = Asker(find_target(Path("model")), chat=True, media=MediaEncoding())
+    assert [asker.answer("Seven and two.")] * 2 == site.answers, "an answer ends as in training"
+    Path("pairs.jsonl").write_text("".join(json.dumps({"content": content, "answer": answer}) + "\n"
+                                           for content, answer in ((RECORD, "a"), (OTHER, "b"), (OTHER, "c"))))
+    assert cli.main(shlex.split(f"eval media model --retrieval image-text=pairs.jsonl --media-root . {CODECS} "
+                                "--output found.json --batch-size 1 --set train.precision=fp64")) == 0
+    assert "retrieval/text-image" in capsys.readouterr().out
+    found = json.loads(Path("found.json").read_text())
+    assert found["retrieval/image-text"]["num_questions"] == 3 and set(found) == {
+        "retrieval/image-text", "retrieval/text-image"}
+    assert sum(found["retrieval/image-text"]["ranks"]) >= 3
