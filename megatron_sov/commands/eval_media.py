@@ -1,5 +1,5 @@
-"""`megatron-sov eval media`: from one modality to another, judged by what others recognise, or by which of many
-candidates is the most probable."""
+"""`megatron-sov eval media`: from one modality to another, judged by what others recognise, or by
+which of many candidates is the most probable."""
 
 from __future__ import annotations
 

@@ -73,8 +73,10 @@ def retrieved(args: argparse.Namespace, target: Target, name: str, rows: list[Ro
 
 def retrieval_line(name: str, told: dict[str, Any]) -> str:
     """Return what a direction comes to."""
-    shares = ", ".join(f"recall@{k} {told[f'recall_at_{k}']:.1%} ({told[f'recall_at_{k}_interval'][0]:.1%} to "
-                       f"{told[f'recall_at_{k}_interval'][1]:.1%}; chance {told[f'chance_at_{k}']:.1%})"
-                       for k in (1, 5))
-    return (f"{name:<22} {told['num_questions']:>5} questions of {told['num_candidates']:.0f}: {shares}, mean "
-            f"rank {told['mean_rank']:.2f} (chance {told['chance_mean_rank']:.2f})")
+    shares = []
+    for k in (1, 5):
+        low, high = told[f"recall_at_{k}_interval"]
+        shares.append(f"recall@{k} {told[f'recall_at_{k}']:.1%} ({low:.1%} to {high:.1%}; chance "
+                      f"{told[f'chance_at_{k}']:.1%})")
+    return (f"{name:<22} {told['num_questions']:>5} questions, {told['num_candidates']:.0f} candidates: "
+            f"{', '.join(shares)}, mean rank {told['mean_rank']:.2f} (chance {told['chance_mean_rank']:.2f})")

@@ -162,10 +162,11 @@ def test_retrieval_ranks_by_these_probabilities(site: Site, capsys: pytest.Captu
 
     asker = Asker(find_target(Path("model")), chat=True, media=MediaEncoding())
     assert [asker.answer("Seven and two.")] * 2 == site.answers, "an answer ends as in training"
-    Path("pairs.jsonl").write_text("".join(json.dumps({"content": content, "answer": answer}) + "\n"
-                                           for content, answer in ((RECORD, "a"), (OTHER, "b"), (OTHER, "c"))))
-    assert cli.main(shlex.split(f"eval media model --retrieval image-text=pairs.jsonl --media-root . {CODECS} "
-                                "--output found.json --batch-size 1 --set train.precision=fp64")) == 0
+    rows = [{"content": content, "answer": answer}
+            for content, answer in ((RECORD, "a"), (OTHER, "b"), (OTHER, "c"))]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(shlex.split("eval media model --retrieval image-text=pairs.jsonl --media-root . "
+                                f"{CODECS} --output found.json --batch-size 1")) == 0
     assert "retrieval/text-image" in capsys.readouterr().out
     found = json.loads(Path("found.json").read_text())
     assert found["retrieval/image-text"]["num_questions"] == 3 and set(found) == {

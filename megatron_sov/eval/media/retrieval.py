@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +57,14 @@ def grouped(rows: Sequence[Row], candidates: int, seed: int) -> list[Group]:
     random.Random(seed).shuffle(order)
     number = -(-len(rows) // candidates)
     ends = [len(rows) * i // number for i in range(number + 1)]
-    parts = [order[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [order[start:end] for start, end in pairwise(ends)]
     return [Group(part, list(dict.fromkeys(rows[i].answer for i in part))) for part in parts]
 
 
 def ranks(rows: Sequence[Row], groups: Sequence[Group],
           scores: Sequence[Sequence[Sequence[float]]]) -> tuple[list[Rank], list[Rank]]:
-    """Return the ranks of texts behind media, one for each row in the order of groups, and of media for texts,
-    one for each answer of each group.
+    """Return the ranks of texts behind media, one for each row in the order of groups, and of media for
+    texts, one for each answer of each group.
 
     Args:
         rows: all.
@@ -118,8 +119,8 @@ def _chance(one: Rank, k: int) -> float:
 def likelihoods(target: Target, rows: Sequence[Row], groups: Sequence[Group], shown: ShownMedia, *,
                 chat: bool, with_features: bool, batching: Batching, settings: Sequence[str] = (),
                 nproc: int | None = None) -> list[list[list[float]]] | None:
-    """Return log p(answer | what is shown) of each group [rows, answers]: the sum over the answer's tokens and
-    what ends it.
+    """Return log p(answer | what is shown) of each group [rows, answers]: the sum over the answer's tokens
+    and what ends it.
 
     Args:
         target: the model.
@@ -152,9 +153,9 @@ def likelihoods(target: Target, rows: Sequence[Row], groups: Sequence[Group], sh
     def work(loaded: Loaded) -> list[list[float]]:
         from megatron_sov.generate.answers import Question, answer_logprobs
 
-        groups_of = [group for group in groups for _ in group.rows]
-        questions = [Question(prompt, [ids[answer] for answer in group.answers], media) for prompt, media, group
-                     in zip(prompts.ids, prompts.media, groups_of, strict=True)]
+        answers = [[ids[answer] for answer in group.answers] for group in groups for _ in group.rows]
+        questions = [Question(prompt, of, media) for prompt, of, media
+                     in zip(prompts.ids, answers, prompts.media, strict=True)]
         with work_bar("comparing", len(questions), "prompt", is_first()) as bar:
             told = answer_logprobs(loaded.policy, questions, batching, bar.update)
         return [[math.fsum(tokens) for tokens in of] for of in told]
