@@ -31,8 +31,8 @@ from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
 KEPT = ("phase", "eval", "baseline", "needle", "passk", "media", "media_retrieval", "ssp_probe", "gate",
-        "decontamination", "conversion", "checkpoint", "memory", "energy", "warning", "routing", "heldout_pairs",
-        "heldout_divergence", "eval_lm", "eval_contamination", "forgetting_gate", *KINDS)
+        "decontamination", "conversion", "checkpoint", "memory", "energy", "warning", "routing",
+        "heldout_pairs", "heldout_divergence", "eval_lm", "eval_contamination", "forgetting_gate", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
