@@ -39,6 +39,7 @@ TYPED = {
     "docs/media_decoders.md": "tests/codecs/test_decoders_page.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
     "docs/mixtures.md": "tests/data_prep/mixture/test_page_of_docs.py",
+    "docs/omni.md": "tests/test_docs_omni.py",
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",
     "docs/plan_accounts.md": "tests/plan/test_accounts_page.py",

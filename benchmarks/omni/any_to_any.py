@@ -161,7 +161,8 @@ class Seed:
         both = [f"{shards}:{1 - TEXT_SHARE}", f"{text}:{TEXT_SHARE}"]
         media = self.train("media", "pretrain", recipe, both, 4e-3)
         only = self.train("text", "pretrain", recipe, [text], 4e-3)
-        tuned = self.train("sft", "sft", f"{recipe}-sft", [shards], 3e-3, "--from", media)
+        tuned = self.train("sft", "sft", f"{recipe}-sft", [shards], 3e-3, "--from", media, "--set",
+                           "objective.text_coeff=0")
         found = self._ask(tuned, num_drawn)
         for name, folder in (("media", media), ("text", only), ("sft", tuned)):
             found[f"bits_per_byte/{name}"] = self._bits_per_byte(folder, text)

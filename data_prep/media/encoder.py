@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.media.records import Part
-from data_prep.media.settings import SAMPLE_RATE_HZ, MediaSettings
-from data_prep.media.spectrograms import Spectrograms
+from data_prep.media.settings import MediaSettings
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import PICTURES, SOUNDS
@@ -22,6 +21,7 @@ from megatron_sov.media.items import discrete_audio, discrete_image
 from megatron_sov.media.reading.places import place_of
 from megatron_sov.media.reading.reader import MediaReader, Read
 from megatron_sov.media.reading.videos import Sampling
+from megatron_sov.media.spectrograms import SAMPLE_RATE_HZ, Spectrograms
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 
 BATCH = 16

@@ -13,11 +13,10 @@ from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.reading.limits import MediaLimits
+from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
 
 CODE_VERSION = 1
 """Raised when the same input and settings would give another unit."""
-SAMPLE_RATE_HZ, HOP_SAMPLES = 16_000, 160
-"""Of the spectrograms that encoders of the Whisper family hear."""
 STOP, SKIP = "stop", "skip"
 CALL, CONTENT = "call", "content"
 

@@ -1,4 +1,5 @@
-"""`megatron-sov eval media`: from one modality to another, judged by what others recognise."""
+"""`megatron-sov eval media`: from one modality to another, judged by what others recognise, or by
+which of many candidates is the most probable."""
 
 from __future__ import annotations
 
@@ -8,6 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import to_json, write_output
+from megatron_sov.commands.eval_retrieval import (
+    add_retrieval_arguments,
+    retrieval_line,
+    retrieval_rows,
+    retrieved,
+)
 from megatron_sov.commands.media_options import add_codec_arguments, check_media, media_decoders, shown_media
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.eval.media.judges import Judge, judge_of
@@ -28,10 +35,11 @@ def add_media_arguments(sub: argparse.ArgumentParser) -> argparse.ArgumentParser
     """Declare what `eval media` takes beside the layout; returns its parser."""
     sub.add_argument("target", metavar="TARGET", type=Path,
                      help="checkpoint, run (its newest one) or Hugging Face folder")
-    sub.add_argument("--data", action="append", required=True, metavar="PAIR=FILE.jsonl",
+    sub.add_argument("--data", action="append", default=[], metavar="PAIR=FILE.jsonl",
                      help=f"rows of a pair ({', '.join(PAIRS)}): "
                           '{"content": [parts], "answer": "..."}, and "labels" where a judge chooses; may be '
                           "repeated")
+    add_retrieval_arguments(sub)
     sub.add_argument("--media-root", type=Path, required=True, metavar="DIR",
                      help="folder that paths of media begin from; nothing outside of it is read")
     add_codec_arguments(sub)
@@ -40,8 +48,8 @@ def add_media_arguments(sub: argparse.ArgumentParser) -> argparse.ArgumentParser
                           "program")
     sub.add_argument("--audio-judge", metavar="FILE.py:NAME|COMMAND",
                      help="recognises what the model says, likewise")
-    sub.add_argument("--files", type=Path, required=True, metavar="DIR",
-                     help="folder for what the model draws and says")
+    sub.add_argument("--files", type=Path, metavar="DIR",
+                     help="folder for what the model draws and says, where a pair asks for that")
     sub.add_argument("--max-new-tokens", type=int, default=1024, metavar="N",
                      help="longest reply (default %(default)s)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T",
@@ -62,13 +70,17 @@ def run_media(args: argparse.Namespace, events: RunEvents) -> int:
     Raises:
         UserError: bad rows, a pair without a codec or judge, or media that cannot be read.
     """
-    asked = [_asked(item) for item in args.data]
+    asked, ranked = [_asked(item) for item in args.data], retrieval_rows(args)
+    if not asked and not ranked:
+        raise UserError("there is nothing to ask: pass --data PAIR=FILE.jsonl or --retrieval PAIR=FILE.jsonl")
     sampling = Sampling(args.max_new_tokens, args.temperature, 0, args.top_p, args.seed)
     for problem in sampling.problems() + Batching(args.batch_size).problems():
         raise UserError(problem)
     check_output("--output", args.output)
     judges = _judges(args, {PAIRS[name][1] for name, _ in asked})
     out = {kind: args.files for _, (_, kind) in ((n, PAIRS[n]) for n, _ in asked) if kind != TEXT}
+    if out and args.files is None:
+        raise UserError(f"--data: asks for media of kind {next(iter(out))}, which need --files DIR to lie in")
     check_media(args, out)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -76,21 +88,25 @@ def run_media(args: argparse.Namespace, events: RunEvents) -> int:
     from megatron_sov.generate.target import find_target
 
     target = find_target(args.target)
-    found: dict[str, Any] = {}
+    found, compared = dict[str, Any](), dict[str, Any]()
     for name, rows in asked:
         told = _pair(args, target, name, rows, sampling, judges)
         if told is not None:
             found[name] = told
-    if not found:
+    for name, rows in ranked:
+        compared |= retrieved(args, target, name, rows, events)
+    if not found and not compared:
         return ExitCode.OK  # the job's first process tells
     if args.output is not None:
-        write_output(args.output, to_json(found))
+        write_output(args.output, to_json({**found, **compared}))
     step = events.last_step() if target.step is None else target.step
     for name, told in found.items():
         events.add("media", step=step, pair=name,
                    **{**told, "samples": [_embedded(s) for s in told["samples"][:SHOWN_SAMPLES]]})
-    print(to_json({n: {k: v for k, v in t.items() if k != "samples"} for n, t in found.items()}).rstrip()
-          if args.json else "\n".join(_line(name, told) for name, told in found.items()))
+    lines = [*(_line(name, told) for name, told in found.items()),
+             *(retrieval_line(name, told) for name, told in compared.items())]
+    print(to_json({n: {k: v for k, v in t.items() if k not in ("samples", "ranks")}
+                   for n, t in {**found, **compared}.items()}).rstrip() if args.json else "\n".join(lines))
     return ExitCode.OK
 
 
@@ -122,7 +138,7 @@ def _pair(args: argparse.Namespace, target: Any, name: str, rows: list[Row], sam
     out = {} if kind == TEXT else {kind: args.files / name}
     asking = Asking(shown_media(args, args.media_root), media_decoders(args), out, sampling,
                     chat=not args.no_chat, max_audio_tokens=args.max_audio_tokens,
-                    batching=Batching(args.batch_size))
+                    batching=Batching(args.batch_size), with_features=not args.no_features)
     replied = replies(target, [row.content for row in rows], asking, settings=args.settings, nproc=args.nproc)
     if replied is None:
         return None

@@ -48,7 +48,8 @@ def run_with_media(args: argparse.Namespace) -> int:
 
     asking = Asking(shown_media(args, root), media_decoders(args), out, sampling, chat=args.chat,
                     max_audio_tokens=args.max_audio_tokens,
-                    batching=Batching(args.batch_size, args.prefill_tokens))
+                    batching=Batching(args.batch_size, args.prefill_tokens),
+                    with_features=not args.no_features)
     prompts = [[*parts, *([{"type": "text", "text": text}] if text else [])] for text in args.prompt or [""]]
     found = replies(find_target(args.target), prompts, asking, settings=args.settings, nproc=args.nproc)
     if found is None:

@@ -23,6 +23,9 @@ def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
                                 "`codec train`, by its own plain decoder"),
             ("--vocoder", "codec that makes sounds of its tokens, likewise")):
         parser.add_argument(option, type=Path, metavar="CODEC", help=text)
+    parser.add_argument("--no-features", action="store_true",
+                        help="show discrete tokens alone, also to a model that has learned from features of "
+                             "its encoders")
     parser.add_argument("--speaker", default="", metavar="NAME", help="voice of the vocoder (default: its "
                                                                       "first)")
     parser.add_argument("--max-audio-tokens", type=int, default=0, metavar="N",

@@ -11,12 +11,11 @@ from typing import Any
 from megatron_sov.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.errors import UserError
 from megatron_sov.media import marks
+from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from megatron_sov.media.vocabulary import AUDIO, IMAGE
 from megatron_sov.models.encoders import HF_PREFIXES
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
-SAMPLE_RATE_HZ, HOP_SAMPLES, WINDOW_SAMPLES = 16_000, 160, 400
-"""Of Whisper's spectrograms, and of those that `sov-data encode-media` writes."""
 BICUBIC = 3
 """Pillow's number of this resampling."""
 

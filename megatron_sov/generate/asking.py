@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sov.chat.encode import ChatEncoder
+from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.errors import UserError
@@ -16,7 +16,7 @@ from megatron_sov.generate.engine import MEGATRON
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
-    from megatron_sov.media.meant import MeantTokens
+    from megatron_sov.media.meant import MeantTokens, MediaEncoding
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Asked:
 class Asker:
     """A model's own tokenizer, and its chat template if wanted."""
 
-    def __init__(self, target: Target, chat: bool, with_media: bool = False) -> None:
+    def __init__(self, target: Target, chat: bool, media: MediaEncoding | None = None) -> None:
         """Read both.
 
         Args:
             target: the model.
             chat: whether prompts are framed by the chat template.
-            with_media: whether tokens of media that prompts spell are meant.
+            media: how tokens of media that prompts spell, and then mean, are numbered; None: they are text.
 
         Raises:
             UserError: the model has no tokenizer or no chat template.
@@ -54,8 +54,9 @@ class Asker:
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-        self._meant = _meant(target.tokenizer_folder) if with_media else None
-        encoder = read_chat_encoder(target.tokenizer_folder, self._meant) if chat else None
+        self.meant = None if media is None else _meant(target.tokenizer_folder, media)
+        """Tokens of media that prompts mean; None: none."""
+        encoder = read_chat_encoder(target.tokenizer_folder, self.meant) if chat else None
         if encoder is not None:
             ends |= set(encoder.end_ids())
         elif chat:
@@ -82,7 +83,10 @@ class Asker:
         return ids
 
     def _text_ids(self, text: str) -> list[int]:
-        pieces = self._meant.split(text) if self._meant else [(text, None)]
+        try:
+            pieces = self.meant.split(text) if self.meant else [(text, None)]
+        except BadRecord as e:
+            raise UserError(f"the prompt {text[:40]!r} {e}") from None
         return [i for piece, id_ in pieces for i in (
             self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
@@ -97,6 +101,24 @@ class Asker:
         _refuse_unknown([ids], self._target)
         return ids
 
+    def answer(self, text: str) -> list[int]:
+        """Return the ids of a whole answer, with what ends it: those that training on chats has seen, or with
+        the tokenizer's eos.
+
+        Raises:
+            UserError: the model knows fewer ids than its tokenizer, or it is no text.
+        """
+        if self.encoder is None:
+            return [*self.encode(text), *self.end_ids[:1]]
+        _refuse_half_characters([text])
+        try:
+            told = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
+        except BadRecord as e:
+            raise UserError(f"the answer {text[:40]!r} {e}") from None
+        ids = [i for i, type_ in zip(told.ids, told.types, strict=True) if type_ == TYPE_RESPONSE]
+        _refuse_unknown([ids], self._target)
+        return ids
+
     def id_of(self, token: str) -> int | None:
         """Return a token's id; None where the tokenizer has no such token."""
         found = self._tokenizer.convert_tokens_to_ids(token)
@@ -107,13 +129,13 @@ class Asker:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _meant(folder: Path) -> MeantTokens:
+def _meant(folder: Path, media: MediaEncoding) -> MeantTokens:
     from tokenizers import Tokenizer
 
     from megatron_sov.media.meant import MeantTokens
 
     try:
-        return MeantTokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)))
+        return MeantTokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), media)
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 

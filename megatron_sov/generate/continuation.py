@@ -12,6 +12,7 @@ import torch
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.generate.request import Sampling, Stop, Tells, Written
 from megatron_sov.mcore.model.kv_cache import Span
+from megatron_sov.media.placed import Media, cut, fingerprint
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Continuation:
     """What ends it before it is as long as allowed."""
     stream: int
     """Number of its stream of random numbers, which with the seed decides them."""
+    media: Media | None = None
+    """Pictures and sounds that its prompt shows, placed from its first token; None: none."""
     logprobs: list[float] = field(default_factory=list)
     """Of each token of the continuation."""
     tells: Tells = Tells()
@@ -60,7 +63,13 @@ class Continuation:
         # of one token nothing is left to copy; the prediction layer has its own cache, which is written later
         if self.sampling.num_drafts or self.prompt_tokens == 1 or self.tells.prompt:
             return b""
-        return np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
+        tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
+        return tokens + fingerprint(self.media) if self.media else tokens
+
+    def span(self, slot: int, count: int) -> Span:
+        """Return the next `count` tokens that are read, with the pictures and sounds that they stand for."""
+        return Span(slot, self.read, self.tokens[self.read:self.read + count],
+                    cut(self.media, self.read, count) or None)
 
     @property
     def has_ended(self) -> bool:

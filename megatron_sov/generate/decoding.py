@@ -93,7 +93,7 @@ class Decoding:
             if sequence.in_prompt and sequence.prompt:
                 being_read.add(sequence.prompt)
             if sequence.in_prompt and room > 0:
-                span = Span(slot, sequence.read, sequence.tokens[sequence.read:sequence.read + room])
+                span = sequence.span(slot, room)
                 items.append(RowItem(sequence, span, filled))
                 filled += len(span.tokens)
         if items:

@@ -37,6 +37,7 @@ from megatron_sov.mcore.model.kv_cache import CacheSize
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.device import local_device
 from megatron_sov.mcore.parallel.named_values import pack, unpack
+from megatron_sov.media.placed import Media
 
 
 class MegatronEngine:
@@ -54,10 +55,12 @@ class MegatronEngine:
         self._held = HeldWeights("megatron")
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
-                 streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
+                 streams: Sequence[int] | None = None, bounds: Bounds | None = None,
+                 media: Sequence[Media | None] | None = None) -> Generated:
         """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts.
 
-        `bounds` end continuations otherwise; of the processes the first one's `should_stop` counts.
+        `bounds` end continuations otherwise; of the processes the first one's `should_stop` counts.  `media`
+        are the pictures and sounds that stand over placeholders of each prompt, placed from its first token.
         """
         sampling.check()
         version = self._held.version
@@ -73,7 +76,7 @@ class MegatronEngine:
         stop = stop or Stop()
         rank, size = share_place()
         mine = [Continuation(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
-                             sampling, stop, numbers[i])
+                             sampling, stop, numbers[i], media[i] if media else None)
                 for i in range(rank, len(prompts), size)]
         longest = max((s.prompt_tokens + s.limit for s in mine), default=sampling.max_new_tokens)
         cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)

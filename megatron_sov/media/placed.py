@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,3 +75,14 @@ def cut(media: Media | None, start: int, count: int) -> dict[str, Placed]:
 def chosen(part: Placed, which: np.ndarray, places: np.ndarray) -> Placed:
     """Return some of the placeholders with new places, and the records that they need."""
     return placed(places, part.features[which], part.records, part.slots)
+
+
+def fingerprint(media: Media) -> bytes:
+    """Return a hash of what stands where; the same only for the same."""
+    digest = hashlib.blake2b()
+    for kind, part in sorted(media.items()):
+        digest.update(f"{kind} {part.slots} {len(part.places)} {len(part.records)}\n".encode())
+        for values in (part.places, part.features, *part.records):
+            digest.update(f"{values.dtype} {values.shape}\n".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.digest()

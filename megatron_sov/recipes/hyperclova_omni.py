@@ -59,13 +59,14 @@ CONTINUOUS = (
 )
 SFT = (
     PhaseConfig("conversation", tokens=5_000_000_000, seq_len=8192, lr=2e-5, min_lr=2e-6, rewarm_steps=50,
-                blend={"conversations": 1.0}),
+                blend={"conversations": 90.0, "text": 10.0}),
     PhaseConfig("multimodal", tokens=20_000_000_000, seq_len=8192, lr=2e-5, min_lr=2e-6, rewarm_steps=50,
-                blend={"conversations": 20.0, "pictures": 40.0, "speech": 40.0}),
+                blend={"conversations": 20.0, "pictures": 35.0, "speech": 35.0, "text": 10.0}),
     PhaseConfig("video-long", tokens=5_000_000_000, seq_len=32768, lr=1e-5, min_lr=1e-6, rewarm_steps=50,
-                blend={"conversations": 20.0, "pictures": 20.0, "speech": 20.0, "videos": 40.0}),
+                blend={"conversations": 20.0, "pictures": 20.0, "speech": 20.0, "videos": 30.0,
+                       "text": 10.0}),
     PhaseConfig("intent-think", tokens=5_000_000_000, seq_len=32768, lr=1e-5, min_lr=1e-6, rewarm_steps=50,
-                blend={"intent": 50.0, "reasoning": 50.0}),
+                blend={"intent": 45.0, "reasoning": 45.0, "text": 10.0}),
 )
 
 
@@ -93,12 +94,13 @@ def hyperclova_omni_8b_continuous() -> RunConfig:
 
 def hyperclova_omni_8b_sft() -> RunConfig:
     """Return fine-tuning in four stages, for `sft`: conversation, multimodal instructions at scale, video and
-    long context, intent and thinking."""
+    long context, intent and thinking; plain text goes along, or the model forgets how to write it."""
     run = hyperclova_omni_8b_continuous()
     return replace(
         run, recipe="hyperclova-omni-8b-sft", data=DataConfig(phases=SFT),
         optim=replace(run.optim, lr=2e-5, min_lr=2e-6, warmup_steps=50, weight_decay=0.0),
-        train=replace(run.train, global_batch_size=128), objective=ObjectiveConfig(name="sft"),
+        train=replace(run.train, global_batch_size=128),
+        objective=ObjectiveConfig(name="sft", text_coeff=0.1),
         media=MediaConfig(train_encoders=False, train_adapters=True))
 
 
@@ -143,4 +145,5 @@ SFT_SOURCES = derive(CONTINUOUS_SOURCES, {
     "data.phases.*.name": published(f"{REPORT}, fine-tuning: four stages"),
     **dict.fromkeys((f"data.phases.*.{name}" for name in ("lr", "min_lr", "rewarm_steps")), _NOT),
     "objective.name": published(f"{REPORT}, fine-tuning"),
+    "objective.text_coeff": ours("without plain text, bits per byte of it grow while media are learned"),
 })

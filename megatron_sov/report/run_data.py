@@ -30,9 +30,9 @@ from megatron_sov.report.steps import Curve, StepTable
 from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
-KEPT = ("phase", "eval", "baseline", "needle", "passk", "media", "ssp_probe", "gate", "decontamination",
-        "conversion", "checkpoint", "memory", "energy", "warning", "routing", "heldout_pairs",
-        "heldout_divergence", "eval_lm", "eval_contamination", "forgetting_gate", *KINDS)
+KEPT = ("phase", "eval", "baseline", "needle", "passk", "media", "media_retrieval", "ssp_probe", "gate",
+        "decontamination", "conversion", "checkpoint", "memory", "energy", "warning", "routing",
+        "heldout_pairs", "heldout_divergence", "eval_lm", "eval_contamination", "forgetting_gate", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -153,6 +153,9 @@ class Run:
     """Estimates of pass@k, in the order in which they were made."""
     media: list[dict[str, Any]] = field(default_factory=list)
     """What was recognised in what the model made of media, in the order in which it was asked."""
+    media_retrieval: list[dict[str, Any]] = field(default_factory=list)
+    """Ranks of right texts behind media, and of media for texts, in the order in which they were asked
+    for."""
     ssp_probes: list[dict[str, Any]] = field(default_factory=list)
     """Tables of checkpoints by domains, in the order in which they were made."""
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -274,6 +277,7 @@ def read_run(path: Path) -> Run:
 def _add_judgements(run: Run, kept: dict[str, list[dict[str, Any]]]) -> None:
     """Give a run what was judged of it."""
     run.passk, run.media, run.ssp_probes = kept["passk"], kept["media"], kept["ssp_probe"]
+    run.media_retrieval = kept["media_retrieval"]
     run.needles = _last_of_each_when(kept["needle"])
     run.heldout_pairs, run.heldout_divergence = kept["heldout_pairs"], kept["heldout_divergence"]
     run.scores = kept["eval_lm"] + untold_scores(run.evaluations, kept["eval_lm"])

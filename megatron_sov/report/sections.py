@@ -139,7 +139,7 @@ def sections(run: Run) -> list[Section]:
                 text="Share of questions about hidden facts that the model answers, by the length of the "
                      "context and their depth in it."),
         passk_section(run.passk),
-        media_section(run.media),
+        media_section(run.media, run.media_retrieval),
         spectrum_section(run.ssp_probes),
         gate_section(run.gate_checks, run.searches),
         _sample_section(run),

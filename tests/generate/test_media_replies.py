@@ -27,8 +27,7 @@ ASK = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --prompt W
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Path:
-    """A folder with a model with encoders whose data had none of their features, codecs, a picture and a
-    sound."""
+    """A folder with a model with encoders, codecs, a picture and a sound."""
     folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
     Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
     soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
@@ -65,11 +64,16 @@ def shards_with(media: dict[str, Any]) -> None:
 @pytest.mark.distributed
 def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: pytest.CaptureFixture[str],
                                                           run_command: Any) -> None:
+    """What is shown is discrete tokens, and features over placeholders behind them."""
+    shards_with({"pictures": {}, "sounds": {}})
+    assert cli.main([*shlex.split(ASK.format(site, "bare")), "--no-features"]) == 0
+    bare = json.loads(capsys.readouterr().out)
     assert cli.main(shlex.split(ASK.format(site, "one"))) == 0
     replies = json.loads(capsys.readouterr().out)
     pictures, sounds = ([file for reply in replies for file in reply[kind]]
                         for kind in ("pictures", "sounds"))
-    assert len(replies) == 2 and len(pictures) >= 2 and len(sounds) >= 1
+    assert [reply["text"] for reply in replies] != [reply["text"] for reply in bare]
+    assert len(replies) == 3 and len(pictures) >= 2 and len(sounds) >= 1
     assert {Image.open(file).size for file in pictures} == {(16, 16)}
     assert all(soundfile.info(file).frames for file in sounds)
     for reply in replies:  # a picture that has begun is whole, or the reply ended in it
@@ -100,14 +104,14 @@ def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str])
     assert [file.parent.name for file in Path("made").rglob("*.png")][:1] == ["text-image"]
 
 
-def test_a_model_that_learned_from_features_is_not_shown_less(site: Path,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    shards_with({"pictures": {}})
-    line = "generate model --{0} {1} --image-tokenizer pictures --audio-tokenizer sounds --max-new-tokens 2"
-    assert cli.main(shlex.split(line.format("image", "seven.png"))) == 2
-    assert "has learned from features of pictures (model.vision)" in capsys.readouterr().err
-    assert cli.main(shlex.split(line.format("audio", "word.wav"))) == 0
+def test_what_the_data_no_longer_tell_is_said(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Encoders whose features were in no data are not asked, nor those whose adapters never learned."""
+    line = "generate model --audio word.wav --audio-tokenizer sounds --max-new-tokens 2"
+    assert cli.main(shlex.split(line)) == 0
     assert "encoder" not in capsys.readouterr().err
     shutil.rmtree("shards")
-    assert cli.main(shlex.split(line.format("audio", "word.wav"))) == 0
-    assert "has an encoder of sounds, which prompts do not reach" in capsys.readouterr().err
+    assert cli.main(shlex.split(line)) == 0
+    assert "has an encoder of sounds, and data that would tell" in (told := capsys.readouterr().err)
+    assert "prompts do not reach it, as its adapter was frozen" in told
+    assert cli.main(shlex.split("generate model --audio word.wav --max-new-tokens 2")) == 2
+    assert "is of kind audio, which needs --audio-tokenizer CODEC" in capsys.readouterr().err

@@ -55,6 +55,9 @@ def test_stages_stand_in_the_published_order(tiny: str) -> None:
     assert [(r.media.train_encoders, r.media.train_adapters) for r in runs] == [
         (False, False), (True, True), (False, True)]
     assert [r.objective.name for r in runs] == ["lm", "lm", "sft"]
+    assert runs[2].objective.text_coeff > 0, "plain text goes along"
+    if not tiny:
+        assert all("text" in phase.blend for run in runs for phase in run.data.phases[-2:] if run != runs[1])
     assert len({r.model for r in runs}) == 1 and runs[0].model.num_mtp_layers == 1
     if not tiny:
         assert runs[1].data.phases[-1].seq_len == runs[0].model.max_position_tokens == 32768

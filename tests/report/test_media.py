@@ -44,3 +44,14 @@ def test_the_newest_of_a_pair_and_step_counts_and_samples_are_bounded() -> None:
     assert [row[:2] for row in section.tables[0].rows] == [["audio-image", "40"], ["audio-image", "80"]]
     assert len(section.exhibits) == SHOWN + 1
     assert media_section([]).tables == [] == media_section([]).exhibits
+
+
+def test_ranks_stand_in_a_table_of_their_own() -> None:
+    told = {"event": "media_retrieval", "pair": "text-image", "step": 40, "num_questions": 12,
+            "num_candidates": 9.5, "recall_at_1": 0.25, "recall_at_1_interval": [0.1, 0.5],
+            "chance_at_1": 0.1, "recall_at_5": 1.0, "mean_rank": 2.5, "mean_rank_interval": [1, "x"],
+            "chance_mean_rank": 5.0}
+    section = media_section([], [{**told, "mean_rank": 9.0}, told, {"pair": "<b>", "num_questions": "many"}])
+    ((pair, step, questions, _, first, fifth, rank),) = section.tables[0].rows
+    assert (pair, step, questions, rank) == ("text-image", "40", "12", "2.50 (5.00)")
+    assert first == "25.0% (10.0% to 50.0%; 10.0%)" and fifth.startswith("100.0%")

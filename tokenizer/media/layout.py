@@ -41,7 +41,8 @@ class MediaTokens:
 
 
 def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[list[str], list[Block]]:
-    """Return the tokens to add behind `num_ids` ids, in order, and the blocks that they make.
+    """Return the tokens to add behind `num_ids` ids, in order, and the blocks that they make: marks end where
+    the first block begins.
 
     Args:
         asked: sizes and first ids.
@@ -65,7 +66,9 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
             raise UserError(f"--{kind}-first {first}: the ids up to {free - 1} are taken, and no more than "
                             f"{1 << 20} may be left free; take {free} or a little more")
         gap = (first or free) - free
-        words += [FILLER.format(num_fillers + i) for i in range(gap)]
+        fillers = [FILLER.format(num_fillers + i) for i in range(gap)]
+        # marks stand right before the first block, where recipes look for placeholders
+        words = [*words, *fillers] if blocks else [*fillers, *words]
         num_fillers += gap
         blocks.append(Block(kind, num_ids + len(words), size))
         words += [entry(kind, i) for i in range(size)]

@@ -15,6 +15,8 @@ TEXT, IMAGE, AUDIO = "text", "image", "audio"
 PAIRS = {f"{a}-{b}": (a, b) for a in (IMAGE, TEXT, AUDIO) for b in (TEXT, IMAGE, AUDIO)
          if (a, b) not in ((TEXT, TEXT), (IMAGE, IMAGE))}
 """Name -> what is shown, and what is asked for."""
+RETRIEVAL = {f"{kind}-{TEXT}": (f"{kind}-{TEXT}", f"{TEXT}-{kind}") for kind in (IMAGE, AUDIO)}
+"""Pair of rows whose texts are ranked behind media -> that, and media ranked for texts."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Row:
     """A prompt with what is to be recognised in the reply."""
 
     content: list[dict[str, Any]]
-    """Parts, as `generate.media_replies.Parts`."""
+    """Parts, as `generate.media_prompts.Parts`."""
     answer: str
     """What a text is to be, or what a judge is to recognise."""
     labels: tuple[str, ...] = ()

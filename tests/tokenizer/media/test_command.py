@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
-from megatron_sov.media.marks import MARKS, entry
+from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD, entry
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block, read_blocks
+from megatron_sov.recipes import get
 from tokenizer.cli import main
 from tokenizer.media.layout import MediaTokens, laid_out
 
@@ -61,6 +62,15 @@ def test_the_published_blocks_close_to_the_published_vocabulary() -> None:
     words, blocks = laid_out(MediaTokens(6561, 65536, 128_606, 135_168), marks, 128_606)
     assert blocks == [Block(AUDIO, 128_606, 6561), Block(IMAGE, 135_168, 65_536)] and blocks[1].end == 200_704
     assert len(words) == 200_704 - 128_606 and words.count("<|reserved_media_0|>") == 1
+
+
+@pytest.mark.parametrize("num_ids", [128_606 - len(MARKS), 128_000])
+def test_placeholders_are_where_the_recipe_has_them(num_ids: int) -> None:
+    words, _ = laid_out(MediaTokens(6561, 65536, 128_606, 135_168), (), num_ids)
+    model = get("hyperclova-omni-8b").model
+    assert model.vision is not None and model.audio is not None
+    assert [words[i - num_ids] for i in (*model.vision.placeholder_ids, *model.audio.placeholder_ids)] == [
+        IMAGE_PAD, VIDEO_PAD, AUDIO_PAD]
 
 
 @pytest.mark.parametrize(("options", "words"), [

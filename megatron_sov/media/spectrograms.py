@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.media.settings import HOP_SAMPLES, SAMPLE_RATE_HZ
+SAMPLE_RATE_HZ, HOP_SAMPLES, WINDOW_SAMPLES = 16_000, 160, 400
+"""Of the spectrograms that encoders of the Whisper family hear."""
 
 
 class Spectrograms:
@@ -16,7 +17,8 @@ class Spectrograms:
 
         self._piece_samples = seconds * SAMPLE_RATE_HZ
         self._extractor = WhisperFeatureExtractor(feature_size=mels, sampling_rate=SAMPLE_RATE_HZ,
-                                                  hop_length=HOP_SAMPLES, chunk_length=seconds, n_fft=400)
+                                                  hop_length=HOP_SAMPLES, chunk_length=seconds,
+                                                  n_fft=WINDOW_SAMPLES)
 
     def pieces(self, samples: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Return float16 [pieces, mels, frames] of a sound, and how many frames of each are sound."""

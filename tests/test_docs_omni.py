@@ -1,0 +1,76 @@
+"""docs/omni.md, typed as it stands with smaller codecs and few steps: from media to a model that is asked and
+judged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from data_prep.cli import main as sov_data
+from megatron_sov.cli import main as megatron_sov
+from tests.pages_typed import commands_of
+from tokenizer.cli import main as sov_tokenizer
+
+PAGE = (Path(__file__).parents[1] / "docs/omni.md").read_text(encoding="utf-8")
+MAINS = {"megatron-sov": megatron_sov, "sov-data": sov_data, "sov-tokenizer": sov_tokenizer}
+FEWER = {
+    "image-tokenizer": "--steps 1 --set model.width=8 --set model.num_layers=1 --set model.num_heads=1 --set "
+                       "model.code_width=4 --set learning.batch_size=2",
+    "audio-tokenizer": "--steps 1 --set model.width=8 --set model.num_blocks=1 --set model.num_mels=8 --set "
+                       "learning.batch_size=2 --set learning.crop_tokens=4",
+    "pretrain": "--set train.steps=2 --set train.global_batch_size=2 --set train.micro_batch_size=2",
+    "sft": "--set train.steps=4 --set train.global_batch_size=4 --set train.micro_batch_size=4",
+    "generate": "--max-new-tokens 30", "eval": "--max-new-tokens 30", "pack": "--workers 1",
+    "encode-media": "--threads 1",
+}
+"""Word of a command, behind its program -> what makes it small."""
+
+
+def write_media(root: Path) -> None:
+    """Write media, records of them, texts, questions and judges, as the page has them."""
+    random = np.random.default_rng(0)
+    for kind in ("pictures", "sounds"):
+        (root / "media" / kind).mkdir(parents=True)
+    for name in ("7", "9"):
+        picture = Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8))
+        picture.save(root / f"media/pictures/{name}.png")
+        soundfile.write(root / f"media/sounds/{name}.wav", random.uniform(-0.5, 0.5, 8000), 16_000)
+    picture.save(root / "seven.png")
+    soundfile.write(root / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
+    spoken = json.loads("".join(re.findall(r'^```text\n(\{"messages".*?)^```', PAGE, re.M | re.S)))
+    drawn = {"messages": [{"role": "user", "content": [{"type": "image", "path": "pictures/7.png"}]},
+                          {"role": "assistant", "content": [{"type": "image", "path": "pictures/9.png"}]}]}
+    rows = {"records": [spoken, drawn], "text": [{"text": f"Text {n} beside media. " * 8} for n in range(9)],
+            "asked": [{"content": drawn["messages"][0]["content"], "answer": a} for a in ("seven", "nine")],
+            "said": [{"content": [{"type": "text", "text": "Say seven."}], "answer": "seven"}]}
+    for name, of in rows.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+    (root / "judges.py").write_text("def sounds(files, labels):\n    return ['seven' for _ in files]\n")
+
+
+def test_the_page_leads_from_media_to_a_model_that_is_judged(
+        packed_data: Any, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_media(tmp_path)
+    Path("text-tokenizer").symlink_to(packed_data.tokenizer)
+    for line in commands_of(PAGE):
+        program, *words = shlex.split(line)
+        words += shlex.split(next((FEWER[word] for word in words[:3] if word in FEWER), ""))
+        assert MAINS[program](words) == 0, line
+    events = [json.loads(line) for line in Path("runs/omni-sft/events.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    # the recipe's fine-tuning reads plain text beside the conversations
+    assert any(event["losses"].get("text", 0) > 0 for event in steps) and len(steps) == 4
+    assert {event["pair"] for event in events if event["event"] == "media"} == {"image-text", "text-audio"}
+    assert {event["pair"] for event in events if event["event"] == "media_retrieval"} == {
+        "image-text", "text-image"}
+    assert set(json.loads(Path("retrieval.json").read_text())) == {
+        "retrieval/image-text", "retrieval/text-image"}
