@@ -51,7 +51,8 @@ def measure(way: str, beta: float, trl: str) -> None:
                           for size in (HIDDEN, TEACHER_HIDDEN))
     states, teacher_states = (torch.randn(TOKENS, size, generator=random)
                               for size in (HIDDEN, TEACHER_HIDDEN))
-    head = Head(weight.requires_grad_(), SimpleNamespace(sequence_parallel=False), CHUNK_TOKENS, VOCAB_SIZE)
+    config = SimpleNamespace(sequence_parallel=False, logits_multiplier=1.0)
+    head = Head(weight.requires_grad_(), config, CHUNK_TOKENS, VOCAB_SIZE)
     states.requires_grad_()
     teacher: Any = TeacherStates(teacher_states, of_teacher)
     if way == "ours, top-k":

@@ -41,7 +41,8 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     weight = (0.02 * torch.randn(VOCAB_SIZE, HIDDEN, generator=random)).to(getattr(torch, dtype))
     hidden = torch.randn(tokens, 1, HIDDEN, generator=random).to(weight.dtype)
     labels = torch.randint(VOCAB_SIZE, (tokens,), generator=random)
-    head = Head(weight.requires_grad_(), SimpleNamespace(sequence_parallel=False), chunk_tokens, VOCAB_SIZE)
+    config = SimpleNamespace(sequence_parallel=False, logits_multiplier=1.0)
+    head = Head(weight.requires_grad_(), config, chunk_tokens, VOCAB_SIZE)
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu_ms, found = [], ()
     for _ in range(TURNS):

@@ -72,7 +72,7 @@ def divergences(kind: str, beta: float, temperature: float) -> tuple[Any, Any, t
     with_rest = kind == "top-k with the rest"
     teacher: Any = (TeacherStates(teacher_states, of_teacher) if kind == "states"
                     else TeacherTopK(top.indices, top.values, with_rest))
-    head = Head(weight, SimpleNamespace(sequence_parallel=False), 7, VOCAB_SIZE)
+    head = Head(weight, SimpleNamespace(sequence_parallel=False, logits_multiplier=1.0), 7, VOCAB_SIZE)
     ours = head.divergence(states[:, None], teacher, {"sum": torch.ones(TOKENS)},
                            Divergence(beta, temperature))[0]["sum"] / TOKENS
     if kind == "states":
