@@ -66,7 +66,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     check_dtypes(source)
     files = planned_files(source, dtype, max_shard_bytes)
     specs = [spec for tensors in files.values() for spec in tensors]
-    copies = copies_of(source)
+    of = {spec.name: spec.name for spec in specs} | copies_of(source)
     tokens = ids_beside(checkpoint / "tokenizer")
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
@@ -76,21 +76,17 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
             tqdm(total=len(specs), desc="to-hf", unit="tensor", disable=None) as bar:
         missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
-        missing_bytes = sum(spec.size_bytes for tensors in missing.values() for spec in tensors)
-        check_space(out, missing_bytes)
+        check_space(out, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
         bar.update(len(specs) - sum(map(len, missing.values())))
 
-        def original(spec: TensorSpec) -> str:
-            return copies.get(spec.name, spec.name)
-
         def read(spec: TensorSpec) -> torch.Tensor:
-            tensor = converted(source.read(original(spec)), spec.dtype, checkpoint, original(spec))
+            tensor = converted(source.read(of[spec.name]), spec.dtype, checkpoint, spec.name)
             bar.update()
             return tensor
 
         with checked_source(source, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
-                check.require(map(original, files[name]))
+                check.require(of[spec.name] for spec in files[name])
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
@@ -99,7 +95,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         add_inputs(artifact.writer, source)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
-            "num_parameters": _num_parameters(spec for spec in specs if spec.name not in copies)}
+            "num_parameters": _num_parameters(spec for spec in specs if of[spec.name] == spec.name)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
