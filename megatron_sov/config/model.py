@@ -299,6 +299,8 @@ class ModelConfig:
         if self.linear_bias and self.num_moe_layers() and self.num_shared_experts:
             p.append("model.linear_bias = True needs model.num_shared_experts = 0, it is "
                      f"{self.num_shared_experts}: shared experts have no biases")
+        return p
+
     def _latent_problems(self) -> list[str]:
         latent, p = self.latent_attention, []
         if latent is None:

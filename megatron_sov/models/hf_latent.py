@@ -62,7 +62,8 @@ class LatentRope(Rope):
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return theta and YaRN; `UserError` where the two factors differ."""
-        config, factors, yarns = dict(config), set(), 0
+        config, yarns = dict(config), 0
+        factors: set[Any] = set()
         for name in ("rope_parameters", "rope_scaling"):
             if config.get(name):
                 rope = config[name] = dict(config[name])

@@ -72,6 +72,6 @@ def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any)
     for found in (alone[0], split[0], experts[0]):
         for recipe, (written, full, graphs, drafted) in zip(names, found, strict=False):
             assert written == full and not graphs, recipe
-            assert drafted == [written] * (recipe == "tiny-glm4-moe")
+            assert drafted == [written] * (recipe in ("tiny-glm4-moe", "tiny-deepseek-v3"))
             assert len({token for row in written for token in row}) > 3, recipe
     assert alone[0] == split[0] and experts[0] == alone[0][:1]

@@ -42,7 +42,7 @@ def test_layer_types_are_explicit_and_last_layer_is_what_the_pattern_says() -> N
     assert models.get("exaone_moe").from_hf_config(config) == model
 
 
-# those of EXAONE 4.0, HyperCLOVA X, GLM-4.5-Air and Gemma are as remembered (docs/families.md)
+# those of EXAONE 4.0, HyperCLOVA X, GLM-4.5-Air, Gemma and Kimi K2 are as remembered (docs/families.md)
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
 """The config.json of released models, in the older spelling (rope_theta, rope_scaling, is_moe_layer)."""
 RELEASED = {

@@ -236,6 +236,7 @@ def of_model(model: ModelConfig) -> ModelShape:
         num_dense_layers=model.num_layers - model.num_moe_layers() if model.num_experts else 0,
         num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts,
         window=model.sliding_window_tokens if windowed else 0, global_every=every if windowed else 0,
-        **({} if latent is None else {
-            "q_lora_rank": latent.q_lora_rank or 0, "kv_lora_rank": latent.kv_lora_rank,
-            "rope_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim}))
+        q_lora_rank=(latent.q_lora_rank or 0) if latent is not None else 0,
+        kv_lora_rank=latent.kv_lora_rank if latent is not None else 0,
+        rope_head_dim=latent.qk_rope_head_dim if latent is not None else 0,
+        v_head_dim=latent.v_head_dim if latent is not None else 0)
