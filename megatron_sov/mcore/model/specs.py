@@ -209,7 +209,7 @@ def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
         config.yarn_beta_fast, config.yarn_beta_slow = yarn.beta_fast, yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
-        config.yarn_correction_range_round_to_int = model.yarn.truncate
+        config.yarn_correction_range_round_to_int = yarn.truncate
 
 
 def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
