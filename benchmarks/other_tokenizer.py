@@ -1,25 +1,29 @@
 """What a student learns from a teacher of another tokenizer: distillation beside training on the same tokens.
 
-Usage: python benchmarks/other_tokenizer.py --work FOLDER [--seeds 0 1 2] [--steps 120]
+Usage: python benchmarks/other_tokenizer.py --work FOLDER [--seeds 0 1 2] [--documents 60] [--steps 40]
 
 The texts are those of `distillation_learning.py` (a question and one of eight answers, some likelier than
-others), as plain documents.  Everything runs through the ordinary commands on one process of one thread.
+others), as plain documents behind a "# ", which is a token of both tokenizers: what stands behind the first
+token is all that bits per byte count, and so it is the same for both.  Everything runs through the ordinary
+commands on one process of one thread.
 
   teacher   learns 12,000 documents in the tokens of a tokenizer of its own (384 ids, SuperBPE)
   start     a smaller model in the tokens of another (512 ids, byte-level BPE), which learns the same
             questions with answers that are drawn evenly
-  arms      go on from the start over the same 200 documents, in the same order, for the same steps:
-            next-token training at three rates, and distillation from that teacher, alone, and with
-            cross-entropy at three rates
+  arms      go on from the start over the same few documents, in the same order, for the same steps:
+            next-token training, and distillation from that teacher, alone and with cross-entropy.  Each has
+            the same rates; the one that counts is the best on a validation part, seed by seed
 
-Printed are bits per byte on 600 other documents, means over the seeds with 95 % intervals (Student's t); an
-arm is compared with the best of next-token training seed by seed.
+Printed are bits per byte on a test part, which chose nothing, beside those of the teacher and the entropy of
+the texts: means over the seeds with 95 % intervals (Student's t), and differences to next-token training
+seed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -27,23 +31,24 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from distillation_learning import ASKED, LEARNED, RATE, STUDENT, TEACHER, conversations, words_of
+from distillation_learning import ASKED, LEARNED, NAMES, STUDENT, TEACHER, THINGS, conversations, words_of
 from seeds import over_seeds
 
 VOCABULARY = {"own": ("solar-open", 512), "other": ("k-exaone", 384)}
 """Tokenizer -> its preset and ids."""
 SETTINGS = ("model.tied_embeddings=true",)
-SLOW, SLOWER = ("optim.lr=5e-4", "optim.min_lr=5e-5"), ("optim.lr=1.25e-4", "optim.min_lr=1.25e-5")
-ARMS = {
-    "next token": ("pretrain",),
-    "next token, rate / 4": ("pretrain", *SLOW),
-    "next token, rate / 16": ("pretrain", *SLOWER),
-    "other tokenizer": ("distill",),
-    "other tokenizer + 1 CE": ("distill", "distillation.ce_coeff=1"),
-    "other tokenizer + 1 CE, rate / 4": ("distill", "distillation.ce_coeff=1", *SLOW),
-    "other tokenizer + 1 CE, rate / 16": ("distill", "distillation.ce_coeff=1", *SLOWER),
-}
+FEW = ("train.global_batch_size=2", "train.micro_batch_size=2", "optim.warmup_steps=4")
+"""Of an arm: an update of 256 tokens, so that few documents are not seen whole in each."""
+RATES = (4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4)
 ACROSS = ("distillation.other_tokenizer=true", "distillation.top_k=64")
+BASE = "next token"
+ARMS = {
+    BASE: ("pretrain",),
+    "other tokenizer": ("distill", *ACROSS),
+    "other tokenizer + 0.1 CE": ("distill", *ACROSS, "distillation.ce_coeff=0.1"),
+    "other tokenizer + 1 CE": ("distill", *ACROSS, "distillation.ce_coeff=1"),
+}
+PARTS = ("validation", "test")
 
 
 class Work:
@@ -69,7 +74,8 @@ class Work:
         if not file.exists():
             chats = map(json.loads, conversations(seed, count, LEARNED + ASKED, even).splitlines())
             file.write_text("".join(json.dumps(
-                {"text": " ".join(m["content"] for m in chat["messages"])}) + "\n" for chat in chats))
+                {"text": " ".join(["#", *(m["content"] for m in chat["messages"])])}) + "\n"
+                for chat in chats))
         return file
 
     def data(self, name: str, file: Path, tokenizer: str = "own", heldout: float = 0.0) -> Path:
@@ -84,6 +90,11 @@ class Work:
                          "--workers", "1", "--input", file, "--output", shards)
         return shards
 
+    def asked(self, tokenizer: str = "own") -> list[Path]:
+        """Return what validates and what tests, in the tokens of a tokenizer."""
+        return [self.data(f"{part}-{tokenizer}", self.texts(part, 2 + i, 1_200), tokenizer, heldout=0.5)
+                for i, part in enumerate(PARTS)]
+
     def train(self, name: str, command: str, data: Path, *settings: str, start: str = "",
               states: str = "") -> Path:
         """Return a run, which is run where it is not complete."""
@@ -97,47 +108,64 @@ class Work:
                          *words)
         return run
 
-    def bits(self, run: Path, data: Path) -> float:
-        """Return bits per byte on a split of held-out documents."""
+    def bits(self, run: Path, parts: list[Path]) -> dict[str, float]:
+        """Return bits per byte of the held-out documents of each part."""
         out = run.with_suffix(".ppl.json")
         if not out.exists():
-            self.command("megatron_sov", "eval", "ppl", run, "--data", data, "--out", out, "--max-tokens",
-                         "100000")
-        (figures,) = json.loads(out.read_text()).values()
-        return float(figures["bits_per_byte"])
+            self.command("megatron_sov", "eval", "ppl", run, *(w for p in parts for w in ("--data", p)),
+                         "--out", out, "--max-tokens", "100000")
+        return {part: float(figures["bits_per_byte"]) for part, figures in
+                zip(PARTS, json.loads(out.read_text()).values(), strict=True)}
 
 
-def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> dict[str, float]:
-    """Run all arms of a seed; returns arm -> bits per byte."""
-    other = work.data("plenty-other", work.texts("plenty", 1, 12_000), "other")
-    asked = work.data("asked", work.texts("asked", 2, 1_200), heldout=0.5)
-    work.train("teacher", "pretrain", other, *TEACHER, "model.vocab_size=384", f"train.steps={teacher_steps}",
-               "optim.lr=4e-3")
+def entropy(texts: Path) -> float:
+    """Return bits per byte of the texts' own distribution: a wording, a kind of thing, a name and an
+    answer, over all bytes but the "#" and the token that ends a text."""
+    shares = [0.5 ** i for i in range(8)]
+    answer = -sum(s / sum(shares) * math.log2(s / sum(shares)) for s in shares)
+    bits = math.log2(len(LEARNED + ASKED)) + math.log2(len(THINGS)) + math.log2(len(NAMES)) + answer
+    return bits / fmean(len(json.loads(line)["text"]) - 1 for line in texts.read_text().splitlines())
+
+
+def measure(work: Work, seed: int, args: argparse.Namespace) -> dict[str, tuple[float, str]]:
+    """Run all arms of a seed; returns name -> bits per byte on the test part, and the chosen rate."""
+    plenty, long = work.texts("plenty", 1, 12_000), ("optim.lr=4e-3", f"train.steps={args.teacher_steps}")
+    teacher = work.train("teacher", "pretrain", work.data("plenty-other", plenty, "other"), *TEACHER,
+                         "model.vocab_size=384", *long)
     even = work.data("even", work.texts("even", 3, 4_000, even=True))
-    few = work.data(f"few-{seed}", work.texts(f"few-{seed}", 100 + seed, 200))
-    own = f"train.seed={seed}"
-    found = {"start": work.bits(work.train(f"start-{seed}", "pretrain", even, *STUDENT, own,
-                                           f"train.steps={teacher_steps}", "optim.lr=4e-3"), asked)}
+    few = work.data(f"few-{seed}", work.texts(f"few-{seed}", 100 + seed, args.documents))
+    own, name = f"train.seed={seed}", f"start-{seed}"
+    start = work.train(name, "pretrain", even, *STUDENT, own, *long)
+    found = {"entropy of the texts": (entropy(plenty), ""),
+             "teacher": (work.bits(teacher, work.asked("other"))["test"], ""),
+             "start": (work.bits(start, work.asked())["test"], "")}
     for number, (arm, (command, *settings)) in enumerate(ARMS.items()):
-        rate = [] if any(s.startswith("optim.lr=") for s in settings) else [RATE]
-        across = ACROSS if command == "distill" else ()
-        run = work.train(f"arm-{seed}-{number}", command, few, *STUDENT, own, f"train.steps={steps}", *rate,
-                         *across, *settings, start=f"start-{seed}", states=f"states-{seed}")
-        found[arm] = work.bits(run, asked)
+        tried = []
+        for place, rate in enumerate(RATES):
+            run = work.train(f"arm-{seed}-{number}-{place}", command, few, *STUDENT, *FEW, own,
+                             f"train.steps={args.steps}", f"optim.lr={rate}", f"optim.min_lr={rate / 10}",
+                             *settings, start=name, states=f"states-{seed}")
+            bits = work.bits(run, work.asked())
+            tried.append((bits["validation"], bits["test"], f"{rate:g}"))
+        found[arm] = min(tried)[1:]
     return found
 
 
-def report(found: dict[int, dict[str, float]], steps: int, teacher_steps: int) -> None:
+def report(found: dict[int, dict[str, tuple[float, str]]], args: argparse.Namespace, load: float) -> None:
     """Print what there is."""
-    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
-          f"{platform.python_version()}; bits per byte on 600 documents that no arm has learned; seeds "
-          f"{', '.join(map(str, found))}; steps of the teacher and of an arm: {teacher_steps}, {steps}\n")
-    arms = {arm: [values[arm] for values in found.values()] for arm in next(iter(found.values()))}
-    best = min((arm for arm in arms if arm.startswith("next")), key=lambda arm: fmean(arms[arm]))
-    for arm, values in arms.items():
-        changes = [value / other - 1 for value, other in zip(values, arms[best], strict=True)]
-        print(f"  {arm:<34} {over_seeds(values, '.4f'):>17}   {over_seeds(changes, '+.1%'):>16} against "
-              f"{best}   ({', '.join(f'{v:.4f}' for v in values)})")
+    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load {load:.1f} at the "
+          f"start), Python {platform.python_version()}; bits per byte on about 600 documents that no arm has "
+          f"learned and nothing was chosen by; {args.documents} documents; seeds "
+          f"{', '.join(map(str, found))}; steps of teacher and start, and of an arm: {args.teacher_steps}, "
+          f"{args.steps}; rates {', '.join(f'{rate:g}' for rate in RATES)}\n")
+    for arm in next(iter(found.values())):
+        values = [of_seed[arm][0] for of_seed in found.values()]
+        line = f"  {arm:<25} {over_seeds(values, '.4f'):>17}   ({', '.join(f'{v:.4f}' for v in values)})"
+        if arm in ARMS:
+            changes = [of_seed[arm][0] - of_seed[BASE][0] for of_seed in found.values()]
+            line += (f"   {over_seeds(changes, '+.4f'):>18} ({', '.join(f'{c:+.4f}' for c in changes)})   "
+                     f"rates {', '.join(of_seed[arm][1] for of_seed in found.values())}")
+        print(line)
 
 
 def main() -> None:
@@ -145,11 +173,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--teacher-steps", type=int, default=600)
-    args = parser.parse_args()
-    report({seed: measure(Work(args.work), seed, args.steps, args.teacher_steps) for seed in args.seeds},
-           args.steps, args.teacher_steps)
+    parser.add_argument("--documents", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--teacher-steps", type=int, default=1200)
+    args, load = parser.parse_args(), os.getloadavg()[0]
+    report({seed: measure(Work(args.work), seed, args) for seed in args.seeds}, args, load)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ FAMILIES = {family.name: family for family in (
     solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE,
     llama.FAMILY, mixtral.FAMILY, exaone4.FAMILY, hyperclovax.FAMILY, glm4_moe.FAMILY,
     gemma3.FAMILY)}
+WITHOUT_LAYER = {
+    "qwen3_next": "its gated delta net is a layer of Megatron-Core that refuses packed rows and inference, "
+                  "and has no context parallelism; a Qwen3-MoE model (family 'qwen3_moe') can be converted"}
+"""Names that people ask for -> why no family has them: what the library's own layers cannot do yet."""
 
 
 def get(name: str, recorded: Sequence[Code] = ()) -> Family:
@@ -38,8 +42,10 @@ def get(name: str, recorded: Sequence[Code] = ()) -> Family:
         recorded: what a config or checkpoint says about its code, for the message alone.
 
     Raises:
-        UserError: there is none; the message names the nearest and lists all.
+        UserError: there is none; the message names the nearest and lists all, or says what is missing.
     """
+    if name in WITHOUT_LAYER and name not in dict(OWN.listing()):
+        raise UserError(f"model family {name!r}: is not supported: {WITHOUT_LAYER[name]}")
     return FAMILIES[name] if name in FAMILIES else OWN.get(name, recorded)
 
 
