@@ -49,6 +49,9 @@ ARMS = {
     "other tokenizer + 1 CE": ("distill", *ACROSS, "distillation.ce_coeff=1"),
 }
 PARTS = ("validation", "test")
+ROW_TOKENS = 16_000
+"""Of evaluation: all of a part, so that no document is cut where a row is full.  What stands behind a cut is
+judged without its question, of the teacher's longer documents more often than of the student's."""
 
 
 class Work:
@@ -113,7 +116,7 @@ class Work:
         out = run.with_suffix(".ppl.json")
         if not out.exists():
             self.command("megatron_sov", "eval", "ppl", run, *(w for p in parts for w in ("--data", p)),
-                         "--out", out, "--max-tokens", "100000")
+                         "--out", out, "--max-tokens", "100000", "--seq-len", str(ROW_TOKENS))
         return {part: float(figures["bits_per_byte"]) for part, figures in
                 zip(PARTS, json.loads(out.read_text()).values(), strict=True)}
 
