@@ -1,17 +1,18 @@
 """A teacher of another tokenizer, heard by byte: its probabilities of tokens become those of the student's.
 
-Where a token of the student's and one of the teacher's end at the same byte of a document, both predict what
-begins there.  Events of which both can say how probable they are:
+How probable a text is up to a byte, the teacher says whichever way it would write what follows
+(`byte_chain`), and so how probable the student's own next token is, wherever that begins and ends.  Where a
+token of the teacher's ends as well, it says more: a token of the same bytes, which no longer token of either
+side hides, has its probability.  (One that is hidden means other texts to each: " a", where the student has
+" asks" and the teacher " a", "s", "k", "s".)  All else is one event more, see `TeacherTopK.keep_remainder`.
 
-- a token of the same bytes, which no longer token of either side hides: no other token of the student's is
-  written by the teacher with this one first, nor the other way round.  One that is (" a", where the student
-  has " asks" and the teacher " a", "s", "k", "s") means other texts to each;
-- the student's own next token.  Where it spans several of the teacher's it has the product of their
-  conditional probabilities (merged spans: GOLD, Patiño et al. 2025, "Unlocking on-policy distillation for any
-  model family"); where it is the beginning of longer ones, their sum.
+The teacher is not heard of a token that might have been written as part of a longer one, nor behind it: that
+the student has " b" and not " brown" says what comes next, and the bytes alone do not.
 
-All else is one event more, see `TeacherTopK.keep_remainder`.  Elsewhere the teacher is not heard: where no
-token of its ends, and where the student's next token ends inside of one that it does not begin.
+Before, products of the tokens' own probabilities stood here, as in GOLD (Patiño et al. 2025, "Unlocking
+on-policy distillation for any model family").  They are none of the student's: where the teacher writes " a"
+before some words and " a " as one token before others, its token " a" is half as probable as the text, and
+knows half of what comes next.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ from tokenizers import Tokenizer
 from megatron_sov.data.token_bytes import spellings
 from megatron_sov.data.vocabulary import TOKENIZER_JSON, read_tokenizer
 from megatron_sov.errors import UserError
+from megatron_sov.post.parts.byte_chain import Chain, spelling_table
 
 UNHEARD = 1.0
 """In the place of the first log-probability, none of which is positive: the teacher says nothing there."""
 NOTHING = -1e4
 """Log-probability of tokens that fill a row up."""
+MAX_HIDDEN = 0.05
+"""How probable it may be that a token of the student's would have been written as part of a longer one, for
+the teacher to be heard of it."""
+MAX_SYMBOLS = 64
+"""Bytes of a teacher's token that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,12 @@ class Translated:
     """The teacher's token ids."""
     at: np.ndarray
     """[student's tokens] int64: the teacher's token that ends where the student's ends; -1: none does."""
+    text: np.ndarray
+    """[symbols] int64: its bytes, and of each special token that both have a number beyond them."""
+    ends: np.ndarray
+    """[teacher's tokens] int64: symbols up to the end of each."""
+    own_ends: np.ndarray
+    """[student's tokens] int64: symbols up to the end of each."""
 
 
 class Translation:
@@ -70,6 +83,9 @@ class Translation:
         """[teacher's ids] int64: the student's token by which each one's text begins; -1: none."""
         self.same = self._same_tokens()
         """[teacher's ids] int64: the student's token that means the same; -1: none."""
+        self._symbol = {ours: 256 + i for i, ours in enumerate(sorted(self._specials))}
+        self._table = self._spelling_table()
+        self._hidden = self._hiding_symbols()
 
     def _first_tokens(self) -> np.ndarray:
         first = np.full(len(self._theirs), -1, np.int64)
@@ -103,6 +119,23 @@ class Translation:
                 same[theirs] = ours
         return same
 
+    def _spelling_table(self) -> np.ndarray:
+        """Return [teacher's ids, symbols] what each of its tokens is spelled with."""
+        texts: list[Sequence[int]] = [text or b"" for text in self._theirs]
+        for ours, theirs in self._specials.items():
+            if theirs < len(texts):
+                texts[theirs] = [self._symbol[ours]]
+        return spelling_table(texts, min(MAX_SYMBOLS, max(map(len, texts), default=1)))
+
+    def _hiding_symbols(self) -> np.ndarray:
+        """Return [student's ids, symbols] bool: behind which of them a token may be part of a longer one."""
+        hidden = np.zeros((len(self._ours), 256 + len(self._symbol)), bool)
+        for text in self._of_bytes:
+            for n in range(1, len(text)):
+                if (token := self._of_bytes.get(text[:n], -1)) >= 0:
+                    hidden[token, text[n]] = True
+        return hidden
+
     def _longest_prefix(self, text: bytes) -> int:
         return next((self._of_bytes[text[:n]] for n in range(min(len(text), self._longest), 0, -1)
                      if text[:n] in self._of_bytes), -1)
@@ -118,22 +151,25 @@ class Translation:
         theirs: list[int] = []
         lengths: list[int] = []
         own: list[int] = []
+        text: list[int] = []
         for is_special, run in _runs(ids, self._specials):
             if is_special:
                 theirs.append(self._specials[run[0]])
                 lengths.append(1)
                 own.append(1)
+                text.append(self._symbol[run[0]])
                 continue
             spelled = [self._ours[token] or (self._student.id_to_token(token) or "").encode()
                        for token in run]
             own += map(len, spelled)
+            text += b"".join(spelled)
             made = self._encoded(b"".join(spelled))
             theirs += [token for token, _ in made]
             lengths += [length for _, length in made]
         ends, own_ends = np.cumsum(lengths, dtype=np.int64), np.cumsum(own, dtype=np.int64)
         place = np.searchsorted(ends, own_ends, side="right") - 1
         same = (place >= 0) & (ends[np.maximum(place, 0)] == own_ends) if len(ends) else place >= 0
-        return Translated(theirs, np.where(same, place, -1))
+        return Translated(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
 
     def _encoded(self, text: bytes) -> list[tuple[int, int]]:
         """Return the teacher's tokens of a text, and the bytes of each."""
@@ -164,45 +200,40 @@ class Translation:
             k: tokens of a row.
 
         Returns:
-            [n, k] int64 ids, distinct in a row, and [n, k] float32 log-probabilities, `UNHEARD` the first of
-            rows where the teacher is not heard.
+            [n, k] int64 ids, distinct in a row, the student's own next token first, and [n, k] float32
+            log-probabilities, `UNHEARD` the first of rows where the teacher is not heard.
         """
         n, vocab_size = len(ids), len(self._ours)
-        heard = np.flatnonzero(self._says(document, ids))
-        place = document.at[heard]
-        rows, tokens = np.repeat(heard, token.shape[1]), token[place].numpy().ravel()
-        masses = np.exp(logprobs[place].double().numpy().ravel())
-        behind = np.array([*ids[1:], -1], np.int64)
-        is_own = self.first[tokens] == behind[rows]
-        spans = self._own_next(document, of_next.double().numpy())
-        # of a span the product, else what begins with the student's next token
-        own = np.bincount(rows, masses * is_own, n) if len(rows) else np.zeros(n)
-        own = np.where(np.isnan(spans), own, spans)[heard]
-        named, others = behind[heard] >= 0, (self.same[tokens] >= 0) & (self.same[tokens] != behind[rows])
-        keys = np.concatenate([(heard * vocab_size + behind[heard])[named],
+        chain = self._chain(document, token.numpy(), np.exp(logprobs.double().numpy()),
+                            of_next.double().numpy())
+        whole, longer = chain.beginnings(document.own_ends, self._hidden[np.asarray(ids)])
+        clear = longer <= MAX_HIDDEN  # NaN, before the teacher's first token ends, is not
+        own = np.append(np.exp(whole[1:] - whole[:-1]), np.nan)
+        heard = np.flatnonzero(clear & np.append(clear[1:], False) & np.isfinite(own))
+        ends = heard[document.at[heard] >= 0]
+        rows, place = np.repeat(ends, token.shape[1]), document.at[ends]
+        # of the ways to write the text so far, that in which one of the teacher's tokens ends here
+        ending = np.exp(chain.cumulative[place] - whole[ends])
+        masses = (ending[:, None] * chain.masses[place][:, :token.shape[1]]).ravel()
+        tokens, behind = token.numpy()[place].ravel(), np.append(np.asarray(ids)[1:], -1)
+        others = (self.same[tokens] >= 0) & (self.same[tokens] != behind[rows])
+        keys = np.concatenate([heard * vocab_size + behind[heard],
                                rows[others] * vocab_size + self.same[tokens[others]]])
-        return _table((n, vocab_size, k), keys, np.concatenate([own[named], masses[others]]),
-                      np.arange(len(keys)) < named.sum(), heard)
+        left = 1 - np.bincount(rows[others], masses[others], n)[heard]
+        return _table((n, vocab_size, k), keys, np.concatenate([own[heard].clip(max=left.clip(min=0.0)),
+                                                                masses[others]]),
+                      np.arange(len(keys)) < len(heard), heard)
 
-    def _says(self, document: Translated, ids: Sequence[int]) -> np.ndarray:
-        """Return [n] where the teacher can say how probable the student's next token is: tokens of both end
-        before it, and it ends with one of the teacher's, or is how the teacher's next one begins."""
-        says = document.at >= 0
-        for t in np.flatnonzero(says[:-1] & (document.at[1:] < 0)).tolist():
-            theirs = document.ids[document.at[t] + 1:document.at[t] + 2]
-            says[t] = bool(theirs) and self.first[theirs[0]] == ids[t + 1]
-        return says
-
-    @staticmethod
-    def _own_next(document: Translated, of_next: np.ndarray) -> np.ndarray:
-        """Return [n] the probability of the student's next token where it is one of the teacher's or spans
-        several; NaN elsewhere."""
-        until = np.concatenate([[0.0], np.cumsum(of_next)])  # log-probability of tokens 1 to j
-        here, behind = document.at[:-1], document.at[1:]
-        spans = (here >= 0) & (behind > here)
-        found = np.full(len(document.at), np.nan)
-        found[:-1][spans] = np.exp(until[behind[spans]] - until[here[spans]])
-        return found
+    def _chain(self, document: Translated, token: np.ndarray, masses: np.ndarray, of_next: np.ndarray
+               ) -> Chain:
+        """Return what the teacher says beside a document's bytes, its own next token among the others."""
+        longest = int(np.diff(document.ends, prepend=0).max()) + 1
+        following = np.append(np.asarray(document.ids[1:], np.int64), 0)
+        held = (token == following[:, None]).any(1)
+        held[-1:] = True
+        missing = np.where(held, 0.0, np.exp(of_next))
+        return Chain.of(document.text, document.ends, np.column_stack([token, following]),
+                        np.column_stack([masses, missing]), of_next, self._table[:, :longest])
 
 
 def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_own: np.ndarray,
