@@ -11,8 +11,8 @@ commands on one process of one thread.
   start     a smaller model in the tokens of another (512 ids, byte-level BPE), which learns the same
             questions with answers that are drawn evenly
   arms      go on from the start over the same few documents, in the same order, for the same steps:
-            next-token training, and distillation from that teacher, alone and with a little cross-entropy.
-            Each has the same rates; the one that counts is the best on a validation part, seed by seed
+            next-token training, and distillation from that teacher alone.  Both have the same rates; the
+            one that counts is the best on a validation part, seed by seed
 
 Printed are bits per byte on a test part, which chose nothing, beside those of the teacher and the entropy of
 the texts: means over the seeds with 95 % intervals (Student's t), and differences to next-token training
@@ -45,7 +45,6 @@ BASE = "next token"
 ARMS = {
     BASE: ("pretrain",),
     "other tokenizer": ("distill", *ACROSS),
-    "other tokenizer + 0.1 CE": ("distill", *ACROSS, "distillation.ce_coeff=0.1"),
 }
 PARTS = ("validation", "test")
 ROW_TOKENS = 16_000

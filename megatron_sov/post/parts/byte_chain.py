@@ -4,8 +4,9 @@ A text up to a byte is written in every way whose last token ends there or behin
 beginning is the sum over all of them (covers: Vieira et al. 2024, "From language models over tokens to
 language models over characters"; Phan et al. 2024, "Exact byte-level probabilities from tokenized language
 models for FIM-tasks and model ensembles").  Here those are summed that leave the text's own tokens with their
-last one: all but those that a tokenizer would not write.  Probabilities of the next bytes are ratios of two
-such sums, wherever tokens end.
+last one.  Where a token of the text goes on, others may have ended inside of it, and what the model says
+behind these is not known: how much that is, is told.  Probabilities of the next bytes are ratios of two such
+sums, wherever tokens end.
 """
 
 from __future__ import annotations
@@ -24,6 +25,18 @@ CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
+class Beginnings:
+    """A text up to some of its symbols."""
+
+    whole: Array
+    """[n] log-probability of it, given the text's first token; NaN before that ends."""
+    goes_on: Array
+    """[n] the share of it that goes on with a symbol which was asked for, or may."""
+    unknown: Array
+    """[n] what may be missing of it, as a share."""
+
+
+@dataclass(frozen=True)
 class Chain:
     """What a model says behind each of the m tokens of a text."""
 
@@ -37,6 +50,8 @@ class Chain:
     """[m, M] float64: how probable that is."""
     table: Array
     """[tokens of the model, L] int32: the symbols of all its tokens, `NO_SYMBOL` behind their end."""
+    sizes: Array
+    """[m, M] int64: symbols, at most L, of what may come."""
     agrees: Array
     """[m, M] int64: symbols, at most L, in which what may come is the text."""
 
@@ -57,38 +72,46 @@ class Chain:
             rows = slice(first, first + CHUNK_ROWS)
             window = behind[ends[rows, None] + np.arange(length)]
             agrees[rows] = np.logical_and.accumulate(table[tokens[rows]] == window[:, None], axis=2).sum(2)
-        return cls(ends, np.concatenate([[0.0], np.cumsum(of_next[:-1])]), tokens, masses, table, agrees)
+        sizes = (table != NO_SYMBOL).sum(1)[tokens]
+        return cls(ends, np.concatenate([[0.0], np.cumsum(of_next[:-1])]), tokens, masses, table, sizes,
+                   agrees)
 
-    def beginnings(self, stops: Array, asked: Array) -> tuple[Array, Array]:
+    def beginnings(self, stops: Array, asked: Array) -> Beginnings:
         """Return how probable the text is up to some of its symbols, and that it goes on with some others.
 
         Args:
             stops: [n] symbols of the text, rising.
             asked: [n, symbols] bool: which symbols are asked for behind each.
-
-        Returns:
-            [n] log-probability of the text up to each stop given its first token, NaN before that ends; [n]
-            the share of it that goes on with a symbol which was asked for.
         """
         found = [self._some(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
                  for first in range(0, len(stops), CHUNK_ROWS)]
-        whole, share = zip(*found, strict=True)
-        return np.concatenate(whole), np.concatenate(share)
+        return Beginnings(*map(np.concatenate, zip(*found, strict=True)))
 
-    def _some(self, stops: Array, asked: Array) -> tuple[Array, Array]:
+    def _some(self, stops: Array, asked: Array) -> tuple[Array, Array, Array]:
         stop, token = self._pairs(stops)
         length = (stops[stop] - self.ends[token])[:, None]
         last = np.searchsorted(self.ends, stops, side="right") - 1
         weight = np.exp(self.cumulative[token] - self.cumulative[last[stop]])[:, None]
-        mass = weight * self.masses[token] * (self.agrees[token] >= length)
-        symbol = self.table[self.tokens[token], np.minimum(length, self.table.shape[1] - 1)]
-        goes_on = (length < self.table.shape[1]) & (symbol != NO_SYMBOL) & asked[stop[:, None], symbol]
-        total = np.bincount(stop, (mass * (length > 0)).sum(1), len(stops))
+        agrees, symbols = self.agrees[token], self.table.shape[1]
+        mass = weight * self.masses[token]
+        reaches = mass * (agrees >= length)
+        symbol = self.table[self.tokens[token], np.minimum(length, symbols - 1)]
+        goes_on = (length < symbols) & (symbol != NO_SYMBOL) & asked[stop[:, None], symbol]
+        # tokens that are not the text's own, and end at a stop, or before it, inside of one that is
+        inside = (token == last[stop])[:, None] & (length > 0)
+        sizes = self.sizes[token]
+        ended = inside & (agrees == sizes) & (sizes > 0)
+        unknown = ended & (sizes == length) & asked.any(1)[stop, None]
+
+        def over(values: Array) -> Array:
+            return np.bincount(stop, values.sum(1), len(stops))
+
+        total = over(reaches * (length > 0))
         total[stops == self.ends[0]] = 1.0  # the first token is given
         total[last < 0] = np.nan
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (self.cumulative[last] + np.log(total),
-                    np.bincount(stop, (mass * goes_on).sum(1), len(stops)) / total)
+            return (self.cumulative[last] + np.log(total), over(reaches * goes_on + mass * unknown) / total,
+                    over(mass * (ended & (sizes < length))) / total)
 
     def _pairs(self, stops: Array) -> tuple[Array, Array]:
         """Return each stop with all tokens of the text behind which one token may reach it."""

@@ -36,8 +36,8 @@ UNHEARD = 1.0
 NOTHING = -1e4
 """Log-probability of tokens that fill a row up."""
 MAX_HIDDEN = 0.05
-"""How probable it may be that a token of the student's would have been written as part of a longer one, for
-the teacher to be heard of it."""
+"""How probable it may be that a token of the student's would have been written as part of a longer one, and
+what may be missing of a text's probability, for the teacher to be heard."""
 MAX_SYMBOLS = 64
 """Bytes of a teacher's token that are looked at."""
 
@@ -206,8 +206,9 @@ class Translation:
         n, vocab_size = len(ids), len(self._ours)
         chain = self._chain(document, token.numpy(), np.exp(logprobs.double().numpy()),
                             of_next.double().numpy())
-        whole, longer = chain.beginnings(document.own_ends, self._hidden[np.asarray(ids)])
-        clear = longer <= MAX_HIDDEN  # NaN, before the teacher's first token ends, is not
+        found = chain.beginnings(document.own_ends, self._hidden[np.asarray(ids)])
+        whole = found.whole
+        clear = (found.goes_on <= MAX_HIDDEN) & (found.unknown <= MAX_HIDDEN)  # NaN is neither
         own = np.append(np.exp(whole[1:] - whole[:-1]), np.nan)
         heard = np.flatnonzero(clear & np.append(clear[1:], False) & np.isfinite(own))
         ends = heard[document.at[heard] >= 0]

@@ -107,7 +107,7 @@ def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_ar
             for i, value in zip(got[row].tolist(), values[row].exp().tolist(), strict=True):
                 exact = wanted[tuple(ids[:row + 1])].get(i, 0.0)
                 assert value == pytest.approx(exact, abs=1e-5) or (i != ids[row + 1] and value < 1e-9)
-    assert num_heard > 0.7 * num_own
+    assert num_heard > 0.6 * num_own
 
 
 def test_events_are_texts_that_mean_the_same_to_both(tmp_path: Path) -> None:
@@ -148,8 +148,7 @@ def test_events_are_texts_that_mean_the_same_to_both(tmp_path: Path) -> None:
         wanted |= {END: math.exp(whole[document.at[row], theirs.token_to_id("</s>")]), own: probability}
         assert {k: v for k, v in found(row).items() if k.isascii()} == pytest.approx(wanted, rel=1e-5)
         assert sum(found(row).values()) < 1, "the rest of both is one event more"
-    begins = {name: math.exp(whole[2, theirs.token_to_id(name)]) for name in ("e", "ef", "efa")}
-    assert values[2].exp()[0] == pytest.approx((begins["ef"] + begins["efa"]) / sum(begins.values()))
+    assert values[2, 0] == UNHEARD, "of efa e and ef may have ended, and what is behind these nobody asked"
     # what may be part of a longer token is not heard of, nor what stands behind it
     begun = translation(tokenizer(tmp_path / "b", ["a b", "ab c"]), tokenizer(tmp_path / "c", []))
     ids = opened(tmp_path / "b").encode("xabd").ids
