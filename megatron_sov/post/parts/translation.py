@@ -9,10 +9,9 @@ side hides, has its probability.  (One that is hidden means other texts to each:
 The teacher is not heard of a token that might have been written as part of a longer one, nor behind it: that
 the student has " b" and not " brown" says what comes next, and the bytes alone do not.
 
-Before, products of the tokens' own probabilities stood here, as in GOLD (Patiño et al. 2025, "Unlocking
-on-policy distillation for any model family").  They are none of the student's: where the teacher writes " a"
-before some words and " a " as one token before others, its token " a" is half as probable as the text, and
-knows half of what comes next.
+Products of the tokens' own probabilities (merged spans: GOLD, Patiño et al. 2025, "Unlocking on-policy
+distillation for any model family") would not do: where the teacher writes " a" before some words and " a " as
+one token before others, its token " a" is half as probable as the text, and knows half of what comes next.
 """
 
 from __future__ import annotations
