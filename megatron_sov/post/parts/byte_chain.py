@@ -85,7 +85,8 @@ class Chain:
         """
         found = [self._some(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
                  for first in range(0, len(stops), CHUNK_ROWS)]
-        return Beginnings(*map(np.concatenate, zip(*found, strict=True)))
+        whole, goes_on, unknown = (np.concatenate(part) for part in zip(*found, strict=True))
+        return Beginnings(whole, goes_on, unknown)
 
     def _some(self, stops: Array, asked: Array) -> tuple[Array, Array, Array]:
         stop, token = self._pairs(stops)
@@ -104,6 +105,7 @@ class Chain:
         unknown = ended & (sizes == length) & asked.any(1)[stop, None]
 
         def over(values: Array) -> Array:
+            """Return [n] sums of what is there of each stop."""
             return np.bincount(stop, values.sum(1), len(stops))
 
         total = over(reaches * (length > 0))
