@@ -81,7 +81,8 @@ class Chain:
 
         Args:
             stops: [n] symbols of the text, rising.
-            asked: [n, symbols] bool: which symbols are asked for behind each.
+            asked: [n, symbols] bool: which symbols are asked for behind each; of those beyond, the last
+                column says.
         """
         found = [self._some(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
                  for first in range(0, len(stops), CHUNK_ROWS)]
@@ -97,7 +98,8 @@ class Chain:
         mass = weight * self.masses[token]
         reaches = mass * (agrees >= length)
         symbol = self.table[self.tokens[token], np.minimum(length, symbols - 1)]
-        goes_on = (length < symbols) & (symbol != NO_SYMBOL) & asked[stop[:, None], symbol]
+        goes_on = (length < symbols) & (symbol != NO_SYMBOL) & asked[
+            stop[:, None], symbol.clip(max=asked.shape[1] - 1)]
         # tokens that are not the text's own, and end at a stop, or before it, inside of one that is
         inside = (token == last[stop])[:, None] & (length > 0)
         sizes = self.sizes[token]

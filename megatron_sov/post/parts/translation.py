@@ -127,8 +127,9 @@ class Translation:
         return spelling_table(texts, min(MAX_SYMBOLS, max(map(len, texts), default=1)))
 
     def _hiding_symbols(self) -> np.ndarray:
-        """Return [student's ids, symbols] bool: behind which of them a token may be part of a longer one."""
-        hidden = np.zeros((len(self._ours), 256 + len(self._symbol)), bool)
+        """Return [student's ids, 257] bool: behind which bytes a token may be part of a longer one; behind
+        special tokens, the last column, none is."""
+        hidden = np.zeros((len(self._ours), 257), bool)
         for text in self._of_bytes:
             for n in range(1, len(text)):
                 if (token := self._of_bytes.get(text[:n], -1)) >= 0:
