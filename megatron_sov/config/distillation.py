@@ -25,8 +25,8 @@ class DistillationConfig:
     """top_k: what each model gives to all other tokens together is one event more; false: both are
     normalised over the teacher's tokens (arXiv 2601.18129)."""
     other_tokenizer: bool = False
-    """top_k: the teacher's tokens are other ones than the student's; it is heard where tokens of both end at
-    the same byte, and its probabilities become those of the student's tokens."""
+    """top_k: the teacher's tokens are other ones than the student's; it is heard byte by byte, and its
+    probabilities become those of the student's tokens."""
     ce_coeff: float = 0.0
     """Weight of an auxiliary cross-entropy on the tokens of the data, over the same positions."""
 

@@ -38,7 +38,7 @@ class _Step:
 
 
 def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching: Batching | None = None,
-                    advance: Callable[[int], None] | None = None) -> list[list[list[float]]]:
+                    advance: Callable[[int], object] | None = None) -> list[list[list[float]]]:
     """Return log p(token | those before it) of each token of each answer of each question.
 
     Called by all processes together, which all get the same; the prompts are shared out.

@@ -280,13 +280,14 @@ class Section:
         if self.when and not getattr(model, self.when):
             return []
         first_moe = model.num_layers - model.num_moe_layers()
-        return {"once": [None], "untied": [] if model.tied_embeddings else [None],
-                "mtp": [None] if model.num_mtp_layers else [],
-                "mtp layer behind": [model.num_layers] if model.num_mtp_layers else [],
-                "every layer": range(model.num_layers),
-                "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
-                "dense layers": range(first_moe),
-                "moe layers": range(first_moe, model.num_layers)}[self.where]
+        places: dict[str, Sequence[int | None]] = {
+            "once": [None], "untied": [] if model.tied_embeddings else [None],
+            "mtp": [None] if model.num_mtp_layers else [],
+            "mtp layer behind": [model.num_layers] if model.num_mtp_layers else [],
+            "every layer": range(model.num_layers),
+            "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
+            "dense layers": range(first_moe), "moe layers": range(first_moe, model.num_layers)}
+        return places[self.where]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     rope = model.llama3_rope and replace(model.llama3_rope, original_max_position_tokens=SEQ_LEN)
     by_width = model.embedding_multiplier == model.hidden_size ** 0.5
     scale = model.attention_multiplier and model.attention_multiplier * model.head_dim / HEAD_DIM
-    if scale and by_width:  # Gemma's, which goes with 1 / the root of it
+    if scale and by_width and model.attention_multiplier:  # Gemma's, which goes with 1 / the root of it
         scale = (round(model.attention_multiplier ** -2) * HEAD_DIM / model.head_dim) ** -0.5
     small = replace(
         model,

@@ -56,7 +56,8 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
         raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
                         "that it was made of")
     words = [mark for mark in MARKS if mark not in known]
-    blocks, num_fillers = [], 0
+    blocks: list[Block] = []
+    num_fillers = 0
     for kind, size, first in ((AUDIO, asked.audio_size, asked.audio_first),
                               (IMAGE, asked.image_size, asked.image_first)):
         free = num_ids + len(words)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -30,7 +32,7 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
         # a tied head has no weight of its own
         if split and module.weight is not None:
-            _mark_split(module.weight, int(isinstance(module, RowParallelLinear)))
+            _mark_split(cast(torch.Tensor, module.weight), int(isinstance(module, RowParallelLinear)))
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = parameter.sequence_parallel = False  # type: ignore[attr-defined]
@@ -39,6 +41,6 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
             _mark_split(parameter, 0)
 
 
-def _mark_split(parameter: torch.nn.Parameter, axis: int) -> None:
+def _mark_split(parameter: torch.Tensor, axis: int) -> None:
     if not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, True, axis, 1)

@@ -65,9 +65,9 @@ def attend_with_sinks(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 class SinkAttention(DocumentAttention):
     """Attention inside documents with sinks, under the names that the library's own attention gives them."""
 
-    def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
-        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
-        self._group = pg_collection.tp
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._group = kwargs["pg_collection"].tp
         self.softmax_offset = torch.nn.Parameter(
             torch.zeros(config.num_attention_heads // self._group.size(), dtype=config.params_dtype))
         """[heads of this process]."""

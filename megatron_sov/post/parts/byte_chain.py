@@ -81,11 +81,13 @@ class Chain:
 
         Args:
             stops: [n] symbols of the text, rising.
-            asked: [n, symbols] bool: which symbols are asked for behind each.
+            asked: [n, symbols] bool: which symbols are asked for behind each; of those beyond, the last
+                column says.
         """
         found = [self._some(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
                  for first in range(0, len(stops), CHUNK_ROWS)]
-        return Beginnings(*map(np.concatenate, zip(*found, strict=True)))
+        whole, goes_on, unknown = (np.concatenate(part) for part in zip(*found, strict=True))
+        return Beginnings(whole, goes_on, unknown)
 
     def _some(self, stops: Array, asked: Array) -> tuple[Array, Array, Array]:
         stop, token = self._pairs(stops)
@@ -96,7 +98,8 @@ class Chain:
         mass = weight * self.masses[token]
         reaches = mass * (agrees >= length)
         symbol = self.table[self.tokens[token], np.minimum(length, symbols - 1)]
-        goes_on = (length < symbols) & (symbol != NO_SYMBOL) & asked[stop[:, None], symbol]
+        goes_on = (length < symbols) & (symbol != NO_SYMBOL) & asked[
+            stop[:, None], symbol.clip(max=asked.shape[1] - 1)]
         # tokens that are not the text's own, and end at a stop, or before it, inside of one that is
         inside = (token == last[stop])[:, None] & (length > 0)
         sizes = self.sizes[token]
@@ -104,6 +107,7 @@ class Chain:
         unknown = ended & (sizes == length) & asked.any(1)[stop, None]
 
         def over(values: Array) -> Array:
+            """Return [n] sums of what is there of each stop."""
             return np.bincount(stop, values.sum(1), len(stops))
 
         total = over(reaches * (length > 0))

@@ -9,10 +9,9 @@ side hides, has its probability.  (One that is hidden means other texts to each:
 The teacher is not heard of a token that might have been written as part of a longer one, nor behind it: that
 the student has " b" and not " brown" says what comes next, and the bytes alone do not.
 
-Before, products of the tokens' own probabilities stood here, as in GOLD (Patiño et al. 2025, "Unlocking
-on-policy distillation for any model family").  They are none of the student's: where the teacher writes " a"
-before some words and " a " as one token before others, its token " a" is half as probable as the text, and
-knows half of what comes next.
+Products of the tokens' own probabilities (merged spans: GOLD, Patiño et al. 2025, "Unlocking on-policy
+distillation for any model family") would not do: where the teacher writes " a" before some words and " a " as
+one token before others, its token " a" is half as probable as the text, and knows half of what comes next.
 """
 
 from __future__ import annotations
@@ -128,8 +127,9 @@ class Translation:
         return spelling_table(texts, min(MAX_SYMBOLS, max(map(len, texts), default=1)))
 
     def _hiding_symbols(self) -> np.ndarray:
-        """Return [student's ids, symbols] bool: behind which of them a token may be part of a longer one."""
-        hidden = np.zeros((len(self._ours), 256 + len(self._symbol)), bool)
+        """Return [student's ids, 257] bool: behind which bytes a token may be part of a longer one; behind
+        special tokens, the last column, none is."""
+        hidden = np.zeros((len(self._ours), 257), bool)
         for text in self._of_bytes:
             for n in range(1, len(text)):
                 if (token := self._of_bytes.get(text[:n], -1)) >= 0:
