@@ -104,7 +104,7 @@ class Chain:
         inside = (token == last[stop])[:, None] & (length > 0)
         sizes = self.sizes[token]
         ended = inside & (agrees == sizes) & (sizes > 0)
-        unknown = ended & (sizes == length) & asked.any(1)[stop, None]
+        unknown = ended & (sizes == length) & np.asarray(asked.any(1))[stop, None]
 
         def over(values: Array) -> Array:
             """Return [n] sums of what is there of each stop."""
