@@ -39,6 +39,7 @@ from megatron_sov.runs.parent_death import die_with_parent
 from megatron_sov.version import OUR_PACKAGES
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # jobs' files import what tests share
 
 PROGRAMS: dict[str, Callable[[], int]] = {
     "megatron-sov": megatron_sov.cli.main, "sov-data": data_prep.cli.main,

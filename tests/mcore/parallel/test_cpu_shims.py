@@ -47,7 +47,7 @@ def marks() -> dict[str, list[str]]:
 
     config = recipes.get("tiny-solar-open")
     world.join(ParallelConfig())
-    with mock.patch.object(language_model, "_mark_parameters"):
+    with mock.patch.object(language_model, "mark_parameters"):
         network = language_model.build(config.model, ParallelConfig(), config.train)
     named = list(network.named_parameters())
     return {"expert": [n for n, p in named if ".mlp.experts." in n and getattr(p, "allreduce", True)],
@@ -62,5 +62,5 @@ def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
     assert (seen["type"], seen["cast"]) == ("torch.cuda.FloatTensor", "torch.int64")
     assert seen["marked"] and seen["flag"]
     assert seen["split"] == [1.0, 1.0] and seen["same_generator"] and seen["compiled"] == "torch"
-    assert unmarked["expert"], "the library marks experts itself now: so much of _mark_parameters can go"
-    assert unmarked["split"], "the library marks split weights itself now: so much of _mark_parameters can go"
+    assert unmarked["expert"], "the library marks experts itself now: so much of mark_parameters can go"
+    assert unmarked["split"], "the library marks split weights itself now: so much of mark_parameters can go"
