@@ -37,6 +37,15 @@ class YarnConfig:
     """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
     equal); others than 1 in models with latent attention only."""
 
+    def problems(self, rope_theta: float) -> list[str]:
+        """Return one sentence for each rule that the scaling breaks, for a base of the frequencies."""
+        p = [f"model.yarn.{name} = {value} must be positive"
+             for name in ("factor", "original_max_position_tokens", "beta_fast", "beta_slow", "mscale")
+             if not 0 < (value := getattr(self, name)) < math.inf]
+        if not rope_theta > 1:
+            p.append(f"model.yarn needs model.rope_theta above 1, it is {rope_theta}")
+        return p
+
 
 @dataclass(frozen=True)
 class Llama3RopeConfig:
@@ -58,7 +67,7 @@ class Llama3RopeConfig:
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             p.append(f"model.llama3_rope.low_freq_factor = {self.low_freq_factor} must lie between 0 and "
                      f"model.llama3_rope.high_freq_factor = {self.high_freq_factor}")
-        if not self.factor >= 1:
+        if not 1 <= self.factor < math.inf:
             p.append(f"model.llama3_rope.factor = {self.factor} must be at least 1")
         if self.original_max_position_tokens < 1:
             p.append("model.llama3_rope.original_max_position_tokens = "
@@ -282,6 +291,8 @@ class ModelConfig:
                 p.append(f"model.linear_rope_factor = {self.linear_rope_factor} stands beside model.yarn or "
                          "model.llama3_rope, and a model has one rotary scaling at most; set the others to "
                          "null")
+        if self.yarn is not None:
+            p += self.yarn.problems(self.rope_theta)
         if self.llama3_rope is not None:
             p += self.llama3_rope.problems()
             if self.yarn is not None:
@@ -318,8 +329,6 @@ class ModelConfig:
             if getattr(self, name) != plain:
                 p.append(f"model.{name} = {getattr(self, name)} is not built for model.latent_attention; set "
                          f"it to {str(plain).lower() if isinstance(plain, bool) else plain or 'null'}")
-        if self.yarn is not None and not 0 < self.yarn.mscale < math.inf:
-            p.append(f"model.yarn.mscale = {self.yarn.mscale} must be positive")
         return p
 
     def problems(self) -> list[str]:
@@ -350,11 +359,15 @@ class ModelConfig:
                      f"it is {self.sliding_window_tokens}")
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
-        for name in ("init_std", "local_rope_theta", "embedding_multiplier", "attention_multiplier",
-                     "residual_multiplier", "logits_multiplier", "attention_softcap", "logits_softcap"):
+        for name in ("init_std", "norm_eps", "rope_theta", "local_rope_theta", "routed_scaling_factor",
+                     "embedding_multiplier", "attention_multiplier", "residual_multiplier",
+                     "logits_multiplier", "attention_softcap", "logits_softcap"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 p.append(f"model.{name} = {value} must be positive")
+        p += [f"model.{name} = {value} must be 0 or more"
+              for name in ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff")
+              if not 0 <= (value := getattr(self, name)) < math.inf]
         p += block_problems(self.vocab_size, audio_tokens=self.audio_tokens, image_tokens=self.image_tokens)
         p += both_problems(self.vision, self.audio, self.vocab_size)
         if self.num_experts * self.num_layers > MAX_EXPERTS:

@@ -15,7 +15,7 @@ from megatron_sov import models
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.models.family import PLAIN
-from megatron_sov.models.hf_layers import shortest_pattern
+from megatron_sov.models.hf_layers import MAX_LAYERS, shortest_pattern
 
 Stated = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden
            "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
 """What is read besides, together with others."""
 KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
-MAX_LAYERS, MAX_COUNT = 10_000, 1 << 53
+MAX_COUNT = 1 << 53
 COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
           "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
           "vocab_size", "padded_vocab_size", "seq_length", "max_position_embeddings", "train_iters",

@@ -12,6 +12,8 @@ from megatron_sov.errors import UserError
 
 PREDICTION_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
 """How configs call the number of prediction layers behind the trunk; the first is written."""
+MAX_LAYERS = 10_000
+"""As many as a model may have (`ModelConfig.problems`)."""
 _LETTER = {"sliding_attention": "L", "full_attention": "G"}
 
 
@@ -27,11 +29,18 @@ def _letters(types: list[str], name: str, length: int) -> str:
 def shortest_pattern(letters: str) -> str:
     """Return the shortest pattern whose repetition gives all letters."""
     return next((letters[:n] for n in range(1, len(letters) + 1)
-                 if (letters[:n] * len(letters))[:len(letters)] == letters), "G")
+                 if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
 
 
 def _num_layers(config: dict[str, Any]) -> int:
-    return int(config.get("num_hidden_layers", 0))
+    """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
+    return _bounded(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
+
+
+def _bounded(count: int, name: str) -> int:
+    if count > MAX_LAYERS:
+        raise UserError(f"config.json: {name} = {count} must be at most {MAX_LAYERS:,}; count its zeros")
+    return count
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,7 @@ class PredictionLayer:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the number of layers, their attention (global where the config is silent) and the
         weight of their loss."""
-        num_layers = config.get("num_nextn_predict_layers", 0)
+        num_layers = _bounded(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
         letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
                            "mtp_layer_types", num_layers)
         window = config.get("sliding_window", 0) if "L" in letters else 0
