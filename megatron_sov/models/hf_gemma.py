@@ -93,6 +93,9 @@ class TwoThetas:
         """Return both thetas and the factor; `UserError` for other scaled rotations, and where two spellings
         disagree."""
         said = config.get("rope_parameters", {})
+        if strange := [name for name in said if name not in KINDS]:
+            raise UserError(f"config.json: rope_parameters has {', '.join(map(str, strange))}, and this "
+                            f"family has them for {' and '.join(KINDS)}, each by itself; put them there")
         old = {"full_attention": config.get("rope_theta"),
                "sliding_attention": config.get("rope_local_base_freq")}
         thetas, factors = {}, {}

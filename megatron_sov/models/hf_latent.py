@@ -61,13 +61,16 @@ class LatentRope(Rope):
         return written
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return theta and YaRN; `UserError` where the two factors differ."""
+        """Return theta and YaRN; `UserError` where the two factors differ, or stand beside other scalings,
+        which transformers multiplies by them, too."""
         config, yarns = dict(config), 0
         factors: set[Any] = set()
         for name in ("rope_parameters", "rope_scaling"):
             if config.get(name):
                 rope = config[name] = dict(config[name])
-                yarns += rope.get("rope_type", rope.get("type")) == "yarn"
+                if rope.get("rope_type", rope.get("type")) != "yarn":
+                    continue
+                yarns += 1
                 factors |= {rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")}
                 if rope.pop("attention_factor", None) not in (None, 1.0):
                     raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "

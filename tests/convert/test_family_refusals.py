@@ -59,6 +59,8 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
      "rope_scaling = .*, but only rope_type 'default', and 'linear' with its factor, are supported"),
     ("tiny-gemma3", say(rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 8.0}}),
      "only global layers may be scaled"),
+    ("tiny-gemma3", say(rope_parameters={"rope_type": "linear", "factor": 8.0}),
+     "rope_parameters has rope_type, factor, and this family has them for full_attention and sliding"),
     ("tiny-gemma2", say(final_logit_softcapping=0), "final_logit_softcapping = 0 must be a number greater"),
     ("tiny-gemma2", say(sliding_window_size=7), "sliding_window = 32 and sliding_window_size = 7 disagree"),
     ("tiny-gemma2", say(hidden_act="silu"), "hidden_act = 'silu', but only 'gelu_pytorch_tanh' is"),

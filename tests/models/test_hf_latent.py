@@ -70,6 +70,10 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
     ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale and mscale_all_dim that are equal"),
     ({"rope_parameters": YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}}, "that are equal and not 0"),
+    # transformers multiplies the softmax's scale by them beside these rotations, too
+    ({"rope_parameters": YARN | {"rope_type": "linear"}}, "mscale, mscale_all_dim, .* are unknown for"),
+    ({"rope_parameters": YARN | {"factor": 0.0}}, r"model\.yarn\.factor = 0\.0 must be positive"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers = 10+ must be at most 10,000; count its zeros"),
     ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: beside mscale"),
     ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "rope parameters long_factor are unknown"),
 ])
