@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from megatron_sov.convert.changed_values import Changed
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.hf_weights import copy_changed, copy_weights
@@ -48,7 +48,7 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
                                                           use_safetensors=True,
                                                           trust_remote_code=False)
     except Exception as e:  # safetensors raises one of its own for a file that is cut off
-        raise UserError(f"{folder}: transformers cannot load it ({str(e).strip().splitlines()[0]}); "
+        raise UserError(f"{folder}: transformers cannot load it ({told_in_a_line(e)}); "
                         "restore it from its source") from None
     # the folder's own defaults would answer for what a caller left open
     model.generation_config = GenerationConfig()

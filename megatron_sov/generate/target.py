@@ -88,7 +88,7 @@ class Target:
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
             return int(text_config(config)[name])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); "
                             "restore it from its source") from None
 
