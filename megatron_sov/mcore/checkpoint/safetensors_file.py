@@ -132,7 +132,9 @@ def _entries(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
     start, stop = raw["data_offsets"]
-    shape = tuple(int(n) for n in raw["shape"])
+    shape = tuple(raw["shape"])
+    if odd := [n for n in (start, stop, *shape) if type(n) is not int]:
+        raise ValueError(f"{name} has {odd[0]!r} among its shape and offsets, which is no whole number")
     size_bytes = stop - start
     known = DTYPES.get(raw["dtype"])
     if (min(shape, default=0) < 0 or size_bytes < 0
