@@ -81,6 +81,8 @@ LIBRARY_FIELDS = {
 """Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
 RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
+SINKS_TE, SINKS_CUDNN = (2, 13), 91800
+"""The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
 
 
@@ -196,10 +198,25 @@ def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
     elif gpu.attention == "flash" and not any(map(importlib.util.find_spec,
                                                   ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         p.append("gpu.attention = flash: FlashAttention is not installed; install flash-attn, or set auto")
+    elif here.model.attention_sinks and not own_attention_serves(here.te, here.parallel.cp, gpu.attention):
+        p += [f"gpu.attention = {gpu.attention}: {lacking} attends packed rows with sinks "
+              "(model.attention_sinks); install a newer one, or set it to local"
+              for lacking in _without_sinks(gpu.attention)]
     if here.te:
         p += _variable_problems(gpu.attention)
     return p + [f"gpu.recompute_modules names {m}, which {NEEDS_TE}; name {instead}"
                 for m, instead in RECOMPUTED_WITH_TE.items() if m in gpu.recompute_modules and not here.te]
+
+
+def _without_sinks(attention: str) -> list[str]:
+    """Return what is too old for attention with sinks over packed rows (Transformer Engine's pull request
+    2568); of cuDNN only where its kernel is not left out."""
+    from megatron.core.utils import get_te_version
+
+    te, cudnn = get_te_version(), torch.backends.cudnn.version()
+    return [*([f"Transformer Engine {te} never"] if te is not None and te.release < SINKS_TE else []),
+            *([f"no fused kernel of cuDNN {cudnn}"] if cudnn is not None and cudnn < SINKS_CUDNN
+              and attention != "unfused" else [])]
 
 
 def _variable_problems(attention: str) -> list[str]:

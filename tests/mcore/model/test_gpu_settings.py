@@ -182,6 +182,23 @@ def test_what_cannot_be_here_is_refused(changes: list[str], te: bool, environmen
     assert str(refused.value).count(sentence) == 1
 
 
+def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import utils
+    from packaging.version import Version
+
+    asked, sinks = "model.attention_sinks=true", r"attends packed rows with sinks .*; install a newer one"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91702)
+    with pytest.raises(UserError, match=f"auto: no fused kernel of cuDNN 91702 {sinks}"):
+        gpu_settings.refuse(config_with([asked]), te=True)
+    for other in ("gpu.attention=local", "gpu.attention=unfused", "parallel.cp=2"):
+        gpu_settings.refuse(config_with([asked, other]), te=True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91800)
+    gpu_settings.refuse(config_with([asked]), te=True)
+    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.12.0+5671fd36"))
+    with pytest.raises(UserError, match=f"auto: Transformer Engine 2.12.0.5671fd36 never {sinks}"):
+        gpu_settings.refuse(config_with([asked]), te=True)
+
+
 def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine
 
