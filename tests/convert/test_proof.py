@@ -103,3 +103,17 @@ def test_inspect_counts_from_headers(pair, capsys) -> None:
     parameters = facts[0]["parameters"]
     assert parameters["total"] + parameters["mtp"] == sum(t.numel() for name, t in tensors.items()
                                                           if "correction" not in name)
+
+
+def test_what_transformers_cannot_load_fails_a_check(solar_dir: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises, as for 8 bits where a package is not installed."""
+    from transformers import AutoModelForCausalLM
+
+    def lacks(*args: object, **kwargs: object) -> None:
+        raise ImportError("Loading an FP8 quantized model requires accelerate")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacks)
+    proof = convert.verify(solar_dir, solar_dir)
+    assert failed(proof) == {f"{solar_dir}: transformers loads it": 1} and not proof.passed
+    assert proof.checks[-1].detail == "ImportError: Loading an FP8 quantized model requires accelerate"
