@@ -334,7 +334,8 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """Return one sentence for each rule that the architecture breaks."""
         p = []
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "max_position_tokens"):
             if getattr(self, name) <= 0:
                 p.append(f"model.{name} = {getattr(self, name)} must be positive")
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:

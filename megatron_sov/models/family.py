@@ -122,6 +122,9 @@ class Family:
                 item.write(model)
             except UserError as e:
                 p.append(str(e))
+            except (TypeError, ValueError, ArithmeticError):
+                if not model.problems():  # which tell of the width that is none, say, that divides here
+                    raise
         return p
 
     def check(self, model: ModelConfig) -> None:

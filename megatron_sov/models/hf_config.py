@@ -167,7 +167,12 @@ class Rope:
             raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
                             f"{spellings[1]} disagree; remove one of them")
         rope = dict(spellings[0]) if spellings else {}
-        theta = float(rope.pop("rope_theta", config.get("rope_theta", self.default_theta)))
+        thetas = [found["rope_theta"] for found in (rope, config) if "rope_theta" in found]
+        if thetas[1:] and thetas[0] != thetas[1]:
+            raise UserError(f"config.json: rope_theta = {thetas[1]}, and {thetas[0]} in rope_parameters; "
+                            "make them agree")
+        rope.pop("rope_theta", None)
+        theta = float(thetas[0] if thetas else self.default_theta)
         old_kind = rope.pop("type", "default")
         kind = rope.pop("rope_type", old_kind)
         if kind not in ("default", "yarn", "llama3", "linear"):
