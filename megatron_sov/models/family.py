@@ -10,7 +10,7 @@ from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.models.encoders import encoder_links
 from megatron_sov.models.hf_config import Encoders, Fixed, Item, Renamed, Unused
-from megatron_sov.models.hf_layers import PREDICTION_NAMES
+from megatron_sov.models.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.models.weights import Link, Section, links
 
 COMMON_CONFIG: tuple[Item, ...] = (
@@ -117,6 +117,8 @@ class Family:
         if self.needs_shared_expert and model.num_shared_experts < 1:
             p.append(f"model.num_shared_experts = {model.num_shared_experts}: "
                      f"family '{self.name}' needs at least 1")
+        if max(model.num_layers, model.num_mtp_layers) > MAX_LAYERS:
+            return p  # items have lists of layers, and `ModelConfig.problems` tells of it
         for item in self.config:
             try:
                 item.write(model)

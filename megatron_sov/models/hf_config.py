@@ -16,6 +16,8 @@ from megatron_sov.config import ModelConfig, YarnConfig
 from megatron_sov.config.model import Llama3RopeConfig
 from megatron_sov.errors import UserError
 
+SMALLEST_SCALE = 1e-9
+"""Of the products of queries and keys, where it is an integer's root: that of a width that no head has."""
 REQUIRED = object()
 """Default of a field without which a config.json is incomplete."""
 
@@ -254,7 +256,7 @@ class AttentionScale:
             model.attention_multiplier)
         if not self.scalar:
             return {self.hf: factor}
-        scalar = round(factor ** -2)
+        scalar = round(factor ** -2) if factor > SMALLEST_SCALE else 0
         if scalar < 1 or not math.isclose(scalar ** -0.5, factor, rel_tol=1e-9):
             raise UserError(f"model.attention_multiplier = {factor}: family '{model.family}' knows 1 / "
                             "sqrt(n) of an integer n only")

@@ -137,6 +137,15 @@ def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -
     assert len(re.findall(r"model\.(qk_norm|rope_on_global|num_shared_experts) =", str(e.value))) == 3
 
 
+@pytest.mark.parametrize(("field", "value"), [
+    ("head_dim", 0), ("head_dim", -1), ("hidden_size", -4), ("num_layers", 10**15),
+    ("num_mtp_layers", 10**15), ("attention_multiplier", 1e-320), ("attention_multiplier", 0.0)])
+def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, value: float) -> None:
+    model = replace(recipes.get("tiny-gemma2").model, **{field: value})
+    with pytest.raises(UserError, match=f"model.{field} "):
+        models.get("gemma2").check(model)
+
+
 def test_an_unknown_family_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError,
                        match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe, qwen2, "):
