@@ -37,9 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
     # what reads pictures and sounds is enclosed as what runs programs is
     "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards"},
-    # networks: whoever needs them opens them where they are needed
+    # networks: whoever needs them opens them where they are needed; pickles are bounded as templates are
     "codecs": {"errors", "config", "artifacts", "digests", "outputs", "file_locks", "documents", "media",
-               "obs", "pages"},
+               "obs", "pages", "chat"},
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},

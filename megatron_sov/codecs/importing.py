@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from megatron_sov.artifacts import refuse_existing
+from megatron_sov.chat.limits import TooLong, bounded
 from megatron_sov.codecs.folder import KIND, save_codec
 from megatron_sov.codecs.images import ta_tok
 from megatron_sov.codecs.known import codec_class
@@ -31,6 +32,9 @@ _MAX_CONFIG_BYTES, _MAX_MEMBERS = 1_000_000, 1000
 _MAX_WEIGHTS_BYTES, _MAX_READ_BYTES = 16 << 30, 1 << 25
 _MAX_GROWTH = 10
 """Times of an archive's size that weights in it may have: numbers hardly shrink when they are compressed."""
+_LOADING_S, _LOADING_BYTES, _LOADING_COPIES = 300.0, 1 << 29, 4
+"""What reading a pickle of tensors may take: processor time; memory, and times the file's size beside it.
+One of a hundred bytes may ask for all there is."""
 Tensors = dict[str, torch.Tensor]
 _CONVERTERS: dict[str, Callable[[Mapping[str, torch.Tensor], str], tuple[Any, Tensors]]] = {
     "ta-tok": ta_tok.converted, "cosyvoice2": cosyvoice2.converted}
@@ -101,7 +105,11 @@ def _read(file: Path, inside: str = "") -> Tensors:
                 own = [name for name in names if name.startswith(inside)] or names
                 return {name.removeprefix(inside): opened.get_tensor(name) for name in own}
         _refuse_inflated(file)
-        raw = torch.load(file, map_location="cpu", weights_only=True)
+        with bounded(_LOADING_S, _LOADING_BYTES + _LOADING_COPIES * file.stat().st_size):
+            raw = torch.load(file, map_location="cpu", weights_only=True)
+    except (TooLong, MemoryError):
+        raise UserError(f"{file}: takes more memory or time to read than weights of its size can need; pass "
+                        "them as safetensors") from None
     except Exception as e:  # what is no pickle of tensors raises as it likes
         raise UserError(f"{file}: cannot be read without running what it holds ({told_in_a_line(e)[:200]}); "
                         "pass its weights as safetensors, e.g. those of a model with it inside") from None

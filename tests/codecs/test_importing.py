@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from megatron_sov.codecs import importing
 from megatron_sov.codecs.folder import open_codec, save_codec
 from megatron_sov.codecs.images.siglip import SiglipSettings, load_siglip, siglip_settings
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
@@ -132,6 +133,23 @@ def test_pickles_that_run_something_are_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match="holds no names with tensors"):
         import_codec(kind, Path("list.pt"), Path("codec"))
     assert not Path("was-run").exists() and not Path("codec").exists()
+
+
+@pytest.mark.parametrize("opcodes", [
+    b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",  # bytearray(2**31 - 1)
+    b"]" + b"]a" * 1_000_000 + b"."], ids=["one object", "many objects"])
+def test_a_pickle_may_not_fill_the_memory_nor_read_without_end(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opcodes: bytes) -> None:
+    file = tmp_path / "small.pth"
+    torch.save({}, file)
+    with zipfile.ZipFile(file) as read:
+        members = {name: read.read(name) for name in read.namelist()}
+    with zipfile.ZipFile(file, "w") as out:
+        for name, content in members.items():
+            out.writestr(name, b"\x80\x02" + opcodes if name.endswith("data.pkl") else content)
+    monkeypatch.setattr(importing, "_LOADING_S", 0.2)
+    with pytest.raises(UserError, match="takes more memory or time"):
+        import_codec("ta-tok", file, tmp_path / "codec")
 
 
 @pytest.mark.parametrize("kind", ["spread", "sparse", "compressed"])
