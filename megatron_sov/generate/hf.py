@@ -81,6 +81,7 @@ class HfEngine:
         refuse_drafts("transformers", sampling)
         refuse_rules("transformers", sampling)
         refuse_routes("transformers", sampling)
+        refuse_latent_attention(self._model.config)
         sampling.check()
         stop, version = stop or Stop(), self._held.version
         if not prompts:
@@ -135,6 +136,14 @@ class HfEngine:
             logits = self._model(input_ids=ids, logits_to_keep=count, use_cache=False).logits
             found += best_words(logits.flatten(0, 1), words).reshape(len(row), count).tolist()
         return found
+
+
+def refuse_latent_attention(config: Any) -> None:
+    """Raise `UserError` for a model with latent attention: pages of transformers (5.x) hold keys and values
+    of one width, `head_dim`, and its keys are wider than its values."""
+    if getattr(config, "kv_lora_rank", None):
+        raise UserError(f"kv_lora_rank = {config.kv_lora_rank}: transformers' continuous batching has no "
+                        "cache for latent attention; take the engine megatron or vllm (--engine)")
 
 
 def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:

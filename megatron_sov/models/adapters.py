@@ -79,7 +79,7 @@ def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
     targets = lora.adapted(model)
     for link in models.get(model.family).links(model) if lora.on else ():
         if len(link.shape) == 3:
-            if EXPERTS in targets and not link.offset[0]:
+            if EXPERTS in targets and not link.offset[0] and link.key.startswith(_TRUNK):
                 yield _stack(link)
         elif link.key.startswith(_TRUNK) or any(name in link.hf_names[0] for name in (HEAD, EMBEDDING)):
             for part, (name, shape) in enumerate(link.hf_shapes().items()):

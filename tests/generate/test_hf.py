@@ -7,9 +7,11 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DeepseekV3Config
 
 from megatron_sov.errors import UserError
 from megatron_sov.generate import hf
@@ -134,3 +136,9 @@ def test_a_cut_distribution_is_for_training_where_it_is_asked_for(hf_models: dic
         engine.generate(PROMPTS, cut)
     found = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
     assert all(logprob == 0 for told in found.logprobs for logprob in told), "of one token, it is certain"
+
+
+def test_latent_attention_is_refused_for_transformers_has_no_pages_for_it() -> None:
+    model = SimpleNamespace(config=DeepseekV3Config())
+    with pytest.raises(UserError, match=r"kv_lora_rank = 512: .* take the engine megatron or vllm"):
+        HfEngine(model).generate([[1, 2]], Sampling(2))
