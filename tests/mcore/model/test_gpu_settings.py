@@ -186,6 +186,8 @@ def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPat
     from megatron.core import utils
     from packaging.version import Version
 
+    for name in ("FLASH", "FUSED", "UNFUSED"):  # the library sets them where it has built a model
+        monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
     asked, sinks = "model.attention_sinks=true", r"attends packed rows with sinks .*; install a newer one"
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91702)
     with pytest.raises(UserError, match=f"auto: no fused kernel of cuDNN 91702 {sinks}"):
