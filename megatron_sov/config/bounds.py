@@ -7,6 +7,7 @@ MAX_STEPS = 100_000_000
 MAX_TOKENS = 10**16
 MAX_BATCH_SIZE = 1_000_000
 MAX_SEQ_LEN = 1_000_000_000
+MAX_LAYERS = 10_000
 
 
 def above(where: str, settings: object, **limits: int) -> list[str]:

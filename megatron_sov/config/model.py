@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict
 
 from megatron_sov.config.blocks import IdBlock, block_problems
-from megatron_sov.config.bounds import MAX_SEQ_LEN, above
+from megatron_sov.config.bounds import MAX_LAYERS, MAX_SEQ_LEN, above
 from megatron_sov.config.encoders import AudioEncoderConfig, VisionEncoderConfig, both_problems
 from megatron_sov.config.latent import LatentAttentionConfig
 
@@ -375,7 +375,7 @@ class ModelConfig:
             p.append(f"model.num_layers {self.num_layers} x model.num_experts {self.num_experts} must be "
                      f"at most {MAX_EXPERTS:,} experts; count their zeros")
         return p + above(
-            "model", self, vocab_size=100_000_000, hidden_size=10_000_000, num_layers=10_000,
+            "model", self, vocab_size=100_000_000, hidden_size=10_000_000, num_layers=MAX_LAYERS,
             num_heads=1_000_000, num_kv_heads=1_000_000, head_dim=1_000_000, dense_ffn_dim=100_000_000,
             num_experts=100_000, num_shared_experts=1_000_000, expert_ffn_dim=100_000_000,
             sliding_window_tokens=MAX_SEQ_LEN, max_position_tokens=MAX_SEQ_LEN)

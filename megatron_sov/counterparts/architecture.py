@@ -13,9 +13,10 @@ from typing import Any
 
 from megatron_sov import models
 from megatron_sov.config import ModelConfig, from_dict
+from megatron_sov.config.bounds import MAX_LAYERS
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.models.family import PLAIN
-from megatron_sov.models.hf_layers import MAX_LAYERS, shortest_pattern
+from megatron_sov.models.hf_layers import shortest_pattern
 
 Stated = Mapping[str, Any]
 

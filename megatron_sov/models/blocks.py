@@ -73,6 +73,10 @@ def router_bias(hf_name: str) -> Same:
     return Same("mlp.router.expert_bias", hf_name, "E", fp32=True)
 
 
+DEEPSEEK_EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_score_correction_bias"))
+"""A mixture-of-experts block as DeepSeek-V3 has it."""
+
+
 def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind"],
           *parts: tuple[WeightEntry, ...], when: str = "") -> Section:
     """Return the section of parts that stand in the trunk's layers, under the prefixes that all families

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from megatron_sov.models.blocks import (
     COPIES_BEHIND,
+    DEEPSEEK_EXPERTS,
     DENSE_FFN,
     EMBEDDINGS_AND_HEAD,
     PREDICTION_BEHIND,
-    ROUTED_EXPERTS,
-    SHARED_EXPERTS,
     inside_prediction,
-    router_bias,
     trunk,
 )
 from megatron_sov.models.family import (
@@ -31,8 +29,6 @@ from megatron_sov.models.hf_latent import LatentHeads, LatentRope
 from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionBehind
 from megatron_sov.models.latent_blocks import LATENT_ATTENTION, QUERIES_OF_A_LATENT, WHOLE_QUERIES
 
-EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_score_correction_bias"))
-
 FAMILY = Family(
     name="deepseek_v3",
     hf_classes=("DeepseekV3ForCausalLM",),
@@ -42,8 +38,8 @@ FAMILY = Family(
         trunk("every layer", QUERIES_OF_A_LATENT, when="has_query_latent"),
         trunk("every layer", WHOLE_QUERIES, when="has_whole_queries"),
         trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", EXPERTS),
-        PREDICTION_BEHIND, inside_prediction(LATENT_ATTENTION, EXPERTS),
+        trunk("moe layers", DEEPSEEK_EXPERTS),
+        PREDICTION_BEHIND, inside_prediction(LATENT_ATTENTION, DEEPSEEK_EXPERTS),
         inside_prediction(QUERIES_OF_A_LATENT, when="has_query_latent"),
         inside_prediction(WHOLE_QUERIES, when="has_whole_queries"),
     ),

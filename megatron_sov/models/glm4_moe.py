@@ -10,15 +10,13 @@ from __future__ import annotations
 from megatron_sov.models.blocks import (
     ATTENTION,
     COPIES_BEHIND,
+    DEEPSEEK_EXPERTS,
     DENSE_FFN,
     EMBEDDINGS_AND_HEAD,
     PREDICTION_BEHIND,
     QK_NORM,
     QKV_BIAS,
-    ROUTED_EXPERTS,
-    SHARED_EXPERTS,
     inside_prediction,
-    router_bias,
     trunk,
 )
 from megatron_sov.models.family import (
@@ -32,8 +30,6 @@ from megatron_sov.models.family import (
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, hidden_over_heads
 from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionBehind
 
-EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_score_correction_bias"))
-
 FAMILY = Family(
     name="glm4_moe",
     hf_classes=("Glm4MoeForCausalLM",),
@@ -43,8 +39,8 @@ FAMILY = Family(
         trunk("every layer", QKV_BIAS, when="qkv_bias"),
         trunk("every layer", QK_NORM, when="qk_norm"),
         trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", EXPERTS),
-        PREDICTION_BEHIND, inside_prediction(ATTENTION, EXPERTS),
+        trunk("moe layers", DEEPSEEK_EXPERTS),
+        PREDICTION_BEHIND, inside_prediction(ATTENTION, DEEPSEEK_EXPERTS),
         inside_prediction(QKV_BIAS, when="qkv_bias"), inside_prediction(QK_NORM, when="qk_norm"),
     ),
     config=(

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.config import ModelConfig
+from megatron_sov.config.bounds import MAX_LAYERS
 from megatron_sov.errors import UserError
 
 PREDICTION_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
 """How configs call the number of prediction layers behind the trunk; the first is written."""
-MAX_LAYERS = 10_000
-"""As many as a model may have (`ModelConfig.problems`)."""
 _LETTER = {"sliding_attention": "L", "full_attention": "G"}
 
 

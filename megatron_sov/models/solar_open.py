@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from megatron_sov.models.blocks import (
     ATTENTION,
+    DEEPSEEK_EXPERTS,
     EMBEDDINGS_AND_HEAD,
-    ROUTED_EXPERTS,
-    SHARED_EXPERTS,
-    router_bias,
     trunk,
 )
 from megatron_sov.models.family import (
@@ -27,8 +25,7 @@ FAMILY = Family(
     weights=(
         *EMBEDDINGS_AND_HEAD,
         trunk("every layer", ATTENTION),
-        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS,
-              (router_bias("mlp.gate.e_score_correction_bias"),)),
+        trunk("moe layers", DEEPSEEK_EXPERTS),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
