@@ -69,7 +69,7 @@ def ours(asked: dict[str, Any], at: dict[str, Any], logprobs: Any) -> Any:
     made, mask = PolicyLoss(PolicyConfig(**asked), LONGEST), at["mask"]
     index = torch.where(mask == 1, torch.arange(RESPONSES)[:, None], RESPONSES).flatten()
     columns = {ADVANTAGE: at["advantages"][:, None].expand_as(mask), BEHAVIOUR: at["behaviour"],
-               OLD: at["old"], REFERENCE: at["reference"]}
+               OLD: at["old"] if "correction" in asked else at["behaviour"], REFERENCE: at["reference"]}
     columns = {name: column.flatten() for name, column in columns.items()}
     responses = Responses(index, mask.sum(1).double())
     terms, _ = made.terms(logprobs.flatten(), columns, responses)

@@ -20,7 +20,7 @@ from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import under_launcher
-from megatron_sov.runs.rounds import ASKED, enter_rounds
+from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def do_rounds(args: argparse.Namespace, command: Callable[[list[str]], int]) -> 
     config = requested(args).config()
     enter_rounds(args.output, args.output / ASKED, _asked(args), "--output")
     for done, argv in _commands(args, config):
-        if not done.is_file() and (code := command(argv)):
+        if not is_done(done) and (code := command(argv)):
             return code
     print(f"{args.output}: {args.rounds} rounds are complete, the student is "
           f"{args.output / f'round-{args.rounds}' / 'run'}")

@@ -23,7 +23,7 @@ from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
-from megatron_sov.runs.rounds import ASKED, enter_rounds
+from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
 from megatron_sov.train.stage_config import stage_request
 
 NEEDED = ("prompts", "reward", "tokenizer")
@@ -86,7 +86,7 @@ def run_rounds(args: argparse.Namespace) -> int:
     _enter(args, reward_version)
     for number in range(1, args.rounds + 1):
         for job in jobs_of(args, config, number):
-            if job.result.is_file():
+            if is_done(job.result):
                 continue
             print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
             if (code := run_command(job.argv, "continue with --resume")) != ExitCode.OK:

@@ -85,6 +85,10 @@ NEEDS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), 
 """Part, its values that need a number, and which."""
 NUMBERS = ("clip_low", "clip_high", "kl_coeff", "pkpo_k", "length_reward_coeff", "length_width_tokens")
 """Those that have no value but what the method or the run gives."""
+TOKEN_TRUNCATE_HIGH = 2.0
+"""`correction_high` of token_truncate, as in "Your efficient RL framework secretly brings you off-policy RL
+training" (Yao et al. 2025).  This correction is the default: it needs no pass of its own where a step is
+on-policy, and leaves no response out."""
 _PARTS = dataclasses.asdict(PolicyParts())
 
 
@@ -99,8 +103,8 @@ class PolicyConfig:
     (2506.13585), agapo (as K-EXAONE), agapo_exaone4 (as EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo
     (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (the two stages of 2507.15758), hbpo (2507.15844)."""
     ratio: Ratio | None = None
-    """Of the policy to that which wrote a response. token: of each token; sequence: one of each response, the
-    geometric mean over its tokens."""
+    """Of the policy to that which began the round, both by the trainer. token: of each token; sequence: one
+    of each response, the geometric mean over its tokens."""
     clip: Clip | None = None
     """two_sided: the smaller of ratio x advantage and clipped ratio x advantage; cispo: the ratio, at most
     1 + clip_high, weighs log-probabilities and is not differentiated; none: ratio x advantage."""
@@ -152,15 +156,15 @@ class PolicyConfig:
     (arXiv 2503.14476, equation 13); 0: no penalty."""
     overlong_penalty: float = 1.0
     """Taken from the reward of a response of the largest length."""
-    correction: Correction = "none"
-    """For an engine that computes log-probabilities other than the trainer's: what the loss is multiplied by
-    is the ratio of the trainer's to the engine's, of each token or of the whole response. truncate: at most
-    correction_high, at least correction_low; mask: outside of these bounds nothing is learned. Costs a pass
-    of the trainer over each round."""
+    correction: Correction = "token_truncate"
+    """For an engine that computes other log-probabilities than the trainer, and for responses of an earlier
+    policy: the loss is multiplied by the ratio of the trainer's probability to the engine's, of each token or
+    of the whole response. truncate: at most correction_high, at least correction_low; mask: outside of these
+    bounds nothing is learned, which costs a pass of the trainer over each round; none: no such factor."""
     correction_low: float = 0.0
     """Smallest such ratio."""
     correction_high: float | None = None
-    """Largest such ratio; a correction needs it."""
+    """Largest such ratio; null: 2 for token_truncate (Yao et al. 2025), the others need it."""
     knowledge_coeff: float | None = None
     """Weight of an auxiliary cross-entropy on text of --data, normalised over its own tokens
     (arXiv 2601.18129); 0: none."""
@@ -187,10 +191,14 @@ class PolicyConfig:
         return self.parts.knowledge_coeff > 0
 
     @property
-    def needs_old_logprobs(self) -> bool:
-        """Whether the trainer has to say, before a round's first step, what it gives the round's tokens
-        itself; otherwise ratios are against what the engine gave them."""
-        return self.correction != "none"
+    def has_mask(self) -> bool:
+        """Whether a correction leaves labels out, which has to be known before a step is computed."""
+        return self.correction.endswith("mask")
+
+    @property
+    def correction_bound(self) -> float:
+        """The largest ratio of a correction; settings must have no problems."""
+        return TOKEN_TRUNCATE_HIGH if self.correction_high is None else self.correction_high
 
     def has_text_at(self, seed: int, step: int) -> bool:
         """Return whether an optimizer step has text beside its responses: a draw with probability
@@ -267,8 +275,9 @@ class PolicyConfig:
             return [] if high is None and low == 0 else [
                 f"policy.correction_low = {low} and policy.correction_high = {high} belong to a "
                 "policy.correction; name one, or leave them out"]
-        if high is None:
+        if high is None and self.correction != "token_truncate":
             return [f"policy.correction_high is missing: policy.correction = {self.correction} needs it"]
+        high = self.correction_bound
         return [] if 0 <= low < high < math.inf else [
             f"policy.correction_low = {low} and policy.correction_high = {high} must be numbers with "
             "0 <= low < high"]

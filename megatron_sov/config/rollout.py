@@ -22,7 +22,7 @@ class RolloutConfig:
     """Responses to each prompt: the size of a group."""
     steps_per_round: int = 1
     """Optimizer steps of a round, each with its own part of the round's groups.  1: on-policy; more:
-    off-policy, by ratios against the stored log-probabilities."""
+    off-policy, by ratios against the policy that begins the round."""
     max_staleness: int = 0
     """Rounds of training that a policy may be behind the round that it writes for; 0: a round is written by
     the policy that the round before has trained."""

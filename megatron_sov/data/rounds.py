@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.data.packing import Segment
 from megatron_sov.data.token_shards import Documents, Source, open_sources
 from megatron_sov.documents import ROLLOUTS
@@ -89,6 +89,16 @@ class RoundDocuments:
     def is_open(self, number: int) -> bool:
         """Return whether a round's documents are there."""
         return number in self._rounds
+
+    def verify(self, number: int) -> None:
+        """Look at every file of a published round, as often as a run opens it.
+
+        Raises:
+            UserError: one is missing or is not what was published.
+        """
+        path = folder_of_round(self.folder, number)
+        if damage := damaged_files(path):
+            raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
 
     def read(self, number: int, seq_len: int, num_steps: int) -> Round:
         """Return a published round, which is not open by that.

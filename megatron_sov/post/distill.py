@@ -31,8 +31,12 @@ class Distillation(DataObjective):
         Args:
             context: the run's.
             teacher: has read the run's sources, in their order.
+
+        Raises:
+            UserError: a file of what is kept of the teacher is damaged.
         """
         super().__init__(context)
+        teacher.verify(context.world)
         self._teacher = teacher
         self.coefficients = {DIVERGENCE: 1.0}
         if context.config.distillation.ce_coeff > 0:

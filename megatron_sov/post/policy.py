@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 
@@ -19,6 +20,9 @@ from megatron_sov.train.objective_context import ObjectiveContext
 KNOWLEDGE = "knowledge"
 WRITTEN = "written tokens"
 """A count beside the terms' denominators."""
+MOST_CLIPPED, MOST_ENGINE_KL = 0.05, 0.05
+"""What is told in a round's first step.  Published engines differ from trainers by a KL of about 1e-3 a token
+(arXiv 2510.11370)."""
 
 
 class PolicyLearning(DataObjective):
@@ -30,6 +34,7 @@ class PolicyLearning(DataObjective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         asked, rollout = context.config.policy, context.config.rollout
+        self._rollout = rollout
         self._temperature, self._loss = rollout.temperature, PolicyLoss(asked, rollout.max_new_tokens)
         self.meters = self._loss.meters
         self.coefficients = dict(self._loss.coefficients)
@@ -53,6 +58,19 @@ class PolicyLearning(DataObjective):
         if not self._shares_prompts:
             return counted
         return dataclasses.replace(counted, micro_batches=tuple(map(sharing_prompts, counted.micro_batches)))
+
+    def doubt(self, step: int, meters: Mapping[str, float]) -> str:
+        """As `train.objective.doubt_of`: a clip that acts where nothing was learned yet, and an engine that
+        speaks for another model."""
+        is_first = (step - 1) % self._rollout.steps_per_round == 0
+        if is_first and (share := meters.get("clip_share", 0.0)) > MOST_CLIPPED:
+            return (f"{share:.0%} of the tokens are clipped in a round's first step, whose ratios are 1 but "
+                    "for rounding: policy.clip_low and policy.clip_high are narrower than the trainer's own "
+                    "rounding; widen them, or raise train.precision")
+        if is_first and (gap := meters.get("engine_kl", 0.0)) > MOST_ENGINE_KL:
+            return (f"engine_kl = {gap:.2g} a token: the responses were written by a model, or in a "
+                    "precision, far from the trainer's; see engine_gap in docs/policy_methods.md")
+        return ""
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed losses of a micro-batch's responses, and of its text."""

@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
+from megatron_sov.artifacts import (
+    atomic_write,
+    disk_errors,
+    manifest_sha256,
+    read_manifest,
+    seal_damage,
+    to_json,
+    write_sealed,
+)
 from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.data.media_shards import banks_of, media_of
 from megatron_sov.data.token_shards import Documents, Source
@@ -27,6 +35,7 @@ from megatron_sov.generate.load import run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.media.placed import Media
+from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.post.document_logprobs import Running, document_logprobs
 from megatron_sov.runs.checkpoints import BASE
@@ -54,6 +63,7 @@ class ReferenceParts:
         """
         self._folder, self._name, self.documents = folder, name, documents
         self._open = lru_cache(maxsize=64)(self._part)
+        self._verified: set[int] = set()
 
     def __len__(self) -> int:
         return -(-len(self.documents.lengths) // PART_DOCUMENTS)
@@ -82,16 +92,18 @@ class ReferenceParts:
         found: np.ndarray = numbers[starts[place] + start:starts[place] + start + count]
         return found
 
+    def damage(self, part: int) -> str | None:
+        """Return one sentence where a part's file is missing or is not what was written, else None."""
+        return seal_damage(self.file(part), 4 * int(self.starts(part)[-1]))
+
     def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
-        file, starts = self.file(part), self.starts(part)
-        try:
-            numbers = np.memmap(file, np.float32, "r") if starts[-1] else np.zeros(0, np.float32)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{file}: cannot be read ({e}); start the run anew in another folder") from None
-        if len(numbers) != starts[-1]:
-            raise UserError(f"{file}: has {len(numbers)} numbers, its documents have {starts[-1]} tokens; "
-                            "start the run anew in another folder")
-        return starts, numbers
+        starts = self.starts(part)
+        if part not in self._verified and (damage := self.damage(part)):
+            raise UserError(f"{damage}; start the run anew in another folder")
+        self._verified.add(part)
+        count = int(starts[-1])
+        return starts, (np.memmap(self.file(part), np.float32, "r", shape=(count,)) if count
+                        else np.zeros(0, np.float32))
 
 
 class WithReference:
@@ -192,8 +204,13 @@ class Reference:
                                 "samples shorter (data.phases)")
 
     def _missing(self) -> list[tuple[str, int]]:
-        return [(name, part) for name, parts in self._parts.items() for part in range(len(parts))
-                if not parts.file(part).is_file()]
+        """Return the parts that are not there, and those that are damaged, of which it warns."""
+        damages = {(name, part): damage for name, parts in self._parts.items() for part in range(len(parts))
+                   if (damage := parts.damage(part))}
+        for (name, part), damage in damages.items():
+            if self._parts[name].file(part).exists():
+                warn(f"{damage}; it is computed anew")
+        return list(damages)
 
     def _fill(self, model: Running, rows_per_batch: int) -> tuple[int, int]:
         """Compute the missing parts; returns how many they were, and of how many tokens."""
@@ -204,7 +221,7 @@ class Reference:
                 parts = self._parts[name]
                 numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
                                             rows_per_batch)
-                on_main(model.world, partial(atomic_write, parts.file(part), numbers.tobytes()))
+                on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes()))
                 num_tokens += len(numbers)
                 bar.update(1)
         return len(todo), num_tokens
@@ -226,6 +243,11 @@ class Reference:
             raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
                             f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
                             "that are no longer, or start a new --run --from the last checkpoint")
+        for parts in self._parts.values():
+            for part in range(len(parts)):
+                if damage := parts.damage(part):
+                    raise UserError(f"{damage}; the model that it was computed by is the run's no more: "
+                                    "start a new --run --from the last checkpoint")
 
     def _open(self) -> None:
         file = self._folder / IDENTITY

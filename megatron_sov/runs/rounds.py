@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import to_json, write_output
+from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest, to_json, write_output
 from megatron_sov.errors import UserError
 
 ASKED = "rounds.json"
@@ -49,6 +49,21 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
     if changed:
         raise UserError(f"{folder}: its {what} were begun with {'; '.join(changed)}; resume with the same, "
                         f"or choose another {option}")
+
+
+def is_done(result: Path) -> bool:
+    """Return whether a file is there that a command of a round makes last.  Of packed data every file is
+    looked at, since the next command trusts them.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    if not result.is_file():
+        return False
+    if result.name == MANIFEST and read_manifest(result.parent).kind == "tokens" and (
+            damage := damaged_files(result.parent)):
+        raise UserError(f"{damage[0]}; delete {result.parent}, and it is made anew")
+    return True
 
 
 def _holds_more(folder: Path, known: Collection[Path]) -> bool:

@@ -57,7 +57,7 @@ class Objective(Protocol):
 
     An objective is made with an `ObjectiveContext`.  What else it may have is optional, and stands at the
     functions `formats_of` and `columns_of` (of its class, since data are checked before it is made),
-    `meters_of`, `is_comparable` and `parts_of`.
+    `meters_of`, `is_comparable`, `doubt_of` and `parts_of`.
     """
 
     @property
@@ -113,6 +113,19 @@ def is_comparable(objective: Any) -> bool:
     That of a policy does not: it is near 0, of either sign, and its size is that of the advantages.
     """
     return bool(getattr(objective, "comparable_loss", True))
+
+
+def doubt_of(objective: Any, step: int, meters: Mapping[str, float]) -> str:
+    """Return what a user should know of a step's meters, in a sentence, as the method `doubt` says; without
+    one, or without a doubt, "".
+
+    Args:
+        objective: which was computed.
+        step: its number, from 1.
+        meters: their means over the step.
+    """
+    found: str = objective.doubt(step, meters) if hasattr(objective, "doubt") else ""
+    return found
 
 
 class Memory:

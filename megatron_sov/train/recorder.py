@@ -62,6 +62,7 @@ class Recorder:
         self._telemetry: Telemetry | None = None
         self._progress: ProgressBar | None = None
         self._over_epochs: set[str] = set()
+        self._has_doubted = False
 
     def open(self, run: Path) -> None:
         """Open events, telemetry and trackers; called on rank 0 only."""
@@ -147,6 +148,13 @@ class Recorder:
         if self._world.is_main:
             where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
             warn(f"step {step} is not learned: {refusal.reason}{where}")
+
+    def doubted(self, step: int, doubt: str) -> None:
+        """Warn, once a run, of what an objective doubts of its numbers; "": of nothing."""
+        if doubt and not self._has_doubted:
+            self._has_doubted = True
+            if self._world.is_main:
+                warn(f"step {step}: {doubt}", self.events.write, step=step)
 
     def epochs(self, step: int, epochs: dict[str, float]) -> None:
         """Warn, once for each source, that it is gone through more often than `data.max_epochs`."""

@@ -51,6 +51,7 @@ from megatron_sov.train.objective import (
     GlobalBatch,
     Objective,
     columns_of,
+    doubt_of,
     is_comparable,
     parts_of,
     refuse_nothing_learned,
@@ -253,6 +254,7 @@ class Trainer:
         self.state.tokens += batch.num_tokens
         self.state.trained_tokens = max(self.state.trained_tokens, batch.seq_len)
         self.recorder.epochs(self.step, self.batches.epochs)
+        self.recorder.doubted(self.step, doubt_of(self.objective, self.step, sums.meters))
         by_source = zip(self.sources, sums.by_source.tolist(), strict=True)
         return StepResult(
             loss=loss, losses=losses,

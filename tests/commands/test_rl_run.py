@@ -150,7 +150,8 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
         folder: Path, command: Command, run_command: Any) -> None:
     done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
-                                "--set", "policy.router_replay=true"))
+                                "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
+                                "--set", "train.precision=bf16"))
     assert done.returncode == 0, done.stderr
     written = rows(folder / "stale-store")
     assert [(row.round, set(row.versions.tolist())) for row in written] == [
@@ -160,6 +161,9 @@ def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_exp
         lengths = [len(row.prompt_tokens) + len(row.tokens) for row in written if row.round == step["step"]]
         replayed = (sum(lengths) - len(lengths)) / sum(lengths)  # nobody has read a response's last token
         assert step["meters"]["replayed_routes"] == pytest.approx(replayed, abs=1e-6)
+        # neither an engine that rounds in bf16 nor a policy that is a round old is a step of this one
+        assert (step["meters"]["ratio"], step["meters"]["clip_share"]) == (1, 0)
+        assert step["meters"]["engine_kl"] > 0
 
 
 def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command: Command, teacher: Path,

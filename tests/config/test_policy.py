@@ -42,7 +42,7 @@ def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: A
     ({"method": "pkpo", "pkpo_k": 0}, "policy.pkpo_k = 0 must lie between 1 and rollout.samples"),
     ({"correction": "token_mask"}, "policy.correction_high is missing"),
     ({"correction": "token_mask", "correction_low": 3.0, "correction_high": 2.0}, "0 <= low < high"),
-    ({"correction_high": 2.0}, "belong to a policy.correction"),
+    ({"correction": "none", "correction_high": 2.0}, "belong to a policy.correction"),
     ({"knowledge_coeff": 0.1, "knowledge_batch_size": 8}, "policy.knowledge_share = 0.0 must lie in (0, 1]"),
     ({"length_reward": "target", "length_reward_coeff": 1.0}, "policy.length_width_tokens is missing"),
     ({"method": "lapo_d", "length_width_tokens": 0.0}, "policy.length_width_tokens = 0.0 must"),

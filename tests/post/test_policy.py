@@ -176,11 +176,9 @@ def test_it_reads_what_its_settings_need() -> None:
     def made(*settings: str) -> Any:
         return objective_of(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
 
-    least = ("advantage", "behaviour_logprobs")
+    least = ("advantage", "behaviour_logprobs", "old_logprobs")
     assert tuple(columns_of(made("policy.method=gspo"))) == least
     assert tuple(columns_of(made("policy.method=grpo"))) == (*least, "reference_logprobs")
-    assert tuple(columns_of(made("policy.method=gspo", "policy.correction=token_truncate",
-                                 "policy.correction_high=2.0"))) == (*least, "old_logprobs")
     assert formats_of(made("policy.method=gspo")) == (ROLLOUTS,)
     assert formats_of(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
     assert formats_of(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)

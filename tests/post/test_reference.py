@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import new_artifact, read_manifest
+from megatron_sov.artifacts import new_artifact, read_manifest, write_sealed
 from megatron_sov.data.columns import NeededColumn, refuse_without_columns
 from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.errors import UserError
@@ -57,7 +58,15 @@ def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pair
             changed._open()
 
 
-def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_path: Path) -> None:
+def flip(file: Path) -> None:
+    """Change a bit in the middle of a file."""
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_path: Path, capsys: Any
+                                                             ) -> None:
     from megatron_sov.post.reference import Reference
 
     def reference(max_tokens: int) -> Reference:
@@ -66,9 +75,19 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
     with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities of source 'pairs' as"):
         reference(128).refuse_changed()
     reference(128)._open()
+    parts = reference(128)._parts["pairs"]
+    write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes())
     reference(64).refuse_changed()
+    assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._missing() == []
     with pytest.raises(UserError, match=r"reach to token 128 of a document, and samples have 256 \(data"):
         reference(256).refuse_changed()
+    flip(parts.file(0))
+    for read in (reference(128).refuse_changed, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
+        with pytest.raises(UserError, match=r"000000.f32: its content differs from the hash .*start"):
+            read()
+    assert reference(128)._missing() == [("pairs", 0)]
+    assert "000000.f32: its content differs from the hash at its end; it is computed anew" in (
+        capsys.readouterr().err)
 
 
 def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -99,7 +118,7 @@ def run_and_kill(text: str, pairs: str, folder: str, part_documents: int) -> dic
     from megatron_sov.post import reference
 
     reference.PART_DOCUMENTS = part_documents
-    compute, write, computed = reference.document_logprobs, reference.atomic_write, Path(folder) / "computed"
+    compute, write, computed = reference.document_logprobs, reference.write_sealed, Path(folder) / "computed"
 
     def dying(at: str) -> None:
         """End this run's process with SIGKILL where it is asked for the second part, or is to write it."""
@@ -116,12 +135,11 @@ def run_and_kill(text: str, pairs: str, folder: str, part_documents: int) -> dic
             reach("compute")
             return compute(model, documents, chosen, *sizes)
 
-        def written(path: Path, content: bytes | str) -> None:
-            if path.suffix == ".f32":
-                reach("write")
+        def written(path: Path, content: bytes) -> None:
+            reach("write")
             write(path, content)
 
-        reference.document_logprobs, reference.atomic_write = noted, written
+        reference.document_logprobs, reference.write_sealed = noted, written
 
     def run(name: str, *argv: str, dies: str = "") -> int:
         child = os.fork()

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sov.config import DistillationConfig
 from megatron_sov.data.token_shards import open_sources
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.parallel.world import World
 from megatron_sov.post import state_files
 from megatron_sov.post.state_files import Kept, StateFiles
 
@@ -30,3 +33,29 @@ def test_few_parts_are_mapped_at_a_time(kept_by_a_teacher: Any, packed_data: Any
     maps = Path("/proc/self/maps").read_text().splitlines()
     assert len(list((tmp_path / "kept/states").iterdir())) > 10
     assert len({line.split()[-1] for line in maps if str(tmp_path) in line}) == 3
+
+
+def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
+        kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.post.parts import kept_teacher
+
+    kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], Kept("float32"), part_tokens=1000)
+    sources = open_sources({str(packed_data.chats): 1.0}, 368)
+    files = StateFiles(tmp_path / "kept", sources)
+    teacher = kept_teacher.KeptTeacher([files], DistillationConfig(), sources, 368)
+    said: list[float] = []
+    monkeypatch.setattr(kept_teacher.collectives, "of_all_ranks", lambda mine: said.append(mine) or said)
+
+    def verify() -> None:
+        """Be two processes, one after the other."""
+        said.clear()
+        for rank in range(2):
+            teacher.verify(World(rank, 2, rank, 2, True, True))
+
+    verify()
+    for file in [*sorted((tmp_path / "kept/states").iterdir())[:2], tmp_path / "kept/head.safetensors"]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(UserError, match=f"{file.name}: its content differs .* make the states"):
+            verify()
+        file.write_bytes(whole)

@@ -44,10 +44,11 @@ def rows_of(config: RunConfig, asked: Asked) -> int:
     return max(1, round(tokens / config.data.phases[0].seq_len / PACKED_SHARE))
 
 
-def num_forward(config: RunConfig) -> int:
+def num_forward(config: RunConfig) -> float:
     """Return the passes over a round that only look: for a reference, and for the trainer's own
-    log-probabilities."""
-    return (config.policy.parts.kl != "none") + config.policy.needs_old_logprobs
+    log-probabilities, which a round's first step tells itself unless a mask has to be known before."""
+    later_steps = 1 - 1 / config.rollout.steps_per_round
+    return (config.policy.parts.kl != "none") + (1 if config.policy.has_mask else later_steps)
 
 
 def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[Round, Workload, Asked]:

@@ -55,7 +55,7 @@ class Round:
         return together + self.refit_s + self.other_s
 
 
-def round_of(engines: Engines, asked: Asked, step: Workload, num_forward: int, parameters: Parameters, *,
+def round_of(engines: Engines, asked: Asked, step: Workload, num_forward: float, parameters: Parameters, *,
              apart: bool = False) -> Round:
     """Return what a round takes.
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import torch
 from safetensors import safe_open
 
+from megatron_sov.artifacts import file_damage, read_manifest
 from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.data.rows import Origin
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
 from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.mcore.parallel import context
+from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import to_device
+from megatron_sov.mcore.parallel.world import World
 from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.train.microbatch import MicroBatch
 
@@ -52,6 +54,22 @@ class KeptTeacher:
                                 "distill states` read it, and name its folder by --states too")
         self._files, self._keep_remainder = first, asked.keep_remainder
         self._head: torch.Tensor | None = None
+
+    def verify(self, world: World) -> None:
+        """Look at every file that is kept, each on one process; called by all together.
+
+        Raises:
+            UserError: one is missing or is not what was written; on every process.
+        """
+        folders = sorted({files.folder for files in self._by_source.values()})
+        files = [(folder / name, record) for folder in folders
+                 for name, record in read_manifest(folder).files.items()]
+        own = range(world.rank, len(files), world.size)
+        damaged = next((i + 1 for i in own if file_damage(*files[i])), 0)
+        for number in collectives.of_all_ranks(float(damaged)):
+            if number:
+                raise UserError(f"{file_damage(*files[int(number) - 1])}; make the states again with "
+                                "`megatron-sov distill states`")
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """Return what it says at the local tokens of a micro-batch.

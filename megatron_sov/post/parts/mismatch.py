@@ -3,8 +3,6 @@ ratio of the trainer's policy to the engine's, both as they were when a response
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from megatron_sov.config.policy import PolicyConfig
@@ -29,7 +27,7 @@ def importance(old: torch.Tensor, behaviour: torch.Tensor, responses: Responses,
         return torch.ones_like(apart)
     level, _, kind = policy.correction.partition("_")
     ratio = (responses.spread(responses.sums(apart)) if level == "sequence" else apart).exp()
-    low, high = policy.correction_low, policy.correction_high or math.inf
+    low, high = policy.correction_low, policy.correction_bound
     if kind == "truncate":
         return ratio.clamp(low, high)
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)

@@ -21,7 +21,7 @@ POLICY, KL = "policy", "kl"
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
     "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
 """Columns: the response's advantage; log p by the engine that wrote it; by the trainer before the round's
-first step; by the model that the run starts from."""
+first step, NaN of a label that the first step learns; by the model that the run starts from."""
 Columns = Mapping[str, torch.Tensor]
 Measured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,11 +40,11 @@ class PolicyLoss:
         self.coefficients = {POLICY: 1.0}
         if self._parts.kl != "none" and self._parts.kl_coeff > 0:
             self.coefficients[KL] = self._parts.kl_coeff
-        self._before = OLD if policy.needs_old_logprobs else BEHAVIOUR
-        self.columns = (ADVANTAGE, BEHAVIOUR, *([OLD] if policy.needs_old_logprobs else []),
-                        *([REFERENCE] if KL in self.coefficients else []))
+        # ratios are never against an engine's numbers: a clip as narrow as GSPO's would take the engine's
+        # rounding for a step of the policy, and leave out the responses that are worse than their group
+        self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []))
         """Those that are read."""
-        self.masks = policy.correction.endswith("mask")
+        self.masks = policy.has_mask
         """Whether a correction may leave labels out."""
         self.meters = ("ratio", "clip_share", "entropy_estimate", "engine_gap", "engine_kl",
                        *(["masked_share"] if self.masks else []),
@@ -53,7 +53,7 @@ class PolicyLoss:
     def _learned(self, written: Responses, columns: Columns) -> tuple[Responses, torch.Tensor]:
         """Return the responses without labels that a correction masks out, and [T] float64 what each label's
         loss is multiplied by."""
-        factors = mismatch.importance(columns[self._before], columns[BEHAVIOUR], written, self._policy)
+        factors = mismatch.importance(columns[OLD], columns[BEHAVIOUR], written, self._policy)
         return written.only(factors > 0) if self.masks else written, factors
 
     def denominators(self, written: Responses, columns: Columns) -> dict[str, float]:
@@ -72,12 +72,15 @@ class PolicyLoss:
             columns: the numbers.
             written: the responses, with what a correction masks out.
         """
+        # what the first step learns, it learns at the very weights that the round begins with
+        old = columns[OLD].double()
+        columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
         responses, factors = self._learned(written, columns)
         learned = responses.index < len(responses)
         # not products: what is not learned may be impossible, and -inf times 0 is no number
         logprobs = torch.where(learned, logprobs.double(), 0.0)
         numbers = {name: torch.where(learned, columns[name].double(), 0.0) for name in self.columns}
-        ratio = ratios(logprobs, numbers[self._before], responses, self._parts.ratio)
+        ratio = ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
         gained = surrogate(ratio, logprobs, numbers[ADVANTAGE], self._parts) * factors
         weights = label_weights(responses, self._parts.aggregation)
         terms = {POLICY: -(gained * weights).sum()}
@@ -89,7 +92,7 @@ class PolicyLoss:
                                * weights).sum())
         with torch.no_grad():
             of_learned = _sums(learned, self._of_learned(ratio, logprobs, numbers))
-            of_written = _sums(written.index < len(written), self._of_written(learned, logprobs, columns))
+            of_written = _sums(written.index < len(written), self._of_written(learned, columns))
         return terms, of_learned | of_written
 
     def _of_learned(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns) -> Columns:
@@ -99,9 +102,9 @@ class PolicyLoss:
         return watched | ({"reference_kl": kl.k3(logprobs, numbers[REFERENCE])} if KL in self.coefficients
                           else {})
 
-    def _of_written(self, learned: torch.Tensor, logprobs: torch.Tensor, columns: Columns) -> Columns:
+    def _of_written(self, learned: torch.Tensor, columns: Columns) -> Columns:
         """Return what is watched at each label that a policy wrote: a mask must not hide what it is for."""
-        trainer, behaviour = (columns[OLD] if self._before == OLD else logprobs), columns[BEHAVIOUR]
+        trainer, behaviour = columns[OLD], columns[BEHAVIOUR]
         watched = {"engine_gap": trainer.double() - behaviour.double(),
                    "engine_kl": mismatch.k3(trainer, behaviour)}
         return watched | ({"masked_share": ~learned} if self.masks else {})

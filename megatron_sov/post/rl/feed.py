@@ -91,7 +91,12 @@ class RoundFeed:
     def _open(self, view: FeedView, number: int, *, is_first: bool, waited_s: float) -> None:
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.rounds.read, number, seq_len, self.rollout.steps_per_round)
-        on_main(view.world, lambda: read() and None)  # what is wrong with it, everyone hears
+
+        def check() -> None:  # what is wrong with it, everyone hears
+            self.rounds.verify(number)
+            read()
+
+        on_main(view.world, check)
         opened = read()
         made = self.columns.of_round(view, number, opened, is_first=is_first)
         self._pass_over_empty(view, number, opened)

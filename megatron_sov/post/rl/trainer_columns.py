@@ -1,8 +1,10 @@
 """What the trainer itself says of a round's documents before it learns from them: columns beside those that
 were published, computed by its own forward pass.
 
-They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token.  The policy's are computed anew whenever a
-run stands before the round's first step; later its weights are others, and the file is what is read.
+They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a hash of them all, which is checked
+when they are read.  The policy's are computed anew whenever a run stands before the round's first step; later
+its weights are others, and the file is what is read.  Of what the first step learns the policy's are those
+that the step computes itself: there they are NaN.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import atomic_write, seal_damage, to_json, write_sealed
 from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import Round
 from megatron_sov.data.routes import replayed_routes
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.obs.warning import warn
 from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
 from megatron_sov.post.reference import files_sha256
@@ -47,6 +50,8 @@ class TrainerColumns:
     """(run, compute) -> what `compute` returns where the model has the reference's weights."""
     reference_sha256: str = ""
     """What stands for the reference's weights."""
+    of_first_step: bool = True
+    """Whether `OLD` is needed of the first step's documents too: a mask has to be known beforehand."""
 
     def of_round(self, view: FeedView, number: int, opened: Round, *, is_first: bool
                  ) -> dict[str, np.ndarray]:
@@ -83,24 +88,30 @@ class TrainerColumns:
 
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
-        if (is_first and name == OLD) or not on_main(view.world, file.is_file):
-            if name == OLD and not is_first:
-                raise UserError(f"{file}: is not there, and the run stands inside of the round, whose first "
-                                "weights are gone; resume from a checkpoint at the round's beginning")
-            compute = partial(self._compute, view, opened, self.routes if name == OLD else None)
+        # documents of which the step itself tells what is needed
+        passed = len(opened.steps[0]) if name == OLD and not self.of_first_step else 0
+        if passed == len(opened.starts) - 1:
+            return np.full(count, np.nan, np.float32)
+        is_anew = is_first and name == OLD
+        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, 4 * count))
+        if is_anew or damage:
+            if damage and name == OLD:
+                raise UserError(f"{damage}; the run stands inside of the round, whose first weights are "
+                                "gone: resume from a checkpoint at the round's beginning")
+            if damage and view.world.is_main and file.exists():
+                warn(f"{damage}; it is computed anew", view.events.write, step=view.step)
+            compute = partial(self._compute, view, opened, passed, self.routes if name == OLD else None)
             found = compute() if name == OLD else self.with_reference(view, compute)
-            on_main(view.world, partial(atomic_write, file, found.tobytes()))
-        if (size_bytes := file.stat().st_size) != 4 * count:
-            raise UserError(f"{file}: has {size_bytes} bytes, the round's {count} tokens need 4 each; delete "
-                            "it"
-                            + (", and resume from a checkpoint at its beginning" if name == OLD else ""))
-        return np.memmap(file, np.float32, "r")
+            on_main(view.world, partial(write_sealed, file, found.tobytes()))
+        return np.memmap(file, np.float32, "r", shape=(count,))
 
-    def _compute(self, view: FeedView, opened: Round, routes: RouteShape | None) -> np.ndarray:
+    def _compute(self, view: FeedView, opened: Round, passed: int, routes: RouteShape | None) -> np.ndarray:
+        """Return the numbers of a round's documents, NaN for those of the first `passed` ones."""
         assert opened.documents is not None, f"{opened.path} has no documents"
-        return document_logprobs(view, opened.documents, range(len(opened.starts) - 1),
-                                 view.config.data.phases[0].seq_len, view.config.train.micro_batch_size,
-                                 self.temperature, routes)
+        found = document_logprobs(view, opened.documents, range(passed, len(opened.starts) - 1),
+                                  view.config.data.phases[0].seq_len, view.config.train.micro_batch_size,
+                                  self.temperature, routes)
+        return np.concatenate([np.full(opened.starts[passed], np.nan, np.float32), found])
 
 
 def file_of(path: Path, name: str) -> Path:
@@ -119,4 +130,5 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> T
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
-                          files_sha256(start) if REFERENCE in needed else "")
+                          files_sha256(start) if REFERENCE in needed else "",
+                          of_first_step=config.policy.has_mask)

@@ -15,7 +15,7 @@ from megatron_sov.data.rounds import Round, RoundDocuments
 from megatron_sov.errors import UserError
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
-STEPS = {1: (range(2), range(2, 2)), 2: (range(2, 2), range(3))}
+STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
 
 
 class Told:
@@ -51,7 +51,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
-            wait_s: float = 0.0, reference: str = "") -> Any:
+            wait_s: float = 0.0, reference: str = "", of_first_step: bool = False) -> Any:
     from megatron_sov.post.rl.feed import RoundFeed
     from megatron_sov.post.rl.trainer_columns import TrainerColumns
 
@@ -63,7 +63,9 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
                      np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
-    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100, reference)
+    monkeypatch.setattr(rounds, "verify", lambda number: None)
+    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100, reference,
+                             of_first_step)
     return RoundFeed(rounds, RolloutConfig(steps_per_round=2, prompts_per_round=2), lacking, columns, wait_s)
 
 
@@ -97,8 +99,8 @@ def test_steps_of_which_nothing_learns_are_passed_over_and_no_others(view: Any, 
     assert [view.batches.ledger.at(step).skip for step in range(4)] == [False, True, True, False]
 
 
-def test_what_the_trainer_says_is_of_the_weights_before_the_round(view: Any, tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_trainer_says_is_of_the_weights_before_the_round(
+        view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def opened(step: int) -> RoundDocuments:
         view.step = step
         feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
@@ -110,12 +112,30 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(view: Any, tmp
         rounds = opened(step)
         assert rounds.column("old_logprobs", document, 1, 3).tolist() == [old] * 3
         assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-102.0] * 3
-    (tmp_path / "0002.old_logprobs.f32").unlink()
-    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: is not there, and the run stands inside"):
+    old_file, reference_file = (tmp_path / f"0002.{name}_logprobs.f32" for name in ("old", "reference"))
+    whole = reference_file.read_bytes()
+    reference_file.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
+    rounds = opened(3)  # whose model is the start again for as long as it takes
+    assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-103.0] * 3
+    said = capsys.readouterr().err
+    assert "0002.reference_logprobs.f32: its content differs from the hash at its end; it is comp" in said
+    old_file.write_bytes(bytes([1, *old_file.read_bytes()[1:]]))
+    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: its content differs .* stands inside"):
         opened(3)
-    (tmp_path / "0002.reference_logprobs.f32").write_bytes(b"")
-    with pytest.raises(UserError, match=r"has 0 bytes, the round's 12 tokens need 4 each; delete it$"):
-        opened(2)
+    old_file.unlink()
+    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: cannot be read .* stands inside"):
+        opened(3)
+
+
+@pytest.mark.parametrize("of_first_step", [False, True])
+def test_what_the_first_step_learns_is_left_to_it_unless_a_mask_has_to_know(
+        view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_first_step: bool) -> None:
+    feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",), of_first_step=of_first_step)
+    for view.step in (0, 4, 5):
+        assert feed.bring(view, lambda: False) is None
+    assert (tmp_path / "0001.old_logprobs.f32").exists() is of_first_step, "no pass where nothing needs it"
+    first, second = (feed.rounds.column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
+    assert (first == [-4.0, -4.0] if of_first_step else np.isnan(first).all()) and second == [-4.0, -4.0]
 
 
 def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,

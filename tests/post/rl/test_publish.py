@@ -88,6 +88,27 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
     assert set(means["domains"]) == {"even", "odd"} and means["staleness_steps"] == 0
 
 
+def test_a_flipped_bit_in_any_file_of_a_round_is_named(publisher: Publisher, write_round: Any,
+                                                       tmp_path: Path) -> None:
+    write(publisher, write_round)
+    assert publisher.publish(1) == ""
+    rounds, files = RoundDocuments(publisher.rounds), sorted((publisher.rounds / "0001/rollouts").iterdir())
+    assert {f.suffix for f in files} >= {".bin", ".idx", ".loss", ".type", ".advantage",
+                                         ".behaviour_logprobs"}, files
+    rounds.verify(1)
+    for file in [*files, publisher.rounds / "0001/manifest.json"]:
+        whole = file.read_bytes()
+        for place in {len(whole) // 7, len(whole) // 2, len(whole) - 2}:
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+            with pytest.raises(UserError, match=file.name):
+                rounds.verify(1)
+        file.unlink()
+        with pytest.raises(UserError, match=file.name):
+            rounds.verify(1)
+        file.write_bytes(whole)
+    rounds.verify(1)
+
+
 def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, write_round: Any,
                                                       tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(publisher, store=tmp_path / "no store")
