@@ -130,7 +130,8 @@ class Seed(SeedFolder):
             for labels in LABELS:
                 data = f"{'groups' if method == 'grouper' else 'pairs'}-{labels}"
                 self.share_right(self.train("prefer", f"{method}-{labels}", data, f"train.steps={STEPS}",
-                                            f"preference.method={method}", f"optim.lr={LR['prefer']}"))
+                                            f"preference.method={method}", "preference.beta=0.1",
+                                            f"optim.lr={LR['prefer']}"))
 
 
 def chat(prompt: str, answer: str) -> dict[str, Any]:

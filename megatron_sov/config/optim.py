@@ -106,6 +106,9 @@ class OptimConfig:
             (not self.warmup_tokens or self.schedule_by == "tokens",
              f"optim.warmup_tokens = {self.warmup_tokens} needs optim.schedule_by = tokens; "
              "set that, or optim.warmup_steps"),
+            (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps,
+             f"optim.schedule_by = {self.schedule_by} counts the warm-up in tokens, and optim.warmup_steps = "
+             f"{self.warmup_steps} would be none; set optim.warmup_tokens, or optim.warmup_steps=0"),
             (all(first >= 0 and steps > 0 for first, steps in self.rewarm),
              f"optim.rewarm = {[list(pair) for pair in self.rewarm]} must hold pairs [step, "
              "steps] with steps above 0"),

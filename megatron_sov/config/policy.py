@@ -89,6 +89,9 @@ TOKEN_TRUNCATE_HIGH = 2.0
 """`correction_high` of token_truncate, as in "Your efficient RL framework secretly brings you off-policy RL
 training" (Yao et al. 2025).  This correction is the default: it needs no pass of its own where a step is
 on-policy, and leaves no response out."""
+SCALES = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)),
+          ("length_reward_coeff", ("length_reward",)), ("length_width_tokens", ("length_reward",)))
+"""Number, and the parts that it is a number of: that of a method says nothing about another such part."""
 _PARTS = dataclasses.asdict(PolicyParts())
 
 
@@ -214,7 +217,10 @@ class PolicyConfig:
     def _told(self) -> dict[str, Any]:
         """Return part -> what the run says of it, or else the method; None: a number that neither gives."""
         given = {name: value for name in _PARTS if (value := getattr(self, name)) is not None}
-        return _PARTS | dict.fromkeys(NUMBERS) | METHODS[self.method] | given
+        brought = _PARTS | dict.fromkeys(NUMBERS) | METHODS[self.method]
+        others = {number: None for number, parts in SCALES
+                  if any(given.get(part, brought[part]) != brought[part] for part in parts)}
+        return brought | others | given
 
     def problems(self, rollout: RolloutConfig) -> list[str]:
         """Return one sentence for every rule that these settings break.
@@ -224,7 +230,7 @@ class PolicyConfig:
         """
         told = self._told() | {"method": self.method}
         p = [f"policy.{number} is missing: policy.{part} = {told[part]} needs it, and "
-             f"policy.method = {self.method} brings none; set it" for part, values, number in NEEDS
+             f"policy.method = {self.method} brings none for it; set it" for part, values, number in NEEDS
              if told[part] in values and told[number] is None]
         p += self._number_problems(told) + self._group_problems(told, rollout)
         return p + self._correction_problems() + self._text_problems(told)

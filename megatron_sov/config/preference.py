@@ -11,6 +11,8 @@ from megatron_sov.config.model import STRICT
 PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
 WITH_REFERENCE = ("dpo", "ipo", "dpo-norm", "kto")
 """Methods that compare the model with the one that it started from."""
+BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
+"""Method -> its `beta` where the run says none: DPO's says nothing about a loss over means."""
 SMOOTHED = ("dpo", "dpo-norm", "simpo")
 """Methods that may take some of the pairs to be the wrong way round."""
 
@@ -27,10 +29,10 @@ class PreferenceConfig:
     cross-entropy on chosen responses, without a reference (arXiv 2403.07691); kto: single responses that were
     judged good or bad (arXiv 2402.01306); simper: inverse perplexities, without a reference and without beta
     (arXiv 2502.00883); grouper: the same over groups of responses with rewards (K-EXAONE)."""
-    beta: float = 0.1
+    beta: float | None = None
     """dpo, ipo, dpo-norm, kto: how strongly the model is held to its reference; the larger, the closer.
-    simpo: how steeply the loss falls with the difference (its authors take 2 to 10).  orpo: weight of the
-    odds ratio, its paper's lambda."""
+    simpo: how steeply the loss falls with the difference.  orpo: weight of the odds ratio, its paper's
+    lambda.  null: the method's own: 0.1, of dpo-norm 5 and of simpo 2, as their authors take."""
     simpo_gamma: float = 0.5
     """simpo: margin by which the chosen response has to lead, in units of beta times log-probability per
     token (its authors take 0.3 to 5)."""
@@ -46,10 +48,15 @@ class PreferenceConfig:
     """Weight of an auxiliary cross-entropy on chosen responses, normalised over its own tokens
     (arXiv 2404.19733)."""
 
+    @property
+    def strength(self) -> float:
+        """`beta`, or else the method's; 0 of a method that has none."""
+        return BETAS.get(self.method, 0.0) if self.beta is None else self.beta
+
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
         p = []
-        if not 0 < self.beta < math.inf:
+        if self.beta is not None and not 0 < self.beta < math.inf:
             p.append(f"preference.beta = {self.beta} must be a number greater than 0")
         if not 0 <= self.simpo_gamma < math.inf:
             p.append(f"preference.simpo_gamma = {self.simpo_gamma} must be a number that is not negative")

@@ -12,12 +12,18 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.config.not_offered import NOT_OFFERED
+from megatron_sov.config.policy import PolicyParts
 from megatron_sov.config.run import RunConfig
 from megatron_sov.errors import UserError, list_problems, nearest
 
 RENAMED = {"evaluate.beside": "evaluate.background",
            "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
+SWITCHES = (("policy.method", "", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
+            ("preference.method", "", ("preference.beta", "preference.simpo_gamma")),
+            ("optim.schedule", "constant", ("optim.min_lr",)))
+"""A setting that says which method is used, the value that it has to change from ("": any), and the numbers
+that belong to the method: a recipe's are those of the recipe's method alone."""
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
@@ -79,6 +85,9 @@ def apply_settings(config: RunConfig, settings: list[str], option: str = "--set"
     """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or
     ``data.phases.0.seq_len=512``.
 
+    Where a setting changes the method, the numbers of the recipe's method do not stay: those that are not set
+    too are the new method's own (`SWITCHES`).
+
     Values are read as JSON where they parse (`true`, `1e-4`, `{"en": 1}`, `null`), else as text, then
     converted to the field's type.
 
@@ -92,6 +101,7 @@ def apply_settings(config: RunConfig, settings: list[str], option: str = "--set"
             value of the wrong type.
     """
     raw = config.to_dict()
+    before = {switch: _value(raw, switch) for switch, *_ in SWITCHES}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
@@ -99,7 +109,19 @@ def apply_settings(config: RunConfig, settings: list[str], option: str = "--set"
                             "train.steps=100")
         said = f"{option} {setting!r}"
         _assign(raw, key.split("."), _parse(text, said), said)
+    given = {setting.partition("=")[0] for setting in settings}
+    for switch, changed_from, numbers in SWITCHES:
+        if switch in given and _value(raw, switch) != before[switch] and changed_from in ("", before[switch]):
+            room = switch.partition(".")[0]
+            own = dataclasses.asdict(type(getattr(config, room))())
+            names = [number.partition(".")[2] for number in numbers if number not in given]
+            raw[room].update({name: own[name] for name in names})
     return from_dict(raw)
+
+
+def _value(raw: dict[str, Any], key: str) -> Any:
+    room, _, name = key.partition(".")
+    return raw[room].get(name) if isinstance(raw[room], dict) else None
 
 
 def layout_settings(config: RunConfig) -> list[str]:

@@ -43,7 +43,7 @@ class PairLearning(DataObjective):
         self._asked = context.config.preference
         self.coefficients = {preferences.PREFERENCE: 1.0}
         if self._asked.method == "orpo":  # its eq. 6
-            self.coefficients = {preferences.PREFERENCE: self._asked.beta, preferences.CHOSEN: 1.0}
+            self.coefficients = {preferences.PREFERENCE: self._asked.strength, preferences.CHOSEN: 1.0}
         if self._asked.chosen_coeff > 0:
             self.coefficients[preferences.CHOSEN] = self._asked.chosen_coeff
         self.coefficients |= self._mtp_coefficient
@@ -91,8 +91,8 @@ class PairLearning(DataObjective):
             return preferences.simper(chosen, rejected), means
         if asked.method == "orpo":
             return preferences.orpo(chosen, rejected), means
-        return (preferences.simpo(chosen, rejected, asked.beta, asked.simpo_gamma, asked.label_smoothing),
-                asked.beta * means)
+        return (preferences.simpo(chosen, rejected, asked.strength, asked.simpo_gamma, asked.label_smoothing),
+                asked.strength * means)
 
 
 class PairLearningWithReference(PairLearning):
@@ -108,9 +108,9 @@ class PairLearningWithReference(PairLearning):
         if asked.method != "dpo":
             ratios = ratios / responses.lengths.clamp(min=1)
         margins = ratios[0::2] - ratios[1::2]
-        losses = (preferences.ipo(margins, asked.beta) if asked.method == "ipo"
-                  else preferences.dpo(margins, asked.beta, asked.label_smoothing))
-        return losses, asked.beta * ratios
+        losses = (preferences.ipo(margins, asked.strength) if asked.method == "ipo"
+                  else preferences.dpo(margins, asked.strength, asked.label_smoothing))
+        return losses, asked.strength * ratios
 
 
 class GroupLearning(DataObjective):

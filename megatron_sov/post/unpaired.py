@@ -68,14 +68,14 @@ class UnpairedLearning(DataObjective):
         logprobs = head.logprobs(hidden[0], batch.labels)
         ratios = _ratios(responses, logprobs, batch)[0::2]
         desirable, whole = _desirable(responses, batch), responses.whole_pairs()
-        losses = preferences.kto(ratios, desirable, self._distance, asked.beta, asked.desirable_weight,
+        losses = preferences.kto(ratios, desirable, self._distance, asked.strength, asked.desirable_weight,
                                  asked.undesirable_weight)
         terms, good = {preferences.PREFERENCE: (losses * whole).sum()}, _good(batch, responses)
         if preferences.CHOSEN in self.coefficients:
             # not a product: what is not learned may be impossible
             terms[preferences.CHOSEN] = -logprobs.double().where(good.weights > 0, 0.0).sum()
         terms |= self._mtp_sum(hidden, head, good)
-        rewards, sides = asked.beta * ratios.detach(), (desirable.double(), (~desirable).double())
+        rewards, sides = asked.strength * ratios.detach(), (desirable.double(), (~desirable).double())
         own = learned(batch) & responses.of_side(0)
         return LossSums(
             terms, per_source((-logprobs.detach()).where(own, 0.0), own.to(batch.weights.dtype),

@@ -96,3 +96,16 @@ def test_text_comes_in_its_share_of_the_steps_and_in_the_same_ones_everywhere() 
     assert drawn[:64] != [policy.has_text_at(8, step) for step in range(1, 65)]
     assert not any(PolicyConfig("dapo").has_text_at(7, step) for step in range(1, 9))
     assert all(PolicyConfig("ink_grpo", knowledge_share=1.0).has_text_at(7, step) for step in range(1, 9))
+
+
+@pytest.mark.parametrize(("settings", "problem"), [
+    ({"method": "dapo", "clip": "cispo"}, "policy.clip_high is missing: policy.clip = cispo"),
+    ({"method": "dapo", "ratio": "sequence", "clip_high": 4e-4}, "policy.clip_low is missing"),
+    ({"method": "gspo", "ratio": "token", "clip_low": 0.2}, "policy.clip_high is missing"),
+    ({"method": "grpo", "kl": "sequence"}, "policy.kl_coeff is missing: policy.kl = sequence"),
+    ({"method": "lapo_d", "length_reward": "target", "length_width_tokens": 9.0}, "length_reward_coeff is"),
+])
+def test_a_number_of_one_part_is_not_taken_for_anothers(settings: dict[str, Any], problem: str) -> None:
+    (said,) = PolicyConfig(**settings).problems(ROUNDS)
+    assert problem in said
+    assert "brings none for it; set it" in said

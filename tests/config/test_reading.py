@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sov import recipes
 from megatron_sov.config import (
     DataConfig,
     ModelConfig,
@@ -18,6 +19,7 @@ from megatron_sov.config import (
     OptimConfig,
     ParallelConfig,
     PhaseConfig,
+    PolicyConfig,
     RunConfig,
     TrainConfig,
     YarnConfig,
@@ -26,6 +28,7 @@ from megatron_sov.config import (
     from_dict,
 )
 from megatron_sov.config.not_offered import NOT_OFFERED
+from megatron_sov.config.policy import METHODS
 from megatron_sov.errors import UserError
 
 Small = Callable[..., RunConfig]
@@ -177,3 +180,31 @@ def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
     assert set(NOT_OFFERED) - theirs == {"cuda_graphs", "expert_parallel_overlap", "fp8_weights"}
     page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [name for name in NOT_OFFERED if f"`{name}`" not in page] == []
+
+
+def test_numbers_follow_the_method_unless_they_are_set_too() -> None:
+    def changed(recipe: str, *settings: str) -> Any:
+        return apply_settings(recipes.get(recipe), list(settings))
+
+    recipe = changed("tiny-solar-open-rl")
+    assert (recipe.policy.parts.clip_low, recipe.policy.parts.kl) == (3e-4, "none")
+    for method, parts in METHODS.items():
+        policy = changed("tiny-solar-open-rl", f"policy.method={method}").policy
+        own: Any = {"method": method}
+        expected = recipe.policy if parts is METHODS["gspo"] else PolicyConfig(**own)
+        assert policy.parts == expected.parts, method
+    both = ["policy.method=grpo", "policy.clip_low=0.1"]
+    for settings in (both, both[::-1]):
+        parts = changed("tiny-solar-open-rl", *settings).policy.parts
+        assert (parts.clip_low, parts.clip_high, parts.kl, parts.kl_coeff) == (0.1, 0.2, "k3", 0.04)
+    ink = changed("tiny-typhoon-s-legal", "policy.method=dapo").policy.parts
+    assert (ink.clip_high, ink.knowledge_coeff, ink.knowledge_batch_size) == (0.28, 0, 0)
+    preference = changed("solar-open-102b-dpo", "preference.method=simpo").preference
+    assert (preference.strength, preference.beta) == (2.0, None)
+    assert changed("solar-open-102b-dpo", "preference.method=ipo",
+                   "preference.beta=0.3").preference.strength == 0.3
+    assert changed("solar-open-102b-rl", "optim.schedule=cosine").optim.problems() == [
+        "optim.min_lr = 3e-06 must lie between 0 and optim.lr = 1e-06"]
+    assert changed("solar-open-102b", "optim.schedule=wsd").optim.min_lr == 3e-6
+    (problem,) = changed("solar-open-102b", "optim.schedule_by=tokens").optim.problems()
+    assert "optim.warmup_steps = 2000 would be none; set optim.warmup_tokens" in problem

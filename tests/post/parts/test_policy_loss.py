@@ -19,7 +19,8 @@ CASES: list[dict[str, Any]] = [
     {"method": "agapo_exaone4", "kl_coeff": 0.2, "all_wrong_reward": -0.1},
     {"method": "mgpo", "clip_low": 0.2, "clip_high": 0.2, "mgpo_lambda": 1.0},
     {"method": "ink_grpo"}, {"method": "pkpo", "pkpo_k": 2},
-    {"method": "dapo", "kl": "k1", "kl_coeff": 0.5, "ratio": "sequence", "correction": "none"},
+    {"method": "dapo", "kl": "k1", "kl_coeff": 0.5, "ratio": "sequence", "clip_low": 0.2, "clip_high": 0.28,
+     "correction": "none"},
     {"method": "cispo", "clip_high": 0.2, "ratio": "sequence", "aggregation": "constant"},
     *({"method": method, "correction": correction, "correction_low": 0.75, "correction_high": 1.3}
       for method in ("grpo", "dapo", "gspo")
