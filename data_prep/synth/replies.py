@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.synth.generator import Reply
-from megatron_sov.chat.tool_calls import BEGIN_THOUGHTS, END_THOUGHTS, BadCall, parse_turn
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, plain_form
+from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.documents.messages import BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.endpoints.answers import BadAnswer
@@ -70,7 +71,7 @@ def fault_of(reply: Reply) -> str:
 
 def _split(content: str) -> tuple[str, str]:
     """Return text and thoughts: thoughts end at the first end tag; without one they reach to the end."""
-    text = content.strip()
+    text = plain_form(content).strip()
     begins = text.startswith(BEGIN_THOUGHTS)
     before, end, behind = text.partition(END_THOUGHTS)
     if end and (begins or BEGIN_THOUGHTS not in before):

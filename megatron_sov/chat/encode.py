@@ -16,9 +16,9 @@ from typing import Protocol
 from tokenizers import Tokenizer
 
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE, kinds_of_turn
+from megatron_sov.chat.marks import BEGINS_OF_THOUGHTS
 from megatron_sov.chat.segments import Segments, around_contents, around_turns
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.chat.tool_calls import BEGIN_THOUGHTS
 from megatron_sov.documents import BadRecord, Conversation
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
@@ -203,7 +203,7 @@ class ChatEncoder:
 
     def opens_thoughts(self, asked: Sequence[int]) -> bool:
         """Return whether what a model is asked with ends in the beginning of its thoughts."""
-        return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGIN_THOUGHTS)
+        return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGINS_OF_THOUGHTS)
 
     def special_texts(self) -> tuple[str, ...]:
         """Return how the special tokens are spelled."""

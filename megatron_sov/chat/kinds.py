@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_sov.chat.tool_calls import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
+from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
 from megatron_sov.documents import Message
 
 KIND = "kind"

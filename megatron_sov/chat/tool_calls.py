@@ -1,5 +1,5 @@
-"""Calls of tools in what a model wrote, in the form of Hermes (NousResearch/Hermes-Function-Calling):
-`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+"""Calls of tools in what a model wrote, in one of the forms of `chat.marks`:
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>` stands for all.
 
 Read strictly: what is nearly a call is told apart from a call and from a text without one, so that a model
 is told what was wrong with it and a count of such turns can be kept.
@@ -12,11 +12,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, plain_form
 from megatron_sov.documents.messages import BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
 
-BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
-BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
 Fault = Literal["json", "form", "unclosed"]
 _SPACE = " \t\r\n"
 _MARK = re.compile(f"{BEGIN_CALL}|{BEGIN_THOUGHTS}")
@@ -67,6 +66,7 @@ def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:
         text: of the turn.
         in_thoughts: the template has opened thoughts before it.
     """
+    text = plain_form(text, in_thoughts=in_thoughts)
     place, last_end = _first_place(text, in_thoughts), text.rfind(END_CALL)
     said: list[str] = []
     calls: list[ToolCall | BadCall] = []

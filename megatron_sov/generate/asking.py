@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.chat.marks import text_decoder
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import MEGATRON
@@ -28,7 +29,7 @@ class Asked:
     end_ids: tuple[int, ...]
     """Tokens that end an answer."""
     decode: Callable[[list[int]], str]
-    """From token ids to text, without special tokens."""
+    """From token ids to text (`chat.marks.text_decoder`)."""
 
     @property
     def longest(self) -> int:
@@ -67,6 +68,8 @@ class Asker:
         """Of conversations; None: prompts are texts."""
         self.end_ids = tuple(sorted(ends))
         """Tokens that end an answer."""
+        self._decode = text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
+                                    lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
         """Return prompts in the model's ids, see `asked_of`.
@@ -125,8 +128,8 @@ class Asker:
         return None if found is None or found == self._tokenizer.unk_token_id else int(found)
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of ids, without special tokens."""
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        """Return the text of ids (`chat.marks.text_decoder`)."""
+        return self._decode(tokens)
 
 
 def _meant(folder: Path, media: MediaEncoding) -> MeantTokens:

@@ -1,4 +1,5 @@
-"""What a process that judges keeps of the environment: what programs need to run, and no key of the user's.
+"""What processes that judge, and foreign programs, get of the environment: what they need to run, and no key
+of the user's.
 
 A reward is handed responses that a model wrote, and runs verifiers over them: what it does not know it cannot
 give away.
@@ -19,6 +20,18 @@ KEPT_BEGINNINGS = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_",
                    "TORCH_", "TRITON_",
                    "COVERAGE_", "COV_CORE_")
 """Beginnings of names."""
+
+OF_FOREIGN = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
+"""What a foreign program is given, as the client of the MCP SDK has it."""
+
+
+def variables_for_foreign(more: Iterable[str] = ()) -> dict[str, str]:
+    """Return the environment that a foreign program is started with.
+
+    Args:
+        more: names that the settings give it besides.
+    """
+    return {name: os.environ[name] for name in (*OF_FOREIGN, *more) if name in os.environ}
 
 
 def forget_other_variables(more: Iterable[str] = ()) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from megatron_sov.chat.marks import plain_form
 from megatron_sov.errors import UserError, told_in_a_line
 
 Row = Mapping[str, Any]
@@ -65,7 +66,8 @@ class Reward(Protocol):
 
 
 def text_of(row: Row, name: str) -> str:
-    """Return a field of a row that has to be text.
+    """Return a field of a row that has to be text; thoughts and calls of a response in one form for all
+    families of models (`chat.marks`).
 
     Raises:
         Refused: it is missing or something else.
@@ -73,7 +75,7 @@ def text_of(row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise Refused(f"{name} = {told_short(value)} must be text" if name in row else f"has no {name!r}")
-    return value
+    return plain_form(value) if name == "response" else value
 
 
 def told_short(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,6 @@ from megatron_sov.generate.asking import Asker
 from megatron_sov.generate.target import Target
 from megatron_sov.serving.bodies import Question
 from megatron_sov.serving.refusals import Refused
-from megatron_sov.serving.turn import MARKS
 
 Decode = Callable[[list[int]], str]
 MAX_TOLD = 1 << 20
@@ -57,7 +55,6 @@ class Reader:
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
         self._special = {token.content: id_ for id_, token
                          in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._decode_turn = self._turn_decoder()
 
     def read(self, question: Question) -> Read:
         """Return a question in ids.
@@ -89,9 +86,8 @@ class Reader:
         return tuple(text for text in question.stops if text not in self._special)
 
     def decoder(self, question: Question) -> Decode:
-        """Return what gives the text of an answer, without special tokens; of a turn with the marks of
-        thoughts and calls, whether they are special or not."""
-        return self._decode_turn if question.is_chat else self._plain.decode
+        """Return what gives the text of an answer (`chat.marks.text_decoder`)."""
+        return self._chat.decode if question.is_chat and self._chat is not None else self._plain.decode
 
     def piece(self, token: int) -> str:
         """Return the text of one token, whatever it is."""
@@ -106,15 +102,6 @@ class Reader:
                                f"{self._longest} in all; shorten one of them", field,
                           "context_length_exceeded")
         return wanted
-
-    def _turn_decoder(self) -> Decode:
-        if not set(MARKS) & set(self._special):
-            return self._plain.decode
-        spelled = json.loads(self._tokenizer.to_str())
-        for token in spelled["added_tokens"]:
-            token["special"] &= token["content"] not in MARKS
-        shows_marks = Tokenizer.from_str(json.dumps(spelled))
-        return lambda tokens: str(shows_marks.decode(tokens, skip_special_tokens=True))
 
 
 def _refuse_too_much(question: Question, prompts: Sequence[Sequence[int]]) -> None:

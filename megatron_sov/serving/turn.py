@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from megatron_sov.chat.tool_calls import (
-    BEGIN_CALL,
-    BEGIN_THOUGHTS,
-    END_CALL,
-    END_THOUGHTS,
-    BadCall,
-    ToolCall,
-    parse_turn,
-)
+from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, plain_form
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 
-MARKS = (BEGIN_THOUGHTS, END_THOUGHTS, BEGIN_CALL, END_CALL)
+_OTHERS = tuple(mark for family in FAMILIES[1:] for mark in family)
+_UNFINISHED = re.compile(r"(?:<\|start\|>[^<]*)?(?:<\|channel\|>[^<]*(?:<\|constrain\|>\w*)?)?\Z")
+"""The frame of a part that has not begun yet."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,7 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
         in_thoughts: the template has opened thoughts before it.
         has_tools: whether calls are looked for.
     """
+    text = plain_form(text, in_thoughts=in_thoughts)
     thoughts, said = _split(text, in_thoughts)
     place = said.find(BEGIN_CALL) if has_tools else -1
     if place < 0:
@@ -57,6 +54,9 @@ def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
     """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
     it, without calls."""
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
+    sure = _UNFINISHED.sub("", text[:len(text) - max(_begun(text, mark) for mark in _OTHERS)])
+    text = plain_form(sure, in_thoughts=in_thoughts)
+    has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
     text = text[:len(text) - max(_begun(text, mark) for mark in marks)]
     if BEGIN_THOUGHTS.startswith(text.lstrip()):
         return Turn("", "")

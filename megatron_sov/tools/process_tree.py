@@ -12,7 +12,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, NoReturn
@@ -30,16 +30,20 @@ class ProcessTree:
     stdout: IO[bytes]
     """What it writes."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         """Start it.
+
+        Args:
+            command: program and arguments.
+            variables: its whole environment.
 
         Raises:
             OSError: there is no such program.
         """
         until, self._wanted = os.pipe()  # its end is that of the tree, however this process ends
         try:
-            self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            preexec_fn=lambda: _be_kept(until))
+            self._keeper = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, preexec_fn=lambda: _be_kept(until))
         except BaseException:
             os.close(self._wanted)
             raise

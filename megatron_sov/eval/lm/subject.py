@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import MANIFEST, FileRecord, damaged_files, manifest_sha256, read_manifest
+from megatron_sov.chat.folder import TOKENIZER_JSON
+from megatron_sov.chat.marks import text_decoder
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.eval.lm.bridge import Reading
@@ -78,9 +80,8 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     reading = Reading(tokenizer, max_length, settings.chat_template, False, settings.max_gen_tokens,
                       settings.seed)
 
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
+    decode = text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
+                          lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
     running = Running(found, engine, tuple(settings.settings), settings.nproc, Batching(settings.batch_size),
                       ends, special, decode)
     return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends)}, reading,

@@ -11,15 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.chat.tool_calls import (
-    BEGIN_CALL,
-    BEGIN_THOUGHTS,
-    END_CALL,
-    END_THOUGHTS,
-    BadCall,
-    ToolCall,
-    parse_turn,
-)
+from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.documents.messages import REASONING
 from megatron_sov.endpoints.answers import BadAnswer, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache

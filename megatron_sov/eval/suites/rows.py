@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_sov.chat.marks import plain_form
 from megatron_sov.eval.suites.items import Item, Response
 from megatron_sov.eval.suites.livecodebench import code_row
 from megatron_sov.eval.suites.protocol import BOXED, Protocol
@@ -20,6 +21,7 @@ THINKING_BEGIN, THINKING_END = "<think>", "</think>"
 
 def without_thoughts(text: str, mode: str) -> str:
     """Return what a model says behind its thoughts; nothing where they do not end."""
+    text = plain_form(text)
     _, mark, said = text.rpartition(THINKING_END)
     if mark:
         return said.strip()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.errors import UserError
+from megatron_sov.rewards.environment import variables_for_foreign
 from megatron_sov.rewards.reward import short
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolFault, ToolRefused
@@ -40,6 +42,9 @@ class Mcp(AnsweredWorld):
     """Program and arguments that start the server."""
     only: tuple[str, ...] = ()
     """Names of the tools that models are shown; all unless given."""
+    env: tuple[str, ...] = ()
+    """Names of variables that the server is given of this command's environment, such as that of its key,
+    besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
     system: str = ""
     """Rules for the model, where a task has none of its own."""
 
@@ -48,6 +53,9 @@ class Mcp(AnsweredWorld):
         if not self.command or shutil.which(self.command[0]) is None:
             return [f"command = {list(self.command)}: there is no such program; write it as "
                     '["program", "argument"]']
+        if missing := [name for name in self.env if name not in os.environ]:
+            return [f"env = {list(self.env)}: {missing[0]} is not set in this environment; set it, or "
+                    "leave it out"]
         return []
 
     def rules(self) -> str:
@@ -84,7 +92,7 @@ class Mcp(AnsweredWorld):
 
     def _begin(self) -> None:
         self._end()
-        self._server = ProcessTree(self.command)
+        self._server = ProcessTree(self.command, variables_for_foreign(self.env))
         self._number = 0
         try:
             self._ask("initialize", {"protocolVersion": PROTOCOL, "capabilities": {},

@@ -46,6 +46,8 @@ for line in sys.stdin:
         if name == "echo" and not isinstance(params["arguments"].get("text"), str):
             send(id=asked["id"], error={"code": -32602, "message": "text must be a string"})
             continue
+        if params["arguments"].get("text") == "environment":
+            params["arguments"]["text"] = "\0".join(f"{k}={v}" for k, v in os.environ.items())
         text = {"count": str(count), "echo": params["arguments"].get("text", ""), "fail": "it failed"}[name]
         parts = [{"type": "text", "text": text}, {"type": "image", "data": ""}]
         send(id=asked["id"], result={"content": parts, "isError": name == "fail"})

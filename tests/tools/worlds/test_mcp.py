@@ -45,6 +45,21 @@ def test_its_tools_are_shown_called_and_counted() -> None:
         assert host.score("The answer is 2").reward == 1
 
 
+def test_a_server_gets_no_key_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PLANTED_API_KEY", "SEARCH_KEY", "LD_PRELOADED", "PYTHONSTARTUP_KEY"):
+        monkeypatch.setenv(name, f"{name} planted")
+    for env in ((), ("SEARCH_KEY",)):
+        made = server(env=list(env))
+        told = made.call("echo", {"text": "environment"})
+        given = dict(pair.partition("=")[::2] for pair in told.split("\0"))
+        made._end()
+        assert {name for name, value in given.items() if "planted" in value} == set(env)
+        assert set(given) <= {"HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER", *env, "LC_CTYPE"}
+        assert given["PATH"]
+    with pytest.raises(UserError, match=r"env = \['NOT_SET'\]: NOT_SET is not set in this environment"):
+        server(env=["NOT_SET"])
+
+
 def test_models_are_shown_a_part_of_it() -> None:
     made = server(only=["echo"])
     assert [tool["function"]["name"] for tool in made.tools()] == ["echo"]

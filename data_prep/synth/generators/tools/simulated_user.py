@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.synth.generator import Ask
 from data_prep.synth.generators.tools.conversation import Message
-from megatron_sov.chat.tool_calls import BEGIN_CALL
+from megatron_sov.chat.marks import BEGIN_CALL
 
 DONE = "###DONE###"
 """What ends a conversation, as tau-bench's users (arXiv 2406.12045) have a word for it."""

@@ -1,0 +1,136 @@
+"""What families write around thoughts and calls, as their released templates and servers have it, and the
+text of a response."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_sov.chat.marks import FAMILIES, plain_form, text_decoder
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+from megatron_sov.rewards.reward import text_of
+from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
+from tokenizer.presets import PRESETS
+
+SEOUL, UTC = ToolCall("get_weather", {"city": "서울"}), ToolCall("get_time", {"tz": "UTC"})
+
+
+def solar(name: str, arguments: str, end: str = "<|tool_call:end|>") -> str:
+    return f"<|tool_call:begin|>a1b2c3d4e5<|tool_call:name|>{name}<|tool_call:args|>{arguments}{end}"
+
+
+A, B = '{"city": "서울"}', '{"tz": "UTC"}'
+BOTH = solar("get_weather", A) + solar("get_time", B)
+SECTION = "<|end|><|begin|>assistant<|tool_calls|>"
+TURNS = {
+    "solar: thoughts and an answer": (
+        "<|think|>2 + 2<|end|><|begin|>assistant<|content|>It is 4.", "2 + 2", "It is 4.", ()),
+    "solar: an answer": ("<|content|>It is 4.", "", "It is 4.", ()),
+    "solar: thoughts and calls": (
+        f"<|think|>look<|end|><|begin|>assistant<|tool_calls|>{BOTH}", "look", "", (SEOUL, UTC)),
+    "solar: a call": (f"<|tool_calls|>{solar('get_time', B)}", "", "", (UTC,)),
+    "solar: a call by itself": (solar("get_time", B), "", "", (UTC,)),
+    "solar: an answer and calls": (
+        f"<|content|>Let me check.{SECTION}{BOTH}", "", "Let me check.", (SEOUL, UTC)),
+    "solar: thoughts reopened": (
+        f"<|think|>a<|end|><|begin|>assistant<|content|>Let me.{SECTION}{solar('get_time', B)}", "a",
+        "Let me.", (UTC,)),
+    "k-exaone": ('<think>\nlook\n</think>\n\n<tool_call>{"name": "get_time", '
+                 f'"arguments": {B}}}</tool_call>', "look", "", (UTC,)),
+    "gpt-oss: an answer": ("<|channel|>analysis<|message|>2 + 2<|end|><|start|>assistant<|channel|>final"
+                           "<|message|>It is 4.", "2 + 2", "It is 4.", ()),
+    "gpt-oss: a call": ("<|channel|>analysis<|message|>look<|end|><|start|>assistant<|channel|>commentary "
+                        f"to=functions.get_time <|constrain|>json<|message|>{B}", "look", "", (UTC,)),
+    "gpt-oss: another header": (
+        "<|channel|>analysis<|message|>look<|end|><|start|>assistant to=functions.get_time"
+        f"<|channel|>commentary json<|message|>{B}<|call|>", "look", "", (UTC,)),
+    "deepseek v3": ("<think>look</think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+                    f"<｜tool▁sep｜>get_weather\n```json\n{A}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_time\n"
+                    f"```json\n{B}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "look", "", (SEOUL, UTC)),
+    "deepseek v3.1": ("Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>"
+                      f"{B}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "", "Sure.", (UTC,)),
+    "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
+             f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
+             "", "Sure.", (UTC,)),
+}
+
+
+@pytest.mark.parametrize(("text", "thoughts", "content", "calls"), TURNS.values(), ids=TURNS)
+def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
+        text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
+    assert parse_turn(text) == WrittenTurn(content, calls)
+    whole = whole_turn(text, in_thoughts=False, has_tools=True)
+    assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
+    told = Turn("", "")
+    for end in range(len(text) + 1):  # as it is served while it is written
+        turn = turn_so_far(text[:end], in_thoughts=False, has_tools=True)
+        assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
+        told = turn
+    assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
+    assert plain_form(plain_form(text)) == plain_form(text)
+    assert ("<think>" in text_of({"response": text}, "response")) == bool(thoughts)
+
+
+@pytest.mark.parametrize(("text", "code"), [
+    (solar("f", "{'a': 1}"), "json"), (solar("f", '{"a": 1}', ""), "unclosed"), (solar("f", "[1]"), "form"),
+    (solar("f", '{"a": 1} and more'), "json"), ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
+    (solar("", "{"), "json"), ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
+    ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", "json"),
+    ("<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>", "json"),
+])
+def test_what_is_nearly_a_call_is_none_and_no_answer(text: str, code: str) -> None:
+    (call,) = parse_turn(text).calls
+    assert isinstance(call, BadCall) and call.code == code
+
+
+def test_a_call_in_thoughts_is_a_thought_and_thoughts_may_have_no_end() -> None:
+    inside = f"<|think|>{solar('f', '{}')}<|end|><|begin|>assistant<|content|>no"
+    assert parse_turn(inside) == WrittenTurn("no", ())
+    assert parse_turn(f"<|think|>{solar('f', '{}')}") == WrittenTurn("", ())
+    assert parse_turn("so<|end|><|begin|>assistant<|content|>4", in_thoughts=True) == WrittenTurn("4", ())
+    for text in ("a < b", "a <|end|> b", "<|im_end|>", "to=functions.f", "<|begin|>"):
+        assert plain_form(text) == text, "no marks of its own"
+
+
+def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
+    for part in ("<|think|>", "<|tool_call:begin|>", "<|tool_call:begin|>x<|tool_call:name|>",
+                 "<|content|><|end|>", "<|channel|>commentary to=functions.a ", "<|tool_call_begin|> ",
+                 "<｜tool▁call▁begin｜>a"):
+        for text in (part * 5_000, part + " " * 100_000, "<|content|>" + part + "a" * 100_000):
+            plain_form(text)
+
+
+@pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
+def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return (preset, encode, decode) of a tokenizer whose special tokens are a preset's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    preset = PRESETS[request.param]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(text, normalized=False) for text in preset.special_tokens])
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(file))
+    ends = [made.token_to_id(preset.eos_token)]
+    found = text_decoder(file, ends, lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+    return request.param, lambda text: made.encode(text).ids, found
+
+
+def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(decode: Any) -> None:
+    name, encode, text_of_ids = decode
+    end, pad = PRESETS[name].eos_token, PRESETS[name].pad_token
+    told = {"k-exaone": '<think>I guess 7.</think>The answer is 8.<tool_call>{"name": "f"}</tool_call>',
+            "solar-open": "<|think|>I guess 7.<|end|><|begin|>assistant<|content|>The answer is 8."
+                          f"<|tool_calls|>{solar('f', '{}')}"}[name]
+    for behind in ("", end, f"{pad}{end}", pad):
+        assert text_of_ids(encode(told + behind)) == told
+    assert text_of_ids(encode("It is 4." + end)) == "It is 4." and text_of_ids([]) == ""
+    response = text_of({"response": text_of_ids(encode(told))}, "response")
+    assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
+
+
+def test_no_two_families_begin_with_the_same_mark() -> None:
+    firsts = [family[0] for family in FAMILIES]
+    assert all(sum(first in family for family in FAMILIES) == 1 for first in firsts)
