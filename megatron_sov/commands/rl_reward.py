@@ -13,7 +13,14 @@ from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, Summary, judging, reward_version
+from megatron_sov.post.rl.reward import (
+    ENVIRONMENT,
+    JudgingJob,
+    Summary,
+    judging,
+    reward_version,
+    second_opinions,
+)
 from megatron_sov.rewards.registry import BUILT_IN
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.claims import Claims
@@ -58,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     store = opened_store(args.store, args.wait)
     with judging(args.reward, args.reward_set, args.workers) as judge:
         job = JudgingJob(store, Claims(store.claims, args.lease), version, judge, rounds,
-                         {"reward": args.reward, "settings": list(args.reward_set)}, args.wait)
+                         {"reward": args.reward, "settings": list(args.reward_set)}, args.wait,
+                         opinions=second_opinions(args.reward, args.reward_set, version, store))
         with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
             job.progress = bar.update
             summary = job.run()

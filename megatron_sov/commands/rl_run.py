@@ -18,7 +18,7 @@ from megatron_sov.data.vocabulary import tokenizer_digest
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.request import Batching
-from megatron_sov.post.rl.reward import ENVIRONMENT, judging
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging, second_opinions
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.prompts import refuse_unaskable
 from megatron_sov.rollouts.store import Store
@@ -72,7 +72,8 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
         args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
-        {"engine": MEGATRON, "environment": args.environment, "reward": args.reward})
+        {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
+        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
     try:
         train_rounds(args, parsed, produce=producer.produce)
     finally:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.rewards.alarm import Alarm, DisagreementAlarm
 from megatron_sov.rewards.composed import SECOND
@@ -88,16 +89,21 @@ class Opinions:
         if self.alarm is not None and not rang:
             self.alarm_line = opinion.line
 
-    def told(self) -> str:
-        """Return the alarm in a sentence; empty without one."""
+    def told(self, place: str = "line") -> str:
+        """Return the alarm in a sentence; empty without one.
+
+        Args:
+            place: what an opinion's `line` numbers.
+        """
         alarm = self.alarm
         if alarm is None:
             return ""
+        where = f"{place} {self.alarm_line}"
         if alarm.since == 1:
-            return (f"already in the first {alarm.opinion:,} second opinions, up to line {self.alarm_line}, "
-                    f"the first verifier pays {alarm.share_since:.0%} that the second one would not")
-        return (f"at line {self.alarm_line}: the first verifier pays {alarm.share_since:.0%} that the second "
-                f"one would not, {alarm.share_before:.0%} in the beginning; it may be fooled")
+            return (f"already in the first {alarm.opinion:,} second opinions, up to {where}, the first "
+                    f"verifier pays {alarm.share_since:.0%} that the second one would not")
+        return (f"at {where}: the first verifier pays {alarm.share_since:.0%} that the second one would not, "
+                f"{alarm.share_before:.0%} in the beginning; it may be fooled")
 
     def strings(self) -> list[TellingString]:
         """Return what gives wrongly paid answers away, the most telling first."""
@@ -116,10 +122,16 @@ def _opinions(path: Path) -> Iterator[Opinion]:
     with open(path, "rb") as f:
         for line, raw in enumerate(f, start=1):
             row = json.loads(raw)
-            said = row["components"].get(SECOND)
-            if isinstance(said, dict) and said["disagrees"] is not None:
-                yield Opinion(line, said["first"], said["reward"], said["disagrees"],
-                              row["response"][-TAIL_CHARS:])
+            if opinion := opinion_of(line, row["components"], row["response"]):
+                yield opinion
+
+
+def opinion_of(line: int, components: Mapping[str, Any], response: str) -> Opinion | None:
+    """Return the opinions of a row's result; None: it was asked for no second one, or that one failed."""
+    said = components.get(SECOND)
+    if not isinstance(said, Mapping) or said.get("disagrees") is None:
+        return None
+    return Opinion(line, said["first"], said["reward"], bool(said["disagrees"]), response[-TAIL_CHARS:])
 
 
 def telling_strings(paid: Sequence[str], other: Sequence[str]) -> list[TellingString]:

@@ -15,10 +15,12 @@ from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.generate.generator import MegatronEngine
 from megatron_sov.generate.request import Batching
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.obs.warning import warn
 from megatron_sov.post.rl.generate import Desk, Writer, write_rounds
 from megatron_sov.post.rl.missing import Missing
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
+from megatron_sov.rewards.opinions import Opinions
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt
@@ -51,6 +53,9 @@ class Producer:
     """The reward at work; begun on rank 0, with the first round."""
     provenance: Mapping[str, Any]
     """What stands in the manifests of parts."""
+    opinions: Callable[[Store], Opinions | None] = lambda store: None
+    """What a second verifier has said so far, see `reward.second_opinions`."""
+    _opinions: Opinions | None = None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _judge: JudgeRows | None = None
     _job: JudgingJob | None = None
@@ -77,7 +82,7 @@ class Producer:
         on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
         write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
         written_s = time.monotonic()
-        on_main(view.world, lambda: self._begin_judging(rounds))
+        on_main(view.world, lambda: self._begin_judging(rounds, view))
         # part by part: there is a limit to how long the others wait for a message
         while on_main(view.world, lambda: not asked_to_stop() and self._judge_part()):
             pass
@@ -96,10 +101,14 @@ class Producer:
         # pieces that another job is at are waited for until it is taken for dead
         return Desk(missing, store, 2 * self.rollout.lease_s, self.provenance, asked_to_stop=asked_to_stop)
 
-    def _begin_judging(self, rounds: range) -> None:
+    def _begin_judging(self, rounds: range, view: FeedView) -> None:
         store = self.store()
+        if self._opinions is None:
+            self._opinions = self.opinions(store)
+        alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
         self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judged,
-                               rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s)
+                               rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s,
+                               opinions=self._opinions, alarmed=alarmed)
 
     def _judge_part(self) -> bool:
         assert self._job is not None, "nothing is begun"

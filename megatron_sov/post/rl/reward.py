@@ -14,6 +14,8 @@ from typing import Any
 
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
+from megatron_sov.rewards.composed import SECOND
+from megatron_sov.rewards.opinions import Opinions, opinion_of
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rewards.running import runner
@@ -108,6 +110,28 @@ def _outcome_of(row: Rollout) -> Result:
     return Result(given.get("reward"), given["status"], given.get("components", {}), given.get("reason", ""))
 
 
+def second_opinions(name: str, settings: Sequence[str], version: str, store: Store) -> Opinions | None:
+    """Return what a reward's second verifier has said of a store's responses so far; None: it has none.
+
+    Args:
+        name: of the reward.
+        settings: of it.
+        version: of it.
+        store: what is judged there under this version counts.
+    """
+    if name == ENVIRONMENT or getattr(make(order(name, parse_settings(settings, "--reward-set"))).reward,
+                                      "second", None) is None:
+        return None
+    found = Opinions()
+    for part in store.rollout_parts():
+        for row in (store.read_rewards(version, part.name) if store.has_rewards(version, part.name) else ()):
+            said = {key.removeprefix(f"{SECOND}."): value for key, value in row.components.items()
+                    if key.startswith(f"{SECOND}.")}
+            if opinion := opinion_of(found.num_opinions + 1, {SECOND: said}, ""):
+                found.add(opinion)
+    return found
+
+
 @dataclass
 class JudgingJob:
     """A reward at work on a store."""
@@ -128,6 +152,10 @@ class JudgingJob:
     """How long to wait at least where other jobs have claimed what is left."""
     progress: Callable[[int], object] = lambda count: None
     """Is told how many more responses are judged."""
+    opinions: Opinions | None = None
+    """Two verifiers' of all responses; None: there is no second one."""
+    alarmed: Callable[[str], object] = warn
+    """Is told, once, that the first verifier may be fooled."""
     sleep: Callable[[float], object] = time.sleep
     summary: Summary = field(default_factory=Summary)
     _parts: list[Part] = field(default_factory=list)
@@ -207,6 +235,7 @@ class JudgingJob:
                                      dict(numbers_of(result.components)), result.reason))
                 self.summary.tally.add(
                     result, f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
+                self._compare(result, row)
             self.progress(len(batch))
         self.summary.unfinished += len(rows) - len(whole)
         self.progress(len(rows) - len(whole))
@@ -216,6 +245,16 @@ class JudgingJob:
             self.summary.parts += 1
         except AlreadyPublished:
             self._tell_differences(part, judged)
+
+    def _compare(self, result: Result, row: Rollout) -> None:
+        """Take in what two verifiers say of a response, and tell where they begin to disagree."""
+        if self.opinions is None or self.opinions.alarm is not None:
+            return
+        opinion = opinion_of(self.opinions.num_opinions + 1, result.components, row.response)
+        if opinion is not None:
+            self.opinions.add(opinion)
+            if self.opinions.alarm is not None:
+                self.alarmed(f"ALARM of two verifiers {self.opinions.told('second opinion')}")
 
     def _tell_differences(self, part: Part, judged: Sequence[Judged]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""
