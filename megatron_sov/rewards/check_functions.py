@@ -133,7 +133,7 @@ def _read(outcome: Outcome, count: int) -> tuple[list[Verdict], bool]:
     was given up that had not used its time."""
     told: dict[int, Verdict] = {}
     waited = False
-    for line in outcome.stdout.splitlines():
+    for line in outcome.stdout.split("\n"):
         try:
             place, accepts, reason, how = json.loads(line)
         except (ValueError, TypeError, RecursionError):  # cut off where the program was ended

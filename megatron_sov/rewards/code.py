@@ -123,7 +123,7 @@ class Code:
         request = json.dumps({"tests": tests, "entry_point": entry_point})
         outcome = self._run(Program(_testing_program(), stdin=_framed(source) + _framed(request)))
         passed, why, done = [False] * len(tests), "", False
-        for line in outcome.stdout.splitlines():
+        for line in filter(None, outcome.stdout.split("\n")):
             verdict = json.loads(line)
             done = done or "done" in verdict or "loaded" in verdict
             if "test" in verdict:
@@ -211,8 +211,11 @@ def _call(test: Mapping[str, Any]) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Return what counts of an output: its lines without blanks at their ends, and no empty ones last."""
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+    """Return what counts of an output: its lines without blanks at their ends, and no empty ones last.
+
+    Only "\\n" and "\\r\\n" end a line, and only blanks, tabs and "\\r" are blank: all else a program printed.
+    """
+    return "\n".join(line.rstrip(" \t\r") for line in text.split("\n")).rstrip("\n").split("\n")
 
 
 def _framed(text: str) -> str:

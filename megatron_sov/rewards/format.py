@@ -20,6 +20,8 @@ _FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*?)\n?```\Z", re.DOTALL | re.IGNOR
 class Format:
     """The share of the asked-for checks that a response passes; all or nothing by setting."""
 
+    CONTROL, cpu_limit_s = "", 10.0
+
     regex: str = ""
     """A pattern that the response, white space around it removed, matches as a whole; `.` takes line ends."""
     tags: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ class IfEval:
     """1 where all instructions are followed, else 0; or the share of them."""
 
     LIBRARIES = ("langdetect",)
+    CONTROL, cpu_limit_s = "", 30.0
 
     all_or_nothing: bool = True
     """IFEval's accuracy per prompt; without, per instruction."""

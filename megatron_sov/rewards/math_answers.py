@@ -27,9 +27,12 @@ class Math:
 
     LIBRARIES = ("math-verify", "latex2sympy2-extended", "sympy", "antlr4-python3-runtime")
     PRELOAD = ("math_verify",)
+    CONTROL = "\\boxed{1}"
 
-    time_limit_s: float = 10.0
-    """For a row; then its status is timeout."""
+    cpu_limit_s: float = 2.0
+    """Of a processor, for a row; an answer that takes longer to compare is worth 0."""
+    time_limit_s: float = 60.0
+    """By the clock; a judge that has no processor for so long judges the row once more."""
     tail_chars: int = 20_000
     """Only so much of the response's end is read: the answer stands there."""
     float_rounding: int = 6
@@ -43,7 +46,8 @@ class Math:
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
         p = [f"{name} = {value} must be positive"
-             for name, value in (("time_limit_s", self.time_limit_s), ("tail_chars", self.tail_chars))
+             for name, value in (("cpu_limit_s", self.cpu_limit_s), ("time_limit_s", self.time_limit_s),
+                               ("tail_chars", self.tail_chars))
              if not value > 0]
         if importlib.util.find_spec("math_verify") is None:
             p.append("math-verify is not installed; pip install 'megatron-sov[rl]'")

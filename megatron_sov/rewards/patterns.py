@@ -10,8 +10,10 @@ from typing import Any
 
 import regex
 
+from megatron_sov.rewards.reward import TooLong
+
 TIME_LIMIT_S = 2.0
-"""Per search; a sound pattern takes milliseconds over a megabyte."""
+"""Of a processor, per search, as `regex` counts it; a sound pattern takes milliseconds over a megabyte."""
 
 
 @lru_cache(maxsize=4096)
@@ -32,7 +34,7 @@ def search(pattern: str, text: str, flags: int = 0) -> Any:
     """Return the first match, or None.
 
     Raises:
-        TimeoutError: it takes longer than `TIME_LIMIT_S`.
+        TooLong: it takes longer than `TIME_LIMIT_S`.
     """
     return _limited(_compiled(pattern, flags).search, pattern, text)
 
@@ -52,5 +54,5 @@ def _limited(action: Any, pattern: str, text: str) -> Any:
         return action(text, timeout=TIME_LIMIT_S)
     except TimeoutError:
         shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
-        raise TimeoutError(f"the pattern {shown!r} takes longer than {TIME_LIMIT_S:g} s over this response; "
-                           "write it without nested repetitions") from None
+        raise TooLong(f"the pattern {shown!r} takes longer than {TIME_LIMIT_S:g} s of a processor over this "
+                      "response; write it without nested repetitions") from None

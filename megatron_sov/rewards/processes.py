@@ -1,6 +1,11 @@
 """Rewards in processes of their own, each row with a limit of time and memory: one that hangs, or a response
 that makes a verifier eat the machine, costs its row and nothing else.
 
+Whose fault it is follows from what was used. A judge that has used its time of a processor, its memory or its
+stack, where the same row with an ordinary response takes nothing of the kind, was kept busy by the response:
+that is worth 0, else a policy could escape a bad grade. A judge that the clock has run out on was not given a
+processor, or waits for something: its row is judged once more, and has no reward then.
+
 The processes are forks of a small server that has imported the rewards and nothing else, so that one that was
 ended is replaced in a moment, and no thread of a caller's library is ever forked.
 """
@@ -9,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import resource
 import signal
@@ -19,7 +25,7 @@ from collections.abc import Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.orders import Order
@@ -37,6 +43,9 @@ CHECKED_TWICE, EVERY = 32, 32
 """The first rows, and one of so many behind them, are judged twice: a reward must not change by itself."""
 LONGEST_WAIT_S = 60.0
 """At a time; the kernel's waits take no more than weeks, and no infinity."""
+FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
+                    signal.SIGILL))
+"""Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
 AGAIN = None
 """What a process sends between the two times that it judges a row: each has the whole time."""
 _PR_SET_PDEATHSIG = 1
@@ -53,11 +62,16 @@ class ProcessRunner:
         workers: processes.
         modules: what the reward needs and can be found by name; imported once for all processes.
         variables: of the environment that it needs, beside those of `environment.KEPT`.
+        cpu_limit_s: of a processor, for a row; infinite: the clock alone counts.
+        control: a response that takes nothing to judge: where a row passes a limit with its own response and
+            not with this one, its response is worth 0; None: rows that pass a limit have no reward.
     """
 
     def __init__(self, asked: Order, time_limit_s: float, workers: int, modules: Sequence[str] = (),
-                 variables: Sequence[str] = ()) -> None:
+                 variables: Sequence[str] = (), *, cpu_limit_s: float = math.inf,
+                 control: str | None = None) -> None:
         self._asked, self._time_limit_s, self._variables = asked, time_limit_s, tuple(variables)
+        self._cpu_limit_s, self._control = cpu_limit_s, control
         self._context = multiprocessing.get_context("forkserver")
         _PRELOADED.update(dict.fromkeys(modules))
         self._context.set_forkserver_preload([__name__, *_PRELOADED])
@@ -80,18 +94,31 @@ class ProcessRunner:
             UserError: processes of this reward cannot be started.
         """
         results: dict[int, Result] = {}
+        suspects: dict[int, Result] = {}
+        late: set[int] = set()
         waiting = deque(range(len(rows)))
         while len(self._slots) < min(self._workers, len(rows)):
             self._slots.append(self._start())
         while len(results) < len(rows):
             for slot in self._slots:
                 if slot.ready and slot.index is None and waiting:
-                    self._give(slot, waiting.popleft(), rows)
+                    place = waiting.popleft()
+                    self._give(slot, place, rows[place], is_control=place in suspects)
             self._wait()
             for i, slot in enumerate(self._slots):
-                result = slot.take()
-                if result is not None and slot.index is not None:
-                    results[slot.index], slot.index = result, None
+                result, index = slot.take(), slot.index
+                if result is not None and index is not None:
+                    slot.index = None
+                    if index in suspects:
+                        results[index] = _blamed(suspects[index], result)
+                    elif result.spent and self._control is not None:
+                        suspects[index] = result
+                        waiting.append(index)
+                    elif slot.late and self._control is not None and index not in late:
+                        late.add(index)
+                        waiting.append(index)
+                    else:
+                        results[index] = result
                 if slot.gone:
                     slot.end()
                     self._slots[i] = self._start()
@@ -100,18 +127,19 @@ class ProcessRunner:
 
     def _start(self) -> _Slot:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(there, self._asked, self._variables), daemon=True)
+        process = self._context.Process(target=_work, daemon=True, args=(
+            there, self._asked, self._variables, self._cpu_limit_s))
         process.start()
         there.close()
-        return _Slot(process, here, time.monotonic() + START_LIMIT_S)
+        return _Slot(process, here, time.monotonic() + START_LIMIT_S, self._cpu_limit_s)
 
-    def _give(self, slot: _Slot, index: int, rows: Sequence[Row]) -> None:
+    def _give(self, slot: _Slot, index: int, row: Row, is_control: bool) -> None:
         place = self._num_seen + index
-        twice = place < CHECKED_TWICE or place % EVERY == 0
+        twice = not is_control and (place < CHECKED_TWICE or place % EVERY == 0)
         slot.index, slot.limit_s = index, self._time_limit_s
         slot.deadline_s = time.monotonic() + self._time_limit_s
         with contextlib.suppress(OSError):  # it has just ended, which `take` finds out
-            slot.pipe.send((dict(rows[index]), twice))
+            slot.pipe.send(({**row, "response": self._control} if is_control else dict(row), twice))
 
     def _wait(self) -> None:
         """Wait until a process has answered or ended, or is overdue."""
@@ -123,11 +151,12 @@ class ProcessRunner:
 class _Slot:
     """A process and what it works on."""
 
-    def __init__(self, process: BaseProcess, pipe: connection.Connection, deadline_s: float) -> None:
-        self.process, self.pipe, self.deadline_s = process, pipe, deadline_s
+    def __init__(self, process: BaseProcess, pipe: connection.Connection, deadline_s: float,
+                 cpu_limit_s: float) -> None:
+        self.process, self.pipe, self.deadline_s, self._cpu_limit_s = process, pipe, deadline_s, cpu_limit_s
         self.index: int | None = None
         self.limit_s = START_LIMIT_S
-        self.ready = self.gone = False
+        self.ready = self.gone = self.late = False
 
     def take(self) -> Result | None:
         """Return the result of the row that it was given, where there is one now."""
@@ -151,11 +180,10 @@ class _Slot:
             if not self.ready:
                 raise UserError(f"a process of the reward ended while it started (exit code "
                                 f"{self.process.exitcode}); see what it wrote above") from None
-            return Result(None, "failed", {}, f"the process that judged it ended (exit code "
-                                              f"{self.process.exitcode})")
+            return _ended(self.process.exitcode or 0, self._cpu_limit_s)
         if time.monotonic() < self.deadline_s:
             return None
-        self.gone = True
+        self.gone = self.late = True
         if not self.ready:
             raise UserError(f"a process of the reward has not started within {START_LIMIT_S:g} s; "
                             "give the machine less to do, or look at what the reward does when it is made")
@@ -173,7 +201,24 @@ class _Slot:
         self.pipe.close()
 
 
-def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str]) -> None:
+def _ended(exit_code: int, cpu_limit_s: float) -> Result:
+    """Return the result of a row whose process has ended."""
+    if exit_code == -signal.SIGPROF:
+        return Result(None, "timeout", {}, f"judging took longer than {cpu_limit_s:g} s of a processor",
+                      spent=True)
+    return Result(None, "failed", {}, f"the process that judged it ended (exit code {exit_code})",
+                  spent=-exit_code in FAULTS)
+
+
+def _blamed(suspect: Result, control: Result) -> Result:
+    """Return the result of a row that passed a limit, from the one that it has with an ordinary response."""
+    if control.reward is None:
+        return suspect
+    reason = f"the response: {suspect.reason}"
+    return Result(0.0, "timeout" if suspect.status == "timeout" else "scored", {"why": reason}, reason)
+
+
+def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str], cpu_limit_s: float) -> None:
     """Make the reward, then judge what comes until the pipe is closed."""
     forget_other_variables(variables)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes itself
@@ -194,14 +239,26 @@ def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str]) -
         except EOFError:
             return
         try:
-            result = judged(reward, row)
+            result = _judged_in(cpu_limit_s, reward, row)
             if twice and result.reward is not None:
                 pipe.send(AGAIN)
-                result = agreeing(result, judged(reward, row))
+                result = agreeing(result, _judged_in(cpu_limit_s, reward, row))
         except UserError as e:  # it would meet every row
             pipe.send(UserError(str(e)))
             return
         pipe.send(result)
+
+
+def _judged_in(cpu_limit_s: float, reward: Any, row: Row) -> Result:
+    """Return what a reward makes of a row; where it takes longer, the kernel ends this process, whatever
+    that is doing."""
+    if not math.isfinite(cpu_limit_s):
+        return judged(reward, row)
+    signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
+    try:
+        return judged(reward, row)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _limit_memory(limit_bytes: int) -> None:

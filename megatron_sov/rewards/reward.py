@@ -25,6 +25,10 @@ class Refused(Exception):
     """A row that a reward does not judge: it lacks a field, or is beyond a limit; one sentence."""
 
 
+class TooLong(TimeoutError):
+    """Judging a response has used its time of a processor, which no busy machine lengthens."""
+
+
 @dataclass(frozen=True)
 class Score:
     """What a reward gives for one response."""
@@ -50,7 +54,9 @@ class Result:
     components: Mapping[str, Any] = field(default_factory=dict)
     """As the reward has them."""
     reason: str = ""
-    """Why there is no reward."""
+    """Why there is no reward, or why judging the response was given up, which is worth 0."""
+    spent: bool = False
+    """Judging took what ordinary responses never take: time of a processor, memory, levels."""
 
 
 class Reward(Protocol):
@@ -92,9 +98,12 @@ def judged(reward: Reward, row: Row) -> Result:
     except Refused as e:
         return Result(None, "refused", {}, short(str(e)))
     except TimeoutError as e:
-        return Result(None, "timeout", {}, short(str(e) or "took too long"))
+        return Result(None, "timeout", {}, short(str(e) or "took too long"), isinstance(e, TooLong))
     except MemoryError:
-        return Result(None, "refused", {}, "asks for more memory than a process of the reward may have")
+        return Result(None, "refused", {}, "asks for more memory than a process of the reward may have",
+                      spent=True)
+    except RecursionError as e:
+        return Result(None, "failed", {}, short(told_in_a_line(e)), spent=True)
     except UserError:
         raise
     except Exception as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,8 @@ def runner(asked: Order, made: Made, workers: int) -> Runner:
     modules = [type(reward).__module__, *getattr(reward, "PRELOAD", ())] if asked.name in BUILT_IN else []
     workers = min(workers, getattr(reward, "MAX_WORKERS", workers))
     return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules,
-                         getattr(reward, "VARIABLES", ()))
+                         getattr(reward, "VARIABLES", ()), control=getattr(reward, "CONTROL", None),
+                         cpu_limit_s=getattr(reward, "cpu_limit_s", math.inf))
 
 
 class ThreadRunner:

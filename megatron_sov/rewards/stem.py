@@ -21,6 +21,8 @@ _LEADING = re.compile(r"[\s(\[*\"']*(?:option|choice)?\s*[(\[]?([A-J])(?:[)\].:,
 class Stem:
     """1 for a right final answer, 0 for a wrong one or none."""
 
+    CONTROL, cpu_limit_s = "", 10.0
+
     kind: Literal["auto", "choice", "number", "text"] = "auto"
     """auto: a single letter is a choice, what reads as a number is one, all else is text."""
     relative_tolerance: float = 0.01

@@ -225,6 +225,14 @@ def test_outputs_and_calls_are_compared(enclosure: str) -> None:
     assert share(enclosure, "def twice(x):\n    return 2 * x", check, entry_point="twice").reward == 1
 
 
+@pytest.mark.parametrize("printed, expected, equal", [
+    ("8\r\n\n9 \t\n\n", "8\n\n9", True), ("8", "8\n", True), ("", "\n\n", True), ("8\n9", "8 9", False),
+    *((f"8{mark}9", "8\n9", False) for mark in "\x1c\x1d\x1e\x0b\x0c\r\x85\u2028\u2029"),
+    *((f"8{mark}", "8", False) for mark in "\x1c\x85\u2028\xa0"), ("8\x1c9", "8\x1c9", True)])
+def test_lines_end_where_a_program_ends_them(printed: str, expected: str, equal: bool) -> None:
+    assert (code._lines(printed) == code._lines(expected)) is equal
+
+
 def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     row = {"response": "def f(x): return x", "tests": ["assert f(1) == 1", "assert f(1) == 2, 'wrong'"]}
     result = judged(Code(enclosure=enclosure), row)

@@ -41,6 +41,12 @@ class Does:
             return len(bytearray(1 << 40))
         if what == "tell":
             return sum(name in os.environ for name in ("WANDB_API_KEY", "MY_VERIFIER", "PATH"))
+        if what == "deep":
+            return (deep := lambda n: deep(n + 1))(0)
+        if what == "abort":
+            os.abort()
+        if what == "killed":
+            os.kill(os.getpid(), 9)
         if what == "change":
             return next(count)
         return float(what)
@@ -52,7 +58,8 @@ def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
     (tmp_path / "does.py").write_text(CODE)
     return lambda **more: ProcessRunner(order(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
                                         more.get("time_limit_s", 20.0), more.get("workers", 2),
-                                        variables=more.get("variables", ()))
+                                        variables=more.get("variables", ()), control=more.get("control"),
+                                        cpu_limit_s=more.get("cpu_limit_s", float("inf")))
 
 
 def rows(*responses: str) -> list[dict[str, str]]:
@@ -79,6 +86,32 @@ def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
     assert found[2].reason == "the process that judged it ended (exit code 7)"
     assert "more memory" in found[3].reason
     assert "then 1 for the same row under one version" in found[4].reason
+
+
+def test_a_response_that_keeps_its_judge_busy_is_worth_nothing_and_a_judge_that_waits_has_no_verdict(
+        runner) -> None:
+    with runner(cpu_limit_s=0.2, control="5") as running:
+        found = running.score(rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
+    assert [(r.reward, r.status) for r in found] == [
+        (1.0, "scored"), (0.0, "timeout"), (0.0, "scored"), (0.0, "scored"), (0.0, "scored"),
+        (None, "failed"), (None, "failed"), (None, "failed"), (2.0, "scored")]
+    assert found[1].reason == "the response: judging took longer than 0.2 s of a processor"
+    assert found[1].components == {"why": found[1].reason}
+    with runner(cpu_limit_s=0.2, control="5", time_limit_s=0.3) as running:
+        assert running.score(rows("hang", "1"))[0].reward is None
+    with runner(cpu_limit_s=0.2, control="loop") as running:  # then the row keeps it busy, or the reward
+        assert [(r.reward, r.status) for r in running.score(rows("loop", "1"))] == [
+            (None, "timeout"), (1.0, "scored")]
+
+
+def test_a_judge_that_had_no_processor_judges_once_more(runner, tmp_path: Path) -> None:
+    (tmp_path / "does.py").write_text(CODE.replace('if what == "hang":', f"""if what == "once":
+            with contextlib.suppress(FileExistsError), open({str(tmp_path / "came")!r}, "x"):
+                time.sleep(3600)
+            return 3.0
+        if what == "hang":""").replace("import itertools", "import contextlib, itertools"))
+    with runner(cpu_limit_s=5, control="5", time_limit_s=1.5, workers=1) as running:
+        assert [(r.reward, r.status) for r in running.score(rows("once"))] == [(3.0, "scored")]
 
 
 def test_a_reward_that_cannot_be_made_ends_the_work(runner) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import socket
 import struct
 from typing import Any
@@ -33,28 +32,6 @@ def receive(channel: socket.socket, most_bytes: int | None = None) -> Any:
     if most_bytes is not None and length > most_bytes:
         raise ValueError(f"a message of {length} bytes, of at most {most_bytes}")
     return json.loads(_read(channel, length))
-
-
-def send_apart(channel: socket.socket, data: bytes) -> None:
-    """Send what no process that the other side forks may find in its memory; raises as `send` does."""
-    channel.sendall(_LENGTH.pack(len(data)))
-    channel.sendall(data)
-
-
-def receive_apart(channel: socket.socket) -> memoryview:
-    """Return what `send_apart` has sent, in memory that a fork does not have: there, whoever looks at it is
-    ended by the kernel.  It never lies anywhere else; raises as `receive` does."""
-    (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
-    apart = mmap.mmap(-1, max(length, 1))
-    apart.madvise(mmap.MADV_DONTFORK)
-    data = memoryview(apart)[:length]
-    place = 0
-    while place < length:
-        num_bytes = channel.recv_into(data[place:])
-        if not num_bytes:
-            raise EOFError
-        place += num_bytes
-    return data
 
 
 def _read(channel: socket.socket, num_bytes: int) -> bytes:

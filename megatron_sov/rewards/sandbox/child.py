@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import gc
 import io
+import json
 import math
 import os
 import resource
@@ -15,6 +16,7 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from megatron_sov.rewards.sandbox import system_calls as sc
@@ -25,7 +27,7 @@ from megatron_sov.rewards.sandbox.resources import limit
 READY = b"."
 """What is told before the program begins; anything else is why it cannot."""
 SOURCE_NAME = "program"
-_TOLD = 3
+_TOLD, _JOB, NUM_FILES = 3, 4, 5
 
 
 def be_as_programs() -> None:
@@ -55,20 +57,21 @@ def _take_streams() -> None:
         os.close(fd)
 
 
-def become_program(enclosure: Enclosure, request: dict[str, Any], limits: Limits,
-                   ends: tuple[int, int, int, int]) -> NoReturn:
+def become_program(enclosure: Enclosure, ends: Sequence[int]) -> NoReturn:
     """Enclose this process and be the program; never returns.
 
     Args:
         enclosure: where.
-        request: as the worker sends it.
-        limits: what it may take.
-        ends: its standard input, output and error, and where to tell that all is ready.
+        ends: its standard input, output and error, where to tell that all is ready, and where to read what
+            to be: the worker's job, with its folder and limits.
     """
     try:
         os.setsid()
         _take_files(ends)
-        folder = enclosure.enter(limits)
+        with open(_JOB, "rb", buffering=0) as given:
+            request = json.loads(given.readall())
+        folder, limits = request["folder"], Limits(**request["limits"])
+        enclosure.enter(folder, limits)
         os.chdir(folder)
         name = SOURCE_NAME + (".py" if request["command"] is None else "")
         for path, text in {**request["files"], name: request["source"]}.items():
@@ -77,7 +80,7 @@ def become_program(enclosure: Enclosure, request: dict[str, Any], limits: Limits
             _write(path, text.encode())
         os.environ["HOME"] = os.environ["TMPDIR"] = folder
         _limit(limits)
-        enclosure.lock(limits)
+        enclosure.lock(folder, limits)
         os.write(_TOLD, READY)
         os.close(_TOLD)
     except BaseException as e:
@@ -89,12 +92,12 @@ def become_program(enclosure: Enclosure, request: dict[str, Any], limits: Limits
     _run_command([part.replace("{file}", name) for part in request["command"]] + request["arguments"])
 
 
-def _take_files(ends: tuple[int, int, int, int]) -> None:
-    """Have these files as 0, 1, 2 and 3, and no others."""
+def _take_files(ends: Sequence[int]) -> None:
+    """Have these files as 0, 1, 2, ... and no others."""
     high = [os.dup2(fd, 100 + i) for i, fd in enumerate(ends)]  # none of them lies where another goes
     for i, fd in enumerate(high):
         os.dup2(fd, i, inheritable=i < _TOLD)
-    sc.close_above(_TOLD + 1)
+    sc.close_above(NUM_FILES)
 
 
 def _write(path: str, data: bytes) -> None:
@@ -135,7 +138,7 @@ def _run_python(source: str, path: str, arguments: list[str]) -> NoReturn:
     # non-daemon threads are waited for, then exit functions run, as at an interpreter's own end
     ends = [code, _guarded(threading._shutdown), _guarded(atexit._run_exitfuncs),  # type: ignore[attr-defined]
             _guarded(lambda: _flush(sys.stdout)), _guarded(lambda: _flush(sys.stderr))]
-    os._exit(next((code for code in ends if code), 0) & 0xFF)
+    os._exit(next((code for code in ends if code), 0))
 
 
 def _flush(stream: TextIO) -> None:
@@ -148,8 +151,12 @@ def _guarded(run: Any) -> int:
     try:
         run()
     except SystemExit as e:
-        if e.code is None or isinstance(e.code, int):
-            return e.code or 0
+        if e.code is None:
+            return 0
+        if isinstance(e.code, int):
+            code = int.__index__(e.code)  # of a class of its own, this alone is a number
+            # the kernel keeps 8 bits, and 256 is no success; what no C has is -1, as for CPython
+            return (code & 0xFF if -2 ** 63 <= code < 2 ** 63 else 0) or (255 if code else 0)
         with contextlib.suppress(BaseException):
             print(e.code, file=sys.stderr)
         return 1

@@ -63,10 +63,14 @@ def _supervised(parts: list[str], folder: str, given: bytes, limits: Limits) -> 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
+    def wait() -> tuple[int, float]:
+        _, status, used = os.wait4(process.pid, 0)
+        return status, used.ru_utime + used.ru_stime
+
     watch = Watch(process.pid)
     try:
         return supervise(Subject(process.pid, Ends(feed, out_read, error_read), given, limits, kill=kill,
-                                 totals=watch.totals))
+                                 wait=wait, totals=watch.totals))
     finally:
         process.returncode = 0  # it has been waited for
         watch.close()

@@ -13,22 +13,26 @@ class Unavailable(Exception):
 
 
 class Enclosure(Protocol):
-    """Made in the server's process, used for one program at a time."""
+    """Made in the server's process, which its template is a fork of; used for one program at a time."""
 
     name: str
     watch: Watch
-    """Of the processes below the server."""
+    """Of the processes below the template."""
 
-    def fork(self, limits: Limits) -> int:
-        """As os.fork()."""
+    def prepare(self) -> str:
+        """In the server: return the folder that a program will have."""
         ...
 
-    def enter(self, limits: Limits) -> str:
-        """In the child: make a private folder, return it, give up all privileges."""
+    def fork(self) -> int:
+        """In the template: as os.fork()."""
         ...
 
-    def lock(self, limits: Limits) -> None:
-        """In the child: restrict what it may do, for good."""
+    def enter(self, folder: str, limits: Limits) -> None:
+        """In the program's process: see to it that it has that folder, give up all privileges."""
+        ...
+
+    def lock(self, folder: str, limits: Limits) -> None:
+        """In the program's process: restrict what it may do, for good."""
         ...
 
     def kill(self, pid: int) -> None:
@@ -36,7 +40,7 @@ class Enclosure(Protocol):
         ...
 
     def clean(self) -> None:
-        """Wait for what is left of a program, and remove its folder."""
+        """Remove a program's folder."""
         ...
 
     def close(self) -> None:

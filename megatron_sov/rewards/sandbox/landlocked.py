@@ -53,36 +53,38 @@ class Landlocked:
         self._filter = self._filter_of(0) if self._abi >= landlock.SIGNAL_SCOPE_ABI else None
         self._uid = _free_uid()
         sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
-        sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         self.watch = Watch(os.getpid(), forks=True)
         self._parent, self._folder = folder, ""
         os.chmod(folder, 0o711 if self._uid else 0o700)  # to be passed, not listed
         self._tasks_of_user = 0
 
-    def fork(self, limits: Limits) -> int:
-        """As os.fork(); the program's folder is made before."""
+    def prepare(self) -> str:
+        """Return the folder that a program will have."""
         self._folder = tempfile.mkdtemp(prefix="program-", dir=self._parent)
+        if self._uid is not None:
+            os.chmod(self._folder, 0o777)  # of all who could find it, Landlock lets this program in
+        return self._folder
+
+    def fork(self) -> int:
+        """As os.fork()."""
         if self._uid is None:
             self._tasks_of_user = _count_tasks(os.geteuid())
-        else:
-            os.chmod(self._folder, 0o777)  # of all who could find it, Landlock lets this program in
         return os.fork()
 
-    def enter(self, limits: Limits) -> str:
-        """Take this process's privileges; returns the folder."""
+    def enter(self, folder: str, limits: Limits) -> None:
+        """Take this process's privileges."""
         if self._uid is None:
             sc.set_capabilities(0)  # root of a container that has no other user
         else:
             _become(self._uid)
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-        return self._folder
 
-    def lock(self, limits: Limits) -> None:
+    def lock(self, folder: str, limits: Limits) -> None:
         """Restrict what this process may read, write and call."""
         # the kernel counts all processes of a user; root's programs have users of their own
         limit(resource.RLIMIT_NPROC, self._tasks_of_user + limits.processes)
         devices = [device for device in DEVICES if os.path.exists(device)]
-        landlock.restrict(self._abi, self._readable, [self._folder, *devices])
+        landlock.restrict(self._abi, self._readable, [folder, *devices])
         seccomp.install(self._filter or self._filter_of(os.getpid()))
 
     def _filter_of(self, pid: int) -> seccomp.Filter:
@@ -97,10 +99,7 @@ class Landlocked:
             os.kill(pid, signal.SIGKILL)
 
     def clean(self) -> None:
-        """Wait for processes that a program left, all killed by now, and remove its folder."""
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.waitpid(-1, 0)
+        """Remove a program's folder."""
         if self._folder:
             remove(self._folder)
             self._folder = ""

@@ -78,7 +78,11 @@ class Namespaces:
         self._own_uid = os.getuid() != UID
         """Programs have a user that the server has not."""
 
-    def fork(self, limits: Limits) -> int:
+    def prepare(self) -> str:
+        """Return the folder, which each program has of its own."""
+        return PRIVATE
+
+    def fork(self) -> int:
         """As os.fork(), the child being the first process of its namespace."""
         sc.unshare(sc.CLONE_NEWPID)
         pid = -1
@@ -89,10 +93,10 @@ class Namespaces:
                 sc.enter_namespace(self._own_processes, sc.CLONE_NEWPID)
         return pid
 
-    def enter(self, limits: Limits) -> str:
-        """Give this process its private folder, which is returned, and take its privileges."""
+    def enter(self, folder: str, limits: Limits) -> None:
+        """Give this process its private folder, and take its privileges."""
         sc.unshare(sc.CLONE_NEWNS)
-        sc.mount("tmpfs", PRIVATE, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
+        sc.mount("tmpfs", folder, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
                  f"size={limits.file_bytes},nr_inodes={_MAX_INODES},mode=700,uid={UID},gid={UID}")
         if self._own_uid:
             os.setgroups([])
@@ -100,15 +104,14 @@ class Namespaces:
             os.setresuid(UID, UID, UID)
         sc.set_capabilities(0)
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-        return PRIVATE
 
-    def lock(self, limits: Limits) -> None:
+    def lock(self, folder: str, limits: Limits) -> None:
         """Restrict this process's system calls; Landlock stands behind the file tree, where there is one."""
-        # counted per user and namespace: where this user is the server's, too, server and guard count along
-        limit(resource.RLIMIT_NPROC, limits.processes + (0 if self._own_uid else 2))
+        # counted per user and namespace: where this user is the server's, too, server, guard and template are
+        limit(resource.RLIMIT_NPROC, limits.processes + (0 if self._own_uid else 3))
         if self._landlock_abi:
             landlock.restrict(self._landlock_abi, ["/"],
-                              [PRIVATE, *(device for device in DEVICES if os.path.exists(device))])
+                              [folder, *(device for device in DEVICES if os.path.exists(device))])
         seccomp.install(self._filter)
 
     def kill(self, pid: int) -> None:

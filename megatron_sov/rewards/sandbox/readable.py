@@ -42,7 +42,7 @@ def _loaded_libraries() -> list[str]:
     """Return the folders of the shared libraries that this process has loaded from elsewhere: an
     environment module's, say, which others of them will come from."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text().split("\n")
     except OSError:
         return []
     files = {fields[5] for fields in (line.split(None, 5) for line in lines) if len(fields) == 6}

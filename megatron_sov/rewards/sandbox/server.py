@@ -1,25 +1,29 @@
-"""The server of a sandbox: a small interpreter that has imported what programs often do, and forks them.
+"""The server of a sandbox: a small interpreter that has imported what programs often do, has its template
+fork them, and stands beside them.
 
 It is started with a clean environment and imports nothing but the standard library and this room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib
+import json
 import os
 import socket
 import sys
 from typing import Any
 
-from megatron_sov.rewards.sandbox.channel import receive, receive_apart, send
-from megatron_sov.rewards.sandbox.child import be_as_programs, become_program
+from megatron_sov.rewards.sandbox.channel import receive, send
+from megatron_sov.rewards.sandbox.child import be_as_programs
 from megatron_sov.rewards.sandbox.enclosure import Enclosure, Unavailable
 from megatron_sov.rewards.sandbox.landlocked import Landlocked
 from megatron_sov.rewards.sandbox.namespaces import Namespaces
 from megatron_sov.rewards.sandbox.program import Limits, Outcome
 from megatron_sov.rewards.sandbox.supervise import Ends, Gone, Subject, supervise
+from megatron_sov.rewards.sandbox.template import Template
 
 PRELOADED = (
     "abc", "array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc",
@@ -53,18 +57,18 @@ def main(channel_fd: int, root: str) -> None:
         except Unavailable as e:
             send(channel, {"unavailable": str(e)})
             return
-        send(channel, {"enclosure": enclosure.name})
         gc.collect()
         gc.freeze()  # the collector of a child would copy every page that it looks at
         gc.disable()
+        template = Template(enclosure)
+        send(channel, {"enclosure": enclosure.name})
         try:
             while True:
-                request = receive(channel)
-                given = receive_apart(channel)
-                send(channel, dataclasses.asdict(_run(enclosure, request, given, channel)))
+                send(channel, dataclasses.asdict(_run(enclosure, template, receive(channel), channel)))
         except (EOFError, OSError, Gone):
             return
         finally:
+            template.close()
             enclosure.close()
             own_modules.clear()
 
@@ -75,34 +79,40 @@ def _enclosure(order: dict[str, Any], channel: socket.socket) -> Enclosure:
     return Landlocked(order["readable"], order["folder"])
 
 
-def _run(enclosure: Enclosure, request: dict[str, Any], given: memoryview, channel: socket.socket) -> Outcome:
+def _run(enclosure: Enclosure, template: Template, request: dict[str, Any],
+         channel: socket.socket) -> Outcome:
     """Return what becomes of a program; what fails here is not its fault.
 
     Args:
         enclosure: where it runs.
-        request: the program, which it may find in its memory.
-        given: for its standard input, which it only reads: what it forks before that never sees it.
+        template: what forks its process.
+        request: as the worker sends it.
         channel: to whoever waits for the outcome.
     """
     limits = Limits(**request["limits"])
-    pipes = [os.pipe() for _ in range(4)]
-    (stdin, feed), (stdout_read, stdout), (stderr_read, stderr), (ready_read, ready) = pipes
+    pipes = [os.pipe() for _ in range(5)]
+    (stdin, feed), (stdout_read, stdout), (stderr_read, stderr), (ready_read, ready), (job, give) = pipes
+    theirs = (stdin, stdout, stderr, ready, job)
     try:
-        pid = enclosure.fork(limits)
+        folder = enclosure.prepare()
+        pid = template.fork(theirs)
     except OSError as e:
-        for read, write in pipes:
-            os.close(read)
-            os.close(write)
+        for fd in (feed, stdout_read, stderr_read, ready_read, give):
+            os.close(fd)
         enclosure.clean()
         return Outcome("infrastructure", None, "", "", f"no process could be forked: {e}", 0.0, 0.0)
-    if pid == 0:
-        become_program(enclosure, request, limits, (stdin, stdout, stderr, ready))
-    for fd in (stdin, stdout, stderr, ready):
-        os.close(fd)
+    finally:
+        for fd in theirs:
+            os.close(fd)
+    # how long its output may be would tell it how long the expected one is
+    its_limits = dataclasses.replace(limits, wall_s=1, output_bytes=1)
+    with contextlib.suppress(BrokenPipeError), open(give, "wb") as given:
+        given.write(json.dumps({**request["job"], "folder": folder,
+                                "limits": dataclasses.asdict(its_limits)}).encode())
     try:
         return supervise(Subject(
-            pid, Ends(feed, stdout_read, stderr_read, ready_read), given, limits,
-            kill=lambda: enclosure.kill(pid), totals=enclosure.watch.totals,
+            pid, Ends(feed, stdout_read, stderr_read, ready_read), request["stdin"].encode(), limits,
+            kill=lambda: enclosure.kill(pid), wait=template.wait, totals=enclosure.watch.totals,
             overfull=lambda: enclosure.overfull(limits), hangup=channel.fileno()))
     finally:
         enclosure.clean()

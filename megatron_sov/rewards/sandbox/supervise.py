@@ -38,11 +38,13 @@ class Subject:
 
     pid: int
     ends: Ends
-    input: bytes | memoryview
+    input: bytes
     """For its standard input."""
     limits: Limits
     kill: Callable[[], None]
     """Ends all of its processes."""
+    wait: Callable[[], tuple[int, float]]
+    """Returns its wait status and its seconds of processors, when they have been ended."""
     totals: Callable[[], Totals]
     """What they take together."""
     overfull: Callable[[], str] = field(default=lambda: "")
@@ -100,9 +102,9 @@ class _Supervisor:
             wall_s = time.monotonic() - self._began_s
         finally:
             subject.kill()
-            _, status, used = os.wait4(subject.pid, 0)
+            status, used_s = subject.wait()
             self._close()
-        return self._outcome(status, wall_s, max(self._seen_cpu_s, used.ru_utime + used.ru_stime))
+        return self._outcome(status, wall_s, max(self._seen_cpu_s, used_s))
 
     def _wait_for_end(self) -> None:
         while not self._ended and self._passed is None:

@@ -27,13 +27,18 @@ class Watch:
 
     Args:
         root_pid: its first process, as /proc counts it.
-        forks: the server that forks programs, instead: they are all that is below it.
+        forks: the process that forks programs, instead: they are all that is below it.
     """
 
     def __init__(self, root_pid: int, *, forks: bool = False) -> None:
         self._root, self._forks = root_pid, forks
         self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # it may vanish from view
         self._base_bytes = self._resident_bytes(root_pid) if forks else 0
+
+    def follow_child(self) -> None:
+        """Look at the only child of that process instead, which forks programs from now on."""
+        ((self._root,), _) = self._children(self._root)
+        self._base_bytes = self._resident_bytes(self._root)
 
     def close(self) -> None:
         """Give back what it holds."""

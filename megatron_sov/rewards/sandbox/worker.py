@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.rewards.sandbox.channel import receive, send, send_apart
+from megatron_sov.rewards.sandbox.channel import receive, send
 from megatron_sov.rewards.sandbox.enclosure import Unavailable
 from megatron_sov.rewards.sandbox.folders import remove
 from megatron_sov.rewards.sandbox.namespaces import identity_maps
@@ -94,19 +94,19 @@ class Worker:
         """
         try:
             self.start()
-            return self._ask({"source": program.source, "files": dict(program.files),
-                              "arguments": list(program.arguments), "command": command and list(command),
-                              "limits": dataclasses.asdict(limits)}, program.stdin.encode(), limits)
+            return self._ask({
+                "job": {"source": program.source, "files": dict(program.files),
+                        "arguments": list(program.arguments), "command": command and list(command)},
+                "stdin": program.stdin, "limits": dataclasses.asdict(limits)}, limits)
         except (EOFError, OSError, Unavailable) as e:
             self.stop()
             return Outcome("infrastructure", None, "", "",
                            f"the sandbox's server failed ({e or 'it ended'})", 0.0, 0.0)
 
-    def _ask(self, request: dict[str, Any], given: bytes, limits: Limits) -> Outcome:
+    def _ask(self, request: dict[str, Any], limits: Limits) -> Outcome:
         assert self._channel is not None
         self._channel.settimeout(START_LIMIT_S + limits.wall_s + _ANSWER_LIMIT_S)
         send(self._channel, request)
-        send_apart(self._channel, given)
         return Outcome(**receive(self._channel))
 
     def stop(self) -> None:

@@ -39,6 +39,13 @@ def test_an_error_is_told_as_an_interpreter_tells_it(sandbox: Sandbox) -> None:
     assert sandbox.run(Program("def")).reason == "exit code 1: SyntaxError: invalid syntax"
 
 
+@pytest.mark.parametrize("code, exit_code", [
+    ("None", 0), ("0", 0), ("False", 0), ("3", 3), ("-1", 255), ("256", 255), ("2 ** 70", 255), ("-512", 255),
+    ("2 ** 70 + 7", 255), ("2 ** 40 + 7", 7), ("'why'", 1), ("(0,)", 1), ("0.0", 1)])
+def test_an_exit_code_that_is_not_zero_is_no_success(sandbox: Sandbox, code: str, exit_code: int) -> None:
+    assert sandbox.run(Program(f"raise SystemExit({code})")).exit_code == exit_code
+
+
 def test_threads_and_exit_functions_end_with_a_program_and_its_output_is_whole(sandbox: Sandbox) -> None:
     outcome = sandbox.run(Program(
         "import atexit, threading, time\natexit.register(lambda: print('last'))\n"
