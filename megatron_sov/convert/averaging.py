@@ -25,6 +25,7 @@ from megatron_sov.convert.values import KEEP, converted
 from megatron_sov.data.vocabulary import refuse_other_tokenizer
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
+from megatron_sov.models.family import OF_TRAINING
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import (
     IMPORTED,
@@ -38,8 +39,6 @@ from megatron_sov.runs.checkpoints import (
 
 SLAB_ELEMENTS = 1 << 20
 """Elements of a tensor that are averaged at a time."""
-OF_TRAINING = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
-"""Fields of an architecture that say how it is trained, not what it computes."""
 
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
