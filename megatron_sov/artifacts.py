@@ -222,9 +222,11 @@ class ArtifactWriter:
         self.leave_out: frozenset[str] = frozenset()
         """Names directly inside the folder that are no part of the artifact."""
 
-    def add_input(self, path: Path) -> None:
-        """Record another artifact as an input of this one."""
-        self.inputs.append({"kind": read_manifest(path).kind, "path": str(path),
+    def add_input(self, path: Path, *, leaves: bool = False) -> None:
+        """Record another artifact as an input of this one; of what `leaves` this machine by hash and last
+        name."""
+        name = path.resolve().name if leaves else str(path)
+        self.inputs.append({"kind": read_manifest(path).kind, "path": name,
                             "manifest_sha256": manifest_sha256(path)})
 
     def complete(self) -> None:

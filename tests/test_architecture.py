@@ -23,7 +23,7 @@ DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
 BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
-        "process_identity", "artifacts", "compiled",
+        "process_identity", "artifacts", "compiled", "pretrained",
         "byte_bpe", "documents", "media", "codecs", "chat", "endpoints", "rewards", "obs", "pages"}
 GROUND = BASE | {"models", "counterparts", "objectives", "recipes", "plan", "runs", "clusters", "tools",
                  "rollouts"}
@@ -35,11 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
     "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
+    "pretrained": {"errors"},
     # what reads pictures and sounds is enclosed as what runs programs is
     "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards"},
     # networks: whoever needs them opens them where they are needed; pickles are bounded as templates are
     "codecs": {"errors", "config", "artifacts", "digests", "outputs", "file_locks", "documents", "media",
-               "obs", "pages", "chat"},
+               "obs", "pages", "chat", "pretrained"},
     "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},
@@ -217,6 +218,15 @@ def loading_problems(source: Source) -> Iterator[str]:
             yield f"{source.name}:{node.lineno}: allow_pickle must stay False"
 
 
+def model_problems(source: Source) -> Iterator[str]:
+    """A model that a library loads is loaded in one place, which refuses weights that it would make up."""
+    for node in ast.walk(source.tree):
+        if (source.name != "megatron_sov/pretrained.py" and isinstance(node, ast.Attribute)
+                and node.attr == "from_pretrained" and "Tokenizer" not in ast.unparse(node.value)):
+            yield (f"{source.name}:{node.lineno}: {ast.unparse(node)} makes up weights that are missing; use "
+                   "megatron_sov.pretrained.load_pretrained")
+
+
 def size_problems(source: Source) -> Iterator[str]:
     """One idea per file, a function on a screen, names that say something."""
     num_lines = len(source.path.read_text(encoding="utf-8").splitlines())
@@ -241,7 +251,8 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
-RULES = (import_problems, wing_problems, room_problems, loading_problems, size_problems, data_problems)
+RULES = (import_problems, wing_problems, room_problems, loading_problems, model_problems, size_problems,
+         data_problems)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +304,8 @@ BAD = [
     ("megatron_sov/train/loop.py", "x = torch.load(f)", "weights_only=True"),
     ("megatron_sov/train/loop.py", "x = torch.load(f, weights_only=False)", "weights_only=True"),
     ("megatron_sov/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
+    ("megatron_sov/eval/lm/local.py", "m = AutoModelForCausalLM.from_pretrained(f)", "makes up weights"),
+    ("data_prep/pack.py", "from_f = transformers.AutoModel.from_pretrained", "makes up weights"),
     ("megatron_sov/data/utils.py", "", "named after nothing"),
     ("megatron_sov/cellar/wine.py", "", "has no floor"),
     ("megatron_sov/slurm/stages.py", "from megatron_sov.commands import eval",

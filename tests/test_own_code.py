@@ -45,6 +45,19 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+SECTIONS = ("A recipe", "An objective", "A model family", "A data step")
+"""Those whose commands a test here types."""
+
+
+def test_every_command_of_the_page_is_typed() -> None:
+    text = PAGE.read_text()
+    sections = [text.partition(f"## {name}\n")[2].partition("\n## ")[0] for name in SECTIONS]
+    assert [c for section in sections for c in commands_of(section)] == commands_of(text)
+    # whole commands in the text, such as `megatron-sov convert verify A B`: options of others are none
+    inline = re.findall(r"`((?:megatron-sov|sov-\w+) [^`]*(?: \S+/\S*)[^`]*)`", text)
+    assert [command for command in inline if command not in commands_of(text)] == []
+
+
 Run = Callable[[str], subprocess.CompletedProcess[str]]
 
 
@@ -124,7 +137,8 @@ def test_an_objective(site: Path, typed: Run) -> None:
 
 
 def test_a_model_family(site: Path, from_wheel: Run, typed: Run) -> None:
-    config = done(site, from_wheel, "A model family")
+    config = done(site, lambda command: (typed if " verify " in command else from_wheel)(command),
+                  "A model family")
     assert (config["model"]["family"], [code["kind"] for code in config["code"]]) == (
         "mistral", ["recipe", "model family"])
     assert list(config["code"][0]["files"]) == ["my_family.py", "my_recipe.py"]

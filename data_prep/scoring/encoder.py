@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.pretrained import HEADS, POOLER, load_pretrained
 
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja")
 """Files of a Hugging Face folder that a scorer takes along; code and pickles are none of them."""
@@ -66,9 +67,11 @@ class Encoder:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                                             trust_remote_code=False)
-            self._model: Any = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False).float().eval()
+            model = load_pretrained(AutoModel, folder, left_out=HEADS, made_up=POOLER)
+            self._model: Any = model.float().eval()
             self._width = int(self._model.config.hidden_size)
+        except UserError:
+            raise
         except Exception as e:  # anything, over files that are broken
             raise UserError(f"{folder}: no encoder can be loaded ({told_in_a_line(e)})") from None
 

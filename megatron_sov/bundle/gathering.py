@@ -120,7 +120,7 @@ def gather(bundle: Bundle, output: Path, *, overwrite: bool = False) -> Manifest
             with disk_errors(writer.path):
                 shutil.copytree(folder, writer.path / FOLDERS / folder.resolve().name)
             if (folder / MANIFEST).is_file():
-                writer.add_input(folder)
+                writer.add_input(folder, leaves=True)
         for name in SCRIPTS:
             (writer.path / name).write_bytes(
                 importlib.resources.files("megatron_sov.bundle").joinpath(name).read_bytes())

@@ -74,7 +74,9 @@ def card_json(card: dict[str, Any]) -> Any:
 
 def _model(found: Lineage, run: RunRecord) -> dict[str, Any]:
     last = len(run.attempts) - 1
-    figures: dict[str, Any] = {name: _setting(run, "model", name) for name in ARCHITECTURE}
+    figures: dict[str, Any] = {name: _setting(run, "model", name) for name in ARCHITECTURE
+                               if run.config.model.num_experts or "experts" not in name}
+    figures |= _adapter(found, run)
     figures["recipe"] = Figure(run.config.recipe.rpartition("/")[2], "computed",
                                (Origin(run.id, CONFIG, "recipe"),), how="without the folder of a file")
     for name, what in (("num_params", "number of parameters"), ("num_active_params", "active parameters")):
@@ -89,6 +91,23 @@ def _model(found: Lineage, run: RunRecord) -> dict[str, Any]:
         unknown("length of training samples", "the run's events tell of no step and its phase"))
     figures["checkpoint"] = found.model
     figures["exports"] = [_export(found, sha256) for sha256 in found.exports]
+    return figures
+
+
+def _adapter(found: Lineage, run: RunRecord) -> dict[str, Figure]:
+    """Return what a card says of a run that trained an adapter: its kind, its rank, and the model that it
+    belongs to."""
+    lora = run.config.lora
+    if not lora.on:
+        return {}
+    kind = "DoRA" if lora.dora else "LoRA"
+    figures = {"adapter": Figure(kind, "computed", (Origin(run.id, CONFIG, "lora"),), how="by lora.dora"),
+               "adapter_rank": _setting(run, "lora", "rank")}
+    for sha256, (item, key) in run.inputs.items():
+        if item["kind"] == KIND:
+            name = found.graph.nodes[sha256].name
+            figures["base"] = Figure(name, "computed", (Origin(run.id, EVENTS, key),),
+                                     how="what that artifact is called")
     return figures
 
 

@@ -14,7 +14,7 @@ from megatron_sov.card.graph import Graph, Node
 from megatron_sov.card.run_record import RunRecord, read_run_record
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS
-from megatron_sov.runs.checkpoints import BASE, CHECKPOINTS_OF_A_RUN, KIND, latest
+from megatron_sov.runs.checkpoints import BASE, CHECKPOINTS_OF_A_RUN, KIND, SOURCE, latest
 from megatron_sov.runs.folder import COMPLETION, CONFIG, EXPORTS, ROUNDS
 
 RUN, HF_MODEL, TOKENS, CORPUS = "run", "hf_model", "tokens", "corpus"
@@ -186,7 +186,8 @@ class _Walk:
         places = [Path(path), by.parent / path, by.parent / Path(path).name]
         if kind == KIND:  # RUN/checkpoints/step-N beside this run's folder, where both were moved
             places.append(by.parent / Path(*Path(path).parts[-3:]))
-        folder = next((p for p in places if _is(p, sha256)), self._elsewhere.get(sha256))
+        known = self.found.places.get(sha256) or self._elsewhere.get(sha256)
+        folder = next((p for p in places if _is(p, sha256)), known)
         if folder is not None:
             self._artifact(folder, sha256)
         else:
@@ -201,7 +202,9 @@ class _Walk:
             return
         manifest = read_manifest(folder)
         files = {name: record.digest for name, record in list(manifest.files.items())[:MAX_FILES]}
-        found.graph.add(Node(sha256, manifest.kind, _named(folder.resolve()), sha256,
+        told = manifest.content.get(SOURCE)
+        name = told if isinstance(told, str) else _named(folder.resolve())
+        found.graph.add(Node(sha256, manifest.kind, name, sha256,
                              f"{len(manifest.files):,} files", content={"files": files}))
         found.places[sha256], found.manifests[sha256] = folder, manifest
         if manifest.kind not in (TOKENS, CORPUS):  # which `sov-data card` follows

@@ -29,15 +29,12 @@ def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder |
     Raises:
         UserError: a file cannot be read, or the template is no Jinja.
     """
-    config_file, tokenizer_file = folder / CONFIG_JSON, folder / TOKENIZER_JSON
+    tokenizer_file = folder / TOKENIZER_JSON
     if not tokenizer_file.is_file():
         return None
+    config = _config(folder)
     try:
-        config: dict[str, Any] = {}
-        for file in (folder / SPECIAL_JSON, config_file):  # what the second one says counts
-            config |= json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        template = ((folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file()
-                    else _default(config.get("chat_template")))
+        template = _template(folder, config)
         if not template:
             return None
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -48,10 +45,38 @@ def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder |
                        meant=meant)
 
 
+def chat_form(folder: Path) -> dict[str, Any]:
+    """Return what the files beside a tokenizer.json say of its chats, each under its file and field; "": it
+    is not said.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    config = _config(folder)
+    return {**{f"{CONFIG_JSON}: {name}": _text(config.get(name)) for name in ("bos_token", "eos_token")},
+            f"{TEMPLATE} (or chat_template in {CONFIG_JSON})": _template(folder, config) or ""}
+
+
 def chat_files(folder: Path) -> list[Path]:
     """Return the files that say how a folder's chats become ids."""
     files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
     return [file for file in files if file.is_file()]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return the fields of the files beside a tokenizer.json."""
+    config: dict[str, Any] = {}
+    try:
+        for file in (folder / SPECIAL_JSON, folder / CONFIG_JSON):  # what the second one says counts
+            config |= json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
+    return config
+
+
+def _template(folder: Path, config: dict[str, Any]) -> Any:
+    return ((folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file()
+            else _default(config.get("chat_template")))
 
 
 def _default(template: Any) -> Any:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_sov.artifacts import new_artifact, read_manifest
+from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest
 from megatron_sov.codecs.known import codec_class
 from megatron_sov.codecs.settings import plain, read_settings
 from megatron_sov.errors import UserError
@@ -64,8 +64,8 @@ def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str
         kind: the only one that will do; None: any.
 
     Raises:
-        UserError: there is no codec, its settings break a rule, its weights are not the ones that these
-            settings ask for, or it is of another kind.
+        UserError: there is no codec, its settings break a rule, a file is not what the manifest says, its
+            weights are not the ones that these settings ask for, or it is of another kind.
     """
     folder = Path(folder)
     found, settings, cls = read_codec(folder)
@@ -73,6 +73,8 @@ def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str
         raise UserError(f"{folder}: is a codec of kind {found!r} where {kind!r} is needed; pass another one")
     file = folder / WEIGHTS
     refuse_link_outside(folder, file)
+    if problems := damaged_files(folder):
+        raise UserError(f"{problems[0]}; {_REMEDY}")
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
         with torch.device("meta"):
             expected = cls(settings).state_dict()

@@ -95,7 +95,8 @@ def _add_peft(action: Callable[[str, str], argparse.ArgumentParser]) -> None:
     to_peft.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     to_peft.add_argument("--base-name", metavar="NAME",
                          help="name or folder of the Hugging Face model that the adapter belongs to, which "
-                              "PEFT's settings then say")
+                              "PEFT's settings then say (default: the name of the folder it was converted "
+                              "from)")
     from_peft = action("from-peft", "write a PEFT adapter as a checkpoint, to train on or to merge")
     from_peft.add_argument("peft_dir", metavar="PEFT_DIR", type=Path,
                            help="folder with adapter_config.json and adapter_model.safetensors")

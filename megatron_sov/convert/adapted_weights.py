@@ -99,11 +99,13 @@ def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 
 
-def add_inputs(writer: ArtifactWriter, weights: CheckpointWeights | AdaptedWeights) -> None:
-    """Record what an artifact is made from: a checkpoint, and of an adapter its base."""
-    writer.add_input(weights.path)
+def add_inputs(writer: ArtifactWriter, weights: CheckpointWeights | AdaptedWeights, *,
+               leaves: bool = False) -> None:
+    """Record what an artifact is made from, see `ArtifactWriter.add_input`: a checkpoint, and of an adapter
+    its base."""
+    writer.add_input(weights.path, leaves=leaves)
     if isinstance(weights, AdaptedWeights):
-        writer.add_input(weights.base.path)
+        writer.add_input(weights.base.path, leaves=leaves)
 
 
 def adapter_facts(weights: Any) -> dict[str, Any]:

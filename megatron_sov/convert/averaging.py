@@ -22,9 +22,10 @@ from megatron_sov.convert.derived import Derived, Opened, write_derived
 from megatron_sov.convert.hf_import import planned_files
 from megatron_sov.convert.sources import CheckpointWeights
 from megatron_sov.convert.values import KEEP, converted
-from megatron_sov.data.vocabulary import TOKENIZER_JSON, read_vocabulary
+from megatron_sov.data.vocabulary import refuse_other_tokenizer
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
+from megatron_sov.models.family import OF_TRAINING
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import (
     IMPORTED,
@@ -38,8 +39,6 @@ from megatron_sov.runs.checkpoints import (
 
 SLAB_ELEMENTS = 1 << 20
 """Elements of a tensor that are averaged at a time."""
-OF_TRAINING = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
-"""Fields of an architecture that say how it is trained, not what it computes."""
 
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
@@ -150,14 +149,8 @@ def _refuse_other(first: Path, path: Path) -> None:
         told = ["all weights" if base is None else f"an adapter of {base.path}" for base in bases]
         raise UserError(f"{path}: holds {told[1]}, and {first} {told[0]}; convert adapters to whole "
                         "checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
-    folders = [p / "tokenizer" for p in (first, path)]
-    if all((folder / TOKENIZER_JSON).is_file() for folder in folders):
-        known, other = map(read_vocabulary, folders)
-        if differing := sorted(dict(known.items() ^ other.items())):
-            token = differing[0]
-            raise UserError(f"{folders[1]}: {len(differing)} ids mean other tokens than in {folders[0]} "
-                            f"(e.g. {token}: {other.get(token)!r} here, {known.get(token)!r} there); only "
-                            "checkpoints of one tokenizer have a mean")
+    refuse_other_tokenizer(first / "tokenizer", path / "tokenizer",
+                           "only checkpoints of one tokenizer have a mean")
 
 
 def _differing(ours: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, Any, Any]]:

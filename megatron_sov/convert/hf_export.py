@@ -21,19 +21,13 @@ from megatron_sov.convert.processor import processor_files
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
-from megatron_sov.convert.sources import (
-    CONFIG,
-    INDEX,
-    SINGLE_FILE,
-    Weights,
-    check_dtypes,
-    newest_of_run,
-)
+from megatron_sov.convert.sources import Weights, check_dtypes, newest_of_run
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.media.data_codecs import codecs_of
 from megatron_sov.obs.warning import warn
+from megatron_sov.pretrained import CONFIG, INDEX, SINGLE_FILE
 from megatron_sov.runs.checkpoints import settings_of
 
 KIND = "hf_model"
@@ -92,7 +86,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             write_files(artifact.path, missing, read, workers, finish)
         _write_beside(artifact.path, files, beside)
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
-        add_inputs(artifact.writer, source)
+        add_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
             "num_parameters": _num_parameters(spec for spec in specs if of[spec.name] == spec.name)}

@@ -21,7 +21,7 @@ from megatron_sov.convert.copies import check_copies
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
-from megatron_sov.convert.sources import CONFIG, PART, HfWeights, Weights, check_dtypes
+from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.assembling import StoredBlock
@@ -37,7 +37,8 @@ from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.family import TokenIds
 from megatron_sov.models.weights import Link
 from megatron_sov.obs.warning import warn
-from megatron_sov.runs.checkpoints import IMPORTED, KIND, refuse_missing
+from megatron_sov.pretrained import CONFIG, hub_name
+from megatron_sov.runs.checkpoints import IMPORTED, KIND, SOURCE, refuse_missing
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -70,7 +71,8 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
         warn(f"{hf_dir}: the {len(source.left_out)} tensors of what sees pictures "
              f"({source.left_out[0]}, ...) are left out: the checkpoint is the model without it")
     check_copies(source)
-    write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), {}), dtype,
+    content = {SOURCE: hub_name(hf_dir)}
+    write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), content), dtype,
                    workers=workers, overwrite=overwrite)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.convert.adapted_weights import checkpoint_weights
-from megatron_sov.convert.sources import CONFIG, HfWeights, Weights, newest_of_run
+from megatron_sov.convert.sources import HfWeights, Weights, newest_of_run
 from megatron_sov.errors import UserError
+from megatron_sov.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import refuse_missing
 
 

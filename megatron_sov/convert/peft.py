@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sov.artifacts import MANIFEST, atomic_write, new_artifact, to_json
+from megatron_sov.artifacts import MANIFEST, atomic_write, damaged_files, new_artifact, read_manifest, to_json
 from megatron_sov.convert.peft_format import (
     CONFIG,
     WEIGHTS,
@@ -19,21 +19,26 @@ from megatron_sov.convert.peft_format import (
     peft_name,
     to_peft_shape,
 )
-from megatron_sov.convert.sources import DAMAGED_HF, FLOATS, CheckpointWeights, newest_of_run, read_json
+from megatron_sov.convert.sources import FLOATS, CheckpointWeights, newest_of_run
 from megatron_sov.convert.values import converted
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.mcore.checkpoint.writer import TensorSpec, write_file
 from megatron_sov.models.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
+from megatron_sov.obs.warning import warn
+from megatron_sov.pretrained import DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER,
     BASE,
+    CHECKPOINTS_OF_A_RUN,
     IMPORTED,
     KIND,
+    SOURCE,
     AdapterBase,
     adapter_base,
     damage,
+    found_base,
     instead_of,
     keep_as_base,
     refuse_missing,
@@ -51,17 +56,18 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         checkpoint: an adapter's checkpoint, or a run's newest one.
         out: the folder to write; it appears only when complete.
         base_name: name or folder of the Hugging Face model that the adapter belongs to, for PEFT's
-            settings; None: PEFT's users name it when they load.
+            settings; None: the name of the folder that its base was converted from, with a warning.
         overwrite: replace such a folder that is already there.
 
     Raises:
         UserError: it is no adapter, is damaged, or PEFT does not know its like.
     """
     checkpoint = newest_of_run(Path(checkpoint))
-    if adapter_base(checkpoint) is None:
+    base = adapter_base(checkpoint)
+    if base is None:
         raise UserError(f"{checkpoint}: holds all weights and no adapter; use `megatron-sov convert to-hf`")
     settings = settings_of(checkpoint)
-    config = peft_config(settings.model, settings.lora, base_name)
+    config = peft_config(settings.model, settings.lora, base_name or _base_name(checkpoint, base))
     if problem := damage(checkpoint, weights_only=True):
         raise UserError(f"{problem}; {instead_of(checkpoint)}")
     reader = TensorReader(checkpoint, ADAPTER)
@@ -73,14 +79,31 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         of, tensor = found[name]
         return to_peft_shape(of, tensor, reader.read(of.key(tensor))).contiguous()
 
+    if base_name is None:
+        name = config["base_model_name_or_path"]
+        warn(f"{Path(out) / CONFIG}: base_model_name_or_path = {name!r}, as this "
+             "machine calls it; PEFT's users find the model by it, so pass --base-name where it has another "
+             "name on the hub")
     with new_artifact(out, PEFT_KIND, overwrite=overwrite) as artifact:
         specs = [TensorSpec(name, tuple(read(name).shape), reader.dtype(of.key(tensor)))
                  for name, (of, tensor) in sorted(found.items())]
         write_file(artifact.path / WEIGHTS, specs,
                    lambda spec: converted(read(spec.name), spec.dtype, checkpoint, spec.name))
         atomic_write(artifact.path / CONFIG, to_json(config))
-        artifact.add_input(checkpoint)
+        artifact.add_input(checkpoint, leaves=True)
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
+
+
+def _base_name(checkpoint: Path, base: AdapterBase) -> str:
+    """Return what the base of an adapter is called: the model that it was converted from, else the run or
+    folder that holds it."""
+    try:
+        name = read_manifest(found_base(checkpoint, base), KIND).content.get(SOURCE)
+    except UserError:  # the adapter is whole without it
+        name = None
+    if isinstance(name, str):
+        return name
+    return (base.path.parent.parent if base.path.parent.name == CHECKPOINTS_OF_A_RUN else base.path).name
 
 
 def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> None:
@@ -104,6 +127,8 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     if adapter_base(base) is not None:
         raise UserError(f"--base {base}: is an adapter itself; name the checkpoint that it belongs to")
     model = CheckpointWeights(base).model
+    if (peft_dir / MANIFEST).is_file() and (problems := damaged_files(peft_dir)):
+        raise UserError(f"{problems[0]}; {DAMAGED_HF}")
     weights = TensorFile(peft_dir / WEIGHTS, DAMAGED_HF)
     frozen = frozen_copies(weights.entries)
     names = [name for name in weights.entries if name not in frozen]

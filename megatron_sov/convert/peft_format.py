@@ -81,7 +81,7 @@ def from_peft_shape(of: Adapted, tensor: str, theirs: torch.Tensor, shape: Seque
     return theirs.reshape(*shape).contiguous()
 
 
-def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str | None) -> dict[str, Any]:
+def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
     Raises:

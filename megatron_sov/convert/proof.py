@@ -20,10 +20,11 @@ from megatron_sov.artifacts import MANIFEST, damaged_files
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.copies import differing_copies
 from megatron_sov.convert.opening import open_weights
-from megatron_sov.convert.sources import HfWeights, Weights, listed
-from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.convert.sources import HfWeights, Weights, tensors_left_out
+from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
 from megatron_sov.obs.figures import size
+from megatron_sov.pretrained import listed, load_and_compare
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -170,20 +171,12 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     _check_memory(side.path)
     from transformers import AutoModelForCausalLM
 
-    title = f"{side.path}: transformers reports keys"
     try:
-        _, info = AutoModelForCausalLM.from_pretrained(
-            side.path, dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True,
-            trust_remote_code=False)
-    # it fails in many ways: a missing package that its reader of 8 bits needs, a field that it does not read
-    except Exception as e:
-        return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, told_in_a_line(e))]
-    # the class knows no prediction layer, and drops that of the published sizes alone without a word
-    behind = models.get(side.model.family).prediction_prefix(side.model)
-    found = {kind: [name for name in sorted(map(str, info[f"{kind}_keys"]))
-                    if not (behind and name.startswith(behind))]
-             for kind in ("missing", "unexpected", "mismatched")}
-    return [_count(f"{title} {kind}", names) for kind, names in found.items()]
+        _, found = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
+                                    dtype="auto")
+    except UserError as e:
+        return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
+    return [_count(f"{side.path}: transformers reports keys {kind}", names) for kind, names in found.items()]
 
 
 def _check_memory(path: Path) -> None:

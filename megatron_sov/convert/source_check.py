@@ -12,8 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_sov.artifacts import MANIFEST, file_damage, read_manifest
 from megatron_sov.convert.adapted_weights import AdaptedWeights
-from megatron_sov.convert.sources import DAMAGED_HF, PART, Weights, listed
+from megatron_sov.convert.sources import PART, Weights
 from megatron_sov.errors import UserError
+from megatron_sov.pretrained import DAMAGED_HF, listed
 from megatron_sov.runs.checkpoints import ADAPTER, KIND, instead_of
 
 

@@ -6,14 +6,15 @@ time, by any thread.
 
 from __future__ import annotations
 
-import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from megatron_sov import models
+from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.config import ModelConfig
 from megatron_sov.convert.block_scales import FIELD, scaled_weights
 from megatron_sov.convert.mxfp4 import packed_weights
@@ -21,21 +22,21 @@ from megatron_sov.convert.stored_tensor import FileTensor, StoredTensor
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.models.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.models.text_inside import TEXT_INSIDE, text_config
 from megatron_sov.models.weights import Link
+from megatron_sov.pretrained import CONFIG, DAMAGED_HF, listed, read_json, tensor_files
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,
     find_checkpoint,
     settings_of,
 )
 
-CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+HASHED_AT_A_TIME = 4
 PART = "model"
 """The part of a checkpoint that holds the weights."""
-NAMES_SHOWN = 5
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that weights may have."""
-DAMAGED_HF = "copy or download it again"
 
 
 class Weights(Protocol):
@@ -66,12 +67,6 @@ def is_hf_folder(path: Path) -> bool:
     """Return whether a folder holds a Hugging Face model (a run folder has a config.json as well, but no
     weights beside it)."""
     return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
-
-
-def listed(names: list[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
@@ -197,18 +192,6 @@ class CheckpointWeights:
         return self._reader.read(key, offset, extent)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds; `UserError` where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read as JSON ({e}); restore it from its source") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where an object is needed; "
-                        "restore it from its source")
-    return value
-
-
 def check_dtypes(weights: Weights) -> None:
     """Check, before anything is converted, that every tensor has a dtype that can be kept.
 
@@ -234,34 +217,41 @@ def check_dtypes(weights: Weights) -> None:
 
 
 def open_shards(path: Path) -> dict[str, TensorFile]:
-    """Return for each tensor the file that holds it; index and files must agree in both directions."""
-    if not (path / INDEX).is_file():
-        if not (path / SINGLE_FILE).is_file():
-            raise UserError(f"{path}: has neither {SINGLE_FILE} nor {INDEX}; save the model with safetensors "
-                            "(pickled weights are not read)")
-        shard = TensorFile(path / SINGLE_FILE, DAMAGED_HF)
-        return dict.fromkeys(shard.entries, shard)
-    weight_map = read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{path / INDEX}: lacks a weight_map from tensor names to files; "
-                        "restore it from its source")
-    outside = [f"{name} to {file}"
-               for name, file in weight_map.items() if not isinstance(file, str) or Path(file).name != file]
-    if outside:
-        raise UserError(f"{path / INDEX}: weight_map must name files in the same folder, "
-                        f"but it sends {listed(outside)}; restore it from its source")
-    shards: dict[str, TensorFile] = {}
-    file_of: dict[str, str] = {}
-    for file in sorted(set(weight_map.values())):
-        held = listed([name for name, place in weight_map.items() if place == file])
-        shard = TensorFile(path / file, f"it should hold {held}; {DAMAGED_HF}")
-        for name in shard.entries:
-            if name in file_of:
-                raise UserError(f"{path / file}: holds {name}, which {file_of[name]} holds as well; "
-                                "remove one of them")
-            shards[name], file_of[name] = shard, file
-    differing = sorted(name for name in {*file_of, *weight_map} if weight_map.get(name) != file_of.get(name))
-    if differing:
-        raise UserError(f"{path / INDEX}: disagrees with the files about {listed(differing)}; "
-                        "restore it from its source")
-    return shards
+    """Return for each tensor the file that holds it; `UserError` as `tensor_files`."""
+    opened: dict[str, TensorFile] = {}
+
+    def names_in(file: Path, remedy: str) -> Iterable[str]:
+        opened[file.name] = TensorFile(file, remedy)
+        return opened[file.name].entries
+
+    return {name: opened[file] for name, file in tensor_files(path, names_in).items()}
+
+
+def tensors_left_out(folder: Path) -> tuple[str, ...]:
+    """Return the beginnings of the names of tensors that transformers' class for a language model in a folder
+    has no place for, and that need no place: prediction layers behind the trunk, and what sees pictures where
+    the text model alone is read.
+
+    transformers itself knows of such layers at the published sizes alone.
+    """
+    config = read_json(folder / CONFIG)
+    name = str(config.get("model_type"))
+    found = TEXT_INSIDE[name].others if name in TEXT_INSIDE else ()
+    layers, behind = config.get("num_hidden_layers"), config.get(PREDICTION_NAMES[0])
+    try:
+        behind = behind if isinstance(behind, int) else int(models.get(name).predicts_behind())
+    except UserError:  # transformers has more families
+        behind = 0
+    if not isinstance(layers, int) or not 0 <= behind <= MAX_LAYERS:
+        return found
+    return (*found, *(f"model.layers.{layers + i}." for i in range(behind)))
+
+
+def refuse_damaged_export(folder: Path) -> None:
+    """Raise `UserError` where the weights of a folder that this software wrote are not what its manifest
+    says; what people edit (templates, defaults of generation) is not looked at."""
+    if not (folder / MANIFEST).is_file() or "format_version" not in read_json(folder / MANIFEST):
+        return
+    weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
+    if problems := damaged_files(folder, weights, HASHED_AT_A_TIME):
+        raise UserError(f"{problems[0]}; {DAMAGED_HF}")

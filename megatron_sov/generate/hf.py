@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from megatron_sov.convert.changed_values import Changed
-from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.convert.sources import refuse_damaged_export, tensors_left_out
+from megatron_sov.errors import UserError
 from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.hf_weights import copy_changed, copy_weights
@@ -25,6 +26,7 @@ from megatron_sov.generate.request import (
     refuse_rules,
 )
 from megatron_sov.generate.sampling import seed_of
+from megatron_sov.pretrained import load_pretrained
 
 PAGE_TOKENS = 16
 """Tokens of a page of transformers' cache."""
@@ -40,16 +42,11 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     code files in the folder are not run.
 
     Raises:
-        UserError: transformers cannot load the folder.
+        UserError: transformers cannot load the folder, or would make up a part of the weights.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True,
-                                                          use_safetensors=True,
-                                                          trust_remote_code=False)
-    except Exception as e:  # safetensors raises one of its own for a file that is cut off
-        raise UserError(f"{folder}: transformers cannot load it ({told_in_a_line(e)}); "
-                        "restore it from its source") from None
+    refuse_damaged_export(folder)
+    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), dtype=dtype)
     # the folder's own defaults would answer for what a caller left open
     model.generation_config = GenerationConfig()
     return model.eval().to(device)

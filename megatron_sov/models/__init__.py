@@ -66,6 +66,10 @@ def _check(loaded: Loaded) -> None:
     if unknown:
         raise UserError(f"{loaded.reference}: structure and training hold settings of the model, "
                         f"which has no {', '.join(unknown)}")
+    if unsaid := family.unsaid():
+        raise UserError(f"{loaded.reference}: says nothing of model.{', model.'.join(unsaid)}, and readers "
+                        "of its config.json would take transformers' default; add an item for each to config "
+                        "(as KV_HEADS for num_kv_heads), or the field to structure")
 
 
 OWN: Registry[Family] = Registry("model family", "megatron_sov.families", FAMILIES, _check,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from megatron_sov.config import ModelConfig, from_dict
@@ -43,6 +44,13 @@ DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_pr
 """Routing as in DeepSeek-V3: config fields, and the fields of `ModelConfig` that it fixes."""
 EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")
 """Those that its config fields read and write, for `Family.varies`."""
+
+OF_TRAINING = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
+"""Fields of an architecture that say how it is trained, not what it computes."""
+OF_EXPERTS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
+              "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")
+OF_PREDICTION = ("mtp_experts", "mtp_attention")
+"""Fields that change nothing of a model without experts, and of one without prediction layers."""
 
 PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
@@ -105,10 +113,6 @@ class Family:
         """Return whether a folder counts the prediction layer as one more layer of the trunk."""
         return any(section.where == "mtp layer behind" for section in self.weights)
 
-    def prediction_prefix(self, model: ModelConfig) -> str:
-        """Return what the names of such a layer's tensors begin with; empty: `model` has none."""
-        return f"model.layers.{model.num_layers}." if self.predicts_behind() and model.num_mtp_layers else ""
-
     def problems(self, model: ModelConfig) -> list[str]:
         """Return one sentence for each property of `model` that the family cannot express."""
         fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
@@ -147,6 +151,24 @@ class Family:
             UserError: the family cannot express `model`; the message names every field.
         """
         self.check(model)
+        config = self._written(model, dtype, tokens)
+        behind = range(model.num_mtp_layers if self.predicts_behind() else 0)
+        try:
+            found = self._read(config, [f"model.layers.{model.num_layers + i}." for i in behind])
+        except UserError as e:
+            raise UserError(f"model family {self.name!r}: cannot read back the config.json that it writes "
+                            f"({e}); correct the family's items") from None
+        defaults = {f.name: None if f.default is MISSING else f.default for f in fields(model)}
+        lost = [f"model.{name} = {getattr(model, name)!r} (it says {found.get(name, 'nothing')!r})"
+                for name in sorted(computed_fields(model))
+                if _plain(found.get(name, defaults[name])) != _plain(getattr(model, name))]
+        if lost:
+            raise UserError(f"model family {self.name!r}: its config.json would describe another model than "
+                            f"{', '.join(lost)}; add an item for each to the family's config, or the field "
+                            "to its structure")
+        return config
+
+    def _written(self, model: ModelConfig, dtype: str, tokens: TokenIds) -> dict[str, Any]:
         config: dict[str, Any] = {
             "architectures": [self.hf_classes[0]], "model_type": self.name, "dtype": dtype, "use_cache": True,
             "bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
@@ -165,6 +187,12 @@ class Family:
         Raises:
             UserError: a field is unknown, missing, of the wrong type or not supported; the message names it.
         """
+        model = from_dict({"recipe": "from-hf", "model": self._read(config, tensor_names)}).model
+        self.check(model)
+        return model
+
+    def _read(self, config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
+        """Return the fields of a model that a config.json says, see `from_hf_config`."""
         told = {name for item in self.config for name in getattr(item, "null_tells", ())}
         config = {name: value for name, value in config.items() if value is not None or name in told}
         known = [name for item in self.config for name in item.names]
@@ -183,17 +211,48 @@ class Family:
                 PREDICTION_NAMES[0]: _layers_behind(config.get("num_hidden_layers"), tensor_names)}
         elif "num_mtp_layers" not in self.structure and any(n.startswith("mtp.") for n in tensor_names):
             config.setdefault("num_nextn_predict_layers", 1)
-        fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
+        found: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
         for item in self.config:
             try:
-                fields |= item.read(config)
+                found |= item.read(config)
             except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
-                found = ", ".join(f"{name} = {config[name]!r}" for name in item.names if name in config)
-                raise UserError(f"config.json: {found} cannot be understood ({type(e).__name__}: {e}); "
+                wrong = ", ".join(f"{name} = {config[name]!r}" for name in item.names if name in config)
+                raise UserError(f"config.json: {wrong} cannot be understood ({type(e).__name__}: {e}); "
                                 "restore it from its source") from None
-        model = from_dict({"recipe": "from-hf", "model": fields}).model
-        self.check(model)
-        return model
+        return found
+
+    def unsaid(self) -> list[str]:
+        """Return the fields of a model that the family neither fixes nor reads out of a config.json, where
+        transformers' default would count; [] where its items cannot be tried."""
+        said = {"family", *OF_TRAINING, "mtp_attention", *self.structure, *self.training,
+                *(name for name in PLAIN if name not in self.varies)}
+        sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
+                 "head_dim": 8}
+        model = ModelConfig(**{"family": self.name, **sizes, **self.structure, **self.training})
+        try:
+            written = self._written(model, "float32", TokenIds())
+            said |= self._read(written, ()).keys()
+        except (UserError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError):
+            return []  # no model of these sizes; the first export shows what is lost
+        return [f.name for f in fields(model) if f.name in computed_fields(model) and f.name not in said]
+
+
+def computed_fields(model: ModelConfig) -> set[str]:
+    """Return the fields that decide what a model computes."""
+    unused = {*OF_TRAINING}
+    if not model.num_moe_layers() and not model.num_mtp_moe_layers():
+        unused |= {*OF_EXPERTS}
+    if not model.num_mtp_layers:
+        unused |= {*OF_PREDICTION}
+    if not model.has_dense_layers():
+        unused.add("dense_ffn_dim")
+    return {f.name for f in fields(model)} - unused
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON has it."""
+    as_data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(as_data))
 
 
 def _without(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

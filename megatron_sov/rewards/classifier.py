@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.pretrained import load_pretrained
 from megatron_sov.rewards.conversation import messages_of
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 
@@ -68,10 +69,10 @@ class Classifier:
             return
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model = AutoModelForSequenceClassification.from_pretrained(self.folder, local_files_only=True,
-                                                                       use_safetensors=True)
-            model = model.eval().to(self.device)
+            model = load_pretrained(AutoModelForSequenceClassification, self.folder).eval().to(self.device)
             special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        except UserError as e:
+            raise UserError(f"folder = {e}") from None
         except Exception as e:  # anything, over files that are broken and devices that are not there
             raise UserError(f"folder = {self.folder}, device = {self.device}: no classifier can be loaded "
                             f"({told_in_a_line(e)})") from None

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from megatron_sov.config import AudioEncoderConfig, ModelConfig, RunConfig, VisionEncoderConfig
-from megatron_sov.convert.sources import CONFIG, listed, open_shards, read_json
+from megatron_sov.convert.sources import open_shards
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.load import agreement
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.models.encoders import AUDIO, ENCODER, VISION, encoder_tensors
+from megatron_sov.pretrained import CONFIG, listed, read_json
 from megatron_sov.runs.checkpoints import refuse_missing
 
 PARTS = ("vision_config", "audio_config", "thinker_config")

@@ -160,9 +160,9 @@ def _is_complete(stage: Stage, completion: dict[str, Any]) -> bool:
 
 def _check_start(stage: Stage, data: _Data) -> None:
     """Raise `UserError` where a run cannot start from what it is to start from."""
-    if stage.start_from is not None:
-        refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
-    elif stage.config.lora.on and checkpoints.latest(stage.folder.checkpoints) is None:
+    if (start := checkpoints.latest(stage.folder.checkpoints) or stage.start_from) is not None:
+        refuse_other_tokens(tokenizer_folder(data.sources), start / "tokenizer")
+    elif stage.config.lora.on:
         raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
                         "exists; name it by --from")
 

@@ -90,12 +90,23 @@ def test_weights_that_settings_do_not_ask_for_reserve_nothing(codec: Path, tmp_p
             open_codec(folder)
 
 
+def test_a_flipped_bit_is_seen(codec: Path) -> None:
+    """In the exponent of a weight, which leaves a number of the right kind."""
+    weights = bytearray((codec / WEIGHTS).read_bytes())
+    weights[-1] ^= 0x40
+    (codec / WEIGHTS).write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors: its content differs from the hash in the "
+                                        "manifest; make the codec again"):
+        open_codec(codec)
+
+
 def test_a_damaged_file_is_one_sentence(codec: Path, tmp_path: Path) -> None:
     for damage in (b"", b"\x80\x04N.", (codec / WEIGHTS).read_bytes()[:-5]):
         (codec / WEIGHTS).write_bytes(damage)
-        for read in (open_codec, inspected):
-            with pytest.raises(UserError, match="cannot be read as a safetensors file"):
-                read(codec)
+        with pytest.raises(UserError, match=r"model\.safetensors: has \d+ bytes, the manifest says"):
+            open_codec(codec)
+        with pytest.raises(UserError, match="cannot be read as a safetensors file"):
+            inspected(codec)
     (codec / WEIGHTS).unlink()
     (tmp_path / "elsewhere").write_bytes(b"")
     (codec / WEIGHTS).symlink_to(tmp_path / "elsewhere")

@@ -18,7 +18,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 def test_checkpoint_is_complete(exaone_dir: Path, tmp_path: Path) -> None:
     convert.from_hf(exaone_dir, tmp_path / "ckpt")
     manifest = read_manifest(tmp_path / "ckpt", "checkpoint")
-    assert manifest.content == {"step": 0, "parts": ["model"], "tokens": 0}
+    assert manifest.content == {"step": 0, "parts": ["model"], "tokens": 0, "imported_from": exaone_dir.name}
     model = from_dict(manifest.settings).model
     assert ((model.num_dense_layers, model.num_mtp_layers, model.attention_pattern, model.head_dim)
             == (1, 1, "LLLG", 16))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
 
-from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
+from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokenizer, refuse_other_tokens
 from megatron_sov.errors import UserError
 
 
@@ -52,3 +56,72 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer"):
         read_vocabulary(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "decoder": {"type": "ByteLevel"}, "post_processor": None,
+        "added_tokens": [{"id": 5, "content": "<end>", "special": True}],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4},
+                  "merges": [["a", "b"], ["b", "c"]]}}))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>", "chat_template": "{{ x }}"}')
+    return folder
+
+
+def changed(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> Path:
+    raw = json.loads((folder / file).read_text())
+    change(raw)
+    (folder / file).write_text(json.dumps(raw))
+    return folder
+
+
+def without_template(folder: Path) -> Path:
+    (folder / "chat_template.jinja").write_text("{{ y }}")
+    return folder
+
+
+CUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "merges": lambda r: r["model"]["merges"].reverse(), "normalizer": lambda r: r.update(normalizer=None),
+    "pre_tokenizer": lambda r: r["pre_tokenizer"].update(add_prefix_space=True),
+    "byte_fallback": lambda r: r["model"].update(byte_fallback=True)}
+BESIDE: dict[str, Callable[[Path], Path]] = {
+    "tokenizer.json: added_tokens": lambda d: changed(
+        d, "tokenizer.json", lambda r: r["added_tokens"][0].update(content="<stop>")),
+    "tokenizer.json: decoder": lambda d: changed(d, "tokenizer.json", lambda r: r.update(decoder=None)),
+    "tokenizer_config.json: eos_token": lambda d: changed(
+        d, "tokenizer_config.json", lambda r: r.update(eos_token="a")),
+    r"chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
+
+
+@pytest.mark.parametrize("field", CUTS)
+def test_text_that_is_cut_otherwise_is_refused(field: str, bpe: Path, tmp_path: Path) -> None:
+    other = changed(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", CUTS[field])
+    expected = rf"other/tokenizer.json: its {field} differs from that of .*, so the same text has other ids; "
+    with pytest.raises(UserError, match=f"{expected}pack the data"):
+        refuse_other_tokens(other, bpe)
+    with pytest.raises(UserError, match=f"{expected}choose"):
+        refuse_other_tokenizer(bpe, other, "choose")
+
+
+@pytest.mark.parametrize("where", BESIDE)
+def test_one_tokenizer_means_the_form_of_chats_as_well(where: str, bpe: Path, tmp_path: Path) -> None:
+    other = BESIDE[where](shutil.copytree(bpe, tmp_path / "other"))
+    refuse_other_tokens(other, bpe)
+    with pytest.raises(UserError, match=f"other: {where} differs from that of .*; choose"):
+        refuse_other_tokenizer(bpe, other, "choose")
+
+
+def test_what_is_only_spelled_otherwise_is_the_same(bpe: Path, tmp_path: Path) -> None:
+    """Merges as older files have them, settings that are off, lengths, a template in a file of its own."""
+    other = changed(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", lambda r: (
+        r["model"].update(merges=["a b", "b c"], dropout=None, byte_fallback=False, ignore_merges=False),
+        r["pre_tokenizer"].update(trim_offsets=False), r.update(truncation={"max_length": 9})))
+    changed(other, "tokenizer_config.json", lambda r: (r.pop("chat_template"), r.update(
+        eos_token={"content": "<end>"}, model_max_length=9)))
+    (other / "chat_template.jinja").write_text("{{ x }}")
+    refuse_other_tokenizer(bpe, other, "choose")
+    refuse_other_tokens(other, bpe)

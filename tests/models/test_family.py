@@ -13,7 +13,9 @@ from megatron_sov import models, recipes
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
-from megatron_sov.models.family import TokenIds
+from megatron_sov.models.family import KV_HEADS, Family, TokenIds
+from megatron_sov.models.hf_config import Renamed, Rope
+from megatron_sov.plugins.loading import Loaded
 
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
@@ -166,3 +168,30 @@ def test_a_value_of_another_kind_is_named(field: str, value: object) -> None:
     config = hf_config(recipes.get("tiny-solar-open").model) | {field: value}
     with pytest.raises(UserError, match=rf"{field}|original_max|num_kv_heads|num_layers|hidden_size"):
         models.get("solar_open").from_hf_config(config)
+
+
+def without(*items: object) -> Family:
+    return replace(models.get("qwen3"), name="qwen3_own", config=tuple(
+        item for item in models.get("qwen3").config if item not in items))
+
+
+def test_a_family_that_leaves_out_a_setting_is_refused_when_it_is_loaded() -> None:
+    """transformers would take its own default, as 32 heads of keys."""
+    assert without().unsaid() == []
+    rope = next(item for item in models.get("qwen3").config if isinstance(item, Rope))
+    assert without(KV_HEADS).unsaid() == ["num_kv_heads"]
+    assert "rope_theta" in without(rope).unsaid()
+    with pytest.raises(UserError, match=r"my.py:QWEN: says nothing of model\.num_kv_heads, and .*KV_HEADS"):
+        models.OWN.add(Loaded(without(KV_HEADS), "QWEN", "my.py:QWEN", {}))
+
+
+def test_a_config_json_that_describes_another_model_is_not_written() -> None:
+    model = replace(recipes.get("tiny-qwen3").model, family="qwen3_own")
+    assert without().to_hf_config(model, "bfloat16", TokenIds())["num_key_value_heads"] == model.num_kv_heads
+    with pytest.raises(UserError, match=rf"'qwen3_own': its config.json would describe another model than "
+                                        rf"model\.num_kv_heads = {model.num_kv_heads} \(it says 'nothing'\)"):
+        without(KV_HEADS).to_hf_config(model, "bfloat16", TokenIds())
+    swapped = replace(without(KV_HEADS), config=(
+        *without(KV_HEADS).config, Renamed("num_key_value_heads", "num_heads")))
+    with pytest.raises(UserError, match=r"model\.num_kv_heads = "):
+        swapped.to_hf_config(model, "bfloat16", TokenIds())

@@ -114,8 +114,9 @@ def _check(folder: Path, source: Any, paths: list[Path]) -> tuple[str, dict[str,
     """
     from transformers import AutoTokenizer
 
+    from megatron_sov.pretrained import read_json
     from tokenizer.formats.hf_files import TOKENIZER_JSON
-    from tokenizer.formats.reader import opened, plain_ids, read_json
+    from tokenizer.formats.reader import opened, plain_ids
     from tokenizer.sample_texts import CHUNK_BYTES, DISORDERED_MARKS, built_in, first_difference, users
 
     ours = opened(read_json(folder / TOKENIZER_JSON), source.file)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.errors import UserError, download
+from megatron_sov.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
 from tokenizer.formats.hostile import no_panics, refuse_far_ids
@@ -145,22 +146,6 @@ def open_hf(file: Path) -> Foreign:
     return Foreign(file, "tokenizers", raw, plain_ids(tokenizer),
                    lambda ids: tokenizer.decode(ids, skip_special_tokens=False), named,
                    _template(config, file.with_name("chat_template.jinja")))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: the file is none.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{file}: cannot be read as JSON ({e}); restore it from its source") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__} where an object is needed; "
-                        "restore it from its source")
-    return value
 
 
 def _content(token: Any) -> str | None:

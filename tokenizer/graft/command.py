@@ -18,6 +18,7 @@ from megatron_sov.artifacts import (
     to_json,
 )
 from megatron_sov.errors import UserError
+from megatron_sov.pretrained import INDEX, read_json, weight_files
 
 HELP = "add or replace tokens of a Hugging Face model"
 DESCRIPTION = """Add tokens to a Hugging Face model's folder, or replace some, before training it on.
@@ -99,8 +100,8 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
         UserError: the folder is damaged or of an unknown make, a token cannot be added,
             or `output` may not be replaced.
     """
-    from tokenizer.formats.reader import find_file, ids_of, open_hf, read_json
-    from tokenizer.graft.embedding_rows import RowPlan, find_tables, weight_files
+    from tokenizer.formats.reader import find_file, ids_of, open_hf
+    from tokenizer.graft.embedding_rows import RowPlan, find_tables
     from tokenizer.graft.vocabulary import Surgery
 
     refuse_existing(output, KIND, overwrite)
@@ -115,7 +116,7 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
     if (known_ids := max(ids_of(source.raw).values()) + 1) > old_rows:
         raise UserError(f"{model}: its tokenizer has {known_ids} ids, but vocab_size in {CONFIG} is "
                         f"{old_rows}; restore the folder from its source")
-    files = weight_files(model)
+    files = [model / name for name in weight_files(model)]
     tables = find_tables(files, old_rows)
     surgery = Surgery(source.raw, str(source.file), _protected(source, config))
     if add or replace:
@@ -153,7 +154,7 @@ def _vocab_size(config: dict[str, Any], model: Path) -> int:
 def _protected(source: Any, config: dict[str, Any]) -> set[str]:
     """Return the tokens that something relies on: those named anywhere as bos, eos, pad or unknown,
     and those in templates."""
-    from tokenizer.formats.reader import ids_of, read_json
+    from tokenizer.formats.reader import ids_of
 
     defaults = source.file.with_name("generation_config.json")
     ids: list[int | None] = []
@@ -211,7 +212,7 @@ def _words(path: Path) -> list[str]:
 def _write_tokenizer(folder: Path, model: Path, surgery: Any) -> None:
     """Write the tokenizer's files; replaced tokens are renamed wherever a file names them."""
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
-    from tokenizer.formats.reader import opened, read_json
+    from tokenizer.formats.reader import opened
 
     raw = surgery.finished()
     (folder / TOKENIZER_JSON).write_text(opened(raw, model).to_str(), encoding="utf-8")
@@ -251,7 +252,7 @@ def _check(folder: Path, source: Any, surgery: Any, paths: list[Path]) -> str:
     from transformers import AutoTokenizer
 
     from tokenizer.formats.hf_files import TOKENIZER_JSON
-    from tokenizer.formats.reader import opened, plain_ids, read_json
+    from tokenizer.formats.reader import opened, plain_ids
     from tokenizer.graft.vocabulary import CHARACTERS
     from tokenizer.sample_texts import CHUNK_BYTES, built_in, users
 
@@ -286,8 +287,7 @@ def _write_weights(artifact: ArtifactWriter, files: list[Path], tables: dict[str
     """Write all safetensors files, and the index with the new total."""
     from tqdm import tqdm
 
-    from tokenizer.formats.reader import read_json
-    from tokenizer.graft.embedding_rows import INDEX, copy_file, graft_file, row_bytes
+    from tokenizer.graft.embedding_rows import copy_file, graft_file, row_bytes
 
     for file in tqdm(files, desc="graft", unit="file", disable=None):
         held, target = {name for name, place in tables.items() if place == file}, artifact.path / file.name

@@ -20,12 +20,10 @@ from zlib import crc32
 from megatron_sov.artifacts import FileRecord
 from megatron_sov.digests import Digest
 from megatron_sov.errors import UserError
-from tokenizer.formats.reader import read_json
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "lm_head.weight",
           "lm_head.bias", "embed_out.weight", "shared_head.head.weight")
 """Ends of the names of tensors with one row per id."""
@@ -50,29 +48,6 @@ class RowPlan:
     """Ids whose rows get it."""
     seed: int = 0
     """Of the noise."""
-
-
-def weight_files(model: Path) -> list[Path]:
-    """Return the safetensors files of a Hugging Face folder.
-
-    Raises:
-        UserError: there are none, or the index names files elsewhere.
-    """
-    if (model / INDEX).is_file():
-        weight_map = read_json(model / INDEX).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise UserError(f"{model / INDEX}: lacks a weight_map to files in the same folder; "
-                            "restore it from its source")
-        if missing := next((name for name in names if not (model / name).is_file()), None):
-            raise UserError(f"{model / missing}: is missing, and {INDEX} names it; "
-                            "copy or download it again")
-    else:
-        names = [SINGLE_FILE]
-        if not (model / SINGLE_FILE).is_file():
-            raise UserError(f"{model / SINGLE_FILE}: does not exist; save the model with safetensors "
-                            "(pickled weights are not read)")
-    return [model / name for name in names]
 
 
 def find_tables(files: list[Path], old_rows: int) -> dict[str, Path]:

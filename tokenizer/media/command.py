@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import new_artifact, read_manifest, refuse_existing, sha256_file, to_json
+from megatron_sov.artifacts import (
+    damaged_files,
+    new_artifact,
+    read_manifest,
+    refuse_existing,
+    sha256_file,
+    to_json,
+)
 from megatron_sov.errors import UserError
 from megatron_sov.media.vocabulary import MEDIA, described
 from tokenizer.media.layout import MediaTokens, laid_out
@@ -74,11 +81,14 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
     Raises:
         UserError: there is no such tokenizer, it has tokens of media, or text would get other ids.
     """
+    from megatron_sov.pretrained import read_json
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
-    from tokenizer.formats.reader import find_file, ids_of, open_hf, opened, read_json
+    from tokenizer.formats.reader import find_file, ids_of, open_hf, opened
 
     refuse_existing(output, KIND, overwrite)
     manifest = read_manifest(tokenizer, KIND)
+    if problems := damaged_files(tokenizer):
+        raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
     source = open_hf(find_file(tokenizer))
     surgery, blocks = _operated(source, asked)
     config = read_json(tokenizer / CONFIG_JSON)
@@ -121,8 +131,9 @@ def _check(folder: Path, source: Any, surgery: Any) -> str:
     """
     from tokenizers import Tokenizer
 
+    from megatron_sov.pretrained import read_json
     from tokenizer.formats.hf_files import TOKENIZER_JSON
-    from tokenizer.formats.reader import opened, plain_ids, read_json
+    from tokenizer.formats.reader import opened, plain_ids
     from tokenizer.sample_texts import built_in, first_difference
 
     encode = plain_ids(opened(read_json(folder / TOKENIZER_JSON), folder))

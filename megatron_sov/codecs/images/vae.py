@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from megatron_sov.codecs.settings import read_settings
 from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.pretrained import load_pretrained
 
 MAX_BLOCKS = 8
 MAX_CONFIG_BYTES = 1_000_000
@@ -74,11 +75,7 @@ def open_vae(folder: Path) -> tuple[VAESettings, AutoencoderKL]:
         UserError: there is none, or its shape is one that the settings cannot say.
     """
     _refuse_larger(folder)
-    try:
-        there = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as e:
-        raise UserError(f"{folder}: is no folder of diffusers' AutoencoderKL ({told_in_a_line(e)}); name one "
-                        "with config.json and diffusion_pytorch_model.safetensors") from e
+    there = load_pretrained(AutoencoderKL, folder)
     found = _config(there)
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
                               for name, value in found.items() if name in VAESettings.__dataclass_fields__}

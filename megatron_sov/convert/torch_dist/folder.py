@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_sov.convert.sources import listed, read_json
 from megatron_sov.errors import UserError
+from megatron_sov.pretrained import listed, read_json
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sov import models
 from megatron_sov.config import ModelConfig
-from megatron_sov.convert.sources import check_exact, listed
+from megatron_sov.convert.sources import check_exact
 from megatron_sov.convert.torch_dist.apart import read_apart
 from megatron_sov.convert.torch_dist.folder import METADATA
 from megatron_sov.convert.torch_dist.names import PREFIXES, Source, sources
@@ -22,6 +22,7 @@ from megatron_sov.mcore.checkpoint.assembling import Assembled, StoredBlock
 from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.models.weights import Link
 from megatron_sov.outputs import refuse_link_outside
+from megatron_sov.pretrained import listed
 
 REMEDY = "restore the checkpoint from its source"
 _EXPERT_AXIS = ".experts.experts."

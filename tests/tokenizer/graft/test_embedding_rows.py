@@ -18,7 +18,6 @@ from tokenizer.graft.embedding_rows import (
     find_tables,
     graft_file,
     row_bytes,
-    weight_files,
 )
 
 PLAN = RowPlan(old_rows=6, new_rows=9, known_ids=5, made_of={1: [2, 3], 5: [0, 0, 4], 6: [4], 7: []})
@@ -70,6 +69,3 @@ def test_what_is_unclear_or_damaged_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         find_tables([file], 6)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
-    with pytest.raises(UserError, match="weight_map to files in the same folder"):
-        weight_files(tmp_path)

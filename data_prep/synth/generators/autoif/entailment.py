@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.pretrained import load_pretrained
 
 MAX_TOKENS = 512
 CONTRADICTION = "contradiction"
@@ -32,8 +33,9 @@ class Entailment:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                                             trust_remote_code=False)
-            self._model: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False).float().eval()
+            self._model: Any = load_pretrained(AutoModelForSequenceClassification, folder).float().eval()
+        except UserError as e:
+            raise UserError(f"nli = {e}") from None
         except Exception as e:  # anything, over files that are broken
             raise UserError(f"nli = {folder}: no classifier can be loaded ({told_in_a_line(e)})") from None
         labels = {int(place): str(name).lower() for place, name in self._model.config.id2label.items()}
