@@ -24,25 +24,21 @@ from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.columns import is_float32
 from megatron_sov.documents.messages import read_messages
-from megatron_sov.documents.records import NUM_PROMPT
+from megatron_sov.documents.records import LABEL, NUM_PROMPT, completion_of
 from megatron_sov.errors import UserError
 
 INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
          'prompt is a string or a list of messages, a response has "content" or "messages", and "reward" or '
          '"rewards", an object of numbers that are added.  Or it is a line of `megatron-sov score`, a '
-         '"response" with its "reward", or with a "label" that is true or false: those of one prompt, one '
-         'after the other, are a group.  One whose "finish_reason" is "length" did not end, and is not '
-         'learned as a good one.')
+         '"response" with its "reward", or one of TRL for KTO, a "completion" with a "label" that is true or '
+         'false: those of one prompt, one after the other, are a group.  One whose "finish_reason" is '
+         '"length" did not end, and is not learned as a good one.')
 HELP = "give each of a prompt's judged responses its advantage"
 KIND = "corpus"
 FILE = "groups.jsonl"
-RESPONSE = "response"
-"""Field of a line that `megatron-sov score` wrote."""
 FINISH, LENGTH = "finish_reason", "length"
 """Field of a response that `megatron-sov generate` wrote, and its value where the response is as long as was
 allowed."""
-LABEL = "label"
-"""Field of such a line, true or false, in the place of its reward."""
 BESIDE = ("prompt", "id", "tools", "chat_template_kwargs")
 """Fields of such a line that belong to its prompt."""
 COLUMNS = ("advantage", "group_share")
@@ -191,30 +187,37 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
     put together.  A response without a reward, or without a text, is none."""
     def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
-        return json.dumps(record.get("prompt")) if RESPONSE in record else where
+        return json.dumps(record.get("prompt")) if is_scored(record) else where
+
+    def is_scored(record: dict[str, Any]) -> bool:
+        return "responses" not in record and completion_of(record) is not None
 
     for _, same in groupby(lines, prompt_of):
         scored = list(same)
         where, first = scored[0]
-        if RESPONSE not in first:
+        if not is_scored(first):
             yield where, first
             continue
-        responses = [{"content": record[RESPONSE], "reward": _reward(record),
-                      FINISH: record.get(FINISH)} for _, record in scored]
-        yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": [
-            r for r in responses
-            if r["reward"] is not None and isinstance(r["content"], str) and r["content"].strip()]}
+        responses = []
+        for _, record in scored:
+            content = record.get(completion_of(record) or "")
+            is_text = isinstance(content, str) and content.strip()
+            if _reward(record) is not None and (is_text or isinstance(content, list)):
+                responses.append({"content" if is_text else "messages": content, "reward": _reward(record),
+                                  FINISH: record.get(FINISH)})
+        yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": responses}
 
 
 def _reward(record: dict[str, Any]) -> Any:
     """Return the reward of a line with one response; a label counts as 1 or 0."""
     label = record.get(LABEL)
-    return float(label) if "reward" not in record and isinstance(label, bool) else record.get("reward")
+    return float(label) if "reward" not in record and label in (0, 1) else record.get("reward")
 
 
 def _group(record: dict[str, Any], where: str) -> Group:
     if "prompt" not in record or not isinstance(record.get("responses"), list):
-        raise UserError(f"{where}: needs a 'prompt' and a list 'responses'; add them")
+        raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
+                        "'label'; add them")
     own = {"prompt", "responses"}
     if taken := {"messages", NUM_PROMPT, *COLUMNS} & record.keys():
         raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ from megatron_sov.artifacts import (
 )
 from megatron_sov.documents import KINDS, Document, Reading, list_files, plan_units, read_span
 from megatron_sov.documents.columns import column_problems
+from megatron_sov.documents.records import completion_of
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.code import Code
@@ -111,9 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR",
                         help="tokenizer that `sov-tokenizer train` wrote")
     parser.add_argument("--input", required=True, nargs="+", action="extend", metavar="[NAME=]PATH",
-                        help="a text, .jsonl or .parquet file (.gz and .zst too) or a folder of them; each "
-                             "is one source, named after the file or folder unless NAME is given; several "
-                             "may follow, and it may be repeated")
+                        help="a text, .jsonl, .json, .parquet or .arrow file (text and JSON also .gz and "
+                             ".zst) or a folder of them; each is one source, named after the file or folder "
+                             "unless NAME is given; several may follow, and it may be repeated")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR",
                         help="folder for the token shards")
     parser.add_argument("--heldout", type=float, default=default.heldout_share, metavar="SHARE",
@@ -222,7 +224,10 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     check_tokenizer(tokenizer, corpora)
     if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
         warn(sentence)
-    units = [(source, unit) for source in sources for unit in plan_units(list_files(records_of(source.path)))]
+    units = [(source, unit) for source in sources
+             for unit in plan_units(list_files(records_of(source.path), print))]
+    if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
+        warn(sentence)
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
@@ -245,7 +250,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
         for origin in dict.fromkeys([*origins.values(), *corpora.values()]):
             artifact.add_input(origin)
     _delete_work(work, output)
-    _tell(artifact.content["sources"], output)
+    _tell(artifact.content["sources"], output, settings.heldout_share)
 
 
 def work_folder(output: Path) -> Path:
@@ -275,6 +280,16 @@ def sample_texts(units: list[Unit], reading: Reading) -> list[str]:
             if left <= 0 or not isinstance(item, Document):
                 break
     return texts
+
+
+def _unlearned(units: list[Unit], settings: PackSettings) -> str:
+    """Return a sentence where prompts have responses of their own, which nobody learns."""
+    for span in (unit[0] for unit in units):
+        first = next(iter(read_span(span, settings.reading)), None)
+        if isinstance(first, Document) and (name := completion_of(json.loads(first.extra))):
+            return (f"{first.where}: has a {name!r}, of which --format prompt learns nothing: it goes along "
+                    "as a field beside the prompt; pack it with --format chat to learn it")
+    return ""
 
 
 def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path,
@@ -383,9 +398,12 @@ def carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
     artifact.add_input(tokenizer)
 
 
-def _tell(records: list[dict[str, Any]], output: Path) -> None:
+def _tell(records: list[dict[str, Any]], output: Path, heldout_share: float) -> None:
     for record in records:
         splits = record["splits"]
+        if heldout_share and not splits[HELDOUT]["num_tokens"]:
+            warn(f"{record['name']}: is one document, nothing is held out; its loss will not be measured. "
+                 "Pass several files, or a .jsonl file with a document on each line")
         print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, "
               f"{splits[HELDOUT]['num_tokens']:,} held out")
         if record.get("num_left_out"):

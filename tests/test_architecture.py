@@ -80,7 +80,7 @@ HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE: set[str] = set()
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from data_prep.sources.limits import Limits
 from data_prep.sources.listing import refuse_nothing, shown, source_files
 from data_prep.sources.reader import FileReader
 from data_prep.sources.source import PASSED_OVER, Broken, Piece, Raw
+from megatron_sov.documents.files import is_about, is_records
 from megatron_sov.errors import UserError
 
 BY_NAME = ("text", "jsonl", "parquet", "arrow", "html", "warc", "pdf", "epub", "office", "code")
@@ -31,10 +32,15 @@ class AutoReader(FileReader):
         readers = self._readers()
         named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
         found: list[Piece] = []
-        for name in source_files(self.source, lambda name: True):
-            if reader := next((r for r in readers if r.takes(name)), None):
+        names = source_files(self.source, lambda name: True)
+        is_dataset = any(map(is_records, names))
+        for name in names:
+            is_named = os.fspath(self.source.file(name)) in named
+            if is_dataset and is_about(name) and not is_named:
+                found.append(Piece(PASSED_OVER, name, 0, 0, 0))
+            elif reader := next((r for r in readers if r.takes(name)), None):
                 found += reader.pieces_of(name)
-            elif os.fspath(self.source.file(name)) in named:
+            elif is_named:
                 raise UserError(f"source {self.source.name}: {name}: has an ending of no format; set format")
             else:
                 found.append(Piece(PASSED_OVER, name, 0, 0, 0))
@@ -45,6 +51,11 @@ class AutoReader(FileReader):
     def read(self, piece: Piece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
         if piece.format == PASSED_OVER:
+            if is_about(piece.file):
+                yield Broken(shown(piece.file), shown(piece.file), "about",
+                             "describes a dataset and is no part of it; to read it, give it a source of its "
+                             "own", is_left_out=True)
+                return
             ending = shown(PurePosixPath(piece.file).suffix) or "none"
             yield Broken(shown(piece.file), shown(piece.file), "ending",
                          f"has an ending ({ending}) of no format that `auto` reads; to read it, give it a "

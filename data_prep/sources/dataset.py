@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,7 @@ from data_prep.sources.listing import source_files
 from data_prep.sources.reader import FileReader
 from data_prep.sources.source import Broken, Piece, Raw
 from data_prep.sources.tables import ArrowReader, ParquetReader
+from megatron_sov.documents.files import SPLITS, has_word
 from megatron_sov.errors import UserError
 
 CARD = "README.md"
@@ -24,10 +25,6 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE
 _ENTRY = re.compile(r"^(?:licen[sc]e|language):.*(?:\n[ \t-].*)*", re.MULTILINE)
 """The two that are read; a card's other entries may be long, and parsing YAML is slow."""
 MAX_ENTRY_CHARS = 300
-_SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
-           "test": ("test", "testing", "eval", "evaluation")}
-"""Split -> the words for it in names of files and folders (huggingface/datasets, `data_files.py`); what has
-none of them is `train`."""
 _PARTS: tuple[type[FileReader], ...] = (ParquetReader, ArrowReader, JsonlReader)
 
 
@@ -79,10 +76,10 @@ class DatasetReader(FileReader):
         if parts.name.startswith("cache-"):  # what `map` and `filter` left
             return False
         split = self.options.split
-        words = {split}.union(*(words for words in _SPLITS.values() if split in words))
-        if not split or _has_word(name, words):
+        words = {split}.union(*(words for words in SPLITS.values() if split in words))
+        if not split or has_word(name, words):
             return True
-        return "train" in words and not any(_has_word(name, others) for others in _SPLITS.values())
+        return "train" in words and not any(has_word(name, others) for others in SPLITS.values())
 
     def _card(self, name: str) -> tuple[str, ...]:
         """Return the name of the card above a file, as far as the source reaches."""
@@ -100,12 +97,6 @@ class DatasetReader(FileReader):
         facts = _card_facts(job)
         for item in part.items(job):
             yield Item(item.place, lambda item=item: _with(facts, item.read()))  # type: ignore[misc]
-
-
-def _has_word(name: str, words: Iterable[str]) -> bool:
-    """Return whether one of some words stands in a file's path on its own."""
-    return bool(re.search(rf"(?:^|[-._ 0-9/])(?:{'|'.join(map(re.escape, words))})(?:[-._ 0-9/]|$)",
-                          name.lower()))
 
 
 def _as(reader: FileReader, part: type[FileReader]) -> FileReader:

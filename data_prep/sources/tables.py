@@ -10,7 +10,7 @@ from data_prep.sources.reader import FileReader
 from data_prep.sources.records import raw_of
 from data_prep.sources.source import Broken, Piece, Raw
 from megatron_sov.documents import BadRecord
-from megatron_sov.documents.files import open_parquet
+from megatron_sov.documents.files import arrow_batches, open_parquet
 
 _PART_BYTES = 64 << 20
 _BATCH_ROWS = 256
@@ -90,26 +90,12 @@ class ArrowReader(FileReader):
     @classmethod
     def documents(cls, job: Job) -> Iterator[Raw | Broken]:
         """Yield a document for each row that has one."""
-        import pyarrow
-        from pyarrow import ipc
-
-        try:
-            with pyarrow.OSFile(str(job.file)) as file:
-                is_file = file.read(6) == b"ARROW1"
-                file.seek(0)
-                opened = ipc.open_file(file) if is_file else ipc.open_stream(file)
-                batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
-                done = 0
-                for batch in batches:
-                    batch.validate(full=True)
-                    for start in range(0, batch.num_rows, _BATCH_ROWS):
-                        yield from _documents(batch.slice(start, _BATCH_ROWS), f"{job.name}:", done + start,
-                                              job)
-                    done += batch.num_rows
-        except (pyarrow.ArrowException, OSError) as e:
-            reason = str(e).splitlines()[0][:200]
-            raise BadRecord("arrow", f"is no Arrow file, or only a part of one ({reason}); what came before "
-                                     "is read; fetch it again") from None
+        done = 0
+        with arrow_batches(job.file) as (_, batches):
+            for batch in batches:
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    yield from _documents(batch.slice(start, _BATCH_ROWS), f"{job.name}:", done + start, job)
+                done += batch.num_rows
 
 
 def _documents(batch: Any, prefix: str, done: int, job: Job) -> Iterator[Raw | Broken]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import gzip
+import io
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from megatron_sov.documents.cutting import cut_position
 from megatron_sov.documents.records import BadRecord
@@ -25,10 +31,28 @@ TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
 """Endings of the files that are read from a folder; a file that is named itself is read
 whatever its ending."""
 PARQUET_SUFFIX = ".parquet"
+ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
+"""Of Arrow files and streams, as `save_to_disk` writes them."""
+JSON_SUFFIX = ".json"
+"""Of a list of records, or of lines of them; anything else in JSON is no data."""
+RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
+"""Endings of files of records: a folder that holds one is a dataset."""
 COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Stands at the start of some files and is no text."""
 SPAN_BYTES = 8 << 20
 """Part of a large file that is read on its own; text files are cut into documents anew in each."""
 _BLOCK_BYTES = 1 << 20
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
+          "test": ("test", "testing", "eval", "evaluation")}
+"""Split -> the words for it in names of files and folders (huggingface/datasets, `data_files.py`); what has
+none of them is `train`."""
+_ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|changelog|contributing|authors|"
+                    r"contributors|code_of_conduct|security|datasheet|data_?card|dataset_?card|requirements)"
+                    r"([-_.].*)?", re.IGNORECASE)
+"""Names of files that say something of a dataset and are no part of it."""
+_MOST_TOLD = 4
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -58,38 +82,116 @@ class Span:
         return (Path(self.file.stem) if self.compression else self.file).suffix.lower()
 
 
-def list_files(path: Path) -> list[Path]:
-    """Return the files to read at `path`: the file itself, or a folder's text files, recursive and sorted.
+def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None) -> list[Path]:
+    """Return the files to read at `path`: the file itself, or a folder's, recursive and sorted.
 
-    Hidden files and folders are passed over, and so are files whose ending is not in `TEXT_SUFFIXES`; of a
-    folder of `sov-data synth` the samples that were kept are read, and nothing else.
+    Of a folder the text files are read and the files of records. Hidden files and folders are passed over,
+    and so are files with other endings; in a folder with records also those that describe it (README.md,
+    LICENSE) and JSON that is no list of records. Of a folder of `sov-data synth` the samples that were kept
+    are read, and nothing else.
+
+    Args:
+        path: a file or a folder.
+        tell: is given a sentence on what is passed over.
 
     Raises:
-        UserError: the path does not exist, or the folder holds no text file.
+        UserError: the path does not exist, or the folder holds nothing to read.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist; pass a text file, a .jsonl file or a folder of them")
-    found = [p for p in path.rglob("*") if _is_read(p) and p.is_file()
-             and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        hint = (f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
+                f"--repo-type dataset --local-dir {path.name}" if _HUB_ID.fullmatch(str(path)) else "")
+        raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
+                        f"file, or a folder of them{hint}")
+    names = {file: file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    texts, records, lists = ([file for file, name in names.items() if not _is_hidden(name) and is_one(name)]
+                             for is_one in (_is_text, is_records, _is_json))
+    about = [file for file in texts if is_about(names[file])]
+    if not records and len(about) == len(texts):
+        records = [file for file in lists if holds_records(file)]
+    if records:
+        lists = [file for file in lists if holds_records(file)]
+        found = {*records, *lists, *texts} - set(about)
+    else:
+        found = set(texts)
     if not found:
-        raise UserError(f"{path}: holds no text file (endings such as .txt, .md, .py, .jsonl, .jsonl.gz, "
-                        ".parquet are read); pass a folder with text")
-    return sorted(without_rejected(found), key=lambda p: p.relative_to(path).parts)
+        raise UserError(f"{path}: holds no text file and no records (endings such as .txt, .md, .py, "
+                        ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
+    kept = sorted(without_rejected([*found]), key=lambda p: p.relative_to(path).parts)
+    if sentence := _passed_over(path, [name for file, name in names.items() if file not in found],
+                                [names[file] for file in kept], bool(records)):
+        tell(sentence)
+    return kept
 
 
-def _is_read(file: Path) -> bool:
-    suffix = file.suffix.lower()
-    if suffix in COMPRESSED_SUFFIXES:
-        suffix = Path(file.stem).suffix.lower()
-    return suffix in TEXT_SUFFIXES or suffix == PARQUET_SUFFIX
+def is_about(name: str) -> bool:
+    """Return whether a file in a dataset describes it, by its name, such as README.md."""
+    return bool(_ABOUT.fullmatch(name.rpartition("/")[2]))
+
+
+def has_word(name: str, words: Iterable[str]) -> bool:
+    """Return whether one of some words stands in a file's path on its own."""
+    return bool(re.search(rf"(?:^|[-._ 0-9/])(?:{'|'.join(map(re.escape, words))})(?:[-._ 0-9/]|$)",
+                          name.lower()))
+
+
+def is_records(name: str) -> bool:
+    """Return whether a file holds records, by its name; what `map` and `filter` left beside a saved dataset
+    does not."""
+    suffix = _ending(name)
+    return suffix in RECORD_SUFFIXES and not (suffix in ARROW_SUFFIXES
+                                              and name.rpartition("/")[2].startswith("cache-"))
+
+
+def _is_text(name: str) -> bool:
+    return _ending(name) in TEXT_SUFFIXES - JSONL_SUFFIXES
+
+
+def _is_json(name: str) -> bool:
+    return _ending(name) == JSON_SUFFIX
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _ending(name: str) -> str:
+    """Return what a file's name says that it holds, without the ending of a compression."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
+
+
+def _passed_over(folder: Path, others: list[str], kept: list[str], is_dataset: bool) -> str:
+    """Return a sentence on the files of a folder that are not read, and on those of a dataset that may not
+    be meant."""
+    told = []
+    hidden = sum(map(_is_hidden, others))
+    shown = sorted(name for name in others if not _is_hidden(name))
+    if shown:
+        endings = Counter(Path(name).suffix.lower() or "no ending" for name in shown)
+        told.append(", ".join(shown) if len(shown) <= _MOST_TOLD else ", ".join(
+            f"{count:,} {ending}" for ending, count in endings.most_common()))
+    if hidden and (is_dataset or shown):
+        told.append(f"{hidden:,} hidden")
+    sentence = f"{folder}: passed over {len(others):,} files ({', '.join(told)})" if told else ""
+    if is_dataset and (plain := [name for name in kept if _is_text(name)]):
+        sentence += (f"{'; ' if sentence else f'{folder}: '}beside records it reads {len(plain):,} files of "
+                     f"plain text ({', '.join(plain[:_MOST_TOLD])}{', ...' * (len(plain) > _MOST_TOLD)}) as "
+                     "documents; pass the files of records to leave them out")
+    splits = [split for split, words in SPLITS.items() if any(has_word(name, words) for name in kept)]
+    if is_dataset and len(splits) > 1:
+        sentence += (f"{'; ' if sentence else f'{folder}: '}it reads the splits {', '.join(splits)} as one "
+                     "source; pass the files of one split to keep the others out")
+    return sentence
 
 
 def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[tuple[Span, ...]]:
     """Yield units of work of about `unit_bytes` on the disk: several small files, or a part of a large one.
 
-    A compressed file is one span whatever its size, since it can only be read from its start.
+    A compressed file, a list in JSON and an Arrow file are one span whatever their size, since they can only
+    be read from their start.
     """
     group: list[Span] = []
     size_bytes = 0
@@ -122,7 +224,8 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
         suffix = read_as or whole.suffix
         if suffix == PARQUET_SUFFIX:
             yield from _row_groups(whole, span_bytes)
-        elif whole.compression or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES):
+        elif (whole.compression or suffix == JSON_SUFFIX or suffix in ARROW_SUFFIXES
+              or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES)):
             yield whole
         else:
             starts = list(_starts(whole, span_bytes, suffix))
@@ -186,3 +289,55 @@ def open_parquet(file: Path) -> Any:
         reason = str(e).splitlines()[0]
         raise BadRecord("parquet",
                         f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None
+
+
+@contextlib.contextmanager
+def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
+    """Yield the names of an Arrow file's or stream's columns, and its batches.
+
+    Raises:
+        BadRecord: it is neither, or damaged; also from the batches.
+    """
+    import pyarrow
+    from pyarrow import ipc
+
+    try:
+        with pyarrow.OSFile(str(file)) as opened:
+            is_file = opened.read(6) == b"ARROW1"
+            opened.seek(0)
+            reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            yield reader.schema.names, (_sound_batch(batch) for batch in batches)
+    except (pyarrow.ArrowException, OSError) as e:
+        reason = str(e).splitlines()[0][:200]
+        raise BadRecord("arrow", f"is no Arrow file, or only a part of one ({reason}); what came before "
+                                 "is read; fetch it again") from None
+
+
+def _sound_batch(batch: Any) -> Any:
+    batch.validate(full=True)
+    return batch
+
+
+def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
+    """Open a file that may be compressed (".gz", ".zst") for reading."""
+    if compression == ".gz":
+        return cast(IO[bytes], gzip.open(file, "rb"))
+    if compression == ".zst":
+        from megatron_sov.documents.zstd import ZstdFile
+
+        return io.BufferedReader(ZstdFile(file))
+    return open(file, "rb")
+
+
+def holds_records(file: Path) -> bool:
+    """Return whether a JSON file is a list, or lines of records, by its beginning: one object that goes on
+    over several lines, or is all that the file holds, says something of data and is none."""
+    try:
+        with open_bytes(file, file.suffix.lower() if file.suffix.lower() in COMPRESSED_SUFFIXES else "") as f:
+            head = f.read(_BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    except (OSError, EOFError, zlib.error):
+        return True  # it is refused where it is read
+    line, _, rest = head.partition(b"\n")
+    is_list = head[:1] == b"[" and head[1:].lstrip()[:1] == b"{"
+    return is_list or (line[:1] == b"{" and line.rstrip()[-1:] == b"}" and rest.lstrip()[:1] == b"{")

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import gzip
-import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from megatron_sov.documents.cutting import cut_at_blank_lines
 from megatron_sov.documents.files import (
+    ARROW_SUFFIXES,
+    BYTE_ORDER_MARK,
     DOCUMENT_BYTES,
+    JSON_SUFFIX,
     JSONL_SUFFIXES,
     PARQUET_SUFFIX,
+    TEXT_SUFFIXES,
     WHOLE_FILE_BYTES,
     Span,
+    arrow_batches,
+    open_bytes,
     open_parquet,
     spans_of,
 )
+from megatron_sov.documents.json_list import json_items
 from megatron_sov.documents.records import (
+    COMPLETIONS,
+    DIALOGUE,
+    LABEL,
+    NUM_PROMPT,
     BadRecord,
     Document,
     Reading,
     decode,
     parse_line,
+    parse_object,
     parse_record,
     too_long,
 )
@@ -32,12 +44,14 @@ from megatron_sov.errors import UserError
 
 KEPT_BYTES = 1000
 """What is kept of a bad record's content."""
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Stands at the start of some files and is no text."""
 _BLOCK_BYTES = 1 << 20
 _ROWS = 256
 """Rows of a Parquet file that are decoded at a time, and fewer of long ones."""
 _ROWS_BYTES = 64 << 20
+_JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
+"""How a list, lines or one object of JSON begin, and no plain text does."""
+_CHATS = ("messages", "conversations", *COMPLETIONS)
+"""Columns of which a chat has one."""
 
 
 def read_documents(files: Iterable[Path], reading: Reading | None = None) -> Iterator[Document]:
@@ -86,15 +100,41 @@ class CountedSpan:
         span = self.span
         try:
             if span.suffix == PARQUET_SUFFIX:
-                yield from self._rows()
+                file = open_parquet(span.file)
+                columns = _columns(file.schema_arrow.names, self.reading)
+                yield from self._rows(_batches(file, range(span.start, span.stop), columns), columns)
+            elif span.suffix in ARROW_SUFFIXES:
+                with arrow_batches(span.file) as (names, batches):
+                    columns = _columns(names, self.reading)
+                    yield from self._rows(_slices(batches), columns)
             else:
                 with _open(span) as f:
-                    yield from self._lines(f) if span.suffix in JSONL_SUFFIXES else self._pieces(f)
+                    yield from self._of_bytes(f)
         except BadRecord as e:
             yield e
         except OSError as e:
             raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
                             "check the path and its permissions") from e
+
+    def _of_bytes(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        if self.span.suffix in JSONL_SUFFIXES:
+            return self._lines(f)
+        if self.span.suffix != JSON_SUFFIX:
+            return self._pieces(f)
+        with _open(self.span) as beginning:
+            head = _guarded(beginning.read, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+        return self._items(f) if head.startswith(b"[") else self._lines(f)
+
+    def _items(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        """Read a list in JSON."""
+        for item in json_items(lambda size: _guarded(f.read, size), self.reading.max_document_bytes):
+            self.num_lines += 1
+            try:
+                if isinstance(item, BadRecord):
+                    raise item
+                yield parse_object(item, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading)
+            except BadRecord as e:
+                yield _placed(e, self.num_lines, b"")
 
     def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
@@ -125,6 +165,7 @@ class CountedSpan:
             raise BadRecord("fields", f"is plain text, which has no field {asked[0]!r}; "
                                       "pass JSONL or Parquet")
         position = span.start
+        is_vague = span.suffix in (".txt", ".text") or span.suffix not in TEXT_SUFFIXES
         blocks = _blocks(f, None if span.compression else span.stop - span.start)
         limit_bytes = span.document_bytes
         if span.compression:  # its size is known only by reading
@@ -133,6 +174,9 @@ class CountedSpan:
             blocks = _chain(first, blocks)
         for piece in cut_at_blank_lines(blocks, min(limit_bytes, self.reading.max_document_bytes)):
             raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
+            if position == 0 and is_vague and _JSON_BEGINS.match(raw):
+                raise BadRecord("json", "is JSON and no plain text; name it with the ending .json (a list of "
+                                        "records) or .jsonl (a record on each line)")
             try:
                 text = decode(raw, position + len(piece) - len(raw))
                 if not text.strip():
@@ -142,14 +186,12 @@ class CountedSpan:
                 yield _placed(e, 0, raw)
             position += len(piece)
 
-    def _rows(self) -> Iterator[Document | BadRecord]:
-        file = open_parquet(self.span.file)
-        columns = _columns(file.schema_arrow.names, self.reading)
-        for batch in _batches(file, range(self.span.start, self.span.stop), columns):
+    def _rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
+        for batch in batches:
             for i in range(batch.num_rows):
                 self.num_lines += 1
                 try:
-                    record = {name: _value(batch.column(name)[i]) for name in columns}
+                    record = {name: _value(batch.column(name)[i], name) for name in columns}
                     yield parse_record(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                        self.reading)
                 except BadRecord as e:
@@ -161,14 +203,9 @@ def _placed(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
 
 
 def _open(span: Span) -> IO[bytes]:
-    if span.compression == ".gz":
-        return cast(IO[bytes], gzip.open(span.file, "rb"))
-    if span.compression == ".zst":
-        from megatron_sov.documents.zstd import ZstdFile
-
-        return io.BufferedReader(ZstdFile(span.file))
-    f = open(span.file, "rb")  # noqa: SIM115  (closed by the caller's with)
-    f.seek(span.start)
+    f = open_bytes(span.file, span.compression)
+    if not span.compression:
+        f.seek(span.start)
     return f
 
 
@@ -214,15 +251,23 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
     """
     if reading.kind == "prompt":
         return names
-    wanted = {"text": (reading.text_field,), "chat": ("messages",),
-              "preference": ("prompt", "chosen", "rejected"),
-              None: (reading.text_field, "messages")}[reading.kind]
+    wanted = {"text": (reading.text_field,), "chat": _CHATS, "preference": ("chosen", "rejected"),
+              None: (reading.text_field, *_CHATS)}[reading.kind]
     found = [name for name in names if name in wanted]
     if not found:
         raise BadRecord("parquet", f"has no column {' or '.join(map(repr, wanted))} (columns: "
                                    f"{', '.join(names)}); name the column of text with --text-field")
-    beside = ("id", reading.bucket_by, *reading.columns, *reading.tags)
+    beside = {"id", reading.bucket_by, *reading.columns, *reading.tags, *(["media"] if reading.media else [])}
+    if reading.kind != "text":
+        beside |= {*DIALOGUE, NUM_PROMPT, LABEL, "chat_template_kwargs"}
     return found + [name for name in names if name in beside and name not in found]
+
+
+def _slices(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield the rows of batches, a few at a time."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS):
+            yield batch.slice(start, _ROWS)
 
 
 def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
@@ -240,8 +285,17 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
                                    "fetch it again") from None
 
 
-def _value(scalar: Any) -> Any:
+def _value(scalar: Any, name: str) -> Any:
     try:
-        return scalar.as_py()
+        value = scalar.as_py()
     except UnicodeDecodeError as e:
         raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
+    return _without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return messages or tools as they were written: a table gives each object the fields of all others, as
+    nulls."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

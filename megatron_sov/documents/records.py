@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sov.documents.columns import read_bucket, read_columns, read_tags
@@ -27,6 +27,12 @@ ROLLOUTS = "rollouts"
 them."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
 """What chat templates are given beside a record's own variables."""
+COMPLETIONS = ("completion", "response")
+"""Names of what is answered to a `prompt`; the first is TRL's."""
+LABEL = "label"
+"""Field of a judged response, true or false: whether it is a good one."""
+DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
+"""Fields of messages and of descriptions of tools."""
 NUM_PROMPT = "num_prompt_messages"
 """Field of a chat: how many of its first messages are the prompt that it shares with other chats."""
 
@@ -141,6 +147,15 @@ def parse_line(line: bytes, where: str, number: int, reading: Reading) -> Docume
         record = json.loads(decode(line))
     except (ValueError, RecursionError) as e:
         raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
+    return parse_object(record, where, number, reading)
+
+
+def parse_object(record: Any, where: str, number: int, reading: Reading) -> Document:
+    """Return the document of a decoded JSON value.
+
+    Raises:
+        BadRecord: it is no object of the expected kind.
+    """
     if not isinstance(record, dict):
         raise BadRecord("json",
                         f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
@@ -160,8 +175,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
-        fields["messages"] = _chat(record)
-        fields["num_prompt"] = _num_prompt(record, len(fields["messages"]))
+        fields["messages"], shared = _chat(record)
+        fields["num_prompt"] = _num_prompt(record, len(fields["messages"])) or shared
     elif kind == "preference":
         fields = _preference(record)
     else:
@@ -189,31 +204,57 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
 def _kind(record: dict[str, Any], reading: Reading) -> str:
     """Return the kind to read a record as; with an expected kind, a record of another one is
     refused by its name."""
-    present = {"chat": "messages" in record or "conversations" in record,
-               "text": isinstance(record.get(reading.text_field), str),
-               "preference": "chosen" in record and "rejected" in record,
-               "prompt": "prompt" in record and "chosen" not in record}
+    present = {"preference": "chosen" in record and "rejected" in record,
+               "chat": "messages" in record or "conversations" in record
+               or ("prompt" in record and completion_of(record) is not None),
+               "prompt": "prompt" in record and "chosen" not in record,
+               "text": isinstance(record.get(reading.text_field), str)}
     if reading.kind is None:
         if present["chat"] or present["text"]:
             return "chat" if present["chat"] else "text"
     elif present[reading.kind]:
         return reading.kind
-    elif found := next((k for k in KINDS if present[k]), None):
+    elif found := next((kind for kind, is_one in present.items() if is_one), None):
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
                    "prompt": "a prompt"}[found]
+        beside = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
+                                               "'prompt' and 'completion'")
         raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
-                                  f"pack it on its own with --format {found}")
-    wanted = ({"text": f"string field {reading.text_field!r}", "chat": "'messages' or 'conversations'",
+                                  f"pack it on its own with --format {found}{beside}")
+    wanted = ({"text": f"string field {reading.text_field!r}",
+               "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
                "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
               + (" and no 'messages'" if reading.kind is None else ""))
     raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); add one"
                     + (", or name the field with --text-field" if reading.kind == "text" else ""))
 
 
-def _chat(record: dict[str, Any]) -> Messages:
-    """Return a chat's messages."""
-    return (read_messages(record["messages"], "messages") if "messages" in record
-            else read_sharegpt(record["conversations"], "conversations"))
+def completion_of(record: Mapping[str, Any]) -> str | None:
+    """Return the name of the field with what is answered to a record's `prompt`; None: it has none."""
+    return next((name for name in COMPLETIONS if record.get(name) is not None), None)
+
+
+def _chat(record: dict[str, Any]) -> tuple[Messages, int]:
+    """Return a chat's messages, and how many of them are a prompt that has a completion; of it nothing is
+    learned."""
+    if "messages" in record:
+        return read_messages(record["messages"], "messages"), 0
+    if "conversations" in record:
+        return read_sharegpt(record["conversations"], "conversations"), 0
+    name = completion_of(record) or COMPLETIONS[0]
+    if isinstance(record.get(LABEL), bool):
+        raise BadRecord("fields", f"has a {LABEL!r}, true or false, and a chat would learn its {name!r} "
+                                  "either way; turn such rows into pairs with `sov-data unpaired`")
+    both = [[{"role": role, "content": value}] if isinstance(value, str) else value
+            for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
+    for field_name, messages in zip(("prompt", name), both, strict=True):
+        if not isinstance(messages, list) or not messages:
+            raise BadRecord("fields", f"{field_name!r} must be a string, or a non-empty list of messages")
+    found = read_messages([*both[0], *both[1]], f"prompt + {name}")
+    num_prompt = len(both[0])
+    if not any(m.role == "assistant" and m.is_learned for m in found[num_prompt:]):
+        raise BadRecord("fields", f"{name!r} holds no message of the assistant that is learned")
+    return (*(replace(m, is_learned=False) for m in found[:num_prompt]), *found[num_prompt:]), num_prompt
 
 
 def _num_prompt(record: dict[str, Any], num_messages: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_sov.errors import UserError
 from megatron_sov.plugins import orders
 from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.orders import Order
@@ -31,6 +33,13 @@ BUILT_IN: dict[str, tuple[str, str]] = {
 
 
 def _check(loaded: Loaded) -> None:
+    if inspect.isfunction(loaded.value):
+        raise UserError(f"{loaded.reference}: is a function; a reward is a class with score(self, row). "
+                        "A reward function of TRL's becomes one by these lines in its file:\n"
+                        f"class Reward{loaded.attribute.title().replace('_', '')}:\n"
+                        "    def score(self, row):\n"
+                        f"        return {loaded.attribute}(completions=[row[\"response\"]], "
+                        "**{name: [value] for name, value in row.items()})[0]")
     check_methods(loaded.value, loaded.reference, "a reward", {"score": ("row",)})
 
 

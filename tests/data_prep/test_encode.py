@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from data_prep.encode import EncodedBatch, Encoder, EncodingSettings
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.kinds import KIND_NONE
-from megatron_sov.documents import BadRecord, Conversation, Document, Message
+from megatron_sov.documents import BadRecord, Conversation, Document, Message, Reading, read_documents
 from megatron_sov.errors import UserError
 from tokenizer.cli import main as sov_tokenizer
 
@@ -196,3 +196,26 @@ def test_an_export_is_taken_over_by_the_command_that_the_refusal_names(
     monkeypatch.chdir(tmp_path)
     assert sov_tokenizer(words[1:]) == 0
     Encoder(tmp_path / "my hf-tokenizer")
+
+
+def test_a_prompt_and_its_completion_are_trl_tokens_and_mask(folder: Path, encoder: Encoder,
+                                                             tmp_path: Path) -> None:
+    """As TRL prepares such rows: the ids of both rendered, of which those behind the prompt's, rendered with
+    the beginning of an answer, are learned; here a turn's end is the last that is."""
+    loaded = AutoTokenizer.from_pretrained(folder)
+    first = [{"role": "user", "content": "2+2?"}]
+    turns = [*first, {"role": "assistant", "content": "4"}, {"role": "user", "content": "안녕"}]
+    answer = [{"role": "assistant", "content": "안녕하세요!"}]
+    for prompt, completion in ((first, answer), (turns, answer), ("2+2?", "안녕하세요!")):
+        (tmp_path / "a.json").write_text(json.dumps([{"prompt": prompt, "completion": completion}]))
+        [document] = read_documents([tmp_path / "a.json"], Reading("chat"))
+        batch = encoder.encode_batch([document])
+        before = first if isinstance(prompt, str) else prompt
+        begin = loaded.apply_chat_template(before, tokenize=True, return_dict=False, add_generation_prompt=True)
+        whole = loaded.apply_chat_template(before + answer, tokenize=True, return_dict=False)
+        learned = batch.kinds != KIND_NONE
+        assert batch.ids[:len(whole)].tolist() == whole
+        assert not learned[:len(begin)].any()
+        said = loaded.decode(batch.ids[learned])
+        assert said == answer[0]["content"] + ("<|end|>" if "solar" in folder.name else "<|endofturn|>")
+        assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(said)

@@ -461,3 +461,17 @@ def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, 
     assert [one["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 0]
     assert [two["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 1]
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Path], tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "Korean.txt").write_text("한국어 문장.\n\n" * 20)
+    pack(tokenizers["solar-open"], [Source("Korean", tmp_path / "Korean.txt")], tmp_path / "one")
+    assert "warning: Korean: is one document, nothing is held out; its loss" in capsys.readouterr().err
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack(tokenizers["solar-open"], [Source("rows", tmp_path / "rows.jsonl")], tmp_path / "prompts",
+         PackSettings(reading=Reading("prompt")))
+    err = capsys.readouterr().err
+    assert "has a 'completion', of which --format prompt learns nothing" in err
+    assert "is one document" not in err

@@ -75,3 +75,12 @@ def test_what_nothing_can_be_learned_from_is_refused(lines: list[Any], sentence:
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main(["unpaired", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("good", [True, 1])
+def test_rows_of_kto_are_judged_responses(good: bool | int, tmp_path: Path) -> None:
+    say = [{"role": "assistant", "content": "b1"}]
+    rows = made(tmp_path, [{"prompt": "a", "completion": "a1", "label": good},
+                           {"prompt": [{"role": "user", "content": "b"}], "completion": say,
+                            "label": not good}])
+    assert sorted(map(said, rows)) == [("a", "a1", "b1", 1.0), ("b", "b1", "a1", 0.0)]

@@ -78,3 +78,16 @@ def test_what_is_no_reward_is_refused(tmp_path: Path) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(UserError, match="reward 'maht': does not exist"):
         order("maht", {})
+
+
+def test_a_reward_function_is_told_the_class_that_wraps_it(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    function = ("def starts_well(completions, prompt, **kwargs):\n"
+                "    return [float(c.startswith('yes')) for c in completions]\n")
+    file.write_text(function)
+    with pytest.raises(UserError, match="is a function; a reward is a class") as e:
+        order(f"{file}:starts_well", {})
+    lines = str(e.value).partition("\n")[2]
+    file.write_text(f"{function}\n{lines}\n")
+    made = make(order(f"{file}:RewardStartsWell", {}))
+    assert made.reward.score({"response": "yes", "prompt": "p"}) == 1.0

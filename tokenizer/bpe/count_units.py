@@ -95,7 +95,7 @@ def plan(groups: list[Group], unit_bytes: int) -> list[Unit]:
         UserError: a path does not exist or holds no text file.
     """
     return [Unit(number, spans) for number, group in enumerate(groups) for path in group.paths
-            for spans in plan_units(list_files(path), unit_bytes)]
+            for spans in plan_units(list_files(path, print), unit_bytes)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def read_text(name: str, path: Path, max_bytes: int) -> NamedText:
     Raises:
         UserError: the path is missing, or a file is no text or holds none.
     """
-    units = list(plan_units(list_files(path), UNIT_BYTES))
+    units = list(plan_units(list_files(path, print), UNIT_BYTES))
     on_disk = sum(span.size_bytes for unit in units for span in unit)
     step = max(1, round(on_disk / max_bytes))
     chunks: list[str] = []
