@@ -1,6 +1,7 @@
 """K-EXAONE 236B-A23B: architecture, tokens, optimizer's kind, peak rate and context lengths as published.
 
-The rest is our choice, and labelled so.  The published run trained in FP8; these train in bf16 unless `train.fp8` is set.
+The rest is our choice, and labelled so.  The published run trained in FP8; these train in bf16 unless
+`train.fp8` is set.
 """
 
 from __future__ import annotations
