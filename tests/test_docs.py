@@ -168,6 +168,7 @@ def test_the_readme_shows_every_room() -> None:
 
 
 @pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("recipes", "recipes.md"),
+                                            ("results", "results.md"),
                                             ("house", "pictures/house.svg")])
 def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) -> None:
     spec = importlib.util.spec_from_file_location(f"generate_{name}", ROOT / f"docs/generate_{name}.py")
