@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from megatron_sov.errors import how_to_install
+
 
 def require(what: str, *libraries: str, extra: str = "data") -> list[str]:
     """Return what is wrong where one of these modules is missing, as one of the problems of `what`."""
@@ -12,7 +14,7 @@ def require(what: str, *libraries: str, extra: str = "data") -> list[str]:
         return []
     are = "is" if len(missing) == 1 else "are"
     return [f"{what} needs {' and '.join(missing)}, which {are} not installed; "
-            f"pip install 'megatron-sov[{extra}]'"]
+            f"{how_to_install(extra)}"]
 
 
 def _is_there(library: str) -> bool:

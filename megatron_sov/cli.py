@@ -40,7 +40,7 @@ COMMANDS = {
                       "train on at longer contexts, stage by stage, each behind a needle gate"),
     "sft": Command("megatron_sov.commands.sft", "fine-tune on chats, with an auxiliary text term"),
     "prefer": Command("megatron_sov.commands.prefer",
-                      "learn from judged responses: DPO, IPO, SimPER, GrouPER"),
+                      "learn from judged responses: DPO, IPO, SimPO, ORPO, KTO, SimPER, GrouPER"),
     "distill": Command("megatron_sov.commands.distill",
                        "learn a teacher's distributions, over the whole vocabulary or its top tokens"),
     "distill states": Command("megatron_sov.commands.distill_states",

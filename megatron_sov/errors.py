@@ -4,11 +4,13 @@ stops, gates, defects."""
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -82,3 +84,25 @@ def download(path: str | os.PathLike[str]) -> str:
     name = shlex.quote(found[1])
     return (f"; nothing is fetched from the Hugging Face hub: run `hf download {os.fspath(path)} --local-dir "
             f"{name}` where there is a network, and pass {name}")
+
+
+def how_to_install(extra: str, options: str = "") -> str:
+    """Return the command that installs what one of our extras adds.
+
+    It never names our distribution, which no package index has: whoever registered the name there would have
+    his code run.  A checkout is installed again with the extra, at the versions of its lock; beside an
+    installed wheel the packages themselves are.
+    """
+    root = Path(__file__).parents[1]
+    begin = f"pip install {options}".strip()
+    if (root / "setup.py").is_file():
+        return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
+    try:
+        lines = importlib.metadata.requires("megatron-sov") or []
+    except importlib.metadata.PackageNotFoundError:  # a copy of the folders alone
+        lines = []
+    packages = [line.partition(";")[0].strip() for line in lines
+                if re.search(rf""";.*\bextra == ['"]{extra}['"]""", line)]
+    if not packages:
+        return f"install what the extra {extra} of setup.py names"
+    return f"{begin} {' '.join(map(shlex.quote, packages))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -27,6 +28,8 @@ from tests.pages_typed import (
     unheld,
 )
 
+KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
+"""Pages with tables whose first cell does not say alone what a row is of."""
 TRAINS = ("pretrain", "extend", "sft", "prefer", "distill", "rl run", "rl train")
 
 COMMANDS = [pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in PAGES
@@ -104,6 +107,44 @@ def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
             if len(set(counts)) > 1] == []
 
 
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the cells of every table of a page: tables, rows without head and ruler, cells."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [[[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table.splitlines()[2:]]
+            for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_row_of_a_table_is_there_twice(page: Path) -> None:
+    if name_of(page) not in KEYS_OF_TWO_CELLS:
+        for rows in tables(page.read_text()):
+            names = [re.findall("`[^`]*`", row[0])[:1] or [row[0]] for row in rows if row[0]]
+            assert [name for name in names if names.count(name) > 1] == []
+
+
+def test_the_page_lists_the_extras_that_there_are() -> None:
+    found = re.search(r"^EXTRAS = (\{.*?^\})", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    extras = ast.literal_eval(found[1])
+    section = (ROOT / "docs/install.md").read_text().partition("\n## Extras\n")[2].partition("\n## ")[0]
+    rows = {row[0].strip("`"): row[2] for table in tables(section) for row in table}
+    assert sorted(rows) == sorted(extras)
+    assert ({name for name, use in rows.items() if "part of `dev`" in use}
+            == {name for name, needs in extras.items() if name != "dev" and set(needs) <= set(extras["dev"])})
+
+
+def test_nobody_is_told_to_install_by_the_name_of_the_project() -> None:
+    """No package index has it: whoever registers it there would have his code run."""
+    folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "slurm", "docs",
+                                        "containers", "benchmarks")]
+    files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
+    texts = [p for p in files if (p.suffix in (".py", ".md", ".sh", ".yaml", ".j2", ".def") and p.is_file())
+             or p.name in ("Makefile", "Dockerfile")]
+    assert len(texts) > 1000
+    by_name = re.compile(r"megatron[-_]sov\[|install[\s'\"`]+megatron[-_]sov\b")
+    assert [p for p in texts if by_name.search(p.read_text(encoding="utf-8"))] == []
+
+
 def test_the_index_lists_every_page_once() -> None:
     listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
     pages = {name_of(page).removeprefix("docs/") for page in PAGES if name_of(page).startswith("docs/")}
@@ -127,6 +168,7 @@ def test_the_readme_shows_every_room() -> None:
 
 
 @pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("recipes", "recipes.md"),
+                                            ("results", "results.md"),
                                             ("house", "pictures/house.svg")])
 def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) -> None:
     spec = importlib.util.spec_from_file_location(f"generate_{name}", ROOT / f"docs/generate_{name}.py")

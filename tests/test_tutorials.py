@@ -71,7 +71,7 @@ def test_the_pages_begin_alike(name: str) -> None:
 
 CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES.items()
            for line in lines_of(shell_blocks(text)) if line not in under("On a laptop", text)
-           and re.match(r"megatron-sov (submit (?!chain .*--(?:continue|dry-run))|plan (?!.*--sweep))", line)]
+           and re.match(r"megatron-sov (submit (?!chain .*--continue)|plan (?!.*--sweep))", line)]
 
 
 @pytest.mark.parametrize("line", CLUSTER)
@@ -84,6 +84,5 @@ def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, mon
             pass
     words = shlex.split(line.replace("$WORK", str(tmp_path / "shared")))[1:]
     dry = ["--dry-run"] if words[0] == "submit" and "--dry-run" not in words else []
-    account = ["--account", "mine"] if words[0] == "submit" and "--account" not in words else []
-    assert cli.main([words[0], *dry, *account, *words[1:]]) == 0, capsys.readouterr().err
+    assert cli.main([words[0], *dry, *words[1:]]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out

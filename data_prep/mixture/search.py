@@ -28,7 +28,7 @@ from data_prep.tags import SOURCE, is_chosen, tags_of
 from data_prep.token_artifact import read_tokens_manifest
 from data_prep.twin_documents import refuse_overlap
 from megatron_sov.artifacts import manifest_sha256, new_artifact, refuse_existing, sha256_file
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError, how_to_install, nearest
 from megatron_sov.obs.work_bar import work_bar
 
 KIND = "mixture"
@@ -59,7 +59,7 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
     settings = read_search(file)
     if find_spec("sklearn") is None:
         raise UserError("--search: needs scikit-learn, which is not installed; "
-                        "pip install 'megatron-sov[data]'")
+                        f"{how_to_install('data')}")
     manifests = [read_tokens_manifest(path) for path in data]
     sources = [s for m in manifests for s in m.content["sources"]]
     clusters = clusters_of(settings, sources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from data_prep.pipeline.step import Step
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 
 STEPS: dict[str, str] = {
     "code": "data_prep.pipeline.code_step:CodeStep",
@@ -37,5 +37,5 @@ def step_class(kind: str) -> type[Step]:
         found: type[Step] = getattr(import_module(module), name)
     except ModuleNotFoundError as e:
         raise UserError(f"step {kind}: needs {e.name}, which is not installed; "
-                        "pip install 'megatron-sov[data]'") from None
+                        f"{how_to_install('data')}") from None
     return found

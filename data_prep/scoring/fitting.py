@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.scoring.labels import Kind
+from megatron_sov.errors import how_to_install
 
 INVERSE_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """C of logistic regression; the best one on the calibration part is taken."""
@@ -43,7 +44,7 @@ class Fit:
 def library_problems() -> list[str]:
     """Return what to install where the library that fits is not there."""
     if importlib.util.find_spec("sklearn") is None:
-        return ["scikit-learn is not installed; pip install 'megatron-sov[data]'"]
+        return [f"scikit-learn is not installed; {how_to_install('data')}"]
     return []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from data_prep.synth.generator import Generator
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError, how_to_install, nearest
 
 GENERATORS: dict[str, str] = {
     "answers": "data_prep.synth.generators.answers:Answers",
@@ -43,5 +43,5 @@ def generator_class(name: str) -> type[Generator]:
         found: type[Generator] = getattr(import_module(module), attribute)
     except ModuleNotFoundError as e:
         raise UserError(f"generator {name}: needs {e.name}, which is not installed; "
-                        "pip install 'megatron-sov[synth]'") from None
+                        f"{how_to_install('synth')}") from None
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 
 KNOWN = {
     "simvq": "megatron_sov.codecs.images.simvq:SimVQTokenizer",
@@ -35,4 +35,4 @@ def codec_class(kind: str, where: str) -> Any:
         if (e.name or "").startswith("megatron_sov"):
             raise
         raise UserError(f"{where}: a codec of kind {kind!r} needs the package {e.name}; install it by "
-                        "`pip install megatron-sov[omni]`") from None
+                        f"`{how_to_install('omni')}`") from None

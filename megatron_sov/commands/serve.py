@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError, how_to_install, list_problems
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         import aiohttp  # noqa: F401
     except ImportError:
-        raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; install "
-                        "megatron-sov[serve] (docs/install.md)") from None
+        raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; "
+                        f"{how_to_install('serve')}") from None
     from megatron_sov.generate.target import find_target
     from megatron_sov.serving.run import serve
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 import psutil
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.units import GIB
 from megatron_sov.rewards.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES
@@ -37,8 +37,7 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
                      "numba")
 OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow"}
-TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, "
-              "see docs/install.md)")
+TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
 """First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN as torch
 counts."""
@@ -95,7 +94,7 @@ def package_checks() -> Iterator[Check]:
     for name in REQUIRED_PACKAGES:
         version = installed_version(name)
         if version is None:
-            yield Check(name, "broken", "is not installed", "make setup, or pip install megatron-sov again")
+            yield Check(name, "broken", "is not installed", "make setup, or install the wheel again")
         else:
             yield Check(name, "ok", version)
 
@@ -115,7 +114,7 @@ def shadow_checks() -> Iterator[Check]:
             yield Check(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
         elif foreign:
             yield Check(name, "warning", f"{', '.join(foreign)} installs a package of the same name",
-                        f"pip uninstall {' '.join(foreign)}, then install megatron-sov again")
+                        f"pip uninstall {' '.join(foreign)}, then make setup, or install the wheel again")
         else:
             yield Check(name, "ok", "is ours")
 
@@ -241,7 +240,7 @@ def optional_checks() -> Iterator[Check]:
     for name, extra in OPTIONAL_PACKAGES.items():
         version = installed_version(name)
         if version is None:
-            yield Check(name, "missing", "is not installed; optional", f"pip install 'megatron-sov[{extra}]'")
+            yield Check(name, "missing", "is not installed; optional", how_to_install(extra))
         else:
             yield Check(name, "ok", version)
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.deadline import Deadline, bound_streams
+from megatron_sov.errors import how_to_install
 
 MAX_BODY_BYTES = 8 << 20
 
@@ -34,7 +35,7 @@ class Answered:
 
 def missing_libraries() -> list[str]:
     """Return one sentence for each library that is needed and not installed."""
-    return [f"{name} is not installed; pip install 'megatron-sov[judge]'" for name in ("openai", "httpx")
+    return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
             if importlib.util.find_spec(name) is None]
 
 

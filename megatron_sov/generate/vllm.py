@@ -17,7 +17,7 @@ from megatron_sov.convert.sources import HfWeights
 from megatron_sov.convert.whole_model import checked
 from megatron_sov.data.routes import shape_of
 from megatron_sov.documents.routes import RouteShape
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import (
     LENGTH,
@@ -60,7 +60,7 @@ class VllmEngine:
         """
         if importlib.util.find_spec("vllm") is None:
             raise UserError(f"--engine vllm: vllm, which would run {folder}, is not installed for this "
-                            "Python; install megatron-sov[rollout] on a machine with a GPU "
+                            f"Python; on a machine with a GPU run `{how_to_install('rollout')}` "
                             "(docs/install.md), or use --engine transformers")
         if for_updates and os.environ.get(PICKLES) != "1":
             raise UserError(f"{PICKLES} is {os.environ.get(PICKLES)!r}: for an update vLLM sends the places "

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 
 Floats = npt.NDArray[np.float64]
 
@@ -215,7 +215,7 @@ def _minimise(start: Floats, log_n: Floats, log_d: Floats, y: Floats) -> tuple[f
         from scipy.optimize import minimize
     except ImportError as e:
         raise UserError(f"a law of several --tokens-per-param needs scipy, which cannot be imported ({e}); "
-                        "pip install 'megatron-sov[data]', or give one --tokens-per-param") from None
+                        f"{how_to_install('data')}, or give one --tokens-per-param") from None
 
     found = minimize(_objective, start, (log_n, log_d, y), "L-BFGS-B", jac=True, bounds=[
         (None, None), (None, None), (None, None), (0.0, 3.0), (0.0, 3.0)],

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import ObsConfig
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.warning import warn
 
 WANDB_ID = "wandb-id"
@@ -142,7 +142,7 @@ def _require(module: str, setting: str, package: str, extra: str = "dev") -> Any
         return importlib.import_module(module)
     except ImportError as e:
         raise UserError(f"{setting} = true needs the package {package}, which cannot be imported ({e}); "
-                        f"pip install 'megatron-sov[{extra}]', or leave the setting out") from None
+                        f"{how_to_install(extra)}, or leave the setting out") from None
 
 
 class Trackers:

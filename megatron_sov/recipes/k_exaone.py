@@ -1,6 +1,7 @@
 """K-EXAONE 236B-A23B: architecture, tokens, optimizer's kind, peak rate and context lengths as published.
 
-The rest is our choice, and labelled so.  The published run trained in FP8; these train in bf16.
+The rest is our choice, and labelled so.  The published run trained in FP8; these train in bf16 unless
+`train.fp8` is set.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ SOURCES: Sources = {
     "optim.weight_decay": ours("not published"),
     "train.global_batch_size": ours("33.6 M tokens a step; not published"),
     "train.micro_batch_size": ours("memory"),
-    "train.precision": ours("published is FP8"),
+    "train.precision": ours("published is FP8: --set train.fp8=blockwise; not yet run on a GPU"),
     "train.recompute": ours("memory"),
     "gpu.gc_every_steps": ours("processes collect garbage together"),
 }

@@ -160,7 +160,7 @@ SOURCES: Sources = {
                     _OPTIMIZER),
     "optim.schedule": ours("the report gives both ends of the decay, not its form"),
     "train.micro_batch_size": ours("memory"),
-    "train.precision": ours("published is FP8 beside bf16"),
+    "train.precision": ours("published is FP8 beside bf16: --set train.fp8=blockwise; not yet run on a GPU"),
     "train.recompute": published(f"{REPORT}, infrastructure"),
     "gpu.gc_every_steps": ours("processes collect garbage together"),
 }

@@ -48,7 +48,7 @@ class Classifier:
         if not (Path(self.folder) / "config.json").is_file():
             p.append(f"folder = {self.folder}: has no config.json; name a folder of a sequence classifier")
         if importlib.util.find_spec("torch") is None:
-            p.append("torch is not installed; pip install megatron-sov")
+            p.append("torch is not installed; pip install torch")
         return p
 
     def inputs(self) -> dict[str, str]:

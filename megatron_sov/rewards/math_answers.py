@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sov.errors import how_to_install
 from megatron_sov.rewards.answers import final_answer
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 
@@ -50,7 +51,7 @@ class Math:
                                ("tail_chars", self.tail_chars))
              if not value > 0]
         if importlib.util.find_spec("math_verify") is None:
-            p.append("math-verify is not installed; pip install 'megatron-sov[rl]'")
+            p.append(f"math-verify is not installed; {how_to_install('rl')}")
         return p
 
     def prepare(self) -> None:

@@ -11,6 +11,7 @@ from data_prep import cli
 from data_prep.libraries import require
 from data_prep.sources.formats import LIBRARIES
 from data_prep.sources.source import SourceSettings
+from megatron_sov.errors import how_to_install
 
 PIPELINE = """name: small
 sources:
@@ -33,14 +34,14 @@ def test_without_a_library_nothing_is_begun(pages: Path, library: str, monkeypat
     monkeypatch.setitem(sys.modules, library, None)
     assert cli.main(["run", str(pages / "pipeline.yaml"), "--output", str(pages / "out")]) == 2
     said = capsys.readouterr().err
-    assert f"needs {library}, which is not installed; pip install 'megatron-sov[data]'" in said
+    assert f"needs {library}, which is not installed; {how_to_install('data')}" in said
     assert not (pages / "out").exists()
 
 
 def test_what_formats_need_is_here() -> None:
     assert all(require(name, *libraries) == [] for name, libraries in LIBRARIES.items())
     assert require("it", "json", "no_such_one", "nor_this") == [
-        "it needs no_such_one and nor_this, which are not installed; pip install 'megatron-sov[data]'"]
+        f"it needs no_such_one and nor_this, which are not installed; {how_to_install('data')}"]
 
 
 def test_a_format_tells_its_own_libraries_alone(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import struct
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.config import ObsConfig
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.trackers import Trackers
 
 
@@ -131,8 +132,8 @@ def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, 
     for name in [n for n in sys.modules if n.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*pip install "
-                                        r"'megatron-sov\[dev\]'"):
+    with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*"
+                                        + re.escape(how_to_install("dev"))):
         Trackers(ObsConfig(**{package: True}), tmp_path, {})
 
 

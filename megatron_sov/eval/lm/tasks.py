@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import sha256_file
-from megatron_sov.errors import UserError, nearest, told_in_a_line
+from megatron_sov.errors import UserError, how_to_install, nearest, told_in_a_line
 from megatron_sov.eval.lm import task_files
 from megatron_sov.eval.lm.task_files import Definition, Found, Function, TaskFolder
 
@@ -58,7 +58,7 @@ class LoadedTasks:
 def require_harness() -> None:
     """Raise `UserError` where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("eval lm: lm-eval is not installed; run `pip install 'megatron-sov[eval]'`")
+        raise UserError(f"eval lm: lm-eval is not installed; run `{how_to_install('eval')}`")
 
 
 def offline(allow_download: bool, cache: Path) -> None:

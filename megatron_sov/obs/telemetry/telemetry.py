@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_sov.config import ObsConfig
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.telemetry.alerts import Webhook, body_of, webhook_of
 from megatron_sov.obs.telemetry.metrics import Board
 from megatron_sov.obs.telemetry.otlp import Otlp
@@ -118,8 +118,8 @@ class Telemetry:
         try:
             start()
         except ImportError as e:
-            raise UserError(f"{setting} needs a package that cannot be imported ({e}); pip install "
-                            "'megatron-sov[telemetry]', or leave the setting out") from None
+            raise UserError(f"{setting} needs a package that cannot be imported ({e}); "
+                            f"{how_to_install('telemetry')}, or leave the setting out") from None
         except Exception as e:  # a port that is taken must not cost a requeued run its place
             self._tell(setting, e)
 

@@ -1,0 +1,68 @@
+"""docs/results.md has every file of benchmarks/results/, and a sentence of a page that names such a file has
+no number that the file has not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pages_typed import PAGES, ROOT, name_of
+
+RESULTS = ROOT / "benchmarks/results"
+VERDICTS = yaml.safe_load((RESULTS / "verdicts.yaml").read_text())
+SHOWN = {name: shown for rows in VERDICTS.values() for name, shown in rows.items()}
+WORDS = {"": 1.0, "thousand": 1e3, "million": 1e6, "billion": 1e9}
+NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(e[+-]?\d+)?(?:%|x|s|k|MB|GB)?(?!\w)"
+                    rf"(?:\s+({'|'.join(filter(None, WORDS))})\b)?")
+NO_FIGURES = re.compile(r"`[^`]*`|\]\([^)]*\)|\d{4}-\d\d-\d\d|arXiv \d+\.\d+|95 %\s+interval"
+                        r"|[A-Z]\w+ \d+\.\d+\b")
+"""Code, links, dates, the width of an interval, versions of programs."""
+
+
+def numbers(text: str) -> Iterator[tuple[float, float]]:
+    """Yield each number of a text, without its sign, and half of its last digit."""
+    for found in NUMBER.finditer(text):
+        digits = found[1].rstrip(",")
+        scale = float(f"1{found[2] or 'e0'}") * WORDS[found[3] or ""]
+        decimals = len(digits.partition(".")[2])
+        yield float(digits.replace(",", "")) * scale, 0.5001 * 10**-decimals * scale
+
+
+def missing(sentence: str, file: str) -> list[float]:
+    """Return the numbers of a sentence that are not those of a file, rounded; 0.27 is 27 % as well."""
+    there = [value * scale for value, _ in numbers(file) for scale in (1, 100, 0.01)]
+    return [value for value, half in numbers(NO_FIGURES.sub("", sentence))
+            if not any(abs(value - other) <= half for other in there)]
+
+
+def sentences(page: str) -> Iterator[str]:
+    """Yield the sentences and the rows of tables of a page."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    for block in re.split(r"\n\s*\n|\n(?=[|-])", text):
+        yield from re.split(r"(?<=[.;])\s+(?=[A-Z`\[(])", block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_figures_of_a_sentence_that_names_results_are_those_of_the_file(page: Path) -> None:
+    wrong = {sentence: found for sentence in sentences(page.read_text())
+             if (names := re.findall(r"benchmarks/results/(\w+)\.txt", sentence))
+             and (found := missing(sentence, "\n".join((RESULTS / f"{n}.txt").read_text() for n in names)))}
+    assert wrong == {}
+
+
+def test_a_figure_that_the_file_has_not_is_found() -> None:
+    file = "28.3 103.6 0.273 -11.98% 105,193,984"
+    assert missing("0.27 of 104 s, 95 % intervals, +12.0, 105 million", file) == []
+    assert missing("0.26 and 12.1", "0.273 12.0") == [0.26, 12.1]
+
+
+def test_every_file_has_a_verdict_a_page_and_a_script() -> None:
+    assert sorted(SHOWN) == sorted(path.stem for path in RESULTS.glob("*.txt"))
+    for name, shown in SHOWN.items():
+        assert (ROOT / f"benchmarks/{shown.get('script', name)}.py").is_file(), name
+        page = (ROOT / "docs" / shown["page"]).read_text()
+        assert f"results/{name}.txt" in page, f"docs/{shown['page']} does not name {name}.txt"
