@@ -146,7 +146,7 @@ def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: st
                                            *train_large(large, tmp_path / "t", "--workers", "1")]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=root) as process:
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + 600
         while not list(work.glob("*.arrow")) and process.poll() is None and time.monotonic() < deadline_s:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
