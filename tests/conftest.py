@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import ctypes
 import difflib
 import gc
 import hashlib
@@ -33,6 +34,12 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Memory that a test has freed goes back to the system, see `give_memory_back`: glibc keeps a heap for each
+# thread, and pyarrow's own allocator gigabytes.  Processes of pytest-xdist begin with these variables.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+GROWTH_BYTES = 32 << 20
+"""After which a process of pytest gives back what it does not use."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,6 +53,19 @@ def pytest_collection() -> Generator[None, object, object]:
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
     return found
+
+
+_kept_bytes = [0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_memory_back() -> Iterator[None]:
+    """Hand free memory to the system behind a file in which this process has grown: the largest of thousands
+    of tests would set its size for good."""
+    yield
+    if sys.platform == "linux" and psutil.Process().memory_info().rss > _kept_bytes[0] + GROWTH_BYTES:
+        ctypes.CDLL(None).malloc_trim(0)
+        _kept_bytes[0] = psutil.Process().memory_info().rss
 
 
 @dataclass(frozen=True)
