@@ -254,7 +254,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {timeout_s:g} s")
-        time.sleep(0.1)
+        time.sleep(0.25)
 
 
 def _free_ports(count: int) -> int:

@@ -139,7 +139,7 @@ def test_faults_of_tools_are_told_to_the_model_and_counted(tmp_path: Path) -> No
     assert (episode.end, episode.answer) == ("answered", "so")
     row = row_of(episode, encoder)
     assert row["num_calls"] == 8 and row["logprobs"] is None
-    assert "error: misbehave: took longer than 2 s" in chat_encoder().decode(row["ids"])
+    assert "error: misbehave: took longer than 5 s" in chat_encoder().decode(row["ids"])
 
 
 def test_a_broken_machine_leaves_no_reward(tmp_path: Path) -> None:
