@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import ctypes
 import difflib
 import gc
 import hashlib
@@ -33,6 +34,12 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Memory that a test has freed goes back to the system, see `give_memory_back`: glibc keeps a heap for each
+# thread, and pyarrow's own allocator gigabytes.  Processes of pytest-xdist begin with these variables.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+GROWTH_BYTES = 32 << 20
+"""After which a process of pytest gives back what it does not use."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,6 +53,19 @@ def pytest_collection() -> Generator[None, object, object]:
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
     return found
+
+
+_kept_bytes = [0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_memory_back() -> Iterator[None]:
+    """Hand free memory to the system behind a file in which this process has grown: the largest of thousands
+    of tests would set its size for good."""
+    yield
+    if sys.platform == "linux" and psutil.Process().memory_info().rss > _kept_bytes[0] + GROWTH_BYTES:
+        ctypes.CDLL(None).malloc_trim(0)
+        _kept_bytes[0] = psutil.Process().memory_info().rss
 
 
 @dataclass(frozen=True)
@@ -218,7 +238,7 @@ def te_ranks(tmp_path: Path, te_worker: Worker) -> Ranks:
 
 def _ranks_of(worker: Worker, folder: Path) -> Ranks:
 
-    def run(*jobs: Job, timeout_s: float = 300) -> list[list[Any]]:
+    def run(*jobs: Job, timeout_s: float = 600) -> list[list[Any]]:
         folder.mkdir(exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
         done = worker.run(timeout_s, jobs=str(folder / "jobs.json"))
@@ -231,14 +251,14 @@ def _ranks_of(worker: Worker, folder: Path) -> Ranks:
 
 @pytest.fixture(scope="session")
 def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return `run_command(*argv, program="megatron-sov", file_limit_bytes=None, timeout_s=300)`: a command
+    """Return `run_command(*argv, program="megatron-sov", file_limit_bytes=None, timeout_s=600)`: a command
     in a process that is no rank.
 
     It is a fork of one that has imported megatron: what a user waits for at the start, tests do not wait for.
     """
 
     def run(*argv: str, program: str = "megatron-sov", file_limit_bytes: int | None = None,
-            timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+            timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
         return worker.run(timeout_s, file_limit_bytes, NO_RANK, program=program, argv=argv)
 
     return run
@@ -260,10 +280,10 @@ def has_ended(pid: int) -> bool:
 
 @pytest.fixture
 def ends() -> Callable[[int], bool]:
-    """Return `ends(pid)`: whether that process, of whatever parent, ends within a minute."""
+    """Return `ends(pid)`: whether that process, of whatever parent, ends."""
 
     def wait(pid: int) -> bool:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 600
         while not has_ended(pid) and time.monotonic() < deadline_s:
             time.sleep(0.02)
         return has_ended(pid)
@@ -300,7 +320,7 @@ def open_page(browser: str, tmp_path: Path) -> OpenPage:
 
     def opened(file: Path) -> tuple[str, list[str]]:
         done = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
-                               file.as_uri()], capture_output=True, text=True, timeout=240, check=True)
+                               file.as_uri()], capture_output=True, text=True, timeout=600, check=True)
         return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
 
     return opened

@@ -70,7 +70,7 @@ def from_wheel(site: Path, installed: Path) -> Run:
     def run(command: str) -> subprocess.CompletedProcess[str]:
         program, rest = command.split(" ", 1)
         return subprocess.run(f"{sys.executable} {installed / 'bin' / program} {rest}", shell=True, cwd=site,
-                              text=True, capture_output=True, env=environment, timeout=300, check=False)
+                              text=True, capture_output=True, env=environment, timeout=600, check=False)
 
     return run
 

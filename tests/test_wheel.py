@@ -18,7 +18,7 @@ COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
 
 def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command in another folder, with only the installed wheel in front of the import path."""
-    return subprocess.run(command, cwd=installed.parent, capture_output=True, text=True, timeout=60,
+    return subprocess.run(command, cwd=installed.parent, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "PYTHONPATH": str(installed)})
 
 

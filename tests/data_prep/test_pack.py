@@ -293,7 +293,7 @@ def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
     text.write_text("".join(f"{i} words in a long file\n\n" for i in range(80_000)))
     num_units = len(list(files.plan_units([text])))
     with start_packing(tokenizers["solar-open"], text, output, 2) as process:
-        deadline_s = time.monotonic() + 300
+        deadline_s = time.monotonic() + 600
         while not complete_units(output):
             assert process.poll() is None and time.monotonic() < deadline_s
             time.sleep(0.02)

@@ -30,7 +30,7 @@ def test_order_is_the_inputs_and_an_ended_worker_is_said(tokenizers: dict[str, P
     first = next(records)
     workers = worker_processes()
     assert [first.num_sequences, *(r.num_sequences for r in records)] == [2000 - 160 * i for i in range(12)]
-    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=20)[1]
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=600)[1]
     records = encode_units(units, settings, tmp_path / "other", 2)
     next(records)
     worker_processes()[-1].kill()

@@ -47,7 +47,7 @@ def start() -> Any:
         process.wait()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 600) -> None:
     """Wait until the condition holds while the process runs."""
     deadline = time.monotonic() + timeout_s
     while not condition():

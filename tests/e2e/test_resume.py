@@ -58,7 +58,7 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
         second.stderr)
     run.send_signal(signal.SIGTERM)
     os.kill(holder, signal.SIGCONT)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=600)
     assert run.returncode == 75 and "everything is saved; continue with --resume" in errors, errors
     stopped_at = last_step(broken)
     assert checkpoint_of(broken, stopped_at).is_dir() and not (broken / "lock.json").exists()
@@ -68,7 +68,7 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     until(lambda: last_step(broken) >= stopped_at + 8, run)
     rank_zero = json.loads((broken / "lock.json").read_text())["pid"]
     os.kill(run.pid, signal.SIGKILL)
-    run.wait(timeout=60)
+    run.wait(timeout=600)
     assert (broken / "lock.json").exists() and rank_zero != run.pid
 
     done = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))

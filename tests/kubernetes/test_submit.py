@@ -174,7 +174,7 @@ def test_a_stop_goes_to_the_ranks_and_their_launcher_ends_by_itself(tmp_path: Pa
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     pod.send_signal(signal.SIGTERM)
-    assert (pod.wait(timeout=20), (tmp_path / "saved").exists()) == (75, True)
+    assert (pod.wait(timeout=600), (tmp_path / "saved").exists()) == (75, True)
     pod.communicate()
 
 

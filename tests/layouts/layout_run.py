@@ -147,23 +147,23 @@ def trained(settings: list[str], paths: list[str], out: str, num_steps: int = 4)
 
 
 def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *,
-             is_reference: bool, num_steps: int = 3) -> dict[str, Any]:
-    """Train some steps from scratch, and once more from the reference's step-2; the steps,
-    and how far the ends are apart.
+             is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
+    """Train some steps from scratch, and the second half once more from the reference's checkpoint;
+    the steps, and how far the ends are apart.
 
     REFERENCE is the run folder of the one process that everything is compared with, which is trained first.
     """
     trainer = _trainer(small_config(recipe, settings, paths, "lm"), reference)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    scratch = []
+    scratch, half = [], num_steps // 2
     for _ in range(num_steps):
         scratch.append(_step(trainer))
-        if is_reference and trainer.step in (2, num_steps):
+        if is_reference and trainer.step in (half, num_steps):
             trainer.save()
     trainer.checkpointer.finish()
     found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
-    trainer.resume(trainer.folder.checkpoint(2))
-    found |= {"continued": [_step(trainer) for _ in range(num_steps - 2)],
+    trainer.resume(trainer.folder.checkpoint(half))
+    found |= {"continued": [_step(trainer) for _ in range(num_steps - half)],
               "continued apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
     trainer.close()
     world.leave()

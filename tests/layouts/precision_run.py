@@ -106,27 +106,6 @@ def bits(built: Trainer) -> str:
     return digest.hexdigest()
 
 
-def continued(recipe: str, settings: list[str], data: str, run: str) -> dict[str, Any]:
-    """Return losses and bits of four steps in one go, and of two steps, a checkpoint and two steps more."""
-    whole = trainer(recipe, settings, data)
-    losses = [whole.update().loss for _ in range(4)]  # type: ignore[union-attr]
-    expected = bits(whole)
-    world.leave()
-    first = trainer(recipe, settings, data, run)
-    first.folder.create()
-    again = [first.update().loss for _ in range(2)]  # type: ignore[union-attr]
-    first.save()
-    first.checkpointer.finish()
-    saved = first.folder.checkpoint(2)
-    world.leave()
-    second = trainer(recipe, settings, data)
-    second.resume(saved)
-    again += [second.update().loss for _ in range(2)]  # type: ignore[union-attr]
-    ended = bits(second)
-    world.leave()
-    return {"losses": [losses, again], "bits": [expected, ended]}
-
-
 def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
     """Return losses and bits of two deterministic steps, at sizes that keep several threads busy."""
     determinism.switch_on()

@@ -63,16 +63,6 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
 
 
 @pytest.mark.distributed
-def test_a_bf16_run_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    settings = ["train.precision=bf16", "parallel.tp=2", "parallel.sp=true"]
-    for rank in ranks(job(RUN, "continued", 2,
-                          {"recipe": "tiny-k-exaone", "settings": settings, "data": str(packed_data.text),
-                           "run": str(tmp_path / "run")}))[0]:
-        assert rank["losses"][0] == rank["losses"][1] and rank["losses"][0][0] > rank["losses"][0][-1]
-        assert rank["bits"][0] == rank["bits"][1]
-
-
-@pytest.mark.distributed
 def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any) -> None:
     cases = [(1, 2, []), (2, 1, [*LAYOUT, "train.precision=bf16"])]
     jobs = [

@@ -269,7 +269,8 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
 @pytest.mark.parametrize("waits", ["time.sleep(60)", "os.read(os.pipe()[0], 1)"])
 def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure: str, waits: str) -> None:
     source = f"import os, time\nwhile time.process_time() < 0.06:\n    pass\n{waits}"
-    result = judged(Code(enclosure=enclosure, test_time_s=0.3),
+    # a busy machine may keep it from a processor for most of its time by the clock
+    result = judged(Code(enclosure=enclosure, test_time_s=0.3, patience=10),
                     {"response": source, "tests": [{"stdin": "", "stdout": ""}]})
     assert (result.status, result.reward) == ("timeout", 0.0), result
 

@@ -99,11 +99,11 @@ def test_languages_need_langdetect(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", ["<" * 100_000, "*" * 100_000, "\n" * 100_000, "[" * 100_000, "a." * 50_000])
 def test_hostile_responses_end_soon(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.rewards.patterns.TIME_LIMIT_S", 0.1)
-    begin_s = time.monotonic()
+    begin_s = time.process_time()
     for name, arguments, _ in RECORDED["verdicts"]:
         if name not in NEEDS_LANGUAGE:
             assert judged(IfEval(), {"response": text, "instructions": [{"id": name,
                                                                          **arguments}]}).status in (
                 "scored", "timeout")
     sentences(text)
-    assert time.monotonic() - begin_s < 60
+    assert time.process_time() - begin_s < 60

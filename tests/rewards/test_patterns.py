@@ -11,10 +11,10 @@ from megatron_sov.rewards import patterns
 
 def test_a_catastrophic_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
-    begin_s = time.monotonic()
+    begin_s = time.process_time()
     with pytest.raises(TimeoutError, match=r"the pattern '\(x\+x\+\)\+y' takes longer than 0.2 s"):
         patterns.search(r"(x+x+)+y", "x" * 10_000)
-    assert time.monotonic() - begin_s < 5
+    assert time.process_time() - begin_s < 5
 
 
 def test_patterns_match_as_the_standard_library_has_it() -> None:

@@ -41,7 +41,7 @@ def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path,
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
 
     def wait_for(name: str) -> None:
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + 600
         while not (tmp_path / name).exists():
             assert time.monotonic() < deadline_s and parent.poll() is None, f"there is no {name}"
             time.sleep(0.02)

@@ -131,7 +131,7 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
         runs.start()
         key = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         try:
-            with httpx.Client(base_url=server.url, headers=key, timeout=20) as http:
+            with httpx.Client(base_url=server.url, headers=key, timeout=600) as http:
                 yield Open(server.url, model, http)
         finally:
             stop.append("the test is over")
@@ -209,7 +209,7 @@ def test_what_ends_an_answer_frees_its_place(opened: Any) -> None:
 
 def until(holds: Callable[[], bool]) -> None:
     """Wait until something holds."""
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 600
     while not holds():
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
@@ -303,7 +303,7 @@ def test_without_the_key_nothing_is_told(opened: Any) -> None:
 def talk(server: Open, said: bytes) -> bytes:
     """Say something over a bare connection, and return what comes until the server hangs up."""
     host, port = server.url.removesuffix("/v1").removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=600) as connection:
         connection.sendall(said)
         heard = b""
         while piece := connection.recv(1 << 16):

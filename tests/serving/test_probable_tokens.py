@@ -78,7 +78,7 @@ def test_lm_evaluation_harness_gets_likelihoods_by_its_own_client(server: Any, t
     prompts, contexts, _ = LocalCompletionsAPI.batch_loglikelihood_requests(
         client, [[(pair, one[:n], one[n:]) for pair, one, n in zip(pairs, ids, lengths, strict=True)]])
     payload = LocalCompletionsAPI._create_payload(client, prompts, generate=False)
-    answer = httpx.post(f"{server.url}/completions", json=payload, timeout=60)
+    answer = httpx.post(f"{server.url}/completions", json=payload, timeout=600)
     assert answer.status_code == 200, answer.text
     found = LocalCompletionsAPI.parse_logprobs(answer.json(), tokens=prompts, ctxlens=contexts)
     for (context, continuation), one, first, (logprob, is_greedy) in zip(pairs, ids, lengths, found,

@@ -201,7 +201,7 @@ def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(s
         messages = [{"role": "user", "content": text, "type": "text"}]
         sent = client._create_payload(messages, generate=True, eos="<|end|>", gen_kwargs={
             "until": ["re"], "max_gen_toks": 12, "temperature": 0, "do_sample": False})
-        answers.append(httpx.post(f"{server.url}/chat/completions", json=sent, timeout=60).json())
+        answers.append(httpx.post(f"{server.url}/chat/completions", json=sent, timeout=600).json())
     expected = written("--prompt", "Hello", "--prompt", "1 + 2?", "--chat", "--max-new-tokens", "12",
                        "--stop", "re")
     assert client.parse_generations(answers) == [e["text"] for e in expected]

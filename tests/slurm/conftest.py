@@ -61,7 +61,7 @@ def warm_python(cluster: Any, worker: Any) -> str:
     program: Path = _module("warm_python").install(cluster.folder)
     worker.run(30, stays=[str(Path(__file__).with_name("warm_python.py")), "serve"],
                arguments=[str(cluster.folder)])
-    virtual_cluster.until((cluster.folder / "warm.socket").exists, 30, "the process that has imported all")
+    virtual_cluster.until((cluster.folder / "warm.socket").exists, 600, "the process that has imported all")
     return str(program)
 
 

@@ -36,7 +36,7 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, until: Callable[..., 
         beside.poll(now=True)
         return bool(events)
 
-    until(told, 240, "the figures of the job")
+    until(told, 600, "the figures of the job")
     assert [(e["event"], e["step"], e.get("error")) for e in events] == [("evaluation", 10, None)]
     figures = json.loads((run / "evaluations/step-10.ppl.json").read_text())
     assert set(figures) == {"first", "second"} and all(row["bits_per_byte"] > 0 for row in figures.values())

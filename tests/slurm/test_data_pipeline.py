@@ -97,12 +97,12 @@ def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
     monkeypatch.setattr(inputs, "READ_HERE_BYTES", 1000)
     assert cli.main(["run", str(file), "--output", "there", "--cluster", "site.yaml"]) == 0
     assert list(Jobs.read(site / "there").numbers) == ["inputs", "submit"]
-    until(lambda: "finish" in Jobs.read(site / "there").numbers, 120, "a job that submits the steps")
+    until(lambda: "finish" in Jobs.read(site / "there").numbers, 600, "a job that submits the steps")
     numbers = Jobs.read(site / "there").numbers
-    until(lambda: any((site / "begun").iterdir()), 120, "a task that begins")
+    until(lambda: any((site / "begun").iterdir()), 600, "a task that begins")
     job = next((site / "begun").iterdir()).name
     cluster.run("scancel", "--signal=USR1", job)  # as Slurm does before the time limit
-    until(lambda: cluster.job(job)["JobState"] != "RUNNING", 60, "a job that goes back")
+    until(lambda: cluster.job(job)["JobState"] != "RUNNING", 600, "a job that goes back")
     (site / "slow").unlink()
     assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
     assert cluster.job(job)["Restarts"] == "1"

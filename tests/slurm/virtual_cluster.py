@@ -107,7 +107,7 @@ class VirtualCluster:
                          f"--key-file={self.folder}/munge/munge.key", f"--socket={run}/munge.socket",
                          f"--pid-file={run}/munged.pid", f"--seed-file={self.folder}/munge/seed",
                          f"--log-file={self.folder}/log/munged.log")
-            until((run / "munge.socket").exists, 10, "munged")
+            until((run / "munge.socket").exists, 600, "munged")
             self._daemon("slurmctld", "slurmctld", "-D", "-c", "-f", self.env["SLURM_CONF"])
             for name in self.names:
                 self.start(name)
@@ -194,7 +194,7 @@ class VirtualCluster:
 
     def run(self, *command: str, check: bool = True, **options: Any) -> str:
         """Run a client program; returns what it printed."""
-        done = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=120,
+        done = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=600,
                               check=False, **options)
         assert not (check and done.returncode), (command, done.stdout, done.stderr)
         return done.stdout.strip()
@@ -213,7 +213,7 @@ class VirtualCluster:
             time.sleep(0.5)
         raise TimeoutError(f"job {number}: the controller does not answer")
 
-    def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 300) -> dict[str, str]:
+    def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 600) -> dict[str, str]:
         """Wait until a job is in one of the states; returns what the controller knows about it."""
         until(lambda: self.job(number)["JobState"] in states, timeout_s, f"job {number}: {states}")
         return self.job(number)
@@ -225,7 +225,7 @@ class VirtualCluster:
                              "%N %t", check=False)
             return {tuple(line.split()) for line in lines.splitlines()} == {(n, "idle") for n in nodes}
 
-        until(idle, 60, f"idle: {nodes}")
+        until(idle, 600, f"idle: {nodes}")
 
     # daemons
 
@@ -254,7 +254,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {timeout_s:g} s")
-        time.sleep(0.1)
+        time.sleep(0.25)
 
 
 def _free_ports(count: int) -> int:

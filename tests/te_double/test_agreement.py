@@ -63,7 +63,7 @@ def test_models_are_made_of_its_modules(te_ranks: Any, job: Any, packed_data: An
 @pytest.mark.distributed
 def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any, packed_data: Any,
                                             tmp_path: Path) -> None:
-    """Three steps from the same start, and one from the other one's checkpoint: losses, gradient norms,
+    """Two steps from the same start, and one from the other one's checkpoint: losses, gradient norms,
     weights and moments."""
 
     def compared(reference: str, *layout: str, nproc: int = 1, is_reference: bool = False) -> Any:

@@ -197,9 +197,12 @@ def run(source: str) -> str:
     """
     if reaches_out(source):
         return ""
-    outcome = _sandbox().run(Program(source), Limits(wall_s=30, cpu_s=10))
+    limits = Limits(wall_s=30, cpu_s=10)
+    outcome = _sandbox().run(Program(source), limits)
     if outcome.status == "infrastructure":
         raise NoReply(f"the sandbox: {outcome.reason}")
+    if outcome.status == "timeout" and max(outcome.cpu_s, outcome.wall_s - outcome.starved_s) < limits.cpu_s:
+        raise NoReply(f"the machine is too busy: a program waited {outcome.starved_s:.1f} s for a processor")
     printed = outcome.stdout.strip()
     short = "\n" not in printed and len(printed) <= MAX_ANSWER_CHARS
     return printed if outcome.status == "ok" and short else ""

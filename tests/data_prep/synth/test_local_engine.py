@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -75,11 +74,10 @@ def test_a_server_that_does_not_start_says_why(model: Path, tmp_path: Path) -> N
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Path, tmp_path: Path) -> None:
     stop = Stop()
     threading.Timer(0.3, stop.ask, ["enough"]).start()
-    began_s = time.monotonic()
     with pytest.raises(StopRequested, match="enough"), \
-            serving(model, program(tmp_path, "import time; time.sleep(60)"), stop):
+            serving(model, program(tmp_path, "import time; time.sleep(3600)"), stop):
         pass
-    assert time.monotonic() - began_s < 10 and not servers(tmp_path)
+    assert not servers(tmp_path)
 
 
 def test_a_model_is_known_by_its_files_wherever_they_lie(model: Path, tmp_path: Path) -> None:

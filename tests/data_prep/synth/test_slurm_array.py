@@ -194,7 +194,7 @@ def test_the_servers_script_tells_where_it_answers_and_ends_with_the_array(
         assert found.writer.engine.startswith("http://127.0.0.1:") and found.writer.key_env == "VLLM_API_KEY"
         assert found.writer.identity() == order.writer.identity(), "wherever it is, it is the model"
         (programs / "squeue").write_text("#!/bin/bash\n")
-        assert process.wait(10) == 0
+        assert process.wait(600) == 0
         assert not (order.output / ADDRESS).exists()
     finally:
         process.kill()
@@ -216,7 +216,7 @@ def test_the_server_is_put_back_before_its_time_limit(tmp_path: Path, programs: 
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(10) == 75
+        assert process.wait(600) == 75
         assert (tmp_path / "noted" / "requeue").read_text() == "requeue 12\n"
         assert not (order.output / ADDRESS).exists()
     finally:

@@ -219,11 +219,11 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layouts", "settings"), [
-    ("tiny-qwen3", [TP2, {"tp": 2}, PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
+    ("tiny-qwen3", [TP2, PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
     ("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"]),
-    ("tiny-solar-open", [TP2, EP2, ETP2], ['lora.targets=["all-linear", "lm_head"]']),
+    ("tiny-solar-open", [EP2, ETP2], ['lora.targets=["all-linear", "lm_head"]']),
     ("tiny-gpt-oss", [TP2, EP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"]),
-    ("tiny-k-exaone", [TP2, EP2, PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
+    ("tiny-k-exaone", [EP2, PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
 ])
 def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, Any]], settings: list[str],
                                           ranks: Any, job: Any) -> None:

@@ -62,7 +62,7 @@ def test_the_slow_process_is_named_and_those_that_wait_for_it_are_not(ranks: Any
     ((fast, fast_steps, waits, found), (slow, slow_steps, _, other)) = ranks(
         job(__file__, "measured", 2, {"folder": str(tmp_path)}))[0]
     for computed_s, step_s, waited_s in zip(fast, fast_steps, waits, strict=True):
-        assert 0.05 <= computed_s <= step_s - 0.9 * waited_s and waited_s > 0.2, (fast, fast_steps, waits)
+        assert 0.05 <= computed_s <= step_s - 0.5 * waited_s and waited_s > 0.2, (fast, fast_steps, waits)
     assert all(0.4 <= computed_s <= step_s for computed_s, step_s in zip(slow, slow_steps, strict=True))
     assert found == other, "all processes know, rank 0 writes"
     (measured_event, fields), (alarm_event, alarm) = found

@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,14 +287,12 @@ def test_an_attack_is_contained(sandbox: Sandbox, world: World, name: str) -> No
     attack = ATTACKS[name]
     if "attempt(call" in attack.source and platform.machine() != "x86_64":
         pytest.skip("its calls are numbered for x86-64")
-    began_s = time.monotonic()
     outcome = sandbox.run(Program(TRY + world.names() + attack.source), attack.limits)
     assert outcome.status in attack.ends, outcome
     assert attack.reason in outcome.reason and (outcome.status == "ok") == (not outcome.reason)
     assert "BROKE" not in outcome.stdout, outcome.stdout
     assert outcome.stdout.count("HELD") >= attack.held, outcome
     assert len(outcome.stdout) <= attack.limits.output_bytes
-    assert time.monotonic() - began_s < attack.limits.wall_s + 5
     assert world.state() == world.before
     assert world.heard() == []
     assert sandbox.run(Program("print(1)")).stdout == "1\n", "the next program is not harmed"

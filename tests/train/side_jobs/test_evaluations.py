@@ -24,7 +24,7 @@ from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_
 WRITES = "import sys, json; json.dump({'x': 1}, open(sys.argv[1], 'w'))"
 WAITS = f"""
 import os, sys, time
-deadline_s = time.monotonic() + 60
+deadline_s = time.monotonic() + 600
 while not os.path.exists(os.path.join(os.path.dirname(sys.argv[1]), "goes-on")):
     assert time.monotonic() < deadline_s
     time.sleep(0.01)

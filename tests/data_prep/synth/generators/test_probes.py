@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 from synthesis.actors import probes
 
-from data_prep.synth.generator import Item, Reply
+from data_prep.synth.generator import Item, NoReply, Reply
 from data_prep.synth.generators.probes import ProbesSettings, read_problem, run
 from megatron_sov.errors import UserError
+from megatron_sov.rewards.sandbox import Outcome
 
 
 def test_planted_cases_are_told_apart() -> None:
@@ -47,6 +50,16 @@ def test_a_problem_is_read_in_its_form_alone(text: str, found: str | None) -> No
     ("from fractions import Fraction\nprint(Fraction(6, 8))", "3/4")])
 def test_a_program_says_one_line_and_reaches_for_nothing(program: str, printed: str) -> None:
     assert run(program) == printed
+
+
+@pytest.mark.parametrize(("starved_s", "is_known"), [(25.0, False), (2.0, True)])
+def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.MonkeyPatch, starved_s: float,
+                                                      is_known: bool) -> None:
+    timeout = Outcome("timeout", None, "", "", "took longer than 30 s", 30.0, 1.0, starved_s)
+    monkeypatch.setattr("data_prep.synth.generators.probes._sandbox",
+                        lambda: SimpleNamespace(run=lambda program, limits: timeout))
+    with nullcontext() if is_known else pytest.raises(NoReply, match="the machine is too busy"):
+        assert run("print(1)") == ""
 
 
 @pytest.mark.parametrize(("line", "said"), [
