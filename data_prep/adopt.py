@@ -27,7 +27,6 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
 
-HELP = "take over token shards that Megatron-LM's preprocess_data wrote"
 DESCRIPTION = """Take over .bin and .idx pairs that Megatron-LM's preprocess_data wrote, as an artifact of
 token shards: every number of the index is checked, ids against the tokenizer's vocabulary, the ends of
 documents, and whether the text that they spell gives the same ids again."""

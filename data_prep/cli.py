@@ -4,36 +4,47 @@ from __future__ import annotations
 
 import sys
 
-from data_prep import (
-    adopt,
-    decontaminate,
-    groups,
-    mix,
-    pack,
-    pairs,
-    run,
-    sample,
-    scorer,
-    stats,
-    trajectories,
-    unpaired,
-    verify,
-)
-from data_prep.demo import corpus
-from data_prep.journey import inspect_command, report_command
-from data_prep.journey.card import card_command
-from data_prep.media import command as encode_media
-from data_prep.synth import command as synth
-from data_prep.synth import probing_sets
-from data_prep.synth.difficulty import command as difficulty
-from megatron_sov.command_line import Parser, parser_of, run_program
+from megatron_sov.command_line import Command, Parser, parser_of, run_program
 
-COMMANDS = {"run": run, "synth": synth, "encode-media": encode_media, "pack": pack, "adopt": adopt,
-            "mix": mix, "inspect": inspect_command, "report": report_command, "card": card_command,
-            "stats": stats, "sample": sample, "verify": verify, "trajectories": trajectories,
-            "groups": groups, "pairs": pairs, "unpaired": unpaired, "scorer": scorer,
-            "difficulty": difficulty, "probing-sets": probing_sets, "decontaminate": decontaminate,
-            "demo-corpus": corpus}
+COMMANDS = {
+    "run": Command("data_prep.run", "run a pipeline from raw documents to the sources of a curriculum"),
+    "synth": Command("data_prep.synth.command",
+                     "make data with models: checked, with provenance, restartable"),
+    "encode-media": Command("data_prep.media.command",
+                            "turn records that name pictures, sounds and videos into text and banks to pack"),
+    "pack": Command("data_prep.pack", "turn text, chats, preferences or prompts into token shards"),
+    "adopt": Command("data_prep.adopt", "take over token shards that Megatron-LM's preprocess_data wrote"),
+    "mix": Command("data_prep.mix", "join token shards of several folders into one, with weights"),
+    "inspect": Command("data_prep.journey.inspect_command",
+                       "show what token shards hold; a document's way through a "
+                       "pipeline, and why it was dropped"),
+    "report": Command("data_prep.journey.report_command",
+                      "write the HTML report of what `sov-data run` or `sov-data synth` did"),
+    "card": Command("data_prep.journey.card.card_command",
+                    "write the public summary of data: sources, licences, "
+                    "languages, filters, hashes, counts"),
+    "stats": Command("data_prep.stats",
+                     "show lengths of documents, token types and special tokens, per source"),
+    "sample": Command("data_prep.sample", "print documents, decoded, with their loss mask"),
+    "verify": Command("data_prep.verify",
+                      "check token shards: hashes, indices, ids, splits, duplicates, epochs"),
+    "trajectories": Command("data_prep.trajectories",
+                            "join each query with its diverse solutions to one document"),
+    "groups": Command("data_prep.groups", "give each of a prompt's judged responses its advantage"),
+    "pairs": Command("data_prep.pairs", "pair the best and the worst of each prompt's judged responses"),
+    "unpaired": Command("data_prep.unpaired",
+                        "put each judged response beside one to another prompt, for KTO"),
+    "scorer": Command("data_prep.scorer",
+                      "train a quality classifier or an educational regressor on your labels, or judge one"),
+    "difficulty": Command("data_prep.synth.difficulty.command",
+                          "put measured pass rates together, fit an estimator of "
+                          "difficulty, write difficulty into rows"),
+    "probing-sets": Command("data_prep.synth.probing_sets",
+                            "freeze problems of `synth probes` into sets that are not in the training input"),
+    "decontaminate": Command("data_prep.decontaminate", "leave out records that hold text of benchmarks"),
+    "demo-corpus": Command("data_prep.demo.corpus",
+                           "gather a small corpus from what this machine has, or from your own files"),
+}
 
 
 def build_parser() -> Parser:

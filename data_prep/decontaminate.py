@@ -21,7 +21,6 @@ from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.records import parse_record
 from megatron_sov.errors import UserError, list_problems
 
-HELP = "leave out records that hold text of benchmarks"
 DESCRIPTION = """Write the records of JSONL files that share no run of ten words, and no short item, with
 benchmarks: text, chats, preferences or prompts. Case, punctuation and markup make no difference. What is left
 out is listed with the text around it."""

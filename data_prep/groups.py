@@ -33,7 +33,6 @@ INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., 
          '"response" with its "reward", or one of TRL for KTO, a "completion" with a "label" that is true or '
          'false: those of one prompt, one after the other, are a group.  One whose "finish_reason" is '
          '"length" did not end, and is not learned as a good one.')
-HELP = "give each of a prompt's judged responses its advantage"
 KIND = "corpus"
 FILE = "groups.jsonl"
 FINISH, LENGTH = "finish_reason", "length"

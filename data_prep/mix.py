@@ -24,7 +24,6 @@ from data_prep.twin_documents import refuse_overlap
 from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
 from megatron_sov.errors import UserError
 
-HELP = "join token shards of several folders into one, with weights"
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
 """What must be the same in all parts."""
 

@@ -47,7 +47,6 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.code import Code
 
-HELP = "turn text, chats, preferences or prompts into token shards"
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
 text. A killed command continues where it was when it is run again."""

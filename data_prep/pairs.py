@@ -10,7 +10,6 @@ from typing import Any
 
 from data_prep.groups import INPUT, Group, add_group_arguments, write_groups
 
-HELP = "pair the best and the worst of each prompt's judged responses"
 FILE = "pairs.jsonl"
 
 

@@ -11,7 +11,6 @@ from data_prep.pipeline.known_steps import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.errors import UserError
 
-HELP = "run a pipeline from raw documents to the sources of a curriculum"
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
 command continues at the first unfinished shard when it is run again; a changed setting redoes what depends on
 it, and nothing else."""

@@ -16,7 +16,6 @@ from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 
-HELP = "print documents, decoded, with their loss mask"
 LEARNED = ("⟦", "⟧")
 """Marks around tokens that carry a loss, in data that has a mask."""
 

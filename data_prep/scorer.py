@@ -12,7 +12,6 @@ from data_prep.scoring.labels import KINDS
 from data_prep.scoring.ngram_settings import NgramSettings
 from megatron_sov.errors import UserError
 
-HELP = "train a quality classifier or an educational regressor on your labels, or judge one"
 _LABELS = ("JSONL file of {\"text\": ..., \"label\": 0 or 1, or 0 to 5, \"language\": \"ko\"}; the language "
            "may be left out")
 

@@ -21,7 +21,6 @@ from megatron_sov.errors import UserError
 from megatron_sov.media.marks import name_of
 from megatron_sov.obs.work_bar import work_bar
 
-HELP = "show lengths of documents, token types and special tokens, per source"
 _BLOCK_ITEMS = 1 << 22
 _BAR_CHARS = 40
 PERCENTILES = (5, 50, 95)

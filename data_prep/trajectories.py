@@ -21,7 +21,6 @@ from megatron_sov.documents import BadRecord
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.errors import UserError
 
-HELP = "join each query with its diverse solutions to one document"
 KIND = "corpus"
 FILE = "trajectories.jsonl"
 SHINGLE_WORDS = 3

@@ -21,7 +21,6 @@ from data_prep.groups import INPUT, KIND, Group, add_group_arguments, read_group
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.errors import UserError
 
-HELP = "put each judged response beside one to another prompt, for KTO"
 FILE = "unpaired.jsonl"
 DESIRABLE = "desirable"
 

@@ -23,7 +23,6 @@ from megatron_sov.errors import UserError, list_problems
 from megatron_sov.media.banks import MEDIA
 from megatron_sov.obs.work_bar import work_bar
 
-HELP = "check token shards: hashes, indices, ids, splits, duplicates, epochs"
 _BLOCK_ITEMS = 1 << 22
 SIDECAR_VALUES = {"loss": (0.0, 1.0), "type": (0, 1, 2), "kind": (KIND_NONE, *KINDS.values())}
 MANY_EPOCHS = 4

@@ -11,27 +11,15 @@ import argparse
 import importlib
 import sys
 import time
-from dataclasses import dataclass
 from types import ModuleType
 
-from megatron_sov.command_line import Parser, exit_code, version_of
+from megatron_sov.command_line import Command, Parser, exit_code, version_of
 from megatron_sov.errors import ExitCode, UserError, nearest
 from megatron_sov.obs.process_start import process_started_s
 from megatron_sov.plugins.entry_points import Declared, declared
 from megatron_sov.plugins.signatures import takes
 
 PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
-
-
-@dataclass(frozen=True)
-class Command:
-    """One sub-command: the module that implements it and its line in `--help`."""
-
-    module: str
-    """Dotted path of the module with `add_arguments` and `run`."""
-    help: str
-    """One line for `megatron-sov --help`."""
-
 
 COMMANDS = {
     "pretrain": Command("megatron_sov.commands.pretrain",

@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, nearest
@@ -51,6 +52,8 @@ class Parser(argparse.ArgumentParser):
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
     """Return the options of a parser and of the commands below it."""
+    if isinstance(parser, _CommandParser):
+        parser.fill()
     found = list(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -58,21 +61,50 @@ def _options_of(parser: argparse.ArgumentParser) -> list[str]:
     return found
 
 
-def parser_of(program: str, description: str, commands: Mapping[str, ModuleType]) -> Parser:
-    """Return the parser of a program whose commands are modules with `HELP`, `add_arguments` and `run`."""
+@dataclass(frozen=True)
+class Command:
+    """One command of a program: the module that implements it and its line in `--help`."""
+
+    module: str
+    """Dotted path of the module with `add_arguments(parser)` and `run(args) -> exit code`."""
+    help: str
+    """One line for `--help`."""
+
+
+class _CommandParser(Parser):
+    """The parser of one command, whose module is imported when something is parsed by it: the other commands
+    of the program cost nothing."""
+
+    _module = ""
+
+    def fill(self) -> None:
+        """Import the command's module and add its arguments, once."""
+        module, self._module = self._module, ""
+        if module:
+            importlib.import_module(module).add_arguments(self)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what `argparse` does, with the command's arguments."""
+        self.fill()
+        return super().parse_known_args(args, namespace)
+
+
+def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
+    """Return the parser of a program; a command is imported when it is parsed."""
     parser = Parser(prog=program, description=description)
     parser.add_argument("--version", action="version", version=version_of(program))
-    actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in commands.items():
-        module.add_arguments(actions.add_parser(name, help=module.HELP))
+    actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                    parser_class=_CommandParser)
+    for name, command in commands.items():
+        actions.add_parser(name, help=command.help)._module = command.module
     return parser
 
 
-def run_program(parser: Parser, commands: Mapping[str, ModuleType], argv: Sequence[str] | None) -> int:
+def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     """Parse and run a command of a parser of `parser_of`; returns its exit code."""
     def action() -> int:
         args = parser.parse_args(argv)
-        return int(commands[args.command].run(args))
+        return int(importlib.import_module(commands[args.command].module).run(args))
 
     return exit_code(action)
 

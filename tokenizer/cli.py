@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from megatron_sov.command_line import Parser, parser_of, run_program
-from tokenizer import train
-from tokenizer.compare import command as compare
-from tokenizer.formats import export_command, import_command
-from tokenizer.graft import command
-from tokenizer.media import command as media
-from tokenizer.report import command as report
+from megatron_sov.command_line import Command, Parser, parser_of, run_program
 
-COMMANDS = {"train": train, "import": import_command, "export": export_command, "graft": command,
-            "media": media, "report": report, "compare": compare}
+COMMANDS = {
+    "train": Command("tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text"),
+    "import": Command("tokenizer.formats.import_command",
+                      "take over a tokenizer of Hugging Face, tiktoken or sentencepiece"),
+    "export": Command("tokenizer.formats.export_command", "write a tokenizer for tiktoken or sentencepiece"),
+    "graft": Command("tokenizer.graft.command", "add or replace tokens of a Hugging Face model"),
+    "media": Command("tokenizer.media.command",
+                     "add tokens of pictures and sounds to a tokenizer or a model"),
+    "report": Command("tokenizer.report.command", "check a tokenizer and write what was found as a page"),
+    "compare": Command("tokenizer.compare.command", "compare tokenizers on the same text"),
+}
 
 
 def build_parser() -> Parser:

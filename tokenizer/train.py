@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from tokenizer.bpe.count_pipeline import Learned, Plan
 
-HELP = "learn a byte-level BPE or SuperBPE tokenizer from text"
 DESCRIPTION = """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
 
 The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for byte,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_prep.dedup.candidates import PAIR
 from data_prep.dedup.numbering import ranks, rows
 from data_prep.dedup.signatures import shingles
-from data_prep.dedup.work_files import bucket_slice, new_folder, parts_of, read_array, write_buckets
+from data_prep.dedup.work_files import bucket_slice, new_file, parts_of, write_buckets
 from data_prep.pipeline.step import Doc
 
 PAIR_BLOCK = 1 << 18
@@ -20,7 +20,7 @@ PAIR_BLOCK = 1 << 18
 
 def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
     """Write pairs of numbers [n, 2], each for the shards of both, once."""
-    both = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0)
+    both = distinct(np.concatenate([pairs, pairs[:, ::-1]]))
     records = np.empty(len(both), PAIR)
     records["own"], records["other"] = both[:, 0], both[:, 1]
     write_buckets(file, records, ranks(records["own"]), num_ranks)
@@ -31,41 +31,49 @@ def read_pairs(folder: Path, rank: int) -> NDArray[np.uint64]:
     partitions."""
     found = [bucket_slice(file, PAIR, rank).read() for file in parts_of(folder)]
     joined = np.concatenate([np.empty(0, PAIR), *found])
-    return np.unique(np.stack([joined["own"], joined["other"]], axis=1), axis=0)
+    return distinct(np.stack([joined["own"], joined["other"]], axis=1))
+
+
+def distinct(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return different pairs [n, 2], ascending; `np.unique` sorts rows as bytes, which takes several times
+    as long."""
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    is_new = np.ones(len(pairs), np.bool_)
+    is_new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    return pairs[is_new]
 
 
 class ShingleSets:
-    """The shingles of those documents of a shard that are candidates."""
+    """The shingles of those documents of a shard that are candidates.
 
-    def __init__(self, folder: Path) -> None:
-        self.rows = read_array(folder / "rows.npy")
-        self.begins: NDArray[np.int64] = read_array(folder / "begins.npy")
-        self.shingles: NDArray[np.uint64] = read_array(folder / "shingles.npy")
+    One file: each task of the comparison opens those of all other shards.  Behind the sets it has the rows,
+    where each row's set begins, and how many rows there are.
+    """
+
+    def __init__(self, file: Path) -> None:
+        with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
+            words = np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), np.uint64)
+        places = 2 * int(words[-1]) + 2
+        self.shingles: NDArray[np.uint64] = words[:-places]
+        self.rows, self.begins = np.split(words[-places:-1].view(np.int64), [int(words[-1])])
 
     def places(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where rows stand among the sets."""
         return np.searchsorted(self.rows, wanted)
 
     @staticmethod
-    def write(folder: Path, documents: Iterator[list[Doc]], wanted: NDArray[np.int64], words: int) -> None:
+    def write(file: Path, documents: Iterator[list[Doc]], wanted: NDArray[np.int64], words: int) -> None:
         """Write the sets of rows of a shard."""
         keep = set(wanted.tolist())
-        sizes: list[int] = []
-        with new_folder(folder) as temporary:
-            with open(temporary / "raw", "wb") as f:
-                for batch in documents:
-                    for document in batch:
-                        if document.row in keep:
-                            found = shingles(document.text, words)
-                            found.tofile(f)
-                            sizes.append(len(found))
-            joined: NDArray[Any] = np.empty(0, np.uint64)
-            if sum(sizes):
-                joined = np.memmap(temporary / "raw", np.uint64, "r")
-            for name, array in (("rows", np.sort(wanted)), ("shingles", joined),
-                                ("begins", np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))):
-                np.save(temporary / f"{name}.npy", np.asarray(array), allow_pickle=False)
-            (temporary / "raw").unlink()
+        begins = [0]
+        with new_file(file) as temporary, open(temporary, "wb") as f:
+            for batch in documents:
+                for document in batch:
+                    if document.row in keep:
+                        found = shingles(document.text, words)
+                        found.tofile(f)
+                        begins.append(begins[-1] + len(found))
+            np.array([*np.sort(wanted).tolist(), *begins, len(wanted)], np.uint64).tofile(f)
 
 
 def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float
@@ -74,7 +82,7 @@ def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold:
 
     Args:
         pairs: the shard's own first.
-        folder: of the sets of all shards.
+        folder: of the sets of all shards, by rank.
         rank: of the shard.
         threshold: in (0, 1].
     """

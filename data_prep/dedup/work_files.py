@@ -126,6 +126,8 @@ class Slice:
     def read(self, start: int = 0, stop: int | None = None) -> Records:
         """Return records `start` up to `stop`."""
         count = (self.num_records if stop is None else stop) - start
+        if not count:
+            return np.empty(0, self.dtype)
         with open(self.path, "rb") as f:
             f.seek(self.begin_bytes + start * self.dtype.itemsize)
             found: Records = np.fromfile(f, self.dtype, count)

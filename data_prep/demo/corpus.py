@@ -25,7 +25,6 @@ from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import cut_text, list_files, read_documents
 from megatron_sov.errors import UserError
 
-HELP = "gather a small corpus from what this machine has, or from your own files"
 KIND = "corpus"
 ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
 NUM_CHATS = 4000

@@ -9,7 +9,6 @@ from data_prep import inspect_tokens
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.errors import UserError
 
-HELP = "show what token shards hold; a document's way through a pipeline, and why it was dropped"
 PIPELINE_ONLY = ("id", "where", "text", "dropped", "source")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from data_prep.provenance import SYNTHESIS
 from megatron_sov.artifacts import MANIFEST, read_manifest
 
-HELP = "write the HTML report of what `sov-data run` or `sov-data synth` did"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,6 @@ from data_prep.media.settings import CALL, CONTENT, SKIP, STOP, MediaSettings, p
 from megatron_sov.errors import UserError
 from megatron_sov.media.reading.limits import MediaLimits
 
-HELP = "turn records that name pictures, sounds and videos into text and banks to pack"
 DESCRIPTION = """Turn records that name pictures, sounds and videos into text in which discrete tokens
 stand in
 their place, and into banks of what continuous encoders will see; `sov-data pack` reads both. A killed command

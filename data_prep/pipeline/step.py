@@ -101,7 +101,8 @@ class Step(ABC):
     kind: ClassVar[str]
     """Name in pipeline files."""
     version: ClassVar[int] = 1
-    """Raised when the same documents and settings would have another outcome."""
+    """Raised when the same documents and settings would have another outcome, or when its passes leave other
+    files for each other."""
     adds: ClassVar[Mapping[str, ColumnType]] = {}
     """Column -> type, of those that it adds to every document that it keeps."""
     needs: ClassVar[Sequence[str]] = ()

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from data_prep.synth.models import Model
     from data_prep.synth.running import Order
 
-HELP = "make data with models: checked, with provenance, restartable"
 DESCRIPTION = """Make data with a model: a generator asks, checks what comes back, and keeps what passes. A
 killed command goes on when it is run again, and pays for no answer twice; one that has used up a limit ends
 with 75 and goes on when the limit is raised."""

@@ -25,7 +25,6 @@ from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import WORDS, find_units
 from megatron_sov.errors import UserError, list_problems
 
-HELP = "freeze problems of `synth probes` into sets that are not in the training input"
 KIND = "probing_sets"
 MIN_WORDS = 5
 """A shorter problem cannot be looked for, and is left out."""

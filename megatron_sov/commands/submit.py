@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.clusters import cluster, kubernetes
-from megatron_sov.commands import (
-    convert,
-    distill,
-    eval_lm,
-    extend,
-    prefer,
-    pretrain,
-    rl_generate,
-    rl_reward,
-    rl_run,
-    rl_train,
-    sft,
-)
-from megatron_sov.commands import eval as eval_command
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import chain_file
 from megatron_sov.slurm.stages import STAGES, Commands
@@ -38,15 +26,23 @@ OF_KUBERNETES = ("job_name", "manifest", "apply")
 
 def _declare_eval_lm(parser: argparse.ArgumentParser) -> None:
     """Declare what `eval lm` takes, a stage of its own since several jobs may share it."""
+    from megatron_sov.commands import eval as eval_command
+    from megatron_sov.commands import eval_lm
+
     eval_command.with_record(parser)
     eval_command.with_ranks(parser)
     eval_lm.add_lm_arguments(parser)
 
 
-COMMANDS: Commands = {"eval-lm": _declare_eval_lm} | {name: module.add_arguments for name, module in {
-    "pretrain": pretrain, "extend": extend, "sft": sft, "prefer": prefer, "distill": distill,
-    "convert": convert, "eval": eval_command, "rl-run": rl_run, "rl-train": rl_train,
-    "rl-generate": rl_generate, "rl-reward": rl_reward}.items()}
+def _declare(command: str, parser: argparse.ArgumentParser) -> None:
+    """Declare what a command takes; it is imported now."""
+    module = import_module(f"megatron_sov.commands.{command.replace('-', '_')}")
+    module.add_arguments(parser)
+
+
+COMMANDS: Commands = {"eval-lm": _declare_eval_lm} | {name: partial(_declare, name) for name in (
+    "pretrain", "extend", "sft", "prefer", "distill", "convert", "eval", "rl-run", "rl-train", "rl-generate",
+    "rl-reward")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_sov.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Tokens = Sequence[int]
 STOP, LENGTH = "stop", "length"

@@ -134,16 +134,11 @@ TINY = {
 """Tiny recipe -> the one whose structure it has."""
 
 
-def _tiny(name: str, big: Recipe) -> Recipe:
-    build = partial(_shrunk, name, big)
-    return Recipe(build, derive(big.sources, relabelled(big.build(), build(), SHRUNK)))
-
-
 def _shrunk(name: str, big: Recipe) -> RunConfig:
     return shrink(name, big.build())
 
 
-RECIPES |= {name: _tiny(name, RECIPES[big]) for name, big in TINY.items()}
+RECIPES |= {name: Recipe(partial(_shrunk, name, RECIPES[big])) for name, big in TINY.items()}
 
 
 def names() -> list[str]:
@@ -169,7 +164,10 @@ def sources(name: str) -> Sources:
     Raises:
         UserError: there is no such recipe; the message names the nearest and lists all.
     """
-    return _find(name).sources
+    recipe = _find(name)
+    if big := TINY.get(recipe.build().recipe if name.startswith("tiny-") else ""):
+        return derive(RECIPES[big].sources, relabelled(RECIPES[big].build(), recipe.build(), SHRUNK))
+    return recipe.sources
 
 
 def _find(name: str) -> Recipe:

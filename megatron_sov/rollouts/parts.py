@@ -10,9 +10,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import (
     MANIFEST,
@@ -25,8 +23,9 @@ from megatron_sov.artifacts import (
     read_manifest,
 )
 from megatron_sov.errors import UserError
-from megatron_sov.rollouts.parquet import read_table, table_problem, write_table
-from megatron_sov.rollouts.tables import REPEATED, SPLIT
+
+if TYPE_CHECKING:  # pyarrow takes long to import, and names of parts are wanted without it
+    import pyarrow as pa
 
 ROLLOUTS, REWARDS = "rollouts", "rewards"
 """Kinds of parts: of the manifests, and in the names of folders and files."""
@@ -137,6 +136,8 @@ def read_part(part: Part, schema: pa.Schema) -> pa.Table:
     Raises:
         UserError: the file is damaged, too large, or none that the store wrote.
     """
+    from megatron_sov.rollouts.parquet import read_table
+
     record = read_manifest(part.path).files[part.file.name]
     if damage := file_damage(part.file, record):
         raise UserError(f"{damage}; restore it from a copy, or delete {part.path} to have it made again")
@@ -160,6 +161,9 @@ def write_part(path: Path, kind: str, table: pa.Table, content: Mapping[str, Any
     Raises:
         UserError: the rows are too many, or the disk refuses; nothing is left of it.
     """
+    from megatron_sov.rollouts.parquet import table_problem, write_table
+    from megatron_sov.rollouts.tables import REPEATED, SPLIT
+
     if problem := table_problem(table):
         raise UserError(f"{path}: {problem}")
     # a name of its own: two writers, on whatever machines, meet in the last rename alone

@@ -17,7 +17,6 @@ from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.command import TOKENIZER_HELP, add_text_arguments
 from tokenizer.report.texts import NamedText, read_texts
 
-HELP = "compare tokenizers on the same text"
 DESCRIPTION = """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in
 context and in FLOPs, shared vocabulary, what they cut differently, and speed. Figures that are ratios are
 against the first tokenizer."""

@@ -11,7 +11,6 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
 
-HELP = "write a tokenizer for tiktoken or sentencepiece"
 DESCRIPTION = """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json
 beside it) or for sentencepiece (a .model file; byte-level BPE has no such form).
 

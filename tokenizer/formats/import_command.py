@@ -10,7 +10,6 @@ from typing import Any
 from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
 from megatron_sov.errors import UserError, nearest
 
-HELP = "take over a tokenizer of Hugging Face, tiktoken or sentencepiece"
 DESCRIPTION = """Take over a tokenizer of Hugging Face (a folder with tokenizer.json, or the file), tiktoken
 (a file of ranks, its pattern and special tokens in FILE.json beside it) or sentencepiece (a .model file, BPE
 or unigram).

@@ -20,7 +20,6 @@ from megatron_sov.artifacts import (
 from megatron_sov.errors import UserError
 from megatron_sov.pretrained import INDEX, read_json, weight_files
 
-HELP = "add or replace tokens of a Hugging Face model"
 DESCRIPTION = """Add tokens to a Hugging Face model's folder, or replace some, before training it on.
 
 Tokens come from a .txt file, one per line (found in text as they stand), or from another tokenizer of the

@@ -18,7 +18,6 @@ from megatron_sov.errors import UserError
 from megatron_sov.media.vocabulary import MEDIA, described
 from tokenizer.media.layout import MediaTokens, laid_out
 
-HELP = "add tokens of pictures and sounds to a tokenizer or a model"
 DESCRIPTION = """Add a token for each entry of the codebooks of sounds and pictures, and the marks that stand
 around them in a text, behind all other tokens: marks, sounds, pictures. Ids of text stay as they are.
 

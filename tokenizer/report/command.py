@@ -11,7 +11,6 @@ from megatron_sov.outputs import check_output
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.texts import DEFAULT_MB, read_texts
 
-HELP = "check a tokenizer and write what was found as a page"
 DESCRIPTION = """Check a tokenizer and write what was found as one HTML file that opens without a network.
 
 Each check has a verdict (good, note, bad), numbers and examples. Give held-out text, one --text for each

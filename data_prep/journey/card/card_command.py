@@ -9,7 +9,6 @@ from megatron_sov.artifacts import disk_errors, to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
 
-HELP = "write the public summary of data: sources, licences, languages, filters, hashes, counts"
 README, CARD, TRAINING_CONTENT = "README.md", "card.json", "training_content.md"
 
 

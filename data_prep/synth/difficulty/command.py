@@ -10,7 +10,6 @@ from typing import Any
 from data_prep.scoring.ngram_settings import NgramSettings
 from megatron_sov.errors import UserError
 
-HELP = "put measured pass rates together, fit an estimator of difficulty, write difficulty into rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
