@@ -154,7 +154,8 @@ SOLAR = (  # as the released one ends and frames turns
     "{% if m.content %}<|begin|>assistant<|content|>{{ m.content }}"
     "{{ '<|end|>' if m.tool_calls else '<|flush|>' }}{% endif %}"
     "{% if m.tool_calls %}<|begin|>assistant<|tool_calls|>{% for c in m.tool_calls %}CALL{% endfor %}"
-    "<|calls|>{% endif %}{% else %}<|begin|>{{ m.role }}<|content|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "<|calls|>{% endif %}{% else %}<|begin|>{{ m.role }}<|content|>{{ m.content }}<|end|>{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant{% endif %}")
 XML = ("<tool_call><function={{ c.function.name }}>{% for k, v in c.function.arguments.items() %}"
        "<parameter={{ k }}>{{ v }}</parameter>{% endfor %}</function></tool_call>")
