@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from megatron_sov.digests import BLAKE3, SHA256, Digest, algorithm_of, file_digest
+from megatron_sov.digests import BLAKE3, SHA256, algorithm_of, file_digest
 from megatron_sov.errors import UserError, download
 from megatron_sov.file_locks import holds, is_held
 from megatron_sov.outputs import behind_links, refuse_nowhere
@@ -43,8 +43,6 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""
 _NO_HASH = "0" * 64
-SEAL_BYTES = 32
-"""Of the hash at the end of a file that `write_sealed` wrote."""
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
 
@@ -129,40 +127,6 @@ def atomic_write(path: Path, data: str | bytes) -> None:
             fsync_path(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def write_sealed(path: Path, data: bytes) -> None:
-    """Write a file as `atomic_write`, with the hash of its content behind it: for a file of numbers that is
-    read again by another process, and is no artifact of its own.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    atomic_write(path, data + _seal_of(data))
-
-
-def seal_damage(path: Path, size_bytes: int) -> str | None:
-    """Return one sentence where a file that `write_sealed` wrote is missing or is not what was written, else
-    None.
-
-    Args:
-        path: the file.
-        size_bytes: of its content.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        return f"{path}: cannot be read ({os.strerror(e.errno or 0)})"
-    if len(data) != size_bytes + SEAL_BYTES:
-        return f"{path}: has {len(data)} bytes, must have {size_bytes} and {SEAL_BYTES} of a hash"
-    return None if _seal_of(data[:size_bytes]) == data[size_bytes:] else (
-        f"{path}: its content differs from the hash at its end")
-
-
-def _seal_of(data: bytes) -> bytes:
-    digest = Digest()
-    digest.update(data)
-    return bytes.fromhex(digest.text().partition(":")[2])
 
 
 def write_output(path: Path, data: str | bytes) -> None:

@@ -28,10 +28,8 @@ from megatron_sov.artifacts import (
     new_artifact,
     read_manifest,
     refuse_existing,
-    seal_damage,
     sha256_file,
     to_json,
-    write_sealed,
 )
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
@@ -408,18 +406,3 @@ def test_an_output_behind_a_link_comes_to_lie_where_the_link_leads(tmp_path: Pat
     for refuse in (lambda: refuse_existing(lost, "tokens", overwrite=False), lambda: build(lost)):
         with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
             refuse()
-
-
-def test_a_sealed_file_is_what_was_written(tmp_path: Path) -> None:
-    file = tmp_path / "numbers.f32"
-    assert "cannot be read (No such file or directory)" in str(seal_damage(file, 4))
-    for content in (b"", b"1234", bytes(range(256)) * 9):
-        write_sealed(file, content)
-        whole = file.read_bytes()
-        assert seal_damage(file, len(content)) is None and whole.startswith(content)
-        assert "bytes, must have" in str(seal_damage(file, len(content) + 4))
-        for place in {0, len(content) // 2, len(whole) - 1}:
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
-            assert "its content differs from the hash at its end" in str(seal_damage(file, len(content)))
-        file.write_bytes(whole[:-1])
-        assert "bytes, must have" in str(seal_damage(file, len(content)))

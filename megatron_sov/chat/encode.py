@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
@@ -19,7 +19,7 @@ from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE, kinds_of_turn
 from megatron_sov.chat.marks import BEGINS_OF_THOUGHTS
 from megatron_sov.chat.segments import Segments, around_contents, around_turns
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.documents import BadRecord, Conversation
+from megatron_sov.documents import BadRecord, Conversation, Message
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools),
@@ -34,6 +34,10 @@ MOST_IDS_OF_A_MARK = 16
 PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
           Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
 """Chats that show how a template ends the turn of an assistant: at the end, and before another turn."""
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
+CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(CALL,)),
+                           Message("tool", "c")))
+"""One that shows how it writes and ends calls of tools: by a token of their own in Solar Open and gpt-oss."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class ChatEncoder:
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
-        return tuple(self._special[id_] for id_ in self.end_ids())
+        return tuple(self._special[id_] for id_ in self._answer_ends())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens spelled out."""
@@ -211,7 +215,19 @@ class ChatEncoder:
 
     def end_ids(self) -> tuple[int, ...]:
         """Return the special tokens with which the template ends an assistant's turn, in the middle of a
-        chat and at its end; none where it shows no such chat, or ends turns with text."""
+        chat, at its end, and behind calls of tools; none where it shows no such chat, or ends turns with
+        text."""
+        found = dict.fromkeys(self._answer_ends())
+        try:
+            encoded = self.encode(CALL_PROBE)
+        except BadRecord:
+            return tuple(found)
+        last = encoded.types.rfind(bytes([TYPE_RESPONSE]))
+        if found and last >= 0 and encoded.ids[last] in self._special:
+            found[encoded.ids[last]] = None
+        return tuple(found)
+
+    def _answer_ends(self) -> tuple[int, ...]:
         found: dict[int, None] = {}
         for chat in PROBES:
             try:

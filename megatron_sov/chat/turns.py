@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder, EncodedChat
+from megatron_sov.chat.encode import CALL, CALL_PROBE, TYPE_RESPONSE, ChatEncoder, EncodedChat
 from megatron_sov.chat.tool_calls import ToolCall, parse_turn
 from megatron_sov.documents import BadRecord, Conversation, Message
 from megatron_sov.errors import UserError
 
-_CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
-_CALLS = Message("assistant", "", tool_calls=(_CALL,))
 _ASKED, _SAID = Message("user", "a"), Message("assistant", "b")
 _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
@@ -50,7 +48,7 @@ class TurnEncoder:
     def _refuse_unread_calls(self) -> None:
         """Refuse a template whose calls of tools would be taken for answers: it shows one, which has to be
         found again."""
-        chat = Conversation((_ASKED, _CALLS, Message("tool", "c")), (), self._template_kwargs)
+        chat = replace(CALL_PROBE, template_kwargs=self._template_kwargs)
         try:
             encoded = self._encoder.encode(chat)
         except BadRecord:
@@ -59,9 +57,9 @@ class TurnEncoder:
         shown = self._encoder.decode(encoded.ids)
         said = self._encoder.decode([i for i, kind in zip(encoded.ids, encoded.types, strict=True)
                                      if kind == TYPE_RESPONSE])
-        name = _CALL["function"]["name"]
-        if name in shown and ToolCall(name, {"number": 7}) not in parse_turn(said if name in said else
-                                                                             shown).calls:
+        call = ToolCall(**CALL["function"])
+        seen = said if call.name in said else shown
+        if call.name in seen and call not in parse_turn(seen).calls:
             raise UserError(f"{self._where}: its chat template writes calls of tools in a form that is not "
                             f"read here ({said.strip()[:80]!r}); {_REMEDY}")
 

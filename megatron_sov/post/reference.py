@@ -18,17 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import (
-    atomic_write,
-    disk_errors,
-    manifest_sha256,
-    read_manifest,
-    seal_damage,
-    to_json,
-    write_sealed,
-)
+from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
 from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.data.media_shards import banks_of, media_of
+from megatron_sov.data.sealed_files import seal_damage, write_sealed
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.generate.load import run_forward_model

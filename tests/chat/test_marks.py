@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import FAMILIES, plain_form, text_decoder
+from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+from megatron_sov.chat.turns import TurnEncoder
+from megatron_sov.errors import UserError
 from megatron_sov.rewards.reward import text_of
 from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
 from tokenizer.presets import PRESETS
@@ -101,20 +105,26 @@ def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
             plain_form(text)
 
 
-@pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
-def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return (preset, encode, decode) of a tokenizer whose special tokens are a preset's."""
+def tokenizer(name: str, *more: str) -> Any:
+    """Return one of bytes, with a preset's special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    preset = PRESETS[request.param]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, normalized=False) for text in preset.special_tokens])
+    made.add_special_tokens([AddedToken(text, normalized=False)
+                             for text in [*PRESETS[name].special_tokens, *more]])
+    return made
+
+
+@pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
+def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a preset's name, what encodes a text, and what decodes a response."""
+    made = tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))
-    ends = [made.token_to_id(preset.eos_token)]
-    found = text_decoder(file, ends, lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+    found = text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
+                         lambda ids: str(made.decode(ids, skip_special_tokens=True)))
     return request.param, lambda text: made.encode(text).ids, found
 
 
@@ -134,3 +144,32 @@ def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(dec
 def test_no_two_families_begin_with_the_same_mark() -> None:
     firsts = [family[0] for family in FAMILIES]
     assert all(sum(first in family for family in FAMILIES) == 1 for first in firsts)
+
+
+SOLAR_CALL = ("<|tool_call:begin|>{{ c.id }}<|tool_call:name|>{{ c.function.name }}<|tool_call:args|>"
+              "{{ c.function.arguments | tojson }}<|tool_call:end|>")
+SOLAR = (  # as the released one ends and frames turns
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}<|begin|>assistant<|think|>{{ m.reasoning_content }}<|end|>{% endif %}"
+    "{% if m.content %}<|begin|>assistant<|content|>{{ m.content }}"
+    "{{ '<|end|>' if m.tool_calls else '<|flush|>' }}{% endif %}"
+    "{% if m.tool_calls %}<|begin|>assistant<|tool_calls|>{% for c in m.tool_calls %}CALL{% endfor %}"
+    "<|calls|>{% endif %}{% else %}<|begin|>{{ m.role }}<|content|>{{ m.content }}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant{% endif %}")
+XML = ("<tool_call><function={{ c.function.name }}>{% for k, v in c.function.arguments.items() %}"
+       "<parameter={{ k }}>{{ v }}</parameter>{% endfor %}</function></tool_call>")
+LLAMA = '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
+
+
+def test_a_template_whose_calls_are_not_read_is_refused_and_its_ends_are_known() -> None:
+    made = tokenizer("solar-open")
+
+    def turns(call: str) -> TurnEncoder:
+        return TurnEncoder(ChatEncoder(ChatTemplate(SOLAR.replace("CALL", call), "", "", "tok"), made), "tok")
+
+    assert [made.id_to_token(i) for i in turns(SOLAR_CALL).end_ids] == ["<|flush|>", "<|calls|>"]
+    assert turns("").end_ids, "a template that shows no calls says nothing about them"
+    for call in (XML, LLAMA):
+        with pytest.raises(UserError, match="tok: its chat template writes calls of tools in a form"):
+            turns(call)

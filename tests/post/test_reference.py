@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import new_artifact, read_manifest, write_sealed
+from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.data.columns import NeededColumn, refuse_without_columns
+from megatron_sov.data.sealed_files import write_sealed
 from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.errors import UserError
 

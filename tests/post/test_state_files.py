@@ -44,7 +44,12 @@ def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
     files = StateFiles(tmp_path / "kept", sources)
     teacher = kept_teacher.KeptTeacher([files], DistillationConfig(), sources, 368)
     said: list[float] = []
-    monkeypatch.setattr(kept_teacher.collectives, "of_all_ranks", lambda mine: said.append(mine) or said)
+
+    def of_all_ranks(mine: float) -> list[float]:
+        said.append(mine)
+        return said
+
+    monkeypatch.setattr(kept_teacher.collectives, "of_all_ranks", of_all_ranks)
 
     def verify() -> None:
         """Be two processes, one after the other."""

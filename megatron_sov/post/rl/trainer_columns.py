@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.artifacts import atomic_write, seal_damage, to_json, write_sealed
+from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import Round
 from megatron_sov.data.routes import replayed_routes
+from megatron_sov.data.sealed_files import seal_damage, write_sealed
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main

@@ -164,7 +164,7 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
                "reference_logprobs": torch.full_like(gap, -1.0)}
     responses = Responses(torch.arange(num).repeat_interleave(length),
                           torch.full((num,), float(length)).double())
-    policy = PolicyConfig(method, **({"clip_high": 0.2} if method == "cispo" else {}))
+    policy = PolicyConfig(method, clip_high=0.2 if method == "cispo" else None)
     terms, meters = PolicyLoss(policy, length).terms(logprobs, columns, responses)
     (slopes,) = torch.autograd.grad(terms["policy"], logprobs)
     teaches = (slopes.view(num, length).abs().sum(1) > 0).view(-1, 2).double().mean(0)

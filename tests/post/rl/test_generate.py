@@ -408,8 +408,9 @@ def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
     monkeypatch.setattr(producing, "MegatronEngine", lambda model, batching: engine)
     monkeypatch.setattr(producing, "on_main", lambda world, action: action())
     monkeypatch.setattr(producing, "policy_of_round", lambda run, start, number, rollout: policy(0))
-    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=None,
-                                checkpointer=SimpleNamespace(finish=lambda: None))
+    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=None, step=0,
+                                checkpointer=SimpleNamespace(finish=lambda: None),
+                                events=SimpleNamespace(write=lambda *_, **__: None))
     rollout = replace(ROLLOUT, deadline_s=0.0)
     writer = Responses(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
     producer = producing.Producer(
