@@ -3,8 +3,8 @@
 Usage: python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
 
 The first part judges 2,000 drawn answers by the pool of processes that `score` uses, and by math-verify alone
-in one process, as its README calls it.  The second part judges 200 right answers in disguise (another form of
-the same thing) and 200 wrong ones that look right, by both verifiers: what each makes of each kind.
+in one process, as its README calls it.  The second part judges right answers in disguise (another form of the
+same thing) and wrong ones that look right, 20 of each kind, by both verifiers: what each makes of each kind.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ RIGHT: dict[str, Callable[[random.Random, int], Item]] = {
     "equation": lambda draw, n: (f"{n}", boxed(f"x = {n}")),
     "text, no box": lambda draw, n: (f"{n}", f"First I add the tens.\nThe answer is {n}."),
     "bold": lambda draw, n: (f"{n}", f"First I add the tens.\n\n**The answer is: {n}**"),
+    "corrected": lambda draw, n: (f"{n}", f"That is \\boxed{{{n + 1}}}, no wait, \\boxed{{{n}}}."),
+    "worked out in the box": lambda draw, n: (f"{3 * n}", boxed(f"3 \\cdot {n} = {3 * n}")),
     "dollars around": lambda draw, n: (f"{n}", f"So the final answer is ${n}$."),
 }
 WRONG: dict[str, Callable[[random.Random, int], Item]] = {
@@ -59,6 +61,13 @@ WRONG: dict[str, Callable[[random.Random, int], Item]] = {
         f"{n}", f"First I find \\boxed{{{n}}}, but a term is missing. So the answer is \\boxed{{{n + 2}}}."),
     "two answers": lambda draw, n: (f"{n}", boxed(f"{n} \\text{{ or }} {n + 3}")),
     "rounded": lambda draw, n: (f"{7 * n + 2}/7", boxed(f"{n}")),
+    "question stated again, a product": lambda draw, n: (f"{n * 37}", boxed(f"{n} \\times 37")),
+    "question stated again, a sum": lambda draw, n: (f"{n + 4321}", boxed(f"{n} + 4321")),
+    "question stated again, a power": lambda draw, n: (f"{n ** 2}", boxed(f"{n}^2")),
+    "question stated again, a quotient": lambda draw, n: (f"{n}", boxed(f"\\frac{{{7 * n}}}{{7}}")),
+    "false equation": lambda draw, n: (f"{n}", boxed(f"{n + 1} = {n}")),
+    "corrected to a wrong one": lambda draw, n: (
+        f"{n}", f"That is \\boxed{{{n}}}, no wait, \\boxed{{{n + 1}}}."),
     "no answer, the number in the text": lambda draw, n: (
         f"{n}", f"There are {n} cases to look at, and no time is left to go through all of them one by one"),
 }
@@ -104,8 +113,13 @@ def by_math_verify(items: list[Item]) -> tuple[list[float], float]:
 
 
 def confusion(count: int) -> None:
-    """Print what each verifier makes of right and of wrong answers, by kind."""
-    asked = {"math": order("math", {}), "math, marked_only": order("math", {"marked_only": True}),
+    """Print what each verifier makes of right and of wrong answers, by kind.
+
+    Args:
+        count: of each kind.
+    """
+    asked = {"math": order("math", {}), "math, literal=false": order("math", {"literal": False}),
+             "math, marked_only=false": order("math", {"marked_only": False}),
              "stem": order("stem", {})}
     rewards = {name: make(one).reward for name, one in asked.items()}
     rewards["math"].prepare()
@@ -114,7 +128,7 @@ def confusion(count: int) -> None:
         lines = []
         for right, kinds in ((True, RIGHT), (False, WRONG)):
             for kind in kinds:
-                items = items_of({kind: kinds[kind]}, count // len(kinds), seed=7)
+                items = items_of({kind: kinds[kind]}, count, seed=7)
                 found = Counter(judged(reward, {"answer": gold, "response": text}).reward
                                 for gold, text in items)
                 totals.update({(right, value): times for value, times in found.items()})
@@ -122,7 +136,7 @@ def confusion(count: int) -> None:
                 if missed:
                     lines.append(f"    {'right' if right else 'wrong'}: {kind}: {missed} of {len(items)} "
                                  "misjudged")
-        print(f"\n{name}: {count} right in disguise, {count} subtly wrong")
+        print(f"\n{name}: {count * len(RIGHT)} right in disguise, {count * len(WRONG)} subtly wrong")
         for right in (True, False):
             print(f"  {'right' if right else 'wrong'} answers: {totals[right, 1.0]} paid, "
                   f"{totals[right, 0.0]} not paid, {totals[right, None]} without a reward")
@@ -133,18 +147,20 @@ def main() -> None:
     """Print both parts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=2040)
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
-    items = items_of({**RIGHT, **WRONG, **MORE}, args.items, seed=0)
+    kinds = {**RIGHT, **WRONG, **MORE}
+    items = items_of(kinds, args.items, seed=0)
     pool, pool_s = by_pool(items, args.workers)
     own, own_s = by_math_verify(items)
-    different = [(item, p, o) for item, p, o in zip(items, pool, own, strict=True) if p != o]
-    print(f"{len(items):,} answers, {sum(own):,.0f} right: {len(different)} verdicts differ from "
+    names = [list(kinds)[i % len(kinds)] for i in range(len(items))]
+    different = Counter((name, p, o) for name, p, o in zip(names, pool, own, strict=True) if p != o)
+    print(f"{len(items):,} answers, {sum(own):,.0f} right: {different.total()} verdicts differ from "
           "math-verify's")
-    for (gold, response), p, o in different[:10]:
-        print(f"  gold {gold!r}, response {response[-60:]!r}: pool {p}, math-verify {o}")
+    for (name, p, o), times in different.items():
+        print(f"  {name}: {times} of {names.count(name)}: pool {p}, math-verify {o}")
     print(f"pool of {args.workers}: {len(items) / pool_s:.0f} answers/s; math-verify in one process: "
           f"{len(items) / own_s:.0f} answers/s", flush=True)
     confusion(args.count)

@@ -38,6 +38,12 @@ def final_answer(response: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """Return the content of the last whole \\boxed{...}, braces in it balanced; None where there is none."""
+    place = last_box(text)
+    return None if place is None else text[place[0] + len("\\boxed{"):place[1] - 1]
+
+
+def last_box(text: str) -> tuple[int, int] | None:
+    """Return where the last whole \\boxed{...} begins and ends; None where there is none."""
     end = len(text)
     for _ in range(20):  # of a response of boxes that are never closed the last ones are enough
         start = text.rfind("\\boxed{", 0, end)
@@ -47,7 +53,7 @@ def last_boxed(text: str) -> str | None:
         for i in range(start + len("\\boxed"), min(len(text), start + MAX_ANSWER_CHARS)):
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
-                return text[start + len("\\boxed{"):i]
+                return start, i + 1
         end = start
     return None
 

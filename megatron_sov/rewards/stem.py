@@ -112,5 +112,9 @@ def _choice(found: str, row: Row) -> str | None:
 
 
 def _quantity(found: str) -> Quantity | None:
-    """Return the quantity of a final answer; of v = 3 m/s what stands behind the last sign of equality."""
-    return read_quantity(re.split(r"=|≈|\\approx", found)[-1])
+    """Return the quantity of a final answer; of v = 3 m/s what stands behind the last sign of equality, where
+    no other number is said to be equal to it."""
+    *sides, last = re.split(r"=|≈|\\approx", found)
+    given = read_quantity(last)
+    others = list(filter(None, map(read_quantity, sides)))
+    return given if given is None or all(same(other, given, 0.01) for other in others) else None

@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 
 from megatron_sov.rewards.math_answers import Math
-from megatron_sov.rewards.processes import ProcessRunner
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import Refused
 from megatron_sov.rewards.running import runner
@@ -22,7 +21,9 @@ RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\
              "$\\pi/4$",
              "$0.785398$", "$[0,1]$", "$[0,1)$", "1234", "$x = 3$", "3",
              "$\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}$", "",
-             "I do not know", "\\boxed{}", "$\\frac{1}{0}$"]
+             "I do not know", "\\boxed{}", "$\\frac{1}{0}$", "\\boxed{42.0}", "\\boxed{4.2\\times10^1}",
+             "\\boxed{\\dfrac{1}{2}}", "x + 1 = 43, so \\boxed{x = 42}", "\\boxed{1{,}234}",
+             "\\boxed{-7\\text{ m}}"]
 
 
 def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
@@ -35,7 +36,7 @@ def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
     asked = order("math", {})
     with runner(asked, make(asked), 2) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
-    assert len(pairs) > 150
+    assert len(pairs) > 200
     assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
             if (result.status, result.reward) != ("scored", float(verdict))] == []
     assert 5 <= sum(own) < 50
@@ -62,12 +63,15 @@ def test_boxes_beside_each_other_are_numbers_of_their_own() -> None:
 @pytest.mark.parametrize(("response", "own", "marked"), [
     ("There are 42 cases here and nobody has the time to go through all of them", 1.0, 0.0),
     ("Nobody has the time to go through all of them. The answer is 42.", 1.0, 1.0), ("\\boxed{42}", 1.0, 1.0),
-    ("\\boxed{41}", 0.0, 0.0)])
+    ("\\boxed{41}", 0.0, 0.0), ("It is somewhere between 1 and 42", 1.0, 0.0), ("So\n42", 1.0, 1.0),
+    ("It is between $1$ and $42$", 0.0, 0.0), ("So it must be $42$", 1.0, 1.0), ("정답은 42", 1.0, 1.0),
+    ("<answer>42</answer>", 0.0, 1.0), ("**The answer is: 42**", 1.0, 1.0),
+    ("The answer is unclear", 0.0, 0.0)])
 def test_a_number_in_the_text_is_no_answer_where_it_has_to_be_marked(response: str, own: float,
                                                                      marked: float) -> None:
     row = {"answer": "42", "response": response}
-    assert Math().score(row).reward == own
-    assert Math(marked_only=True).score(row).reward == marked
+    assert Math(marked_only=False).score(row).reward == own
+    assert Math().score(row).reward == marked
 
 
 @pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""},
@@ -78,20 +82,56 @@ def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
         Math().score(row)
 
 
+@pytest.mark.parametrize(("answer", "response"), [
+    ("80779853376", "\\boxed{123456 \\times 654321}"), ("1048576", "\\boxed{2^{20}}"),
+    ("42", "\\boxed{17+25}"), ("\\frac{1}{3}", "\\boxed{\\int_0^1 x^2 dx}"),
+    ("5050", "\\boxed{\\sum_{k=1}^{100} k}"), ("120", "\\boxed{\\binom{10}{3}}"),
+    ("12", "\\boxed{\\gcd(48,36)}"), ("42", "\\boxed{\\frac{84}{2}}"), ("42", "\\boxed{\\sqrt{1764}}"),
+    ("24", "\\boxed{4!}"), ("42", "The answer is 6*7"), ("x=42", "\\boxed{x=17+25}"),
+    ("42", "Answer: $6 \\cdot 7$"), ("42", "\\boxed{41=42}"), ("42", "\\boxed{x=41=42}"),
+    ("0.5", "\\boxed{2^{-1}}"), ("\\frac{\\pi}{4}", "\\boxed{\\int_0^1 \\frac{1}{1+x^2} dx}")])
+def test_a_question_stated_again_is_no_answer(answer: str, response: str) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == 0.0
+
+
+@pytest.mark.parametrize(("answer", "given"), [
+    ("42", "42.0"), ("42", "+42"), ("42", "x=42"), ("42", "n_1 = 42"), ("42", "f(3)=42"),
+    ("42", "6\\times 7=42"), ("42", "42\\%"), ("0.42", "42\\%"), ("42\\%", "42\\%"),
+    ("42", "42\\text{ cm}^2"), ("42", "\\$42"), ("42", "42^\\circ"), ("42", "\\text{42}"),
+    ("42", "\\left(42\\right)"), ("42", "\\{42\\}"), ("42", "x \\in \\{42\\}"), ("42", "\\approx 42"),
+    ("42000", "42 \\times 10^3"), ("42000", "4.2 \\cdot 10^{4}"), ("100000", "10^5"),
+    ("1234.5", "1{,}234.50"), ("1.5", "1\\frac{1}{2}"), ("1.5", "\\dfrac32"), ("-1.5", "-\\frac{3}{2}"),
+    ("-1.5", "\\frac{-3}{2}"), ("1.5", "3/2"), ("\\frac{84}{2}", "42"), ("2^{20}", "1048576"),
+    ("3\\sqrt{2}", "\\sqrt{18}"), ("x=42", "42"), (".5", "\\frac12")])
+def test_a_number_may_be_written_in_any_way(answer: str, given: str) -> None:
+    assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == 1.0
+
+
+@pytest.mark.parametrize(("boxes", "four", "both"), [
+    ("\\boxed{3}, no wait \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\n\n\\boxed{4}", 1.0, 1.0),
+    ("\\boxed{3}" + " and so on" * 30 + " \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\\boxed{4}", 1.0, 1.0),
+    ("\\boxed{3}, \\boxed{4} (as asked, in \\boxed{})", 0.0, 1.0), ("\\boxed{3} and \\boxed{4}", 0.0, 1.0)])
+def test_the_last_box_counts_and_boxes_of_one_answer_together(boxes: str, four: float, both: float) -> None:
+    for answer, reward in (("4", four), ("3", 0.0), ("\\{3, 4\\}", both)):
+        assert Math().score({"answer": answer, "response": boxes}).reward == reward
+
+
 HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 500 + "}", "9" * 100_000,
            "\\boxed{" * 2000, "$" + "\\frac{1}{" * 300 + "2" + "}" * 300 + "$", "\u202e\\boxed{24}\u202c",
            "a" * 3_000_000, "\x00\x1b[31m\\boxed{1}", "\\boxed{1000000000!}",
            "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
 
 
-def test_hostile_answers_cost_their_row_alone() -> None:
-    rows = [{"answer": "42", "response": text} for text in HOSTILE] + [{"answer": "42",
-                                                                        "response": "\\boxed{42}"}]
-    with ProcessRunner(order("math", {}), 3.0, 2, ["math_verify"]) as running:
-        results = running.score(rows)
-    assert results[-1].reward == 1.0
-    assert {result.status for result in results[:-1]} <= {"scored", "timeout", "refused"}
-    assert [result for result in results[:-1] if result.reward not in (None, 0.0)] == []
+def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
+    rows = [{"answer": "42", "response": text} for text in [*HOSTILE, "\\boxed{42}"]]
+    asked = order("math", {"cpu_limit_s": 1.0})
+    with runner(asked, make(asked), 2) as running:
+        *results, honest = running.score(rows)
+        (unfair,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
+    assert honest.reward == 1.0
+    assert [(row["response"][:30], result) for row, result in zip(rows, results, strict=False)
+            if result.reward != 0.0] == []
+    assert (unfair.status, unfair.reward) == ("timeout", None), "that is not the response's fault"
 
 
 def test_what_judges_is_part_of_the_version() -> None:

@@ -83,6 +83,11 @@ def test_numbers_are_brought_to_si_units(text: str, value: float | None) -> None
     assert (read is None) if value is None else (read is not None and math.isclose(read.value, value))
 
 
+def test_an_equation_of_two_numbers_has_to_be_true() -> None:
+    assert right("\\boxed{v = 3}", "3") and right("\\boxed{9/3 = 3}", "3")
+    assert not right("\\boxed{41 = 3}", "3")
+
+
 def test_short_answers_without_case_articles_and_signs() -> None:
     assert right("The answer is **the Mitochondrion**.", "mitochondrion")
     assert right("\\boxed{\\text{NaCl}}", "NaCl")
