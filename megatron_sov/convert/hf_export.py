@@ -28,9 +28,10 @@ from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.media.data_codecs import codecs_of
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import CONFIG, INDEX, SINGLE_FILE
-from megatron_sov.runs.checkpoints import settings_of
+from megatron_sov.runs.checkpoints import HF_MODEL, RUN, refuse_other_kind, settings_of
+from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
 
-KIND = "hf_model"
+KIND = HF_MODEL
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
@@ -51,6 +52,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
             overflows `dtype`, the disk is full; nothing is left then.
     """
+    refuse_other_kind(Path(checkpoint), (CHECKPOINT, RUN), "a checkpoint or a run")
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
     check_dtype_name(dtype)
     if max_shard_bytes <= 0:
