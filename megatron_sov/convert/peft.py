@@ -69,7 +69,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
     if base is None:
         raise UserError(f"{checkpoint}: holds all weights and no adapter; use `megatron-sov convert to-hf`")
     settings = settings_of(checkpoint)
-    config = peft_config(settings.model, settings.lora, base_name or _base_name(checkpoint, base))
+    config = peft_config(settings.model, settings.lora, base_name or base_name_of(checkpoint, base))
     if problem := damage(checkpoint, weights_only=True):
         raise UserError(f"{problem}; {instead_of(checkpoint)}")
     reader = TensorReader(checkpoint, ADAPTER)
@@ -96,7 +96,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
 
 
-def _base_name(checkpoint: Path, base: AdapterBase) -> str:
+def base_name_of(checkpoint: Path, base: AdapterBase) -> str:
     """Return what the base of an adapter is called: the model that it was converted from, else the run or
     folder that holds it."""
     try:
@@ -122,13 +122,13 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     """
     peft_dir = Path(peft_dir)
     refuse_other_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
-    refuse_other_kind(Path(base), (KIND, RUN), "a checkpoint or a run")
     base = newest_of_run(Path(base))
     for file in (CONFIG, WEIGHTS):
         if not (peft_dir / file).is_file():
             raise UserError(f"{peft_dir}: has no {file}, so it is no PEFT adapter in safetensors; pass the "
                             "folder that `save_pretrained` wrote")
     refuse_missing(base)
+    refuse_other_kind(base, (KIND,), "a checkpoint or a run")
     if adapter_base(base) is not None:
         raise UserError(f"--base {base}: is an adapter itself; name the checkpoint that it belongs to")
     model = CheckpointWeights(base).model

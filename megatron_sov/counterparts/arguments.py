@@ -67,7 +67,7 @@ def _words(line: str) -> list[str]:
         option, equals, value = word.partition("=")
         if " " in word and (word.startswith("--") or value.lstrip().startswith("--")):
             # an option quoted with its value, or a variable of options: GPT_ARGS="--num-layers 32 ..."
-            found += _words(word if word.startswith("--") else value.strip())
+            found += _words(word) if word.startswith("--") else [*_words(value.strip()), "--end"]
         elif _OPTION.match(option) and equals:
             found += [option, value]
         elif word in ("(", ")", ";", "\\", "&&", "|") or re.match(r"\w+\+?=\(", word):

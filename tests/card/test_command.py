@@ -51,6 +51,17 @@ def test_every_command_of_the_page_runs_in_order(world: Any, monkeypatch: pytest
     assert "not known: licence of source 'books'; add it" in capsys.readouterr().out
 
 
+def test_what_is_passed_on_names_no_folder_of_this_machine(world: Any) -> None:
+    report = world.root.parent / "report.html"
+    assert main(["report", str(world.pretrain), str(world.sft), "--out", str(report)]) == 0
+    made = world.root.parent / "card"
+    assert card(world.sft, "--output", made, "--answers", world.root / "answers.yaml",
+                "--hf-folder", world.hf) == 0
+    files = [report, *(p for folder in (made, world.hf) for p in folder.rglob("*") if p.is_file())]
+    assert len(files) == 12
+    assert [p.name for p in files if str(world.root.parent).encode() in p.read_bytes()] == []
+
+
 def test_the_card_of_the_data_is_made_by_the_program_itself(world: Any,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # of what runs `sov-data` in this process
@@ -69,7 +80,7 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
     (world.root / "number.yaml").write_text("pue: 0.5\nintensity_g_per_kwh: -.inf\n")
     for arguments, said in (
             ((world.root / "none", "--output", out), ["holds no config.json, so it is no run folder"]),
-            ((world.root / "exported", "--output", out), ["is a Hugging Face folder, not a run; `megatron-sov"]),
+            ((world.root / "exported", "--output", out), ["holds no events.jsonl, so it is no run folder"]),
             ((world.sft, "--output", world.root / "scores.json"), ["is a file; name a folder"]),
             ((world.sft, "--output", world.root / "mine"), [
                 "has a README.md of something else", "--overwrite"]),
