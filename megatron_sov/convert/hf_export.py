@@ -52,11 +52,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
             overflows `dtype`, the disk is full; nothing is left then.
     """
-    refuse_other_kind(Path(checkpoint), (CHECKPOINT, RUN), "a checkpoint or a run")
+    _check_order(Path(checkpoint), dtype, max_shard_bytes)
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
-    check_dtype_name(dtype)
-    if max_shard_bytes <= 0:
-        raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
     refuse_existing(out, KIND, overwrite)
     source = checkpoint_weights(checkpoint)
     check_dtypes(source)
@@ -95,6 +92,13 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
+
+
+def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
+    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+    check_dtype_name(dtype)
+    if max_shard_bytes <= 0:
+        raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
 
 
 def _num_parameters(specs: Iterable[TensorSpec]) -> int:

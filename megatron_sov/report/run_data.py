@@ -27,7 +27,7 @@ from megatron_sov.plan import kept as kept_plans
 from megatron_sov.report.evaluations import ExportEvaluation, read_evaluations, untold_scores
 from megatron_sov.report.rounds import read_rounds
 from megatron_sov.report.steps import Curve, StepTable
-from megatron_sov.runs.checkpoints import RUN, refuse_other_kind, short_name
+from megatron_sov.runs.checkpoints import refuse_no_run, short_name
 from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
@@ -220,10 +220,7 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: it is no run folder (it has no events), or its config.json is damaged.
     """
-    refuse_other_kind(path, (RUN,), "a run")
-    if not (path / EVENTS).is_file():
-        raise UserError(f"{path}: holds no {EVENTS}, so it is not a run folder; pass the folder given to "
-                        "--run")
+    refuse_no_run(path)
     run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
     steps = StepTable()
     last: dict[str, dict[str, Any]] = {}

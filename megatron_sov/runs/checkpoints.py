@@ -157,6 +157,13 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {TAKEN_BY[kind][1]}")
 
 
+def refuse_no_run(path: Path) -> None:
+    """Raise `UserError` where a folder is no run: it has no events."""
+    refuse_other_kind(path, (RUN,), "a run")
+    if not (path / EVENTS).is_file():
+        raise UserError(f"{path}: holds no {EVENTS}, so it is no run folder; pass the folder given to --run")
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
 
