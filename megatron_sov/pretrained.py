@@ -43,6 +43,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def is_hf_folder(path: Path) -> bool:
+    """Return whether a folder holds a Hugging Face model (a run folder has a config.json as well, but no
+    weights beside it)."""
+    return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
+
+
 def hub_name(folder: Path) -> str:
     """Return what a model's folder calls the model: its name on the hub where it lies in the hub's cache,
     else the folder's own."""

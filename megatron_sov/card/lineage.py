@@ -14,7 +14,7 @@ from megatron_sov.card.graph import Graph, Node
 from megatron_sov.card.run_record import RunRecord, read_run_record
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS
-from megatron_sov.runs.checkpoints import BASE, CHECKPOINTS_OF_A_RUN, KIND, SOURCE, latest
+from megatron_sov.runs.checkpoints import BASE, CHECKPOINTS_OF_A_RUN, KIND, SOURCE, latest, short_name
 from megatron_sov.runs.folder import COMPLETION, CONFIG, EXPORTS, ROUNDS
 
 RUN, HF_MODEL, TOKENS, CORPUS = "run", "hf_model", "tokens", "corpus"
@@ -148,7 +148,7 @@ class _Walk:
         if not isinstance(sha256, str):
             self._note(f"the checkpoint of run {record.name!r} is not there, and nothing tells its hash")
             return ""
-        self._missing(KIND, _named(folder), sha256)
+        self._missing(KIND, short_name(folder), sha256)
         self.found.graph.join(record.id, sha256, COMPLETION)
         return sha256
 
@@ -191,7 +191,7 @@ class _Walk:
         if folder is not None:
             self._artifact(folder, sha256)
         else:
-            self._missing(kind, _named(Path(path)), sha256)
+            self._missing(kind, short_name(Path(path)), sha256)
             self._run_that_left(places, sha256)
         self.found.graph.join(sha256, target, told_by)
 
@@ -203,7 +203,7 @@ class _Walk:
         manifest = read_manifest(folder)
         files = {name: record.digest for name, record in list(manifest.files.items())[:MAX_FILES]}
         told = manifest.content.get(SOURCE)
-        name = told if isinstance(told, str) else _named(folder.resolve())
+        name = told if isinstance(told, str) else short_name(folder.resolve())
         found.graph.add(Node(sha256, manifest.kind, name, sha256,
                              f"{len(manifest.files):,} files", content={"files": files}))
         found.places[sha256], found.manifests[sha256] = folder, manifest
@@ -253,12 +253,6 @@ def _is_below(folder: Path, root: Path) -> bool:
         return folder.resolve().is_relative_to(root.resolve())
     except (OSError, ValueError):  # no path of this machine
         return False
-
-
-def _named(folder: Path) -> str:
-    """Return what a card calls a folder: its name, of a run's checkpoint after the run's."""
-    return (f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == CHECKPOINTS_OF_A_RUN
-            else folder.name)
 
 
 def _is(folder: Path, sha256: str) -> bool:

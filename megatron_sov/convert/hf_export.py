@@ -28,9 +28,10 @@ from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.media.data_codecs import codecs_of
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import CONFIG, INDEX, SINGLE_FILE
-from megatron_sov.runs.checkpoints import settings_of
+from megatron_sov.runs.checkpoints import HF_MODEL, RUN, refuse_other_kind, settings_of
+from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
 
-KIND = "hf_model"
+KIND = HF_MODEL
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
@@ -51,10 +52,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
             overflows `dtype`, the disk is full; nothing is left then.
     """
+    _check_order(Path(checkpoint), dtype, max_shard_bytes)
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
-    check_dtype_name(dtype)
-    if max_shard_bytes <= 0:
-        raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
     refuse_existing(out, KIND, overwrite)
     source = checkpoint_weights(checkpoint)
     check_dtypes(source)
@@ -93,6 +92,13 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
+
+
+def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
+    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+    check_dtype_name(dtype)
+    if max_shard_bytes <= 0:
+        raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
 
 
 def _num_parameters(specs: Iterable[TensorSpec]) -> int:

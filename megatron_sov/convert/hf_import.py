@@ -38,7 +38,7 @@ from megatron_sov.models.family import TokenIds
 from megatron_sov.models.weights import Link
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import CONFIG, hub_name
-from megatron_sov.runs.checkpoints import IMPORTED, KIND, SOURCE, refuse_missing
+from megatron_sov.runs.checkpoints import HF_MODEL, IMPORTED, KIND, SOURCE, refuse_missing, refuse_other_kind
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -62,6 +62,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     check_dtype_name(dtype)
     refuse_existing(out, KIND, overwrite)
     refuse_missing(hf_dir)
+    refuse_other_kind(hf_dir, (HF_MODEL,), "a Hugging Face folder")
     if not (hf_dir / CONFIG).is_file():
         raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; "
                         "pass the folder that holds the model")

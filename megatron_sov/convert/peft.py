@@ -34,6 +34,8 @@ from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,
     IMPORTED,
     KIND,
+    PEFT_ADAPTER,
+    RUN,
     SOURCE,
     AdapterBase,
     adapter_base,
@@ -42,10 +44,9 @@ from megatron_sov.runs.checkpoints import (
     instead_of,
     keep_as_base,
     refuse_missing,
+    refuse_other_kind,
     settings_of,
 )
-
-PEFT_KIND = "peft_adapter"
 
 
 def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = None,
@@ -62,12 +63,13 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
     Raises:
         UserError: it is no adapter, is damaged, or PEFT does not know its like.
     """
+    refuse_other_kind(Path(checkpoint), (KIND, RUN), "an adapter's checkpoint or a run")
     checkpoint = newest_of_run(Path(checkpoint))
     base = adapter_base(checkpoint)
     if base is None:
         raise UserError(f"{checkpoint}: holds all weights and no adapter; use `megatron-sov convert to-hf`")
     settings = settings_of(checkpoint)
-    config = peft_config(settings.model, settings.lora, base_name or _base_name(checkpoint, base))
+    config = peft_config(settings.model, settings.lora, base_name or base_name_of(checkpoint, base))
     if problem := damage(checkpoint, weights_only=True):
         raise UserError(f"{problem}; {instead_of(checkpoint)}")
     reader = TensorReader(checkpoint, ADAPTER)
@@ -84,7 +86,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         warn(f"{Path(out) / CONFIG}: base_model_name_or_path = {name!r}, as this "
              "machine calls it; PEFT's users find the model by it, so pass --base-name where it has another "
              "name on the hub")
-    with new_artifact(out, PEFT_KIND, overwrite=overwrite) as artifact:
+    with new_artifact(out, PEFT_ADAPTER, overwrite=overwrite) as artifact:
         specs = [TensorSpec(name, tuple(read(name).shape), reader.dtype(of.key(tensor)))
                  for name, (of, tensor) in sorted(found.items())]
         write_file(artifact.path / WEIGHTS, specs,
@@ -94,7 +96,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
 
 
-def _base_name(checkpoint: Path, base: AdapterBase) -> str:
+def base_name_of(checkpoint: Path, base: AdapterBase) -> str:
     """Return what the base of an adapter is called: the model that it was converted from, else the run or
     folder that holds it."""
     try:
@@ -118,12 +120,15 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     Raises:
         UserError: the folder holds what we have no like of, or does not fit the base.
     """
-    peft_dir, base = Path(peft_dir), newest_of_run(Path(base))
+    peft_dir = Path(peft_dir)
+    refuse_other_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
+    base = newest_of_run(Path(base))
     for file in (CONFIG, WEIGHTS):
         if not (peft_dir / file).is_file():
             raise UserError(f"{peft_dir}: has no {file}, so it is no PEFT adapter in safetensors; pass the "
                             "folder that `save_pretrained` wrote")
     refuse_missing(base)
+    refuse_other_kind(base, (KIND,), "a checkpoint or a run")
     if adapter_base(base) is not None:
         raise UserError(f"--base {base}: is an adapter itself; name the checkpoint that it belongs to")
     model = CheckpointWeights(base).model

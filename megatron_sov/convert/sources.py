@@ -26,6 +26,7 @@ from megatron_sov.models.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.models.text_inside import TEXT_INSIDE, text_config
 from megatron_sov.models.weights import Link
 from megatron_sov.pretrained import CONFIG, DAMAGED_HF, listed, read_json, tensor_files
+from megatron_sov.pretrained import is_hf_folder as is_hf_folder
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,
     find_checkpoint,
@@ -61,12 +62,6 @@ class Weights(Protocol):
 def newest_of_run(path: Path) -> Path:
     """Return the newest checkpoint of a run's folder, and any other path as it is."""
     return find_checkpoint(path) if (path / CHECKPOINTS_OF_A_RUN).is_dir() else path
-
-
-def is_hf_folder(path: Path) -> bool:
-    """Return whether a folder holds a Hugging Face model (a run folder has a config.json as well, but no
-    weights beside it)."""
-    return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
 
 
 def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],

@@ -65,8 +65,9 @@ def _words(line: str) -> list[str]:
     found: list[str] = []
     for word in words:
         option, equals, value = word.partition("=")
-        if word.startswith("--") and " " in word:
-            found += _words(word)
+        if " " in word and (word.startswith("--") or value.lstrip().startswith("--")):
+            # an option quoted with its value, or a variable of options: GPT_ARGS="--num-layers 32 ..."
+            found += _words(word) if word.startswith("--") else [*_words(value.strip()), "--end"]
         elif _OPTION.match(option) and equals:
             found += [option, value]
         elif word in ("(", ")", ";", "\\", "&&", "|") or re.match(r"\w+\+?=\(", word):

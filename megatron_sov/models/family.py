@@ -161,7 +161,8 @@ class Family:
         defaults = {f.name: None if f.default is MISSING else f.default for f in fields(model)}
         lost = [f"model.{name} = {getattr(model, name)!r} (it says {found.get(name, 'nothing')!r})"
                 for name in sorted(computed_fields(model))
-                if _plain(found.get(name, defaults[name])) != _plain(getattr(model, name))]
+                if _plain(name, found.get(name, defaults[name]), model) != _plain(name, getattr(model, name),
+                                                                                  model)]
         if lost:
             raise UserError(f"model family {self.name!r}: its config.json would describe another model than "
                             f"{', '.join(lost)}; add an item for each to the family's config, or the field "
@@ -244,13 +245,17 @@ def computed_fields(model: ModelConfig) -> set[str]:
         unused |= {*OF_EXPERTS}
     if not model.num_mtp_layers:
         unused |= {*OF_PREDICTION}
+    if "L" not in model.attention_pattern + model.mtp_attention * model.num_mtp_layers:
+        unused.add("sliding_window_tokens")
     if not model.has_dense_layers():
         unused.add("dense_ffn_dim")
     return {f.name for f in fields(model)} - unused
 
 
-def _plain(value: Any) -> Any:
-    """Return a setting as JSON has it."""
+def _plain(name: str, value: Any, model: ModelConfig) -> Any:
+    """Return a setting as JSON has it; a pattern of layers as those that `model` has."""
+    if name == "attention_pattern" and value:
+        return (value * model.num_layers)[:model.num_layers]
     as_data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     return json.loads(json.dumps(as_data))
 

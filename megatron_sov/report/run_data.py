@@ -27,6 +27,7 @@ from megatron_sov.plan import kept as kept_plans
 from megatron_sov.report.evaluations import ExportEvaluation, read_evaluations, untold_scores
 from megatron_sov.report.rounds import read_rounds
 from megatron_sov.report.steps import Curve, StepTable
+from megatron_sov.runs.checkpoints import refuse_no_run, short_name
 from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
@@ -217,11 +218,9 @@ def read_run(path: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        UserError: it is no run folder (neither events nor config), or its config.json is damaged.
+        UserError: it is no run folder (it has no events), or its config.json is damaged.
     """
-    if not (path / EVENTS).is_file() and not (path / CONFIG).is_file():
-        raise UserError(f"{path}: holds neither {EVENTS} nor {CONFIG}, so it is not a run folder; "
-                        "pass the folder given to --run")
+    refuse_no_run(path)
     run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
     steps = StepTable()
     last: dict[str, dict[str, Any]] = {}
@@ -385,8 +384,8 @@ def _provenance(path: Path, run: Run) -> list[Provenance]:
     """Return what the run read, by the hashes of its `run_start`, then its newest checkpoint and what
     that was made from; the run learns how large that is."""
     inputs: list[dict[str, str]] = run.start("inputs") or []
-    found = {i["manifest_sha256"]: Provenance("read", i["kind"], i["path"], i["manifest_sha256"])
-             for i in inputs}
+    found = {i["manifest_sha256"]: Provenance("read", i["kind"], short_name(Path(i["path"])),
+                                              i["manifest_sha256"]) for i in inputs}
     manifests = list((path / "checkpoints").glob(f"step-*/{MANIFEST}"))
     if manifests:
         newest = max(manifests, key=lambda m: int("0" + "".join(filter(str.isdigit, m.parent.name)))).parent
@@ -394,7 +393,8 @@ def _provenance(path: Path, run: Run) -> list[Provenance]:
         run.checkpoint_bytes = sum(f.size_bytes for f in manifest.files.values())
         for item in manifest.inputs:
             found.setdefault(item["manifest_sha256"],
-                             Provenance("read", item["kind"], item["path"], item["manifest_sha256"]))
+                             Provenance("read", item["kind"], short_name(Path(item["path"])),
+                                        item["manifest_sha256"]))
         found[newest.name] = Provenance("written", manifest.kind, str(newest.relative_to(path)),
                                         manifest_sha256(newest))
     return list(found.values())

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from megatron_sov.artifacts import (
 )
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError, download
+from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.warning import warn
 from megatron_sov.outputs import TRYING
+from megatron_sov.pretrained import ADAPTER_CONFIG, is_hf_folder
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
@@ -45,6 +48,19 @@ MERGED = "merged"
 KEPT = "base-of-adapters.txt"
 """A file in a run's checkpoint that an adapter stands on, which is not pruned while it is there."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
+RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
+"""Kinds of folders beside that of a checkpoint."""
+TAKEN_BY = {
+    RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
+    KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it is"),
+    HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf` makes a checkpoint of it, `generate` "
+                                        "and `eval` take it as it is"),
+    PEFT_ADAPTER: ("a PEFT adapter", "`megatron-sov convert from-peft` makes a checkpoint of it"),
+    "tokens": ("a folder of token shards", "--data takes it"),
+    "tokenizer": ("a tokenizer", "--tokenizer takes it"),
+    "corpus": ("a corpus", "`sov-data pack --input` takes it"),
+    "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
+"""Kind of a folder -> what messages call it, and what takes it."""
 TAKEN_BACK = "taken-back-"
 """What the name of a checkpoint begins with whose run has taken its weights back, and that an adapter stands
 on."""
@@ -120,6 +136,34 @@ def refuse_missing(path: Path, option: str = "") -> None:
                         f"folder{download(path)}")
 
 
+def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
+    """Raise `UserError` where a folder is known to be something else than a command takes: what it is, and
+    which command takes it.
+
+    Args:
+        path: the folder; one that is nothing known passes, for the reader to say what it lacks.
+        kinds: keys of `TAKEN_BY` that will do.
+        wanted: how messages call them.
+    """
+    if (path / EVENTS).is_file():
+        kind = RUN
+    elif is_hf_folder(path):
+        kind = HF_MODEL
+    elif (path / ADAPTER_CONFIG).is_file():
+        kind = PEFT_ADAPTER
+    else:
+        kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
+    if kind in TAKEN_BY and kind not in kinds:
+        raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {TAKEN_BY[kind][1]}")
+
+
+def refuse_no_run(path: Path) -> None:
+    """Raise `UserError` where a folder is no run: it has no events."""
+    refuse_other_kind(path, (RUN,), "a run")
+    if not (path / EVENTS).is_file():
+        raise UserError(f"{path}: holds no {EVENTS}, so it is no run folder; pass the folder given to --run")
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
 
@@ -127,6 +171,7 @@ def find_checkpoint(path: Path) -> Path:
         UserError: it is neither, or its manifest is damaged.
     """
     if not (path / CHECKPOINTS_OF_A_RUN).is_dir():
+        refuse_other_kind(path, (KIND, RUN), "a checkpoint or a run")
         read_manifest(path, KIND)
         return path
     newest = latest(path / CHECKPOINTS_OF_A_RUN)
@@ -219,6 +264,12 @@ def keep_as_base(base: Path) -> None:
     except (OSError, UserError) as e:
         warn(f"{base}: an adapter stands on it, and its run cannot be told to keep it ({e}); see to it that "
              "train.keep_checkpoints does not delete it")
+
+
+def short_name(folder: Path) -> str:
+    """Return what pages that are passed on call a folder: its name, of a run's checkpoint after the run's."""
+    return (f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == CHECKPOINTS_OF_A_RUN
+            else folder.name)
 
 
 def trained_tokens(path: Path) -> int:

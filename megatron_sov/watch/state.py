@@ -20,7 +20,7 @@ from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.recipes.extension import PHASE
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, latest, step_of
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, refuse_other_kind, step_of
 from megatron_sov.runs.folder import COMPLETION, CONFIG, ROUNDS, STAGES, RunFolder
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.watch.jobs import SUBMITTED, explain, living_job, why_not_begun
@@ -102,6 +102,7 @@ def find_runs(path: Path) -> list[Path]:
                         for file in path.glob("/".join(["*"] * depth + [name]))
                         if _is_run(p := file.parents[name.count("/")])})
     if not found:
+        refuse_other_kind(path, (RUN,), "a run")
         raise UserError(f"{path}: holds no run ({CONFIG} and {EVENTS}), nor do the folders in it; "
                         "pass the folder of a training command's --run, or one that holds such folders")
     return found

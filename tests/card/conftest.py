@@ -133,7 +133,7 @@ def write_world(root: Path) -> World:
         (artifact.path / "model.safetensors").write_bytes(b"weights")
         artifact.content = {"family": "solar_open", "dtype": "bfloat16", "num_tensors": 7,
                             "num_parameters": 5000}
-        artifact.add_input(world.sft / "checkpoints/step-4")
+        artifact.add_input(world.sft / "checkpoints/step-4", leaves=True)
     (root / "scores.json").write_text(json.dumps(scores_of(world.sft / "checkpoints/step-4")))
     (root / "answers.yaml").write_text(
         "licence: apache-2.0\ncontact: lab@example.org\nintensity_g_per_kwh: 400\npower_w: 250\n"

@@ -51,6 +51,17 @@ def test_every_command_of_the_page_runs_in_order(world: Any, monkeypatch: pytest
     assert "not known: licence of source 'books'; add it" in capsys.readouterr().out
 
 
+def test_what_is_passed_on_names_no_folder_of_this_machine(world: Any) -> None:
+    report = world.root.parent / "report.html"
+    assert main(["report", str(world.pretrain), str(world.sft), "--out", str(report)]) == 0
+    made = world.root.parent / "card"
+    assert card(world.sft, "--output", made, "--answers", world.root / "answers.yaml",
+                "--hf-folder", world.hf) == 0
+    files = [report, *(p for folder in (made, world.hf) for p in folder.rglob("*") if p.is_file())]
+    assert len(files) == 12
+    assert [p.name for p in files if str(world.root.parent).encode() in p.read_bytes()] == []
+
+
 def test_the_card_of_the_data_is_made_by_the_program_itself(world: Any,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # of what runs `sov-data` in this process

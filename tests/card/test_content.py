@@ -15,8 +15,10 @@ from megatron_sov.card.answers import Answers, read_answers
 from megatron_sov.card.content import card_json, make_card
 from megatron_sov.card.data_summary import add_data, data_card
 from megatron_sov.card.lineage import lineage
+from megatron_sov.card.model_card import model_card
 from megatron_sov.card.scores import ScoreFile
 from megatron_sov.errors import UserError
+from tests.card.conftest import write_run
 
 
 def card_of(world: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
@@ -73,6 +75,20 @@ def looked_up(place: Path, file: str, key: str) -> list[Any]:
     chosen = events if index == "*" else [events[int(index)]]
     return [value for event in chosen if way.partition(".")[0] in event or not way
             for value in values_at(event, way)]
+
+
+def test_an_adapter_and_a_dense_model_say_so(world: Any) -> None:
+    run = world.root / "lora"
+    write_run(run, [world.chat, world.pretrain / "checkpoints/step-4"], "lora.rank=4", "lora.dora=true",
+              "model.num_experts=0", objective="sft")
+    card = make_card(lineage([run]), None, [], Answers())
+    model = card["model"]
+    assert {name: model[name].value for name in ("adapter", "adapter_rank", "base")} == {
+        "adapter": "DoRA", "adapter_rank": 4, "base": "pretrain/step-4"}
+    assert not [name for name in model if "experts" in name]
+    assert re.search(r"adapter rank *\| *4", model_card(card))
+    whole = make_card(lineage([world.pretrain]), None, [], Answers())["model"]
+    assert whole["num_experts_per_token"].value and "adapter" not in whole
 
 
 def test_every_figure_stands_where_it_says(whole_world: Any) -> None:

@@ -114,6 +114,10 @@ def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_p
     other = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "b": 2}, unk_token="b"))
     other.save(str(tmp_path / "renamed/tokenizer/tokenizer.json"))
     refused("1 ids mean other tokens than in .*2: 'b' here, 'a' there", experts[0], tmp_path / "renamed")
+    shutil.copytree(experts[1], tmp_path / "template")
+    (tmp_path / "template/tokenizer/chat_template.jinja").write_text("{{ messages }}")
+    refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints of one "
+            "tokenizer have a mean", experts[0], tmp_path / "template")
     settings = read_manifest(experts[1]).settings
     with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}

@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from megatron_sov import convert
+from megatron_sov.artifacts import new_artifact
 from megatron_sov.config import LoraConfig
 from megatron_sov.convert.opening import open_weights
-from megatron_sov.convert.peft import from_peft, to_peft
+from megatron_sov.convert.peft import base_name_of, from_peft, to_peft
 from megatron_sov.convert.peft_format import CONFIG, WEIGHTS, frozen_copies, lora_of
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.pretrained import hub_name
 from megatron_sov.recipes import get
+from megatron_sov.runs.checkpoints import AdapterBase
 
 SIZES = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
          "model.init_std=0.2", "train.precision=fp32", "lora.rank=3", "lora.alpha=7"]
@@ -83,8 +86,11 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
     live = torch.load(tmp_path / "live.pt")
     adapter, base = tmp_path / "adapter", tmp_path / "base"
     to_peft(adapter, tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / CONFIG).read_text())["base_model_name_or_path"] == "base"
     convert.to_hf(base, tmp_path / "hf")
     convert.to_hf(adapter, tmp_path / "merged")
+    for file in (p for name in ("peft", "hf", "merged") for p in (tmp_path / name).iterdir()):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", experts_implementation="eager")
     wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "peft")
@@ -166,6 +172,18 @@ def test_rank_stabilised_scaling_becomes_alpha() -> None:
     model = get("tiny-qwen3").model
     names = [name for name in NAMES if int(name.split(".")[4]) < model.num_layers]
     assert lora_of({**GOOD, "use_rslora": True}, names, model, "") == LoraConfig(4, 16.0, ("q_proj",))
+
+
+def test_the_base_is_named_as_it_was_converted(tmp_path: Path) -> None:
+    """By its name on the hub where it lies in the hub's cache, of a run by the run's; never by a path."""
+    assert hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
+    assert hub_name(tmp_path / "mymodel") == "mymodel"
+    step, lost = tmp_path / "RUN/checkpoints/step-3", AdapterBase(tmp_path / "gone/checkpoints/step-3", "0")
+    for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
+        with new_artifact(step, "checkpoint", overwrite=True) as artifact:
+            artifact.content = content
+        assert base_name_of(tmp_path, AdapterBase.of(step)) == name
+    assert base_name_of(tmp_path, lost) == "gone"
 
 
 def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:

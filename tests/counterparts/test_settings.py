@@ -71,6 +71,13 @@ def test_a_script_becomes_a_run_that_starts(tmp_path: Path, capsys: pytest.Captu
     assert not Path("/tmp/megatron-sov-canary").exists()
 
 
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_a_variable_of_arguments_on_one_line_is_read(quote: str) -> None:
+    found = read_arguments(f"export GPT_ARGS={quote}--num-layers 32 --lr 3e-4 --bf16{quote}\n"
+                           "torchrun pretrain_gpt.py $GPT_ARGS --seq-length 64\n")
+    assert found.values == {"num_layers": 32, "lr": 3e-4, "bf16": True, "seq_length": 64}
+
+
 def test_a_file_of_bridge_is_read_as_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sections: dict[str, Any] = {
         "_target_": "os.system",

@@ -123,8 +123,9 @@ def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds neither events.jsonl nor config.json.*--run"):
+    with pytest.raises(UserError, match=r"holds no events.jsonl.*--run"):
         read_run(tmp_path / "missing")
+    (tmp_path / "events.jsonl").touch()
     (tmp_path / "config.json").write_text('{"recipe": ')
     with pytest.raises(UserError, match=r"config\.json: is not valid JSON"):
         read_run(tmp_path)

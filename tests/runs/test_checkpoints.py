@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sov import recipes
+from megatron_sov import convert, recipes
 from megatron_sov.artifacts import new_artifact
+from megatron_sov.convert.peft import from_peft, to_peft
 from megatron_sov.errors import UserError
+from megatron_sov.report.run_data import read_run
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
     KEPT,
     KIND,
+    TAKEN_BY,
     AdapterBase,
     clear_leftovers,
     damage,
@@ -201,3 +204,36 @@ def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
     assert {p.name for p in (run / "checkpoints").glob("step-*")} == {"step-10", "step-100"}
     clear_leftovers(run / "checkpoints")
     assert len(list((run / "checkpoints").iterdir())) == 2
+
+
+def folder_of(path: Path, kind: str) -> Path:
+    """Return a folder of a kind, as far as it can be told from its files."""
+    files = {"run": ["events.jsonl", "config.json"], "hf_model": ["config.json", "model.safetensors"],
+             "peft_adapter": ["adapter_config.json", "adapter_model.safetensors"]}
+    if kind in files:
+        path.mkdir()
+        for name in files[kind]:
+            (path / name).touch()
+    else:
+        with new_artifact(path, kind):
+            pass
+    return path
+
+
+COMMANDS = {"to-hf": (("checkpoint", "run"), lambda path, out: convert.to_hf(path, out)),
+            "from-hf": (("hf_model",), lambda path, out: convert.from_hf(path, out)),
+            "to-peft": (("checkpoint", "run"), to_peft),
+            "from-peft": (("peft_adapter",), lambda path, out: from_peft(path, out, path)),
+            "--from, average, status": (("checkpoint", "run"), lambda path, out: find_checkpoint(path)),
+            "report": (("run",), lambda path, out: read_run(path))}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_kind_of_folder_is_told_what_it_is_and_what_takes_it(command: str, tmp_path: Path) -> None:
+    kinds, call = COMMANDS[command]
+    for kind in sorted(set(TAKEN_BY) - set(kinds)):
+        folder = folder_of(tmp_path / kind, kind)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=rf"{kind}: is {TAKEN_BY[kind][0]}, not an? .*; ."):
+            call(folder, tmp_path / "out")
+        assert sorted(tmp_path.rglob("*")) == before

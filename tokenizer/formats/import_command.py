@@ -170,5 +170,5 @@ def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], ch
         "bytes_per_token": ratios,
         "checked": checked,
     }
-    artifact.settings = {"source": str(source.file), "source_sha256": sha256_file(source.file),
+    artifact.settings = {"source": source.file.name, "source_sha256": sha256_file(source.file),
                          "library": source.library}

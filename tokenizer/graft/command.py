@@ -18,7 +18,7 @@ from megatron_sov.artifacts import (
     to_json,
 )
 from megatron_sov.errors import UserError
-from megatron_sov.pretrained import INDEX, read_json, weight_files
+from megatron_sov.pretrained import INDEX, hub_name, read_json, weight_files
 
 DESCRIPTION = """Add tokens to a Hugging Face model's folder, or replace some, before training it on.
 
@@ -311,10 +311,10 @@ def _describe(artifact: ArtifactWriter, model: Path, surgery: Any, plan: Any, ch
     padding = [num_ids, plan.new_rows] if plan.new_rows > max(num_ids, plan.old_rows) else None
     atomic_write(artifact.path / LIST, to_json({"tokens": surgery.new, "mean_rows_from_to": padding}))
     if (model / MANIFEST).is_file():
-        artifact.add_input(model)
+        artifact.add_input(model, leaves=True)
     artifact.content = {"family": config.get("model_type"), "vocab_size": plan.new_rows,
                         "num_new_tokens": len(surgery.new), "new_tokens": LIST, "checked": checked}
-    artifact.settings = {"model": model, "old_vocab_size": plan.old_rows,
+    artifact.settings = {"model": hub_name(model), "old_vocab_size": plan.old_rows,
                          "skipped": {reason: len(texts) for reason, texts in surgery.skipped.items()}}
 
 

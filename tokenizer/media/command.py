@@ -96,12 +96,12 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
         (artifact.path / TOKENIZER_JSON).write_text(text, encoding="utf-8")
         (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
         checked = _check(artifact.path, source, surgery)
-        artifact.add_input(tokenizer)
+        artifact.add_input(tokenizer, leaves=True)
         artifact.content = {**manifest.content,
                             "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
                             "vocab_size": max(ids_of(surgery.raw).values()) + 1, "checked": checked,
                             MEDIA: described(blocks)}
-        artifact.settings = {"tokenizer": tokenizer, "asked": asked}
+        artifact.settings = {"tokenizer": tokenizer.resolve().name, "asked": asked}
     _tell(blocks, artifact.content["vocab_size"], checked, output)
 
 
