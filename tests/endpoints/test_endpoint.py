@@ -251,12 +251,12 @@ def test_answers_of_another_model_under_the_same_name_are_not_used(tmp_path: Pat
         assert [made().is_known(), made().ask(ASKED, content), made().is_known()] == [False, first, True]
         server.says = "another one's"
         assert (made().is_known(), made().ask(ASKED, content), told.pop()) == (False, server.says, (
-            f"{server.url}/chat/completions: under the name 'm' another model answers now; what the one before "
-            "it answered is not used"))
+            f"{server.url}/chat/completions: under the name 'm' another model answers now; what the one "
+            "before it answered is not used"))
         assert (made().is_known(), made().ask(ASKED, content), len(server.requests), told) == (
             True, server.says, 2, [])
-    away = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m", told=told.append,
-                    probe={"model": "m", **CHAT_PROBE})
+    away = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m",
+                    told=told.append, probe={"model": "m", **CHAT_PROBE})
     assert away.ask(ASKED, content) == "another one's" and "nobody knows whether its model" in told[0]
 
 
