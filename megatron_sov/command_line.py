@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import os
 import re
 import shlex
@@ -111,6 +112,10 @@ def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[
 
 def exit_code(action: Callable[[], int]) -> int:
     """Run a command and return its exit code; what a user can mend becomes one message."""
+    for stream in (sys.stdout, sys.stderr):
+        # text of any language is shown in any locale, with escapes for what that does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = action()
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends

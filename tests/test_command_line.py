@@ -104,3 +104,16 @@ def test_an_input_may_be_several_and_may_be_repeated(line: str) -> None:
     assert inputs(sov_tokenizer(), "train --preset solar-open --vocab-size 9") == ["a", "b", "c"]
     work = work_of("data", f"pack --tokenizer t {line} --output o".split(), {})
     assert [path.name for path in work.inputs] == ["a", "b", "c", "t"]
+
+
+def test_text_of_any_language_is_shown_in_any_locale() -> None:
+    """Old shells have no UTF-8, and names of files may be none."""
+    text = "\ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22, half \udcff, \u2028"
+    code = ("import sys; from megatron_sov.command_line import exit_code\n"
+            f"exit_code(lambda: print({text!a}) or print({text!a}, file=sys.stderr) or 0)")
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                   "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment,
+                          cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, done.stderr)
+    assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()

@@ -39,7 +39,7 @@ def entries(file: Path) -> list[tuple[str, str]]:
             raise UserError(f"{part}: is not UTF-8; convert it, for example by iconv") from None
         except OSError as e:
             raise UserError(f"{part}: cannot be read: {e.strerror}; check the path and its rights") from None
-        found += [(f"{part}:{number}", line.strip()) for number, line in enumerate(text.splitlines(), 1)
+        found += [(f"{part}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1)
                   if line.strip() and not line.lstrip().startswith("#")]
     if not found:
         raise UserError(f"{file}: has no entry; write one a line, or take the list out")

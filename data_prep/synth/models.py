@@ -18,6 +18,7 @@ from data_prep.synth.stopping import Stop
 from megatron_sov.endpoints.addresses import address_problems, is_address
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.endpoints.recognition import CHAT_PROBE
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
@@ -145,6 +146,7 @@ def opened(writer: Model, judge: Model, asked: Asked, cache: EndpointCache, budg
                                 Limits(*limits, model.input_price, model.output_price, patience_s),
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
                                 told=lambda sentence: print(sentence, flush=True), key=key,
-                                sent=model.sent)
+                                sent=model.sent,
+                                probe=None if model.is_local else {"model": name, **CHAT_PROBE})
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

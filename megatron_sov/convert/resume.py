@@ -144,7 +144,7 @@ def _finished(log: Path, content: Path) -> dict[str, FileRecord]:
     """Return the files on record that stand on disk in their full size;
     a torn last line counts for nothing."""
     found: dict[str, FileRecord] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+    for line in log.read_text(encoding="utf-8").split("\n") if log.is_file() else ():
         with contextlib.suppress(ValueError):
             raw = json.loads(line)
             file = content / raw["name"]

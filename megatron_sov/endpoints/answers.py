@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeGuard
 
 MAX_WAIT_S = 60.0
@@ -77,11 +79,15 @@ def reason_of(body: bytes, secret: str = "") -> str:
 
 
 def seconds(text: str | None) -> float:
-    """Return the seconds of a Retry-After header; 0 for a date or nonsense."""
+    """Return the seconds of a Retry-After header, which may be a date; 0 for nonsense."""
     try:
-        return min(max(float(text or 0), 0.0), MAX_WAIT_S)
+        wait_s = float(text or 0)
     except ValueError:
-        return 0.0
+        try:
+            wait_s = parsedate_to_datetime(text or "").timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return min(max(wait_s, 0.0), MAX_WAIT_S) if wait_s == wait_s else 0.0
 
 
 def told_tokens(answer: Any) -> tuple[int, int] | None:

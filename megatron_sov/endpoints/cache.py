@@ -19,6 +19,7 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,
                                      output_tokens INTEGER, cost REAL, wall_s REAL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, number INTEGER NOT NULL, answer TEXT NOT NULL);
 """
 _COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
 _LATER = "ALTER TABLE requests ADD COLUMN wall_s REAL DEFAULT 0"
@@ -94,6 +95,22 @@ class EndpointCache:
                                          (key, json.dumps(answer)))
             self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", request)
 
+    def model(self, name: str) -> tuple[int, Any] | None:
+        """Return which of the models that have had a name it was last, from 0, and what it answered to the
+        question by which it is recognised; None: it was never asked."""
+        found = self._do("SELECT number, answer FROM models WHERE name = ?", (name,))
+        try:
+            if found:
+                return int(found[0][0]), json.loads(found[0][1])
+            return next((model for other in self._others if (model := other.model(name)) is not None), None)
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"cache = {self._path}: what {name} answered is damaged; restore the file from a "
+                            "copy, or delete it: then its answers are asked, and paid, again") from None
+
+    def note_model(self, name: str, number: int, answer: Any) -> None:
+        """Note what `model` returns."""
+        self._do("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (name, number, json.dumps(answer)))
+
     def keys(self) -> set[str]:
         """Return what is kept."""
         return {row[0] for row in self._do("SELECT key FROM answers", ())}
@@ -127,7 +144,8 @@ class EndpointCache:
                     self._connection.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
                     self._connection.execute(f"INSERT INTO requests ({_COLUMNS}) SELECT {_COLUMNS} "
                                              "FROM other.requests")
-                    for table in ("answers", "requests"):
+                    self._connection.execute("INSERT OR IGNORE INTO models SELECT * FROM other.models")
+                    for table in ("answers", "requests", "models"):
                         self._connection.execute(f"DELETE FROM other.{table}")
             finally:
                 self._connection.execute("DETACH other")

@@ -25,6 +25,7 @@ from megatron_sov.endpoints.answers import (
     why_never,
 )
 from megatron_sov.endpoints.cache import EndpointCache, Usage
+from megatron_sov.endpoints.recognition import is_same
 from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
@@ -99,12 +100,14 @@ class Endpoint:
         told: is given a sentence when an endpoint that is full or not there begins to be waited for.
         key: the key itself, of a server of one's own; goes before the variable.
         sent: makes of a request what is sent; kept and counted is the request itself.
+        probe: what its model is recognised by, with `model`; none: it is not.
     """
 
     def __init__(self, url: str, key_env: str, limits: Limits, cache: EndpointCache, *, known_as: str = "",
                  gate: Gate | None = None, sleep: Callable[[float], object] = time.sleep,
                  told: Callable[[str], object] = lambda sentence: None, key: str = "",
-                 sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict) -> None:
+                 sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+                 probe: Mapping[str, Any] | None = None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
         self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
         self._transport = Transport(url, key_env, limits.timeout_s, key)
@@ -115,10 +118,52 @@ class Endpoint:
         self.answered_s = time.monotonic()
         """When it last answered, or was made, by the monotonic clock."""
         self._told, self._told_s = told, float("-inf")
+        self._probe, self._number = probe, -1
+        self._recognising = threading.Lock()
+        self._names: set[str] = set()
 
     def key(self, payload: Mapping[str, Any]) -> str:
         """Return the hash that an answer is kept by."""
-        return self._cache.key(self._known_as, payload)
+        number = self._number_of_model()
+        return self._cache.key(f"{self._known_as}#{number}" if number else self._known_as, payload)
+
+    def is_known(self) -> bool:
+        """Return whether the model that answers is the one that answered before, as far as can be told."""
+        probe = self._probe or {}
+        before = self._cache.model(f"{self._known_as} {probe.get('model')}")
+        return not probe or (before is not None and self._number_of_model() == before[0])
+
+    def _number_of_model(self) -> int:
+        """Return which model answers here, of those that have had its name: what another one said is no
+        answer of it.  One that says something else each time cannot be told from others."""
+        if self._probe is None:
+            return 0
+        with self._recognising:
+            if self._number < 0:
+                self._number = self._recognised(self._probe)
+            return self._number
+
+    def _recognised(self, probe: Mapping[str, Any]) -> int:
+        name = f"{self._known_as} {probe.get('model')}"
+        before = self._cache.model(name)
+        try:
+            now = self._asked(probe, "", lambda found: found)
+            if before is None or is_same(before[1], now):
+                number, others = (before[0], "") if before else (0, "")
+            elif not is_same(now, self._asked(probe, "", lambda found: found)):
+                return before[0]
+            else:
+                number, others = before[0] + 1, "what the one before it answered is not used"
+        except (BadAnswer, TimeoutError) as e:
+            if before is not None:
+                self._told(f"{self._url}: {e}, so that nobody knows whether its model is still the one whose "
+                           "answers are kept; they are used")
+            return before[0] if before else 0
+        if others:
+            self._told(f"{self._url}: under the name {probe.get('model')!r} another model answers now; "
+                       f"{others}")
+        self._cache.note_model(name, number, now)
+        return number
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """Return what `read` makes of the endpoint's answer; what was answered once is not asked again, and
@@ -183,6 +228,17 @@ class Endpoint:
             else:
                 return answer
 
+    def _tell_other_name(self, payload: Mapping[str, Any], found: Any) -> None:
+        """Say once of each model that answers in the place of the one that was asked for."""
+        name, asked = found.get("model") if isinstance(found, dict) else None, payload.get("model")
+        if isinstance(name, str) and name not in (asked, "") and isinstance(asked, str):
+            with self._lock:
+                if name in self._names:
+                    return
+                self._names.add(name)
+            self._told(f"{self._url}: was asked for model {asked!r}, and {name[:200]!r} answers; the answers "
+                       "are kept with that name")
+
     def _tell(self, why: str) -> None:
         """Say once that the endpoint is waited for, when it has answered nobody for `TOLD_S`."""
         with self._lock:
@@ -222,6 +278,7 @@ class Endpoint:
             usage = most  # also of an answer that was cut off on its way
             found = decoded(came.body)
             usage = self._billed(found, most)
+            self._tell_other_name(payload, found)
             try:
                 made = read(found)
             except BadAnswer:
@@ -236,7 +293,8 @@ class Endpoint:
             raise
         finally:
             try:
-                self._cache.note(key, outcome, usage, time.monotonic() - began_s, answer)
+                self._cache.note(key, outcome, usage, time.monotonic() - began_s,
+                                 answer if key else None)  # what models are recognised by stands apart
             finally:
                 self._gate.leave(most, usage)
 

@@ -106,7 +106,7 @@ def _error(values: Sequence[float], clusters: Sequence[Hashable] | None) -> tupl
     count = len(sums)
     if count == 1:
         return None, 1
-    return math.sqrt(count / (count - 1) * math.fsum(found**2 for found in sums)) / len(values), count
+    return math.sqrt(count / (count - 1)) * math.hypot(*sums) / len(values), count
 
 
 def _sizes(clusters: Sequence[Hashable]) -> list[int]:

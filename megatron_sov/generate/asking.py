@@ -3,6 +3,7 @@ No torch here."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ class Asker:
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+        self._eos = tuple(ends)
+        ends |= generation_ends(target)
         self.meant = None if media is None else _meant(target.tokenizer_folder, media)
         """Tokens of media that prompts mean; None: none."""
         encoder = read_chat_encoder(target.tokenizer_folder, self.meant) if chat else None
@@ -112,7 +115,7 @@ class Asker:
             UserError: the model knows fewer ids than its tokenizer, or it is no text.
         """
         if self.encoder is None:
-            return [*self.encode(text), *self.end_ids[:1]]
+            return [*self.encode(text), *self._eos]
         _refuse_half_characters([text])
         try:
             told = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
@@ -130,6 +133,21 @@ class Asker:
     def decode(self, tokens: list[int]) -> str:
         """Return the text of ids (`chat.marks.text_decoder`)."""
         return self._decode(tokens)
+
+
+def generation_ends(target: Target) -> set[int]:
+    """Return the tokens that end an answer by a Hugging Face folder's own generation settings, or by its
+    config where it has none, as transformers reads them."""
+    for name in ("generation_config.json", "config.json") if target.is_hf else ():
+        try:
+            found = json.loads((target.path / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        ends = {token for token in (found if isinstance(found, list) else [found])
+                if isinstance(token, int) and not isinstance(token, bool) and token >= 0}
+        if ends:
+            return ends
+    return set()
 
 
 def _meant(folder: Path, media: MediaEncoding) -> MeantTokens:

@@ -12,7 +12,9 @@ from megatron_sov.endpoints.addresses import address_problems
 from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.endpoints.recognition import CHAT_PROBE, SCORE_PROBE
 from megatron_sov.endpoints.transport import missing_libraries
+from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.conversation import messages_of, told
 from megatron_sov.rewards.fenced import THINKING_END, fenced_messages, grade_of, is_number, only, sound
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, text_of
@@ -115,7 +117,9 @@ class Judge:
         limits = Limits(self.timeout_s, self.max_attempts, self.backoff_s, self.requests_per_minute,
                         self.max_cost,
                         self.input_price, self.output_price)
-        return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)))
+        probe = CHAT_PROBE if self.kind == "rubric" else SCORE_PROBE
+        return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)), told=warn,
+                        probe={"model": self.model, **probe})
 
     def _payload(self, row: Row, response: str) -> dict[str, Any]:
         """Return the request: the response fenced by a line that its writer could not know."""

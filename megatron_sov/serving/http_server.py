@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from megatron_sov.errors import UserError
 from megatron_sov.serving.bodies import Question, chat_question, completion_question
@@ -90,6 +92,7 @@ class HttpServer:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._asked(chat_question))
         app.router.add_post("/v1/completions", self._asked(completion_question))
+        logging.getLogger("aiohttp.server").addFilter(_is_ours)
         # a client that goes away ends the handler, and so its answer; bodies are taken as they are sent
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S,
                                auto_decompress=False, lingering_time=LINGERS_S,
@@ -224,6 +227,12 @@ class HttpServer:
         if writing.reason is not None and told.reason is None:
             self._desk.leave(ticket, told.sequence)
         return told.sequence
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Return whether something to log is no request that is no HTTP: its sender is told, and anybody could
+    fill the log with such."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 class _TurnedAway(asyncio.Protocol):

@@ -70,7 +70,8 @@ class Reader:
         try:
             prompts = [_ids(asker, prompt) for prompt in question.prompts]
         except UserError as e:
-            raise Refused(400, str(e), field) from None
+            # a message may name folders of this machine, which are nothing to clients
+            raise Refused(400, str(e).replace(str(self._where), "the tokenizer"), field) from None
         for ids in prompts:
             if not ids or not all(0 <= id_ < self._vocab_size for id_ in ids):
                 raise Refused(400, f"a prompt must have at least one token, and ids below {self._vocab_size}",

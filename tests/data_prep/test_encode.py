@@ -211,7 +211,8 @@ def test_a_prompt_and_its_completion_are_trl_tokens_and_mask(folder: Path, encod
         [document] = read_documents([tmp_path / "a.json"], Reading("chat"))
         batch = encoder.encode_batch([document])
         before = first if isinstance(prompt, str) else prompt
-        begin = loaded.apply_chat_template(before, tokenize=True, return_dict=False, add_generation_prompt=True)
+        begin = loaded.apply_chat_template(before, tokenize=True, return_dict=False,
+                                           add_generation_prompt=True)
         whole = loaded.apply_chat_template(before + answer, tokenize=True, return_dict=False)
         learned = batch.kinds != KIND_NONE
         assert batch.ids[:len(whole)].tolist() == whole

@@ -58,7 +58,8 @@ CALLS = [*ASK, {"role": "assistant", "content": "", "tool_calls": [
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("text", ROWS[0]), "messages": ("chat", {"messages": [*ASK, *SAY]}),
     "tools": ("chat", {"messages": CALLS, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}}),
-    "sharegpt": ("chat", {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "2"}]}),
+    "sharegpt": ("chat", {"conversations": [{"from": "human", "value": "2?"},
+                                            {"from": "gpt", "value": "2"}]}),
     "prompt and completion": ("chat", {"prompt": "2 + 2?", "completion": "4"}),
     "messages of both": ("chat", {"prompt": ASK, "completion": SAY}),
     "pair of strings": ("preference", {"prompt": "2?", "chosen": "2", "rejected": "3"}),
@@ -97,7 +98,7 @@ def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("row", "kind", "told"), [
     ({"prompt": "p", "completion": "c"}, "text", "is a chat.*--format chat"),
     ({"prompt": "p", "completion": "c"}, "preference", "is a chat.*--format chat"),
-    ({"prompt": "p", "answer": "4"}, "chat", "no response is learned then; a chat has 'messages', or 'prompt'"),
+    ({"prompt": "p", "answer": "4"}, "chat", "no response is learned then; a chat has 'messages', or"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "messages": ASK}, "prompt", "--format preference"),
     ({"prompt": "p", "completion": "c", "label": False}, "chat", "`sov-data unpaired`"),
     ({"prompt": "p", "completion": ASK}, "chat", "no message of the assistant"),
@@ -126,7 +127,8 @@ def fill(folder: Path, **files: bytes) -> Path:
 
 CARD = b"---\nlicense: mit\n---\n# A dataset card\n"
 HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattributes": b"*.parquet",
-       "dataset_infos.json": b"{}", "README_ko.md": CARD, "CITATION.cff": b"cff", "requirements.txt": b"numpy"}
+       "dataset_infos.json": b"{}", "README_ko.md": CARD, "CITATION.cff": b"cff",
+       "requirements.txt": b"numpy"}
 
 
 @pytest.mark.parametrize("data", [
@@ -134,7 +136,8 @@ HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattribu
     {"train.json": json.dumps(ROWS).encode()}, {"train.json": as_lines(ROWS)},
     {"data-0.arrow": as_arrow(ROWS), "state.json": b'{"a": 1}', "dataset_info.json": b'{\n"b": 2}',
      "cache-12.arrow": as_arrow(ROWS)},
-    {"train/data-0.arrow": as_arrow(ROWS), "dataset_dict.json": b'{"splits": ["train"]}', "note.json": b"[1]"},
+    {"train/data-0.arrow": as_arrow(ROWS), "dataset_dict.json": b'{"splits": ["train"]}',
+     "note.json": b"[1]"},
 ], ids=["hub", "lines", "list", "lines in json", "save_to_disk", "dict on disk"])
 def test_what_describes_a_dataset_is_no_text_of_it(tmp_path: Path, data: dict[str, bytes]) -> None:
     told: list[str] = []
@@ -146,7 +149,8 @@ def test_what_describes_a_dataset_is_no_text_of_it(tmp_path: Path, data: dict[st
 
 def test_a_folder_of_text_keeps_its_readme_and_says_what_it_leaves(tmp_path: Path) -> None:
     told: list[str] = []
-    fill(tmp_path, **{"README.md": b"# A", "b.txt": b"text", "c.png": b"", "d.json": json.dumps(ROWS).encode()})
+    fill(tmp_path, **{"README.md": b"# A", "b.txt": b"text", "c.png": b"",
+                      "d.json": json.dumps(ROWS).encode()})
     assert [file.name for file in list_files(tmp_path, told.append)] == ["README.md", "b.txt"]
     assert told == [f"{tmp_path}: passed over 2 files (c.png, d.json)"]
     for name in ("c.png", "d.json"):

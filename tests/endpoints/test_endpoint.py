@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,10 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from megatron_sov.endpoints import transport
-from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable, decoded
+from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable, decoded, seconds
 from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.endpoints.recognition import CHAT_PROBE, is_same
 from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
@@ -228,3 +230,77 @@ def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.M
     cache.close()
     assert told == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s for "
                     "it"]
+
+
+def content(answer: dict[str, Any]) -> str:
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def test_answers_of_another_model_under_the_same_name_are_not_used(tmp_path: Path) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
+    with serving(ScriptedEndpoint(lambda request: server.says)) as server:
+        def made() -> Endpoint:
+            return Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, known_as="m",
+                            told=told.append, probe={"model": "m", **CHAT_PROBE})
+
+        first = server.says
+        assert [made().is_known(), made().ask(ASKED, content), made().is_known()] == [False, first, True]
+        server.says = "another one's"
+        assert (made().is_known(), made().ask(ASKED, content), told.pop()) == (False, server.says, (
+            f"{server.url}/chat/completions: under the name 'm' another model answers now; what the one "
+            "before it answered is not used"))
+        assert (made().is_known(), made().ask(ASKED, content), len(server.requests), told) == (
+            True, server.says, 2, [])
+    away = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m",
+                    told=told.append, probe={"model": "m", **CHAT_PROBE})
+    assert away.ask(ASKED, content) == "another one's" and "nobody knows whether its model" in told[0]
+
+
+def test_a_model_that_never_repeats_itself_is_not_taken_for_another(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        words = iter("abcdefgh")
+        said = property(lambda self: next(words), lambda self, value: None)
+        monkeypatch.setattr(ScriptedEndpoint, "says", said, raising=False)
+        for _ in range(3):
+            Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, told=told.append,
+                     probe={"model": "m", **CHAT_PROBE}).ask(ASKED, content)
+        assert (len(server.requests), told) == (1, [])
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    ({"choices": [{"text": "a"}]}, {"choices": [{"text": "a"}], "id": 3, "created": 9}, True),
+    ({"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, False),
+    ({"model": "x", "choices": [{"text": "a"}]}, {"model": "y", "choices": [{"text": "a"}]}, False),
+    ({"choices": [{"message": {"content": "a", "reasoning_content": "t"}}]},
+     {"choices": [{"message": {"content": "a", "reasoning_content": "u"}}]}, False),
+    ({"choices": [{"message": {"content": None}}]}, {"choices": [{"message": {"content": "u"}}]}, False),
+    ({"data": [{"data": [[0.5]]}]}, {"data": [{"data": [[0.501]]}]}, True),
+    ({"data": [{"data": [[0.5]]}]}, {"data": [{"data": [[0.7]]}]}, False),
+    ([], {"choices": []}, True),
+])
+def test_what_makes_two_answers_the_same(one: Any, other: Any, same: bool) -> None:
+    assert is_same(one, other) is same is is_same(other, one)
+
+
+def test_the_model_that_really_answers_is_told_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    endpoint = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
+                        told=told.append)
+    for name in ("m", "other", "other", None, 3):
+        endpoint._tell_other_name(ASKED, {"model": name})
+    assert told == ["http://127.0.0.1:9/v1/completions: was asked for model 'm', and 'other' answers; the "
+                    "answers are kept with that name"]
+
+
+@pytest.mark.parametrize(("text", "low", "high"), [
+    ("7", 7, 7), ("0.5", 0.5, 0.5), ("Thu, 01 Jan 2026 00:00:30 GMT", 30, 30),
+    ("Thu, 01 Jan 2026 01:00:30 +0100", 30, 30), ("Fri, 09 Jan 2026 00:00:00 GMT", 60, 60),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+    ("soon", 0, 0), ("", 0, 0), (None, 0, 0), ("nan", 0, 0), ("inf", 60, 60), ("-3", 0, 0),
+    ("Wed, 99 Oct 2015 07:28:00 GMT", 0, 0)])
+def test_how_long_to_wait_may_be_a_date(text: str | None, low: float, high: float,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.endpoints.answers.time.time", lambda: 1767225600.0)  # 2026 begins
+    assert low <= seconds(text) <= high

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.endpoints.endpoint import Endpoint
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.judge import Judge
 from megatron_sov.rewards.registry import make, order
@@ -93,6 +94,7 @@ def script() -> Iterator[Script]:
 @pytest.fixture
 def judge(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(Endpoint, "_number_of_model", lambda self: 0)  # see test_endpoint
 
     def build(**more: Any) -> Judge:
         settings = {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "cache.sqlite"),

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from megatron_sov.errors import UserError
+from megatron_sov.generate.asking import Asker
 from megatron_sov.generate.live import Joining, News
 from megatron_sov.generate.request import STOP
 from megatron_sov.serving import http_server
@@ -117,9 +118,9 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
     """Return `opened(**settings)`, within which a server answers."""
 
     @contextlib.contextmanager
-    def within(**given: Any) -> Iterator[Open]:
+    def within(vocab: int = 300, **given: Any) -> Iterator[Open]:
         settings = ServeSettings("scripted", port=0, **given)
-        target: Any = SimpleNamespace(tokenizer_folder=folder, vocab_size=300)
+        target: Any = SimpleNamespace(tokenizer_folder=folder, path=folder, is_hf=True, vocab_size=vocab)
         reader = Reader(target, LONGEST)
         desk = Desk(settings.max_waiting)
         stop: list[str] = []
@@ -359,3 +360,45 @@ def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: cannot be listened on"):
             HttpServer(ServeSettings("m", port=port), Desk(1), server.model.reader, 0.0, LONGEST)
+
+
+@pytest.mark.parametrize("sent", [
+    b"GARBAGE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: abc\r\n\r\n", b"\x16\x03\x01\x02\x00\x01",
+    b"GET / HTTP/1.1\r\nHost localhost\r\n\r\n", b"GET http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"GET / HTTP/1.1\r\nA: " + b"x" * 20_000 + b"\r\n\r\n"])
+def test_what_is_no_http_is_refused_and_leaves_no_traceback(opened: Any, sent: bytes,
+                                                            caplog: pytest.LogCaptureFixture) -> None:
+    with opened() as server:
+        address = httpx.URL(server.url)
+        with socket.create_connection((address.host, address.port), timeout=20) as client:
+            client.sendall(sent)
+            assert client.recv(100).startswith(b"HTTP/1.0 400")
+        assert server.http.get("/models").status_code == 200
+    assert not caplog.records
+
+
+def test_clients_are_told_no_folders_of_the_server(opened: Any, folder: Path) -> None:
+    with opened(vocab=5) as server:
+        found = server.http.post("/completions", json={"prompt": "a"})
+        assert found.status_code == 400 and "makes token id" in found.text and str(folder) not in found.text
+
+
+@pytest.mark.parametrize(("files", "ends"), [
+    ({}, set()), ({"generation_config.json": '{"eos_token_id": [3, 5, 7]}'}, {3, 5, 7}),
+    ({"generation_config.json": '{"eos_token_id": 7}', "config.json": '{"eos_token_id": 9}'}, {7}),
+    ({"config.json": '{"eos_token_id": 9}'}, {9}), ({"generation_config.json": "[1"}, set()),
+    ({"generation_config.json": '{"eos_token_id": [true, -1, "x", 8]}'}, {8})])
+def test_completions_end_where_the_folder_says(folder: Path, tmp_path: Path, files: dict[str, str],
+                                               ends: set[int]) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    target: Any = SimpleNamespace(tokenizer_folder=tmp_path, path=tmp_path, is_hf=True, vocab_size=300)
+    asker = Asker(target, chat=False)
+    eos = asker._tokenizer.eos_token_id
+    assert set(asker.end_ids) - {eos} == ends and eos in asker.end_ids
+    assert asker.answer("a")[-1] == eos

@@ -49,7 +49,7 @@ def read_glossary(file: Path) -> list[tuple[str, str]]:
     except OSError as e:
         raise UserError(f"glossary {file}: cannot be read ({e.strerror or e}); check the path") from None
     found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         term, _, translation = (part.strip() for part in line.partition("\t"))

@@ -69,7 +69,7 @@ def _listed(given: Path) -> list[str]:
         if given.stat().st_size > MAX_LIST_BYTES:
             raise UserError(f"--input {given}: is larger than a list can be ({MAX_LIST_BYTES:,} bytes); pass "
                             "a folder of media or a list of their paths")
-        lines = given.read_text(encoding="utf-8").splitlines()
+        lines = given.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--input {given}: is neither a folder nor a list of files "
                         f"({getattr(e, 'strerror', None) or 'it is no text'}); pass a folder of media, or a "

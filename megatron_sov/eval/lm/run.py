@@ -268,16 +268,20 @@ def _ask(subject: Any, target: str, requests: Sequence[Request], answers: Answer
     """
     from megatron_sov.eval.lm.local import answer_locally, write_asked
 
+    asker = None
+    if subject.running is None:
+        from megatron_sov.eval.lm.endpoint import AsksEndpoint
+
+        asker = AsksEndpoint(target, settings.endpoint, answers)
+        asker.forget_other_model(requests)
     left = [request for request in requests if request.key not in answers]
     if left and len(left) < len(requests):
         print(f"{len(requests) - len(left):,} of {len(requests):,} requests were answered before, and are "
               "kept", file=sys.stderr)
     stopped = flag.reason is not None
-    if subject.running is None:
-        from megatron_sov.eval.lm.endpoint import AsksEndpoint
-
+    if asker is not None:
         if left and not stopped:
-            stopped = AsksEndpoint(target, settings.endpoint, answers).answer(requests, flag)
+            stopped = asker.answer(requests, flag)
     elif under_launcher() or (left and not stopped):  # other processes wait to be told
         write_asked(settings.asking_folder / ASKED, requests, answers)
         stopped = answer_locally(subject.running, settings.asking_folder / ASKED, flag)

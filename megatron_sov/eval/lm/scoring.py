@@ -145,11 +145,14 @@ def _metric(name: str, filter_name: str, values: Sequence[Any], clusters: Sequen
     count = len(set(groups))
     stderr: float | None = None
     interval: tuple[float, float] | None = None
-    if value is not None and _are_numbers(values) and math.isclose(value, _mean(values), abs_tol=1e-12):
-        found = mean_of([float(v) for v in values], groups)
-        stderr, interval = found.standard_error, found.interval
-    elif value is not None:
-        stderr, interval = _jackknife(aggregate, values, groups, value)
+    try:
+        if value is not None and _are_numbers(values) and math.isclose(value, _mean(values), abs_tol=1e-12):
+            found = mean_of([float(v) for v in values], groups)
+            stderr, interval = found.standard_error, found.interval
+        elif value is not None:
+            stderr, interval = _jackknife(aggregate, values, groups, value)
+    except OverflowError:
+        notes.append(f"{score_name(name, filter_name)} has no interval: it is too large for a number")
     return Metric(name, value, filter_name, None, stderr, interval, count, higher_is_better)
 
 
@@ -195,17 +198,20 @@ def _jackknife(aggregate: Callable[[Any], Any], values: Sequence[Any], clusters:
             return None, None
         without.append(found)
     error, quantile = _spread(without), student_quantile(0.975, size - 1)
+    low, high = value - quantile * error, value + quantile * error
     if min(value, *without) > 0:  # a perplexity and its kind, which no interval takes below 0
         factor = math.exp(min(quantile * _spread([math.log(found) for found in without]), 700.0))
-        return error, (value / factor, value * factor)
-    return error, (value - quantile * error, value + quantile * error)
+        low, high = value / factor, value * factor
+    # what is known of a figure near the largest number may be beyond it
+    return (error, (low, high)) if math.isfinite(error + low + high) else (None, None)
 
 
 def _spread(without: Sequence[float]) -> float:
     """Return the jackknife's error from figures of which each lacks one group."""
     size = len(without)
-    middle = math.fsum(without) / size
-    return math.sqrt((size - 1) / size * math.fsum((found - middle) ** 2 for found in without))
+    middle = math.fsum(found / size for found in without)
+    # a sum of squares would be beyond the largest number from 1e154 on
+    return math.sqrt((size - 1) / size) * math.hypot(*(found - middle for found in without))
 
 
 def _item(task: Any, number: int, document: _Document, bridge: Bridge, cluster: str | None) -> Item:

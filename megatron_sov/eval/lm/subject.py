@@ -18,7 +18,7 @@ from megatron_sov.eval.lm.bridge import Reading
 from megatron_sov.eval.lm.local import Running
 from megatron_sov.eval.lm.results import EvaluatedModel
 from megatron_sov.eval.lm.settings import Settings
-from megatron_sov.generate.asking import check_engine
+from megatron_sov.generate.asking import check_engine, generation_ends
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS
 from megatron_sov.generate.request import Batching
 from megatron_sov.generate.target import Target, find_target
@@ -96,7 +96,7 @@ def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str,
     folder = target.tokenizer_folder
     tokenizer = load_tokenizer(folder)
     ends = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
-    ends |= _generation_ends(target.path) if target.is_hf else set()
+    ends |= generation_ends(target)
     if chat:
         encoder = read_chat_encoder(folder)
         if encoder is None or not tokenizer.chat_template:
@@ -106,16 +106,6 @@ def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str,
     special = {str(token.content): int(number) for number, token in tokenizer.added_tokens_decoder.items()
                if token.special}
     return tokenizer, tuple(sorted(ends)), special
-
-
-def _generation_ends(folder: Path) -> set[int]:
-    """Return the tokens that end an answer by a Hugging Face folder's own generation settings."""
-    try:
-        found = json.loads((folder / "generation_config.json").read_bytes()).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return set()
-    return {token for token in (found if isinstance(found, list) else [found])
-            if isinstance(token, int) and not isinstance(token, bool)}
 
 
 def content_hash(target: Target) -> str:

@@ -43,11 +43,12 @@ def _asked(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[st
     lines = "".join(json.dumps({"file": str(file), "labels": list(of)}, ensure_ascii=False) + "\n"
                     for file, of in zip(files, labels, strict=True))
     try:
-        done = subprocess.run(words, input=lines, capture_output=True, text=True, timeout=JUDGE_LIMIT_S)
+        done = subprocess.run(words, input=lines, capture_output=True, encoding="utf-8",
+                              timeout=JUDGE_LIMIT_S)
         if done.returncode:
             raise UserError(f"--judge {shlex.join(words)}: ended with code {done.returncode}: "
                             f"{done.stderr.strip()[-300:]}")
-        return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+        return [json.loads(line) for line in done.stdout.split("\n") if line.strip()]
     except (OSError, subprocess.TimeoutExpired, ValueError) as e:
         raise UserError(f"--judge {shlex.join(words)}: {e}; it reads JSON lines and prints a JSON string for "
                         "each") from None

@@ -17,9 +17,11 @@ from megatron_sov.documents.messages import REASONING
 from megatron_sov.endpoints.answers import BadAnswer, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.endpoints.recognition import CHAT_PROBE
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.settings import EndpointSettings
 from megatron_sov.eval.suites.protocol import Protocol
+from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.fenced import only
 from megatron_sov.tools.by_messages import Message, NoTurn, Said
 
@@ -42,7 +44,8 @@ class EndpointSpeaker:
                  sleep: Callable[[float], object]) -> None:
         limits = Limits(settings.timeout_s, settings.max_attempts, BACKOFF_S, 0.0, 0.0, 0.0, 0.0)
         self._endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", settings.key_env, limits,
-                                  EndpointCache(cache / CACHE), sleep=sleep)
+                                  EndpointCache(cache / CACHE), sleep=sleep, told=warn,
+                                  probe={"model": settings.model, **CHAT_PROBE})
         self._sampling = protocol.sampling
         self._request: dict[str, Any] = {"model": settings.model, "temperature": protocol.temperature}
         if protocol.temperature:

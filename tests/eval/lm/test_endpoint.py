@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.endpoints.recognition import TEXT
 from megatron_sov.eval.lm import endpoint
 from megatron_sov.eval.lm.results import read_items, read_results
 
@@ -20,6 +21,7 @@ class Script(ThreadingHTTPServer):
     """Answers with the last number of the prompt; notes what it is asked."""
 
     asked: list[tuple[str, dict[str, Any], str | None]]
+    name = "one"
     echoes = True
 
     def answer(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -39,9 +41,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append((self.path, payload, self.headers.get("authorization")))
+        is_probe = TEXT in json.dumps(payload)
+        if not is_probe:
+            self.server.asked.append((self.path, payload, self.headers.get("authorization")))
         failing = "fail" in json.dumps(payload)
-        body = b"{}" if failing else json.dumps(self.server.answer(payload)).encode()
+        answer = {"choices": [{"text": self.server.name}]} if is_probe else self.server.answer(payload)
+        body = b"{}" if failing else json.dumps(answer).encode()
         self.send_response(500 if failing else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -100,6 +105,22 @@ def test_texts_are_asked_for_and_what_is_not_answered_is_named(command: list[str
     before = len(script.asked)
     assert main([*command, "--tasks", "sums"]) == 0
     assert {json.dumps(p)[:200].count("fail") for _, p, _ in script.asked[before:]} == {1}
+
+
+def test_another_model_under_the_same_name_is_not_scored_by_old_answers(
+        command: list[str], script: Script, tmp_path: Path, capsys, monkeypatch) -> None:
+    sums = [*command, "--tasks", "sums", "--limit", "3"]
+    assert main(sums) == 0
+    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 1 / 3
+    script.name = "two"
+    answer = {"choices": [{"text": "no", "finish_reason": "stop"}]}
+    monkeypatch.setattr(Script, "answer", lambda self, payload: answer)
+    assert main(sums) == 0
+    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 0
+    assert "under the name 'm' another model answers now" in capsys.readouterr().err
+    before = len(script.asked)
+    assert main(sums) == 0
+    assert len(script.asked) == before
 
 
 def test_with_a_chat_template_messages_are_sent(command: list[str], script: Script, tmp_path: Path) -> None:

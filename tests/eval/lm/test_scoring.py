@@ -127,6 +127,18 @@ def test_what_is_no_mean_has_the_error_of_a_jackknife() -> None:
     assert figure.interval == pytest.approx((low, high), rel=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e154, 1e200, 1e307, 1.7e308])
+@pytest.mark.parametrize("aggregate", [mean, max, lambda found: math.exp(math.log(min(found)))])
+def test_figures_near_the_largest_number_are_figures(size: float, aggregate: Callable[..., Any]) -> None:
+    notes: list[str] = []
+    values = [size, size * 0.5, size * 0.25]
+    found = scoring._metric("ppl", "none", values, [None] * 3, aggregate, False, notes)
+    assert found.value == pytest.approx(aggregate(values)) or "is not known" in notes[0]
+    assert found.interval is None or all(map(math.isfinite, found.interval))
+    if size == 1e154:
+        assert found.interval is not None
+
+
 def test_a_likelihood_that_is_nan_is_no_score() -> None:
     asked, other = Score((1,), (2,)), Score((1,), (3,))
     answers: Any = {asked.key: {"logprob": math.nan, "greedy": False},

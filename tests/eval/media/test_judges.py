@@ -43,3 +43,11 @@ def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -
 def test_a_program_that_fails_is_named(command: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         judge_of(command)(FILES, LABELS)
+
+
+def test_a_program_may_say_any_character(tmp_path: Path) -> None:
+    code = tmp_path / "judge.py"
+    code.write_text("import json, sys\nfor line in sys.stdin:\n"
+                    "    said = json.dumps('a\\u2028b\\x85\\ud55c', ensure_ascii=False)\n"
+                    "    sys.stdout.buffer.write((said + '\\n').encode())\n")
+    assert judge_of(f"{sys.executable} {code}")(FILES, LABELS) == ["a\u2028b\x85\ud55c"] * 2

@@ -290,7 +290,7 @@ def _seeds(file: Path) -> Iterator[str]:
     try:
         if file.stat().st_size > MAX_SEED_BYTES:
             raise UserError(f"{file}: is longer than {MAX_SEED_BYTES >> 20} MiB; seeds are a page")
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{file}: cannot be read as UTF-8 text ({e}); name a file of one seed a "
                         "line") from None

@@ -99,7 +99,9 @@ def unsupported(made: Facts, source: str, source_facts: Facts, *, compare_names:
     names = {name for name in made.names if compare_names and not _stands_among(name, words)}
     flat = _flat(source)
     quotes = {quote for quote in made.quotes if compare_names and _flat(quote).strip(".,!?… ") not in flat}
-    return Facts(Numbers(made.numbers.stated - source_facts.numbers.known, frozenset()), frozenset(names),
+    # in another language words make numbers in ways that nothing here knows
+    said = made.numbers.stated | (made.numbers.worded if compare_names else frozenset())
+    return Facts(Numbers(said - source_facts.numbers.known, frozenset()), frozenset(names),
                  frozenset(quotes))
 
 

@@ -18,6 +18,8 @@ from itertools import pairwise
 from data_prep.synth.generators.documents.customs import Customs, customs_of
 from megatron_sov.documents.unspaced import OF_RUNS, in_brackets
 
+SMALL = 10
+"""Words for numbers up to this say other things too, as "one" and "second" do."""
 MAX_DIGITS = 40
 """A longer run of digits is compared as it stands and not as a value."""
 _SIGNS = str.maketrans({"，": ",", "．": ".", "\u00a0": "'", "\u202f": "'", "\u2009": "'", "’": "'"})
@@ -27,6 +29,8 @@ _WITH_THOUSANDS = {False: re.compile(r"\d{1,3}([,'])\d{3}(?:\1\d{3})*(?:\.\d+)?"
 _SET_APART = re.compile(r"(?<![\d.,'])\d{1,3}(?: \d{3})+(?!\d)")
 """Thousands set apart by blanks, as where a comma is the decimal sign."""
 _SHORT_MONTH_CHARS = 3
+_SIGN = re.compile(r"[^\w\s'-]+|\n")
+"""Ends a number in words."""
 _UNSPACED = re.compile(f"[{in_brackets(OF_RUNS)}]")
 
 
@@ -38,6 +42,8 @@ class Numbers:
     """In digits."""
     told: frozenset[str]
     """In words, by the name of a month, or as a part of a number such as 3만 5천."""
+    worded: frozenset[str] = frozenset()
+    """Of those in words the ones that are plainly meant as numbers: above `SMALL`, in Latin letters."""
 
     @property
     def known(self) -> frozenset[str]:
@@ -60,7 +66,9 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
     customs = customs_of(language)
     plain = _ascii_digits(text, customs)
     stated: set[str] = set()
-    told = _told(text, customs)
+    counted = {value for part in _SIGN.split(text.casefold())
+               for value in _counted(re.findall(r"[^\W_]+", part), customs)}
+    told = _told(text, customs) | set(map(str, counted))
     run: list[_Part] = []
     for part in [*_parts(plain, customs, stated), None]:
         if run and (part is None or not _goes_on(plain, run[-1], part, customs)):
@@ -69,7 +77,8 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
             run = []
         if part is not None:
             run.append(part)
-    return Numbers(frozenset(stated), frozenset(told))
+    worded = {str(value) for value in counted if value > SMALL}
+    return Numbers(frozenset(stated), frozenset(told), frozenset(worded))
 
 
 def without_numbers(text: str, language: str) -> str:
@@ -143,6 +152,24 @@ def _value(whole: str, rest: str) -> str:
     if len(whole) + len(rest) > MAX_DIGITS:
         return f"{whole}.{rest}"
     return str(Fraction(f"{whole}.{rest or '0'}"))
+
+
+def _counted(words: Iterable[str], customs: Customs) -> Iterator[int]:
+    """Yield the numbers that words in Latin letters make together, such as two hundred and five thousand."""
+    whole, part = 0, 0
+    for word in [*words, ""]:
+        value = customs.words.get(word, 0) if word.isascii() else 0
+        factor = customs.multipliers.get(word, 0) if whole or part else 0
+        if value and (part % 100 == 0 or (20 <= part % 100 <= 90 and part % 10 == 0 and value < 10)):
+            part += value
+        elif factor == 100:
+            part *= factor
+        elif factor:
+            whole, part = whole + part * factor, 0
+        elif word != "and" or not (whole or part >= 100):
+            if whole or part:
+                yield whole + part
+            whole, part = 0, value
 
 
 def _told(text: str, customs: Customs) -> set[str]:

@@ -56,3 +56,11 @@ def test_kept_share_counts_numbers_and_names_of_the_source() -> None:
     assert kept_share(SOURCE, SOURCE, "en", "en") == 1
     assert kept_share("Nothing of it.", SOURCE, "en", "en") == 0
     assert kept_share("Nothing.", "A short one of 12.", "en", "en") is None
+
+
+def test_a_number_in_words_that_the_source_does_not_state_is_told() -> None:
+    source = "The port had 40 ships and twenty-five cranes in 1890."
+    right = fact_verdicts("Forty ships lay there, and 25 cranes.", source, "en", "en")
+    assert all(verdict.passed for verdict in right)
+    [wrong, *_] = fact_verdicts("Five hundred ships lay there.", source, "en", "en")
+    assert not wrong.passed and "500" in wrong.detail

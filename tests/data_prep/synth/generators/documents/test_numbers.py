@@ -57,3 +57,14 @@ def test_korean_units_multiply(ten_thousands: int, ones: int) -> None:
 def test_hostile_digits_end(text: str) -> None:
     for language in ("en", "ko", "de"):
         assert all(re.fullmatch(r"[\d/.]+", value) for value in numbers_of(text, language).stated)
+
+
+@pytest.mark.parametrize(("text", "worded"), [
+    ("five hundred ships", {"500"}), ("twenty-five men and one dog", {"25"}), ("one, two, three", set()),
+    ("two hundred and five thousand", {"205000"}), ("two thousand and twenty four", {"2024"}),
+    ("He was twenty. Five men came", {"20"}), ("twelve and thirteen", {"12", "13"}), ("a second one", set()),
+    ("one million two hundred thousand", {"1200000"}), ("ninety nine hundred", {"9900"}),
+    ("a hundred", set()),
+])
+def test_numbers_in_words_are_counted_as_they_are_meant(text: str, worded: set[str]) -> None:
+    assert numbers_of(text).worded == worded <= numbers_of(text).known
