@@ -1,4 +1,4 @@
-# make setup, make demo, make test; `make` alone lists the targets.
+# make setup, make demo, make check, make test; `make` alone lists the targets.
 #
 #   PYTHON=python3.12              the interpreter to build .venv with (default: the first of 3.13, 3.12, 3.11, python3 that works)
 #   TORCH_INDEX=URL                one more wheel index for torch, e.g. PyTorch's CPU index (the default Linux wheel carries CUDA)
@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test suite lint style types slurm browser demo docs scripts contract lock wheel clean
+.PHONY: help setup check test suite lint style types slurm browser demo docs scripts contract lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -52,6 +52,9 @@ style: setup
 
 types: setup
 	"$(PY)" -m mypy
+
+check: style  ## a quick look: lint, the rules of the house, and one tiny way from text to a model and its report
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q tests/test_architecture.py tests/test_readme.py
 
 slurm:  ## install Slurm's daemons for tests/slurm, where root can do it on Debian or Ubuntu
 	@tests/slurm/install.sh

@@ -37,6 +37,8 @@ def shortened(line: str, num_steps: int | None) -> str:
         return line
     line = re.sub(r"train\.steps=\d+", f"train.steps={num_steps}", line)
     line = re.sub(r"(train\.checkpoint_every_steps)=\d+", rf"\1={max(1, num_steps // 2)}", line)
+    for named, kept in ((30, max(1, num_steps // 2)), (60, num_steps)):
+        line = line.replace(f"checkpoints/step-{named} ", f"checkpoints/step-{kept} ")
     return f"{line} {ROUNDS}" if " rl run " in line else line
 
 

@@ -81,13 +81,18 @@ def shell_blocks(text: str) -> list[str]:
 
 def lines_of(blocks: list[str]) -> Iterator[str]:
     """Yield what is typed: continued lines are joined; a prompt, variables before a command, the folder of a
-    program, and what starts it in a container or on several nodes are removed."""
+    program, and what starts it in a container are removed; of what torchrun starts on several nodes the
+    number of processes is left."""
     for block in blocks:
         for typed in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"^(?:[A-Z_]+=\S* )+", "", typed.strip().removeprefix("$ "))
             line = re.sub(r"^(?:[\w./-]*/)?bin/", "", line)
-            line = re.sub(r"^(?:torchrun .* -m -- megatron_sov|apptainer exec \S+ \S+ megatron-sov) ",
-                          "megatron-sov ", line)
+            line = re.sub(r"^apptainer exec \S+ \S+ megatron-sov ", "megatron-sov ", line)
+            if found := re.match(r"torchrun (.*) -m -- megatron_sov (.*)", line):
+                words = shlex.split(found[1])
+                nodes, ranks = (int(words[words.index(option) + 1]) if option in words else 1
+                                for option in ("--nnodes", "--nproc-per-node"))
+                line = f"megatron-sov {found[2]} --nproc {nodes * ranks}"
             if line and not line.startswith("#"):
                 yield line
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import math
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from megatron_sov import cli, recipes
-from megatron_sov.config import apply_settings
+from megatron_sov import cli
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import is_reference
+from megatron_sov.recipes.requested import BuiltIn, training_request
 from tests.pages_typed import (
     ENTRIES,
     PAGES,
@@ -30,7 +31,9 @@ from tests.pages_typed import (
 
 KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
-TRAINS = ("pretrain", "extend", "sft", "prefer", "distill", "rl run", "rl train")
+TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
+                              "distill": "distill", "rl run": "policy", "rl train": "policy"}
+"""Command -> what it trains by."""
 
 COMMANDS = [pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in PAGES
             for line in commands_of(page.read_text())]
@@ -42,16 +45,23 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [c for c in COMMANDS if " --set " in c.values[0]
+    "line", [c for c in COMMANDS if c.values[0].startswith("megatron-sov ")
              and cli.named(c.values[0].split()[1:])[0] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
+    """At the number of processes that the command says, or where the environment decides at one that fits."""
     args = parse(line)
     # tests/test_own_code.py runs those with a recipe of one's own
     if args.recipe is None or is_reference(args.recipe):
         assert args.config is not None or line in commands_of((ROOT / "docs/own_code.md").read_text())
         return
-    changed = apply_settings(recipes.get(args.recipe), args.settings)
-    assert changed._phase_problems() == []
+    command = cli.named(line.split()[1:])[0]
+    asked = training_request(args, TRAINS[command], needs_data=False, lengthens=command == "extend")
+    options = {"preference.method": getattr(args, "method", None),
+               "distillation.top_k": getattr(args, "top_k", None)}
+    config = asked.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
+    layout = config.parallel
+    assert config.problems(args.nproc or math.lcm(layout.tp * layout.pp * layout.cp,
+                                                  layout.etp * layout.ep * layout.pp)) == []
 
 
 def test_commands_are_found_and_wrong_ones_fail() -> None:
