@@ -264,6 +264,25 @@ def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str
     return run
 
 
+@pytest.fixture(scope="session")
+def warm_python(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Program to call Python by that has imported megatron before it begins, for root; else Python itself.
+
+    Commands that `run_command` runs start others by it where SOV_TESTS_PYTHON is its name.
+    """
+    if os.geteuid():
+        return sys.executable
+    folder = tmp_path_factory.mktemp("warm")
+    program = folder / "python3"  # the tests of jobs find ranks by a name that begins with python
+    program.write_text(f"#!{sys.executable} -IS\n"
+                       + Path(__file__).with_name("warm_client.py").read_text(encoding="utf-8"))
+    program.chmod(0o755)
+    worker.run(600, stays=[str(Path(__file__).with_name("warm_python.py")), "serve"], arguments=[str(folder)])
+    while not (folder / "warm.socket").exists():
+        time.sleep(0.01)
+    return str(program)
+
+
 @pytest.fixture
 def job() -> type[Job]:
     """Return the class that describes what `ranks` runs (test modules cannot import this file)."""

@@ -118,6 +118,7 @@ def be_fresh(asked: dict[str, Any], parent: int) -> None:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
+    sys.executable = os.environ.get("SOV_TESTS_PYTHON", sys.executable)  # that commands start others by
     if asked["file_limit_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_limit_bytes"],) * 2)
 

@@ -49,11 +49,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         megatron_sov.pretrian  # noqa: B018
 
 
-def test_the_example_of_the_page_runs(packed_data: Any, tmp_path: Path) -> None:
+def test_the_example_of_the_page_runs(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
     shutil.copytree(packed_data.text, tmp_path / "tokens")
     example = re.search(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert example is not None
-    done = python(example[1], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    started_by = f"import sys\nsys.executable = {warm_python!r}\n"
+    done = python(started_by + example[1], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     steps = [line.split() for line in done.stdout.splitlines()[-4:-1]]
     assert [step for step, _ in steps] == ["1", "2", "3"]

@@ -55,16 +55,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield running
 
 
-@pytest.fixture(scope="session")
-def warm_python(cluster: Any, worker: Any) -> str:
-    """Program that jobs of the cluster call Python by: it has imported megatron before it begins."""
-    program: Path = _module("warm_python").install(cluster.folder)
-    worker.run(30, stays=[str(Path(__file__).with_name("warm_python.py")), "serve"],
-               arguments=[str(cluster.folder)])
-    virtual_cluster.until((cluster.folder / "warm.socket").exists, 600, "the process that has imported all")
-    return str(program)
-
-
 @pytest.fixture
 def until() -> Callable[..., None]:
     """Return `until(condition, timeout_s, what)`."""

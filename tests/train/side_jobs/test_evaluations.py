@@ -255,8 +255,10 @@ def capitals(folder: Path) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_run_judges_its_exports_as_it_judges_itself(packed_data: Any, tmp_path: Path,
-                                                      run_command: Any) -> None:
+def test_a_run_judges_its_exports_as_it_judges_itself(
+        packed_data: Any, tmp_path: Path, run_command: Any, warm_python: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
     changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
                "model.num_experts=4",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",

@@ -1,4 +1,5 @@
-"""Python for jobs of the virtual cluster that starts in no time: the other side of warm_client.py.
+"""Python that starts in no time, for jobs of the virtual cluster and for commands that start others: the
+other side of warm_client.py.
 
 To start Python with torch and megatron costs each rank and each look at a node seconds of a core.  Here the
 worker of the tests, which has imported all, forks a process that waits at a socket; whatever a job asks
@@ -36,15 +37,6 @@ from megatron_sov.runs.parent_death import die_with_parent
 NAMESPACES = {"pid": 0x20000000, "uts": 0x04000000, "mnt": 0x00020000}
 """Of a node -> its flag; that of processes counts for children alone."""
 SOCKET = "warm.socket"
-
-
-def install(folder: Path) -> Path:
-    """Write the program that jobs call Python by; the tests find ranks by a name that begins with python."""
-    program = folder / "python3"
-    program.write_text(f"#!{sys.executable} -IS\n"
-                       + Path(__file__).with_name("warm_client.py").read_text(encoding="utf-8"))
-    program.chmod(0o755)
-    return program
 
 
 def serve(folder: str) -> NoReturn:
@@ -130,6 +122,7 @@ def _be_asked_process(asked: dict[str, Any], node: dict[str, int], streams: list
         os.umask(asked["umask"])
         os.environ.clear()
         os.environ.update(asked["environment"])
+        sys.executable = os.environ.get("SOV_TESTS_PYTHON", sys.executable)
         code = _run_module(*asked["arguments"])
     except BaseException:
         traceback.print_exc()

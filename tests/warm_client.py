@@ -1,5 +1,5 @@
-"""Stands for Python in jobs of the virtual cluster: has a process that has imported megatron already do what
-Python is asked for, in a fork.
+"""Stands for Python in tests that start many, as jobs of the virtual cluster do: has a process that has
+imported megatron already do what Python is asked for, in a fork.
 
 It hands over arguments, environment, folder and standard streams, passes on signals, and ends as the fork
 ends; when it is killed the fork is killed.  Where that process is not there, or the call is not one of ours,
@@ -16,12 +16,20 @@ from typing import Any
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 WARM = ("megatron_sov", "data_prep", "tokenizer", "datatrove")
 """Packages whose modules are run in a fork."""
+COLD = "megatron_sov.runs.background"
+"""Has to be a child of who starts it."""
+
+
+def module_asked_for() -> list[str]:
+    """Return the module that is to be run, and its arguments; nothing where something else is asked for."""
+    words = sys.argv[2:] if sys.argv[1:2] == ["-P"] else sys.argv[1:]
+    is_ours = words[:1] == ["-m"] and "".join(words[1:2]).partition(".")[0] in WARM and words[1] != COLD
+    return words[1:] if is_ours else []
 
 
 def connected() -> socket.socket | None:
     """Return the way to the process, or None."""
-    arguments = sys.argv[1:]
-    if arguments[:2] != ["-P", "-m"] or "".join(arguments[2:3]).partition(".")[0] not in WARM:
+    if not module_asked_for():
         return None
     door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -39,8 +47,8 @@ def main() -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     mask = os.umask(0o22)
-    asked = json.dumps({"arguments": sys.argv[3:], "environment": dict(os.environ), "folder": os.getcwd(),
-                        "umask": mask}).encode()
+    asked = json.dumps({"arguments": module_asked_for(), "environment": dict(os.environ),
+                        "folder": os.getcwd(), "umask": mask}).encode()
     socket.send_fds(door, [len(asked).to_bytes(8, "little")], [0, 1, 2])
     door.sendall(asked)
 
