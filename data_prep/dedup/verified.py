@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from data_prep.dedup.candidates import PAIR
 from data_prep.dedup.numbering import ranks, rows
 from data_prep.dedup.signatures import shingles
-from data_prep.dedup.work_files import bucket_slice, new_folder, parts_of, read_array, write_buckets
+from data_prep.dedup.work_files import (
+    bucket_slice,
+    new_folder,
+    parts_of,
+    read_array,
+    save_array,
+    write_buckets,
+)
 from data_prep.pipeline.step import Doc
 
 PAIR_BLOCK = 1 << 18
@@ -64,7 +71,7 @@ class ShingleSets:
                 joined = np.memmap(temporary / "raw", np.uint64, "r")
             for name, array in (("rows", np.sort(wanted)), ("shingles", joined),
                                 ("begins", np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))):
-                np.save(temporary / f"{name}.npy", np.asarray(array), allow_pickle=False)
+                save_array(temporary / f"{name}.npy", np.asarray(array))
             (temporary / "raw").unlink()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sov import sealed
 from megatron_sov.documents.cutting import cut_position
 from megatron_sov.documents.records import BadRecord
 from megatron_sov.documents.synthesis import without_rejected
@@ -174,14 +175,15 @@ def open_parquet(file: Path) -> Any:
         BadRecord: it is not one, or only a part of one.
     """
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        opened = parquet.ParquetFile(file)
+        opened = sealed.open_parquet(file)
         leaves = [opened.schema.column(i) for i in range(len(opened.schema))]
         strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
                    and leaf.logical_type.type in ("STRING", "NONE")]
-        return parquet.ParquetFile(file, metadata=opened.metadata, read_dictionary=strings)
+        return sealed.open_parquet(file, metadata=opened.metadata, read_dictionary=strings)
+    except UserError as e:
+        raise BadRecord("parquet", str(e).removeprefix(f"{file}: ")) from None
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as e:
         reason = str(e).splitlines()[0]
         raise BadRecord("parquet",
