@@ -115,7 +115,7 @@ def _digest(bucket: int, begin: int, end: int, records: Records) -> int:
     digest = Digest()
     digest.update(f"{bucket} {begin} {end} ".encode())
     if len(records):
-        digest.update(memoryview(np.ascontiguousarray(records).view(np.uint8)))
+        digest.update(np.ascontiguousarray(records).view(np.uint8).data)
     return _number(digest)
 
 

@@ -17,7 +17,7 @@ from data_prep.pipeline.columns import SOURCE_COLUMNS
 from data_prep.pipeline.cutting import shards_of
 from data_prep.pipeline.inputs import input_names, known_file
 from data_prep.pipeline.pipeline_file import Pipeline, StepEntry
-from data_prep.pipeline.step import ColumnType
+from data_prep.pipeline.step import ColumnType, Step
 from data_prep.sources.formats import reader
 from data_prep.sources.source import Piece, SourceSettings
 from megatron_sov.artifacts import MANIFEST, atomic_write
@@ -149,7 +149,7 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
                                 if p.num_tasks is None else p.num_tasks) for p in step.passes())
         reasons = {"step": entry.kind, "version": step.version, "settings": entry.settings(),
                    "only": dataclasses.asdict(entry.only) if entry.only.kinds else None,
-                   "files": [tree_hash(Path(file)) for file in step.files()]}
+                   "files": file_hashes(step)}
         reads = [[sources[i].settings.name, sources[i].layers[-1].folder] for i in looks_at]
         if passes:
             together = reasons | {"reads": reads,
@@ -165,6 +165,11 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
                               dict(step.adds)))
     number = len(pipeline.steps) + 1
     return Plan(pipeline, tuple(_with_output(source, pipeline, number) for source in sources), tuple(steps))
+
+
+def file_hashes(step: Step) -> list[str]:
+    """Return the hashes of what a step's outcomes depend on beside the documents."""
+    return [tree_hash(Path(file)) for file in step.files()]
 
 
 def _sees(entry: StepEntry, source: SourceSettings, before: Sequence[StepPlan]) -> bool:

@@ -21,7 +21,7 @@ from data_prep.pipeline.layer_view import LayerView
 from data_prep.pipeline.layers import LayerFile
 from data_prep.pipeline.output import write_output_shard
 from data_prep.pipeline.parsing import parse_shard
-from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan
+from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes
 from data_prep.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import UserError
@@ -212,9 +212,18 @@ def _plan(file: Path) -> Plan:
 
 @lru_cache(maxsize=2)
 def _built(plan_file: Path, number: int, output: Path, *, started: bool) -> Step:
-    """Return a step as this process has it."""
+    """Return a step as this process has it.
+
+    Raises:
+        UserError: what it read is not what the plan was made for.
+    """
     plan = _plan(plan_file)
     found = plan.steps[number - 1].entry.build(plan.pipeline.folder)
     if started:
         found.start(LayerView(plan, plan.steps[number - 1], output))
+    planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
+                   if layer.number == number)
+    if file_hashes(found) != planned:
+        raise UserError("a file that the step reads has changed since the plan was made; run the command "
+                        "again")
     return found
