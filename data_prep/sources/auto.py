@@ -31,7 +31,8 @@ class AutoReader(FileReader):
         readers = self._readers()
         named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
         found: list[Piece] = []
-        for name in source_files(self.source, lambda name: True):
+        left_out: list[Piece] = []
+        for name in source_files(self.source, lambda name: True, left_out):
             if reader := next((r for r in readers if r.takes(name)), None):
                 found += reader.pieces_of(name)
             elif os.fspath(self.source.file(name)) in named:
@@ -40,10 +41,13 @@ class AutoReader(FileReader):
                 found.append(Piece(PASSED_OVER, name, 0, 0, 0))
         if all(piece.format == PASSED_OVER for piece in found):
             refuse_nothing(self.source)
-        return found
+        return found + left_out
 
     def read(self, piece: Piece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
+        if piece.format == PASSED_OVER and not self.source.file(piece.file).is_file():
+            yield from super().read(piece)
+            return
         if piece.format == PASSED_OVER:
             ending = shown(PurePosixPath(piece.file).suffix) or "none"
             yield Broken(shown(piece.file), shown(piece.file), "ending",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from megatron_sov import sealed
 from megatron_sov.documents.cutting import cut_position
 from megatron_sov.documents.records import BadRecord
-from megatron_sov.documents.synthesis import without_rejected
+from megatron_sov.documents.synthesis import KEPT, is_synthesis
 from megatron_sov.errors import UserError
 
 WHOLE_FILE_BYTES = 1_000_000
@@ -26,6 +28,8 @@ TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
 """Endings of the files that are read from a folder; a file that is named itself is read
 whatever its ending."""
 PARQUET_SUFFIX = ".parquet"
+VERSION_CONTROL = frozenset(["CVS", "__MACOSX"])
+"""Folders that hold no files of the user's, beside those with a leading dot."""
 COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
 SPAN_BYTES = 8 << 20
 """Part of a large file that is read on its own; text files are cut into documents anew in each."""
@@ -62,8 +66,7 @@ class Span:
 def list_files(path: Path) -> list[Path]:
     """Return the files to read at `path`: the file itself, or a folder's text files, recursive and sorted.
 
-    Hidden files and folders are passed over, and so are files whose ending is not in `TEXT_SUFFIXES`; of a
-    folder of `sov-data synth` the samples that were kept are read, and nothing else.
+    Those of `walk_files` whose ending is in `TEXT_SUFFIXES`; what that leaves out is told.
 
     Raises:
         UserError: the path does not exist, or the folder holds no text file.
@@ -72,12 +75,64 @@ def list_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: does not exist; pass a text file, a .jsonl file or a folder of them")
-    found = [p for p in path.rglob("*") if _is_read(p) and p.is_file()
-             and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    left_out: list[Path] = []
+    found = [Path(file) for file in walk_files(path, left_out) if _is_read(Path(file))]
+    if left_out := [one for one in left_out if one.is_dir() or _is_read(one)]:
+        print(f"{path}: {len(left_out):,} left out; the first: {left_out[0]} {why_left_out(left_out[0])}",
+              file=sys.stderr)
     if not found:
         raise UserError(f"{path}: holds no text file (endings such as .txt, .md, .py, .jsonl, .jsonl.gz, "
                         ".parquet are read); pass a folder with text")
-    return sorted(without_rejected(found), key=lambda p: p.relative_to(path).parts)
+    return sorted(found, key=lambda p: p.relative_to(path).parts)
+
+
+def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
+    """Yield the ordinary files below a folder, and those that links lead to, wherever they lie.
+
+    Hidden files and folders, and those of version control, are passed over; of a folder of `sov-data synth`
+    the samples that were kept are read, and nothing else.  A folder is walked once, links to folders last, so
+    that no circle of links is without end.
+
+    Args:
+        folder: the folder.
+        left_out: receives what a name stands for and cannot be read; `why_left_out` says why.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
+
+    seen: set[str] = set()
+    root = os.path.realpath(folder)
+    waiting = [os.fspath(folder)]
+    while waiting:
+        links: list[str] = []
+        for top in waiting:
+            for where, folders, files in os.walk(top, onerror=refuse):
+                real = os.path.realpath(where)
+                if real in seen or root.startswith(f"{real.rstrip('/')}/"):
+                    left_out.append(Path(where))
+                    folders[:] = []
+                    continue
+                seen.add(real)
+                folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in VERSION_CONTROL)
+                if is_synthesis(files):
+                    folders[:], files = [], [KEPT]
+                links += [path for f in folders if os.path.islink(path := os.path.join(where, f))]
+                for path in (os.path.join(where, file) for file in sorted(files) if not file.startswith(".")):
+                    if os.path.isfile(path):
+                        yield path
+                    else:
+                        left_out.append(Path(path))
+        waiting = links
+
+
+def why_left_out(path: Path) -> str:
+    """Return why `walk_files` leaves something out."""
+    if path.is_dir():
+        return "leads to a folder that is read under another name, or that holds this one"
+    return "is a link that leads to nothing" if not path.exists() else "is no ordinary file"
 
 
 def _is_read(file: Path) -> bool:
