@@ -181,9 +181,10 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
         UserError: it is damaged.
     """
     def number(f: Any, place: int) -> int:
-        f.seek(place * _PLACE.itemsize)
+        f.seek(min(place * _PLACE.itemsize, size_bytes))
         return int.from_bytes(f.read(_PLACE.itemsize), "little")
 
+    size_bytes = path.stat().st_size
     with open(path, "rb") as f:
         count = number(f, 0)
         begin, end = number(f, 1 + bucket), number(f, 2 + bucket)
@@ -194,7 +195,7 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
         else:
             digest, left = Digest(), (end - begin) * dtype.itemsize
             digest.update(f"{bucket} {begin} {end} ".encode())
-            f.seek(min(found.begin_bytes, 1 << 62))
+            f.seek(min(found.begin_bytes, size_bytes))
             while left > 0 and (block := f.read(min(left, _BLOCK_BYTES))):
                 digest.update(block)
                 left -= len(block)
