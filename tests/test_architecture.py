@@ -23,7 +23,7 @@ DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
 BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
-        "process_identity", "artifacts", "compiled", "pretrained",
+        "process_identity", "artifacts", "compiled", "pretrained", "sealed",
         "byte_bpe", "documents", "media", "codecs", "chat", "endpoints", "rewards", "obs", "pages"}
 GROUND = BASE | {"models", "counterparts", "objectives", "recipes", "plan", "runs", "clusters", "tools",
                  "rollouts"}
@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # networks: whoever needs them opens them where they are needed; pickles are bounded as templates are
     "codecs": {"errors", "config", "artifacts", "digests", "outputs", "file_locks", "documents", "media",
                "obs", "pages", "chat", "pretrained"},
-    "byte_bpe": set(), "documents": {"errors", "compiled"}, "endpoints": {"errors"},
+    "sealed": {"errors", "artifacts", "digests"},
+    "byte_bpe": set(), "documents": {"errors", "compiled", "sealed"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},
     "models": BASE, "counterparts": BASE | {"models"}, "objectives": BASE,

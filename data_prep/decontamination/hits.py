@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from data_prep.decontamination.places import places
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import find_units
+from megatron_sov.documents.plain import plain
 
 MOST_HITS = 1000
 """Of one text that are told; one that has so many is not worth more room."""
@@ -50,15 +52,27 @@ def find_hits(text: str, search: Search, context_chars: int) -> list[Hit]:
         search: for what.
         context_chars: to show on either side.
     """
-    units = find_units(text)
-    found = search.find(units)[:MOST_HITS]
-    if not found:
-        return []
-    spans = places(text, units, [(f.begin, f.end) for f in found])
+    found = _found(text, search)
+    if (other := plain(text)) is not None:
+        known = defaultdict(list)
+        for number, start, stop in found:
+            known[number].append((start, stop))
+        for number, start, stop in _found(other.text, search):
+            start, stop = int(other.starts[start]), int(other.ends[stop - 1])
+            if not any(a < stop and start < b for a, b in known[number]):
+                found.append((number, start, stop))
     hits = []
-    for one, (start, stop) in zip(found, spans, strict=True):
-        item = search.items[one.item]
+    for number, start, stop in found[:MOST_HITS]:
+        item = search.items[number]
         hits.append(Hit(item.benchmark, item.id, item.field, start, stop,
                         text[max(0, start - context_chars):start],
                         text[start:min(stop, start + MOST_CHARACTERS)], text[stop:stop + context_chars]))
     return hits
+
+
+def _found(text: str, search: Search) -> list[tuple[int, int, int]]:
+    """Return number of an item, and where it begins and ends in a text."""
+    units = find_units(text)
+    found = search.find(units)[:MOST_HITS]
+    spans = places(text, units, [(f.begin, f.end) for f in found]) if found else []
+    return [(one.item, *span) for one, span in zip(found, spans, strict=True)]

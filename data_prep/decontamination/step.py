@@ -15,9 +15,11 @@ from data_prep.decontamination.places import whole_lines, without
 from data_prep.dedup.report import write_page
 from data_prep.dedup.work_files import new_file
 from data_prep.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
+from data_prep.shard_damage import way_out
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import PLACE, SEAL, read_lines, seal_file
 
 REASON = "text of a benchmark"
 ACTIONS = ("drop", "cut")
@@ -131,6 +133,9 @@ class Decontaminate(Step):
                         row = {"document": document.id, "source": document.source, **asdict(hit)}
                         # a document may hold half of a surrogate pair, which UTF-8 does not
                         f.write(json.dumps(row, ensure_ascii=True) + "\n")
+            f.write(json.dumps({SEAL: PLACE}) + "\n")
+            f.close()
+            seal_file(temporary)
 
     def _report(self, view: View, task: int) -> None:
         search = self.settings.search()
@@ -159,6 +164,4 @@ def _file(view: View, shard: ShardRef) -> Path:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with open(file, encoding="utf-8") as f:
-        for line in f:
-            yield json.loads(line)
+    return map(json.loads, read_lines(file, way_out(file)))

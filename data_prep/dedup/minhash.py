@@ -21,7 +21,7 @@ from data_prep.dedup.numbering import Numbering, Register, registered
 from data_prep.dedup.report import write_report
 from data_prep.dedup.signatures import Signature, Signer, estimated, sketches
 from data_prep.dedup.verified import ShingleSets, distinct, read_pairs, similar_pairs, write_pairs
-from data_prep.dedup.work_files import Records, bucket_slice, new_folder, parts_of, read_array
+from data_prep.dedup.work_files import Records, bucket_slice, new_folder, parts_of, read_array, save_array
 from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
 
 REASON = "near duplicate"
@@ -137,7 +137,7 @@ class MinhashDedup(Step):
                 if s.verify == "exact":
                     write_pairs(temporary / f"{number:06}", pairs, len(files))
                 else:
-                    np.save(temporary / f"{number:06}.npy", distinct(pairs), allow_pickle=False)
+                    save_array(temporary / f"{number:06}.npy", distinct(pairs))
 
     def _write_shingles(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_of[view.shards[task]]
@@ -151,7 +151,7 @@ class MinhashDedup(Step):
         with new_folder(view.work / "similar" / f"{rank:06}") as temporary:
             found = similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold)
             edges = np.concatenate([np.empty((0, 2), np.uint64), *found])
-            np.save(temporary / "edges.npy", edges, allow_pickle=False)
+            save_array(temporary / "edges.npy", edges)
 
     def _cluster(self, view: View, task: int) -> None:
         folder = view.work / "similar" if self.settings.verify == "exact" else view.work / "pairs"

@@ -1,7 +1,8 @@
 """Files that the passes of one step leave for each other: each appears whole or not at all.
 
 A pass over shards writes for the tasks of the next pass what concerns them, and that task reads its part of
-every shard's file.  `BucketFile` is that: records sorted by bucket behind the places where the buckets begin.
+every shard's file: records sorted by bucket, behind the places where the buckets begin and a checksum of each
+bucket.  Arrays have a checksum behind them (`sealed`).  Either is looked at before anything is believed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import disk_errors, fsync_path
+from megatron_sov.digests import Digest
+from megatron_sov.errors import UserError
+from megatron_sov.sealed import check_seal, seal_file
 
 Records = NDArray[Any]
 """Records of some structure [n]."""
 _PLACE = np.dtype("<u8")
+_BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
@@ -50,14 +56,26 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as .npy."""
-    with new_file(path) as temporary, open(temporary, "wb") as f:
+    """Write an array as .npy, on the disk behind `new_file`."""
+    with new_file(path) as temporary:
+        save_array(temporary, array)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as .npy with its checksum; `path`: where `new_file` or `new_folder` says."""
+    with open(path, "wb") as f:
         np.save(f, array, allow_pickle=False)
+    seal_file(path)
 
 
 def read_array(path: Path) -> NDArray[Any]:
     """Return a .npy file's array by memory map, an empty one as it is; what is written to it stays in
-    memory (compiled loops take arrays that may be written to for another type than others)."""
+    memory (compiled loops take arrays that may be written to for another type than others).
+
+    Raises:
+        UserError: it is damaged.
+    """
+    check_seal(path, way_out(path))
     try:
         found = np.load(path, mmap_mode="c", allow_pickle=False)
     except ValueError:  # what is empty cannot be mapped
@@ -81,10 +99,28 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_
         num_buckets: of the file.
     """
     places = np.searchsorted(buckets, np.arange(num_buckets + 1)).astype(_PLACE)
+    digests = np.zeros(num_buckets, _PLACE)
+    for bucket in np.unique(buckets).tolist():
+        begin, end = places[bucket:bucket + 2].tolist()
+        digests[bucket] = _digest(bucket, begin, end, records[begin:end])
     with new_file(path) as temporary, open(temporary, "wb") as f:
         np.array([num_buckets], _PLACE).tofile(f)
         places.tofile(f)
+        digests.tofile(f)
         records.tofile(f)
+
+
+def _digest(bucket: int, begin: int, end: int, records: Records) -> int:
+    """Return the checksum of a bucket and its place in the file."""
+    digest = Digest()
+    digest.update(f"{bucket} {begin} {end} ".encode())
+    if len(records):
+        digest.update(np.ascontiguousarray(records).view(np.uint8).data)
+    return _number(digest)
+
+
+def _number(digest: Digest) -> int:
+    return int(digest.text().partition(":")[2][:16], 16)
 
 
 class BucketWriter:
@@ -93,19 +129,24 @@ class BucketWriter:
     def __init__(self, path: Path, num_buckets: int) -> None:
         """Begin a file; `path`: where `new_file` or `new_folder` says."""
         self._file = open(path, "wb")  # noqa: SIM115  (closed by `close`)
-        self._places = np.zeros(num_buckets + 1, _PLACE)
+        self._places, self._digests = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
         np.array([num_buckets], _PLACE).tofile(self._file)
         self._places.tofile(self._file)
+        self._digests.tofile(self._file)
 
     def append(self, bucket: int, records: Records) -> None:
-        """Write records of a bucket, behind those of the buckets before it."""
+        """Write all records of a bucket, behind those of the buckets before it."""
+        if len(records):
+            begin = int(self._places[bucket])
+            self._digests[bucket] = _digest(bucket, begin, begin + len(records), records)
         self._places[bucket + 1:] += np.uint64(len(records))
         records.tofile(self._file)
 
     def close(self) -> None:
-        """Write where the buckets begin."""
+        """Write where the buckets begin, and their checksums."""
         self._file.seek(_PLACE.itemsize)
         self._places.tofile(self._file)
+        self._digests.tofile(self._file)
         self._file.close()
 
 
@@ -136,9 +177,31 @@ class Slice:
 
 
 def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
-    """Return a bucket of a file that `write_buckets` wrote."""
+    """Return a bucket of a file that `write_buckets` wrote; all of it is read once, for its checksum.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    def number(f: Any, place: int) -> int:
+        f.seek(min(place * _PLACE.itemsize, size_bytes))
+        return int.from_bytes(f.read(_PLACE.itemsize), "little")
+
+    size_bytes = path.stat().st_size
     with open(path, "rb") as f:
-        num_buckets = int(np.fromfile(f, _PLACE, 1)[0])
-        f.seek((1 + bucket) * _PLACE.itemsize)
-        begin, end = np.fromfile(f, _PLACE, 2).tolist()
-    return Slice(path, dtype, (2 + num_buckets) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
+        count = number(f, 0)
+        begin, end = number(f, 1 + bucket), number(f, 2 + bucket)
+        wanted = number(f, 2 + count + bucket)
+        found = Slice(path, dtype, (2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
+        if begin == end:
+            is_sound = wanted == 0
+        else:
+            digest, left = Digest(), (end - begin) * dtype.itemsize
+            digest.update(f"{bucket} {begin} {end} ".encode())
+            f.seek(min(found.begin_bytes, size_bytes))
+            while left > 0 and (block := f.read(min(left, _BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+            is_sound = left == 0 and _number(digest) == wanted
+    if not is_sound:
+        raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); {way_out(path)}")
+    return found

@@ -7,7 +7,6 @@ values of which there are very many (hosts): of these the largest of each shard 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.journey.folder import batches, damage
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.sealed import try_read_json, write_json
 
 FORMAT = 1
 TEXT = "text"
@@ -150,7 +149,7 @@ def write_shard_facts(file: Path) -> Facts:
         UserError: the shard is missing or damaged, or the disk refuses.
     """
     facts = facts_of_file(file)
-    atomic_write(counted_beside(file), to_json(facts.to_dict()))
+    write_json(counted_beside(file), facts.to_dict())
     return facts
 
 
@@ -192,8 +191,8 @@ def total(facts: Iterable[Facts]) -> Facts:
 def _counted(file: Path) -> Facts | None:
     """Return what was counted when a shard was written, if that is there and of this layout."""
     try:
-        return Facts.from_dict(json.loads(counted_beside(file).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return Facts.from_dict(try_read_json(counted_beside(file)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

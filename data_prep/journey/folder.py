@@ -16,6 +16,7 @@ from data_prep.journey.summary import SUMMARY, Summary, read_summary
 from data_prep.shard_damage import way_out
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.sealed import open_parquet
 
 PIPELINE, SHARDS, QUARANTINE = "pipeline.json", "shards", "quarantine"
 OUTPUT = "output"
@@ -121,7 +122,7 @@ def open_shard(file: Path) -> pq.ParquetFile:
         UserError: it is missing or damaged.
     """
     try:
-        return pq.ParquetFile(file)
+        return open_parquet(file, _way(file))
     except FileNotFoundError:
         raise UserError(f"{file}: is missing; run the pipeline again, which makes it, or restore it from a "
                         "copy") from None
@@ -131,8 +132,11 @@ def open_shard(file: Path) -> pq.ParquetFile:
 
 def damage(file: Path, why: str) -> UserError:
     """Return the error of a shard that does not hold what it should."""
-    return UserError(f"{file}: is damaged ({visible(why.splitlines()[0])[:200]}); {way_out(file)} (of a "
-                     "complete run delete manifest.json too, so that it is done again)")
+    return UserError(f"{file}: is damaged ({visible(why.splitlines()[0])[:200]}); {_way(file)}")
+
+
+def _way(file: Path) -> str:
+    return f"{way_out(file)} (of a complete run delete manifest.json too, so that it is done again)"
 
 
 def batches(file: Path, texts: Sequence[str], others: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:

@@ -7,21 +7,25 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_prep.pipeline.progress import StageProgress
-from megatron_sov.artifacts import atomic_write
 from megatron_sov.digests import BLAKE3, file_digest
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import try_read_json, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when the same inputs and settings would have other files."""
 REASONS_FILE = "address.json"
 HASH_THREADS = 4
+_TICK_NS = 20_000_000
+"""Two changes within it may have the same time."""
+Mark = list[int]
+"""Size, times of change of content and of status, and inode of a file."""
 
 
 def address(ingredients: Mapping[str, Any]) -> str:
@@ -32,23 +36,29 @@ def address(ingredients: Mapping[str, Any]) -> str:
 
 
 def hashes_of(files: Sequence[Path], known: Path | None = None, *, keep: bool = True) -> dict[str, str]:
-    """Return path -> content hash of files.
+    """Return path -> content hash of files; as `entries_of`."""
+    return {file: entry[-1] for file, entry in entries_of(files, known, keep=keep).items()}
+
+
+def entries_of(files: Sequence[Path], known: Path | None = None, *, keep: bool = True
+               ) -> dict[str, list[Any]]:
+    """Return path -> [*mark, content hash] of files.
 
     Args:
         files: what to read.
-        known: where hashes are kept from one command to the next; a file whose size, time of change and
-            inode are the same is not read again.  None: nothing is kept.
+        known: where hashes are kept from one command to the next; a file whose mark is the same is not read
+            again: no program can set the time of its status back.  None: nothing is kept.
         keep: whether that file may be written.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or is written to.
     """
     before = known_entries(known) if known is not None else {}
 
     def one(file: Path) -> list[Any]:
-        mark = _mark(file)
+        mark = mark_of(file)
         entry: list[Any] = before.get(str(file), [])
-        return entry if is_known(entry, mark) else [*mark, _content_hash(file)]
+        return entry if is_known(entry, mark) else _read_entry(file, mark)
 
     found: dict[str, list[Any]] = {}
     with (ThreadPoolExecutor(HASH_THREADS) as pool,
@@ -59,18 +69,17 @@ def hashes_of(files: Sequence[Path], known: Path | None = None, *, keep: bool = 
     if keep and known is not None:
         if found != before or parts_of(known).exists():
             known.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(known, json.dumps(found))
+            write_json(known, found)
         shutil.rmtree(parts_of(known), ignore_errors=True)
-    return {file: entry[3] for file, entry in found.items()}
+    return found
 
 
 def known_entries(known: Path) -> dict[str, Any]:
-    """Return path -> [size, time of change, inode, content hash] as earlier commands, or jobs of this one,
+    """Return path -> [*mark, content hash] as earlier commands, or jobs of this one,
     have found them; nothing where that cannot be read, since it is only a shortcut."""
     found: dict[str, Any] = {}
     for file in [known, *sorted(parts_of(known).glob("*.json"))]:
-        with suppress(OSError, ValueError, TypeError):
-            found |= json.loads(file.read_text())
+        found |= try_read_json(file) or {}
     return found
 
 
@@ -86,22 +95,40 @@ def unknown_files(files: Sequence[Path], known: Path) -> dict[Path, int]:
         UserError: a file cannot be looked at.
     """
     before = known_entries(known)
-    marks = {file: _mark(file) for file in files}
+    marks = {file: mark_of(file) for file in files}
     return {file: mark[0] for file, mark in marks.items() if not is_known(before.get(str(file)), mark)}
 
 
-def is_known(entry: Any, mark: list[int]) -> bool:
+def is_known(entry: Any, mark: Mark) -> bool:
     """Return whether an entry is that of a file as it is now."""
-    return isinstance(entry, list) and entry[:3] == mark
+    return isinstance(entry, list) and entry[:-1] == mark
 
 
-def _mark(file: Path) -> list[int]:
-    """Return size, time of change and inode of a file, by which a change of its content is noticed."""
+def refuse_changed(file: Path, mark: Mark) -> None:
+    """Raise `UserError` where a file is not as it was when it had a mark."""
+    if mark_of(file) != mark:
+        raise UserError(f"{file}: has changed since the run looked at it; run the command again when nobody "
+                        "writes to it")
+
+
+def _read_entry(file: Path, mark: Mark) -> list[Any]:
+    """Return the entry of a file that is read now."""
+    # a change within the same tick as the one before would leave no trace
+    if 0 <= (age_ns := time.time_ns() - mark[2]) < _TICK_NS:
+        time.sleep((_TICK_NS - age_ns) / 1e9)
+        mark = mark_of(file)
+    found = _content_hash(file)
+    refuse_changed(file, mark)
+    return [*mark, found]
+
+
+def mark_of(file: Path) -> Mark:
+    """Return what a change of a file's content shows in."""
     try:
         stat = os.stat(file)
     except OSError as e:
         raise _unreadable(file, e) from None
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _content_hash(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from data_prep.pipeline.step import Doc, Outcome, Step, View
 from data_prep.steps import Steps, step_of_file
 from megatron_sov.documents import Document, LeftOut
 from megatron_sov.errors import UserError
+from megatron_sov.plugins.reads import recording_reads
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,9 @@ class CodeSettings:
 
     function: Path
     """FILE.py:FUNCTION; it takes a Document and returns one, or LeftOut(reason)."""
+    files: tuple[Path, ...] = ()
+    """Files and folders that the function opens when it is called; what its file reads or imports while it
+    is loaded is known without it."""
 
     @property
     def file(self) -> Path:
@@ -32,7 +37,8 @@ class CodeSettings:
             step_of_file(str(self.function))
         except UserError as e:
             return [f"function: {e}"]
-        return []
+        return [f"files: {file}: does not exist; name a file or a folder that the function reads"
+                for file in self.files if not file.exists()]
 
 
 class CodeStep(Step):
@@ -43,21 +49,33 @@ class CodeStep(Step):
     Settings = CodeSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the function's file, and what it imports from its folder."""
+        """Return the function's file, what it imports from its folder and reads when it is loaded, and what
+        the settings name."""
         settings: CodeSettings = self.settings
-        return sorted({settings.file, *(file for name in step_of_file(str(settings.function)).files
-                                        if (file := settings.file.parent / name).is_file())})
+        return sorted({settings.file, *settings.files, *(
+            file for name in step_of_file(str(settings.function)).files
+            if (file := Path(os.path.normpath(settings.file.parent / name))).is_file())})
 
     def start(self, view: View) -> None:
         """Load the function."""
         self._steps = Steps([step_of_file(str(self.settings.function))])
+        self._files = [file.resolve() for file in self.files()]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
         """Return what the function makes of each document.
 
         Raises:
-            UserError: it fails, or returns something else.
+            UserError: it fails, returns something else, or opens a file that the address does not know.
         """
+        with recording_reads() as reads:
+            made = self._made(documents)
+        if unknown := sorted(read for read in reads if not any(read.is_relative_to(f) for f in self._files)):
+            raise UserError(f"{self.settings.function}: opens {unknown[0]} when it is called, so that a "
+                            "change of that file would not be noticed; read it while the code is loaded, or "
+                            "name it in `files` of the step")
+        return made
+
+    def _made(self, documents: Sequence[Doc]) -> list[Outcome]:
         made = []
         for document in documents:
             where = document.columns.get("where") or document.id

@@ -13,6 +13,7 @@ from data_prep.pipeline.plan import Layer, Plan, SourcePlan
 from data_prep.pipeline.reuse import reusable
 from data_prep.pipeline.running import open_tasks
 from data_prep.pipeline.tasks import Stage, layer_of, stages, tasks
+from megatron_sov.sealed import try_read_json
 
 MAX_REASONS = 3
 
@@ -64,9 +65,7 @@ def _why(source: SourcePlan, layer: Layer, output: Path) -> list[str]:
     if not others or ((folder / REASONS_FILE).is_file() and any(folder.glob("[0-9]*"))):
         return []
     newest = max(others, key=lambda file: file.stat().st_mtime_ns)
-    try:
-        before = json.loads(newest.read_text())
-    except ValueError:
+    if (before := try_read_json(newest)) is None:
         return []
     now = json.loads(json.dumps(layer.reasons))
     own = list(differences({k: v for k, v in before.items() if k != "reads"},

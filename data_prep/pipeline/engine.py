@@ -31,9 +31,10 @@ from multiprocess import resource_tracker
 from multiprocess.forkserver import ensure_running
 
 from data_prep.pipeline.tasks import Stage, Task, do_task
-from megatron_sov.artifacts import atomic_write, disk_errors
+from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.runs.parent_death import die_with_parent
+from megatron_sov.sealed import read_json, write_json
 
 _ENDS_FORKS: list[int] = []
 """This process, while an executor is at work."""
@@ -83,7 +84,7 @@ class TaskList:
             at_work.parent.mkdir(exist_ok=True)
             if not self.parent:
                 refuse_many_restarts(f"step {self.stage.kind}", "take smaller shard_bytes")
-            for source, number in json.loads((self.logs / TODO).read_text())[rank]:
+            for source, number in read_json(self.logs / TODO)[rank]:
                 at_work.write_text(json.dumps([source, number]))
                 do_task(self.plan_file, self.output, self.stage, (source, number))
         at_work.unlink(missing_ok=True)
@@ -121,8 +122,8 @@ def keeping_failure(logs: Path, rank: int) -> Iterator[None]:
         failed = logs / FAILED / f"{rank:05d}.json"
         with contextlib.suppress(OSError, UserError):
             failed.parent.mkdir(exist_ok=True)
-            atomic_write(failed, json.dumps({"is_user_error": isinstance(e, UserError), "sentence": str(e),
-                                             "trace": "".join(traceback.format_exception(e))}))
+            write_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
+                                "trace": "".join(traceback.format_exception(e))})
         raise
 
 
@@ -138,7 +139,7 @@ def prepare(logs: Path, todo: Sequence[Task], num_ranks: int) -> None:
     """Make the folder of an attempt's logs anew, and deal its tasks out to the executor's ranks."""
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
-    (logs / TODO).write_text(json.dumps([todo[rank::num_ranks] for rank in range(num_ranks)]))
+    write_json(logs / TODO, [todo[rank::num_ranks] for rank in range(num_ranks)])
 
 
 def run_here(plan_file: Path, output: Path, stage: Stage, todo: Sequence[Task], workers: int,
@@ -199,7 +200,7 @@ def _start_server_of_workers() -> None:
 
 def raise_failures(logs: Path) -> None:
     """Raise what the tasks of an attempt have told, if any."""
-    found = [json.loads(file.read_text()) for file in sorted((logs / FAILED).glob("*.json"))]
+    found = [read_json(file) for file in sorted((logs / FAILED).glob("*.json"))]
     if not found:
         return
     more = f" (and {len(found) - 1} other tasks: {logs / FAILED})" if len(found) > 1 else ""

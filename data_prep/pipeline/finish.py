@@ -16,26 +16,32 @@ from data_prep.pack import PackSettings, Source, pack
 from data_prep.pipeline.counts import Counts
 from data_prep.pipeline.ending import what_stands, why_empty
 from data_prep.pipeline.naming import named_columns
-from data_prep.pipeline.plan import OUTPUT, Plan, SourcePlan
+from data_prep.pipeline.plan import OUTPUT, Layer, Plan, SourcePlan
 from data_prep.pipeline.reuse import link
 from data_prep.pipeline.tasks import pass_marks
+from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import (
     MANIFEST,
     ArtifactWriter,
+    FileRecord,
     atomic_write,
     disk_errors,
+    file_damage,
     manifest_sha256,
     publish,
     read_manifest,
 )
 from megatron_sov.documents import Reading
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import open_parquet, read_json, read_lines
 
 KIND = "corpus"
 TEXT, TOKENS, QUARANTINE = "text", "tokens", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
 NOT_THE_CORPUS = frozenset(["shards", "shared", "done", "inputs", "logs", "plans", "slurm", TOKENS])
 """Folders beside the corpus: what it was made of and with, and what was made of it."""
+CLOCKS_DIFFER_S = 60.0
+"""A disk's clock and this machine's."""
 TAGS = ("kind", "level", "synthetic")
 """Columns that blends choose sources by, whatever the names are made of."""
 NAMED_TAGS = ("language", "topic")
@@ -43,15 +49,25 @@ NAMED_TAGS = ("language", "topic")
 
 
 def is_complete(plan: Plan, output: Path) -> bool:
-    """Return whether a run's folder holds what a plan would make: also its files, by their sizes."""
+    """Return whether a run's folder holds what a plan would make: also its files, of which those that have
+    changed since are read."""
     try:
         manifest = read_manifest(output, KIND)
     except UserError:
         return False
     packed = plan.pipeline.pack is None or (output / TOKENS / MANIFEST).is_file()
     return (manifest.content.get("address") == plan.address and packed
-            and all((output / name).is_file() and (output / name).stat().st_size == record.size_bytes
+            and all(_is_as_written(output / name, record, manifest.created_s)
                     for name, record in manifest.files.items()))
+
+
+def _is_as_written(file: Path, record: FileRecord, created_s: float) -> bool:
+    try:
+        stat = file.stat()
+    except OSError:
+        return False
+    return stat.st_size == record.size_bytes and (
+        stat.st_ctime < created_s - CLOCKS_DIFFER_S or file_damage(file, record) is None)
 
 
 def finish(plan: Plan, output: Path, workers: int) -> str:
@@ -85,7 +101,7 @@ def _publish_text(plan: Plan, output: Path) -> dict[str, int]:
     try:
         for source in plan.sources:
             for shard in source.shards:
-                for file in sorted(source.layers[-1].rows(output, shard).glob("*.parquet")):
+                for file in _output_files(source.layers[-1], output, shard):
                     number = named.setdefault(file.stem, 0)
                     named[file.stem] += 1
                     (temporary / file.stem).mkdir(exist_ok=True)
@@ -98,6 +114,17 @@ def _publish_text(plan: Plan, output: Path) -> dict[str, int]:
     return named
 
 
+def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
+    """Return the files of an output shard, which hold what its task has counted."""
+    files = sorted(layer.rows(output, shard).glob("*.parquet"))
+    num_rows = sum(open_parquet(file, way_out(file), is_required=True).metadata.num_rows for file in files)
+    counts = layer.counts(output, shard)
+    if num_rows != (wanted := read_json(counts, way_out(counts))["documents_in"]):
+        raise UserError(f"{layer.rows(output, shard)}: has {num_rows} documents where {counts} says "
+                        f"{wanted}; {way_out(layer.rows(output, shard) / TEXT)}")
+    return files
+
+
 def _write_quarantine(plan: Plan, output: Path) -> None:
     """List what was broken, a file for each source."""
     temporary = output / f".{QUARANTINE}.tmp-{os.getpid()}"
@@ -107,8 +134,8 @@ def _write_quarantine(plan: Plan, output: Path) -> None:
         for source in plan.sources:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
                 for shard in source.shards:
-                    with open(source.layers[0].broken(output, shard), "rb") as part:
-                        shutil.copyfileobj(part, whole)
+                    file = source.layers[0].broken(output, shard)
+                    whole.writelines(read_lines(file, way_out(file)))
         publish(temporary, output / QUARANTINE)  # without the lists of sources that the file had before
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -130,7 +157,7 @@ def _shared(plan: Plan, number: int) -> list[str]:
 def _pass_times(done: Path) -> Iterator[dict[str, Any]]:
     """Yield what each pass has taken so far."""
     for folder in sorted(done.glob("*")):
-        times = [json.loads(mark.read_bytes()) for mark in sorted(folder.iterdir())
+        times = [read_json(mark, way_out(mark)) for mark in sorted(folder.iterdir())
                  if not mark.name.startswith(".")]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
                "cpu_s": sum(one["cpu_s"] for one in times), "wall_s": sum(one["wall_s"] for one in times)}
@@ -142,7 +169,7 @@ def _source_summary(plan: Plan, source: SourcePlan, output: Path) -> dict[str, A
     for layer in source.layers:
         if layer.kind == OUTPUT:
             continue
-        found = [json.loads(file.read_bytes()) for shard in source.shards
+        found = [read_json(file, way_out(file)) for shard in source.shards
                  if (file := layer.counts(output, shard)).is_file()]
         entry = settings.get(layer.number)
         steps.append({"number": layer.number, "kind": layer.kind, "folder": layer.folder,

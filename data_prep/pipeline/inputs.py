@@ -3,7 +3,6 @@ of a cluster before anything is planned, and not by the machine where the comman
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from data_prep.pipeline.addresses import address, hashes_of, parts_of, unknown_f
 from data_prep.pipeline.pipeline_file import Pipeline
 from data_prep.sources.formats import reader
 from data_prep.sources.source import PASSED_OVER, Piece
-from megatron_sov.artifacts import atomic_write
 from megatron_sov.obs.figures import size
+from megatron_sov.sealed import read_json, write_json
 
 READ_HERE_BYTES = 10 * 10**9
 """So much is read where the command is typed, in some seconds; of more a cluster's jobs read all."""
@@ -86,10 +85,10 @@ def read_batch(batch: Batch, output: Path) -> None:
 
 def write_batches(file: Path, found: Sequence[Batch]) -> None:
     """Write batches where jobs find them."""
-    atomic_write(file, json.dumps([[batch.source, list(batch.files)] for batch in found]))
+    write_json(file, [[batch.source, list(batch.files)] for batch in found])
 
 
 def batch_of(file: Path, number: int) -> Batch:
     """Return one of the batches that `write_batches` wrote."""
-    source, files = json.loads(file.read_text())[number]
+    source, files = read_json(file)[number]
     return Batch(source, tuple(files))

@@ -20,6 +20,7 @@ from data_prep.pipeline.step import ColumnType, Outcome
 from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import disk_errors, fsync_path
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import open_parquet, seal_file, seal_parquet
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
 """A group of rows is closed when its text, or its rows, have become so many."""
@@ -39,7 +40,7 @@ class Row:
 
 class TableFile:
     """A Parquet file under construction: `with TableFile(path, schema) as file: file.write(...)`; it appears
-    under its name when it is complete, and on the disk."""
+    under its name when it is complete, with a checksum of its own, and on the disk."""
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
@@ -68,11 +69,13 @@ class TableFile:
         try:
             with disk_errors(self.path):
                 try:
+                    seal_parquet(self._writer)
                     self._writer.close()
                 except OSError:
                     if kind is None:
                         raise
                 if kind is None:
+                    seal_file(self._temporary)
                     fsync_path(self._temporary)
                     os.replace(self._temporary, self.path)
         finally:
@@ -98,7 +101,7 @@ def groups(source: str, files: Sequence[Path]) -> Iterator[list[Row | None]]:
 
 def _opened(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return open_parquet(file, way_out(file), is_required=True)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
                         f"{way_out(file)}") from None

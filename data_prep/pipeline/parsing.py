@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep.pipeline.addresses import refuse_changed
 from data_prep.pipeline.columns import OF_A_RECORD
 from data_prep.pipeline.counts import Counts
 from data_prep.pipeline.layers import BASE_SCHEMA, GROUP_BYTES, GROUP_ROWS, TableFile
@@ -19,6 +20,7 @@ from data_prep.sources.formats import reader
 from data_prep.sources.source import Broken, Raw, SourceSettings
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import PLACE, SEAL, seal_file
 
 MAX_LISTED = 10_000
 """Of what is broken in a shard; more is only counted."""
@@ -40,7 +42,8 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
     try:
         with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file,
               open(temporary, "w", encoding="utf-8") as quarantine):
-            for piece in pieces_of(output, layer, shard):
+            pieces, marks = pieces_of(output, layer, shard)
+            for piece in pieces:
                 for item in source_reader.read(piece):
                     if isinstance(item, Broken):
                         _note_broken(item, pipeline, quarantine, counts, shard)
@@ -49,11 +52,15 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
                     if group.is_full:
                         file.write(group.take())
             file.write(group.take())
+            for name, mark in marks.items():
+                refuse_changed(source.settings.file(name), mark)
             if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
                 quarantine.write(json.dumps({
                     "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
                     "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
+            quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
             quarantine.flush()
+            seal_file(temporary)
             os.replace(temporary, listed)
             yield counts
     finally:

@@ -5,22 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_prep.pipeline.addresses import REASONS_FILE, address, hashes_of, tree_hash
+from data_prep.pipeline.addresses import REASONS_FILE, Mark, address, entries_of, tree_hash
 from data_prep.pipeline.columns import SOURCE_COLUMNS
 from data_prep.pipeline.cutting import shards_of
 from data_prep.pipeline.inputs import input_names, known_file
 from data_prep.pipeline.pipeline_file import Pipeline, StepEntry
-from data_prep.pipeline.step import ColumnType
+from data_prep.pipeline.step import ColumnType, Step
 from data_prep.sources.formats import reader
 from data_prep.sources.source import Piece, SourceSettings
 from megatron_sov.artifacts import MANIFEST, atomic_write
+from megatron_sov.sealed import PLACE, SEAL, read_json, read_lines, sealed, write_json
 
 PARSE, OUTPUT = "parse", "output"
 PIECES = "pieces.jsonl"
@@ -120,13 +121,12 @@ class Plan:
 
     def write(self, file: Path) -> None:
         """Write it where tasks find it."""
-        atomic_write(file, json.dumps(json.loads(TypeAdapter(Plan).dump_json(self)), indent=1,
-                                      ensure_ascii=False))
+        write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)))
 
     @staticmethod
     def read(file: Path) -> Plan:
         """Return what `write` has written."""
-        return TypeAdapter(Plan).validate_json(file.read_bytes())
+        return TypeAdapter(Plan).validate_json(json.dumps(read_json(file)))
 
 
 def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
@@ -149,7 +149,7 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
                                 if p.num_tasks is None else p.num_tasks) for p in step.passes())
         reasons = {"step": entry.kind, "version": step.version, "settings": entry.settings(),
                    "only": dataclasses.asdict(entry.only) if entry.only.kinds else None,
-                   "files": [tree_hash(Path(file)) for file in step.files()]}
+                   "files": file_hashes(step)}
         reads = [[sources[i].settings.name, sources[i].layers[-1].folder] for i in looks_at]
         if passes:
             together = reasons | {"reads": reads,
@@ -165,6 +165,11 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
                               dict(step.adds)))
     number = len(pipeline.steps) + 1
     return Plan(pipeline, tuple(_with_output(source, pipeline, number) for source in sources), tuple(steps))
+
+
+def file_hashes(step: Step) -> list[str]:
+    """Return the hashes of what a step's outcomes depend on beside the documents."""
+    return [tree_hash(Path(file)) for file in step.files()]
 
 
 def _sees(entry: StepEntry, source: SourceSettings, before: Sequence[StepPlan]) -> bool:
@@ -186,8 +191,9 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     """Cut a source into shards."""
     pieces = reader(source).pieces()
     names = input_names(pieces)
-    hashes = hashes_of([source.file(name) for name in names], known_file(output, source.name), keep=keep)
-    contents = {name: hashes[str(source.file(name))] for name in names}
+    entries = entries_of([source.file(name) for name in names], known_file(output, source.name), keep=keep)
+    marks = {name: entries[str(source.file(name))][:-1] for name in names}
+    contents = {name: entries[str(source.file(name))][-1] for name in names}
     settings = json.loads(TypeAdapter(SourceSettings).dump_json(source))
     for outside in ("priority", "folder", "path"):  # what is read says it better
         del settings[outside]
@@ -199,21 +205,31 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     reasons = how | {"shard_bytes": pipeline.shard_bytes,
                      "files": address({"files": [[piece.file for piece in pieces], contents]})}
     folder = f"shards/{source.name}/00-{PARSE}-{address(reasons)}"
-    if keep and not (output / folder / PIECES).is_file():
-        (output / folder).mkdir(parents=True, exist_ok=True)
-        atomic_write(output / folder / PIECES, "".join(
-            json.dumps([number, [dataclasses.asdict(piece) for piece in group]]) + "\n"
-            for number, group in groups.items()))
+    if keep:
+        _write_pieces(output / folder / PIECES, groups, marks)
     return SourcePlan(source, shards, len(names), sum(piece.size_bytes for piece in pieces),
                       (Layer(0, PARSE, folder, reasons),))
 
 
-def pieces_of(output: Path, layer: Layer, shard: int) -> list[Piece]:
-    """Return the pieces of one shard of a plan that is written."""
-    with open(output / layer.folder / PIECES, encoding="utf-8") as f:
-        for line in f:
-            if line.startswith(f"[{shard}, "):
-                return [Piece(**{**piece, "beside": tuple(piece["beside"])}) for piece in json.loads(line)[1]]
+def _write_pieces(file: Path, groups: Mapping[int, Sequence[Piece]], marks: Mapping[str, Mark]) -> None:
+    """Write what the tasks of shards read, unless it stands there."""
+    lines = [json.dumps([number, [dataclasses.asdict(piece) for piece in group],
+                         {name: marks[name] for name in input_names(group)}])
+             for number, group in groups.items()]
+    made = sealed("\n".join([*lines, json.dumps({SEAL: PLACE}), ""]).encode())
+    if not file.is_file() or file.read_bytes() != made:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, made)
+
+
+def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[Piece], dict[str, Mark]]:
+    """Return the pieces of one shard of a plan that is written, and the files that they are read from with
+    their marks when the plan was made."""
+    begin = f"[{shard}, ".encode()
+    for line in read_lines(output / layer.folder / PIECES):
+        if line.startswith(begin):
+            _, pieces, marks = json.loads(line)
+            return [Piece(**{**piece, "beside": tuple(piece["beside"])}) for piece in pieces], marks
     raise KeyError(f"{layer.folder}: has no shard {shard}")
 
 
@@ -225,4 +241,4 @@ def note_reasons(output: Path, plan: Plan) -> None:
             folder = output / layer.folder
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / REASONS_FILE).is_file():
-                atomic_write(folder / REASONS_FILE, json.dumps(layer.reasons, ensure_ascii=False))
+                write_json(folder / REASONS_FILE, layer.reasons)

@@ -7,7 +7,6 @@ get a second name in the new folder, and nothing is done again.  What stands in 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from data_prep.pipeline.addresses import address
 from data_prep.pipeline.plan import Layer, Plan, SourcePlan
-from megatron_sov.artifacts import atomic_write
+from megatron_sov.sealed import try_read_json, write_json
 
 KEYS = "keys.json"
 """Number of each shard -> address of what stands in its files."""
@@ -54,7 +53,7 @@ def take_over(plan: Plan, output: Path) -> None:
     for source in plan.sources:
         for layer, keys in zip(source.layers, _keys(source), strict=True):
             if not (output / layer.folder / KEYS).is_file():
-                atomic_write(output / layer.folder / KEYS, json.dumps(keys))
+                write_json(output / layer.folder / KEYS, keys)
 
 
 def _keys(source: SourcePlan) -> Iterator[dict[int, str]]:
@@ -75,11 +74,8 @@ def _others(folder: Path, layer: Layer) -> Iterator[tuple[Path, dict[str, str]]]
         return
     pattern = f"{layer.number:02d}-{layer.kind}-*/{KEYS}"
     for file in sorted(folder.parent.glob(pattern), key=lambda file: -file.stat().st_mtime_ns):
-        if file.parent != folder:
-            try:
-                yield file.parent, json.loads(file.read_text())
-            except ValueError:  # half a file of a disk that broke: only a shortcut
-                continue
+        if file.parent != folder and (known := try_read_json(file)):  # only a shortcut
+            yield file.parent, known
 
 
 def _files(layer: Layer, output: Path, shard: int) -> list[Path]:

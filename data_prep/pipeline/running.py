@@ -19,10 +19,12 @@ from data_prep.pipeline.progress import StageProgress
 from data_prep.pipeline.reuse import take_over
 from data_prep.pipeline.slurm_jobs import refuse_living
 from data_prep.pipeline.tasks import Stage, Task, done_mark, layer_of, stages, tasks
+from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.file_locks import holds
 from megatron_sov.outputs import refuse_nowhere
+from megatron_sov.sealed import read_json
 
 
 def check_folder(output: Path) -> None:
@@ -160,6 +162,6 @@ def _tell(plan: Plan, stage: Stage, output: Path, num_done: int, wall_s: float) 
 
 def stage_counts(plan: Plan, stage: Stage, output: Path) -> Counts:
     """Return the counts of a stage over all sources."""
-    return Counts.together(json.loads(layer.counts(output, shard).read_bytes())
+    return Counts.together(read_json(file := layer.counts(output, shard), way_out(file))
                            for source in plan.sources if (layer := layer_of(source, stage))
                            for shard in source.shards)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import atomic_write
 from megatron_sov.clusters import client
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import try_read_json, write_json
 
 FILE = "slurm/jobs.json"
 
@@ -25,15 +24,12 @@ class Jobs:
     @staticmethod
     def read(output: Path) -> Jobs:
         """Return what is on record; nothing where there is none."""
-        try:
-            return Jobs(**json.loads((output / FILE).read_text()))
-        except (OSError, ValueError, TypeError):
-            return Jobs("", {})
+        return Jobs(**(try_read_json(output / FILE) or {"address": "", "numbers": {}}))
 
     def write(self, output: Path) -> None:
         """Put it on record."""
         (output / FILE).parent.mkdir(exist_ok=True)
-        atomic_write(output / FILE, json.dumps(asdict(self)))
+        write_json(output / FILE, asdict(self))
 
     def living(self) -> list[str]:
         """Return the numbers of those that wait or run."""

@@ -6,7 +6,6 @@ is not done again, whoever asks.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -22,10 +21,11 @@ from data_prep.pipeline.layer_view import LayerView
 from data_prep.pipeline.layers import LayerFile
 from data_prep.pipeline.output import write_output_shard
 from data_prep.pipeline.parsing import parse_shard
-from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan
+from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes
 from data_prep.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
-from megatron_sov.artifacts import atomic_write, disk_errors
+from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import write_json
 
 Task = tuple[str, int]
 """Name of a source and number of a shard; of a pass "" and the number of its task."""
@@ -133,7 +133,7 @@ def _do(plan: Plan, plan_file: Path, output: Path, stage: Stage, task: Task, mar
         wall, cpu = time.perf_counter(), cpu_seconds()
         _built(plan_file, stage.number, output, started=False).passes()[stage.index].run(view, task[1])
         mark.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(mark, json.dumps({"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall}))
+        write_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall})
         return
     source = plan.source(task[0])
     layer = layer_of(source, stage)
@@ -148,7 +148,7 @@ def _do(plan: Plan, plan_file: Path, output: Path, stage: Stage, task: Task, mar
         work = _judge_shard(plan, plan_file, output, stage, ShardRef(*task), mark)
     with work as counts:
         counts.wall_s, counts.cpu_s = time.perf_counter() - wall, cpu_seconds(starts_others) - cpu
-        _write_counts(layer.counts(output, task[1]), counts)
+        write_json(layer.counts(output, task[1]), counts.to_dict())
 
 
 def cpu_seconds(with_others: bool = False) -> float:
@@ -165,10 +165,6 @@ def cpu_seconds(with_others: bool = False) -> float:
             times = child.cpu_times()
             below += times.user + times.system
     return mine.user + mine.system + mine.children_user + mine.children_system + below
-
-
-def _write_counts(file: Path, counts: Counts) -> None:
-    atomic_write(file, json.dumps(counts.to_dict(), ensure_ascii=False))
 
 
 @contextmanager
@@ -216,9 +212,18 @@ def _plan(file: Path) -> Plan:
 
 @lru_cache(maxsize=2)
 def _built(plan_file: Path, number: int, output: Path, *, started: bool) -> Step:
-    """Return a step as this process has it."""
+    """Return a step as this process has it.
+
+    Raises:
+        UserError: what it read is not what the plan was made for.
+    """
     plan = _plan(plan_file)
     found = plan.steps[number - 1].entry.build(plan.pipeline.folder)
     if started:
         found.start(LayerView(plan, plan.steps[number - 1], output))
+    planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
+                   if layer.number == number)
+    if file_hashes(found) != planned:
+        raise UserError("a file that the step reads has changed since the plan was made; run the command "
+                        "again")
     return found

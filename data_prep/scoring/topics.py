@@ -7,7 +7,6 @@ embeddings, at a cost that a laptop bears.  Then each document goes to the neare
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,8 +20,10 @@ from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from data_prep.scoring.topic_model import TopicModel, find_topics
 from data_prep.scoring.topic_words import top_words
+from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import read_json, read_sealed, sealed, write_json
 
 _MODEL, _TOPICS = "topics.safetensors", "topics.json"
 _MOST_SHOWN = 200
@@ -83,7 +84,7 @@ class Topics(Step):
                 taken = sorted(taken)[:wanted]
         folder = view.work / "sample"
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / f"{task:06d}.json", json.dumps(sorted(taken)[:wanted], ensure_ascii=False))
+        write_json(folder / f"{task:06d}.json", sorted(taken)[:wanted])
 
     def fit(self, view: View, task: int) -> None:
         """Find topics in the samples of all shards.
@@ -93,7 +94,7 @@ class Topics(Step):
         """
         taken: list[tuple[str, str]] = []
         for file in sorted((view.work / "sample").glob("*.json")):
-            taken += [(key, text) for key, text in json.loads(file.read_text(encoding="utf-8"))]
+            taken += [(key, text) for key, text in read_json(file, way_out(file))]
             taken = sorted(taken)[: self.settings.sample]
         texts = [text for _, text in taken]
         if len(texts) < self.settings.num_clusters:
@@ -103,13 +104,14 @@ class Topics(Step):
         words = top_words(texts, places, self.settings.num_clusters, self._ngrams)
         sizes = np.bincount(places[places >= 0], minlength=self.settings.num_clusters).tolist()
         topics = [{"topic": _name(i), "num_sampled": size, "words": words[i]} for i, size in enumerate(sizes)]
-        atomic_write(view.work / _MODEL, model.to_bytes())
+        atomic_write(view.work / _MODEL, sealed(model.to_bytes()))
         atomic_write(view.work / _TOPICS, to_json({"num_sampled": len(texts), "topics": topics}))
         atomic_write(view.work / "report.json", to_json(_report(topics, len(texts))))
 
     def start(self, view: View) -> None:
         """Load the topics."""
-        self._model = TopicModel.from_bytes((view.work / _MODEL).read_bytes())
+        file = view.work / _MODEL
+        self._model = TopicModel.from_bytes(read_sealed(file, way_out(file)))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
         """Return the topic of each document; null for one without words."""

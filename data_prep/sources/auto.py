@@ -32,7 +32,8 @@ class AutoReader(FileReader):
         readers = self._readers()
         named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
         found: list[Piece] = []
-        names = source_files(self.source, lambda name: True)
+        left_out: list[Piece] = []
+        names = list(source_files(self.source, lambda name: True, left_out))
         is_dataset = any(map(is_records, names))
         for name in names:
             is_named = os.fspath(self.source.file(name)) in named
@@ -46,10 +47,13 @@ class AutoReader(FileReader):
                 found.append(Piece(PASSED_OVER, name, 0, 0, 0))
         if all(piece.format == PASSED_OVER for piece in found):
             refuse_nothing(self.source)
-        return found
+        return found + left_out
 
     def read(self, piece: Piece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
+        if piece.format == PASSED_OVER and not self.source.file(piece.file).is_file():
+            yield from super().read(piece)
+            return
         if piece.format == PASSED_OVER:
             if is_about(piece.file):
                 yield Broken(shown(piece.file), shown(piece.file), "about",

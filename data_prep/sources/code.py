@@ -54,7 +54,9 @@ class CodeReader(FileReader):
     def pieces(self) -> list[Piece]:
         """Return the files, in order, each with the licences of the folders that it stands in."""
         self._licences: dict[str, tuple[str, ...]] = {}
-        return [piece for name in source_files(self.source, self.takes) for piece in self.pieces_of(name)]
+        left_out: list[Piece] = []
+        names = source_files(self.source, self.takes, left_out)
+        return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[Piece]:
         """Yield the file, with the licences that stand for it."""

@@ -57,7 +57,8 @@ class DatasetReader(FileReader):
             UserError: there is nothing to read, or nothing of the configuration and split that are wanted.
         """
         found = []
-        names = [name for name in source_files(self.source, self.takes) if self._is_wanted(name)]
+        left_out: list[Piece] = []
+        names = [name for name in source_files(self.source, self.takes, left_out) if self._is_wanted(name)]
         if not names:
             raise UserError(f"source {self.source.name}: no name of a data file says that it is of config = "
                             f"{self.options.config!r} and split = {self.options.split!r}; name others, or "
@@ -67,7 +68,7 @@ class DatasetReader(FileReader):
             card = self._card(name)
             for piece in part.pieces_of(_as(self, part), name):
                 found.append(Piece(self.format, name, piece.start, piece.stop, piece.size_bytes, card))
-        return found
+        return found + left_out
 
     def _is_wanted(self, name: str) -> bool:
         parts = PurePosixPath(name)

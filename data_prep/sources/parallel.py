@@ -69,8 +69,9 @@ class ParallelReader(FileReader):
             UserError: there is nothing to read, or one of two files is missing.
         """
         languages = self.options.languages
-        return [self._piece(name, languages) for name in source_files(self.source, self._takes)
-                if not (languages and _ending(name) == languages[1])]
+        left_out: list[Piece] = []
+        return [self._piece(name, languages) for name in source_files(self.source, self._takes, left_out)
+                if not (languages and _ending(name) == languages[1])] + left_out
 
     def _takes(self, name: str) -> bool:
         return self.takes(name) or _ending(name) in self.options.languages

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from data_prep.sources.job import Item, Job
 from data_prep.sources.limits import COMPRESSED, Limits
-from data_prep.sources.listing import source_files
+from data_prep.sources.listing import shown, source_files
 from data_prep.sources.options import read_options
 from data_prep.sources.reading_process import read_apart
-from data_prep.sources.source import Broken, Piece, Raw, SourceSettings
+from data_prep.sources.source import PASSED_OVER, Broken, Piece, Raw, SourceSettings
+from megatron_sov.documents.files import why_left_out
 
 
 class FileReader:
@@ -40,7 +41,9 @@ class FileReader:
 
     def pieces(self) -> list[Piece]:
         """Return the parts of the source, in order."""
-        return [piece for name in source_files(self.source, self.takes) for piece in self.pieces_of(name)]
+        left_out: list[Piece] = []
+        names = source_files(self.source, self.takes, left_out)
+        return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[Piece]:
         """Yield the parts of one file: itself."""
@@ -48,7 +51,11 @@ class FileReader:
         yield Piece(self.format, name, 0, size_bytes, size_bytes)
 
     def read(self, piece: Piece) -> Iterator[Raw | Broken]:
-        """Yield what a piece holds, in order, read by a process with limits."""
+        """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
+        if piece.format == PASSED_OVER:
+            name, reason = shown(piece.file), why_left_out(self.source.file(piece.file))
+            yield Broken(name, name, "left_out", reason, is_left_out=True)
+            return
         job = Job(piece, self.source.root, self.source.text_field, self.options)
         yield from read_apart(job)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import os
 import re
 import zlib
 from collections import Counter
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from megatron_sov import sealed
 from megatron_sov.documents.cutting import cut_position
 from megatron_sov.documents.records import BadRecord
-from megatron_sov.documents.synthesis import without_rejected
+from megatron_sov.documents.synthesis import KEPT, is_synthesis
 from megatron_sov.errors import UserError
 
 WHOLE_FILE_BYTES = 1_000_000
@@ -37,6 +39,8 @@ JSON_SUFFIX = ".json"
 """Of a list of records, or of lines of them; anything else in JSON is no data."""
 RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
 """Endings of files of records: a folder that holds one is a dataset."""
+VERSION_CONTROL = frozenset(["CVS", "__MACOSX"])
+"""Folders that hold no files of the user's, beside those with a leading dot."""
 COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Stands at the start of some files and is no text."""
@@ -104,8 +108,11 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
                 f"--repo-type dataset --local-dir {path.name}" if _HUB_ID.fullmatch(str(path)) else "")
         raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                         f"file, or a folder of them{hint}")
-    names = {file: file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    texts, records, lists = ([file for file, name in names.items() if not _is_hidden(name) and is_one(name)]
+    left_out: list[Path] = []
+    names = {file: file.relative_to(path).as_posix() for file in map(Path, walk_files(path, left_out))}
+    if left_out := [one for one in left_out if one.is_dir() or _is_text(one.name) or is_records(one.name)]:
+        tell(f"{path}: {len(left_out):,} left out; the first: {left_out[0]} {why_left_out(left_out[0])}")
+    texts, records, lists = ([file for file, name in names.items() if is_one(name)]
                              for is_one in (_is_text, is_records, _is_json))
     about = [file for file in texts if is_about(names[file])]
     if not records and len(about) == len(texts):
@@ -118,11 +125,60 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if not found:
         raise UserError(f"{path}: holds no text file and no records (endings such as .txt, .md, .py, "
                         ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
-    kept = sorted(without_rejected([*found]), key=lambda p: p.relative_to(path).parts)
+    kept = sorted(found, key=lambda p: p.relative_to(path).parts)
     if sentence := _passed_over(path, [name for file, name in names.items() if file not in found],
                                 [names[file] for file in kept], bool(records)):
         tell(sentence)
     return kept
+
+
+def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
+    """Yield the ordinary files below a folder, and those that links lead to, wherever they lie.
+
+    Hidden files and folders, and those of version control, are passed over; of a folder of `sov-data synth`
+    the samples that were kept are read, and nothing else.  A folder is walked once, links to folders last, so
+    that no circle of links is without end.
+
+    Args:
+        folder: the folder.
+        left_out: receives what a name stands for and cannot be read; `why_left_out` says why.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
+
+    seen: set[str] = set()
+    root = os.path.realpath(folder)
+    waiting = [os.fspath(folder)]
+    while waiting:
+        links: list[str] = []
+        for top in waiting:
+            for where, folders, files in os.walk(top, onerror=refuse):
+                real = os.path.realpath(where)
+                if real in seen or root.startswith(f"{real.rstrip('/')}/"):
+                    left_out.append(Path(where))
+                    folders[:] = []
+                    continue
+                seen.add(real)
+                folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in VERSION_CONTROL)
+                if is_synthesis(files):
+                    folders[:], files = [], [KEPT]
+                links += [path for f in folders if os.path.islink(path := os.path.join(where, f))]
+                for path in (os.path.join(where, file) for file in sorted(files) if not file.startswith(".")):
+                    if os.path.isfile(path):
+                        yield path
+                    else:
+                        left_out.append(Path(path))
+        waiting = links
+
+
+def why_left_out(path: Path) -> str:
+    """Return why `walk_files` leaves something out."""
+    if path.is_dir():
+        return "leads to a folder that is read under another name, or that holds this one"
+    return "is a link that leads to nothing" if not path.exists() else "is no ordinary file"
 
 
 def is_about(name: str) -> bool:
@@ -152,10 +208,6 @@ def _is_json(name: str) -> bool:
     return _ending(name) == JSON_SUFFIX
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
-
 def _ending(name: str) -> str:
     """Return what a file's name says that it holds, without the ending of a compression."""
     path = Path(name)
@@ -166,16 +218,12 @@ def _ending(name: str) -> str:
 def _passed_over(folder: Path, others: list[str], kept: list[str], is_dataset: bool) -> str:
     """Return a sentence on the files of a folder that are not read, and on those of a dataset that may not
     be meant."""
-    told = []
-    hidden = sum(map(_is_hidden, others))
-    shown = sorted(name for name in others if not _is_hidden(name))
-    if shown:
-        endings = Counter(Path(name).suffix.lower() or "no ending" for name in shown)
-        told.append(", ".join(shown) if len(shown) <= _MOST_TOLD else ", ".join(
+    sentence = ""
+    if others:
+        endings = Counter(Path(name).suffix.lower() or "no ending" for name in others)
+        which = ", ".join(sorted(others) if len(others) <= _MOST_TOLD else (
             f"{count:,} {ending}" for ending, count in endings.most_common()))
-    if hidden and (is_dataset or shown):
-        told.append(f"{hidden:,} hidden")
-    sentence = f"{folder}: passed over {len(others):,} files ({', '.join(told)})" if told else ""
+        sentence = f"{folder}: passed over {len(others):,} files ({which})"
     if is_dataset and (plain := [name for name in kept if _is_text(name)]):
         sentence += (f"{'; ' if sentence else f'{folder}: '}beside records it reads {len(plain):,} files of "
                      f"plain text ({', '.join(plain[:_MOST_TOLD])}{', ...' * (len(plain) > _MOST_TOLD)}) as "
@@ -277,14 +325,15 @@ def open_parquet(file: Path) -> Any:
         BadRecord: it is not one, or only a part of one.
     """
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        opened = parquet.ParquetFile(file)
+        opened = sealed.open_parquet(file)
         leaves = [opened.schema.column(i) for i in range(len(opened.schema))]
         strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
                    and leaf.logical_type.type in ("STRING", "NONE")]
-        return parquet.ParquetFile(file, metadata=opened.metadata, read_dictionary=strings)
+        return sealed.open_parquet(file, metadata=opened.metadata, read_dictionary=strings)
+    except UserError as e:
+        raise BadRecord("parquet", str(e).removeprefix(f"{file}: ")) from None
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as e:
         reason = str(e).splitlines()[0]
         raise BadRecord("parquet",

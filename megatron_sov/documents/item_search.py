@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.documents.overlap import TWELFTHS, Units, find_units, stretch_hashes
+from megatron_sov.documents.plain import plain
 
 _BYTES_PER_KEY = 32
 _MIN_BITS, _MAX_BITS = 12, 30
@@ -62,18 +63,26 @@ class Search:
         runs: dict[int, list[int]] = defaultdict(list)
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for number, item in enumerate(items):
-            units = find_units(item.text)
-            if units.size >= ngram * TWELFTHS:
-                for run in np.unique(units.runs(ngram)).tolist():
-                    runs[run].append(number)
-            elif units.size >= min_words * TWELFTHS:
-                count = len(units.hashes)
-                whole = stretch_hashes(units.hashes, np.array([0]), np.array([count]))
-                self._whole[int(units.runs(min_words)[0])].append((count, int(whole[0]), number))
-            else:
-                self.too_short.append(number)
+            self._add(number, find_units(item.text), runs)
+            if (other := plain(item.text)) and (not self.too_short or self.too_short[-1] != number):
+                self._add(number, find_units(other.text), runs)
         self._owners = runs
         self._runs, self._beginnings = _Keys(list(runs)), _Keys(list(self._whole))
+
+    def _add(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
+        """Look for an item in one of its forms."""
+        if units.size >= self.ngram * TWELFTHS:
+            for run in np.unique(units.runs(self.ngram)).tolist():
+                if number not in runs[run][-1:]:
+                    runs[run].append(number)
+        elif units.size >= self.min_words * TWELFTHS:
+            count = len(units.hashes)
+            whole = stretch_hashes(units.hashes, np.array([0]), np.array([count]))
+            entry = (count, int(whole[0]), number)
+            if entry not in (known := self._whole[int(units.runs(self.min_words)[0])]):
+                known.append(entry)
+        elif number not in self.too_short:
+            self.too_short.append(number)
 
     def find(self, units: Units) -> list[Found]:
         """Return what a text has, by item and place; stretches of an item that touch are one."""

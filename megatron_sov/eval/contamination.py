@@ -19,6 +19,7 @@ from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.documents import BadRecord, Reading, Span, in_processes, list_files, plan_units, read_span
 from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import WORDS, find_units
+from megatron_sov.documents.plain import forms
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.results import Contamination, Results
 from megatron_sov.eval.score_differences import Scored, is_mean, values_of
@@ -166,12 +167,12 @@ def searching(texts: list[Item], reading: Reading) -> Callable[[Any], tuple[list
         count = 0
         for where, text, is_first in (_packed(unit) if isinstance(unit, _Part) else _read(unit, reading)):
             count += is_first
-            units = find_units(text)
-            for one in search.find(units):
-                item = texts[one.item]
-                begin, end = units.span(one.begin, one.end)
-                hits.append(ItemHit(item.benchmark, item.id, item.field, where,
-                                    units.folded[begin:end][:EXCERPT_CHARS]))
+            for units in map(find_units, forms(text)):
+                for one in search.find(units):
+                    item = texts[one.item]
+                    begin, end = units.span(one.begin, one.end)
+                    hits.append(ItemHit(item.benchmark, item.id, item.field, where,
+                                        units.folded[begin:end][:EXCERPT_CHARS]))
         return hits, count
 
     return work

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.plugins.reads import recording_reads
 from megatron_sov.version import OUR_PACKAGES
 
 
@@ -29,7 +30,8 @@ class Loaded:
     reference: str
     """FILE.py:NAME with the file's whole path, or MODULE:NAME."""
     files: dict[str, str]
-    """File -> sha256: what ran, then what it imports from its own folder or package."""
+    """File -> sha256: what ran, then what it imports from its own folder or package, and of FILE.py what it
+    has read while it was loaded."""
 
 
 def is_reference(text: str) -> bool:
@@ -53,7 +55,7 @@ def load(reference: str) -> Loaded:
     if place.endswith(".py") or "/" in place:
         path = Path(os.path.abspath(place))
         module, digest = _run(path)
-        found = Loaded(None, name, f"{path}:{name}", {path.name: digest, **_beside(path)})
+        found = Loaded(None, name, f"{path}:{name}", {path.name: digest, **_beside(path), **_read_by(path)})
     else:
         module = _imported(place)
         found = Loaded(None, name, reference, files_of(module))
@@ -90,6 +92,8 @@ def files_of(module: ModuleType) -> dict[str, str]:
 
 _ran: dict[Path, tuple[str, ModuleType]] = {}
 """Files that this process has run: path -> hash of the bytes that ran, and the module they made."""
+_read: dict[Path, set[Path]] = {}
+"""Path of a file that this process has run -> what it has read meanwhile."""
 
 
 def _run(path: Path) -> tuple[ModuleType, str]:
@@ -110,12 +114,13 @@ def _run(path: Path) -> tuple[ModuleType, str]:
     try:
         # not through importlib: it may take a .pyc of a second ago for the file,
         # and the hash would be of other code
-        with telling(str(path)), _importing_from(path.parent):
+        with telling(str(path)), _importing_from(path.parent), recording_reads() as reads:
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
         del sys.modules[module.__name__]
         raise
     _ran[path] = digest, module
+    _read.setdefault(path, set()).update(reads)  # of imported modules the first time alone
     return module, digest
 
 
@@ -186,6 +191,12 @@ def _beside(path: Path) -> dict[str, str]:
         if place.parent == path.parent and file != path and file not in _ran:
             found[os.path.relpath(file, path.parent)] = _sha256(file)
     return found
+
+
+def _read_by(path: Path) -> dict[str, str]:
+    """Return file -> sha256 of what a file has read while it was loaded."""
+    return {os.path.relpath(file, path.parent): _sha256(file) for file in sorted(_read.get(path, ()))
+            if file.is_file()}
 
 
 def _has_file(module: Any) -> bool:

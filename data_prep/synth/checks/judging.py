@@ -17,17 +17,20 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from data_prep.pipeline.finish import summary_of
 from data_prep.pipeline.plan import Plan, SourcePlan, make_plan
 from data_prep.pipeline.running import judge_documents
+from data_prep.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
 from data_prep.synth.checks.input_texts import input_texts
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, texts_of
 from data_prep.synth.sample import Verdict
 from megatron_sov.artifacts import disk_errors, publish
+from megatron_sov.errors import UserError
+from megatron_sov.sealed import open_parquet
 
 FOLDER, TEXTS = "checks", "texts"
 LOT_ITEMS = 2000
@@ -186,9 +189,9 @@ def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str
     changes; one that several change comes as often, the last text last."""
     base, *layers = [layer for layer in source.layers if layer.folder and layer.kind != "output"]
     for shard in source.shards:
-        ids = pq.read_table(base.file(folder, shard), columns=["own_id"]).column("own_id").to_pylist()
+        ids = _read(base.file(folder, shard), ["own_id"]).column("own_id").to_pylist()
         for layer in layers:
-            table = pq.read_table(layer.file(folder, shard))
+            table = _read(layer.file(folder, shard))
             beside = next((name for name in ("duplicate_of", "contamination") if name in table.column_names),
                           "text")
             for own_id, reason, text, detail in zip(ids, *(
@@ -197,13 +200,21 @@ def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str
                     yield own_id, layer.number, reason or "", "" if beside == "text" else detail or "", text
 
 
+def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return open_parquet(file, way_out(file), is_required=True).read(columns)
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
+                        f"{way_out(file)}") from None
+
+
 def _own_ids(plan: Plan, folder: Path, wanted: Iterable[str]) -> dict[str, str]:
     """Return id in the pipeline -> own id, of the documents that others are the same as."""
     asked = {one for one in wanted if one}
     found: dict[str, str] = {}
     for source in plan.sources if asked else ():
         for shard in source.shards:
-            table = pq.read_table(source.layers[0].file(folder, shard), columns=["id", "own_id"])
+            table = _read(source.layers[0].file(folder, shard), ["id", "own_id"])
             found |= {one: own for one, own in zip(table.column("id").to_pylist(),
                                                    table.column("own_id").to_pylist(), strict=True)
                       if one in asked}

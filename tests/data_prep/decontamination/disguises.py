@@ -51,3 +51,83 @@ ITEMS = {
     "short korean": "다음 중 대한민국의 수도는 어디인가?",
 }
 """Language -> an item."""
+
+
+def _each_word(change: Callable[[str], str]) -> Callable[[str], str]:
+    """Return what changes the inside of each longer word."""
+    return lambda text: re.sub(r"[A-Za-z]{4,}", lambda m: change(m[0]), text)
+
+
+def _inside(left: str, right: str = "") -> Callable[[str], str]:
+    return _each_word(lambda w: w[:2] + left + w[2:3] + right + w[3:])
+
+
+def _around(left: str, right: str) -> Callable[[str], str]:
+    return _each_word(lambda w: left + w + right)
+
+
+def _letters(change: Callable[[str], str], of: str = "aeocp") -> Callable[[str], str]:
+    return lambda text: re.sub(f"[{of}]", lambda m: change(m[0]), text)
+
+
+def _likes(table: str) -> Callable[[str], str]:
+    pairs = dict(pair for pair in table.split())  # type: ignore[misc]
+    return lambda text: "".join(pairs.get(c, c) for c in text)
+
+
+MARKUP_DISGUISES: dict[str, Callable[[str], str]] = {
+    **{f"tag {tag} in words": _inside(f"<{tag}>", f"</{tag.split()[0]}>") for tag in (
+        "b", "i", "em", "strong", "span class='x'", "u", "mark", "font color=red", "a href='#x'", "sub",
+        "code")},
+    **{f"{name} in words": _inside(sign) for name, sign in {
+        "wbr": "<wbr>", "comment": "<!-- x -->", "empty span": "<span></span>", "&shy;": "&shy;",
+        "&zwnj;": "&zwnj;", "&#8203;": "&#8203;", "&#x200b;": "&#x200b;", "soft hyphen": "\u00ad",
+        "word joiner": "\u2060", "grapheme joiner": "\u034f", "variation": "\ufe0f", "left mark": "\u200e",
+        "byte order": "\ufeff", "TeX hyphen": r"\-", "TeX group": "{}", "TeX relax": r"\relax ",
+        "quoted line end": "=\n",
+        "script": "<script>x()</script>", "hangul filler": "\u3164"}.items()},
+    **{f"{name} around words": _around(left, right) for name, (left, right) in {
+        "{\\tt": (r"{\tt ", "}"), "{\\bf": (r"{\bf ", "}"), "{\\it": (r"{\it ", "}"),
+        "{\\large": (r"{\large ", "}"),
+        "textbf": (r"\textbf{", "}"), "emph": (r"\emph{", "}"), "mbox": (r"\mbox{", "}"),
+        "textcolor": (r"\textcolor{red}{", "}"), "color": (r"{\color{red} ", "}"), "mathrm": (r"$\mathrm{",
+        "}$"),
+        "underline": (r"\underline{", "}"), "operatorname": (r"\operatorname{", "}"), "braces": ("{", "}"),
+        "ttfamily": (r"{\ttfamily ", "}"), "strong": ("**", "**"), "struck": ("~~", "~~"), "code": ("`", "`"),
+        "link": ("[", "](https://a.example/x)"), "highlight": ("==", "=="), "underscores": ("_",
+        "_")}.items()},
+    **{f"{name} inside words": _inside(left, right) for name, (left, right) in {
+        "textbf": (r"\textbf{", "}"), "{\\tt": (r"{\tt ", "}"), "asterisks": ("*", "*"), "strong": ("**",
+        "**"),
+        "code": ("`", "`"), "braces": ("{", "}")}.items()},
+    "decimal entities": _letters(lambda c: f"&#{ord(c)};"),
+    "hexadecimal entities": _letters(lambda c: f"&#x{ord(c):x};"),
+    "entities twice": _letters(lambda c: f"&amp;#{ord(c)};"),
+    "named entities": lambda t: t.replace(" ", "&nbsp;").replace("é", "&eacute;"),
+    "entities of accents": _letters(lambda c: f"&{c}acute;", "aeo"),
+    "escaped tags": _inside("&lt;b&gt;", "&lt;/b&gt;"),
+    "percent": lambda t: t.replace(" ", "%20").replace("e", "%65"),
+    "unicode escapes": _letters(lambda c: f"\\u{ord(c):04x}"),
+    "byte escapes": _letters(lambda c: f"\\x{ord(c):02x}"),
+    "quoted printable": _letters(lambda c: f"={ord(c):02X}"),
+    "TeX accents": _letters(lambda c: f"\\'{{{c}}}", "aeo"),
+    "TeX accents, short": _letters(lambda c: f"\\'{c}", "aeo"),
+    "TeX blanks": lambda t: t.replace(" ", "~"),
+    "TeX thin blanks": lambda t: t.replace(" ", r"\ "),
+    "TeX lines": lambda t: t.replace(" ", r" \\ "),
+    "accents": _letters(lambda c: unicodedata.normalize("NFC", c + "\u0301"), "aeo"),
+    "marks over letters": _letters(lambda c: c + "\u0336\u0301\u0324", "aeo"),
+    "Cyrillic": _likes("aа eе oо pр cс yу xх iі jј sѕ"),
+    "Cyrillic capitals": lambda t: _likes("AА BВ EЕ KК MМ HН OО PР CС TТ XХ")(t.upper()),
+    "Greek": _likes("oο vν aα iι uυ"),
+    "small capitals": _likes("aᴀ eᴇ oᴏ tᴛ rʀ nɴ"),
+    "Armenian": _likes("oօ uս hհ nո"),
+    "mathematical bold": lambda t: "".join(
+        chr(0x1D41A + ord(c) - 97) if "a" <= c <= "z" else c for c in t),
+    "circled": lambda t: "".join(chr(0x24D0 + ord(c) - 97) if "a" <= c <= "z" else c for c in t),
+    "superscript": _likes("aᵃ eᵉ oᵒ nⁿ iⁱ"),
+    "table cells": lambda t: "<tr><td>" + t.replace(" ", "</td><td>") + "</td></tr>",
+    "line tags": lambda t: t.replace(" ", "<br/>"),
+    "ruby": _each_word(lambda w: f"<ruby>{w}<rt>x</rt></ruby>"),
+}
+"""Name -> a text in a disguise of markup, of escapes or of letters that look alike."""

@@ -39,7 +39,7 @@ def test_what_was_found_is_listed_with_the_text_around_it(tmp_path: Path, bench:
     text = f"He said:\nＮ.B. ﬁne, {ITEMS['short'].upper()} Nobody knew.\nThe end."
     view = MemoryView.of([docs("", text)], tmp_path / "work")
     found = outcomes(Decontaminate, DecontaminateSettings((bench,), context_chars=6, action="cut"), view)
-    (row,) = map(json.loads, (view.work / "hits/web-00000.jsonl").read_text().splitlines())
+    row, _ = map(json.loads, (view.work / "hits/web-00000.jsonl").read_text().splitlines())
     assert (row["benchmark"], row["item"], row["field"]) == ("quiz", "short", "question")
     assert (row["before"], row["found"], row["after"]) == (" ﬁne, ", ITEMS["short"].upper()[:-1], "? Nobo")
     assert text[row["start"]:row["stop"]] == row["found"]

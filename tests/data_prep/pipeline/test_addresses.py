@@ -48,3 +48,13 @@ def test_differences_name_the_setting() -> None:
     before = {"settings": {"min_score": 0.5, "keep": ["ko"]}, "version": 1, "old": 1}
     now = {"settings": {"min_score": 0.6, "keep": ["ko"]}, "version": 1}
     assert list(differences(before, now)) == ["settings.min_score: 0.5 -> 0.6", "old: 1 -> null"]
+
+
+def test_another_content_with_the_same_size_and_time_is_read(tmp_path: Path) -> None:
+    file, known = tmp_path / "a", tmp_path / "known/x.json"
+    file.write_text("one")
+    before, stat = hashes_of([file], known), file.stat()
+    file.write_text("two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino)
+    assert hashes_of([file], known) != before

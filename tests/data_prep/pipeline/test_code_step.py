@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_prep.pipeline.code_step import CodeSettings, CodeStep
+from data_prep.pipeline.plan import file_hashes
+from data_prep.pipeline.step import Outcome
 from megatron_sov.errors import UserError
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
 
@@ -52,3 +55,58 @@ def test_what_fails_is_told_by_its_document(tmp_path: Path) -> None:
     step.start(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=r"a/page.html: data step .* returned 3"):
         step.outcomes(docs("x", where="a/page.html"))
+
+
+def _file_names(step: CodeStep) -> list[str]:
+    return [Path(file).name for file in step.files()]
+
+
+def test_what_is_read_or_imported_while_it_is_loaded_is_part_of_the_step(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/words.json").write_text('["darn"]')
+    (tmp_path / "more.txt").write_text("x")
+    (tmp_path / "readswords.py").write_text(
+        "import json, pathlib\n"
+        "BAD = json.loads((pathlib.Path(__file__).parent / 'lists/words.json').read_text())[0]\n")
+    (tmp_path / "own.py").write_text(OWN.replace("from words", "from readswords")
+                                     + "open(__file__.replace('own.py', 'more.txt')).read()\n")
+    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    assert _file_names(step) == ["words.json", "more.txt", "own.py", "readswords.py"]
+    before = file_hashes(step)
+    (tmp_path / "lists/words.json").write_text('["dawn"]')
+    assert file_hashes(step) != before
+
+
+@pytest.mark.parametrize("reads", [
+    "open(HERE / 'list.txt').read()", "(HERE / 'list.txt').read_bytes()", "import latewords",
+    "os.read(os.open(HERE / 'list.txt', os.O_RDONLY), 9)", "np.loadtxt(HERE / 'list.txt')",
+    "try:\n        open(HERE / 'list.txt')\n    except Exception: pass"])
+def test_a_file_that_is_opened_in_a_call_has_to_be_named(tmp_path: Path, reads: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "latewords", raising=False)
+    for name in ("list.txt", "latewords.py"):
+        (tmp_path / name).write_text("3\n")
+    (tmp_path / "own.py").write_text(
+        "import os, pathlib\nimport numpy as np\nHERE = pathlib.Path(__file__).parent\n"
+        f"def judge(document):\n    {reads}\n    return document\n")
+    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step.start(MemoryView({}, tmp_path))
+    with pytest.raises(UserError, match=r"opens .* when it is called"):
+        step.outcomes(docs("x", where="a"))
+    sys.modules.pop("latewords", None)
+    names = (tmp_path / "list.txt", tmp_path / "latewords.py")
+    named = CodeStep(CodeSettings(tmp_path / "own.py:judge", names))
+    named.start(MemoryView({}, tmp_path))
+    assert named.outcomes(docs("x", where="a")) == [Outcome(text="x")]
+
+
+def test_what_the_function_itself_writes_and_what_is_installed_is_free(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import pathlib\nHERE = pathlib.Path(__file__).parent\ndef judge(document):\n    import wave\n"
+        "    (HERE / 'scratch').write_text('x')\n    (HERE / 'scratch').read_text()\n    return document\n")
+    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step.start(MemoryView({}, tmp_path))
+    assert step.outcomes(docs("x", where="a"))
+    assert CodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",)).problems() == [
+        f"files: {tmp_path / 'gone'}: does not exist; name a file or a folder that the function reads"]

@@ -151,7 +151,7 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
     with pytest.raises(UserError, match="a sentence"), engine.keeping_failure(raw / "nowhere", 0):
         raise UserError("a sentence")
     monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes", full)
-    monkeypatch.setattr(engine, "atomic_write", full)
+    monkeypatch.setattr(engine, "write_json", full)
     assert cli.main(command(raw, "--workers", "1")) == 2
     said = capsys.readouterr().err
     assert "no space left on the device; free some space" in said and "Traceback" not in said

@@ -164,13 +164,13 @@ def test_kinds_are_told_row_by_row(raw: Path) -> None:
     assert lengths == {"books-long": {400}, "web-long": {20}}
 
 
-@pytest.mark.parametrize("where", ["atomic_write", "TableFile.write"])
+@pytest.mark.parametrize("where", ["write_json", "TableFile.write"])
 def test_a_full_disk_is_a_sentence_and_loses_nothing(raw: Path, where: str, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     import data_prep.pipeline.layers as layers
 
     number = 0
-    really: Any = tasks.atomic_write if where == "atomic_write" else layers.TableFile.write
+    really: Any = tasks.write_json if where == "write_json" else layers.TableFile.write
 
     def full(*arguments: Any) -> None:
         nonlocal number
@@ -180,8 +180,8 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(raw: Path, where: str, monk
         really(*arguments)
 
     with monkeypatch.context() as patched:
-        if where == "atomic_write":
-            patched.setattr(tasks, "atomic_write", full)
+        if where == "write_json":
+            patched.setattr(tasks, "write_json", full)
         else:
             patched.setattr(layers.TableFile, "write", full)
         run(raw, code=2)

@@ -12,6 +12,7 @@ import pytest
 
 from data_prep.scoring.topics import Topics, TopicsSettings
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import read_json
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
 
 SUBJECTS = {"cooking": ["onion", "butter", "oven", "simmer", "garlic", "recipe", "flour", "boil"],
@@ -61,7 +62,7 @@ def test_a_sample_is_the_same_however_documents_lie(tmp_path: Path) -> None:
     found = documents(150)
     topics_of(found, tmp_path, 50, num_clusters=3, sample=40)
     taken = [text for file in sorted((tmp_path / "sample").iterdir())
-             for _, text in json.loads(file.read_text())]
+             for _, text in read_json(file)]
     assert len(taken) >= 40
     assert json.loads((tmp_path / "topics.json").read_text())["num_sampled"] == 40
 

@@ -11,7 +11,8 @@ import pytest
 
 from data_prep.sources.formats import FORMATS, reader, reader_class
 from data_prep.sources.listing import shown
-from data_prep.sources.source import Broken, Piece, Raw, SourceSettings
+from data_prep.sources.source import PASSED_OVER, Broken, Piece, Raw, SourceSettings
+from megatron_sov.documents import list_files
 from megatron_sov.errors import UserError
 
 
@@ -58,7 +59,8 @@ def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
     assert source.file("two/a.txt").read_text() == "x/two/a.txt"
 
 
-def test_links_lead_neither_in_circles_nor_outside(tmp_path: Path) -> None:
+def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (tmp_path / "secret.txt").write_text("secret")
@@ -69,8 +71,22 @@ def test_links_lead_neither_in_circles_nor_outside(tmp_path: Path) -> None:
     (root / "sub" / "gone.txt").symlink_to(root / "nothing")
     (root / ".hidden.txt").write_text("x")
     os.mkfifo(root / "pipe.txt")
-    pieces = reader(SourceSettings("s", ("root",), tmp_path)).pieces()
-    assert [piece.file for piece in pieces] == ["a.txt", "sub/in.txt"]
+    (tmp_path / "other/deep").mkdir(parents=True)
+    (tmp_path / "other/deep/b.txt").write_text("b")
+    (tmp_path / "other/deep/back").symlink_to(tmp_path / "other")
+    (root / "linked").symlink_to(tmp_path / "other")
+    (root / "again").symlink_to(tmp_path / "other/deep")
+    (root / "all").symlink_to("/")
+    source = SourceSettings("s", ("root",), tmp_path, format="text")
+    pieces = reader(source).pieces()
+    read = [piece.file for piece in pieces if piece.format != PASSED_OVER]
+    assert read == ["a.txt", "again/b.txt", "sub/in.txt", "sub/out.txt"]
+    told = [item for piece in pieces if piece.format == PASSED_OVER for item in reader(source).read(piece)]
+    assert {one.place: one.reason.split()[0] for one in told if isinstance(one, Broken)} == {
+        "again/back": "leads", "all": "leads", "linked/deep": "leads", "pipe.txt": "is",
+        "sub/gone.txt": "is", "sub/loop": "leads"}
+    assert [file.relative_to(root).as_posix() for file in list_files(root)] == read, "pack reads the same"
+    assert "6 left out; the first: " in capsys.readouterr().err
 
 
 def test_a_mixed_folder_is_read_by_endings(read) -> None:

@@ -1,0 +1,195 @@
+"""Files that carry a checksum of all of their bytes, which is looked at before anything of them is believed.
+
+The seal stands in the file itself, so that it goes along with a second name or a copy: in Parquet as metadata
+of the footer, in JSON as a key, in everything else behind the last byte.  It is the BLAKE3 of the file with
+zeros in the seal's place.  Other programs read the files as they always do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import atomic_write
+from megatron_sov.digests import Digest
+from megatron_sov.errors import UserError
+
+SEAL = "seal"
+"""Name of the key that holds it."""
+_MARK, _ZEROS = b"sealed:blake3:", b"0" * 64
+PLACE = (_MARK + _ZEROS).decode()
+"""Stands where the seal comes."""
+_TAIL_BYTES = 1 << 16
+"""From the end of a file; a seal lies in it."""
+_BLOCK_BYTES = 1 << 20
+_SETTLED_S = 1.0
+"""A file that changed so lately may change again within one tick of its time of change."""
+RUN_AGAIN = "delete it and run the command again"
+
+
+def sealed(data: bytes) -> bytes:
+    """Return bytes with their checksum at the last `PLACE` in them, or behind them where they have none."""
+    head, mark, tail = data.rpartition(PLACE.encode())
+    if not mark:
+        head, tail = data, b""
+    return head + _MARK + _hex([head, _MARK + _ZEROS, tail]) + tail
+
+
+def seal_file(file: Path) -> None:
+    """Put the checksum of a complete file at its last `PLACE`, or behind its last byte."""
+    with open(file, "r+b") as f:
+        start = _place(f, PLACE.encode())
+        if start is None:
+            start = f.seek(0, os.SEEK_END)
+            f.write(PLACE.encode())
+        digest = _digest(f, start)
+        f.seek(start + len(_MARK))
+        f.write(digest)
+
+
+def check_seal(file: Path, way: str = RUN_AGAIN, *, is_required: bool = True) -> None:
+    """Look whether a file is as it was sealed; within one process a file that has not changed is read once.
+
+    Args:
+        file: the file.
+        way: what to do where it is not, for the message.
+        is_required: whether a file without a seal is refused.
+
+    Raises:
+        UserError: it is not, or it has none and must have one.
+        OSError: it cannot be read.
+    """
+    stat = os.stat(file)
+    mark = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    is_settled = time.time_ns() - stat.st_ctime_ns > _SETTLED_S * 1e9
+    is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), mark)
+    if is_sealed is False or (is_sealed is None and is_required):
+        what = "has no checksum of its own" if is_sealed is None else "differs from its own checksum"
+        raise UserError(f"{file}: is damaged (it {what}); {way}")
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_sealed(file: str, mark: tuple[int, ...]) -> bool | None:
+    """Return whether a file's content is what its seal says; None: it has no seal."""
+    with open(file, "rb") as f:
+        start = _place(f, _MARK)
+        if start is None:
+            return None
+        f.seek(start + len(_MARK))
+        return f.read(len(_ZEROS)) == _digest(f, start)
+
+
+def _place(f: Any, wanted: bytes) -> int | None:
+    """Return where the last mark begins near the end of a file, with room for a checksum behind it."""
+    size = f.seek(0, os.SEEK_END)
+    begin = max(0, size - _TAIL_BYTES)
+    f.seek(begin)
+    found = f.read().rfind(wanted)
+    return None if found < 0 or begin + found + len(PLACE) > size else begin + found
+
+
+def _digest(f: Any, start: int) -> bytes:
+    """Return the checksum of a file whose seal begins at a place."""
+    digest = Digest()
+    f.seek(0)
+    left = start
+    while left and (block := f.read(min(left, _BLOCK_BYTES))):
+        digest.update(block)
+        left -= len(block)
+    digest.update(PLACE.encode())
+    f.seek(start + len(PLACE))
+    while block := f.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.text().partition(":")[2].encode()
+
+
+def _hex(parts: Sequence[bytes]) -> bytes:
+    digest = Digest()
+    for part in parts:
+        digest.update(part)
+    return digest.text().partition(":")[2].encode()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a value of plain JSON, an object flat beside its seal, anything else below "content"."""
+    whole = {**value, SEAL: PLACE} if isinstance(value, dict) else {"content": value, SEAL: PLACE}
+    # nothing but ASCII: names of files may hold bytes that are no text
+    atomic_write(file, sealed((json.dumps(whole, indent=1) + "\n").encode()))
+
+
+def read_json(file: Path, way: str = RUN_AGAIN) -> Any:
+    """Return what `write_json` wrote.
+
+    Raises:
+        UserError: it is missing, cannot be read, or differs from what was written.
+    """
+    try:
+        found = json.loads(_checked(file, way))
+        del found[SEAL]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{file}: is damaged ({e}); {way}") from None
+    return found["content"] if found.keys() == {"content"} else found
+
+
+def try_read_json(file: Path) -> Any:
+    """Return what `write_json` wrote; None where that is missing or damaged, and nothing but a shortcut."""
+    with suppress(UserError):
+        return read_json(file)
+    return None
+
+
+def read_lines(file: Path, way: str = RUN_AGAIN) -> list[bytes]:
+    """Return the lines of a sealed file of JSON lines, without that of the seal.
+
+    Raises:
+        UserError: it is missing, cannot be read, or differs from what was written.
+    """
+    return _checked(file, way).splitlines(keepends=True)[:-1]
+
+
+def read_sealed(file: Path, way: str = RUN_AGAIN) -> bytes:
+    """Return the bytes whose seal stands behind them.
+
+    Raises:
+        UserError: it is missing, cannot be read, or differs from what was written.
+    """
+    return _checked(file, way)[:-len(PLACE)]
+
+
+def _checked(file: Path, way: str) -> bytes:
+    try:
+        check_seal(file, way)
+        return file.read_bytes()
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror or e}); {way}") from None
+
+
+def seal_parquet(writer: Any) -> None:
+    """Leave the place of a seal in the footer of a Parquet file under construction; behind its end
+    `seal_file` fills it."""
+    writer.add_key_value_metadata({SEAL: PLACE})
+
+
+def open_parquet(file: Path, way: str = RUN_AGAIN, *, is_required: bool = False, **options: Any) -> Any:
+    """Return a Parquet file opened by pyarrow; one that is sealed is what was written.
+
+    Args:
+        file: the file.
+        way: what to do where it is damaged, for the message.
+        is_required: whether a file without a seal is refused: all that a pipeline leaves for itself has one.
+        options: of `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        UserError: its seal says that it is damaged.
+        OSError, pyarrow.ArrowException: it cannot be opened.
+    """
+    from pyarrow import parquet
+
+    check_seal(file, way, is_required=is_required)
+    return parquet.ParquetFile(file, page_checksum_verification=True, **options)

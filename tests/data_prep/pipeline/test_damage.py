@@ -1,0 +1,169 @@
+"""A bit that flips anywhere in what a run leaves for itself is never believed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.dedup.work_files import BucketWriter, bucket_slice, read_array, write_array, write_buckets
+from data_prep.pipeline.addresses import mark_of, refuse_changed
+from data_prep.pipeline.layers import LayerFile, groups
+from data_prep.pipeline.step import Outcome
+from megatron_sov import sealed
+from megatron_sov.documents import read_documents
+from megatron_sov.errors import UserError
+from tests.data_prep.pipeline.test_layers import write_base
+from tests.data_prep.pipeline.test_running import run, texts
+
+RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
+
+
+def _base(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_base(folder / "a.parquet", [3, 2])
+    return folder / "a.parquet", lambda: list(groups("s", [folder / "a.parquet"]))
+
+
+def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_base(folder / "a.parquet", [3])
+    with LayerFile(folder / "b.parquet", {"score": "float32"}) as layer:
+        layer.write_outcomes([Outcome(values={"score": 0.5}), Outcome("no"), Outcome(text="other")])
+    return folder / "b.parquet", lambda: list(groups("s", [folder / "a.parquet", folder / "b.parquet"]))
+
+
+def _final_text(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_base(folder / "a.parquet", [5])
+    return folder / "a.parquet", lambda: [d.text for d in read_documents([folder / "a.parquet"])]
+
+
+def _array(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_array(folder / "a.npy", np.arange(40))
+    return folder / "a.npy", lambda: read_array(folder / "a.npy").tolist()
+
+
+def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    records = np.zeros(12, RECORD)
+    records["key"], records["doc"] = np.arange(12), 7
+    write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
+    return folder / "a", lambda: [bucket_slice(folder / "a", RECORD, b).read().tolist() for b in range(4)]
+
+
+def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    sealed.write_json(folder / "a.json", {"documents_in": 5, "dropped": {"a": {"bytes": 1}}, "cpu_s": 0.25})
+    return folder / "a.json", lambda: sealed.read_json(folder / "a.json")
+
+
+def _json_list(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    sealed.write_json(folder / "a.json", [["web", ["a.txt"]]])
+    return folder / "a.json", lambda: sealed.read_json(folder / "a.json")
+
+
+def _lines(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"document": "s:0:1", "item": "x"}, {sealed.SEAL: sealed.PLACE})))
+    sealed.seal_file(folder / "a.jsonl")
+    return folder / "a.jsonl", lambda: sealed.read_lines(folder / "a.jsonl")
+
+
+KINDS = [_base, _layer, _final_text, _array, _buckets, _json, _json_list, _lines]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_flipped_bit_or_a_cut_is_an_error_that_names_the_file(make: Any, tmp_path: Path) -> None:
+    file, read = make(tmp_path)
+    whole, wanted, chance = file.read_bytes(), read(), random.Random(0)
+    damaged = [whole[:chance.randrange(len(whole))] for _ in range(10)]
+    for _ in range(60):
+        place = chance.randrange(len(whole))
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1:])
+    for content in damaged:
+        file.write_bytes(content)
+        try:
+            assert read() == wanted
+        except (UserError, ValueError) as e:
+            assert str(file) in str(e) or "damaged" in str(e)
+    file.write_bytes(whole)
+    assert read() == wanted
+
+
+def test_buckets_written_one_by_one_are_those_written_at_once(tmp_path: Path) -> None:
+    file, read = _buckets(tmp_path)
+    writer = BucketWriter(tmp_path / "b", 4)
+    for bucket, records in enumerate(read()):
+        writer.append(bucket, np.array(records, RECORD))
+    writer.close()
+    assert (tmp_path / "b").read_bytes() == file.read_bytes()
+
+
+def test_what_is_sealed_is_plain_for_others(tmp_path: Path) -> None:
+    assert pq.read_table(_base(tmp_path)[0]).num_rows == 5
+    assert np.load(_array(tmp_path)[0]).tolist() == list(range(40))
+    assert json.loads(_json(tmp_path)[0].read_bytes())["documents_in"] == 5
+
+
+def _flip(file: Path, at: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at < 0 else at] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_run_names_a_damaged_layer_or_mends_what_it_can(raw: Path, without_engine: None,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    before = texts(output)
+    for pattern in ("shards/web/01-shorten-*/*.parquet", "shards/web/04-output-*/*/*.parquet",
+                    "shards/web/02-unique-*/*.json", "shared/*/.done/*/*"):
+        shutil.copytree(output, raw / "kept", dirs_exist_ok=False)
+        (output / "manifest.json").unlink()
+        if "shorten" in pattern:
+            for folder in output.glob("shards/*/0[34]-*"):
+                shutil.rmtree(folder)
+        file = sorted(output.glob(pattern))[0]
+        _flip(file)
+        run(raw, code=2)
+        message = capsys.readouterr().err
+        assert "is damaged" in message and str(file) in message and "Traceback" not in message, pattern
+        shutil.rmtree(output)
+        (raw / "kept").rename(output)
+    (output / "manifest.json").unlink()
+    for pattern in ("plans/*.json", "inputs/*.json", "shards/*/*/keys.json", "shards/web/*/pieces.jsonl",
+                    "shards/web/*/address.json"):
+        _flip(next(output.glob(pattern)))
+    run(raw)
+    assert texts(output) == before
+
+
+def test_a_complete_run_whose_text_changed_is_not_complete(raw: Path, without_engine: None,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    _flip(output / "text/web-long/00000.parquet")
+    run(raw, code=2)
+    assert "is damaged" in capsys.readouterr().err
+    for folder in output.glob("shards/web/*-output-*/*"):
+        shutil.rmtree(folder) if folder.is_dir() else None
+    assert texts(run(raw))
+
+
+def test_a_file_of_an_output_shard_that_is_gone_is_missed(raw: Path, without_engine: None,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    (output / "manifest.json").unlink()
+    next(output.glob("shards/web/*-output-*/*/web-long.parquet")).unlink()
+    run(raw, code=2)
+    assert "documents where" in capsys.readouterr().err
+
+
+def test_a_raw_file_that_changes_between_plan_and_reading_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    mark = mark_of(tmp_path / "a")
+    refuse_changed(tmp_path / "a", mark)
+    (tmp_path / "a").write_text("other")
+    with pytest.raises(UserError, match="has changed since the run looked at it"):
+        refuse_changed(tmp_path / "a", mark)
