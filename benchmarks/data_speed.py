@@ -3,8 +3,8 @@
     python benchmarks/data_speed.py --before CHECKOUT --docs DEBS_UNPACKED [--repetitions 3] [--output FILE]
 
 CHECKOUT is an older tree of this repository; DEBS_UNPACKED is that of benchmarks/extraction.py.  The trees
-take turns, each time in a process of its own; the least CPU seconds of the repetitions count, since what else the
-machine does can only add to them.  What comes out is hashed: a tree that is faster has to find the same.
+take turns, each time in a process of its own; the least CPU seconds of the repetitions count, since what else
+the machine does can only add to them.  What comes out is hashed: a tree that is faster has to find the same.
 """
 
 from __future__ import annotations

@@ -212,8 +212,8 @@ def measure_transformers(turns: int, folder: Path, kind: str) -> None:
     recipe, sizes = BESIDE[kind]
     config = apply_settings(recipes.get(recipe), [
         *SETTINGS[:1], "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
-        "model.head_dim=64", *SETTINGS[4:5], "train.global_batch_size=2", "train.micro_batch_size=2", *SETTINGS[7:],
-        "train.precision=fp32", *sizes])
+        "model.head_dim=64", *SETTINGS[4:5], "train.global_batch_size=2", "train.micro_batch_size=2",
+        *SETTINGS[7:], "train.precision=fp32", *sizes])
     place = world.join(config.parallel)
     source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([folder / "train"]))
