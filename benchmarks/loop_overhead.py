@@ -1,6 +1,7 @@
 """What our training loop costs beside a bare megatron.core loop: step times in one process, in turns.
 
 Usage: python benchmarks/loop_overhead.py [--nproc 2] > benchmarks/results/loop_overhead.txt
+       python benchmarks/loop_overhead.py --transformers > benchmarks/results/loop_transformers.txt
 
 Three loops train the same architecture at the same number of tokens a step and take turns, so that whatever
 else the machine does hits all of them:
@@ -9,6 +10,8 @@ else the machine does hits all of them:
           step, nothing else
   stock   the library's own GPTModel (its attention, router and loss) on ready batches, as Megatron-LM's
           train_step does it
+With --transformers two loops take turns instead, on one process, for a dense model and a mixture of experts:
+"same", and `transformers`' model of the same sizes with torch's fused AdamW on random ids of the same shape.
 Ratios are medians over turns of ours / it.  CPU time is that of rank 0 with all its threads (data
 preparation among them).
 """
@@ -167,6 +170,68 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
     return step
 
 
+def transformers_step(config: RunConfig) -> Callable[[], None]:
+    """Return a step of the same model by transformers and torch's fused AdamW."""
+    import torch
+    import transformers
+
+    m, size = config.model, config.train.micro_batch_size
+    sizes: dict[str, Any] = {
+        "vocab_size": m.vocab_size, "hidden_size": m.hidden_size, "intermediate_size": m.dense_ffn_dim,
+        "num_hidden_layers": m.num_layers, "num_attention_heads": m.num_heads, "head_dim": m.head_dim,
+        "num_key_value_heads": m.num_kv_heads, "tie_word_embeddings": m.tied_embeddings,
+        "attn_implementation": "sdpa"}
+    network: Any
+    if m.num_experts:
+        network = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+            **sizes, num_experts=m.num_experts, num_experts_per_tok=m.num_experts_per_token,
+            moe_intermediate_size=m.expert_ffn_dim, norm_topk_prob=True))
+    else:
+        network = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.optim.lr, fused=True)
+    ids = torch.randint(1, VOCAB_SIZE, (size, SEQ_LEN))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(config.train.global_batch_size // size):
+            network(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+BESIDE = {"dense": ("tiny-qwen3", ("model.num_kv_heads=5", "model.dense_ffn_dim=960")),
+          "experts": ("tiny-qwen3-moe", ("model.num_kv_heads=5", "model.num_experts=8",
+                                         "model.num_experts_per_token=2", "model.expert_ffn_dim=480"))}
+"""Recipes whose structure transformers has, and their sizes: about 13 million parameters run for a token."""
+
+
+def measure_transformers(turns: int, folder: Path, kind: str) -> None:
+    """Take turns with transformers, and print a table."""
+    recipe, sizes = BESIDE[kind]
+    config = apply_settings(recipes.get(recipe), [
+        *SETTINGS[:1], "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
+        "model.head_dim=64", *SETTINGS[4:5], "train.global_batch_size=2", "train.micro_batch_size=2",
+        *SETTINGS[7:], "train.precision=fp32", *sizes])
+    place = world.join(config.parallel)
+    source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+                    ShardChain([folder / "train"]))
+    steps = {"same": same_model_step(config, place, source), "transformers": transformers_step(config)}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + WARMUP_TURNS):
+        for name, step in steps.items():
+            began = time.process_time()
+            step()
+            if turn >= WARMUP_TURNS:
+                taken[name].append(time.process_time() - began)
+    world.leave()
+    ratio = statistics.median(a / b for a, b in zip(*taken.values(), strict=True))
+    figures = "".join(f"{name}: {1e3 * statistics.median(t):8.1f} CPU ms a step   "
+                      for name, t in taken.items())
+    print(f"{kind:9}{figures}same / transformers {ratio:.3f}", flush=True)
+
+
 def measure(turns: int, folder: Path) -> None:
     """Take turns and print a table; runs on every rank."""
     config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
@@ -216,5 +281,21 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
                 sys.exit(1)
 
 
-if __name__ == "__main__":
+def beside_transformers(turns: int) -> None:
+    """Measure beside transformers, each kind of model in a process of its own."""
+    cpu_shims.prepare_megatron()
+    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
+          f"Python {platform.python_version()}; {turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread",
+          flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_shard(folder)
+        for kind in BESIDE:
+            if launcher.launch(lambda kind=kind: measure_transformers(turns, folder, kind), 1, num_threads=1):
+                sys.exit(1)
+
+
+if __name__ == "__main__" and "--transformers" in sys.argv:
+    beside_transformers(turns=4)
+elif __name__ == "__main__":
     on_one_and_more(measure, __doc__, turns=40)

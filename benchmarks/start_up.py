@@ -57,8 +57,9 @@ def main() -> None:
                     found[name].append(seconds)
             lines.append(f"{program + ' ' + ' '.join(words):36}" + "".join(f"{s:8.2f}" for s in least))
             print(lines[-1], flush=True)
-    lines += ["", f"{'median of --help':36}" + "".join(f"{statistics.median(v):8.2f}" for v in found.values()),
-              f"{'largest of --help':36}" + "".join(f"{max(v):8.2f}" for v in found.values())]
+    lines.append("")
+    for name, of in (("median of --help", statistics.median), ("largest of --help", max)):
+        lines.append(f"{name:36}" + "".join(f"{of(values):8.2f}" for values in found.values()))
     text = "\n".join(lines) + "\n"
     print(text)
     if args.output:

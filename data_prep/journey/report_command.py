@@ -11,7 +11,6 @@ from data_prep.provenance import SYNTHESIS
 from megatron_sov.artifacts import MANIFEST, read_manifest
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Write one HTML file that loads nothing: what was read, what each step dropped and "

@@ -63,8 +63,9 @@ def page(source: str, place: str, job: Job, *, whole: bool) -> Raw | Broken:
 def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the text of a page, "" where it has none, and its columns; raises BadRecord."""
     root = parse_page(source)
+    elements = list(root.iter())  # held to the end: libxml2's nodes are wrapped anew for who lets go of them
     facts = facts_of(root)
-    remove_unseen(root)
-    if whole:
-        return written(blocks_of(root)), facts
-    return written(without_menus(blocks_of(drop_around(root)))), facts
+    remove_unseen(elements)
+    text = written(blocks_of(root) if whole else without_menus(blocks_of(drop_around(root))))
+    del elements
+    return text, facts

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data_prep.sources.html_tree import text_of
+
 Kind = Literal["heading", "paragraph", "item", "code", "row"]
 HEADINGS = {f"h{n}": n for n in range(1, 7)}
 INLINE = frozenset(["a", "abbr", "acronym", "b", "bdi", "bdo", "big", "br", "cite", "code", "data", "del",
@@ -112,7 +114,7 @@ class _Walk:
     def _whole(self, element: Any, kind: Kind, level: int) -> None:
         for part in element.itertext():
             self._parts.append(part)
-        self._links = sum(len("".join(a.text_content().split())) for a in element.iter("a"))
+        self._links = sum(len("".join(text_of(a).split())) for a in element.iter("a"))
         self._flush(element, kind, level, "")
         if self._found and self._found[-1].element is element:
             self._found[-1].text = self._found[-1].text.replace("\n", " ")
@@ -120,16 +122,16 @@ class _Walk:
     def _code(self, element: Any) -> None:
         for line_break in element.iter("br"):
             line_break.tail = "\n" + (line_break.tail or "")
-        text = (element.text_content() or "").expandtabs().strip("\n").rstrip()
+        text = text_of(element).expandtabs().strip("\n").rstrip()
         if text.strip():
-            links = sum(len(a.text_content()) for a in element.iter("a"))
+            links = sum(len(text_of(a)) for a in element.iter("a"))
             self._found.append(Block("code", text, element, 0, _language(element), links))
 
     def _table(self, element: Any, rows: list[list[str]]) -> None:
         caption = element.find("caption")
         if caption is not None:
             self._whole(caption, "paragraph", 0)
-        links = sum(len("".join(a.text_content().split())) for a in element.iter("a"))
+        links = sum(len("".join(text_of(a).split())) for a in element.iter("a"))
         total = sum(len(cell) for row in rows for cell in row) or 1
         for row in rows:
             chars = sum(map(len, row))
@@ -148,6 +150,8 @@ class _Walk:
 def tidy(text: str) -> str:
     """Return inline text with its white space as a browser shows it; a line break of the source between two
     characters of Chinese or Japanese is no space."""
+    if text.isascii():
+        return " ".join(text.split())
     text = _HAN_BREAK.sub("", text.replace("\u00ad", "").replace("\u200b", ""))
     lines = (" ".join(line.split()) for line in text.split("\u2028"))
     return "\n".join(lines).strip()
@@ -155,7 +159,7 @@ def tidy(text: str) -> str:
 
 def _holds_blocks(element: Any) -> bool:
     """Return whether an inline element holds what stands on lines of its own."""
-    return any(isinstance(e.tag, str) and e.tag not in INLINE for e in element.iter())
+    return len(element) > 0 and any(e.tag not in INLINE for e in element.iter())
 
 
 def _language(element: Any) -> str:

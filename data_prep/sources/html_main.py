@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any
 
 from data_prep.sources.html_blocks import HEADINGS, Block
@@ -45,18 +47,20 @@ _AROUND_NAMES = re.compile(
 def drop_around(root: Any) -> Any:
     """Take what stands around the text out of a page's tree; returns the element that holds the text."""
     body = next(iter(root.iter("body")), root)
-    plain = _plain_chars(body)
+    plain, named = _plain_chars(body), _named(body)
     total = plain[body]
-    main = _main(body, plain)
+    main = _main(body, plain, named)
     in_article = main is not body
-    for element in list(main.iter()):
-        if element is main or not isinstance(element.tag, str) or element.tag in ("body", "html"):
+    certain = {*main.iter(*_AROUND_TAGS), *(e for e in main.xpath(".//@role/..")
+                                            if e.get("role").lower() in _AROUND_ROLES)}
+    if not in_article:
+        certain.update(e for e in main.iter("header") if e.getparent() is body)
+    perhaps = {e for e in main.iter() if e in named} if in_article else named
+    for element in {*certain, *perhaps} - {main}:
+        if element.tag in ("body", "html"):
             continue
-        certain = element.tag in _AROUND_TAGS or (element.get("role") or "").lower() in _AROUND_ROLES
-        if element.tag == "header" and not in_article and element.getparent() is body:
-            certain = True
         most_chars = LEAST_SHARE * max(total, 1)
-        if not certain:
+        if element not in certain:
             most_chars = min(most_chars, _most_named_chars(element))
         if plain[element] < most_chars:
             drop(element)
@@ -99,15 +103,17 @@ def _without_empty_headings(blocks: Sequence[Block]) -> list[Block]:
     return kept
 
 
-def _main(body: Any, plain: Mapping[Any, int]) -> Any:
+def _main(body: Any, plain: Mapping[Any, int], named: Set[Any]) -> Any:
     """Return the innermost element that says it holds the text and does; the body where none says so."""
-    looks: tuple[Callable[[Any], bool], ...] = (
-        lambda e: e.tag == "main" or (e.get("role") or "").lower() in _MAIN_ROLES,
-        lambda e: e.tag == "article" or "articlebody" in (e.get("itemprop") or "").lower(),
-        lambda e: any(_MAIN_NAMES.match(name) for name in _names(e)))
+    looks: tuple[Callable[[Any], Set[Any]], ...] = (
+        lambda e: {*e.iter("main"), *(i for i in e.xpath(".//@role/..")
+                                      if i.get("role").lower() in _MAIN_ROLES)},
+        lambda e: {*e.iter("article"), *(i for i in e.xpath(".//@itemprop/..")
+                                         if "articlebody" in i.get("itemprop").lower())},
+        lambda e: {i for i in e.iter() if i in named and any(map(_MAIN_NAMES.match, _names(i)))})
     found = body
     for look in looks:
-        inside = [e for e in found.iter() if isinstance(e.tag, str) and e is not found and look(e)]
+        inside = [e for e in look(found) if e is not found]
         fitting = [e for e in inside if plain[e] >= MAIN_SHARE * max(plain[body], 1)]
         outer = [e for e in fitting if not any(a in fitting for a in e.iterancestors())]
         if len(outer) == 1 and len([e for e in inside if e.tag == outer[0].tag]) - len(
@@ -133,17 +139,25 @@ def _most_named_chars(element: Any) -> float:
     return math.inf if any(match[1] == name for name, match in found) else PARTLY_NAMED_CHARS
 
 
+def _named(body: Any) -> set[Any]:
+    """Return the elements whose class or id tells something."""
+    return {e for e in body.iter() if ((name := e.get("class")) and _tells(name))
+            or ((name := e.get("id")) and _tells(name))}
+
+
+@lru_cache(maxsize=8192)  # most elements are named like many others
+def _tells(names: str) -> bool:
+    return any(_AROUND_NAMES.search(name) or _MAIN_NAMES.match(name) for name in (*names.split(), names))
+
+
 def _plain_chars(body: Any) -> dict[Any, int]:
     """Return of each element how many characters of its text are no links."""
-    found: dict[Any, int] = {}
+    found: dict[Any, int] = defaultdict(int)
     for element in reversed(list(body.iter())):  # children come before what they stand in
-        if element.tag != "a":
-            below = sum(found[child] + _chars(child.tail) for child in element)
-            found[element] = _chars(element.text) + below
-        else:
+        if element.tag == "a":
             found[element] = 0
+        elif text := element.text:
+            found[element] += len("".join(text.split()))
+        tail = element.tail
+        found[element.getparent()] += found[element] + (len("".join(tail.split())) if tail else 0)
     return found
-
-
-def _chars(text: str | None) -> int:
-    return len("".join(text.split())) if text else 0

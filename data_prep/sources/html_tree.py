@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from data_prep.sources.job import kept
@@ -26,15 +27,22 @@ def parse_page(text: str) -> Any:
     Raises:
         BadRecord: it has no elements.
     """
-    from lxml import etree, html
+    from lxml import etree
 
     # without `huge_tree` a page that is nested 256 deep would end there, and nobody would know
-    parser = html.HTMLParser(remove_comments=True, remove_pis=True, no_network=True, huge_tree=True)
+    parser = etree.HTMLParser(remove_comments=True, remove_pis=True, no_network=True, huge_tree=True)
     try:
-        root = html.document_fromstring(_XML_DECLARATION.sub("", _CONTROLS.sub(" ", text)), parser=parser)
+        root = etree.fromstring(_XML_DECLARATION.sub("", _CONTROLS.sub(" ", text)), parser)
     except (etree.ParserError, etree.XMLSyntaxError, ValueError) as e:
         raise BadRecord("html", f"holds no page ({str(e)[:120]})") from None
+    if root is None:
+        raise BadRecord("html", "holds no page (it is empty)")
     return root
+
+
+def text_of(element: Any) -> str:
+    """Return all text in an element."""
+    return "".join(element.itertext())
 
 
 def facts_of(root: Any) -> dict[str, Any]:
@@ -47,7 +55,7 @@ def facts_of(root: Any) -> dict[str, Any]:
     for link in root.iter("link", "a"):
         for relation in (link.get("rel") or "").lower().split():
             links.setdefault(relation, (link.get("href") or "").strip()[:500])
-    title = next((" ".join(e.text_content().split()) for e in root.iter("title", "h1")), "")
+    title = next((" ".join(text_of(e).split()) for e in root.iter("title", "h1")), "")
     published = next((metas[n] for n in ("article:published_time", "datepublished", "dc.date", "dcterms.date",
                                          "date", "pubdate") if metas.get(n)), "")
     return kept({
@@ -67,9 +75,16 @@ def licence_of(named: str) -> str:
     return f"CC-{found[1].upper()}-{found[2]}" if found[1] else "CC0-1.0"
 
 
-def remove_unseen(root: Any) -> None:
-    """Take out of a tree what a browser does not show as text; formulas become their TeX."""
-    for element in list(root.iter()):
+def remove_unseen(elements: Sequence[Any]) -> None:
+    """Take out of a tree what a browser does not show as text; formulas become their TeX.
+
+    Args:
+        elements: all of the tree, in order.
+    """
+    perhaps = _perhaps_unseen(elements[0])
+    for element in elements:
+        if element not in perhaps:
+            continue
         tag = element.tag
         if tag == "math":
             tex = next((a.text for a in element.iter("annotation") if a.get("encoding") == _TEX), None)
@@ -79,8 +94,17 @@ def remove_unseen(root: Any) -> None:
             _replace_by(element, f"${(element.text or '').strip()}$")
         elif tag == "img" and "math" in (element.get("class") or ""):
             _replace_by(element, f"${(element.get('alt') or '').strip()}$")
-        elif not isinstance(tag, str) or tag in UNSEEN or _is_hidden(element) or _is_anchor_mark(element):
+        elif tag in UNSEEN or _is_hidden(element) or _is_anchor_mark(element):
             drop(element)
+
+
+def _perhaps_unseen(root: Any) -> set[Any]:
+    """Return the elements that may have to go, found by libxml2: a page has thousands, and few that do."""
+    found = set(root.iter("math", "img", *UNSEEN))
+    found.update(link for link in root.iter("a") if (link.get("href") or "").startswith("#"))
+    found.update(root.xpath("//@hidden/.. | //@aria-hidden/.. | //@style/.. | "
+                            "//@class[contains(., 'linenos')]/.."))
+    return found
 
 
 def _is_hidden(element: Any) -> bool:
@@ -93,7 +117,7 @@ def _is_anchor_mark(element: Any) -> bool:
     """Return whether an element is the sign beside a heading that links to it."""
     if element.tag != "a" or not (element.get("href") or "").startswith("#"):
         return False
-    return (element.text_content() or "").strip().lower() in _ANCHOR_MARKS
+    return text_of(element).strip().lower() in _ANCHOR_MARKS
 
 
 def drop(element: Any) -> None:

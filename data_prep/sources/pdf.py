@@ -105,8 +105,10 @@ def _page(document: Any, number: int) -> Page:
     try:
         text_page = page.get_textpage()
         height = page.get_height()
-        codes = [raw.FPDFText_GetUnicode(text_page, index) for index in range(text_page.count_chars())]
-        words = [_word(text_page, codes, start, stop, height) for start, stop in _bounds(codes)]
+        handle = text_page.raw
+        codes = [raw.FPDFText_GetUnicode(handle, index) for index in range(text_page.count_chars())]
+        word_of = _WordReader(raw, handle, codes, height)
+        words = [word_of(start, stop) for start, stop in _bounds(codes)]
         return Page([word for word in words if word.x1 > word.x0 and word.y1 > word.y0])
     finally:
         page.close()
@@ -129,21 +131,31 @@ def _bounds(codes: list[int]) -> Iterator[tuple[int, int]]:
         yield start, len(codes)
 
 
-def _word(text_page: Any, codes: list[int], start: int, stop: int, height: float) -> Word:
-    """Return a word; its box is that of its first and its last character."""
-    from pypdfium2 import raw
+class _WordReader:
+    """Reads the words of a page; what pdfium writes into is made once."""
 
-    boxes = []
-    for index in (start, stop - 1):
-        left, right, bottom, top = (ctypes.c_double() for _ in range(4))
-        raw.FPDFText_GetCharBox(text_page, index, left, right, bottom, top)
-        boxes.append((left.value, height - top.value, right.value, height - bottom.value))
-    flags = ctypes.c_int()
-    raw.FPDFText_GetFontInfo(text_page, start, None, 0, flags)
-    text = "".join(_char(code) for code in codes[start:stop])
-    return Word(text, min(boxes[0][0], boxes[1][0]), min(boxes[0][1], boxes[1][1]),
-                max(boxes[0][2], boxes[1][2]), max(boxes[0][3], boxes[1][3]),
-                raw.FPDFText_GetFontSize(text_page, start), bool(flags.value & 1))
+    def __init__(self, raw: Any, text_page: Any, codes: list[int], height: float) -> None:
+        self._raw = raw
+        self._text_page, self._codes, self._height = text_page, codes, height
+        self._edges, self._flags = [ctypes.c_double() for _ in range(4)], ctypes.c_int()
+
+    def __call__(self, start: int, stop: int) -> Word:
+        """Return a word; its box is that of its first and its last character."""
+        raw = self._raw
+        left, bottom, right, top = self._box(start)
+        if stop - 1 > start:
+            other = self._box(stop - 1)
+            left, bottom = min(left, other[0]), min(bottom, other[1])
+            right, top = max(right, other[2]), max(top, other[3])
+        raw.FPDFText_GetFontInfo(self._text_page, start, None, 0, self._flags)
+        return Word("".join(map(_char, self._codes[start:stop])), left, self._height - top, right,
+                    self._height - bottom, raw.FPDFText_GetFontSize(self._text_page, start),
+                    bool(self._flags.value & 1))
+
+    def _box(self, index: int) -> tuple[float, float, float, float]:
+        left, right, bottom, top = self._edges
+        self._raw.FPDFText_GetCharBox(self._text_page, index, left, right, bottom, top)
+        return left.value, bottom.value, right.value, top.value
 
 
 def _char(code: int) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from data_prep.sources.pdf_joining import HYPHEN, Vocabulary, joined
@@ -65,38 +66,39 @@ class Page:
     """In the order of the file, which need not be that of reading."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Line:
-    """Words beside one another."""
+    """Words beside one another, which stay as they are: its box is reckoned once."""
 
-    words: list[Word] = field(default_factory=list)
+    words: list[Word]
+    """From the left."""
 
-    @property
+    @cached_property
     def x0(self) -> float:
         """Left."""
         return min(w.x0 for w in self.words)
 
-    @property
+    @cached_property
     def x1(self) -> float:
         """Right."""
         return max(w.x1 for w in self.words)
 
-    @property
+    @cached_property
     def y0(self) -> float:
         """Top."""
         return min(w.y0 for w in self.words)
 
-    @property
+    @cached_property
     def y1(self) -> float:
         """Bottom."""
         return max(w.y1 for w in self.words)
 
-    @property
+    @cached_property
     def size(self) -> float:
         """Size of most of its letters."""
         return max(self.words, key=lambda w: len(w.text)).size
 
-    @property
+    @cached_property
     def fixed(self) -> bool:
         """Whether it is written as code is."""
         return sum(len(w.text) for w in self.words if w.fixed) > sum(len(w.text) for w in self.words) / 2
@@ -138,18 +140,22 @@ def pages_text(pages: Sequence[Page], *, keep_repeated: bool = False) -> str:
 
 def lines_of(words: Sequence[Word]) -> list[Line]:
     """Return words as lines, from the top."""
-    lines: list[Line] = []
+    found: list[list[Word]] = []
+    boxes: list[tuple[float, float]] = []
     for word in sorted(words, key=lambda w: ((w.y0 + w.y1) / 2, w.x0)):
         middle = (word.y0 + word.y1) / 2
         # small signs such as "." and "'" have boxes that meet their line's at its edge only
-        home = next((line for line in reversed(lines[-4:])
-                     if line.y0 - 0.1 * word.size <= middle <= line.y1 + 0.1 * word.size), None)
-        if home is None:
-            lines.append(Line([word]))
+        around = 0.1 * word.size
+        for place in range(len(found) - 1, max(len(found) - 5, -1), -1):
+            top, bottom = boxes[place]
+            if top - around <= middle <= bottom + around:
+                found[place].append(word)
+                boxes[place] = (min(top, word.y0), max(bottom, word.y1))
+                break
         else:
-            home.words.append(word)
-    for line in lines:
-        line.words.sort(key=lambda w: w.x0)
+            found.append([word])
+            boxes.append((word.y0, word.y1))
+    lines = [Line(sorted(line, key=lambda w: w.x0)) for line in found]
     return sorted(lines, key=lambda line: line.y0)
 
 

@@ -17,7 +17,7 @@ from megatron_sov.artifacts import to_json
 from megatron_sov.commands.convert_growing import add_growing, run_growing
 from megatron_sov.commands.convert_megatron import add_from_megatron, run_from_megatron
 from megatron_sov.commands.convert_settings import add_settings, run_settings
-from megatron_sov.commands.eval import PARITY_LENGTHS, with_ranks
+from megatron_sov.commands.eval_options import PARITY_LENGTHS, with_ranks
 from megatron_sov.config.train import AVERAGES
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.errors import ExitCode, UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sov.commands.eval import with_ranks
+from megatron_sov.commands.eval_options import with_ranks
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins

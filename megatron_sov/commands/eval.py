@@ -13,6 +13,7 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_lm import add_lm_arguments, run_lm
 from megatron_sov.commands.eval_media import add_media_arguments, run_media
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
+from megatron_sov.commands.eval_options import PARITY_LENGTHS, with_ranks, with_record
 from megatron_sov.commands.eval_passk import add_passk_arguments, run_passk
 from megatron_sov.commands.eval_play import add_play_arguments, run_play
 from megatron_sov.commands.eval_suites import add_suites_arguments, run_suites
@@ -29,24 +30,8 @@ if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
 
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
-PARITY_LENGTHS = [1, 7, 64, 200]
 MEDIA = "from text, pictures and speech to one another, judged by what is recognised"
 SUITES = "the benchmarks that come along: list them, check their data"
-
-
-def with_record(sub: argparse.ArgumentParser) -> None:
-    """Declare where the figures go beside the terminal."""
-    sub.add_argument("--json", action="store_true", help="print the figures as JSON")
-    sub.add_argument("--run", type=Path, metavar="DIR",
-                     help="also add the figures to this run's events, for its report")
-
-
-def with_ranks(sub: argparse.ArgumentParser) -> None:
-    """Declare how the side that is a checkpoint runs."""
-    sub.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (checkpoints)")
-    sub.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
-                     help="layout and precision, e.g. --set parallel.ep=2 --set "
-                          "train.precision=bf16 (checkpoints)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

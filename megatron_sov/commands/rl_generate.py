@@ -26,7 +26,6 @@ from megatron_sov.recipes.requested import add_recipe_arguments, requested
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
-from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.launch_environment import repeats
@@ -238,6 +237,7 @@ def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: 
     from megatron_sov.post.rl.missing import Missing
     from megatron_sov.post.rl.policy_weights import Take, run_policies
     from megatron_sov.post.rl.responses import key_digest
+    from megatron_sov.rollouts.store import Store
 
     folder, rollout = start.tokenizer_folder, config.rollout
     writer = writer_of(args, config, prompts, start, engine_name, environment)

@@ -21,7 +21,6 @@ from megatron_sov.generate.request import Batching
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, second_opinions
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.prompts import refuse_unaskable
-from megatron_sov.rollouts.store import Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +59,7 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
     prepare_megatron()
     from megatron_sov.generate.target import find_target
     from megatron_sov.post.rl.producing import Producer
+    from megatron_sov.rollouts.store import Store
 
     assert parsed.stage.start is not None, "--from is required"
     config, start = parsed.stage.config, find_target(parsed.stage.start)

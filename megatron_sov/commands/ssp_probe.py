@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import damaged_files, disk_errors, read_manifest
-from megatron_sov.commands.eval import with_ranks
+from megatron_sov.commands.eval_options import with_ranks
 from megatron_sov.commands.eval_passk import PROMPT, add_sampling_arguments, checked_sampling, sampling_words
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError

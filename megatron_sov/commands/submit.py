@@ -26,12 +26,12 @@ OF_KUBERNETES = ("job_name", "manifest", "apply")
 
 def _declare_eval_lm(parser: argparse.ArgumentParser) -> None:
     """Declare what `eval lm` takes, a stage of its own since several jobs may share it."""
-    from megatron_sov.commands import eval as eval_command
-    from megatron_sov.commands import eval_lm
+    from megatron_sov.commands.eval_lm import add_lm_arguments
+    from megatron_sov.commands.eval_options import with_ranks, with_record
 
-    eval_command.with_record(parser)
-    eval_command.with_ranks(parser)
-    eval_lm.add_lm_arguments(parser)
+    with_record(parser)
+    with_ranks(parser)
+    add_lm_arguments(parser)
 
 
 def _declare(command: str, parser: argparse.ArgumentParser) -> None:

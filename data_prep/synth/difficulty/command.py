@@ -11,7 +11,6 @@ from data_prep.scoring.ngram_settings import NgramSettings
 from megatron_sov.errors import UserError
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = "Learn how hard problems are from models that answered some, and grade others."
