@@ -55,7 +55,8 @@ def main() -> None:
             if command:
                 for name, seconds in zip(trees, least, strict=True):
                     found[name].append(seconds)
-            lines.append(f"{program + ' ' + ' '.join(words):36}" + "".join(f"{s:8.2f}" for s in least))
+            figures = "".join(f"{seconds:8.2f}" for seconds in least)
+            lines.append(f"{program + ' ' + ' '.join(words):36}{figures}")
             print(lines[-1], flush=True)
     lines.append("")
     for name, of in (("median of --help", statistics.median), ("largest of --help", max)):
