@@ -115,7 +115,8 @@ def exit_code(action: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         # text of any language is shown in any locale, with escapes for what that does not have
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a pipe that took a file's place cannot say where it is
+                stream.reconfigure(errors="backslashreplace")
     try:
         code = action()
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends

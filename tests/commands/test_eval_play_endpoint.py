@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.endpoints.recognition import CHAT_PROBE
 from megatron_sov.eval.lm.results import read_items, read_results
 from megatron_sov.eval.suites import endpoint_turns
 
@@ -59,7 +60,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append(payload)
+        if payload["messages"] != CHAT_PROBE["messages"]:
+            self.server.asked.append(payload)
         if len(self.server.asked) == self.server.stops_at:
             os.kill(os.getpid(), signal.SIGTERM)
         fails = self.server.failing in json.dumps(payload)

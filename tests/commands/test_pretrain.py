@@ -87,7 +87,7 @@ def test_weights_to_start_from_must_fit(capsys: Any, packed_data: Any, token_sha
                     settings=("model.vocab_size=1024",))
     assert "is a exaone_moe model, recipe tiny-solar-open is for solar_open" in other
     assert "--from none: does not exist" in refused(capsys, [token_shards], run, "--from", "none")
-    assert "is a 'tokens' artifact where a 'checkpoint'" in refused(capsys, [token_shards], run, "--from",
+    assert "is a folder of token shards, not a checkpoint" in refused(capsys, [token_shards], run, "--from",
                                                                     str(token_shards))
 
 

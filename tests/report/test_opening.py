@@ -73,6 +73,7 @@ def test_the_proof_gives_each_difference_with_its_limit(tmp_path: Path) -> None:
 
 def test_settings_of_another_version_are_passed_over(tmp_path: Path) -> None:
     for config in ('{"model": 3, "data": {"paths": 3}}', '{"model": {"vocab_size": "many"}, "data": []}'):
+        write(tmp_path)
         (tmp_path / "config.json").write_text(config)
         assert panels(tmp_path) == {}
 

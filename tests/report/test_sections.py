@@ -49,6 +49,7 @@ def test_the_plan_of_the_settings_stands_beside_what_was_done(runs: list[Path], 
     assert plan.tables[0].rows[-1][0] == "200"
     for settings in ('{"recipe": "of-another-version", "model": {}}', '{"data": 3}'):
         (tmp_path / "config.json").write_text(settings)
+        (tmp_path / "events.jsonl").touch()
         assert not [s for s in sections(read_run(tmp_path)) if s.title.startswith("Plan")]
 
 

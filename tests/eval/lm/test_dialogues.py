@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.endpoints.recognition import CHAT_PROBE
 from megatron_sov.eval.lm import endpoint
 from megatron_sov.eval.lm.results import read_items, read_results
 
@@ -30,7 +31,8 @@ class Script(ThreadingHTTPServer):
             self.judged.append(material)
             score = 10 if "I read 3" in material.partition("RESPONSE:")[2] else 1
             return json.dumps({"reason": "so", "score": score})
-        self.asked.append(payload)
+        if payload["messages"] != CHAT_PROBE["messages"]:
+            self.asked.append(payload)
         return f"<think>hm</think>I read {len(payload['messages'])}"
 
 
