@@ -177,14 +177,14 @@ def _without_markup(match: re.Match[str]) -> str:
 
 def _letters(text: str) -> tuple[str, _Step]:
     """Return a text with the letters that its own look like, and what tells the places."""
-    table = {ord(c): made for c in set(text) if not c.isascii() and (made := _letter(c)) != c}
+    table = {ord(c): _letter(c) for c in set(text)}  # a character that it lacks would cost an exception
 
     def places() -> _Places:
-        sizes = np.fromiter((len(table.get(ord(c), c)) for c in text), np.int64, len(text))
+        sizes = np.fromiter((len(table[ord(c)]) for c in text), np.int64, len(text))
         at = np.repeat(np.arange(len(text)), sizes)
         return at, at + 1
 
-    return text.translate(table) if table else text, places
+    return text.translate(table), places
 
 
 @lru_cache(maxsize=1 << 16)
