@@ -28,6 +28,7 @@ from data_prep.decontamination.hits import find_hits
 from megatron_sov.documents import list_files, read_documents
 from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import find_units, fold
+from megatron_sov.documents.plain import plain
 from megatron_sov.errors import UserError
 from tests.data_prep.decontamination.disguises import DISGUISES, ITEMS
 
@@ -111,13 +112,19 @@ def main() -> None:
     hits: Counter[str] = Counter()
     for text in clean:
         hits.update({hit.item for hit in find_hits(text, search, 0)})
-    plain = Counter(item.id for item in items for text in clean
-                    if " ".join(item.text.split()).casefold() in " ".join(text.split()).casefold())
+    letters = Counter(item.id for item in items for text in clean
+                      if " ".join(item.text.split()).casefold() in " ".join(text.split()).casefold())
     print(f"clean text: {len(clean)} documents; items found in them: {sum(hits.values())} times "
-          f"({sum(plain.values())} of these stand there letter by letter)")
+          f"({sum(letters.values())} of these stand there letter by letter)")
+    alone = sum(len({found.item for found in search.find(find_units(text))}) for text in clean)
+    print(f"  of these by the text as it is, without its plain form: {alone}")
     known = np.unique(np.concatenate([rolled(item.text) for item in items]))
     print(f"baseline in numpy   {speed(texts, lambda t: np.isin(rolled(t), known).any()):6.1f} MB/s and core")
-    print(f"this search         {speed(texts, lambda t: search.find(find_units(t))):6.1f} MB/s and core")
+    both = speed(clean, lambda t: find_hits(t, search, 0))
+    print(f"this search         {both:6.1f} MB/s and core ({1 / both:.3f} s for a MB)")
+    first = speed(clean, lambda t: search.find(find_units(t)))
+    print(f"  the text as it is {first:6.1f} ({1 / first:.3f} s for a MB)")
+    print(f"  its plain form    {speed(clean, plain):6.1f}, without searching it")
     print(f"  folding alone     {speed(texts, fold):6.1f}")
     print(f"  units             {speed(texts, find_units):6.1f}")
     ascii_texts = [text for text in texts if text.isascii()]

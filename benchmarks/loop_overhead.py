@@ -10,8 +10,9 @@ else the machine does hits all of them:
           step, nothing else
   stock   the library's own GPTModel (its attention, router and loss) on ready batches, as Megatron-LM's
           train_step does it
-With --transformers two loops take turns instead, on one process, for a dense model and a mixture of experts:
-"same", and `transformers`' model of the same sizes with torch's fused AdamW on random ids of the same shape.
+With --transformers three loops take turns instead, on one process, for a dense model and a mixture of
+experts: "ours", "same", and `transformers`' model of the same sizes with torch's fused AdamW on the ids that
+"same" has.
 Ratios are medians over turns of ours / it.  CPU time is that of rank 0 with all its threads (data
 preparation among them).
 """
@@ -79,6 +80,16 @@ def our_step(config: RunConfig, place: world.World, source: Source, folder: Path
     return step
 
 
+def ready_batches(config: RunConfig, place: world.World, source: Source) -> list[Any]:
+    """Return the micro-batches of eight steps."""
+    from megatron_sov.train.data_batches import DataBatches
+
+    batches = DataBatches(config, [source], place)
+    ready = [batches.next().micro_batches for _ in range(8)]
+    batches.close()
+    return ready
+
+
 def same_model_step(config: RunConfig, place: world.World, source: Source) -> Callable[[], None]:
     """Return a bare step of our model: what is left of ours without the loop."""
     import torch
@@ -88,15 +99,12 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
     from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.train.data_batches import DataBatches
 
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize
-    batches = DataBatches(config, [source], place)
-    ready = itertools.cycle([batches.next().micro_batches for _ in range(8)])
-    batches.close()
+    ready = itertools.cycle(ready_batches(config, place, source))
     num_sequences = config.train.global_batch_size
     routing = model.config.routing_step
     routing.seq_len, routing.num_sequences = SEQ_LEN, num_sequences
@@ -170,8 +178,8 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
     return step
 
 
-def transformers_step(config: RunConfig) -> Callable[[], None]:
-    """Return a step of the same model by transformers and torch's fused AdamW."""
+def transformers_step(config: RunConfig, batches: list[Any]) -> Callable[[], None]:
+    """Return a step of the same model by transformers and torch's fused AdamW, on the same ids."""
     import torch
     import transformers
 
@@ -189,11 +197,12 @@ def transformers_step(config: RunConfig) -> Callable[[], None]:
     else:
         network = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.optim.lr, fused=True)
-    ids = torch.randint(1, VOCAB_SIZE, (size, SEQ_LEN))
+    ready = itertools.cycle(batches)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(config.train.global_batch_size // size):
+        for batch in next(ready):
+            ids = batch.inputs.tokens.view(size, SEQ_LEN)
             network(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -210,6 +219,7 @@ BESIDE = {"dense": ("tiny-qwen3", ("model.num_kv_heads=5", "model.dense_ffn_dim=
 def measure_transformers(turns: int, folder: Path, kind: str) -> None:
     """Take turns with transformers, and print a table."""
     recipe, sizes = BESIDE[kind]
+    (folder / kind).mkdir()
     config = apply_settings(recipes.get(recipe), [
         *SETTINGS[:1], "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
         "model.head_dim=64", *SETTINGS[4:5], "train.global_batch_size=2", "train.micro_batch_size=2",
@@ -217,7 +227,9 @@ def measure_transformers(turns: int, folder: Path, kind: str) -> None:
     place = world.join(config.parallel)
     source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([folder / "train"]))
-    steps = {"same": same_model_step(config, place, source), "transformers": transformers_step(config)}
+    steps = {"ours": our_step(config, place, source, folder / kind),
+             "same": same_model_step(config, place, source),
+             "transformers": transformers_step(config, ready_batches(config, place, source))}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + WARMUP_TURNS):
         for name, step in steps.items():
@@ -226,10 +238,12 @@ def measure_transformers(turns: int, folder: Path, kind: str) -> None:
             if turn >= WARMUP_TURNS:
                 taken[name].append(time.process_time() - began)
     world.leave()
-    ratio = statistics.median(a / b for a, b in zip(*taken.values(), strict=True))
+    ratios = {name: statistics.median(a / b for a, b in zip(taken[name], taken["transformers"], strict=True))
+              for name in ("ours", "same")}
     figures = "".join(f"{name}: {1e3 * statistics.median(t):8.1f} CPU ms a step   "
                       for name, t in taken.items())
-    print(f"{kind:9}{figures}same / transformers {ratio:.3f}", flush=True)
+    print(f"{kind:9}{figures}" + "   ".join(f"{name} / transformers {ratio:.3f}"
+                                            for name, ratio in ratios.items()), flush=True)
 
 
 def measure(turns: int, folder: Path) -> None:

@@ -23,6 +23,7 @@ from data_prep.synth.problems import line_files
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import WORDS, find_units
+from megatron_sov.documents.plain import forms
 from megatron_sov.errors import UserError, list_problems
 
 KIND = "probing_sets"
@@ -98,8 +99,8 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
     for file in line_files(against):
         for _, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
             num_lines += 1
-            for found in search.find(find_units(text_in(record))):
-                gone[found.item] = "in the training input"
+            for form in forms(text_in(record)):
+                gone.update((found.item, "in the training input") for found in search.find(find_units(form)))
     left_out.update(gone.values())
     sets: dict[str, list[Problem]] = defaultdict(list)
     for number, problem in enumerate(problems):

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from urllib.parse import unquote
 
 import numpy as np
@@ -46,7 +46,10 @@ _MARKUP = re.compile(
     r"\*?(?=\{| ))|"
     r"\\(?P<literal>[&%$#_{}*`\[\]()!.+>|-])|"
     r"(?P<marks>[{}$`^]|\*{1,3}|~~|(?<=\w)_{1,3}(?=\w)|\b_{1,2}|_{1,2}\b|==|\+\+)", re.DOTALL)
-_SIGNS = {_ESCAPE: re.compile(r"[&%=\\]"), _MARKUP: re.compile(r"[<\\\]\[!~{}$`^*_=+]")}
+_SIGNS = {_ESCAPE: re.compile(r"&(?=[#\w])|%(?=[0-9A-Fa-f])|=(?=[0-9A-F\r\n])|\\(?=[ux])"),
+          _MARKUP: re.compile(r"<(?=[!/A-Za-z])|\\|\](?=[\](])|\[(?=[^\[\]\n]{1,200}\]\()|!(?=\[)|[~{}$`^*_]|"
+                              r"=(?==)|\+(?=\+)")}
+"""With what a match of these begins."""
 _CONFUSABLE = {
     **dict(zip("аеорсухіјѕһԁɡԛԝвкмнтзпгьґүӏ", "aeopcyxijshdgqwbkmht3nrbryl", strict=True)),
     **dict(zip("АВЕКМНОРСТУХІЈЅԌԚԜЗҮӀ", "ABEKMHOPCTYXIJSGQW3YI", strict=True)),
@@ -57,35 +60,58 @@ _CONFUSABLE = {
     "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "ð": "d"}
 _COMBINING = re.compile("[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")
 
+_Places = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Where the origin of each character begins, and where it ends."""
+_Step = Callable[[], _Places]
+"""Tells the places of a text that was made of another."""
+
 
 @dataclass(frozen=True)
 class Plain:
     """The plain form of a text."""
 
     text: str
-    starts: NDArray[np.int64]
-    """Where in the text as it was written that begins from which each character was made."""
-    ends: NDArray[np.int64]
-    """Where it ends."""
+    steps: tuple[_Step, ...]
+    """How it was made."""
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Return where in the text as it was written that begins from which each character was made."""
+        return self._origins[0]
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """Return where it ends."""
+        return self._origins[1]
+
+    @cached_property
+    def _origins(self) -> _Places:
+        # most texts hold nothing that is looked for, and are never asked for places
+        starts, ends = self.steps[0]()
+        for step in self.steps[1:]:
+            at, upto = step()
+            starts, ends = starts[at], ends[upto - 1]
+        return starts, ends
 
 
 def plain(text: str) -> Plain | None:
     """Return the plain form of a text; None where it would say the same to a search by words."""
     if not _MAY_DIFFER.search(text):
         return None
-    made, starts = text, np.arange(len(text))
-    ends = starts + 1
+    made, steps = text, list[_Step]()
     for _ in range(_ROUNDS):
-        new, at, upto = _replaced(made, _ESCAPE, _unescaped)
+        new, step = _replaced(made, _ESCAPE, _unescaped)
         if new == made:
             break
-        made, starts, ends = new, starts[at], ends[upto - 1]
-    new, at, upto = _replaced(made, _MARKUP, _without_markup)
-    made, starts, ends = new, starts[at], ends[upto - 1]
+        made, steps = new, [*steps, step]
+    new, step = _replaced(made, _MARKUP, _without_markup)
+    if new != made:
+        made, steps = new, [*steps, step]
     if not made.isascii():
-        new, at, upto = _letters(made)
-        made, starts, ends = new, starts[at], ends[upto - 1]
-    return None if made == text or not made else Plain(made, starts, ends)
+        new, step = _letters(made)
+        if new != made:
+            made, steps = new, [*steps, step]
+    return None if made == text or not made else Plain(made, tuple(steps))
 
 
 def forms(text: str) -> list[str]:
@@ -95,8 +121,8 @@ def forms(text: str) -> list[str]:
 
 
 def _replaced(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str]], str]
-              ) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
-    """Return a text with matches replaced, and where the origin of each character begins and ends."""
+              ) -> tuple[str, _Step]:
+    """Return a text with matches replaced, and what tells the places."""
     parts: list[str] = []
     begins, stops = [0], []  # of what each part was made of, in turn as it was and replaced
     at = 0
@@ -114,12 +140,16 @@ def _replaced(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str
         at = end
     parts.append(text[at:])
     stops.append(len(text))
+    return "".join(parts), partial(_places, parts, begins, stops)
+
+
+def _places(parts: list[str], begins: list[int], stops: list[int]) -> _Places:
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     part = np.repeat(np.arange(len(parts)), sizes)
     here = np.arange(len(part)) - (np.cumsum(sizes) - sizes)[part]
     is_kept = part % 2 == 0
     starts = np.array(begins)[part] + here * is_kept
-    return "".join(parts), starts, np.where(is_kept, starts + 1, np.array(stops)[part])
+    return starts, np.where(is_kept, starts + 1, np.array(stops)[part])
 
 
 def _unescaped(match: re.Match[str]) -> str:
@@ -145,15 +175,16 @@ def _without_markup(match: re.Match[str]) -> str:
     return match["literal"] or ""
 
 
-def _letters(text: str) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
-    """Return a text with the letters that its own look like, and the places that they come from."""
-    table = {ord(c): _letter(c) for c in set(text) if not c.isascii()}
-    if all(len(made) == 1 for made in table.values()):
-        at = np.arange(len(text))
-    else:
-        at = np.repeat(np.arange(len(text)), np.fromiter((len(table.get(ord(c), c)) for c in text), np.int64,
-                                                         len(text)))
-    return text.translate(table), at, at + 1
+def _letters(text: str) -> tuple[str, _Step]:
+    """Return a text with the letters that its own look like, and what tells the places."""
+    table = {ord(c): _letter(c) for c in set(text)}  # a character that it lacks would cost an exception
+
+    def places() -> _Places:
+        sizes = np.fromiter((len(table[ord(c)]) for c in text), np.int64, len(text))
+        at = np.repeat(np.arange(len(text)), sizes)
+        return at, at + 1
+
+    return text.translate(table), places
 
 
 @lru_cache(maxsize=1 << 16)

@@ -34,7 +34,7 @@ def test_sets_are_frozen_without_what_training_has(tmp_path: Path, capsys: pytes
                 probe(KOREAN.format(2, 3), "geometry", id="c"),
                 probe("세 변이 각각 3, 4, 5인 삼각형의 넓이와 둘레를 더하면 얼마인가?", "geometry"))
     train = rows(tmp_path, "train.jsonl", {"text": "Nothing of the kind."}, {"messages": [
-        {"role": "user", "content": "So: " + other.replace(".", ";").upper()},
+        {"role": "user", "content": "So: " + other.replace(".", ";").upper().replace("E", "<b>E</b>")},
         {"role": "assistant", "content": KOREAN.format(2, 3)}]})
     (tmp_path / "made").mkdir()
     (tmp_path / "made/rejected.jsonl").write_text("{}\n")
