@@ -53,7 +53,7 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no classifier can be loaded"):
         Classifier(str(tmp_path), device="no-such-device").prepare()
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"folder = .*model\.safetensors: cannot be read as safetensors"):
+    with pytest.raises(UserError, match=r"folder = .*model\.safetensors: cannot be read as a safetensors"):
         Classifier(str(tmp_path)).prepare()
 
 

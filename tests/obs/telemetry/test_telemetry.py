@@ -184,7 +184,7 @@ def test_a_taken_port_and_a_missing_folder_end_nothing(tmp_path: Path,
 def test_a_missing_package_is_told_before_the_first_step(
         setting: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"obs\.{setting} needs a package .*megatron-sov\[telemetry\]"):
+    with pytest.raises(UserError, match=rf"obs\.{setting} needs a package .*\[telemetry\]' -c "):
         Telemetry(ObsConfig(**{setting: "http://127.0.0.1:9"}), tmp_path, "tiny")
 
 
