@@ -28,7 +28,7 @@ PLACE = (_MARK + _ZEROS).decode()
 _TAIL_BYTES = 1 << 16
 """From the end of a file; a seal lies in it."""
 _PARQUET, _KEY = b"PAR1", SEAL.encode() + b"\x18" + bytes([len(_MARK + _ZEROS)])
-"""How a Parquet file ends; what stands before a seal in its footer: the key, the type and length of its value."""
+"""How a Parquet file ends; what stands before a seal in its footer: key, type of the value, its length."""
 _MOST_FOOTER_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 20
 _SETTLED_S = 1.0
