@@ -27,6 +27,9 @@ PLACE = (_MARK + _ZEROS).decode()
 """Stands where the seal comes."""
 _TAIL_BYTES = 1 << 16
 """From the end of a file; a seal lies in it."""
+_PARQUET, _KEY = b"PAR1", SEAL.encode() + b"\x18" + bytes([len(_MARK + _ZEROS)])
+"""How a Parquet file ends; what stands before a seal in its footer: key, type of the value, its length."""
+_MOST_FOOTER_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 20
 _SETTLED_S = 1.0
 """A file that changed so lately may change again within one tick of its time of change."""
@@ -86,12 +89,18 @@ def _is_sealed(file: str, mark: tuple[int, ...]) -> bool | None:
 
 
 def _place(f: Any, wanted: bytes) -> int | None:
-    """Return where the last mark begins near the end of a file, with room for a checksum behind it."""
+    """Return where the last mark begins near the end of a file, with room for a checksum behind it; in
+    Parquet under its key in the footer, which may be long: what stands elsewhere is text of rows."""
     size = f.seek(0, os.SEEK_END)
-    begin = max(0, size - _TAIL_BYTES)
+    f.seek(max(0, size - 8))
+    end, tail, key = f.read(), _TAIL_BYTES, b""
+    if end[4:] == _PARQUET:
+        tail, key = min(int.from_bytes(end[:4], "little"), _MOST_FOOTER_BYTES) + len(end), _KEY
+    begin = max(0, size - tail)
     f.seek(begin)
-    found = f.read().rfind(wanted)
-    return None if found < 0 or begin + found + len(PLACE) > size else begin + found
+    found = f.read().rfind(key + wanted)
+    place = begin + found + len(key)
+    return None if found < 0 or place + len(PLACE) > size else place
 
 
 def _digest(f: Any, start: int) -> bytes:
@@ -117,8 +126,10 @@ def _hex(parts: Sequence[bytes]) -> bytes:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a value of plain JSON, an object flat beside its seal, anything else below "content"."""
-    whole = {**value, SEAL: PLACE} if isinstance(value, dict) else {"content": value, SEAL: PLACE}
+    """Write a value of plain JSON, an object flat beside its seal, anything else below "content": also an
+    object with a key of that name, which could not be told apart."""
+    is_flat = isinstance(value, dict) and not {SEAL, "content"} & value.keys()
+    whole = {**value, SEAL: PLACE} if is_flat else {"content": value, SEAL: PLACE}
     # nothing but ASCII: names of files may hold bytes that are no text
     atomic_write(file, sealed((json.dumps(whole, indent=1) + "\n").encode()))
 

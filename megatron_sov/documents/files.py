@@ -35,6 +35,7 @@ whatever its ending."""
 PARQUET_SUFFIX = ".parquet"
 ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
 """Of Arrow files and streams, as `save_to_disk` writes them."""
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 JSON_SUFFIX = ".json"
 """Of a list of records, or of lines of them; anything else in JSON is no data."""
 RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
@@ -352,15 +353,28 @@ def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
 
     try:
         with pyarrow.OSFile(str(file)) as opened:
-            is_file = opened.read(6) == b"ARROW1"
+            begin = opened.read(6)
+            is_file, is_old = begin == b"ARROW1", begin[:4] != _STREAM_END[:4]
             opened.seek(0)
             reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            batches = (map(reader.get_batch, range(reader.num_record_batches)) if is_file
+                       else _stream(reader, opened, is_old))
             yield reader.schema.names, (_sound_batch(batch) for batch in batches)
     except (pyarrow.ArrowException, OSError) as e:
         reason = str(e).splitlines()[0][:200]
         raise BadRecord("arrow", f"is no Arrow file, or only a part of one ({reason}); what came before "
                                  "is read; fetch it again") from None
+
+
+def _stream(reader: Any, opened: Any, is_old: bool) -> Iterator[Any]:
+    """Yield the batches of a stream, and look whether it has its end: nothing else shows that it was cut off
+    between two of them. An old one's end, of before 2019, cannot be told from data."""
+    import pyarrow
+
+    yield from reader
+    opened.seek(max(0, opened.size() - len(_STREAM_END)))
+    if not is_old and opened.read() != _STREAM_END:
+        raise pyarrow.ArrowInvalid("the end of the stream is missing")
 
 
 def _sound_batch(batch: Any) -> Any:

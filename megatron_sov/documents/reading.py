@@ -247,8 +247,10 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
     """Return the columns to read: all of a prompt's, which travel on, else those of the kind.
 
     Raises:
-        BadRecord: the schema has none of them.
+        BadRecord: the schema has none of them, or two columns of one name.
     """
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise BadRecord("parquet", f"has two columns {twice[0]!r}; rename or remove one")
     if reading.kind == "prompt":
         return names
     wanted = {"text": (reading.text_field,), "chat": _CHATS, "preference": ("chosen", "rejected"),

@@ -22,6 +22,9 @@ DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
 MAX_ANSWER_CHARS = 10_000
 MAX_BOXES = 12
 """That are read as one answer of several values."""
+_SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
+                          **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
+"""Minus, degrees and digits as East Asian keyboards write them -> as math-verify reads them."""
 _THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
 _BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
 """Between boxes that are one answer of several values: all else makes the last one a correction."""
@@ -29,7 +32,8 @@ _SIGNS = r"[+-]*"
 _INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!)\d{3})+|\d{1,5000})"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d{{0,5000}})?|\.\d{{1,5000}})"
 _LITERAL = re.compile(
-    rf"{_SIGNS}(?:(?P<whole>\d{{0,5000}})(?:\\[dt]?frac\{{(?P<over>{_SIGNS}{_DECIMAL})\}}\{{(?P<under>{_DECIMAL})\}})"
+    rf"{_SIGNS}(?:(?P<whole>\d{{0,5000}})(?:\\[dt]?frac\{{(?P<over>{_SIGNS}{_DECIMAL})\}}"
+    rf"\{{(?P<under>{_SIGNS}{_DECIMAL})\}})"
     rf"|(?P<top>{_DECIMAL})/(?P<bottom>{_DECIMAL})"
     rf"|(?P<number>{_DECIMAL})?(?P<power>(?:(?<=[\d.])(?:\\times|\\cdot|\*|×|·))?10(?:\^|\*\*)"
     rf"(?:\{{[+-]?\d{{1,5}}\}}|[+-]?\d{{1,5}})|[eE][+-]?\d{{1,5}})?)(?:\\?%|\^\{{?\\circ\}}?|°)?", re.ASCII)
@@ -92,7 +96,9 @@ class Math:
             Refused: the row has no answer, or one that is no mathematics.
         """
         gold = self._gold(text_of(row, "answer"))
-        found = self._found(text_of(row, "response")[-self.tail_chars:], gold)
+        # a box in the thoughts of a response is no answer of it
+        said = text_of(row, "response")[-self.tail_chars:].rpartition("</think>")[2].translate(_SPELLED)
+        found = self._found(said, gold)
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
         right = self._states(shown, found, gold) and self._equal(gold, found)
@@ -138,14 +144,20 @@ class Math:
         if not any(math.isclose(given * factor, value, rel_tol=0.01, abs_tol=0.01)
                    for factor in (1, 100, 0.01)):
             return False
-        return all(_NAME.fullmatch(_bare(side)) or self._equal(gold, _parsed(f"\\boxed{{{side}}}"))
-                   for side in sides if _bare(side))
+        # "a + b = 42" leaves open what its beginning is; all else before the number has to be the number
+        for i, side in enumerate(side for side in sides if _bare(side)):
+            read = [] if _NAME.fullmatch(_bare(side)) else _parsed(f"\\boxed{{{side}}}")
+            is_open = i == 0 and "," not in side and bool(read and getattr(read[0], "free_symbols", None))
+            if not (_NAME.fullmatch(_bare(side)) or is_open or self._equal(gold, read)):
+                return False
+        return True
 
     def _gold(self, answer: str) -> list[Any]:
         if not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
             raise Refused(f"answer has {len(answer):,} characters; it must have 1 to {MAX_ANSWER_CHARS:,}")
+        answer = answer.translate(_SPELLED)
         marked = any(mark in answer for mark in DELIMITERS)
-        gold = _parsed(answer if marked else f"\\boxed{{{answer}}}")
+        gold = (_parsed(answer) if marked else []) or _parsed(f"\\boxed{{{answer}}}")
         if not gold:
             raise Refused(f"answer = {answer[:80]!r} is no mathematics that math-verify reads")
         return gold

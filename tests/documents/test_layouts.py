@@ -214,6 +214,25 @@ def test_a_damaged_list_is_named_by_its_record(tmp_path: Path, content: str, tol
     assert (bad and told in bad[0].reason) if told else not found
 
 
+def test_a_stream_that_ends_between_two_batches_is_cut_off(tmp_path: Path) -> None:
+    batch, sink = pyarrow.RecordBatch.from_pylist(ROWS), io.BytesIO()
+    writer = ipc.new_stream(sink, batch.schema)
+    writer.write_batch(batch)
+    (tmp_path / "cut.arrow").write_bytes(sink.getvalue())
+    writer.close()
+    (tmp_path / "whole.arrow").write_bytes(sink.getvalue())
+    assert len(list(read_documents([tmp_path / "whole.arrow"]))) == len(ROWS)
+    with pytest.raises(UserError, match="the end of the stream is missing"):
+        list(read_documents([tmp_path / "cut.arrow"]))
+
+
+def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    texts = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(pyarrow.Table.from_arrays(texts, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has two columns 'text'"):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
 def test_items_are_the_same_wherever_reads_end(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.documents.json_list._BLOCK_BYTES", step)

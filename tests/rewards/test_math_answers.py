@@ -89,6 +89,8 @@ def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
     ("12", "\\boxed{\\gcd(48,36)}"), ("42", "\\boxed{\\frac{84}{2}}"), ("42", "\\boxed{\\sqrt{1764}}"),
     ("24", "\\boxed{4!}"), ("42", "The answer is 6*7"), ("x=42", "\\boxed{x=17+25}"),
     ("42", "Answer: $6 \\cdot 7$"), ("42", "\\boxed{41=42}"), ("42", "\\boxed{x=41=42}"),
+    ("7", "\\boxed{a+b=3+5=7}"), ("7", "\\boxed{n=6 n=7}"), ("7", "\\boxed{a=6, b=7}"),
+    ("3", "\\boxed{\\frac{6}{-2}}"),
     ("0.5", "\\boxed{2^{-1}}"), ("\\frac{\\pi}{4}", "\\boxed{\\int_0^1 \\frac{1}{1+x^2} dx}")])
 def test_a_question_stated_again_is_no_answer(answer: str, response: str) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == 0.0
@@ -102,7 +104,10 @@ def test_a_question_stated_again_is_no_answer(answer: str, response: str) -> Non
     ("42000", "42 \\times 10^3"), ("42000", "4.2 \\cdot 10^{4}"), ("100000", "10^5"),
     ("1234.5", "1{,}234.50"), ("1.5", "1\\frac{1}{2}"), ("1.5", "\\dfrac32"), ("-1.5", "-\\frac{3}{2}"),
     ("-1.5", "\\frac{-3}{2}"), ("1.5", "3/2"), ("\\frac{84}{2}", "42"), ("2^{20}", "1048576"),
-    ("3\\sqrt{2}", "\\sqrt{18}"), ("x=42", "42"), (".5", "\\frac12")])
+    ("3\\sqrt{2}", "\\sqrt{18}"), ("x=42", "42"), (".5", "\\frac12"),
+    ("-42", "\u221242"), ("42", "42°"), ("42", "\uff14\uff12"), ("-.5", "\\frac{1}{-2}"), ("7", "|S|=7"),
+    ("7", "m+n=3+4=7"),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}")])
 def test_a_number_may_be_written_in_any_way(answer: str, given: str) -> None:
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == 1.0
 
@@ -114,6 +119,14 @@ def test_a_number_may_be_written_in_any_way(answer: str, given: str) -> None:
 def test_the_last_box_counts_and_boxes_of_one_answer_together(boxes: str, four: float, both: float) -> None:
     for answer, reward in (("4", four), ("3", 0.0), ("\\{3, 4\\}", both)):
         assert Math().score({"answer": answer, "response": boxes}).reward == reward
+
+
+@pytest.mark.parametrize(("response", "reward"), [
+    ("<think>\\boxed{42}</think> The answer is 41.", 0.0),
+    ("<think>\\boxed{41}</think> The answer is 42.", 1.0),
+    ("<think>\\boxed{42}</think> I do not know.", 0.0), ("\\boxed{41}</think>\\boxed{42}", 1.0)])
+def test_a_box_in_the_thoughts_is_no_answer(response: str, reward: float) -> None:
+    assert Math().score({"answer": "42", "response": response}).reward == reward
 
 
 HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 500 + "}", "9" * 100_000,

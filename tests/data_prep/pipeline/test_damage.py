@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -106,6 +107,30 @@ def test_what_is_sealed_is_plain_for_others(tmp_path: Path) -> None:
     assert pq.read_table(_base(tmp_path)[0]).num_rows == 5
     assert np.load(_array(tmp_path)[0]).tolist() == list(range(40))
     assert json.loads(_json(tmp_path)[0].read_bytes())["documents_in"] == 5
+
+
+def test_a_seal_is_found_behind_a_long_footer_and_not_in_the_text_of_rows(tmp_path: Path) -> None:
+    rows = pa.table({"text": ["x sealed:blake3:" + "a" * 70, sealed.PLACE]})
+    file = tmp_path / "a.parquet"
+    for table in (rows, rows.replace_schema_metadata({"names": "x" * 200_000})):
+        with pq.ParquetWriter(file, table.schema, compression="none") as writer:
+            writer.write_table(table)
+        assert sealed.open_parquet(file).read().num_rows == 2, "a file of others is not damaged"
+        with pq.ParquetWriter(file, table.schema, compression="none") as writer:
+            writer.write_table(table)
+            sealed.seal_parquet(writer)
+        sealed.seal_file(file)
+        assert sealed.open_parquet(file, is_required=True).read() == rows
+        _flip(file)
+        with pytest.raises(UserError):
+            sealed.open_parquet(file)
+
+
+@pytest.mark.parametrize("value", [{"content": 5}, {"seal": 1, "a": 2}, {}, [], {"a": 1},
+                                   {"content": {"content": 1}}])
+def test_any_object_comes_back(value: Any, tmp_path: Path) -> None:
+    sealed.write_json(tmp_path / "a.json", value)
+    assert sealed.read_json(tmp_path / "a.json") == value
 
 
 def _flip(file: Path, at: int = -1) -> None:
