@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.config import OptimConfig, RolloutConfig, RunConfig, from_dict
+from megatron_sov.config.preference import BETAS
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.outputs import refuse_unwritable
@@ -208,8 +209,13 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
 
 
 def _told(config: RunConfig) -> dict[str, Any]:
-    """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled."""
-    return config.to_dict() | {"lora": config.lora.identity(config.model)}
+    """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled,
+    and a default that a newer version has changed counts only where the run uses it."""
+    told = config.to_dict() | {"lora": config.lora.identity(config.model)}
+    told["preference"] |= {"beta": config.preference.strength if config.preference.method in BETAS else None}
+    if not config.rollout.rounds:
+        told["policy"] |= {"correction": None}
+    return told
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -64,6 +64,14 @@ def test_settings_that_make_another_run_are_refused(tmp_path: Path, setting: str
         folder.enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
 
 
+def test_run_of_earlier_defaults_is_resumed(tmp_path: Path) -> None:
+    before = apply_settings(CONFIG_OF_RUN, ["preference.beta=0.1", "policy.correction=none"])
+    folder = started(tmp_path / "run", before)
+    folder.enter(CONFIG_OF_RUN, resume=True)
+    with pytest.raises(UserError, match=r"preference.beta = 0.1, now it is 0.2"):
+        folder.enter(apply_settings(CONFIG_OF_RUN, ["preference.beta=0.2"]), resume=True)
+
+
 def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
     folder = started(tmp_path / "run")
     with pytest.raises(UserError, match=r"optim.lr = 0.004.*; train.seed = 1234, now it is 1"):
