@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.encode import TOKENIZER_JSON
 from data_prep.splits import SPLITS, TRAIN
 from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
+from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 
@@ -56,7 +56,7 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
         raise UserError(f"{data}: has no documents in split {split!r}"
                         + (f" of source {source!r}" if source else ""))
     chosen = sorted(random.Random(seed).sample(places, min(count, len(places))))
-    tokenizer = Tokenizer.from_file(str(data / "tokenizer" / TOKENIZER_JSON))
+    tokenizer = open_tokenizer(data / "tokenizer")
     return [line for n, i in chosen for line in _shown(shards[n], i, max_tokens, tokenizer)]
 
 

@@ -19,6 +19,19 @@ SPECIAL_JSON = "special_tokens_map.json"
 """Where older folders keep bos and eos."""
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Return what encodes and decodes by a folder's tokenizer.json.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    except Exception as e:  # the binding raises a bare Exception
+        raise UserError(f"{folder / TOKENIZER_JSON}: cannot be read as a tokenizer ({e}); restore it from "
+                        "its source") from None
+
+
 def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder | None:
     """Return the encoder of a folder's chats; None where it has no chat template or no tokenizer.json.
 

@@ -106,6 +106,9 @@ def run(args: argparse.Namespace) -> int:
         return run_suites(args)
     events = RunEvents(args.run)
     check_output("--out", getattr(args, "out", None))
+    for option, value in (("--seq-len", "seq_len"), ("--max-tokens", "max_tokens")):
+        if (number := getattr(args, value, None)) is not None and number < 1:
+            raise UserError(f"{option} {number}: must be at least 1")
     for name in ("target", "checkpoint", "hf_dir"):
         if (model := getattr(args, name, None)) is not None:
             refuse_missing(model)

@@ -192,7 +192,7 @@ def _version(given: str | None, store: Store) -> str | None:
 
 def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
     """Return what makes texts of tokens, special ones among them."""
-    from tokenizers import Tokenizer
+    from megatron_sov.chat.folder import open_tokenizer
 
     file = folder / TOKENIZER_JSON
     if not file.is_file():
@@ -200,7 +200,7 @@ def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
     if (digest := tokenizer_digest(folder)) != store.tokenizer_digest:
         raise UserError(f"--tokenizer {folder}: its digest is {digest}, and {store.path} was written with "
                         f"{store.tokenizer_digest}; name the tokenizer of the model that wrote it")
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = open_tokenizer(folder)
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.documents import BadRecord, Reading, Span, in_processes, list_files, plan_units, read_span
 from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import WORDS, find_units
@@ -24,9 +25,6 @@ from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.results import Contamination, Results
 from megatron_sov.eval.score_differences import Scored, is_mean, values_of
 from megatron_sov.obs.work_bar import work_bar
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 MIN_WORDS = 5
 """An item of fewer words is not looked for: it says too little."""
@@ -190,8 +188,6 @@ def _read(spans: tuple[Span, ...], reading: Reading) -> Iterator[tuple[str, str,
 
 
 def _packed(part: _Part) -> Iterator[tuple[str, str, bool]]:
-    from tokenizers import Tokenizer
-
     from megatron_sov.data.token_shards import open_sources, tokenizer_folder
 
     sources = open_sources({part.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)
@@ -199,7 +195,7 @@ def _packed(part: _Part) -> Iterator[tuple[str, str, bool]]:
     if folder is None:
         raise UserError(f"{part.folder}: has no tokenizer, without which its tokens are no text; put the "
                         "tokenizer that packed it into its folder tokenizer")
-    tokenizer: Tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = open_tokenizer(folder)
     documents = next(s for s in sources if s.name == part.source).shard("train")
     for number in range(part.begin, part.end):
         length, begin = int(documents.lengths[number]), 0

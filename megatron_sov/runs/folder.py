@@ -68,11 +68,7 @@ class RunFolder:
         file = self.path / COMPLETION
         if not file.is_file():
             return None
-        try:
-            return dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{file}: is damaged ({e}); delete it and run the same "
-                            "command with --resume") from None
+        return _declared(file)
 
     def complete(self, content: dict[str, Any]) -> None:
         """Declare the stage complete."""
@@ -85,7 +81,7 @@ class RunFolder:
     def held(self) -> dict[str, Any] | None:
         """Return what was noted by `hold`, or None."""
         file = self.path / HELD
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        return _declared(file) if file.is_file() else None
 
     def release(self) -> None:
         """Forget what was noted by `hold`."""
@@ -206,6 +202,22 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
                                 f"and {name} has changed since (sha256 {sha256[:12]}, "
                                 f"now {files[name][:12]}); put it back as it was{recipe} or start a new "
                                 "--run --from its checkpoint")
+
+
+def _declared(file: Path) -> dict[str, Any]:
+    """Return what a completion manifest says.
+
+    Raises:
+        UserError: it is no such manifest.
+    """
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        if type(found.get("step")) is not int or not isinstance(found.get("gate") or {}, dict):
+            raise ValueError(f"step is {found.get('step')!r}, gate {found.get('gate')!r}")
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{file}: is damaged ({str(e)[:200]}); delete it and run the same "
+                        "command with --resume") from None
+    return found
 
 
 def _told(config: RunConfig) -> dict[str, Any]:

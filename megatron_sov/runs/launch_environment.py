@@ -10,6 +10,8 @@ from megatron_sov.errors import UserError
 
 HANDED = "SOV_HANDED"
 """Environment variable: what a launcher of ours hands to a rank that it starts as a new process, as JSON."""
+MOST_LOCAL_RANKS = 4096
+"""More are a slip of the hand, on whatever machine."""
 
 
 def num_ranks(nproc: int | None) -> int:
@@ -17,6 +19,8 @@ def num_ranks(nproc: int | None) -> int:
     else `nproc` (default 1)."""
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
+    if nproc is not None and nproc > MOST_LOCAL_RANKS:
+        raise UserError(f"--nproc {nproc}: must be at most {MOST_LOCAL_RANKS:,}")
     return int(os.environ["WORLD_SIZE"]) if under_launcher() else nproc or 1
 
 

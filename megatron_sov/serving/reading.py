@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tokenizers import Tokenizer
-
-from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.documents import Conversation
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import Asker
@@ -52,7 +50,7 @@ class Reader:
         self._where, self._vocab_size, self._longest = folder, target.vocab_size, longest
         self._plain = Asker(target, chat=False)
         self._chat = Asker(target, chat=True) if read_chat_encoder(folder) is not None else None
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        self._tokenizer = open_tokenizer(folder)
         self._special = {token.content: id_ for id_, token
                          in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.errors import UserError
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -53,5 +53,8 @@ def test_a_folder_without_chats_has_none_and_a_broken_one_is_named(folder: Path)
         (folder / "tokenizer_config.json").write_text(config)
         with pytest.raises(UserError, match=r"its tokenizer cannot be read|its chat_template is"):
             read_chat_encoder(folder)
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{}]}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer \(.*\); restore it"):
+        open_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
     assert read_chat_encoder(folder) is None

@@ -111,13 +111,14 @@ def test_a_complete_run_says_so_and_does_not_grow(tmp_path: Path) -> None:
         folder.enter(longer, resume=True)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 3}', '{"step": [0]}',
+                                     '{"step": 1, "gate": [1]}'])
 def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
     folder = started(tmp_path / "run")
     (tmp_path / "run" / CONFIG).write_text(content)
     with pytest.raises(UserError, match=r"run/config.json: cannot be read as a run's settings"):
         folder.enter(CONFIG_OF_RUN, resume=True)
-    (tmp_path / "run" / COMPLETION).write_text("{")
+    (tmp_path / "run" / COMPLETION).write_text(content)
     with pytest.raises(UserError, match=r"run/complete.json: is damaged"):
         folder.completion()
 

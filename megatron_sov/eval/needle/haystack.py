@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
+from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.phrases import LANGUAGES, Language
-from megatron_sov.eval.needle.text import NeedleForm, needle_form, read_tokenizer, special_tokens
+from megatron_sov.eval.needle.text import NeedleForm, needle_form, special_tokens
 
 DETECTED_TOKENS = 4096
 """Text of a source that decides on its language."""
@@ -81,7 +82,7 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
         UserError: there is no text, or none of a language that is asked for, or `told` names no source.
     """
     told = told or {}
-    tokenizer = read_tokenizer(tokenizer_folder)
+    tokenizer = open_tokenizer(tokenizer_folder)
     usable = [s for s in sources if not s.is_chat and s.num_tokens.get(split, 0) > 0]
     unknown = sorted(set(told) - {s.name for s in usable})
     if unknown:

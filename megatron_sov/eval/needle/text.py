@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.phrases import Language, Phrases, is_for_tests, phrases
 
@@ -93,7 +94,7 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
     Raises:
         UserError: there is no tokenizer, or it has too few whole words.
     """
-    tokenizer = read_tokenizer(tokenizer_folder)
+    tokenizer = open_tokenizer(tokenizer_folder)
     special = special_tokens(tokenizer)
     words = _words(tokenizer, special, _SCRIPTS[language])
     if len(words) < MIN_WORDS:
@@ -112,19 +113,6 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
     return NeedleForm(language,
                       {test: tuple(map(sentences, phrases(language, test=test))) for test in (True, False)},
                       tuple(words), special)
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Return a folder's tokenizer.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as e:  # the binding raises a bare Exception
-        raise UserError(f"{folder}: has no readable tokenizer.json ({e}); "
-                        "needles are made of its words") from None
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

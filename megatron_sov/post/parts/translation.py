@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.data.token_bytes import spellings
 from megatron_sov.data.vocabulary import TOKENIZER_JSON, read_tokenizer
 from megatron_sov.errors import UserError
@@ -266,7 +267,7 @@ def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_o
 
 def _opened(folder: Path) -> Tokenizer:
     read_tokenizer(folder)  # says what is wrong with it
-    return Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    return open_tokenizer(folder)
 
 
 def _decoded(text: bytes) -> str | None:
