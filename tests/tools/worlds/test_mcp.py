@@ -48,6 +48,7 @@ def test_its_tools_are_shown_called_and_counted() -> None:
 def test_a_server_gets_no_key_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PLANTED_API_KEY", "SEARCH_KEY", "LD_PRELOADED", "PYTHONSTARTUP_KEY"):
         monkeypatch.setenv(name, f"{name} planted")
+    monkeypatch.setenv("TERM", "() { echo planted; }")  # a function to an old shell, as the SDK's client has it
     for env in ((), ("SEARCH_KEY",)):
         made = server(env=list(env))
         told = made.call("echo", {"text": "environment"})
