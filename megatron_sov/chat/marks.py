@@ -49,7 +49,8 @@ _THOUGHTS = (
                r"(<\|end\|>|(?=<\|start\|>)|\Z)", re.DOTALL))
 _FRAMES = re.compile(
     r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
-    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*<\|message\|>|<\|start\|>\w*"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\w*)?<\|message\|>"
+    r"|<\|start\|>\w*"
     r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls_section_(?:begin|end)\|>")
 _OWN = re.compile("|".join(re.escape(mark) for mark in (
     "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|channel|>", *_DEEPSEEK[:2],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeGuard
 
@@ -84,7 +85,9 @@ def seconds(text: str | None) -> float:
         wait_s = float(text or 0)
     except ValueError:
         try:
-            wait_s = parsedate_to_datetime(text or "").timestamp() - time.time()
+            # a date without a zone is UTC too (RFC 9110, 5.6.7)
+            until = parsedate_to_datetime(text or "")
+            wait_s = (until if until.tzinfo else until.replace(tzinfo=UTC)).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError):
             return 0.0
     return min(max(wait_s, 0.0), MAX_WAIT_S) if wait_s == wait_s else 0.0

@@ -31,7 +31,9 @@ def variables_for_foreign(more: Iterable[str] = ()) -> dict[str, str]:
     Args:
         more: names that the settings give it besides.
     """
-    return {name: os.environ[name] for name in (*OF_FOREIGN, *more) if name in os.environ}
+    # what an old shell would run as a function is passed on only where it is asked for by name
+    kept = [name for name in OF_FOREIGN if not os.environ.get(name, "").startswith("()")]
+    return {name: os.environ[name] for name in (*kept, *more) if name in os.environ}
 
 
 def forget_other_variables(more: Iterable[str] = ()) -> None:

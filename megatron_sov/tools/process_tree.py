@@ -90,6 +90,8 @@ def _keep(pid: int, until: int) -> NoReturn:
             for child in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(child), signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):  # it may have ended before they were ignored
+                    os.waitpid(int(child), os.WNOHANG)
             time.sleep(_AGAIN_S)
     finally:
         os._exit(0)

@@ -44,6 +44,8 @@ TURNS = {
                  f'"arguments": {B}}}</tool_call>', "look", "", (UTC,)),
     "gpt-oss: an answer": ("<|channel|>analysis<|message|>2 + 2<|end|><|start|>assistant<|channel|>final"
                            "<|message|>It is 4.", "2 + 2", "It is 4.", ()),
+    "gpt-oss: an answer in a form": (
+        '<|channel|>final <|constrain|>json<|message|>{"a": 1}', "", '{"a": 1}', ()),
     "gpt-oss: a call": ("<|channel|>analysis<|message|>look<|end|><|start|>assistant<|channel|>commentary "
                         f"to=functions.get_time <|constrain|>json<|message|>{B}", "look", "", (UTC,)),
     "gpt-oss: another header": (

@@ -297,10 +297,16 @@ def test_the_model_that_really_answers_is_told_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "low", "high"), [
     ("7", 7, 7), ("0.5", 0.5, 0.5), ("Thu, 01 Jan 2026 00:00:30 GMT", 30, 30),
     ("Thu, 01 Jan 2026 01:00:30 +0100", 30, 30), ("Fri, 09 Jan 2026 00:00:00 GMT", 60, 60),
-    ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Thu Jan  1 00:00:30 2026", 30, 30),
     ("soon", 0, 0), ("", 0, 0), (None, 0, 0), ("nan", 0, 0), ("inf", 60, 60), ("-3", 0, 0),
     ("Wed, 99 Oct 2015 07:28:00 GMT", 0, 0)])
 def test_how_long_to_wait_may_be_a_date(text: str | None, low: float, high: float,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.endpoints.answers.time.time", lambda: 1767225600.0)  # 2026 begins
-    assert low <= seconds(text) <= high
+    monkeypatch.setenv("TZ", "KST-9")
+    time.tzset()
+    try:
+        assert low <= seconds(text) <= high
+    finally:
+        monkeypatch.undo()
+        time.tzset()

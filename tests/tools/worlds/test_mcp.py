@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_its_tools_are_shown_called_and_counted() -> None:
 def test_a_server_gets_no_key_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PLANTED_API_KEY", "SEARCH_KEY", "LD_PRELOADED", "PYTHONSTARTUP_KEY"):
         monkeypatch.setenv(name, f"{name} planted")
+    monkeypatch.setenv("TERM", "() { echo planted; }")  # a function to an old shell
     for env in ((), ("SEARCH_KEY",)):
         made = server(env=list(env))
         told = made.call("echo", {"text": "environment"})
@@ -108,3 +110,17 @@ def test_a_server_that_is_none_is_named(settings: dict[str, Any], told: str) -> 
 def test_a_tool_that_is_none_is_named(tool: Any) -> None:
     with pytest.raises(ToolFault, match="which is no tool"):
         _described(tool)
+
+
+def test_a_command_that_ends_before_it_is_watched_is_buried() -> None:
+    program = """if True:
+        import os
+        from megatron_sov.tools.process_tree import _keep
+        until, wanted = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        _keep(pid, until)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
