@@ -22,6 +22,7 @@ from data_prep.splits import TRAIN
 from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest
 from data_prep.twin_documents import refuse_overlap
 from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
+from megatron_sov.digests import algorithm_of, file_digest
 from megatron_sov.errors import UserError
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
@@ -183,8 +184,13 @@ def mix(parts: list[Part], output: Path, blend: BlendSettings | None = None, *,
             artifact.add_input(part.path)
             sources += _take(artifact, part.path, manifest, weights)
         (artifact.path / "tokenizer").mkdir()
-        for name in (TOKENIZER_JSON, CONFIG_JSON):
-            shutil.copyfile(parts[0].path / "tokenizer" / name, artifact.path / "tokenizer" / name)
+        for name in (f"tokenizer/{TOKENIZER_JSON}", f"tokenizer/{CONFIG_JSON}"):
+            shutil.copyfile(parts[0].path / name, artifact.path / name)
+            record = manifests[0].files.get(name)
+            known = record.digest if record is not None else "sha256:"
+            if file_digest(artifact.path / name, algorithm_of(known)) != known:
+                raise UserError(f"{parts[0].path / name}: is damaged, its hash is not that of the manifest; "
+                                "pack the data again or restore it from a copy")
         shared = {field: manifests[0].content[field] for field in SHARED_FIELDS}
         artifact.content = {"content_version": CONTENT_VERSION, **shared, **_rule(manifests),
                             "sources": sources}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_files_are_copied_where_they_cannot_be_linked(parts: tuple[Path, Path], 
     mix([Part(parts[0], None)], tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/few/train-00000.bin").stat().st_nlink == 1
+
+
+def test_a_damaged_tokenizer_is_not_handed_on_as_a_sound_one(parts: tuple[Path, Path], tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(parts[0], tmp_path / "text")
+    file = tmp_path / "text/tokenizer/tokenizer.json"
+    file.write_text(file.read_text().replace("a", "b", 1))
+    assert main(["mix", str(tmp_path / "text"), str(parts[1]), "--output", str(tmp_path / "out")]) == 2
+    assert f"{file}: is damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokenizers: dict[str, Path],
