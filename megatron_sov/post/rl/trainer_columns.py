@@ -1,10 +1,10 @@
 """What the trainer itself says of a round's documents before it learns from them: columns beside those that
 were published, computed by its own forward pass.
 
-They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a checksum of them all, which is checked
-when they are read.  The policy's are computed anew whenever a run stands before the round's first step; later
-its weights are others, and the file is what is read.  Of what the first step learns the policy's are those
-that the step computes itself: there they are NaN.
+They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a checksum of them all, which is
+checked when they are read. The policy's are computed anew whenever a run stands before the round's first
+step; later its weights are others, and the file is what is read. Of what the first step learns the policy's
+are those that the step computes itself: there they are NaN.
 """
 
 from __future__ import annotations
