@@ -56,6 +56,33 @@ def seal_file(file: Path) -> None:
         f.write(digest)
 
 
+def write_sealed(file: Path, data: bytes) -> None:
+    """Write bytes with their checksum behind them; what maps the file finds them at its beginning.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    atomic_write(file, data + _MARK + _hex([data, PLACE.encode()]))
+
+
+def seal_damage(file: Path, size_bytes: int) -> str | None:
+    """Return one sentence where a file that `write_sealed` wrote is missing or is not what was written, else
+    None.
+
+    Args:
+        file: the file.
+        size_bytes: of its content.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as e:
+        return f"{file}: cannot be read ({os.strerror(e.errno or 0)})"
+    if len(data) != size_bytes + len(PLACE):
+        return f"{file}: has {len(data)} bytes, must have {size_bytes} and {len(PLACE)} of a checksum"
+    return None if data[size_bytes:] == _MARK + _hex([data[:size_bytes], PLACE.encode()]) else (
+        f"{file}: its content differs from the checksum at its end")
+
+
 def check_seal(file: Path, way: str = RUN_AGAIN, *, is_required: bool = True) -> None:
     """Look whether a file is as it was sealed; within one process a file that has not changed is read once.
 

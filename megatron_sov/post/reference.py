@@ -21,7 +21,6 @@ import numpy as np
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
 from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.data.media_shards import banks_of, media_of
-from megatron_sov.data.sealed_files import seal_damage, write_sealed
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.generate.load import run_forward_model
@@ -33,6 +32,7 @@ from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.post.document_logprobs import Running, document_logprobs
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
+from megatron_sov.sealed import seal_damage, write_sealed
 from megatron_sov.train.gate import GateView
 
 IDENTITY = "reference.json"

@@ -15,9 +15,9 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.data.columns import NeededColumn, refuse_without_columns
-from megatron_sov.data.sealed_files import write_sealed
 from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import write_sealed
 
 
 def opened(pairs: Path) -> list[Source]:
@@ -84,10 +84,10 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
         reference(256).refuse_changed()
     flip(parts.file(0))
     for read in (reference(128).refuse_changed, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
-        with pytest.raises(UserError, match=r"000000.f32: its content differs from the hash .*start"):
+        with pytest.raises(UserError, match=r"000000.f32: its content differs from the checksum .*start"):
             read()
     assert reference(128)._missing() == [("pairs", 0)]
-    assert "000000.f32: its content differs from the hash at its end; it is computed anew" in (
+    assert "000000.f32: its content differs from the checksum at its end; it is computed anew" in (
         capsys.readouterr().err)
 
 

@@ -1,10 +1,10 @@
 """What the trainer itself says of a round's documents before it learns from them: columns beside those that
 were published, computed by its own forward pass.
 
-They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a hash of them all, which is checked
-when they are read.  The policy's are computed anew whenever a run stands before the round's first step; later
-its weights are others, and the file is what is read.  Of what the first step learns the policy's are those
-that the step computes itself: there they are NaN.
+They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a checksum of them all, which is
+checked when they are read. The policy's are computed anew whenever a run stands before the round's first
+step; later its weights are others, and the file is what is read. Of what the first step learns the policy's
+are those that the step computes itself: there they are NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import Round
 from megatron_sov.data.routes import replayed_routes
-from megatron_sov.data.sealed_files import seal_damage, write_sealed
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
@@ -30,6 +29,7 @@ from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
 from megatron_sov.post.reference import files_sha256
 from megatron_sov.post.rl.start_weights import with_weights_of
+from megatron_sov.sealed import seal_damage, write_sealed
 from megatron_sov.train.feed import FeedView
 
 REFERENCE_NOTE = "reference.json"

@@ -118,7 +118,7 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
     rounds = opened(3)  # whose model is the start again for as long as it takes
     assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-103.0] * 3
     said = capsys.readouterr().err
-    assert "0002.reference_logprobs.f32: its content differs from the hash at its end; it is comp" in said
+    assert "0002.reference_logprobs.f32: its content differs from the checksum at its end; it is" in said
     old_file.write_bytes(bytes([1, *old_file.read_bytes()[1:]]))
     with pytest.raises(UserError, match=r"0002.old_logprobs.f32: its content differs .* stands inside"):
         opened(3)

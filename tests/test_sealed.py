@@ -1,10 +1,10 @@
-"""Files of numbers with a hash at their end."""
+"""Files of numbers with a checksum at their end."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sov.data.sealed_files import seal_damage, write_sealed
+from megatron_sov.sealed import seal_damage, write_sealed
 
 
 def test_a_sealed_file_is_what_was_written(tmp_path: Path) -> None:
@@ -17,6 +17,6 @@ def test_a_sealed_file_is_what_was_written(tmp_path: Path) -> None:
         assert "bytes, must have" in str(seal_damage(file, len(content) + 4))
         for place in {0, len(content) // 2, len(whole) - 1}:
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
-            assert "its content differs from the hash at its end" in str(seal_damage(file, len(content)))
+            assert "its content differs from the checksum at its end" in str(seal_damage(file, len(content)))
         file.write_bytes(whole[:-1])
         assert "bytes, must have" in str(seal_damage(file, len(content)))
