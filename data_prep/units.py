@@ -112,7 +112,7 @@ class UnitEncoder:
         key = unit_key(unit, self.settings)
         folder = unit_folder(self.work, key)
         if (folder / "record.json").is_file():
-            raw = json.loads((folder / "record.json").read_text())
+            raw = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": False})
         if self._encoder is None:  # loaded by the first unit that needs it
             self._encoder = Encoder(self.settings.tokenizer, self.settings.encoding)
@@ -345,7 +345,7 @@ class StoredUnit:
         file = self.folder / "buckets"
         if not file.exists():
             return np.full(len(self.sequences), "")
-        return np.array(file.read_text(encoding="utf-8").splitlines(), dtype=np.str_)
+        return np.array(file.read_text(encoding="utf-8").split("\n")[:-1], dtype=np.str_)
 
     def bad_rows(self) -> Iterator[dict[str, Any]]:
         """Yield its bad records, in order."""

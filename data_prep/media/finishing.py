@@ -46,7 +46,7 @@ class _Joined:
 
     def take(self, unit: Unit, folder: Path) -> None:
         """Append a unit."""
-        summary = json.loads((folder / SUMMARY).read_text())
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         self.counts.update(summary["counts"])
         self.kinds.update(summary["kinds"])
         self.codebooks |= summary["codebooks"]
@@ -68,7 +68,7 @@ class _Joined:
 
     def _banks(self, folder: Path) -> dict[str, list[int]]:
         """Append the records that are new; returns the row that each of the unit's records has."""
-        keys = json.loads((folder / ROWS).read_text())
+        keys = json.loads((folder / ROWS).read_text(encoding="utf-8"))
         places: dict[str, list[int]] = {}
         for kind, shape in self.banks.items():
             records: np.ndarray | None = None

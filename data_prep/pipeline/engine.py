@@ -232,7 +232,7 @@ def _watched(logs: Path, progress: Any) -> Iterator[None]:
             progress()
             for file in (logs / "at_work").glob("*"):
                 with contextlib.suppress(OSError, ValueError):
-                    task = json.loads(file.read_text())
+                    task = json.loads(file.read_text(encoding="utf-8"))
                     if not _is_alive(int(file.name)) and file.exists() and not over.is_set():
                         lost.append(f"process {file.name} was ended from outside while it did task "
                                     f"{task[1]} of source {task[0]}")

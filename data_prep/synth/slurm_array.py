@@ -130,7 +130,7 @@ def served(order: Order) -> Order:
     began_s = time.monotonic()
     while time.monotonic() - began_s < SERVER_WAIT_S:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            said = json.loads((order.output / ADDRESS).read_text())
+            said = json.loads((order.output / ADDRESS).read_text(encoding="utf-8"))
             with contextlib.suppress(urllib.error.HTTPError):  # it answers, be it with a refusal
                 urllib.request.urlopen(said["url"].removesuffix("/v1") + "/health", timeout=10).close()
             was = order.writer

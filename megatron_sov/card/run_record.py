@@ -146,7 +146,8 @@ def read_run_record(path: Path, name: str, flops_per_token: Callable[[RunConfig,
         failure = folder.failure()
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path / FAILURE}: is damaged ({e}); restore it from a copy") from None
-    run = RunRecord(name, path, config, json.loads((path / CONFIG).read_text()), _completion(folder), failure)
+    raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    run = RunRecord(name, path, config, raw, _completion(folder), failure)
     _read_events(run, lambda seq_len: flops_per_token(config, seq_len))
     return run
 

@@ -112,7 +112,7 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            return from_dict(json.loads(file.read_text()))
+            return from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, UserError, RecursionError) as e:
             raise UserError(f"{file}: cannot be read as a run's settings ({e}); "
                             "restore it or choose another --run") from None

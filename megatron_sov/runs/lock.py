@@ -88,7 +88,7 @@ def recorded_holder(run: Path) -> dict[str, Any] | None:
     something), and slurm_job (empty outside of Slurm) with slurm_restart.
     """
     try:
-        record = json.loads((run / LOCK).read_text())
+        record = json.loads((run / LOCK).read_text(encoding="utf-8"))
         kinds = (("host", str), ("pid", int), ("started_s", float), ("expires_s", float))
         return {"slurm_job": "", "slurm_restart": 0, "token": "", "process_table": "", **record,
                 **{name: kind(record[name]) for name, kind in kinds}}

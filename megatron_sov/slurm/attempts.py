@@ -158,7 +158,7 @@ def end(job: Job) -> str:
         return "exit 0"
     if gate := next((f for f in (args.target / FAILURE, *args.target.glob(f"stages/*/{FAILURE}"))
                      if f.is_file()), None):
-        ended("gate", str(json.loads(gate.read_text())["failure"]))
+        ended("gate", str(json.loads(gate.read_text(encoding="utf-8"))["failure"]))
         return f"exit {ExitCode.GATE_FAILED}"
     if args.asked == "cancel":
         ended("cancelled", f"{ASKED[args.asked]}; saved so far: {_saved(job)}")

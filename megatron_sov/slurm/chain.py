@@ -83,7 +83,7 @@ def run(chain: str, options: Options, commands: Commands, *, resume: bool, dry_r
         check_inputs(link.prepared.work, promised)
         promised.add(link.prepared.work.target)
     state_file = _state_file(chain)
-    before = Submitted(**json.loads(state_file.read_text())) if state_file.is_file() else Submitted()
+    before = Submitted(**json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {})
     if before.jobs:
         living = client.states([number for numbers in before.jobs.values() for number in numbers])
         for link in links:

@@ -173,7 +173,8 @@ def sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[s
         nodes: the nodes that were looked at.
         limits: fields of `PreflightConfig`, `num_gpus` and `ranks_per_node`.
     """
-    reports = [Report(**json.loads(p.read_text())) for p in sorted(folder.glob("rank-*.json"))]
+    reports = [Report(**json.loads(file.read_text(encoding="utf-8")))
+               for file in sorted(folder.glob("rank-*.json"))]
     sick: dict[str, str] = {}
     written = Counter(r.node for r in reports)
     for node in nodes:

@@ -59,7 +59,7 @@ class Written:
     @staticmethod
     def read(folder: Path, rank: int) -> Written:
         """Return what a rank has written."""
-        raw = json.loads(Written.file(folder, rank).read_text())
+        raw = json.loads(Written.file(folder, rank).read_text(encoding="utf-8"))
         return Written(raw["indices"],
                        {name: FileRecord.read(record) for name, record in raw["files"].items()})
 

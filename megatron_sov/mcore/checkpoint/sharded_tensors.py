@@ -154,7 +154,7 @@ class TensorReader(Assembled):
         self._files: dict[str, TensorFile] = {}
         file = self.folder / f"{part}.index.json"
         try:
-            raw = json.loads(file.read_text())
+            raw = json.loads(file.read_text(encoding="utf-8"))
             shapes = {k: _sizes(e["shape"]) for k, e in raw.items()}
             dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
             pieces = {k: [_stored(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}

@@ -202,7 +202,7 @@ def _end_with(main: Callable[[], Any]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(code if 0 <= code <= 255 else ExitCode.CRASH)  # the system keeps the lowest byte alone
 
 
 def _rank_code(main: Callable[[], Any]) -> int:
