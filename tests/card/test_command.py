@@ -110,7 +110,7 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
 
 
 def test_damaged_files_of_a_run_are_told(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, text, said in (("complete.json", '{"step": "1e999", "tokens": 1}', "is no number from 0"),
+    for name, text, said in (("complete.json", '{"step": "1e999", "tokens": 1}', "is damaged"),
                              ("complete.json", "{", "is damaged"), ("gate_failed.json", "{}", "is damaged"),
                              ("config.json", "{}", "cannot be read as a run's settings"),
                              ("checkpoints/step-4/" + MANIFEST, "[]", "restore")):
