@@ -79,14 +79,14 @@ class _Window:
             except json.JSONDecodeError as e:
                 is_cut = e.pos > len(self._text) - _ESCAPE_CHARS or e.msg.startswith("Unterminated string")
                 if self._is_whole or not is_cut:
-                    raise BadRecord("json", f"is not valid JSON ({e.msg}); what comes behind it is not read; "
+                    raise BadRecord("json", f"is not valid JSON ({e.msg}); the rest of the file is not read; "
                                             "mend it") from None
             except (ValueError, RecursionError) as e:
-                raise BadRecord("json", f"is not valid JSON ({str(e)[:100]}); what comes behind it is not "
+                raise BadRecord("json", f"is not valid JSON ({str(e)[:100]}); the rest of the file is not "
                                         "read; mend it") from None
             if len(self._text) - self.at > self._limit:
                 raise BadRecord("too_long", f"is longer than --max-document-bytes {self._limit}; cut it, or "
-                                            "raise the limit; what comes behind it is not read")
+                                            "raise the limit; the rest of the file is not read")
             self._grow()
 
     def _grow(self) -> None:

@@ -156,8 +156,8 @@ class Endpoint:
                 number, others = before[0] + 1, "what the one before it answered is not used"
         except (BadAnswer, TimeoutError) as e:
             if before is not None:
-                self._told(f"{self._url}: {e}, so that nobody knows whether its model is still the one whose "
-                           "answers are kept; they are used")
+                self._told(f"{self._url}: {e}, so it is not known whether its model is still the one whose "
+                           "answers are cached; the cached answers are used")
             return before[0] if before else 0
         if others:
             self._told(f"{self._url}: under the name {probe.get('model')!r} another model answers now; "
