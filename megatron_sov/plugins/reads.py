@@ -41,17 +41,31 @@ def recording_reads() -> Iterator[set[Path]]:
 
 def _note(event: str, arguments: tuple[object, ...]) -> None:
     reads = getattr(_here, "reads", None)
-    if reads is None or event != "open" or not isinstance(arguments[0], (str, bytes)):
+    if reads is None or event not in ("open", "os.rename") or not isinstance(arguments[0], (str, bytes)):
         return
     path, mode, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[1], arguments[2]
-    is_written = (any(c in mode for c in "wxa") if isinstance(mode, str)
-                  else isinstance(flags, int) and flags & (os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
-    if is_written:
+    if event == "os.rename":  # what was written under another name first, as caches are
+        if path in _here.written and isinstance(mode, (str, bytes)):
+            _here.written.add(os.path.realpath(os.fsdecode(mode)))
+        return
+    if isinstance(mode, str):
+        empties, creates = "w" in mode, any(c in mode for c in "xa")
+        reads_none = "x" in mode or ("a" in mode and "+" not in mode)
+    else:
+        bits = flags if isinstance(flags, int) else 0
+        empties, creates = bool(bits & os.O_TRUNC), bool(bits & (os.O_CREAT | os.O_WRONLY))
+        reads_none = bool(bits & os.O_EXCL) or bits & os.O_ACCMODE == os.O_WRONLY
+    # a file that was there and is written on holds what its own code may not have written
+    if empties or (creates and not (os.path.exists(path) and os.path.getsize(path))):
         _here.written.add(path)
+        return
+    if reads_none:
         return
     if path.endswith(".pyc"):
         with contextlib.suppress(ValueError):
             path = importlib.util.source_from_cache(path)
+    is_installed = path.startswith(_INSTALLED) and not path.startswith("/dev/shm/")
     if (path not in _here.written and "/site-packages/" not in path and "/dist-packages/" not in path
-            and not path.startswith(_INSTALLED) and os.path.isfile(path)):
+            and not is_installed and os.path.isfile(path)):
         reads.add(Path(path))
+

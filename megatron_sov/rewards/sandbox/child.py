@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _sitebuiltins
 import atexit
 import builtins
 import contextlib
@@ -38,6 +39,8 @@ def be_as_programs() -> None:
     os.environ.update({"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "program",
                        "LOGNAME": "program", "PYTHONHASHSEED": "0"})
     os.umask(0o022)
+    for name in ("exit", "quit"):  # of `site`, which the server leaves out, and programs have
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     _take_streams()
 
 

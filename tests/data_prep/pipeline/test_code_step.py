@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from data_prep.pipeline.code_step import CodeSettings, CodeStep
 from data_prep.pipeline.plan import file_hashes
 from data_prep.pipeline.step import Outcome
 from megatron_sov.errors import UserError
+from megatron_sov.plugins.reads import recording_reads
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
 
 OWN = """import dataclasses
@@ -79,7 +81,10 @@ def test_what_is_read_or_imported_while_it_is_loaded_is_part_of_the_step(tmp_pat
 
 @pytest.mark.parametrize("reads", [
     "open(HERE / 'list.txt').read()", "(HERE / 'list.txt').read_bytes()", "import latewords",
-    "os.read(os.open(HERE / 'list.txt', os.O_RDONLY), 9)", "np.loadtxt(HERE / 'list.txt')",
+    "os.read(os.open(HERE / 'list.txt', os.O_RDONLY), 9)",
+    "os.read(os.open(HERE / 'list.txt', os.O_RDWR | os.O_CREAT), 9)",
+    "open(HERE / 'list.txt', 'a').close()\n    (HERE / 'list.txt').read_text()",
+    "np.loadtxt(HERE / 'list.txt')",
     "try:\n        open(HERE / 'list.txt')\n    except Exception: pass"])
 def test_a_file_that_is_opened_in_a_call_has_to_be_named(tmp_path: Path, reads: str,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +109,20 @@ def test_a_file_that_is_opened_in_a_call_has_to_be_named(tmp_path: Path, reads: 
 def test_what_the_function_itself_writes_and_what_is_installed_is_free(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import pathlib\nHERE = pathlib.Path(__file__).parent\ndef judge(document):\n    import wave\n"
-        "    (HERE / 'scratch').write_text('x')\n    (HERE / 'scratch').read_text()\n    return document\n")
+        "    (HERE / 'scratch').write_text('x')\n    (HERE / 'scratch').read_text()\n"
+        "    (HERE / 'scratch').rename(HERE / 'kept')\n    (HERE / 'kept').read_text()\n"
+        "    open(HERE / 'log', 'a').write('x')\n    return document\n")
+    (tmp_path / "log").write_text("of before")
     step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
     step.start(MemoryView({}, tmp_path))
     assert step.outcomes(docs("x", where="a"))
     assert CodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",)).problems() == [
         f"files: {tmp_path / 'gone'}: does not exist; name a file or a folder that the function reads"]
+
+
+def test_a_file_in_shared_memory_is_no_installed_one() -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        Path(file.name).write_text("3")
+        with recording_reads() as reads:
+            Path(file.name).read_text()
+    assert reads == {Path(file.name)}

@@ -52,6 +52,7 @@ HONEST = [
      "print(unittest.TextTestRunner(verbosity=0).run(unittest.defaultTestLoader.loadTestsFromTestCase(T))"
      ".wasSuccessful())", "True"),
     ("import socket; a, b = socket.socketpair(); a.sendall(b'pair'); print(b.recv(9).decode())", "pair"),
+    ("print('end')\nexit()\nprint('no')", "end"), ("print('end'); quit(0)", "end"),
     ("print(sorted({'b', 'a'}), {3, 1, 2}, len({str(i) for i in range(999)}))", "['a', 'b'] {1, 2, 3} 999"),
 ]
 
