@@ -178,7 +178,7 @@ def parse_sources(arguments: list[str]) -> list[Source]:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
             path = argument
-            name = Path(argument).resolve().name
+            name = os.path.basename(os.path.realpath(argument))  # which a loop of links does not stop
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
         if not _NAME.fullmatch(name) or name == "tokenizer":
