@@ -5,15 +5,10 @@ All of one enclosure share a server, so that what one of them leaves behind woul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import Code
 from megatron_sov.rewards.reward import judged
-from megatron_sov.rewards.sandbox import Sandbox
-from megatron_sov.rewards.sandbox.shared import SANDBOXES
 
 FORGE = r'''
 import gc, glob, json, os, socket, struct, sys, threading
@@ -244,17 +239,6 @@ HONEST = "def f(x, back=None):\n    return 7430 + x\n"
 FUNCTION_TESTS = ["assert f(1) == 7431", "assert f(2) == 7432 and abs(f(2)) in {7432}",
                   "expected = 7433\nassert f(3, lambda: expected) == expected"]
 PROGRAM_TESTS = [{"stdin": "1\n", "stdout": "7431\n"}, {"stdin": "2\n", "stdout": "7432\n"}]
-
-
-@pytest.fixture(scope="module", params=["namespaces", "landlock"])
-def enclosure(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        made = Sandbox(enclosure=request.param)
-    except UserError as e:
-        pytest.skip(str(e))
-    SANDBOXES[(request.param, (), 1)] = made
-    yield request.param
-    SANDBOXES.pop((request.param, (), 1)).close()
 
 
 def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, object]:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from megatron_sov.errors import UserError
 from megatron_sov.rewards import code
 from megatron_sov.rewards.code import Code, program_in
 from megatron_sov.rewards.reward import Result, judged
-from megatron_sov.rewards.sandbox import Outcome, Program, Sandbox
+from megatron_sov.rewards.sandbox import Outcome, Program
 from megatron_sov.rewards.sandbox.shared import SANDBOXES
-
-
-@pytest.fixture(scope="module", params=["namespaces", "landlock"])
-def enclosure(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        made = Sandbox(enclosure=request.param)
-    except UserError as e:
-        pytest.skip(str(e))
-    SANDBOXES[(request.param, (), 1)] = made
-    yield request.param
-    SANDBOXES.pop((request.param, (), 1)).close()
 
 
 def share(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
