@@ -1,0 +1,22 @@
+"""Settings, declared once and read in one way: frozen dataclasses whose types carry the bounds, one reader
+for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
+
+from megatron_sov.settings.bounds import (
+    AboveZero,
+    AtLeastOne,
+    Finite,
+    Fraction,
+    NotNegative,
+    NotNegativeInt,
+    Share,
+)
+from megatron_sov.settings.changes import change, parse_changes, parse_nested
+from megatron_sov.settings.problem import Code, Problem, SettingsError
+from megatron_sov.settings.reading import check, find_problems, plain, read, read_arguments
+from megatron_sov.settings.yaml_file import Located, read_file, read_located
+
+__all__ = [
+    "AboveZero", "AtLeastOne", "Code", "Finite", "Fraction", "Located", "NotNegative", "NotNegativeInt",
+    "Problem", "SettingsError", "Share", "change", "check", "find_problems", "parse_changes", "parse_nested",
+    "plain", "read", "read_arguments", "read_file", "read_located",
+]

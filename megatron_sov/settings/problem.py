@@ -1,0 +1,107 @@
+"""What is wrong with a setting, as data, and the one place where it becomes a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from megatron_sov.errors import UserError, list_problems
+
+UNSET: Any = object()
+"""Stands for a value where a problem has none."""
+MAX_VALUE_CHARS = 80
+MAX_PROBLEMS = 20
+
+
+class Code(StrEnum):
+    """Kinds of problems; tests and scripts ask for these and not for sentences."""
+
+    FORM = "form"
+    """A change without key and =."""
+    JSON = "json"
+    """A value that begins like JSON and is none."""
+    TWICE = "twice"
+    """A key that is set a second time."""
+    UNKNOWN = "unknown"
+    """A key that does not exist."""
+    MISSING = "missing"
+    """A key without a default that is not set."""
+    TYPE = "type"
+    """A value of another type."""
+    CHOICE = "choice"
+    """A word that is none of those that are taken."""
+    BOUND = "bound"
+    """A value outside its bounds."""
+    RULE = "rule"
+    """A value that does not fit another setting, or the model."""
+    FILE = "file"
+    """A file that cannot be read, or is no YAML."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in settings."""
+
+    code: Code
+    key: str
+    """The setting with dots, e.g. data.phases.0.seq_len; "": the file or the option as a whole."""
+    rule: str
+    """What is broken, as the sentence goes on behind the key and its value: "must be at least 1"."""
+    value: Any = UNSET
+    way_out: str = ""
+    """What to do, where the rule does not say it."""
+    line: int = 0
+    """Of the file, from 1; 0: none is known."""
+
+    def __str__(self) -> str:
+        """Return the sentence: ``line 3: lr = -1 must be above 0; set it``."""
+        line = f"line {self.line}: " if self.line else ""
+        if self.value is UNSET:
+            begin = f"{self.key}: " if self.key else ""
+        else:
+            begin = f"{self.key} = {show(self.value)} " if self.key else f"{show(self.value)} "
+        sentence = begin + self.rule
+        return line + sentence + (f"; {self.way_out}" if self.way_out else "")
+
+    def below(self, prefix: str) -> Problem:
+        """Return the problem of a setting that stands inside another."""
+        return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
+
+
+class SettingsError(UserError):
+    """Settings that cannot be taken, with all that is wrong."""
+
+    def __init__(self, where: str, problems: Sequence[Problem]) -> None:
+        """Keep the problems.
+
+        Args:
+            where: the file, the option or the class of settings that the message begins with.
+            problems: at least one.
+        """
+        self.where, self.problems = where, tuple(problems)
+        if len(problems) == 1:
+            line = f", line {problems[0].line}" if problems[0].line else ""
+            super().__init__(f"{where}{line}: {replace(problems[0], line=0)}")
+            return
+        shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
+        super().__init__(list_problems(where, shown))
+
+    @property
+    def codes(self) -> list[tuple[str, str]]:
+        """Return code and key of each problem."""
+        return [(str(problem.code), problem.key) for problem in self.problems]
+
+
+def show(value: Any) -> str:
+    """Return a value as users write it, in JSON, cut where it is long; control characters are escaped."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__} that cannot be shown"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS - 3] + "..."

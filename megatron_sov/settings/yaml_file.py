@@ -1,0 +1,165 @@
+"""YAML of settings whose every value knows its line, so that a mistake found later can still be pointed
+at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from megatron_sov.settings.problem import Code, Problem, SettingsError
+from megatron_sov.settings.reading import read
+
+S = TypeVar("S")
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+MAX_VALUES = 100_000
+"""A few aliases can stand for gigabytes."""
+WAYS_OUT = {
+    "mapping values are not allowed here":
+        "a text with `: ` in it stands in quotes, and a key with settings below it has a colon at its end",
+    "found character '\\t' that cannot start any token": "indent with blanks, not with tabs"}
+"""What YAML's parser says where people err most, and what is meant."""
+Place = tuple[str | int, ...]
+"""Keys and list positions that lead to a value."""
+
+
+@dataclass
+class Located:
+    """What a file says, and where."""
+
+    value: Any = None
+    """Plain dictionaries, lists and scalars."""
+    lines: dict[Place, int] = field(default_factory=dict)
+    """Place of each value -> its line, from 1."""
+    problems: list[Problem] = field(default_factory=list)
+    """Each mistake in the YAML itself."""
+
+    def line(self, place: Place) -> int:
+        """Return the line of a value, or of the nearest one around it."""
+        while place and place not in self.lines:
+            place = place[:-1]
+        return self.lines.get(place, 1)
+
+
+def read_file(cls: type[S], file: Path, where: str = "", *, rules: bool = True) -> S:
+    """Return the settings in a YAML or JSON file.
+
+    Args:
+        cls: a frozen dataclass.
+        file: the file.
+        where: what a message begins with, e.g. "--cluster big.yaml"; "": the file.
+        rules: see `read`.
+
+    Raises:
+        SettingsError: all that is wrong, with its line.
+    """
+    where = where or str(file)
+    located = read_located(read_text(file, where))
+    if located.problems:
+        raise SettingsError(where, located.problems)
+    return read(cls, {} if located.value is None else located.value, where, lines=located.lines, rules=rules)
+
+
+def read_text(file: Path, where: str = "") -> str:
+    """Return the text of a file of settings.
+
+    Raises:
+        SettingsError: it cannot be read, is too long or is no text.
+    """
+    where = where or str(file)
+    try:
+        size_bytes = file.stat().st_size
+        if size_bytes > MAX_BYTES:
+            raise _refuse_file(where, f"has {size_bytes:,} bytes, and a file of settings at most "
+                               f"{MAX_BYTES:,}", "pass another file")
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise _refuse_file(where, f"is no text in UTF-8 (byte {e.start} is {e.object[e.start]:#04x})",
+                           "pass a YAML file") from None
+    except OSError as e:
+        raise _refuse_file(where, f"cannot be read ({e.strerror})", "check the path and its permissions"
+                           ) from None
+
+
+def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> SettingsError:
+    return SettingsError(where, [Problem(Code.FILE, "", rule, way_out=way_out, line=line)])
+
+
+def read_located(text: str) -> Located:
+    """Read a YAML document (JSON is one) as plain values.  Tags that would make objects are not taken."""
+    found = Located()
+    loader = yaml.SafeLoader("")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            found.value = _Reading(loader, found).value(node, (), 0)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        said = e.problem or e.context or ""
+        way_out = WAYS_OUT.get(said, "mend it")
+        found.problems.append(Problem(Code.FILE, "", f"is no YAML ({said})", way_out=way_out,
+                                      line=mark.line + 1 if mark else 1))
+    except (yaml.YAMLError, RecursionError) as e:
+        found.problems.append(Problem(Code.FILE, "", f"is no YAML ({' '.join(str(e).split())})",
+                                      way_out="mend it", line=1))
+    finally:
+        loader.dispose()
+    return found
+
+
+class _Reading:
+    """One walk over a document's nodes; an alias is walked again wherever it stands."""
+
+    def __init__(self, loader: Any, found: Located) -> None:
+        self.loader, self.found, self.num_values = loader, found, 0
+
+    def value(self, node: Any, place: Place, depth: int) -> Any:
+        line = node.start_mark.line + 1
+        self.num_values += 1
+        if depth > MAX_DEPTH or self.num_values > MAX_VALUES:
+            what = f"it is nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else \
+                f"its aliases make more than {MAX_VALUES:,} values"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+        self.found.lines.setdefault(place, line)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place, depth)
+        try:
+            value = self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError):
+            # a tag falls over a value that it does not know in its own way: `!!int ''`, `!!timestamp soon`
+            self._refuse(line, place, f"{node.tag} {str(node.value)[:60]!r} is no plain value",
+                         "write text, numbers, true or false")
+            return None
+        # dates and the like: what is meant is the text
+        return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
+
+    def _mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key_node, child in node.value:
+            line, key = key_node.start_mark.line + 1, getattr(key_node, "value", None)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
+                    if isinstance(part, yaml.MappingNode):
+                        merged = {**self.value(part, place, depth + 1), **merged}
+                    else:
+                        self._refuse(line, place, "<< takes an alias of a mapping", "")
+            elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
+                self._refuse(line, place, "a key must be a word, not a list or a mapping", "")
+            elif key in made:
+                self.found.problems.append(Problem(Code.TWICE, ".".join(map(str, (*place, key))),
+                                                   "is set twice", way_out="set it once", line=line))
+            else:
+                made[key] = self.value(child, (*place, key), depth + 1)
+                self.found.lines[*place, key] = line
+        return {**merged, **made}
+
+    def _refuse(self, line: int, place: Place, rule: str, way_out: str) -> None:
+        key = ".".join(map(str, place))
+        self.found.problems.append(Problem(Code.TYPE, key, rule, way_out=way_out, line=line))
