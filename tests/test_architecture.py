@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
-        "process_identity", "artifacts", "compiled", "pretrained", "sealed",
+BASE = {"errors", "version", "command_line", "plugins", "settings", "config", "outputs", "file_locks",
+        "digests", "process_identity", "artifacts", "compiled", "pretrained", "sealed",
         "byte_bpe", "documents", "media", "codecs", "chat", "endpoints", "rewards", "obs", "pages"}
 GROUND = BASE | {"models", "counterparts", "objectives", "recipes", "plan", "runs", "clusters", "tools",
                  "rollouts"}
@@ -32,7 +32,8 @@ SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version"},
-    "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
+    "plugins": {"errors", "version", "settings"}, "settings": {"errors"},
+    "config": {"errors", "plugins", "settings"}, "outputs": {"errors"},
     "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
     "pretrained": {"errors"},

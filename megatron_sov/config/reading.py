@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from megatron_sov.config.not_offered import NOT_OFFERED
 from megatron_sov.config.policy import PolicyParts
 from megatron_sov.config.run import RunConfig
-from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.errors import UserError
+from megatron_sov.settings import assign_all, parse_changes, read
 
 RENAMED = {"evaluate.beside": "evaluate.background",
            "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
@@ -26,59 +24,24 @@ SWITCHES = (("policy.method", "", tuple(f"policy.{part.name}" for part in datacl
 that belong to the method: a recipe's are those of the recipe's method alone."""
 
 
-def from_dict(raw: dict[str, Any]) -> RunConfig:
-    """Build a `RunConfig` from plain values.
+def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """Build a `RunConfig` from plain values; the rules between them are asked by `RunConfig.problems`.
+
+    Args:
+        raw: as JSON has them.
+        where: the file that messages begin with.
 
     Raises:
-        UserError: unknown fields (with the nearest known one) and values of the wrong type, all at once.
+        SettingsError: unknown settings (with the nearest known one), values of a wrong type or out of bounds.
     """
-    try:
-        return _validator().validate_python(raw)
-    except ValidationError as e:
-        raise UserError(list_problems("config", [_explain(error) for error in e.errors()])) from None
+    return read(RunConfig, raw, where, instead=_instead, rules=False)
 
 
-@cache
-def _validator() -> TypeAdapter[RunConfig]:
-    """Return what checks settings; to make it takes longer than all checks of a round."""
-    return TypeAdapter(RunConfig)
-
-
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """Return the types of a class's fields; they stand there as text, which takes longest to read."""
-    return get_type_hints(cls)
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: no such setting{_instead(where, _fields_at(error['loc'][:-1]))}"
-    return f"{where} = {error.get('input')!r}: {error['msg']}"
-
-
-def _instead(key: str, known: list[str]) -> str:
+def _instead(key: str) -> str:
     """Return what to write in place of a setting that does not exist."""
     if key in RENAMED:
-        return f"; it is called {RENAMED[key]} now"
-    group, dot, name = key.rpartition(".")
-    if name in NOT_OFFERED:
-        return f", since {NOT_OFFERED[name]}"
-    return nearest(name, known, group + dot)
-
-
-def _fields_at(path: tuple[Any, ...]) -> list[str]:
-    """Return the field names of the config class that stands at a path, e.g. ("model", "yarn")."""
-    cls: Any = RunConfig
-    for part in path:
-        if isinstance(part, int) or not dataclasses.is_dataclass(cls):
-            continue
-        hint = _hints(cast(Any, cls)).get(part)
-        options = [hint, *get_args(hint)]
-        cls = next((o for o in options if dataclasses.is_dataclass(o)), None)
-        if cls is None:
-            return []
-    return [f.name for f in dataclasses.fields(cls)]
+        return f"it is called {RENAMED[key]} now"
+    return NOT_OFFERED.get(key.rpartition(".")[2], "")
 
 
 def apply_settings(config: RunConfig, settings: list[str], option: str = "--set") -> RunConfig:
@@ -88,35 +51,25 @@ def apply_settings(config: RunConfig, settings: list[str], option: str = "--set"
     Where a setting changes the method, the numbers of the recipe's method do not stay: those that are not set
     too are the new method's own (`SWITCHES`).
 
-    Values are read as JSON where they parse (`true`, `1e-4`, `{"en": 1}`, `null`), else as text, then
-    converted to the field's type.
-
     Args:
         config: what is changed.
         settings: the changes.
         option: that they are given by, for sentences.
 
     Raises:
-        UserError: a key that does not exist (with the nearest), a malformed setting, broken JSON or a
-            value of the wrong type.
+        SettingsError: see `megatron_sov.settings.change`.
     """
-    raw = config.to_dict()
-    before = {switch: _value(raw, switch) for switch, *_ in SWITCHES}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise UserError(f"{option} {setting!r}: must have the form key=value, e.g. {option} "
-                            "train.steps=100")
-        said = f"{option} {setting!r}"
-        _assign(raw, key.split("."), _parse(text, said), said)
-    given = {setting.partition("=")[0] for setting in settings}
+    given = parse_changes(settings, option)
+    before = config.to_dict()
+    raw = assign_all(config, given, option, _instead)
     for switch, changed_from, numbers in SWITCHES:
-        if switch in given and _value(raw, switch) != before[switch] and changed_from in ("", before[switch]):
+        if switch in given and _value(raw, switch) != _value(before, switch) and \
+                changed_from in ("", _value(before, switch)):
             room = switch.partition(".")[0]
             own = dataclasses.asdict(type(getattr(config, room))())
             names = [number.partition(".")[2] for number in numbers if number not in given]
             raw[room].update({name: own[name] for name in names})
-    return from_dict(raw)
+    return from_dict(raw, option)
 
 
 def _value(raw: dict[str, Any], key: str) -> Any:
@@ -129,58 +82,6 @@ def layout_settings(config: RunConfig) -> list[str]:
     layout = config.to_dict()["parallel"].items()
     return [*(f"parallel.{name}={json.dumps(value)}" for name, value in layout),
             f"train.precision={config.train.precision}"]
-
-
-def _parse(text: str, said: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        if text.startswith(("{", "[", '"')):
-            raise UserError(f"{said}: the value begins like JSON and is none ({e}); close what is "
-                            "open, and put the whole setting into single quotes") from None
-        return {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def _assign(raw: Any, parts: list[str], value: Any, said: str) -> None:
-    cls: Any = RunConfig
-    node = raw
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"{said}: {'.'.join(parts[:depth])} has items 0 to "
-                                f"{len(node) - 1}, not {part!r}")
-            index: Any = int(part)
-        else:
-            known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
-            if known is not None and part not in known:
-                where = ".".join(parts[:depth + 1])
-                raise UserError(f"{said}: '{where}' does not exist{_instead(where, known)}")
-            index = part
-        cls = _class_below(cls, part)
-        if last:
-            node[index] = value
-        else:
-            child = node[index] if isinstance(node, list) else node.get(index)
-            if child is None:
-                child = node[index] = {}
-            node = child
-            if not isinstance(node, (dict, list)):
-                raise UserError(f"{said}: '{'.'.join(parts[:depth + 1])}' is a value "
-                                "and has no fields")
-
-
-def _class_below(cls: Any, part: str) -> Any:
-    """Return the dataclass (or container's item class) that a field holds, or None for plain values."""
-    if dataclasses.is_dataclass(cls):
-        hint = _hints(cast(Any, cls)).get(part)
-    elif get_origin(cls) in (tuple, list):
-        hint = get_args(cls)[0]
-    else:
-        return None
-    if get_origin(hint) in (tuple, list):
-        return hint
-    return next((o for o in (hint, *get_args(hint)) if dataclasses.is_dataclass(o)), None)
 
 
 def weighted_path(argument: str, said: str) -> tuple[str, float]:

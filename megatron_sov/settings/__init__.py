@@ -10,13 +10,13 @@ from megatron_sov.settings.bounds import (
     NotNegativeInt,
     Share,
 )
-from megatron_sov.settings.changes import change, parse_changes, parse_nested
+from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.settings.problem import Code, Problem, SettingsError
 from megatron_sov.settings.reading import check, find_problems, plain, read, read_arguments
 from megatron_sov.settings.yaml_file import Located, read_file, read_located
 
 __all__ = [
     "AboveZero", "AtLeastOne", "Code", "Finite", "Fraction", "Located", "NotNegative", "NotNegativeInt",
-    "Problem", "SettingsError", "Share", "change", "check", "find_problems", "parse_changes", "parse_nested",
-    "plain", "read", "read_arguments", "read_file", "read_located",
+    "Problem", "SettingsError", "Share", "assign_all", "change", "check", "find_problems", "parse_changes",
+    "parse_nested", "plain", "read", "read_arguments", "read_file", "read_located",
 ]

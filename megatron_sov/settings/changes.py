@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-from megatron_sov.settings.problem import Code, Problem, SettingsError
+from megatron_sov.settings.problem import Code, Problem, SettingsError, cut
 from megatron_sov.settings.reading import Instead, fields_of, hint_below, no_other, plain, read, unknown
 
 S = TypeVar("S")
 _WORDS = {"True": True, "False": False, "None": None}
-_EXACT = 2.0 ** 53
+_MAX_WHOLE = 1e19
 
 
 def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
-    """Return key -> value of `key=value` changes, in their order.
+    """Return key -> value of `key=value` changes; of a key that is given twice the last one counts, so that
+    what a script says can be overridden behind it.
 
     Values are read as JSON where they parse (`true`, `1e-4`, `{"en": 1}`, `null`), else as text.
 
@@ -25,24 +26,21 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
         option: that they are given by, for sentences.
 
     Raises:
-        SettingsError: some have another form, broken JSON, or are set twice.
+        SettingsError: some have another form, or broken JSON.
     """
     found: dict[str, Any] = {}
     problems: list[Problem] = []
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")):
-            problems.append(Problem(Code.FORM, "", f"{text!r} must have the form key=value"))
-        elif key in found:
-            problems.append(Problem(Code.TWICE, key, "is set twice", way_out="set it once"))
+            problems.append(Problem(Code.FORM, "", f"{cut(text)!r} must have the form key=value"))
         else:
             try:
                 found[key] = parse_value(value)
             except (ValueError, RecursionError) as e:
                 problems.append(Problem(
-                    Code.JSON, key, f"begins like JSON and is none ({e})", value, "close what is open and "
-                    "put the whole setting into single quotes; a text stands in double quotes inside these"))
-                found[key] = None
+                    Code.JSON, key, f"{cut(value)} begins like JSON and is none ({e})", way_out="close what "
+                    "is open, put a text into double quotes, and the whole setting into single ones"))
     if problems:
         raise SettingsError(option, problems)
     return found
@@ -57,7 +55,8 @@ def parse_value(text: str) -> Any:
             raise
         return _WORDS.get(text, text)
     # 1e9 is how people write a whole number of tokens
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < _MAX_WHOLE
+    return int(value) if is_whole else value
 
 
 def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
@@ -70,11 +69,11 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
     for key, value in parse_changes(given, option).items():
         *path, last = key.split(".")
         node: Any = found
-        for part in path:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last in node:
-            raise SettingsError(option, [Problem(Code.TWICE, key, "is set as a whole and by its fields",
-                                                 way_out="set one of them")])
+        for depth, part in enumerate(path):
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                rule = f"{'.'.join(path[:depth + 1])} is a value and has no fields"
+                raise SettingsError(option, [Problem(Code.UNKNOWN, key, rule)])
         node[last] = value
     return found
 
@@ -93,27 +92,27 @@ def change(settings: S, given: Iterable[str], option: str = "--set", *,
     Raises:
         SettingsError: all that is wrong with them.
     """
-    raw = plain(settings)
-    problems = [problem for key, value in parse_changes(given, option).items()
-                if (problem := assign(type(settings), raw, key, value, instead))]
-    if problems:
-        raise SettingsError(option, problems)
+    raw = assign_all(settings, parse_changes(given, option), option, instead)
     return read(type(settings), raw, option, instead=instead, rules=rules)
 
 
-def assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead = no_other) -> Problem | None:
-    """Set one value inside plain settings.
+def assign_all(settings: Any, given: Mapping[str, Any], option: str, instead: Instead = no_other
+               ) -> dict[str, Any]:
+    """Return settings as plain values, with the given values in their places.
 
-    Args:
-        cls: the dataclass that they are of.
-        raw: the plain settings, changed in place.
-        key: where, with dots.
-        value: plain.
-        instead: see `change`.
-
-    Returns:
-        What is wrong with the key.
+    Raises:
+        SettingsError: naming every key that does not exist.
     """
+    raw = plain(settings)
+    problems = [problem for key, value in given.items()
+                if (problem := _assign(type(settings), raw, key, value, instead))]
+    if problems:
+        raise SettingsError(option, problems)
+    return raw
+
+
+def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> Problem | None:
+    """Set one value inside plain settings of a class, and return what is wrong with its key."""
     parts, node, hint = key.split("."), raw, cls
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])

@@ -103,5 +103,10 @@ def show(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__} that cannot be shown"
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """Return a text of a stranger's as a message may hold it: no control characters, not long."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MAX_VALUE_CHARS + 1])
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS - 3] + "..."

@@ -149,8 +149,8 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
     key = ".".join(map(str, place))
     value = error.get("input", UNSET)
     if kind in _UNKNOWN:
-        known = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
-        return unknown(key, known, instead(key))
+        fields = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
+        return unknown(key, fields, instead(key))
     if kind in _MISSING:
         return _missing(key)
     if kind in ("literal_error", "enum"):
