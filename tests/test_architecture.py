@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what reads pictures and sounds is enclosed as what runs programs is
     "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards"},
     # networks: whoever needs them opens them where they are needed; pickles are bounded as templates are
-    "codecs": {"errors", "config", "artifacts", "digests", "outputs", "file_locks", "documents", "media",
-               "obs", "pages", "chat", "pretrained"},
+    "codecs": {"errors", "settings", "config", "artifacts", "digests", "outputs", "file_locks", "documents",
+               "media", "obs", "pages", "chat", "pretrained"},
     "sealed": {"errors", "artifacts", "digests"},
     "byte_bpe": set(), "documents": {"errors", "compiled", "sealed"}, "endpoints": {"errors"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,

@@ -34,9 +34,9 @@ from pystoi import stoi
 
 from megatron_sov.codecs.folder import open_codec
 from megatron_sov.codecs.images.dit import DiT
-from megatron_sov.codecs.settings import with_changes
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.codecs.training import decoders, start
+from megatron_sov.settings import change
 
 RATE_HZ = speech.SAMPLE_RATE_HZ
 TRAIN_WPM, HELDOUT_WPM = (120, 140, 160, 180), (130, 150, 170)
@@ -71,10 +71,10 @@ def train(kind: str, media: Path, folder: Path, steps: int, seed: int, tokenizer
     changes = [*SETTINGS[kind], f"learning.steps={steps}", f"learning.seed={seed}",
                "learning.heldout_share=0"]
     if tokenizer:
-        decoders.train_decoder(media, output, with_changes(decoders.SETTINGS[kind], changes),
+        decoders.train_decoder(media, output, change(decoders.SETTINGS[kind], changes),
                                folder / tokenizer)
     else:
-        start.train_tokenizer(media, output, with_changes(start.SETTINGS[kind](), changes))
+        start.train_tokenizer(media, output, change(start.SETTINGS[kind](), changes))
     codec = open_codec(output)
     num = sum(weight.numel() for weight in codec.parameters())
     taken_s = time.process_time() - begin_s

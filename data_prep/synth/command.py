@@ -141,7 +141,7 @@ def order_of(args: argparse.Namespace) -> Order:
     from data_prep.synth.budget import Most
     from data_prep.synth.models import Asked
     from data_prep.synth.running import Order
-    from megatron_sov.rewards.settings import parse_settings
+    from megatron_sov.settings import parse_nested
 
     if not args.generator:
         raise UserError("sov-data synth: say which generator; --list lists them")
@@ -155,7 +155,7 @@ def order_of(args: argparse.Namespace) -> Order:
     time_s = duration_s("--max-time", args.max_time) if args.max_time else 0.0
     if args.max_time and not time_s:
         raise UserError(f"--max-time {args.max_time}: leaves no time; leave it out for no limit")
-    return Order(args.generator, args.output, writer, judge, tuple(args.input), parse_settings(args.changes),
+    return Order(args.generator, args.output, writer, judge, tuple(args.input), parse_nested(args.changes),
                  args.prompts, asked, Most(args.max_tokens_total, args.max_cost, time_s), args.limit,
                  arguments.settings_of(args),
                  (None if args.cluster else args.workers) or len(os.sched_getaffinity(0)), args.redo)

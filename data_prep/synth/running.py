@@ -26,8 +26,8 @@ from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems
-from megatron_sov.plugins.settings import typed_settings
 from megatron_sov.runs.parent_death import FORWARDED
+from megatron_sov.settings import read
 
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 
@@ -91,10 +91,7 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     # a list may be written as a,b
     given = {key: value.split(",") if isinstance(value, str) and hints.get(key) == tuple[str, ...] else value
              for key, value in settings.items()}
-    made = cls.Settings(**typed_settings(cls.Settings, given, f"generator {name}"))
-    if problems := made.problems():
-        raise UserError(list_problems(f"generator {name}", problems))
-    return cls(made)
+    return cls(read(cls.Settings, given, f"generator {name}"))
 
 
 def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None,

@@ -16,9 +16,9 @@ from torch import nn
 
 from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest
 from megatron_sov.codecs.known import codec_class
-from megatron_sov.codecs.settings import plain, read_settings
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import refuse_link_outside
+from megatron_sov.settings import plain, read
 
 KIND = "codec"
 """Of the artifact."""
@@ -95,7 +95,7 @@ def read_codec(folder: Path) -> tuple[str, Any, Any]:
     if len(json.dumps(content.get("config"))) > MAX_CONFIG_BYTES:
         raise UserError(f"{where}: is larger than {MAX_CONFIG_BYTES:,} bytes; {_REMEDY}")
     cls = codec_class(content["codec"], str(folder))
-    return content["codec"], read_settings(cls.Settings, content.get("config"), where), cls
+    return content["codec"], read(cls.Settings, content.get("config"), where), cls
 
 
 def load_weights(file: Path, expected: Mapping[str, torch.Tensor], build: Any) -> Any:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.codecs.folder import KIND, WEIGHTS, read_codec
-from megatron_sov.codecs.settings import plain
 from megatron_sov.errors import UserError
+from megatron_sov.settings import plain
 
 
 def inspected(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sov.artifacts import to_json
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.settings import change
 
 TOKENIZERS, DECODERS = ("image-tokenizer", "audio-tokenizer"), ("image-decoder", "vocoder")
 """What `codec train` makes."""
@@ -91,10 +92,9 @@ def _train_tokenizer(args: argparse.Namespace, changes: list[str]) -> dict[str, 
     for option, value in (("--tokenizer", args.tokenizer), ("--vae", args.vae)):
         if value is not None:
             raise UserError(f"{option} {value}: is for {', '.join(DECODERS)}; leave it out for {args.kind}")
-    from megatron_sov.codecs.settings import with_changes
     from megatron_sov.codecs.training.start import settings_of, train_tokenizer
 
-    settings = with_changes(settings_of(args.kind, args.encoder), changes)
+    settings = change(settings_of(args.kind, args.encoder), changes)
     return train_tokenizer(args.input, args.output, settings, encoder=args.encoder,
                            device=_device(args.device),
                            checkpoint_every_s=args.checkpoint_every, look_every=args.look_every,
@@ -108,10 +108,9 @@ def _train_decoder(args: argparse.Namespace, changes: list[str]) -> dict[str, fl
                                 ("--encoder", args.encoder, "image-tokenizer")):
         if value is not None and args.kind != kind:
             raise UserError(f"{option} {value}: is for {kind}; leave it out for {args.kind}")
-    from megatron_sov.codecs.settings import with_changes
     from megatron_sov.codecs.training.decoders import SETTINGS, train_decoder
 
-    return train_decoder(args.input, args.output, with_changes(SETTINGS[args.kind], changes), args.tokenizer,
+    return train_decoder(args.input, args.output, change(SETTINGS[args.kind], changes), args.tokenizer,
                          vae=args.vae, device=_device(args.device), checkpoint_every_s=args.checkpoint_every,
                          look_every=args.look_every, overwrite=args.overwrite)
 

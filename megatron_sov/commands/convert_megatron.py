@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sov import recipes
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import ExitCode, UserError, nearest
-from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.settings import parse_nested
 
 
 def add_from_megatron(action: Callable[[str, str], argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def model_settings(settings: list[str]) -> dict[str, Any]:
         UserError: one is no field of the architecture.
     """
     known = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "family"]
-    parsed = parse_settings(settings)
+    parsed = parse_nested(settings)
     given = parsed.pop("model", {})
     for name in [*parsed, *(f"model.{name}" for name in given if name not in known)]:
         instead = nearest(name.removeprefix("model."), known, "model.")

@@ -30,9 +30,9 @@ from megatron_sov.rewards.registry import BUILT_IN, Made, make, order
 from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import score_file
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.settings import parse_nested
 
 if TYPE_CHECKING:
     from megatron_sov.eval.sampling import Sampled
@@ -197,7 +197,7 @@ def _checked(args: argparse.Namespace) -> _Plan:
     if (args.sampled is None) == (args.target is None) or (args.input is None) == (args.sampled is None):
         raise UserError("pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl alone")
     sampling = checked_sampling(args)
-    asked = order(args.reward, parse_settings(args.reward_set, "--reward-set"))
+    asked = order(args.reward, parse_nested(args.reward_set, "--reward-set"))
     made = make(asked)
     if args.sampled is None:
         check_rows(args.input, field=PROMPT)

@@ -22,9 +22,9 @@ from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine
 from megatron_sov.generate.request import Batching, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.settings import parse_nested
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.journal import Journal, opened
 from megatron_sov.tools.playing import Policy, identity_of
@@ -159,7 +159,7 @@ def _checked(args: argparse.Namespace, flag: StopFlag) -> _Game:
     changes: dict[str, Any] = {"samples": args.samples} if args.samples is not None else {}
     changes |= {"mode": args.mode} if args.mode else {}
     if args.judge:
-        changes["reward_settings"] = parse_settings(args.judge, "--judge")
+        changes["reward_settings"] = parse_nested(args.judge, "--judge")
     protocol = changed(protocol, changes)
     require_data(task, args.data_dir)
     make(order_of(protocol, args.data_dir))

@@ -19,11 +19,11 @@ from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.prompts import read_prompts
 from megatron_sov.generate.request import Sampling
 from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
+from megatron_sov.settings import parse_nested
 from megatron_sov.train.stage_config import stage_request
 
 NEEDED = ("prompts", "reward", "tokenizer")
@@ -165,7 +165,7 @@ def _checked(args: argparse.Namespace) -> tuple[RunConfig, str]:
         if framed := [name for name in FRAMED if prompt.record.get(name)]:
             raise UserError(f"--prompts {args.prompts}: prompt {prompt.text[:40]!r} has {framed[0]!r}, and "
                             "rounds ask each prompt as a user's message alone; leave it out")
-    reward_version = make(order(args.reward, parse_settings(args.reward_set, "--reward-set"))).version
+    reward_version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
     read_manifest(args.tokenizer, "tokenizer")
     # which stands for the data that are still to be made: they are asked for, and not read yet
     with_data = argparse.Namespace(**vars(args) | {"data": [*args.data, str(args.tokenizer)]})

@@ -23,13 +23,13 @@ from megatron_sov.generate.request import Batching
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.orders import Order
 from megatron_sov.recipes.requested import add_recipe_arguments, requested
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.settings import parse_nested
 from megatron_sov.tools.limits import EpisodeLimits, limits_of
 from megatron_sov.tools.registry import BUILT_IN, make, order
 
@@ -194,7 +194,7 @@ def environment_of(args: argparse.Namespace, config: RunConfig) -> AskedEnvironm
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
     limits = limits_of("train", [*own, f"max_turn_tokens={most_turn}", *args.limit])
-    asked = order(args.environment, parse_settings(args.env_set, "--env-set"))
+    asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
     _, version = make(asked)
     return AskedEnvironment(asked, version, limits)
 

@@ -17,8 +17,8 @@ from megatron_sov.rewards.registry import BUILT_IN, make, order
 from megatron_sov.rewards.rows import check_rows
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import Summary, score_file
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rewards.tally import MAX_TOLD
+from megatron_sov.settings import parse_nested
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
-    asked = order(args.reward, parse_settings(args.settings))
+    asked = order(args.reward, parse_nested(args.settings))
     made = make(asked)
     check_output("--output", args.output)
     check_output("--disagreements", args.disagreements)

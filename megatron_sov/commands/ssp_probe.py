@@ -20,12 +20,12 @@ from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.rows import check_rows
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import enter_rounds
+from megatron_sov.settings import parse_nested
 
 if TYPE_CHECKING:
     from megatron_sov.post.ssp.probing import Candidate
@@ -110,7 +110,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Path]:
                                 "problems into one file")
         domains |= found
     checked_sampling(argparse.Namespace(**vars(args) | {"k": [args.k]}))
-    make(order(args.reward, parse_settings(args.reward_set, "--reward-set")))
+    make(order(args.reward, parse_nested(args.reward_set, "--reward-set")))
     for path in args.checkpoints:
         refuse_missing(path)
     for file in domains.values():
@@ -128,7 +128,7 @@ def _frozen(folder: Path) -> dict[str, Path]:
 
 def _asked(args: argparse.Namespace, domains: dict[str, Path]) -> dict[str, Any]:
     """Return what is the same for every checkpoint, or their figures could not be compared."""
-    version = make(order(args.reward, parse_settings(args.reward_set, "--reward-set"))).version
+    version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
     return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
             "reward_version": version,
             **{name: getattr(args, name) for name in (

@@ -21,8 +21,8 @@ from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.settings import parse_nested
 from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
 from megatron_sov.tools.environment import Environment, Task
 from megatron_sov.tools.episode import Episode, row_of
@@ -104,7 +104,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> tuple[Order, Environment, str, EpisodeLimits, list[Task]]:
     """Return what both actions begin with: the environment, its version, the limits and the tasks."""
-    asked = order(args.environment, parse_settings(args.settings))
+    asked = order(args.environment, parse_nested(args.settings))
     environment, version = make(asked)
     return (asked, environment, version, limits_of(args.limits, args.changes),
             tasks_of(environment, args.environment, args.tasks))

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.plugins.loading import is_reference, telling
 from megatron_sov.plugins.registry import Registry
-from megatron_sov.plugins.settings import typed_settings
+from megatron_sov.settings import read_arguments
 
 BuiltIn = Mapping[str, Sequence[str]]
 """Name -> module and class (and what else is known) of what is built in."""
@@ -69,7 +69,7 @@ def build(asked: Order, built_in: BuiltIn, own: Registry[type[Any]]) -> Built:
     """
     made, files = _class(asked, built_in, own)
     what = f"{own.kind} {asked.reference or asked.name}"
-    settings = typed_settings(made, asked.settings, what)
+    settings = read_arguments(made, asked.settings, what)
     with telling(what):
         value = made(**settings)
         problems = value.problems() if hasattr(value, "problems") else []

@@ -57,7 +57,7 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
     """
     settings, problems = find_problems(cls, raw, instead)
     if settings is not None and rules and hasattr(settings, "problems"):
-        problems = list(settings.problems())
+        problems = [p if isinstance(p, Problem) else Problem(Code.RULE, "", p) for p in settings.problems()]
     if problems:
         raise SettingsError(where, [dataclasses.replace(p, line=_line(p.key, lines)) for p in problems])
     return cast(S, settings)

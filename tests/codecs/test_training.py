@@ -14,7 +14,6 @@ import torch
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.codecs.folder import WEIGHTS, open_codec
 from megatron_sov.codecs.images.simvq import SimVQSettings
-from megatron_sov.codecs.settings import plain
 from megatron_sov.codecs.sounds.fsq import FSQSettings
 from megatron_sov.codecs.training.banks import SoundBank, picture_bank
 from megatron_sov.codecs.training.draws import batch_rows
@@ -29,6 +28,7 @@ from megatron_sov.codecs.training.tokenizers import (
 )
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.settings import plain
 
 LEARNING = Learning(steps=6, batch_size=4, warmup_steps=1, seed=3, crop_tokens=4)
 SEEING = ImageTokenizerTraining(SimVQSettings(side_pixels=8, grid=2, width=16, num_layers=1, num_heads=2,

@@ -106,7 +106,7 @@ def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
 
 
 @pytest.mark.parametrize(("settings", "problem"), [
-    ({"parts": {}}, "there are none"), ({}, "parts: has no default; set it"),
+    ({"parts": {}}, "there are none"), ({}, "parts: is missing; it has no default; set it"),
     ({"parts": {"a": {"reward": "composed"}}}, "is a composition itself"),
     ({"parts": {"a": {"reward": "lenght"}}}, "'length'"),
     ({"parts": {"a": {"reward": "length", "wieght": 1}}}, "parts.a.wieght"),

@@ -69,7 +69,8 @@ def test_everything_wrong_is_named_by_code_and_key_in_the_order_of_the_fields(
     ({"name": 7200}, "f: name = 7200 must be text; put it in double quotes"),
     ({"name": "x", "words": "b"}, 'f: words = "b" must be a list; e.g. ["b"]'),
     ({"name": "x", "words": []}, "f: words = [] must have at least 1 items"),
-    ({"name": "x", "on": "\x1b[31m" + "y" * 99}, 'f: on = "\\u001b[31m' + "y" * 66 + "... must be true or false"),
+    ({"name": "x", "on": "\x1b[31m" + "y" * 99},
+     'f: on = "\\u001b[31m' + "y" * 66 + "... must be true or false"),
     ({"name": "x", "kind": "muon"}, "f: block.size = 1 must be above 1 with kind = muon; set it"),
 ])
 def test_each_code_has_its_sentence(raw: Any, sentence: str) -> None:

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from megatron_sov.codecs.settings import read_settings
 from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError
+from megatron_sov.settings import read
 
 _PREFIX = "vision_model."
 _FIELDS = {"patch_size": "patch_pixels", "hidden_size": "width", "intermediate_size": "feed_forward_width",
@@ -100,7 +100,7 @@ def siglip_settings(folder: Path) -> tuple[SiglipSettings, int]:
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as e:
         raise UserError(f"{file}: is not the configuration of a SigLIP ({type(e).__name__}: {e}); pass a "
                         "folder such as siglip2-so400m-patch14-384") from None
-    return read_settings(SiglipSettings, sizes, str(file)), side_pixels
+    return read(SiglipSettings, sizes, str(file)), side_pixels
 
 
 def load_siglip(features: SiglipFeatures, folder: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from megatron_sov.codecs.settings import read_settings
 from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
+from megatron_sov.settings import read
 
 MAX_BLOCKS = 8
 MAX_CONFIG_BYTES = 1_000_000
@@ -103,7 +103,7 @@ def _refuse_larger(folder: Path) -> None:
     except (OSError, ValueError, RecursionError, AttributeError, TypeError) as e:
         raise UserError(f"{folder}: is no folder of diffusers' AutoencoderKL ({told_in_a_line(e)}); name one "
                         f"with config.json and {weights.name}") from None
-    settings = read_settings(VAESettings, said, str(file))
+    settings = read(VAESettings, said, str(file))
     with torch.device("meta"):
         asked = sum(tensor.numel() for tensor in new_vae(settings).state_dict().values())
     if asked > held_bytes:

@@ -15,7 +15,6 @@ from megatron_sov.codecs.folder import open_codec
 from megatron_sov.codecs.images.dit import DiT
 from megatron_sov.codecs.images.dit_settings import DiTSettings
 from megatron_sov.codecs.images.vae import open_vae
-from megatron_sov.codecs.settings import plain
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.codecs.training.banks import Ragged, SoundBank, id_bank, picture_bank
 from megatron_sov.codecs.training.files import PICTURES, SOUNDS, MediaFiles, media_files
@@ -25,6 +24,7 @@ from megatron_sov.codecs.training.start import digests, said
 from megatron_sov.codecs.training.vocoder import Spoken, VocoderTask, VocoderTraining
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.media.reading.reader import MediaReader
+from megatron_sov.settings import plain
 
 Training = ImageDecoderTraining | VocoderTraining
 SETTINGS: dict[str, Training] = {"image-decoder": ImageDecoderTraining(DiTSettings(vae=None)),

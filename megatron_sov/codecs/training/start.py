@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.codecs.images.siglip import SiglipFeatures, load_siglip, siglip_settings
-from megatron_sov.codecs.settings import plain
 from megatron_sov.codecs.training.banks import SoundBank, picture_bank
 from megatron_sov.codecs.training.files import PICTURES, SOUNDS, MediaFiles, media_files
 from megatron_sov.codecs.training.loop import Plan, train
@@ -25,6 +24,7 @@ from megatron_sov.digests import file_digest
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError
 from megatron_sov.media.reading.reader import MediaReader
+from megatron_sov.settings import plain
 
 Training = ImageTokenizerTraining | AudioTokenizerTraining
 SETTINGS: dict[str, type[Training]] = {"image-tokenizer": ImageTokenizerTraining,

@@ -35,10 +35,10 @@ from megatron_sov.eval.lm.tasks import (
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.outputs import check_output
 from megatron_sov.rewards.held_folder import held
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, repeats, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
+from megatron_sov.settings import parse_nested
 from megatron_sov.train.stopping import StopFlag, stoppable
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _protocol(name: str, task: Any, settings: Settings) -> Any:
     if settings.samples is not None:
         changes["samples"] = settings.samples
     if settings.judge:
-        changes["reward_settings"] = parse_settings(settings.judge, "--judge")
+        changes["reward_settings"] = parse_nested(settings.judge, "--judge")
     return changed(protocol, changes) if protocol is not None and changes else protocol
 
 

@@ -20,13 +20,13 @@ from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rewards.running import runner
 from megatron_sov.rewards.scoring import BATCH_ROWS
-from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rewards.tally import Tally
 from megatron_sov.rollouts.asked import not_written
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.parts import AlreadyPublished, Part
 from megatron_sov.rollouts.rows import UNFINISHED, Judged, Rollout
 from megatron_sov.rollouts.store import VERSION_CHARS, Store
+from megatron_sov.settings import parse_nested
 
 ENVIRONMENT = "environment"
 """The reward that takes what an environment has said of an episode, which stands in its row; also its
@@ -68,7 +68,7 @@ def reward_version(name: str, settings: Sequence[str]) -> str:
             raise UserError(f"--reward-set {settings[0]}: --reward {ENVIRONMENT} takes what stands in the "
                             "rows and has no settings; leave it out")
         return ENVIRONMENT
-    return make(order(name, parse_settings(settings, "--reward-set"))).version
+    return make(order(name, parse_nested(settings, "--reward-set"))).version
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeR
     if name == ENVIRONMENT:
         yield lambda rows: [_outcome_of(row) for row in rows]
         return
-    asked = order(name, parse_settings(settings, "--reward-set"))
+    asked = order(name, parse_nested(settings, "--reward-set"))
     with runner(asked, make(asked), workers) as running:
         yield lambda rows: running.score([row_of(row) for row in rows])
 
@@ -119,7 +119,7 @@ def second_opinions(name: str, settings: Sequence[str], version: str, store: Sto
         version: of it.
         store: what is judged there under this version counts.
     """
-    if name == ENVIRONMENT or getattr(make(order(name, parse_settings(settings, "--reward-set"))).reward,
+    if name == ENVIRONMENT or getattr(make(order(name, parse_nested(settings, "--reward-set"))).reward,
                                       "second", None) is None:
         return None
     found = Opinions()
