@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from data_prep.mixture.yaml_lines import YamlFile
-from data_prep.pipeline.located_yaml import Place
 from data_prep.tags import SOURCE
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.settings import Place
 
 SHIPPED = Path(__file__).parents[1] / "pipelines" / "blends"
 """Blends that come with the framework, one file each."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.pipeline.located_yaml import MAX_BYTES, Place, read_located
 from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.settings import Place, read_located, read_text
 
 
 class YamlFile:
@@ -21,16 +21,9 @@ class YamlFile:
             UserError: it cannot be read, or is no YAML that is taken (`located_yaml`).
         """
         self.file = file
-        try:
-            with open(file, "rb") as f:
-                text = f.read(4 * MAX_BYTES + 1).decode("utf-8")
-        except UnicodeDecodeError as e:
-            raise UserError(f"{file}: is no text in UTF-8 (byte {e.start}); pass a YAML file") from None
-        except OSError as e:
-            raise UserError(f"{file}: cannot be read ({e.strerror or e}); check the path") from None
-        self._found = read_located(text)
+        self._found = read_located(read_text(file))
         self.value: Any = self._found.value
-        self.problems = [(line, f"{file}:{line}: {sentence}") for line, sentence in self._found.problems]
+        self.problems = [(p.line, f"{file}:{p.line}: {p.sentence}") for p in self._found.problems]
         """Line and sentence of each mistake."""
         self.raise_problems()
 

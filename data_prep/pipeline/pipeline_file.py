@@ -10,15 +10,14 @@ from typing import Any, Literal
 
 from data_prep.pipeline.columns import SOURCE_COLUMNS
 from data_prep.pipeline.known_steps import STEPS, step_class
-from data_prep.pipeline.located_yaml import Located, Place, read_located
 from data_prep.pipeline.naming import check_name_pattern
-from data_prep.pipeline.settings import Problem, plain, read_settings, resolved
+from data_prep.pipeline.settings import plain, resolved
 from data_prep.pipeline.step import ColumnType, Step
 from data_prep.pipelines import READY
 from data_prep.sources.source import KINDS, SourceSettings
 from megatron_sov.artifacts import MANIFEST
-from megatron_sov.clusters.yaml_file import read_text
 from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.settings import Located, Place, find_problems, place_of, read_located, read_text
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ class StepEntry:
     def build(self, folder: Path) -> Step:
         """Return the step, its relative paths starting at the pipeline file's folder."""
         cls = step_class(self.kind)
-        settings, problems = read_settings(cls.Settings, self.written)
+        settings, problems = find_problems(cls.Settings, self.written)
         assert not problems, problems
         return cls(resolved(settings, folder))
 
     def settings(self) -> Any:
         """Return all settings as plain values, defaults filled in, paths as they are written."""
-        return plain(read_settings(step_class(self.kind).Settings, self.written)[0])
+        return plain(find_problems(step_class(self.kind).Settings, self.written)[0])
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def load_pipeline(file: Path) -> Pipeline:
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'does not exist'}; pass a pipeline "
                         f"file, e.g. a copy of {READY / 'tiny.yaml'}")
-    return read_pipeline(file, read_located(read_text(str(file), file)))
+    return read_pipeline(file, read_located(read_text(file)))
 
 
 def read_pipeline(file: Path, located: Located) -> Pipeline:
@@ -166,7 +165,7 @@ class _FileReader:
 
     def __init__(self, folder: Path, located: Located) -> None:
         self.folder, self.located = folder, located
-        self.found: list[tuple[int, str]] = list(located.problems)
+        self.found: list[tuple[int, str]] = [(p.line, p.sentence) for p in located.problems]
         self.columns: dict[str, ColumnType] = dict(SOURCE_COLUMNS)
 
     def tell(self, place: Place, sentence: str) -> None:
@@ -205,13 +204,15 @@ class _FileReader:
         if not isinstance(written, dict):
             self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
-        settings, problems = read_settings(cls, written)
+        settings, problems = find_problems(cls, written)
+        found = [(place_of(problem.key), problem.sentence) for problem in problems]
         if settings is not None:
             settings = resolved(settings, self.folder)
-            problems = [_located(sentence, written) for sentence in getattr(settings, "problems", list)()]
-        for problem in problems:
-            self.tell((*place, *problem.place), problem.sentence)
-        return None if problems else settings
+            found = [(_place(sentence, written), sentence)
+                     for sentence in getattr(settings, "problems", list)()]
+        for inside, sentence in found:
+            self.tell((*place, *inside), sentence)
+        return None if found else settings
 
     def _sources(self, written: Any) -> Iterator[SourceSettings]:
         if not isinstance(written, list) or not written:
@@ -326,8 +327,8 @@ def _givers(column: str) -> list[str]:
     return [kind for kind in STEPS if column in step_class(kind).adds]
 
 
-def _located(sentence: str, written: Mapping[str, Any]) -> Problem:
-    """Return a sentence of `problems()` with the place of the setting that it begins with."""
+def _place(sentence: str, written: Mapping[str, Any]) -> Place:
+    """Return the place of the setting that a sentence of `problems()` begins with."""
     word = sentence.split(maxsplit=1)[0].rstrip(":=") if sentence else ""
     first = word.partition(".")[0]
-    return Problem((first,) if first in written else (), sentence)
+    return (first,) if first in written else ()

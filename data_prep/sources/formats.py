@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import Any
 
 from data_prep.libraries import require
-from data_prep.sources.options import option_problems
 from data_prep.sources.reader import FileReader
 from data_prep.sources.source import Reader, SourceSettings
 from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.settings import find_problems
 
 FORMATS: dict[str, str] = {
     "auto": "data_prep.sources.auto:AutoReader",
@@ -60,4 +60,12 @@ def format_problems(format_: str, options: Mapping[str, Any]) -> list[str]:
     if format_ not in FORMATS:
         return [f"format = {format_!r} must be one of {', '.join(FORMATS)}{nearest(format_, FORMATS)}"]
     return [*require(f"format {format_}", *LIBRARIES.get(format_, ())),
-            *option_problems(format_, reader_class(format_).Options, options)]
+            *_option_problems(reader_class(format_).Options, options)]
+
+
+def _option_problems(cls: type[Any], given: Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each mistake in the options of a format, whose class is `cls`."""
+    options, problems = find_problems(cls, given)
+    if options is None:
+        return [problem.below("options").sentence for problem in problems]
+    return [f"options.{sentence}" for sentence in options.problems()]

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from data_prep.sources.job import Item, Job
 from data_prep.sources.limits import COMPRESSED, Limits
 from data_prep.sources.listing import shown, source_files
-from data_prep.sources.options import read_options
 from data_prep.sources.reading_process import read_apart
 from data_prep.sources.source import PASSED_OVER, Broken, Piece, Raw, SourceSettings
 from megatron_sov.documents.files import why_left_out
+from megatron_sov.settings import read
 
 
 class FileReader:
@@ -29,7 +29,9 @@ class FileReader:
     def __init__(self, source: SourceSettings) -> None:
         """Take a source without problems."""
         self.source = source
-        self.options = read_options(self.Options, source.options)
+        # processes that only read start without pydantic
+        given = source.options
+        self.options: Any = read(self.Options, given, "options") if given else self.Options()
 
     @classmethod
     def takes(cls, name: str) -> bool:

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from megatron_sov.documents.stated import Text, read_stated
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.settings import read_file
+from megatron_sov.settings.text import Text
 
 ANSWERS = "answers"
 """What the card calls the file, wherever it lies."""
@@ -94,7 +95,7 @@ def read_answers(file: Path) -> Answers:
     Raises:
         UserError: it cannot be read, or breaks rules; all of them are told.
     """
-    answers = read_stated("--answers", file, Answers)
+    answers = read_file(Answers, file, f"--answers {file}")
     if problems := answers.problems():
         raise UserError(list_problems(f"--answers {file}", problems))
     return answers

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sov.clusters.chips import CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, chip
-from megatron_sov.clusters.yaml_file import read_text, read_yaml
 from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.settings import read_text, read_yaml
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """How the names of variables end that hold what must not stand in a file."""
@@ -341,15 +341,14 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
         file = Path(name)
         if not file.is_file():
             raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
-        text = read_text(f"--cluster {name}", file)
+        text = read_text(file, f"--cluster {name}")
     elif name in names():
         text = importlib.resources.files("slurm").joinpath("clusters", f"{name}.yaml").read_text(
             encoding="utf-8")
     else:
         raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: "
                         f"{', '.join(names())}; your own: a path that ends with .yaml)")
-    profile = read_yaml(f"--cluster {name}", text, ClusterProfile,
-                        (ContainerConfig, PreflightConfig), "profile")
+    profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
     problems = profile.problems()

@@ -11,9 +11,9 @@ from typing import Literal
 
 from megatron_sov.clusters.chips import CHIPS
 from megatron_sov.clusters.cluster import SECRET
-from megatron_sov.clusters.yaml_file import read_text, read_yaml
 from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.settings import read_text, read_yaml
 
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 """A DNS label (RFC 1123): a namespace."""
@@ -208,7 +208,7 @@ def names() -> list[str]:
 def is_kubernetes(name: str) -> bool:
     """Return whether what --cluster names is a profile of kind k8s."""
     if name.endswith((".yaml", ".yml")):
-        return Path(name).is_file() and bool(KIND.search(read_text(f"--cluster {name}", Path(name))))
+        return Path(name).is_file() and bool(KIND.search(read_text(Path(name), f"--cluster {name}")))
     return name in names()
 
 
@@ -222,9 +222,8 @@ def load(name: str) -> KubernetesProfile:
         file = importlib.resources.files("slurm").joinpath("kubernetes", f"{name}.yaml")
         text = file.read_text(encoding="utf-8")
     else:
-        text = read_text(f"--cluster {name}", Path(name))
-    profile = read_yaml(f"--cluster {name}", text, KubernetesProfile, (VolumeConfig, TolerationConfig),
-                        "profile")
+        text = read_text(Path(name), f"--cluster {name}")
+    profile = read_yaml(KubernetesProfile, text, f"--cluster {name}", rules=False)
     problems = profile.problems()
     if problems:
         copied = f"; copy {name} to a file of your own and pass that" if name in names() else ""

@@ -8,8 +8,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from megatron_sov.clusters.yaml_file import read_text, read_yaml
-from megatron_sov.errors import UserError
+from megatron_sov.settings import read_file
 
 NOT_TOLD = "not told"
 
@@ -68,7 +67,4 @@ def read_table(file: Path) -> PublishedTable:
     Raises:
         UserError: it is no YAML, or a figure breaks a rule.
     """
-    table = read_yaml(file.name, read_text(file.name, file), PublishedTable, (Figure,), "published table")
-    if problems := table.problems():
-        raise UserError(f"{file.name}: {problems[0]}")
-    return table
+    return read_file(PublishedTable, file, file.name)

@@ -12,11 +12,12 @@ from megatron_sov.settings.bounds import (
 )
 from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.settings.problem import Code, Problem, SettingsError
-from megatron_sov.settings.reading import check, find_problems, plain, read, read_arguments
-from megatron_sov.settings.yaml_file import Located, read_file, read_located
+from megatron_sov.settings.reading import check, find_problems, place_of, plain, read, read_arguments
+from megatron_sov.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
 
 __all__ = [
     "AboveZero", "AtLeastOne", "Code", "Finite", "Fraction", "Located", "NotNegative", "NotNegativeInt",
-    "Problem", "SettingsError", "Share", "assign_all", "change", "check", "find_problems", "parse_changes",
-    "parse_nested", "plain", "read", "read_arguments", "read_file", "read_located",
+    "Place", "Problem", "SettingsError", "Share", "assign_all", "change", "check", "find_problems",
+    "parse_changes", "parse_nested", "place_of", "plain", "read", "read_arguments", "read_file",
+    "read_located", "read_text", "read_yaml",
 ]

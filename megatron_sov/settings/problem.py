@@ -57,14 +57,17 @@ class Problem:
     """Of the file, from 1; 0: none is known."""
 
     def __str__(self) -> str:
-        """Return the sentence: ``line 3: lr = -1 must be above 0; set it``."""
-        line = f"line {self.line}: " if self.line else ""
+        """Return line and sentence: ``line 3: lr = -1 must be above 0; set it``."""
+        return (f"line {self.line}: " if self.line else "") + self.sentence
+
+    @property
+    def sentence(self) -> str:
+        """The problem without its line."""
         if self.value is UNSET:
             begin = f"{self.key}: " if self.key else ""
         else:
             begin = f"{self.key} = {show(self.value)} " if self.key else f"{show(self.value)} "
-        sentence = begin + self.rule
-        return line + sentence + (f"; {self.way_out}" if self.way_out else "")
+        return begin + self.rule + (f"; {self.way_out}" if self.way_out else "")
 
     def below(self, prefix: str) -> Problem:
         """Return the problem of a setting that stands inside another."""
@@ -84,7 +87,7 @@ class SettingsError(UserError):
         self.where, self.problems = where, tuple(problems)
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
-            super().__init__(f"{where}{line}: {replace(problems[0], line=0)}")
+            super().__init__(f"{where}{line}: {problems[0].sentence}")
             return
         shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:

@@ -65,10 +65,15 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
 
 def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
     """Return the line of a key, or of the nearest place around it."""
-    place = tuple(int(part) if part.isdecimal() else part for part in key.split(".")) if key else ()
+    place = place_of(key)
     while lines and place and place not in lines:
         place = place[:-1]
     return (lines or {}).get(place, 0)
+
+
+def place_of(key: str) -> tuple[str | int, ...]:
+    """Return the keys and list positions of a key with dots."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split(".")) if key else ()
 
 
 def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None, list[Problem]]:

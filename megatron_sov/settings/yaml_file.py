@@ -57,7 +57,12 @@ def read_file(cls: type[S], file: Path, where: str = "", *, rules: bool = True) 
         SettingsError: all that is wrong, with its line.
     """
     where = where or str(file)
-    located = read_located(read_text(file, where))
+    return read_yaml(cls, read_text(file, where), where, rules=rules)
+
+
+def read_yaml(cls: type[S], text: str, where: str, *, rules: bool = True) -> S:
+    """Return the settings in a text of YAML or JSON; see `read_file`."""
+    located = read_located(text)
     if located.problems:
         raise SettingsError(where, located.problems)
     return read(cls, {} if located.value is None else located.value, where, lines=located.lines, rules=rules)

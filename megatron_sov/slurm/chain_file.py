@@ -14,9 +14,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.clusters.yaml_file import read_text, read_yaml
 from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.settings import read_text, read_yaml
 
 WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
 
@@ -113,11 +113,11 @@ def read_chain(name: str) -> ChainConfig:
         text = importlib.resources.files("slurm").joinpath("chains", f"{name}.yaml").read_text(
             encoding="utf-8")
     elif Path(name).is_file():
-        text = read_text(name, Path(name))
+        text = read_text(Path(name), name)
     else:
         raise UserError(f"{name}: does not exist{nearest(name, names())} (chains: {', '.join(names())}; "
                         "your own: a YAML file with `stages`, docs/slurm.md)")
-    config = read_yaml(name, text, ChainConfig, (ChainStage,), "chain")
+    config = read_yaml(ChainConfig, text, name, rules=False)
     if not config.stages:
         raise UserError(f"{name}: has no stages")
     labels = [stage.label for stage in config.stages]

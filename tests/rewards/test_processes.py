@@ -115,7 +115,8 @@ def test_a_judge_that_had_no_processor_judges_once_more(runner, tmp_path: Path) 
 
 
 def test_a_reward_that_cannot_be_made_ends_the_work(runner) -> None:
-    with pytest.raises(UserError, match='size = "big" must be a whole number'), runner(settings={"size": "big"}) as running:
+    with (pytest.raises(UserError, match='size = "big" must be a whole number'),
+          runner(settings={"size": "big"}) as running):
         running.score(rows("1"))
 
 

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from megatron_sov.documents.stated import Text, read_stated
 from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.settings import read_file
+from megatron_sov.settings.text import Text
 
 Category = Literal["public", "licensed", "third_party", "crawled", "user", "synthetic", "other", ""]
 CATEGORIES: dict[str, str] = {
@@ -114,7 +115,7 @@ def read_about(file: Path, sources: Collection[str]) -> About:
     Raises:
         UserError: it cannot be read, or breaks rules; all of them are told.
     """
-    about = read_stated("--about", file, About, (AboutSource,))
+    about = read_file(About, file, f"--about {file}")
     if strange := [name for name in about.sources if name not in sources]:
         raise UserError(list_problems(f"--about {file}", [
             f"sources.{name}: the data has no such source{nearest(name, sources)}" for name in strange],

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.libraries import require
-from data_prep.pipeline.located_yaml import Located, read_located
 from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.quality.identify import KNOWN
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
-from megatron_sov.clusters.yaml_file import read_text
 from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.settings import Located, read_located, read_text
 
 DEFAULTS = Path(__file__).parent / "defaults"
 """Files of steps: one for each kind of record, and for generators that need others."""
@@ -78,10 +77,10 @@ class CheckSettings:
         Raises:
             UserError: the file has mistakes; all of them are told, by line.
         """
-        located = read_located(read_text(str(file), file))
+        located = read_located(read_text(file))
         raw = located.value
         if not isinstance(raw, dict) or set(raw) != {"steps"} or not isinstance(raw["steps"], list):
-            more = [f"{file}:{line}: {sentence}" for line, sentence in located.problems]
+            more = [f"{file}:{problem.line}: {problem.sentence}" for problem in located.problems]
             raise UserError(list_problems(f"--checks {file}", more) if more else
                             f"--checks {file}: must be a mapping with the list `steps`, and nothing else; "
                             "sources and output are the run's")

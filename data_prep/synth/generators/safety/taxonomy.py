@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from data_prep.pipeline.located_yaml import MAX_BYTES, Located, read_located
 from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.settings import Located, read_located, read_text
 
 FILE = Path(__file__).parents[2] / "taxonomies/safety.yaml"
 """The 38 categories that come with the program."""
@@ -40,14 +40,8 @@ def read_taxonomy(file: Path = FILE) -> list[Category]:
     Raises:
         UserError: it cannot be read, or breaks a rule; all problems are told with their lines.
     """
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise UserError(f"{file}: is longer than {MAX_BYTES >> 10} KiB; is this the right file?")
-        located = read_located(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: cannot be read as UTF-8 text ({e}); name a taxonomy in YAML, or leave "
-                        "--input out") from None
-    problems = list(located.problems)
+    located = read_located(read_text(file))
+    problems = [(problem.line, problem.sentence) for problem in located.problems]
     found: list[Category] = []
     value = located.value
     listed = value.get("categories") if isinstance(value, dict) else None
