@@ -173,6 +173,8 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
 
 
 def _type_way_out(wanted: str, value: Any) -> str:
+    if value is None:
+        return "give it a value, or leave it out"
     if wanted == "string" and isinstance(value, bool):
         return "YAML takes no, off, yes and on for false and true; put it in quotes"
     if wanted == "string" and isinstance(value, (int, float)):

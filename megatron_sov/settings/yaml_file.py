@@ -108,7 +108,10 @@ def read_located(text: str) -> Located:
         way_out = WAYS_OUT.get(said, "mend it")
         found.problems.append(Problem(Code.FILE, "", f"is no YAML ({said})", way_out=way_out,
                                       line=mark.line + 1 if mark else 1))
-    except (yaml.YAMLError, RecursionError) as e:
+    except RecursionError:
+        found.problems.append(Problem(Code.FILE, "", f"is nested more than {MAX_DEPTH} deep", line=1,
+                                      way_out="make it flatter"))
+    except yaml.YAMLError as e:
         found.problems.append(Problem(Code.FILE, "", f"is no YAML ({' '.join(str(e).split())})",
                                       way_out="mend it", line=1))
     finally:

@@ -26,8 +26,8 @@ def test_options_win_over_the_profile() -> None:
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    ("description: x\npartitoin: a", "partitoin is no field of a profile; did you mean 'partition'"),
-    ("description: x\ncontainer: {kind: docker}", "container.kind = 'docker'"),
+    ("description: x\npartitoin: a", "partitoin: no such setting; did you mean 'partition'"),
+    ("description: x\ncontainer: {kind: docker}", 'container.kind = "docker"'),
     ("description: x\ncontainer: {kind: pyxis}", "container.image is empty and container.kind is pyxis"),
     ("description: x\ngpus_per_node: 8\ncpus_per_node: 4",
      "cpus_per_node = 4 must be at least one for each of the 8 ranks"),
@@ -37,7 +37,7 @@ def test_options_win_over_the_profile() -> None:
     ('description: x\naccount: ""\nenvironment: {"A B": abc}', "environment.A B is not a name of a variable"),
     ('description: x\naccount: ""\nmax_failures: 0', "max_failures = 0 must be at least 1"),
     ("description: x\ntime_limit: 2:00:00",
-     "time_limit = 7200: Input should be a valid string; put it in quotes"),
+     "line 2: time_limit = 7200 must be text; put it in double quotes"),
     ('description: x\naccount: ""\nsignal_lead_s: 70000',
      "signal_lead_s = 70000 must lie between 1 and 65535"),
     ('description: x\naccount: ""\nscratch: $SLURM_TMPDIR', "scratch = '$SLURM_TMPDIR' must begin with /"),
@@ -52,9 +52,9 @@ def test_options_win_over_the_profile() -> None:
      "network_gbits_per_gpu = -1.0 must be a number from 0 to 1e+09"),
     ('description: x\naccount: ""\nrestart_s: .inf', "restart_s = inf must be a number from 0 to 1e+09"),
     ('description: x\naccount: ""\npue: 0.9', "pue = 0.9 must be at least 1"),
-    ('description: x\naccount: ""\nprice_per_gpu_hour: cheap', "price_per_gpu_hour = 'cheap': "),
+    ('description: x\naccount: ""\nprice_per_gpu_hour: cheap', 'gpu_hour = "cheap" must be a number'),
     ("a: [", "is no YAML"),
-    ("5", "profile = 5"),
+    ("5", "5 must be an object of settings"),
 ])
 def test_a_mistake_is_named(tmp_path: Path, text: str, sentence: str) -> None:
     file = tmp_path / "mine.yaml"

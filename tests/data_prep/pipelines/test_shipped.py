@@ -12,10 +12,10 @@ import pytest
 from data_prep import cli
 from data_prep.mixture.blend_file import SHIPPED as BLENDS
 from data_prep.mixture.blend_file import read_blend
-from data_prep.pipeline.located_yaml import read_located
 from data_prep.pipeline.naming import named_columns
 from data_prep.pipeline.pipeline_file import load_pipeline
 from data_prep.tags import SOURCE
+from megatron_sov.settings import read_located
 
 FOLDER = Path(__file__).parents[3] / "data_prep/pipelines"
 SHIPPED = sorted(FOLDER.glob("*.yaml"))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pipeline.settings import read_settings
 from data_prep.pipeline.step import Doc, Outcome
 from data_prep.quality.rules.step import Rules, RulesSettings
+from megatron_sov.settings import find_problems
 
 FOLDER = Path(__file__).with_name("declaration")
 """Beginnings of the Universal Declaration of Human Rights."""
@@ -91,7 +91,7 @@ def test_every_broken_rule_of_the_settings_is_told() -> None:
 
 def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
     written = {"thresholds": {"max_duplicate_ngram_char_share": {"5": 0.9, "10": 1.0}}}
-    settings, problems = read_settings(RulesSettings, written)
+    settings, problems = find_problems(RulesSettings, written)
     assert problems == [] and settings.problems() == []
     korean = " ".join([KOREAN.replace("\n", " ")] * 2)
     document = Doc("a:0:0", korean, "a", 0, 0, {"language": "ko", "form": "prose"})

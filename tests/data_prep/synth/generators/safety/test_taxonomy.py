@@ -56,5 +56,5 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_taxonomy(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    with pytest.raises(UserError, match="is no text in UTF-8"):
         read_taxonomy(tmp_path / "a.yaml")
