@@ -37,6 +37,7 @@ INSTALL_REQUIRES = [
     "zstandard",
     "blake3",
     "safetensors",
+    "shtab",
     "tqdm",
     "plotly",
     "jinja2",

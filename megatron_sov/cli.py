@@ -12,8 +12,9 @@ import importlib
 import sys
 import time
 from types import ModuleType
+from typing import Any
 
-from megatron_sov.command_line import Command, Parser, exit_code, version_of
+from megatron_sov.command_line import Command, Parser, exit_code, fill_commands, parser_of, version_of
 from megatron_sov.errors import ExitCode, UserError, nearest
 from megatron_sov.obs.process_start import process_started_s
 from megatron_sov.plugins.entry_points import Declared, declared
@@ -96,10 +97,12 @@ COMMANDS = {
                       "what this machine has, what is missing, and how to add it"),
     "recipes": Command("megatron_sov.commands.recipes",
                        "list the recipes, or print one with every setting and its source"),
+    "completion": Command("megatron_sov.commands.completion",
+                          "print what bash, zsh or fish needs to complete commands and options"),
 }
 
 
-def build_parser(installed: list[Declared]) -> argparse.ArgumentParser:
+def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
     texts = {name: c.help for name, c in COMMANDS.items()} | {d.name: f"from package {d.package}"
                                                               for d in installed}
@@ -119,6 +122,24 @@ def build_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     return parser
 
 
+def build_parser() -> Parser:
+    """Return the parser of all commands, those of two words below their first."""
+    parser = parser_of(PROGRAM, "Train your own language model.",
+                       {name: command for name, command in COMMANDS.items() if " " not in name})
+    top = _sub_commands(parser)
+    for first in dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name):
+        group = top.choices[first] if first in top.choices else top.add_parser(first, help=f"{first} COMMAND")
+        fill_commands(group)
+        below = _sub_commands(group) or group.add_subparsers(metavar="COMMAND", parser_class=type(group))
+        for second, text in children_of(first).items():
+            below.add_parser(second, help=text)._module = COMMANDS[f"{first} {second}"].module
+    return parser
+
+
+def _sub_commands(parser: argparse.ArgumentParser) -> Any:
+    return next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+
+
 def run_command(argv: list[str], began_s: float) -> int:
     """Parse and run one command; raises what the command raises.
 
@@ -127,14 +148,18 @@ def run_command(argv: list[str], began_s: float) -> int:
         began_s: Unix time at which it began; commands find it in their arguments.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
-        build_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
+        help_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     name, rest = named(argv)
     if name == "--version":
         print(version_of(PROGRAM))
         return ExitCode.OK
+    children = children_of(name)
+    if children and name not in COMMANDS:
+        return _run_group(name, children, rest)
     module, text = _command(name)
-    sub = Parser(prog=f"{PROGRAM} {name}", description=text)
+    sub = Parser(prog=f"{PROGRAM} {name}", description=text, epilog=_listed(f"{name} COMMAND", children),
+                 formatter_class=argparse.RawDescriptionHelpFormatter if children else argparse.HelpFormatter)
     module.add_arguments(sub)
     sub.set_defaults(began_s=began_s)
     return int(module.run(sub.parse_args(rest)))
@@ -146,6 +171,30 @@ def named(argv: list[str]) -> tuple[str, list[str]]:
     return " ".join(argv[:words]), argv[words:]
 
 
+def children_of(name: str) -> dict[str, str]:
+    """Return second word -> help of the commands of two words that begin with a word."""
+    return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
+            if command.startswith(f"{name} ")}
+
+
+def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
+    """Print the help of a word that is a command with a second one only."""
+    if rest and rest[0] not in ("-h", "--help"):
+        raise UserError(f"command '{name} {rest[0]}': does not exist{nearest(rest[0], children)} (commands: "
+                        f"{', '.join(f'{name} {child}' for child in children)})")
+    argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
+                            formatter_class=argparse.RawDescriptionHelpFormatter,
+                            epilog=_listed("COMMAND", children)).print_help()
+    return ExitCode.OK if rest else ExitCode.USER_ERROR
+
+
+def _listed(what: str, children: dict[str, str]) -> str | None:
+    """Return the lines of a help that name further commands."""
+    width = max(map(len, children), default=0)
+    lines = [f"  {child:<{width}}  {text}" for child, text in children.items()]
+    return "\n".join([f"{what}, each with a --help of its own:", *lines]) if lines else None
+
+
 def _command(name: str) -> tuple[ModuleType, str]:
     """Return a command's module and description; a built-in one goes before those of packages."""
     if name in COMMANDS:
@@ -153,8 +202,6 @@ def _command(name: str) -> tuple[ModuleType, str]:
     installed = declared(GROUP)
     entry = next((d for d in installed if d.name == name), None)
     if entry is None:
-        if longer := [command for command in COMMANDS if command.startswith(f"{name} ")]:
-            raise UserError(f"command {name!r}: has a second word; write one of {', '.join(longer)}")
         known = [*COMMANDS, *(d.name for d in installed if d.name not in COMMANDS)]
         raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (commands: "
                         f"{', '.join(known)})")

@@ -53,12 +53,17 @@ class Parser(argparse.ArgumentParser):
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
     """Return the options of a parser and of the commands below it."""
+    return [option for each in fill_commands(parser) for option in each._option_string_actions]
+
+
+def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Import every command below a parser; returns the parser and all below it."""
     if isinstance(parser, _CommandParser):
         parser.fill()
-    found = list(parser._option_string_actions)
+    found = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            found += [option for child in action.choices.values() for option in _options_of(child)]
+            found += [each for child in action.choices.values() for each in fill_commands(child)]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -78,10 +79,20 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert len(printed.err.splitlines()) == 1
 
 
-def test_the_first_of_two_words_alone_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("first", sorted({name.split()[0] for name in cli.COMMANDS if " " in name}))
+def test_the_first_of_two_words_lists_all_that_follow(first: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert cli.main([first, "--help"]) == 0
+    printed = capsys.readouterr().out
+    for second, text in cli.children_of(first).items():
+        assert re.search(rf"^  {second} +{re.escape(text)}$", printed, re.MULTILINE)
+
+
+def test_a_second_word_that_does_not_exist_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rl", "genrate"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: command 'rl': has a second word; write one of rl generate, rl reward")
+    assert said.startswith("error: command 'rl genrate': does not exist; did you mean 'generate'?")
+    assert cli.main(["rl"]) == 2
 
 
 def test_no_command_prints_the_help_and_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
