@@ -121,12 +121,12 @@ class Plan:
 
     def write(self, file: Path) -> None:
         """Write it where tasks find it."""
-        write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)))
+        write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)), file.name)
 
     @staticmethod
     def read(file: Path) -> Plan:
         """Return what `write` has written."""
-        return TypeAdapter(Plan).validate_json(json.dumps(read_json(file)))
+        return TypeAdapter(Plan).validate_json(json.dumps(read_json(file, of=file.name)))
 
 
 def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:

@@ -94,7 +94,8 @@ class TrainerColumns:
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
         is_anew = is_first and name == OLD
-        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, 4 * count))
+        of = on_main(view.world, partial(self._of, opened, name))
+        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))
         if is_anew or damage:
             if damage and name == OLD:
                 raise UserError(f"{damage}; the run stands inside of the round, whose first weights are "
@@ -103,8 +104,13 @@ class TrainerColumns:
                 warn(f"{damage}; it is computed anew", view.events.write, step=view.step)
             compute = partial(self._compute, view, opened, passed, self.routes if name == OLD else None)
             found = compute() if name == OLD else self.with_reference(view, compute)
-            on_main(view.world, partial(write_sealed, file, found.tobytes()))
+            on_main(view.world, partial(write_sealed, file, found.tobytes(), of))
         return np.memmap(file, np.float32, "r", shape=(count,))
+
+    def _of(self, opened: Round, name: str) -> str:
+        """Return what a column's checksum is bound to: the documents, and the reference where it is that
+        one's."""
+        return f"{files_sha256(opened.path)} {name} {self.reference_sha256 if name == REFERENCE else ''}"
 
     def _compute(self, view: FeedView, opened: Round, passed: int, routes: RouteShape | None) -> np.ndarray:
         """Return the numbers of a round's documents, NaN for those of the first `passed` ones."""
