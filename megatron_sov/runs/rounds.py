@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from megatron_sov.sealed import read_json, write_json
 ASKED = "rounds.json"
 RESULTS = "results.json"
 """Name of each plain file that a round's commands have left -> its hash."""
+NOT_TYPED = ("prompts", "reward_version")
+"""Of what rounds are asked for: what stands for the content of something."""
 LEARNS = "learns"
 """In the manifest of a round of reinforcement learning: reason that groups which are trained are counted
 under."""
@@ -48,11 +51,13 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
         begun = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    changed = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in asked.items()
-               if begun.get(name) != value]
+    changed = {name: value for name, value in asked.items() if begun.get(name) != value}
     if changed:
-        raise UserError(f"{folder}: its {what} were begun with {'; '.join(changed)}; resume with the same, "
-                        f"or choose another {option}")
+        told = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in changed.items()]
+        words = [f"--{name.replace('_', '-')} {shlex.quote(str(begun[name]))}" for name in changed
+                 if type(begun.get(name)) in (int, float, str) and name not in NOT_TYPED]
+        raise UserError(f"{folder}: its {what} were begun with {'; '.join(told)}; resume with the same"
+                        f"{' (' + ' '.join(words) + ')' if words else ''}, or choose another {option}")
 
 
 def is_done(result: Path) -> bool:
