@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, nearest
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest
 from megatron_sov.version import __version__
 
 MAX_PATH_CHARS = 300
@@ -118,9 +118,13 @@ def exit_code(action: Callable[[], int]) -> int:
             with contextlib.suppress(OSError):  # a pipe that took a file's place cannot say where it is
                 stream.reconfigure(errors="backslashreplace")
     try:
-        code = action()
+        code = kept_code(action())
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
         return code
+    except SystemExit as e:
+        if isinstance(e.code, str):  # which Python prints
+            raise
+        raise SystemExit(kept_code(e.code)) from None
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return ExitCode.USER_ERROR

@@ -34,6 +34,14 @@ class ExitCode(IntEnum):
     """Ctrl-C, before there was anything to save (128 + SIGINT, as shells have it)."""
 
 
+def kept_code(code: object) -> int:
+    """Return an exit code that the system keeps whole, of what a command returns or `SystemExit` holds: it
+    keeps the lowest byte alone, and 256 would tell of a success."""
+    if code is None:
+        return ExitCode.OK
+    return code if isinstance(code, int) and 0 <= code <= 255 else ExitCode.CRASH
+
+
 class UserError(Exception):
     """A mistake in the user's input, settings or files.
 

@@ -117,3 +117,15 @@ def test_text_of_any_language_is_shown_in_any_locale() -> None:
                           cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout) == (0, done.stderr)
     assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize(("code", "kept"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
+def test_no_failure_becomes_a_success_by_its_lowest_byte(code: int, kept: int) -> None:
+    assert exit_code(lambda: code) == kept
+
+    def child_fails() -> int:
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit) as ended:
+        exit_code(child_fails)
+    assert ended.value.code == kept
