@@ -4,7 +4,6 @@ stops, gates, defects."""
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import os
 import re
 import shlex
@@ -102,12 +101,14 @@ def how_to_install(extra: str, options: str = "") -> str:
     installed wheel the packages themselves are.
     """
     root = Path(__file__).parents[1]
+    from importlib import metadata
+
     begin = f"pip install {options}".strip()
     if (root / "setup.py").is_file():
         return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
     try:
-        lines = importlib.metadata.requires("megatron-sov") or []
-    except importlib.metadata.PackageNotFoundError:  # a copy of the folders alone
+        lines = metadata.requires("megatron-sov") or []
+    except metadata.PackageNotFoundError:  # a copy of the folders alone
         lines = []
     packages = [line.partition(";")[0].strip() for line in lines
                 if re.search(rf""";.*\bextra == ['"]{extra}['"]""", line)]

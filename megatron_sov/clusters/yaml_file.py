@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.documents.bounded_yaml import BoundedLoader
 from megatron_sov.errors import UserError, nearest
@@ -57,6 +56,8 @@ def read_yaml(name: str, text: str, cls: type[T], parts: tuple[type, ...], what:
     Raises:
         UserError: it is no YAML, has an unknown field, or a value of the wrong type.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         raw: Any = yaml.load(text, Loader=BoundedLoader)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as e:

@@ -7,14 +7,15 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.config.not_offered import NOT_OFFERED
 from megatron_sov.config.policy import PolicyParts
 from megatron_sov.config.run import RunConfig
 from megatron_sov.errors import UserError, list_problems, nearest
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 RENAMED = {"evaluate.beside": "evaluate.background",
            "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
@@ -32,6 +33,8 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: unknown fields (with the nearest known one) and values of the wrong type, all at once.
     """
+    from pydantic import ValidationError
+
     try:
         return _validator().validate_python(raw)
     except ValidationError as e:
@@ -41,6 +44,8 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
 @cache
 def _validator() -> TypeAdapter[RunConfig]:
     """Return what checks settings; to make it takes longer than all checks of a round."""
+    from pydantic import TypeAdapter
+
     return TypeAdapter(RunConfig)
 
 

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
 from megatron_sov.errors import UserError, list_problems, nearest
 
 
@@ -22,6 +20,8 @@ def typed_settings(made: type[Any], given: Mapping[str, Any], what: str) -> dict
     Raises:
         UserError: a setting does not exist, is missing or has the wrong type; all of them are named.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     known = [name for name, p in inspect.signature(made).parameters.items()
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     hints = _hints(made)
