@@ -122,10 +122,10 @@ def exit_code(action: Callable[[], int]) -> int:
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
         return code
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {_shown(str(e))}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except GateFailed as e:
-        print(f"gate: {e}", file=sys.stderr)
+        print(f"gate: {_shown(str(e))}", file=sys.stderr)
         return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
@@ -148,10 +148,19 @@ def exit_code(action: Callable[[], int]) -> int:
             return ExitCode.USER_ERROR
         if e.filename is None:  # not about a file that somebody named: a defect
             raise
-        path = os.fsdecode(e.filename)[:MAX_PATH_CHARS]
+        path = _shown(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
         print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
               "disk", file=sys.stderr)
         return ExitCode.USER_ERROR
+
+
+def _shown(message: str) -> str:
+    """Return a message without control characters: names of files, and what files hold, are of strangers."""
+    if message.replace("\n", "").isprintable():
+        return message
+    from megatron_sov.documents.visible import visible  # slow, and needed by hardly any message
+
+    return visible(message)
 
 
 def _drop_output() -> None:

@@ -29,8 +29,11 @@ def test_every_program_tells_its_version(program: str) -> None:
 
 
 @pytest.mark.parametrize(("outcome", "code", "said"), [
-    (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"), (GateFailed("too low"), 3, "gate: too low\n"),
+    (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"),
+    (UserError("\x1b[2Ja\n\tnicht schön"), 2, "error: \\x1b[2Ja\n\tnicht schön\n"), (GateFailed("too low"), 3, "gate: too low\n"),
     (StopRequested("saved"), 75, "stopped: saved\n"), (BrokenPipeError(), 0, ""),
+    (FileNotFoundError(2, "No such file", "\x9bx"), 2,
+     "error: \\x9bx: cannot be used (No such file); look at the path, its permissions and its disk\n"),
     (OSError(36, "File name too long", "x" * 9999), 2, f"error: {'x' * 300}: cannot be used (File name too "
      "long); look at the path, its permissions and its disk\n"),
 ])
