@@ -265,8 +265,8 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[Span, ...]]:
         part_bytes = max(MIN_PART_BYTES, min(MAX_PART_BYTES, text.size_bytes // NUM_PARTS))
         if (cut and len(files) == 1 and part_bytes < text.size_bytes == text.document_bytes
                 and text.suffix not in RECORD_SUFFIXES | {JSON_SUFFIX}):
-            print(f"{path}: is one text; cut at blank lines into documents of at most {part_bytes:,} bytes, so "
-                  "that some are held out")
+            print(f"{path}: is one text; cut at blank lines into documents of at most {part_bytes:,} bytes, "
+                  "so that some are held out")
             unit = (replace(text, document_bytes=part_bytes),)
         yield unit
 

@@ -31,8 +31,20 @@ def version_of(program: str) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
 
+    _typed: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what `argparse` does."""
+        self._typed = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse complains about."""
+        """Raise what argparse complains about; an option that is missing may be there, misspelt."""
+        if "are required: " in message:
+            options = list(self._option_string_actions)
+            words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
+            wrong = [w for w in words if not any(option.startswith(w) for option in options)]
+            message += "".join(f"; {word}: nothing takes this{nearest(word, options)}" for word in wrong[:1])
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
