@@ -31,8 +31,20 @@ def version_of(program: str) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
 
+    _typed: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what `argparse` does."""
+        self._typed = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse complains about."""
+        """Raise what argparse complains about; an option that is missing may be there, misspelt."""
+        if "are required: " in message:
+            options = list(self._option_string_actions)
+            words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
+            wrong = [w for w in words if not any(option.startswith(w) for option in options)]
+            message += "".join(f"; {word}: nothing takes this{nearest(word, options)}" for word in wrong[:1])
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
@@ -126,10 +138,10 @@ def exit_code(action: Callable[[], int]) -> int:
             raise
         raise SystemExit(kept_code(e.code)) from None
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {_shown(str(e))}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except GateFailed as e:
-        print(f"gate: {e}", file=sys.stderr)
+        print(f"gate: {_shown(str(e))}", file=sys.stderr)
         return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
@@ -152,10 +164,19 @@ def exit_code(action: Callable[[], int]) -> int:
             return ExitCode.USER_ERROR
         if e.filename is None:  # not about a file that somebody named: a defect
             raise
-        path = os.fsdecode(e.filename)[:MAX_PATH_CHARS]
+        path = _shown(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
         print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
               "disk", file=sys.stderr)
         return ExitCode.USER_ERROR
+
+
+def _shown(message: str) -> str:
+    """Return a message without control characters: names of files, and what files hold, are of strangers."""
+    if message.replace("\n", "").isprintable():
+        return message
+    from megatron_sov.documents.visible import visible  # slow, and needed by hardly any message
+
+    return visible(message)
 
 
 def _drop_output() -> None:

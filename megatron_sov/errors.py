@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -103,7 +104,8 @@ def how_to_install(extra: str, options: str = "") -> str:
     root = Path(__file__).parents[1]
     from importlib import metadata
 
-    begin = f"pip install {options}".strip()
+    # the Python that lacks it: a program of an environment runs without it being active
+    begin = f"{shlex.quote(sys.executable)} -m pip install {options}".strip()
     if (root / "setup.py").is_file():
         return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
     try:

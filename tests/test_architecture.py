@@ -31,7 +31,7 @@ FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(), "version": set(), "command_line": {"errors", "version"},
+    "errors": set(), "version": set(), "command_line": {"errors", "version", "documents"},
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
     "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},

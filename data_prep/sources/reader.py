@@ -30,6 +30,8 @@ class FileReader:
         """Take a source without problems."""
         self.source = source
         self.options = read_options(self.Options, source.options)
+        self.told: list[str] = []
+        """What `pieces` passed over, in sentences."""
 
     @classmethod
     def takes(cls, name: str) -> bool:
@@ -42,7 +44,7 @@ class FileReader:
     def pieces(self) -> list[Piece]:
         """Return the parts of the source, in order."""
         left_out: list[Piece] = []
-        names = source_files(self.source, self.takes, left_out)
+        names = source_files(self.source, self.takes, left_out, self.told.append)
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[Piece]:

@@ -68,4 +68,6 @@ def _told(error: Any, cls: type[Any], parts: Sequence[type[Any]]) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for c in (parts if len(error["loc"]) > 1 else (cls,)) for f in fields(c)]
         return f"{where}: is no field{nearest(str(error['loc'][-1]), known)} (fields: {', '.join(known)})"
-    return f"{where} = {str(error.get('input'))[:80]!r}: {error['msg']}"
+    is_no_object = error["type"] == "dataclass_type"
+    rule = "must be fields with values, as `name: value`" if is_no_object else error["msg"]
+    return f"{where} = {str(error.get('input'))[:80]!r}: {rule}"

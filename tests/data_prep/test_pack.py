@@ -463,6 +463,21 @@ def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, 
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
+def test_one_text_becomes_several_documents_of_which_one_is_held_out(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
+    (tmp_path / "Korean.txt").write_text(text)
+    shards = {}
+    for name, share in (("cut", 0.02), ("whole", 0.0)):
+        pack(tokenizers["solar-open"], [Source("ko", tmp_path / "Korean.txt")], tmp_path / name,
+             PackSettings(heldout_share=share))
+        [source] = read_manifest(tmp_path / name).content["sources"]
+        shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]
+    captured = capsys.readouterr()
+    assert shards == {"cut": [5, 1], "whole": [1, 0]} and "warning" not in captured.err
+    assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
+
+
 def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Path], tmp_path: Path,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "Korean.txt").write_text("한국어 문장.\n\n" * 20)
