@@ -139,6 +139,18 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     return kept
 
 
+def refuse_tables(path: Path, option: str) -> None:
+    """Refuse a table, or a folder, where JSON lines are read.
+
+    Raises:
+        UserError: it is one.
+    """
+    if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, ".csv", ".tsv"}:
+        form = "a folder" if path.is_dir() else f"a table ({path.suffix})"
+        raise UserError(f"{option} {path}: is {form}, and JSON lines are read; write its rows into a .jsonl "
+                        "file, e.g. with to_json of `datasets`")
+
+
 def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
     """Yield the ordinary files below a folder, and those that links lead to, wherever they lie.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.documents.files import refuse_tables
 from megatron_sov.errors import UserError
 from megatron_sov.generate.request import Generated
 
@@ -53,6 +54,7 @@ def response_lines(prompts: Sequence[Prompt], texts: Sequence[str], found: Gener
 
 
 def _read_file(file: Path) -> list[Prompt]:
+    refuse_tables(file, "--prompts")
     try:
         # at "\n" alone: `splitlines` also cuts at characters that may stand inside a JSON string
         lines = file.read_text(encoding="utf-8").split("\n")

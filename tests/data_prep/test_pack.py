@@ -393,7 +393,7 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
     assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
                      ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"),
                      ("d.jsonl.zst", None, "truncated"), ("e.parquet", None, "parquet"),
-                     ("f.parquet", None, "parquet"), ("g.parquet", 2, "fields")]
+                     ("f.parquet", None, "fields"), ("g.parquet", 2, "fields")]
     assert (all(len(r["content"]) <= 300 and r["reason"] for r in rows)
             and rows[0]["content"].startswith('{"id": 1'))
     [source] = read_manifest(tmp_path / "out").content["sources"]
