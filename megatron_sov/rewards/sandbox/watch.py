@@ -124,8 +124,13 @@ class OwnTime:
         """When it was last looked at; the kernel tells in the end of those only that were waited for."""
         self.begin()
 
+    def begin_again(self) -> None:
+        """Count from now on, of a process that has worked before."""
+        self.look(time.monotonic())
+        self.begin()
+
     def begin(self) -> None:
-        """Count from now on."""
+        """Count from now on, of a program that begins."""
         self._began_s = self._looked_s = time.monotonic()
         self._looker_s = time.thread_time()
         self.starved_s = 0.0
