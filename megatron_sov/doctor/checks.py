@@ -44,7 +44,7 @@ counts."""
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "programs are kept to their folder and away from the network by Landlock and a "
                            "filter of system calls; namespaces, which hold better, are not allowed"}
-_COMMAND_TIMEOUT_S = 10
+_COMMAND_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from megatron_sov.endpoints.recognition import CHAT_PROBE, is_same
 from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
-LIMITS = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
+LIMITS = Limits(600.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 
 
@@ -160,12 +160,12 @@ def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
 
 def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        patient = Limits(5.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=30.0)
+        patient = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
         server.next = ["429"] * 6
         ask = Endpoint(f"{server.url}/chat/completions", "", patient, EndpointCache(tmp_path / "a"))
         assert ask.ask(ASKED, lambda raw: "read") == "read"
         server.next = ["503"] * 1000
-        short = Limits(5.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
+        short = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
         away = Endpoint(f"{server.url}/chat/completions", "", short, EndpointCache(tmp_path / "b"))
         with pytest.raises(Unavailable, match="HTTP 503, for"):
             away.ask(ASKED, lambda raw: "read")

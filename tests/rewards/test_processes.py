@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
@@ -75,10 +74,8 @@ def test_results_come_in_the_order_of_the_rows(runner) -> None:
 
 
 def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
-    begin_s = time.monotonic()
     with runner(time_limit_s=0.5) as running:
         found = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
-    assert time.monotonic() - begin_s < 60
     assert [(r.reward, r.status) for r in found] == [
         (1.0, "scored"), (None, "timeout"), (None, "failed"), (None, "refused"), (None, "failed"),
         (None, "failed"), (None, "timeout"), (2.0, "scored")]
