@@ -77,9 +77,11 @@ TESTS_AT_ONCE := OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --dur
 suite: setup
 	"$(PY)" -m compileall -q $(PACKAGES:/__init__.py=)
 	"$(PY)" tests/rewrite_asserts.py
-	$(TESTS_AT_ONCE) $(WITH_MEGATRON)
-	$(TESTS_AT_ONCE) $(WITH_TORCH)
-	$(TESTS_AT_ONCE) tests/slurm tests $(addprefix --ignore ,$(WITH_MEGATRON) $(WITH_TORCH))
+	status=0; \
+	$(TESTS_AT_ONCE) $(WITH_MEGATRON) || status=1; \
+	$(TESTS_AT_ONCE) $(WITH_TORCH) || status=1; \
+	$(TESTS_AT_ONCE) tests/slurm tests $(addprefix --ignore ,$(WITH_MEGATRON) $(WITH_TORCH)) || status=1; \
+	exit $$status
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
