@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import how_to_install
 from megatron_sov.rewards.answers import final_answer, last_box
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
@@ -97,7 +98,7 @@ class Math:
         """
         gold = self._gold(text_of(row, "answer"))
         # a box in the thoughts of a response is no answer of it
-        said = text_of(row, "response")[-self.tail_chars:].rpartition("</think>")[2].translate(_SPELLED)
+        said = behind_thoughts(text_of(row, "response")[-self.tail_chars:]).translate(_SPELLED)
         found = self._found(said, gold)
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
