@@ -27,7 +27,8 @@ _GPT_OSS = ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>
 _DEEPSEEK = tuple(f"<｜tool▁{name}｜>" for name in (
     "calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
 _KIMI = tuple(f"<|tool_{name}|>" for name in (
-    "calls_section_begin", "call_begin", "call_argument_begin", "call_end", "calls_section_end"))
+    "calls_section_begin", "call_begin", "call_argument_begin", "call_end", "call_section_begin",
+    "call_section_end", "calls_section_end"))
 FAMILIES = (_HERMES, _SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI)
 """Marks of each, the first of which no other family has."""
 MARKS = tuple(dict.fromkeys(mark for family in FAMILIES for mark in family))
@@ -81,11 +82,11 @@ _FRAMES = re.compile(
     r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
     r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\w*)?<\|message\|>"
     r"|<\|start\|>\w*"
-    r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls_section_(?:begin|end)\|>")
+    r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
 _FIRST = re.compile("|".join(re.escape(mark) for mark in (
     BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|channel|>",
-    *_DEEPSEEK[:2], *_KIMI[:2])))
-_SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0])
+    *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>")))
+_SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """What opens calls."""
 _TEXT_IN = {mark: _quoting([other for other in MARKS if other not in family and other not in thoughts], "")
             for family, thoughts in ((_SOLAR, ()), (_GPT_OSS, ()), (_DEEPSEEK, _HERMES[:2]),

@@ -67,6 +67,9 @@ TURNS = {
                     f"```json\n{B}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "look", "", (SEOUL, UTC)),
     "deepseek v3.1": ("Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>"
                       f"{B}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "", "Sure.", (UTC,)),
+    "kimi, section in the singular": (
+        "Sure.<|tool_call_section_begin|><|tool_call_begin|>functions.get_time:0"
+        f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_call_section_end|>", "", "Sure.", (UTC,)),
     "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
              f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
              "", "Sure.", (UTC,)),
