@@ -72,9 +72,6 @@ class PolicyLearning(DataObjective):
                 return (f"engine_kl = {gap:.2g} a token: rollout.max_staleness = {stale} lets older models "
                         "write the responses; look at staleness_steps of the round first, lower it if that "
                         "is the cause, and see engine_gap in docs/policy_methods.md")
-            return (f"engine_kl = {gap:.2g} a token: rollout.max_staleness = {stale} lets older models "
-                        "write the responses; look at staleness_steps of the round first, lower it if that "
-                        "is the cause, and see engine_gap in docs/policy_methods.md")
             return (f"engine_kl = {gap:.2g} a token: the responses were written by a model, or in a "
                     "precision, far from the trainer's; see engine_gap in docs/policy_methods.md")
         return ""
