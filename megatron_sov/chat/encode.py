@@ -212,6 +212,10 @@ class ChatEncoder:
         """Return whether what a model is asked with ends in the beginning of its thoughts."""
         return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGINS_OF_THOUGHTS)
 
+    def added_ids(self) -> dict[str, int]:
+        """Return the ids of added tokens, special or not, by how they are spelled."""
+        return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
+
     def special_texts(self) -> tuple[str, ...]:
         """Return how the special tokens are spelled."""
         return tuple(self._special.values())

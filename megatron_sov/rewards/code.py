@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import UserError
 from megatron_sov.rewards import solution_tests
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
@@ -154,7 +155,7 @@ class Code:
 
 def program_in(response: str) -> str:
     """Return a response's program: its last fenced block of Python behind its thoughts, else all of it."""
-    said = response.rpartition("</think>")[2]
+    said = behind_thoughts(response)
     blocks = [text for language, text in _FENCED.findall(said) if language.lower() in _PYTHON]
     return blocks[-1] if blocks else said
 

@@ -269,6 +269,21 @@ def test_a_model_that_never_repeats_itself_is_not_taken_for_another(tmp_path: Pa
         assert (len(server.requests), told) == (1, [])
 
 
+@pytest.mark.parametrize(("later", "asked"), [("new new old new", 1), ("new new new old", 1),
+                                            ("new new new new", 2)])
+def test_an_answer_that_flips_once_is_no_other_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     later: str, asked: int) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        words = iter(["old", *later.split(), *["new"] * 4])
+        monkeypatch.setattr(ScriptedEndpoint, "says", property(lambda self: next(words),
+                                                               lambda self, value: None), raising=False)
+        for _ in range(2):
+            Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache,
+                     probe={"model": "m", **CHAT_PROBE}).ask(ASKED, content)
+        assert len(server.requests) == asked
+
+
 @pytest.mark.parametrize(("one", "other", "same"), [
     ({"choices": [{"text": "a"}]}, {"choices": [{"text": "a"}], "id": 3, "created": 9}, True),
     ({"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, False),
