@@ -79,7 +79,7 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
     (world.root / "bad.yaml").write_text("licens: mit\npue: 0.5\nlanguages: 3\n")
     (world.root / "number.yaml").write_text("pue: 0.5\nintensity_g_per_kwh: -.inf\n")
     for arguments, said in (
-            ((world.root / "none", "--output", out), ["holds no config.json, so it is no run folder"]),
+            ((world.root / "none", "--output", out), ["holds no events.jsonl, so it is no run folder"]),
             ((world.root / "exported", "--output", out), ["holds no events.jsonl, so it is no run folder"]),
             ((world.sft, "--output", world.root / "scores.json"), ["is a file; name a folder"]),
             ((world.sft, "--output", world.root / "mine"), [
