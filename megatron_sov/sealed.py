@@ -215,7 +215,7 @@ def read_lines(file: Path, way: str = RUN_AGAIN, of: str = "", *, seal: str | No
     Raises:
         UserError: it is missing, cannot be read, or differs from what was written.
     """
-    return _checked(file, way, of, seal).splitlines(keepends=True)[:-1]
+    return [line + b"\n" for line in _checked(file, way, of, seal).split(b"\n")[:-2]]
 
 
 def read_sealed(file: Path, way: str = RUN_AGAIN, of: str = "") -> bytes:

@@ -17,7 +17,7 @@ from megatron_sov.obs.attempts import COMPLETE, Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import KINDS, is_incident
-from megatron_sov.runs.checkpoints import RUN, refuse_no_run, refuse_other_kind
+from megatron_sov.runs.checkpoints import refuse_no_run
 from megatron_sov.runs.folder import COMPLETION, CONFIG, FAILURE, RunFolder
 
 KEPT = ("gate", "needle", "passk", "eval", "eval_lm", "decontamination", "heldout_pairs")
@@ -137,9 +137,7 @@ def read_run_record(path: Path, name: str, flops_per_token: Callable[[RunConfig,
         UserError: it is no run folder, or a file of it is damaged.
     """
     folder = RunFolder(path)
-    refuse_other_kind(path, (RUN,), "a run")
-    if (path / CONFIG).is_file():
-        refuse_no_run(path)
+    refuse_no_run(path)
     config = folder.config()
     if config is None:
         raise UserError(f"{path}: holds no {CONFIG}, so it is no run folder; pass the folder given to --run")

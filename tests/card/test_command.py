@@ -80,9 +80,8 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
     (world.root / "list.yaml").write_text("[1]\n")
     (world.root / "number.yaml").write_text("pue: 0.5\nintensity_g_per_kwh: -.inf\n")
     for arguments, said in (
-            ((world.root / "none", "--output", out), ["holds no config.json, so it is no run folder"]),
-            ((world.text, "--output", out), [
-                "is a folder of token shards, not a run; --data takes it"]),
+            ((world.root / "none", "--output", out), ["holds no events.jsonl, so it is no run folder"]),
+            ((world.text, "--output", out), ["token shards"]),
             ((world.root / "exported", "--output", out), ["holds no events.jsonl, so it is no run folder"]),
             ((world.sft, "--output", world.root / "scores.json"), ["is a file; name a folder"]),
             ((world.sft, "--output", world.root / "mine"), [

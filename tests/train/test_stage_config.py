@@ -132,7 +132,7 @@ def test_from_must_be_something_to_start_from(data: Path) -> None:
     assert resolve_start(None, data / "run") is None
     with pytest.raises(UserError, match=r"--from .*none: does not exist"):
         resolve_start(data / "none", data / "run")
-    with pytest.raises(UserError, match=r"a: has no manifest.json, so it is not a 'checkpoint' artifact"):
+    with pytest.raises(UserError, match=r"a: is empty, so it is not a checkpoint or a run; pass RUN"):
         resolve_start(data / "a", data / "run")
     (data / "a" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="this run has no complete checkpoint yet"):
