@@ -28,7 +28,7 @@ class CpuAdamW(torch.optim.AdamW):
         assert closure is None
         for group in self.param_groups:
             lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [], [])
-            self._init_group(group, *lists)  # type: ignore[attr-defined]
+            self._init_group(group, *lists)
             *values, _, steps = lists
             if not steps:
                 continue
@@ -61,5 +61,7 @@ def _rest(tensor: torch.Tensor) -> torch.Tensor:
 def _update(group: dict[str, Any], values: Sequence[list[torch.Tensor]], steps: list[torch.Tensor]) -> None:
     """Run the kernel over parameters, gradients and both moments."""
     beta1, beta2 = group["betas"]
-    torch._fused_adamw_(*values, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-                        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
+    parameters, gradients, first, second = values
+    torch._fused_adamw_(parameters, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1,
+                        beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+                        maximize=False)

@@ -29,8 +29,8 @@ copies that fit a cache cost a third."""
 
 @contextlib.contextmanager
 def _adamw(dtype: torch.dtype) -> Iterator[None]:
-    """Have the library make our AdamW on CPUs and torch's on GPUs, unless Transformer Engine's is there, which
-    refuses float64 alone."""
+    """Have the library make our AdamW on CPUs and torch's on GPUs, unless Transformer Engine's is there,
+    which refuses float64 alone."""
     found = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
     if not library_optimizer.USING_PYTORCH_OPTIMIZER and dtype != torch.float64:
         yield
