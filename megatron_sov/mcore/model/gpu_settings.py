@@ -95,8 +95,6 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
     from megatron.core.transformer.enums import AttnBackend
 
     settings: dict[str, Any] = {fusion.field: fusion.value(gpu, here) for fusion in FUSIONS}
-    # on CPUs `gated` serves in the place of the kernel
-    settings["bias_activation_fusion"] |= not on_gpu() and not here.te and here.model.activation == "silu"
     settings["attention_backend"] = AttnBackend[gpu.attention if here.te else "auto"]
     if train.recompute is True:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform",

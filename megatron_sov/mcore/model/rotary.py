@@ -135,8 +135,8 @@ def _cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.
 
 
 class _Rotation(torch.autograd.Function):
-    """The library's rotation of a channel and its partner in the other half, to the bit, in fewer passes: op by
-    op it concatenates halves three times, and autograd as often again."""
+    """The library's rotation of a channel and its partner in the other half, to the bit, in fewer passes: it
+    concatenates halves, and autograd once more."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
