@@ -49,7 +49,7 @@ def test_a_program_without_a_command_imports_no_library(module: str, words: list
 def test_every_command_explains_itself_without_a_heavy_library(program: str) -> None:
     """One interpreter for all: what one of them imported would be there for those that follow."""
     module = importlib.import_module(ENTRIES[program])
-    heavy = (*HEAVY, "pydantic", "pyarrow", "scipy", "pandas", "sklearn")
+    heavy: tuple[str, ...] = (*HEAVY, "pydantic", "pyarrow", "scipy", "pandas", "sklearn")
     if program == "megatron-sov":  # others have constants of numpy
         heavy += ("numpy",)
     script = (
