@@ -190,7 +190,8 @@ def parse_sources(arguments: list[str]) -> list[Source]:
             raise UserError(f"--input {argument!r}: names no file or folder; write NAME=PATH")
         if not _NAME.fullmatch(name) or name == "tokenizer":
             raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', "
-                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input {shlex.quote(f'web={path}')}")
+                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input "
+                            f"{shlex.quote(f'web={path}')}")
         if name in (s.name for s in sources):
             raise UserError(f"--input {argument!r}: a source named {name!r} is given already; "
                             f"name them apart, e.g. --input {shlex.quote(f'{name}2={path}')}")
