@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -185,12 +186,15 @@ def parse_sources(arguments: list[str]) -> list[Source]:
             name = os.path.basename(os.path.realpath(argument))  # which a loop of links does not stop
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
+        if not path:
+            raise UserError(f"--input {argument!r}: names no file or folder; write NAME=PATH")
         if not _NAME.fullmatch(name) or name == "tokenizer":
             raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', "
-                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input web={path}")
+                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input "
+                            f"{shlex.quote(f'web={path}')}")
         if name in (s.name for s in sources):
             raise UserError(f"--input {argument!r}: a source named {name!r} is given already; "
-                            f"name them apart, e.g. --input {name}2={path}")
+                            f"name them apart, e.g. --input {shlex.quote(f'{name}2={path}')}")
         sources.append(Source(name, Path(path)))
     return sources
 

@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest
@@ -32,6 +33,10 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
 
     _typed: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return what `argparse` does."""
@@ -61,6 +66,13 @@ class Parser(argparse.ArgumentParser):
         option = rest[0].partition("=")[0]
         near = "; another command does" if option in options else nearest(option, options)
         self.error(f"{shlex.join(rest)}: nothing takes this{near if rest[0].startswith('-') else ''}")
+
+
+def _path(text: str) -> Path:
+    """Return a path that is given; an empty one, as of a variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, where a file or folder is to be named")
+    return Path(text)
 
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:

@@ -31,7 +31,6 @@ class FileReader:
         self.source = source
         self.options = read_options(self.Options, source.options)
         self.told: list[str] = []
-        """What `pieces` passed over, in sentences."""
 
     @classmethod
     def takes(cls, name: str) -> bool:

@@ -218,6 +218,8 @@ def data_paths(data: list[str]) -> dict[str, float]:
         path, weight = weighted_path(argument, f"--data {argument}")
         if not 0 <= weight < math.inf:
             raise UserError(f"--data {argument}: the weight must be a number that is not negative")
+        if not path:
+            raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         if not Path(path).is_dir():
             named = " as DIR or DIR:WEIGHT; its sources have the names that pack gave them" * ("=" in path)
             raise UserError(f"--data {path}: "

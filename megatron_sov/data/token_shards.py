@@ -330,13 +330,13 @@ def open_sources(paths: dict[str, float], vocab_size: int,
                             f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with "
                             "another tokenizer")
         sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight, formats)
-    first: dict[str, str] = {}
+    folder_of: dict[str, str] = {}
     for path, manifest in manifests.items():
         for name in (source["name"] for source in manifest.content["sources"]):
-            if name in first:
-                raise UserError(f"source {name!r}: is in --data {first[name]} and in {path}; pack one of "
+            if name in folder_of:
+                raise UserError(f"source {name!r}: is in --data {folder_of[name]} and in {path}; pack one of "
                                 "them under another name (sov-data pack --input NAME=PATH)")
-            first[name] = path
+            folder_of[name] = path
     return sources
 
 

@@ -201,7 +201,9 @@ def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
     assert [s.name for s in found] == ["web", "notes", "x.1"]
     for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"),
                             (["a=x", "a=y"], "is given already"), (["tokenizer=x"], "cannot name a source"),
-                            (["../=x"], "cannot name a source")):
+                            (["../=x"], "cannot name a source"), (["web="], "names no file or folder"),
+                            ([""], "names no file or folder"),
+                            (["a b.txt"], "e.g. --input 'web=a b.txt'")):
         with pytest.raises(UserError, match=rule):
             parse_sources(arguments)
 
