@@ -194,6 +194,9 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields = _preference(record)
     else:
         fields["messages"] = _messages(record["prompt"], "prompt", "user")
+        if fields["messages"][-1].role == "assistant":
+            raise BadRecord("fields", "ends with an answer of the assistant, which a prompt would show; "
+                                      "leave it out")
         fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False,
                                      default=str)
         fields["awaits_response"] = True
