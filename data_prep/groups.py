@@ -23,7 +23,7 @@ from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.columns import is_float32
-from megatron_sov.documents.layouts import LABEL, own_fields, split_response
+from megatron_sov.documents.layouts import LABEL, own_fields, refuse_media, split_response
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.documents.records import NUM_PROMPT, completion_of
 from megatron_sov.errors import UserError
@@ -185,6 +185,7 @@ def read_groups(file: Path) -> Iterator[Group]:
 def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a judged response of another tool's layout as a prompt with its completion."""
     try:
+        refuse_media(record, is_prompt=False)
         return split_response(own_fields(record, "preference"))
     except BadRecord as e:
         raise UserError(f"{where}: {e.reason}") from None

@@ -107,8 +107,10 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = (f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
-                f"--repo-type dataset --local-dir {path.name}" if _HUB_ID.fullmatch(str(path)) else "")
+        is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
+        hint = "" if is_file or not _HUB_ID.fullmatch(str(path)) else (
+            f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
+            f"--repo-type dataset --local-dir {path.name}")
         raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                         f"file, or a folder of them{hint}")
     left_out: list[Path] = []

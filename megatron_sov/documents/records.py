@@ -33,6 +33,9 @@ COMPLETIONS = ("completion", "response")
 """Names of what is answered to a `prompt`; the first is TRL's."""
 DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
 """Fields of messages and of descriptions of tools."""
+DESIRABLE = "desirable"
+"""Field, and column, of a response beside one to another prompt, which may say the same: 1 of one that was
+judged good, 0 of one that was judged bad."""
 NUM_PROMPT = "num_prompt_messages"
 """Field of a chat: how many of its first messages are the prompt that it shares with other chats."""
 
@@ -191,6 +194,9 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields = _preference(record)
     else:
         fields["messages"] = _messages(record["prompt"], "prompt", "user")
+        if fields["messages"][-1].role == "assistant":
+            raise BadRecord("fields", "ends with an answer of the assistant, which a prompt would show; "
+                                      "leave it out")
         fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False,
                                      default=str)
         fields["awaits_response"] = True
@@ -355,7 +361,7 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
     if not prompt:
         raise BadRecord("fields", "has no prompt: give 'prompt', or begin 'chosen' and 'rejected' with "
                                   "the same messages")
-    if chosen == rejected:
+    if chosen == rejected and DESIRABLE not in record:
         raise BadRecord("fields",
                         "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):

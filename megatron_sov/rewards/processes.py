@@ -239,12 +239,15 @@ def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str], c
         pipe.send(str(e))
         return
     _limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
-    pipe.send("")
+    with contextlib.suppress(EOFError, ConnectionError):  # the command has ended, perhaps before it read all
+        pipe.send("")
+        _judge_all(pipe, reward, cpu_limit_s)
+
+
+def _judge_all(pipe: connection.Connection, reward: Any, cpu_limit_s: float) -> None:
+    """Judge what comes until the pipe is closed, which its errors say."""
     while True:
-        try:
-            row, twice = pipe.recv()
-        except EOFError:
-            return
+        row, twice = pipe.recv()
         try:
             result = _judged_in(cpu_limit_s, reward, row)
             if twice and result.reward is not None:

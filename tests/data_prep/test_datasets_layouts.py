@@ -14,6 +14,7 @@ from data_prep.encode import Encoder
 from data_prep.unpaired import write_unpaired
 from megatron_sov.documents import Reading, list_files, read_documents
 from megatron_sov.errors import UserError
+from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
 
 datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
 Rows = list[dict[str, Any]]
@@ -106,6 +107,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "text": ({"text": "a"}, dict.fromkeys(("chat", "preference", "prompt"), "--format text")),
     "chat": ({"messages": qa("a", "b")}, dict.fromkeys(("text", "preference", "prompt"), "--format chat")),
     "alpaca": (CHATS["alpaca"][0][0], dict.fromkeys(("text", "preference"), "--format chat")),
+    "prompt with its answer": ({"prompt": qa("a", "b")}, {"prompt": "ends with an answer of the assistant"}),
     "pair": (PREFERENCES["trl"][0], dict.fromkeys(("text", "chat", "prompt"), "--format preference")),
     "sharegpt pair": (PREFERENCES["sharegpt"][0], dict.fromkeys(("text", "chat", "prompt"),
                                                                 "--format preference")),
@@ -243,6 +245,15 @@ def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) 
         if len(stored) > 1:
             with pytest.raises(UserError, match=r"is a table \(columns: .*to_parquet or to_json"):
                 list(read_documents(list_files(tmp_path / "a.csv"), Reading(kind)))
+
+
+def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({**JUDGED["alpaca"][0], "images": ["a.jpg"]}))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: has 'images'.* encode-media"):
+        write_unpaired([tmp_path / "a.jsonl"], tmp_path / "out", 0.5)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": qa("a", "b")}))
+    with pytest.raises(UserError, match="line 1: ends with an answer of the assistant"):
+        refuse_unaskable(tmp_path / "b.jsonl", read_prompts(tmp_path / "b.jsonl"))
 
 
 def test_a_table_without_our_columns_stays_text(tmp_path: Path) -> None:

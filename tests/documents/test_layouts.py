@@ -181,9 +181,10 @@ def test_a_hub_dataset_that_is_not_there_is_told_how_to_load(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="hf download HuggingFaceH4/ultrachat_200k --repo-type dataset"):
         list_files(Path("HuggingFaceH4/ultrachat_200k"))
-    with pytest.raises(UserError) as e:
-        list_files(tmp_path / "nowhere")
-    assert "hf download" not in str(e.value)
+    for nothing in (tmp_path / "nowhere", Path("judged/pairs.jsonl"), Path("corpus/a.json.gz")):
+        with pytest.raises(UserError) as e:
+            list_files(nothing)
+        assert "hf download" not in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "data", "a.data", "a.txt.gz"])

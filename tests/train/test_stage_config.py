@@ -117,7 +117,7 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     monkeypatch.setattr(module, "_converted", convert)
     start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
     for arguments, message in {
-        ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3",
+        ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3; .*tiny-solar-open",
         ("tiny-solar-open", *start, "--set", "train.stpes=1"): "did you mean 'train.steps'",
         ("tiny-solar-open", *start, "--nproc", "3", "--set", "parallel.tp=3"): "parallel.tp = 3 must divide",
         ("tiny-solar-open", *start, "--inject", "crash@step=x"): "--inject crash@step=x",
