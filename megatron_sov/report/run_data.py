@@ -368,7 +368,7 @@ def _expert_load(event: dict[str, Any] | None) -> ExpertLoad | None:
 def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:
     """Return the records of the layers that the last one has; a record of other layers is left out."""
     names = ("max_violation", "entropy", "dead", "bias_spread")
-    layers = events[-1].get("layers") if events else []
+    layers: Any = events[-1].get("layers") if events else []
     events = [e for e in events if e.get("layers") == layers and isinstance(layers, list)
               and all(isinstance(e.get(name), list) and len(e[name]) == len(layers) for name in names)]
     if not events:
