@@ -172,7 +172,7 @@ class EnvironmentHost:
         return answer
 
     def _answers(self, limit_s: float) -> bool:
-        """Wait for an answer; False: the process's time has run out, without what it waits for a processor."""
+        """Wait for an answer; False: its time has run out, without what it waits for a processor."""
         assert self._process is not None and self._process.pid is not None
         watch = Watch(self._process.pid)
         try:

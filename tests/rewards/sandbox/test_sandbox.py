@@ -37,6 +37,9 @@ def test_an_error_is_told_as_an_interpreter_tells_it(sandbox: Sandbox) -> None:
     assert outcome.exit_code == 1 and outcome.reason == "exit code 1: ZeroDivisionError: division by zero"
     assert outcome.stderr.startswith('Traceback (most recent call last):\n  File "')
     assert "line 2, in f\n    1 / 0" in outcome.stderr and "rewards/sandbox" not in outcome.stderr
+    absent = sandbox.run(Program("def f():\n    open('absent')\nf()"))
+    assert absent.stderr.splitlines()[-2:] == [
+        "    open('absent')", "FileNotFoundError: [Errno 2] No such file or directory: 'absent'"]
     assert sandbox.run(Program("def")).reason == "exit code 1: SyntaxError: invalid syntax"
 
 
