@@ -65,11 +65,23 @@ browser:  ## install Chromium for the tests that open pages in a browser, where 
 test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
 	$(MAKE) -j 2 types suite
 
+# Tests in three runs, so that no worker of pytest holds all libraries at once: those that import Megatron, those that import torch
+# beside others, and all the rest, which import neither. Each run begins with what takes longest.
+WITH_MEGATRON := $(addprefix tests/,mcore layouts e2e te_double benchmarks commands codecs convert data doctor extend generate ladder \
+  models obs post runs train)
+WITH_TORCH := $(addprefix tests/,rewards tokenizer eval serving tools chat config plan test_pretrained.py slurm/test_preflight.py $(addprefix \
+  data_prep/,media scoring synth/generators/autoif test_encode.py test_indexed.py test_pack.py))
+TESTS_AT_ONCE := OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
+
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 suite: setup
 	"$(PY)" -m compileall -q $(PACKAGES:/__init__.py=)
 	"$(PY)" tests/rewrite_asserts.py
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
+	status=0; \
+	$(TESTS_AT_ONCE) $(WITH_MEGATRON) || status=1; \
+	$(TESTS_AT_ONCE) $(WITH_TORCH) || status=1; \
+	$(TESTS_AT_ONCE) tests/slurm tests $(addprefix --ignore ,$(WITH_MEGATRON) $(WITH_TORCH)) || status=1; \
+	exit $$status
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}

@@ -63,6 +63,8 @@ EXTRAS = {
     "serve": ["aiohttp>=3.11"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
                   "prometheus-client>=0.26", "nvidia-ml-py>=13"],
+    # `obs.tensorboard`, `obs.wandb`
+    "trackers": ["tensorboard", "wandb"],
     # `obs.mlflow`
     "mlflow": ["mlflow-skinny>=3.1"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],

@@ -2,11 +2,13 @@
 the same bytes after ten kills.
 
     python benchmarks/data_pipeline.py --docs FOLDER [--pipeline FILE.yaml] [--megabytes 200] [--kills 10]
+                                       [--before CHECKOUT]
 
 FOLDER has raw documents, such as unpacked documentation packages (`apt-get download`, `dpkg-deb -x`, one
 folder for each package); whole packages are taken in their order by a hash of the name until there are enough
 megabytes.  Without --pipeline it is data_prep/pipelines/tiny.yaml.  CPU seconds are those that tasks note,
-reading and writing included.
+reading and writing included.  CHECKOUT is an older tree of this repository: it works at the same time, on
+the same documents, with as many workers.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from pyarrow import parquet
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=200)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--before", type=Path, help="an older checkout, to run beside this one")
     parser.add_argument("--work", type=Path, help="folder to work in (default: a temporary one)")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="data-pipeline-"))
@@ -45,9 +50,20 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
           f"{size_bytes / 1e6:.1f} MB of raw documents, {args.workers} workers")
     begun = time.monotonic()
-    subprocess.run(command(work, "whole", args.workers), check=True)
+    older = args.before and subprocess.Popen(command(work, "before", args.workers), cwd=args.before,
+                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command(work, "whole", args.workers), check=True, cwd=ROOT)
     whole_s = time.monotonic() - begun
+    if older:
+        if older.wait():
+            sys.exit(f"{args.before}: the run ended with {older.returncode}")
+        print("before:")
+        tell(work / "before", size_bytes, time.monotonic() - begun)
+        print("now:")
     tell(work / "whole", size_bytes, whole_s)
+    if older:
+        same = texts(work / "before") == texts(work / "whole")
+        print(f"the text of both: {'the same' if same else 'OTHER'}; load then {os.getloadavg()[0]:.1f}")
     undisturbed, chance = hashes(work / "whole"), random.Random(0)
     for number in range(args.kills):
         killed_after_s = chance.uniform(0.02, 1.2) * whole_s / args.kills
@@ -116,6 +132,14 @@ def tell(output: Path, size_bytes: int, wall_s: float) -> None:
     print(f"whole run: {wall_s:.0f} s, {cpu_s:.0f} CPU seconds in tasks; "
           f"{cpu_s / 3600 / (size_bytes / 1e12):,.0f} core-hours for a TB of raw documents, "
           f"{cpu_s / 3600 / (text_bytes / 1e12):,.0f} for a TB of their text")
+
+
+def texts(output: Path) -> str:
+    """Return a hash of the text of an output's documents, in their order."""
+    found = hashlib.sha256()
+    for file in sorted((output / "text").rglob("*.parquet")):
+        found.update(repr(parquet.read_table(file, columns=["text"])["text"].to_pylist()).encode())
+    return found.hexdigest()
 
 
 def hashes(output: Path) -> dict[str, str]:

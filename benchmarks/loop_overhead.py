@@ -310,6 +310,6 @@ def beside_transformers(turns: int) -> None:
 
 
 if __name__ == "__main__" and "--transformers" in sys.argv:
-    beside_transformers(turns=4)
+    beside_transformers(turns=12)
 elif __name__ == "__main__":
     on_one_and_more(measure, __doc__, turns=40)

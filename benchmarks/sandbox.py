@@ -1,15 +1,18 @@
 """How fast programs run in the sandbox, and whether honest ones are affected.
 
-Usage: python benchmarks/sandbox.py > benchmarks/results/sandbox.txt
+Usage: python benchmarks/sandbox.py [--before CHECKOUT] [--repetitions 3] > benchmarks/results/sandbox.txt
 
 500 honest programs (25 kinds, 20 inputs each) run in each enclosure that this machine has, with as many
 workers as cores; what they print and exit with is compared with `subprocess.run([python, "-I", "-S", file])`.
-That one runs half of them before and half behind, in as many threads, so that both meet the machine's
-noise. CPU seconds are those of this process and of all that have ended below it.
+That one runs half of them in each repetition, in as many threads.  CHECKOUT is an older tree of this
+repository.  All take turns, each in a process of its own, so that they meet the same noise; the least of the
+repetitions counts.  CPU seconds are those of this process and of all that have ended below it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import resource
@@ -19,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from megatron_sov.errors import UserError
@@ -54,7 +58,9 @@ KINDS = (
     "t.start(); t.join(); print(l)",
     "import statistics as s; print(s.median(range({n})), s.pstdev(range({n})))",
 )
+ROOT = Path(__file__).parents[1]
 ALONE = "subprocess.run"
+ENCLOSURES = ("namespaces", "landlock")
 INPUTS = range(3, 63, 3)
 
 
@@ -94,35 +100,63 @@ def enclosed(name: str, chosen: Sequence[Program], workers: int) -> list[tuple[i
                 for outcome in sandbox.run_many(chosen)]
 
 
+def arm(name: str, chosen: Sequence[Program], workers: int) -> None:
+    """Run programs in one way, and print what was found and took how long for the process that compares."""
+    try:
+        run = alone if name == ALONE else partial(enclosed, name)
+        print(json.dumps(timed(lambda: run(chosen, workers))))
+    except UserError as e:
+        sys.exit(" ".join(str(e).split()))
+
+
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
     workers, chosen = len(os.sched_getaffinity(0)), programs()
+    if args.arm:  # in a process of its own, with the tree that PYTHONPATH names
+        arm(args.arm[0], chosen[int(args.arm[1])::2] if args.arm[0] == ALONE else chosen, workers)
+        return
+    trees = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
+    arms = [(ALONE, "now"), *((name, tree) for name in ENCLOSURES for tree in trees)]
     print(f"{platform.machine()}, Linux {platform.release()}, {workers} cores, Python "
-          f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}; {len(chosen)} programs, "
-          f"{workers} workers", flush=True)
-    print(f"{'':<16}{'programs':>9}{'seconds':>9}{'per s':>8}{'CPU s':>8}", flush=True)
-    expected: dict[int, tuple[int, str]] = {}
-    enclosures: dict[str, tuple[Sequence[tuple[int, str]], float]] = {}
-    alone_s = 0.0
-    for name in (ALONE, "namespaces", "landlock", ALONE):
-        places = [i for i in range(len(chosen)) if name != ALONE or i % 2 == bool(expected)]
-        few = [chosen[i] for i in places]
-        try:
-            found, wall_s, cpu_s = timed(lambda name=name, few=few: (
-                alone(few, workers) if name == ALONE else enclosed(name, few, workers)))
-        except UserError as e:
-            print(f"{name:<16}{' '.join(str(e).split())}")
-            continue
-        print(f"{name:<16}{len(few):>9}{wall_s:>9.1f}{len(few) / wall_s:>8.1f}{cpu_s:>8.1f}", flush=True)
-        if name == ALONE:
-            expected |= dict(zip(places, found, strict=True))
-            alone_s += wall_s
-        else:
-            enclosures[name] = found, wall_s
-    for name, (found, wall_s) in enclosures.items():
-        others = sum(found[i] != right for i, right in expected.items())
-        print(f"{name}: {alone_s / wall_s:.1f} times as many programs/s as subprocess.run; "
-              f"{others} of {len(expected)} with another output or exit code")
+          f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}; {workers} workers; the least of "
+          f"{args.repetitions} interleaved", flush=True)
+    least: dict[tuple[str, str], list[float]] = {}
+    right: dict[int, list[object]] = {}
+    found: dict[tuple[str, str], list[list[object]]] = {}
+    for turn in range(args.repetitions):
+        for name, tree in list(arms):
+            done = subprocess.run([sys.executable, __file__, "--arm", name, str(turn % 2)], check=False,
+                                  text=True, capture_output=True,
+                                  env={**os.environ, "PYTHONPATH": str(trees[tree])})
+            if done.returncode:
+                print(f"{name}, {tree}: {done.stderr.strip()}", flush=True)
+                arms.remove((name, tree))
+                continue
+            outcomes, *seconds = json.loads(done.stdout)
+            if name == ALONE:
+                right |= dict(zip(range(turn % 2, len(chosen), 2), outcomes, strict=True))
+            found[name, tree] = outcomes
+            least[name, tree] = list(map(min, seconds, least.get((name, tree), seconds)))
+    print(f"{'':<22}{'programs':>9}{'seconds':>9}{'per s':>8}{'CPU s':>8}{'per CPU s':>11}  other outcomes")
+    for (name, tree), (wall_s, cpu_s) in least.items():
+        others = "" if name == ALONE else sum(
+            found[name, tree][i] != outcome for i, outcome in right.items())
+        count = len(found[name, tree])
+        label = name if name == ALONE else f"{name}, {tree}"
+        print(f"{label:<22}{count:>9}{wall_s:>9.1f}{count / wall_s:>8.1f}{cpu_s:>8.1f}{count / cpu_s:>11.1f}"
+              f"  {others}")
+    of_alone_s = least[ALONE, "now"][0] / len(found[ALONE, "now"])
+    for (name, tree), (wall_s, cpu_s) in least.items():
+        if tree == "now" and name != ALONE:
+            beside = f", {cpu_s / least[name, 'before'][1]:.2f} of the CPU seconds of before" * (
+                (name, "before") in least)
+            print(f"{name}: {of_alone_s / wall_s * len(chosen):.1f} times as many programs/s as "
+                  f"subprocess.run{beside}")
 
 
 if __name__ == "__main__":

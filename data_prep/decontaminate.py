@@ -19,6 +19,7 @@ from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing
 from megatron_sov.documents import KINDS, BadRecord, Document, Reading
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.records import parse_record
+from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError, list_problems
 
 DESCRIPTION = """Write the records of JSONL files that share no run of ten words, and no short item, with
@@ -97,7 +98,7 @@ def decontaminate(files: list[Path], output: Path, settings: SearchSettings, rea
                             "items_too_short": len(search.too_short), "hits": len(hits)}
         artifact.settings = {**vars(settings), "inputs": files, "reading": reading}
     for name, became in counts.items():
-        print(f"{name}: {became['kept']} of {became['kept'] + became['left_out']} records kept")
+        print(f"{visible(name)}: {became['kept']} of {became['kept'] + became['left_out']} records kept")
     print(f"{output / HITS}: {len(hits)} places with text of benchmarks; {len(search.too_short)} of "
           f"{len(search.items)} items are shorter than {settings.min_words} words and were not looked for")
 

@@ -23,8 +23,9 @@ from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.columns import is_float32
+from megatron_sov.documents.layouts import LABEL, own_fields, refuse_media, split_response
 from megatron_sov.documents.messages import read_messages
-from megatron_sov.documents.records import LABEL, NUM_PROMPT, completion_of
+from megatron_sov.documents.records import NUM_PROMPT, completion_of
 from megatron_sov.errors import UserError
 
 INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
@@ -38,7 +39,7 @@ FILE = "groups.jsonl"
 FINISH, LENGTH = "finish_reason", "length"
 """Field of a response that `megatron-sov generate` wrote, and its value where the response is as long as was
 allowed."""
-BESIDE = ("prompt", "id", "tools", "chat_template_kwargs")
+BESIDE = ("prompt", "system", "id", "tools", "chat_template_kwargs")
 """Fields of such a line that belong to its prompt."""
 COLUMNS = ("advantage", "group_share")
 """Fields of a chat beside its messages: the advantage, and 1 / responses of its group.  With `NUM_PROMPT` its
@@ -177,8 +178,17 @@ def read_groups(file: Path) -> Iterator[Group]:
     Raises:
         UserError: the file cannot be read, or a line is not as it should be; the message names it.
     """
-    for where, record in _joined(read_objects(file)):
+    for where, record in _joined((where, _of_layout(record, where)) for where, record in read_objects(file)):
         yield _group(record, where)
+
+
+def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a judged response of another tool's layout as a prompt with its completion."""
+    try:
+        refuse_media(record, is_prompt=False)
+        return split_response(own_fields(record, "preference"))
+    except BadRecord as e:
+        raise UserError(f"{where}: {e.reason}") from None
 
 
 def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -186,7 +196,7 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
     put together.  A response without a reward, or without a text, is none."""
     def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
-        return json.dumps(record.get("prompt")) if is_scored(record) else where
+        return json.dumps([record.get("prompt"), record.get("system")]) if is_scored(record) else where
 
     def is_scored(record: dict[str, Any]) -> bool:
         return "responses" not in record and completion_of(record) is not None

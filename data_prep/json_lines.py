@@ -1,4 +1,5 @@
-"""Lines of a JSONL file that a step of its own reads; a wrong line ends it, by file and number."""
+"""Records that a step of its own reads, from JSON lines or a dataset; a wrong one ends it, by file and
+number."""
 
 from __future__ import annotations
 
@@ -8,16 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.documents import BadRecord
+from megatron_sov.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
+from megatron_sov.documents.reading import read_records
 from megatron_sov.documents.records import decode
 from megatron_sov.errors import UserError
 
+_DATASETS = ARROW_SUFFIXES | {PARQUET_SUFFIX, JSON_SUFFIX}
+"""Endings of files of records that are no JSON lines, or may be none."""
+
 
 def read_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each line stands, for messages, and its object; empty lines are passed over.
+    """Yield where each line stands, for messages, and its object; empty lines are passed over.  Lists in
+    JSON, tables and folders of a dataset are read too.
 
     Raises:
         UserError: the file cannot be read, or a line is no JSON object.
     """
+    if file.is_dir() or file.suffix.lower() in _DATASETS:
+        yield from read_records(file)
+        return
     try:
         with open(file, "rb") as f:
             for number, line in enumerate(f, 1):

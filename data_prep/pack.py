@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,9 @@ from megatron_sov.artifacts import (
     refuse_existing,
     sha256_file,
 )
-from megatron_sov.documents import KINDS, Document, Reading, list_files, plan_units, read_span
+from megatron_sov.documents import KINDS, Document, Reading, Span, list_files, plan_units, read_span
 from megatron_sov.documents.columns import column_problems
+from megatron_sov.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
 from megatron_sov.documents.records import completion_of
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
@@ -52,6 +55,8 @@ format), with a part of the documents held out. Special tokens that are spelled 
 text. A killed command continues where it was when it is run again."""
 SAMPLE_SPANS, SAMPLE_CHARS = 16, 32_000
 """Places of each source from which the self-check of the fast encoder takes text, and how much at each."""
+NUM_PARTS, MIN_PART_BYTES, MAX_PART_BYTES = 20, 4_000, 20_000
+"""A source that is one text becomes about so many documents, within these bounds of their size."""
 MAX_BUCKETS = 64
 """Sources that one may be sorted into; each writes files of its own at the same time."""
 _NAME = re.compile(r"\w[\w.-]*")
@@ -181,12 +186,15 @@ def parse_sources(arguments: list[str]) -> list[Source]:
             name = os.path.basename(os.path.realpath(argument))  # which a loop of links does not stop
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
+        if not path:
+            raise UserError(f"--input {argument!r}: names no file or folder; write NAME=PATH")
         if not _NAME.fullmatch(name) or name == "tokenizer":
             raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', "
-                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input web={path}")
+                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input "
+                            f"{shlex.quote(f'web={path}')}")
         if name in (s.name for s in sources):
             raise UserError(f"--input {argument!r}: a source named {name!r} is given already; "
-                            f"name them apart, e.g. --input {name}2={path}")
+                            f"name them apart, e.g. --input {shlex.quote(f'{name}2={path}')}")
         sources.append(Source(name, Path(path)))
     return sources
 
@@ -224,7 +232,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
         warn(sentence)
     units = [(source, unit) for source in sources
-             for unit in plan_units(list_files(records_of(source.path), print))]
+             for unit in _units_of(source.path, cut=settings.heldout_share > 0)]
     if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
         warn(sentence)
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
@@ -250,6 +258,21 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
             artifact.add_input(origin)
     _delete_work(work, output)
     _tell(artifact.content["sources"], output, settings.heldout_share)
+
+
+def _units_of(path: Path, cut: bool) -> Iterator[tuple[Span, ...]]:
+    """Yield the units of a source; `cut` is whether a text that is all of it becomes several documents, of
+    which some can be held out."""
+    files = list_files(records_of(path), print)
+    for unit in plan_units(files):
+        text = unit[0]
+        part_bytes = max(MIN_PART_BYTES, min(MAX_PART_BYTES, text.size_bytes // NUM_PARTS))
+        if (cut and len(files) == 1 and part_bytes < text.size_bytes == text.document_bytes
+                and text.suffix not in RECORD_SUFFIXES | {JSON_SUFFIX}):
+            print(f"{path}: is one text; cut at blank lines into documents of at most {part_bytes:,} bytes, "
+                  "so that some are held out")
+            unit = (replace(text, document_bytes=part_bytes),)
+        yield unit
 
 
 def work_folder(output: Path) -> Path:

@@ -65,5 +65,8 @@ def run(args: argparse.Namespace) -> int:
         submit_pipeline(pipeline, args.output, args.cluster, account=args.account, partition=args.partition)
         return 0
     (args.output / "inputs").mkdir(parents=True, exist_ok=True)
-    run_pipeline(make_plan(pipeline, args.output), args.output, args.workers)
+    plan = make_plan(pipeline, args.output)
+    for sentence in plan.told():
+        print(sentence)
+    run_pipeline(plan, args.output, args.workers)
     return 0

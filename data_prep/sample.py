@@ -47,8 +47,12 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
     repeats, in their order.
 
     Raises:
-        UserError: `data` is no artifact of token shards, or has no such source or documents.
+        UserError: `data` is no artifact of token shards, or has no such source or documents, or
+            a number is below 1.
     """
+    for option, number in (("--count", count), ("--max-tokens", max_tokens)):
+        if number < 1:
+            raise UserError(f"{option} {number}: must be at least 1")
     content = read_tokens_manifest(data).content
     shards = list(shards_of(data, content, source, split))
     places = [(n, i) for n, s in enumerate(shards) for i in _drawn(s, count, seed + n)]

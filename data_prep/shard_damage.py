@@ -9,10 +9,23 @@ SHARED = "shared"
 """Folder of a run with what the passes of its steps have left, a folder for each step."""
 
 
+def place_in_run(file: Path) -> str:
+    """Return what the checksum of a file that a step's passes left is bound to: the folder of the step's
+    address and the names below it, however the run's folder is called; "": it lies in no such folder."""
+    for number, folder in enumerate(file.parents):
+        if folder.name == SHARED:
+            names = file.parts[-number - 1:]
+            return "/".join(name[1:-4] if name.startswith(".") and name.endswith(".tmp") else name
+                            for name in names)
+    return ""
+
+
 def way_out(file: Path) -> str:
     """Return what to do about a damaged file: what a step's passes left goes together; a shard's file would
     be taken over again under another name, of an earlier plan."""
     for folder in file.parents:
+        if folder.name == "shards":  # the run's folder may itself lie in one that is called as ours
+            break
         if folder.parent.name == SHARED:
             return f"delete {folder} and run the command again"
     if len(file.parents) > 3 and file.parents[3].name == "shards":  # of the output: a folder for each shard

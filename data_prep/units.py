@@ -34,7 +34,7 @@ from megatron_sov.media.banks import MEDIA
 from megatron_sov.media.marks import SPELLED
 from megatron_sov.plugins.code import Code
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raised when the same input and settings would give another unit."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at a time."""

@@ -19,10 +19,10 @@ from typing import Any
 
 from data_prep.groups import INPUT, KIND, Group, add_group_arguments, read_groups
 from megatron_sov.artifacts import new_artifact, refuse_existing
+from megatron_sov.documents.records import DESIRABLE
 from megatron_sov.errors import UserError
 
 FILE = "unpaired.jsonl"
-DESIRABLE = "desirable"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

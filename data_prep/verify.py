@@ -4,6 +4,7 @@ what it is meant for?"""
 from __future__ import annotations
 
 import argparse
+import math
 from array import array
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: listing every problem.
     """
+    if args.tokens is not None and not 0 < args.tokens < math.inf:
+        raise UserError(f"--tokens {args.tokens:g}: must be a positive number, e.g. 2e9")
     content = read_tokens_manifest(args.data).content
     weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)

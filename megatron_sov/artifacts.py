@@ -17,11 +17,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from megatron_sov.digests import BLAKE3, SHA256, algorithm_of, file_digest
 from megatron_sov.errors import UserError, download
@@ -317,6 +314,8 @@ def _is_left(folder: Path, pid: int) -> bool:
 
 def _has_ended(pid: int) -> bool:
     """Return whether a process has ended, be it that its parent has not yet taken note of it."""
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     return not psutil.pid_exists(pid)
@@ -379,6 +378,8 @@ def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers:
         workers: files that are hashed at a time.
         done: told the size of each file behind it, from any thread.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     records = read_manifest(path).files
 
     def look(name: str) -> str | None:

@@ -14,9 +14,10 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, nearest
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest
 from megatron_sov.version import __version__
 
 MAX_PATH_CHARS = 300
@@ -31,8 +32,24 @@ def version_of(program: str) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
 
+    _typed: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, _path)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what `argparse` does."""
+        self._typed = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse complains about."""
+        """Raise what argparse complains about; an option that is missing may be there, misspelt."""
+        if "are required: " in message:
+            options = list(self._option_string_actions)
+            words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
+            wrong = [w for w in words if not any(option.startswith(w) for option in options)]
+            message += "".join(f"; {word}: nothing takes this{nearest(word, options)}" for word in wrong[:1])
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
@@ -49,6 +66,13 @@ class Parser(argparse.ArgumentParser):
         option = rest[0].partition("=")[0]
         near = "; another command does" if option in options else nearest(option, options)
         self.error(f"{shlex.join(rest)}: nothing takes this{near if rest[0].startswith('-') else ''}")
+
+
+def _path(text: str) -> Path:
+    """Return a path that is given; an empty one, as of a variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, where a file or folder is to be named")
+    return Path(text)
 
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
@@ -123,14 +147,18 @@ def exit_code(action: Callable[[], int]) -> int:
             with contextlib.suppress(OSError):  # a pipe that took a file's place cannot say where it is
                 stream.reconfigure(errors="backslashreplace")
     try:
-        code = action()
+        code = kept_code(action())
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
         return code
+    except SystemExit as e:
+        if isinstance(e.code, str):  # which Python prints
+            raise
+        raise SystemExit(kept_code(e.code)) from None
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {_shown(str(e))}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except GateFailed as e:
-        print(f"gate: {e}", file=sys.stderr)
+        print(f"gate: {_shown(str(e))}", file=sys.stderr)
         return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
@@ -153,10 +181,19 @@ def exit_code(action: Callable[[], int]) -> int:
             return ExitCode.USER_ERROR
         if e.filename is None:  # not about a file that somebody named: a defect
             raise
-        path = os.fsdecode(e.filename)[:MAX_PATH_CHARS]
+        path = _shown(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
         print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
               "disk", file=sys.stderr)
         return ExitCode.USER_ERROR
+
+
+def _shown(message: str) -> str:
+    """Return a message without control characters: names of files, and what files hold, are of strangers."""
+    if message.replace("\n", "").isprintable():
+        return message
+    from megatron_sov.documents.visible import visible  # slow, and needed by hardly any message
+
+    return visible(message)
 
 
 def _drop_output() -> None:

@@ -4,10 +4,10 @@ stops, gates, defects."""
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -32,6 +32,14 @@ class ExitCode(IntEnum):
     """A process computes or remembers wrong bits."""
     INTERRUPTED = 130
     """Ctrl-C, before there was anything to save (128 + SIGINT, as shells have it)."""
+
+
+def kept_code(code: object) -> int:
+    """Return an exit code that the system keeps whole, of what a command returns or `SystemExit` holds: it
+    keeps the lowest byte alone, and 256 would tell of a success."""
+    if code is None:
+        return ExitCode.OK
+    return code if isinstance(code, int) and 0 <= code <= 255 else ExitCode.CRASH
 
 
 class UserError(Exception):
@@ -94,12 +102,15 @@ def how_to_install(extra: str, options: str = "") -> str:
     installed wheel the packages themselves are.
     """
     root = Path(__file__).parents[1]
-    begin = f"pip install {options}".strip()
+    from importlib import metadata
+
+    # the Python that lacks it: a program of an environment runs without it being active
+    begin = f"{shlex.quote(sys.executable)} -m pip install {options}".strip()
     if (root / "setup.py").is_file():
         return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
     try:
-        lines = importlib.metadata.requires("megatron-sov") or []
-    except importlib.metadata.PackageNotFoundError:  # a copy of the folders alone
+        lines = metadata.requires("megatron-sov") or []
+    except metadata.PackageNotFoundError:  # a copy of the folders alone
         lines = []
     packages = [line.partition(";")[0].strip() for line in lines
                 if re.search(rf""";.*\bextra == ['"]{extra}['"]""", line)]

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
 from megatron_sov.config import RunConfig
 from megatron_sov.documents import KINDS, ROLLOUTS
 from megatron_sov.documents.columns import column_problems
@@ -67,6 +65,8 @@ def check(config: RunConfig) -> None:
             raise UserError(f"objective.options = {options}: belong to an objective of your own, "
                             f"not to {name}")
         return
+    from pydantic import TypeAdapter, ValidationError
+
     made = OWN.get(name, config.code)
     known = list(inspect.signature(made).parameters)[1:]
     hints = _hints(made)

@@ -16,6 +16,8 @@ from megatron_sov.errors import UserError, told_in_a_line
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+OTHER_WEIGHTS = "transformers_weights"
+"""Key of config.json by which transformers reads another file of weights."""
 DAMAGED_HF = "copy or download it again"
 NAMES_SHOWN = 5
 HEADS = ("cls.", "lm_head.", "classifier.", "score.", "qa_outputs.", "pooler.", "lm_predictions.",
@@ -68,6 +70,12 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder}: holds {ADAPTER_CONFIG} beside a model's weights, and transformers adds "
                         "such an adapter to them; merge it with PEFT, or move it to a folder of its own")
+    read = INDEX if (folder / INDEX).is_file() else SINGLE_FILE
+    named = read_json(folder / CONFIG).get(OTHER_WEIGHTS, read) if (folder / CONFIG).is_file() else read
+    if named not in (read, None):
+        raise UserError(f"{folder / CONFIG}: {OTHER_WEIGHTS} = {named!r} has transformers read that file, "
+                        f"and everything else reads {read}; take the key out, and call the weights that are "
+                        f"wanted {SINGLE_FILE}")
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE_FILE).is_file():
             raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX}; save the model with "

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 CLOCK_TOLERANCE_S = 5.0
 """Start times of one process, as read by two others, may differ by the corrections of
 the clock in between."""
@@ -29,6 +27,8 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
     Args:
         record: its `identity`, or something else that somebody wrote.
     """
+    import psutil
+
     pid, started_s = record.get("pid"), record.get("started_s")
     here = (socket.gethostname(), process_table())
     if (record.get("host"), record.get("process_table")) != here or not isinstance(pid, int) \
@@ -57,4 +57,6 @@ def process_table() -> str:
 @cache
 def _process_here(pid: int) -> dict[str, Any]:
     """Return number and start of this process; a fork has others."""
+    import psutil
+
     return {"pid": pid, "started_s": psutil.Process(pid).create_time()}

@@ -36,83 +36,103 @@ _SETTLED_S = 1.0
 RUN_AGAIN = "delete it and run the command again"
 
 
-def sealed(data: bytes) -> bytes:
-    """Return bytes with their checksum at the last `PLACE` in them, or behind them where they have none."""
+def sealed(data: bytes, of: str = "") -> bytes:
+    """Return bytes with their checksum at the last `PLACE` in them, or behind them where they have none.
+
+    Args:
+        data: the bytes.
+        of: what they belong to (everywhere in this module); it goes into the checksum and not into the file,
+            so that a sound file of something else is no sound file here.
+    """
     head, mark, tail = data.rpartition(PLACE.encode())
     if not mark:
         head, tail = data, b""
-    return head + _MARK + _hex([head, _MARK + _ZEROS, tail]) + tail
+    return head + _MARK + _hex([head, _MARK + _ZEROS, tail], of) + tail
 
 
-def seal_file(file: Path) -> None:
-    """Put the checksum of a complete file at its last `PLACE`, or behind its last byte."""
+def seal_file(file: Path, of: str = "") -> str:
+    """Put the checksum of a complete file at its last `PLACE`, or behind its last byte; returns it."""
     with open(file, "r+b") as f:
         start = _place(f, PLACE.encode())
         if start is None:
             start = f.seek(0, os.SEEK_END)
             f.write(PLACE.encode())
-        digest = _digest(f, start)
+        digest = _digest(f, start, of)
         f.seek(start + len(_MARK))
         f.write(digest)
+    return digest.decode()
 
 
-def write_sealed(file: Path, data: bytes) -> None:
+def write_sealed(file: Path, data: bytes, of: str = "") -> None:
     """Write bytes with their checksum behind them; what maps the file finds them at its beginning.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    atomic_write(file, data + _MARK + _hex([data, PLACE.encode()]))
+    atomic_write(file, data + _MARK + _hex([data, PLACE.encode()], of))
 
 
-def seal_damage(file: Path, size_bytes: int) -> str | None:
-    """Return one sentence where a file that `write_sealed` wrote is missing or is not what was written, else
-    None.
+def seal_of(file: Path) -> str:
+    """Return the checksum that a file says it has, which nobody has looked at; "": none."""
+    with open(file, "rb") as f:
+        return _said(f, _place(f, _MARK)).decode("ascii", "replace")
+
+
+def seal_damage(file: Path, of: str = "", *, is_required: bool = True, seal: str | None = None) -> str | None:
+    """Return one sentence where a file is missing or not what was sealed, else None; within one process a
+    file that has not changed is read once.
 
     Args:
         file: the file.
-        size_bytes: of its content.
+        of: what it belongs to.
+        is_required: whether a file without a seal is refused.
+        seal: the checksum that it was written with, as a note beside it says; None: there is no note.
     """
     try:
-        data = file.read_bytes()
+        check_seal(file, "", of, is_required=is_required, seal=seal)
     except OSError as e:
         return f"{file}: cannot be read ({os.strerror(e.errno or 0)})"
-    if len(data) != size_bytes + len(PLACE):
-        return f"{file}: has {len(data)} bytes, must have {size_bytes} and {len(PLACE)} of a checksum"
-    return None if data[size_bytes:] == _MARK + _hex([data[:size_bytes], PLACE.encode()]) else (
-        f"{file}: its content differs from the checksum at its end")
+    except UserError as e:
+        return str(e).removesuffix("; ")
+    return None
 
 
-def check_seal(file: Path, way: str = RUN_AGAIN, *, is_required: bool = True) -> None:
-    """Look whether a file is as it was sealed; within one process a file that has not changed is read once.
-
-    Args:
-        file: the file.
-        way: what to do where it is not, for the message.
-        is_required: whether a file without a seal is refused.
+def check_seal(file: Path, way: str = RUN_AGAIN, of: str = "", *, is_required: bool = True,
+               seal: str | None = None) -> None:
+    """Raise `UserError` where a file is not what was sealed, with `way`: what to do.  As `seal_damage`.
 
     Raises:
-        UserError: it is not, or it has none and must have one.
         OSError: it cannot be read.
     """
     stat = os.stat(file)
     mark = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     is_settled = time.time_ns() - stat.st_ctime_ns > _SETTLED_S * 1e9
-    is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), mark)
-    if is_sealed is False or (is_sealed is None and is_required):
-        what = "has no checksum of its own" if is_sealed is None else "differs from its own checksum"
-        raise UserError(f"{file}: is damaged (it {what}); {way}")
+    is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), mark, of)
+    what = ""
+    if is_sealed is False:
+        what = f"is damaged{' or belongs elsewhere' if of else ''} (it differs from its own checksum)"
+    elif is_sealed is None and (is_required or seal is not None):
+        what = "is damaged (it has no checksum of its own)"
+    elif seal is not None and seal_of(file) != seal:
+        what = "is not the file that was written here (its checksum is another one)"
+    if what:
+        raise UserError(f"{file}: {what}; {way}")
 
 
 @lru_cache(maxsize=1 << 16)
-def _is_sealed(file: str, mark: tuple[int, ...]) -> bool | None:
+def _is_sealed(file: str, mark: tuple[int, ...], of: str) -> bool | None:
     """Return whether a file's content is what its seal says; None: it has no seal."""
     with open(file, "rb") as f:
         start = _place(f, _MARK)
-        if start is None:
-            return None
-        f.seek(start + len(_MARK))
-        return f.read(len(_ZEROS)) == _digest(f, start)
+        return None if start is None else _said(f, start) == _digest(f, start, of)
+
+
+def _said(f: Any, start: int | None) -> bytes:
+    """Return the checksum that stands at a place."""
+    if start is None:
+        return b""
+    f.seek(start + len(_MARK))
+    return bytes(f.read(len(_ZEROS)))
 
 
 def _place(f: Any, wanted: bytes) -> int | None:
@@ -130,9 +150,9 @@ def _place(f: Any, wanted: bytes) -> int | None:
     return None if found < 0 or place + len(PLACE) > size else place
 
 
-def _digest(f: Any, start: int) -> bytes:
+def _digest(f: Any, start: int, of: str) -> bytes:
     """Return the checksum of a file whose seal begins at a place."""
-    digest = Digest()
+    digest = _begun(of)
     f.seek(0)
     left = start
     while left and (block := f.read(min(left, _BLOCK_BYTES))):
@@ -145,64 +165,71 @@ def _digest(f: Any, start: int) -> bytes:
     return digest.text().partition(":")[2].encode()
 
 
-def _hex(parts: Sequence[bytes]) -> bytes:
+def _begun(of: str) -> Digest:
     digest = Digest()
+    if of:
+        digest.update(f"{of}\0".encode("utf-8", "surrogateescape"))
+    return digest
+
+
+def _hex(parts: Sequence[bytes], of: str) -> bytes:
+    digest = _begun(of)
     for part in parts:
         digest.update(part)
     return digest.text().partition(":")[2].encode()
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any, of: str = "") -> None:
     """Write a value of plain JSON, an object flat beside its seal, anything else below "content": also an
     object with a key of that name, which could not be told apart."""
     is_flat = isinstance(value, dict) and not {SEAL, "content"} & value.keys()
     whole = {**value, SEAL: PLACE} if is_flat else {"content": value, SEAL: PLACE}
     # nothing but ASCII: names of files may hold bytes that are no text
-    atomic_write(file, sealed((json.dumps(whole, indent=1) + "\n").encode()))
+    atomic_write(file, sealed((json.dumps(whole, indent=1) + "\n").encode(), of))
 
 
-def read_json(file: Path, way: str = RUN_AGAIN) -> Any:
+def read_json(file: Path, way: str = RUN_AGAIN, of: str = "", *, seal: str | None = None) -> Any:
     """Return what `write_json` wrote.
 
     Raises:
         UserError: it is missing, cannot be read, or differs from what was written.
     """
     try:
-        found = json.loads(_checked(file, way))
+        found = json.loads(_checked(file, way, of, seal))
         del found[SEAL]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); {way}") from None
     return found["content"] if found.keys() == {"content"} else found
 
 
-def try_read_json(file: Path) -> Any:
+def try_read_json(file: Path, of: str = "") -> Any:
     """Return what `write_json` wrote; None where that is missing or damaged, and nothing but a shortcut."""
     with suppress(UserError):
-        return read_json(file)
+        return read_json(file, of=of)
     return None
 
 
-def read_lines(file: Path, way: str = RUN_AGAIN) -> list[bytes]:
+def read_lines(file: Path, way: str = RUN_AGAIN, of: str = "", *, seal: str | None = None) -> list[bytes]:
     """Return the lines of a sealed file of JSON lines, without that of the seal.
 
     Raises:
         UserError: it is missing, cannot be read, or differs from what was written.
     """
-    return _checked(file, way).splitlines(keepends=True)[:-1]
+    return [line + b"\n" for line in _checked(file, way, of, seal).split(b"\n")[:-2]]
 
 
-def read_sealed(file: Path, way: str = RUN_AGAIN) -> bytes:
+def read_sealed(file: Path, way: str = RUN_AGAIN, of: str = "") -> bytes:
     """Return the bytes whose seal stands behind them.
 
     Raises:
         UserError: it is missing, cannot be read, or differs from what was written.
     """
-    return _checked(file, way)[:-len(PLACE)]
+    return _checked(file, way, of)[:-len(PLACE)]
 
 
-def _checked(file: Path, way: str) -> bytes:
+def _checked(file: Path, way: str, of: str, seal: str | None = None) -> bytes:
     try:
-        check_seal(file, way)
+        check_seal(file, way, of, seal=seal)
         return file.read_bytes()
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror or e}); {way}") from None
@@ -214,13 +241,15 @@ def seal_parquet(writer: Any) -> None:
     writer.add_key_value_metadata({SEAL: PLACE})
 
 
-def open_parquet(file: Path, way: str = RUN_AGAIN, *, is_required: bool = False, **options: Any) -> Any:
+def open_parquet(file: Path, way: str = RUN_AGAIN, *, is_required: bool = False, seal: str | None = None,
+                 **options: Any) -> Any:
     """Return a Parquet file opened by pyarrow; one that is sealed is what was written.
 
     Args:
         file: the file.
         way: what to do where it is damaged, for the message.
         is_required: whether a file without a seal is refused: all that a pipeline leaves for itself has one.
+        seal: as of `seal_damage`.
         options: of `pyarrow.parquet.ParquetFile`.
 
     Raises:
@@ -229,5 +258,5 @@ def open_parquet(file: Path, way: str = RUN_AGAIN, *, is_required: bool = False,
     """
     from pyarrow import parquet
 
-    check_seal(file, way, is_required=is_required)
+    check_seal(file, way, is_required=is_required, seal=seal)
     return parquet.ParquetFile(file, page_checksum_verification=True, **options)

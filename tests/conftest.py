@@ -15,6 +15,7 @@ import json
 import optparse
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -66,6 +67,29 @@ def give_memory_back() -> Iterator[None]:
     if sys.platform == "linux" and psutil.Process().memory_info().rss > _kept_bytes[0] + GROWTH_BYTES:
         ctypes.CDLL(None).malloc_trim(0)
         _kept_bytes[0] = psutil.Process().memory_info().rss
+
+
+PEAKS = pytest.StashKey[list[int]]()
+"""Largest resident memory of each worker that has ended, in MB."""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a worker say how much memory it held."""
+    if hasattr(session.config, "workeroutput"):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        session.config.workeroutput["peak_mb"] = peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take note of what a worker said."""
+    node.config.stash.setdefault(PEAKS, []).append(getattr(node, "workeroutput", {}).get("peak_mb", 0))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Show what workers said."""
+    if peaks := config.stash.get(PEAKS, []):
+        terminalreporter.write_line(f"largest memory of each worker: {', '.join(map(str, sorted(peaks)))} MB")
 
 
 @dataclass(frozen=True)
@@ -382,21 +406,21 @@ SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, 
 
 
 @pytest.fixture(scope="session")
-def token_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def token_shards(tmp_path_factory: pytest.TempPathFactory,
+                 run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
     """A token artifact with two sources, "first" and "second", a fifth of each held out;
     the tokenizer lies inside."""
-    from data_prep import cli as data_cli
-    from tokenizer import cli as tokenizer_cli
-
     folder = tmp_path_factory.mktemp("tokens")
     for name, modules in {"first": (argparse, inspect), "second": (difflib, optparse)}.items():
         paragraphs = [p for module in modules for p in inspect.getsource(module).split("\n\n") if p.strip()]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
     inputs = ["--input", str(folder / "first.jsonl"), "--input", str(folder / "second.jsonl")]
-    assert tokenizer_cli.main(["train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
-                               "--output", str(folder / "tokenizer")]) == 0
-    assert data_cli.main(["pack", "--tokenizer", str(folder / "tokenizer"), *inputs, "--output",
-                          str(folder / "shards"), "--heldout", "0.2", "--workers", "1"]) == 0
+    for program, *argv in (
+            ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
+             "--output", str(folder / "tokenizer")),
+            ("sov-data", "pack", "--tokenizer", str(folder / "tokenizer"), *inputs, "--output",
+             str(folder / "shards"), "--heldout", "0.2", "--workers", "1")):
+        run_command(*argv, program=program).check_returncode()
     return folder / "shards"
 
 
@@ -483,23 +507,24 @@ class Packed:
 
 
 @pytest.fixture(scope="session")
-def packed_data(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    """Documents and chats, packed by the project's own commands."""
-    from data_prep.cli import main as sov_data
-    from tokenizer.cli import main as sov_tokenizer
-
+def packed_data(tmp_path_factory: pytest.TempPathFactory,
+                run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Packed:
+    """Documents and chats, packed by the project's own commands, in another process: what they import is
+    large, and most tests that need the files do not need it."""
     folder = tmp_path_factory.mktemp("data")
     for name, documents in (("even", DOCUMENTS[::2]), ("odd", DOCUMENTS[1::2])):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
     (folder / "chat.jsonl").write_text("\n".join(json.dumps(c) for c in CHATS))
     packed = Packed(folder / "tokenizer", folder / "text", folder / "chats")
     inputs = ["--input", str(folder / "even.jsonl"), "--input", str(folder / "odd.jsonl")]
-    assert sov_tokenizer(["train", "--preset", "solar-open", "--vocab-size", "368", *inputs,
-                          "--output", str(packed.tokenizer)]) == 0
     common = ["--tokenizer", str(packed.tokenizer), "--heldout", "0.1", "--workers", "1"]
-    assert sov_data(["pack", *common, *inputs, "--output", str(packed.text)]) == 0
-    assert sov_data(["pack", *common, "--format", "chat", "--input", str(folder / "chat.jsonl"),
-                     "--output", str(packed.chats)]) == 0
+    for program, *argv in (
+            ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", "368", *inputs,
+             "--output", str(packed.tokenizer)),
+            ("sov-data", "pack", *common, *inputs, "--output", str(packed.text)),
+            ("sov-data", "pack", *common, "--format", "chat", "--input", str(folder / "chat.jsonl"),
+             "--output", str(packed.chats))):
+        run_command(*argv, program=program).check_returncode()
     return packed
 
 

@@ -35,6 +35,7 @@ import tokenizer.cli
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings, layout_settings
 from megatron_sov.mcore.parallel import launcher
+from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
 from megatron_sov.runs.parent_death import die_with_parent
 from megatron_sov.version import OUR_PACKAGES
 
@@ -143,15 +144,22 @@ def fork(asked: dict[str, Any]) -> int:
 
 
 def wait_for(child: int, timeout_s: float) -> int:
-    """Return a child's exit code; one that takes too long is killed with all that it started."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline_s:
-            os.killpg(child, signal.SIGKILL)
-        time.sleep(0.005)
+    """Return a child's exit code; one that takes too long, without what it waits for a processor, is killed
+    with all that it started."""
+    watch = Watch(child)
+    own = OwnTime(watch.totals, 0.5)
+    try:
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            if (now_s := time.monotonic()) >= own.look_at_s:
+                own.look(now_s)
+                if own.own_s(now_s) > timeout_s:
+                    os.killpg(child, signal.SIGKILL)
+            time.sleep(0.005)
+    finally:
+        watch.close()
 
 
 def warm(doubles: list[str]) -> None:

@@ -8,6 +8,7 @@ rule that is kept.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -31,7 +32,7 @@ FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(), "version": set(), "command_line": {"errors", "version"},
+    "errors": set(), "version": set(), "command_line": {"errors", "version", "documents"},
     "plugins": {"errors", "version", "settings"}, "settings": {"errors"},
     "config": {"errors", "plugins", "settings"}, "outputs": {"errors"},
     "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
@@ -82,6 +83,20 @@ HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE: set[str] = set()
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
+SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
+"""What errors and programs say."""
+_PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "as the published rule cuts it"
+CUT_ANYWHERE = {
+    "megatron_sov/counterparts/arguments.py": "the words of a script",
+    "megatron_sov/slurm/attempts.py": _PROGRAM, "megatron_sov/slurm/submission.py": _PROGRAM,
+    "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/runs/background.py": _PROGRAM,
+    "data_prep/mixture/proxies.py": _PROGRAM, "data_prep/synth/local_engine.py": _PROGRAM,
+    "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
+    "megatron_sov/rewards/sandbox/landlocked.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
+    "megatron_sov/rewards/sandbox/system_calls.py": _SYSTEM,
+    "data_prep/journey/changes.py": "text that is shown; ends of lines that differ are told",
+    "data_prep/quality/rules/c4.py": _PUBLISHED, "data_prep/quality/rules/gopher.py": _PUBLISHED}
+"""File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 
 
@@ -246,6 +261,15 @@ def model_problems(source: Source) -> Iterator[str]:
                    "megatron_sov.pretrained.load_pretrained")
 
 
+def line_problems(source: Source) -> Iterator[str]:
+    """Lines of data end with a newline and nothing else: `str.splitlines` also cuts at U+2028, at form feeds
+    and at what separates files, which texts and records hold.  What programs and errors say may be cut so."""
+    for node in ast.walk(source.tree):
+        if (isinstance(node, ast.Attribute) and node.attr == "splitlines" and source.name not in CUT_ANYWHERE
+                and not SAID.search(ast.unparse(node.value))):
+            yield f'{source.name}:{node.lineno}: splitlines cuts data at more than newlines; use split("\\n")'
+
+
 def size_problems(source: Source) -> Iterator[str]:
     """One idea per file, a function on a screen, names that say something."""
     num_lines = len(source.path.read_text(encoding="utf-8").splitlines())
@@ -270,8 +294,8 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
-RULES = (import_problems, wing_problems, room_problems, loading_problems, model_problems, size_problems,
-         data_problems)
+RULES = (import_problems, wing_problems, room_problems, loading_problems, model_problems, line_problems,
+         size_problems, data_problems)
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +359,7 @@ BAD = [
     ("megatron_sov/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
     ("megatron_sov/eval/lm/local.py", "m = AutoModelForCausalLM.from_pretrained(f)", "makes up weights"),
     ("data_prep/pack.py", "from_f = transformers.AutoModel.from_pretrained", "makes up weights"),
+    ("megatron_sov/data/order.py", "x = text.splitlines()", "cuts data at more than newlines"),
     ("megatron_sov/data/utils.py", "", "named after nothing"),
     ("megatron_sov/cellar/wine.py", "", "has no floor"),
     ("megatron_sov/slurm/stages.py", "from megatron_sov.commands import eval",

@@ -29,8 +29,12 @@ def test_every_program_tells_its_version(program: str) -> None:
 
 
 @pytest.mark.parametrize(("outcome", "code", "said"), [
-    (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"), (GateFailed("too low"), 3, "gate: too low\n"),
+    (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"),
+    (UserError("\x1b[2Ja\n\tnicht schön"), 2, "error: \\x1b[2Ja\n\tnicht schön\n"),
+    (GateFailed("too low"), 3, "gate: too low\n"),
     (StopRequested("saved"), 75, "stopped: saved\n"), (BrokenPipeError(), 0, ""),
+    (FileNotFoundError(2, "No such file", "\x9bx"), 2,
+     "error: \\x9bx: cannot be used (No such file); look at the path, its permissions and its disk\n"),
     (OSError(36, "File name too long", "x" * 9999), 2, f"error: {'x' * 300}: cannot be used (File name too "
      "long); look at the path, its permissions and its disk\n"),
 ])
@@ -85,6 +89,8 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
     ("eval bigram --data d --out f", "--out f: nothing takes this; another command does (--help"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
+    ("card sft --ouput c", "required: --output; --ouput: nothing takes this; did you mean '--output'?"),
+    ("card '' --output c", "argument RUN: is empty, where a file or folder is to be named"),
     ("eval pll", "invalid choice: 'pll' (choose from"),
 ])
 def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,
@@ -117,3 +123,15 @@ def test_text_of_any_language_is_shown_in_any_locale() -> None:
                           cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout) == (0, done.stderr)
     assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize(("code", "kept"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
+def test_no_failure_becomes_a_success_by_its_lowest_byte(code: int, kept: int) -> None:
+    assert exit_code(lambda: code) == kept
+
+    def child_fails() -> int:
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit) as ended:
+        exit_code(child_fails)
+    assert ended.value.code == kept

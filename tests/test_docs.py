@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov import cli
+from megatron_sov import cli, recipes
+from megatron_sov.config import ParallelConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import is_reference
 from megatron_sov.recipes.requested import BuiltIn, training_request
@@ -62,6 +64,16 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
     layout = config.parallel
     assert config.problems(args.nproc or math.lcm(layout.tp * layout.pp * layout.cp,
                                                   layout.etp * layout.ep * layout.pp)) == []
+
+
+@pytest.mark.parametrize("line", [
+    c for c in COMMANDS if re.match(r"megatron-sov (generate|serve|eval|convert) .*--nproc", c.values[0])])
+def test_a_layout_at_which_a_page_runs_a_checkpoint_fits_a_model_with_experts(line: str) -> None:
+    """The tests that type these pages leave several processes to other tests."""
+    args = parse(line)
+    config = dataclasses.replace(recipes.get("solar-open-102b"), parallel=ParallelConfig())
+    layout = apply_settings(config, args.settings).parallel
+    assert layout != config.parallel and layout.problems(config.model, args.nproc) == []
 
 
 def test_commands_are_found_and_wrong_ones_fail() -> None:

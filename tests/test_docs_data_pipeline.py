@@ -30,12 +30,15 @@ def test_the_pages_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for number in range(3):
             Path("raw", name, f"{number}.txt").write_text(
                 f"The {name} say that {number} ships came in. They brought salt and timber. " * 20)
+    Path("raw/web/.draft.txt").write_text("not yet")
     blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
     for line in lines:
         if "--cluster" not in line:
             assert cli.main(line[1:]) == 0, line
-    assert "corpus: complete" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "corpus: complete" in printed
+    assert "\nsource web: raw/web: passed over 1 hidden (.draft.txt)\n" in printed
     for name in ("text", "summary.json", "report.html", "quarantine/web.jsonl", "manifest.json",
                  "pipeline.json", "shards/books", "shared", "logs"):
         assert Path("corpus", name).exists(), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,16 @@ def test_what_may_be_a_name_on_the_hub_is_told_how_it_is_fetched(tmp_path: Path,
 def test_a_missing_package_is_installed_from_the_checkout_or_by_its_own_name(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(errors.__file__).parents[1]
-    assert how_to_install("eval") == f"pip install -e '{root}[eval]' -c {root}/constraints.txt"
+    monkeypatch.setattr(sys, "executable", "/my env/python")
+    pip = "'/my env/python' -m pip"
+    assert how_to_install("eval") == f"{pip} install -e '{root}[eval]' -c {root}/constraints.txt"
     # installed from a wheel
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "megatron_sov/errors.py"))
     needs = ["torch>=2.6", 'lm-eval==0.4.13; extra == "eval"', "vllm; extra == 'rollout'",
              'te[a,b]>=2; python_version > "3" and extra == "evals"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs)
-    assert how_to_install("eval") == "pip install lm-eval==0.4.13"
-    assert how_to_install("rollout") == "pip install vllm"
-    assert how_to_install("evals", "--no-deps") == "pip install --no-deps 'te[a,b]>=2'"
+    assert how_to_install("eval") == f"{pip} install lm-eval==0.4.13"
+    assert how_to_install("rollout") == f"{pip} install vllm"
+    assert how_to_install("evals", "--no-deps") == f"{pip} install --no-deps 'te[a,b]>=2'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
     assert how_to_install("eval") == "install what the extra eval of setup.py names"

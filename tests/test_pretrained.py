@@ -157,3 +157,20 @@ def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Pa
     assert weight_files(folder) == {"model.safetensors": names}
     load_hf(folder)
     assert convert.open_weights(folder).names()
+
+
+@pytest.mark.parametrize("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
+def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
+                                                               tmp_path: Path) -> None:
+    """transformers would read it, and the check of tensors the other one."""
+    folder = Path(shutil.copytree(models["lm"], tmp_path / "lm"))
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    edit(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()], "other.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for value in (None, "model.safetensors"):
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": value}))
+        load_hf(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    for read in (load_hf, weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"config.json: transformers_weights = .* take the key out"):
+            read(folder)

@@ -78,10 +78,12 @@ def parse_input(argument: str) -> Group:
     Raises:
         UserError: the weight is not a positive number.
     """
-    if Path(argument).exists():
+    if argument and Path(argument).exists():
         return Group(argument, (Path(argument),))
     named = _NAMED.fullmatch(argument)
     rest = named[2] if named else argument
+    if not rest.partition(":")[0]:
+        raise UserError(f"--input {argument!r}: names no file or folder; write [NAME=]PATH[:WEIGHT]")
     weight = None
     head, colon, tail = rest.rpartition(":")
     if colon and not Path(rest).exists():

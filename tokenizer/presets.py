@@ -13,8 +13,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 
@@ -183,6 +181,8 @@ def load_preset(name: str, file: Path | None) -> Preset:
     if file is None:
         raise UserError(f"--preset {name}: needs --config FILE with the tokenizer's rules, JSON or YAML (see "
                         "docs/tokenizer.md)")
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         preset = TypeAdapter(Preset).validate_python(_with_pattern({"name": CUSTOM, **_read_config(file)}))
     except OSError as e:

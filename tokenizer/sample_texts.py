@@ -49,7 +49,7 @@ def users(paths: Iterable[Path]) -> Iterator[str]:
     """
     for path in paths:
         left = BYTES_PER_FILE
-        texts = (text for document in read_documents(list_files(path)) for text in document.texts())
+        texts = (text for document in read_documents(list_files(path, print)) for text in document.texts())
         for piece in (piece for text in texts for piece in cut_text(text, CHUNK_BYTES)):
             if left <= 0:
                 break

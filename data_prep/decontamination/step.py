@@ -15,7 +15,7 @@ from data_prep.decontamination.places import whole_lines, without
 from data_prep.dedup.report import write_page
 from data_prep.dedup.work_files import new_file
 from data_prep.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
-from data_prep.shard_damage import way_out
+from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
@@ -135,7 +135,7 @@ class Decontaminate(Step):
                         f.write(json.dumps(row, ensure_ascii=True) + "\n")
             f.write(json.dumps({SEAL: PLACE}) + "\n")
             f.close()
-            seal_file(temporary)
+            seal_file(temporary, place_in_run(temporary))
 
     def _report(self, view: View, task: int) -> None:
         search = self.settings.search()
@@ -164,4 +164,4 @@ def _file(view: View, shard: ShardRef) -> Path:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    return map(json.loads, read_lines(file, way_out(file)))
+    return map(json.loads, read_lines(file, way_out(file), place_in_run(file)))

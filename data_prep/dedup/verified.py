@@ -14,7 +14,7 @@ from data_prep.dedup.numbering import ranks, rows
 from data_prep.dedup.signatures import shingles
 from data_prep.dedup.work_files import bucket_slice, new_file, parts_of, write_buckets
 from data_prep.pipeline.step import Doc
-from data_prep.shard_damage import way_out
+from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.sealed import PLACE, check_seal, seal_file
 
 PAIR_BLOCK = 1 << 18
@@ -53,7 +53,7 @@ class ShingleSets:
     """
 
     def __init__(self, file: Path) -> None:
-        check_seal(file, way_out(file))
+        check_seal(file, way_out(file), place_in_run(file))
         with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(PLACE)) // np.uint64().nbytes)
@@ -78,7 +78,7 @@ class ShingleSets:
                         found.tofile(f)
                         begins.append(begins[-1] + len(found))
             np.array([*np.sort(wanted).tolist(), *begins, len(wanted)], np.uint64).tofile(f)
-            seal_file(temporary)
+            seal_file(temporary, place_in_run(file))
 
 
 def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float

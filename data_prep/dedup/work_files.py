@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shard_damage import way_out
+from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import disk_errors, fsync_path
 from megatron_sov.digests import Digest
 from megatron_sov.errors import UserError
@@ -65,7 +65,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as .npy with its checksum; `path`: where `new_file` or `new_folder` says."""
     with open(path, "wb") as f:
         np.save(f, array, allow_pickle=False)
-    seal_file(path)
+    seal_file(path, place_in_run(path))
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -75,7 +75,7 @@ def read_array(path: Path) -> NDArray[Any]:
     Raises:
         UserError: it is damaged.
     """
-    check_seal(path, way_out(path))
+    check_seal(path, way_out(path), place_in_run(path))
     try:
         found = np.load(path, mmap_mode="c", allow_pickle=False)
     except ValueError:  # what is empty cannot be mapped
@@ -102,7 +102,7 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_
     digests = np.zeros(num_buckets, _PLACE)
     for bucket in np.unique(buckets).tolist():
         begin, end = places[bucket:bucket + 2].tolist()
-        digests[bucket] = _digest(bucket, begin, end, records[begin:end])
+        digests[bucket] = _digest(path, bucket, begin, end, records[begin:end])
     with new_file(path) as temporary, open(temporary, "wb") as f:
         np.array([num_buckets], _PLACE).tofile(f)
         places.tofile(f)
@@ -110,13 +110,18 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_
         records.tofile(f)
 
 
-def _digest(bucket: int, begin: int, end: int, records: Records) -> int:
-    """Return the checksum of a bucket and its place in the file."""
-    digest = Digest()
-    digest.update(f"{bucket} {begin} {end} ".encode())
+def _digest(path: Path, bucket: int, begin: int, end: int, records: Records) -> int:
+    """Return the checksum of a bucket, its place in the file, and the file's in the run."""
+    digest = _begun(path, bucket, begin, end)
     if len(records):
         digest.update(np.ascontiguousarray(records).view(np.uint8).data)
     return _number(digest)
+
+
+def _begun(path: Path, *place: int) -> Digest:
+    digest = Digest()
+    digest.update(" ".join([place_in_run(path), *map(str, place), ""]).encode())
+    return digest
 
 
 def _number(digest: Digest) -> int:
@@ -128,7 +133,7 @@ class BucketWriter:
 
     def __init__(self, path: Path, num_buckets: int) -> None:
         """Begin a file; `path`: where `new_file` or `new_folder` says."""
-        self._file = open(path, "wb")  # noqa: SIM115  (closed by `close`)
+        self._path, self._file = path, open(path, "wb")  # noqa: SIM115  (closed by `close`)
         self._places, self._digests = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
         np.array([num_buckets], _PLACE).tofile(self._file)
         self._places.tofile(self._file)
@@ -138,7 +143,7 @@ class BucketWriter:
         """Write all records of a bucket, behind those of the buckets before it."""
         if len(records):
             begin = int(self._places[bucket])
-            self._digests[bucket] = _digest(bucket, begin, begin + len(records), records)
+            self._digests[bucket] = _digest(self._path, bucket, begin, begin + len(records), records)
         self._places[bucket + 1:] += np.uint64(len(records))
         records.tofile(self._file)
 
@@ -195,8 +200,7 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
         if begin == end:
             is_sound = wanted == 0
         else:
-            digest, left = Digest(), (end - begin) * dtype.itemsize
-            digest.update(f"{bucket} {begin} {end} ".encode())
+            digest, left = _begun(path, bucket, begin, end), (end - begin) * dtype.itemsize
             f.seek(min(found.begin_bytes, size_bytes))
             while left > 0 and (block := f.read(min(left, _BLOCK_BYTES))):
                 digest.update(block)

@@ -91,7 +91,7 @@ def user_documents(path: Path) -> dict[str, str]:
     Raises:
         UserError: it cannot be read or holds no text.
     """
-    texts = [(document.where, piece) for document in read_documents(list_files(path))
+    texts = [(document.where, piece) for document in read_documents(list_files(path, print))
              for piece in cut_text("\n\n".join(document.texts()), USER_DOCUMENT_BYTES) if piece.strip()]
     if not texts:
         raise UserError(f"{path}: holds no text; pass files with text in them")

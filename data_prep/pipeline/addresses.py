@@ -18,7 +18,7 @@ from megatron_sov.digests import BLAKE3, file_digest
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import try_read_json, write_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised when the same inputs and settings would have other files."""
 REASONS_FILE = "address.json"
 HASH_THREADS = 4

@@ -73,6 +73,10 @@ class CodeStep(Step):
             raise UserError(f"{self.settings.function}: opens {unknown[0]} when it is called, so that a "
                             "change of that file would not be noticed; read it while the code is loaded, or "
                             "name it in `files` of the step")
+        if reads.unseen and not self.settings.files:
+            raise UserError(f"{self.settings.function}: starts {reads.unseen} when it is called, and files "
+                            "that this opens are not seen; name them in `files` of the step (its own file, "
+                            "where there are none)")
         return made
 
     def _made(self, documents: Sequence[Doc]) -> list[Outcome]:

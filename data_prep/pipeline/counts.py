@@ -6,7 +6,12 @@ import hashlib
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from data_prep.shard_damage import way_out
+from megatron_sov.errors import UserError
+from megatron_sov.sealed import read_json
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
 WAYS = ("kept", "dropped", "changed")
@@ -33,6 +38,8 @@ class Counts:
     """Time of the cores."""
     wall_s: float = 0.0
     """Time on the clock, summed over shards."""
+    seals: dict[str, str] = field(default_factory=dict)
+    """Name of each file that the shard's task has left beside its counts -> its checksum."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {way: [] for way in WAYS})
     """The documents of each way whose identifiers hash lowest."""
 
@@ -86,6 +93,20 @@ class Counts:
                 total.samples[way] = heapq.nsmallest(MAX_SAMPLES, total.samples[way] + one["samples"][way],
                                                      key=lambda sample: sample_order(sample["id"]))
         return total
+
+
+def noted_seal(file: Path) -> str:
+    """Return the checksum of a shard's file as the counts beside it say it.
+
+    Raises:
+        UserError: they are missing or damaged, or name no such file.
+    """
+    shard = file.parent if file.parent.name.isdigit() else file
+    counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")
+    found = read_json(counts, way_out(file)).get("seals", {})
+    if file.name not in found:
+        raise UserError(f"{file}: is not named in {counts}, which says what was written; {way_out(file)}")
+    return str(found[file.name])
 
 
 def sample_order(identifier: str) -> bytes:

@@ -24,6 +24,7 @@ def describe(plan: Plan, output: Path) -> str:
     for source in plan.sources:
         lines.append(f"  source {source.settings.name}: {_many(source.num_files, 'file')}, "
                      f"{source.raw_bytes / 1e6:,.1f} MB, {_many(len(source.shards), 'shard')}")
+        lines += [f"    {sentence}" for sentence in source.told]
     if is_complete(plan, output):
         lines.append(f"{output}: complete from before, nothing is done")
         return "\n".join(lines)

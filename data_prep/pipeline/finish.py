@@ -13,13 +13,13 @@ from typing import Any
 from data_prep.journey.facts import counted_beside, facts_of_output
 from data_prep.journey.page import REPORT_HTML, write_report
 from data_prep.pack import PackSettings, Source, pack
-from data_prep.pipeline.counts import Counts
+from data_prep.pipeline.counts import Counts, noted_seal
 from data_prep.pipeline.ending import what_stands, why_empty
 from data_prep.pipeline.naming import named_columns
 from data_prep.pipeline.plan import OUTPUT, Layer, Plan, SourcePlan
 from data_prep.pipeline.reuse import link
 from data_prep.pipeline.tasks import pass_marks
-from data_prep.shard_damage import way_out
+from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import (
     MANIFEST,
     ArtifactWriter,
@@ -33,7 +33,7 @@ from megatron_sov.artifacts import (
 )
 from megatron_sov.documents import Reading
 from megatron_sov.errors import UserError
-from megatron_sov.sealed import open_parquet, read_json, read_lines
+from megatron_sov.sealed import check_seal, open_parquet, read_json, read_lines
 
 KIND = "corpus"
 TEXT, TOKENS, QUARANTINE = "text", "tokens", "quarantine"
@@ -117,7 +117,10 @@ def _publish_text(plan: Plan, output: Path) -> dict[str, int]:
 def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
     """Return the files of an output shard, which hold what its task has counted."""
     files = sorted(layer.rows(output, shard).glob("*.parquet"))
-    num_rows = sum(open_parquet(file, way_out(file), is_required=True).metadata.num_rows for file in files)
+    num_rows = sum(open_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)
+                                ).metadata.num_rows for file in files)
+    for facts in map(counted_beside, files):
+        check_seal(facts, way_out(facts), seal=noted_seal(facts))
     counts = layer.counts(output, shard)
     if num_rows != (wanted := read_json(counts, way_out(counts))["documents_in"]):
         raise UserError(f"{layer.rows(output, shard)}: has {num_rows} documents where {counts} says "
@@ -135,7 +138,7 @@ def _write_quarantine(plan: Plan, output: Path) -> None:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
                 for shard in source.shards:
                     file = source.layers[0].broken(output, shard)
-                    whole.writelines(read_lines(file, way_out(file)))
+                    whole.writelines(read_lines(file, way_out(file), seal=noted_seal(file)))
         publish(temporary, output / QUARANTINE)  # without the lists of sources that the file had before
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -157,7 +160,7 @@ def _shared(plan: Plan, number: int) -> list[str]:
 def _pass_times(done: Path) -> Iterator[dict[str, Any]]:
     """Yield what each pass has taken so far."""
     for folder in sorted(done.glob("*")):
-        times = [read_json(mark, way_out(mark)) for mark in sorted(folder.iterdir())
+        times = [read_json(mark, way_out(mark), place_in_run(mark)) for mark in sorted(folder.iterdir())
                  if not mark.name.startswith(".")]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
                "cpu_s": sum(one["cpu_s"] for one in times), "wall_s": sum(one["wall_s"] for one in times)}

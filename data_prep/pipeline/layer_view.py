@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from data_prep.pipeline.counts import noted_seal
 from data_prep.pipeline.layers import Row, groups
 from data_prep.pipeline.plan import Plan, StepPlan
 from data_prep.pipeline.step import Doc, ShardRef
@@ -45,7 +46,7 @@ class LayerView:
         files = [layer.file(self.output, shard.number) for layer in self.plan.source(shard.source).layers
                  if layer.number < self.step.entry.number]
         first = 0
-        for rows in groups(shard.source, files):
+        for rows in groups(shard.source, files, [noted_seal(file) for file in files]):
             yield first, rows
             first += len(rows)
 

@@ -5,6 +5,7 @@ All files of a shard have the same groups of rows, which are held in memory one 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class TableFile:
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
         self._temporary = path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+        self._seal = ""
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):
@@ -64,44 +66,52 @@ class TableFile:
             with disk_errors(self.path):
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
+    def close(self) -> str:
+        """Bring all of it to the disk, still under its temporary name; returns its checksum."""
+        if not self._seal:
+            with disk_errors(self.path):
+                seal_parquet(self._writer)
+                self._writer.close()
+                self._seal = seal_file(self._temporary)
+                fsync_path(self._temporary)
+        return self._seal
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         try:
-            with disk_errors(self.path):
-                try:
-                    seal_parquet(self._writer)
-                    self._writer.close()
-                except OSError:
-                    if kind is None:
-                        raise
-                if kind is None:
-                    seal_file(self._temporary)
-                    fsync_path(self._temporary)
+            if kind is None:
+                self.close()
+                with disk_errors(self.path):
                     os.replace(self._temporary, self.path)
+            else:
+                with contextlib.suppress(OSError):
+                    self._writer.close()
         finally:
             self._temporary.unlink(missing_ok=True)
 
 
-def groups(source: str, files: Sequence[Path]) -> Iterator[list[Row | None]]:
+def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[Row | None]]:
     """Yield the groups of rows of a shard: documents as they are behind the last layer, None where one is
     dropped.
 
     Args:
         source: name of their source.
         files: the base and its layers, in order.
+        seals: checksum of each as the counts beside it say it (`noted_seal`); (): nothing says it.
 
     Raises:
         UserError: a file is missing, damaged, or of another shard.
     """
-    opened = [_opened(file) for file in files]
+    noted: Sequence[str | None] = seals or [None] * len(files)
+    opened = [_opened(file, seal) for file, seal in zip(files, noted, strict=True)]
     for i in range(opened[0].num_row_groups):
         yield _group(source, [_read(file, parquet, i) for file, parquet in zip(files, opened, strict=True)],
                      files)
 
 
-def _opened(file: Path) -> pq.ParquetFile:
+def _opened(file: Path, seal: str | None) -> pq.ParquetFile:
     try:
-        return open_parquet(file, way_out(file), is_required=True)
+        return open_parquet(file, way_out(file), is_required=True, seal=seal)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
                         f"{way_out(file)}") from None

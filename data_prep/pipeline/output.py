@@ -11,11 +11,12 @@ from typing import Any
 
 from data_prep.journey.facts import write_shard_facts
 from data_prep.pipeline.columns import schema
-from data_prep.pipeline.counts import Counts
+from data_prep.pipeline.counts import Counts, noted_seal
 from data_prep.pipeline.layers import BASE_FIRST, GROUP_BYTES, GROUP_ROWS, Row, TableFile, groups
 from data_prep.pipeline.naming import name_of
 from data_prep.pipeline.plan import Layer, Plan, SourcePlan
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import seal_of
 
 MAX_NAMES = 256
 """Sources of the output that one shard may be sorted into; each has a file open."""
@@ -39,13 +40,14 @@ def write_output_shard(plan: Plan, source: SourcePlan, layer: Layer, output: Pat
     try:
         with ExitStack() as stack:
             sorted_rows = _Sorter(plan, temporary, stack)
-            for rows in groups(source.settings.name, files):
+            for rows in groups(source.settings.name, files, [noted_seal(file) for file in files]):
                 for row in filter(None, rows):
                     sorted_rows.add(source.settings.name, row)
                     counts.count(row.id, "", row.text, None)
             sorted_rows.finish()
         for file in sorted(temporary.glob("*.parquet")):
             write_shard_facts(file)
+        counts.seals = {file.name: seal_of(file) for file in temporary.iterdir()}
         yield counts
         os.rename(temporary, folder)
     finally:

@@ -60,7 +60,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
                     "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
             quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
             quarantine.flush()
-            seal_file(temporary)
+            counts.seals = {layer.file(output, shard).name: file.close(), listed.name: seal_file(temporary)}
             os.replace(temporary, listed)
             yield counts
     finally:

@@ -71,6 +71,8 @@ class SourcePlan:
     raw_bytes: int
     layers: tuple[Layer, ...]
     """Parsed documents, the steps that look at this source, the output."""
+    told: tuple[str, ...] = ()
+    """What of its folders is passed over, in sentences."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ class Plan:
                         "pack": None if pack is None else dataclasses.asdict(pack) | {
                             "tokenizer": tree_hash(pack.tokenizer / MANIFEST)}})
 
+    def told(self) -> list[str]:
+        """Return a sentence for each folder of which something is passed over."""
+        return [f"source {source.settings.name}: {sentence}" for source in self.sources
+                for sentence in source.told]
+
     def source(self, name: str) -> SourcePlan:
         """Return a source by name."""
         return next(s for s in self.sources if s.settings.name == name)
@@ -121,12 +128,12 @@ class Plan:
 
     def write(self, file: Path) -> None:
         """Write it where tasks find it."""
-        write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)))
+        write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)), file.name)
 
     @staticmethod
     def read(file: Path) -> Plan:
         """Return what `write` has written."""
-        return TypeAdapter(Plan).validate_json(json.dumps(read_json(file)))
+        return TypeAdapter(Plan).validate_json(json.dumps(read_json(file, of=file.name)))
 
 
 def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
@@ -189,7 +196,8 @@ def _with_output(source: SourcePlan, pipeline: Pipeline, number: int) -> SourceP
 
 def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool) -> SourcePlan:
     """Cut a source into shards."""
-    pieces = reader(source).pieces()
+    read_by = reader(source)
+    pieces = read_by.pieces()
     names = input_names(pieces)
     entries = entries_of([source.file(name) for name in names], known_file(output, source.name), keep=keep)
     marks = {name: entries[str(source.file(name))][:-1] for name in names}
@@ -208,7 +216,7 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     if keep:
         _write_pieces(output / folder / PIECES, groups, marks)
     return SourcePlan(source, shards, len(names), sum(piece.size_bytes for piece in pieces),
-                      (Layer(0, PARSE, folder, reasons),))
+                      (Layer(0, PARSE, folder, reasons),), tuple(read_by.told))
 
 
 def _write_pieces(file: Path, groups: Mapping[int, Sequence[Piece]], marks: Mapping[str, Mark]) -> None:

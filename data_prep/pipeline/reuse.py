@@ -53,7 +53,7 @@ def take_over(plan: Plan, output: Path) -> None:
     for source in plan.sources:
         for layer, keys in zip(source.layers, _keys(source), strict=True):
             if not (output / layer.folder / KEYS).is_file():
-                write_json(output / layer.folder / KEYS, keys)
+                write_json(output / layer.folder / KEYS, keys, Path(layer.folder).name)
 
 
 def _keys(source: SourcePlan) -> Iterator[dict[int, str]]:
@@ -74,7 +74,7 @@ def _others(folder: Path, layer: Layer) -> Iterator[tuple[Path, dict[str, str]]]
         return
     pattern = f"{layer.number:02d}-{layer.kind}-*/{KEYS}"
     for file in sorted(folder.parent.glob(pattern), key=lambda file: -file.stat().st_mtime_ns):
-        if file.parent != folder and (known := try_read_json(file)):  # only a shortcut
+        if file.parent != folder and (known := try_read_json(file, file.parent.name)):  # only a shortcut
             yield file.parent, known
 
 

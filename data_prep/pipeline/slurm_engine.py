@@ -189,6 +189,8 @@ def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str
             print("\n".join([f"{output}: at work in Slurm's jobs {', '.join(living)}",
                              *_progress(plan, output)]))
             return
+        for sentence in plan.told():
+            print(sentence)
         _tell_failures([*READING_STAGES, *(stage.name for stage in stages(plan)), "finish"], output)
         _submit_run(plan, output, profile)
 

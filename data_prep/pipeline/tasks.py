@@ -23,6 +23,7 @@ from data_prep.pipeline.output import write_output_shard
 from data_prep.pipeline.parsing import parse_shard
 from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes
 from data_prep.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
+from data_prep.shard_damage import place_in_run
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import write_json
@@ -133,7 +134,8 @@ def _do(plan: Plan, plan_file: Path, output: Path, stage: Stage, task: Task, mar
         wall, cpu = time.perf_counter(), cpu_seconds()
         _built(plan_file, stage.number, output, started=False).passes()[stage.index].run(view, task[1])
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall})
+        write_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
+                   place_in_run(mark))
         return
     source = plan.source(task[0])
     layer = layer_of(source, stage)
@@ -187,6 +189,7 @@ def _judge_shard(plan: Plan, plan_file: Path, output: Path, stage: Stage, shard:
             except (ValueError, TypeError) as e:
                 raise TypeError(f"step {stage.kind} gives a value that is not of its column's type: "
                                 f"{e}") from e
+        counts.seals = {file.name: layer.close()}
         yield counts
 
 

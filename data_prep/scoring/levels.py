@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Pass, Step, View
-from data_prep.shard_damage import way_out
+from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import check_seal, read_json, sealed, write_json
@@ -104,12 +104,13 @@ class Level(Step):
         np.save(raw, found)
         folder = view.work / "keys"
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / f"{task:06d}.npy", sealed(raw.getvalue()))
-        write_json(folder / f"{task:06d}.json", {"groups": places, "num_without": num_without})
+        keys, beside = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
+        atomic_write(keys, sealed(raw.getvalue(), place_in_run(keys)))
+        write_json(beside, {"groups": places, "num_without": num_without}, place_in_run(beside))
 
     def write_cuts(self, view: View, task: int) -> None:
         """Write the lowest key of each level for each group."""
-        shards = [(file.with_suffix(".npy"), read_json(file, way_out(file)))
+        shards = [(file.with_suffix(".npy"), read_json(file, way_out(file), place_in_run(file)))
                   for file in sorted((view.work / "keys").glob("*.json"))]
         counts: dict[str, int] = {}
         for _, shard in shards:
@@ -126,12 +127,13 @@ class Level(Step):
         record = {"groups": {name: {"judged_as": pool[name], "num_documents": counts[name],
                                     "cuts": cuts[pool[name]]} for name in sorted(counts)},
                   "num_without_score": sum(shard["num_without"] for _, shard in shards)}
-        write_json(view.work / _FILE, record)
+        write_json(view.work / _FILE, record, place_in_run(view.work / _FILE))
         atomic_write(view.work / "report.json", to_json(self._report(record, small)))
 
     def start(self, view: View) -> None:
         """Load the cuts."""
-        groups = read_json(view.work / _FILE, way_out(view.work / _FILE))["groups"]
+        file = view.work / _FILE
+        groups = read_json(file, way_out(file), place_in_run(file))["groups"]
         self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
@@ -201,7 +203,7 @@ def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str]
         tried = {name: found[:, None] | bytes_ for name, found in cuts.items()}
         reached = {name: np.zeros(found.shape, np.int64) for name, found in tried.items()}
         for file, shard in shards:
-            check_seal(file, way_out(file))
+            check_seal(file, way_out(file), place_in_run(file))
             keys = np.load(file, mmap_mode="r" if shard["groups"] else None)
             for name, (start, stop) in shard["groups"].items():
                 below = np.searchsorted(keys[start:stop], tried[pool[name]], "left")

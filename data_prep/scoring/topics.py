@@ -20,7 +20,7 @@ from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from data_prep.scoring.topic_model import TopicModel, find_topics
 from data_prep.scoring.topic_words import top_words
-from data_prep.shard_damage import way_out
+from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import read_json, read_sealed, sealed, write_json
@@ -84,7 +84,8 @@ class Topics(Step):
                 taken = sorted(taken)[:wanted]
         folder = view.work / "sample"
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{task:06d}.json", sorted(taken)[:wanted])
+        file = folder / f"{task:06d}.json"
+        write_json(file, sorted(taken)[:wanted], place_in_run(file))
 
     def fit(self, view: View, task: int) -> None:
         """Find topics in the samples of all shards.
@@ -94,7 +95,7 @@ class Topics(Step):
         """
         taken: list[tuple[str, str]] = []
         for file in sorted((view.work / "sample").glob("*.json")):
-            taken += [(key, text) for key, text in read_json(file, way_out(file))]
+            taken += [(key, text) for key, text in read_json(file, way_out(file), place_in_run(file))]
             taken = sorted(taken)[: self.settings.sample]
         texts = [text for _, text in taken]
         if len(texts) < self.settings.num_clusters:
@@ -104,14 +105,14 @@ class Topics(Step):
         words = top_words(texts, places, self.settings.num_clusters, self._ngrams)
         sizes = np.bincount(places[places >= 0], minlength=self.settings.num_clusters).tolist()
         topics = [{"topic": _name(i), "num_sampled": size, "words": words[i]} for i, size in enumerate(sizes)]
-        atomic_write(view.work / _MODEL, sealed(model.to_bytes()))
+        atomic_write(view.work / _MODEL, sealed(model.to_bytes(), place_in_run(view.work / _MODEL)))
         atomic_write(view.work / _TOPICS, to_json({"num_sampled": len(texts), "topics": topics}))
         atomic_write(view.work / "report.json", to_json(_report(topics, len(texts))))
 
     def start(self, view: View) -> None:
         """Load the topics."""
         file = view.work / _MODEL
-        self._model = TopicModel.from_bytes(read_sealed(file, way_out(file)))
+        self._model = TopicModel.from_bytes(read_sealed(file, way_out(file), place_in_run(file)))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
         """Return the topic of each document; null for one without words."""

@@ -33,7 +33,7 @@ class AutoReader(FileReader):
         named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
         found: list[Piece] = []
         left_out: list[Piece] = []
-        names = list(source_files(self.source, lambda name: True, left_out))
+        names = list(source_files(self.source, lambda name: True, left_out, self.told.append))
         is_dataset = any(map(is_records, names))
         for name in names:
             is_named = os.fspath(self.source.file(name)) in named

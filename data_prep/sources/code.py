@@ -55,7 +55,7 @@ class CodeReader(FileReader):
         """Return the files, in order, each with the licences of the folders that it stands in."""
         self._licences: dict[str, tuple[str, ...]] = {}
         left_out: list[Piece] = []
-        names = source_files(self.source, self.takes, left_out)
+        names = source_files(self.source, self.takes, left_out, self.told.append)
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[Piece]:

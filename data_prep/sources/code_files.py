@@ -61,7 +61,7 @@ def unwanted(name: str, text: str) -> tuple[str, str]:
     it was."""
     if _generated_names().search(f"/{name}"):
         return "generated", "is generated, by its name"
-    lines = text.splitlines()
+    lines = text.split("\n")
     if found := _GENERATED.search("\n".join(lines[:HEAD_LINES])):
         return "generated", f"is generated: it says {found[0]!r}"
     longest, mean = max(map(len, lines), default=0), len(text) // max(len(lines), 1)

@@ -68,6 +68,6 @@ def licence_of_text(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Return a licence's text without lines of copyright and white space."""
-    lines = (line for line in text.strip().splitlines()
+    lines = (line for line in text.strip().split("\n")
              if not re.match(r"\s*copyright\b.*\d{4}|\s*copyright \(c\)", line, re.IGNORECASE))
     return " ".join(" ".join(lines).lower().split())

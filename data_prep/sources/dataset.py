@@ -58,7 +58,8 @@ class DatasetReader(FileReader):
         """
         found = []
         left_out: list[Piece] = []
-        names = [name for name in source_files(self.source, self.takes, left_out) if self._is_wanted(name)]
+        names = [name for name in source_files(self.source, self.takes, left_out, self.told.append)
+                 if self._is_wanted(name)]
         if not names:
             raise UserError(f"source {self.source.name}: no name of a data file says that it is of config = "
                             f"{self.options.config!r} and split = {self.options.split!r}; name others, or "

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.sources.source import PASSED_OVER, Piece, SourceSettings
-from megatron_sov.documents.files import walk_files
+from megatron_sov.documents.files import is_hidden, passed_over, walk_files
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 
 
-def source_files(source: SourceSettings, wanted: Callable[[str], bool],
-                 left_out: list[Piece] | None = None) -> list[str]:
+def source_files(source: SourceSettings, wanted: Callable[[str], bool], left_out: list[Piece] | None = None,
+                 tell: Callable[[str], object] = lambda sentence: None) -> list[str]:
     """Return the names of a source's files, sorted, each once.
 
     A file that the settings name is read whatever it is called.  Of a folder those that are `wanted` (by
@@ -23,7 +23,9 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
     Args:
         source: the source.
         wanted: tells by its name whether a file is.
-        left_out: receives a piece for everything that the walk leaves out, sorted; it holds nothing to read.
+        left_out: receives a piece for everything that the walk leaves out and that is not hidden, sorted; it
+            holds nothing to read.
+        tell: is given a sentence on what is hidden or not wanted in each folder.
 
     Raises:
         UserError: a folder cannot be listed, or there is no such file.
@@ -34,8 +36,13 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
     for path in source.path:
         given = Path(os.path.abspath(source.folder / path))
         if given.is_dir():
-            names.update(_name(Path(file), root) for file in walk_files(given, without)
-                         if wanted(os.path.basename(file)))
+            found: list[Path] = []
+            walked = list(map(Path, walk_files(given, found)))
+            names.update(_name(file, root) for file in walked if wanted(file.name))
+            without += [one for one in found if not is_hidden(one.name)]
+            if sentence := passed_over([_name(file, root) for file in walked if not wanted(file.name)],
+                                       [_name(one, root) for one in found if is_hidden(one.name)]):
+                tell(visible(f"{path}: {sentence}"))
         elif given.is_file():
             names.add(_name(given, root))
         else:

@@ -70,7 +70,8 @@ class ParallelReader(FileReader):
         """
         languages = self.options.languages
         left_out: list[Piece] = []
-        return [self._piece(name, languages) for name in source_files(self.source, self._takes, left_out)
+        names = source_files(self.source, self._takes, left_out, self.told.append)
+        return [self._piece(name, languages) for name in names
                 if not (languages and _ending(name) == languages[1])] + left_out
 
     def _takes(self, name: str) -> bool:

@@ -32,6 +32,7 @@ class FileReader:
         # processes that only read start without pydantic
         given = source.options
         self.options: Any = read(self.Options, given, "options") if given else self.Options()
+        self.told: list[str] = []
 
     @classmethod
     def takes(cls, name: str) -> bool:
@@ -44,7 +45,7 @@ class FileReader:
     def pieces(self) -> list[Piece]:
         """Return the parts of the source, in order."""
         left_out: list[Piece] = []
-        names = source_files(self.source, self.takes, left_out)
+        names = source_files(self.source, self.takes, left_out, self.told.append)
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[Piece]:

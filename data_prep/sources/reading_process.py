@@ -27,7 +27,7 @@ from megatron_sov.rewards.sandbox.reading import module_path, start_reader
 START_LIMIT_S = 120.0
 CLOCK_FACTOR = 10.0
 """Times on the clock for the processor time that a document may take: processes share a machine."""
-END_LIMIT_S = 10.0
+END_LIMIT_S = 120.0
 """For the kernel to say how a process has ended."""
 FILES_EACH = 2000
 """Files that one process reads: what parsers leak stays small."""

@@ -128,6 +128,9 @@ class Broken:
 class Reader(Protocol):
     """Reads the sources of one format."""
 
+    told: list[str]
+    """What `pieces` passed over, in sentences."""
+
     def __init__(self, source: SourceSettings) -> None:
         """Take a source without problems."""
 

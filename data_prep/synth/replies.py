@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.synth.generator import Reply
-from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, plain_form
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
 from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.documents.messages import BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
@@ -75,10 +75,10 @@ def _split(content: str) -> tuple[str, str]:
     begins = text.startswith(BEGIN_THOUGHTS)
     before, end, behind = text.partition(END_THOUGHTS)
     if end and (begins or BEGIN_THOUGHTS not in before):
-        return behind.strip(), before.removeprefix(BEGIN_THOUGHTS).strip()
+        return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
     if begins:
-        return "", text.removeprefix(BEGIN_THOUGHTS).strip()
-    return text, ""
+        return "", as_written(text.removeprefix(BEGIN_THOUGHTS)).strip()
+    return as_written(text), ""
 
 
 def _call(said: Any) -> dict[str, Any]:

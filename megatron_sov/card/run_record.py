@@ -137,8 +137,7 @@ def read_run_record(path: Path, name: str, flops_per_token: Callable[[RunConfig,
         UserError: it is no run folder, or a file of it is damaged.
     """
     folder = RunFolder(path)
-    if (path / CONFIG).is_file():
-        refuse_no_run(path)
+    refuse_no_run(path)
     config = folder.config()
     if config is None:
         raise UserError(f"{path}: holds no {CONFIG}, so it is no run folder; pass the folder given to --run")

@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE, kinds_of_turn
 from megatron_sov.chat.marks import BEGINS_OF_THOUGHTS
 from megatron_sov.chat.segments import Segments, around_contents, around_turns
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.documents import BadRecord, Conversation, Message
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools),
@@ -105,6 +106,8 @@ class ChatEncoder:
                 faster than the tokenizer itself.
             meant: special tokens that contents may spell and then mean; None: none.
         """
+        from tokenizers import Tokenizer
+
         self._meant = meant
         self._template, self._with_special = template, tokenizer
         self._plain = Tokenizer.from_str(tokenizer.to_str())
@@ -208,6 +211,10 @@ class ChatEncoder:
     def opens_thoughts(self, asked: Sequence[int]) -> bool:
         """Return whether what a model is asked with ends in the beginning of its thoughts."""
         return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGINS_OF_THOUGHTS)
+
+    def added_ids(self) -> dict[str, int]:
+        """Return the ids of added tokens, special or not, by how they are spelled."""
+        return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
     def special_texts(self) -> tuple[str, ...]:
         """Return how the special tokens are spelled."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.chat.encode import ChatEncoder, Meant
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER_JSON, CONFIG_JSON, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_JSON = "special_tokens_map.json"
@@ -25,6 +26,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: it cannot be read.
     """
+    from tokenizers import Tokenizer
+
     try:
         return Tokenizer.from_file(str(folder / TOKENIZER_JSON))
     except Exception as e:  # the binding raises a bare Exception
@@ -42,6 +45,8 @@ def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder |
     Raises:
         UserError: a file cannot be read, or the template is no Jinja.
     """
+    from tokenizers import Tokenizer
+
     tokenizer_file = folder / TOKENIZER_JSON
     if not tokenizer_file.is_file():
         return None

@@ -5,13 +5,16 @@ The form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>`
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.  Others are those of published templates, as vLLM
 and llama.cpp read them: Solar Open, gpt-oss, DeepSeek, Kimi K2.  Qwen3-Coder's and GLM-4.5's calls do not say
 what is a number and what a text, and Llama 3's have no mark: they are not read.
+
+A mark that a model only quotes is text.  A decoder knows it by its tokens and writes a word joiner (U+2060)
+behind its first character, so that no reader takes it for a mark; `as_written` takes the joiner away again.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,40 @@ _GPT_OSS = ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>
 _DEEPSEEK = tuple(f"<｜tool▁{name}｜>" for name in (
     "calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
 _KIMI = tuple(f"<|tool_{name}|>" for name in (
-    "calls_section_begin", "call_begin", "call_argument_begin", "call_end", "calls_section_end"))
+    "calls_section_begin", "call_begin", "call_argument_begin", "call_end", "call_section_begin",
+    "call_section_end", "calls_section_end"))
 FAMILIES = (_HERMES, _SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI)
 """Marks of each, the first of which no other family has."""
 MARKS = tuple(dict.fromkeys(mark for family in FAMILIES for mark in family))
 BEGINS_OF_THOUGHTS = (BEGIN_THOUGHTS, "<|think|>")
 """With which a template may open them."""
+
+_JOINER = "\u2060"
+
+
+def _quoting(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[str]:
+    """Return what finds marks, quoted ones too: a quote of a quote is another text than a quote."""
+    return re.compile(f"<(?={more}(?:{'|'.join(re.escape(mark[1:]) for mark in marks)}))")
+
+
+_ALL_MARKS = _quoting(MARKS)
+_QUOTED = re.compile(_ALL_MARKS.pattern.replace("(?=", f"{_JOINER}(?=", 1))
+
+
+def quoted(text: str, marks: re.Pattern[str] = _ALL_MARKS) -> str:
+    """Return a text whose marks are no marks; `as_written` gives it back."""
+    return marks.sub(f"<{_JOINER}", text)
+
+
+def as_written(text: str) -> str:
+    """Return a text with the marks that it quotes as the model wrote them."""
+    return _QUOTED.sub("<", text) if _JOINER in text else text
+
+
+def behind_thoughts(text: str) -> str:
+    """Return what a response in the one form says behind its thoughts, as the model wrote it."""
+    return as_written(text.rpartition(END_THOUGHTS)[2])
+
 
 _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
     (r"<\|tool_call:begin\|>[^<]*<\|tool_call:name\|>(?P<name>[^<]*)<\|tool_call:args\|>",
@@ -51,15 +82,25 @@ _FRAMES = re.compile(
     r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
     r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\w*)?<\|message\|>"
     r"|<\|start\|>\w*"
-    r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls_section_(?:begin|end)\|>")
-_OWN = re.compile("|".join(re.escape(mark) for mark in (
-    "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|channel|>", *_DEEPSEEK[:2],
-    *_KIMI[:2])))
+    r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
+_FIRST = re.compile("|".join(re.escape(mark) for mark in (
+    BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|channel|>",
+    *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>")))
+_SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
+"""What opens calls."""
+_TEXT_IN = {mark: _quoting([other for other in MARKS if other not in family and other not in thoughts], "")
+            for family, thoughts in ((_SOLAR, ()), (_GPT_OSS, ()), (_DEEPSEEK, _HERMES[:2]),
+                                     (_KIMI, _HERMES[:2]))
+            for mark in family}
+"""Mark -> what is text in a turn of its form: the marks of other families; DeepSeek and Kimi write thoughts
+as Hermes does."""
+_FOREIGN = _quoting([mark for mark in MARKS if mark not in _HERMES], "")
 
 
 def plain_form(text: str, *, in_thoughts: bool = False) -> str:
     """Return a model's turn with its thoughts and calls in Hermes' form; a text without another family's
-    marks stays as it is.  What is no whole call stays none.
+    marks stays as it is.  What is no whole call stays none, and marks of Hermes' form in another family's
+    turn are text.
 
     Args:
         text: of the turn, special tokens of `MARKS` spelled out.
@@ -67,14 +108,19 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
     """
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
-    if not _OWN.search(text):
-        return text
-    spans: list[str] = []
     place = 0
+    if text.lstrip().startswith(BEGIN_THOUGHTS) or (in_thoughts and not text.startswith("<|think|>")):
+        place = text.find(END_THOUGHTS)
+        place = len(text) if place < 0 else place + len(END_THOUGHTS)
+    first = _FIRST.search(text, place)
+    if first is None or first[0] == BEGIN_CALL:  # a turn has the form of its first mark
+        return text
+    text = text[:place] + quoted(text[place:], _TEXT_IN[first[0]])
+    spans = [text[:place]]
     for thoughts in _in_order(_THOUGHTS, text):
         if thoughts.start() < place:
             continue
-        spans += [_said(text[place:thoughts.start()]), BEGIN_THOUGHTS, thoughts[1],
+        spans += [_said(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
         place = thoughts.end()
     return "".join([*spans, _said(text[place:])])
@@ -96,6 +142,7 @@ def _said(text: str) -> str:
         is_whole = stop >= 0 or end == "<|call|>"  # which is the end of the turn, and not in its text
         inside = text[match.end():stop if stop >= 0 else len(text)].strip().removesuffix("```").strip()
         name = json.dumps(match["name"].strip(), ensure_ascii=False)
+        inside = quoted(inside, _FOREIGN)
         found += [_without_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
                   f"{inside}}}{END_CALL}" if is_whole else inside]
         place = stop + len(end) if stop >= 0 else len(text)
@@ -105,7 +152,7 @@ def _said(text: str) -> str:
 def _without_frames(text: str) -> str:
     for mark in _BROKEN:  # begins as a call and is none
         text = text.replace(mark, BEGIN_CALL)
-    return _FRAMES.sub("", text)
+    return quoted(_FRAMES.sub("", text), _FOREIGN)
 
 
 def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[list[int]], str]
@@ -116,21 +163,45 @@ def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[lis
     Args:
         tokenizer: file tokenizer.json.
         end_ids: tokens that end a response; the last one is left out of the text.
-        plain: decodes without any special token: what is used where no mark is one.
+        plain: decodes without any special token.
     """
-    from tokenizers import Tokenizer
-
     spelled: dict[str, Any] = json.loads(tokenizer.read_text(encoding="utf-8"))
-    added = {token["content"]: token for token in spelled.get("added_tokens", [])}
-    shown = {mark for family in FAMILIES if family[0] in added for mark in family}
-    if not any(added[mark]["special"] for mark in shown & added.keys()):
-        return plain
-    for mark in shown & added.keys():
-        added[mark]["special"] = False
-    with_marks, ends = Tokenizer.from_str(json.dumps(spelled)), frozenset(end_ids)
+    ids = {str(token["content"]): int(token["id"]) for token in spelled.get("added_tokens", [])}
+    return marks_decoder(ids, end_ids, plain)
+
+
+def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str]
+                  ) -> Callable[[list[int]], str]:
+    """Return what makes a turn's text of its tokens, in which a mark that is written in ordinary tokens is
+    quoted wherever the tokenizer has tokens for such marks.
+
+    Args:
+        added: the tokenizer's added tokens, special or not -> id.
+        end_ids: tokens that end a turn; the last one is left out of the text.
+        plain: decodes tokens that are no marks.
+    """
+    has = [family for family in FAMILIES if family[0] in added or family[-1] in added]
+    shown = {added[mark]: mark for family in has for mark in family if mark in added}
+    text_marks = set(MARKS) - set(_HERMES)
+    if BEGIN_CALL in added or any(family is not _HERMES for family in has):
+        text_marks |= set(_HERMES[2:])
+    if BEGIN_THOUGHTS in added or _SOLAR in has or _GPT_OSS in has:
+        text_marks |= set(_HERMES[:2])
+    quotable, ends = _quoting([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)
+    # in the section of calls that a token opens, the marks of its family that have no token are in text
+    own = {mark for family in has for mark in family if mark not in added}
+    in_calls = _quoting([mark for mark in MARKS if mark in text_marks - own])
 
     def decode(tokens: list[int]) -> str:
-        whole = tokens[:-1] if tokens and tokens[-1] in ends else tokens
-        return str(with_marks.decode(list(whole), skip_special_tokens=True))
+        whole = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
+        parts, start, marks = [], 0, quotable
+        for place in [*(n for n, id_ in enumerate(whole) if id_ in shown), len(whole)]:
+            if place > start:
+                parts.append(quoted(plain(whole[start:place]), marks))
+            if place < len(whole):
+                parts.append(shown[whole[place]])
+                marks = in_calls if parts[-1] in _SECTIONS else quotable
+            start = place + 1
+        return "".join(parts)
 
     return decode

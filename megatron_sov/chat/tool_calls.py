@@ -12,7 +12,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, plain_form
+from megatron_sov.chat.marks import (
+    BEGIN_CALL,
+    BEGIN_THOUGHTS,
+    END_CALL,
+    END_THOUGHTS,
+    as_written,
+    plain_form,
+)
 from megatron_sov.documents.messages import BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
 
@@ -78,7 +85,7 @@ def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:
         else:
             place = _behind_thoughts(text, mark.end())
     said.append(text[place:])
-    return WrittenTurn("".join(said).strip(), tuple(calls))
+    return WrittenTurn(as_written("".join(said)).strip(), tuple(calls))
 
 
 def _first_place(text: str, in_thoughts: bool) -> int:
@@ -106,6 +113,8 @@ def _call(text: str, start: int, last_end: int) -> tuple[ToolCall | BadCall, int
         start += 1
     try:
         value, end = _value(text, start)
+        if (inside := as_written(text[start:end])) != text[start:end]:
+            value, _ = _value(inside, 0)
         refuse_deep(value)  # what is made of it goes through functions that call themselves more than JSON's
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError, BadRecord) as e:

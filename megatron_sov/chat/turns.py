@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_sov.chat.encode import CALL, CALL_PROBE, TYPE_RESPONSE, ChatEncoder, EncodedChat
+from megatron_sov.chat.marks import marks_decoder
 from megatron_sov.chat.tool_calls import ToolCall, parse_turn
 from megatron_sov.documents import BadRecord, Conversation, Message
 from megatron_sov.errors import UserError
@@ -42,6 +43,7 @@ class TurnEncoder:
         if not self.end_ids:
             raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
                             f"where a turn ends; {_REMEDY}")
+        self._text = marks_decoder(encoder.added_ids(), self.end_ids, encoder.decode)
         self.behind_turn(["c"])
         self._refuse_unread_calls()
 
@@ -111,8 +113,7 @@ class TurnEncoder:
 
     def text(self, written: Sequence[int]) -> str:
         """Return what a model wrote, without the token that ends its turn."""
-        has_end = bool(written) and written[-1] in self.end_ids
-        return self._encoder.decode(written[:-1] if has_end else written)
+        return self._text(list(written))
 
     def encode(self, text: str) -> list[int]:
         """Return a text as a turn of a model, with the token that ends it."""

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
     """Raise `UserError` where pairs of a response and a mismatched one would be learned as preferences."""
-    from megatron_sov.post.unpaired import DESIRABLE
+    from megatron_sov.documents.records import DESIRABLE
 
     method = config.preference.method
     for source in sources:

@@ -22,11 +22,13 @@ from megatron_sov.rewards.registry import make, order
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
-from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
+from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done, keep_result
 from megatron_sov.settings import parse_nested
 from megatron_sov.train.stage_config import stage_request
 
 NEEDED = ("prompts", "reward", "tokenizer")
+LINES = ".jsonl"
+"""Results that have no manifest."""
 FRAMED = ("tools", "chat_template_kwargs")
 """Fields of a prompt with which `sov-data pack` would frame answers otherwise than they were asked for."""
 
@@ -85,12 +87,17 @@ def run_rounds(args: argparse.Namespace) -> int:
     config, reward_version = _checked(args)
     _enter(args, reward_version)
     for number in range(1, args.rounds + 1):
+        read = None
         for job in jobs_of(args, config, number):
-            if is_done(job.result):
-                continue
-            print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
-            if (code := run_command(job.argv, "continue with --resume")) != ExitCode.OK:
-                return code
+            if not is_done(job.result):
+                if read is not None:
+                    keep_result(read, is_new=False)
+                print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
+                if (code := run_command(job.argv, "continue with --resume")) != ExitCode.OK:
+                    return code
+                if job.result.suffix == LINES:
+                    keep_result(job.result, is_new=True)
+            read = job.result if job.result.suffix == LINES else None
     print(f"{args.run}: has done its {args.rounds} rounds")
     return ExitCode.OK
 

@@ -40,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if args.compare and not 2 <= len(args.runs) <= MAX_COMPARED:
         raise UserError(f"--compare: needs 2 to {MAX_COMPARED} runs, and there are {len(args.runs)}; name "
                         "the one to compare with first")
+    found = [path.resolve() for path in args.runs]
+    if twice := [path for path in args.runs if found.count(path.resolve()) > 1]:
+        raise UserError(f"{twice[0]}: is named twice, and its tokens would count twice; name each run once")
     from megatron_sov.report.run_data import read_run
 
     out: Path = args.out or args.runs[-1] / ("compare.html" if args.compare else "report.html")

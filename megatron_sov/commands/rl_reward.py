@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sov.commands.rounds_option import add_rounds_argument, rounds_between
 from megatron_sov.config.rollout import RolloutConfig
@@ -24,7 +25,9 @@ from megatron_sov.post.rl.reward import (
 from megatron_sov.rewards.registry import BUILT_IN
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.claims import Claims
-from megatron_sov.rollouts.store import Store
+
+if TYPE_CHECKING:
+    from megatron_sov.rollouts.store import Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +83,8 @@ def opened_store(path: Path, wait_s: float) -> Store:
         UserError: there is none, or something else has its place.
         StopRequested: none has come.
     """
+    from megatron_sov.rollouts.store import Store
+
     ends_s = time.monotonic() + wait_s
     while not path.exists() and time.monotonic() < ends_s:  # it appears by a rename
         time.sleep(min(1.0, wait_s))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pydantic import ConfigDict
-
 
 @dataclass(frozen=True)
 class IdBlock:
     """The ids of one codebook: token `i` of it is id `first + i`."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}
     first: int
     """Id of its token 0."""
     size: int

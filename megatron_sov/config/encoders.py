@@ -7,9 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import ConfigDict
-
-STRICT = ConfigDict(extra="forbid")
+STRICT = {"extra": "forbid"}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels of CLIP's pictures, by which Qwen2.5-VL's are normalised as well."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from pydantic import ConfigDict
-
 MAX_WIDTH = 1_000_000
 
 
@@ -14,7 +12,7 @@ class LatentAttentionConfig:
     """Sizes of latent attention: keys and values of all heads are made of one narrow vector, beside which
     a key that all heads share carries the position."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}
     kv_lora_rank: int
     """Width of the vector that keys and values are made of."""
     qk_nope_head_dim: int

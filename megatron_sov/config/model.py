@@ -6,14 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from megatron_sov.config.blocks import IdBlock, block_problems
 from megatron_sov.config.bounds import MAX_LAYERS, MAX_SEQ_LEN, above
 from megatron_sov.config.encoders import AudioEncoderConfig, VisionEncoderConfig, both_problems
 from megatron_sov.config.latent import LatentAttentionConfig
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = {"extra": "forbid"}
 MAX_EXPERTS = 1_000_000
 """Experts of all layers: each has tensors of its own under Hugging Face names."""
 

@@ -114,10 +114,13 @@ def data_paths(data: list[str]) -> dict[str, float]:
         path, weight = weighted_path(argument, f"--data {argument}")
         if not 0 <= weight < math.inf:
             raise UserError(f"--data {argument}: the weight must be a number that is not negative")
+        if not path:
+            raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         if not Path(path).is_dir():
+            named = " as DIR or DIR:WEIGHT; its sources have the names that pack gave them" * ("=" in path)
             raise UserError(f"--data {path}: "
                             f"{'is not a folder' if Path(path).exists() else 'does not exist'}; "
-                            "pass a folder made by `sov-data pack`")
+                            f"pass a folder made by `sov-data pack`{named}")
         if path in paths:
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
         paths[path] = weight

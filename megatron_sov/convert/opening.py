@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST
 from megatron_sov.convert.adapted_weights import checkpoint_weights
 from megatron_sov.convert.sources import HfWeights, Weights, newest_of_run
-from megatron_sov.errors import UserError
 from megatron_sov.pretrained import CONFIG
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import HF_MODEL, KIND, RUN, refuse_missing, refuse_other_kind
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -22,9 +20,7 @@ def open_weights(path: str | Path) -> Weights:
     """
     refuse_missing(Path(path))
     path = newest_of_run(Path(path))
+    refuse_other_kind(path, (RUN, KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
     if (path / CONFIG).is_file():
         return HfWeights(path)
-    if (path / MANIFEST).is_file():
-        return checkpoint_weights(path)
-    raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); "
-                    "pass one of the two")
+    return checkpoint_weights(path)

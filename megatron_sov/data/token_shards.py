@@ -330,11 +330,13 @@ def open_sources(paths: dict[str, float], vocab_size: int,
                             f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with "
                             "another tokenizer")
         sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight, formats)
-    names = [s.name for s in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"source {name!r}: occurs in several --data folders; "
-                            "give each a name of its own (--input NAME=PATH)")
+    folder_of: dict[str, str] = {}
+    for path, manifest in manifests.items():
+        for name in (source["name"] for source in manifest.content["sources"]):
+            if name in folder_of:
+                raise UserError(f"source {name!r}: is in --data {folder_of[name]} and in {path}; pack one of "
+                                "them under another name (sov-data pack --input NAME=PATH)")
+            folder_of[name] = path
     return sources
 
 

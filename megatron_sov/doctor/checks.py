@@ -35,7 +35,7 @@ MIN_FREE_MEMORY_BYTES = 4 * 10**9
 REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic",
                      "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
                      "numba")
-OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout", "math-verify": "rl",
+OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "vllm": "rollout", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow"}
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
@@ -44,7 +44,7 @@ counts."""
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "programs are kept to their folder and away from the network by Landlock and a "
                            "filter of system calls; namespaces, which hold better, are not allowed"}
-_COMMAND_TIMEOUT_S = 10
+_COMMAND_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)

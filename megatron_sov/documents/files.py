@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -18,6 +18,7 @@ from megatron_sov import sealed
 from megatron_sov.documents.cutting import cut_position
 from megatron_sov.documents.records import BadRecord
 from megatron_sov.documents.synthesis import KEPT, is_synthesis
+from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 
 WHOLE_FILE_BYTES = 1_000_000
@@ -57,6 +58,7 @@ _ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|chang
                     r"([-_.].*)?", re.IGNORECASE)
 """Names of files that say something of a dataset and are no part of it."""
 _MOST_TOLD = 4
+_MOST_ENDINGS = 8
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -105,14 +107,19 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = (f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
-                f"--repo-type dataset --local-dir {path.name}" if _HUB_ID.fullmatch(str(path)) else "")
+        is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
+        hint = "" if is_file or not _HUB_ID.fullmatch(str(path)) else (
+            f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
+            f"--repo-type dataset --local-dir {path.name}")
         raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                         f"file, or a folder of them{hint}")
     left_out: list[Path] = []
     names = {file: file.relative_to(path).as_posix() for file in map(Path, walk_files(path, left_out))}
-    if left_out := [one for one in left_out if one.is_dir() or _is_text(one.name) or is_records(one.name)]:
-        tell(f"{path}: {len(left_out):,} left out; the first: {left_out[0]} {why_left_out(left_out[0])}")
+    hidden = [one.relative_to(path).as_posix() for one in left_out if is_hidden(one.name)]
+    if left_out := [one for one in left_out if not is_hidden(one.name)
+                    and (one.is_dir() or _is_text(one.name) or is_records(one.name))]:
+        tell(visible(f"{path}: {len(left_out):,} left out; the first: {left_out[0]} "
+                     f"{why_left_out(left_out[0])}"))
     texts, records, lists = ([file for file, name in names.items() if is_one(name)]
                              for is_one in (_is_text, is_records, _is_json))
     about = [file for file in texts if is_about(names[file])]
@@ -127,10 +134,23 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
         raise UserError(f"{path}: holds no text file and no records (endings such as .txt, .md, .py, "
                         ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
     kept = sorted(found, key=lambda p: p.relative_to(path).parts)
-    if sentence := _passed_over(path, [name for file, name in names.items() if file not in found],
-                                [names[file] for file in kept], bool(records)):
-        tell(sentence)
+    sentences = [passed_over([name for file, name in names.items() if file not in found], hidden),
+                 *(_of_a_dataset([names[file] for file in kept]) if records else ())]
+    if sentence := "; ".join(filter(None, sentences)):
+        tell(visible(f"{path}: {sentence}"))
     return kept
+
+
+def refuse_tables(path: Path, option: str) -> None:
+    """Refuse a table, or a folder, where JSON lines are read.
+
+    Raises:
+        UserError: it is one.
+    """
+    if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, ".csv", ".tsv"}:
+        form = "a folder" if path.is_dir() else f"a table ({path.suffix})"
+        raise UserError(f"{option} {path}: is {form}, and JSON lines are read; write its rows into a .jsonl "
+                        "file, e.g. with to_json of `datasets`")
 
 
 def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
@@ -142,7 +162,8 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
 
     Args:
         folder: the folder.
-        left_out: receives what a name stands for and cannot be read; `why_left_out` says why.
+        left_out: receives what is hidden (`is_hidden`), and what a name stands for and cannot be read
+            (`why_left_out`).
 
     Raises:
         UserError: a folder cannot be listed.
@@ -163,11 +184,12 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
                     folders[:] = []
                     continue
                 seen.add(real)
-                folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in VERSION_CONTROL)
                 if is_synthesis(files):
                     folders[:], files = [], [KEPT]
+                left_out += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
+                folders[:] = sorted(f for f in folders if not is_hidden(f))
                 links += [path for f in folders if os.path.islink(path := os.path.join(where, f))]
-                for path in (os.path.join(where, file) for file in sorted(files) if not file.startswith(".")):
+                for path in (os.path.join(where, file) for file in sorted(files) if not is_hidden(file)):
                     if os.path.isfile(path):
                         yield path
                     else:
@@ -175,8 +197,13 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
         waiting = links
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is passed over for its name."""
+    return name.startswith(".") or name in VERSION_CONTROL
+
+
 def why_left_out(path: Path) -> str:
-    """Return why `walk_files` leaves something out."""
+    """Return why `walk_files` leaves something out that is not hidden."""
     if path.is_dir():
         return "leads to a folder that is read under another name, or that holds this one"
     return "is a link that leads to nothing" if not path.exists() else "is no ordinary file"
@@ -216,24 +243,37 @@ def _ending(name: str) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
 
 
-def _passed_over(folder: Path, others: list[str], kept: list[str], is_dataset: bool) -> str:
-    """Return a sentence on the files of a folder that are not read, and on those of a dataset that may not
-    be meant."""
-    sentence = ""
-    if others:
-        endings = Counter(Path(name).suffix.lower() or "no ending" for name in others)
-        which = ", ".join(sorted(others) if len(others) <= _MOST_TOLD else (
-            f"{count:,} {ending}" for ending, count in endings.most_common()))
-        sentence = f"{folder}: passed over {len(others):,} files ({which})"
-    if is_dataset and (plain := [name for name in kept if _is_text(name)]):
-        sentence += (f"{'; ' if sentence else f'{folder}: '}beside records it reads {len(plain):,} files of "
-                     f"plain text ({', '.join(plain[:_MOST_TOLD])}{', ...' * (len(plain) > _MOST_TOLD)}) as "
-                     "documents; pass the files of records to leave them out")
+def passed_over(others: Sequence[str], hidden: Sequence[str]) -> str:
+    """Return, in words, what of a folder is not read; "" where all of it is.
+
+    Args:
+        others: names of the files that are not read.
+        hidden: names of hidden files and folders.
+    """
+    if len(others) <= _MOST_TOLD:
+        which = sorted(others)
+    else:
+        endings = Counter(Path(name).suffix.lower() or "no ending" for name in others).most_common()
+        rest = sum(count for _, count in endings[_MOST_ENDINGS:])
+        which = [f"{count:,} {ending}" for ending, count in endings[:_MOST_ENDINGS]]
+        which += [f"{rest:,} others"] if rest else []
+    first = [*sorted(hidden)[:_MOST_TOLD], *(["..."] if len(hidden) > _MOST_TOLD else [])]
+    what = "file" if len(others) == 1 else "files"
+    parts = [f"{len(all_):,} {what} ({', '.join(told)})"
+             for all_, what, told in ((others, what, which), (hidden, "hidden", first)) if all_]
+    return f"passed over {' and '.join(parts)}" if parts else ""
+
+
+def _of_a_dataset(kept: list[str]) -> Iterator[str]:
+    """Yield what a dataset has that may not be meant, in words."""
+    if plain := [name for name in kept if _is_text(name)]:
+        yield (f"beside records it reads {len(plain):,} files of plain text ({', '.join(plain[:_MOST_TOLD])}"
+               f"{', ...' * (len(plain) > _MOST_TOLD)}) as documents; pass the files of records to leave "
+               "them out")
     splits = [split for split, words in SPLITS.items() if any(has_word(name, words) for name in kept)]
-    if is_dataset and len(splits) > 1:
-        sentence += (f"{'; ' if sentence else f'{folder}: '}it reads the splits {', '.join(splits)} as one "
-                     "source; pass the files of one split to keep the others out")
-    return sentence
+    if len(splits) > 1:
+        yield (f"it reads the splits {', '.join(splits)} as one source; pass the files of one split to keep "
+               "the others out")
 
 
 def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[tuple[Span, ...]]:

@@ -136,10 +136,22 @@ def read_sharegpt(turns: Any, name: str) -> Messages:
     Raises:
         BadRecord: as `read_messages`.
     """
+    return read_messages(sharegpt_messages(turns, name), name)
+
+
+def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
+    """Return such turns as objects with `role` and `content`; those that are spelled so stay as they are.
+
+    Raises:
+        BadRecord: they are no list, or a turn is from nobody who is known.
+    """
     if not isinstance(turns, list) or not turns:
         raise BadRecord("fields", f"'{name}' must be a non-empty list of objects with 'from' and 'value'")
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
+        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+            messages.append(turn)
+            continue
         speaker = turn.get("from") if isinstance(turn, dict) else turn
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise BadRecord("fields", f"{name}[{i}] is from {speaker!r}, must be one of "
@@ -150,7 +162,15 @@ def read_sharegpt(turns: Any, name: str) -> Messages:
             call = _json(turn.get("value"), f"{name}[{i}].value")
             message |= {"content": "", "tool_calls": call if isinstance(call, list) else [call]}
         messages.append(message)
-    return read_messages(messages, name)
+    return messages
+
+
+def without_nulls(value: Any) -> Any:
+    """Return messages or tools as they were written: a table, and what is saved of one, gives each object the
+    fields of all others, as nulls."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
@@ -205,7 +225,11 @@ def _content(content: Any, where: str, optional: bool) -> str:
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
         content = content[0].get("text") if content[0].get("type") == "text" else content
     if not isinstance(content, str):
-        raise BadRecord("fields", f"{where}.content is {str(content)[:80]!r}, must be a string")
+        is_media = isinstance(content, list) and any(isinstance(part, dict) and part.get("type") != "text"
+                                                     for part in content)
+        hint = ("; for training, `sov-data encode-media` turns pictures, sounds and videos into tokens"
+                if is_media else "")
+        raise BadRecord("fields", f"{where}.content is {str(content)[:80]!r}, must be a string{hint}")
     return content
 
 

@@ -9,11 +9,12 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_sov.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,6 +40,9 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
     if workers <= 1:
         yield from map(build(*arguments), items)
         return
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     # Fresh processes: forking one that runs a library's threads could deadlock.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
                                (build, arguments))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megatron_sov.documents.cutting import cut_at_blank_lines
 from megatron_sov.documents.files import (
@@ -21,19 +22,23 @@ from megatron_sov.documents.files import (
     WHOLE_FILE_BYTES,
     Span,
     arrow_batches,
+    is_records,
+    list_files,
     open_bytes,
     open_parquet,
     spans_of,
 )
 from megatron_sov.documents.json_list import json_items
+from megatron_sov.documents.layouts import FOREIGN
+from megatron_sov.documents.messages import without_nulls
 from megatron_sov.documents.records import (
-    COMPLETIONS,
     DIALOGUE,
-    LABEL,
     NUM_PROMPT,
     BadRecord,
     Document,
+    Parse,
     Reading,
+    columns_problem,
     decode,
     parse_line,
     parse_object,
@@ -50,8 +55,9 @@ _ROWS = 256
 _ROWS_BYTES = 64 << 20
 _JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 """How a list, lines or one object of JSON begin, and no plain text does."""
-_CHATS = ("messages", "conversations", *COMPLETIONS)
-"""Columns of which a chat has one."""
+_JSON_TYPE = "extension<arrow.json>"
+_TABLES = {".csv": ",", ".tsv": "\t"}
+"""Endings of tables in plain text -> what stands between two columns."""
 
 
 def read_documents(files: Iterable[Path], reading: Reading | None = None) -> Iterator[Document]:
@@ -73,6 +79,35 @@ def read_documents(files: Iterable[Path], reading: Reading | None = None) -> Ite
             line += counted.num_lines
 
 
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each record of a file or a dataset's folder stands, for messages, and its fields as they
+    are.
+
+    Raises:
+        UserError: it holds no records, or one is malformed.
+    """
+    files = [file for file in list_files(path)
+             if is_records(file.name) or file.suffix.lower() == JSON_SUFFIX]
+    if not files:
+        raise UserError(f"{path}: holds no records; pass a .jsonl, .json, .parquet or .arrow file, or a "
+                        "folder with such files")
+    for file in files:
+        before = 0
+        for span in spans_of(file):
+            counted = CountedSpan(span, Reading("prompt"), _fields)
+            for item in counted:
+                if isinstance(item, BadRecord):
+                    raise UserError(f"{place(file, item, before)}: {item.reason}")
+                number, record = cast(tuple[int, dict[str, Any]], item)
+                yield f"{file}:{before + number}", record
+            before += counted.num_lines
+
+
+def _fields(record: dict[str, Any], where: str, number: int, reading: Reading) -> tuple[int, dict[str, Any]]:
+    return number, {name: without_nulls(value) if name in DIALOGUE else value
+                    for name, value in record.items()}
+
+
 def place(file: Path, item: BadRecord, lines_before: int) -> str:
     """Return where a bad record stands: the file, and its line or row."""
     return f"{file}:{lines_before + item.line}" if item.line else str(file)
@@ -87,8 +122,8 @@ class CountedSpan:
     """The documents and bad records of a span; when all are read, `num_lines` is the number of
     its lines or rows."""
 
-    def __init__(self, span: Span, reading: Reading) -> None:
-        self.span, self.reading = span, reading
+    def __init__(self, span: Span, reading: Reading, parse: Parse = parse_record) -> None:
+        self.span, self.reading, self.parse = span, reading, parse
         self.num_lines = 0
 
     def __iter__(self) -> Iterator[Document | BadRecord]:
@@ -132,7 +167,8 @@ class CountedSpan:
             try:
                 if isinstance(item, BadRecord):
                     raise item
-                yield parse_object(item, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading)
+                yield parse_object(item, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
+                                   self.parse)
             except BadRecord as e:
                 yield _placed(e, self.num_lines, b"")
 
@@ -152,12 +188,15 @@ class CountedSpan:
                 if self.num_lines == 1 and self.span.start == 0:
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 try:
-                    yield parse_line(line, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading)
+                    yield parse_line(line, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
+                                     self.parse)
                 except BadRecord as e:
                     yield _placed(e, self.num_lines, line)
 
     def _pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         span = self.span
+        if span.suffix in _TABLES and span.start == 0:
+            self._refuse_table()
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
                                       "pack it on its own with --format text")
@@ -186,14 +225,25 @@ class CountedSpan:
                 yield _placed(e, 0, raw)
             position += len(piece)
 
+    def _refuse_table(self) -> None:
+        """Refuse a table of records in plain text, which says nothing of types: lists in it are no JSON."""
+        with _open(self.span) as f:
+            head = _guarded(f.readline, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
+        found = head.decode(errors="replace").split(_TABLES[self.span.suffix])
+        names = [name.strip().strip('"') for name in found]
+        known = {self.reading.text_field, *DIALOGUE, *FOREIGN}
+        if self.reading.kind not in (None, "text") or known & {*names}:
+            raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
+                                     "JSON lines, e.g. with to_parquet or to_json of `datasets`")
+
     def _rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
         for batch in batches:
             for i in range(batch.num_rows):
                 self.num_lines += 1
                 try:
-                    record = {name: _value(batch.column(name)[i], name) for name in columns}
-                    yield parse_record(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
-                                       self.reading)
+                    record = {name: _value(batch.column(name)[i]) for name in columns}
+                    yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
+                                     self.reading)
                 except BadRecord as e:
                     yield _placed(e, self.num_lines, b"")
 
@@ -247,22 +297,20 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
     """Return the columns to read: all of a prompt's, which travel on, else those of the kind.
 
     Raises:
-        BadRecord: the schema has none of them, or two columns of one name.
+        BadRecord: the rows are of another kind, or two columns have one name.
     """
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise BadRecord("parquet", f"has two columns {twice[0]!r}; rename or remove one")
     if reading.kind == "prompt":
         return names
-    wanted = {"text": (reading.text_field,), "chat": _CHATS, "preference": ("chosen", "rejected"),
-              None: (reading.text_field, *_CHATS)}[reading.kind]
-    found = [name for name in names if name in wanted]
-    if not found:
-        raise BadRecord("parquet", f"has no column {' or '.join(map(repr, wanted))} (columns: "
-                                   f"{', '.join(names)}); name the column of text with --text-field")
-    beside = {"id", reading.bucket_by, *reading.columns, *reading.tags, *(["media"] if reading.media else [])}
+    if problem := columns_problem(names, reading):
+        raise problem
+    wanted = {"id", reading.bucket_by, *reading.columns, *reading.tags, *(["media"] if reading.media else [])}
+    if reading.kind in (None, "text"):
+        wanted.add(reading.text_field)
     if reading.kind != "text":
-        beside |= {*DIALOGUE, NUM_PROMPT, LABEL, "chat_template_kwargs"}
-    return found + [name for name in names if name in beside and name not in found]
+        wanted |= {*DIALOGUE, *FOREIGN, NUM_PROMPT, "chat_template_kwargs"}
+    return [name for name in names if name in wanted]
 
 
 def _slices(batches: Iterator[Any]) -> Iterator[Any]:
@@ -287,17 +335,30 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
                                    "fetch it again") from None
 
 
-def _value(scalar: Any, name: str) -> Any:
+def _value(scalar: Any) -> Any:
     try:
         value = scalar.as_py()
     except UnicodeDecodeError as e:
         raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
-    return _without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
+    return _decoded(value, scalar.type) if _JSON_TYPE in str(scalar.type) else value
 
 
-def _without_nulls(value: Any) -> Any:
-    """Return messages or tools as they were written: a table gives each object the fields of all others, as
-    nulls."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+def _decoded(value: Any, form: Any) -> Any:
+    """Return a value in which strings of Arrow's JSON type are what they spell: `datasets` stores so what
+    differs from row to row, such as the arguments of calls."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if str(form) == _JSON_TYPE:
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as e:
+            raise BadRecord("json", f"has {str(value)[:40]!r} in a column of JSON, which is none "
+                                    f"({e})") from None
+    if pyarrow.types.is_struct(form):
+        return {field.name: _decoded(value[field.name], field.type) for field in form
+                if value[field.name] is not None}
+    if pyarrow.types.is_list(form) or pyarrow.types.is_large_list(form):
+        return [_decoded(part, form.value_type) for part in value]
+    return value

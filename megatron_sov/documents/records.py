@@ -4,11 +4,12 @@ prompt), or a prompt."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sov.documents.columns import read_bucket, read_columns, read_tags
+from megatron_sov.documents.layouts import KTO_TAG, LABEL, own_fields, refuse_media
 from megatron_sov.documents.messages import (
     BadRecord,
     Conversation,
@@ -19,6 +20,7 @@ from megatron_sov.documents.messages import (
     read_tools,
     refuse_deep,
     refuse_other_types,
+    without_nulls,
 )
 
 KINDS = ("text", "chat", "preference", "prompt")
@@ -29,10 +31,11 @@ GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_gener
 """What chat templates are given beside a record's own variables."""
 COMPLETIONS = ("completion", "response")
 """Names of what is answered to a `prompt`; the first is TRL's."""
-LABEL = "label"
-"""Field of a judged response, true or false: whether it is a good one."""
 DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
 """Fields of messages and of descriptions of tools."""
+DESIRABLE = "desirable"
+"""Field, and column, of a response beside one to another prompt, which may say the same: 1 of one that was
+judged good, 0 of one that was judged bad."""
 NUM_PROMPT = "num_prompt_messages"
 """Field of a chat: how many of its first messages are the prompt that it shares with other chats."""
 
@@ -56,6 +59,10 @@ class Reading:
     media: bool = False
     """Whether they are those of a media corpus, whose texts hold tokens of media and which name rows of
     banks."""
+
+
+Parse = Callable[[dict[str, Any], str, int, Reading], Any]
+"""What makes something of a record: record, place, line or row, how it is read."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,8 @@ def decode(raw: bytes, start_bytes: int = 0) -> str:
                                 "convert it, e.g. iconv -f CP949 -t UTF-8") from None
 
 
-def parse_line(line: bytes, where: str, number: int, reading: Reading) -> Document:
-    """Return the document of one JSONL line.
+def parse_line(line: bytes, where: str, number: int, reading: Reading, parse: Parse) -> Any:
+    """Return what `parse` makes of one JSONL line.
 
     Raises:
         BadRecord: it is no JSON object of the expected kind.
@@ -147,11 +154,11 @@ def parse_line(line: bytes, where: str, number: int, reading: Reading) -> Docume
         record = json.loads(decode(line))
     except (ValueError, RecursionError) as e:
         raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
-    return parse_object(record, where, number, reading)
+    return parse_object(record, where, number, reading, parse)
 
 
-def parse_object(record: Any, where: str, number: int, reading: Reading) -> Document:
-    """Return the document of a decoded JSON value.
+def parse_object(record: Any, where: str, number: int, reading: Reading, parse: Parse) -> Any:
+    """Return what `parse` makes of a decoded JSON value.
 
     Raises:
         BadRecord: it is no object of the expected kind.
@@ -159,7 +166,7 @@ def parse_object(record: Any, where: str, number: int, reading: Reading) -> Docu
     if not isinstance(record, dict):
         raise BadRecord("json",
                         f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
-    return parse_record(record, where, number, reading)
+    return parse(record, where, number, reading)
 
 
 def parse_record(record: dict[str, Any], where: str, number: int, reading: Reading) -> Document:
@@ -168,10 +175,16 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     Raises:
         BadRecord: fields are missing or malformed, a value is too long, or nothing is in it.
     """
+    if not isinstance(record.get(reading.text_field), str) or reading.kind not in (None, "text"):
+        record = own_fields(record, reading.kind)
     kind = _kind(record, reading)
     fields: dict[str, Any] = {}
     if kind != "text":
         refuse_deep(record)
+        if not reading.media:
+            refuse_media(record, kind == "prompt")
+        record = {name: without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
+                  for name, value in record.items()}
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
@@ -181,11 +194,14 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields = _preference(record)
     else:
         fields["messages"] = _messages(record["prompt"], "prompt", "user")
+        if fields["messages"][-1].role == "assistant":
+            raise BadRecord("fields", "ends with an answer of the assistant, which a prompt would show; "
+                                      "leave it out")
         fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False,
                                      default=str)
         fields["awaits_response"] = True
     if kind != "text":
-        fields |= _beside(record)
+        fields |= _beside(record) | _with_system(record, fields)
     if reading.bucket_by:
         fields["bucket"] = read_bucket(record, reading.bucket_by)
     fields["tags"] = read_tags(record, reading.tags)
@@ -217,8 +233,14 @@ def _kind(record: dict[str, Any], reading: Reading) -> str:
     elif found := next((kind for kind, is_one in present.items() if is_one), None):
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
                    "prompt": "a prompt"}[found]
+        if found == "chat" and isinstance(record.get(LABEL), bool):
+            raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
+                                      f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
         beside = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
                                                "'prompt' and 'completion'")
+        if found == "prompt" and isinstance(record.get("completions"), list):
+            beside = (": its 'completions' are not learned; steps with labels train reward models of steps, "
+                      "which no command here trains")
         raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
                                   f"pack it on its own with --format {found}{beside}")
     wanted = ({"text": f"string field {reading.text_field!r}",
@@ -229,6 +251,19 @@ def _kind(record: dict[str, Any], reading: Reading) -> str:
                     + (", or name the field with --text-field" if reading.kind == "text" else ""))
 
 
+_VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "history": []}
+"""Values that stand for those of a table's columns, others being text."""
+
+
+def columns_problem(names: Iterable[str], reading: Reading) -> BadRecord | None:
+    """Return what is wrong with a table that has these columns; None: its rows may be read."""
+    try:
+        _kind(own_fields({name: _VALUES.get(name, "") for name in names}, None), reading)
+    except BadRecord as e:
+        return e
+    return None
+
+
 def completion_of(record: Mapping[str, Any]) -> str | None:
     """Return the name of the field with what is answered to a record's `prompt`; None: it has none."""
     return next((name for name in COMPLETIONS if record.get(name) is not None), None)
@@ -237,14 +272,14 @@ def completion_of(record: Mapping[str, Any]) -> str | None:
 def _chat(record: dict[str, Any]) -> tuple[Messages, int]:
     """Return a chat's messages, and how many of them are a prompt that has a completion; of it nothing is
     learned."""
-    if "messages" in record:
-        return read_messages(record["messages"], "messages"), 0
-    if "conversations" in record:
-        return read_sharegpt(record["conversations"], "conversations"), 0
+    chat = next((name for name in ("messages", "conversations") if name in record), None)
     name = completion_of(record) or COMPLETIONS[0]
     if isinstance(record.get(LABEL), bool):
-        raise BadRecord("fields", f"has a {LABEL!r}, true or false, and a chat would learn its {name!r} "
-                                  "either way; turn such rows into pairs with `sov-data unpaired`")
+        raise BadRecord("fields", f"has a {LABEL!r} (or {KTO_TAG!r}), true or false, and a chat would learn "
+                                  f"its {chat or name!r} either way; turn such rows into pairs with "
+                                  "`sov-data unpaired`")
+    if chat is not None:
+        return (read_messages if chat == "messages" else read_sharegpt)(record[chat], chat), 0
     both = [[{"role": role, "content": value}] if isinstance(value, str) else value
             for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
     for field_name, messages in zip(("prompt", name), both, strict=True):
@@ -280,6 +315,16 @@ def _beside(record: dict[str, Any]) -> dict[str, Any]:
     return {"tools": read_tools(record["tools"]) if record.get("tools") else (), "template_kwargs": kwargs}
 
 
+def _with_system(record: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the messages with the system prompt that a record has in a field of its own; a message goes
+    before it."""
+    system, messages = record.get("system"), fields["messages"]
+    if not isinstance(system, str) or not system.strip() or messages[0].role == "system":
+        return {}
+    num_prompt = fields.get("num_prompt", 0)
+    return {"messages": (Message("system", system), *messages), "num_prompt": num_prompt + bool(num_prompt)}
+
+
 def _messages(value: Any, name: str, role: str) -> Messages:
     """Return messages given as such, or as one string by `role`."""
     return (Message(role, value),) if isinstance(value, str) else read_messages(value, name)
@@ -303,20 +348,20 @@ def _media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...]]:
 
 
 def _preference(record: dict[str, Any]) -> dict[str, Messages]:
-    """Return prompt, chosen and rejected; without a `prompt`, what both continuations begin
-    with is the prompt."""
+    """Return prompt, chosen and rejected; without a `prompt`, or with one that the continuations hold again,
+    what both begin with is the prompt."""
     chosen, rejected = (_messages(record[field], field, "assistant") for field in ("chosen", "rejected"))
-    if "prompt" in record:
-        prompt = _messages(record["prompt"], "prompt", "user")
-    else:
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
+    prompt = _messages(record["prompt"], "prompt", "user") if record.get("prompt") is not None else ()
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not prompt or chosen[:len(prompt)] == prompt == rejected[:len(prompt)] or (
+            shared and isinstance(record["prompt"], str)):  # which both sides hold again, as messages
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise BadRecord("fields", "has no prompt: give 'prompt', or begin 'chosen' and 'rejected' with "
                                   "the same messages")
-    if chosen == rejected:
+    if chosen == rejected and DESIRABLE not in record:
         raise BadRecord("fields",
                         "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):

@@ -25,7 +25,7 @@ from megatron_sov.endpoints.answers import (
     why_never,
 )
 from megatron_sov.endpoints.cache import EndpointCache, Usage
-from megatron_sov.endpoints.recognition import is_same
+from megatron_sov.endpoints.recognition import ASKED_AGAIN, is_same
 from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
@@ -150,9 +150,11 @@ class Endpoint:
             now = self._asked(probe, "", lambda found: found)
             if before is None or is_same(before[1], now):
                 number, others = (before[0], "") if before else (0, "")
-            elif not is_same(now, self._asked(probe, "", lambda found: found)):
-                return before[0]
             else:
+                for _ in range(ASKED_AGAIN):
+                    again = self._asked(probe, "", lambda found: found)
+                    if is_same(before[1], again) or not is_same(now, again):
+                        return before[0]
                 number, others = before[0] + 1, "what the one before it answered is not used"
         except (BadAnswer, TimeoutError) as e:
             if before is not None:

@@ -16,6 +16,8 @@ CHAT_PROBE: Mapping[str, Any] = {"messages": [{"role": "user", "content": f"Go o
 SCORE_PROBE: Mapping[str, Any] = {"messages": [{"role": "user", "content": "Tell me of the town."},
                                                {"role": "assistant", "content": TEXT}]}
 """For reward models."""
+ASKED_AGAIN = 3
+"""How often before another model is believed: in another batch a near tie falls otherwise."""
 _SAID = ("text", "content", "reasoning_content", "reasoning")
 _CLOSE = 0.02
 """Of a score: what another batch or another card may change."""

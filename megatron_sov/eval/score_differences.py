@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.eval.intervals import CONFIDENCE
 from megatron_sov.eval.lm.results import Item, Metric, Results, TaskScores, read_items, read_results
 from megatron_sov.eval.statistics import paired_difference
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T", Results, Item)
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
@@ -103,6 +104,8 @@ def read_scored(path: Path) -> Scored:
 
 def _checked(path: Path, kind: type[T], found: T) -> T:
     """Return what a file of somebody else's holds, with a value of the right type in every field."""
+    from pydantic import ValidationError
+
     try:
         checked: T = _adapters()[kind].validate_python(asdict(found))
         return checked
@@ -116,6 +119,8 @@ def _checked(path: Path, kind: type[T], found: T) -> T:
 
 @lru_cache
 def _adapters() -> dict[type, TypeAdapter[Any]]:
+    from pydantic import TypeAdapter
+
     return {kind: TypeAdapter(kind) for kind in (Results, Item)}
 
 

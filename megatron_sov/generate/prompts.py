@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.documents.files import refuse_tables
 from megatron_sov.errors import UserError
 from megatron_sov.generate.request import Generated
 
@@ -32,6 +33,8 @@ def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
         UserError: there is none, one is empty, or a line of the file is malformed (named by number).
     """
     prompts = [Prompt(text) for text in texts] + (_read_file(file) if file is not None else [])
+    if not prompts and file is not None:
+        raise UserError(f"--prompts {file}: is empty; pass a JSONL file with a prompt on each line")
     if not prompts:
         raise UserError("there is nothing to continue: pass --prompt TEXT or --prompts FILE.jsonl")
     texts = [p.text for p in prompts]
@@ -51,11 +54,13 @@ def response_lines(prompts: Sequence[Prompt], texts: Sequence[str], found: Gener
 
 
 def _read_file(file: Path) -> list[Prompt]:
+    refuse_tables(file, "--prompts")
     try:
         # at "\n" alone: `splitlines` also cuts at characters that may stand inside a JSON string
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts {file}: cannot be read ({e}); pass a JSONL file in UTF-8") from None
+        reason = e.strerror if isinstance(e, OSError) else f"no UTF-8 at byte {e.start}"
+        raise UserError(f"--prompts {file}: cannot be read ({reason}); pass a JSONL file in UTF-8") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -19,7 +19,18 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel import launcher
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.models.text_inside import text_config
-from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of
+from megatron_sov.pretrained import CONFIG, weight_files
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINTS_OF_A_RUN,
+    HF_MODEL,
+    IMPORTED,
+    KIND,
+    RUN,
+    find_checkpoint,
+    refuse_missing,
+    refuse_other_kind,
+    settings_of,
+)
 from megatron_sov.runs.launch_environment import num_ranks
 
 HF_SEQ_LEN = 4096
@@ -102,6 +113,9 @@ def find_target(path: Path) -> Target:
     refuse_missing(path)
     if convert.is_hf_folder(path):
         return Target(path, True)
+    refuse_other_kind(path, (RUN, KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
+    if (path / CONFIG).is_file() and not (path / CHECKPOINTS_OF_A_RUN).is_dir():
+        weight_files(path)  # which says what it lacks
     return Target(find_checkpoint(path), False)
 
 

@@ -137,7 +137,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _require(module: str, setting: str, package: str, extra: str = "dev") -> Any:
+def _require(module: str, setting: str, package: str, extra: str = "trackers") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:

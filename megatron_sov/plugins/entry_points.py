@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
 
 
@@ -20,6 +19,8 @@ class Declared:
 
 def declared(group: str) -> list[Declared]:
     """Return what installed packages declare in a group of entry points, by name; nothing is imported."""
+    from importlib.metadata import entry_points
+
     found = {Declared(p.name, p.value, f"{p.dist.name} {p.dist.version}" if p.dist else "unknown package")
-             for p in importlib.metadata.entry_points(group=group)}
+             for p in entry_points(group=group)}
     return sorted(found, key=lambda d: (d.name, d.package))

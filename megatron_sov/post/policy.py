@@ -68,6 +68,10 @@ class PolicyLearning(DataObjective):
                     "for rounding: policy.clip_low and policy.clip_high are narrower than the trainer's own "
                     "rounding; widen them, or raise train.precision")
         if is_first and (gap := meters.get("engine_kl", 0.0)) > MOST_ENGINE_KL:
+            if stale := self._rollout.max_staleness:
+                return (f"engine_kl = {gap:.2g} a token: rollout.max_staleness = {stale} lets older models "
+                        "write the responses; look at staleness_steps of the round first, lower it if that "
+                        "is the cause, and see engine_gap in docs/policy_methods.md")
             return (f"engine_kl = {gap:.2g} a token: the responses were written by a model, or in a "
                     "precision, far from the trainer's; see engine_gap in docs/policy_methods.md")
         return ""

@@ -87,7 +87,13 @@ class ReferenceParts:
 
     def damage(self, part: int) -> str | None:
         """Return one sentence where a part's file is missing or is not what was written, else None."""
-        return seal_damage(self.file(part), 4 * int(self.starts(part)[-1]))
+        return seal_damage(self.file(part), self.of(part))
+
+    def of(self, part: int) -> str:
+        """Return what the checksum of a part's file is bound to: the folder's reference, data and lengths."""
+        file = self._folder / IDENTITY
+        identity = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return f"{identity}{self.file(part).name}"
 
     def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         starts = self.starts(part)
@@ -214,7 +220,8 @@ class Reference:
                 parts = self._parts[name]
                 numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
                                             rows_per_batch)
-                on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes()))
+                on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
+                                             parts.of(part)))
                 num_tokens += len(numbers)
                 bar.update(1)
         return len(todo), num_tokens

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from megatron_sov.data.columns import NeededColumn
+from megatron_sov.documents.records import DESIRABLE
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
@@ -23,8 +24,6 @@ from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 from megatron_sov.train.objective_context import ObjectiveContext
 
-DESIRABLE = "desirable"
-"""Column: 1 of responses that were judged good, 0 of those that were judged bad."""
 MADE_BY = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
 
 

@@ -146,6 +146,11 @@ def names() -> list[str]:
     return sorted(RECIPES)
 
 
+def of_family(family: str) -> list[str]:
+    """Return the names of the built-in recipes of models of a family."""
+    return [name for name in names() if RECIPES[name].build().model.family == family]
+
+
 def get(name: str) -> RunConfig:
     """Return the recipe of that name: built in, declared by an installed package,
     or named on the command line.

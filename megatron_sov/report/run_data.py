@@ -357,19 +357,23 @@ def _overall_bits_per_byte(evals: list[dict[str, Any]]) -> Curve | None:
 def _expert_load(event: dict[str, Any] | None) -> ExpertLoad | None:
     if not event or not event.get("load"):
         return None
-    load = np.array([[number(x) for x in row] for row in event["load"]])
-    layers = [int(x) for x in event.get("layers") or range(len(load))]
-    return ExpertLoad(int(event.get("step") or 0), layers, load)
+    try:  # bits of the file may have changed
+        load = np.array([[number(x) for x in row] for row in event["load"]])
+        layers = [int(x) for x in event.get("layers") or range(len(load))]
+    except (TypeError, ValueError):  # rows of several lengths are no table
+        return None
+    return ExpertLoad(int(event.get("step") or 0), layers, load) if len(layers) == len(load) else None
 
 
 def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:
     """Return the records of the layers that the last one has; a record of other layers is left out."""
-    layers = events[-1]["layers"] if events else []
-    events = [e for e in events if e["layers"] == layers]
+    names = ("max_violation", "entropy", "dead", "bias_spread")
+    layers: Any = events[-1].get("layers") if events else []
+    events = [e for e in events if e.get("layers") == layers and isinstance(layers, list)
+              and all(isinstance(e.get(name), list) and len(e[name]) == len(layers) for name in names)]
     if not events:
         return None
-    values = {name: np.array([[number(x) for x in e[name]] for e in events])
-              for name in ("max_violation", "entropy", "dead", "bias_spread")}
+    values = {name: np.array([[number(x) for x in e[name]] for e in events]) for name in names}
     return RoutingHistory(np.array([int(e["step"]) for e in events], dtype=np.int64),
                           [int(x) for x in layers], values)
 

@@ -3,8 +3,9 @@
 From standard input it reads an object with `source`, `texts` and `call_s`.  A process of its own loads the
 function anew for each text, so that a verdict does not depend on the texts before it; where that process ends
 of itself, another one goes on behind the text.  For each text there is a line [place, verdict, reason, how
-the call ended], where the verdict is true, false or null, and the call "ended", was "slow" or "waited";
-behind one that did not end there are no more, for such a function is no check.
+the call ended], where the verdict is true, false or null, and the call "ended" or was "slow"; behind one that
+did not end there are no more, for such a function is no check.  Lines are written as they come: a call that
+waits for something ends with the whole program, by whoever runs it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import select
 import signal
 import sys
 from typing import Any
 
-PATIENCE = 10
-"""A call on a busy machine has so many times its time by the clock; no check can wait for anything."""
 MAX_REASON_BYTES = 300
 _PR_SET_DUMPABLE = 4
 
@@ -53,8 +51,14 @@ def sound(line: Any, place: int) -> list[Any]:
     return line
 
 
+def tell(line: list[Any]) -> list[Any]:
+    """Write a line to standard output; return it."""
+    os.write(1, json.dumps(line).encode() + b"\n")
+    return line
+
+
 def judged_from(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
-    """Return the lines of the texts from one of them on, up to one at which the process ends."""
+    """Write and return the lines of the texts from one of them on, up to one at which the process ends."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -65,29 +69,23 @@ def judged_from(source: str, texts: list[str], first: int, call_s: float) -> lis
             os._exit(0)
     os.close(write_end)
     lines: list[list[Any]] = []
-    rest, waited = b"", False
+    rest, forged = b"", False
     try:
-        while first + len(lines) < len(texts):
-            ready, _, _ = select.select([read_end], [], [], PATIENCE * call_s)
-            part = os.read(read_end, 1 << 16) if ready else b""
-            waited = not ready
-            if not part:
-                break
+        while first + len(lines) < len(texts) and (part := os.read(read_end, 1 << 16)):
             *whole, rest = (rest + part).split(b"\n")
             for line in whole:
-                lines.append(sound(json.loads(line), first + len(lines)))
+                lines.append(tell(sound(json.loads(line), first + len(lines))))
     except (ValueError, RecursionError):  # the function has written there itself
-        waited = True
+        forged = True
     finally:
         os.close(read_end)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     place = first + len(lines)
     if place < len(texts):
-        slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
-        how = "slow" if slow else "waited" if waited else "ended"
-        reason = "ended its process" if how == "ended" else f"did not end within {call_s:g} s"
-        lines.append([place, None, reason, how])
+        slow = forged or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
+        reason = f"did not end within {call_s:g} s" if slow else "ended its process"
+        lines.append(tell([place, None, reason, "slow" if slow else "ended"]))
     return lines
 
 
@@ -101,7 +99,6 @@ def main() -> None:
         lines += judged_from(request["source"], texts, len(lines), request["call_s"])
         if lines[-1][3] != "ended":
             break
-    os.write(1, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
 
 if __name__ == "__main__":

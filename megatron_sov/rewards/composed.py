@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from pydantic import ConfigDict
-
 from megatron_sov.rewards.reward import Result, Row, told_short
 
 WORST_FIRST = ("failed", "timeout", "refused")
@@ -23,7 +21,7 @@ SECOND = "second_opinion"
 class Part:
     """One of the rewards."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}
     reward: str
     """Its name, or FILE.py:NAME."""
     weight: float = 1.0
@@ -40,7 +38,7 @@ class Part:
 class Second:
     """A stricter reward that looks at a sample of what a part has judged."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}
     reward: str
     """Its name, or FILE.py:NAME."""
     of: str

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_sov.chat.marks import as_written, behind_thoughts
 from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, problem_of, verdicts
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.rewards.sandbox import shared_sandbox
@@ -71,8 +72,7 @@ class Constraint:
             TimeoutError: the machine was too busy.
         """
         response = text_of(row, "response")
-        if self.hide_thinking:
-            response = response.rpartition("</think>")[2]
+        response = behind_thoughts(response) if self.hide_thinking else as_written(response)
         if len(response) > MAX_TEXT_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_TEXT_CHARS:,} are "
                           "checked")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from megatron_sov.chat.marks import as_written
 from megatron_sov.errors import nearest
 from megatron_sov.rewards.ifbench_forms import FORM_CHECKS
 from megatron_sov.rewards.ifbench_words import NEEDS_MORE, WORD_CHECKS
@@ -33,7 +34,7 @@ class IfEval:
 
     def score(self, row: Row) -> Score:
         """Return whether the response follows the row's `instructions`."""
-        response = text_of(row, "response")
+        response = as_written(text_of(row, "response"))
         if len(response) > MAX_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_CHARS:,} are checked")
         asked = instructions_of(row)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.endpoints.addresses import address_problems
 from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.cache import EndpointCache
@@ -16,7 +17,7 @@ from megatron_sov.endpoints.recognition import CHAT_PROBE, SCORE_PROBE
 from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.conversation import messages_of, told
-from megatron_sov.rewards.fenced import THINKING_END, fenced_messages, grade_of, is_number, only, sound
+from megatron_sov.rewards.fenced import fenced_messages, grade_of, is_number, only, sound
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, text_of
 
 RUBRIC = "Is the response correct, complete, honest and to the point?"
@@ -96,7 +97,7 @@ class Judge:
         """
         response = text_of(row, "response")
         if self.hide_thinking:
-            response = response.rpartition(THINKING_END)[2]
+            response = behind_thoughts(response)
         if len(response) > self.max_chars:
             raise Refused(f"response has {len(response):,} characters; the judge reads at most "
                           f"{self.max_chars:,}")

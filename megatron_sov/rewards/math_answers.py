@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import how_to_install
 from megatron_sov.rewards.answers import final_answer, last_box
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
@@ -28,6 +29,11 @@ _SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
 _THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
 _BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
 """Between boxes that are one answer of several values: all else makes the last one a correction."""
+_MIXED = re.compile(r"(?<![\d.,/^_}])(\d{1,9}) +(\d{1,4})/(\d{1,4})(?![\d.,]*[\d/^])")
+"""3 1/2, which is 7/2, and nothing where the fraction is no part of one."""
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]\+?(-?\d{1,3})(?![\w.])", re.ASCII)
+_COUNTED = re.compile(r"(?<=\d)\s*(?:개|명|원|마리|권|번|장|대|살|가지)(?=\s*(?:\}|\Z))")
+"""A Korean counter behind a number that is the whole of an answer."""
 _SIGNS = r"[+-]*"
 _INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!)\d{3})+|\d{1,5000})"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d{{0,5000}})?|\.\d{{1,5000}})"
@@ -44,6 +50,7 @@ _UNDONE = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim)(?![A-Za-z])")
 """Operators that state a question and answer none."""
 _FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
+_HANGUL = re.compile("[가-힣]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -97,7 +104,10 @@ class Math:
         """
         gold = self._gold(text_of(row, "answer"))
         # a box in the thoughts of a response is no answer of it
-        said = text_of(row, "response")[-self.tail_chars:].rpartition("</think>")[2].translate(_SPELLED)
+        said = behind_thoughts(text_of(row, "response")[-self.tail_chars:]).translate(_SPELLED)
+        said = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, said))
+        if not _HANGUL.search(row["answer"]):
+            said = _COUNTED.sub("", said)
         found = self._found(said, gold)
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
@@ -183,6 +193,11 @@ def literal_value(text: str) -> float | None:
         return sign * _number(found["number"] or "1") * 10.0 ** exponent
     except (OverflowError, ZeroDivisionError):
         return None
+
+
+def _as_fraction(mixed: re.Match[str]) -> str:
+    whole, over, under = mixed.groups()
+    return f"{whole}\\frac{{{over}}}{{{under}}}" if 0 < int(over) < int(under) else mixed[0]
 
 
 def _is_prose(said: str) -> bool:

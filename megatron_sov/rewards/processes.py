@@ -3,8 +3,8 @@ that makes a verifier eat the machine, costs its row and nothing else.
 
 Whose fault it is follows from what was used. A judge that has used its time of a processor, its memory or its
 stack, where the same row with an ordinary response takes nothing of the kind, was kept busy by the response:
-that is worth 0, else a policy could escape a bad grade. A judge that the clock has run out on was not given a
-processor, or waits for something: its row is judged once more, and has no reward then.
+that is worth 0, else a policy could escape a bad grade. A judge that the clock has run out on waits for
+something: its row is judged once more, and has no reward then. What it waits for a processor does not count.
 
 The processes are forks of a small server that has imported the rewards and nothing else, so that one that was
 ended is replaced in a moment, and no thread of a caller's library is ever forked.
@@ -32,17 +32,18 @@ from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.environment import forget_other_variables
 from megatron_sov.rewards.registry import build
 from megatron_sov.rewards.reward import Result, Row, agreeing, judged
+from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
 
 TIME_LIMIT_S = 30.0
 """Per row, where a reward has no setting `time_limit_s`."""
 START_LIMIT_S = 120.0
 """For a process to import and make its reward."""
+LOOK_EVERY_S = 0.25
+"""At what a process that judges takes."""
 MAX_MEMORY_BYTES = 4 << 30
 """Of address space per process, where a reward has no `MAX_MEMORY_BYTES`."""
 CHECKED_TWICE, EVERY = 32, 32
 """The first rows, and one of so many behind them, are judged twice: a reward must not change by itself."""
-LONGEST_WAIT_S = 60.0
-"""At a time; the kernel's waits take no more than weeks, and no infinity."""
 FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
                     signal.SIGILL))
 """Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
@@ -131,29 +132,31 @@ class ProcessRunner:
             there, self._asked, self._variables, self._cpu_limit_s))
         process.start()
         there.close()
-        return _Slot(process, here, time.monotonic() + START_LIMIT_S, self._cpu_limit_s)
+        return _Slot(process, here, self._cpu_limit_s)
 
     def _give(self, slot: _Slot, index: int, row: Row, is_control: bool) -> None:
         place = self._num_seen + index
         twice = not is_control and (place < CHECKED_TWICE or place % EVERY == 0)
         slot.index, slot.limit_s = index, self._time_limit_s
-        slot.deadline_s = time.monotonic() + self._time_limit_s
+        slot.time.begin_again()
         with contextlib.suppress(OSError):  # it has just ended, which `take` finds out
             slot.pipe.send(({**row, "response": self._control} if is_control else dict(row), twice))
 
     def _wait(self) -> None:
-        """Wait until a process has answered or ended, or is overdue."""
+        """Wait until a process has answered or ended, or is to be looked at."""
         busy = [slot for slot in self._slots if slot.index is not None or not slot.ready]
-        left_s = min((slot.deadline_s for slot in busy), default=0.0) - time.monotonic()
-        connection.wait([slot.pipe for slot in busy], timeout=min(max(left_s, 0.0), LONGEST_WAIT_S))
+        left_s = min((slot.time.look_at_s for slot in busy), default=0.0) - time.monotonic()
+        connection.wait([slot.pipe for slot in busy], timeout=max(left_s, 0.0))
 
 
 class _Slot:
     """A process and what it works on."""
 
-    def __init__(self, process: BaseProcess, pipe: connection.Connection, deadline_s: float,
-                 cpu_limit_s: float) -> None:
-        self.process, self.pipe, self.deadline_s, self._cpu_limit_s = process, pipe, deadline_s, cpu_limit_s
+    def __init__(self, process: BaseProcess, pipe: connection.Connection, cpu_limit_s: float) -> None:
+        self.process, self.pipe, self._cpu_limit_s = process, pipe, cpu_limit_s
+        assert process.pid is not None
+        self._watch = Watch(process.pid)
+        self.time = OwnTime(self._watch.totals, LOOK_EVERY_S)
         self.index: int | None = None
         self.limit_s = START_LIMIT_S
         self.ready = self.gone = self.late = False
@@ -170,18 +173,21 @@ class _Slot:
                 elif isinstance(message, UserError):
                     raise message
                 elif message is AGAIN:
-                    self.deadline_s = time.monotonic() + self.limit_s
+                    self.time.begin_again()
                 else:
                     return message
                 return None
         except (EOFError, OSError):
-            self.process.join(timeout=5)
+            self.process.join(timeout=60)  # it is ending, for which it needs a processor
             self.gone = True
             if not self.ready:
                 raise UserError(f"a process of the reward ended while it started (exit code "
                                 f"{self.process.exitcode}); see what it wrote above") from None
             return _ended(self.process.exitcode or 0, self._cpu_limit_s)
-        if time.monotonic() < self.deadline_s:
+        now_s = time.monotonic()
+        if now_s >= self.time.look_at_s:
+            self.time.look(now_s)
+        if self.time.own_s(now_s) < self.limit_s:
             return None
         self.gone = self.late = True
         if not self.ready:
@@ -199,6 +205,7 @@ class _Slot:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+        self._watch.close()
 
 
 def _ended(exit_code: int, cpu_limit_s: float) -> Result:
@@ -232,12 +239,15 @@ def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str], c
         pipe.send(str(e))
         return
     _limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
-    pipe.send("")
+    with contextlib.suppress(EOFError, ConnectionError):  # the command has ended, perhaps before it read all
+        pipe.send("")
+        _judge_all(pipe, reward, cpu_limit_s)
+
+
+def _judge_all(pipe: connection.Connection, reward: Any, cpu_limit_s: float) -> None:
+    """Judge what comes until the pipe is closed, which its errors say."""
     while True:
-        try:
-            row, twice = pipe.recv()
-        except EOFError:
-            return
+        row, twice = pipe.recv()
         try:
             result = _judged_in(cpu_limit_s, reward, row)
             if twice and result.reward is not None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_sov.documents.files import refuse_tables
 from megatron_sov.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import UserError, list_problems
@@ -61,6 +62,7 @@ def read_rows(path: Path, option: str = "--input", field: str = "response") -> I
 
 def _lines(path: Path, option: str, field: str) -> Iterator[tuple[int, Row | str]]:
     """Yield (line, row) or (line, what is wrong with it) of all lines that are not blank."""
+    refuse_tables(path, option)
     if path.exists() and not path.is_file():  # a pipe would be empty when it is read again
         raise UserError(f"{option} {path}: is no regular file, and it is read more than once; write the rows "
                         "into a file")

@@ -7,9 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.digests import SHA256, Digest
@@ -18,6 +16,9 @@ from megatron_sov.documents.records import Reading, parse_record
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rollouts.parts import part_name
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OPTION = "--prompts"
 ID_DIGITS = 16
@@ -140,6 +141,8 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
     The prompts of a round that began in the epoch before move behind that round.  The end of that epoch has
     been touched by the one before it only where an epoch has fewer than two rounds.
     """
+    import numpy as np
+
     first = epoch
     while first * count % per_round and (count < 2 * per_round or first == epoch):
         first -= 1
@@ -155,6 +158,8 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
 
 
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    import numpy as np
+
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 

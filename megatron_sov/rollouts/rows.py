@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
 """Finish reasons: the model ended it; it is as long as allowed; its piece's deadline came first, and a row
@@ -68,6 +69,8 @@ class Rollout:
     @property
     def is_written(self) -> np.ndarray:
         """Return [n] bool: whether a policy wrote each token."""
+        import numpy as np
+
         return np.asarray(self.versions != NOT_WRITTEN)
 
     @property
@@ -83,6 +86,8 @@ class Rollout:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Return the turns that a policy wrote, as half-open intervals of `tokens`."""
+        import numpy as np
+
         written = np.concatenate([[False], self.is_written, [False]])
         edges = np.flatnonzero(written[1:] != written[:-1])
         return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
@@ -93,6 +98,8 @@ class Rollout:
         Args:
             vocab_size: what token ids must lie below.
         """
+        import numpy as np
+
         n, written = len(self.tokens), self.is_written
         ids = np.concatenate([self.prompt_tokens, self.tokens])
         rules = [

@@ -30,7 +30,7 @@ from megatron_sov.errors import UserError, download
 from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.warning import warn
 from megatron_sov.outputs import TRYING
-from megatron_sov.pretrained import ADAPTER_CONFIG, is_hf_folder
+from megatron_sov.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
@@ -61,6 +61,12 @@ TAKEN_BY = {
     "corpus": ("a corpus", "`sov-data pack --input` takes it"),
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
 """Kind of a folder -> what messages call it, and what takes it."""
+FOUND_AT = {RUN: "the folder given to --run", KIND: "RUN/checkpoints/step-N",
+            HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
+"""Kind of a folder that commands take -> where it is found."""
+TOKENIZER = "tokenizer.json"
+TEXTS = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
+"""Ends of the names of files of text."""
 TAKEN_BACK = "taken-back-"
 """What the name of a checkpoint begins with whose run has taken its weights back, and that an adapter stands
 on."""
@@ -137,11 +143,12 @@ def refuse_missing(path: Path, option: str = "") -> None:
 
 
 def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
-    """Raise `UserError` where a folder is known to be something else than a command takes: what it is, and
-    which command takes it.
+    """Raise `UserError` where a folder is something else than a command takes: what it is, and which command
+    takes it, or what to pass.
 
     Args:
-        path: the folder; one that is nothing known passes, for the reader to say what it lacks.
+        path: the folder; one that is not there, or that lacks a part of what it should be, passes, for the
+            reader to say it.
         kinds: keys of `TAKEN_BY` that will do.
         wanted: how messages call them.
     """
@@ -155,6 +162,26 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
     if kind in TAKEN_BY and kind not in kinds:
         raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {TAKEN_BY[kind][1]}")
+    if not kind and path.is_dir() and not any((path / name).exists() for name in (
+            CONFIG, CHECKPOINTS_OF_A_RUN)) and (known := _nothing_known(path)):
+        what, taken_by = known
+        found = " or ".join(FOUND_AT[kind] for kind in kinds)
+        raise UserError(f"{path}: {what}, so it is not {wanted}; {taken_by}pass {found}")
+
+
+def _nothing_known(path: Path) -> tuple[str, str] | None:
+    """Return what a folder is that is no artifact and no model, and what takes it ("": nothing); None: it
+    holds other folders, in which there may be one."""
+    names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    if not names:
+        return None if any(path.iterdir()) else ("is empty", "")
+    if TOKENIZER in names:
+        return f"is a tokenizer without a model ({TOKENIZER})", "`sov-tokenizer import` takes it; "
+    texts = [name for name in names if name.endswith(TEXTS)]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else " alone"
+    if texts:
+        return f"holds text ({texts[0]}{more})", "`sov-data pack --input` takes it; "
+    return f"holds {names[0]}{more}, and neither a model nor an artifact", ""
 
 
 def refuse_no_run(path: Path) -> None:

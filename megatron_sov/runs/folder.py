@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "o
                                              "preference": None, "distillation": None, "policy": None,
                                              "rollout": ROLLOUT}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
+MOST_SETTINGS = 8
+"""That a message tells to type one by one."""
 
 
 class RunFolder:
@@ -142,8 +145,13 @@ class RunFolder:
         refuse_changed_code(self.path, earlier, config)
         changed = _changed(_told(earlier), _told(config))
         if changed:
-            raise UserError(f"{self.path}: was started with {'; '.join(changed)}; "
-                            "resume with the same settings, or start a new --run --from its checkpoint")
+            told = [f"{name} = {before}, now it is {now}" for name, before, now in changed]
+            words = [shlex.quote(f"{name}={before if isinstance(before, str) else json.dumps(before)}")
+                     for name, before, _ in changed]
+            way = (" ".join(f"--set {word}" for word in words) if len(words) <= MOST_SETTINGS else
+                   f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place")
+            raise UserError(f"{self.path}: was started with {'; '.join(told)}; resume with {way}, or start a "
+                            "new --run --from its checkpoint")
         completion = self.completion()
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
@@ -230,8 +238,8 @@ def _told(config: RunConfig) -> dict[str, Any]:
     return told
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return "name = old, now it is new" for every fixed setting that differs."""
-    return [f"{part}.{name} = {before[part][name]}, now it is {now[part][name]}"
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return name, old and new value of every fixed setting that differs."""
+    return [(f"{part}.{name}", before[part][name], now[part][name])
             for part, names in FIXED.items() for name in (names or before[part])
             if now[part].get(name, before[part][name]) != before[part][name]]

@@ -14,7 +14,7 @@ _ILLNESSES = {
     "clocks_throttle_reasons.sw_thermal_slowdown": "a slowdown by its driver for heat",
 }
 """Field of `nvidia-smi --query-gpu` -> what is wrong where it is neither 0, not active, nor unknown."""
-_TIMEOUT_S = 30
+_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest, to_json, write_output
+from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import read_json, write_json
 
 ASKED = "rounds.json"
+RESULTS = "results.json"
+"""Name of each plain file that a round's commands have left -> its hash."""
+NOT_TYPED = ("prompts", "reward_version")
+"""Of what rounds are asked for: what stands for the content of something."""
 LEARNS = "learns"
 """In the manifest of a round of reinforcement learning: reason that groups which are trained are counted
 under."""
@@ -44,26 +51,50 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
         begun = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    changed = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in asked.items()
-               if begun.get(name) != value]
+    changed = {name: value for name, value in asked.items() if begun.get(name) != value}
     if changed:
-        raise UserError(f"{folder}: its {what} were begun with {'; '.join(changed)}; resume with the same, "
-                        f"or choose another {option}")
+        told = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in changed.items()]
+        words = [f"--{name.replace('_', '-')} {shlex.quote(str(begun[name]))}" for name in changed
+                 if type(begun.get(name)) in (int, float, str) and name not in NOT_TYPED]
+        raise UserError(f"{folder}: its {what} were begun with {'; '.join(told)}; resume with the same"
+                        f"{' (' + ' '.join(words) + ')' if words else ''}, or choose another {option}")
 
 
 def is_done(result: Path) -> bool:
-    """Return whether a file is there that a command of a round makes last.  Of packed data every file is
-    looked at, since the next command trusts them.
+    """Return whether a file is there that a command of a round makes last.  Of data every file is looked at,
+    since the next command trusts them.
 
     Raises:
         UserError: one of them is damaged.
     """
     if not result.is_file():
         return False
-    if result.name == MANIFEST and read_manifest(result.parent).kind == "tokens" and (
+    if result.name == MANIFEST and read_manifest(result.parent).kind in ("tokens", "corpus") and (
             damage := damaged_files(result.parent)):
         raise UserError(f"{damage[0]}; delete {result.parent}, and it is made anew")
     return True
+
+
+def keep_result(file: Path, *, is_new: bool) -> None:
+    """Take note of what a command of a round has written, or check that it still is that before the next
+    command reads it: a plain file says nothing of itself.
+
+    Args:
+        file: the command's result.
+        is_new: whether the command has just written it.
+
+    Raises:
+        UserError: it is not what the command wrote, or the note is damaged.
+    """
+    note = file.with_name(RESULTS)
+    noted = read_json(note, "delete it, and results count as they are", str(file.parent.name)
+                      ) if note.is_file() else {}
+    digest = file_digest(file)
+    if not is_new and noted.get(file.name, digest) != digest:
+        raise UserError(f"{file}: is not what its command wrote (its hash differs from that in {note.name}); "
+                        "restore it from a copy, or delete it, and it is made anew")
+    if noted.get(file.name) != digest:
+        write_json(note, noted | {file.name: digest}, str(file.parent.name))
 
 
 def _holds_more(folder: Path, known: Collection[Path]) -> bool:

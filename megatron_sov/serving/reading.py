@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
+from megatron_sov.chat.marks import as_written
 from megatron_sov.documents import Conversation
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import Asker
@@ -86,7 +87,9 @@ class Reader:
 
     def decoder(self, question: Question) -> Decode:
         """Return what gives the text of an answer (`chat.marks.text_decoder`)."""
-        return self._chat.decode if question.is_chat and self._chat is not None else self._plain.decode
+        if question.is_chat and self._chat is not None:
+            return self._chat.decode
+        return lambda ids: as_written(self._plain.decode(ids))
 
     def piece(self, token: int) -> str:
         """Return the text of one token, whatever it is."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, plain_form
+from megatron_sov.chat.marks import (
+    BEGIN_CALL,
+    BEGIN_THOUGHTS,
+    END_THOUGHTS,
+    FAMILIES,
+    as_written,
+    plain_form,
+)
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 
 _OTHERS = tuple(mark for family in FAMILIES[1:] for mark in family)
@@ -41,13 +48,13 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
     thoughts, said = _split(text, in_thoughts)
     place = said.find(BEGIN_CALL) if has_tools else -1
     if place < 0:
-        return Turn(thoughts, said)
+        return _turn(thoughts, said)
     behind = parse_turn(said[place:])
     calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
     if not calls or any(isinstance(call, BadCall) for call in behind.calls):
-        return Turn(thoughts, said)
+        return _turn(thoughts, said)
     more = f"\n{behind.content}" if behind.content else ""
-    return Turn(thoughts, said[:place].rstrip() + more, calls)
+    return _turn(thoughts, said[:place].rstrip(), calls, more)
 
 
 def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
@@ -63,7 +70,11 @@ def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
     thoughts, said = _split(text, in_thoughts)
     if has_tools:
         said = said.partition(BEGIN_CALL)[0].rstrip()
-    return Turn(thoughts, said)
+    return _turn(thoughts, said)
+
+
+def _turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> Turn:
+    return Turn(as_written(thoughts), as_written(said) + more, calls)
 
 
 def _split(text: str, in_thoughts: bool) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -24,6 +25,7 @@ from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.reward import Result, checked, short
+from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
 from megatron_sov.tools.environment import Environment, Observation, Task, unknown
 from megatron_sov.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
 from megatron_sov.tools.limits import EpisodeLimits, cut
@@ -31,6 +33,8 @@ from megatron_sov.tools.registry import BUILT_IN, make
 
 START_LIMIT_S = 120.0
 """For a process to import and make its environment, and for an episode to begin."""
+LOOK_EVERY_S = 0.25
+"""At what a process takes that has not answered yet."""
 MAX_MEMORY_BYTES = 4 << 30
 """Of address space per process, where an environment has no `MAX_MEMORY_BYTES` of its own (0: no limit)."""
 _PR_SET_PDEATHSIG = 1
@@ -157,7 +161,7 @@ class EnvironmentHost:
                   "max_state_bytes": self._limits.max_state_bytes}
         try:
             self._pipe.send_bytes(json.dumps({"what": what, **request, **limits}).encode())
-            if not self._pipe.poll(timeout_s):
+            if not self._answers(timeout_s):
                 self._end()
                 raise _Gone("timeout", f"took longer than {timeout_s:g} s")
             answer: dict[str, Any] = json.loads(
@@ -166,6 +170,21 @@ class EnvironmentHost:
             self._end()
             raise _Gone("ended", "ended its process") from None
         return answer
+
+    def _answers(self, limit_s: float) -> bool:
+        """Wait for an answer; False: its time has run out, without what it waits for a processor."""
+        assert self._process is not None and self._process.pid is not None
+        watch = Watch(self._process.pid)
+        try:
+            own = OwnTime(watch.totals, LOOK_EVERY_S)
+            own.begin_again()
+            while not self._pipe.poll(LOOK_EVERY_S):
+                own.look(now_s := time.monotonic())
+                if own.own_s(now_s) >= limit_s:
+                    return self._pipe.poll()  # one that has answered meanwhile is not late
+            return True
+        finally:
+            watch.close()
 
     def _end(self) -> None:
         """End the process, whatever it does."""

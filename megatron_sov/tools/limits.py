@@ -29,7 +29,7 @@ class EpisodeLimits:
     max_calls_per_turn: int = 8
     """More calls of a turn are not made, and the model is told so."""
     call_timeout_s: float = 30.0
-    """For one call; what takes longer is ended."""
+    """For one call, without the time that it waits for a processor; what takes longer is ended."""
     max_state_bytes: int = 16 << 20
     """Of an environment's state as JSON, which the journal keeps for each turn."""
 

@@ -9,13 +9,15 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NotRequired, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar, cast, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from megatron_sov.errors import UserError
 from megatron_sov.tools.faults import ToolFault
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "_is_tool"
@@ -60,6 +62,8 @@ class Tool:
     _adapter: TypeAdapter[Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        from pydantic import ConfigDict, TypeAdapter, with_config
+
         fields = {name: _annotated(parameter) for name, parameter in self.parameters.items()}
         # strict: "3" is no 3, and true is no 1
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -87,6 +91,8 @@ class Tool:
         Raises:
             ToolFault: an argument is missing, unknown, or of another type.
         """
+        from pydantic import ValidationError
+
         try:
             # as JSON: a tuple is a list there
             checked = self._adapter.validate_json(json.dumps(arguments, allow_nan=False))
@@ -130,6 +136,8 @@ def tools_of(environment: Any) -> tuple[Tool, ...]:
 
 
 def _annotated(parameter: Parameter) -> Any:
+    from pydantic import Field
+
     optional = parameter.default is not inspect.Parameter.empty
     shown = {"default": parameter.default} if optional and parameter.default is not None else None
     info = Field(description=parameter.description or None, json_schema_extra=shown)

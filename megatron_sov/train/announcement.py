@@ -17,6 +17,8 @@ from megatron_sov.plan.memory import Account, account
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.state import TrainState
 
+CHATTING = ("sft", "preference", "policy")
+"""Objectives that train on chats, mostly: what they make is asked in that form."""
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -84,14 +86,15 @@ def memory_of(config: RunConfig, world: World) -> Account:
 
 
 def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
-            heldout: Mapping[str, HeldoutLoss]) -> str:
-    """Return what came of a complete run, and what to type next."""
+            heldout: Mapping[str, HeldoutLoss], objective: str) -> str:
+    """Return what came of a complete run, and what to type next; `objective`: by which it was trained."""
+    chat = " --chat" if objective in CHATTING else ""
     minutes, seconds = divmod(round(wall_s), 60)
     losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items())
     return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + (f"; held-out loss{losses[1:]}" if losses else "")
             + f"\n  checkpoint  {checkpoint}\n"
-            f"  next        megatron-sov report {run} | megatron-sov generate {run} --prompt TEXT | "
+            f"  next        megatron-sov report {run} | megatron-sov generate {run}{chat} --prompt TEXT | "
             f"megatron-sov convert to-hf {run} HF_DIR")
 
 

@@ -396,5 +396,6 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))
     if trainer.world.is_main:
-        told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.heldout)
+        told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.heldout,
+                       trainer.config.objective.name)
         print(f"{told}\n", end="", file=sys.stderr, flush=True)

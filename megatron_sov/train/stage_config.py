@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sov import recipes
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import ModelConfig, RunConfig, data_paths
 from megatron_sov.errors import UserError
@@ -108,8 +109,9 @@ def _model_of(start_from: Path, asked: Request) -> ModelConfig:
     family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
                    if key == "model.family"), asked.base.model.family)
     if model.family != family:
+        known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
         raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "
-                        f"{family}; choose a recipe of that family")
+                        f"{family}; choose a recipe of that family ({known})")
     return model
 
 

@@ -77,9 +77,11 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
     (world.root / "exported").mkdir()
     (world.root / "exported/config.json").write_text('{"model_type": "qwen3"}')
     (world.root / "bad.yaml").write_text("licens: mit\npue: 0.5\nlanguages: 3\n")
+    (world.root / "list.yaml").write_text("[1]\n")
     (world.root / "number.yaml").write_text("pue: 0.5\nintensity_g_per_kwh: -.inf\n")
     for arguments, said in (
-            ((world.root / "none", "--output", out), ["holds no config.json, so it is no run folder"]),
+            ((world.root / "none", "--output", out), ["holds no events.jsonl, so it is no run folder"]),
+            ((world.text, "--output", out), ["token shards"]),
             ((world.root / "exported", "--output", out), ["holds no events.jsonl, so it is no run folder"]),
             ((world.sft, "--output", world.root / "scores.json"), ["is a file; name a folder"]),
             ((world.sft, "--output", world.root / "mine"), [
@@ -92,6 +94,8 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
             ((world.sft, "--output", out, "--answers", world.root / "none"), ["cannot be read"]),
             ((world.sft, "--output", out, "--about", world.root / "bad.yaml"), [
                 "--about", "licens: no such setting"]),
+            ((world.sft, "--output", out, "--answers", world.root / "list.yaml"), [
+                "list.yaml, line 1: [1] must be an object of settings"]),
             ((world.sft, "--output", out, "--eval", world.root / "none"), ["none: cannot be read"]),
             ((world.sft, "--output", out, "--eval", world.sft / "complete.json"), ["is no result of"]),
             ((world.sft, "--output", out, "--from", world.root), ["is neither a run nor an artifact"]),

@@ -86,7 +86,7 @@ def test_hostile_inputs_are_passed_over_or_named(world: Any, changed: Callable[.
 def test_folders_that_are_none_of_it_are_refused(world: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused: list[tuple[tuple[Any, ...], str]] = [
-            (([tmp_path / "empty"],), r"holds no config\.json, so it is no run folder"),
+            (([tmp_path / "empty"],), "empty: is empty, so it is not a run; pass the folder given to --run"),
             (([world.sft], [tmp_path / "empty"]), "--from .*: is neither a run nor an artifact"),
             (([world.pretrain], [], world.hf), "--hf-folder .*: was not made from a checkpoint of"),
             (([world.sft], [], world.text), "--hf-folder .*: was not made from a checkpoint of")]

@@ -3,12 +3,22 @@ text of a response."""
 
 from __future__ import annotations
 
+import json
+from random import Random
 from typing import Any
 
 import pytest
 
 from megatron_sov.chat.encode import ChatEncoder
-from megatron_sov.chat.marks import FAMILIES, plain_form, text_decoder
+from megatron_sov.chat.marks import (
+    FAMILIES,
+    MARKS,
+    as_written,
+    marks_decoder,
+    plain_form,
+    quoted,
+    text_decoder,
+)
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.chat.turns import TurnEncoder
@@ -27,6 +37,7 @@ def solar(name: str, arguments: str, end: str = "<|tool_call:end|>") -> str:
 A, B = '{"city": "서울"}', '{"tz": "UTC"}'
 BOTH = solar("get_weather", A) + solar("get_time", B)
 SECTION = "<|end|><|begin|>assistant<|tool_calls|>"
+TOOLS = ("<tool_call>", "</tool_call>")
 TURNS = {
     "solar: thoughts and an answer": (
         "<|think|>2 + 2<|end|><|begin|>assistant<|content|>It is 4.", "2 + 2", "It is 4.", ()),
@@ -56,6 +67,9 @@ TURNS = {
                     f"```json\n{B}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "look", "", (SEOUL, UTC)),
     "deepseek v3.1": ("Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>"
                       f"{B}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "", "Sure.", (UTC,)),
+    "kimi, section in the singular": (
+        "Sure.<|tool_call_section_begin|><|tool_call_begin|>functions.get_time:0"
+        f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_call_section_end|>", "", "Sure.", (UTC,)),
     "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
              f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
              "", "Sure.", (UTC,)),
@@ -175,3 +189,75 @@ def test_a_template_whose_calls_are_not_read_is_refused_and_its_ends_are_known()
     for call in (XML, LLAMA):
         with pytest.raises(UserError, match="tok: its chat template writes calls of tools in a form"):
             turns(call)
+
+
+CALLED = '{"name": "f", "arguments": {}}'
+ALPHABET = (*MARKS, CALLED, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<", "가", " to=functions.f ",
+            "{}", "f", "\n", "assistant", "analysis")
+BARE = ("<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>")
+THINKS = ("<think>", "</think>")
+HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before what is said, a call of g
+    "hermes": ((*THINKS, *TOOLS), "<think>HERE</think>",
+               '<tool_call>{"name": "g", "arguments": {}}</tool_call>'),
+    "solar": (FAMILIES[1], "<|think|>HERE<|end|><|begin|>assistant<|content|>",
+              f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
+    "solar, calls in text": (tuple(m for m in FAMILIES[1] if m not in BARE),
+                             "<|think|>HERE<|end|><|begin|>assistant<|content|>",
+                             f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
+    "gpt-oss": (FAMILIES[2], "<|channel|>analysis<|message|>HERE<|end|><|start|>assistant"
+                "<|channel|>final<|message|>",
+                "<|end|><|start|>assistant<|channel|>commentary to=functions.g <|constrain|>json"
+                "<|message|>{}<|call|>"),
+    "deepseek v3": (FAMILIES[3], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+                    "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    "deepseek r1": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
+                    "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    "kimi": ((*THINKS, *FAMILIES[4]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"
+             "functions.g:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"),
+}
+
+
+@pytest.mark.parametrize("family", HOW)
+def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special, before, call = HOW[family]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    typed = Tokenizer.from_str(made.to_str())
+    typed.encode_special_tokens = True
+    added = {token.content: id_ for id_, token in made.get_added_tokens_decoder().items()}
+    decode = marks_decoder(added, [], lambda ids: str(made.decode(ids, skip_special_tokens=False)))
+    random = Random(family)
+    for _ in range(150):
+        said, thought = ("".join(random.choices(ALPHABET, k=random.randrange(9))) for _ in range(2))
+        if "<think>" not in special and family.startswith("deepseek"):  # its thoughts are text
+            said = said.replace("think>", "")
+        num_calls = random.randrange(3)
+        begun, _, rest = before.partition("HERE")
+        ids = (made.encode(begun).ids + (typed.encode(thought).ids if begun else []) + made.encode(rest).ids
+               + typed.encode(f"a{said}b").ids + made.encode(call * num_calls).ids)
+        text = decode(ids)
+        assert as_written(quoted(said)) == said and not found_marks(quoted(said))
+        turn = parse_turn(text)
+        assert turn == WrittenTurn(f"a{said}b", (ToolCall("g", {}),) * num_calls), (said, thought, text)
+        assert plain_form(plain_form(text)) == plain_form(text)
+        whole = whole_turn(text, in_thoughts=False, has_tools=True)
+        assert (whole.content.strip(), whole.calls) == (turn.content, turn.calls)
+        assert whole.thoughts == (thought.strip() if begun else "")
+
+
+def found_marks(text: str) -> list[str]:
+    return [mark for mark in MARKS if mark in text]
+
+
+def test_a_turn_without_tokens_has_the_form_of_its_first_mark() -> None:
+    quote = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert parse_turn(f"<|content|>It says {quote}</think>.").calls == ()
+    assert parse_turn(f"<|content|>It says {quote}</think>.").content == f"It says {quote}</think>."
+    assert parse_turn(quote + solar("g", "{}")).calls == (ToolCall("f", {}),)
+    argument = json.dumps({"q": f"{quote}<|tool_call_begin|>"})
+    (call,) = parse_turn(solar("g", argument)).calls
+    assert call == ToolCall("g", json.loads(argument)), "arguments are as they were written"

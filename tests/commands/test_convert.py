@@ -8,6 +8,7 @@ from megatron_sov.cli import main
 
 
 def test_command_says_it_in_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "more").mkdir()
     assert main(["convert", "to-hf", str(tmp_path), str(tmp_path / "hf"), "--dtype", "bfloat"]) == 2
     assert "did you mean 'bfloat16'?" in capsys.readouterr().err
     assert main(["convert", "inspect", str(tmp_path)]) == 2

@@ -6,12 +6,14 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
+from megatron_sov.errors import UserError
 from megatron_sov.obs.events import read_events
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
@@ -123,6 +125,43 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
     assert main([*command[:-1]]) == 2 and "already holds rounds; pass --resume" in capsys.readouterr().err
     assert main([*command, "--samples", "8"]) == 2
     assert "its rounds were begun with samples = 4, now it is 8; resume with" in capsys.readouterr().err
+
+
+def test_a_result_that_changed_between_two_commands_is_not_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first two commands of a round leave are plain files, of which nothing else says anything."""
+    from megatron_sov.commands import prefer_rounds
+
+    folder = tmp_path / "rounds/01"
+    folder.mkdir(parents=True)
+    jobs = [prefer_rounds.Job(folder / name, ["x", name]) for name in ("responses.jsonl", "scored.jsonl",
+                                                                      "judged.jsonl")]
+    monkeypatch.setattr(prefer_rounds, "_checked", lambda args: (None, "1"))
+    monkeypatch.setattr(prefer_rounds, "_enter", lambda *_: None)
+    monkeypatch.setattr(prefer_rounds, "jobs_of", lambda *_: iter(jobs))
+    done: list[str] = []
+
+    def command(argv: list[str], go_on_by: str) -> int:
+        if argv[1] == stops_at:
+            return 75
+        (folder / argv[1]).write_text(f"{argv[1]} of {len(done) if argv[1] == 'responses.jsonl' else 'x'}\n")
+        done.append(argv[1])
+        return 0
+
+    monkeypatch.setattr(prefer_rounds, "run_command", command)
+    args: Any = SimpleNamespace(rounds=1, run=tmp_path)
+    stops_at = "scored.jsonl"
+    assert prefer_rounds.run_rounds(args) == 75
+    whole = (folder / "responses.jsonl").read_bytes()
+    (folder / "responses.jsonl").write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(UserError, match=r"responses.jsonl: is not what its command wrote .* or delete it"):
+        prefer_rounds.run_rounds(args)
+    (folder / "responses.jsonl").unlink()
+    stops_at = ""
+    assert prefer_rounds.run_rounds(args) == 0
+    assert done == ["responses.jsonl", "responses.jsonl", "scored.jsonl", "judged.jsonl"]
+    (folder / "responses.jsonl").write_text("nobody reads it any more")
+    assert prefer_rounds.run_rounds(args) == 0 and len(done) == 4
 
 
 @pytest.mark.parametrize(("more", "said"), [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_
             "policy.kl_coeff=0.1", "policy.correction=token_truncate", "policy.correction_high=2",
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
             'data.phases=[{"name": "main", "seq_len": 32}]', "model.hidden_size=48")
+
+
+WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,26 @@ def losses(run: Path) -> dict[int, Any]:
             for e in read_events(run / "events.jsonl") if e["event"] == "step"}
 
 
-@pytest.mark.distributed
-def test_rounds_that_come_later_and_a_kill_change_no_bit(rounds: Rounds, run_command: Any, tiny: list[str]
-                                                         ) -> None:
-    settings = [*tiny, *(word for setting in SETTINGS for word in ("--set", setting))]
-    whole = rounds.store("whole", range(1, 4))
-    done = run_command(*rounds.command(whole, "undisturbed", *settings, "--set", "train.keep_checkpoints=0",
-                                       "--set", "train.checkpoint_every_steps=5"))
+@pytest.fixture(scope="module")
+def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
+    """Return a run of three rounds of the store "whole" that nothing has disturbed."""
+    store = rounds.store("whole", range(1, 4))
+    done = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
+                                       "train.keep_checkpoints=0", "--set", "train.checkpoint_every_steps=5"))
     assert done.returncode == 0, done.stderr
+    return rounds.folder / "undisturbed"
 
+
+def last_weights(run: Path) -> dict[str, str]:
+    """Return the digests of the last step's weights."""
+    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
+            if name.endswith(".safetensors")}
+
+
+@pytest.mark.distributed
+def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, rounds: Rounds, run_command: Any,
+                                                         tiny: list[str]) -> None:
+    settings = [*tiny, *WORDS]
     later = rounds.store("later", range(1, 3))
     done = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
     assert done.returncode == 75, done.stderr  # its processes were started again, inside of round 2
@@ -94,11 +109,9 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(rounds: Rounds, run_com
     done = run_command(*rounds.command(later, "disturbed", *settings, "--resume"))
     assert done.returncode == 0, done.stderr
 
-    undisturbed, disturbed = (rounds.folder / name for name in ("undisturbed", "disturbed"))
+    disturbed = rounds.folder / "disturbed"
     assert losses(disturbed) == losses(undisturbed) and list(losses(disturbed)) == [1, 2, 3, 4, 5, 6]
-    files = [{name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
-              if name.endswith(".safetensors")} for run in (undisturbed, disturbed)]
-    assert files[0] == files[1] and files[0]
+    assert last_weights(disturbed) == last_weights(undisturbed) != {}
     by_source = [step[4] for step in losses(undisturbed).values()]
     assert all("rollouts" in step for step in by_source)
     assert 0 < sum("even" in step or "odd" in step for step in by_source) < 6  # InK-GRPO's draw
@@ -111,6 +124,63 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(rounds: Rounds, run_com
     assert [abs(of_step["ratio"] - 1) < 1e-6 for of_step in meters] == [True, False] * 3
     # the reference is the start, also when the run's weights are others
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
+
+
+@pytest.mark.distributed
+def test_a_bit_that_flips_in_a_round_is_named_and_mended_as_it_is_said(
+        undisturbed: Path, rounds: Rounds, run_command: Any, tiny: list[str]) -> None:
+    run, store = rounds.folder / "flipped", rounds.folder / "whole"
+    folder, old, reference = (run / "rounds" / name for name in (
+        "0002", "0002.old_logprobs.f32", "0002.reference_logprobs.f32"))
+
+    def resumed(*more: str) -> Any:
+        return run_command(*rounds.command(store, "flipped", *tiny, *WORDS, "--resume", *more, "--set",
+                                           "train.keep_checkpoints=0", "--set", "train.max_restarts=0"))
+
+    def flip(file: Path) -> bytes:
+        whole = file.read_bytes()
+        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        return whole
+
+    assert resumed("--inject", "kill@step=4").returncode != 0  # it stands inside of round 2
+    before = {file: file.read_bytes() for file in (run / "rounds").rglob("*") if file.is_file()}
+    anew = f"delete {folder}, and the round is published anew"
+    for file, way in ((next(folder.rglob("*.bin")), anew), (next(folder.rglob("*.advantage")), anew),
+                      (old, "delete the checkpoints behind step-2 in ")):
+        whole = flip(file)
+        done = resumed()
+        assert done.returncode == 2 and str(file) in done.stderr and way in done.stderr, done.stderr
+        file.write_bytes(whole)
+        assert {file: file.read_bytes() for file in before} == before, "nothing else is touched"
+
+    # all at once, and as the messages say
+    shutil.rmtree(folder)
+    flip(old)
+    flip(reference)
+    shutil.rmtree(run / "checkpoints/step-3")
+    done = resumed()
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(undisturbed) and last_weights(run) == last_weights(undisturbed)
+    assert reference.read_bytes() == before[reference] and old.read_bytes() == before[old]
+
+
+@pytest.mark.distributed
+def test_a_run_of_the_time_before_corrections_goes_on_without_one(rounds: Rounds, run_command: Any,
+                                                                  tiny: list[str]) -> None:
+    store, run = rounds.store("before", range(1, 2)), rounds.folder / "uncorrected"
+    words = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
+                                           "policy.method=dapo") for word in ("--set", setting))]
+    without = ("--set", "policy.correction=none")
+    done = run_command(*rounds.command(store, run.name, *words, *without, "--set", "train.max_restarts=0",
+                                       "--inject", "kill@step=2"))
+    assert done.returncode != 0
+    again = rounds.command(store, run.name, *words, "--set", "train.max_restarts=0", "--resume")
+    done = run_command(*again)
+    assert done.returncode == 2 and "policy.correction = none, now it is token_truncate" in done.stderr
+    assert "--set policy.correction=none" in done.stderr, done.stderr
+    done = run_command(*again, *without)
+    assert done.returncode == 0, done.stderr
+    assert [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"][-1] == 2
 
 
 def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,

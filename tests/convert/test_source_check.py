@@ -49,7 +49,7 @@ def test_what_is_inside_does_not_wait_for_the_hashes(folder: Folder, monkeypatch
     begun = threading.Event()
 
     def later(file: Path, record: FileRecord) -> str | None:
-        assert begun.wait(30)
+        assert begun.wait(600)
         return file_damage(file, record)
 
     monkeypatch.setattr(source_check, "file_damage", later)
@@ -91,7 +91,7 @@ def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
 
     def after_the_writing(file: Path, record: FileRecord) -> str | None:
         if file.suffix == ".safetensors":
-            assert written.wait(30)
+            assert written.wait(600)
             too_early.append(counted.wait(0.1))
         return file_damage(file, record)
 

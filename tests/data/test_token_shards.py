@@ -175,7 +175,7 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         open_sources({}, 64)
     with pytest.raises(UserError, match="pack all data with the same tokenizer"):
         open_sources({a: 1, artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64): 1}, 64)
-    with pytest.raises(UserError, match="source 'web': occurs in several"):
+    with pytest.raises(UserError, match=r"source 'web': is in --data .*/a and in .*/same; pack one of"):
         open_sources({a: 1, artifact(tmp_path / "same", {"web": 1}): 1}, 64)
     with pytest.raises(UserError, match=r"has 50 ids, the model only model\.vocab_size = 32"):
         open_sources({a: 1}, 32)

@@ -201,7 +201,9 @@ def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
     assert [s.name for s in found] == ["web", "notes", "x.1"]
     for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"),
                             (["a=x", "a=y"], "is given already"), (["tokenizer=x"], "cannot name a source"),
-                            (["../=x"], "cannot name a source")):
+                            (["../=x"], "cannot name a source"), (["web="], "names no file or folder"),
+                            ([""], "names no file or folder"),
+                            (["a b.txt"], "e.g. --input 'web=a b.txt'")):
         with pytest.raises(UserError, match=rule):
             parse_sources(arguments)
 
@@ -393,7 +395,7 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
     assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
                      ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"),
                      ("d.jsonl.zst", None, "truncated"), ("e.parquet", None, "parquet"),
-                     ("f.parquet", None, "parquet"), ("g.parquet", 2, "fields")]
+                     ("f.parquet", None, "fields"), ("g.parquet", 2, "fields")]
     assert (all(len(r["content"]) <= 300 and r["reason"] for r in rows)
             and rows[0]["content"].startswith('{"id": 1'))
     [source] = read_manifest(tmp_path / "out").content["sources"]
@@ -461,6 +463,21 @@ def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, 
     assert [one["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 0]
     assert [two["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 1]
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_one_text_becomes_several_documents_of_which_one_is_held_out(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
+    (tmp_path / "Korean.txt").write_text(text)
+    shards = {}
+    for name, share in (("cut", 0.02), ("whole", 0.0)):
+        pack(tokenizers["solar-open"], [Source("ko", tmp_path / "Korean.txt")], tmp_path / name,
+             PackSettings(heldout_share=share))
+        [source] = read_manifest(tmp_path / name).content["sources"]
+        shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]
+    captured = capsys.readouterr()
+    assert shards == {"cut": [5, 1], "whole": [1, 0]} and "warning" not in captured.err
+    assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
 
 
 def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Path], tmp_path: Path,

@@ -38,6 +38,9 @@ def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture
     assert few == sample(chats, None, "train", 2, 5, seed=1)
     assert main(["sample", str(chats), "--source", "none"]) == 2
     assert "has no such source (sources: chat)" in capsys.readouterr().err
+    for wrong in (["--count", "-1"], ["--max-tokens", "0"]):
+        assert main(["sample", str(chats), *wrong]) == 2
+        assert f"{wrong[0]} {wrong[1]}: must be at least 1" in capsys.readouterr().err
 
 
 def test_both_sides_of_a_preference_are_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.cli import main
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.documents import Reading, read_documents
 
 
 def made(folder: Path, rows: list[dict[str, Any]], *more: str) -> list[dict[str, Any]]:
@@ -46,6 +47,13 @@ def test_mismatched_responses_are_the_matched_ones(in_lines: bool, tmp_path: Pat
         [{"prompt": p, "responses": [{"content": p + sign, "reward": int(sign == "+")} for sign in "+-"]}])])
     matched, mismatched = ({said(row)[place] for row in rows} for place in (1, 2))
     assert matched == mismatched == {p + sign for p in "abc" for sign in "+-"}
+
+
+def test_short_answers_may_be_the_same_to_two_prompts(tmp_path: Path) -> None:
+    made(tmp_path, [{"prompt": p, "completion": "Yes.", "label": p == "a"} for p in "ab"])
+    reading = Reading("preference", columns=("desirable",))
+    found = list(read_documents([tmp_path / "out/unpaired.jsonl"], reading))
+    assert [d.chosen == d.rejected for d in found] == [True, True]
 
 
 def test_a_prompt_that_comes_again_is_no_other_one(tmp_path: Path) -> None:

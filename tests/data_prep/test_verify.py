@@ -104,6 +104,12 @@ def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict
         assert rule in capsys.readouterr().err
 
 
+def test_epochs_are_of_a_number_of_tokens(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in ("-1", "0", "nan", "inf"):
+        assert main(["verify", str(sound), "--tokens", number]) == 2
+        assert f"--tokens {number}: must be a positive number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("damage", "sentence"), [
     (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
     (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),

@@ -15,7 +15,7 @@ import zstandard
 from pyarrow import ipc, parquet
 
 from megatron_sov.documents import BadRecord, Document, Reading, list_files, read_documents, read_span
-from megatron_sov.documents.files import spans_of
+from megatron_sov.documents.files import passed_over, spans_of
 from megatron_sov.documents.json_list import json_items
 from megatron_sov.documents.messages import Message
 from megatron_sov.errors import UserError
@@ -156,6 +156,16 @@ def test_a_folder_of_text_keeps_its_readme_and_says_what_it_leaves(tmp_path: Pat
     for name in ("c.png", "d.json"):
         (tmp_path / name).unlink()
     assert list_files(tmp_path, told.append) and len(told) == 1
+    fill(tmp_path, **{".env": b"", ".git/config": b"", "c\x1b[2J.png": b""})
+    list_files(tmp_path, told.append)
+    assert told[1:] == [f"{tmp_path}: passed over 1 file (c\\x1b[2J.png) and 2 hidden (.env, .git)"]
+
+
+def test_of_many_files_that_are_not_read_the_most_frequent_endings_are_told() -> None:
+    names = [f"{i}.e{j}" for j in range(12) for i in range(12 - j)]
+    assert passed_over(names, [f".{i}" for i in range(6)]) == (
+        "passed over 78 files (12 .e0, 11 .e1, 10 .e2, 9 .e3, 8 .e4, 7 .e5, 6 .e6, 5 .e7, 10 others) and "
+        "6 hidden (.0, .1, .2, .3, ...)")
 
 
 def test_a_dataset_says_which_text_and_which_splits_it_reads(tmp_path: Path) -> None:
@@ -171,9 +181,10 @@ def test_a_hub_dataset_that_is_not_there_is_told_how_to_load(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="hf download HuggingFaceH4/ultrachat_200k --repo-type dataset"):
         list_files(Path("HuggingFaceH4/ultrachat_200k"))
-    with pytest.raises(UserError) as e:
-        list_files(tmp_path / "nowhere")
-    assert "hf download" not in str(e.value)
+    for nothing in (tmp_path / "nowhere", Path("judged/pairs.jsonl"), Path("corpus/a.json.gz")):
+        with pytest.raises(UserError) as e:
+            list_files(nothing)
+        assert "hf download" not in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "data", "a.data", "a.txt.gz"])

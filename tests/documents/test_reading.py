@@ -92,5 +92,5 @@ def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["one", None]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet:2: has no string field 'body'"):
         list(read_documents([tmp_path / "b.parquet"], Reading("text", "body")))
-    with pytest.raises(UserError, match=r"b\.parquet: has no column 'text' \(columns: body\)"):
+    with pytest.raises(UserError, match=r"b\.parquet: has no string field 'text' \(fields: body\)"):
         list(read_documents([tmp_path / "b.parquet"], Reading("text")))

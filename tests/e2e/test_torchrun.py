@@ -89,7 +89,7 @@ def test_two_nodes_give_the_bits_of_two_local_processes(
     finally:
         for process in agents:
             process.terminate()  # an agent takes its ranks with it, unless it is killed
-            process.wait(60)
+            process.wait(600)
     assert [process.returncode for process in agents] == [0, 0], said
     assert (tmp_path / "nodes/complete.json").is_file()
     assert (losses(tmp_path / "nodes") == losses(tmp_path / "local")

@@ -28,7 +28,7 @@ from megatron_sov.endpoints.recognition import CHAT_PROBE, is_same
 from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
-LIMITS = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
+LIMITS = Limits(600.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 
 
@@ -160,12 +160,12 @@ def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
 
 def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        patient = Limits(5.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=30.0)
+        patient = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
         server.next = ["429"] * 6
         ask = Endpoint(f"{server.url}/chat/completions", "", patient, EndpointCache(tmp_path / "a"))
         assert ask.ask(ASKED, lambda raw: "read") == "read"
         server.next = ["503"] * 1000
-        short = Limits(5.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
+        short = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
         away = Endpoint(f"{server.url}/chat/completions", "", short, EndpointCache(tmp_path / "b"))
         with pytest.raises(Unavailable, match="HTTP 503, for"):
             away.ask(ASKED, lambda raw: "read")
@@ -267,6 +267,21 @@ def test_a_model_that_never_repeats_itself_is_not_taken_for_another(tmp_path: Pa
             Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, told=told.append,
                      probe={"model": "m", **CHAT_PROBE}).ask(ASKED, content)
         assert (len(server.requests), told) == (1, [])
+
+
+@pytest.mark.parametrize(("later", "asked"), [("new new old new", 1), ("new new new old", 1),
+                                            ("new new new new", 2)])
+def test_an_answer_that_flips_once_is_no_other_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     later: str, asked: int) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        words = iter(["old", *later.split(), *["new"] * 4])
+        monkeypatch.setattr(ScriptedEndpoint, "says", property(lambda self: next(words),
+                                                               lambda self, value: None), raising=False)
+        for _ in range(2):
+            Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache,
+                     probe={"model": "m", **CHAT_PROBE}).ask(ASKED, content)
+        assert len(server.requests) == asked
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [

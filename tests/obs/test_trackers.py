@@ -133,7 +133,7 @@ def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*"
-                                        + re.escape(how_to_install("dev"))):
+                                        + re.escape(how_to_install("trackers"))):
         Trackers(ObsConfig(**{package: True}), tmp_path, {})
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -191,3 +192,13 @@ def test_it_reads_what_its_settings_need() -> None:
     namesakes = [Source(ROLLOUTS, None, kind, {}, {"train": 9}, 1.0) for kind in ("text", ROLLOUTS)]
     with pytest.raises(UserError, match=r"--data: has a source 'rollouts', as the run's own rounds are"):
         check_sources(config, namesakes)
+
+
+@pytest.mark.parametrize(("max_staleness", "cause"), [
+    (0, "in a precision, far"), (2, "rollout.max_staleness = 2 lets older models")])
+def test_a_gap_to_the_engine_names_its_likeliest_cause(max_staleness: int, cause: str) -> None:
+    from megatron_sov.post.policy import PolicyLearning
+
+    learning: Any = PolicyLearning.__new__(PolicyLearning)
+    learning._rollout = SimpleNamespace(max_staleness=max_staleness, steps_per_round=1)
+    assert cause in learning.doubt(1, {"engine_kl": 0.2}) and not learning.doubt(1, {"engine_kl": 0.01})

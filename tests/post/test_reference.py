@@ -77,17 +77,17 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
         reference(128).refuse_changed()
     reference(128)._open()
     parts = reference(128)._parts["pairs"]
-    write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes())
+    write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.of(0))
     reference(64).refuse_changed()
     assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._missing() == []
     with pytest.raises(UserError, match=r"reach to token 128 of a document, and samples have 256 \(data"):
         reference(256).refuse_changed()
     flip(parts.file(0))
     for read in (reference(128).refuse_changed, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
-        with pytest.raises(UserError, match=r"000000.f32: its content differs from the checksum .*start"):
+        with pytest.raises(UserError, match=r"000000.f32: is damaged or belongs elsewhere .*start"):
             read()
     assert reference(128)._missing() == [("pairs", 0)]
-    assert "000000.f32: its content differs from the checksum at its end; it is computed anew" in (
+    assert "000000.f32: is damaged or belongs elsewhere (it differs from its own checksum); it is" in (
         capsys.readouterr().err)
 
 
@@ -136,9 +136,9 @@ def run_and_kill(text: str, pairs: str, folder: str, part_documents: int) -> dic
             reach("compute")
             return compute(model, documents, chosen, *sizes)
 
-        def written(path: Path, content: bytes) -> None:
+        def written(path: Path, content: bytes, of: str) -> None:
             reach("write")
-            write(path, content)
+            write(path, content, of)
 
         reference.document_logprobs, reference.write_sealed = noted, written
 

@@ -90,4 +90,6 @@ def test_the_command_compares_scores_whose_items_are_there(
     capsys.readouterr()
     assert main(["report", str(copies[0]), "--compare"]) == 2
     assert "--compare: needs 2 to 8 runs, and there are 1" in capsys.readouterr().err
+    assert main(["report", str(copies[0]), f"{copies[0]}/."]) == 2
+    assert "is named twice" in capsys.readouterr().err
     assert read_run(copies[0]).scores[-1]["task"] == "quiz"

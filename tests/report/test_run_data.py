@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,3 +133,12 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"config\.json: holds a list"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("load", [[[1.0, 2.0], [3.0]], 5, [[1.0]], [1.0, 2.0]])
+def test_a_table_whose_bits_have_changed_is_left_out(tmp_path: Path, load: Any) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("expert_load", step=1, layers=[0, 1], load=load)
+    log.write("routing", step=1, layers=[0, 1], max_violation=load, entropy=[1.0, 1.0], dead=[0, 0])
+    run = read_run(tmp_path)
+    assert run.expert_load is None and run.routing is None

@@ -227,7 +227,6 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
         0.0, {"passed": 1, "tests": 2, "why": "AssertionError: wrong"})
     broken = judged(Code(enclosure=enclosure), {**row, "response": "```python\ndef f(x)\n```"})
     assert broken.reward == 0 and "SyntaxError" in broken.components["why"]
-    # on a busy machine it is not its fault before
     endless = judged(Code(enclosure=enclosure, test_time_s=0.3, patience=100),
                      {**row, "response": "def f(x):\n    while 1: pass"})
     assert (endless.status, endless.reward) == ("timeout", 0.0) and "processors" in endless.components["why"]
@@ -235,10 +234,8 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
 
 @pytest.mark.parametrize("outcome, status, reward", [
     (Outcome("infrastructure", None, "", "", "the server failed", 0, 0), "failed", None),
-    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 4.0, 25.0), "timeout", None),  # it waited
-    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 0.1, 29.9), "timeout", None),
-    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 0.1), "timeout", 0.0),  # it slept
-    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 4.0, 16.0), "timeout", 0.0),
+    (Outcome("infrastructure", None, "", "", "the machine is too busy", 630, 4.0, 600.0), "failed", None),
+    (Outcome("timeout", None, "", "", "took longer than 30 s", 55, 0.1, 25.0), "timeout", 0.0),  # it slept
     (Outcome("timeout", None, "", "", "took more than 10 s of processors", 2, 10.0, 0.5), "timeout", 0.0),
     (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused", None),
     (Outcome("memory", None, "", "", "took more", 1, 1), "scored", 0.0)])
@@ -256,20 +253,18 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
 @pytest.mark.parametrize("waits", ["time.sleep(60)", "os.read(os.pipe()[0], 1)"])
 def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure: str, waits: str) -> None:
     source = f"import os, time\nwhile time.process_time() < 0.06:\n    pass\n{waits}"
-    # a busy machine may keep it from a processor for most of its time by the clock
-    result = judged(Code(enclosure=enclosure, test_time_s=0.3, patience=10),
+    result = judged(Code(enclosure=enclosure, test_time_s=0.3),
                     {"response": source, "tests": [{"stdin": "", "stdout": ""}]})
     assert (result.status, result.reward) == ("timeout", 0.0), result
 
 
 def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Outcome("timeout", None, "", "", "took more than 10 s of processors", 10, 10.0)
-    monkeypatch.setattr(Code, "_run", lambda *_: (clock.append(clock[-1] + 10), slow)[1])
-    clock = [0.0]
-    monkeypatch.setattr(code.time, "monotonic", lambda: clock[-1])
+    runs: list[None] = []
+    monkeypatch.setattr(Code, "_run", lambda *_: (runs.append(None), slow)[1])
     row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": ""}] * 100}
     result = judged(Code(all_or_nothing=False), row)
-    assert (result.status, result.reward) == ("timeout", 0.0) and 200 < clock[-1] < 300
+    assert (result.status, result.reward) == ("timeout", 0.0) and 20 < len(runs) < 30
     assert "time_limit_s = 300 must be more than 3 x test_time_s = 300" in Code(test_time_s=100).problems()[0]
 
 

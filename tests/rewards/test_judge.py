@@ -147,7 +147,8 @@ def test_a_misbehaving_endpoint_leaves_no_score(name: str, script: Script, judge
     assert (result.reward, result.status) == (None, "timeout" if name == "late" else "failed")
     assert KEY not in result.reason
     cache = EndpointCache(tmp_path / "cache.sqlite")
-    assert cache.num_requests() == len(script.asked) == attempts
+    assert cache.num_requests() == attempts
+    assert name == "late" or len(script.asked) == attempts  # one that came too late may not have read them
     script.answers = [GOOD]
     assert judged(judge(), ROW).reward == 1.0  # nothing of it was kept
 

@@ -129,6 +129,19 @@ def test_a_box_in_the_thoughts_is_no_answer(response: str, reward: float) -> Non
     assert Math().score({"answer": "42", "response": response}).reward == reward
 
 
+@pytest.mark.parametrize(("answer", "response", "reward"), [
+    ("7/2", "\\boxed{3 1/2}", 1.0), ("\\frac{7}{2}", "The answer is $3 1/2$.", 1.0),
+    ("-7/2", "\\boxed{-3 1/2}", 1.0), ("31/2", "\\boxed{3 1/2}", 0.0), ("3/2", "\\boxed{3 1/2}", 0.0),
+    ("7/2", "\\boxed{3, 1/2}", 0.0), ("7/2", "\\boxed{2 3/2}", 0.0), ("7/2", "\\boxed{1 3 1/2}", 0.0),
+    ("5", "\\boxed{5개}", 1.0), ("5", "답은 \\boxed{5 명}", 1.0), ("5", "\\boxed{5개, 6개}", 0.0),
+    ("5", "\\boxed{5개월}", 0.0), ("5개", "\\boxed{5명}", 0.0), ("6", "\\boxed{5개}", 0.0),
+    ("6.02\\times 10^{23}", "\\boxed{6.02e23}", 1.0), ("6.02\\times 10^{22}", "\\boxed{6.02e23}", 0.0),
+    ("2e", "\\boxed{2e1}", 0.0)])
+def test_mixed_numbers_counters_and_exponents_are_read_as_written(answer: str, response: str,
+                                                                  reward: float) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == reward
+
+
 HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 500 + "}", "9" * 100_000,
            "\\boxed{" * 2000, "$" + "\\frac{1}{" * 300 + "2" + "}" * 300 + "$", "\u202e\\boxed{24}\u202c",
            "a" * 3_000_000, "\x00\x1b[31m\\boxed{1}", "\\boxed{1000000000!}",

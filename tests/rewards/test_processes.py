@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import Pipe, forkserver
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from megatron_sov.errors import UserError
+from megatron_sov.rewards import processes
 from megatron_sov.rewards.environment import forget_other_variables
 from megatron_sov.rewards.processes import ProcessRunner
 from megatron_sov.rewards.registry import order
@@ -75,10 +77,8 @@ def test_results_come_in_the_order_of_the_rows(runner) -> None:
 
 
 def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
-    begin_s = time.monotonic()
     with runner(time_limit_s=0.5) as running:
         found = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
-    assert time.monotonic() - begin_s < 60
     assert [(r.reward, r.status) for r in found] == [
         (1.0, "scored"), (None, "timeout"), (None, "failed"), (None, "refused"), (None, "failed"),
         (None, "failed"), (None, "timeout"), (2.0, "scored")]
@@ -151,3 +151,22 @@ def test_one_server_imports_what_all_runners_need() -> None:
     for name in ("colorsys", "wave"):
         ProcessRunner(order("stem", {}), 1.0, 1, [name])
     assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_process_whose_command_has_ended_ends_without_a_traceback(
+        is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("forget_other_variables", "_limit_memory", "signal", "ctypes"):  # they would change this
+        monkeypatch.setattr(processes, name, Mock())
+    (tmp_path / "does.py").write_text(CODE)
+    command, own = Pipe()
+    judge_all = processes._judge_all
+
+    def close_unread(*arguments: Any) -> None:
+        command.close()
+        judge_all(*arguments)
+
+    monkeypatch.setattr(processes, "_judge_all", close_unread)
+    if is_early:
+        command.close()
+    processes._work(own, order(f"{tmp_path}/does.py:Does", {}), (), 1.0)

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from megatron_sov import convert, recipes
 from megatron_sov.artifacts import new_artifact
+from megatron_sov.card.run_record import read_run_record
+from megatron_sov.convert.opening import open_weights
 from megatron_sov.convert.peft import from_peft, to_peft
 from megatron_sov.errors import UserError
+from megatron_sov.generate.target import find_target
 from megatron_sov.report.run_data import read_run
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
@@ -225,7 +228,25 @@ COMMANDS = {"to-hf": (("checkpoint", "run"), lambda path, out: convert.to_hf(pat
             "to-peft": (("checkpoint", "run"), to_peft),
             "from-peft": (("peft_adapter",), lambda path, out: from_peft(path, out, path)),
             "--from, average, status": (("checkpoint", "run"), lambda path, out: find_checkpoint(path)),
-            "report": (("run",), lambda path, out: read_run(path))}
+            "report": (("run",), lambda path, out: read_run(path)),
+            "card": (("run",), lambda path, out: read_run_record(path, "a", lambda *_: 0.0)),
+            "generate, eval": (("checkpoint", "run", "hf_model"), lambda path, out: find_target(path)),
+            "verify, inspect": (("checkpoint", "run", "hf_model"), lambda path, out: open_weights(path))}
+UNKNOWN = {"empty": ((), "is empty"), "read": (("README.md",), "holds README.md alone, and neither a model"),
+           "text": (("a.txt", "b.txt"), r"holds text .a.txt and 1 more., .*`sov-data pack --input` takes it"),
+           "words": (("tokenizer.json",), "is a tokenizer without a model .*`sov-tokenizer import` takes it")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_of_nothing_known_is_told_what_it_holds_and_what_to_pass(command: str, tmp_path: Path
+                                                                         ) -> None:
+    for name, (files, said) in UNKNOWN.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("{}")
+        with pytest.raises(UserError, match=rf"{name}: {said}.* pass (the folder|RUN|a folder|what)"):
+            COMMANDS[command][1](tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,14 +10,23 @@ import pytest
 from megatron_sov.runs import commands
 
 CHILD = """
-import os, signal, sys, time
+import os, re, signal, sys, time
 if sys.argv[-1] == "code":
     sys.exit(3)
+asked = []
 for number in (signal.SIGUSR1, signal.SIGINT):
-    signal.signal(number, lambda number, _: print("asked by", number, flush=True))
-time.sleep(0.3)
-os.kill(os.getppid(), getattr(signal, sys.argv[-1]))
-time.sleep(0.3)
+    signal.signal(number, lambda number, _: (asked.append(number), print("asked by", number, flush=True)))
+number = getattr(signal, sys.argv[-1])
+def is_awaited():
+    caught = re.search("SigCgt:(.*)", open(f"/proc/{os.getppid()}/status").read())[1]
+    return int(caught, 16) >> (number - 1) & 1
+while not is_awaited():
+    time.sleep(0.01)
+os.kill(os.getppid(), number)
+if number == signal.SIGINT:
+    time.sleep(0.3)
+while number != signal.SIGINT and not asked:
+    time.sleep(0.01)
 """
 
 

@@ -127,7 +127,7 @@ def test_the_lease_is_renewed(tmp_path: Path) -> None:
 
 def test_a_holder_whose_folder_was_taken_ends_without_touching_it(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
-            "RunLock(Path(sys.argv[1]), lease_s=0.2).acquire(); print('held', flush=True); time.sleep(30)")
+            "RunLock(Path(sys.argv[1]), lease_s=0.2).acquire(); print('held', flush=True); time.sleep(600)")
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"

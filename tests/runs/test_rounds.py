@@ -23,7 +23,8 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
     enter(8)  # a mended command, before anything is done
     (folder / "rounds/answers").touch()
     enter(8)
-    with pytest.raises(UserError, match="run: its rounds were begun with samples = 8, now it is 4; resume"):
+    with pytest.raises(UserError, match=r"run: its rounds were begun with samples = 8, now it is 4; resume "
+                       r"with the same .--samples 8., or"):
         enter(4)
     note.write_text("[1")
     with pytest.raises(UserError, match=r"rounds.json: is damaged .* or choose another --run"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-LIMIT_S = 120
+LIMIT_S = 600
 
 
 @dataclass

@@ -137,7 +137,7 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
         finally:
             stop.append("the test is over")
             model.rows.release(10**6)
-            runs.join(20)
+            runs.join(600)
             server.stop()
             assert not runs.is_alive() and not server._thread.is_alive()
 
@@ -332,7 +332,7 @@ def test_a_stream_that_nobody_takes_is_ended(opened: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(http_server, "TAKES_S", 0.2)
 
     async def never(*args: Any) -> None:
-        await asyncio.sleep(20)
+        await asyncio.sleep(600)
 
     with opened() as server:
         monkeypatch.setattr("aiohttp.web.StreamResponse.write", never)
@@ -373,7 +373,7 @@ def test_what_is_no_http_is_refused_and_leaves_no_traceback(opened: Any, sent: b
                                                             caplog: pytest.LogCaptureFixture) -> None:
     with opened() as server:
         address = httpx.URL(server.url)
-        with socket.create_connection((address.host, address.port), timeout=20) as client:
+        with socket.create_connection((address.host, address.port), timeout=600) as client:
             client.sendall(sent)
             assert client.recv(100).startswith(b"HTTP/1.0 400")
         assert server.http.get("/models").status_code == 200

@@ -134,11 +134,11 @@ def test_two_ranks_look_at_this_machine(tmp_path: Path) -> None:
     read_only = Path("/proc/scratch")  # nothing can be written there, not even by root
     processes = [subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "megatron_sov.slurm.preflight", str(tmp_path), "--scratch",
-         str(scratch)],
+         str(scratch), "--timeout-s", "600"],
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT":
              port, "SLURMD_NODENAME": f"n{rank + 1}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         for rank, scratch in enumerate((tmp_path / "new", read_only))]
-    assert [p.wait(120) for p in processes] == [0, 0]
+    assert [p.wait(600) for p in processes] == [0, 0]
     limits = {**LIMITS, "num_gpus": 0, "min_free_disk_bytes": 1, "max_matmul_ratio": 1000}
     sick = sick_nodes(tmp_path, ["n1", "n2"], limits)
     assert set(sick) == {"n2"} and "disk cannot be written (/proc/scratch" in sick["n2"]

@@ -54,11 +54,11 @@ FirstJobId={first_job}
 JobRequeue=1
 ReturnToService=1
 KillWait=2
-SlurmdTimeout=10
+SlurmdTimeout=600
 SlurmctldTimeout=10
-MessageTimeout=30
-TCPTimeout=5
-BatchStartTimeout=10
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=600
 CompleteWait=0
 MinJobAge=3600
 UnkillableStepTimeout=30
@@ -205,7 +205,7 @@ class VirtualCluster:
 
     def job(self, number: str) -> dict[str, str]:
         """Return what the controller knows about a job; it is asked again where it has no time to answer."""
-        for _ in range(20):
+        for _ in range(600):
             found = dict(re.findall(r"(\w+)=(\S*)",
                                     self.run("scontrol", "-o", "show", "job", number, check=False)))
             if "JobState" in found:
@@ -242,7 +242,7 @@ class VirtualCluster:
         if process.poll() is None:
             process.send_signal(number)
         try:
-            process.wait(10)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

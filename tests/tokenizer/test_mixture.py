@@ -45,6 +45,9 @@ def test_input_arguments(tmp_path: Path) -> None:
     for bad in ("a:0", "a:-1", "a:nan", "a:inf"):
         with pytest.raises(UserError, match="must be a positive number"):
             parse_input(bad)
+    for bad in ("", ":2", "en=:2"):
+        with pytest.raises(UserError, match="names no file or folder"):
+            parse_input(bad)
 
 
 def test_inputs_of_one_name_are_one_group_whatever_their_order() -> None:

@@ -63,9 +63,10 @@ def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -
 
 def test_a_run_says_what_came_of_it() -> None:
     told = summary(Path("runs/a"), Path("runs/a/checkpoints/step-6"), TrainState(6, 1_500_000), 125.4,
-                   {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10)}).splitlines()
+                   {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10)}, "sft").splitlines()
     assert told[0] == "complete: step 6, 1.5 M tokens in 2:05 min; held-out loss web 2.0000, code 1.2500"
     assert told[1] == "  checkpoint  runs/a/checkpoints/step-6" and "megatron-sov report runs/a" in told[2]
+    assert "generate runs/a --chat --prompt TEXT" in told[2]  # in the form that it was trained in
 
 
 def test_numbers_are_short() -> None:

@@ -117,7 +117,7 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     monkeypatch.setattr(module, "_converted", convert)
     start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
     for arguments, message in {
-        ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3",
+        ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3; .*tiny-solar-open",
         ("tiny-solar-open", *start, "--set", "train.stpes=1"): "did you mean 'train.steps'",
         ("tiny-solar-open", *start, "--nproc", "3", "--set", "parallel.tp=3"): "parallel.tp = 3 must divide",
         ("tiny-solar-open", *start, "--inject", "crash@step=x"): "--inject crash@step=x",
@@ -132,7 +132,7 @@ def test_from_must_be_something_to_start_from(data: Path) -> None:
     assert resolve_start(None, data / "run") is None
     with pytest.raises(UserError, match=r"--from .*none: does not exist"):
         resolve_start(data / "none", data / "run")
-    with pytest.raises(UserError, match=r"a: has no manifest.json, so it is not a 'checkpoint' artifact"):
+    with pytest.raises(UserError, match=r"a: is empty, so it is not a checkpoint or a run; pass RUN"):
         resolve_start(data / "a", data / "run")
     (data / "a" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="this run has no complete checkpoint yet"):

@@ -216,6 +216,9 @@ def test_the_bar_rounds_to_its_width() -> None:
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is empty, so it is not a run; pass the folder given to --run"):
+        find_runs(tmp_path)
+    (tmp_path / "more").mkdir()
     with pytest.raises(UserError, match="holds no run"):
         find_runs(tmp_path)
     assert "none yet" in in_full(RunState(tmp_path))

@@ -27,7 +27,7 @@ def different_words(tokenizers: list[Opened], text: NamedText) -> list[dict[str,
 
 def different_lines(tokenizers: list[Opened], text: NamedText) -> list[dict[str, Any]]:
     """Return lines that are not cut alike, those first where the ratio of tokens is largest."""
-    lines = dict.fromkeys(line.strip() for chunk in text.part(SAMPLE_BYTES) for line in chunk.splitlines())
+    lines = dict.fromkeys(line.strip() for chunk in text.part(SAMPLE_BYTES) for line in chunk.split("\n"))
     fitting = [line for line in lines if MIN_LINE_CHARS <= len(line) <= MAX_LINE_CHARS]
     return [{"text": line, "num_tokens": sizes, "cuts": cuts} for line, cuts, sizes in
             _different(tokenizers, fitting, None)[:NUM_LINES]]

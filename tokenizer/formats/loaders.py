@@ -216,10 +216,14 @@ def open_tokenizer(path: Path) -> Opened:
     """
     file = reader.find_file(path)
     if file.suffix == ".json":
-        return HuggingFace(path, file)
-    if tiktoken_format.is_ranks_file(file):  # Llama 3 has ranks in a file called tokenizer.model
-        return Tiktoken(path, file)
-    return SentencePiece(path, file)
+        opened: Opened = HuggingFace(path, file)
+    elif tiktoken_format.is_ranks_file(file):  # Llama 3 has ranks in a file called tokenizer.model
+        opened = Tiktoken(path, file)
+    else:
+        opened = SentencePiece(path, file)
+    if not opened.tokens:
+        raise UserError(f"{file}: holds no tokens, so it is empty or damaged; pass {reader.FORMS}")
+    return opened
 
 
 def _piece_bytes(piece: str) -> bytes:

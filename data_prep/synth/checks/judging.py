@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from data_prep.pipeline.counts import noted_seal
 from data_prep.pipeline.finish import summary_of
 from data_prep.pipeline.plan import Plan, SourcePlan, make_plan
 from data_prep.pipeline.running import judge_documents
@@ -202,7 +203,7 @@ def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str
 
 def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return open_parquet(file, way_out(file), is_required=True).read(columns)
+        return open_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)).read(columns)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
                         f"{way_out(file)}") from None

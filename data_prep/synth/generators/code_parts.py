@@ -104,7 +104,7 @@ def _statements(block: str) -> Iterator[ast.stmt]:
     if tree is not None:
         yield from tree.body
         return
-    for line in block.splitlines():
+    for line in block.split("\n"):
         tree = parsed(line.strip())
         if tree is not None:
             yield from tree.body

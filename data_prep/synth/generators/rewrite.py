@@ -115,7 +115,7 @@ class Rewrite(OfDocuments):
 
 def dialogue(text: str) -> Verdict:
     """Return whether a text is a dialogue: turns of A and B, who alternate."""
-    turns = [_TURN.fullmatch(line) for line in text.splitlines() if line.strip()]
+    turns = [_TURN.fullmatch(line) for line in text.split("\n") if line.strip()]
     speakers = [turn[1] for turn in turns if turn]
     if len(speakers) < len(turns):
         return Verdict("dialogue", False, "a line is no turn of A or B")

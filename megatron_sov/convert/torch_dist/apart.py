@@ -26,8 +26,8 @@ BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
 """A value of one byte in a pickle is an object of some 50 bytes in memory."""
 BASE_TIME_S, BYTES_PER_S = 60, 200_000
 """Processor time that is left to it: some ten times what it takes."""
-CLOCK_FACTOR = 4
-"""Times on the clock for the processor time: processes share a machine."""
+CLOCK_FACTOR = 20
+"""Times on the clock for the processor time, against a hang alone: processes share a machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
          "from megatron_sov.convert.torch_dist.apart import main; main(sys.argv[1])")
 _REMEDY = "restore the checkpoint from its source"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_sov.chat.marks import as_written
 from megatron_sov.eval.lm.bridge import Bridge, NotAnswered
 from megatron_sov.eval.lm.requests import Request
 from megatron_sov.eval.lm.scoring import documents_of
@@ -85,7 +86,7 @@ class Dialogues:
                                        [Response(text, str(found["finish_reason"]))]))
             if turn + 1 < len(questions):
                 dialogue.messages += [
-                    {"role": "assistant", "content": without_thoughts(text, self._protocol.mode)},
+                    {"role": "assistant", "content": as_written(without_thoughts(text, self._protocol.mode))},
                     {"role": "user", "content": questions[turn + 1]}]
                 dialogue.instances.append(self._asking(dialogue.instances[0], dialogue.messages))
                 asked.append(self._request(dialogue))

@@ -107,7 +107,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     require_harness()
     check_output("--output", settings.output)
     events = RunEvents(settings.run)
-    offline(settings.sources.allow_download, settings.cache_folder)
+    private = offline(settings.sources.allow_download, settings.cache_folder)
     with stoppable() as flag:
         if not is_first():
             _run_only(target, settings, flag)
@@ -115,6 +115,11 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
         with held(settings.asking_folder, settings.output):
             try:
                 results, items, notes = _measured(target, tasks, settings, flag)
+            except UserError:
+                with contextlib.suppress(OSError):  # what is refused leaves no folder in which nothing is
+                    private.rmdir()
+                    settings.cache_folder.rmdir()
+                raise
             finally:
                 shutil.rmtree(settings.asking_folder, ignore_errors=True)
     for note in notes:

@@ -61,9 +61,9 @@ def require_harness() -> None:
         raise UserError(f"eval lm: lm-eval is not installed; run `{how_to_install('eval')}`")
 
 
-def offline(allow_download: bool, cache: Path) -> None:
+def offline(allow_download: bool, cache: Path) -> Path:
     """Have the libraries fetch nothing unless allowed, and keep their caches in a folder that nobody else
-    writes to; before they are imported."""
+    writes to, which is returned; before they are imported."""
     if not allow_download:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ[name] = "1"
@@ -77,6 +77,7 @@ def offline(allow_download: bool, cache: Path) -> None:
             for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
                 if hasattr(sys.modules.get(module), name):
                     setattr(sys.modules[module], name, True)
+    return private
 
 
 def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> LoadedTasks:

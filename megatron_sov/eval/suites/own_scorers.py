@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+from megatron_sov.chat.marks import as_written
 from megatron_sov.rewards.reward import Row, Score, text_of
 
 
@@ -25,7 +26,8 @@ class Copied:
         Raises:
             Refused: the row has no prefix or answer.
         """
-        response, answer, prefix = text_of(row, "response"), text_of(row, "answer"), text_of(row, "prefix")
+        response = as_written(text_of(row, "response"))
+        answer, prefix = text_of(row, "answer"), text_of(row, "prefix")
         if not response.startswith(prefix):
             return Score(0.0, {"prefix": False})
         ratio = SequenceMatcher(None, response.removeprefix(prefix), answer.removeprefix(prefix)).ratio()

@@ -61,15 +61,22 @@ class Alike:
     """The documents of a row by their length: of many short ones most of the time would be that of calls, and
     of cutting the row up and putting it together again."""
 
-    order: torch.Tensor
-    """[tokens] int64: row index of each token where documents of one length stand together."""
-    back: torch.Tensor
+    order: torch.Tensor | None
+    """[tokens] int64: row index of each token where documents of one length stand together; None: they do so
+    in the row."""
+    back: torch.Tensor | None
     """[tokens] int64: place of each of the row's tokens in that order."""
     groups: list[tuple[int, int, int]]
     """Number of the documents of each length, their queries and their keys, in that order."""
     keys: torch.Tensor | None = None
     """[keys] int64: row index of each key in that order, where documents share some; None: those of the
     queries."""
+
+
+def _reordered(values: torch.Tensor, order: torch.Tensor | None, back: torch.Tensor | None) -> torch.Tensor:
+    """[n, ...], [n], [n] -> [n, ...]."""
+    found: torch.Tensor = values if order is None else _Reordered.apply(values, order, back)
+    return found
 
 
 class _Reordered(torch.autograd.Function):
@@ -141,8 +148,10 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
     keys = None if shared is None else shared.source[to_device(torch.cat([
         torch.arange(start, start + length) for (_, length), starts in by_length.items()
         for _, start in starts]), device)]
-    return Alike(to_device(order, device), to_device(order.argsort(), device),
-                 [(len(starts), *lengths) for lengths, starts in by_length.items()], keys)
+    groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
+    if bool((order[1:] > order[:-1]).all()):  # as where one document fills a row
+        return Alike(None, None, groups, keys)
+    return Alike(to_device(order, device), to_device(order.argsort(), device), groups, keys)
 
 
 def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
@@ -331,9 +340,9 @@ class DocumentAttention(MegatronModule):
     def _of_whole_documents(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                             alike: Alike) -> torch.Tensor:
         """Return [tokens, heads, head_dim], a call for each length."""
-        queries = _Reordered.apply(query, alike.order, alike.back).split(
+        queries = _reordered(query, alike.order, alike.back).split(
             [count * length for count, length, _ in alike.groups])
-        keys, values = ((_Reordered.apply(whole, alike.order, alike.back) if alike.keys is None
+        keys, values = ((_reordered(whole, alike.order, alike.back) if alike.keys is None
                          else whole.index_select(0, alike.keys)).split(
                              [count * length for count, _, length in alike.groups])
                         for whole in (key, value))
@@ -341,8 +350,7 @@ class DocumentAttention(MegatronModule):
                                 v.unflatten(0, (count, -1)), self.softmax_scale,
                                 self.kernel).flatten(0, 1)
                    for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
-        found: torch.Tensor = _Reordered.apply(torch.cat(outputs), alike.back, alike.order)
-        return found
+        return _reordered(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.back, alike.order)
 
     def _reachable(self, key: torch.Tensor,
                    value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:

@@ -23,6 +23,7 @@ from megatron_sov.config.gpu import AUTO
 from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.adapters import Adapters
 from megatron_sov.mcore.model.attention import SharedPrompts, pack
+from megatron_sov.mcore.model.gated import gate_without_compiler
 from megatron_sov.mcore.model.kv_cache import ReadRow
 from megatron_sov.mcore.model.media_encoders import MediaEncoders
 from megatron_sov.mcore.model.parameter_marks import mark_parameters
@@ -230,6 +231,8 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
 
         mend_extra_state(TEGroupedLinear)
     rotate_by_token()
+    if not uses_transformer_engine(config.params_dtype):
+        gate_without_compiler()
     with output_head.without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     for chunk in chunks:

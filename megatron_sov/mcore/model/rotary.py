@@ -111,8 +111,52 @@ def rotate_by_token() -> None:
 
 def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False,
             multi_latent_attention: bool = False, mscale: float = 1.0, cp_group: Any = None) -> torch.Tensor:
-    """[tokens, heads, head_dim] by angles [tokens, 1, 1, head_dim] -> [tokens, heads, head_dim]."""
-    rotated: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(
+    """[tokens, heads, head_dim] by angles [tokens, 1, 1, channels] -> [tokens, heads, head_dim]."""
+    if not rotary_interleaved and not multi_latent_attention:
+        rotated: torch.Tensor = _Rotation.apply(t, *_cosine_sine(freqs, t.dtype, mscale))
+        return rotated
+    paired: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(
         t[:, None], freqs, rotary_interleaved=rotary_interleaved,
         multi_latent_attention=multi_latent_attention, mscale=mscale)
-    return rotated[:, 0]
+    return paired[:, 0]
+
+
+def _cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both of angles [tokens, 1, 1, channels], as [tokens, 1, channels].
+
+    They stay with the angles: queries and keys of all layers rotate by the same ones.
+    """
+    made = getattr(angles, "cosine_sine", {})
+    if (dtype, factor) not in made:
+        made[dtype, factor] = tuple((of(angles[:, 0]) * factor).to(dtype) for of in (torch.cos, torch.sin))
+        angles.cosine_sine = made
+    found: tuple[torch.Tensor, torch.Tensor] = made[dtype, factor]
+    return found
+
+
+class _Rotation(torch.autograd.Function):
+    """The library's rotation of a channel and its partner in the other half, to the bit, in fewer passes: it
+    concatenates halves, and autograd once more."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """[tokens, heads, head_dim], [tokens, 1, channels] twice; channels behind these pass."""
+        ctx.save_for_backward(cosine, sine)
+        channels = sine.shape[-1]
+        if channels == values.shape[-1]:
+            rotated = values * cosine
+        else:
+            rotated = torch.cat([values[..., :channels] * cosine, values[..., channels:]], dim=-1)
+        first, second = values[..., :channels].chunk(2, dim=-1)
+        into_first, into_second = rotated[..., :channels].chunk(2, dim=-1)
+        of_first, of_second = sine.chunk(2, dim=-1)
+        into_first -= second * of_first
+        into_second += first * of_second
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Rotate back."""
+        cosine, sine = ctx.saved_tensors
+        of_first, of_second = sine.chunk(2, dim=-1)
+        return _Rotation.apply(gradient, cosine, torch.cat([-of_second, -of_first], dim=-1)), None, None

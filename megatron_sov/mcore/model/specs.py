@@ -109,6 +109,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
         **transformer_settings(gpu, train, here),
     }
+    if not te and not on_gpu():
+        settings["bias_activation_fusion"] = model.activation == "silu"  # `gated` stands for the kernel
     if parallel.pipeline_layout:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(model, parallel)
     if model.sliding_window_tokens:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from megatron_sov.mcore.optimizer.cpu_adamw import CpuAdamW
 from megatron_sov.mcore.parallel.host_memory import Arena, num_bytes
 
 
-class HostAdamW(torch.optim.AdamW):
+class HostAdamW(CpuAdamW):
     """Torch's AdamW for CPUs over master weights that it has moved into host memory."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
@@ -30,7 +31,7 @@ class HostAdamW(torch.optim.AdamW):
         for main in mains:
             # the same tensor object: the library's lists of master weights and what it notes about them stay
             main.data = arena.like(main).copy_(main.data)
-        super().__init__(param_groups, fused=True)
+        super().__init__(param_groups)
         self._gradients = {main: arena.like(main) for main in mains}
 
     def receive(self, main: torch.Tensor, gradient: torch.Tensor) -> None:

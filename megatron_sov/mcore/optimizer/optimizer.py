@@ -17,18 +17,28 @@ from megatron_sov.mcore.model.gpu_settings import moment_settings
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.optimizer import data_parallel, parameter_groups, state_shards
-from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.optimizer.cpu_adamw import CpuAdamW
+from megatron_sov.mcore.parallel.device import local_device, on_gpu
 
 NOT_SHARDED = ParallelConfig()
 """Every process updates all of its parameters."""
+NORM_ELEMENTS = 1 << 16
+"""Elements of a gradient on a CPU whose squares are summed at a time: they are copied to float64 for it, and
+copies that fit a cache cost a third."""
 
 
 @contextlib.contextmanager
-def _torch_adam() -> Iterator[None]:
-    """Have the library make torch's AdamW also where Transformer Engine is installed,
-    whose fused one refuses float64."""
+def _adamw(dtype: torch.dtype) -> Iterator[None]:
+    """Have the library make our AdamW on CPUs and torch's on GPUs, unless Transformer Engine's is there,
+    which refuses float64 alone."""
     found = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
-    library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    if not library_optimizer.USING_PYTORCH_OPTIMIZER and dtype != torch.float64:
+        yield
+        return
+    made = torch.optim.AdamW if on_gpu() else CpuAdamW
+    # with its own word for torch's optimizers the library would not look here
+    library_optimizer.Adam = lambda adam_w_mode, **settings: made(**settings)
+    library_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:
         yield
     finally:
@@ -51,8 +61,7 @@ class Optimizer:
             adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
             params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
             overlap_param_gather=parallel.overlap_param_gather, **moment_settings(gpu))
-        fp64 = model.config.params_dtype == torch.float64
-        with state_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
+        with state_shards.any_float(), _adamw(model.config.params_dtype):
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
         self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
@@ -95,8 +104,9 @@ class Optimizer:
         """
         total = torch.zeros((), dtype=torch.float64, device=local_device())
         for optimizer in self.library.chained_optimizers:
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float64)
-                     for g in optimizer.get_main_grads_for_grad_norm()]
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
+                     for gradient in optimizer.get_main_grads_for_grad_norm()
+                     for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
             norms = [norm.to(total.device) for norm in norms]  # some were taken in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
             torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_sov.errors import ExitCode, SilentCorruption, UserError
+from megatron_sov.errors import ExitCode, SilentCorruption, UserError, kept_code
 from megatron_sov.mcore.parallel import cpu_shims
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import LOCALHOST, STORE_PORT
@@ -202,12 +202,12 @@ def _end_with(main: Callable[[], Any]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code if 0 <= code <= 255 else ExitCode.CRASH)  # the system keeps the lowest byte alone
+        os._exit(code)
 
 
 def _rank_code(main: Callable[[], Any]) -> int:
     try:
-        return int(main() or 0)
+        return kept_code(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():
             # one write, whole also beside other ranks' lines

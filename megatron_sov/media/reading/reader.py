@@ -29,7 +29,7 @@ from megatron_sov.rewards.sandbox.reading import module_path, start_reader
 START_LIMIT_S = 120.0
 CLOCK_FACTOR = 10.0
 """Times on the clock for the processor time that a medium may take: processes share a machine."""
-END_LIMIT_S = 10.0
+END_LIMIT_S = 120.0
 MEDIA_EACH = 2000
 """Media that one process decodes: what decoders leak stays small."""
 MOST_HEADER_BYTES = 1 << 16

@@ -13,10 +13,7 @@ import platform
 import queue
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +51,6 @@ def _plain(text: str) -> str:
     return cut.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """An address that sends on to another one gets nothing sent there."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Return no request in the place of the first."""
-
-
 class Webhook:
     """Sends alerts in the background."""
 
@@ -76,7 +66,6 @@ class Webhook:
         self._closed = threading.Event()
         self._pause: Callable[[float], object] = self._closed.wait if pause is None else pause
         self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(MAX_WAITING)
-        self._opener = urllib.request.build_opener(_NoRedirects)
         self._warned = False
         self._thread: threading.Thread | None = None
 
@@ -127,11 +116,21 @@ class Webhook:
 
     def _post(self, data: bytes) -> tuple[str, bool]:
         """Return what went wrong, or "", and whether another attempt may help."""
-        request = urllib.request.Request(self._url, data, {
+        from http.client import HTTPException
+        from urllib.error import HTTPError
+        from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+        class NoRedirects(HTTPRedirectHandler):
+            """An address that sends on to another one gets nothing sent there."""
+
+            def redirect_request(self, *_: Any, **__: Any) -> None:
+                """Return no request in the place of the first."""
+
+        request = Request(self._url, data, {
             "Content-Type": "application/json", "User-Agent": f"megatron-sov/{__version__}"})
         try:
-            self._opener.open(request, timeout=TIMEOUT_S).close()
-        except urllib.error.HTTPError as e:
+            build_opener(NoRedirects).open(request, timeout=TIMEOUT_S).close()
+        except HTTPError as e:
             e.close()
             return f"the answer was {e.code}", e.code in _CODES_WORTH_A_RETRY
         except (OSError, HTTPException) as e:  # its text may hold the URL

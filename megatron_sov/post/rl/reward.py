@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
@@ -25,8 +25,10 @@ from megatron_sov.rollouts.asked import not_written
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.parts import AlreadyPublished, Part
 from megatron_sov.rollouts.rows import UNFINISHED, Judged, Rollout
-from megatron_sov.rollouts.store import VERSION_CHARS, Store
 from megatron_sov.settings import parse_nested
+
+if TYPE_CHECKING:
+    from megatron_sov.rollouts.store import Store
 
 ENVIRONMENT = "environment"
 """The reward that takes what an environment has said of an episode, which stands in its row; also its
@@ -206,6 +208,8 @@ class JudgingJob:
         return True
 
     def _claim_of(self, part: Part) -> str:
+        from megatron_sov.rollouts.store import VERSION_CHARS
+
         return f"reward-{self.version[:VERSION_CHARS]}-{part.name}"
 
     def missing(self) -> list[Part]:

@@ -29,6 +29,7 @@ from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
 from megatron_sov.post.reference import files_sha256
 from megatron_sov.post.rl.start_weights import with_weights_of
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.sealed import seal_damage, write_sealed
 from megatron_sov.train.feed import FeedView
 
@@ -94,17 +95,22 @@ class TrainerColumns:
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
         is_anew = is_first and name == OLD
-        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, 4 * count))
+        of = on_main(view.world, partial(self._of, opened, name))
+        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))
         if is_anew or damage:
             if damage and name == OLD:
-                raise UserError(f"{damage}; the run stands inside of the round, whose first weights are "
-                                "gone: resume from a checkpoint at the round's beginning")
+                raise UserError(f"{damage}; the run stands inside of the round: {_way_back(opened)}")
             if damage and view.world.is_main and file.exists():
                 warn(f"{damage}; it is computed anew", view.events.write, step=view.step)
             compute = partial(self._compute, view, opened, passed, self.routes if name == OLD else None)
             found = compute() if name == OLD else self.with_reference(view, compute)
-            on_main(view.world, partial(write_sealed, file, found.tobytes()))
+            on_main(view.world, partial(write_sealed, file, found.tobytes(), of))
         return np.memmap(file, np.float32, "r", shape=(count,))
+
+    def _of(self, opened: Round, name: str) -> str:
+        """Return what a column's checksum is bound to: the documents, and the reference where it is that
+        one's."""
+        return f"{files_sha256(opened.path)} {name} {self.reference_sha256 if name == REFERENCE else ''}"
 
     def _compute(self, view: FeedView, opened: Round, passed: int, routes: RouteShape | None) -> np.ndarray:
         """Return the numbers of a round's documents, NaN for those of the first `passed` ones."""
@@ -113,6 +119,16 @@ class TrainerColumns:
                                   view.config.data.phases[0].seq_len, view.config.train.micro_batch_size,
                                   self.temperature, routes)
         return np.concatenate([np.full(opened.starts[passed], np.nan, np.float32), found])
+
+
+def _way_back(opened: Round) -> str:
+    """Return what to do where the weights that begin a round are gone and needed."""
+    begin = (int(opened.path.name) - 1) * len(opened.steps)
+    run = RunFolder(opened.path.parents[1])
+    if begin and not run.checkpoint(begin).is_dir():
+        return "restore the file from a copy, or start a new --run --from the last checkpoint"
+    return (f"delete the checkpoints behind step-{begin} in {run.checkpoints}, and give the same command "
+            "with --resume")
 
 
 def file_of(path: Path, name: str) -> Path:

@@ -28,6 +28,8 @@ from megatron_sov.rewards.sandbox.resources import limit
 READY = b"."
 """What is told before the program begins; anything else is why it cannot."""
 SOURCE_NAME = "program"
+STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+"""Paths of the standard streams -> their files."""
 _TOLD, _JOB, NUM_FILES = 3, 4, 5
 
 
@@ -136,12 +138,20 @@ def _run_python(source: str, path: str, arguments: list[str]) -> NoReturn:
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = main
+    if not os.path.exists("/dev/stdin"):  # it leads through /proc, which namespaces hide
+        builtins.open = io.open = _open
     gc.enable()
     code = _guarded(lambda: exec(compile(source, path, "exec", dont_inherit=True), main.__dict__))
     # non-daemon threads are waited for, then exit functions run, as at an interpreter's own end
     ends = [code, _guarded(threading._shutdown), _guarded(atexit._run_exitfuncs),  # type: ignore[attr-defined]
             _guarded(lambda: _flush(sys.stdout)), _guarded(lambda: _flush(sys.stderr))]
     os._exit(next((code for code in ends if code), 0))
+
+
+def _open(file: Any, *given: Any, _open: Any = open, **named: Any) -> Any:
+    """As `open`, to which the paths of the standard streams are open files."""
+    stream = STREAMS.get(os.fspath(file)) if isinstance(file, str | os.PathLike) else None
+    return _open(file if stream is None else os.dup(stream), *given, **named)
 
 
 def _flush(stream: TextIO) -> None:
@@ -165,9 +175,13 @@ def _guarded(run: Any) -> int:
         return 1
     except BaseException as e:
         with contextlib.suppress(BaseException):
-            trace = e.__traceback__
+            trace = before = e.__traceback__
             while trace and trace.tb_frame.f_code.co_filename in (__file__, _guarded.__code__.co_filename):
-                trace = trace.tb_next
+                trace = before = trace.tb_next
+            while before and before.tb_next:
+                if before.tb_next.tb_frame.f_code is _open.__code__:
+                    before.tb_next = before.tb_next.tb_next
+                before = before.tb_next
             traceback.print_exception(type(e), e, trace)
         return 1
     return 0

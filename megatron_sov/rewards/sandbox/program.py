@@ -107,4 +107,5 @@ class Outcome:
     cpu_s: float
     """Seconds of processors, of all its processes that were waited for or seen at work."""
     starved_s: float = 0.0
-    """Of `wall_s`, seconds in which it was ready to run and had no processor: the machine's, not its own."""
+    """Of `wall_s`, seconds in which it was ready to run and had no processor: the machine's, not its own, and
+    not counted by the limit."""

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_sov.rewards.sandbox.program import Limits, Outcome, Status
-from megatron_sov.rewards.sandbox.watch import Totals
+from megatron_sov.rewards.sandbox.watch import OwnTime, Totals
 
 LOOK_EVERY_S = 0.05
 """At what all processes of a program take together."""
-START_LIMIT_S = 60.0
-"""For a process to be enclosed."""
+START_LIMIT_S = 600.0
+"""For a process to be enclosed: milliseconds, unless the machine is busy."""
+MAX_STARVED_S = 600.0
+"""A program that has waited for a processor so long is given up, and nothing is known about it."""
 _CHUNK_BYTES = 1 << 16
 _TIME_LEFT_S = 1e-3
 
@@ -87,13 +89,11 @@ class _Supervisor:
         self._poll.register(self._exit, select.POLLIN)
         if subject.hangup is not None:
             self._poll.register(subject.hangup, select.POLLIN)
-        self._began_s = self._looked_s = time.monotonic()
+        self._began_s = time.monotonic()
+        self._time = OwnTime(subject.totals, LOOK_EVERY_S)
         self._ended = False
         self._passed: tuple[Status, str] | None = None
         """The limit that it has passed, and what to say about it."""
-        self._seen_cpu_s = 0.0
-        """When it was last looked at; the kernel tells in the end of those only that were waited for."""
-        self._starved_s = 0.0
 
     def run(self) -> Outcome:
         subject = self._subject
@@ -104,24 +104,28 @@ class _Supervisor:
             subject.kill()
             status, used_s = subject.wait()
             self._close()
-        return self._outcome(status, wall_s, max(self._seen_cpu_s, used_s))
+        return self._outcome(status, wall_s, max(self._time.cpu_s, used_s))
 
     def _wait_for_end(self) -> None:
         while not self._ended and self._passed is None:
             now_s = time.monotonic()
-            next_s = min(self._deadline_s(), self._looked_s + LOOK_EVERY_S)
+            next_s = min(self._deadline_s(), self._time.look_at_s)
             if now_s >= next_s:
                 self._look(now_s)
             self._serve(max(next_s - now_s, _TIME_LEFT_S))
             # one that has ended meanwhile is not late: the machine may be
             if now_s > self._deadline_s() and not self._ended:
                 self._pass("timeout", f"took longer than {self._subject.limits.wall_s:g} s")
+            elif self._time.starved_s > MAX_STARVED_S and not self._ended:
+                self._pass("infrastructure", f"the machine is too busy: the program waited "
+                                             f"{self._time.starved_s:.0f} s for a processor")
         if self._ended:
             self._drain()
 
     def _deadline_s(self) -> float:
         starting = self._subject.ends.ready in self._open
-        return self._began_s + (START_LIMIT_S if starting else self._subject.limits.wall_s)
+        return self._began_s + (START_LIMIT_S if starting else
+                                self._subject.limits.wall_s + self._time.starved_s)
 
     def _serve(self, wait_s: float) -> None:
         """Do what pipes ask for."""
@@ -153,7 +157,8 @@ class _Supervisor:
         came += data
         if fd == self._subject.ends.ready:
             if data and not self._ended:  # being enclosed is not the program's time
-                self._began_s = self._looked_s = time.monotonic()
+                self._began_s = time.monotonic()
+                self._time.begin()
             if not data:
                 self._forget(fd)
             return
@@ -181,14 +186,9 @@ class _Supervisor:
     def _look(self, now_s: float) -> None:
         """Compare what all processes take with the limits."""
         if self._subject.ends.ready in self._open:  # it is still being enclosed
-            self._looked_s = now_s
+            self._time.begin()
             return
-        limits, totals = self._subject.limits, self._subject.totals()
-        if totals.runnable:  # of the time since the last look, all in which none of them ran
-            ran_s = max(0.0, totals.cpu_s - self._seen_cpu_s)
-            self._starved_s += max(0.0, now_s - self._looked_s - ran_s)
-        self._looked_s = now_s
-        self._seen_cpu_s = max(self._seen_cpu_s, totals.cpu_s)
+        limits, totals = self._subject.limits, self._time.look(now_s)
         if totals.memory_bytes > limits.memory_bytes:
             self._pass("memory", f"took more than {limits.memory_bytes:,} bytes of memory in "
                                  f"{totals.tasks} processes and threads")
@@ -219,7 +219,7 @@ class _Supervisor:
                            wall_s, cpu_s)
         verdict, reason = self._passed or _ending(code, stderr, cpu_s, self._subject.limits)
         exit_code = None if self._passed or code < 0 else code
-        return Outcome(verdict, exit_code, stdout, stderr, reason, wall_s, cpu_s, self._starved_s)
+        return Outcome(verdict, exit_code, stdout, stderr, reason, wall_s, cpu_s, self._time.starved_s)
 
 
 def _ending(code: int, stderr: str, cpu_s: float, limits: Limits) -> tuple[Status, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _TICKS_PER_S, _PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGESIZE")
@@ -105,3 +107,51 @@ class Watch:
             return os.read(fd, 1 << 16).decode(errors="replace")
         finally:
             os.close(fd)
+
+
+class OwnTime:
+    """The time of a program by the clock, without that in which it waits for a processor: a limit that
+    counts this does not end a program because its machine is busy.
+
+    Args:
+        totals: of its processes now.
+        every_s: how often it is looked at; whoever looks later than that had no processor either.
+    """
+
+    def __init__(self, totals: Callable[[], Totals], every_s: float) -> None:
+        self._totals, self._every_s = totals, every_s
+        self.cpu_s = 0.0
+        """When it was last looked at; the kernel tells in the end of those only that were waited for."""
+        self.begin()
+
+    def begin_again(self) -> None:
+        """Count from now on, of a process that has worked before."""
+        self.look(time.monotonic())
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on, of a program that begins."""
+        self._began_s = self._looked_s = time.monotonic()
+        self._looker_s = time.thread_time()
+        self.starved_s = 0.0
+
+    @property
+    def look_at_s(self) -> float:
+        """When to look next, by the monotonic clock."""
+        return self._looked_s + self._every_s
+
+    def own_s(self, now_s: float) -> float:
+        """Return the program's own seconds up to now."""
+        return now_s - self._began_s - self.starved_s
+
+    def look(self, now_s: float) -> Totals:
+        """Add what has passed since the last look; return what the program takes now."""
+        totals, looker_s = self._totals(), time.thread_time()
+        since_s, ran_s = now_s - self._looked_s, max(0.0, totals.cpu_s - self.cpu_s)
+        late_s = since_s - self._every_s - (looker_s - self._looker_s)
+        if totals.runnable:  # of the time since the last look, all in which none of them ran
+            late_s = since_s
+        self.starved_s += max(0.0, min(late_s, since_s - ran_s))
+        self._looked_s, self._looker_s = now_s, looker_s
+        self.cpu_s = max(self.cpu_s, totals.cpu_s)
+        return totals

@@ -17,13 +17,13 @@ from megatron_sov.rewards.sandbox.enclosure import Unavailable
 from megatron_sov.rewards.sandbox.folders import remove
 from megatron_sov.rewards.sandbox.namespaces import identity_maps
 from megatron_sov.rewards.sandbox.program import Limits, Outcome, Program
-from megatron_sov.rewards.sandbox.supervise import START_LIMIT_S
+from megatron_sov.rewards.sandbox.supervise import MAX_STARVED_S, START_LIMIT_S
 
 _ROOT = str(Path(__file__).parents[3])
 # last, for where it is installed other packages lie beside it
 _CODE = ("import sys; sys.path = sys.path[1:] + [sys.argv[2]]; "
          "from megatron_sov.rewards.sandbox.server import main; main(int(sys.argv[1]), sys.argv[2])")
-_ANSWER_LIMIT_S = 60.0
+_ANSWER_LIMIT_S = 600.0
 """For the server, beyond the program's own limits."""
 
 
@@ -105,7 +105,7 @@ class Worker:
 
     def _ask(self, request: dict[str, Any], limits: Limits) -> Outcome:
         assert self._channel is not None
-        self._channel.settimeout(START_LIMIT_S + limits.wall_s + _ANSWER_LIMIT_S)
+        self._channel.settimeout(START_LIMIT_S + limits.wall_s + MAX_STARVED_S + _ANSWER_LIMIT_S)
         send(self._channel, request)
         return Outcome(**receive(self._channel))
 

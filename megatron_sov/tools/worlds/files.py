@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ class Files(World):
         """
         if first_line < 1 or num_lines < 1:
             raise ToolRefused("first_line and num_lines must be at least 1")
-        lines = self._text(path).splitlines(keepends=True)
+        lines = re.findall(r"[^\n]*\n|[^\n]+", self._text(path))
         return "".join(lines[first_line - 1:first_line - 1 + num_lines])
 
     @tool
@@ -149,7 +150,7 @@ class Files(World):
         if not text:
             raise ToolRefused("there is nothing to look for")
         found = [f"{path}:{number}: {line}" for path in sorted(self.files)
-                 for number, line in enumerate(self.files[path].splitlines(), start=1) if text in line]
+                 for number, line in enumerate(self.files[path].split("\n"), start=1) if text in line]
         return found[:MAX_FOUND]
 
     def _text(self, path: str) -> str:

@@ -24,7 +24,7 @@ class Python(AnsweredWorld):
     """The sandbox limits its programs itself."""
 
     time_limit_s: float = 10.0
-    """For a program, by the clock and of the processor."""
+    """For a program: of processors, and by the clock without the time that it waits for one."""
     memory_bytes: int = 512 << 20
     """For a program."""
 

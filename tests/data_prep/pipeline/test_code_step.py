@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,12 @@ def test_what_is_read_or_imported_while_it_is_loaded_is_part_of_the_step(tmp_pat
     "os.read(os.open(HERE / 'list.txt', os.O_RDWR | os.O_CREAT), 9)",
     "open(HERE / 'list.txt', 'a').close()\n    (HERE / 'list.txt').read_text()",
     "np.loadtxt(HERE / 'list.txt')",
-    "try:\n        open(HERE / 'list.txt')\n    except Exception: pass"])
+    "try:\n        open(HERE / 'list.txt')\n    except Exception: pass",
+    "t = threading.Thread(target=(HERE / 'list.txt').read_text); t.start(); t.join()",
+    "ThreadPoolExecutor(1).submit((HERE / 'list.txt').read_text).result()",
+    "POOL.submit((HERE / 'list.txt').read_text).result()",
+    "sqlite3.connect(HERE / 'list.txt').close()",
+    "sqlite3.connect(f'file:{HERE}/list.txt?mode=ro', uri=True).close()"])
 def test_a_file_that_is_opened_in_a_call_has_to_be_named(tmp_path: Path, reads: str,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -93,7 +99,9 @@ def test_a_file_that_is_opened_in_a_call_has_to_be_named(tmp_path: Path, reads: 
     for name in ("list.txt", "latewords.py"):
         (tmp_path / name).write_text("3\n")
     (tmp_path / "own.py").write_text(
-        "import os, pathlib\nimport numpy as np\nHERE = pathlib.Path(__file__).parent\n"
+        "import os, pathlib, sqlite3, threading\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "import numpy as np\nHERE = pathlib.Path(__file__).parent\nPOOL = ThreadPoolExecutor(1)\n"
+        "POOL.submit(int).result()\n"
         f"def judge(document):\n    {reads}\n    return document\n")
     step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
     step.start(MemoryView({}, tmp_path))
@@ -104,6 +112,40 @@ def test_a_file_that_is_opened_in_a_call_has_to_be_named(tmp_path: Path, reads: 
     named = CodeStep(CodeSettings(tmp_path / "own.py:judge", names))
     named.start(MemoryView({}, tmp_path))
     assert named.outcomes(docs("x", where="a")) == [Outcome(text="x")]
+
+
+@pytest.mark.parametrize("starts", [
+    "subprocess.run(['true'])", "os.system('true')", "os.waitpid(os.fork() or os._exit(0), 0)",
+    "ThreadPoolExecutor(1).submit(subprocess.run, ['true']).result()"])
+def test_a_process_whose_files_are_not_seen_has_to_have_them_named(tmp_path: Path, starts: str) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os, subprocess\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        f"def judge(document):\n    {starts}\n    return document\n")
+    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step.start(MemoryView({}, tmp_path))
+    with pytest.raises(UserError, match=r"starts a pro.* when it is called, and files that"):
+        step.outcomes(docs("x", where="a"))
+    named = CodeStep(CodeSettings(tmp_path / "own.py:judge", (tmp_path / "own.py",)))
+    named.start(MemoryView({}, tmp_path))
+    assert named.outcomes(docs("x", where="a")) == [Outcome(text="x")]
+
+
+def test_threads_of_others_are_not_listened_to(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    go_on, is_read = threading.Event(), threading.Event()
+
+    def read() -> None:
+        go_on.wait()
+        (tmp_path / "a").read_text()
+        is_read.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    with recording_reads() as reads:
+        go_on.set()
+        is_read.wait()
+    thread.join()
+    assert reads == set() and not reads.unseen
 
 
 def test_what_the_function_itself_writes_and_what_is_installed_is_free(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from data_prep.dedup.work_files import BucketWriter, bucket_slice, read_array, w
 from data_prep.pipeline.addresses import mark_of, refuse_changed
 from data_prep.pipeline.layers import LayerFile, groups
 from data_prep.pipeline.step import Outcome
+from data_prep.shard_damage import way_out
 from megatron_sov import sealed
 from megatron_sov.documents import read_documents
 from megatron_sov.errors import UserError
@@ -192,3 +193,46 @@ def test_a_raw_file_that_changes_between_plan_and_reading_is_refused(tmp_path: P
     (tmp_path / "a").write_text("other")
     with pytest.raises(UserError, match="has changed since the run looked at it"):
         refuse_changed(tmp_path / "a", mark)
+
+
+def test_a_sound_file_of_another_place_or_time_is_not_believed(raw: Path, without_engine: None,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    (output / "manifest.json").unlink()
+    for folder in output.glob("shards/*/0[34]-*"):
+        shutil.rmtree(folder)
+    for pattern in ("shards/web/00-parse-*/*.parquet", "shards/web/01-shorten-*/*.parquet",
+                    "shared/*/.done/*/*"):
+        file, *others = sorted(output.glob(pattern))
+        kept = file.read_bytes()
+        shutil.copyfile(others[0], file)
+        run(raw, code=2)
+        message = capsys.readouterr().err
+        assert str(file) in message and "checksum" in message and "Traceback" not in message, pattern
+        file.write_bytes(kept)
+    run(raw)
+
+
+def test_the_way_out_never_is_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:
+    said = way_out(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
+    assert "-samefile" in said and f"delete {tmp_path}" not in said
+    assert way_out(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
+        f"delete {tmp_path}/shared/mine/out/shared/02-unique-a and")
+
+
+def test_what_passes_leave_is_bound_to_its_place_and_to_no_name_of_the_folder(tmp_path: Path) -> None:
+    one, other = tmp_path / "shared/02-unique-aaaa", tmp_path / "shared/02-unique-bbbb"
+    records = np.zeros(4, RECORD)
+    for folder, value in ((one, 1), (other, 2)):
+        write_array(folder / "a.npy", np.full(9, value))
+        records["doc"] = value
+        write_buckets(folder / "b", records, np.zeros(4, np.int64), 2)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "shared", moved / "shared")
+    assert read_array(moved / "shared" / one.name / "a.npy")[0] == 1
+    assert bucket_slice(moved / "shared" / one.name / "b", RECORD, 0).read()["doc"][0] == 1
+    for name in ("a.npy", "b"):
+        shutil.copyfile(other / name, one / name)
+    for read in (lambda: read_array(one / "a.npy"), lambda: bucket_slice(one / "b", RECORD, 0)):
+        with pytest.raises(UserError, match=r"from its own checksum.*delete .*02-unique-aaaa"):
+            read()

@@ -85,7 +85,8 @@ def test_a_worker_that_is_killed_is_told(own: Path, capsys: pytest.CaptureFixtur
 def test_a_killed_command_leaves_neither_processes_nor_its_lock(
         own: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: int, how: signal.Signals) -> None:
     (own / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
-                                "    pathlib.Path(__file__).with_name('begun').touch()\n    time.sleep(60)\n")
+                                "    pathlib.Path(__file__).with_name('begun').touch()\n"
+                                "    time.sleep(600)\n")
     with open(tmp_path / "said", "w") as said:
         running = subprocess.Popen(
             [sys.executable, "-m", "data_prep.cli", *command(own, "--workers", str(workers))],
@@ -98,7 +99,7 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
         os.killpg(running.pid, how)  # as a terminal does
     else:
         running.send_signal(how)
-    assert running.wait(60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert running.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL)
     wait_until(lambda: not is_held(own / "out"))
     wait_until(lambda: not living(running.pid))
     said_text = (tmp_path / "said").read_text()

@@ -90,6 +90,18 @@ def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> No
     assert "6 left out; the first: " in "".join(said)
 
 
+def test_what_of_a_folder_is_hidden_or_not_wanted_is_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.bin", ".c.txt", ".git/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    by_name = reader(SourceSettings("s", (".",), tmp_path, format="text"))
+    mixed = reader(SourceSettings("s", (".",), tmp_path, format="auto"))
+    assert [[piece.file for piece in one.pieces()] for one in (by_name, mixed)] == [
+        ["a.txt"], ["a.txt", "b.bin"]]
+    assert by_name.told == [".: passed over 1 file (b.bin) and 2 hidden (.c.txt, .git)"]
+    assert mixed.told == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
+
+
 def test_a_mixed_folder_is_read_by_endings(read) -> None:
     files = {"a.txt": "text", "b.jsonl": '{"text": "line"}', "c.html": "<p>page</p>", "d.png": b"\x89PNG",
              "e.py": "x = 1\n", "f.HTM": "<p>page</p>", "g\x1b": "no ending"}

@@ -205,4 +205,5 @@ def test_mistakes_are_told_in_one_sentence(task_dir: Path, hf_models: dict[str, 
         error = capsys.readouterr().err
         assert said in error, error
         assert "Traceback" not in error and "me:pw" not in error
+        assert "did you mean" not in error or not (tmp_path / "out.cache").exists()
     assert not Path(out).exists()

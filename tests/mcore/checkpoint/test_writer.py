@@ -58,7 +58,7 @@ def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
 
     def write(fd: int, raw: memoryview, now: Any = writer._write) -> None:
         if len(raw) == 36:
-            assert asked.wait(10)
+            assert asked.wait(600)
             order.append("written")
         now(fd, raw)
 

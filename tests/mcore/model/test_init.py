@@ -86,7 +86,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     def noted(*args: Any) -> Any:
         threads.add(threading.get_ident())
         if next(calls) < num_threads:
-            meeting.wait(60)  # else one fast thread might do it all
+            meeting.wait(600)  # else one fast thread might do it all
         return normals(*args)
 
     init.normals, init._CHUNK = noted, 1000

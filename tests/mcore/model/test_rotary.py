@@ -140,3 +140,27 @@ def test_a_row_is_rotated_without_a_look_at_its_documents(ranks: Any, job: Any) 
     (found,) = ranks(job(__file__, "rotations", 1))[0]
     assert found["same"] and found["moved"]
     assert found["signatures"][0] == found["signatures"][1]
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.float32), (24, torch.float32),
+                                                 (16, torch.bfloat16)])
+def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> None:
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_without_gpu
+
+    prepare_without_gpu()
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_sov.mcore.model.rotary import _rotate
+
+    generator = torch.Generator().manual_seed(5)
+    angles = torch.rand(9, 1, 1, 16, generator=generator) * 40
+    bounds = torch.tensor([0, 9], dtype=torch.int32)
+    for _ in range(2):  # the second time by what stays with the angles
+        values, upstream = (torch.randn(9, 3, head_dim, generator=generator).to(dtype) for _ in range(2))
+        values.requires_grad_()
+        expected = rope_utils._apply_rotary_pos_emb_bshd(values[:, None], angles)[:, 0]
+        found = _rotate(values, bounds, angles)
+        assert torch.equal(found, expected)
+        ours, = torch.autograd.grad(found, values, upstream)
+        theirs, = torch.autograd.grad(expected, values, upstream)
+        assert torch.equal(ours, theirs)

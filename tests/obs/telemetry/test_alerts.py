@@ -12,6 +12,15 @@ from megatron_sov.obs.telemetry import alerts
 from megatron_sov.obs.telemetry.alerts import MAX_WAITING, PAUSES_S, Webhook, body_of, webhook_of
 
 RUN = Path("runs/pretrain")
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may answer late."""
+    monkeypatch.setattr(alerts, "TIMEOUT_S", 600.0)
+    monkeypatch.setattr(Webhook.close, "__defaults__", (600.0,))
+
+
 ROLLBACK = {"event": "rollback", "step": 12, "time_s": 1000.5, "text": "weights of step 8 again"}
 
 
@@ -77,9 +86,8 @@ def test_an_address_that_sends_on_gets_nothing_sent_there(receiver: Any) -> None
     assert [r.path for r in receiver.requests] == ["/hook/secret"]
 
 
-def test_an_address_that_never_answers_holds_nothing_up(receiver: Any, monkeypatch: pytest.MonkeyPatch,
+def test_an_address_that_never_answers_holds_nothing_up(receiver: Any,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(alerts, "TIMEOUT_S", 600.0)
     receiver.hangs.set()
     hook = webhook(receiver)
     for _ in range(MAX_WAITING + 9):

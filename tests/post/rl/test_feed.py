@@ -13,6 +13,7 @@ from megatron_sov.config import RolloutConfig
 from megatron_sov.data.ledger import Ledger, LedgerEntry
 from megatron_sov.data.rounds import Round, RoundDocuments
 from megatron_sov.errors import UserError
+from megatron_sov.sealed import write_sealed
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
@@ -38,6 +39,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(module, "on_main", lambda world, action: action())
     monkeypatch.setattr(trainer_columns, "document_logprobs", lambda model, documents, chosen, *_: np.full(
         4 * len(chosen), -model.step, np.float32))
+    monkeypatch.setattr(trainer_columns, "files_sha256", lambda path: path.name)
     manifest = SimpleNamespace(content={"groups": {"learns": 1}})
     monkeypatch.setattr(feed, "read_manifest", lambda path: manifest)
     events: list[tuple[str, dict[str, Any]]] = []
@@ -118,9 +120,12 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
     rounds = opened(3)  # whose model is the start again for as long as it takes
     assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-103.0] * 3
     said = capsys.readouterr().err
-    assert "0002.reference_logprobs.f32: its content differs from the checksum at its end; it is" in said
+    assert "0002.reference_logprobs.f32: is damaged or belongs elsewhere (it" in said
+    write_sealed(old_file, bytes(48), "0002 old_logprobs of an earlier run")
+    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: is damaged or belongs elsewhere"):
+        opened(3)
     old_file.write_bytes(bytes([1, *old_file.read_bytes()[1:]]))
-    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: its content differs .* stands inside"):
+    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: is damaged .* stands inside"):
         opened(3)
     old_file.unlink()
     with pytest.raises(UserError, match=r"0002.old_logprobs.f32: cannot be read .* stands inside"):

@@ -9,6 +9,8 @@ HONEST = [
     ("print(2 ** 1000 % 1007)", str(2 ** 1000 % 1007)),
     ("a, b = map(int, input().split()); print(a + b)", "7"),
     ("import sys; print(len(sys.stdin.read()))", "4"),
+    ("print(sum(map(int, open('/dev/stdin').read().split())))", "7"),
+    ("from pathlib import Path; print(Path('/dev/stdin').read_text(), file=open('/dev/stdout', 'w'))", "3 4"),
     ("from collections import Counter; print(Counter('banana').most_common(1))", "[('a', 3)]"),
     ("import heapq; h = [3, 1, 2]; heapq.heapify(h); print(heapq.heappop(h))", "1"),
     ("import math; print(math.comb(10, 3), f'{math.pi:.3f}')", "120 3.142"),

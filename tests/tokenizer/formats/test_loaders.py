@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from megatron_sov.errors import UserError
 from tokenizer.formats.loaders import open_tokenizer
@@ -74,6 +74,8 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "bad.model").write_bytes(b"nothing")
+    (tmp_path / "empty.model").write_bytes(b"")
+    (tmp_path / "none.json").write_text(Tokenizer(models.BPE()).to_str())
     (tmp_path / "bad.tiktoken").write_bytes(b"nothing\n")
     write_ranks(tmp_path / "alone.tiktoken")
     write_ranks(tmp_path / "cut.tiktoken")
@@ -82,7 +84,8 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
     write_ranks(tmp_path / "form.tiktoken")
     (tmp_path / "cut.tiktoken.json").write_text(json.dumps({"pat_str": PATTERN, "special_tokens": {}}))
     (tmp_path / "form.tiktoken.json").write_text('{"pat_str": 1}')
-    for name, sentence in {"none": "does not exist", "empty": "holds", "bad.json": "bad.json",
+    for name, sentence in {"empty.model": "empty.model: holds no tokens", "none.json": "holds no tokens",
+                           "none": "does not exist", "empty": "holds", "bad.json": "bad.json",
                            "bad.model": "bad.model", "bad.tiktoken": "bad.tiktoken",
                            "alone.tiktoken": "pat_str", "cut.tiktoken": "cut.tiktoken:259",
                            "form.tiktoken": "pat_str"}.items():

@@ -13,13 +13,18 @@ from megatron_sov.errors import ExitCode
 PROGRAM = """
 import ctypes, json, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from megatron_sov.train.guards import watchdog
 
 case, folder = sys.argv[1], Path(sys.argv[2])
 watchdog.MAX_GRACE_S = 0.5 if case == "lock" else 600.0  # a busy machine must not end it first
 dog = watchdog.Watchdog(folder, 0, 0.0 if case == "off" else 0.4,
                         lambda step, places: (folder / "told.json").write_text(json.dumps([step, places])))
+now_s = [0.0]
+if case not in ("hang", "lock"):  # time passes where it is watched or not, however busy the machine is
+    watchdog.time = SimpleNamespace(monotonic=lambda: now_s[0], sleep=time.sleep)
 def stands_still():
+    now_s[0] += 1000.0
     time.sleep(1.0 if case != "hang" else 3600)
 if case == "lock":
     dog.begin(3)

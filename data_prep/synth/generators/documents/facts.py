@@ -60,7 +60,7 @@ def names_of(text: str, language: str) -> list[str]:
         is_latin = "LATIN" in LANGUAGES.get(language, ())  # where every noun has a capital, none tells a name
         return [] if is_latin else [_POSSESSIVE.sub("", word) for word in _LATIN_WORD.findall(text)]
     found: list[str] = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         words = list(_WORD.finditer(line))
         if not _is_heading(line, [match[0] for match in words]):
             bare = [(match.start(), _POSSESSIVE.sub("", match[0])) for match in words]

@@ -36,8 +36,12 @@ def test_each_kind_has_its_texts() -> None:
     ("chat", {"messages": []}, "non-empty list"), ("chat", {"text": "no chat"}, "is plain text"),
     ("prompt", {}, "prompt"),
     ("chat", {"messages": [{"role": "user", "content": "Alone?"}]}, "assistant"),
-    ("text", {"text": "\udc80"}, "surrogate"), ("task", {"question": "\udc80"}, "surrogate"),
-    ("text", {"text": "x" * (33 << 20)}, "at most")])
+    ("text", {"text": "\udc80"}, "surrogate"), ("task", {"question": "\udc80"}, "surrogate")])
 def test_what_no_later_command_takes_is_no_sample(kind: Any, record: dict[str, Any], said: str) -> None:
     with pytest.raises(NoSample, match=said):
         texts_of(kind, record)
+
+
+def test_text_longer_than_the_limit_is_no_sample() -> None:
+    with pytest.raises(NoSample, match="at most"):
+        texts_of("text", {"text": "x" * (33 << 20)})

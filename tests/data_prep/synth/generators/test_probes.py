@@ -52,12 +52,12 @@ def test_a_program_says_one_line_and_reaches_for_nothing(program: str, printed: 
     assert run(program) == printed
 
 
-@pytest.mark.parametrize(("starved_s", "is_known"), [(25.0, False), (2.0, True)])
-def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.MonkeyPatch, starved_s: float,
+@pytest.mark.parametrize(("status", "is_known"), [("infrastructure", False), ("timeout", True)])
+def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.MonkeyPatch, status: Any,
                                                       is_known: bool) -> None:
-    timeout = Outcome("timeout", None, "", "", "took longer than 30 s", 30.0, 1.0, starved_s)
+    outcome = Outcome(status, None, "", "", "the machine is too busy", 630.0, 1.0, 600.0)
     monkeypatch.setattr("data_prep.synth.generators.probes._sandbox",
-                        lambda: SimpleNamespace(run=lambda program, limits: timeout))
+                        lambda: SimpleNamespace(run=lambda program, limits: outcome))
     with nullcontext() if is_known else pytest.raises(NoReply, match="the machine is too busy"):
         assert run("print(1)") == ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ from data_prep.synth.generator import Item
 from data_prep.synth.generators.autoif.constraints import Constraints, ConstraintsSettings, seeds_of
 from data_prep.synth.known import generator_class
 from megatron_sov.errors import UserError
-from megatron_sov.rewards import check_functions, check_program
 from tests.data_prep.synth.scripted import ScriptedAsk, samples_of
 
 GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5, sandbox_workers=1))
@@ -29,15 +27,6 @@ REASONS = {
     "reaches the network": "functions", "gives no truth value": "agreement", "does not parse": "functions",
     "checks something else": "tells apart", "told back as the contrary": "judge: consistent",
     "told back by too few": "told back", "cases that say the contrary": "agreement"}
-
-
-@pytest.fixture(autouse=True)
-def no_call_is_given_up_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may starve a call for any time; what ends it here is the time of a processor alone."""
-    program = re.sub(r"^PATIENCE = \d+$", "PATIENCE = 10_000", check_functions._program(), flags=re.MULTILINE)
-    assert "PATIENCE = 10_000" in program
-    monkeypatch.setattr(check_functions, "_program", lambda: program)
-    monkeypatch.setattr(check_program, "PATIENCE", 10_000)
 
 
 @pytest.mark.parametrize("what", CASES)

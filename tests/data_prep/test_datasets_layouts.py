@@ -1,0 +1,280 @@
+"""Rows of every layout that TRL's and LLaMA-Factory's pages describe, as `datasets` stores them: read as the
+chat template shows them, or refused by a sentence that says what takes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_prep.encode import Encoder
+from data_prep.unpaired import write_unpaired
+from megatron_sov.documents import Reading, list_files, read_documents
+from megatron_sov.errors import UserError
+from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
+
+datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
+Rows = list[dict[str, Any]]
+Shown = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
+"""Messages and tools, as a chat template is given them."""
+STORED = ("lines.jsonl", "list.json", "a.parquet", "disk", "hub")
+IMAGE = b"\x89PNG\r\n"
+
+
+def say(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def turn(speaker: str, text: str) -> dict[str, str]:
+    return {"from": speaker, "value": text}
+
+
+def tool(name: str, argument: str) -> dict[str, Any]:
+    """Describe a function, as transformers' `get_json_schema` does."""
+    return {"type": "function", "function": {"name": name, "description": f"It can {name}.", "parameters": {
+        "type": "object", "properties": {argument: {"type": "string", "description": "what"}}}}}
+
+
+def using(name: str, argument: str) -> list[dict[str, Any]]:
+    return [say("user", "Do it."), {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": name, "arguments": {argument: "it"}}}]},
+        {"role": "tool", "name": name, "content": "done"}, say("assistant", "Yes.")]
+
+
+def qa(question: str, answer: str, *before: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*before, say("user", question), say("assistant", answer)]
+
+
+SYSTEM, LIGHT, FIND = say("system", "Be short."), tool("light", "room"), tool("find", "thing")
+PAIRS = [qa("Sky?", "blue"), qa("Sky?", "green"), qa("Grass?", "green"), qa("Grass?", "red")]
+"""Chosen and rejected of two pairs."""
+CHATS: dict[str, tuple[Rows, list[Shown]]] = {
+    "trl messages": ([{"messages": qa("Sky?", "blue")}, {"messages": qa("a", "b", SYSTEM)}],
+                     [(qa("Sky?", "blue"), None), (qa("a", "b", SYSTEM), None)]),
+    "trl messages and tools": (
+        # `datasets` gives each call and tool the fields of the others, as nulls
+        [{"messages": using("light", "room"), "tools": [LIGHT, FIND]},
+         {"messages": using("find", "thing"), "tools": [FIND]}],
+        [(using("light", "room"), [LIGHT, FIND]), (using("find", "thing"), [FIND])]),
+    "trl prompt and completion": ([{"prompt": "Sky?", "completion": "blue"}], [(qa("Sky?", "blue"), None)]),
+    "trl conversational prompt and completion": (
+        [{"prompt": [SYSTEM, say("user", "Sky?")], "completion": [say("assistant", "blue")]}],
+        [(qa("Sky?", "blue", SYSTEM), None)]),
+    "alpaca": ([{"instruction": "Sky?", "input": "", "output": "blue"},
+                {"instruction": "Add.", "input": "1 2", "output": "3"}],
+               [(qa("Sky?", "blue"), None), (qa("Add.\n1 2", "3"), None)]),
+    "alpaca with history": (
+        [{"instruction": "c", "input": "", "output": "d", "system": "Be short.", "history": [["a", "b"]]},
+         {"instruction": "e", "input": "", "output": "f", "system": "", "history": []}],
+        [([SYSTEM, *qa("a", "b"), *qa("c", "d")], None), (qa("e", "f"), None)]),
+    "sharegpt": ([{"conversations": [turn("human", "a"), turn("gpt", "b")], "system": "Be short.",
+                   "tools": "[]"},
+                  {"conversations": [turn("human", "Do it."), turn("function_call", json.dumps(
+                      {"name": "find", "arguments": {"thing": "it"}})), turn("observation", "done"),
+                      turn("gpt", "Yes.")], "system": "", "tools": json.dumps([FIND])}],
+                 [(qa("a", "b", SYSTEM), None),
+                  ([{k: v for k, v in m.items() if k != "name"} for m in using("find", "thing")], [FIND])]),
+    "openai with a system column": ([{"messages": qa("a", "b"), "system": "Be short."}],
+                                    [(qa("a", "b", SYSTEM), None)]),
+}
+TWO = (("Sky?", "blue", "green"), ("Grass?", "green", "red"))
+PREFERENCES: dict[str, Rows] = {
+    "trl": [{"prompt": q, "chosen": c, "rejected": r} for q, c, r in TWO],
+    "trl conversational": [{"prompt": [say("user", q)], "chosen": [say("assistant", c)],
+                            "rejected": [say("assistant", r)]} for q, c, r in TWO],
+    "trl conversational without prompt": [{"chosen": qa(q, c), "rejected": qa(q, r), "score_chosen": 1.0}
+                                          for q, c, r in TWO],
+    "a prompt that both sides repeat": [{"prompt": q, "messages": qa(q, c), "chosen": qa(q, c),
+                                         "rejected": qa(q, r)} for q, c, r in TWO],
+    "messages that both sides repeat": [{"prompt": [say("user", q)], "chosen": qa(q, c), "rejected": qa(q, r)}
+                                        for q, c, r in TWO],
+    "alpaca": [{"instruction": q, "input": "", "chosen": c, "rejected": r} for q, c, r in TWO],
+    "sharegpt": [{"conversations": [turn("human", q)], "chosen": turn("gpt", c), "rejected": turn("gpt", r)}
+                 for q, c, r in TWO],
+}
+JUDGED: dict[str, Rows] = {
+    "trl": [{"prompt": q, "completion": c, "label": c == "blue"} for q, c, _ in TWO],
+    "trl conversational": [{"prompt": [say("user", q)], "completion": [say("assistant", c)],
+                            "label": c == "blue"} for q, c, _ in TWO],
+    "alpaca": [{"instruction": q, "input": "", "output": c, "kto_tag": c == "blue"} for q, c, _ in TWO],
+    "sharegpt": [{"conversations": [turn("human", q), turn("gpt", c)], "kto_tag": c == "blue"}
+                 for q, c, _ in TWO],
+}
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "text": ({"text": "a"}, dict.fromkeys(("chat", "preference", "prompt"), "--format text")),
+    "chat": ({"messages": qa("a", "b")}, dict.fromkeys(("text", "preference", "prompt"), "--format chat")),
+    "alpaca": (CHATS["alpaca"][0][0], dict.fromkeys(("text", "preference"), "--format chat")),
+    "prompt with its answer": ({"prompt": qa("a", "b")}, {"prompt": "ends with an answer of the assistant"}),
+    "pair": (PREFERENCES["trl"][0], dict.fromkeys(("text", "chat", "prompt"), "--format preference")),
+    "sharegpt pair": (PREFERENCES["sharegpt"][0], dict.fromkeys(("text", "chat", "prompt"),
+                                                                "--format preference")),
+    "pair of strings": ({"chosen": "The sky is blue.", "rejected": "The sky is green."},
+                        {"preference": "has no prompt: give 'prompt'"}),
+    "prompt": ({"prompt": "Sky?"}, dict.fromkeys(("text", "chat", "preference"), "--format prompt")),
+    "judged": (JUDGED["trl"][0], dict.fromkeys(("text", "chat", "preference"), "`sov-data unpaired`")),
+    "judged sharegpt": (JUDGED["sharegpt"][0], dict.fromkeys(("text", "chat", "preference"),
+                                                             "`sov-data unpaired`")),
+    "steps": ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]},
+              dict.fromkeys(("text", "chat", "preference"), "train reward models of steps")),
+    "pictures": ({"messages": qa("What?", "A cat"), "images": [{"bytes": IMAGE, "path": None}]},
+                 {"chat": "encode-media"}),
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "image", "text": None},
+                                                         {"type": "text", "text": "What?"}]}]},
+              {"chat": "encode-media"}),
+    "picture of a prompt": ({"prompt": "What?", "image": {"bytes": IMAGE, "path": None}},
+                            {"prompt": "encode-media"}),
+    "pictures of a pair": ({**PREFERENCES["trl"][0], "images": [{"bytes": IMAGE, "path": None}]},
+                           {"preference": "encode-media"}),
+    "llava": ({"conversations": [turn("human", "<image>\na"), turn("gpt", "b")], "image": "a.jpg"},
+              {"chat": "encode-media"}),
+}
+
+
+def store(rows: Rows, folder: Path) -> None:
+    """Save rows in each way that `datasets` has, and as a folder of the hub."""
+    data = datasets.Dataset.from_list(rows)
+    datasets.disable_progress_bars()
+    data.save_to_disk(folder / "disk")
+    data.to_parquet(folder / "a.parquet")
+    data.to_json(folder / "lines.jsonl")
+    data.to_json(folder / "list.json", lines=False)
+    data.to_csv(folder / "a.csv")
+    (folder / "hub/data").mkdir(parents=True)
+    (folder / "a.parquet").rename(folder / "hub/data/train-00000-of-00001.parquet")
+    (folder / "a.parquet").symlink_to(folder / "hub/data/train-00000-of-00001.parquet")
+    (folder / "hub/README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n"
+                                          "  - split: train\n    path: data/train-*\n---\n# A card\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizers: dict[str, Path]) -> Path:
+    return tokenizers["k-exaone"]
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Encoder:
+    return Encoder(folder)
+
+
+def ids_of(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
+    """Return the ids of each sequence that packing a path writes."""
+    found: list[list[int]] = []
+    for document in read_documents(list_files(path), Reading(kind)):
+        batch = encoder.encode_batch([document])
+        begin = 0
+        for length in batch.lengths_tokens.tolist():
+            found.append(batch.ids[begin:begin + length].tolist())
+            begin += length
+    return found
+
+
+def shown(folder: Path, conversations: list[Shown], **more: Any) -> list[list[int]]:
+    """Return what transformers makes of conversations, with the eos of a document."""
+    loaded = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for messages, tools in conversations:
+        ids = loaded.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **more)
+        found.append(ids + ([] if more or ids[-1] == loaded.eos_token_id else [loaded.eos_token_id]))
+    return found
+
+
+def given(path: Path) -> list[Shown]:
+    """Return what a chat template is given of the chats at a path."""
+    return [([m.to_dict() for m in d.messages], list(d.tools) or None)
+            for d in read_documents(list_files(path), Reading("chat"))]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_are_what_the_template_shows(tmp_path: Path, folder: Path, encoder: Encoder, name: str) -> None:
+    rows, conversations = CHATS[name]
+    store(rows, tmp_path)
+    assert {stored: given(tmp_path / stored) for stored in STORED} == dict.fromkeys(STORED, conversations)
+    if not any(tools for _, tools in conversations):  # which this template does not know
+        expected = shown(folder, conversations)
+        assert {stored: ids_of(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
+            STORED, expected)
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encoder: Encoder,
+                                             name: str) -> None:
+    store(PREFERENCES[name], tmp_path)
+    expected = shown(folder, [(chat, None) for chat in PAIRS])
+    assert {stored: ids_of(encoder, tmp_path / stored, "preference") for stored in STORED} == dict.fromkeys(
+        STORED, expected)
+
+
+@pytest.mark.parametrize("prompt", ["Sky?", [say("user", "Sky?")]], ids=["text", "messages"])
+def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encoder: Encoder,
+                                             prompt: Any) -> None:
+    store([{"prompt": prompt, "answer": "blue"}], tmp_path)
+    expected = shown(folder, [([say("user", "Sky?")], None)], add_generation_prompt=True)
+    assert {stored: ids_of(encoder, tmp_path / stored, "prompt") for stored in STORED} == dict.fromkeys(
+        STORED, expected)
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_judged_responses_become_the_same_pairs(tmp_path: Path, name: str) -> None:
+    store(JUDGED[name], tmp_path)
+    for stored in STORED:
+        write_unpaired([tmp_path / stored], tmp_path / f"{stored}-out", 0.5)
+        lines = (tmp_path / f"{stored}-out/unpaired.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found = {row["prompt"][0]["content"]: (row["chosen"], row["rejected"], row["desirable"][0])
+                 for row in rows}
+        blue, green = [say("assistant", "blue")], [say("assistant", "green")]
+        assert found == {"Sky?": (blue, green, 1.0), "Grass?": (green, blue, 0.0)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) -> None:
+    row, wanted = REFUSED[name]
+    stored = ["a.parquet"]
+    if b"PNG" in repr(row).encode():  # bytes are no JSON
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
+    else:
+        store([row], tmp_path)
+        stored = list(STORED)
+    for kind, sentence in wanted.items():
+        for way in stored:
+            with pytest.raises(UserError, match=sentence):
+                list(read_documents(list_files(tmp_path / way), Reading(kind)))
+        if len(stored) > 1:
+            with pytest.raises(UserError, match=r"is a table \(columns: .*to_parquet or to_json"):
+                list(read_documents(list_files(tmp_path / "a.csv"), Reading(kind)))
+
+
+def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({**JUDGED["alpaca"][0], "images": ["a.jpg"]}))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: has 'images'.* encode-media"):
+        write_unpaired([tmp_path / "a.jsonl"], tmp_path / "out", 0.5)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": qa("a", "b")}))
+    with pytest.raises(UserError, match="line 1: ends with an answer of the assistant"):
+        refuse_unaskable(tmp_path / "b.jsonl", read_prompts(tmp_path / "b.jsonl"))
+
+
+def test_a_table_without_our_columns_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("city,people\nSeoul,9\n")
+    [document] = read_documents([tmp_path / "a.csv"])
+    assert document.text == "city,people\nSeoul,9\n"
+    (tmp_path / "b.tsv").write_text('\ufeff"text"\tn\nSeoul\t9\n')
+    with pytest.raises(UserError, match=r"is a table \(columns: text, n\)"):
+        list(read_documents([tmp_path / "b.tsv"]))
+
+
+def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
+    """What differs from row to row `datasets` stores as strings of JSON."""
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
+        "type": "object", "properties": {"x": {"type": kind}}}}} for kind in ("integer", ["string", "null"])]
+    chats = [[say("user", "a"), {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": {"x": value}}}]},
+        {"role": "tool", "content": "r"}, say("assistant", "ok")] for value in (1, "s")]
+    data = datasets.Dataset.from_list([{"messages": chat, "tools": [one]} for chat, one in zip(
+        chats, tools, strict=True)], on_mixed_types="use_json")
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "disk")
+    for stored in ("a.parquet", "disk"):
+        assert given(tmp_path / stored) == [(chat, [one]) for chat, one in zip(chats, tools, strict=True)]
