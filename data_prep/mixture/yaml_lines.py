@@ -18,7 +18,7 @@ class YamlFile:
         """Read a file.
 
         Raises:
-            UserError: it cannot be read, or is no YAML that is taken (`located_yaml`).
+            UserError: it cannot be read, or is no YAML that is taken.
         """
         self.file = file
         self._found = read_located(read_text(file))

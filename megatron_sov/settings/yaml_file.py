@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from megatron_sov.settings.problem import Code, Problem, SettingsError
 from megatron_sov.settings.reading import read
 
@@ -95,6 +93,8 @@ def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> Settings
 
 def read_located(text: str) -> Located:
     """Read a YAML document (JSON is one) as plain values.  Tags that would make objects are not taken."""
+    import yaml  # here, since the parsers of commands start without it
+
     found = Located()
     loader = yaml.SafeLoader("")
     try:
@@ -126,6 +126,8 @@ class _Reading:
         self.loader, self.found, self.num_values = loader, found, 0
 
     def value(self, node: Any, place: Place, depth: int) -> Any:
+        import yaml
+
         line = node.start_mark.line + 1
         self.num_values += 1
         if depth > MAX_DEPTH or self.num_values > MAX_VALUES:
@@ -148,6 +150,8 @@ class _Reading:
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 
     def _mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
+        import yaml
+
         made: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, child in node.value:
