@@ -2,8 +2,9 @@
 
 Counted by what the modules save: Transformer Engine's in bf16 (its 2.20.2: a norm inside a linear layer its
 input and its output, a linear layer its input, SwiGLU its input, fused attention queries, keys, values and
-output), megatron-core's own elsewhere (0.16.1; unfused, so that norms and SwiGLU save more).  The second kind
-is measured in `benchmarks/plan_activations.py`.
+output), megatron-core's own and ours elsewhere (0.16.1; unfused, so that norms and SwiGLU save more; the
+angles of rotations, which all layers share, are left out).  The second kind is measured in
+`benchmarks/plan_activations.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Saved:
     qkv: int = 0
     """Queries, keys and values as projected."""
     rotated: int = 0
-    """Queries and keys as attention takes them, and unfused the angles."""
+    """Queries and keys as attention takes them."""
     core: int = 0
     """What attention itself adds: its output and the sums of its softmax; without a fused kernel the masks of
     windows."""
@@ -136,7 +137,7 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     if not kind.with_experts:
         dense = m.dense_ffn_dim // tp
         return Saved(residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
-                     dense=tokens.local * dense * item * (3 if fused else 5))
+                     dense=tokens.local * dense * item * (3 if fused else 4))
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
     # a process of an expert that is cut has the tokens of all processes that share it
@@ -146,8 +147,8 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
         router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
         expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item,
-        expert_activated=arrived * inner * item * (1 if fused else 4),
-        shared=tokens.local * shared * item * (3 if fused else 5))
+        expert_activated=arrived * inner * item * (1 if fused else 3),
+        shared=tokens.local * shared * item * (3 if fused else 4))
 
 
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
@@ -170,17 +171,14 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     if fused:
         return found | {"qkv": per_token * (queries + 2 * keys + copied),
                         "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
-    angles = 4 * m.rotated_channels() if kind.rotates else 0
-    projected = per_token * (queries + 2 * keys) if m.qk_norm or slides else 0
+    projected = per_token * (queries + 2 * keys)  # values are a part of it
     qkv = projected + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass
-        return found | {"qkv": qkv, "rotated": per_token * (queries + angles),
+        return found | {"qkv": qkv, "rotated": per_token * queries,
                         "attended": per_token * queries}
     masks = _mask_numbers(tokens.local, m.sliding_window_tokens) * item if slides and cp == 1 else 0
-    # whole documents are copied together before they are attended, windows' values are not
-    taken = queries + keys * (1 if slides else 2)
-    return found | {"qkv": qkv, "rotated": per_token * (taken + angles),
-                    "core": per_token * queries + sums + masks, "attended": per_token * queries}
+    return found | {"qkv": qkv, "rotated": per_token * (queries + keys),
+                    "core": per_token * queries + sums + masks, "attended": per_token * queries * slides}
 
 
 def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: str, tokens: Tokens, tp: int,

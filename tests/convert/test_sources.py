@@ -87,7 +87,7 @@ def test_fields_that_transformers_ignores_are_refused_unless_harmless(solar_dir:
 
 def test_folders_that_are_no_models(solar_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "has no config.json" in refused(tmp_path / "empty", tmp_path)
+    assert "is empty, so it is not a Hugging Face folder" in refused(tmp_path / "empty", tmp_path)
     shutil.copytree(solar_dir, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
     assert "save the model with safetensors" in refused(tmp_path / "pickled", tmp_path)

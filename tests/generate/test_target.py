@@ -79,7 +79,7 @@ def test_another_architecture_is_no_other_adapter(tmp_path: Path) -> None:
 def test_folders_that_are_no_model_are_refused(hf_models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: does not exist"):
         find_target(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"has no manifest\.json"):
+    with pytest.raises(UserError, match="is empty, so it is not a checkpoint, a run or a Hugging"):
         find_target(tmp_path)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="this run has no complete checkpoint yet"):

@@ -16,8 +16,9 @@ import pytest
 
 FETCHES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 SYNCING = ("aten.nonzero", "aten.masked_select", "aten.unique", "aten.bincount", "aten.repeat_interleave")
-OPERATIONS = {"tiny-solar-open": 800, "tiny-k-exaone": 850}
-"""Most operations of a further layer in a micro-batch, forward, backward and a share of the update."""
+OPERATIONS = {"tiny-solar-open": 820, "tiny-k-exaone": 880}
+"""Most operations of a further layer in a micro-batch, forward, backward and a share of the update, which on
+CPUs takes each parameter's whole vectors and its tail apart."""
 PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "token_dispatcher.py:dispatch_postprocess": 4,
                     "moe_layer.py:routed_experts_compute": 1, "token_dispatcher.py:combine_preprocess": 2}
 """What the library fetches in each layer with experts and micro-batch: how many tokens go where."""

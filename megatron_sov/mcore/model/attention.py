@@ -143,14 +143,15 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
     for start, first, stop in documents:
         by_length[stop - first, stop - start].append((place, start))
         place += stop - first
-    order = torch.cat([torch.arange(place, place + queries) for (queries, _), starts in by_length.items()
-                       for place, _ in starts])
     keys = None if shared is None else shared.source[to_device(torch.cat([
         torch.arange(start, start + length) for (_, length), starts in by_length.items()
         for _, start in starts]), device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
-    if bool((order[1:] > order[:-1]).all()):  # as where one document fills a row
+    places = [place for starts in by_length.values() for place, _ in starts]
+    if places == sorted(places):  # as where one document fills a row
         return Alike(None, None, groups, keys)
+    order = torch.cat([torch.arange(place, place + queries) for (queries, _), starts in by_length.items()
+                       for place, _ in starts])
     return Alike(to_device(order, device), to_device(order.argsort(), device), groups, keys)
 
 
