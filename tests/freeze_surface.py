@@ -1,0 +1,72 @@
+"""Writes tests/surface.txt: every option of every command, and every setting, with its type and its default.
+
+Usage: python tests/freeze_surface.py
+
+A line more is a promise to users; the commit that adds one says why it is worth it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILE = Path(__file__).with_name("surface.txt")
+PACKAGES = ("megatron_sov", "data_prep", "tokenizer")
+SETTINGS = re.compile(r"(Config|Settings|Options|Training|Profile|Parts|Limits|Sampling|Batching)$")
+"""How the names of classes of settings end."""
+
+
+def options(program: str) -> Iterator[str]:
+    """Yield a line for each argument of a program's commands."""
+    from megatron_sov.commands.completion import parser_with_all
+
+    def below(parser: argparse.ArgumentParser) -> Iterator[str]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for child in action.choices.values():
+                    yield from below(child)
+            elif not isinstance(action, argparse._HelpAction):
+                name = " ".join(action.option_strings) or f"<{action.dest}>"
+                choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+                needed = " required" if action.required and action.option_strings else ""
+                yield f"{parser.prog} {name}{choices}{needed} = {_shown(action.default)}"
+
+    yield from below(parser_with_all(program))
+
+
+def _shown(default: object) -> str:
+    """Return a default without what this machine puts into it."""
+    return re.sub(r"(?<![\w.])/[\w./-]+/(?=[\w.-]+)", ".../", str(default))
+
+
+def settings() -> Iterator[str]:
+    """Yield a line for each field of a class of settings, as its source spells it."""
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and SETTINGS.search(node.name) and any(
+                        "dataclass" in ast.unparse(d) for d in node.decorator_list):
+                    yield from _fields(node)
+
+
+def _fields(node: ast.ClassDef) -> Iterator[str]:
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and not ast.unparse(field.target).startswith("_"):
+            default = f" = {ast.unparse(field.value)}" if field.value else ""
+            yield f"{node.name}.{ast.unparse(field.target)}: {ast.unparse(field.annotation)}{default}"
+
+
+def surface() -> str:
+    """Return the file's text."""
+    programs = ("megatron-sov", "sov-data", "sov-tokenizer")
+    lines = [line for program in programs for line in sorted(set(options(program)))]
+    return "\n".join([*lines, *sorted(set(settings())), ""])
+
+
+if __name__ == "__main__":
+    FILE.write_text(surface(), encoding="utf-8")
+    print(f"{FILE}: {len(surface().splitlines())} lines")

@@ -1,0 +1,18 @@
+"""Options and settings are promises: a change of them is made on purpose, in the file that lists them."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
+from freeze_surface import FILE, surface
+
+
+def test_no_option_or_setting_comes_goes_or_changes_unargued() -> None:
+    changed = [line for line in difflib.unified_diff(FILE.read_text(encoding="utf-8").splitlines(),
+                                                     surface().splitlines(), "promised", "now",
+                                                     lineterm="", n=0)]
+    said = "argue for it in the commit, and run `python tests/freeze_surface.py`"
+    assert not changed, "\n".join([said, *changed])
