@@ -11,8 +11,8 @@ from freeze_surface import FILE, surface
 
 
 def test_no_option_or_setting_comes_goes_or_changes_unargued() -> None:
-    changed = [line for line in difflib.unified_diff(FILE.read_text(encoding="utf-8").splitlines(),
-                                                     surface().splitlines(), "promised", "now",
-                                                     lineterm="", n=0)]
+    changed = list(difflib.unified_diff(FILE.read_text(encoding="utf-8").splitlines(),
+                                        surface().splitlines(), "promised", "now",
+                                        lineterm="", n=0))
     said = "argue for it in the commit, and run `python tests/freeze_surface.py`"
     assert not changed, "\n".join([said, *changed])
