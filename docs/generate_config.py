@@ -23,7 +23,8 @@ HEAD = """# Settings
 
 A recipe (`megatron-sov recipes`) sets all of these; `--set key=value` changes one, e.g.
 `--set train.steps=100`, `--set data.phases.0.seq_len=512`, `--set 'data.phases.0.blend={"en": 2, "ko": 1}'`,
-`--set model.yarn=null`. Values are read as JSON where they parse, else as text. A key that does not exist is
+`--set model.yarn=null`. Values are read as JSON where they parse, else as text; of a key that is given
+twice the last one counts. A key that does not exist is
 refused, with the nearest one that does; all broken rules of a configuration are listed at once. The resolved
 settings of a run stand in its `config.json`.
 """
