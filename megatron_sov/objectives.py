@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from megatron_sov.config import RunConfig
 from megatron_sov.documents import KINDS, ROLLOUTS
 from megatron_sov.documents.columns import column_problems
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods, takes
+from megatron_sov.settings import read_arguments
 
 Factory = Callable[[Any], Any]
 """The run's `train.objective_context.ObjectiveContext` -> a `train.objective.Objective`."""
@@ -65,29 +66,8 @@ def check(config: RunConfig) -> None:
             raise UserError(f"objective.options = {options}: belong to an objective of your own, "
                             f"not to {name}")
         return
-    from pydantic import TypeAdapter, ValidationError
-
     made = OWN.get(name, config.code)
-    known = list(inspect.signature(made).parameters)[1:]
-    hints = _hints(made)
-    problems = [f"objective.options.{option}: objective {name} has no such setting{nearest(option, known)}"
-                for option in options if option not in known]
-    for option, value in options.items():
-        try:
-            TypeAdapter(hints.get(option, Any)).validate_python(value)
-        except ValidationError as e:
-            problems.append(f"objective.options.{option} = {value!r}: {e.errors()[0]['msg']}")
-    if problems:
-        raise UserError("; ".join(problems))
-
-
-def _hints(made: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types that an objective declares for its settings; none where a name in them is not
-    known at run time."""
-    try:
-        return get_type_hints(made.__init__)
-    except NameError:
-        return {}
+    read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
 
 
 def factory(config: RunConfig, built_in: Factory) -> Factory:

@@ -97,20 +97,23 @@ def check(settings: Any) -> list[Problem]:
     return find_problems(type(settings), plain(settings))[1]
 
 
-def read_arguments(made: Any, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
+                   num_ours: int = 0) -> dict[str, Any]:
     """Return values for what a class or a function is made with, by the types that it declares.
 
     Args:
         made: the class or the function.
         given: name -> plain value.
         where: names it in messages, e.g. "reward math".
+        prefix: what stands before the names in a key, e.g. "objective.options".
+        num_ours: leading arguments that the program gives, not the user.
 
     Raises:
         SettingsError: a setting does not exist, is missing or has the wrong type; all of them are named.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    taken = {name: p for name, p in inspect.signature(made).parameters.items()
+    taken = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     try:
         declared = vars(made).get("__init__", made)
@@ -129,7 +132,7 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str) -> dict[str,
         except ValidationError as e:
             problems += [problem.below(name) for problem in explain(hints.get(name, Any), e)]
     if problems:
-        raise SettingsError(where, problems)
+        raise SettingsError(where, [problem.below(prefix) if prefix else problem for problem in problems])
     return found
 
 
@@ -145,7 +148,10 @@ def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[Problem]:
             # a value that is none of several types: one sentence with all of them
             rule = f"{earlier.rule} or {problem.rule.removeprefix('must be ')}"
             found[problem.key] = dataclasses.replace(earlier, rule=rule)
-    return list(found.values())
+    # a misspelt key explains a missing one
+    meant = {problem.way_out for problem in found.values() if problem.code == Code.UNKNOWN}
+    return [problem for problem in found.values()
+            if problem.code != Code.MISSING or f"did you mean '{problem.key}'?" not in meant]
 
 
 def _problem(cls: Any, error: Any, instead: Instead) -> Problem:

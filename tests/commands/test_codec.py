@@ -57,7 +57,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("train image-tokenizer --input none --output x", "--input none: is neither a folder nor a list of"),
     ("train image-tokenizer --input sounds --output x", "--input sounds: has no file that ends with .png"),
     ("train image-tokenizer --input pictures --output x --steps 0", "learning.steps = 0 must be"),
-    ("train image-tokenizer --input pictures --output x --set steps=3", "there is no setting 'steps'"),
+    ("train image-tokenizer --input pictures --output x --set steps=3", "steps: no such setting"),
     ("train image-tokenizer --input pictures --output pictures", "pictures: already exists"),
     ("train image-tokenizer --input bad --output x --set model.side_pixels=24", "bad/no.png: "),
     ("train vocoder2 --input pictures --output x", "vocoder2"),

@@ -70,7 +70,7 @@ def test_a_person_plays_and_is_told_what_is_no_move(capsys: pytest.CaptureFixtur
     (["play", "calculator", "--set", "relative=1"], "relative: no such setting"),
     (["play", "calculator", "--limit", "max_turn=1"], "did you mean 'max_turns'"),
     (["play", "calculator", "--limit", "max_turns=0"], "max_turns = 0 must be at least 1"),
-    (["play", "retrieval"], "corpus: has no default; set it"),
+    (["play", "retrieval"], "corpus: is missing; it has no default; set it"),
     (["play", "calculator", "--tasks", "none.jsonl"], "--tasks none.jsonl: cannot be read"),
     (["play", "calculator", "--tasks", "tasks.jsonl"], "--tasks tasks.jsonl: line 2: is no JSON in UTF-8"),
     (["play", "calculator", "--calls", "tasks.jsonl"], "--calls tasks.jsonl: line 1: must be"),

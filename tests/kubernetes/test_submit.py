@@ -243,8 +243,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     ("{NCCL_IB_HCA: mlx5", "{HF_TOKEN: abc", "environment.HF_TOKEN looks like a secret"),
     ("{NCCL_IB_HCA: mlx5", "{PET_NNODES: '2'", "environment.PET_NNODES is set by the operator"),
     ("rdma/hca", "nvidia.com/gpu", "resources.nvidia.com/gpu: is what gpus_per_node asks for"),
-    ("gpus_per_node", "gpu_per_node", "gpu_per_node is no field of a profile; did you mean 'gpus_per_node'?"),
-    ("image: registry.example.org/llm/megatron-sov:1", "", "image is missing; every profile needs it"),
+    ("gpus_per_node", "gpu_per_node", "gpu_per_node: no such setting; did you mean 'gpus_per_node'?"),
+    ("image: registry.example.org/llm/megatron-sov:1", "", "image: is missing; it has no default; set it"),
     ("labels: {kueue.x-k8s.io/queue-name: llm}", "labels: {a: '-'}", "labels.a = '-' is no value of a label"),
 ])
 def test_a_wrong_profile_is_one_sentence(site: Path, capsys: pytest.CaptureFixture[str], old: str, new: str,

@@ -122,7 +122,7 @@ def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("recipe.py:wrong_type", r"recipe.py:wrong_type: returns a dict; a recipe returns a RunConfig"),
-    ("recipe.py:wrong_value", r"(?s)recipe.py:wrong_value: config: 1 problem.*train.steps = 'many'"),
+    ("recipe.py:wrong_value", r'recipe.py:wrong_value: config: train.steps = "many" must be a whole'),
     ("recipe.py:fails", r"recipe.py:\d+: AttributeError: 'RunConfig' object has no attribute 'nothing'"),
     ("recipe.py:takes_something",
      r"takes_something: is <function .*>; a recipe is a function without arguments"),
@@ -142,8 +142,8 @@ def test_recipes_that_are_none(site: Path, argument: str, message: str) -> None:
     ("objective.name=family.py:MINE",
      r"family.py:MINE: is a Family; an objective is a class with collect\(self, policy, step\)"),
     ("objective.options.shaer=1",
-     r"objective.options.shaer: objective Halved has no such setting; did you mean 'share'\?"),
-    ("objective.options.share=much", r"objective.options.share = 'much': Input should be a valid number"),
+     r"objective.options.shaer: no such setting; did you mean 'share'\?"),
+    ("objective.options.share=much", r'objective.options.share = "much" must be a number'),
 ])
 def test_families_objectives_and_options_that_are_none(site: Path, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -22,7 +22,7 @@ UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
     ("cluster: site.yaml\nstages: [{stage: dtaa, arguments: x}]",
      "stage 'dtaa': does not exist; did you mean 'data'?"),
     ("cluster: site.yaml\nstages: [{stage: data, argumets: x}]",
-     "argumets is no field of a chain; did you mean 'arguments'?"),
+     "argumets: no such setting; did you mean 'stages.0.arguments'?"),
     (f"stages: [{PACK}]", "names no cluster"),
     (f"cluster: site.yaml\nstages: [{PACK}, {PACK}]", "'data' names two stages"),
     (f"cluster: site.yaml\nstages: [{PACK}, {PACK.replace('{', '{name: two, ')}]", "two stages write to"),
