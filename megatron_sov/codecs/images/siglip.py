@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_sov.codecs.settings import read_settings
 from megatron_sov.codecs.sizes import outside
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 
 _PREFIX = "vision_model."
 _FIELDS = {"patch_size": "patch_pixels", "hidden_size": "width", "intermediate_size": "feed_forward_width",
@@ -120,4 +120,4 @@ def load_siglip(features: SiglipFeatures, folder: Path) -> None:
         features.network.load_state_dict(found)
     except (OSError, SafetensorError, RuntimeError) as e:
         raise UserError(f"{folder}: its safetensors files are not those of the SigLIP in its config.json "
-                        f"({str(e).splitlines()[0][:200]}); download it again") from None
+                        f"({first_line(e)[:200]}); download it again") from None
