@@ -18,8 +18,6 @@ from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with
 from megatron_sov.train.objective_context import ObjectiveContext
 
 KNOWLEDGE = "knowledge"
-WRITTEN = "written tokens"
-"""A count beside the terms' denominators."""
 MOST_CLIPPED, MOST_ENGINE_KL = 0.05, 0.05
 """What is told in a round's first step.  Published engines differ from trainers by a KL of about 1e-3 a token
 (arXiv 2510.11370)."""
@@ -44,14 +42,11 @@ class PolicyLearning(DataObjective):
         self._shares_prompts = can_share(context.config)
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count tokens or responses of the global batch; what a correction masks out does not count.  A
-        prompt that several responses have is computed once."""
+        """Count tokens or responses of the global batch.  A prompt that several responses have is computed
+        once."""
         hosts = [m.host for m in batch.micro_batches]
-        written = [responses_of(m) for m in hosts]
-        counts = [self._loss.denominators(r, m.columns) for r, m in zip(written, hosts, strict=True)]
+        counts = [self._loss.denominators(responses_of(m)) for m in hosts]
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
-        if self._loss.masks:  # data of which a mask leaves nothing are no mistake: nothing is learned of them
-            targets[WRITTEN] = sum(float(r.lengths.sum()) for r in written)
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
         counted = with_denominators(batch, targets | self._mtp_targets(hosts))

@@ -28,7 +28,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             f"policy.correction_low={LOW}", f"policy.correction_high={HIGH}",
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=1.0", "policy.knowledge_batch_size=1"]
 STEPS = 2
-ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0",
+ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0", "policy.kl=none",
               "model.mtp_loss_coeff=0", "model.seq_aux_loss_coeff=0"]
 """Nothing is left to learn, which must not end the run."""
 
@@ -138,8 +138,9 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
             x = (logits / TEMPERATURE).log_softmax(-1)[at, labels].tolist()
             old, engine, reference, advantage = (m.columns[name][here].tolist() for name in (
                 "old_logprobs", "behaviour_logprobs", "reference_logprobs", "advantage"))
-            factor = [math.exp(a - b) for a, b in zip(old, engine, strict=True)]
-            learned = [t for t in range(len(ids)) if m.weights[here][t] > 0 and LOW <= factor[t] <= HIGH]
+            factor = [w if LOW <= (w := math.exp(a - b)) <= HIGH else 0.0
+                      for a, b in zip(old, engine, strict=True)]
+            learned = [t for t in range(len(ids)) if m.weights[here][t] > 0]
             if not learned:
                 continue
             ratio = math.exp(sum(x[t] - old[t] for t in learned) / len(learned))
