@@ -28,8 +28,8 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             f"policy.correction_low={LOW}", f"policy.correction_high={HIGH}",
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=1.0", "policy.knowledge_batch_size=1"]
 STEPS = 2
-ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0", "policy.kl=none",
-              "model.mtp_loss_coeff=0", "model.seq_aux_loss_coeff=0"]
+ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0",
+              "policy.kl=none", "model.mtp_loss_coeff=0", "model.seq_aux_loss_coeff=0"]
 """Nothing is left to learn, which must not end the run."""
 
 

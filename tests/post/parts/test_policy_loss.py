@@ -217,7 +217,7 @@ def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> An
 @pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("method", ["grpo", "gspo"])
 def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: Any, masked: str) -> None:
-    """A linear model of log-probabilities learns a round of two batches; its first leaves `old` to the step."""
+    """A linear model learns a round of two batches; in the first `old` is the step's own."""
     import torch
 
     from megatron_sov.post.parts.policy_loss import PolicyLoss
