@@ -63,12 +63,10 @@ class PolicyLearning(DataObjective):
                     "for rounding: policy.clip_low and policy.clip_high are narrower than the trainer's own "
                     "rounding; widen them, or raise train.precision")
         if is_first and (gap := meters.get("engine_kl", 0.0)) > MOST_ENGINE_KL:
-            if stale := self._rollout.max_staleness:
-                return (f"engine_kl = {gap:.2g} a token: rollout.max_staleness = {stale} lets older models "
-                        "write the responses; look at staleness_steps of the round first, lower it if that "
-                        "is the cause, and see engine_gap in docs/policy_methods.md")
-            return (f"engine_kl = {gap:.2g} a token: the responses were written by a model, or in a "
-                    "precision, far from the trainer's; see engine_gap in docs/policy_methods.md")
+            # a store may also bring a stale round where rollout.max_staleness is 0
+            return (f"engine_kl = {gap:.2g} a token: look at staleness_steps of the round; above 0, older "
+                    "weights wrote its responses: lower rollout.max_staleness; at 0 the engine's model or "
+                    "precision is far from the trainer's; see engine_gap in docs/policy_methods.md")
         return ""
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
