@@ -4,8 +4,8 @@ Usage: python benchmarks/policy_exactness.py --trl FOLDER > benchmarks/results/p
 
 FOLDER is where trl 1.16.0 was installed (`pip install --target FOLDER trl==1.16.0`).  Printed are the largest
 differences of loss and derivatives by log-probabilities; more than 1e-12 ends with an error.  TRL's trainer
-is not made: its method is handed an object that holds the settings which it reads.  TRL counts masked tokens
-in its denominators and we do not, so that corrections by masks are not compared here.
+is not made: its method is handed an object that holds the settings which it reads.  Corrections are of the
+numbers of a round's later step, where the policy, the trainer before the round and the engine are three.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from megatron_sov.config import PolicyConfig
 from megatron_sov.mcore.parallel import cpu_shims
 
 RESPONSES, TOKENS, LONGEST, LARGEST = 8, 12, 16, 1e-12
+LOW, HIGH = 0.85, 1.2
+"""Bounds of corrections."""
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "GRPO": ({"method": "grpo"}, {"loss_type": "grpo", "beta": 0.04}),
     "Dr. GRPO": ({"method": "dr_grpo"}, {"loss_type": "dr_grpo"}),
@@ -35,26 +38,31 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "CISPO": ({"method": "cispo", "clip_high": 0.25}, {"loss_type": "cispo", "epsilon_high": 1.25}),
     "DAPO with KL": ({"method": "dapo", "kl": "k3", "kl_coeff": 0.1},
                      {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.1}),
-    "GRPO, token correction": ({"method": "grpo", "correction": "token_truncate", "correction_high": 1.2},
-                               {"loss_type": "grpo", "beta": 0.04, "correct": "token"}),
-    "DAPO, sequence correction": (
-        {"method": "dapo", "correction": "sequence_truncate", "correction_high": 1.2},
-        {"loss_type": "dapo", "epsilon_high": 0.28, "correct": "sequence"}),
 }
+METHODS |= {f"{name}, {correction}": (
+    ours | {"correction": correction, "correction_low": LOW, "correction_high": HIGH},
+    theirs | {"correct": correction})
+    for name, (ours, theirs) in tuple(METHODS.items()) if name in ("GRPO", "DAPO", "GSPO, wide")
+    for correction in CORRECTIONS}
 """Ours, and TRL's settings; both clip at 0.2 unless they say else.  TRL's bound of CISPO is the ratio's, ours
 how far it lies above 1."""
 
 
-def drawn() -> dict[str, Any]:
-    """Return [responses, tokens] numbers of responses of several lengths, padded."""
+def drawn(masked: str = "") -> dict[str, Any]:
+    """Return [responses, tokens] numbers of responses of several lengths, padded.
+
+    Args:
+        masked: a response, or all of them, is so far from the engine that every mask takes it out.
+    """
     import torch
 
     torch.manual_seed(0)
     lengths = torch.randint(2, TOKENS + 1, (RESPONSES,))
     behaviour = -3 * torch.rand(RESPONSES, TOKENS) - 0.5
+    away = {"": 0.0, "a whole response": 2.0 * (torch.arange(RESPONSES) == 1)[:, None], "all": 2.0}[masked]
     return {"mask": (torch.arange(TOKENS) < lengths[:, None]).long(), "behaviour": behaviour,
-            "old": behaviour + 0.2 * torch.randn(RESPONSES, TOKENS),
-            "logprobs": behaviour + 0.4 * torch.randn(RESPONSES, TOKENS),
+            "old": behaviour + 0.2 * torch.randn(RESPONSES, TOKENS) + away,
+            "logprobs": behaviour + away + 0.4 * torch.randn(RESPONSES, TOKENS),
             "reference": behaviour + 0.4 * torch.randn(RESPONSES, TOKENS),
             "advantages": torch.randn(RESPONSES)}
 
@@ -73,7 +81,7 @@ def ours(asked: dict[str, Any], at: dict[str, Any], logprobs: Any) -> Any:
     columns = {name: column.flatten() for name, column in columns.items()}
     responses = Responses(index, mask.sum(1).double())
     terms, _ = made.terms(logprobs.flatten(), columns, responses)
-    counts = made.denominators(responses, columns)
+    counts = made.denominators(responses)
     return sum(coefficient * terms[term] / counts[term] for term, coefficient in made.coefficients.items())
 
 
@@ -99,8 +107,12 @@ def theirs(asked: dict[str, Any], at: dict[str, Any], logprobs: Any) -> Any:
               "ref_per_token_logps": at["reference"]}
     if correct:
         apart = (at["old"] - at["behaviour"]) * mask
-        inputs["importance_sampling_ratio"] = (apart.sum(1, keepdim=True) if correct == "sequence"
-                                               else apart).exp().clamp(max=1.2)
+        level, _, kind = correct.partition("_")
+        ratio = (apart.sum(1, keepdim=True) if level == "sequence" else apart).exp()
+        # amid the method that writes and scores: `vllm_importance_sampling_mode`
+        inputs["importance_sampling_ratio"] = (
+            ratio.clamp(LOW, HIGH) if kind == "truncate"
+            else ratio.masked_fill((ratio < LOW) | (ratio > HIGH), 0.0))
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
@@ -128,18 +140,21 @@ def main() -> None:
 
     sys.path.append(parser.parse_args().trl)
     torch.set_default_dtype(torch.float64)
-    print(f"{'loss':<30}{'value':>12}{'|dloss|':>10}{'|dgrad|':>10}", flush=True)
-    for name, (of_ours, of_trl) in METHODS.items():
-        at = drawn()
+    print(f"{'loss':<44}{'value':>12}{'|dloss|':>10}{'|dgrad|':>10}", flush=True)
+    cases = [(name, masked) for name, (ours_, _) in METHODS.items() for masked in (
+        ("", "a whole response", "all") if ours_.get("correction", "").endswith("mask") else ("",))]
+    for method, masked in cases:
+        (of_ours, of_trl), at = METHODS[method], drawn(masked)
+        name = f"{method}, {masked}" if masked else method
         logprobs = at["logprobs"].clone().requires_grad_()
         losses = ours(of_ours, at, logprobs), theirs(of_trl, at, logprobs)
         gradients = [torch.autograd.grad(loss, logprobs)[0] for loss in losses]
         apart = abs(losses[0] - losses[1]).item(), float((gradients[0] - gradients[1]).abs().max())
-        print(f"{name:<30}{losses[0].item():>12.6f}{apart[0]:>10.1e}{apart[1]:>10.1e}", flush=True)
+        print(f"{name:<44}{losses[0].item():>12.6f}{apart[0]:>10.1e}{apart[1]:>10.1e}", flush=True)
         if max(apart) > LARGEST:
             sys.exit(f"{name}: differs by more than {LARGEST:.0e}")
     apart_advantages = compare_advantages()
-    print(f"{'GRPO, advantages':<42}{apart_advantages:>10.1e}")
+    print(f"{'GRPO, advantages':<56}{apart_advantages:>10.1e}")
     if apart_advantages > LARGEST:
         sys.exit(f"advantages: differ by more than {LARGEST:.0e}")
 

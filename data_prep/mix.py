@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `sov-data mix`; returns 0."""
     parts = [parse_part(a) for a in args.data]
     _refuse_idle_options(args, parts)
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
     if args.output is None and not args.dry_run:
         raise UserError("--output: is missing; name a folder to write")
     if args.search:

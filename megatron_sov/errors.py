@@ -66,7 +66,12 @@ class SilentCorruption(Exception):
 
 def told_in_a_line(error: BaseException) -> str:
     """Return an error's class and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'it says no more').splitlines()[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; many say nothing, and some begin with an empty line."""
+    return (str(error).strip() or "it says no more").splitlines()[0]
 
 
 def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:

@@ -12,8 +12,8 @@ from typing import Any
 from megatron_sov.artifacts import FileRecord
 
 HOSTILE = ("", " ", "-1", "0", "1", "1e99", "nan", "inf", "-0.0", "9" * 40, "x" * 5000, "é한\u2028", "a\nb",
-           "..", "/", "/dev/null", "/proc/self/mem", "/proc/x", "/nowhere/at/all", "[" * 3000, "{", "null",
-           "true", "=", "a=b", "a=b=c", ":", "x:", "@out:nan", "--", "-", "\udcff", "%s%n", "{{1/0}}",
+           "..", "/", "/dev/null", "/proc/self/mem", "/proc/x", "/proc/nowhere/at/all", "[" * 3000, "{",
+           "null", "true", "=", "a=b", "a=b=c", ":", "x:", "@out:nan", "--", "-", "\udcff", "%s%n", "{{1/0}}",
            "org/name", "train.steps=nan", "train.steps=1e30",
            "train.stepz=1", "model.num_layers=-3", "parallel.tp=7",
            "model.num_experts=99999999", "data.phases=[[]]", "data.phases=[{}]", "optim.lr=[]", "model=3")
@@ -116,7 +116,7 @@ def add_a_stranger(root: Path, rng: random.Random) -> str:
     if at.exists():
         return f"{at.name} was there"
     if name in ("loop", "outside", "nowhere"):
-        at.symlink_to({"loop": str(folder), "outside": "/etc", "nowhere": "/nowhere/at/all"}[name])
+        at.symlink_to({"loop": str(folder), "outside": "/etc", "nowhere": "/proc/nowhere/at/all"}[name])
     elif name == "pipe":
         os.mkfifo(at)
     else:

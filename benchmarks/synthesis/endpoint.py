@@ -14,11 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.endpoints.recognition import TEXT
+from megatron_sov.endpoints.recognition import CHAT_PROBES
 
 Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
 """Takes a chat-completions body (messages, seed, temperature, tools), gives a text or a message."""
 MODEL = "scripted"
+QUESTIONS = [probe["messages"] for probe in CHAT_PROBES]
 WIRE_FAULTS = ("timeout", "garbage", "cut", "429", "503", "html", "wrong json", "reset")
 """What comes in place of an answer; the next attempt may be answered."""
 MODEL_FAULTS = ("empty", "loop", "length")
@@ -104,6 +105,10 @@ class ScriptedEndpoint(ThreadingHTTPServer):
         """Return its address, up to `/v1`."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
+    def recognised(self, question: str) -> str:
+        """Return the answer to a question by which the model is recognised."""
+        return self.says
+
     def fault(self, key: str) -> str:
         """Return what an attempt at a request meets, and count it."""
         with self.lock:
@@ -128,8 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if TEXT in json.dumps(body.get("messages")):  # by which the model is recognised: no part of a run
-            self._send(200, json.dumps(completion(self.server.says, 0)).encode())
+        if body.get("messages") in QUESTIONS:  # by which the model is recognised: no part of a run
+            said = self.server.recognised(body["messages"][0]["content"])
+            self._send(200, json.dumps(completion(said, 0)).encode())
             return
         key = EndpointCache.key(f"endpoint:{body.get('model')}", body)
         fault = self.server.fault(key)

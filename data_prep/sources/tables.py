@@ -11,6 +11,7 @@ from data_prep.sources.records import raw_of
 from data_prep.sources.source import Broken, Piece, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.files import arrow_batches, open_parquet
+from megatron_sov.errors import first_line
 
 _PART_BYTES = 64 << 20
 _BATCH_ROWS = 256
@@ -76,7 +77,7 @@ class _RowGroup:
                 yield from _documents(batch, f"{job.name}:{number}.", done, job)
                 done += batch.num_rows
         except (pyarrow.ArrowException, OSError) as e:
-            raise BadRecord("parquet", f"is damaged ({str(e).splitlines()[0][:200]}); what came before is "
+            raise BadRecord("parquet", f"is damaged ({first_line(e)[:200]}); what came before is "
                                        "read; fetch it again") from None
 
 

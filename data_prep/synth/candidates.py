@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from data_prep.synth.sample import Kind, Verdict
 from megatron_sov.documents.strict_json import finite, no_constant
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 
 RUN, CANDIDATES, PARTS = "run.json", "candidates", "part-*.jsonl"
 _NUMBER = re.compile(rb'\{"number": ?(\d{1,18}),')
@@ -183,4 +183,4 @@ def _told(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"
-    return str(error).splitlines()[0][:200]
+    return first_line(error)[:200]

@@ -72,6 +72,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
                                               " (default: max_tokens)"))
     parser.add_argument("--judge-max-tokens", type=int, default=1024, metavar="N",
                         help="longest answer of whoever judges, with its thoughts (default: %(default)s)")
+    parser.add_argument("--same-model", action="store_true",
+                        help="endpoints' models are those whose answers are kept, though they answer fixed "
+                             "questions otherwise")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +154,7 @@ def order_of(args: argparse.Namespace) -> Order:
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
     writer, judge = models_of(args)
     asked = Asked(args.threads, args.timeout, args.max_attempts, duration_s("--patience", args.patience),
-                  args.judge_max_tokens)
+                  args.judge_max_tokens, args.same_model)
     time_s = duration_s("--max-time", args.max_time) if args.max_time else 0.0
     if args.max_time and not time_s:
         raise UserError(f"--max-time {args.max_time}: leaves no time; leave it out for no limit")

@@ -18,7 +18,7 @@ from data_prep.synth.stopping import Stop
 from megatron_sov.endpoints.addresses import address_problems, is_address
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
-from megatron_sov.endpoints.recognition import CHAT_PROBE
+from megatron_sov.endpoints.recognition import CHAT_PROBES, Recognition
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
@@ -99,6 +99,10 @@ class Model:
         return f"endpoint:{self.model}"
 
 
+OTHER_MODEL = ("name another --output, or pass --same-model if only the engine changed; then the kept "
+               "answers are used")
+
+
 @dataclass(frozen=True)
 class Asked:
     """How endpoints are asked."""
@@ -113,6 +117,9 @@ class Asked:
     """How long an endpoint that is full or away is waited for."""
     judge_max_tokens: int = JUDGE_MAX_TOKENS
     """Of a judge's answer, with its thoughts."""
+    same_model: bool = False
+    """Whether endpoints' models are those whose answers are kept though they answer fixed questions
+    otherwise."""
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that is broken."""
@@ -147,6 +154,7 @@ def opened(writer: Model, judge: Model, asked: Asked, cache: EndpointCache, budg
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
                                 told=lambda sentence: print(sentence, flush=True), key=key,
                                 sent=model.sent,
-                                probe=None if model.is_local else {"model": name, **CHAT_PROBE})
+                                recognition=None if model.is_local else Recognition(
+                                    name, CHAT_PROBES, OTHER_MODEL, asked.same_model))
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

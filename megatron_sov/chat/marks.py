@@ -76,8 +76,11 @@ _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
 _BROKEN = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
 _THOUGHTS = (
     re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL),
-    re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(.*?)"
-               r"(<\|end\|>|(?=<\|start\|>)|\Z)", re.DOTALL))
+    # what gpt-oss says to a tool of its own (python, browser.search) is no call of a function and no answer
+    re.compile(r"(?:<\|start\|>assistant)?(?:<\|channel\|>analysis"
+               r"|(?:<\|channel\|>(?:analysis|commentary))? ?to=(?!functions\.)[\w.-]+"
+               r"(?:<\|channel\|>(?:analysis|commentary))?\s*(?:<\|constrain\|>)?\w*)"
+               r"<\|message\|>(.*?)(<\|end\|>|<\|call\|>|(?=<\|start\|>)|\Z)", re.DOTALL))
 _FRAMES = re.compile(
     r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
     r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\w*)?<\|message\|>"
@@ -142,7 +145,7 @@ def _said(text: str) -> str:
         is_whole = stop >= 0 or end == "<|call|>"  # which is the end of the turn, and not in its text
         inside = text[match.end():stop if stop >= 0 else len(text)].strip().removesuffix("```").strip()
         name = json.dumps(match["name"].strip(), ensure_ascii=False)
-        inside = quoted(inside, _FOREIGN)
+        inside = quoted(inside, _FOREIGN) or ("{}" if is_whole else "")
         found += [_without_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
                   f"{inside}}}{END_CALL}" if is_whole else inside]
         place = stop + len(end) if stop >= 0 else len(text)

@@ -57,6 +57,9 @@ def add_lm_arguments(sub: argparse.ArgumentParser) -> None:
                           help="variable of the environment with the key (default %(default)s)")
     endpoint.add_argument("--concurrent", type=int, default=16, metavar="N",
                           help="requests under way at a time (default %(default)s)")
+    endpoint.add_argument("--same-model", action="store_true",
+                          help="the endpoint's model is the one whose answers are kept, though it answers "
+                               "fixed questions otherwise")
 
 
 def run_lm(args: argparse.Namespace) -> int:
@@ -77,7 +80,7 @@ def run_lm(args: argparse.Namespace) -> int:
     sources = TaskSources(folders=tuple(args.task_dir), data_dir=args.data_dir,
                           allow_code=args.allow_task_code, allow_download=args.allow_download)
     endpoint = EndpointSettings(model=args.model, tokenizer=args.tokenizer, key_env=args.key_env,
-                                max_concurrent=args.concurrent)
+                                max_concurrent=args.concurrent, same_model=args.same_model)
     settings = Settings(
         output=args.output, sources=sources, cache=args.cache, run=args.run, num_items=args.limit,
         num_fewshot=args.num_fewshot, chat_template=args.apply_chat_template, mode=args.mode,

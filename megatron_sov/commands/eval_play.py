@@ -71,6 +71,9 @@ def add_play_arguments(sub: argparse.ArgumentParser) -> None:
                           help="variable of the environment with the key (default %(default)s)")
     endpoint.add_argument("--cache", type=Path, metavar="DIR",
                           help="folder of the endpoint's answers (default: OUT.cache)")
+    endpoint.add_argument("--same-model", action="store_true",
+                          help="the endpoint's model is the one whose answers are kept, though it answers "
+                               "fixed questions otherwise")
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def run_play(args: argparse.Namespace) -> int:
 def _refuse_of_endpoints(args: argparse.Namespace) -> None:
     given = [*([f"--model {args.model}"] if args.model else []),
              *([f"--key-env {args.key_env}"] if args.key_env != DEFAULT_KEY_ENV else []),
-             *([f"--cache {args.cache}"] if args.cache else [])]
+             *([f"--cache {args.cache}"] if args.cache else []),
+             *(["--same-model"] if args.same_model else [])]
     if given:
         raise UserError(f"{', '.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
 
@@ -218,7 +222,8 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
     from megatron_sov.eval.suites.episodes import play_tasks_by_messages
 
     args, flag = game.args, game.flag
-    endpoint = EndpointSettings(args.model, key_env=args.key_env, max_concurrent=args.parallel)
+    endpoint = EndpointSettings(args.model, key_env=args.key_env, max_concurrent=args.parallel,
+                                same_model=args.same_model)
     settings = Settings(args.output, cache=args.cache, engine=args.engine, settings=tuple(args.settings),
                         nproc=args.nproc, endpoint=endpoint)
     subject = subject_of(args.target, settings)

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     except re.error as e:
         raise UserError(f"--grep {args.grep}: is no regular expression ({e}); "
                         "put a backslash before its signs") from None
+    if args.tail < 0:
+        raise UserError(f"--tail {args.tail}: must be at least 0, which shows all lines")
     files = log_files(args.run)
     ranks = sorted({f.rank for f in files if f.rank is not None})
     if args.rank and not set(args.rank) & set(ranks) and not args.follow:

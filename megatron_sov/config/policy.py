@@ -162,8 +162,8 @@ class PolicyConfig:
     correction: Correction = "token_truncate"
     """For an engine that computes other log-probabilities than the trainer, and for responses of an earlier
     policy: the loss is multiplied by the ratio of the trainer's probability to the engine's, of each token or
-    of the whole response. truncate: at most correction_high, at least correction_low; mask: outside of these
-    bounds nothing is learned, which costs a pass of the trainer over each round; none: no such factor."""
+    of the whole response. truncate: at most correction_high, at least correction_low; mask: 0 outside
+    of these bounds, so that the advantage teaches nothing there; none: no such factor."""
     correction_low: float = 0.0
     """Smallest such ratio."""
     correction_high: float | None = None
@@ -192,11 +192,6 @@ class PolicyConfig:
     def has_text(self) -> bool:
         """Whether text is learned beside responses."""
         return self.parts.knowledge_coeff > 0
-
-    @property
-    def has_mask(self) -> bool:
-        """Whether a correction leaves labels out, which has to be known before a step is computed."""
-        return self.correction.endswith("mask")
 
     @property
     def correction_bound(self) -> float:

@@ -19,7 +19,7 @@ from megatron_sov.documents.cutting import cut_position
 from megatron_sov.documents.records import BadRecord
 from megatron_sov.documents.synthesis import KEPT, is_synthesis
 from megatron_sov.documents.visible import visible
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 
 WHOLE_FILE_BYTES = 1_000_000
 DOCUMENT_BYTES = 200_000
@@ -376,7 +376,7 @@ def open_parquet(file: Path) -> Any:
     except UserError as e:
         raise BadRecord("parquet", str(e).removeprefix(f"{file}: ")) from None
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as e:
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise BadRecord("parquet",
                         f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None
 
@@ -401,7 +401,7 @@ def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
                        else _stream(reader, opened, is_old))
             yield reader.schema.names, (_sound_batch(batch) for batch in batches)
     except (pyarrow.ArrowException, OSError) as e:
-        reason = str(e).splitlines()[0][:200]
+        reason = first_line(e)[:200]
         raise BadRecord("arrow", f"is no Arrow file, or only a part of one ({reason}); what came before "
                                  "is read; fetch it again") from None
 

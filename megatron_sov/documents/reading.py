@@ -45,7 +45,7 @@ from megatron_sov.documents.records import (
     parse_record,
     too_long,
 )
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 
 KEPT_BYTES = 1000
 """What is kept of a bad record's content."""
@@ -331,7 +331,7 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
             yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
                                          columns=columns)
     except (pyarrow.ArrowException, OSError) as e:
-        raise BadRecord("parquet", f"is damaged ({str(e).splitlines()[0]}); what came before is read; "
+        raise BadRecord("parquet", f"is damaged ({first_line(e)}); what came before is read; "
                                    "fetch it again") from None
 
 

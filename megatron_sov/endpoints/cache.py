@@ -96,8 +96,8 @@ class EndpointCache:
             self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", request)
 
     def model(self, name: str) -> tuple[int, Any] | None:
-        """Return which of the models that have had a name it was last, from 0, and what it answered to the
-        question by which it is recognised; None: it was never asked."""
+        """Return which of the models that have had a name it was last, from 0, and what it answered to
+        the questions by which it is recognised; None: it was never asked."""
         found = self._do("SELECT number, answer FROM models WHERE name = ?", (name,))
         try:
             if found:
@@ -144,7 +144,7 @@ class EndpointCache:
                     self._connection.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
                     self._connection.execute(f"INSERT INTO requests ({_COLUMNS}) SELECT {_COLUMNS} "
                                              "FROM other.requests")
-                    self._connection.execute("INSERT OR IGNORE INTO models SELECT * FROM other.models")
+                    self._connection.execute("INSERT OR REPLACE INTO models SELECT * FROM other.models")
                     for table in ("answers", "requests", "models"):
                         self._connection.execute(f"DELETE FROM other.{table}")
             finally:

@@ -25,7 +25,7 @@ from megatron_sov.endpoints.answers import (
     why_never,
 )
 from megatron_sov.endpoints.cache import EndpointCache, Usage
-from megatron_sov.endpoints.recognition import ASKED_AGAIN, is_same
+from megatron_sov.endpoints.recognition import Recognition
 from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
@@ -100,14 +100,14 @@ class Endpoint:
         told: is given a sentence when an endpoint that is full or not there begins to be waited for.
         key: the key itself, of a server of one's own; goes before the variable.
         sent: makes of a request what is sent; kept and counted is the request itself.
-        probe: what its model is recognised by, with `model`; none: it is not.
+        recognition: how its model is recognised; none: it is not.
     """
 
     def __init__(self, url: str, key_env: str, limits: Limits, cache: EndpointCache, *, known_as: str = "",
                  gate: Gate | None = None, sleep: Callable[[float], object] = time.sleep,
                  told: Callable[[str], object] = lambda sentence: None, key: str = "",
                  sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-                 probe: Mapping[str, Any] | None = None) -> None:
+                 recognition: Recognition | None = None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
         self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
         self._transport = Transport(url, key_env, limits.timeout_s, key)
@@ -118,53 +118,44 @@ class Endpoint:
         self.answered_s = time.monotonic()
         """When it last answered, or was made, by the monotonic clock."""
         self._told, self._told_s = told, float("-inf")
-        self._probe, self._number = probe, -1
+        self._recognition, self._number = recognition, -1
         self._recognising = threading.Lock()
         self._names: set[str] = set()
 
     def key(self, payload: Mapping[str, Any]) -> str:
         """Return the hash that an answer is kept by."""
-        number = self._number_of_model()
+        number = self.recognise()
         return self._cache.key(f"{self._known_as}#{number}" if number else self._known_as, payload)
 
-    def is_known(self) -> bool:
-        """Return whether the model that answers is the one that answered before, as far as can be told."""
-        probe = self._probe or {}
-        before = self._cache.model(f"{self._known_as} {probe.get('model')}")
-        return not probe or (before is not None and self._number_of_model() == before[0])
+    def recognise(self) -> int:
+        """Return which model answers here, of those that have had its name: 0, and more only in files of
+        earlier versions.
 
-    def _number_of_model(self) -> int:
-        """Return which model answers here, of those that have had its name: what another one said is no
-        answer of it.  One that says something else each time cannot be told from others."""
-        if self._probe is None:
+        Raises:
+            UserError: it is not the one whose answers are kept.
+        """
+        if self._recognition is None:
             return 0
         with self._recognising:
             if self._number < 0:
-                self._number = self._recognised(self._probe)
+                self._number = self._recognised(self._recognition)
             return self._number
 
-    def _recognised(self, probe: Mapping[str, Any]) -> int:
-        name = f"{self._known_as} {probe.get('model')}"
-        before = self._cache.model(name)
+    def _recognised(self, recognition: Recognition) -> int:
+        name = f"{self._known_as} {recognition.model}"
+        number, kept = self._cache.model(name) or (0, None)
         try:
-            now = self._asked(probe, "", lambda found: found)
-            if before is None or is_same(before[1], now):
-                number, others = (before[0], "") if before else (0, "")
-            else:
-                for _ in range(ASKED_AGAIN):
-                    again = self._asked(probe, "", lambda found: found)
-                    if is_same(before[1], again) or not is_same(now, again):
-                        return before[0]
-                number, others = before[0] + 1, "what the one before it answered is not used"
+            answers, doubt = recognition.compared(
+                kept, lambda question: self._asked(question, "", lambda found: found), self._url)
         except (BadAnswer, TimeoutError) as e:
-            if before is not None:
+            if kept is not None:
                 self._told(f"{self._url}: {e}, so it is not known whether its model is still the one whose "
                            "answers are cached; the cached answers are used")
-            return before[0] if before else 0
-        if others:
-            self._told(f"{self._url}: under the name {probe.get('model')!r} another model answers now; "
-                       f"{others}")
-        self._cache.note_model(name, number, now)
+            return number
+        if doubt:
+            self._told(doubt)
+        if kept != {"answers": answers}:
+            self._cache.note_model(name, number, {"answers": answers})
         return number
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:

@@ -18,8 +18,6 @@ from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with
 from megatron_sov.train.objective_context import ObjectiveContext
 
 KNOWLEDGE = "knowledge"
-WRITTEN = "written tokens"
-"""A count beside the terms' denominators."""
 MOST_CLIPPED, MOST_ENGINE_KL = 0.05, 0.05
 """What is told in a round's first step.  Published engines differ from trainers by a KL of about 1e-3 a token
 (arXiv 2510.11370)."""
@@ -44,14 +42,11 @@ class PolicyLearning(DataObjective):
         self._shares_prompts = can_share(context.config)
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count tokens or responses of the global batch; what a correction masks out does not count.  A
-        prompt that several responses have is computed once."""
+        """Count tokens or responses of the global batch.  A prompt that several responses have is computed
+        once."""
         hosts = [m.host for m in batch.micro_batches]
-        written = [responses_of(m) for m in hosts]
-        counts = [self._loss.denominators(r, m.columns) for r, m in zip(written, hosts, strict=True)]
+        counts = [self._loss.denominators(responses_of(m)) for m in hosts]
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
-        if self._loss.masks:  # data of which a mask leaves nothing are no mistake: nothing is learned of them
-            targets[WRITTEN] = sum(float(r.lengths.sum()) for r in written)
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
         counted = with_denominators(batch, targets | self._mtp_targets(hosts))
@@ -68,12 +63,10 @@ class PolicyLearning(DataObjective):
                     "for rounding: policy.clip_low and policy.clip_high are narrower than the trainer's own "
                     "rounding; widen them, or raise train.precision")
         if is_first and (gap := meters.get("engine_kl", 0.0)) > MOST_ENGINE_KL:
-            if stale := self._rollout.max_staleness:
-                return (f"engine_kl = {gap:.2g} a token: rollout.max_staleness = {stale} lets older models "
-                        "write the responses; look at staleness_steps of the round first, lower it if that "
-                        "is the cause, and see engine_gap in docs/policy_methods.md")
-            return (f"engine_kl = {gap:.2g} a token: the responses were written by a model, or in a "
-                    "precision, far from the trainer's; see engine_gap in docs/policy_methods.md")
+            # a store may also bring a stale round where rollout.max_staleness is 0
+            return (f"engine_kl = {gap:.2g} a token: look at staleness_steps of the round; above 0, older "
+                    "weights wrote its responses: lower rollout.max_staleness; at 0 the engine's model or "
+                    "precision is far from the trainer's; see engine_gap in docs/policy_methods.md")
         return ""
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:

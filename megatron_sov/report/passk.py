@@ -46,7 +46,7 @@ def _step(event: dict[str, Any]) -> str:
 def _chart(event: dict[str, Any]) -> Chart:
     figure = go.Figure()
     for i, (field, name) in enumerate((("pass_at_k", "pass@k"), ("maj_at_k", "maj@k"))):
-        rows = event.get(field) or []
+        rows = [r for r in event.get(field) or [] if len(r["interval"]) == 2]
         values = np.array([[number(r["k"]), number(r["value"]), *map(number, r["interval"])] for r in rows])
         if not len(values):
             continue

@@ -13,7 +13,7 @@ from megatron_sov.endpoints.addresses import address_problems
 from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
-from megatron_sov.endpoints.recognition import CHAT_PROBE, SCORE_PROBE
+from megatron_sov.endpoints.recognition import CHAT_PROBES, SCORE_PROBES, Recognition
 from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.conversation import messages_of, told
@@ -51,6 +51,8 @@ class Judge:
     """File of all answers and costs; nothing is asked twice."""
     api_key_env: str = field(default="OPENAI_API_KEY", metadata=OPERATION)
     """Variable of the environment with the key; where it is not set, none is sent."""
+    same_model: bool = field(default=False, metadata=OPERATION)
+    """Whether its model is the one whose answers are kept though it answers fixed questions otherwise."""
     threads: int = field(default=16, metadata=OPERATION)
     """Requests at a time."""
     timeout_s: float = field(default=120.0, metadata=OPERATION)
@@ -118,9 +120,11 @@ class Judge:
         limits = Limits(self.timeout_s, self.max_attempts, self.backoff_s, self.requests_per_minute,
                         self.max_cost,
                         self.input_price, self.output_price)
-        probe = CHAT_PROBE if self.kind == "rubric" else SCORE_PROBE
+        probes = CHAT_PROBES if self.kind == "rubric" else SCORE_PROBES
+        way_out = ("set another cache for its answers, or same_model=true if only the engine changed; then "
+                   "the kept answers are used")
         return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)), told=warn,
-                        probe={"model": self.model, **probe})
+                        recognition=Recognition(self.model, probes, way_out, self.same_model))
 
     def _payload(self, row: Row, response: str) -> dict[str, Any]:
         """Return the request: the response fenced by a line that its writer could not know."""

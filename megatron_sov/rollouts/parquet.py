@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 
 MAX_ROWS = 1 << 20
 """Of one file."""
@@ -59,7 +59,7 @@ def read_table(file: Path, schema: pa.Schema) -> pa.Table:
                 table = opened.read(schema.names, use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as e:
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        first = first_line(e)
         raise UserError(f"{file}: is damaged, or no Parquet file ({first}); restore it from a copy, or "
                         "delete its folder to have it made again") from None
     empty = [field.name for field in schema if not field.nullable and table[field.name].null_count]

@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             look()
         except Exception as e:  # whatever a sick node raises is what is to be reported
-            report.error = report.error or f"{type(e).__name__}: {e}".splitlines()[0]
+            report.error = report.error or told_in_a_line(e)
         atomic_write(file, to_json(asdict(report)))
     return 0
 

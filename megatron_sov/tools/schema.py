@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar, cast, ge
 
 from typing_extensions import TypedDict
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 from megatron_sov.tools.faults import ToolFault
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Tool:
             self._adapter.json_schema()
         except Exception as e:  # whatever a type's own hooks raise
             raise UserError(f"tool {self.name}: its arguments have no JSON schema "
-                            f"({str(e).splitlines()[0]}); use str, int, float, bool, list, dict, Literal and "
+                            f"({first_line(e)}); use str, int, float, bool, list, dict, Literal and "
                             "None") from None
 
     def description_for_models(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from megatron_sov.rewards.reward import text_of
 from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
 from tokenizer.presets import PRESETS
 
+NOW = ToolCall("now", {})
 SEOUL, UTC = ToolCall("get_weather", {"city": "서울"}), ToolCall("get_time", {"tz": "UTC"})
 
 
@@ -70,6 +71,24 @@ TURNS = {
     "kimi, section in the singular": (
         "Sure.<|tool_call_section_begin|><|tool_call_begin|>functions.get_time:0"
         f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_call_section_end|>", "", "Sure.", (UTC,)),
+    "deepseek v3.1: no arguments": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "", "", (NOW,)),
+    "deepseek v3: no arguments": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>", "", "", (NOW,)),
+    "kimi: no arguments": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|> "
+        "<|tool_call_end|><|tool_calls_section_end|>", "", "", (NOW,)),
+    "gpt-oss: a tool of its own": (
+        "<|channel|>analysis to=python code<|message|>print(1)<|call|><|start|>assistant<|channel|>final"
+        "<|message|>1", "print(1)", "1", ()),
+    "gpt-oss: a browser": (
+        '<|start|>assistant to=browser.search<|channel|>commentary json<|message|>{"query": "a"}',
+        '{"query": "a"}', "", ()),
+    "gpt-oss: no arguments": (
+        "<|channel|>commentary to=functions.now <|constrain|>json<|message|><|call|>", "", "", (NOW,)),
+    "solar: no arguments": (solar("now", ""), "", "", (NOW,)),
     "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
              f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
              "", "Sure.", (UTC,)),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.endpoints.recognition import CHAT_PROBE
+from megatron_sov.endpoints.recognition import CHAT_PROBES
 from megatron_sov.eval.lm.results import read_items, read_results
 from megatron_sov.eval.suites import endpoint_turns
 
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if payload["messages"] != CHAT_PROBE["messages"]:
+        if payload["messages"] not in [probe["messages"] for probe in CHAT_PROBES]:
             self.server.asked.append(payload)
             if 0 < self.server.stops_at <= len(self.server.asked):  # two threads may count at once
                 self.server.stops_at = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import importlib
 import json
@@ -24,7 +25,7 @@ from megatron_sov.endpoints import transport
 from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable, decoded, seconds
 from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
-from megatron_sov.endpoints.recognition import CHAT_PROBE, is_same
+from megatron_sov.endpoints.recognition import CHAT_PROBES, Recognition, is_same
 from megatron_sov.endpoints.transport import Transport
 from megatron_sov.errors import UserError
 
@@ -236,52 +237,92 @@ def content(answer: dict[str, Any]) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def test_answers_of_another_model_under_the_same_name_are_not_used(tmp_path: Path) -> None:
+RECOGNISED = Recognition("m", CHAT_PROBES, "choose.")
+
+
+def asked(server: Any, cache: EndpointCache, told: list[str], recognition: Recognition = RECOGNISED) -> str:
+    """Ask the model that answers at an address, as a command that begins does."""
+    return Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, known_as="m", told=told.append,
+                    recognition=recognition).ask(ASKED, content)
+
+
+def says(monkeypatch: pytest.MonkeyPatch, answers: dict[int, list[str]]) -> None:
+    """Have a double answer each question of recognition in turn, the last answer again and again."""
+    def said(text: str) -> str:
+        number = next(i for i, probe in enumerate(CHAT_PROBES) if probe["messages"][0]["content"] in text)
+        line = answers.get(number, [f"answer {number}"])
+        return line.pop(0) if len(line) > 1 else line[0]
+
+    monkeypatch.setattr(ScriptedEndpoint, "recognised", staticmethod(said), raising=False)
+
+
+def test_another_model_under_the_same_name_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     cache, told = EndpointCache(tmp_path / "a"), []
     with serving(ScriptedEndpoint(lambda request: server.says)) as server:
-        def made() -> Endpoint:
-            return Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, known_as="m",
-                            told=told.append, probe={"model": "m", **CHAT_PROBE})
-
         first = server.says
-        assert [made().is_known(), made().ask(ASKED, content), made().is_known()] == [False, first, True]
+        assert asked(server, cache, told) == asked(server, cache, told) == first and len(server.requests) == 1
         server.says = "another one's"
-        assert (made().is_known(), made().ask(ASKED, content), told.pop()) == (False, server.says, (
-            f"{server.url}/chat/completions: under the name 'm' another model answers now; what the one "
-            "before it answered is not used"))
-        assert (made().is_known(), made().ask(ASKED, content), len(server.requests), told) == (
-            True, server.says, 2, [])
+        for _ in range(2):
+            with pytest.raises(UserError, match=(
+                    r"answers 4 of 4 fixed questions otherwise than the model 'm' whose answers are kept \("
+                    r"\"another one's\" now, .* before\). Nothing was removed or asked again: choose")):
+                asked(server, cache, told)
+        same = dataclasses.replace(RECOGNISED, same_model=True)
+        assert [asked(server, cache, told, same), asked(server, cache, told)] == [first, first]
+        assert (len(server.requests), told) == (1, [])
+        other = EndpointCache(tmp_path / "b")
+        assert asked(server, other, told) == server.says and len(server.requests) == 2
     away = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m",
-                    told=told.append, probe={"model": "m", **CHAT_PROBE})
-    assert away.ask(ASKED, content) == "another one's" and "not known whether its model" in told[0]
+                    told=told.append, recognition=RECOGNISED)
+    assert away.ask(ASKED, content) == first and "not known whether its model" in told[0]
 
 
 def test_a_model_that_never_repeats_itself_is_not_taken_for_another(tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     cache, told = EndpointCache(tmp_path / "a"), []
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        words = iter("abcdefgh")
-        said = property(lambda self: next(words), lambda self, value: None)
-        monkeypatch.setattr(ScriptedEndpoint, "says", said, raising=False)
-        for _ in range(3):
-            Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, told=told.append,
-                     probe={"model": "m", **CHAT_PROBE}).ask(ASKED, content)
+        says(monkeypatch, {i: [f"{word}{i}" for word in "abcdefgh"] for i in range(4)})
+        assert [asked(server, cache, told) for _ in range(3)] == ["yes"] * 3
         assert (len(server.requests), told) == (1, [])
 
 
-@pytest.mark.parametrize(("later", "asked"), [("new new old new", 1), ("new new new old", 1),
-                                            ("new new new new", 2)])
-def test_an_answer_that_flips_once_is_no_other_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                     later: str, asked: int) -> None:
-    cache = EndpointCache(tmp_path / "a")
+@pytest.mark.parametrize(("later", "doubts"), [
+    ({0: "new new old new"}, 0), ({0: "new new new old", 1: "new old"}, 0), ({0: "new"}, 1), ({3: "new"}, 1),
+    ({0: "new", 3: "new new old"}, 1), ({0: "new", 3: "new"}, 2), ({0: "new", 1: "new", 2: "new"}, 2)])
+def test_one_answer_that_stays_flipped_is_told_and_half_of_them_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: dict[int, str], doubts: int) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        words = iter(["old", *later.split(), *["new"] * 4])
-        monkeypatch.setattr(ScriptedEndpoint, "says", property(lambda self: next(words),
-                                                               lambda self, value: None), raising=False)
-        for _ in range(2):
-            Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache,
-                     probe={"model": "m", **CHAT_PROBE}).ask(ASKED, content)
-        assert len(server.requests) == asked
+        says(monkeypatch, {number: ["old", *words.split()] for number, words in later.items()})
+        asked(server, cache, told)
+        if doubts == 2:
+            with pytest.raises(UserError, match=rf"answers {len(later)} of 4 fixed questions otherwise"):
+                asked(server, cache, told)
+        else:
+            assert asked(server, cache, told) == "yes"
+        assert len(server.requests) == 1
+    assert len(told) == (doubts == 1)
+    assert all("answers 1 of 4 fixed questions otherwise than before" in sentence for sentence in told)
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_one_question_that_an_earlier_version_kept_is_still_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_other: bool) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        says(monkeypatch, {})
+        asked(server, cache, told)
+        found = cache.model("m m")
+        assert found is not None
+        cache.note_model("m m", 0, found[1]["answers"][0])
+        says(monkeypatch, {0: ["new"]} if is_other else {1: ["new"]})
+        if is_other:
+            with pytest.raises(UserError, match="answers a fixed question otherwise than the model 'm'"):
+                asked(server, cache, told)
+        else:
+            assert asked(server, cache, told) == "yes"
+            assert len(cache.model("m m")[1]["answers"]) == 4  # type: ignore[index]
+        assert (len(server.requests), told) == (1, [])
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [

@@ -94,7 +94,7 @@ def script() -> Iterator[Script]:
 @pytest.fixture
 def judge(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(Endpoint, "_number_of_model", lambda self: 0)  # see test_endpoint
+    monkeypatch.setattr(Endpoint, "recognise", lambda self: 0)  # see test_endpoint
 
     def build(**more: Any) -> Judge:
         settings = {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "cache.sqlite"),

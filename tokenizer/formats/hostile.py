@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 
 FREE_IDS = 1 << 20
 """So many ids above its tokens may be unused: reserved ones, and those of other kinds of input."""
@@ -37,5 +37,5 @@ def no_panics(where: object) -> Iterator[None]:
     except BaseException as e:
         if type(e).__name__ != "PanicException":
             raise
-        raise UserError(f"{where}: the library that reads it gives up ({str(e).strip().splitlines()[0]}); "
+        raise UserError(f"{where}: the library that reads it gives up ({first_line(e)}); "
                         "restore it from its source, or take another pattern") from None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from megatron_sov.codecs.sizes import outside
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 from megatron_sov.settings import read
 
 _PREFIX = "vision_model."
@@ -120,4 +120,4 @@ def load_siglip(features: SiglipFeatures, folder: Path) -> None:
         features.network.load_state_dict(found)
     except (OSError, SafetensorError, RuntimeError) as e:
         raise UserError(f"{folder}: its safetensors files are not those of the SigLIP in its config.json "
-                        f"({str(e).splitlines()[0][:200]}); download it again") from None
+                        f"({first_line(e)[:200]}); download it again") from None

@@ -44,8 +44,6 @@ class Answers:
         self._found: dict[str, Answer] = {}
         self._file = -1
         self._read_bytes: dict[Path, int] = {}
-        self.is_of_now = False
-        """Whether the model has been seen to be the one that has answered."""
         self.reread()
 
     def __enter__(self) -> Answers:
@@ -86,13 +84,6 @@ class Answers:
     def note(self, key: str, answer: Answer) -> None:
         """Take note of an answer for this time alone: another evaluation asks again."""
         self._found[key] = answer
-
-    def forget(self) -> None:
-        """Remove what was answered: by another model."""
-        with disk_errors(self.folder):
-            for file in self._read_bytes:
-                file.unlink(missing_ok=True)
-        self._found, self._read_bytes = {}, {}
 
     def reread(self) -> None:
         """Take in what has been written since, by this process or others."""

@@ -20,7 +20,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_sov.documents.visible import visible
-from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.errors import UserError, first_line, told_in_a_line
 from megatron_sov.eval.lm.answers import Answers
 from megatron_sov.eval.lm.requests import Answer, Request, Score, Write
 
@@ -125,7 +125,7 @@ class Bridge(TemplateLM):
             if len(without) < len(chat_history):  # many templates know no system message, as lm-eval has it
                 return self.apply_chat_template(without, add_generation_prompt)
             raise UserError(f"{self.tokenizer.name_or_path}: its chat template refuses a prompt "
-                            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); leave "
+                            f"({first_line(e)}); leave "
                             "--apply-chat-template out, or mend the template") from None
 
     def requests_of(self, instance: Instance, sample: int = 0,

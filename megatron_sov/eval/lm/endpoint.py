@@ -16,11 +16,11 @@ from typing import Any
 from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
-from megatron_sov.endpoints.recognition import CHAT_PROBE, TEXT_PROBE
+from megatron_sov.endpoints.recognition import CHAT_PROBES, TEXT_PROBES, Recognition
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.answers import Answers
 from megatron_sov.eval.lm.requests import Answer, Request, Score, Write
-from megatron_sov.eval.lm.settings import EndpointSettings
+from megatron_sov.eval.lm.settings import OTHER_MODEL, EndpointSettings
 from megatron_sov.generate.request import LENGTH, STOP
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
@@ -49,17 +49,14 @@ class AsksEndpoint:
         self._settings, self._answers = settings, answers
         self._texts, self._chats = (
             Endpoint(f"{base}/{path}", settings.key_env, limits, cache, told=warn,
-                     probe={"model": settings.model, **probe})
-            for path, probe in (("completions", TEXT_PROBE), ("chat/completions", CHAT_PROBE)))
+                     recognition=Recognition(settings.model, probes, OTHER_MODEL, settings.same_model))
+            for path, probes in (("completions", TEXT_PROBES), ("chat/completions", CHAT_PROBES)))
 
-    def forget_other_model(self, requests: Sequence[Request]) -> None:
-        """Leave answers of before out that another model gave, under the same address and name."""
-        if self._answers.is_of_now or not any(request.key in self._answers for request in requests):
-            return
-        chats = {isinstance(request, Write) and request.chat for request in requests}
-        if not all((self._chats if chat else self._texts).is_known() for chat in chats):
-            self._answers.forget()
-        self._answers.is_of_now = True
+    def refuse_other_model(self, requests: Sequence[Request]) -> None:
+        """Refuse a model that is not the one whose answers are kept, under the same address and name."""
+        if any(request.key in self._answers for request in requests):
+            for chat in {isinstance(request, Write) and request.chat for request in requests}:
+                (self._chats if chat else self._texts).recognise()
 
     def answer(self, requests: Sequence[Request], flag: StopFlag) -> bool:
         """Answer requests; returns whether it was asked to stop before the end.

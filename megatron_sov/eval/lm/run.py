@@ -278,7 +278,7 @@ def _ask(subject: Any, target: str, requests: Sequence[Request], answers: Answer
         from megatron_sov.eval.lm.endpoint import AsksEndpoint
 
         asker = AsksEndpoint(target, settings.endpoint, answers)
-        asker.forget_other_model(requests)
+        asker.refuse_other_model(requests)
     left = [request for request in requests if request.key not in answers]
     if left and len(left) < len(requests):
         print(f"{len(requests) - len(left):,} of {len(requests):,} requests were answered before, and are "

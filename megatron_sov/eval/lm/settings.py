@@ -9,6 +9,10 @@ from pathlib import Path
 from megatron_sov.eval.lm.tasks import TaskSources
 from megatron_sov.generate.request import Batching
 
+OTHER_MODEL = ("name another --cache for its answers, or pass --same-model if only the engine changed; then "
+               "the kept answers are used")
+"""What a user may do whose endpoint does not say what it said before."""
+
 
 @dataclass(frozen=True)
 class EndpointSettings:
@@ -22,6 +26,8 @@ class EndpointSettings:
     """Variable of the environment with the key; none is sent where it is not set."""
     max_concurrent: int = 16
     """Requests under way at a time."""
+    same_model: bool = False
+    """Whether its model is the one whose answers are kept though it answers fixed questions otherwise."""
     timeout_s: float = 600.0
     """For one request."""
     max_attempts: int = 5

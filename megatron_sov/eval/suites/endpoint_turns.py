@@ -17,9 +17,9 @@ from megatron_sov.documents.messages import REASONING
 from megatron_sov.endpoints.answers import BadAnswer, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
-from megatron_sov.endpoints.recognition import CHAT_PROBE
+from megatron_sov.endpoints.recognition import CHAT_PROBES, Recognition
 from megatron_sov.errors import UserError
-from megatron_sov.eval.lm.settings import EndpointSettings
+from megatron_sov.eval.lm.settings import OTHER_MODEL, EndpointSettings
 from megatron_sov.eval.suites.protocol import Protocol
 from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.fenced import only
@@ -45,7 +45,8 @@ class EndpointSpeaker:
         limits = Limits(settings.timeout_s, settings.max_attempts, BACKOFF_S, 0.0, 0.0, 0.0, 0.0)
         self._endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", settings.key_env, limits,
                                   EndpointCache(cache / CACHE), sleep=sleep, told=warn,
-                                  probe={"model": settings.model, **CHAT_PROBE})
+                                  recognition=Recognition(settings.model, CHAT_PROBES, OTHER_MODEL,
+                                                          settings.same_model))
         self._sampling = protocol.sampling
         self._request: dict[str, Any] = {"model": settings.model, "temperature": protocol.temperature}
         if protocol.temperature:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_sov.errors import ExitCode, SilentCorruption, UserError, kept_code
+from megatron_sov.errors import ExitCode, SilentCorruption, UserError, first_line, kept_code
 from megatron_sov.mcore.parallel import cpu_shims
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import LOCALHOST, STORE_PORT
@@ -217,7 +217,7 @@ def _rank_code(main: Callable[[], Any]) -> int:
         if not is_out_of_memory(e):
             raise
         if _fails_first():
-            said = (str(e).strip() or "Python says no more").splitlines()[0]
+            said = first_line(e)
             print(f"error: rank {os.environ['RANK']} is out of memory ({said}); lower "
                   "train.micro_batch_size, set train.recompute=true, or split the model over more processes "
                   "(parallel.*); `megatron-sov plan` tells what a layout needs\n", end="", file=sys.stderr,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.clusters.chips import Gpu
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 from megatron_sov.obs.units import GIB
 from megatron_sov.runs.launch_environment import own_gpu_index
 
@@ -45,7 +45,7 @@ def take(store: dist.Store, rank: int, size: int, needs_bytes: int,
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     except RuntimeError as e:  # CUDA's own: held by another process alone, fallen off the bus
-        problem = f"cannot be used ({str(e).splitlines()[0]}); `nvidia-smi` shows who has it and how it is"
+        problem = f"cannot be used ({first_line(e)}); `nvidia-smi` shows who has it and how it is"
     else:
         if free_bytes < needs_bytes:
             problem = (f"has {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free, and the run takes "

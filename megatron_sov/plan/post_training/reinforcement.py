@@ -46,9 +46,8 @@ def rows_of(config: RunConfig, asked: Asked) -> int:
 
 def num_forward(config: RunConfig) -> float:
     """Return the passes over a round that only look: for a reference, and for the trainer's own
-    log-probabilities, which a round's first step tells itself unless a mask has to be known before."""
-    later_steps = 1 - 1 / config.rollout.steps_per_round
-    return (config.policy.parts.kl != "none") + (1 if config.policy.has_mask else later_steps)
+    log-probabilities, which a round's first step computes itself."""
+    return (config.policy.parts.kl != "none") + 1 - 1 / config.rollout.steps_per_round
 
 
 def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[Round, Workload, Asked]:

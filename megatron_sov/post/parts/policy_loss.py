@@ -44,38 +44,33 @@ class PolicyLoss:
         # rounding for a step of the policy, and leave out the responses that are worse than their group
         self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []))
         """Those that are read."""
-        self.masks = policy.has_mask
-        """Whether a correction may leave labels out."""
+        self._masks = policy.correction.endswith("mask")
         self.meters = ("ratio", "clip_share", "entropy_estimate", "engine_gap", "engine_kl",
-                       *(["masked_share"] if self.masks else []),
+                       *(["masked_share"] if self._masks else []),
                        *(["reference_kl"] if KL in self.coefficients else []))
 
-    def _learned(self, written: Responses, columns: Columns) -> tuple[Responses, torch.Tensor]:
-        """Return the responses without labels that a correction masks out, and [T] float64 what each label's
-        loss is multiplied by."""
-        factors = mismatch.importance(columns[OLD], columns[BEHAVIOUR], written, self._policy)
-        return written.only(factors > 0) if self.masks else written, factors
+    def denominators(self, responses: Responses) -> dict[str, float]:
+        """Return what each term's sum is divided by, as far as it is of these responses, on the host.
 
-    def denominators(self, written: Responses, columns: Columns) -> dict[str, float]:
-        """Return what each term's sum is divided by, as far as it is of these responses, on the host."""
-        responses, _ = self._learned(written, columns)
+        What a mask leaves out counts, as in IcePop and in TRL: else the labels beside it would weigh more.
+        """
         kinds = {POLICY: self._parts.aggregation,
                  KL: "sequence" if self._parts.kl == "sequence" else self._parts.aggregation}
         return {term: denominator(responses, kinds[term], self._longest) for term in self.coefficients}
 
     def terms(self, logprobs: torch.Tensor, columns: Columns,
-              written: Responses) -> tuple[dict[str, torch.Tensor], Measured]:
+              responses: Responses) -> tuple[dict[str, torch.Tensor], Measured]:
         """Return each term's sum over the row, and each meter's sum and count.
 
         Args:
             logprobs: [T] of the policy, differentiable; of what is not learned they may be anything.
             columns: the numbers.
-            written: the responses, with what a correction masks out.
+            responses: which labels are learned.
         """
         # what the first step learns, it learns at the very weights that the round begins with
         old = columns[OLD].double()
         columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
-        responses, factors = self._learned(written, columns)
+        factors = mismatch.importance(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
         learned = responses.index < len(responses)
         # not products: what is not learned may be impossible, and -inf times 0 is no number
         logprobs = torch.where(learned, logprobs.double(), 0.0)
@@ -91,23 +86,20 @@ class PolicyLoss:
                          else ((kl.k1 if self._parts.kl == "k1" else kl.k3)(logprobs, reference)
                                * weights).sum())
         with torch.no_grad():
-            of_learned = _sums(learned, self._of_learned(ratio, logprobs, numbers))
-            of_written = _sums(written.index < len(written), self._of_written(learned, columns))
-        return terms, of_learned | of_written
+            return terms, _sums(learned, self._watched(ratio, logprobs, numbers, factors))
 
-    def _of_learned(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns) -> Columns:
-        """Return what is watched at each label that is learned."""
-        watched = {"ratio": ratio, "clip_share": is_clipped(ratio, numbers[ADVANTAGE], self._parts),
-                   "entropy_estimate": -logprobs}
-        return watched | ({"reference_kl": kl.k3(logprobs, numbers[REFERENCE])} if KL in self.coefficients
-                          else {})
-
-    def _of_written(self, learned: torch.Tensor, columns: Columns) -> Columns:
+    def _watched(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns,
+                 factors: torch.Tensor) -> Columns:
         """Return what is watched at each label that a policy wrote: a mask must not hide what it is for."""
-        trainer, behaviour = columns[OLD], columns[BEHAVIOUR]
-        watched = {"engine_gap": trainer.double() - behaviour.double(),
-                   "engine_kl": mismatch.k3(trainer, behaviour)}
-        return watched | ({"masked_share": ~learned} if self.masks else {})
+        old, behaviour = numbers[OLD], numbers[BEHAVIOUR]
+        watched = {"ratio": ratio, "clip_share": is_clipped(ratio, numbers[ADVANTAGE], self._parts),
+                   "entropy_estimate": -logprobs, "engine_gap": old - behaviour,
+                   "engine_kl": mismatch.k3(old, behaviour)}
+        if self._masks:
+            watched["masked_share"] = factors == 0
+        if KL in self.coefficients:
+            watched["reference_kl"] = kl.k3(logprobs, numbers[REFERENCE])
+        return watched
 
 
 def _sums(counted: torch.Tensor, watched: Columns) -> Measured:

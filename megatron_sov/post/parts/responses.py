@@ -42,12 +42,6 @@ class Responses:
         return torch.cat([values.double(), torch.zeros(1, dtype=torch.float64, device=values.device)]
                          )[self.index]
 
-    def only(self, kept: torch.Tensor) -> Responses:
-        """Return the same responses without the labels that are not kept, [T] bool."""
-        index = torch.where(kept, self.index, len(self))
-        left = Responses(index, self.lengths)
-        return Responses(index, left.sums(kept))
-
     def whole_pairs(self) -> torch.Tensor:
         """Return [R / 2] float64: 1 where both documents of a pair have learned labels, else 0."""
         return (self.lengths.reshape(-1, 2) > 0).all(dim=1).double()

@@ -52,8 +52,6 @@ class TrainerColumns:
     """(run, compute) -> what `compute` returns where the model has the reference's weights."""
     reference_sha256: str = ""
     """What stands for the reference's weights."""
-    of_first_step: bool = True
-    """Whether `OLD` is needed of the first step's documents too: a mask has to be known beforehand."""
 
     def of_round(self, view: FeedView, number: int, opened: Round, *, is_first: bool
                  ) -> dict[str, np.ndarray]:
@@ -91,7 +89,7 @@ class TrainerColumns:
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
         # documents of which the step itself tells what is needed
-        passed = len(opened.steps[0]) if name == OLD and not self.of_first_step else 0
+        passed = len(opened.steps[0]) if name == OLD else 0
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
         is_anew = is_first and name == OLD
@@ -147,5 +145,4 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> T
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
-                          files_sha256(start) if REFERENCE in needed else "",
-                          of_first_step=config.policy.has_mask)
+                          files_sha256(start) if REFERENCE in needed else "")

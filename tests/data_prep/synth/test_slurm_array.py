@@ -110,8 +110,8 @@ def test_workers_share_the_items_and_what_they_paid_for_comes_together(tmp_path:
         merge_answers(order.output)
         assert list(order.output.glob("answers*.sqlite")) == [order.output / "answers.sqlite"]
         cache = EndpointCache(order.output / "answers.sqlite")
-        # each worker has asked once more, to recognise the model
-        assert (cache.keys(), cache.num_requests()) == (set(server.answered), server.asked.total() + 2)
+        # each worker has asked four times more, to recognise the model
+        assert (cache.keys(), cache.num_requests()) == (set(server.answered), server.asked.total() + 8)
         cache.close()
         for part in (order.output / "candidates").iterdir():
             part.unlink()

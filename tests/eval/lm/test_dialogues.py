@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.endpoints.recognition import CHAT_PROBE
+from megatron_sov.endpoints.recognition import CHAT_PROBES
 from megatron_sov.eval.lm import endpoint
 from megatron_sov.eval.lm.results import read_items, read_results
 
@@ -31,7 +31,7 @@ class Script(ThreadingHTTPServer):
             self.judged.append(material)
             score = 10 if "I read 3" in material.partition("RESPONSE:")[2] else 1
             return json.dumps({"reason": "so", "score": score})
-        if payload["messages"] != CHAT_PROBE["messages"]:
+        if payload["messages"] not in [probe["messages"] for probe in CHAT_PROBES]:
             self.asked.append(payload)
         return f"<think>hm</think>I read {len(payload['messages'])}"
 

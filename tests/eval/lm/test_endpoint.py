@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.endpoints.recognition import TEXT
+from megatron_sov.endpoints.recognition import TEXTS
 from megatron_sov.eval.lm import endpoint
 from megatron_sov.eval.lm.results import read_items, read_results
 
@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        is_probe = TEXT in json.dumps(payload)
+        is_probe = any(text in json.dumps(payload) for text in TEXTS)
         if not is_probe:
             self.server.asked.append((self.path, payload, self.headers.get("authorization")))
         failing = "fail" in json.dumps(payload)
@@ -107,7 +107,7 @@ def test_texts_are_asked_for_and_what_is_not_answered_is_named(command: list[str
     assert {json.dumps(p)[:200].count("fail") for _, p, _ in script.asked[before:]} == {1}
 
 
-def test_another_model_under_the_same_name_is_not_scored_by_old_answers(
+def test_another_model_under_the_same_name_is_refused_until_the_user_decides(
         command: list[str], script: Script, tmp_path: Path, capsys, monkeypatch) -> None:
     sums = [*command, "--tasks", "sums", "--limit", "3"]
     assert main(sums) == 0
@@ -115,11 +115,18 @@ def test_another_model_under_the_same_name_is_not_scored_by_old_answers(
     script.name = "two"
     answer = {"choices": [{"text": "no", "finish_reason": "stop"}]}
     monkeypatch.setattr(Script, "answer", lambda self, payload: answer)
-    assert main(sums) == 0
-    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 0
-    assert "under the name 'm' another model answers now" in capsys.readouterr().err
     before = len(script.asked)
-    assert main(sums) == 0
+    kept = {file: file.read_bytes() for file in (tmp_path / "out.cache").rglob("*.jsonl")}
+    assert main(sums) == 2
+    said = capsys.readouterr().err
+    assert "answers 4 of 4 fixed questions otherwise than the model 'm'" in said
+    assert "name another --cache" in said
+    assert len(script.asked) == before and kept == {file: file.read_bytes() for file in kept} and kept
+    assert main([*sums, "--cache", str(tmp_path / "new")]) == 0
+    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 0
+    before = len(script.asked)
+    assert main([*sums, "--same-model"]) == 0 and main(sums) == 0
+    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 1 / 3
     assert len(script.asked) == before
 
 

@@ -62,7 +62,7 @@ def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> t
     made = PolicyLoss(policy, LONGEST)
     logprobs = logprobs.clone().requires_grad_()
     terms, meters = made.terms(logprobs, columns, responses)
-    counts = made.denominators(responses, columns)
+    counts = made.denominators(responses)
     loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
     (slopes,) = torch.autograd.grad(loss, logprobs)
     return loss.item(), slopes.tolist(), {name: float(a / b) for name, (a, b) in meters.items()}
@@ -84,8 +84,7 @@ def written_out(policy: PolicyConfig, columns: Any, logprobs: Any,
                 factor[t] = min(max(w, low), high)
             elif policy.correction.endswith("mask"):
                 factor[t] = w if low <= w <= high else 0.0
-        if kept := [t for t in places if factor[t] > 0]:
-            learned.append(kept)
+        learned.append(places)  # a mask takes nothing out of a mean (IcePop, and TRL's trainer)
     num_tokens, loss, slopes = sum(map(len, learned)), 0.0, [0.0] * len(x)
     for places in learned:
         n, a = len(places), columns["advantage"][places[0]].item()
@@ -181,20 +180,84 @@ def test_mgpo_and_ink_grpo_without_their_terms_are_grpo() -> None:
     assert ours(PolicyConfig("ink_grpo", knowledge_coeff=0.0, **same), *row()) == grpo
 
 
-def test_what_is_masked_leaves_the_denominator() -> None:
-    from megatron_sov.post.parts.policy_loss import PolicyLoss
+def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
+    """Return the loss as `GRPOTrainer` of TRL 1.16 computes it with vLLM, in words of ours: over padded
+    responses, `vllm_importance_sampling_mode` as the correction.  benchmarks/policy_exactness.py runs TRL's
+    own code."""
+    import torch
 
+    rows, width = sorted(set(index.tolist())), int(index.bincount().max())
+    mask = torch.zeros(len(rows), width).double()
+    padded = {name: torch.zeros(len(rows), width).double() for name in (*columns, "x")}
+    for row, response in enumerate(rows):
+        places = (index == response).nonzero()[:, 0]
+        mask[row, :len(places)] = 1
+        for name, values in (*columns.items(), ("x", logprobs)):
+            padded[name][row, :len(places)] = values[places]
+    x, old = padded["x"], padded["old_logprobs"]
+    apart = (old - padded["behaviour_logprobs"]) * mask
+    level, kind = asked["correction"].split("_")
+    importance = (apart.sum(1, keepdim=True) if level == "sequence" else apart).exp()
+    low, high = asked["correction_low"], asked["correction_high"]
+    importance = (importance.clamp(low, high) if kind == "truncate"
+                  else importance.masked_fill((importance < low) | (importance > high), 0.0))
+    moved = x - old
+    if asked["method"] == "gspo":
+        moved = ((moved * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None]
+    ratio, gains = moved.exp(), padded["advantage"]
+    clip = asked["clip_low"]
+    loss = -torch.min(ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains) * importance
+    if asked["method"] == "grpo":
+        beyond = padded["reference_logprobs"] - x
+        loss = loss + asked["kl_coeff"] * (beyond.exp() - beyond - 1)
+    return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+@pytest.mark.parametrize("masked", ["some", "one whole response", "the whole batch"])
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("method", ["grpo", "gspo"])
+def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: Any, masked: str) -> None:
+    """A linear model learns a round of two batches; in the first `old` is the step's own."""
+    import torch
+
+    from megatron_sov.post.parts.policy_loss import PolicyLoss
+    from megatron_sov.post.parts.responses import Responses
+
+    asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
+                             "correction_low": 0.8, "correction_high": 1.25}
+    asked |= {"kl_coeff": 0.3} if method == "grpo" else {}
+    made = PolicyLoss(PolicyConfig(**asked), LONGEST)
     columns, _, responses = row()
-    columns["old_logprobs"] = columns["behaviour_logprobs"].clone()
-    first = responses.index.tolist().index(0)
-    columns["old_logprobs"][first] += 2.0
-    for correction, left, tokens in (("token_mask", 5, 14), ("sequence_mask", 4, 10),
-                                     ("token_truncate", 5, 15)):
-        for aggregation, count in (("token", tokens), ("sequence", left), ("constant", left * LONGEST)):
-            policy: Any = PolicyConfig("dapo", aggregation=aggregation,
-                                       correction=correction, correction_high=2.0)
-            made = PolicyLoss(policy, LONGEST)
-            assert made.denominators(responses, columns) == {"policy": count}, correction
+    torch.manual_seed(0)
+    features, begin = torch.randn(len(responses.index), 3).double(), torch.randn(3).double()
+    before = -torch.nn.functional.softplus(features @ begin)
+    columns["behaviour_logprobs"] = before + columns["behaviour_logprobs"] - columns["old_logprobs"]
+    columns["old_logprobs"] = before
+    away = {"some": torch.zeros_like(before), "one whole response": 2.0 * (responses.index == 2),
+            "the whole batch": torch.full_like(before, 2.0)}[masked]
+    columns["behaviour_logprobs"] = columns["behaviour_logprobs"] - away
+    ours_at, trl_at = begin.clone().requires_grad_(), begin.clone().requires_grad_()
+    for step, batch in enumerate(([0, 2], [1, 2, 3, 4])):
+        written = torch.isin(responses.index, torch.tensor(batch))
+        index = torch.where(written, responses.index, len(LENGTHS))
+        here = Responses(index, torch.tensor([n * (i in batch) for i, n in enumerate(LENGTHS)]).double())
+        given = columns if step else columns | {"old_logprobs": torch.full_like(before, math.nan)}
+        terms, meters = made.terms(-torch.nn.functional.softplus(features @ ours_at), given, here)
+        counts = made.denominators(here)
+        loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
+        x = -torch.nn.functional.softplus(features @ trl_at)
+        now = columns if step else columns | {"old_logprobs": x.detach()}
+        expected = of_trl(asked, {k: v[written] for k, v in now.items()}, x[written], index[written])
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-14)
+        if correction.endswith("mask") and masked == "the whole batch":
+            assert float(meters["masked_share"][0] / meters["masked_share"][1]) == 1
+        for at, value in ((ours_at, loss), (trl_at, expected)):
+            (slope,) = torch.autograd.grad(value, at)
+            with torch.no_grad():
+                at -= 0.5 * slope
+    assert ours_at.tolist() == pytest.approx(trl_at.tolist(), abs=1e-13)
+    still = correction.endswith("mask") and masked == "the whole batch" and method == "gspo"
+    assert (ours_at.tolist() == begin.tolist()) is still
 
 
 def test_what_is_masked_is_still_measured() -> None:

@@ -53,7 +53,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
-            wait_s: float = 0.0, reference: str = "", of_first_step: bool = False) -> Any:
+            wait_s: float = 0.0, reference: str = "") -> Any:
     from megatron_sov.post.rl.feed import RoundFeed
     from megatron_sov.post.rl.trainer_columns import TrainerColumns
 
@@ -66,8 +66,7 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
 
     monkeypatch.setattr(rounds, "read", read)
     monkeypatch.setattr(rounds, "verify", lambda number: None)
-    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100, reference,
-                             of_first_step)
+    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100, reference)
     return RoundFeed(rounds, RolloutConfig(steps_per_round=2, prompts_per_round=2), lacking, columns, wait_s)
 
 
@@ -132,15 +131,14 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
         opened(3)
 
 
-@pytest.mark.parametrize("of_first_step", [False, True])
-def test_what_the_first_step_learns_is_left_to_it_unless_a_mask_has_to_know(
-        view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_first_step: bool) -> None:
-    feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",), of_first_step=of_first_step)
+def test_what_the_first_step_learns_is_left_to_it(view: Any, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
     for view.step in (0, 4, 5):
         assert feed.bring(view, lambda: False) is None
-    assert (tmp_path / "0001.old_logprobs.f32").exists() is of_first_step, "no pass where nothing needs it"
+    assert (tmp_path / "0001.old_logprobs.f32").exists() is False, "no pass where nothing needs it"
     first, second = (feed.rounds.column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
-    assert (first == [-4.0, -4.0] if of_first_step else np.isnan(first).all()) and second == [-4.0, -4.0]
+    assert np.isnan(first).all() and second == [-4.0, -4.0]
 
 
 def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,

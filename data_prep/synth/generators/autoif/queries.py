@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.json_lines import read_objects
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.files import PARQUET_SUFFIX, list_files, open_parquet
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, first_line
 
 CONVERSATIONS = ("conversation", "messages", "conversations", "prompt")
 """Fields that may hold turns, WildChat's first."""
@@ -99,4 +99,4 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except BadRecord as e:
         raise UserError(f"{file}: {e.reason}") from None
     except (ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: is damaged ({str(e).splitlines()[0]}); fetch it again") from None
+        raise UserError(f"{file}: is damaged ({first_line(e)}); fetch it again") from None
