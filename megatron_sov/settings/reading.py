@@ -85,11 +85,19 @@ def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tup
         return None, [Problem(Code.TYPE, "", "must be an object of settings", raw)]
     try:
         # strict JSON takes lists for tuples and text for paths, and nothing else for anything else
-        return _adapter(cast(Any, cls)).validate_json(json.dumps(raw), strict=True, extra="forbid"), []
+        text = json.dumps(raw, default=_as_fields)
+        return _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
     except ValidationError as e:
         return None, _in_order(cls, explain(cls, e, instead))
     except (TypeError, ValueError, RecursionError) as e:
         return None, [Problem(Code.TYPE, "", f"holds a value that JSON has not ({e})")]
+
+
+def _as_fields(value: Any) -> dict[str, Any]:
+    """Return a dataclass among plain values as its fields."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{type(value).__name__}")
+    return dataclasses.asdict(value)
 
 
 def check(settings: Any) -> list[Problem]:

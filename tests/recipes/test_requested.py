@@ -164,7 +164,7 @@ def attacks(site: Path) -> dict[str, str]:
         written(site / "d.json", objective__name="Halved", code=[halved]): f"add --plugin {objective}",
         written(site / "e.json", recipe=f"{site}/recipe.py:whole",
                 model__family="os:system"): "is a file or module",
-        written(site / "f.json", code=[{**family, "kind": "command"}]): "code.0.kind = 'command'",
+        written(site / "f.json", code=[{**family, "kind": "command"}]): 'code.0.kind = "command"',
         written(site / "g.json", code=[{**family, "run": True}]): "code.0.run: no such setting",
     }
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"), ("[]", "config: 1 problem"),
+    ("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"), ("[]", "must be an object of settings"),
     ('{"model_type": "llama"}', "model_type: no such setting"),
 ])
 def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None:

@@ -87,7 +87,7 @@ def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
     ("num_layers", 10**29, "must be at most 10,000"),
     ("num_experts", 10**29, "must be at most 1,000,000 experts"),
     ("num_layers", [], "model.num_layers = []"),
-    ("num_layers", None, "model.num_layers = None"),
+    ("num_layers", None, "model.num_layers = null"),
     ("vocab_size", 1e300, "model.vocab_size = 1e+300"),
     ("head_dim", True, "model.head_dim"),
     ("attention_pattern", 5, "model.attention_pattern = 5"),
