@@ -247,7 +247,8 @@ def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"), ("[]", "must be an object of settings"),
+    ("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"),
+    ("[]", "must be an object of settings"),
     ('{"model_type": "llama"}', "model_type: no such setting"),
 ])
 def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None:
