@@ -170,7 +170,7 @@ def test_a_result_that_changed_between_two_commands_is_not_read(
      "--samples 1: must be at least 2"),
     (("--prompts", "{prompts}", "--reward", "lenth", "--tokenizer", "t"), "did you mean 'length'"),
     (("--prompts", "{prompts}", "--reward", "length", "--tokenizer", "t", "--reward-set", "unit=miles"),
-     "unit = 'miles'")])
+     'unit = "miles"')])
 def test_what_is_wrong_is_said_before_the_first_round(more: tuple[str, ...], said: str, tmp_path: Path,
                                                       capsys) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}')

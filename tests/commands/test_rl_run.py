@@ -177,7 +177,7 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     assert "add --environment" in refused("--reward", "environment", "--plain")
     assert "--reward-set by_lot=1: --reward environment takes" in refused(
         "--reward", "environment", "--environment", "calculator")
-    assert "--reward-set 'lot': must have the form key=value" in refused("--reward-set", "lot")
+    assert "--reward-set: 'lot' must have the form key=value" in refused("--reward-set", "lot")
     done = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
     assert done.returncode == 2, done.stderr
     assert "more than rollout.max_prompt_tokens = 1, as have 8 others of up to 2; raise it" in done.stderr

@@ -63,7 +63,7 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
      "rope_parameters = .* and rope_scaling = .* disagree"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2.0}},
      "rope parameters factor are unknown"),
-    ({"hidden_size": "wide"}, r"model\.hidden_size = 'wide'"),
+    ({"hidden_size": "wide"}, r'model\.hidden_size = "wide"'),
     ({"model_type": "exaone_mo"}, r"did you mean 'exaone_moe'\?"),
     ({"architectures": ["ExaoneForCausalLM"]}, "make them agree"),
 ])
