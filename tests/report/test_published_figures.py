@@ -25,8 +25,8 @@ def test_every_table_names_its_document_and_protocols() -> None:
     ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A, value: 180}}", "no percentage"),
     ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A, value: 1, protocol: x}}",
      "'x' is not among"),
-    ("model: m\nverified: true\nfigures: {}", "document is missing"),
-    ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A}}", "value is missing"),
+    ("model: m\nverified: true\nfigures: {}", "document: is missing"),
+    ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A}}", "value: is missing"),
 ])
 def test_a_figure_without_its_source_or_value_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "t.yaml").write_text(text)

@@ -34,7 +34,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("prefer", *HERE, *RUN, "--from", "x", "--rounds", "2"),
      "--rounds 2: starts processes of its own; submit the commands of a round one by one"),
     (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"),
-     "'train.stpes' does not exist; did you mean 'train.steps'?"),
+     "train.stpes: no such setting; did you mean 'train.steps'?"),
     (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
      "--data: is missing; pass a folder made by `sov-data pack`"),
     (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"),
