@@ -4,6 +4,7 @@ or run out of time."""
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -102,7 +103,8 @@ def test_failures_without_progress_stop_and_a_second_submission_is_refused(
                       'case "$*" in *"megatron_sov pretrain"*) echo "no GPU"; exit 9;; esac\n'
                       f'exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (site / "dies.yaml").write_text((site / "site.yaml").read_text() + f"python: {python}\nmax_failures: 2\n")
+    profile = re.sub(r"^python: .*$", f"python: {python}", (site / "site.yaml").read_text(), flags=re.MULTILINE)
+    (site / "dies.yaml").write_text(f"{profile}max_failures: 2\n")
     words = ("pretrain", "--cluster", "dies.yaml",
              *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
     records = site / "run/slurm"
