@@ -103,7 +103,7 @@ def test_failures_without_progress_stop_and_a_second_submission_is_refused(
                       'case "$*" in *"megatron_sov pretrain"*) echo "no GPU"; exit 9;; esac\n'
                       f'exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    profile = re.sub(r"^python: .*$", f"python: {python}", (site / "site.yaml").read_text(), flags=re.MULTILINE)
+    profile = re.sub(r"(?m)^python: .*$", f"python: {python}", (site / "site.yaml").read_text())
     (site / "dies.yaml").write_text(f"{profile}max_failures: 2\n")
     words = ("pretrain", "--cluster", "dies.yaml",
              *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
