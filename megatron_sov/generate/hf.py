@@ -147,7 +147,8 @@ def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int
     """Return the sequences to continue at a time, the pages of their cache, and the tokens of a pass.
 
     Both of the last two bound the mask, so that contexts of 262,144 tokens need no more memory for
-    it than short ones.
+    it than short ones; a pass is no longer than all sequences together, so that a few short ones need
+    next to none.
 
     Args:
         num_prompts: all that are asked.
@@ -158,5 +159,6 @@ def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int
     slots = max(1,
                 min(batching.slots(num_prompts, longest), MASK_PLACES // (PASS_TOKENS * PAGE_TOKENS * pages)))
     cache_tokens = slots * pages * PAGE_TOKENS
-    return slots, slots * pages, max(slots, min(batching.prefill_tokens, MASK_PLACES // cache_tokens))
+    most = min(batching.prefill_tokens, slots * longest, MASK_PLACES // cache_tokens)
+    return slots, slots * pages, max(slots, most)
 
