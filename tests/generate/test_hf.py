@@ -79,7 +79,7 @@ def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
     assert pages * PAGE_TOKENS >= slots * longest
     assert 4 * pass_tokens * (pages * PAGE_TOKENS + pass_tokens) < 1.1 * 2**30, (
         "bytes of a mask in fp32, whole")
-    assert pass_tokens >= min(1000, longest, 2**28 // (longest + 2 * PAGE_TOKENS)), (
+    assert pass_tokens >= min(1000, slots * longest, 2**28 // (longest + 2 * PAGE_TOKENS)), (
         "one long sequence is not read token by token")
     assert pass_tokens <= slots * longest, "a few short sequences need no large mask"
     assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
