@@ -65,11 +65,14 @@ browser:  ## install Chromium for the tests that open pages in a browser, where 
 test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
 	$(MAKE) -j 2 types suite
 
-# Tests in three runs, so that no worker of pytest holds all libraries at once: those that import Megatron, those that import torch
-# beside others, and all the rest, which import neither. Each run begins with what takes longest.
-WITH_MEGATRON := $(addprefix tests/,mcore layouts e2e te_double benchmarks commands codecs convert data doctor extend generate ladder \
-  models obs post runs train)
-WITH_TORCH := $(addprefix tests/,rewards tokenizer eval serving tools chat config plan test_pretrained.py slurm/test_preflight.py $(addprefix \
+# Tests in five runs, so that no worker of pytest holds all libraries at once: whole commands and jobs of training, the layers under
+# them, the tokenizer and rewards, evaluation and data with torch, and all the rest, which import no torch. Each run begins with what
+# takes longest.
+RUNS := JOBS LAYERS TOKENS JUDGES
+JOBS := $(addprefix tests/,e2e benchmarks commands convert extend generate ladder post train)
+LAYERS := $(addprefix tests/,mcore layouts te_double codecs data doctor models obs runs)
+TOKENS := $(addprefix tests/,rewards tokenizer chat config plan test_pretrained.py slurm/test_preflight.py)
+JUDGES := $(addprefix tests/,eval serving tools $(addprefix \
   data_prep/,media scoring synth/generators/autoif test_encode.py test_indexed.py test_pack.py))
 TESTS_AT_ONCE := OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
 
@@ -78,9 +81,8 @@ suite: setup
 	"$(PY)" -m compileall -q $(PACKAGES:/__init__.py=)
 	"$(PY)" tests/rewrite_asserts.py
 	status=0; \
-	$(TESTS_AT_ONCE) $(WITH_MEGATRON) || status=1; \
-	$(TESTS_AT_ONCE) $(WITH_TORCH) || status=1; \
-	$(TESTS_AT_ONCE) tests/slurm tests $(addprefix --ignore ,$(WITH_MEGATRON) $(WITH_TORCH)) || status=1; \
+	$(foreach run,$(RUNS),$(TESTS_AT_ONCE) $($(run)) || status=1;) \
+	$(TESTS_AT_ONCE) tests/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
