@@ -43,6 +43,11 @@ class Parser(argparse.ArgumentParser):
         self._typed = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check a word against those that are taken, except where `read_options` does."""
+        if not getattr(action, "is_setting", False):
+            super()._check_value(action, value)
+
     def error(self, message: str) -> NoReturn:
         """Raise what argparse complains about; an option that is missing may be there, misspelt."""
         if "are required: " in message:

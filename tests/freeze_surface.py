@@ -33,13 +33,14 @@ def options(program: str) -> Iterator[str]:
                 name = " ".join(action.option_strings) or f"<{action.dest}>"
                 choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
                 needed = " required" if action.required and action.option_strings else ""
-                yield f"{parser.prog} {name}{choices}{needed} = {_shown(action.default)}"
+                yield f"{parser.prog} {name}{choices}{needed} = {_shown(getattr(action, 'declared', action.default))}"
 
     yield from below(parser_with_all(program))
 
 
 def _shown(default: object) -> str:
     """Return a default without what this machine puts into it."""
+    default = list(default) if isinstance(default, tuple) else default
     return re.sub(r"(?<![\w.])/[\w./-]+/(?=[\w.-]+)", ".../", str(default))
 
 

@@ -63,7 +63,9 @@ class Problem:
     @property
     def sentence(self) -> str:
         """The problem without its line."""
-        if self.value is UNSET:
+        if self.key.startswith("-") and self.value is not UNSET:
+            begin = f"{self.key} {show(self.value)}: "
+        elif self.value is UNSET:
             begin = f"{self.key}: " if self.key else ""
         else:
             begin = f"{self.key} = {show(self.value)} " if self.key else f"{show(self.value)} "
@@ -81,18 +83,19 @@ class SettingsError(UserError):
         """Keep the problems.
 
         Args:
-            where: the file, the option or the class of settings that the message begins with.
+            where: the file, the option or the class of settings that the message begins with; "": the
+                command line.
             problems: at least one.
         """
         self.where, self.problems = where, tuple(problems)
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
-            super().__init__(f"{where}{line}: {problems[0].sentence}")
+            super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence)
             return
         shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
             shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
-        super().__init__(list_problems(where, shown))
+        super().__init__(list_problems(where or "command line", shown))
 
     @property
     def codes(self) -> list[tuple[str, str]]:

@@ -1,0 +1,270 @@
+"""Options of a command from a class of settings: each field is an option or a positional argument, its type
+says what is taken, and the string under it in the source is its help.
+
+    @dataclass(frozen=True)
+    class CountOptions:
+        source: Annotated[Path, Flag("FILE")]
+        \"\"\"Text to count.\"\"\"
+        workers: Annotated[AtLeastOne, Flag(value="N")] = 1
+        \"\"\"Processes that count.\"\"\"
+
+    add_options(parser, CountOptions)                      # FILE [--workers N]
+    options = read_options(CountOptions, parser.parse_args())
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+
+from megatron_sov.settings.changes import parse_value
+from megatron_sov.settings.problem import Code, Problem, SettingsError
+from megatron_sov.settings.reading import find_problems, hints_of
+
+S = TypeVar("S")
+_VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+"""Type -> what help calls a value of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """How a field is given; without one it is `--its-name`."""
+
+    name: str = ""
+    """As it is typed: `--heldout`, or, without dashes, what help calls a positional argument: `DIR`."""
+    value: str = ""
+    """What help calls the value, e.g. `SHARE`; "": by the type."""
+    many: bool = False
+    """Whether several values may follow at once."""
+    group: str = ""
+    """Heading under which help lists it."""
+    help: str = ""
+    """Of a type that several classes have; else the string under the field is."""
+
+
+NO_FLAG = Flag("-")
+"""Of a field that the command line does not set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A field as the command line has it."""
+
+    path: tuple[str, ...]
+    """Names of the fields that lead to it, through settings inside settings."""
+    flag: Flag
+    hint: Any
+    """Its type without bounds, None and tuple around it."""
+    repeats: bool
+    """Whether it is a tuple."""
+    default: Any
+    """`dataclasses.MISSING`: it has none, or one that is made."""
+    is_required: bool
+    help: str
+
+    @property
+    def is_positional(self) -> bool:
+        """Say whether it stands on the line without a name."""
+        return bool(self.flag.name) and not self.flag.name.startswith("-")
+
+    @property
+    def key(self) -> str:
+        """Return what it is called in messages."""
+        if self.flag.name:
+            return self.flag.name
+        return f"--{'no-' if self.default is True else ''}{self.path[-1].replace('_', '-')}"
+
+    @property
+    def dest(self) -> str:
+        """Return its name among parsed arguments."""
+        return ".".join(self.path)
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Declare the fields of a class of settings as a parser's arguments.
+
+    Args:
+        parser: takes them; a value is checked by `read_options`, not by the parser.
+        cls: a frozen dataclass; fields of classes of settings inside it are arguments too, unless `NO_FLAG`.
+    """
+    groups: dict[str, Any] = {"": parser}
+    for given in _fields(cls):
+        heading = given.flag.group
+        into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
+        shown = given.help + _default_shown(given)
+        if given.hint is bool:
+            action = into.add_argument(given.key, dest=given.dest, help=shown, default=argparse.SUPPRESS,
+                                       action="store_false" if given.default is True else "store_true")
+        else:
+            action = into.add_argument(*([] if given.is_positional else [given.key]), dest=given.dest,
+                                       help=shown, metavar=_metavar(given), **_arity(given))
+            # a shell completes these; `read_options` checks them
+            action.choices = tuple(map(str, get_args(given.hint))) or None
+        action.is_setting = True
+        action.declared = None if given.default is dataclasses.MISSING else given.default
+
+
+def _arity(given: _Given) -> dict[str, Any]:
+    """Return how often an argument and its values may stand on the line."""
+    if given.is_positional:
+        if given.repeats:
+            return {"nargs": "+" if given.is_required else "*", "default": argparse.SUPPRESS}
+        return {} if given.is_required else {"nargs": "?", "default": argparse.SUPPRESS}
+    many = {"nargs": "+", "action": "extend"} if given.flag.many else {"action": "append"}
+    # both would add to a default
+    return {"required": given.is_required, "default": argparse.SUPPRESS, **(many if given.repeats else {})}
+
+
+def _metavar(given: _Given) -> str:
+    if given.is_positional:
+        return given.flag.value or given.flag.name
+    words = get_args(given.hint) if get_origin(given.hint) is Literal else ()
+    return given.flag.value or (f"{{{','.join(map(str, words))}}}" if words else
+                                _VALUES.get(given.hint, "VALUE"))
+
+
+def _default_shown(given: _Given) -> str:
+    default = given.default
+    if default in (dataclasses.MISSING, None, True, False, "", ()) or "(default" in given.help:
+        return ""
+    if isinstance(default, float):
+        return f" (default {default:g})"
+    words = default if isinstance(default, tuple) else (default,)
+    return f" (default {' '.join(map(str, words))})".replace("%", "%%")
+
+
+def read_options(cls: type[S], args: argparse.Namespace) -> S:
+    """Return a class of settings with what was typed.
+
+    Args:
+        cls: as `add_options` had it.
+        args: what its parser gave.
+
+    Raises:
+        SettingsError: all that is wrong with them, under the names that are typed.
+    """
+    raw: dict[str, Any] = {}
+    problems: list[Problem] = []
+    names: dict[str, str] = {}
+    for given in _fields(cls):
+        names[given.dest] = given.key
+        if not hasattr(args, given.dest):
+            continue
+        node = raw
+        for part in given.path[:-1]:
+            node = node.setdefault(part, {})
+        value = getattr(args, given.dest)
+        if given.hint is Path and "" in (value if given.repeats else [value]):
+            problems.append(Problem(Code.TYPE, given.dest, "is empty, where a file or folder is to be named"))
+        node[given.path[-1]] = [_typed(text, given.hint) for text in value] if given.repeats else \
+            _typed(value, given.hint)
+    settings, found = find_problems(cls, raw)
+    problems += found
+    if settings is not None and not problems:
+        problems = list(_broken_rules(settings))
+    if problems:
+        raise SettingsError("", [_under_its_name(problem, names) for problem in problems])
+    return cast(S, settings)
+
+
+def _typed(text: Any, hint: Any) -> Any:
+    """Return the plain value of one that was typed; text where it is none of its type."""
+    if not isinstance(text, str) or hint in (str, Path):
+        return text
+    if get_origin(hint) is Literal:
+        return next((word for word in get_args(hint) if str(word) == text), text)
+    if hint in (int, float):
+        with contextlib.suppress(ValueError):
+            return hint(text)
+    try:
+        return parse_value(text)  # 2e9 is a whole number
+    except (ValueError, RecursionError):
+        return text
+
+
+def _broken_rules(settings: Any) -> Iterator[Problem]:
+    """Yield what breaks rules between settings, those inside first."""
+    for field in dataclasses.fields(settings):
+        inner = getattr(settings, field.name)
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
+            yield from (problem.below(field.name) if problem.key else problem
+                        for problem in _broken_rules(inner))
+    if hasattr(settings, "problems"):
+        for said in settings.problems():
+            yield said if isinstance(said, Problem) else Problem(Code.RULE, "", said)
+
+
+def _under_its_name(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """Return a problem with the option in place of the field; of several values the field's own counts."""
+    key = problem.key
+    while key and key not in names:
+        key = key.rpartition(".")[0]
+    return dataclasses.replace(problem, key=names.get(key, problem.key))
+
+
+def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:
+    """Yield what the command line has of a class of settings and of those inside it."""
+    hints, docs = hints_of(cls), _docs(cls)
+    for field in dataclasses.fields(cls):
+        flag, hint, repeats = _taken_apart(hints[field.name])
+        if flag.name == "-" or not field.init:
+            continue
+        path = (*above, field.name)
+        is_made = field.default_factory is not dataclasses.MISSING
+        if dataclasses.is_dataclass(hint):
+            if is_made and field.default_factory is not hint:
+                raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
+            yield from _fields(hint, path)
+            continue
+        yield _Given(path, flag, hint, repeats, field.default,
+                     field.default is dataclasses.MISSING and not is_made, docs.get(field.name) or flag.help)
+
+
+def _taken_apart(hint: Any) -> tuple[Flag, Any, bool]:
+    """Return a type's flag, the type itself without bounds, None and tuple, and whether there was a tuple."""
+    flag, repeats = Flag(), False
+    while True:
+        if get_origin(hint) is Annotated:
+            flag = next((part for part in hint.__metadata__ if isinstance(part, Flag)), flag)
+            hint = get_args(hint)[0]
+        elif get_origin(hint) in (Union, UnionType):
+            hint = next(part for part in get_args(hint) if part is not NoneType)
+        elif get_origin(hint) is tuple:
+            hint, repeats = get_args(hint)[0], True
+        else:
+            return flag, hint, repeats
+
+
+@cache
+def _module_docs(module: str) -> dict[str, dict[str, str]]:
+    """Return class -> field -> the string under it, of a module's source."""
+    source = inspect.getsource(sys.modules[module])
+    return {node.name: {field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
+                        for field, text in itertools.pairwise(node.body)
+                        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}
+            for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """Return field -> help, of a class and of those that it is made from."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(each):
+            found |= _module_docs(each.__module__)[each.__name__]
+    return {name: _as_help(text) for name, text in found.items()}
+
+
+def _as_help(text: str) -> str:
+    """Return a sentence as help has it: no full stop."""
+    return text.removesuffix(".").replace("%", "%%")
