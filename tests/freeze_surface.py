@@ -33,14 +33,19 @@ def options(program: str) -> Iterator[str]:
                 name = " ".join(action.option_strings) or f"<{action.dest}>"
                 choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
                 needed = " required" if action.required and action.option_strings else ""
-                yield f"{parser.prog} {name}{choices}{needed} = {_shown(getattr(action, 'declared', action.default))}"
+                yield f"{parser.prog} {name}{choices}{needed} = {_shown(_default(action))}"
 
     yield from below(parser_with_all(program))
 
 
+def _default(action: argparse.Action) -> object:
+    """Return what holds where an argument is not given."""
+    default = getattr(action, "declared", action.default)
+    return list(default) if isinstance(default, tuple) and hasattr(action, "declared") else default
+
+
 def _shown(default: object) -> str:
     """Return a default without what this machine puts into it."""
-    default = list(default) if isinstance(default, tuple) else default
     return re.sub(r"(?<![\w.])/[\w./-]+/(?=[\w.-]+)", ".../", str(default))
 
 
@@ -50,7 +55,8 @@ def settings() -> Iterator[str]:
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.parse(file.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.ClassDef) and SETTINGS.search(node.name) and any(
-                        "dataclass" in ast.unparse(d) for d in node.decorator_list):
+                        "dataclass" in ast.unparse(d) and "kw_only" not in ast.unparse(d)  # a command's own
+                        for d in node.decorator_list):
                     yield from _fields(node)
 
 

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.settings import Flag, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleOptions:
+    """Options of `bundle`."""
+
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder to write."""
+    python: Annotated[str, Flag(value="X.Y")] = ""
+    """Version of Python over there (default: this one's)."""
+    platform: Annotated[tuple[str, ...], Flag(value="TAG")] = ()
+    """Platform tag of wheels that run there, e.g. manylinux_2_28_x86_64; several in order of preference
+    (default: this machine's)."""
+    extra: Annotated[tuple[str, ...], Flag(value="NAME")] = ()
+    """Optional part to take along, e.g. dev."""
+    folders: Annotated[tuple[Path, ...], Flag("--with", "DIR")] = ()
+    """Tokenizer, Hugging Face folder or checkpoint to take along."""
+    source: Annotated[Path | None, Flag(value="DIR")] = None
+    """Checkout of megatron-sov (default: what this command runs from)."""
+    overwrite: bool = False
+    """Replace a bundle that is already there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov bundle`."""
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--python", default="", metavar="X.Y",
-                        help="version of Python over there (default: this one's)")
-    parser.add_argument("--platform", action="append", default=[], metavar="TAG",
-                        help="platform tag of wheels that run there, e.g. manylinux_2_28_x86_64; "
-                             "several in order of preference (default: this machine's)")
-    parser.add_argument("--extra", action="append", default=[], metavar="NAME",
-                        help="optional part to take along, e.g. dev")
-    parser.add_argument("--with", dest="folders", action="append", default=[], type=Path, metavar="DIR",
-                        help="tokenizer, Hugging Face folder or checkpoint to take along")
-    parser.add_argument("--source", type=Path, metavar="DIR",
-                        help="checkout of megatron-sov (default: what this command runs from)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
+    add_options(parser, BundleOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,13 +42,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something is missing, or pip cannot find a wheel.
     """
+    options = read_options(BundleOptions, args)
     from megatron_sov.bundle.gathering import Bundle, gather, own_source
 
-    bundle = Bundle(args.source or own_source(), args.python, tuple(args.platform), tuple(args.extra),
-                    tuple(args.folders))
-    manifest = gather(bundle, args.output, overwrite=args.overwrite)
+    bundle = Bundle(options.source or own_source(), options.python, options.platform, options.extra,
+                    options.folders)
+    manifest = gather(bundle, options.output, overwrite=options.overwrite)
     num_bytes = sum(record.size_bytes for record in manifest.files.values())
-    print(f"{args.output}: {manifest.content['wheels']} wheels for Python {bundle.python_version} on "
+    print(f"{options.output}: {manifest.content['wheels']} wheels for Python {bundle.python_version} on "
           f"{bundle.machine}, {num_bytes / 1e6:,.0f} MB; copy it, then: "
-          f"sh {args.output.name}/install.sh ENVIRONMENT")
+          f"sh {options.output.name}/install.sh ENVIRONMENT")
     return 0

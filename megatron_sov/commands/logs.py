@@ -7,10 +7,12 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Flag, NotNegativeInt, add_options, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.watch.logs import Line, Tail
@@ -20,16 +22,25 @@ ENDED_AFTER_S = 5.0
 """How long a run that has ended must have written nothing before it is followed no more."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogsOptions:
+    """Options of `logs`."""
+
+    run: Annotated[Path, Flag("RUN")]
+    """Run folder."""
+    rank: tuple[int, ...] = ()
+    """Only what this rank wrote, in all its starts; may be given several times."""
+    grep: Annotated[str | None, Flag(value="PATTERN")] = None
+    """Only lines in which this regular expression is found."""
+    tail: NotNegativeInt = 0
+    """Only the last N lines of each file (default: all)."""
+    follow: bool = False
+    """Go on with new lines until the run has ended."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov logs`."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--rank", type=int, action="append", default=[], metavar="N",
-                        help="only what this rank wrote, in all its starts; may be given several times")
-    parser.add_argument("--grep", metavar="PATTERN",
-                        help="only lines in which this regular expression is found")
-    parser.add_argument("--tail", type=int, default=0, metavar="N",
-                        help="only the last N lines of each file (default: all)")
-    parser.add_argument("--follow", action="store_true", help="go on with new lines until the run has ended")
+    add_options(parser, LogsOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,28 +49,27 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the folder holds no run, the pattern is none, or no file is the rank's.
     """
+    options = read_options(LogsOptions, args)
     from megatron_sov.watch.logs import log_files
     from megatron_sov.watch.state import find_runs
 
-    if find_runs(args.run)[-1] != args.run:
-        raise UserError(f"{args.run}: holds runs and is none; name one of them: "
-                        f"{', '.join(map(str, find_runs(args.run)))}")
+    if find_runs(options.run)[-1] != options.run:
+        raise UserError(f"{options.run}: holds runs and is none; name one of them: "
+                        f"{', '.join(map(str, find_runs(options.run)))}")
     try:
-        wanted = re.compile(args.grep or "")
+        wanted = re.compile(options.grep or "")
     except re.error as e:
-        raise UserError(f"--grep {args.grep}: is no regular expression ({e}); "
+        raise UserError(f"--grep {options.grep}: is no regular expression ({e}); "
                         "put a backslash before its signs") from None
-    if args.tail < 0:
-        raise UserError(f"--tail {args.tail}: must be at least 0, which shows all lines")
-    files = log_files(args.run)
+    files = log_files(options.run)
     ranks = sorted({f.rank for f in files if f.rank is not None})
-    if args.rank and not set(args.rank) & set(ranks) and not args.follow:
+    if options.rank and not set(options.rank) & set(ranks) and not options.follow:
         known = (f"ranks with files: {ranks[0]} to {ranks[-1]}" if ranks
                  else "a run on one machine writes to its terminal")
-        raise UserError(f"--rank {args.rank[0]}: no file of {args.run} is this rank's ({known}); "
+        raise UserError(f"--rank {options.rank[0]}: no file of {options.run} is this rank's ({known}); "
                         "leave --rank out")
     try:
-        _print(_Reader(args.run, set(args.rank), args.tail).everything(args.follow), wanted)
+        _print(_Reader(options.run, set(options.rank), options.tail).everything(options.follow), wanted)
     except KeyboardInterrupt:
         return 0
     return 0

@@ -4,7 +4,7 @@ vLLM.  No torch here."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from megatron_sov.generate.held_weights import NamedTensors
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from megatron_sov.convert.changed_values import Changed
     from megatron_sov.generate.target import Target
 
-MEGATRON, TRANSFORMERS, VLLM = ENGINES = ("megatron", "transformers", "vllm")
+EngineName = Literal["megatron", "transformers", "vllm"]
+MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
 """Engines by name: the first runs checkpoints at any layout, the others Hugging Face folders."""
 ENGINE_SET = "--engine-set"
 """Gives layout and precision where --set gives something else."""

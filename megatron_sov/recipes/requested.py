@@ -13,7 +13,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_sov import models, objectives, recipes
 from megatron_sov.config import RunConfig, apply_settings, from_dict
@@ -21,11 +21,43 @@ from megatron_sov.errors import UserError
 from megatron_sov.models.family import Family
 from megatron_sov.plugins.loading import is_reference, load
 from megatron_sov.plugins.registry import Registry
+from megatron_sov.settings import Flag
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
 """Objectives that come with the framework (`objectives.BUILT_IN`)."""
 NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.OWN, "objective.name": objectives.OWN}
 """Settings whose value may be code: FILE.py:NAME."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PluginOptions:
+    """Code of the user's own."""
+
+    plugins: Annotated[tuple[str, ...], Flag("--plugin", "FILE.py:NAME")] = ()
+    """Run this file of yours, for a model family or objective that a checkpoint or --config has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions(PluginOptions):
+    """What is trained, and how."""
+
+    recipe: Annotated[str | None, Flag("RECIPE")] = None
+    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own."""
+    config: Annotated[Path | None, Flag(value="FILE")] = None
+    """In place of RECIPE: settings as a run's config.json has them."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """Change a setting, e.g. --set train.steps=100 --set parallel.ep=2."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(RecipeOptions):
+    """What is trained, on which data."""
+
+    data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
+    """Token shards made by `sov-data pack`; several are mixed by weight (needed, except where --config names
+    them)."""
+    deterministic: bool = False
+    """The same bits in every run (--set train.deterministic=true)."""
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,8 +124,8 @@ class Request:
         return dataclasses.replace(config, code=code)
 
 
-def requested(args: argparse.Namespace) -> Request:
-    """Return what the arguments of `add_recipe_arguments` ask for; runs the code that they name.
+def requested(args: RecipeOptions) -> Request:
+    """Return what the options ask for; runs the code that they name.
 
     Raises:
         UserError: neither or both of RECIPE and --config, or one of them, --plugin or --set cannot be used.
@@ -108,12 +140,12 @@ def requested(args: argparse.Namespace) -> Request:
     return Request(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
 
 
-def training_request(args: argparse.Namespace, objective: BuiltIn, *, needs_data: bool = True,
+def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
                      lengthens: bool = False) -> Request:
     """Return what a training command was asked for; neither its data nor its checkpoint need be there.
 
     Args:
-        args: of `train.stage_config.add_stage_arguments`.
+        args: what was typed.
         objective: what the command trains by; objectives of your own go by commands that train by "lm".
         needs_data: whether data must be named.
         lengthens: whether the command lengthens contexts: a recipe with stages for that says in its objective

@@ -222,7 +222,7 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:
         path = (*above, field.name)
         is_made = field.default_factory is not dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
-            if is_made and field.default_factory is not hint:
+            if is_made and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
             yield from _fields(hint, path)
             continue
@@ -252,7 +252,8 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
     return {node.name: {field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
                         for field, text in itertools.pairwise(node.body)
                         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-                        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}
+                        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                        and isinstance(text.value.value, str)}
             for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 

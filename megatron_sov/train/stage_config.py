@@ -8,15 +8,25 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron_sov import recipes
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import ModelConfig, RunConfig, data_paths
 from megatron_sov.errors import UserError
-from megatron_sov.recipes.requested import BuiltIn, Request, add_recipe_arguments, training_request
+from megatron_sov.recipes.requested import (
+    BuiltIn,
+    Request,
+    TrainingOptions,
+    add_recipe_arguments,
+    training_request,
+)
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks, repeats
+from megatron_sov.settings import Flag
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+
+INJECT = f"Do this to the run, once, to see what it does ({', '.join(STATES)})."
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,29 @@ class ParsedStage:
     """Checkpoint to start from; None: initial weights."""
     faults: tuple[Fault, ...]
     """What is to come on purpose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions(TrainingOptions):
+    """What all training commands take."""
+
+    run: Annotated[Path, Flag(value="DIR")]
+    """Folder of this run."""
+    start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
+    """Start from these weights (and their architecture)."""
+    nproc: int | None = None
+    """Local processes to start (under Slurm, or torchrun ... -m -- megatron_sov, the environment decides)."""
+    inject: Annotated[tuple[str, ...], Flag(value="FAULT@step=N[,rank=R]", help=INJECT)] = ()
+    resume: bool = False
+    """Continue the run that is in --run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedStageOptions(StageOptions):
+    """What commands take that go on from a model."""
+
+    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = dataclasses.field()
+    """Start from these weights (and their architecture)."""
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -> None:
@@ -51,14 +84,14 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -
     parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
 
 
-def parse_stage(args: argparse.Namespace, objective: BuiltIn, *, needs_data: bool = True,
+def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
                 completed: Callable[[RunConfig], RunConfig] = lambda config: config) -> ParsedStage:
     """Return what a training command is to do.
 
     A Hugging Face folder is converted last: every mistake that its headers show is found before that.
 
     Args:
-        args: of `add_stage_arguments`.
+        args: what was typed.
         objective: what the command trains by.
         needs_data: whether --data must be given.
         completed: settings as they are asked for -> with those that follow from them.
@@ -76,7 +109,7 @@ def parse_stage(args: argparse.Namespace, objective: BuiltIn, *, needs_data: boo
     return ParsedStage(config, resolve_start(args.start_from, args.run), faults)
 
 
-def stage_request(args: argparse.Namespace, objective: BuiltIn, *, needs_data: bool = True,
+def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
                   lengthens: bool = False) -> Request:
     """Return what a training command was asked for, with its data, and its checkpoint's architecture in
     the recipe's place; see `training_request`.
