@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -50,6 +51,11 @@ class Flag:
     """Heading under which help lists it."""
     help: str = ""
     """Of a type that several classes have; else the string under the field is."""
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 NO_FLAG = Flag("-")
@@ -91,12 +97,16 @@ class _Given:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Declare the fields of a class of settings as a parser's arguments.
+    """Declare the fields of a class of settings as a parser's arguments, and what the class says as its
+    description, where it has none.
 
     Args:
         parser: takes them; a value is checked by `read_options`, not by the parser.
         cls: a frozen dataclass; fields of classes of settings inside it are arguments too, unless `NO_FLAG`.
     """
+    if parser.description is None:
+        parser.description = inspect.cleandoc(cls.__doc__ or "")
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
     groups: dict[str, Any] = {"": parser}
     for given in _fields(cls):
         heading = given.flag.group
@@ -183,9 +193,12 @@ def _typed(text: Any, hint: Any) -> Any:
         return text
     if get_origin(hint) is Literal:
         return next((word for word in get_args(hint) if str(word) == text), text)
-    if hint in (int, float):
-        with contextlib.suppress(ValueError):
-            return hint(text)
+    with contextlib.suppress(ValueError):
+        if hint in (int, float):
+            return int(text)
+    with contextlib.suppress(ValueError):
+        if hint is float:
+            return float(text)
     try:
         return parse_value(text)  # 2e9 is a whole number
     except (ValueError, RecursionError):
@@ -235,7 +248,8 @@ def _taken_apart(hint: Any) -> tuple[Flag, Any, bool]:
     flag, repeats = Flag(), False
     while True:
         if get_origin(hint) is Annotated:
-            flag = next((part for part in hint.__metadata__ if isinstance(part, Flag)), flag)
+            outer, flag = flag, next((part for part in hint.__metadata__ if isinstance(part, Flag)), flag)
+            flag = flag if outer == Flag() else outer
             hint = get_args(hint)[0]
         elif get_origin(hint) in (Union, UnionType):
             hint = next(part for part in get_args(hint) if part is not NoneType)
