@@ -84,6 +84,7 @@ def _taken_apart(hint: Any) -> tuple[Any, list[Any], bool]:
 
 def _outside(bound: Any, inner: Any) -> list[Any]:
     """Return values right outside of a bound and far off."""
+    edge: Any
     match bound:
         case Ge(ge=edge):
             return [edge - 1, edge - 10 ** 18]
