@@ -189,7 +189,7 @@ def test_the_readme_shows_every_room() -> None:
     assert [room for room in rooms if f" {room}" not in tree] == []
 
 
-@pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("commands", "commands.md"),
+@pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("options", "options.md"),
                                             ("recipes", "recipes.md"),
                                             ("results", "results.md"),
                                             ("house", "pictures/house.svg")])

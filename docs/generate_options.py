@@ -1,5 +1,5 @@
-"""Writes docs/commands.md, every option of every command, from what the commands declare: `python
-docs/generate_commands.py`."""
+"""Writes docs/options.md, every option of every command, from what the commands declare: `python
+docs/generate_options.py`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.commands.completion import PROGRAMS, parser_with_all
 
-PAGE = Path(__file__).parent / "commands.md"
-HEAD = """# Commands
+PAGE = Path(__file__).parent / "options.md"
+HEAD = """# Commands and their options
 
-<!-- Written by docs/generate_commands.py from what the commands declare; change it there. -->
+<!-- Written by docs/generate_options.py from what the commands declare; change it there. -->
 
 Every command with all of its arguments; `COMMAND --help` prints the same. An option that takes several values,
 or may be repeated, says so. Settings behind `--set` stand on [Settings](config.md). Exit codes: 0 complete,
