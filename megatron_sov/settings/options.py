@@ -22,7 +22,7 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -108,7 +108,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         parser.description = inspect.cleandoc(cls.__doc__ or "")
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
     groups: dict[str, Any] = {"": parser}
-    for given in _fields(cls):
+    classes = cls.__mro__
+    nearness = {name: i for i in reversed(range(len(classes)))
+                for name in inspect.get_annotations(classes[i])}
+    # options of the class itself go before those that it has from others; arguments keep their order
+    for given in sorted(_fields(cls), key=lambda one: -1 if one.is_positional else nearness[one.path[0]]):
         heading = given.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         shown = given.help + _default_shown(given)
@@ -145,7 +149,7 @@ def _metavar(given: _Given) -> str:
 
 def _default_shown(given: _Given) -> str:
     default = given.default
-    if default in (dataclasses.MISSING, None, True, False, "", ()) or "(default" in given.help:
+    if default in (dataclasses.MISSING, None, "", ()) or given.hint is bool or "default" in given.help:
         return ""
     if isinstance(default, float):
         return f" (default {default:g})"
@@ -185,6 +189,24 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     if problems:
         raise SettingsError("", [_under_its_name(problem, names) for problem in problems])
     return cast(S, settings)
+
+
+Actions = Mapping[str, tuple[type, Callable[[Any], int]]]
+"""Name of an action of a command -> its class of settings, and what takes that and returns an exit code."""
+
+
+def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
+    """Declare the actions of a command; the first sentence that a class says is an action's line in help."""
+    below = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, (cls, _) in actions.items():
+        says = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+        add_options(below.add_parser(name, help=says.removesuffix(".").replace("%", "%%")), cls)
+
+
+def run_action(actions: Actions, args: argparse.Namespace) -> int:
+    """Run the action that was chosen; returns its exit code."""
+    cls, do = actions[args.action]
+    return do(read_options(cls, args))
 
 
 def _typed(text: Any, hint: Any) -> Any:
