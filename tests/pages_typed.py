@@ -6,15 +6,16 @@ tests/test_docs.py asks, and docs/site/proof.py makes a page of the site of the 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_sov import cli
 from megatron_sov.command_line import Parser
+from megatron_sov.settings import options_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -103,15 +104,15 @@ def commands_of(text: str) -> list[str]:
     return [line for line in lines_of(blocks) if line.split(" ")[0] in ENTRIES]
 
 
-def parse(line: str) -> argparse.Namespace:
-    """Parse a command with the parser that it would meet."""
+def parse(line: str) -> Any:
+    """Read a command as the program itself would, up to its own work."""
     program, *argv = shlex.split(line, comments=True)
     if program != "megatron-sov":
-        return importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv)
+        return options_of(importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv))
     name, rest = cli.named(argv)
     parser = Parser(prog=f"megatron-sov {name}")
     importlib.import_module(cli.COMMANDS[name].module).add_arguments(parser)
-    return parser.parse_args(rest)
+    return options_of(parser.parse_args(rest))
 
 
 def unheld(line: str) -> str:

@@ -13,6 +13,7 @@ from megatron_sov import cli, recipes
 from megatron_sov.command_line import Parser
 from megatron_sov.config import apply_settings
 from megatron_sov.rewards.format import Format
+from megatron_sov.settings import options_of
 from tokenizer.cli import build_parser as sov_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -66,8 +67,8 @@ def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: li
         if program == "megatron-sov":
             parser = Parser()
             cli._command(name)[0].add_arguments(parser)
-            args = parser.parse_args(rest)
-            if "recipe" in args:
+            args = options_of(parser.parse_args(rest))
+            if hasattr(args, "recipe"):
                 apply_settings(recipes.get(args.recipe), args.settings)
         elif program != sys.executable:
             {"sov-data": sov_data, "sov-tokenizer": sov_tokenizer}[program]().parse_args([name, *rest])

@@ -25,7 +25,7 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import GATE
 from megatron_sov.runs.launch_environment import is_first, under_launcher
-from megatron_sov.settings import Flag, NotNegative
+from megatron_sov.settings import Flag, NotNegative, options_of
 from megatron_sov.train.stage_config import StageOptions, TunedStageOptions
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class ForgettingGate:
         """Raise `UserError` where `eval lm` would not take them."""
         words = self._words(self.start, "start")
         try:
-            found = self._parsed(words)
+            found = options_of(self._parsed(words))
         except UserError as e:
             raise UserError(f"--gate-with: {e}") from None
         # an option may be shortened, and of two the last one counts

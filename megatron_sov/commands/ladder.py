@@ -41,8 +41,8 @@ class LadderOptions(RecipeOptions):
     tokens_per_param: Annotated[str, Flag(value="R[,R...]")] = "20"
     """Tokens of a run over its size (default 20); several: a run for each."""
     rates: Literal["mup", "step-law"] = "mup"
-    """mup: the recipe's rates, carried to each width (default); step-law: rates and batch sizes fitted by arXiv
-    2503.04715."""
+    """mup: the recipe's rates, carried to each width (default); step-law: rates and batch sizes fitted by
+    arXiv 2503.04715."""
     predict: Annotated[str | None, Flag(value="SIZE")] = None
     """A size to predict (default: the next one, by the step between the last two)."""
     verify: bool = False

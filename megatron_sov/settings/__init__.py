@@ -18,6 +18,7 @@ from megatron_sov.settings.options import (
     add_actions,
     add_options,
     num_cores,
+    options_of,
     read_options,
     run_action,
 )
@@ -28,7 +29,7 @@ from megatron_sov.settings.yaml_file import Located, Place, read_file, read_loca
 __all__ = [
     "NO_FLAG", "AboveZero", "Actions", "AtLeastOne", "Code", "Finite", "Flag", "Fraction", "Located",
     "NotNegative", "NotNegativeInt", "Place", "Problem", "SettingsError", "Share", "add_actions",
-    "add_options", "assign_all", "change", "check", "find_problems", "num_cores", "parse_changes",
-    "parse_nested", "place_of", "plain", "read", "read_arguments", "read_file", "read_located",
-    "read_options", "read_text", "read_yaml", "run_action",
+    "add_options", "assign_all", "change", "check", "find_problems", "num_cores", "options_of",
+    "parse_changes", "parse_nested", "place_of", "plain", "read", "read_arguments", "read_file",
+    "read_located", "read_options", "read_text", "read_yaml", "run_action",
 ]

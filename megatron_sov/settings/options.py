@@ -107,6 +107,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     if parser.description is None:
         parser.description = inspect.cleandoc(cls.__doc__ or "")
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(options_class=cls)
     groups: dict[str, Any] = {"": parser}
     classes = cls.__mro__
     nearness = {name: i for i in reversed(range(len(classes)))
@@ -207,6 +208,11 @@ def run_action(actions: Actions, args: argparse.Namespace) -> int:
     """Run the action that was chosen; returns its exit code."""
     cls, do = actions[args.action]
     return do(read_options(cls, args))
+
+
+def options_of(args: argparse.Namespace) -> Any:
+    """Return what was typed as the class of settings that the command has declared; see `read_options`."""
+    return read_options(args.options_class, args) if hasattr(args, "options_class") else args
 
 
 def _typed(text: Any, hint: Any) -> Any:

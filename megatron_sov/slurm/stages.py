@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.clusters.chips import CHIPS
@@ -24,6 +25,7 @@ from megatron_sov.plan.fitting import refuse_too_large
 from megatron_sov.plan.recommended import leaves_layout_open, says_layout, settings_for
 from megatron_sov.recipes.requested import BuiltIn, training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
+from megatron_sov.settings import options_of
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
@@ -152,12 +154,13 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
     parser = Parser(prog=f"submit {stage}")
     commands[stage](parser)
     if STAGES[stage].shares:
-        return _sharing(stage, arguments, parser.parse_args(arguments))
-    reader = {"convert": _convert, "eval": _eval}.get(stage, lambda argv, args: _training(stage, argv, args))
-    return reader(arguments, parser.parse_args(arguments))
+        return _sharing(stage, arguments, options_of(parser.parse_args(arguments)))
+    reader = {"convert": _convert, "eval": _eval}.get(stage)
+    typed = parser.parse_args(arguments)
+    return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed))
 
 
-def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Work:
+def _training(stage: str, arguments: list[str], args: Any) -> Work:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
     if getattr(args, "rounds", None) is not None:
@@ -206,31 +209,32 @@ def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) 
                 inputs=tuple(p.absolute() for p in inputs))
 
 
-def _convert(arguments: list[str], args: argparse.Namespace) -> Work:
-    if args.action not in ("from-hf", "to-hf"):
-        raise UserError(f"submit convert {args.action}: writes no folder; "
+def _convert(arguments: list[str], typed: argparse.Namespace) -> Work:
+    if typed.action not in ("from-hf", "to-hf"):
+        raise UserError(f"submit convert {typed.action}: writes no folder; "
                         "run it where you are (stages write: from-hf, to-hf)")
+    args = options_of(typed)
     return _making("convert", arguments, args.out,
-                   [args.hf_dir if args.action == "from-hf" else args.checkpoint])
+                   [args.hf_dir if typed.action == "from-hf" else args.checkpoint])
 
 
-def _eval(arguments: list[str], args: argparse.Namespace) -> Work:
-    found = vars(args)
+def _eval(arguments: list[str], typed: argparse.Namespace) -> Work:
+    found = vars(options_of(typed))
     subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None),
                    None)
     if subject is None:
-        raise UserError(f"submit eval {args.task}: names no model or run; pass --run, "
+        raise UserError(f"submit eval {typed.task}: names no model or run; pass --run, "
                         "the job's records lie beside it")
     if str(subject).startswith(ADDRESSES):
         raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
                         "where you are, or `submit eval-lm`, whose records lie beside its --output")
     target = Path(subject).absolute()
-    records = target.with_name(f"{target.name}.{args.task}.slurm")
+    records = target.with_name(f"{target.name}.{typed.task}.slurm")
     return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
                 inputs=(target,))
 
 
-def _sharing(stage: str, arguments: list[str], args: argparse.Namespace) -> Work:
+def _sharing(stage: str, arguments: list[str], args: Any) -> Work:
     """Return a job of those that meet in a rollout store, or in the answers beside an evaluation's output; it
     is complete when the command finds nothing left to do, and another command, such as one with more rounds,
     begins anew."""

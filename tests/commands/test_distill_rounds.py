@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -20,6 +19,12 @@ from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import read_events
+from tests.typed_words import typed
+
+
+def asking(words: list[str]) -> distill_rounds.DistillRoundsOptions:
+    """Return what a command line asks for."""
+    return typed(distill_rounds.DistillRoundsOptions, words)
 
 
 @pytest.mark.distributed
@@ -30,9 +35,7 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0", "--workers", "1",
                      "--format", "prompt", "--input", str(tmp_path / "prompts.jsonl"), "--output",
                      str(tmp_path / "prompts")]) == 0
-    parser = argparse.ArgumentParser()
     commands: list[list[str]] = []
-    distill_rounds.add_arguments(parser)
 
     def command(argv: list[str]) -> int:
         commands.append(argv)
@@ -45,7 +48,7 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     asked = ["tiny-solar-open", "--from", str(teacher), "--teacher", str(teacher), "--prompts",
              str(tmp_path / "prompts"), "--rounds", "2", "--output", str(tmp_path / "out"),
              "--max-new-tokens", "8", *tiny, "--set", "model.hidden_size=48", "--set", "train.steps=1"]
-    assert distill_rounds.do_rounds(parser.parse_args(asked), command) == 75
+    assert distill_rounds.do_rounds(asking(asked), command) == 75
     assert [argv[:2] for argv in commands] == [
         ["distill", "write"], ["distill", "tiny-solar-open"], ["distill", "write"]]
     answers, run = tmp_path / "out/round-1/answers", tmp_path / "out/round-1/run"
@@ -72,21 +75,21 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
 
     # the same command goes on; here nothing is run any more
     commands.clear()
-    assert distill_rounds.do_rounds(parser.parse_args(asked), note) == 0
+    assert distill_rounds.do_rounds(asking(asked), note) == 0
     assert [argv[:2] for argv in commands] == [["distill", "write"], ["distill", "tiny-solar-open"]]
     assert commands[0][2] == str(run) and commands[1][commands[1].index("--from") + 1] == str(run)
     # what is done is of this student, and of these answers
     for changed, text in ((("--from", str(run)), f"from = {teacher}, now it is {run}; resume with the same"),
                           (("--temperature", "0.5"), "temperature = 1.0, now it is 0.5")):
         with pytest.raises(UserError, match=re.escape(text)):
-            distill_rounds.do_rounds(parser.parse_args([*asked, *changed]), note)
-    assert distill_rounds.do_rounds(parser.parse_args([*asked, "--rounds", "3"]), note) == 0
+            distill_rounds.do_rounds(asking([*asked, *changed]), note)
+    assert distill_rounds.do_rounds(asking([*asked, "--rounds", "3"]), note) == 0
 
     # beside other data, which the teacher reads once
     commands.clear()
     beside = [*asked, "--data", f"{packed_data.chats}:3", "--share", "0.25", "--output",
               str(tmp_path / "more")]
-    assert distill_rounds.do_rounds(parser.parse_args(beside), note) == 0
+    assert distill_rounds.do_rounds(asking(beside), note) == 0
     assert [argv[:2] for argv in commands[:2]] == [["distill", "states"], ["distill", "write"]]
     assert len(commands) == 5
     seeds = [word for words in commands for word in words if word.startswith("train.seed=")]
@@ -105,11 +108,8 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
 
 def test_a_student_writes_at_the_layout_of_its_training(packed_data: Any, tmp_path: Path, capsys) -> None:
     """A recipe's own layout and precision, of which --set says nothing; and its own code, by all commands."""
-    parser = argparse.ArgumentParser()
-    distill_rounds.add_arguments(parser)
-    args = parser.parse_args(["r", "--from", "s", "--teacher", "t", "--prompts", "p", "--data",
-                              str(packed_data.chats), "--share", "0.5", "--output", str(tmp_path),
-                              "--plugin", "own.py:MINE"])
+    args = asking(["r", "--from", "s", "--teacher", "t", "--prompts", "p", "--data", str(packed_data.chats),
+                   "--share", "0.5", "--output", str(tmp_path), "--plugin", "own.py:MINE"])
     config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "parallel.sp=true"])
     commands = {argv[1]: argv for _, argv in distill_rounds._commands(args, config)}
     assert {"parallel.ep=2", "parallel.sp=true", "train.precision=fp32"} <= set(commands["write"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,10 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.commands import forgetting_gate
-from megatron_sov.commands.forgetting_gate import ForgettingGate, add_gate_arguments, gate_of
+from megatron_sov.commands.forgetting_gate import ForgettingGate, GateOptions, gate_of
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.obs.events import EventLog, read_events
+from tests.typed_words import typed
 
 
 class Evaluations:
@@ -33,12 +33,8 @@ class Evaluations:
         return self.code
 
 
-def asked(run: Path, *words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_gate_arguments(parser)
-    args = parser.parse_args([*words])
-    args.run, args.nproc = run, 2
-    return args
+def asked(run: Path, *words: str) -> GateOptions:
+    return typed(GateOptions, ["--run", str(run), "--nproc", "2", *words])
 
 
 @pytest.fixture

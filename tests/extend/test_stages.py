@@ -3,7 +3,6 @@ goes on with more steps and passes."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from megatron_sov.config import YarnConfig
 from megatron_sov.extend.stages import planned_stages
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.checkpoints import find_checkpoint
-from megatron_sov.train.stage_config import add_stage_arguments, stage_request
+from megatron_sov.train.stage_config import TunedStageOptions, stage_request
+from tests.typed_words import typed
 
 SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
          "model.num_layers": 2, "model.num_experts": 4,
@@ -88,12 +88,10 @@ def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_sh
 
 def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
     """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
-    parser = argparse.ArgumentParser()
-    add_stage_arguments(parser, needs_start=True)
     shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
                      "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
-    args = parser.parse_args(["tiny-solar-open-extend", "--from", str(short_run), "--data", str(token_shards),
-                              "--run", str(tmp_path / "long"), *shorter])
+    args = typed(TunedStageOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
+                                     str(token_shards), "--run", str(tmp_path / "long"), *shorter])
     planned = planned_stages(stage_request(args, "lm"), find_checkpoint(short_run), args.run, 1)
     near, far = (stage.config for stage in planned)
     assert near.problems(1) == far.problems(1) == []
@@ -125,10 +123,8 @@ def test_yarn_stretches_what_the_weights_were_trained_on(short_run: Path, token_
                                                          tmp_path: Path) -> None:
     """Neither the short samples of a fine-tuning since, nor a longer phase that is still to come."""
     def yarn_from(start: Path) -> YarnConfig | None:
-        parser = argparse.ArgumentParser()
-        add_stage_arguments(parser, needs_start=True)
         longer = words({"data.phases": '[{"name":"long","seq_len":256}]'})
-        args = parser.parse_args(["tiny-solar-open", "--from", str(start), "--data", str(token_shards),
+        args = typed(TunedStageOptions, ["tiny-solar-open", "--from", str(start), "--data", str(token_shards),
                                   "--run", str(tmp_path / "long"), *longer])
         (planned,) = planned_stages(stage_request(args, "lm"), start, args.run, 1)
         return planned.config.model.yarn

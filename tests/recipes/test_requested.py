@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from megatron_sov.artifacts import new_artifact, to_json
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.recipes import requested
-from megatron_sov.recipes.requested import add_recipe_arguments, load_plugins
+from megatron_sov.recipes.requested import load_plugins
+from tests.typed_words import typed
 
 FAMILY = """
 from pathlib import Path
@@ -73,9 +73,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of(*argv: str) -> RunConfig:
-    parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
-    return requested.requested(parser.parse_args(list(argv))).config()
+    return requested.requested(typed(requested.RecipeOptions, argv)).config()
 
 
 def written(path: Path, **fields: Any) -> str:

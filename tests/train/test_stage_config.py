@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,12 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.recipes.requested import training_request
 from megatron_sov.train import stage_config as module
-from megatron_sov.train.stage_config import add_stage_arguments, parse_stage, resolve_start, stage_request
+from megatron_sov.train.stage_config import StageOptions, parse_stage, resolve_start, stage_request
+from tests.typed_words import typed
 
 
-def parsed(*argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_stage_arguments(parser, needs_start=False)
-    return parser.parse_args([*argv, "--run", "r"])
+def parsed(*argv: str) -> StageOptions:
+    return typed(StageOptions, [*argv, "--run", "r"])
 
 
 def config_of(*argv: str) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -18,7 +17,8 @@ import pytest
 
 from data_prep.mixture.proxies import LOG, RESULT, Proxies, ProxySettings, command, key_of
 from megatron_sov.errors import UserError
-from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
+from megatron_sov.train.stage_config import StageOptions, parse_stage
+from tests.typed_words import typed
 
 SETTINGS = ProxySettings("tiny-qwen3-4b", ((Path("shards"), "a" * 64),), ("optim.lr=1e-3",), 7, 64, 3)
 STAND_IN = """
@@ -53,9 +53,7 @@ def test_the_command_is_one_that_pretrain_takes(packed_data: Any, tmp_path: Path
     settings = dataclasses.replace(SETTINGS, data=((packed_data.text, "a" * 64),),
                                    settings=("optim.lr=1e-3", "model.vocab_size=512"))
     name, *arguments = command(settings, {"even": 0.75, "odd": 0.25, "none": 0.0}, tmp_path / "run")
-    parser = argparse.ArgumentParser()
-    add_stage_arguments(parser, needs_start=False)
-    config = parse_stage(parser.parse_args(arguments), "lm").config
+    config = parse_stage(typed(StageOptions, arguments), "lm").config
     assert name == "pretrain" and config.recipe == "tiny-qwen3-4b"
     [phase] = config.data.phases
     assert phase.blend == {"even": 0.75, "odd": 0.25} and phase.seq_len == 64
