@@ -13,7 +13,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.command_line import Parser
 from megatron_sov.commands.eval_difference import named_tasks
@@ -26,6 +26,8 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import GATE
 from megatron_sov.runs.launch_environment import is_first, under_launcher
+from megatron_sov.settings import Flag, NotNegative
+from megatron_sov.train.stage_config import StageOptions
 
 if TYPE_CHECKING:
     from megatron_sov.train.gate import EndVerdict
@@ -34,6 +36,21 @@ EVENT = "forgetting_gate"
 DEFAULT_TOLERANCE = 0.03
 OWN = ("--tasks", "--output", "--cache", "--run", "--nproc")
 """Arguments of `eval lm` that the gate gives itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOptions(StageOptions):
+    """A stage that may end behind a forgetting gate."""
+
+    gate: Annotated[str | None, Flag(value="TASKS")] = None
+    """Forgetting gate: evaluate what the stage starts from and what it makes on these tasks of `megatron-sov
+    eval lm`; exit code 3 where it has got worse for sure."""
+    tolerance: Annotated[NotNegative | None, Flag(value="T")] = None
+    """--gate: how much worse each task's first figure may be, in its own unit (default 0.03: 3 of 100 for a
+    share of right answers)."""
+    gate_with: Annotated[str | None, Flag(value="ARGUMENTS")] = None
+    """--gate: further arguments of `eval lm`, in one word, e.g.
+    --gate-with='--task-dir tasks --limit 500'."""
 
 
 def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +79,11 @@ def refuse_gate(args: argparse.Namespace, where: str) -> None:
                         "compare with `megatron-sov eval difference`")
 
 
-def gate_of(args: argparse.Namespace, config: RunConfig, start: Path | None) -> ForgettingGate | None:
+def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> ForgettingGate | None:
     """Return the gate that the arguments ask for, or None.
 
     Args:
-        args: of `add_gate_arguments` and `add_stage_arguments`.
+        args: of the stage.
         config: the stage's settings, whose layout evaluates both models.
         start: the checkpoint that it starts from.
 

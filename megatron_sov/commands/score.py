@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     has_second = getattr(made.reward, "second", None) is not None
     if options.disagreements is not None and not has_second:
         raise UserError(f"--disagreements {options.disagreements}: --reward {options.reward} asks for no "
-                        "second opinion; use --reward composed with --set second.reward=NAME --set second.of=PART")
+                        "second opinion; use --reward composed with --set second.reward=NAME --set "
+                        "second.of=PART")
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
         raise UserError(f"--output {options.output}: is the --input; name another file")
     num_rows = check_rows(options.input)

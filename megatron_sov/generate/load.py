@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     return ForwardModel(model, config.train.head_chunk_tokens)
 
 
-def run_forward_model(target: Target, settings: list[str], nproc: int | None,
+def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None,
                       work: Callable[[Loaded], Any], option: str = "--set") -> Any:
     """Start processes, load the target on them, and return what `work` gave on the first one.
 

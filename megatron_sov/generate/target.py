@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
         yield out
 
 
-def inference_config(checkpoint: Path, settings: list[str], nproc: int | None, option: str = "--set"
+def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
                      ) -> RunConfig:
     """Return the settings to run a checkpoint with: its architecture, one process's layout and, on CPU,
     fp32; then `settings`, which `option` gives.
