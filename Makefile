@@ -90,6 +90,7 @@ demo: setup  ## raw text to a trained, converted and judged model on this machin
 
 docs: setup  ## renew the pages that are made from the code, and build the site: site/index.html
 	"$(PY)" docs/generate_config.py
+	"$(PY)" docs/generate_options.py
 	"$(PY)" docs/generate_recipes.py
 	"$(PY)" docs/generate_results.py
 	"$(PY)" docs/generate_house.py

@@ -90,7 +90,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("eval bigram --data d --out f", "--out f: nothing takes this; another command does (--help"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
     ("card sft --ouput c", "required: --output; --ouput: nothing takes this; did you mean '--output'?"),
-    ("card '' --output c", "argument RUN: is empty, where a file or folder is to be named"),
+    ("card '' --output c", "RUN: is empty, where a file or folder is to be named"),
     ("eval pll", "invalid choice: 'pll' (choose from"),
 ])
 def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,

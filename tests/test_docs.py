@@ -189,7 +189,8 @@ def test_the_readme_shows_every_room() -> None:
     assert [room for room in rooms if f" {room}" not in tree] == []
 
 
-@pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("recipes", "recipes.md"),
+@pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("options", "options.md"),
+                                            ("recipes", "recipes.md"),
                                             ("results", "results.md"),
                                             ("house", "pictures/house.svg")])
 def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def parse_input(argument: str) -> Group:
     return Group(named[1] if named else rest, (Path(rest),), weight)
 
 
-def gather_groups(arguments: list[str], mixture: str | None) -> list[Group]:
+def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[Group]:
     """Return the groups of all `--input`, in the order of their names; `mixture`:
     a published one gives the weights.
 

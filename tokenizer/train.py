@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
 
 from megatron_sov.artifacts import (
     ArtifactWriter,
@@ -20,104 +21,119 @@ from megatron_sov.artifacts import (
     to_json,
 )
 from megatron_sov.errors import UserError
-from tokenizer.mixture import MIXTURES, Group, gather_groups
-from tokenizer.presets import CUSTOM, PRESETS, Preset, load_preset
+from megatron_sov.settings import (
+    AboveZero,
+    AtLeastOne,
+    Code,
+    Flag,
+    Fraction,
+    NotNegative,
+    Problem,
+    add_options,
+    num_cores,
+    read_options,
+)
+from tokenizer.mixture import Group, gather_groups
+from tokenizer.presets import PRESETS, Preset, load_preset
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from tokenizer.bpe.count_pipeline import Learned, Plan
 
-DESCRIPTION = """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
-
-The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for byte,
-whatever the number of workers and the order of files. A command that was ended goes on where it was when it
-is given again."""
 SUPERWORD_SAMPLE_MB = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerTrainOptions:
+    """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
+
+    The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for
+    byte, whatever the number of workers and the order of files. A command that was ended goes on where it
+    was when it is given again."""
+
+    preset: Annotated[str, Flag(value="NAME")]
+    """The tokenizer's rules: solar-open, k-exaone, custom."""
+    config: Annotated[Path | None, Flag(value="FILE")] = None
+    """The rules of --preset custom, JSON or YAML."""
+    vocab_size: int
+    """Number of ids, special ones and bytes included."""
+    input: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH[:WEIGHT]", many=True)]
+    """A text, .jsonl (field text, or messages) or .parquet file (.gz and .zst too) or a folder of them;
+    several may follow, and it may be repeated. Inputs of one NAME are one group. Weighted groups share
+    their bytes by weight, by leaving out or repeating text; others are taken as they are."""
+    mixture: Annotated[str | None, Flag(value="NAME")] = None
+    """Weights as published, for groups named so: solar-open, k-exaone."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the tokenizer."""
+    superword_share: Annotated[Fraction | None, Flag(value="SHARE")] = None
+    """Part of the vocabulary that spans words (default: the preset's; 0: plain BPE)."""
+    transition_size: int | None = None
+    """Ids before words join; merging then goes on across words and within them, as published, and how many
+    superwords there will be depends on the text."""
+    max_superword_words: Annotated[int, Ge(2)] | None = None
+    """Most words in one token, at least 2 (default: the preset's, 4)."""
+    superword_sample_mb: Annotated[AboveZero, Flag(value="MB")] = SUPERWORD_SAMPLE_MB
+    """Text that superwords are learned from, chosen by hash."""
+    max_memory_gb: Annotated[NotNegative | None, Flag(value="GB")] = None
+    """Bound on memory; the rarest words are left out where they do not fit, and the manifest says so
+    (default: counting goes through the disk, learning takes what the distinct words need)."""
+    workers: AtLeastOne = dataclasses.field(default_factory=num_cores)
+    """Processes that read; the result does not depend on it (default: this machine's cores)."""
+    overwrite: bool = False
+    """Replace a tokenizer that is already there."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        if self.superword_share is not None and self.transition_size is not None:
+            return [Problem(Code.RULE, "transition_size", "goes without --superword-share, which says the "
+                            "same", self.transition_size)]
+        return []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--preset", required=True, metavar="NAME",
-                        help=f"the tokenizer's rules: {', '.join([*PRESETS, CUSTOM])}")
-    parser.add_argument("--config", type=Path, metavar="FILE",
-                        help="the rules of --preset custom, JSON or YAML")
-    parser.add_argument("--vocab-size", required=True, type=int, metavar="N",
-                        help="number of ids, special ones and bytes included")
-    parser.add_argument("--input", required=True, nargs="+", action="extend",
-                        metavar="[NAME=]PATH[:WEIGHT]",
-                        help="a text, .jsonl (field text, or messages) or .parquet file (.gz and .zst too) "
-                             "or a folder of them; several may follow, and it may be repeated. "
-                             "Inputs of one NAME are one group. Weighted groups share their bytes by weight, "
-                             "by leaving out or repeating text; others are taken as they are")
-    parser.add_argument("--mixture", metavar="NAME",
-                        help=f"weights as published, for groups named so: {', '.join(MIXTURES)}")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the tokenizer")
-    superwords = parser.add_mutually_exclusive_group()
-    superwords.add_argument("--superword-share", type=float, metavar="SHARE",
-                            help="part of the vocabulary that spans words (default: the "
-                                 "preset's; 0: plain BPE)")
-    superwords.add_argument("--transition-size", type=int, metavar="N",
-                            help="ids before words join; merging then goes on across words and within them, "
-                                 "as published, and how many superwords there will be depends on the text")
-    parser.add_argument("--max-superword-words", type=int, metavar="N",
-                        help="most words in one token (default: the preset's, 4)")
-    parser.add_argument("--superword-sample-mb", type=float, default=SUPERWORD_SAMPLE_MB, metavar="MB",
-                        help="text that superwords are learned from, chosen by hash (default %(default)s)")
-    parser.add_argument("--max-memory-gb", type=float, metavar="GB",
-                        help="bound on memory; the rarest words are left out where they do not fit, "
-                             "and the manifest says so (default: counting goes through the disk, "
-                             "learning takes what the distinct words need)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes that read; the result does not depend on it (default: "
-                             "this machine's cores)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
+    add_options(parser, TokenizerTrainOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer train`; returns 0."""
-    preset = adjusted(load_preset(args.preset, args.config), args)
-    groups = gather_groups(args.input, args.mixture)
-    refuse_existing(args.output, "tokenizer", args.overwrite)  # before the work, not after it
-    plan = make_plan(preset, args)
-    train_tokenizer(plan, groups, args.output, overwrite=args.overwrite)
+    options = read_options(TokenizerTrainOptions, args)
+    preset = adjusted(load_preset(options.preset, options.config), options)
+    groups = gather_groups(options.input, options.mixture)
+    refuse_existing(options.output, "tokenizer", options.overwrite)  # before the work, not after it
+    plan = make_plan(preset, options)
+    train_tokenizer(plan, groups, options.output, overwrite=options.overwrite)
     return 0
 
 
-def adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
+def adjusted(preset: Preset, options: TokenizerTrainOptions) -> Preset:
     """Return the preset with what the command line says about superwords.
 
     Raises:
         UserError: superwords are asked for where the preset has no pattern for them,
             or a number is out of range.
     """
-    for option, value in (("--superword-share", args.superword_share),
-                          ("--transition-size", args.transition_size),
-                          ("--max-superword-words", args.max_superword_words)):
+    for option, value in (("--superword-share", options.superword_share),
+                          ("--transition-size", options.transition_size),
+                          ("--max-superword-words", options.max_superword_words)):
         if value and not preset.superword_pattern:
             raise UserError(f"{option} {value}: preset {preset.name} has no superword_pattern; "
                             "use --preset k-exaone, or add one to your own rules")
-    if args.max_superword_words is not None:
-        if args.max_superword_words < 2:
-            raise UserError(f"--max-superword-words {args.max_superword_words}: must be at least 2; "
-                            "for no superwords use --superword-share 0")
-        preset = dataclasses.replace(preset, max_superword_words=args.max_superword_words)
-    if args.superword_share is not None:
-        if not 0 <= args.superword_share < 1:
-            raise UserError(f"--superword-share {args.superword_share}: must lie between 0 and 1, e.g. 0.2")
-        preset = dataclasses.replace(preset, superword_share=args.superword_share)
-    if args.transition_size is not None:
-        if not preset.smallest_vocab <= args.transition_size <= args.vocab_size:
-            raise UserError(f"--transition-size {args.transition_size}: "
+    if options.max_superword_words is not None:
+        preset = dataclasses.replace(preset, max_superword_words=options.max_superword_words)
+    if options.superword_share is not None:
+        preset = dataclasses.replace(preset, superword_share=options.superword_share)
+    if options.transition_size is not None:
+        if not preset.smallest_vocab <= options.transition_size <= options.vocab_size:
+            raise UserError(f"--transition-size {options.transition_size}: "
                             f"must lie between {preset.smallest_vocab} (special ids and bytes) and "
-                            f"--vocab-size {args.vocab_size}")
-        preset = dataclasses.replace(preset, superword_share=1 - args.transition_size / args.vocab_size)
+                            f"--vocab-size {options.vocab_size}")
+        preset = dataclasses.replace(preset, superword_share=1 - options.transition_size / options.vocab_size)
     return preset if preset.superword_share else dataclasses.replace(preset, superword_pattern="")
 
 
-def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
+def make_plan(preset: Preset, options: TokenizerTrainOptions) -> Plan:
     """Return what to learn.
 
     Raises:
@@ -126,26 +142,21 @@ def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
     from tokenizer.bpe.count_pipeline import SMALLEST_MEMORY_GB, Plan
     from tokenizer.bpe.pretokenizer import check_coverage, oniguruma
 
-    if args.vocab_size < preset.smallest_vocab:
-        raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
+    if options.vocab_size < preset.smallest_vocab:
+        raise UserError(f"--vocab-size {options.vocab_size}: must be at least {preset.smallest_vocab} "
                         f"({preset.num_special_ids} special ids + 256 bytes)")
-    if args.max_memory_gb is not None and not SMALLEST_MEMORY_GB <= args.max_memory_gb < math.inf:
-        raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least {SMALLEST_MEMORY_GB:g}; "
-                        "leave it out for no bound")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
-    if not 0 < args.superword_sample_mb < math.inf:
-        raise UserError(f"--superword-sample-mb {args.superword_sample_mb:g}: must be positive; "
-                        "a number above the text's size takes all of it")
+    if options.max_memory_gb is not None and options.max_memory_gb < SMALLEST_MEMORY_GB:
+        raise UserError(f"--max-memory-gb {options.max_memory_gb:g}: must be at least "
+                        f"{SMALLEST_MEMORY_GB:g}; leave it out for no bound")
     for pattern in {preset.split_pattern, preset.final_pattern}:
         oniguruma(pattern, preset.name)
         if preset.name not in PRESETS:  # those are known to be whole
             check_coverage(pattern, preset.name)
-    transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
-    memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)
-    work = args.output.with_name(f".{args.output.name}.work")
-    return Plan(preset, args.vocab_size, transition, args.transition_size is None,
-                round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
+    transition = max(round(options.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
+    memory_bytes = None if options.max_memory_gb is None else round(options.max_memory_gb * 1e9)
+    work = options.output.with_name(f".{options.output.name}.work")
+    return Plan(preset, options.vocab_size, transition, options.transition_size is None,
+                round(options.superword_sample_mb * 1e6), memory_bytes, options.workers, work)
 
 
 def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite: bool = False) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.artifacts import sha256_file, to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
+from megatron_sov.settings import Flag, add_options, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.card.scores import ScoreFile
@@ -19,30 +21,36 @@ README, CARD = "README.md", "card.json"
 MAX_README_BYTES = 16 * 2**20
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """Write a model card for the Hugging Face hub, the same as data with the origin of each figure, the
+    provenance graph with a picture, the technical documentation that the EU AI Act asks for, and the card of
+    the data.  What nobody has recorded is called so."""
+
+    runs: Annotated[tuple[Path, ...], Flag("RUN")]
+    """Folder of the run that made the model; before it the runs that it continues, where its events do not
+    name them."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the card."""
+    eval: Annotated[tuple[Path, ...], Flag(value="OUT.json", many=True)] = ()
+    """Results of `megatron-sov eval lm` of this run's checkpoint or export."""
+    answers: Annotated[Path | None, Flag(value="FILE.yaml")] = None
+    """What no manifest knows of the model: licence, contact, intended use, grams of CO2 of a kWh; marked as
+    stated."""
+    about: Annotated[Path | None, Flag(value="FILE.yaml")] = None
+    """What no manifest knows of the data, as `sov-data card` takes it."""
+    elsewhere: Annotated[tuple[Path, ...], Flag("--from", "DIR", many=True)] = ()
+    """Runs, checkpoints, corpora and token shards that it was made from, where they lie no longer where
+    they were."""
+    hf_folder: Annotated[Path | None, Flag(value="DIR")] = None
+    """An export of the run; its card is written into it as well."""
+    overwrite: bool = False
+    """Replace a README.md that is not ours in --output and --hf-folder."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov card`."""
-    parser.epilog = ("Writes a model card for the Hugging Face hub, the same as data with the origin of each "
-                     "figure, the provenance graph with a picture, the technical documentation that the EU "
-                     "AI Act asks for, and the card of the data.  What nobody has recorded is called so.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="folder of the run that made the model; before it the runs that it continues, "
-                             "where its events do not name them")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the card")
-    parser.add_argument("--eval", nargs="+", action="extend", type=Path, default=[], metavar="OUT.json",
-                        help="results of `megatron-sov eval lm` of this run's checkpoint or export")
-    parser.add_argument("--answers", type=Path, metavar="FILE.yaml",
-                        help="what no manifest knows of the model: licence, contact, intended use, grams of "
-                             "CO2 of a kWh; marked as stated")
-    parser.add_argument("--about", type=Path, metavar="FILE.yaml",
-                        help="what no manifest knows of the data, as `sov-data card` takes it")
-    parser.add_argument("--from", dest="elsewhere", nargs="+", action="extend", type=Path, default=[],
-                        metavar="DIR",
-                        help="runs, checkpoints, corpora and token shards that it was made from, where they "
-                             "lie no longer where they were")
-    parser.add_argument("--hf-folder", type=Path, metavar="DIR",
-                        help="an export of the run; its card is written into it as well")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace a README.md that is not ours in --output and --hf-folder")
+    add_options(parser, CardOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a folder is no run, a file is damaged or of another model, or nothing can be written there.
     """
+    options = read_options(CardOptions, args)
     from megatron_sov.card.annex_xi import annex_xi
     from megatron_sov.card.answers import Answers, read_answers
     from megatron_sov.card.content import card_json, make_card
@@ -59,29 +68,30 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.card.model_card import ANNEX, PICTURE, PROVENANCE, model_card
     from megatron_sov.card.picture import picture
 
-    _check_places(args, (README, CARD, PROVENANCE, PICTURE, ANNEX))
-    answers = Answers() if args.answers is None else read_answers(args.answers)
-    scores = _scores(args.eval)
-    found = lineage(args.runs, args.elsewhere, args.hf_folder)
+    _check_places(options, (README, CARD, PROVENANCE, PICTURE, ANNEX))
+    answers = Answers() if options.answers is None else read_answers(options.answers)
+    scores = _scores(options.eval)
+    found = lineage(options.runs, options.elsewhere, options.hf_folder)
     data = None
     if found.data:
-        elsewhere = [path for path in args.elsewhere if (path / "manifest.json").is_file()]
-        data = data_card(found.data, elsewhere, args.about)
+        elsewhere = [path for path in options.elsewhere if (path / "manifest.json").is_file()]
+        data = data_card(found.data, elsewhere, options.about)
         add_data(found.graph, data)
-    elif args.about is not None:
-        raise UserError(f"--about {args.about}: none of the data was found, so there is nothing to tell of; "
-                        "pass --from with where the token shards lie")
-    card = make_card(found, data, scores, answers, "" if args.answers is None else sha256_file(args.answers))
+    elif options.about is not None:
+        raise UserError(f"--about {options.about}: none of the data was found, so there is nothing to tell "
+                        "of; pass --from with where the token shards lie")
+    answers_sha256 = "" if options.answers is None else sha256_file(options.answers)
+    card = make_card(found, data, scores, answers, answers_sha256)
     files: dict[str, str | bytes] = {
         **({f"{DATA}/{name}": text for name, text in data.files.items()} if data is not None else {}),
         CARD: to_json(card_json(card)), PROVENANCE: to_json(found.graph.as_json()),
         PICTURE: picture(found.graph), ANNEX: annex_xi(card), README: model_card(card)}
     for name, text in files.items():
-        write_output(args.output / name, _bytes(text))
-    written = [args.output / name for name in files]
-    if args.hf_folder is not None:
-        write_output(args.hf_folder / README, _bytes(model_card(card, is_alone=True)))
-        written.append(args.hf_folder / README)
+        write_output(options.output / name, _bytes(text))
+    written = [options.output / name for name in files]
+    if options.hf_folder is not None:
+        write_output(options.hf_folder / README, _bytes(model_card(card, is_alone=True)))
+        written.append(options.hf_folder / README)
     print(f"wrote {', '.join(map(str, written))}")
     for sentence in card["not_known"]:
         print(f"not known: {sentence}")
@@ -93,16 +103,16 @@ def _bytes(text: str | bytes) -> bytes:
     return text if isinstance(text, bytes) else text.encode("utf-8", "replace")
 
 
-def _check_places(args: argparse.Namespace, names: tuple[str, ...]) -> None:
+def _check_places(options: CardOptions, names: tuple[str, ...]) -> None:
     """Refuse places where nothing can be written, or where a README of someone else lies."""
-    if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output {args.output}: is a file; name a folder")
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"--output {options.output}: is a file; name a folder")
     for name in names:
-        check_output("--output", args.output / name)
-    _refuse_other(args.output / README, "--output", args.overwrite)
-    if args.hf_folder is not None:
-        check_output("--hf-folder", args.hf_folder / README)
-        _refuse_other(args.hf_folder / README, "--hf-folder", args.overwrite)
+        check_output("--output", options.output / name)
+    _refuse_other(options.output / README, "--output", options.overwrite)
+    if options.hf_folder is not None:
+        check_output("--hf-folder", options.hf_folder / README)
+        _refuse_other(options.hf_folder / README, "--hf-folder", options.overwrite)
 
 
 def _refuse_other(readme: Path, option: str, overwrite: bool) -> None:
@@ -120,7 +130,7 @@ def _refuse_other(readme: Path, option: str, overwrite: bool) -> None:
                         "replace it, or take it away")
 
 
-def _scores(files: list[Path]) -> list[ScoreFile]:
+def _scores(files: Sequence[Path]) -> list[ScoreFile]:
     """Return results of `eval lm`; files that are named alike have a number in front."""
     from megatron_sov.card.scores import ScoreFile
 

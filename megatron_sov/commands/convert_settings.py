@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.commands.convert_options import TranslateOptions
 from megatron_sov.config import from_dict
 from megatron_sov.counterparts.architecture import of_arguments
 from megatron_sov.counterparts.arguments import MAX_CHARS, read_arguments
@@ -21,26 +20,13 @@ YAML = (".yaml", ".yml")
 RECIPE = "from-megatron"
 
 
-def add_settings(action: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Declare the action."""
-    sub = action("settings", "print settings of Megatron-LM or Megatron-Bridge as ours, with what has no "
-                             "counterpart")
-    sub.add_argument("source", metavar="FILE|ARGUMENTS",
-                     help="a YAML file of Megatron-Bridge, a shell script with arguments of Megatron-LM, or "
-                          "these arguments themselves in quotes; read, never run")
-    sub.add_argument("--family", default="", metavar="NAME",
-                     help="family of the model (default: the only one that fits)")
-    sub.add_argument("--output", type=Path, metavar="FILE",
-                     help="also write the settings as a file for --config")
-
-
-def run_settings(args: argparse.Namespace) -> int:
+def run_settings(options: TranslateOptions) -> int:
     """Print them; returns the exit code."""
-    check_output("--output", args.output)
-    made, unresolved = _read(args.source, args.family)
+    check_output("--output", options.output)
+    made, unresolved = _read(options.source, options.family)
     if not made.ours:
-        raise UserError(f"{args.source[:80]}: holds no setting of Megatron that is known here; pass a YAML "
-                        "file of Megatron-Bridge, or a script with arguments such as --num-layers 48")
+        raise UserError(f"{options.source[:80]}: holds no setting of Megatron that is known here; pass a "
+                        "YAML file of Megatron-Bridge, or a script with arguments such as --num-layers 48")
     for name, value in made.ours.items():
         print(f"--set {shlex.quote(f'{name}={value if isinstance(value, str) else json.dumps(value)}')}")
     for title, found in (("not taken over:", made.lost), ("not known from the text:", unresolved),
@@ -51,12 +37,12 @@ def run_settings(args: argparse.Namespace) -> int:
                 print(f"  {name}: {why}")
     if made.unknown:
         print(f"\nnot known here, so look at them yourself:\n  {', '.join(sorted(made.unknown))}")
-    if args.output is not None:
+    if options.output is not None:
         if not made.is_whole:
-            raise UserError(f"--output {args.output}: the settings do not say a whole architecture, which a "
-                            "config has; use the --set lines above with a recipe")
-        atomic_write(args.output, to_json(from_dict({"recipe": RECIPE, **nested(made.ours)}).to_dict()))
-        print(f"\nwrote {args.output}")
+            raise UserError(f"--output {options.output}: the settings do not say a whole architecture, which "
+                            "a config has; use the --set lines above with a recipe")
+        atomic_write(options.output, to_json(from_dict({"recipe": RECIPE, **nested(made.ours)}).to_dict()))
+        print(f"\nwrote {options.output}")
     return ExitCode.OK
 
 

@@ -8,19 +8,29 @@ import dataclasses
 from megatron_sov.artifacts import to_json
 from megatron_sov.doctor.checks import Check, all_checks
 from megatron_sov.errors import ExitCode
+from megatron_sov.settings import add_options, read_options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Show what this machine has, and what is missing."""
+
+    json: bool = False
+    """Print the checks as JSON."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    add_options(parser, DoctorOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every check; return 0 when training on this machine's CPU works,
     2 when something it needs is broken."""
+    options = read_options(DoctorOptions, args)
     checks = all_checks()
     works = not any(check.status == "broken" for check in checks)
-    if args.json:
+    if options.json:
         print(to_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}), end="")
     else:
         print(as_text(checks))

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.eval.contamination import Checked
@@ -21,19 +21,28 @@ if TYPE_CHECKING:
 EVENT = "eval_contamination"
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalContaminationOptions:
+    """Find items of a score that stand in the training data, and the score without them."""
+
+    results: Annotated[Path, Flag("OUT.json")]
+    """Results of `megatron-sov eval lm`."""
+    data: Annotated[tuple[Path, ...], Flag(many=True)]
+    """What the model was trained on: folders of token shards (their training split), or files and folders
+    of text; several may follow, and it may be repeated."""
+    text_field: Annotated[str, Flag(value="NAME")] = "text"
+    """Field that holds the text of JSONL and Parquet."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that search (default: one for each core)."""
+    run: Annotated[Path | None, Flag(value="DIR")] = None
+    """Also add what was found to this run's events, for its report."""
+    json: bool = False
+    """Print what was found as JSON."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("results", type=Path, metavar="OUT.json", help="results of `megatron-sov eval lm`")
-    parser.add_argument("--data", required=True, nargs="+", action="extend", type=Path, metavar="PATH",
-                        help="what the model was trained on: folders of token shards (their training split), "
-                             "or files and folders of text; several may follow, and it may be repeated")
-    parser.add_argument("--text-field", default="text", metavar="NAME",
-                        help="field that holds the text of JSONL and Parquet (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-                        help="processes that search (default: one for each core)")
-    parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="also add what was found to this run's events, for its report")
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    add_options(parser, EvalContaminationOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,23 +51,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the results or the data cannot be read.
     """
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
-    events = RunEvents(args.run)
-    check_output("OUT.json", args.results)
+    options = read_options(EvalContaminationOptions, args)
+    events = RunEvents(options.run)
+    check_output("OUT.json", options.results)
     from megatron_sov.documents import Reading
     from megatron_sov.eval.contamination import check
     from megatron_sov.eval.score_differences import read_scored
 
-    for path in args.data:
+    for path in options.data:
         if not path.exists():
             raise UserError(f"--data {path}: does not exist; pass token shards, or files of text")
-    scored = read_scored(args.results)
-    found = check(scored, args.data, Reading(text_field=args.text_field), args.workers)
+    scored = read_scored(options.results)
+    found = check(scored, options.data, Reading(text_field=options.text_field), options.workers)
     # first the places: results that name hits without them would be half a result
-    hits_file = args.results.with_name(f"{args.results.name.removesuffix('.json')}.hits.json")
+    hits_file = options.results.with_name(f"{options.results.name.removesuffix('.json')}.hits.json")
     write_output(hits_file, to_json(found.hits))
-    write_output(args.results, to_json(found.results))
+    write_output(options.results, to_json(found.results))
     model = found.results.model
     for name, task in found.results.tasks.items():
         if task.contamination is not None:
@@ -66,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                        metric=_first(found, name), **asdict(task.contamination))
     print(json.dumps({name: task.contamination and asdict(task.contamination)
                       for name, task in found.results.tasks.items()}, indent=1, ensure_ascii=False)
-          if args.json else _table(found, hits_file))
+          if options.json else _table(found, hits_file))
     return ExitCode.OK
 
 

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.outputs import check_output, refuse_input
+from megatron_sov.settings import Flag, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDifferenceOptions:
+    """Compare two models item by item, with confidence intervals."""
+
+    first: Annotated[Path, Flag("A.json")]
+    """Results of `megatron-sov eval lm`."""
+    second: Annotated[Path, Flag("B.json")]
+    """Those of the model to compare with it."""
+    tasks: Annotated[str | None, Flag(value="A,B")] = None
+    """These alone (default: all that both have)."""
+    json: bool = False
+    """Print the figures as JSON."""
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """Also write the figures into a JSON file, which appears whole."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("first", type=Path, metavar="A.json", help="results of `megatron-sov eval lm`")
-    parser.add_argument("second", type=Path, metavar="B.json", help="those of the model to compare with it")
-    parser.add_argument("--tasks", metavar="A,B", help="these alone (default: all that both have)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="also write the figures into a JSON file, which appears whole")
+    add_options(parser, EvalDifferenceOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,20 +41,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a file is damaged, or the two were not measured in the same way.
     """
+    options = read_options(EvalDifferenceOptions, args)
     from megatron_sov.eval.score_differences import differences, read_scored, table
 
-    if args.out is not None:
-        check_output("--out", args.out)
-        refuse_input("--out", args.out, args.first, args.second)
-    tasks = named_tasks(args.tasks)
-    if args.tasks is not None and not tasks:
-        raise UserError(f"--tasks {args.tasks!r}: names no task; name some, separated by commas")
-    found = differences(read_scored(args.first), read_scored(args.second), tasks)
-    values = {"first": str(args.first), "second": str(args.second),
+    if options.out is not None:
+        check_output("--out", options.out)
+        refuse_input("--out", options.out, options.first, options.second)
+    tasks = named_tasks(options.tasks)
+    if options.tasks is not None and not tasks:
+        raise UserError(f"--tasks {options.tasks!r}: names no task; name some, separated by commas")
+    found = differences(read_scored(options.first), read_scored(options.second), tasks)
+    values = {"first": str(options.first), "second": str(options.second),
               "differences": [d.fields() for d in found]}
-    if args.out is not None:
-        write_output(args.out, to_json(values))
-    print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else table(found))
+    if options.out is not None:
+        write_output(options.out, to_json(values))
+    print(json.dumps(values, indent=1, ensure_ascii=False) if options.json else table(found))
     return ExitCode.OK
 
 

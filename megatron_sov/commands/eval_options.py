@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-PARITY_LENGTHS = [1, 7, 64, 200]
+from megatron_sov.settings import Flag
+
+PARITY_LENGTHS = (1, 7, 64, 200)
 """Tokens of the documents on which two forms of a model are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """Where figures go beside the terminal."""
+
+    json: bool = False
+    """Print the figures as JSON."""
+    run: Annotated[Path | None, Flag(value="DIR")] = None
+    """Also add the figures to this run's events, for its report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """How the side that is a checkpoint runs."""
+
+    nproc: int | None = None
+    """Local processes (checkpoints)."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)."""
 
 
 def with_record(sub: argparse.ArgumentParser) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
+from megatron_sov.settings import Flag, add_options, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.report.run_data import Run
@@ -19,16 +21,21 @@ MAX_COMPARED = 8
 """Runs, one for each colour."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write a run's report, or that of several that follow on each other, as one HTML file."""
+
+    runs: Annotated[tuple[Path, ...], Flag("RUN")]
+    """Run folders in order, e.g. of pretrain, extend and sft."""
+    compare: bool = False
+    """Put the runs side by side, each against the first, in the place of one model's story."""
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """The HTML file to write (default: report.html, or compare.html, in the last RUN)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov report`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="run folders in order, e.g. of pretrain, extend and sft")
-    parser.add_argument("--compare", action="store_true",
-                        help="put the runs side by side, each against the first, in the place of one model's "
-                             "story")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the HTML file to write (default: report.html, or compare.html, in the last "
-                             "RUN)")
+    add_options(parser, ReportOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,18 +44,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a RUN is no run folder, or --out cannot be written.
     """
-    if args.compare and not 2 <= len(args.runs) <= MAX_COMPARED:
-        raise UserError(f"--compare: needs 2 to {MAX_COMPARED} runs, and there are {len(args.runs)}; name "
+    options = read_options(ReportOptions, args)
+    if options.compare and not 2 <= len(options.runs) <= MAX_COMPARED:
+        raise UserError(f"--compare: needs 2 to {MAX_COMPARED} runs, and there are {len(options.runs)}; name "
                         "the one to compare with first")
-    found = [path.resolve() for path in args.runs]
-    if twice := [path for path in args.runs if found.count(path.resolve()) > 1]:
+    found = [path.resolve() for path in options.runs]
+    if twice := [path for path in options.runs if found.count(path.resolve()) > 1]:
         raise UserError(f"{twice[0]}: is named twice, and its tokens would count twice; name each run once")
     from megatron_sov.report.run_data import read_run
 
-    out: Path = args.out or args.runs[-1] / ("compare.html" if args.compare else "report.html")
-    check_output("--out", args.out)
-    runs = [read_run(path) for path in args.runs]
-    if args.compare:
+    out: Path = options.out or options.runs[-1] / ("compare.html" if options.compare else "report.html")
+    check_output("--out", options.out)
+    runs = [read_run(path) for path in options.runs]
+    if options.compare:
         from megatron_sov.report import compare
 
         page = compare.render(runs, score_differences(runs, compare.unique_names(runs)))

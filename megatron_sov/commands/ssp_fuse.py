@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import weighted_path
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
+from megatron_sov.recipes.requested import PluginOptions, load_plugins
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class SspFuseOptions(PluginOptions):
+    """Merge the best checkpoint of each domain, or any checkpoints, into one."""
+
+    checkpoints: Annotated[tuple[str, ...], Flag("PROBE_DIR|CHECKPOINT[:weight]")]
+    """The folder of a probe, whose best checkpoint of each domain counts once for each, or checkpoints (a
+    run: its newest one) with weights, 1 each unless given."""
+    output: Annotated[Path, Flag(value="CHECKPOINT")]
+    """Checkpoint to write: the mean of all weights, in float64."""
+    workers: AtLeastOne = 1
+    """Files at a time, each with two tensors in memory."""
+    overwrite: bool = False
+    """Replace a checkpoint that is there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("checkpoints", metavar="PROBE_DIR|CHECKPOINT[:weight]", nargs="+",
-                        help="the folder of a probe, whose best checkpoint of each domain counts once for "
-                             "each, or checkpoints (a run: its newest one) with weights, 1 each unless given")
-    parser.add_argument("--output", type=Path, required=True, metavar="CHECKPOINT",
-                        help="checkpoint to write: the mean of all weights, in float64")
-    parser.add_argument("--workers", type=int, default=1, metavar="N",
-                        help="files at a time, each with two tensors in memory (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    add_plugin_argument(parser)
+    add_options(parser, SspFuseOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,27 +40,26 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the checkpoints have no mean, or nothing can be written there.
     """
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
-    load_plugins(args.plugins)
+    options = read_options(SspFuseOptions, args)
+    load_plugins(options.plugins)
     from megatron_sov.post.ssp.probing import TABLE, experts_of
 
-    first = Path(args.checkpoints[0])
+    first = Path(options.checkpoints[0])
     if (first / TABLE / MANIFEST).is_file():
-        if len(args.checkpoints) > 1:
+        if len(options.checkpoints) > 1:
             raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
-                            f"{args.checkpoints[1]}")
+                            f"{options.checkpoints[1]}")
         found = experts_of(first)
         if len(found) < 2:
             raise UserError(f"{first}: {found[0][0] if found else 'no single checkpoint'} is the best in "
                             "every domain, so there is nothing to merge; use it as it is")
     else:
-        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
+        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in options.checkpoints)]
     from megatron_sov import convert
 
-    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite)
+    convert.average(found, options.output, workers=options.workers, overwrite=options.overwrite)
     total = sum(weight for _, weight in found)
     for path, weight in found:
         print(f"{weight / total:.4g} of {path}")
-    print(f"wrote checkpoint {args.output}")
+    print(f"wrote checkpoint {options.output}")
     return ExitCode.OK

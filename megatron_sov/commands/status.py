@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.obs.figures import duration, figure, large
 from megatron_sov.obs.incidents import KINDS
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
+from megatron_sov.settings import Flag, add_options, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.watch.state import RunState
@@ -22,11 +23,19 @@ SIGNS = dict(zip(CATEGORIES, "#x%s>.", strict=True))
 """Category -> its character in the bar."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """Show how runs stand."""
+
+    runs: Annotated[tuple[Path, ...], Flag("RUN")]
+    """Run folders, or folders that hold runs."""
+    json: bool = False
+    """Print the state of every run as JSON."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov status`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="run folders, or folders that hold runs")
-    parser.add_argument("--json", action="store_true", help="print the state of every run as JSON")
+    add_options(parser, StatusOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,11 +44,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a folder holds no run.
     """
+    options = read_options(StatusOptions, args)
     from megatron_sov.watch.state import find_runs, read_state
 
-    paths = list(dict.fromkeys(found for path in args.runs for found in find_runs(path)))
+    paths = list(dict.fromkeys(found for path in options.runs for found in find_runs(path)))
     states = [read_state(path) for path in paths]
-    if args.json:
+    if options.json:
         print(json.dumps([_plain(state) for state in states], indent=1, ensure_ascii=False))
     elif len(states) == 1:
         print(in_full(states[0]))

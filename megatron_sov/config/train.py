@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_sov.config.bounds import MAX_BATCH_SIZE, MAX_STEPS, MAX_TOKENS, above
 from megatron_sov.config.model import STRICT
 
-AVERAGES = ("uniform", "linear", "ema")
+AverageKind = Literal["uniform", "linear", "ema"]
+AVERAGES = get_args(AverageKind)
 """Ways to weigh the checkpoints of a mean."""
 
 
@@ -72,7 +73,7 @@ class TrainConfig:
     average_last: int = 0
     """When the run is complete, the mean of so many of its newest checkpoints becomes RUN/average, to
     evaluate or to start the next stage from; 0: none.  So many have to be kept."""
-    average_weights: Literal["uniform", "linear", "ema"] = "uniform"
+    average_weights: AverageKind = "uniform"
     """What each checkpoint of `average_last` weighs: the same; 1, 2, 3, ... in their order; or
     `average_decay` times what the one behind it weighs."""
     average_decay: float = 0.5

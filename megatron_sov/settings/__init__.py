@@ -11,14 +11,24 @@ from megatron_sov.settings.bounds import (
     Share,
 )
 from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
-from megatron_sov.settings.options import NO_FLAG, Flag, add_options, read_options
+from megatron_sov.settings.options import (
+    NO_FLAG,
+    Actions,
+    Flag,
+    add_actions,
+    add_options,
+    num_cores,
+    read_options,
+    run_action,
+)
 from megatron_sov.settings.problem import Code, Problem, SettingsError
 from megatron_sov.settings.reading import check, find_problems, place_of, plain, read, read_arguments
 from megatron_sov.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
 
 __all__ = [
-    "NO_FLAG", "AboveZero", "AtLeastOne", "Code", "Finite", "Flag", "Fraction", "Located", "NotNegative",
-    "NotNegativeInt", "Place", "Problem", "SettingsError", "Share", "add_options", "assign_all",
-    "change", "check", "find_problems", "parse_changes", "parse_nested", "place_of", "plain", "read",
-    "read_arguments", "read_file", "read_located", "read_options", "read_text", "read_yaml",
+    "NO_FLAG", "AboveZero", "Actions", "AtLeastOne", "Code", "Finite", "Flag", "Fraction", "Located",
+    "NotNegative", "NotNegativeInt", "Place", "Problem", "SettingsError", "Share", "add_actions",
+    "add_options", "assign_all", "change", "check", "find_problems", "num_cores", "parse_changes",
+    "parse_nested", "place_of", "plain", "read", "read_arguments", "read_file", "read_located",
+    "read_options", "read_text", "read_yaml", "run_action",
 ]

@@ -20,8 +20,9 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -50,6 +51,11 @@ class Flag:
     """Heading under which help lists it."""
     help: str = ""
     """Of a type that several classes have; else the string under the field is."""
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 NO_FLAG = Flag("-")
@@ -91,14 +97,22 @@ class _Given:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Declare the fields of a class of settings as a parser's arguments.
+    """Declare the fields of a class of settings as a parser's arguments, and what the class says as its
+    description, where it has none.
 
     Args:
         parser: takes them; a value is checked by `read_options`, not by the parser.
         cls: a frozen dataclass; fields of classes of settings inside it are arguments too, unless `NO_FLAG`.
     """
+    if parser.description is None:
+        parser.description = inspect.cleandoc(cls.__doc__ or "")
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
     groups: dict[str, Any] = {"": parser}
-    for given in _fields(cls):
+    classes = cls.__mro__
+    nearness = {name: i for i in reversed(range(len(classes)))
+                for name in inspect.get_annotations(classes[i])}
+    # options of the class itself go before those that it has from others; arguments keep their order
+    for given in sorted(_fields(cls), key=lambda one: -1 if one.is_positional else nearness[one.path[0]]):
         heading = given.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         shown = given.help + _default_shown(given)
@@ -135,7 +149,7 @@ def _metavar(given: _Given) -> str:
 
 def _default_shown(given: _Given) -> str:
     default = given.default
-    if default in (dataclasses.MISSING, None, True, False, "", ()) or "(default" in given.help:
+    if default in (dataclasses.MISSING, None, "", ()) or given.hint is bool or "default" in given.help:
         return ""
     if isinstance(default, float):
         return f" (default {default:g})"
@@ -177,15 +191,36 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     return cast(S, settings)
 
 
+Actions = Mapping[str, tuple[type, Callable[[Any], int]]]
+"""Name of an action of a command -> its class of settings, and what takes that and returns an exit code."""
+
+
+def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
+    """Declare the actions of a command; the first sentence that a class says is an action's line in help."""
+    below = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, (cls, _) in actions.items():
+        says = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+        add_options(below.add_parser(name, help=says.removesuffix(".").replace("%", "%%")), cls)
+
+
+def run_action(actions: Actions, args: argparse.Namespace) -> int:
+    """Run the action that was chosen; returns its exit code."""
+    cls, do = actions[args.action]
+    return do(read_options(cls, args))
+
+
 def _typed(text: Any, hint: Any) -> Any:
     """Return the plain value of one that was typed; text where it is none of its type."""
     if not isinstance(text, str) or hint in (str, Path):
         return text
     if get_origin(hint) is Literal:
         return next((word for word in get_args(hint) if str(word) == text), text)
-    if hint in (int, float):
-        with contextlib.suppress(ValueError):
-            return hint(text)
+    with contextlib.suppress(ValueError):
+        if hint in (int, float):
+            return int(text)
+    with contextlib.suppress(ValueError):
+        if hint is float:
+            return float(text)
     try:
         return parse_value(text)  # 2e9 is a whole number
     except (ValueError, RecursionError):
@@ -235,7 +270,8 @@ def _taken_apart(hint: Any) -> tuple[Flag, Any, bool]:
     flag, repeats = Flag(), False
     while True:
         if get_origin(hint) is Annotated:
-            flag = next((part for part in hint.__metadata__ if isinstance(part, Flag)), flag)
+            outer, flag = flag, next((part for part in hint.__metadata__ if isinstance(part, Flag)), flag)
+            flag = flag if outer == Flag() else outer
             hint = get_args(hint)[0]
         elif get_origin(hint) in (Union, UnionType):
             hint = next(part for part in get_args(hint) if part is not NoneType)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -105,6 +106,8 @@ class SettingsError(UserError):
 
 def show(value: Any) -> str:
     """Return a value as users write it, in JSON, cut where it is long; control characters are escaped."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):

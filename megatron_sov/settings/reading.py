@@ -26,7 +26,7 @@ _TYPES = {
 """Begin of pydantic's name of a wrong type -> our rule."""
 _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
            "less_than": "must be below {lt}", "less_than_equal": "must be at most {le}",
-           "finite_number": "must be a number that is not infinite",
+           "finite_number": "must be a finite number",
            "multiple_of": "must be a multiple of {multiple_of}",
            "too_short": "must have at least {min_length} items",
            "too_long": "must have at most {max_length} items",
@@ -176,6 +176,8 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
         known = [word for word in _choices(hint) if isinstance(word, str)]
         close = nearest(value, known).removeprefix("; ") if isinstance(value, str) else ""
         return Problem(Code.CHOICE, key, f"must be {ctx.get('expected', 'another word')}", value, close)
+    if kind == "less_than" and ctx["lt"] == float("inf"):
+        kind = "finite_number"
     if kind in _BOUNDS:
         shown = {name: _number(number) for name, number in ctx.items()}
         return Problem(Code.BOUND, key, _BOUNDS[kind].format(**shown), value)

@@ -104,7 +104,7 @@ def test_help_is_the_string_under_the_field() -> None:
 
 
 @pytest.mark.parametrize(("typed", "code", "key", "sentence"), [
-    ("--heldout 1", "bound", "--heldout", "--heldout 1.0: must be below 1"),
+    ("--heldout 1", "bound", "--heldout", "--heldout 1: must be below 1"),
     ("--heldout x", "type", "--heldout", '--heldout "x": must be a number'),
     ("--limit 1.5", "type", "--limit", "--limit 1.5: must be a whole number"),
     ("--limit=", "type", "--limit", '--limit "": must be a whole number'),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
@@ -13,29 +15,34 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
 from megatron_sov.pages.content import Table
+from megatron_sov.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
-from tokenizer.report.command import TOKENIZER_HELP, add_text_arguments
+from tokenizer.report.command import HeldoutTextOptions, TokenizerPath
 from tokenizer.report.texts import NamedText, read_texts
 
-DESCRIPTION = """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in
-context and in FLOPs, shared vocabulary, what they cut differently, and speed. Figures that are ratios are
-against the first tokenizer."""
 DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerCompareOptions(HeldoutTextOptions):
+    """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in
+    context and in FLOPs, shared vocabulary, what they cut differently, and speed. Figures that are ratios are
+    against the first tokenizer."""
+
+    tokenizers: tuple[TokenizerPath, ...]
+    hidden_size: AtLeastOne = DEFAULT_HIDDEN_SIZE
+    """Width of the model's embedding and head."""
+    body_params: Annotated[AboveZero, Flag(value="N")] = DEFAULT_BODY_PARAMS
+    """Parameters that each token meets, without embedding and head."""
+    output: Annotated[Path | None, Flag(value="FILE.html")] = None
+    """Write a page here."""
+    json: Annotated[Path | None, Flag(value="FILE")] = None
+    """Write all numbers here."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("tokenizers", nargs="+", type=Path, metavar="TOKENIZER",
-                        help=TOKENIZER_HELP)
-    add_text_arguments(parser)
-    parser.add_argument("--hidden-size", type=int, default=DEFAULT_HIDDEN_SIZE, metavar="N",
-                        help=f"width of the model's embedding and head (default {DEFAULT_HIDDEN_SIZE})")
-    parser.add_argument("--body-params", type=float, default=DEFAULT_BODY_PARAMS, metavar="N",
-                        help="parameters that each token meets, without embedding and head (default 8e9)")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="write a page here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    add_options(parser, TokenizerCompareOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,18 +54,17 @@ def run(args: argparse.Namespace) -> int:
     """
     from tokenizer.compare.page import overlap_table, render, text_table
 
-    if len(args.tokenizers) < 2:
-        raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name another one to compare it with")
-    if not args.text:
+    options = read_options(TokenizerCompareOptions, args)
+    if len(options.tokenizers) < 2:
+        raise UserError(f"{options.tokenizers[0]}: is the only tokenizer; name another one to compare "
+                        "it with")
+    if not options.text:
         raise UserError("--text is missing; name held-out text to compare on, e.g. "
                         "--text korean=heldout/ko.jsonl")
-    for option, value in (("--hidden-size", args.hidden_size), ("--body-params", args.body_params)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{option} {value:g}: must be above 0, e.g. that of the model you will train")
-    check_output("--output", args.output)
-    check_output("--json", args.json)
-    found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
-                    args.body_params)
+    check_output("--output", options.output)
+    check_output("--json", options.json)
+    found = compare(options.tokenizers, read_texts(options.text, options.max_text_mb), options.hidden_size,
+                    options.body_params)
     for title, table in (("bytes per token", text_table(found, "bytes_per_token", "{:.3f}")),
                          ("tokens per word", text_table(found, "tokens_per_word", "{:.3f}")),
                          ("tokens against the first", text_table(found, "relative_tokens", "{:.3f}")),
@@ -67,15 +73,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"{title}\n{_plain(table)}")
     for name, facts in found["tokenizers"].items():
         print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
-    if args.output is not None:
-        write_output(args.output, render(found))
-        print(f"{args.output}: opens in any browser without a network")
-    if args.json is not None:
-        write_output(args.json, to_json(found))
+    if options.output is not None:
+        write_output(options.output, render(found))
+        print(f"{options.output}: opens in any browser without a network")
+    if options.json is not None:
+        write_output(options.json, to_json(found))
     return 0
 
 
-def compare(paths: list[Path], texts: list[NamedText], hidden_size: int,
+def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
     """Return everything that is known about some tokenizers beside each other, as plain values."""
     from tokenizer.compare.cuts import different_lines, different_words

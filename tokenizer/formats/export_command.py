@@ -3,48 +3,56 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
+from megatron_sov.settings import Flag, add_options, read_options
 
-DESCRIPTION = """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json
-beside it) or for sentencepiece (a .model file; byte-level BPE has no such form).
 
-Ids are compared before anything is written, on built-in texts of all scripts and on yours."""
-FORMATS = ("tiktoken", "sentencepiece")
+@dataclass(frozen=True, kw_only=True)
+class TokenizerExportOptions:
+    """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json
+    beside it) or for sentencepiece (a .model file; byte-level BPE has no such form).
+
+    Ids are compared before anything is written, on built-in texts of all scripts and on yours."""
+
+    path: Annotated[Path, Flag("DIR")]
+    """A tokenizer's folder, ours or Hugging Face's, or its tokenizer.json."""
+    format: Literal["tiktoken", "sentencepiece"]
+    """Whose form."""
+    output: Annotated[Path, Flag(value="FILE")]
+    """The file of ranks, or the .model file."""
+    text: tuple[Path, ...] = ()
+    """Text on which ids are compared, beside the built-in ones."""
+    overwrite: bool = False
+    """Replace files that are already there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("path", type=Path, metavar="DIR",
-                        help="a tokenizer's folder, ours or Hugging Face's, or its tokenizer.json")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="whose form")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE",
-                        help="the file of ranks, or the .model file")
-    parser.add_argument("--text", action="append", default=[], type=Path, metavar="PATH",
-                        help="text on which ids are compared, beside the built-in ones")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are already there")
+    add_options(parser, TokenizerExportOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer export`; returns 0."""
-    export_tokenizer(args.path, args.format, args.output, texts=args.text, overwrite=args.overwrite)
+    options = read_options(TokenizerExportOptions, args)
+    export_tokenizer(options.path, options.format, options.output, texts=options.text,
+                     overwrite=options.overwrite)
     return 0
 
 
-def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] | None = None,
+def export_tokenizer(path: Path, form: str, output: Path, *, texts: Sequence[Path] = (),
                      overwrite: bool = False) -> None:
     """Write a tokenizer in another form.
 
     Args:
         path: a folder with tokenizer.json, or the file.
-        form: one of `FORMATS`.
+        form: "tiktoken" or "sentencepiece".
         output: the file of ranks (rules are written to `output`.json) or the .model file.
         texts: files and folders on which ids are compared besides.
         overwrite: replace files that are already there.
@@ -66,7 +74,7 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] |
         raise UserError(f"{file}: is no tokenizer.json; take it over by `sov-tokenizer import` first")
     source = open_hf(file)
     contents, encode = (_tiktoken if form == "tiktoken" else _sentencepiece)(source, output.stem)
-    samples = [*built_in(source.raw), *users(texts or [])]
+    samples = [*built_in(source.raw), *users(texts)]
     if difference := first_difference(samples, encode, source.encode):
         raise UserError(f"{file}: cannot be exported, since {form} would not give the same ids "
                         f"for {difference}")

@@ -4,50 +4,62 @@ with the same ids."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.settings import Flag, add_options, read_options
 
-DESCRIPTION = """Take over a tokenizer of Hugging Face (a folder with tokenizer.json, or the file), tiktoken
-(a file of ranks, its pattern and special tokens in FILE.json beside it) or sentencepiece (a .model file, BPE
-or unigram).
-
-What is written gives the same ids as the library that the tokenizer was made for, on built-in texts of all
-scripts and on yours; if it does not, nothing is written."""
 PRESET = "imported"
 """What the manifest says where it names the preset of a trained tokenizer."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerImportOptions:
+    """Take over a tokenizer of Hugging Face (a folder with tokenizer.json, or the file), tiktoken (a file of
+    ranks, its pattern and special tokens in FILE.json beside it) or sentencepiece (a .model file, BPE
+    or unigram).
+
+    What is written gives the same ids as the library that the tokenizer was made for, on built-in texts
+    of all scripts and on yours; if it does not, nothing is written."""
+
+    path: Annotated[Path, Flag("PATH")]
+    """The folder or file."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the tokenizer."""
+    rules: Annotated[Path | None, Flag(value="FILE.json")] = None
+    """For tiktoken: pat_str and special_tokens, if they do not stand in PATH.json."""
+    text: tuple[Path, ...] = ()
+    """Text on which ids are compared, beside the built-in ones; bytes per token are measured on it."""
+    overwrite: bool = False
+    """Replace a tokenizer that is already there."""
+    bos: Annotated[str | None, Flag(value="TOKEN")] = None
+    """Special token for the begin of a document, if the source names none."""
+    eos: Annotated[str | None, Flag(value="TOKEN")] = None
+    """Special token for the end of a document, if the source names none."""
+    pad: Annotated[str | None, Flag(value="TOKEN")] = None
+    """Special token for padding (default: eos), if the source names none."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("path", type=Path, metavar="PATH", help="the folder or file")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the tokenizer")
-    parser.add_argument("--rules", type=Path, metavar="FILE.json",
-                        help="for tiktoken: pat_str and special_tokens, if they do not stand in PATH.json")
-    for name, what in (("bos", "begin of a document"), ("eos", "end of a document"),
-                       ("pad", "padding (default: eos)")):
-        parser.add_argument(f"--{name}", metavar="TOKEN",
-                            help=f"special token for the {what}, if the source names none")
-    parser.add_argument("--text", action="append", default=[], type=Path, metavar="PATH",
-                        help="text on which ids are compared, beside the built-in ones; "
-                             "bytes per token are measured on it")
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
+    add_options(parser, TokenizerImportOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer import`; returns 0."""
-    named = {f"{name}_token": getattr(args, name) for name in ("bos", "eos", "pad")}
-    import_tokenizer(args.path, args.output, rules=args.rules, named=named, texts=args.text,
-                     overwrite=args.overwrite)
+    options = read_options(TokenizerImportOptions, args)
+    named = {"bos_token": options.bos, "eos_token": options.eos, "pad_token": options.pad}
+    import_tokenizer(options.path, options.output, rules=options.rules, named=named, texts=options.text,
+                     overwrite=options.overwrite)
     return 0
 
 
 def import_tokenizer(path: Path, output: Path, *, rules: Path | None = None,
-                     named: dict[str, str | None] | None = None, texts: list[Path] | None = None,
+                     named: dict[str, str | None] | None = None, texts: Sequence[Path] = (),
                      overwrite: bool = False) -> None:
     """Write a foreign tokenizer as an artifact of kind "tokenizer".
 
@@ -75,7 +87,7 @@ def import_tokenizer(path: Path, output: Path, *, rules: Path | None = None,
         config = config_json(special["bos_token"], special["eos_token"], special["pad_token"],
                              source.chat_template)
         (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
-        checked, ratios = _check(artifact.path, source, texts or [])
+        checked, ratios = _check(artifact.path, source, texts)
         _describe(artifact, source, special, checked, ratios)
     print(f"{source.file}: {checked}")
     for name, ratio in ratios.items():
@@ -104,7 +116,7 @@ def _special_tokens(source: Any, named: dict[str, str]) -> dict[str, Any]:
     return {"bos_token": None, **special, "pad_token": special.get("pad_token") or special["eos_token"]}
 
 
-def _check(folder: Path, source: Any, paths: list[Path]) -> tuple[str, dict[str, float]]:
+def _check(folder: Path, source: Any, paths: Sequence[Path]) -> tuple[str, dict[str, float]]:
     """Compare the written files with the source's library; returns a sentence and bytes per token of each
     of the user's texts.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sov.artifacts import (
     MANIFEST,
@@ -19,12 +20,8 @@ from megatron_sov.artifacts import (
 )
 from megatron_sov.errors import UserError
 from megatron_sov.pretrained import INDEX, hub_name, read_json, weight_files
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
-DESCRIPTION = """Add tokens to a Hugging Face model's folder, or replace some, before training it on.
-
-Tokens come from a .txt file, one per line (found in text as they stand), or from another tokenizer of the
-same kind (BPE: they become merges). Each new row of embedding and head is the mean of the rows of which its
-text was made before. Old ids, and the ids of text without new tokens, stay."""
 KIND = "hf_model"
 """As `megatron-sov convert to-hf` names its folders."""
 LIST = "graft.json"
@@ -32,6 +29,33 @@ CONFIG = "config.json"
 COMPANIONS = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja",
               "chat_template.json")
 """Files that stay true; vocab.json and the like would not, and code is not taken along."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftOptions:
+    """Add tokens to a Hugging Face model's folder, or replace some, before training it on.
+
+    Tokens come from a .txt file, one per line (found in text as they stand), or from another tokenizer of
+    the same kind (BPE: they become merges). Each new row of embedding and head is the mean of the rows of
+    which its text was made before. Old ids, and the ids of text without new tokens, stay."""
+
+    model: Annotated[Path, Flag("MODEL_DIR")]
+    """The model's folder: config.json, safetensors, tokenizer.json."""
+    add: Annotated[tuple[Path, ...], Flag(value="TOKENS.txt|TOKENIZER")] = ()
+    """Tokens to add: a text file, one per line, or a tokenizer (any form that import reads); repeat it."""
+    special: bool = False
+    """Tokens of .txt files are special tokens, such as <|think|>."""
+    replace: Annotated[tuple[str, ...], Flag(value="OLD=NEW")] = ()
+    """Let NEW take the id of OLD; repeat it."""
+    vocab_size: AtLeastOne | None = None
+    """Rows of the finished model; tokens of a tokenizer fill them up, in its order (default: as many as
+    needed)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the grafted model."""
+    text: tuple[Path, ...] = ()
+    """Text on which old and new ids are compared, beside the built-in one."""
+    overwrite: bool = False
+    """Replace a model that is already there."""
 
 
 @dataclass(frozen=True)
@@ -51,36 +75,19 @@ class Codebooks:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR",
-                        help="the model's folder: config.json, safetensors, tokenizer.json")
-    parser.add_argument("--add", action="append", default=[], type=Path, metavar="TOKENS.txt|TOKENIZER",
-                        help="tokens to add: a text file, one per line, or a tokenizer (any form that import "
-                             "reads); repeat it")
-    parser.add_argument("--special", action="store_true",
-                        help="tokens of .txt files are special tokens, such as <|think|>")
-    parser.add_argument("--replace", action="append", default=[], metavar="OLD=NEW",
-                        help="let NEW take the id of OLD; repeat it")
-    parser.add_argument("--vocab-size", type=int, metavar="N",
-                        help="rows of the finished model; tokens of a tokenizer fill them up, "
-                             "in its order (default: as many as needed)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
-                        help="folder for the grafted model")
-    parser.add_argument("--text", action="append", default=[], type=Path, metavar="PATH",
-                        help="text on which old and new ids are compared, beside the built-in one")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is already there")
+    add_options(parser, GraftOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer graft`; returns 0."""
-    graft(args.model, args.output, add=args.add, special=args.special, replace=args.replace,
-          vocab_size=args.vocab_size, texts=args.text, overwrite=args.overwrite)
+    options = read_options(GraftOptions, args)
+    graft(options.model, options.output, add=options.add, special=options.special, replace=options.replace,
+          vocab_size=options.vocab_size, texts=options.text, overwrite=options.overwrite)
     return 0
 
 
-def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
-          replace: list[str] | None = None, vocab_size: int | None = None, texts: list[Path] | None = None,
+def graft(model: Path, output: Path, *, add: Sequence[Path], special: bool = False,
+          replace: Sequence[str] = (), vocab_size: int | None = None, texts: Sequence[Path] = (),
           codebooks: Codebooks | None = None, overwrite: bool = False) -> None:
     """Write a model with other tokens, as an artifact of kind "hf_model".
 
@@ -119,7 +126,7 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
     tables = find_tables(files, old_rows)
     surgery = Surgery(source.raw, str(source.file), _protected(source, config))
     if add or replace:
-        _operate(surgery, add, special, replace or [], vocab_size)
+        _operate(surgery, add, special, replace, vocab_size)
     noisy = range(surgery.num_ids, surgery.num_ids + len(codebooks.tokens)) if codebooks else range(0)
     if codebooks is not None:
         surgery.add_words(codebooks.tokens, special=True)
@@ -134,7 +141,7 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
         _write_tokenizer(artifact.path, model, surgery)
         config.get("text_config", config)["vocab_size"] = new_rows
         (artifact.path / CONFIG).write_text(to_json(config), encoding="utf-8")
-        checked = _check(artifact.path, source, surgery, texts or [])
+        checked = _check(artifact.path, source, surgery, texts)
         _write_weights(artifact, files, tables, plan)
         _describe(artifact, model, surgery, plan, checked, config)
         artifact.content |= codebooks.content if codebooks else {}
@@ -168,7 +175,8 @@ def _protected(source: Any, config: dict[str, Any]) -> set[str]:
     return named | {token["content"] for token in source.raw["added_tokens"] if token["content"] in relied}
 
 
-def _operate(surgery: Any, add: list[Path], special: bool, replace: list[str], max_ids: int | None) -> None:
+def _operate(surgery: Any, add: Sequence[Path], special: bool, replace: Sequence[str],
+             max_ids: int | None) -> None:
     """Replace first, then add words, then the tokens of tokenizers, which may fill up what is left."""
     from tokenizer.formats.reader import open_foreign
 
@@ -239,7 +247,7 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
-def _check(folder: Path, source: Any, surgery: Any, paths: list[Path]) -> str:
+def _check(folder: Path, source: Any, surgery: Any, paths: Sequence[Path]) -> str:
     """Compare old and new ids, by tokenizers and transformers; returns a sentence.
 
     `folder` holds config.json as well: for some model types transformers takes a tokenizer class of its own

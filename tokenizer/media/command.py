@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Le
 
 from megatron_sov.artifacts import (
     damaged_files,
@@ -16,55 +19,51 @@ from megatron_sov.artifacts import (
 )
 from megatron_sov.errors import UserError
 from megatron_sov.media.vocabulary import MEDIA, described
+from megatron_sov.settings import Flag, NotNegative, add_options, read_options
 from tokenizer.media.layout import MediaTokens, laid_out
 
-DESCRIPTION = """Add a token for each entry of the codebooks of sounds and pictures, and the marks that stand
-around them in a text, behind all other tokens: marks, sounds, pictures. Ids of text stay as they are.
-
-TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote, or a Hugging Face model's folder: its
-embedding and head then get rows too, the mean of all old rows with a little noise."""
 KIND = "tokenizer"
 NOISE = 0.1
 """Standard deviations of each column (ours: the authors of the published model do not say how they began)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerMediaOptions:
+    """Add a token for each entry of the codebooks of sounds and pictures, and the marks that stand
+    around them in a text, behind all other tokens: marks, sounds, pictures. Ids of text stay as they are.
+
+    TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote, or a Hugging Face model's folder: its
+    embedding and head then get rows too, the mean of all old rows with a little noise."""
+
+    tokenizer: Annotated[Path, Flag("TOKENIZER")]
+    """Folder of a tokenizer, or of a Hugging Face model."""
+    media: MediaTokens = field(default_factory=MediaTokens)
+    noise: Annotated[Annotated[NotNegative, Le(10)] | None, Flag(value="S")] = None
+    """Of a model's new rows, in standard deviations of each column (default 0.1)."""
+    seed: int = 0
+    """Of the noise."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the tokenizer, or the model."""
+    overwrite: bool = False
+    """Replace what is already there."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER",
-                        help="folder of a tokenizer, or of a Hugging Face model")
-    for kind, published in (("audio", "6561"), ("image", "65536")):
-        parser.add_argument(f"--{kind}-tokens", type=int, default=0, metavar="N",
-                            help=f"entries of the codebook (HyperCLOVA X 8B Omni: {published}; "
-                                 "default: none)")
-        parser.add_argument(f"--{kind}-first", type=int, metavar="ID",
-                            help="id of the first one; ids left free before it become reserved tokens "
-                                 "(default: the next id)")
-    parser.add_argument("--noise", type=float, metavar="S",
-                        help="of a model's new rows, in standard deviations of each column "
-                             f"(default {NOISE})")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default %(default)s)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
-                        help="folder for the tokenizer, or the model")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
+    add_options(parser, TokenizerMediaOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer media`; returns 0."""
-    asked = MediaTokens(args.audio_tokens, args.image_tokens, args.audio_first, args.image_first)
-    if problems := asked.problems():
-        raise UserError("; ".join(problems))
-    if (args.tokenizer / "config.json").is_file():
-        noise = NOISE if args.noise is None else args.noise
-        if not 0 <= noise <= 10:
-            raise UserError(f"--noise {noise}: must lie in 0..10")
-        _grow_model(args.tokenizer, args.output, asked, noise, args.seed, args.overwrite)
+    options = read_options(TokenizerMediaOptions, args)
+    if (options.tokenizer / "config.json").is_file():
+        noise = NOISE if options.noise is None else options.noise
+        _grow_model(options.tokenizer, options.output, options.media, noise, options.seed, options.overwrite)
         return 0
-    if args.noise is not None:
-        raise UserError(f"--noise {args.noise}: {args.tokenizer} is no model, and a tokenizer alone has no "
-                        "rows; leave it out")
-    add_media(args.tokenizer, args.output, asked, overwrite=args.overwrite)
+    if options.noise is not None:
+        raise UserError(f"--noise {options.noise}: {options.tokenizer} is no model, and a tokenizer alone "
+                        "has no rows; leave it out")
+    add_media(options.tokenizer, options.output, options.media, overwrite=options.overwrite)
     return 0
 
 

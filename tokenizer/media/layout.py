@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Le
 
 from megatron_sov.errors import UserError
 from megatron_sov.media.marks import DIGITS, MARKS, entry
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.settings import Code, Flag, NotNegativeInt, Problem
 
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""
@@ -15,28 +19,25 @@ FILLER = "<|reserved_media_{}|>"
 
 @dataclass(frozen=True)
 class MediaTokens:
-    """What was asked for."""
+    """Tokens of media."""
 
-    audio_size: int
-    """Codebook entries of sounds; 0: none."""
-    image_size: int
-    """Codebook entries of pictures; 0: none."""
-    audio_first: int | None = None
-    """Id of the first one; None: behind all others."""
-    image_first: int | None = None
-    """Likewise."""
+    audio_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[AUDIO])] = 0
+    """Entries of the codebook of sounds (HyperCLOVA X 8B Omni: 6561; default: none)."""
+    image_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[IMAGE])] = 0
+    """Entries of the codebook of pictures (HyperCLOVA X 8B Omni: 65536; default: none)."""
+    audio_first: Annotated[int | None, Flag(value="ID")] = None
+    """Id of the first sound; ids left free before it become reserved tokens (default: the next id)."""
+    image_first: Annotated[int | None, Flag(value="ID")] = None
+    """Id of the first picture, likewise."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        p = [f"--{kind}-tokens {size}: must lie in 0..{10 ** DIGITS[kind]}"
-             for kind, size in ((AUDIO, self.audio_size), (IMAGE, self.image_size))
-             if not 0 <= size <= 10 ** DIGITS[kind]]
-        p += [f"--{kind}-first {first}: needs --{kind}-tokens"
-              for kind, first, size in ((AUDIO, self.audio_first, self.audio_size),
-                                        (IMAGE, self.image_first, self.image_size))
-              if first is not None and not size]
-        if not (self.audio_size or self.image_size):
-            p.append("--audio-tokens 0, --image-tokens 0: one of them must be positive")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = [Problem(Code.RULE, f"{kind}_first", f"needs --{kind}-tokens", first)
+             for kind, first, size in ((AUDIO, self.audio_first, self.audio_tokens),
+                                       (IMAGE, self.image_first, self.image_tokens))
+             if first is not None and not size]
+        if not (self.audio_tokens or self.image_tokens):
+            p.append(Problem(Code.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0))
         return p
 
 
@@ -58,8 +59,8 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
     words = [mark for mark in MARKS if mark not in known]
     blocks: list[Block] = []
     num_fillers = 0
-    for kind, size, first in ((AUDIO, asked.audio_size, asked.audio_first),
-                              (IMAGE, asked.image_size, asked.image_first)):
+    for kind, size, first in ((AUDIO, asked.audio_tokens, asked.audio_first),
+                              (IMAGE, asked.image_tokens, asked.image_first)):
         free = num_ids + len(words)
         if not size:
             continue

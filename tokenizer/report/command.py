@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron_sov.artifacts import sha256_file, to_json, write_output
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.outputs import check_output
+from megatron_sov.settings import AboveZero, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.texts import DEFAULT_MB, read_texts
 
-DESCRIPTION = """Check a tokenizer and write what was found as one HTML file that opens without a network.
+TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
+    "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "
+    "FILE.tiktoken.json."))]
 
-Each check has a verdict (good, note, bad), numbers and examples. Give held-out text, one --text for each
-language or domain, to see bytes per token, the cost in context, and tokens that are never used."""
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutTextOptions:
+    """Held-out text."""
+
+    text: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)] = ()
+    """Held-out text: a text file, .jsonl, .parquet or a folder of them, one for each language or domain."""
+    max_text_mb: Annotated[AboveZero, Flag(value="MB")] = DEFAULT_MB
+    """Most text of each that is read, spread evenly over its files."""
 
 
-TOKENIZER_HELP = ("a folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str "
-                  "in FILE.tiktoken.json")
+@dataclass(frozen=True, kw_only=True)
+class TokenizerReportOptions(HeldoutTextOptions):
+    """Check a tokenizer and write what was found as one HTML file that opens without a network.
+
+    Each check has a verdict (good, note, bad), numbers and examples. Give held-out text, one --text for each
+    language or domain, to see bytes per token, the cost in context, and tokens that are never used."""
+
+    tokenizer: TokenizerPath
+    output: Annotated[Path, Flag(value="REPORT.html")]
+    """The page to write."""
+    json: Annotated[Path | None, Flag(value="FILE")] = None
+    """Write all numbers here too."""
+    skip: Annotated[tuple[str, ...], Flag(value="CHECK")] = ()
+    """Leave a check out; repeat it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = DESCRIPTION
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER",
-                        help=TOKENIZER_HELP)
-    add_text_arguments(parser)
-    parser.add_argument("--output", required=True, type=Path, metavar="REPORT.html", help="the page to write")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here too")
-    parser.add_argument("--skip", action="append", default=[], metavar="CHECK",
-                        help="leave a check out; repeat it")
-
-
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that name held-out text."""
-    parser.add_argument("--text", action="extend", nargs="+", default=[], metavar="[NAME=]PATH",
-                        help="held-out text: a text file, .jsonl, .parquet or a folder of them, "
-                             "one for each language or domain")
-    parser.add_argument("--max-text-mb", type=float, default=DEFAULT_MB, metavar="MB",
-                        help="most text of each that is read, spread evenly over its files (default "
-                             f"{DEFAULT_MB:g})")
+    add_options(parser, TokenizerReportOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,22 +60,23 @@ def run(args: argparse.Namespace) -> int:
     from tokenizer.report.everything import CHECKS, check_all
     from tokenizer.report.page import render
 
-    for name in args.skip:
+    options = read_options(TokenizerReportOptions, args)
+    for name in options.skip:
         if name not in CHECKS:
             raise UserError(f"--skip {name}: is no check{nearest(name, CHECKS)} (checks: "
                             f"{', '.join(CHECKS)})")
-    check_output("--output", args.output)
-    check_output("--json", args.json)
-    opened = open_tokenizer(args.tokenizer)
-    checks = check_all(opened, read_texts(args.text, args.max_text_mb), args.skip)
+    check_output("--output", options.output)
+    check_output("--json", options.json)
+    opened = open_tokenizer(options.tokenizer)
+    checks = check_all(opened, read_texts(options.text, options.max_text_mb), options.skip)
     for check in checks:
         print(f"{check.verdict:>4}  {check.title}: {check.summary}")
-    write_output(args.output, render(opened, checks))
-    if args.json is not None:
+    write_output(options.output, render(opened, checks))
+    if options.json is not None:
         found = {c.name: {"title": c.title, "verdict": c.verdict, "summary": c.summary, "numbers": c.numbers}
                  for c in checks}
-        facts = {"tokenizer": str(args.tokenizer), "library": opened.library, "vocab_size": opened.vocab_size,
-                 "sha256": sha256_file(opened.file)}
-        write_output(args.json, to_json(facts | {"checks": found}))
-    print(f"{args.output}: opens in any browser without a network")
+        facts = {"tokenizer": str(options.tokenizer), "library": opened.library,
+                 "vocab_size": opened.vocab_size, "sha256": sha256_file(opened.file)}
+        write_output(options.json, to_json(facts | {"checks": found}))
+    print(f"{options.output}: opens in any browser without a network")
     return 0

@@ -4,7 +4,7 @@ parts spread evenly over its files."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,14 +60,12 @@ class NamedText:
         return self.chunks[::step]
 
 
-def read_texts(arguments: list[str], max_mb: float) -> list[NamedText]:
+def read_texts(arguments: Sequence[str], max_mb: float) -> list[NamedText]:
     """Read the texts of `--text [NAME=]PATH ...`.
 
     Raises:
         UserError: a name stands twice, a path is missing, or a file is no text or holds none.
     """
-    if not max_mb > 0:
-        raise UserError(f"--max-text-mb {max_mb}: must be above 0, e.g. {DEFAULT_MB}")
     texts: list[NamedText] = []
     for argument in arguments:
         name, path = parse_text(argument)

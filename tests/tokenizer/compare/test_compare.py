@@ -78,8 +78,9 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(build: Build, heldout: dic
     it, text, output = str(build()), ["--text", str(heldout["english"])], tmp_path / "new.html"
     mistakes = {"is the only tokenizer": [it, *text], "--text is missing": [it, it],
                 "does not exist": [it, "none", *text],
-                "--hidden-size 0: must be above 0": [it, it, *text, "--hidden-size", "0"],
-                "--body-params nan: must be above 0": [it, it, *text, "--body-params", "nan"]}
+                "--hidden-size 0: must be at least 1": [it, it, *text, "--hidden-size", "0"],
+                "--max-text-mb 0: must be above 0": [it, it, *text, "--max-text-mb", "0"],
+                "--body-params nan: must be a finite number": [it, it, *text, "--body-params", "nan"]}
     for sentence, arguments in mistakes.items():
         assert main(["compare", *arguments, "--output", str(output)]) == 2
         assert sentence in capsys.readouterr().err

@@ -74,7 +74,8 @@ def test_placeholders_are_where_the_recipe_has_them(num_ids: int) -> None:
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ((), "one of them must be positive"), (("--audio-tokens", -1), "must lie in 0..10000"),
+    ((), "--audio-tokens 0: adds nothing, and no --image-tokens do"),
+    (("--audio-tokens", -1), "--audio-tokens -1: must be at least 0"),
     (("--audio-tokens", 4, "--image-first", 900), "--image-first 900: needs --image-tokens"),
     (("--audio-tokens", 4, "--audio-first", 10), "the ids up to 297 are taken"),
     (("--audio-tokens", 4, "--audio-first", 10**9), "no more than"),

@@ -90,5 +90,3 @@ def test_bad_text_costs_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=sentence):
         read_texts(arguments, 1)
-    with pytest.raises(UserError, match="must be above 0"):
-        read_texts(["a.txt"], 0)

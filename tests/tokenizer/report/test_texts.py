@@ -66,6 +66,3 @@ def test_names_are_the_files_own_or_given_and_stand_once(tmp_path: Path,
     with pytest.raises(UserError,
                        match=r"the name 'ko' is taken by another text; name it, e.g. other=en.txt"):
         read_texts(["ko.txt", "ko=en.txt"], 1.0)
-    for limit in (0.0, -1.0, float("nan")):
-        with pytest.raises(UserError, match="must be above 0"):
-            read_texts(["ko.txt"], limit)
