@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,14 +11,15 @@ from megatron_sov.artifacts import to_json
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.settings import (
     AboveZero,
+    Actions,
     AtLeastOne,
     Code,
     Flag,
     NotNegativeInt,
     Problem,
-    add_options,
+    add_actions,
     change,
-    read_options,
+    run_action,
 )
 
 DECODERS = ("image-decoder", "vocoder")
@@ -120,28 +120,18 @@ class CodecInspectOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, (cls, _) in _actions().items():
-        text = str(cls.__doc__).removesuffix(".")
-        add_options(actions.add_parser(name, help=text, description=text), cls)
+    add_actions(parser, ACTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action; returns the exit code."""
-    cls, act = _actions()[args.action]
-    act(read_options(cls, args))
-    return ExitCode.OK
+    return run_action(ACTIONS, args)
 
 
-def _actions() -> dict[str, tuple[type, Callable[[Any], None]]]:
-    """Return action -> its options and what it does."""
-    return {"train": (CodecTrainOptions, _train), "import": (CodecImportOptions, _import),
-            "reconstruct": (ReconstructOptions, _reconstruct), "inspect": (CodecInspectOptions, _inspect)}
-
-
-def _train(args: CodecTrainOptions) -> None:
+def _train(args: CodecTrainOptions) -> int:
     figures = (_train_decoder if args.kind in DECODERS else _train_tokenizer)(args)
     print(f"wrote codec {args.output}" + (f": held out, {_told(figures)}" if figures else ""))
+    return ExitCode.OK
 
 
 def _train_tokenizer(args: CodecTrainOptions) -> dict[str, float]:
@@ -178,30 +168,38 @@ def _told(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
-def _import(args: CodecImportOptions) -> None:
+def _import(args: CodecImportOptions) -> int:
     from megatron_sov.codecs.importing import import_codec
 
     import_codec(args.kind, args.source, args.output, overwrite=args.overwrite)
     print(f"wrote codec {args.output}")
+    return ExitCode.OK
 
 
-def _reconstruct(args: ReconstructOptions) -> None:
+def _reconstruct(args: ReconstructOptions) -> int:
     from megatron_sov.codecs.reconstruction import Through, reconstruct
 
     through = Through(args.decoder, args.speaker, args.decoder_steps, args.seed)
     for file in reconstruct(args.codec, args.files, args.output, through):
         print(f"wrote {file}")
+    return ExitCode.OK
 
 
-def _inspect(args: CodecInspectOptions) -> None:
+def _inspect(args: CodecInspectOptions) -> int:
     from megatron_sov.codecs.inspection import inspected
 
     facts = inspected(args.codec)
     if args.json:
         print(to_json(facts), end="")
-        return
+        return ExitCode.OK
     print(f"kind        {facts['codec']}\nparameters  {facts['num_parameters']:,}")
     for title, group in (("settings", facts["config"]), ("held out", facts["heldout"])):
         for name, value in group.items():
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
             print(f"{title:<11} {name} = {text}")
+    return ExitCode.OK
+
+
+ACTIONS: Actions = {"train": (CodecTrainOptions, _train), "import": (CodecImportOptions, _import),
+                    "reconstruct": (ReconstructOptions, _reconstruct),
+                    "inspect": (CodecInspectOptions, _inspect)}

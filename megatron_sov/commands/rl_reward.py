@@ -27,9 +27,8 @@ from megatron_sov.post.rl.reward import (
     second_opinions,
 )
 from megatron_sov.rewards.registry import BUILT_IN
-from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.claims import Claims
-from megatron_sov.settings import AtLeastOne, Flag, NotNegative, add_options, read_options
+from megatron_sov.settings import AtLeastOne, Flag, NotNegative, add_options, num_cores, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import Store
@@ -54,7 +53,7 @@ class RewardOptions:
     judged."""
     lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
     """Without a sign of life after which another job's claim is taken over."""
-    workers: AtLeastOne = field(default_factory=default_workers)
+    workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that judge (default: one for each core)."""
 
 

@@ -15,16 +15,15 @@ from megatron_sov.errors import ExitCode
 from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.request import Batching
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, second_opinions
-from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.prompts import refuse_unaskable
-from megatron_sov.settings import AtLeastOne, Code, Problem, add_options, read_options
+from megatron_sov.settings import AtLeastOne, Code, Problem, add_options, num_cores, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
 class RlRunOptions(RoundsOptions, AskingOptions):
     """Rounds that the model which learns writes itself."""
 
-    workers: AtLeastOne = field(default_factory=default_workers)
+    workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that judge (default: one for each core)."""
 
     def problems(self) -> list[Problem]:

@@ -18,7 +18,7 @@ from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.figures import size
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
-from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.rows import Rollout
@@ -38,23 +38,28 @@ class StoreOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreVerifyOptions(StoreOptions):
-    """A store whose figures a script may read."""
+    """Check bytes, rows, keys and rewards; exit code 3 where one is wrong."""
 
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreListOptions(StoreVerifyOptions):
-    """A store, or one of its rounds."""
+class StoreLsOptions(StoreVerifyOptions):
+    """List the parts, who judged them, and who works on what."""
 
     round: Annotated[int | None, Flag(value="R")] = None
     """Of this round alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreStatsOptions(StoreLsOptions):
+    """Print figures by round and by domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreShowOptions(StoreVerifyOptions):
-    """A row of a store."""
+    """Print one row with its rewards."""
 
     part: Annotated[str, Flag("PART")]
     """Name of the part, e.g. round-0001-piece-0000."""
@@ -64,7 +69,7 @@ class StoreShowOptions(StoreVerifyOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StorePageOptions(StoreOptions):
-    """Responses of a store that are read by people."""
+    """Write some responses of a round as an HTML page to read."""
 
     output: Annotated[Path, Flag(value="FILE.html")]
     """File to write."""
@@ -81,7 +86,7 @@ class StorePageOptions(StoreOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreGcOptions(StoreOptions):
-    """What goes beside that which nobody needs."""
+    """Delete what killed jobs left, claims on what is done, and what you name."""
 
     version: Annotated[tuple[str, ...], Flag(value="V")] = ()
     """Also what this version of a reward said; may be repeated."""
@@ -93,9 +98,7 @@ class StoreGcOptions(StoreOptions):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, (text, cls, _) in _actions().items():
-        add_options(actions.add_parser(name, help=text, description=f"{text}."), cls)
+    add_actions(parser, ACTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,28 +107,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such store, part or row.
     """
-    _, cls, act = _actions()[args.action]
-    options = read_options(cls, args)
+    return run_action(ACTIONS, args)
+
+
+def _open(args: StoreOptions) -> Store:
     from megatron_sov.rollouts.store import Store
 
-    return act(options, Store.open(options.store))
+    return Store.open(args.store)
 
 
-def _actions() -> dict[str, tuple[str, type[StoreOptions], Callable[[Any, Store], int]]]:
-    """Return action -> its help, its options and what it does."""
-    return {
-        "ls": ("list the parts, who judged them, and who works on what", StoreListOptions, _ls),
-        "show": ("print one row with its rewards", StoreShowOptions, _show),
-        "page": ("write some responses of a round as an HTML page to read", StorePageOptions, _page),
-        "stats": ("figures by round and by domain", StoreListOptions, _stats),
-        "verify": ("check bytes, rows, keys and rewards; exit code 3 where one is wrong", StoreVerifyOptions,
-                   _verify),
-        "gc": ("delete what killed jobs left, claims on what is done, and what you name", StoreGcOptions, _gc)}
-
-
-def _ls(args: StoreListOptions, store: Store) -> int:
+def _ls(args: StoreLsOptions) -> int:
     from megatron_sov.rollouts.claims import holders
 
+    store = _open(args)
     judged: dict[str, list[str]] = {}
     for version in store.reward_versions():
         for part in store.reward_parts(version, args.round):
@@ -159,9 +153,10 @@ def _when(time_s: float) -> str:
         return str(time_s)
 
 
-def _show(args: StoreShowOptions, store: Store) -> int:
+def _show(args: StoreShowOptions) -> int:
     from megatron_sov.rollouts.parts import numbers_in
 
+    store = _open(args)
     if numbers_in(args.part) is None or not store.has_rollouts(args.part):
         raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov rl store ls` "
                         "lists them)")
@@ -208,9 +203,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield visible(f"{name}: {shown}").replace("\n", "\\n")
 
 
-def _page(args: StorePageOptions, store: Store) -> int:
+def _page(args: StorePageOptions) -> int:
     from megatron_sov.rollouts.transcripts import page_of
 
+    store = _open(args)
     check_output("--output", args.output)
     there = sorted({part.round for part in store.rollout_parts()})
     rounds = sorted(set(args.round or there[-1:]))
@@ -251,9 +247,10 @@ def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def _stats(args: StoreListOptions, store: Store) -> int:
+def _stats(args: StoreStatsOptions) -> int:
     from megatron_sov.rollouts.figures import figures_of
 
+    store = _open(args)
     with work_bar("read", len(store.rollout_parts(args.round)), "part") as bar:
         found = figures_of(store, args.round, bar.update)
     if args.json:
@@ -288,9 +285,10 @@ def _tell(name: str, figures: dict[str, Any]) -> None:
         print(visible(f"    reward {version}: mean {mean} ({statuses})"))
 
 
-def _verify(args: StoreVerifyOptions, store: Store) -> int:
+def _verify(args: StoreVerifyOptions) -> int:
     from megatron_sov.rollouts.checking import check
 
+    store = _open(args)
     with work_bar("read", len(list((store.path / "rollouts").iterdir())), "part") as bar:
         found = check(store, bar.update)
     if args.json:
@@ -307,9 +305,10 @@ def _verify(args: StoreVerifyOptions, store: Store) -> int:
     return ExitCode.OK
 
 
-def _gc(args: StoreGcOptions, store: Store) -> int:
+def _gc(args: StoreGcOptions) -> int:
     from megatron_sov.rollouts.clearing import clear, clearable
 
+    store = _open(args)
     folders = store.reward_versions()
     for version in args.version:
         if not any(version.startswith(folder) for folder in folders):
@@ -329,3 +328,8 @@ def _gc(args: StoreGcOptions, store: Store) -> int:
                         "responses may go, which no other command can write again")
     print(f"{args.store}: deleted {total}")
     return ExitCode.OK
+
+
+ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
+                    "page": (StorePageOptions, _page), "stats": (StoreStatsOptions, _stats),
+                    "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}

@@ -16,10 +16,9 @@ from megatron_sov.outputs import check_output
 from megatron_sov.rewards.opinions import read_opinions
 from megatron_sov.rewards.registry import BUILT_IN, make, order
 from megatron_sov.rewards.rows import check_rows
-from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import Summary, score_file
 from megatron_sov.rewards.tally import MAX_TOLD
-from megatron_sov.settings import AtLeastOne, Flag, add_options, parse_nested, read_options
+from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""
@@ -39,7 +38,7 @@ class ScoreOptions:
     """A setting of the reward, e.g. max_length=4096; may be repeated."""
     disagreements: Annotated[Path | None, Flag(value="PAGE.html")] = None
     """With a second opinion (reward composed): also write a page on where the two disagree."""
-    workers: AtLeastOne = field(default_factory=default_workers)
+    workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that judge (default: one for each core)."""
 
 

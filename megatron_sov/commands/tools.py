@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,13 +25,14 @@ from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.settings import (
+    Actions,
     AtLeastOne,
     Flag,
     NotNegative,
     NotNegativeInt,
-    add_options,
+    add_actions,
     parse_nested,
-    read_options,
+    run_action,
 )
 from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
 from megatron_sov.tools.environment import Environment, Task
@@ -104,10 +104,7 @@ class ToolsRunOptions(EnvironmentOptions, EngineOptions):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, (cls, _) in _actions().items():
-        text = str(cls.__doc__).removesuffix(".")
-        add_options(actions.add_parser(name, help=text, description=text), cls)
+    add_actions(parser, ACTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,14 +113,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such environment, setting or task, or nothing can be written there.
     """
-    cls, act = _actions()[args.action]
-    return act(read_options(cls, args))
-
-
-def _actions() -> dict[str, tuple[type, Callable[[Any], int]]]:
-    """Return action -> its options and what it does."""
-    return {"list": (ToolsListOptions, _list), "play": (ToolsPlayOptions, _play),
-            "run": (ToolsRunOptions, _run)}
+    return run_action(ACTIONS, args)
 
 
 def _list(args: ToolsListOptions) -> int:
@@ -259,3 +249,7 @@ def _tell(output: Path, name: str, summary: dict[str, Any], limits: EpisodeLimit
         print(f"  of {summary['num_calls']:,} calls without result: {faults}")
     print(f"  of {summary['num_turns']:,} turns {summary['num_turns_that_differ']:,} have other tokens when "
           "their text is encoded again")
+
+
+ACTIONS: Actions = {"list": (ToolsListOptions, _list), "play": (ToolsPlayOptions, _play),
+                    "run": (ToolsRunOptions, _run)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _instead(key: str) -> str:
     return NOT_OFFERED.get(key.rpartition(".")[2], "")
 
 
-def apply_settings(config: RunConfig, settings: list[str], option: str = "--set") -> RunConfig:
+def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--set") -> RunConfig:
     """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or
     ``data.phases.0.seq_len=512``.
 
