@@ -96,44 +96,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, TokenizerTrainOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer train`; returns 0."""
-    options = read_options(TokenizerTrainOptions, args)
-    preset = adjusted(load_preset(options.preset, options.config), options)
-    groups = gather_groups(options.input, options.mixture)
-    refuse_existing(options.output, "tokenizer", options.overwrite)  # before the work, not after it
-    plan = make_plan(preset, options)
-    train_tokenizer(plan, groups, options.output, overwrite=options.overwrite)
+    args = read_options(TokenizerTrainOptions, typed)
+    preset = adjusted(load_preset(args.preset, args.config), args)
+    groups = gather_groups(args.input, args.mixture)
+    refuse_existing(args.output, "tokenizer", args.overwrite)  # before the work, not after it
+    plan = make_plan(preset, args)
+    train_tokenizer(plan, groups, args.output, overwrite=args.overwrite)
     return 0
 
 
-def adjusted(preset: Preset, options: TokenizerTrainOptions) -> Preset:
+def adjusted(preset: Preset, args: TokenizerTrainOptions) -> Preset:
     """Return the preset with what the command line says about superwords.
 
     Raises:
         UserError: superwords are asked for where the preset has no pattern for them,
             or a number is out of range.
     """
-    for option, value in (("--superword-share", options.superword_share),
-                          ("--transition-size", options.transition_size),
-                          ("--max-superword-words", options.max_superword_words)):
+    for option, value in (("--superword-share", args.superword_share),
+                          ("--transition-size", args.transition_size),
+                          ("--max-superword-words", args.max_superword_words)):
         if value and not preset.superword_pattern:
             raise UserError(f"{option} {value}: preset {preset.name} has no superword_pattern; "
                             "use --preset k-exaone, or add one to your own rules")
-    if options.max_superword_words is not None:
-        preset = dataclasses.replace(preset, max_superword_words=options.max_superword_words)
-    if options.superword_share is not None:
-        preset = dataclasses.replace(preset, superword_share=options.superword_share)
-    if options.transition_size is not None:
-        if not preset.smallest_vocab <= options.transition_size <= options.vocab_size:
-            raise UserError(f"--transition-size {options.transition_size}: "
+    if args.max_superword_words is not None:
+        preset = dataclasses.replace(preset, max_superword_words=args.max_superword_words)
+    if args.superword_share is not None:
+        preset = dataclasses.replace(preset, superword_share=args.superword_share)
+    if args.transition_size is not None:
+        if not preset.smallest_vocab <= args.transition_size <= args.vocab_size:
+            raise UserError(f"--transition-size {args.transition_size}: "
                             f"must lie between {preset.smallest_vocab} (special ids and bytes) and "
-                            f"--vocab-size {options.vocab_size}")
-        preset = dataclasses.replace(preset, superword_share=1 - options.transition_size / options.vocab_size)
+                            f"--vocab-size {args.vocab_size}")
+        preset = dataclasses.replace(preset, superword_share=1 - args.transition_size / args.vocab_size)
     return preset if preset.superword_share else dataclasses.replace(preset, superword_pattern="")
 
 
-def make_plan(preset: Preset, options: TokenizerTrainOptions) -> Plan:
+def make_plan(preset: Preset, args: TokenizerTrainOptions) -> Plan:
     """Return what to learn.
 
     Raises:
@@ -142,21 +142,21 @@ def make_plan(preset: Preset, options: TokenizerTrainOptions) -> Plan:
     from tokenizer.bpe.count_pipeline import SMALLEST_MEMORY_GB, Plan
     from tokenizer.bpe.pretokenizer import check_coverage, oniguruma
 
-    if options.vocab_size < preset.smallest_vocab:
-        raise UserError(f"--vocab-size {options.vocab_size}: must be at least {preset.smallest_vocab} "
+    if args.vocab_size < preset.smallest_vocab:
+        raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
                         f"({preset.num_special_ids} special ids + 256 bytes)")
-    if options.max_memory_gb is not None and options.max_memory_gb < SMALLEST_MEMORY_GB:
-        raise UserError(f"--max-memory-gb {options.max_memory_gb:g}: must be at least "
+    if args.max_memory_gb is not None and args.max_memory_gb < SMALLEST_MEMORY_GB:
+        raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least "
                         f"{SMALLEST_MEMORY_GB:g}; leave it out for no bound")
     for pattern in {preset.split_pattern, preset.final_pattern}:
         oniguruma(pattern, preset.name)
         if preset.name not in PRESETS:  # those are known to be whole
             check_coverage(pattern, preset.name)
-    transition = max(round(options.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
-    memory_bytes = None if options.max_memory_gb is None else round(options.max_memory_gb * 1e9)
-    work = options.output.with_name(f".{options.output.name}.work")
-    return Plan(preset, options.vocab_size, transition, options.transition_size is None,
-                round(options.superword_sample_mb * 1e6), memory_bytes, options.workers, work)
+    transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
+    memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)
+    work = args.output.with_name(f".{args.output.name}.work")
+    return Plan(preset, args.vocab_size, transition, args.transition_size is None,
+                round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
 
 
 def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite: bool = False) -> None:

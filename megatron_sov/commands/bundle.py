@@ -36,20 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, BundleOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Gather the bundle and say how it is installed.
 
     Raises:
         UserError: something is missing, or pip cannot find a wheel.
     """
-    options = read_options(BundleOptions, args)
+    args = read_options(BundleOptions, typed)
     from megatron_sov.bundle.gathering import Bundle, gather, own_source
 
-    bundle = Bundle(options.source or own_source(), options.python, options.platform, options.extra,
-                    options.folders)
-    manifest = gather(bundle, options.output, overwrite=options.overwrite)
+    bundle = Bundle(args.source or own_source(), args.python, args.platform, args.extra,
+                    args.folders)
+    manifest = gather(bundle, args.output, overwrite=args.overwrite)
     num_bytes = sum(record.size_bytes for record in manifest.files.values())
-    print(f"{options.output}: {manifest.content['wheels']} wheels for Python {bundle.python_version} on "
+    print(f"{args.output}: {manifest.content['wheels']} wheels for Python {bundle.python_version} on "
           f"{bundle.machine}, {num_bytes / 1e6:,.0f} MB; copy it, then: "
-          f"sh {options.output.name}/install.sh ENVIRONMENT")
+          f"sh {args.output.name}/install.sh ENVIRONMENT")
     return 0

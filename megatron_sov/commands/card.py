@@ -53,13 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, CardOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Write the card; returns 0.
 
     Raises:
         UserError: a folder is no run, a file is damaged or of another model, or nothing can be written there.
     """
-    options = read_options(CardOptions, args)
+    args = read_options(CardOptions, typed)
     from megatron_sov.card.annex_xi import annex_xi
     from megatron_sov.card.answers import Answers, read_answers
     from megatron_sov.card.content import card_json, make_card
@@ -68,30 +68,30 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.card.model_card import ANNEX, PICTURE, PROVENANCE, model_card
     from megatron_sov.card.picture import picture
 
-    _check_places(options, (README, CARD, PROVENANCE, PICTURE, ANNEX))
-    answers = Answers() if options.answers is None else read_answers(options.answers)
-    scores = _scores(options.eval)
-    found = lineage(options.runs, options.elsewhere, options.hf_folder)
+    _check_places(args, (README, CARD, PROVENANCE, PICTURE, ANNEX))
+    answers = Answers() if args.answers is None else read_answers(args.answers)
+    scores = _scores(args.eval)
+    found = lineage(args.runs, args.elsewhere, args.hf_folder)
     data = None
     if found.data:
-        elsewhere = [path for path in options.elsewhere if (path / "manifest.json").is_file()]
-        data = data_card(found.data, elsewhere, options.about)
+        elsewhere = [path for path in args.elsewhere if (path / "manifest.json").is_file()]
+        data = data_card(found.data, elsewhere, args.about)
         add_data(found.graph, data)
-    elif options.about is not None:
-        raise UserError(f"--about {options.about}: none of the data was found, so there is nothing to tell "
+    elif args.about is not None:
+        raise UserError(f"--about {args.about}: none of the data was found, so there is nothing to tell "
                         "of; pass --from with where the token shards lie")
-    answers_sha256 = "" if options.answers is None else sha256_file(options.answers)
+    answers_sha256 = "" if args.answers is None else sha256_file(args.answers)
     card = make_card(found, data, scores, answers, answers_sha256)
     files: dict[str, str | bytes] = {
         **({f"{DATA}/{name}": text for name, text in data.files.items()} if data is not None else {}),
         CARD: to_json(card_json(card)), PROVENANCE: to_json(found.graph.as_json()),
         PICTURE: picture(found.graph), ANNEX: annex_xi(card), README: model_card(card)}
     for name, text in files.items():
-        write_output(options.output / name, _bytes(text))
-    written = [options.output / name for name in files]
-    if options.hf_folder is not None:
-        write_output(options.hf_folder / README, _bytes(model_card(card, is_alone=True)))
-        written.append(options.hf_folder / README)
+        write_output(args.output / name, _bytes(text))
+    written = [args.output / name for name in files]
+    if args.hf_folder is not None:
+        write_output(args.hf_folder / README, _bytes(model_card(card, is_alone=True)))
+        written.append(args.hf_folder / README)
     print(f"wrote {', '.join(map(str, written))}")
     for sentence in card["not_known"]:
         print(f"not known: {sentence}")
@@ -103,16 +103,16 @@ def _bytes(text: str | bytes) -> bytes:
     return text if isinstance(text, bytes) else text.encode("utf-8", "replace")
 
 
-def _check_places(options: CardOptions, names: tuple[str, ...]) -> None:
+def _check_places(args: CardOptions, names: tuple[str, ...]) -> None:
     """Refuse places where nothing can be written, or where a README of someone else lies."""
-    if options.output.exists() and not options.output.is_dir():
-        raise UserError(f"--output {options.output}: is a file; name a folder")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a file; name a folder")
     for name in names:
-        check_output("--output", options.output / name)
-    _refuse_other(options.output / README, "--output", options.overwrite)
-    if options.hf_folder is not None:
-        check_output("--hf-folder", options.hf_folder / README)
-        _refuse_other(options.hf_folder / README, "--hf-folder", options.overwrite)
+        check_output("--output", args.output / name)
+    _refuse_other(args.output / README, "--output", args.overwrite)
+    if args.hf_folder is not None:
+        check_output("--hf-folder", args.hf_folder / README)
+        _refuse_other(args.hf_folder / README, "--hf-folder", args.overwrite)
 
 
 def _refuse_other(readme: Path, option: str, overwrite: bool) -> None:

@@ -43,124 +43,124 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_actions(parser, ACTIONS)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run the chosen action; returns the exit code."""
-    return run_action(ACTIONS, args)
+    return run_action(ACTIONS, typed)
 
 
-def _begin(options: PluginOptions, *models: Path) -> None:
+def _begin(args: PluginOptions, *models: Path) -> None:
     """Refuse models that are missing, and run the code that --plugin names."""
     for model in models:
         refuse_missing(model)
-    load_plugins(options.plugins)
+    load_plugins(args.plugins)
 
 
-def _from_hf(options: FromHfOptions) -> int:
-    _begin(options, options.hf_dir)
+def _from_hf(args: FromHfOptions) -> int:
+    _begin(args, args.hf_dir)
     from megatron_sov import convert
 
-    convert.from_hf(options.hf_dir, options.out, options.dtype, workers=options.workers,
-                    overwrite=options.overwrite)
-    print(f"wrote checkpoint {options.out}")
+    convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers,
+                    overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
 
-def _to_hf(options: ToHfOptions) -> int:
-    _begin(options, options.checkpoint)
+def _to_hf(args: ToHfOptions) -> int:
+    _begin(args, args.checkpoint)
     from megatron_sov import convert
 
-    convert.to_hf(options.checkpoint, options.out, options.dtype, max_shard_bytes=options.max_shard_bytes,
-                  workers=options.workers, overwrite=options.overwrite)
-    print(f"wrote Hugging Face folder {options.out}")
+    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
+                  workers=args.workers, overwrite=args.overwrite)
+    print(f"wrote Hugging Face folder {args.out}")
     return ExitCode.OK
 
 
-def _to_peft(options: ToPeftOptions) -> int:
-    _begin(options, options.checkpoint)
+def _to_peft(args: ToPeftOptions) -> int:
+    _begin(args, args.checkpoint)
     from megatron_sov.convert.peft import to_peft
 
-    to_peft(options.checkpoint, options.out, base_name=options.base_name, overwrite=options.overwrite)
-    print(f"wrote PEFT adapter {options.out}")
+    to_peft(args.checkpoint, args.out, base_name=args.base_name, overwrite=args.overwrite)
+    print(f"wrote PEFT adapter {args.out}")
     return ExitCode.OK
 
 
-def _from_peft(options: FromPeftOptions) -> int:
-    _begin(options, options.peft_dir, options.base)
+def _from_peft(args: FromPeftOptions) -> int:
+    _begin(args, args.peft_dir, args.base)
     from megatron_sov.convert.peft import from_peft
 
-    from_peft(options.peft_dir, options.out, options.base, overwrite=options.overwrite)
-    print(f"wrote checkpoint {options.out}")
+    from_peft(args.peft_dir, args.out, args.base, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
 
-def _average(options: AverageOptions) -> int:
-    _begin(options)
+def _average(args: AverageOptions) -> int:
+    _begin(args)
     from megatron_sov import convert
     from megatron_sov.convert.average_weights import chosen
 
-    found = chosen(options.run, options.last, (options.from_step, options.to_step), options.weights,
-                   options.decay)
-    convert.average(found, options.out, workers=options.workers, overwrite=options.overwrite)
-    print(f"wrote checkpoint {options.out}, the mean of {len(found)}")
+    found = chosen(args.run, args.last, (args.from_step, args.to_step), args.weights,
+                   args.decay)
+    convert.average(found, args.out, workers=args.workers, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}, the mean of {len(found)}")
     return ExitCode.OK
 
 
-def _upcycle(options: UpcycleOptions) -> int:
-    _begin(options, options.checkpoint)
+def _upcycle(args: UpcycleOptions) -> int:
+    _begin(args, args.checkpoint)
     from megatron_sov.convert.upcycling import Upcycling, upcycle
 
-    upcycle(options.checkpoint, options.out,
-            Upcycling(options.experts, options.top_k, options.granularity, options.noise, options.seed,
-                      options.family),
-            workers=options.workers, overwrite=options.overwrite)
-    print(f"wrote checkpoint {options.out}")
+    upcycle(args.checkpoint, args.out,
+            Upcycling(args.experts, args.top_k, args.granularity, args.noise, args.seed,
+                      args.family),
+            workers=args.workers, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
 
-def _deepen(options: DeepenOptions) -> int:
-    _begin(options, options.checkpoint)
+def _deepen(args: DeepenOptions) -> int:
+    _begin(args, args.checkpoint)
     from megatron_sov.convert.deepening import Deepening, deepen
 
-    deepen(options.checkpoint, options.out, Deepening(options.layers, options.how, options.identity),
-           workers=options.workers, overwrite=options.overwrite)
-    print(f"wrote checkpoint {options.out}")
+    deepen(args.checkpoint, args.out, Deepening(args.layers, args.how, args.identity),
+           workers=args.workers, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
 
-def _from_megatron(options: FromMegatronOptions) -> int:
-    load_plugins(options.plugins)
-    return run_from_megatron(options)
+def _from_megatron(args: FromMegatronOptions) -> int:
+    load_plugins(args.plugins)
+    return run_from_megatron(args)
 
 
-def _settings(options: TranslateOptions) -> int:
-    load_plugins(options.plugins)
-    return run_settings(options)
+def _settings(args: TranslateOptions) -> int:
+    load_plugins(args.plugins)
+    return run_settings(args)
 
 
-def _verify(options: VerifyOptions) -> int:
-    check_output("--card", options.card)
-    _begin(options, options.a, options.b)
+def _verify(args: VerifyOptions) -> int:
+    check_output("--card", args.card)
+    _begin(args, args.a, args.b)
     from megatron_sov import convert
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
     from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
 
-    events = RunEvents(options.run)
+    events = RunEvents(args.run)
     # first, since ranks are forked from this process and threads that later work starts would
     # be missing in them
-    logits = LogitsProof([], {"not compared": "--no-load"}) if options.no_load else prove_logits(
-        options.a, options.b, options.lengths, options.settings, options.nproc)
+    logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
+        args.a, args.b, args.lengths, args.settings, args.nproc)
     if not is_first():
         return ExitCode.OK
-    weights = convert.verify(options.a, options.b, load=not options.no_load, workers=options.workers)
+    weights = convert.verify(args.a, args.b, load=not args.no_load, workers=args.workers)
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
-    if options.card:
-        write_card(options.card, card(options.a, options.b, weights, logits))
-    events.add("conversion", target=f"{options.a} and {options.b}",
+    if args.card:
+        write_card(args.card, card(args.a, args.b, weights, logits))
+    events.add("conversion", target=f"{args.a} and {args.b}",
                checks=[dataclasses.asdict(check) for check in checks])
-    if options.json:
+    if args.json:
         print(to_json({"passed": passed, "checks": checks}), end="")
     else:
         for check in checks:
@@ -173,10 +173,10 @@ def _verify(options: VerifyOptions) -> int:
     return ExitCode.OK if passed else ExitCode.GATE_FAILED
 
 
-def _inspect(options: InspectOptions) -> int:
-    _begin(options, options.a)
-    facts = _facts(options.a)
-    if options.json:
+def _inspect(args: InspectOptions) -> int:
+    _begin(args, args.a)
+    facts = _facts(args.a)
+    if args.json:
         print(to_json(facts), end="")
     else:
         for section in ("weights", "parameters", "model"):

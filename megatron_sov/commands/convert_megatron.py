@@ -13,21 +13,21 @@ from megatron_sov.errors import ExitCode, UserError, nearest
 from megatron_sov.settings import parse_nested
 
 
-def run_from_megatron(options: FromMegatronOptions) -> int:
+def run_from_megatron(args: FromMegatronOptions) -> int:
     """Convert; returns the exit code."""
-    overrides, family = model_settings(options.settings), options.family
-    if options.recipe:
-        model = dataclasses.asdict(recipes.get(options.recipe).model)
+    overrides, family = model_settings(args.settings), args.family
+    if args.recipe:
+        model = dataclasses.asdict(recipes.get(args.recipe).model)
         family = family or model["family"]
         overrides = {name: value for name, value in model.items() if name != "family"} | overrides
-    if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {options.tokenizer}: has no tokenizer.json; name a tokenizer's folder")
+    if args.tokenizer is not None and not (args.tokenizer / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer {args.tokenizer}: has no tokenizer.json; name a tokenizer's folder")
     from megatron_sov.convert.megatron_import import from_megatron
 
-    told = from_megatron(options.megatron_dir, options.out, options.dtype, family=family, overrides=overrides,
-                         tokenizer=options.tokenizer, workers=options.workers, overwrite=options.overwrite)
+    told = from_megatron(args.megatron_dir, args.out, args.dtype, family=family, overrides=overrides,
+                         tokenizer=args.tokenizer, workers=args.workers, overwrite=args.overwrite)
     at = "" if told.iteration is None else f", iteration {told.iteration}"
-    print(f"wrote checkpoint {options.out}: a model of family {told.model.family}{at}")
+    print(f"wrote checkpoint {args.out}: a model of family {told.model.family}{at}")
     if told.num_padded_rows:
         print(f"left out {told.num_padded_rows} rows of the vocabulary's matrices that stand behind the "
               f"{told.model.vocab_size} token ids")

@@ -20,12 +20,12 @@ YAML = (".yaml", ".yml")
 RECIPE = "from-megatron"
 
 
-def run_settings(options: TranslateOptions) -> int:
+def run_settings(args: TranslateOptions) -> int:
     """Print them; returns the exit code."""
-    check_output("--output", options.output)
-    made, unresolved = _read(options.source, options.family)
+    check_output("--output", args.output)
+    made, unresolved = _read(args.source, args.family)
     if not made.ours:
-        raise UserError(f"{options.source[:80]}: holds no setting of Megatron that is known here; pass a "
+        raise UserError(f"{args.source[:80]}: holds no setting of Megatron that is known here; pass a "
                         "YAML file of Megatron-Bridge, or a script with arguments such as --num-layers 48")
     for name, value in made.ours.items():
         print(f"--set {shlex.quote(f'{name}={value if isinstance(value, str) else json.dumps(value)}')}")
@@ -37,12 +37,12 @@ def run_settings(options: TranslateOptions) -> int:
                 print(f"  {name}: {why}")
     if made.unknown:
         print(f"\nnot known here, so look at them yourself:\n  {', '.join(sorted(made.unknown))}")
-    if options.output is not None:
+    if args.output is not None:
         if not made.is_whole:
-            raise UserError(f"--output {options.output}: the settings do not say a whole architecture, which "
+            raise UserError(f"--output {args.output}: the settings do not say a whole architecture, which "
                             "a config has; use the --set lines above with a recipe")
-        atomic_write(options.output, to_json(from_dict({"recipe": RECIPE, **nested(made.ours)}).to_dict()))
-        print(f"\nwrote {options.output}")
+        atomic_write(args.output, to_json(from_dict({"recipe": RECIPE, **nested(made.ours)}).to_dict()))
+        print(f"\nwrote {args.output}")
     return ExitCode.OK
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_sov.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
-from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of
+from megatron_sov.commands.forgetting_gate import GateOptions, gate_of
 from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
+from megatron_sov.settings import Flag, add_options, read_options
+from megatron_sov.train.stage_config import parse_stage
 
 if TYPE_CHECKING:
     from megatron_sov.data.token_shards import Source
@@ -24,31 +27,38 @@ if TYPE_CHECKING:
     from megatron_sov.train.gate import GateView
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptions(GateOptions):
+    """Learn a teacher's distributions."""
+
+    start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
+    """Start from these weights (and their architecture)."""
+    teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN|HF_DIR")]
+    """Learn the distributions of this model, of the same tokenizer unless distillation.other_tokenizer is
+    set."""
+    states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """What the teacher says of the data, as `megatron-sov distill states` leaves it; one that is not there
+    is made first, of the data that others do not have (default: RUN.states)."""
+    states_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the states where they are made here."""
+    top_k: Annotated[int | None, Flag(value="K")] = None
+    """Keep the teacher's most probable tokens in the place of its states (--set
+    distillation.top_k=...)."""
+    teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
+    """The teacher's layout and precision, e.g. --teacher-set parallel.tp=2."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_stage_arguments(parser, needs_start=False)
-    add_gate_arguments(parser)
-    parser.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT|RUN|HF_DIR",
-                        help="learn the distributions of this model, of the same tokenizer unless "
-                             "distillation.other_tokenizer is set")
-    parser.add_argument("--states", type=Path, action="append", default=[], metavar="DIR",
-                        help="what the teacher says of the data, as `megatron-sov distill states` leaves it; "
-                             "one that is not there is made first, of the data that others do not have "
-                             "(default: RUN.states)")
-    parser.add_argument("--states-dtype", choices=["bfloat16", "float32"], default="bfloat16",
-                        help="of the states where they are made here (default %(default)s)")
-    parser.add_argument("--top-k", type=int, metavar="K",
-                        help="keep the teacher's most probable tokens in the place of its states (--set "
-                             "distillation.top_k=...)")
-    parser.add_argument("--teacher-set", dest="teacher_settings", action="append", default=[],
-                        metavar="key=value",
-                        help="the teacher's layout and precision, e.g. --teacher-set parallel.tp=2")
+    add_options(parser, DistillOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Have the teacher read the data, and learn from it; returns 0 when the run is complete."""
+    args = read_options(DistillOptions, typed)
     if args.top_k is not None:
-        args.settings = [*args.settings, f"distillation.top_k={args.top_k}"]
+        settings = (*args.settings, f"distillation.top_k={args.top_k}")
+        args = dataclasses.replace(args, settings=settings)
     refuse_missing(args.teacher, "--teacher ")
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)
@@ -92,11 +102,11 @@ def run(args: argparse.Namespace) -> int:
     run_stage(Stage(config, folder, lambda context: Distillation(context, teacher()), parsed.start,
                     args.resume, tuple(sources), before=before, after=after, end_gate=gate,
                     faults=parsed.faults),
-              args.nproc, args.began_s)
+              args.nproc, typed.began_s)
     return 0
 
 
-def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder, states: list[Path],
+def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, states: Sequence[Path],
                  sources: list[Source]) -> None:
     """Have the teacher read the data that it has not read, and check that it was this one which has.
 
@@ -135,7 +145,7 @@ def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder,
                        args.nproc)
 
 
-def _refuse_beside(args: argparse.Namespace, asked: DistillationConfig, made: StateFiles, vocab_size: int
+def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateFiles, vocab_size: int
                    ) -> None:
     """Raise `UserError` where a folder cannot be learned from together with one that is still to be made."""
     from megatron_sov.post.parts.kept_teacher import refuse_other_kept

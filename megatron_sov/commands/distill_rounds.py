@@ -7,54 +7,65 @@ and the student learns from it.  On one set of GPUs they take turns, since each 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Le
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.commands.distill_write import add_sampling_arguments
+from megatron_sov.commands.distill_write import StudentSamplingOptions
 from megatron_sov.config import RunConfig, data_paths, layout_settings
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.recipes.requested import add_recipe_arguments, requested
+from megatron_sov.recipes.requested import RecipeOptions, requested
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRoundsOptions(RecipeOptions, StudentSamplingOptions):
+    """On-policy rounds: the student writes, the teacher reads, the student learns."""
+
+    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")]
+    """The student."""
+    teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN|HF_DIR")]
+    """The model whose distributions it learns."""
+    prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards of prompts, which the student answers in every round."""
+    data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
+    """Token shards that are learned from beside the student's answers."""
+    share: Annotated[float, Gt(0), Le(1), Flag(value="LAMBDA")] = 1.0
+    """Part of each round's tokens that the student wrote itself; the rest are of --data."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder of the rounds; the same command goes on where a killed one was."""
+    states_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the teacher's states."""
+    teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
+    """The teacher's layout and precision."""
+    nproc: int | None = None
+    """Local processes."""
+    rounds: AtLeastOne = 1
+    """How many."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_recipe_arguments(parser)
-    parser.add_argument("--from", dest="start_from", type=Path, required=True,
-                        metavar="CHECKPOINT|RUN|HF_DIR", help="the student")
-    parser.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT|RUN|HF_DIR",
-                        help="the model whose distributions it learns")
-    parser.add_argument("--prompts", action="append", required=True, metavar="DIR",
-                        help="token shards of prompts, which the student answers in every round")
-    parser.add_argument("--data", action="append", default=[], metavar="DIR[:weight]",
-                        help="token shards that are learned from beside the student's answers")
-    parser.add_argument("--share", type=float, default=1.0, metavar="LAMBDA",
-                        help="part of each round's tokens that the student wrote itself; the rest are of "
-                             "--data (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
-                        help="folder of the rounds; the same command goes on where a killed one was")
-    parser.add_argument("--states-dtype", choices=["bfloat16", "float32"], default="bfloat16",
-                        help="of the teacher's states (default %(default)s)")
-    parser.add_argument("--teacher-set", dest="teacher_settings", action="append", default=[],
-                        metavar="key=value", help="the teacher's layout and precision")
-    parser.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes")
-    add_sampling_arguments(parser)
+    add_options(parser, DistillRoundsOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Do the rounds that are not complete; returns what the first command gives that is not."""
+    args = read_options(DistillRoundsOptions, typed)
     return do_rounds(args, lambda argv: run_command(["megatron_sov", *argv],
                                                     "continue with the same command"))
 
 
-def do_rounds(args: argparse.Namespace, command: Callable[[list[str]], int]) -> int:
+def do_rounds(args: DistillRoundsOptions, command: Callable[[list[str]], int]) -> int:
     """Run the commands of all rounds.
 
     Args:
@@ -75,14 +86,12 @@ def do_rounds(args: argparse.Namespace, command: Callable[[list[str]], int]) -> 
     return ExitCode.OK
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: DistillRoundsOptions) -> None:
     if under_launcher():
         raise UserError("distill rounds: starts the processes of each command itself; under torchrun or "
                         "Slurm run `distill write`, `distill states` and `distill` one after the other")
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: must be at least 1")
-    if not 0 < args.share <= 1 or (args.share < 1) != bool(args.data):
-        raise UserError(f"--share {args.share}: must lie in (0, 1], less than 1 with --data for the rest and "
+    if (args.share < 1) != bool(args.data):
+        raise UserError(f"--share {args.share}: must be less than 1 with --data for the rest and "
                         f"1 without; --data is {', '.join(args.data) or 'left out'}")
     if args.data and not sum(data_paths(args.data).values()):
         raise UserError(f"--data {', '.join(args.data)}: at least one weight must be positive")
@@ -95,7 +104,7 @@ def _check(args: argparse.Namespace) -> None:
                                 f"{source['format']!r}; pack prompts with `sov-data pack --format prompt`")
 
 
-def _asked(args: argparse.Namespace) -> dict[str, Any]:
+def _asked(args: DistillRoundsOptions) -> dict[str, Any]:
     """Return what decides rounds that are complete, so that others cannot go on behind them; how many there
     will be, and how they are trained, may change."""
     def of(paths: dict[str, float]) -> dict[str, float]:
@@ -107,7 +116,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
             "seed": args.seed, "states_dtype": args.states_dtype}
 
 
-def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Path, list[str]]]:
+def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[Path, list[str]]]:
     """Yield what exists when a command is complete, and the command, in order."""
     asked = config.distillation
     plugins = _each("--plugin", args.plugins)
@@ -142,5 +151,5 @@ def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Pat
         student = trained
 
 
-def _each(option: str, values: list[str]) -> list[str]:
+def _each(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]

@@ -3,45 +3,54 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from megatron_sov.commands.eval_options import with_ranks
+from megatron_sov.commands.eval_options import RankOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
-from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
+from megatron_sov.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.settings import AboveZero, Flag, NotNegativeInt, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStatesOptions(PluginOptions, RankOptions):
+    """Have a teacher read token shards, and keep what it says of them."""
+
+    teacher: Annotated[Path, Flag("TEACHER")]
+    """Checkpoint, run (its newest one) or Hugging Face folder."""
+    data: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards of the teacher's own tokenizer."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """The artifact; a killed command goes on where it was."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the states."""
+    top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
+    """Keep the most probable tokens and their log-probabilities in the place of states."""
+    temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
+    """--top-k: what the logits are divided by."""
+    other_tokenizer: bool = False
+    """The data are of another tokenizer than the teacher's: hear it where tokens of both end at the same
+    byte (needs --top-k)."""
+    overwrite: bool = False
+    """Replace an artifact that is already there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("teacher", metavar="TEACHER", type=Path,
-                        help="checkpoint, run (its newest one) or Hugging Face folder")
-    parser.add_argument("--data", action="append", required=True, metavar="DIR",
-                        help="token shards of the teacher's own tokenizer")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
-                        help="the artifact; a killed command goes on where it was")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
-                        help="of the states (default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K",
-                        help="keep the most probable tokens and their log-probabilities in the place of "
-                             "states")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                        help="--top-k: what the logits are divided by (default %(default)s)")
-    parser.add_argument("--other-tokenizer", action="store_true",
-                        help="the data are of another tokenizer than the teacher's: hear it where tokens of "
-                             "both end at the same byte (needs --top-k)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is already there")
-    with_ranks(parser)
-    add_plugin_argument(parser)
+    add_options(parser, DistillStatesOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Read the documents and print what was kept.
 
     Raises:
         UserError: the data do not belong to the teacher, or cannot be read.
     """
+    args = read_options(DistillStatesOptions, typed)
     load_plugins(args.plugins)
     refuse_missing(args.teacher)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron

@@ -3,50 +3,61 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from megatron_sov.commands.eval_options import with_ranks
+from annotated_types import Gt, Le
+
+from megatron_sov.commands.eval_options import RankOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
-from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
+from megatron_sov.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSamplingOptions:
+    """How a student writes."""
+
+    max_new_tokens: AtLeastOne = 2048
+    """Longest answer."""
+    temperature: Annotated[NotNegative, Flag(value="T")] = 1.0
+    """Of the answers; 0 takes the most probable token."""
+    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
+    """Sample from the smallest set of tokens that holds this probability."""
+    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
+    """Of the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillWriteOptions(PluginOptions, RankOptions, StudentSamplingOptions):
+    """Have a student answer prompts, as conversations that a teacher can read."""
+
+    student: Annotated[Path, Flag("STUDENT")]
+    """Checkpoint, run (its newest one) or Hugging Face folder."""
+    prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards of prompts (`sov-data pack --format prompt`)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Token shards of conversations; a killed command goes on where it was."""
+    overwrite: bool = False
+    """Replace token shards that are already there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("student", metavar="STUDENT", type=Path,
-                        help="checkpoint, run (its newest one) or Hugging Face folder")
-    parser.add_argument("--prompts", action="append", required=True, metavar="DIR",
-                        help="token shards of prompts (`sov-data pack --format prompt`)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
-                        help="token shards of conversations; a killed command goes on where it was")
-    add_sampling_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace token shards that are already there")
-    with_ranks(parser)
-    add_plugin_argument(parser)
+    add_options(parser, DistillWriteOptions)
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how a student writes."""
-    parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N",
-                        help="longest answer (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                        help="of the answers; 0 takes the most probable token (default %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="sample from the smallest set of tokens that holds this probability "
-                             "(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S",
-                        help="of the answers (default %(default)s)")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Answer the prompts and print what was kept.
 
     Raises:
         UserError: the prompts do not belong to the student, or cannot be read.
     """
+    args = read_options(DistillWriteOptions, typed)
     load_plugins(args.plugins)
     refuse_missing(args.student)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron

@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, DoctorOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print every check; return 0 when training on this machine's CPU works,
     2 when something it needs is broken."""
-    options = read_options(DoctorOptions, args)
+    args = read_options(DoctorOptions, typed)
     checks = all_checks()
     works = not any(check.status == "broken" for check in checks)
-    if options.json:
+    if args.json:
         print(to_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}), end="")
     else:
         print(as_text(checks))

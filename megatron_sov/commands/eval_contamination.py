@@ -45,28 +45,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, EvalContaminationOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Write what was found into OUT.json, and the places into OUT.hits.json beside it.
 
     Raises:
         UserError: the results or the data cannot be read.
     """
-    options = read_options(EvalContaminationOptions, args)
-    events = RunEvents(options.run)
-    check_output("OUT.json", options.results)
+    args = read_options(EvalContaminationOptions, typed)
+    events = RunEvents(args.run)
+    check_output("OUT.json", args.results)
     from megatron_sov.documents import Reading
     from megatron_sov.eval.contamination import check
     from megatron_sov.eval.score_differences import read_scored
 
-    for path in options.data:
+    for path in args.data:
         if not path.exists():
             raise UserError(f"--data {path}: does not exist; pass token shards, or files of text")
-    scored = read_scored(options.results)
-    found = check(scored, options.data, Reading(text_field=options.text_field), options.workers)
+    scored = read_scored(args.results)
+    found = check(scored, args.data, Reading(text_field=args.text_field), args.workers)
     # first the places: results that name hits without them would be half a result
-    hits_file = options.results.with_name(f"{options.results.name.removesuffix('.json')}.hits.json")
+    hits_file = args.results.with_name(f"{args.results.name.removesuffix('.json')}.hits.json")
     write_output(hits_file, to_json(found.hits))
-    write_output(options.results, to_json(found.results))
+    write_output(args.results, to_json(found.results))
     model = found.results.model
     for name, task in found.results.tasks.items():
         if task.contamination is not None:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                        metric=_first(found, name), **asdict(task.contamination))
     print(json.dumps({name: task.contamination and asdict(task.contamination)
                       for name, task in found.results.tasks.items()}, indent=1, ensure_ascii=False)
-          if options.json else _table(found, hits_file))
+          if args.json else _table(found, hits_file))
     return ExitCode.OK
 
 

@@ -35,27 +35,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, EvalDifferenceOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print the difference of each figure with its interval.
 
     Raises:
         UserError: a file is damaged, or the two were not measured in the same way.
     """
-    options = read_options(EvalDifferenceOptions, args)
+    args = read_options(EvalDifferenceOptions, typed)
     from megatron_sov.eval.score_differences import differences, read_scored, table
 
-    if options.out is not None:
-        check_output("--out", options.out)
-        refuse_input("--out", options.out, options.first, options.second)
-    tasks = named_tasks(options.tasks)
-    if options.tasks is not None and not tasks:
-        raise UserError(f"--tasks {options.tasks!r}: names no task; name some, separated by commas")
-    found = differences(read_scored(options.first), read_scored(options.second), tasks)
-    values = {"first": str(options.first), "second": str(options.second),
+    if args.out is not None:
+        check_output("--out", args.out)
+        refuse_input("--out", args.out, args.first, args.second)
+    tasks = named_tasks(args.tasks)
+    if args.tasks is not None and not tasks:
+        raise UserError(f"--tasks {args.tasks!r}: names no task; name some, separated by commas")
+    found = differences(read_scored(args.first), read_scored(args.second), tasks)
+    values = {"first": str(args.first), "second": str(args.second),
               "differences": [d.fields() for d in found]}
-    if options.out is not None:
-        write_output(options.out, to_json(values))
-    print(json.dumps(values, indent=1, ensure_ascii=False) if options.json else table(found))
+    if args.out is not None:
+        write_output(args.out, to_json(values))
+    print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else table(found))
     return ExitCode.OK
 
 

@@ -6,26 +6,27 @@ import argparse
 import contextlib
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
-from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of
+from megatron_sov.commands.forgetting_gate import TunedOptions, gate_of
 from megatron_sov.objectives import factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks, repeats
+from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_request
+from megatron_sov.train.stage_config import resolve_start, stage_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_stage_arguments(parser, needs_start=True)
-    add_gate_arguments(parser)
+    add_options(parser, TunedOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Train on at longer contexts, stage by stage; returns 0 when the last one is complete.
 
     Every stage's settings, data and folder are checked before a Hugging Face folder is converted and
     the first one starts.
     """
+    args = read_options(TunedOptions, typed)
     request = stage_request(args, "lm", lengthens=True)
     faults = parse(args.inject, num_ranks(args.nproc))
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
-                   args.began_s, faults, gate)
+                   typed.began_s, faults, gate)
     finally:
         for folder in (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun

@@ -8,7 +8,6 @@ start others, in these.  Both keep their answers in RUN/gate/cache, so that noth
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import GATE
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.settings import Flag, NotNegative
-from megatron_sov.train.stage_config import StageOptions
+from megatron_sov.train.stage_config import StageOptions, TunedStageOptions
 
 if TYPE_CHECKING:
     from megatron_sov.train.gate import EndVerdict
@@ -40,7 +39,7 @@ OWN = ("--tasks", "--output", "--cache", "--run", "--nproc")
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions(StageOptions):
-    """A stage that may end behind a forgetting gate."""
+    """What a stage takes that is held to what its start could do."""
 
     gate: Annotated[str | None, Flag(value="TASKS")] = None
     """Forgetting gate: evaluate what the stage starts from and what it makes on these tasks of `megatron-sov
@@ -49,29 +48,20 @@ class GateOptions(StageOptions):
     """--gate: how much worse each task's first figure may be, in its own unit (default 0.03: 3 of 100 for a
     share of right answers)."""
     gate_with: Annotated[str | None, Flag(value="ARGUMENTS")] = None
-    """--gate: further arguments of `eval lm`, in one word, e.g.
-    --gate-with='--task-dir tasks --limit 500'."""
+    """--gate: further arguments of `eval lm`, in one word, e.g. --gate-with='--task-dir tasks
+    --limit 500'."""
 
 
-def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the gate's arguments."""
-    parser.add_argument("--gate", metavar="TASKS",
-                        help="forgetting gate: evaluate what the stage starts from and what it makes on "
-                             "these tasks of `megatron-sov eval lm`; exit code 3 where it has got worse for "
-                             "sure")
-    parser.add_argument("--tolerance", type=float, metavar="T",
-                        help="--gate: how much worse each task's first figure may be, in its own unit "
-                             f"(default {DEFAULT_TOLERANCE}: 3 of 100 for a share of right answers)")
-    parser.add_argument("--gate-with", metavar="ARGUMENTS",
-                        help="--gate: further arguments of `eval lm`, in one word, e.g. "
-                             "--gate-with='--task-dir tasks --limit 500'")
+@dataclass(frozen=True, kw_only=True)
+class TunedOptions(TunedStageOptions, GateOptions):
+    """What commands take that go on from a model, and may be held to what it could do."""
 
 
-def refuse_gate(args: argparse.Namespace, where: str) -> None:
+def refuse_gate(args: GateOptions, where: str) -> None:
     """Raise `UserError` where a gate is asked for and there is none.
 
     Args:
-        args: of `add_gate_arguments`.
+        args: what was typed.
         where: why, e.g. "--rounds 3".
     """
     if args.gate is not None:
@@ -83,7 +73,7 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> Forgett
     """Return the gate that the arguments ask for, or None.
 
     Args:
-        args: of the stage.
+        args: what was typed.
         config: the stage's settings, whose layout evaluates both models.
         start: the checkpoint that it starts from.
 
@@ -95,13 +85,9 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> Forgett
             if value is not None:
                 raise UserError(f"{option} {value}: is for --gate TASKS; add it, or leave this out")
         return None
-    tasks, tolerance = named_tasks(args.gate), DEFAULT_TOLERANCE
+    tasks = named_tasks(args.gate)
     if not tasks:
         raise UserError(f"--gate {args.gate!r}: names no task; name some, separated by commas")
-    if args.tolerance is not None:
-        tolerance = args.tolerance
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise UserError(f"--tolerance {tolerance}: must be a number that is not negative")
     if start is None:
         raise UserError(f"--gate {args.gate}: compares with what the stage starts from; name it by --from")
     try:
@@ -111,6 +97,7 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> Forgett
                         "quote") from None
     if own := [word for word in more if word.partition("=")[0] in OWN]:
         raise UserError(f"--gate-with {args.gate_with}: {own[0]} is the gate's own; leave it out")
+    tolerance = DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
     layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
     ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     gate = ForgettingGate(args.run, start, tuple(tasks), tolerance, (*layout, *ranks, *more))

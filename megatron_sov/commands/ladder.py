@@ -7,8 +7,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.clusters import cluster
@@ -17,8 +18,9 @@ from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.figures import large
 from megatron_sov.obs.warning import warn
 from megatron_sov.outputs import refuse_unwritable
-from megatron_sov.recipes.requested import Request, add_recipe_arguments, requested
+from megatron_sov.recipes.requested import RecipeOptions, Request, requested
 from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.ladder.members import Member
@@ -30,41 +32,51 @@ DECIDED = ("train.tokens", "train.steps", "optim.groups", "optim.warmup_steps")
 """Settings that a ladder makes itself, for each size its own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LadderOptions(RecipeOptions):
+    """Train small models of a recipe's structure, fit a scaling law, predict the next size."""
+
+    sizes: Annotated[str, Flag(value="N,N,...")]
+    """Parameters of the trunk that one token meets, such as 250K,500K,1M,2M."""
+    tokens_per_param: Annotated[str, Flag(value="R[,R...]")] = "20"
+    """Tokens of a run over its size (default 20); several: a run for each."""
+    rates: Literal["mup", "step-law"] = "mup"
+    """mup: the recipe's rates, carried to each width (default); step-law: rates and batch sizes fitted by arXiv
+    2503.04715."""
+    predict: Annotated[str | None, Flag(value="SIZE")] = None
+    """A size to predict (default: the next one, by the step between the last two)."""
+    verify: bool = False
+    """Train that size too, once its prediction is written."""
+    data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
+    """Token shards made by `sov-data pack` with --heldout; needed unless --dry-run."""
+    run: Annotated[Path, Flag(value="DIR")]
+    """Folder of the ladder; each size is a run in it, and a ladder that was stopped goes on."""
+    nproc: AtLeastOne | None = None
+    """Local processes of each run."""
+    submit: Annotated[str | None, Flag(value="CLUSTER")] = None
+    """Submit the runs to Slurm (a100, b200, b300, gb200, gb300, h100, h200, local, one-node, or a YAML file
+    of your own), instead of training them here one after the other."""
+    account: Annotated[str | None, Flag(value="NAME")] = None
+    """--submit: Slurm account (default: the profile's)."""
+    nodes: AtLeastOne = 1
+    """--submit: nodes of each run."""
+    dry_run: bool = False
+    """Print the models and train nothing."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_recipe_arguments(parser)
-    parser.add_argument("--sizes", required=True, metavar="N,N,...",
-                        help="parameters of the trunk that one token meets, such as 250K,500K,1M,2M")
-    parser.add_argument("--tokens-per-param", default="20", metavar="R[,R...]",
-                        help="tokens of a run over its size (default 20); several: a run for each")
-    parser.add_argument("--rates", choices=("mup", "step-law"), default="mup",
-                        help="mup: the recipe's rates, carried to each width (default); step-law: rates and "
-                             "batch sizes fitted by arXiv 2503.04715")
-    parser.add_argument("--predict", metavar="SIZE", help="a size to predict (default: the next one, by the "
-                                                          "step between the last two)")
-    parser.add_argument("--verify", action="store_true",
-                        help="train that size too, once its prediction is written")
-    parser.add_argument("--data", action="append", default=[], metavar="DIR[:weight]",
-                        help="token shards made by `sov-data pack` with --heldout; needed unless --dry-run")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR",
-                        help="folder of the ladder; each size is a run in it, and a ladder that was stopped "
-                             "goes on")
-    parser.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes of each run")
-    parser.add_argument("--submit", metavar="CLUSTER",
-                        help=f"submit the runs to Slurm ({', '.join(cluster.names())}, or a YAML file of "
-                             "your own), instead of training them here one after the other")
-    parser.add_argument("--account", metavar="NAME", help="--submit: Slurm account (default: the profile's)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="--submit: nodes of each run")
-    parser.add_argument("--dry-run", action="store_true", help="print the models and train nothing")
+    add_options(parser, LadderOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Train what is not complete, fit, predict; returns 0 when all of it stands.
 
     Raises:
         UserError: a mistake in the arguments, sizes that the structure cannot have, another ladder in the
             folder, or losses that no law fits.
     """
+    args = read_options(LadderOptions, typed)
     request = requested(args)
     members, predicted = _members(args, request)
     _check(args, [*members, predicted])
@@ -81,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return _fit(args, members, predicted)
 
 
-def _members(args: argparse.Namespace, request: Request) -> tuple[list[Member], Member]:
+def _members(args: LadderOptions, request: Request) -> tuple[list[Member], Member]:
     from megatron_sov.ladder.family import parse_size, parse_sizes
     from megatron_sov.ladder.laws import LEAST_POINTS
     from megatron_sov.ladder.members import members
@@ -124,10 +136,8 @@ def _ratios(text: str) -> list[float]:
     return ratios
 
 
-def _check(args: argparse.Namespace, members: Sequence[Member]) -> None:
+def _check(args: LadderOptions, members: Sequence[Member]) -> None:
     """Look at everything before the first run."""
-    if args.nodes < 1 or (args.nproc is not None and args.nproc < 1):
-        raise UserError(f"--nodes {args.nodes}, --nproc {args.nproc}: must be at least 1")
     if args.submit is not None:
         cluster.load(args.submit, account=args.account)
     elif args.account is not None:
@@ -142,7 +152,7 @@ def _check(args: argparse.Namespace, members: Sequence[Member]) -> None:
             raise UserError(f"size {member.name}: {e}") from None
 
 
-def _check_data(args: argparse.Namespace, members: Sequence[Member]) -> None:
+def _check_data(args: LadderOptions, members: Sequence[Member]) -> None:
     """Look at the data before the first run.
 
     Raises:
@@ -192,7 +202,7 @@ def _read(file: Path) -> RunConfig:
                         "--run") from None
 
 
-def _train(args: argparse.Namespace, members: Sequence[Member]) -> int:
+def _train(args: LadderOptions, members: Sequence[Member]) -> int:
     """Run, or submit, what is not complete; returns the exit code of the first that is not."""
     from megatron_sov.ladder.results import is_complete
     from megatron_sov.runs.commands import run_command
@@ -227,7 +237,7 @@ def _are_complete(folder: Path, members: Sequence[Member]) -> bool:
     return not waiting
 
 
-def _fit(args: argparse.Namespace, members: Sequence[Member], predicted: Member) -> int:
+def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> int:
     from megatron_sov.ladder import results
 
     found = results.points(args.run, members)
@@ -248,7 +258,7 @@ def _fit(args: argparse.Namespace, members: Sequence[Member], predicted: Member)
     return ExitCode.OK
 
 
-def _write(args: argparse.Namespace, members: Sequence[Member], found: Sequence[Point], law: Law,
+def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point], law: Law,
            told: Told, predicted: Member) -> None:
     """Write ladder.json and the page."""
     from megatron_sov.ladder import results

@@ -43,33 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, LogsOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print a run's lines, each marked with start and rank.
 
     Raises:
         UserError: the folder holds no run, the pattern is none, or no file is the rank's.
     """
-    options = read_options(LogsOptions, args)
+    args = read_options(LogsOptions, typed)
     from megatron_sov.watch.logs import log_files
     from megatron_sov.watch.state import find_runs
 
-    if find_runs(options.run)[-1] != options.run:
-        raise UserError(f"{options.run}: holds runs and is none; name one of them: "
-                        f"{', '.join(map(str, find_runs(options.run)))}")
+    if find_runs(args.run)[-1] != args.run:
+        raise UserError(f"{args.run}: holds runs and is none; name one of them: "
+                        f"{', '.join(map(str, find_runs(args.run)))}")
     try:
-        wanted = re.compile(options.grep or "")
+        wanted = re.compile(args.grep or "")
     except re.error as e:
-        raise UserError(f"--grep {options.grep}: is no regular expression ({e}); "
+        raise UserError(f"--grep {args.grep}: is no regular expression ({e}); "
                         "put a backslash before its signs") from None
-    files = log_files(options.run)
+    files = log_files(args.run)
     ranks = sorted({f.rank for f in files if f.rank is not None})
-    if options.rank and not set(options.rank) & set(ranks) and not options.follow:
+    if args.rank and not set(args.rank) & set(ranks) and not args.follow:
         known = (f"ranks with files: {ranks[0]} to {ranks[-1]}" if ranks
                  else "a run on one machine writes to its terminal")
-        raise UserError(f"--rank {options.rank[0]}: no file of {options.run} is this rank's ({known}); "
+        raise UserError(f"--rank {args.rank[0]}: no file of {args.run} is this rank's ({known}); "
                         "leave --rank out")
     try:
-        _print(_Reader(options.run, set(options.rank), options.tail).everything(options.follow), wanted)
+        _print(_Reader(args.run, set(args.rank), args.tail).everything(args.follow), wanted)
     except KeyboardInterrupt:
         return 0
     return 0

@@ -8,44 +8,57 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron_sov.clusters import cluster
 from megatron_sov.errors import UserError
 from megatron_sov.plan.speed.parameters import Parameters
-from megatron_sov.recipes.requested import Request, add_recipe_arguments, requested
+from megatron_sov.recipes.requested import RecipeOptions, Request, requested
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 OF_A_RUN = ("recipe", "config", "plugins", "settings", "nproc", "cluster", "nodes", "sweep", "json", "html")
 """Arguments that a table of runs has no use for."""
 
 
+CLUSTER = ("Price the run on the GPUs of this cluster: take the layout that is recommended for them, where "
+           "no parallel.* is set, and tell memory, speed, days and cost "
+           f"({', '.join(cluster.names())}, or a YAML file of your own).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(RecipeOptions):
+    """Show what a run will do at each step, and what it takes on a cluster."""
+
+    nproc: AtLeastOne | None = None
+    """Check the settings for so many processes (default: as few as the layout needs)."""
+    cluster: Annotated[str | None, Flag(value="PROFILE", help=CLUSTER)] = None
+    nodes: AtLeastOne | None = None
+    """Nodes of --cluster (default 1)."""
+    sweep: bool = False
+    """Look at all layouts on --cluster, take the fastest that fits, and say why; what --set says of the
+    layout stays."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    html: Annotated[Path | None, Flag(value="FILE")] = None
+    """Write tables and charts into this self-contained page as well."""
+    table: Annotated[Path | None, Flag(value="ROWS.csv")] = None
+    """In place of RECIPE: predict the speed and memory of every run of this table."""
+    calibrate: Annotated[tuple[Path, ...], Flag(value="RUN", many=True)] = ()
+    """In place of RECIPE: learn the parameters of speed from these runs of yours."""
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """Where --table writes its predictions, --calibrate its parameters."""
+    parameters: Annotated[Path | None, Flag(value="FILE")] = None
+    """Price by these parameters, which --calibrate wrote."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov plan`."""
-    add_recipe_arguments(parser)
-    parser.add_argument("--nproc", type=int, default=None, metavar="N",
-                        help="check the settings for so many processes (default: as few as the layout needs)")
-    parser.add_argument("--cluster", metavar="PROFILE",
-                        help="price the run on the GPUs of this cluster: take the layout that is recommended "
-                             "for them, where no parallel.* is set, and tell memory, speed, days and cost "
-                             f"({', '.join(cluster.names())}, or a YAML file of your own)")
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of --cluster (default 1)")
-    parser.add_argument("--sweep", action="store_true",
-                        help="look at all layouts on --cluster, take the fastest that fits, and say why; "
-                             "what --set says of the layout stays")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--html", type=Path, metavar="FILE",
-                        help="write tables and charts into this self-contained page as well")
-    parser.add_argument("--table", type=Path, metavar="ROWS.csv",
-                        help="in place of RECIPE: predict the speed and memory of every run of this table")
-    parser.add_argument("--calibrate", type=Path, nargs="+", metavar="RUN",
-                        help="in place of RECIPE: learn the parameters of speed from these runs of yours")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="where --table writes its predictions, --calibrate its parameters")
-    parser.add_argument("--parameters", type=Path, metavar="FILE",
-                        help="price by these parameters, which --calibrate wrote")
+    add_options(parser, PlanOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print what a run will do: learning rate, batch size, tokens and blend; with --cluster also what it
     takes there.
 
@@ -53,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: an unknown recipe or setting, settings that make no schedule, or a run that does not fit
             the cluster's GPUs.
     """
-    if args.table is not None or args.calibrate is not None or args.out is not None:
+    args = read_options(PlanOptions, typed)
+    if args.table is not None or args.calibrate or args.out is not None:
         return _of_files(args)
     if args.cluster is None and args.parameters is not None:
         raise UserError(f"--parameters {args.parameters}: prices a run on a cluster; name it by --cluster")
@@ -71,14 +85,12 @@ def run(args: argparse.Namespace) -> int:
     return _on_cluster(args, request) if args.cluster else _schedule(args, request)
 
 
-def _schedule(args: argparse.Namespace, request: Request) -> int:
+def _schedule(args: PlanOptions, request: Request) -> int:
     """Print a run's schedule alone."""
     from megatron_sov.artifacts import to_json
     from megatron_sov.plan import timetable
 
     config = request.config()
-    if args.nproc is not None and args.nproc < 1:
-        raise UserError(f"--nproc {args.nproc}: must be at least 1")
     config.check(math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
                  if args.nproc is None else args.nproc)
     print(to_json(timetable.as_json(config)) if args.json else timetable.as_text(config))
@@ -89,7 +101,7 @@ def _schedule(args: argparse.Namespace, request: Request) -> int:
     return 0
 
 
-def _on_cluster(args: argparse.Namespace, request: Request) -> int:
+def _on_cluster(args: PlanOptions, request: Request) -> int:
     """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
     from megatron_sov.artifacts import to_json
     from megatron_sov.plan import timetable
@@ -98,6 +110,7 @@ def _on_cluster(args: argparse.Namespace, request: Request) -> int:
 
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
+    assert args.cluster is not None
     where = machines(args.cluster, args.nodes)
     parameters = _parameters(args.parameters)
     found = (searched(request, where, _recipe_words(args), parameters) if args.sweep
@@ -115,18 +128,18 @@ def _on_cluster(args: argparse.Namespace, request: Request) -> int:
     return 0
 
 
-def _recipe_words(args: argparse.Namespace) -> list[str]:
+def _recipe_words(args: PlanOptions) -> list[str]:
     """Return what names the recipe on the command line."""
     words = [args.recipe] if args.recipe else ["--config", str(args.config)]
     return words + [word for plugin in args.plugins for word in ("--plugin", plugin)]
 
 
-def _of_files(args: argparse.Namespace) -> int:
+def _of_files(args: PlanOptions) -> int:
     """Predict the runs of a table, or learn from runs that were."""
-    if args.table is not None and args.calibrate is not None:
+    if args.table is not None and args.calibrate:
         raise UserError(f"--table {args.table} and --calibrate {args.calibrate[0]}: are two jobs; do one "
                         "after the other")
-    if args.table is None and args.calibrate is None:
+    if args.table is None and not args.calibrate:
         raise UserError(f"--out {args.out}: is for --table ROWS.csv or --calibrate RUN; name one of them, or "
                         "pass --html FILE for a page")
     doing = f"--table {args.table}" if args.table is not None else f"--calibrate {args.calibrate[0]}"
@@ -134,7 +147,7 @@ def _of_files(args: argparse.Namespace) -> int:
     if given:
         raise UserError(f"{doing}: looks at runs that are written down, and {given[0]} belongs to one that "
                         "is planned; leave one of them out")
-    if args.calibrate is not None:
+    if args.calibrate:
         from megatron_sov.plan.calibration.calibrate import calibrate
 
         if args.parameters is not None:
@@ -144,6 +157,7 @@ def _of_files(args: argparse.Namespace) -> int:
         return 0
     from megatron_sov.plan.tables.predicted import predict_file
 
+    assert args.table is not None
     if args.out is None:
         raise UserError(f"{doing}: needs --out PREDICTED.csv, where the predictions go")
     print(predict_file(args.table, args.out, _parameters(args.parameters)).as_text())

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
-from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of, refuse_gate
-from megatron_sov.commands.prefer_rounds import add_round_arguments, refuse_without_rounds, run_rounds
+from megatron_sov.commands.forgetting_gate import gate_of, refuse_gate
+from megatron_sov.commands.prefer_rounds import PreferOptions, run_rounds
 from megatron_sov.config import RunConfig
-from megatron_sov.config.preference import WITH_REFERENCE, PreferenceMethod
+from megatron_sov.config.preference import WITH_REFERENCE
 from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
 from megatron_sov.runs.launch_environment import repeats
-from megatron_sov.train.stage_config import ParsedStage, add_stage_arguments, parse_stage
+from megatron_sov.settings import add_options, read_options
+from megatron_sov.train.stage_config import ParsedStage, parse_stage
 
 if TYPE_CHECKING:
     from megatron_sov.data.token_shards import Source
@@ -25,23 +27,18 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_stage_arguments(parser, needs_start=True)
-    parser.add_argument("--method", choices=get_args(PreferenceMethod),
-                        help="the loss (--set preference.method=...; default dpo)")
-    parser.add_argument("--reference", type=Path, metavar="CHECKPOINT|RUN",
-                        help="compare with this model (dpo, ipo, dpo-norm, kto; default: the one of --from)")
-    add_gate_arguments(parser)
-    add_round_arguments(parser)
+    add_options(parser, PreferOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Learn from preferences; returns 0 when the run is complete."""
+    args = read_options(PreferOptions, typed)
     if args.method is not None:
-        args.settings = [*args.settings, f"preference.method={args.method}"]
+        settings = (*args.settings, f"preference.method={args.method}")
+        args = dataclasses.replace(args, settings=settings)
     if args.rounds is not None:
         refuse_gate(args, f"--rounds {args.rounds}")
         return run_rounds(args)
-    refuse_without_rounds(args)
     parsed = parse_stage(args, "preference")
     refuse_unknown_benchmarks(parsed.config)
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
@@ -75,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
-                    end_gate=gate, faults=parsed.faults), args.nproc, args.began_s)
+                    end_gate=gate, faults=parsed.faults), args.nproc, typed.began_s)
     return 0
 
 
@@ -106,7 +103,7 @@ def _fixed_reference(path: Path | None, config: RunConfig) -> Path | None:
     return find_checkpoint(path)
 
 
-def _reference(args: argparse.Namespace, parsed: ParsedStage, sources: tuple[Source, ...],
+def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, ...],
                fixed: Path | None) -> Reference:
     """Return the run's reference: complete, where it is another model than the one that is trained.
 

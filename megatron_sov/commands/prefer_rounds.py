@@ -6,24 +6,28 @@ killed goes on at the first command whose result is not there.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge
 
 from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
+from megatron_sov.commands.forgetting_gate import TunedOptions
 from megatron_sov.config import RunConfig, layout_settings
+from megatron_sov.config.preference import PreferenceMethod
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.prompts import read_prompts
-from megatron_sov.generate.request import Sampling
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done, keep_result
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import AboveZero, AtLeastOne, Code, Flag, Problem, parse_nested
 from megatron_sov.train.stage_config import stage_request
 
 NEEDED = ("prompts", "reward", "tokenizer")
@@ -33,36 +37,48 @@ FRAMED = ("tools", "chat_template_kwargs")
 """Fields of a prompt with which `sov-data pack` would frame answers otherwise than they were asked for."""
 
 
-def add_round_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what rounds need."""
-    parser.add_argument("--rounds", type=int, metavar="N",
-                        help="N times: answer --prompts, judge by --reward, learn from it (--data is then "
-                             "what is learned beside, and not needed)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
-                        help='--rounds: lines with "prompt" and what the reward needs')
-    parser.add_argument("--reward", metavar="NAME", help="--rounds: as of `megatron-sov score`")
-    parser.add_argument("--reward-set", action="append", default=[], metavar="key=value",
-                        help="--rounds: a setting of the reward; may be repeated")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR",
-                        help="--rounds: the tokenizer that the model was trained with, for `sov-data pack`")
-    parser.add_argument("--samples", type=int, default=8, metavar="N",
-                        help="--rounds: answers to each prompt (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                        help="--rounds: of these samples (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N",
-                        help="--rounds: longest answer (default %(default)s)")
-    parser.add_argument("--keep-unfinished", action="store_true",
-                        help="--rounds: learn an answer that --max-new-tokens cut off as a good one too, as "
-                             "`sov-data pairs` may")
+@dataclass(frozen=True, kw_only=True)
+class PreferOptions(TunedOptions):
+    """Learn from preferences, of pairs that there are, or in rounds of answers that are judged on the way."""
 
+    method: PreferenceMethod | None = None
+    """The loss (--set preference.method=...; default dpo)."""
+    reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
+    """Compare with this model (dpo, ipo, dpo-norm, kto; default: the one of --from)."""
+    rounds: int | None = None
+    """N times: answer --prompts, judge by --reward, learn from it (--data is then what is learned beside,
+    and not needed)."""
+    prompts: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """--rounds: lines with "prompt" and what the reward needs."""
+    reward: Annotated[str | None, Flag(value="NAME")] = None
+    """--rounds: as of `megatron-sov score`."""
+    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """--rounds: a setting of the reward; may be repeated."""
+    tokenizer: Annotated[Path | None, Flag(value="DIR")] = None
+    """--rounds: the tokenizer that the model was trained with, for `sov-data pack`."""
+    samples: Annotated[int, Ge(2)] = 8
+    """--rounds: answers to each prompt, which are compared."""
+    temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
+    """--rounds: of these samples."""
+    max_new_tokens: AtLeastOne = 512
+    """--rounds: longest answer."""
+    keep_unfinished: bool = False
+    """--rounds: learn an answer that --max-new-tokens cut off as a good one too, as `sov-data pairs`
+    may."""
 
-def refuse_without_rounds(args: argparse.Namespace) -> None:
-    """Raise `UserError` where something is asked of rounds, and there are none."""
-    for name in NEEDED:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} {getattr(args, name)}: is for --rounds N; add it, or leave this out")
-    if args.keep_unfinished:
-        raise UserError("--keep-unfinished: is for --rounds N; add it, or leave this out")
+    def problems(self) -> list[Problem]:
+        """Return what is said of rounds where there are none, and what rounds need."""
+        if self.rounds is None:
+            return [Problem(Code.RULE, name, "is for --rounds N; add it, or leave this out",
+                            getattr(self, name)) for name in (*NEEDED, "keep_unfinished")
+                    if getattr(self, name)]
+        return [Problem(Code.RULE, "rounds", f"needs --{name}; add it", self.rounds)
+                for name in NEEDED if getattr(self, name) is None]
+
+    @property
+    def num_rounds(self) -> int:
+        """Return how many there are; 0: it is no command of rounds."""
+        return self.rounds or 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Job:
     """What follows `python -m`."""
 
 
-def run_rounds(args: argparse.Namespace) -> int:
+def run_rounds(args: PreferOptions) -> int:
     """Do what is not done yet of all rounds; returns 0, or the exit code of a command that did not end well.
 
     Raises:
@@ -86,7 +102,7 @@ def run_rounds(args: argparse.Namespace) -> int:
                         "the commands of a round one by one, as docs/prefer.md shows them")
     config, reward_version = _checked(args)
     _enter(args, reward_version)
-    for number in range(1, args.rounds + 1):
+    for number in range(1, args.num_rounds + 1):
         read = None
         for job in jobs_of(args, config, number):
             if not is_done(job.result):
@@ -102,7 +118,7 @@ def run_rounds(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterator[Job]:
+def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Job]:
     """Yield the commands of a round, from 1, in order."""
     folder, start = folder_of(args.run, number), _run_of(args, number - 1)
     responses, scored, judged, packed = (folder / name for name in (
@@ -115,7 +131,7 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
                           "--max-new-tokens", str(args.max_new_tokens),
                           "--seed", str(config.train.seed + number), "--engine", "megatron", *ranks, *layout,
                           "--output", str(responses)])
-    yield Job(scored, ["megatron_sov", "score", "--reward", args.reward, "--input", str(responses),
+    yield Job(scored, ["megatron_sov", "score", "--reward", str(args.reward), "--input", str(responses),
                        *(word for setting in args.reward_set for word in ("--set", setting)),
                        "--output", str(scored)])
     step, columns = (("groups", ["--column", "advantage", "--column", "group_share"])
@@ -138,14 +154,14 @@ def folder_of(run: Path, number: int) -> Path:
     return run / ROUNDS / f"{number:02d}"
 
 
-def _run_of(args: argparse.Namespace, number: int) -> Path:
+def _run_of(args: PreferOptions, number: int) -> Path:
     """Return the run of a round, which is --run for the last one; of round 0 what the first starts from."""
     if number == 0:
         return Path(args.start_from)
     return Path(args.run) if number == args.rounds else folder_of(args.run, number) / "run"
 
 
-def _training_words(args: argparse.Namespace) -> list[str]:
+def _training_words(args: PreferOptions) -> list[str]:
     """Return the arguments of the training command that are the same in every round."""
     words = [args.recipe] if args.recipe is not None else ["--config", str(args.config)]
     given = {"--plugin": args.plugins, "--set": args.settings, "--data": args.data, "--inject": args.inject,
@@ -154,20 +170,10 @@ def _training_words(args: argparse.Namespace) -> list[str]:
     return [*words, *(["--deterministic"] if args.deterministic else [])]
 
 
-def _checked(args: argparse.Namespace) -> tuple[RunConfig, str]:
+def _checked(args: PreferOptions) -> tuple[RunConfig, str]:
     """Return the settings of the rounds' runs and the version of their reward, after everything that can be
     checked before the first one."""
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: must be at least 1")
-    for name in NEEDED:
-        if getattr(args, name) is None:
-            raise UserError(f"--rounds {args.rounds}: needs --{name}; add it")
-    if args.samples < 2:
-        raise UserError(f"--samples {args.samples}: must be at least 2, or there is nothing to compare")
-    if not args.temperature > 0:
-        raise UserError(f"--temperature {args.temperature}: must be greater than 0, or all answers are "
-                        "the same")
-    Sampling(args.max_new_tokens, args.temperature).check()
+    assert args.reward is not None and args.prompts is not None and args.tokenizer is not None
     for prompt in read_prompts([], args.prompts):
         if framed := [name for name in FRAMED if prompt.record.get(name)]:
             raise UserError(f"--prompts {args.prompts}: prompt {prompt.text[:40]!r} has {framed[0]!r}, and "
@@ -175,15 +181,16 @@ def _checked(args: argparse.Namespace) -> tuple[RunConfig, str]:
     reward_version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
     read_manifest(args.tokenizer, "tokenizer")
     # which stands for the data that are still to be made: they are asked for, and not read yet
-    with_data = argparse.Namespace(**vars(args) | {"data": [*args.data, str(args.tokenizer)]})
+    with_data = dataclasses.replace(args, data=(*args.data, str(args.tokenizer)))
     asked = stage_request(with_data, "preference")
     config = asked.config()
     config.check(num_ranks(args.nproc))
     return config, reward_version
 
 
-def _enter(args: argparse.Namespace, reward_version: str) -> None:
+def _enter(args: PreferOptions, reward_version: str) -> None:
     """Take note of what the rounds are asked for, or check that it is what they were begun with."""
+    assert args.prompts is not None
     file = args.run / ROUNDS / ASKED
     asked = {"rounds": args.rounds, "from": str(args.start_from), "prompts": file_digest(args.prompts),
              "reward": args.reward, "reward_set": args.reward_set, "samples": args.samples,
@@ -195,5 +202,5 @@ def _enter(args: argparse.Namespace, reward_version: str) -> None:
                         "another --run")
     enter_rounds(args.run, file, asked, "--run")
     with disk_errors(args.run):
-        for number in range(1, args.rounds + 1):
+        for number in range(1, args.num_rounds + 1):
             folder_of(args.run, number).mkdir(parents=True, exist_ok=True)

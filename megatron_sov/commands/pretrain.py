@@ -6,16 +6,18 @@ import argparse
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.objectives import factory
-from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
+from megatron_sov.settings import add_options, read_options
+from megatron_sov.train.stage_config import StageOptions, parse_stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_stage_arguments(parser, needs_start=False)
+    add_options(parser, StageOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
+    args = read_options(StageOptions, typed)
     parsed = parse_stage(args, "lm")
     refuse_unknown_benchmarks(parsed.config)
 
@@ -29,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     objective = factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
                   faults=parsed.faults)
-    run_stage(stage, args.nproc, args.began_s)
+    run_stage(stage, args.nproc, typed.began_s)
     return 0

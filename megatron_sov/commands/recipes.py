@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 
 from megatron_sov import models, objectives, recipes
 from megatron_sov.artifacts import to_json
@@ -13,27 +14,35 @@ from megatron_sov.models.count import num_params
 from megatron_sov.plan.recommended import table
 from megatron_sov.plugins.entry_points import declared
 from megatron_sov.plugins.loading import is_reference
-from megatron_sov.recipes.requested import add_recipe_arguments, load_plugins, requested
+from megatron_sov.recipes.requested import RecipeOptions, load_plugins, requested
 from megatron_sov.recipes.sources import Source, Sources, derive, relabelled, settings
+from megatron_sov.settings import add_options, read_options
 
 BUILT_IN = "built in"
 SET = Source("yours", "--set")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecipesOptions(RecipeOptions):
+    """List the recipes, or print one with every setting and its source."""
+
+    json: bool = False
+    """Print RECIPE's settings as JSON, without sources."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov recipes`."""
-    add_recipe_arguments(parser)
-    parser.add_argument("--json", action="store_true",
-                        help="print RECIPE's settings as JSON, without sources")
+    add_options(parser, RecipesOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """List recipes, families and objectives with their origin, or print one recipe's settings
     and their sources, and the layouts that it is recommended to have.
 
     Raises:
         UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
     """
+    args = read_options(RecipesOptions, typed)
     if args.recipe is None and args.config is None:
         for given, used in (("--json", args.json), (f"--set {''.join(args.settings[:1])}", args.settings)):
             if used:

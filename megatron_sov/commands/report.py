@@ -38,25 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, ReportOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Write the report and print where it is.
 
     Raises:
         UserError: a RUN is no run folder, or --out cannot be written.
     """
-    options = read_options(ReportOptions, args)
-    if options.compare and not 2 <= len(options.runs) <= MAX_COMPARED:
-        raise UserError(f"--compare: needs 2 to {MAX_COMPARED} runs, and there are {len(options.runs)}; name "
+    args = read_options(ReportOptions, typed)
+    if args.compare and not 2 <= len(args.runs) <= MAX_COMPARED:
+        raise UserError(f"--compare: needs 2 to {MAX_COMPARED} runs, and there are {len(args.runs)}; name "
                         "the one to compare with first")
-    found = [path.resolve() for path in options.runs]
-    if twice := [path for path in options.runs if found.count(path.resolve()) > 1]:
+    found = [path.resolve() for path in args.runs]
+    if twice := [path for path in args.runs if found.count(path.resolve()) > 1]:
         raise UserError(f"{twice[0]}: is named twice, and its tokens would count twice; name each run once")
     from megatron_sov.report.run_data import read_run
 
-    out: Path = options.out or options.runs[-1] / ("compare.html" if options.compare else "report.html")
-    check_output("--out", options.out)
-    runs = [read_run(path) for path in options.runs]
-    if options.compare:
+    out: Path = args.out or args.runs[-1] / ("compare.html" if args.compare else "report.html")
+    check_output("--out", args.out)
+    runs = [read_run(path) for path in args.runs]
+    if args.compare:
         from megatron_sov.report import compare
 
         page = compare.render(runs, score_differences(runs, compare.unique_names(runs)))

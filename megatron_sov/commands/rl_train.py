@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
-from megatron_sov.commands.forgetting_gate import ForgettingGate, GateOptions, gate_of
+from megatron_sov.commands.forgetting_gate import ForgettingGate, TunedOptions, gate_of
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.config.rounds import with_rounds
 from megatron_sov.errors import ExitCode
@@ -16,14 +16,14 @@ from megatron_sov.post.rl.reward import reward_version
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.settings import Flag, NotNegative, add_options, read_options
-from megatron_sov.train.stage_config import ParsedStage, TunedStageOptions, parse_stage
+from megatron_sov.train.stage_config import ParsedStage, parse_stage
 
 if TYPE_CHECKING:
     from megatron_sov.post.rl.feed import Produce
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOptions(TunedStageOptions, GateOptions):
+class RoundsOptions(TunedOptions):
     """What is trained, and where its rounds come from."""
 
     store: Annotated[Path, Flag(value="DIR")]

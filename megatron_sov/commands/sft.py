@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
-from megatron_sov.commands.forgetting_gate import add_gate_arguments, gate_of
-from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
+from megatron_sov.commands.forgetting_gate import TunedOptions, gate_of
+from megatron_sov.settings import add_options, read_options
+from megatron_sov.train.stage_config import parse_stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_stage_arguments(parser, needs_start=True)
-    add_gate_arguments(parser)
+    add_options(parser, TunedOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Fine-tune on conversations; returns 0 when the run is complete."""
+    args = read_options(TunedOptions, typed)
     parsed = parse_stage(args, "sft")
     refuse_unknown_benchmarks(parsed.config)
     gate = gate_of(args, parsed.config, parsed.start)
@@ -33,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     check_sources(parsed.config, sources)
     stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
                   tuple(sources), end_gate=gate, faults=parsed.faults)
-    run_stage(stage, args.nproc, args.began_s)
+    run_stage(stage, args.nproc, typed.began_s)
     return 0

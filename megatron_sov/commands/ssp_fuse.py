@@ -34,32 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, SspFuseOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Merge, and print what was merged.
 
     Raises:
         UserError: the checkpoints have no mean, or nothing can be written there.
     """
-    options = read_options(SspFuseOptions, args)
-    load_plugins(options.plugins)
+    args = read_options(SspFuseOptions, typed)
+    load_plugins(args.plugins)
     from megatron_sov.post.ssp.probing import TABLE, experts_of
 
-    first = Path(options.checkpoints[0])
+    first = Path(args.checkpoints[0])
     if (first / TABLE / MANIFEST).is_file():
-        if len(options.checkpoints) > 1:
+        if len(args.checkpoints) > 1:
             raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
-                            f"{options.checkpoints[1]}")
+                            f"{args.checkpoints[1]}")
         found = experts_of(first)
         if len(found) < 2:
             raise UserError(f"{first}: {found[0][0] if found else 'no single checkpoint'} is the best in "
                             "every domain, so there is nothing to merge; use it as it is")
     else:
-        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in options.checkpoints)]
+        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
     from megatron_sov import convert
 
-    convert.average(found, options.output, workers=options.workers, overwrite=options.overwrite)
+    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite)
     total = sum(weight for _, weight in found)
     for path, weight in found:
         print(f"{weight / total:.4g} of {path}")
-    print(f"wrote checkpoint {options.output}")
+    print(f"wrote checkpoint {args.output}")
     return ExitCode.OK

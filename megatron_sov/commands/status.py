@@ -38,18 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, StatusOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print how the runs stand: one in full, several as a table.
 
     Raises:
         UserError: a folder holds no run.
     """
-    options = read_options(StatusOptions, args)
+    args = read_options(StatusOptions, typed)
     from megatron_sov.watch.state import find_runs, read_state
 
-    paths = list(dict.fromkeys(found for path in options.runs for found in find_runs(path)))
+    paths = list(dict.fromkeys(found for path in args.runs for found in find_runs(path)))
     states = [read_state(path) for path in paths]
-    if options.json:
+    if args.json:
         print(json.dumps([_plain(state) for state in states], indent=1, ensure_ascii=False))
     elif len(states) == 1:
         print(in_full(states[0]))

@@ -104,7 +104,7 @@ def weighted_path(argument: str, said: str) -> tuple[str, float]:
         raise UserError(f"{said}: does not exist, and {text!r} after the colon is not a weight") from None
 
 
-def data_paths(data: list[str]) -> dict[str, float]:
+def data_paths(data: Sequence[str]) -> dict[str, float]:
     """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
 
     Raises:

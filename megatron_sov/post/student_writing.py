@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ class _Part:
     """Number of the first one's random numbers, among all prompts."""
 
 
-def write_answers(asked: Writing, out: Path, settings: list[str], nproc: int | None, *,
+def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int | None, *,
                   overwrite: bool = False) -> None:
     """Have a student answer the training prompts once each, and keep its answers as conversations.
 
@@ -160,7 +160,7 @@ def _refuse_too_long(asked: Writing, sources: list[Source]) -> None:
 
 
 @contextlib.contextmanager
-def _artifact(asked: Writing, sources: list[Source], tokenizer: Path, settings: list[str], out: Path,
+def _artifact(asked: Writing, sources: list[Source], tokenizer: Path, settings: Sequence[str], out: Path,
               overwrite: bool) -> Iterator[ResumableArtifact]:
     """Give the artifact under construction, with all that is no answer in it."""
     plan = {"student": weights_digest(asked.student), "sampling": asdict(asked.sampling),

@@ -81,7 +81,7 @@ class Reading:
     """The teacher's `weights_digest` where it is known, so that its files are not read for it again."""
 
 
-def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int | None, *,
+def read_documents(reading: Reading, out: Path, settings: Sequence[str], nproc: int | None, *,
                    overwrite: bool = False) -> None:
     """Write what a teacher says of all documents as an artifact.
 

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, TokenizerCompareOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer compare`; returns 0.
 
     Raises:
@@ -54,17 +54,17 @@ def run(args: argparse.Namespace) -> int:
     """
     from tokenizer.compare.page import overlap_table, render, text_table
 
-    options = read_options(TokenizerCompareOptions, args)
-    if len(options.tokenizers) < 2:
-        raise UserError(f"{options.tokenizers[0]}: is the only tokenizer; name another one to compare "
+    args = read_options(TokenizerCompareOptions, typed)
+    if len(args.tokenizers) < 2:
+        raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name another one to compare "
                         "it with")
-    if not options.text:
+    if not args.text:
         raise UserError("--text is missing; name held-out text to compare on, e.g. "
                         "--text korean=heldout/ko.jsonl")
-    check_output("--output", options.output)
-    check_output("--json", options.json)
-    found = compare(options.tokenizers, read_texts(options.text, options.max_text_mb), options.hidden_size,
-                    options.body_params)
+    check_output("--output", args.output)
+    check_output("--json", args.json)
+    found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
+                    args.body_params)
     for title, table in (("bytes per token", text_table(found, "bytes_per_token", "{:.3f}")),
                          ("tokens per word", text_table(found, "tokens_per_word", "{:.3f}")),
                          ("tokens against the first", text_table(found, "relative_tokens", "{:.3f}")),
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{title}\n{_plain(table)}")
     for name, facts in found["tokenizers"].items():
         print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
-    if options.output is not None:
-        write_output(options.output, render(found))
-        print(f"{options.output}: opens in any browser without a network")
-    if options.json is not None:
-        write_output(options.json, to_json(found))
+    if args.output is not None:
+        write_output(args.output, render(found))
+        print(f"{args.output}: opens in any browser without a network")
+    if args.json is not None:
+        write_output(args.json, to_json(found))
     return 0
 
 

@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, TokenizerExportOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer export`; returns 0."""
-    options = read_options(TokenizerExportOptions, args)
-    export_tokenizer(options.path, options.format, options.output, texts=options.text,
-                     overwrite=options.overwrite)
+    args = read_options(TokenizerExportOptions, typed)
+    export_tokenizer(args.path, args.format, args.output, texts=args.text,
+                     overwrite=args.overwrite)
     return 0
 
 

@@ -49,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, TokenizerImportOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer import`; returns 0."""
-    options = read_options(TokenizerImportOptions, args)
-    named = {"bos_token": options.bos, "eos_token": options.eos, "pad_token": options.pad}
-    import_tokenizer(options.path, options.output, rules=options.rules, named=named, texts=options.text,
-                     overwrite=options.overwrite)
+    args = read_options(TokenizerImportOptions, typed)
+    named = {"bos_token": args.bos, "eos_token": args.eos, "pad_token": args.pad}
+    import_tokenizer(args.path, args.output, rules=args.rules, named=named, texts=args.text,
+                     overwrite=args.overwrite)
     return 0
 
 

@@ -78,11 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, GraftOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer graft`; returns 0."""
-    options = read_options(GraftOptions, args)
-    graft(options.model, options.output, add=options.add, special=options.special, replace=options.replace,
-          vocab_size=options.vocab_size, texts=options.text, overwrite=options.overwrite)
+    args = read_options(GraftOptions, typed)
+    graft(args.model, args.output, add=args.add, special=args.special, replace=args.replace,
+          vocab_size=args.vocab_size, texts=args.text, overwrite=args.overwrite)
     return 0
 
 

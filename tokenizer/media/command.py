@@ -53,17 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, TokenizerMediaOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer media`; returns 0."""
-    options = read_options(TokenizerMediaOptions, args)
-    if (options.tokenizer / "config.json").is_file():
-        noise = NOISE if options.noise is None else options.noise
-        _grow_model(options.tokenizer, options.output, options.media, noise, options.seed, options.overwrite)
+    args = read_options(TokenizerMediaOptions, typed)
+    if (args.tokenizer / "config.json").is_file():
+        noise = NOISE if args.noise is None else args.noise
+        _grow_model(args.tokenizer, args.output, args.media, noise, args.seed, args.overwrite)
         return 0
-    if options.noise is not None:
-        raise UserError(f"--noise {options.noise}: {options.tokenizer} is no model, and a tokenizer alone "
+    if args.noise is not None:
+        raise UserError(f"--noise {args.noise}: {args.tokenizer} is no model, and a tokenizer alone "
                         "has no rows; leave it out")
-    add_media(options.tokenizer, options.output, options.media, overwrite=options.overwrite)
+    add_media(args.tokenizer, args.output, args.media, overwrite=args.overwrite)
     return 0
 
 

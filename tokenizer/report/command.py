@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, TokenizerReportOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer report`; returns 0.
 
     Raises:
@@ -60,23 +60,23 @@ def run(args: argparse.Namespace) -> int:
     from tokenizer.report.everything import CHECKS, check_all
     from tokenizer.report.page import render
 
-    options = read_options(TokenizerReportOptions, args)
-    for name in options.skip:
+    args = read_options(TokenizerReportOptions, typed)
+    for name in args.skip:
         if name not in CHECKS:
             raise UserError(f"--skip {name}: is no check{nearest(name, CHECKS)} (checks: "
                             f"{', '.join(CHECKS)})")
-    check_output("--output", options.output)
-    check_output("--json", options.json)
-    opened = open_tokenizer(options.tokenizer)
-    checks = check_all(opened, read_texts(options.text, options.max_text_mb), options.skip)
+    check_output("--output", args.output)
+    check_output("--json", args.json)
+    opened = open_tokenizer(args.tokenizer)
+    checks = check_all(opened, read_texts(args.text, args.max_text_mb), args.skip)
     for check in checks:
         print(f"{check.verdict:>4}  {check.title}: {check.summary}")
-    write_output(options.output, render(opened, checks))
-    if options.json is not None:
+    write_output(args.output, render(opened, checks))
+    if args.json is not None:
         found = {c.name: {"title": c.title, "verdict": c.verdict, "summary": c.summary, "numbers": c.numbers}
                  for c in checks}
-        facts = {"tokenizer": str(options.tokenizer), "library": opened.library,
+        facts = {"tokenizer": str(args.tokenizer), "library": opened.library,
                  "vocab_size": opened.vocab_size, "sha256": sha256_file(opened.file)}
-        write_output(options.json, to_json(facts | {"checks": found}))
-    print(f"{options.output}: opens in any browser without a network")
+        write_output(args.json, to_json(facts | {"checks": found}))
+    print(f"{args.output}: opens in any browser without a network")
     return 0
