@@ -75,8 +75,6 @@ def _decoder(folder: Path, codec: Any, sees: bool, through: Through) -> tuple[De
         if sees:
             return lambda ids: codec.reconstruct(ids[None])[0], 0
         return codec.reconstruct, codec.sample_rate_hz
-    if through.steps is not None and through.steps < 1:
-        raise UserError(f"--decoder-steps {through.steps}: must be at least 1")
     decoder = open_codec(through.decoder, kind="dit" if sees else "unit-bigvgan")
     if sees:
         return lambda ids: decoder.decode(ids[None], steps=through.steps, seed=through.seed)[0], 0

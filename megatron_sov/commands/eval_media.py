@@ -136,7 +136,7 @@ def _pair(args: argparse.Namespace, target: Any, name: str, rows: list[Row], sam
 
     kind = PAIRS[name][1]
     out = {} if kind == TEXT else {kind: args.files / name}
-    asking = Asking(shown_media(args, args.media_root), media_decoders(args), out, sampling,
+    asking = Asking(shown_media(args, args.media_root), media_decoders(args, args.seed), out, sampling,
                     chat=not args.no_chat, max_audio_tokens=args.max_audio_tokens,
                     batching=Batching(args.batch_size), with_features=not args.no_features)
     replied = replies(target, [row.content for row in rows], asking, settings=args.settings, nproc=args.nproc)

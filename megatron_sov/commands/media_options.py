@@ -63,13 +63,13 @@ def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
     return ShownMedia(root, {kind: folder for kind, folder in given.items() if folder is not None})
 
 
-def media_decoders(args: CodecsOptions) -> MediaDecoders:
+def media_decoders(args: CodecsOptions, seed: int) -> MediaDecoders:
     """Return what draws and speaks."""
     from megatron_sov.generate.made_media import MediaDecoders
 
     given = {IMAGE: args.image_decoder, AUDIO: args.vocoder}
     return MediaDecoders({kind: folder for kind, folder in given.items() if folder is not None},
-                         args.speaker, args.seed)
+                         args.speaker, seed)
 
 
 def check_media(args: CodecsOptions, out: dict[str, Path]) -> None:

@@ -6,30 +6,39 @@ import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
-from megatron_sov.commands.rounds_option import add_rounds_argument, rounds_between
+from megatron_sov.commands.rounds_option import rounds_between
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.config import RunConfig
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.data.vocabulary import tokenizer_digest
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError, list_problems
-from megatron_sov.generate.asking import check_engine, check_length
-from megatron_sov.generate.engine import ENGINE_SET, ENGINES, MEGATRON, TRANSFORMERS, Engine
+from megatron_sov.generate.asking import EngineOptions, check_engine, check_length
+from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, TRANSFORMERS, Engine
 from megatron_sov.generate.request import Batching
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.orders import Order
-from megatron_sov.recipes.requested import add_recipe_arguments, requested
+from megatron_sov.recipes.requested import RecipeOptions, requested
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.runs.policies import Policy, policy_of_round
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import (
+    AtLeastOne,
+    Code,
+    Flag,
+    NotNegative,
+    Problem,
+    add_options,
+    parse_nested,
+    read_options,
+)
 from megatron_sov.tools.limits import EpisodeLimits, limits_of
 from megatron_sov.tools.registry import BUILT_IN, make, order
 
@@ -41,46 +50,54 @@ OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "
 """Limit of an episode -> the setting of `rollout` that it is."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskingOptions:
+    """How prompts are asked."""
+
+    plain: bool = False
+    """Continue each prompt as it is, without the chat template."""
+    environment: Annotated[str | None, Flag(
+        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
+                          "FILE.py:NAME")] = None
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """A setting of the environment; may be repeated."""
+    limit: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """A limit of an episode, e.g. max_turns=7; may be repeated."""
+    batch_size: AtLeastOne = Batching.max_sequences
+    """Responses, or episodes, that are written at a time."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not go with an environment, or needs one."""
+        if self.environment is None:
+            return [Problem(Code.RULE, name, "is for --environment", getattr(self, name)[0],
+                            "add it, or leave this out")
+                    for name in ("env_set", "limit") if getattr(self, name)]
+        return [Problem(Code.RULE, "plain", "tasks of an environment are asked by the chat template",
+                        way_out="leave it out")] if self.plain else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
+    """Which rounds are written, and from where their policies come."""
+
+    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
+    """A JSON object per line: `prompt` or `messages`, or a task, and what the reward needs."""
+    store: Annotated[Path, Flag(value="DIR")]
+    """The rollout store, which is made where there is none."""
+    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
+    """The policy of the first round: what `rl train` starts from."""
+    run: Annotated[Path, Flag(value="DIR")]
+    """The run of `rl train`, whose checkpoints are the later policies; it need not be there yet."""
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Rounds to write (default: all of rollout.rounds)."""
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long to wait for a policy, or for pieces that other jobs have claimed (default: not at all, but
+    until it is known that these jobs live; the command then ends with 75)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_recipe_arguments(parser)
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl",
-                        help="a JSON object per line: `prompt` or `messages`, or a task, and what the reward "
-                             "needs")
-    parser.add_argument("--store", type=Path, required=True, metavar="DIR",
-                        help="the rollout store, which is made where there is none")
-    parser.add_argument("--from", dest="start_from", type=Path, required=True, metavar="CHECKPOINT|HF_DIR",
-                        help="the policy of the first round: what `rl train` starts from")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR",
-                        help="the run of `rl train`, whose checkpoints are the later policies; it need not "
-                             "be there yet")
-    add_rounds_argument(parser, "rounds to write (default: all of rollout.rounds)")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
-                        help="how long to wait for a policy, or for pieces that other jobs have claimed "
-                             "(default: not at all, but until it is known that these jobs live; the command "
-                             "then ends with 75)")
-    add_asking_arguments(parser)
-    parser.add_argument("--engine", choices=ENGINES,
-                        help="what runs the policies (default: transformers for a Hugging Face folder)")
-    parser.add_argument(ENGINE_SET, action="append", default=[], metavar="key=value",
-                        help="layout and precision, e.g. parallel.ep=2 (engine megatron)")
-    parser.add_argument("--nproc", type=int, default=None, metavar="N",
-                        help="local processes (engine megatron)")
-
-
-def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how prompts are asked: --plain --environment --env-set --limit --batch-size."""
-    parser.add_argument("--plain", action="store_true",
-                        help="continue each prompt as it is, without the chat template")
-    parser.add_argument("--environment", metavar="ENV",
-                        help=f"play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your "
-                             "own, FILE.py:NAME")
-    parser.add_argument("--env-set", action="append", default=[], metavar="key=value",
-                        help="a setting of the environment; may be repeated")
-    parser.add_argument("--limit", action="append", default=[], metavar="key=value",
-                        help="a limit of an episode, e.g. max_turns=7; may be repeated")
-    parser.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
-                        help="responses, or episodes, that are written at a time (default %(default)s)")
+    add_options(parser, RlGenerateOptions)
 
 
 def rounds_of(given: str | None, last: int) -> range:
@@ -102,37 +119,35 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the settings, prompts or start cannot be used, or the store is another one's.
     """
-    config = _config(args)
+    options = read_options(RlGenerateOptions, args)
+    config = _config(options)
     rollout = config.rollout
-    rounds = rounds_of(args.rounds, rollout.rounds)
+    rounds = rounds_of(options.rounds, rollout.rounds)
     if 0 < rollout.rounds < rounds[-1]:
-        raise UserError(f"--rounds {args.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains the "
-                        "policy of a later one; name rounds up to it, or raise it here and in `rl train`")
-    prompts = _prompts(args)
+        raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains "
+                        "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
+    prompts = _prompts(options)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
-    environment = environment_of(args, config)
-    refuse_missing(args.start_from, "--from ")
+    environment = environment_of(options, config)
+    refuse_missing(options.start_from, "--from ")
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.generate.target import find_target
 
-    start = find_target(args.start_from)
+    start = find_target(options.start_from)
     if not (start.path / MANIFEST).is_file():
-        raise UserError(f"--from {args.start_from}: has no {MANIFEST}, by whose hash its responses would be "
-                        "known; make a checkpoint of it with `megatron-sov convert from-hf`")
-    refuse_no_tokenizer(args.start_from, start.tokenizer_folder)
-    engine = _engine(args, start, rollout, environment)
-    summary = _write(args, config, rounds, prompts, start, engine, environment)
-    return ExitCode.OK if summary is None else _tell(args, rounds, summary)
+        raise UserError(f"--from {options.start_from}: has no {MANIFEST}, by whose hash its responses would "
+                        "be known; make a checkpoint of it with `megatron-sov convert from-hf`")
+    refuse_no_tokenizer(options.start_from, start.tokenizer_folder)
+    engine = _engine(options, start, rollout, environment)
+    summary = _write(options, config, rounds, prompts, start, engine, environment)
+    return ExitCode.OK if summary is None else _tell(options, rounds, summary)
 
 
-def _config(args: argparse.Namespace) -> RunConfig:
+def _config(args: RlGenerateOptions) -> RunConfig:
     config = requested(args).config()
-    problems = [*config.rollout.problems(), *Batching(args.batch_size).problems()]
-    if not 0 <= args.wait < float("inf"):
-        problems.append(f"--wait {args.wait}: must be a number that is not negative")
-    problems += _other_settings(args.run, config.rollout)
+    problems = [*config.rollout.problems(), *_other_settings(args.run, config.rollout)]
     if problems:
         raise UserError(list_problems("rl generate", problems))
     return config
@@ -149,7 +164,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
             if getattr(rollout, name) != getattr(trained.rollout, name)]
 
 
-def _prompts(args: argparse.Namespace) -> list[Prompt]:
+def _prompts(args: RlGenerateOptions) -> list[Prompt]:
     prompts = read_prompts(args.prompts)
     if args.environment is None:
         refuse_unaskable(args.prompts, prompts)
@@ -166,20 +181,14 @@ class AskedEnvironment:
     limits: EpisodeLimits
 
 
-def environment_of(args: argparse.Namespace, config: RunConfig) -> AskedEnvironment | None:
+def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment | None:
     """Return the environment; None: there is none.
 
     Raises:
-        UserError: the arguments contradict one another, or the settings.
+        UserError: the arguments contradict the settings.
     """
     if args.environment is None:
-        for option in ("env_set", "limit"):
-            if getattr(args, option):
-                raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)[0]}: is for "
-                                "--environment; add it, or leave this out")
         return None
-    if args.plain:
-        raise UserError("--plain: tasks of an environment are asked by the chat template; leave it out")
     if config.policy.router_replay:
         raise UserError(f"--environment {args.environment}: the experts of episodes' tokens are not kept, "
                         "and policy.router_replay = True replays them; set it to false")
@@ -199,10 +208,10 @@ def environment_of(args: argparse.Namespace, config: RunConfig) -> AskedEnvironm
     return AskedEnvironment(asked, version, limits)
 
 
-def _engine(args: argparse.Namespace, start: Target, rollout: RolloutConfig,
+def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
     """Return the engine's name; raises where it cannot do what is asked."""
-    name = str(args.engine or (TRANSFORMERS if start.is_hf else MEGATRON))
+    name = args.engine or (TRANSFORMERS if start.is_hf else MEGATRON)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
     if rollout.deadline_s and name != MEGATRON and environment is None:
@@ -229,7 +238,7 @@ def _longest(rollout: RolloutConfig, environment: AskedEnvironment | None) -> in
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
-def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: list[Prompt],
+def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[Prompt],
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.mcore.parallel.world import on_first
@@ -260,7 +269,7 @@ def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: 
     return found
 
 
-def writer_of(args: argparse.Namespace, config: RunConfig, prompts: list[Prompt], start: Target,
+def writer_of(args: AskingOptions, config: RunConfig, prompts: list[Prompt], start: Target,
               engine_name: str, environment: AskedEnvironment | None) -> Writer:
     """Return what makes rows: plain responses, or episodes.
 
@@ -288,13 +297,13 @@ def writer_of(args: argparse.Namespace, config: RunConfig, prompts: list[Prompt]
             responses.refuse_unfit(prompts)
         return responses
     limits = environment.limits
-    assert chat is not None, "environment_of refuses --plain"
+    assert chat is not None, "options refuse --plain"
     table = Table(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
     return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
 
 
-def _tell(args: argparse.Namespace, rounds: range, summary: dict[str, Any]) -> int:
+def _tell(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
     print(f"{args.store}: {summary['parts']:,} parts with {summary['responses']:,} responses of "
           f"{summary['tokens']:,} tokens were written by this job"
           + (f", {summary['unfinished']:,} of them unfinished" if summary["unfinished"] else ""))

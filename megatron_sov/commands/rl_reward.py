@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.commands.rounds_option import add_rounds_argument, rounds_between
+from annotated_types import Ge, Lt
+
+from megatron_sov.commands.rounds_option import rounds_between
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.documents.visible import visible
-from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.post.rl.reward import (
@@ -23,31 +27,39 @@ from megatron_sov.post.rl.reward import (
     second_opinions,
 )
 from megatron_sov.rewards.registry import BUILT_IN
-from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.claims import Claims
+from megatron_sov.settings import AtLeastOne, Flag, NotNegative, add_options, num_cores, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import Store
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """Which responses are judged, and by what."""
+
+    store: Annotated[Path, Flag(value="DIR")]
+    """What `rl generate` writes."""
+    reward: Annotated[str, Flag(value="NAME", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
+                                                   f"FILE.py:NAME; or {ENVIRONMENT}: what the environment of "
+                                                   "the episodes said")]
+    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """A setting of the reward; may be repeated."""
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Rounds to judge (default: all that are in the store)."""
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long to wait for more responses, each time that all are judged (default: not at all); ends with
+    75 where the jobs that write have not come to their end by then, and with 0 as soon as --rounds are
+    judged."""
+    lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
+    """Without a sign of life after which another job's claim is taken over."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that judge (default: one for each core)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="what `rl generate` writes")
-    parser.add_argument("--reward", required=True, metavar="NAME",
-                        help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME; or "
-                             f"{ENVIRONMENT}: what the environment of the episodes said")
-    parser.add_argument("--reward-set", action="append", default=[], metavar="key=value",
-                        help="a setting of the reward; may be repeated")
-    add_rounds_argument(parser, "rounds to judge (default: all that are in the store)")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
-                        help="how long to wait for more responses, each time that all are judged (default: "
-                             "not at all); ends with 75 where the jobs that write have not come to their end "
-                             "by then, and with 0 as soon as --rounds are judged")
-    parser.add_argument("--lease", type=float, default=RolloutConfig.lease_s, metavar="SECONDS",
-                        help="without a sign of life after which another job's claim is taken over (default "
-                             "%(default)g)")
-    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N",
-                        help="processes that judge (default: one for each core)")
+    add_options(parser, RewardOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,22 +70,18 @@ def run(args: argparse.Namespace) -> int:
         GateFailed: not one of the responses that were judged has a reward.
         StopRequested: the store that was waited for has not come.
     """
-    rules = [(args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
-             (0 <= args.wait < float("inf"), f"--wait {args.wait}: must be a number that is not negative"),
-             (1 <= args.lease < float("inf"), f"--lease {args.lease}: must be at least 1")]
-    if problems := [said for holds, said in rules if not holds]:
-        raise UserError(problems[0])
-    rounds = None if args.rounds is None else rounds_between(args.rounds)
-    version = reward_version(args.reward, args.reward_set)
-    store = opened_store(args.store, args.wait)
-    with judging(args.reward, args.reward_set, args.workers) as judge:
-        job = JudgingJob(store, Claims(store.claims, args.lease), version, judge, rounds,
-                         {"reward": args.reward, "settings": list(args.reward_set)}, args.wait,
-                         opinions=second_opinions(args.reward, args.reward_set, version, store))
+    options = read_options(RewardOptions, args)
+    rounds = None if options.rounds is None else rounds_between(options.rounds)
+    version = reward_version(options.reward, options.reward_set)
+    store = opened_store(options.store, options.wait)
+    with judging(options.reward, options.reward_set, options.workers) as judge:
+        job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
+                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait,
+                         opinions=second_opinions(options.reward, options.reward_set, version, store))
         with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
             job.progress = bar.update
             summary = job.run()
-    return _tell(args, version, summary)
+    return _tell(options, version, summary)
 
 
 def opened_store(path: Path, wait_s: float) -> Store:
@@ -94,23 +102,23 @@ def opened_store(path: Path, wait_s: float) -> Store:
     return Store.open(path)
 
 
-def _tell(args: argparse.Namespace, version: str, summary: Summary) -> int:
+def _tell(options: RewardOptions, version: str, summary: Summary) -> int:
     tally = summary.tally
     for text in tally.told:
         print(visible(text), file=sys.stderr)
     more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
-    print(f"{args.store}: {args.reward} {version}: {summary.parts:,} parts, "
+    print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
           f"{tally.line('responses')}{more}")
     if tally.statuses and not tally.num_rewards:
-        raise GateFailed(f"{args.store}: not one of {tally.statuses.total():,} responses has a reward; see "
-                         "why above")
+        raise GateFailed(f"{options.store}: not one of {tally.statuses.total():,} responses has a reward; "
+                         "see why above")
     if summary.left:
         print(f"{summary.left:,} parts are with other jobs; give the same command again, or more patience "
               "with --wait", file=sys.stderr)
         return ExitCode.STOPPED
     if summary.waited_for:
-        warn(f"{args.store}: nothing more has come for {args.wait:g} s, and {summary.waited_for} are not "
-             "written: whoever trains waits for their rewards; give the same command again, or more patience "
-             "with --wait")
+        warn(f"{options.store}: nothing more has come for {options.wait:g} s, and {summary.waited_for} are "
+             "not written: whoever trains waits for their rewards; give the same command again, or more "
+             "patience with --wait")
         return ExitCode.STOPPED
     return ExitCode.OK

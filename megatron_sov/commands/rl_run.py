@@ -4,31 +4,41 @@ rounds by one command, each written by the model that learns."""
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 from functools import partial
 
-from megatron_sov.commands.rl_generate import add_asking_arguments, environment_of, refuse_too_long, writer_of
-from megatron_sov.commands.rl_train import (
-    ParsedRounds,
-    add_round_arguments,
-    parse_rounds,
-    train_rounds,
-)
+from megatron_sov.commands.rl_generate import AskingOptions, environment_of, refuse_too_long, writer_of
+from megatron_sov.commands.rl_train import ParsedRounds, RoundsOptions, parse_rounds, train_rounds
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.data.vocabulary import tokenizer_digest
-from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.errors import ExitCode
 from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.request import Batching
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, second_opinions
-from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.prompts import refuse_unaskable
+from megatron_sov.settings import AtLeastOne, Code, Problem, add_options, num_cores, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlRunOptions(RoundsOptions, AskingOptions):
+    """Rounds that the model which learns writes itself."""
+
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that judge (default: one for each core)."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not go together."""
+        found = AskingOptions.problems(self)
+        if self.reward == ENVIRONMENT and self.environment is None:
+            found.append(Problem(Code.RULE, "reward", "takes what an environment said of its episodes, and "
+                                 "there is none", self.reward,
+                                 "add --environment, or choose another reward"))
+        return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_round_arguments(parser)
-    add_asking_arguments(parser)
-    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N",
-                        help="processes that judge (default: one for each core)")
+    add_options(parser, RlRunOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,22 +48,15 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake in the arguments, or the store does not belong to the run.
         StopRequested: it was asked to stop, and everything is saved.
     """
-    problems = Batching(args.batch_size).problems()
-    if args.workers < 1:
-        problems.append(f"--workers {args.workers}: must be at least 1")
-    if args.reward == ENVIRONMENT and args.environment is None:
-        problems.append(f"--reward {ENVIRONMENT}: takes what an environment said of its episodes, and there "
-                        "is none; add --environment, or choose another reward")
-    if problems:
-        raise UserError(problems[0])
-    parsed = parse_rounds(args)
-    if args.environment is None:
-        refuse_unaskable(args.prompts, parsed.prompts)
-    _run(args, parsed)
+    options = read_options(RlRunOptions, args)
+    parsed = parse_rounds(options)
+    if options.environment is None:
+        refuse_unaskable(options.prompts, parsed.prompts)
+    _run(options, parsed, args.began_s)
     return ExitCode.OK
 
 
-def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
+def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
@@ -75,6 +78,6 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
         partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
     try:
-        train_rounds(args, parsed, produce=producer.produce)
+        train_rounds(args, parsed, began_s, produce=producer.produce)
     finally:
         producer.close()

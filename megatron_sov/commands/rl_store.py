@@ -6,17 +6,19 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import write_output
-from megatron_sov.commands.rounds_option import add_rounds_argument, rounds_between
+from megatron_sov.commands.rounds_option import rounds_between
 from megatron_sov.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.figures import size
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
+from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.rows import Rollout
@@ -26,40 +28,77 @@ MAX_TOLD = 20
 """Problems that `verify` prints; `--json` has all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """Which store is looked at."""
+
+    store: Annotated[Path, Flag("STORE")]
+    """Folder of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreVerifyOptions(StoreOptions):
+    """Check bytes, rows, keys and rewards; exit code 3 where one is wrong."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLsOptions(StoreVerifyOptions):
+    """List the parts, who judged them, and who works on what."""
+
+    round: Annotated[int | None, Flag(value="R")] = None
+    """Of this round alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStatsOptions(StoreLsOptions):
+    """Print figures by round and by domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreShowOptions(StoreVerifyOptions):
+    """Print one row with its rewards."""
+
+    part: Annotated[str, Flag("PART")]
+    """Name of the part, e.g. round-0001-piece-0000."""
+    row: Annotated[int, Flag("ROW")]
+    """Its row, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePageOptions(StoreOptions):
+    """Write some responses of a round as an HTML page to read."""
+
+    output: Annotated[Path, Flag(value="FILE.html")]
+    """File to write."""
+    round: Annotated[tuple[int, ...], Flag(value="R")] = ()
+    """A round to show; may be repeated (default: the newest one)."""
+    version: Annotated[str | None, Flag(value="V")] = None
+    """Version of the reward, where there are several."""
+    count: AtLeastOne = 5
+    """Responses of a round with the highest rewards, with the lowest, that were cut off, and without a
+    reward, N each."""
+    tokenizer: Annotated[Path | None, Flag(value="DIR")] = None
+    """Tokenizer of the store: shows apart what the model wrote and what tools said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreGcOptions(StoreOptions):
+    """Delete what killed jobs left, claims on what is done, and what you name."""
+
+    version: Annotated[tuple[str, ...], Flag(value="V")] = ()
+    """Also what this version of a reward said; may be repeated."""
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Also these rounds, with all that was said of them."""
+    yes: bool = False
+    """--rounds deletes nothing without it."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    ls = _action(actions, "ls", "list the parts, who judged them, and who works on what")
-    show = _action(actions, "show", "print one row with its rewards")
-    page = _action(actions, "page", "write some responses of a round as an HTML page to read")
-    stats = _action(actions, "stats", "figures by round and by domain")
-    verify = _action(actions, "verify", "check bytes, rows, keys and rewards; exit code 3 where one is wrong")
-    gc = _action(actions, "gc", "delete what killed jobs left, claims on what is done, and what you name")
-    for action in (ls, show, stats, verify):
-        action.add_argument("--json", action="store_true", help="print JSON")
-    for action in (ls, stats):
-        action.add_argument("--round", type=int, metavar="R", help="of this round alone")
-    show.add_argument("part", metavar="PART", help="name of the part, e.g. round-0001-piece-0000")
-    show.add_argument("row", metavar="ROW", type=int, help="its row, from 0")
-    page.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="file to write")
-    page.add_argument("--round", type=int, action="append", metavar="R",
-                      help="a round to show; may be repeated (default: the newest one)")
-    page.add_argument("--version", metavar="V", help="version of the reward, where there are several")
-    page.add_argument("--count", type=int, default=5, metavar="N",
-                      help="responses of a round with the highest rewards, with the lowest, that were cut "
-                           "off, and without a reward, N each (default %(default)s)")
-    page.add_argument("--tokenizer", type=Path, metavar="DIR",
-                      help="tokenizer of the store: shows apart what the model wrote and what tools said")
-    gc.add_argument("--version", action="append", default=[], metavar="V",
-                    help="also what this version of a reward said; may be repeated")
-    add_rounds_argument(gc, "also these rounds, with all that was said of them")
-    gc.add_argument("--yes", action="store_true", help="--rounds deletes nothing without it")
-
-
-def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=f"{text}.")
-    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
-    return parser
+    add_actions(parser, ACTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,15 +107,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such store, part or row.
     """
+    return run_action(ACTIONS, args)
+
+
+def _open(args: StoreOptions) -> Store:
     from megatron_sov.rollouts.store import Store
 
-    actions = {"ls": _ls, "show": _show, "page": _page, "stats": _stats, "verify": _verify, "gc": _gc}
-    return actions[args.action](args, Store.open(args.store))
+    return Store.open(args.store)
 
 
-def _ls(args: argparse.Namespace, store: Store) -> int:
+def _ls(args: StoreLsOptions) -> int:
     from megatron_sov.rollouts.claims import holders
 
+    store = _open(args)
     judged: dict[str, list[str]] = {}
     for version in store.reward_versions():
         for part in store.reward_parts(version, args.round):
@@ -110,9 +153,10 @@ def _when(time_s: float) -> str:
         return str(time_s)
 
 
-def _show(args: argparse.Namespace, store: Store) -> int:
+def _show(args: StoreShowOptions) -> int:
     from megatron_sov.rollouts.parts import numbers_in
 
+    store = _open(args)
     if numbers_in(args.part) is None or not store.has_rollouts(args.part):
         raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov rl store ls` "
                         "lists them)")
@@ -159,11 +203,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield visible(f"{name}: {shown}").replace("\n", "\\n")
 
 
-def _page(args: argparse.Namespace, store: Store) -> int:
+def _page(args: StorePageOptions) -> int:
     from megatron_sov.rollouts.transcripts import page_of
 
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
+    store = _open(args)
     check_output("--output", args.output)
     there = sorted({part.round for part in store.rollout_parts()})
     rounds = sorted(set(args.round or there[-1:]))
@@ -204,9 +247,10 @@ def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def _stats(args: argparse.Namespace, store: Store) -> int:
+def _stats(args: StoreStatsOptions) -> int:
     from megatron_sov.rollouts.figures import figures_of
 
+    store = _open(args)
     with work_bar("read", len(store.rollout_parts(args.round)), "part") as bar:
         found = figures_of(store, args.round, bar.update)
     if args.json:
@@ -241,9 +285,10 @@ def _tell(name: str, figures: dict[str, Any]) -> None:
         print(visible(f"    reward {version}: mean {mean} ({statuses})"))
 
 
-def _verify(args: argparse.Namespace, store: Store) -> int:
+def _verify(args: StoreVerifyOptions) -> int:
     from megatron_sov.rollouts.checking import check
 
+    store = _open(args)
     with work_bar("read", len(list((store.path / "rollouts").iterdir())), "part") as bar:
         found = check(store, bar.update)
     if args.json:
@@ -260,9 +305,10 @@ def _verify(args: argparse.Namespace, store: Store) -> int:
     return ExitCode.OK
 
 
-def _gc(args: argparse.Namespace, store: Store) -> int:
+def _gc(args: StoreGcOptions) -> int:
     from megatron_sov.rollouts.clearing import clear, clearable
 
+    store = _open(args)
     folders = store.reward_versions()
     for version in args.version:
         if not any(version.startswith(folder) for folder in folders):
@@ -282,3 +328,8 @@ def _gc(args: argparse.Namespace, store: Store) -> int:
                         "responses may go, which no other command can write again")
     print(f"{args.store}: deleted {total}")
     return ExitCode.OK
+
+
+ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
+                    "page": (StorePageOptions, _page), "stats": (StoreStatsOptions, _stats),
+                    "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}

@@ -5,41 +5,49 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
-from megatron_sov.commands.forgetting_gate import ForgettingGate, add_gate_arguments, gate_of
+from megatron_sov.commands.forgetting_gate import ForgettingGate, TunedOptions, gate_of
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.config.rounds import with_rounds
-from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.errors import ExitCode
 from megatron_sov.post.rl.reward import reward_version
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
 from megatron_sov.runs.folder import ROUNDS
-from megatron_sov.train.stage_config import ParsedStage, add_stage_arguments, parse_stage
+from megatron_sov.settings import Flag, NotNegative, add_options, read_options
+from megatron_sov.train.stage_config import ParsedStage, parse_stage
 
 if TYPE_CHECKING:
     from megatron_sov.post.rl.feed import Produce
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundsOptions(TunedOptions):
+    """What is trained, and where its rounds come from."""
+
+    store: Annotated[Path, Flag(value="DIR")]
+    """The rollout store that responses and rewards stand in."""
+    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
+    """The prompts that responses are written to."""
+    reward: Annotated[str, Flag(value="NAME")]
+    """As of `megatron-sov rl reward`."""
+    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """A setting of the reward; may be repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlTrainOptions(RoundsOptions):
+    """Rounds that other jobs write and judge."""
+
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long a round is waited for that is not written and judged yet, before the run ends with 75
+    (default: not at all)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_round_arguments(parser)
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
-                        help="how long a round is waited for that is not written and judged yet, before the "
-                             "run ends with 75 (default: not at all)")
-
-
-def add_round_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what is trained, and where its rounds come from."""
-    add_stage_arguments(parser, needs_start=True)
-    add_gate_arguments(parser)
-    parser.add_argument("--store", type=Path, required=True, metavar="DIR",
-                        help="the rollout store that responses and rewards stand in")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl",
-                        help="the prompts that responses are written to")
-    parser.add_argument("--reward", required=True, metavar="NAME", help="as of `megatron-sov rl reward`")
-    parser.add_argument("--reward-set", action="append", default=[], metavar="key=value",
-                        help="a setting of the reward; may be repeated")
+    add_options(parser, RlTrainOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake in the arguments, or the store does not belong to the run.
         StopRequested: a round is not there yet, and everything is saved.
     """
-    if not 0 <= args.wait < float("inf"):
-        raise UserError(f"--wait {args.wait}: must be a number that is not negative")
-    train_rounds(args, parse_rounds(args), args.wait)
+    options = read_options(RlTrainOptions, args)
+    train_rounds(options, parse_rounds(options), args.began_s, options.wait)
     return ExitCode.OK
 
 
@@ -67,8 +74,8 @@ class ParsedRounds:
     """What judges the last policy."""
 
 
-def parse_rounds(args: argparse.Namespace) -> ParsedRounds:
-    """Return what the arguments of `add_round_arguments` ask for.
+def parse_rounds(args: RoundsOptions) -> ParsedRounds:
+    """Return what the options ask for.
 
     Raises:
         UserError: a mistake in them.
@@ -81,13 +88,14 @@ def parse_rounds(args: argparse.Namespace) -> ParsedRounds:
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start))
 
 
-def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float = 0.0,
+def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait_s: float = 0.0,
                  produce: Produce | None = None) -> None:
     """Run the stage.
 
     Args:
         args: of the command.
         parsed: the same, checked.
+        began_s: Unix time at which the command began.
         wait_s: how long a round is waited for.
         produce: writes and judges rounds; None: other jobs do.
     """
@@ -119,4 +127,4 @@ def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float =
     assert rounds is not None, "the source has no rounds"
     feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
-                    feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults), args.nproc, args.began_s)
+                    feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults), args.nproc, began_s)

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 
 from megatron_sov.errors import UserError
-
-OPTION = "--rounds"
-
-
-def add_rounds_argument(parser: argparse.ArgumentParser, text: str) -> None:
-    """Declare --rounds A-B."""
-    parser.add_argument(OPTION, metavar="A-B", help=text)
 
 
 def rounds_between(given: str) -> range:
@@ -24,6 +16,6 @@ def rounds_between(given: str) -> range:
     found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", given)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:
-        raise UserError(f"{OPTION} {given}: must be a round, or the first and the last one, from 1, e.g. "
-                        f"{OPTION} 2 or {OPTION} 3-7")
+        raise UserError(f"--rounds {given}: must be a round, or the first and the last one, from 1, e.g. "
+                        "--rounds 2 or --rounds 3-7")
     return range(first, last + 1)

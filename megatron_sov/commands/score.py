@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from megatron_sov.artifacts import write_output
 from megatron_sov.documents.visible import visible
@@ -15,30 +16,35 @@ from megatron_sov.outputs import check_output
 from megatron_sov.rewards.opinions import read_opinions
 from megatron_sov.rewards.registry import BUILT_IN, make, order
 from megatron_sov.rewards.rows import check_rows
-from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import Summary, score_file
 from megatron_sov.rewards.tally import MAX_TOLD
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Which rows are judged, and by what."""
+
+    reward: Annotated[str, Flag(value="NAME", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
+                                                   "FILE.py:NAME")]
+    input: Annotated[Path, Flag(value="ROWS.jsonl")]
+    """A JSON object per line, with `response` and what the reward needs."""
+    output: Annotated[Path, Flag(value="OUT.jsonl")]
+    """The same rows with reward, status, components, reason, reward_version."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """A setting of the reward, e.g. max_length=4096; may be repeated."""
+    disagreements: Annotated[Path | None, Flag(value="PAGE.html")] = None
+    """With a second opinion (reward composed): also write a page on where the two disagree."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that judge (default: one for each core)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov score`."""
-    parser.add_argument("--reward", required=True, metavar="NAME",
-                        help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME")
-    parser.add_argument("--input", type=Path, required=True, metavar="ROWS.jsonl",
-                        help="a JSON object per line, with `response` and what the reward needs")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl",
-                        help="the same rows with reward, status, components, reason, reward_version")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="key=value",
-                        help="a setting of the reward, e.g. max_length=4096; may be repeated")
-    parser.add_argument("--disagreements", type=Path, metavar="PAGE.html",
-                        help="with a second opinion (reward composed): also write a page on where the two "
-                             "disagree")
-    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N",
-                        help="processes that judge (default: one for each core)")
+    add_options(parser, ScoreOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,26 +54,26 @@ def run(args: argparse.Namespace) -> int:
         UserError: no such reward or setting, bad rows, or nothing can be written there.
         GateFailed: all is written, and not one row has a reward.
     """
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
-    asked = order(args.reward, parse_nested(args.settings))
+    options = read_options(ScoreOptions, args)
+    asked = order(options.reward, parse_nested(options.settings))
     made = make(asked)
-    check_output("--output", args.output)
-    check_output("--disagreements", args.disagreements)
+    check_output("--output", options.output)
+    check_output("--disagreements", options.disagreements)
     has_second = getattr(made.reward, "second", None) is not None
-    if args.disagreements is not None and not has_second:
-        raise UserError(f"--disagreements {args.disagreements}: --reward {args.reward} asks for no second "
-                        "opinion; use --reward composed with --set second.reward=NAME --set second.of=PART")
-    if args.output.exists() and args.input.exists() and os.path.samefile(args.input, args.output):
-        raise UserError(f"--output {args.output}: is the --input; name another file")
-    num_rows = check_rows(args.input)
+    if options.disagreements is not None and not has_second:
+        raise UserError(f"--disagreements {options.disagreements}: --reward {options.reward} asks for no "
+                        "second opinion; use --reward composed with --set second.reward=NAME --set "
+                        "second.of=PART")
+    if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
+        raise UserError(f"--output {options.output}: is the --input; name another file")
+    num_rows = check_rows(options.input)
     with work_bar("score", num_rows, "row") as bar:
-        summary = score_file(asked, made, args.input, args.output, args.workers, bar.update)
-    tell(summary, args.reward, made.version, args.output)
+        summary = score_file(asked, made, options.input, options.output, options.workers, bar.update)
+    tell(summary, options.reward, made.version, options.output)
     if has_second:
-        _tell_disagreements(args.output, made.version, args.disagreements)
+        _tell_disagreements(options.output, made.version, options.disagreements)
     if summary.without_any:
-        raise GateFailed(f"{args.output}: not one of its {num_rows:,} rows has a reward; see why "
+        raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
                          "in their `reason`")
     return ExitCode.OK
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Le
 
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
@@ -15,20 +17,29 @@ from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
-from megatron_sov.generate.asking import check_engine, check_length
-from megatron_sov.generate.engine import ENGINE_SET, ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
+from megatron_sov.generate.asking import EngineOptions, check_engine, check_length
+from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import (
+    Actions,
+    AtLeastOne,
+    Flag,
+    NotNegative,
+    NotNegativeInt,
+    add_actions,
+    parse_nested,
+    run_action,
+)
 from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
 from megatron_sov.tools.environment import Environment, Task
 from megatron_sov.tools.episode import Episode, row_of
 from megatron_sov.tools.host import EnvironmentHost, Opening
 from megatron_sov.tools.journal import opened
-from megatron_sov.tools.limits import LIMITS, EpisodeLimits, limits_of
+from megatron_sov.tools.limits import EpisodeLimits, limits_of
 from megatron_sov.tools.playing import Policy, Table, identity_of, play
 from megatron_sov.tools.registry import BUILT_IN, OWN, make, order
 from megatron_sov.tools.tasks import digest_of, tasks_of
@@ -38,51 +49,62 @@ KIND = "episodes"
 """Of the artifact that `run` writes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolsListOptions:
+    """List the environments that there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentOptions:
+    """Which environment is played, with which tasks, and how far."""
+
+    environment: Annotated[str, Flag("ENV", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
+                                                 "FILE.py:NAME")]
+    tasks: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """A task per line (default: the environment's examples)."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """A setting of the environment, e.g. corpus=laws.jsonl; may be repeated."""
+    limits: Literal["train", "test"] = "test"
+    """Of an episode: those for training or for testing."""
+    changes: Annotated[tuple[str, ...], Flag("--limit", "key=value")] = ()
+    """Another limit, e.g. max_turns=7; may be repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsPlayOptions(EnvironmentOptions):
+    """Play an environment by hand, or from a file of calls."""
+
+    task: int = 1
+    """Which of the tasks (default: 1)."""
+    calls: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """Lines {"name": ..., "arguments": {...}} and {"answer": ...}; default: asks."""
+    page: Annotated[Path | None, Flag(value="FILE.html")] = None
+    """Also write the transcript as a page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsRunOptions(EnvironmentOptions, EngineOptions):
+    """Have a model play the tasks of an environment."""
+
+    target: Annotated[Path, Flag("TARGET")]
+    """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder to write: episodes.jsonl, transcripts.html and a manifest."""
+    overwrite: bool = False
+    """Replace episodes that are already there."""
+    parallel: AtLeastOne = 8
+    """Episodes at a time."""
+    temperature: Annotated[NotNegative, Flag(value="T")] = 0.0
+    """0 takes the most probable token (default)."""
+    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
+    """Sample from the smallest set of tokens that holds this probability."""
+    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
+    """Of the samples."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="the environments that there are", description="List environments.")
-    hand = actions.add_parser("play", help="play an environment by hand, or from a file of calls",
-                              description="Play one episode by hand.")
-    _add_environment(hand, "test")
-    hand.add_argument("--task", type=int, default=1, metavar="N", help="which of the tasks (default: 1)")
-    hand.add_argument("--calls", type=Path, metavar="FILE.jsonl",
-                      help='lines {"name": ..., "arguments": {...}} and {"answer": ...}; default: asks')
-    hand.add_argument("--page", type=Path, metavar="FILE.html", help="also write the transcript as a page")
-    run = actions.add_parser("run", help="have a model play the tasks of an environment",
-                             description="Have a model play episodes.")
-    _add_environment(run, "test")
-    run.add_argument("target", metavar="TARGET", type=Path,
-                     help="checkpoint, run (its newest one) or Hugging Face folder, with a chat template")
-    run.add_argument("--output", type=Path, required=True, metavar="DIR",
-                     help="folder to write: episodes.jsonl, transcripts.html and a manifest")
-    run.add_argument("--overwrite", action="store_true", help="replace episodes that are already there")
-    run.add_argument("--parallel", type=int, default=8, metavar="N",
-                     help="episodes at a time (default %(default)s)")
-    run.add_argument("--temperature", type=float, default=0.0, metavar="T",
-                     help="0 takes the most probable token (default)")
-    run.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                     help="sample from the smallest set of tokens that holds this probability "
-                          "(default %(default)s)")
-    run.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples (default %(default)s)")
-    run.add_argument("--engine", choices=ENGINES,
-                     help="what runs the model (default: transformers for a Hugging Face folder)")
-    run.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (engine megatron)")
-    run.add_argument(ENGINE_SET, action="append", default=[], metavar="key=value",
-                     help="layout and precision, e.g. parallel.ep=2 (engine megatron)")
-
-
-def _add_environment(parser: argparse.ArgumentParser, limits: str) -> None:
-    parser.add_argument("environment", metavar="ENV",
-                        help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME")
-    parser.add_argument("--tasks", type=Path, metavar="FILE.jsonl",
-                        help="a task per line (default: the environment's examples)")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="key=value",
-                        help="a setting of the environment, e.g. corpus=laws.jsonl; may be repeated")
-    parser.add_argument("--limits", choices=tuple(LIMITS), default=limits,
-                        help="of an episode: those for training or for testing (default %(default)s)")
-    parser.add_argument("--limit", action="append", default=[], dest="changes", metavar="key=value",
-                        help="another limit, e.g. max_turns=7; may be repeated")
+    add_actions(parser, ACTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,10 +113,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such environment, setting or task, or nothing can be written there.
     """
-    return {"list": _list, "play": _play, "run": _run}[args.action](args)
+    return run_action(ACTIONS, args)
 
 
-def _list(args: argparse.Namespace) -> int:
+def _list(args: ToolsListOptions) -> int:
     lines = [(name, text) for name, (_, _, text) in BUILT_IN.items()] + OWN.listing()
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
@@ -102,7 +124,7 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(args: argparse.Namespace) -> tuple[Order, Environment, str, EpisodeLimits, list[Task]]:
+def _asked(args: EnvironmentOptions) -> tuple[Order, Environment, str, EpisodeLimits, list[Task]]:
     """Return what both actions begin with: the environment, its version, the limits and the tasks."""
     asked = order(args.environment, parse_nested(args.settings))
     environment, version = make(asked)
@@ -110,7 +132,7 @@ def _asked(args: argparse.Namespace) -> tuple[Order, Environment, str, EpisodeLi
             tasks_of(environment, args.environment, args.tasks))
 
 
-def _play(args: argparse.Namespace) -> int:
+def _play(args: ToolsPlayOptions) -> int:
     asked, _, _, limits, tasks = _asked(args)
     if not 1 <= args.task <= len(tasks):
         raise UserError(f"--task {args.task}: there are {len(tasks)} tasks; name one from 1 to {len(tasks)}")
@@ -147,12 +169,9 @@ def _show_tools(opening: Opening, show: Any) -> None:
         show(f"  {function['name']}({names}): {function['description']}")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: ToolsRunOptions) -> int:
     asked, _, version, limits, tasks = _asked(args)
     sampling = Sampling(1, args.temperature, top_p=args.top_p, seed=args.seed)
-    sampling.check()
-    if args.parallel < 1:
-        raise UserError(f"--parallel {args.parallel}: must be at least 1")
     refuse_missing(args.target)
     refuse_existing(args.output, KIND, args.overwrite)
 
@@ -202,7 +221,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _publish(args: argparse.Namespace, episodes: list[Episode], encoder: TurnEncoder, limits: EpisodeLimits,
+def _publish(args: ToolsRunOptions, episodes: list[Episode], encoder: TurnEncoder, limits: EpisodeLimits,
              identity: dict[str, object]) -> dict[str, Any]:
     """Write the episodes as an artifact; returns what is counted over them."""
     rows = [row_of(episode, encoder) for episode in episodes]
@@ -215,7 +234,7 @@ def _publish(args: argparse.Namespace, episodes: list[Episode], encoder: TurnEnc
         (artifact.path / "episodes.jsonl").write_text("".join(lines), encoding="utf-8")
         (artifact.path / "transcripts.html").write_text(page, encoding="utf-8")
         artifact.content = summary | {"limits": asdict(limits)}
-        artifact.settings = identity | {"environment_name": args.environment, "settings": args.settings}
+        artifact.settings = identity | {"environment_name": args.environment, "settings": list(args.settings)}
     return summary
 
 
@@ -230,3 +249,7 @@ def _tell(output: Path, name: str, summary: dict[str, Any], limits: EpisodeLimit
         print(f"  of {summary['num_calls']:,} calls without result: {faults}")
     print(f"  of {summary['num_turns']:,} turns {summary['num_turns_that_differ']:,} have other tokens when "
           "their text is encoded again")
+
+
+ACTIONS: Actions = {"list": (ToolsListOptions, _list), "play": (ToolsPlayOptions, _play),
+                    "run": (ToolsRunOptions, _run)}

@@ -7,18 +7,31 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.errors import UserError
-from megatron_sov.generate.engine import MEGATRON
+from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, EngineName
+from megatron_sov.settings import AtLeastOne, Flag
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
     from megatron_sov.media.meant import MeantTokens, MediaEncoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What runs a model, of commands whose --set is of something else."""
+
+    engine: EngineName | None = None
+    """What runs the model (default: transformers for a Hugging Face folder)."""
+    engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron)."""
+    nproc: AtLeastOne | None = None
+    """Local processes (engine megatron)."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         from megatron_sov.generate.generator import MegatronEngine
         from megatron_sov.generate.load import run_forward_model
 
-        return run_forward_model(target, list(settings), nproc,
+        return run_forward_model(target, settings, nproc,
                                  lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
     if name == VLLM:
         from megatron_sov.generate.vllm import VllmEngine

@@ -25,14 +25,14 @@ class Prompt:
     """The fields of its line, which go with the responses: what a reward needs."""
 
 
-def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
+def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
     """Return the prompts given as texts, then those of a JSONL file with fields "prompt" and,
     if wanted, "target".
 
     Raises:
         UserError: there is none, one is empty, or a line of the file is malformed (named by number).
     """
-    prompts = [Prompt(text) for text in texts] + (_read_file(file) if file is not None else [])
+    prompts = [Prompt(text) for text in given] + (_read_file(file) if file is not None else [])
     if not prompts and file is not None:
         raise UserError(f"--prompts {file}: is empty; pass a JSONL file with a prompt on each line")
     if not prompts:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from megatron_sov.errors import UserError
+from megatron_sov.settings import NO_FLAG, Flag
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +21,7 @@ Written = tuple[list[int], list[float]]
 """Tokens behind a prompt, and the log-probability of each."""
 
 
+@runtime_checkable
 class TokenRules(Protocol):
     """Which tokens may stand next; a function of what was written, so that it is the same everywhere."""
 
@@ -32,29 +34,30 @@ class TokenRules(Protocol):
 class Sampling:
     """How each next token is chosen."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}  # rules are code
     max_new_tokens: int = 64
     """Longest continuation."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Flag(value="T")] = 0.0
     """0 takes the most probable token; otherwise logits are divided by it and sampled."""
-    top_k: int = 0
+    top_k: Annotated[int, Flag(value="K")] = 0
     """Samples come from this many most probable tokens; 0: from all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Flag(value="P")] = 1.0
     """Then from the smallest set of them that holds this much probability (Holtzman et al.,
     arXiv 1904.09751)."""
-    seed: int = 0
+    seed: Annotated[int, Flag(value="S")] = 0
     """Of the samples."""
-    num_drafts: int = 0
+    num_drafts: Annotated[int, Flag("--speculative", "K")] = 0
     """Tokens that the multi-token prediction layer drafts for each pass of the model (engine megatron); 0:
     none.  Greedy continuations stay the same, samples follow the same distribution with
     other random numbers."""
-    for_training: bool = False
+    for_training: Annotated[bool, NO_FLAG] = False
     """Whether samples will be trained on.  `top_k` and `top_p` are refused then: they draw from a part of the
     distribution that a trainer computes, so the two log-probabilities of a token are not of one thing."""
-    allow_truncation: bool = False
+    allow_truncation: Annotated[bool, NO_FLAG] = False
     """Take them all the same; log-probabilities are those of the part."""
-    with_routes: bool = False
+    with_routes: Annotated[bool, NO_FLAG] = False
     """Whether to tell which experts tokens visited (`Generated.routes`; engines megatron and vllm)."""
-    rules: TokenRules | None = None
+    rules: Annotated[TokenRules | None, NO_FLAG] = None
     """Tokens that it does not allow have no probability (engine megatron, without drafts); log-probabilities
     are those of the part."""
 
@@ -173,11 +176,11 @@ class Bounds:
 class Batching:
     """What bounds memory."""
 
-    max_sequences: int = 64
+    max_sequences: Annotated[int, Flag("--batch-size")] = 64
     """Sequences that are continued at a time, on each process that has sequences of its own."""
     prefill_tokens: int = 8192
     """Tokens of prompts that are read at a time; longer prompts are read in pieces."""
-    cache_tokens: int = 1 << 20
+    cache_tokens: Annotated[int, NO_FLAG] = 1 << 20
     """Tokens whose keys and values are kept at a time; one sequence at least, however long."""
 
     def slots(self, num_sequences: int, longest: int) -> int:

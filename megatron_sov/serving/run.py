@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 
@@ -30,7 +30,7 @@ LOOKS_S = 1.0
 """How often it is looked whether the parent lives."""
 
 
-def serve(target: Target, settings: ServeSettings, layout: list[str], nproc: int | None) -> None:
+def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc: int | None) -> None:
     """Serve a model until a signal asks for the end, or its parent has ended.
 
     Args:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.settings import NO_FLAG, Flag
 
 MAX_PORT = 65535
 
@@ -13,13 +16,13 @@ MAX_PORT = 65535
 class ServeSettings:
     """What a server is given."""
 
-    name: str
+    name: Annotated[str, NO_FLAG] = "model"
     """The model's name, which requests say."""
-    host: str = "127.0.0.1"
-    """Address or name that is listened on."""
+    host: Annotated[str, Flag(value="ADDRESS")] = "127.0.0.1"
+    """Address or name that is listened on; others than this machine's own need a key."""
     port: int = 8000
     """Port; 0: any that is free."""
-    api_key: str = field(default="", repr=False)
+    api_key: Annotated[str, NO_FLAG] = field(default="", repr=False)
     """What requests must bring; empty: nothing, on addresses that this machine alone reaches."""
     max_batch: int = 32
     """Answers that are written at a time, on each process that has sequences of its own."""
@@ -27,12 +30,12 @@ class ServeSettings:
     """Tokens of prompts that are read at a time."""
     max_waiting: int = 256
     """Answers that may wait; further requests are turned away."""
-    max_length_tokens: int | None = None
-    """Longest prompt with its answer; None: as the model takes, up to `DEFAULT_LENGTH_TOKENS`."""
-    address_file: Path | None = None
-    """Written once the model answers, removed at the end."""
-    parent_pid: int | None = None
-    """Process with which the server ends; None: it ends by a signal."""
+    max_length_tokens: Annotated[int | None, Flag("--max-length", "N")] = None
+    """Tokens of the longest prompt with its answer (default: as the model takes, up to 8,192)."""
+    address_file: Annotated[Path | None, Flag(value="FILE")] = None
+    """Address, name and process as JSON: written once the model answers, removed at the end."""
+    parent_pid: Annotated[int | None, Flag(value="PID")] = None
+    """Process with which the server ends (default: it ends by a signal)."""
 
     @property
     def is_local(self) -> bool:
@@ -50,9 +53,6 @@ class ServeSettings:
                   f"--name {self.name!r}: must be 1 to 200 printable characters"),
                  (bool(self.host), "--host '': must name an address"),
                  (0 <= self.port <= MAX_PORT, f"--port {self.port}: must lie between 0 and {MAX_PORT}"),
-                 (self.is_local or bool(self.api_key),
-                  f"--host {self.host}: others than this machine reach it, and would need no key; name an "
-                  "environment variable that holds one with --api-key-env, or take 127.0.0.1"),
                  (self.max_batch >= 1, f"--max-batch {self.max_batch}: must be at least 1"),
                  (self.prefill_tokens >= 1, f"--prefill-tokens {self.prefill_tokens}: must be at least 1"),
                  (self.max_waiting >= 1, f"--max-waiting {self.max_waiting}: must be at least 1"),

@@ -61,11 +61,11 @@ def test_the_page_leads_from_media_to_pictures_and_sound(site: Path,
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("train vocoder --input voices --output out", "needs --tokenizer CODEC"),
+    ("train vocoder --input voices --output out", "--tokenizer: is missing"),
     ("train vocoder --input voices --output out --tokenizer pic-tok", "is no tokenizer of sounds"),
     ("train image-decoder --input pictures --output out --tokenizer snd-tok", "no tokenizer of pictures"),
-    ("train image-tokenizer --input pictures --output out --tokenizer pic-tok", "pic-tok: is for image-dec"),
-    ("train vocoder --input voices --output out --tokenizer snd-tok --vae x", "x: is for image-decoder"),
+    ("train image-tokenizer --input pictures --output out --tokenizer pic-tok", '"pic-tok": is for image'),
+    ("train vocoder --input voices --output out --tokenizer snd-tok --vae x", '"x": is for image-decoder'),
     ("train image-decoder --input pictures --output out --tokenizer pic-tok --vae pictures",
      "is no folder of diffusers' AutoencoderKL"),
     ("train vocoder --input voices --output out --tokenizer snd-tok --set model.tokens_per_s=50 "
