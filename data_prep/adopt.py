@@ -59,7 +59,8 @@ class AdoptOptions:
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
         said = Problem(Code.RULE, "link", "keeps the files as they are, so that no document can be held out "
-                       f"of them, and --heldout is {self.heldout}", way_out="pass --heldout 0, or leave it out")
+                       f"of them, and --heldout is {self.heldout}", way_out="pass --heldout 0, or leave it "
+                       "out")
         return [said] if self.link and self.heldout else []
 
 
