@@ -47,6 +47,8 @@ class Flag:
     """What help calls the value, e.g. `SHARE`; "": by the type."""
     many: bool = False
     """Whether several values may follow at once."""
+    alone: str | None = None
+    """What the option stands for where no value follows it; None: one must."""
     group: str = ""
     """Heading under which help lists it."""
     help: str = ""
@@ -135,6 +137,8 @@ def _arity(given: _Given) -> dict[str, Any]:
         if given.repeats:
             return {"nargs": "+" if given.is_required else "*", "default": argparse.SUPPRESS}
         return {} if given.is_required else {"nargs": "?", "default": argparse.SUPPRESS}
+    if given.flag.alone is not None:
+        return {"nargs": "?", "const": given.flag.alone, "default": argparse.SUPPRESS}
     many = {"nargs": "+", "action": "extend"} if given.flag.many else {"action": "append"}
     # both would add to a default
     return {"required": given.is_required, "default": argparse.SUPPRESS, **(many if given.repeats else {})}
