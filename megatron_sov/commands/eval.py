@@ -157,10 +157,11 @@ def _measure(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
         from megatron_sov.generate.load import run_forward_model
 
         return run_forward_model(target, args.settings, args.nproc, on_policy)
-    if args.settings or args.nproc is not None:
-        raise UserError(f"--set {args.settings} and --nproc {args.nproc} are for checkpoints, {target.path} "
-                        "is a Hugging Face folder; leave them out, or convert it first with `megatron-sov "
-                        "convert from-hf`")
+    given = [*(f"--set {setting}" for setting in args.settings),
+             *([] if args.nproc is None else [f"--nproc {args.nproc}"])]
+    if given:
+        raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
+                        "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
     from megatron_sov.generate.hf import load_hf
 
     return on_hf(load_hf(target.path))

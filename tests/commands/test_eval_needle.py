@@ -27,7 +27,7 @@ def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, import
     assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
         == [("needle", "eval", step, shown[0]["cells"]) for step in (0, None)]
     for more, sentence in (
-        (["--nproc", "2"], "--set [] and --nproc 2 are for checkpoints"),
+        (["--nproc", "2", "--set", "a=1"], "--set a=1, --nproc 2: is for checkpoints, and"),
         (["--text", "latin=x"], "--text latin=x: must be LANGUAGE=FILE"),
         (["--language", "first=perl"], "--language first=perl: must be SOURCE=LANGUAGE"),
     ):
