@@ -55,7 +55,8 @@ def settings() -> Iterator[str]:
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.parse(file.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.ClassDef) and SETTINGS.search(node.name) and any(
-                        "dataclass" in ast.unparse(d) and "kw_only" not in ast.unparse(d)  # a command's own
+                        "dataclass" in ast.unparse(d) and not (  # a command's own are told as its options
+                            "kw_only" in ast.unparse(d) and node.name.endswith("Options"))
                         for d in node.decorator_list):
                     yield from _fields(node)
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.commands.eval_lm import add_lm_arguments, run_lm
-from megatron_sov.commands.eval_media import add_media_arguments, run_media
-from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
-from megatron_sov.commands.eval_options import PARITY_LENGTHS, with_ranks, with_record
-from megatron_sov.commands.eval_passk import add_passk_arguments, run_passk
-from megatron_sov.commands.eval_play import add_play_arguments, run_play
-from megatron_sov.commands.eval_suites import add_suites_arguments, run_suites
+from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
+from megatron_sov.commands.eval_media import EvalMediaOptions, run_media
+from megatron_sov.commands.eval_needle import NeedleSuiteOptions, suite_of
+from megatron_sov.commands.eval_options import PARITY_LENGTHS, ModelPath, RankOptions, RecordOptions
+from megatron_sov.commands.eval_passk import EvalPasskOptions, run_passk
+from megatron_sov.commands.eval_play import EvalPlayOptions, run_play
+from megatron_sov.commands.eval_suites import EvalSuitesOptions, run_suites
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.work_bar import work_bar
@@ -24,106 +24,106 @@ from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
 if TYPE_CHECKING:
     from megatron_sov.generate.engine import ChoosingEngine
     from megatron_sov.generate.target import Target
 
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
-MEDIA = "from text, pictures and speech to one another, judged by what is recognised"
-SUITES = "the benchmarks that come along: list them, check their data"
+
+@dataclass(frozen=True, kw_only=True)
+class OutOptions(RecordOptions):
+    """What tasks take whose figures a file may keep."""
+
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """Also write the figures into a JSON file, which appears whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutOptions(RecordOptions):
+    """What tasks take that read held-out documents."""
+
+    data: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards with held-out documents."""
+    seq_len: AtLeastOne | None = None
+    """Tokens of a row (default: the longest that was trained on)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(HeldoutOptions):
+    """What tasks take that read a part of them."""
+
+    max_tokens: AtLeastOne | None = None
+    """Held-out tokens of a source (default: the run's setting)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PplOptions(CutOptions, OutOptions, RankOptions):
+    """Loss and bits per byte on held-out documents, per source."""
+
+    target: ModelPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleOptions(NeedleSuiteOptions, OutOptions, RankOptions):
+    """Find what a context says again, at any depth of any length, among other needles."""
+
+    target: ModelPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
+    """Share of held-out pairs whose better answer the model would rather write."""
+
+    target: ModelPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsOptions(RecordOptions, RankOptions):
+    """Compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3 where
+    they differ."""
+
+    checkpoint: Annotated[Path, Flag("CHECKPOINT")]
+    """Checkpoint or run (its newest one)."""
+    hf_dir: Annotated[Path, Flag("HF_DIR")]
+    """Hugging Face folder of the same model."""
+    lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
+    """Tokens of the random documents that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigramOptions(CutOptions):
+    """The Kneser-Ney bigram baseline on the same held-out documents."""
+
+    max_train_tokens: AtLeastOne = DEFAULT_TRAIN_TOKENS
+    """Training tokens of each source that are counted at most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tasks."""
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-
-    def task(name: str, text: str) -> argparse.ArgumentParser:
-        sub = tasks.add_parser(name, help=text, description=text)
-        with_record(sub)
-        return sub
-
-    def with_data(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--data", action="append", required=True, metavar="DIR",
-                         help="token shards with held-out documents")
-
-    def with_length(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--seq-len", type=int, metavar="N",
-                         help="tokens of a row (default: the longest that was trained on)")
-
-    def with_cut(sub: argparse.ArgumentParser) -> None:
-        with_length(sub)
-        sub.add_argument("--max-tokens", type=int, metavar="N",
-                         help="held-out tokens of a source (default: the run's setting)")
-
-    target = {"metavar": "TARGET", "type": Path,
-              "help": "checkpoint, run (its newest one) or Hugging Face folder"}
-    ppl = task("ppl", "loss and bits per byte on held-out documents, per source")
-    ppl.add_argument("target", **target)  # type: ignore[arg-type]
-    needle = task("needle", "find what a context says again, at any depth of any length, among other needles")
-    needle.add_argument("target", **target)  # type: ignore[arg-type]
-    add_needle_arguments(needle)
-    pairs = task("pairs",
-                 "share of held-out pairs whose better answer the model would rather write")
-    pairs.add_argument("target", **target)  # type: ignore[arg-type]
-    passk = task("passk", "sample responses to prompts, have a reward judge them, estimate pass@k and maj@k")
-    add_passk_arguments(passk)
-    media = add_media_arguments(task("media", MEDIA))
-    lm = task("lm", "score a model on tasks of lm-eval's form, by its own prompts and metrics, offline")
-    add_lm_arguments(lm)
-    logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in "
-                            "transformers; exit code 3")
-    logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
-                        help="checkpoint or run (its newest one)")
-    logits.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="Hugging Face folder of the same model")
-    logits.add_argument("--lengths", type=int, nargs="+", default=PARITY_LENGTHS, metavar="N",
-                        help="tokens of the random documents that are compared (default 1 7 64 200)")
-    bigram = task("bigram", "the Kneser-Ney bigram baseline on the same held-out documents")
-    bigram.add_argument("--max-train-tokens", type=int, default=DEFAULT_TRAIN_TOKENS, metavar="N",
-                        help="training tokens of each source that are counted at most (default %(default)s)")
-    play = task("play", "have a model play a benchmark's tasks with tools, and score its episodes")
-    add_play_arguments(play)
-    add_suites_arguments(tasks.add_parser("suites", help=SUITES, description=SUITES))
-    for sub in (ppl, pairs, bigram):
-        with_data(sub)
-    for sub in (ppl, needle, pairs):
-        sub.add_argument("--out", type=Path, metavar="FILE",
-                         help="also write the figures into a JSON file, which appears whole")
-    for sub in (ppl, needle, pairs, passk, media, lm, play, logits):
-        with_ranks(sub)
-    with_length(pairs)
-    for sub in (ppl, bigram):
-        with_cut(sub)
+    add_actions(parser, ACTIONS)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run the chosen task; returns the exit code."""
-    if args.task == "lm":  # whose target may be an address
-        return run_lm(args)
-    if args.task == "play":  # likewise
-        return run_play(args)
-    if args.task == "suites":  # which are no model's
-        return run_suites(args)
+    return run_action(ACTIONS, typed)
+
+
+def _begin(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
+    """Refuse what cannot be read or written, before Megatron is imported; returns the run's events."""
     events = RunEvents(args.run)
-    check_output("--out", getattr(args, "out", None))
-    for option, value in (("--seq-len", "seq_len"), ("--max-tokens", "max_tokens")):
-        if (number := getattr(args, value, None)) is not None and number < 1:
-            raise UserError(f"{option} {number}: must be at least 1")
-    for name in ("target", "checkpoint", "hf_dir"):
-        if (model := getattr(args, name, None)) is not None:
-            refuse_missing(model)
-    if args.task == "passk":
-        return run_passk(args, events)
-    if args.task == "media":
-        return run_media(args, events)
+    check_output("--out", out)
+    for model in models:
+        refuse_missing(model)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    tasks = {"ppl": _ppl, "needle": _needle, "pairs": _pairs, "logits": _logits, "bigram": _bigram}
-    return tasks[args.task](args, events)
+    return events
 
 
-def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
+def _ppl(args: PplOptions) -> int:
+    events = _begin(args, args.target, out=args.out)
     from megatron_sov.eval.heldout import open_heldout
     from megatron_sov.eval.perplexity import evaluate_forward_model, evaluate_hf
     from megatron_sov.generate.target import find_target
@@ -149,7 +149,7 @@ def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
     return ExitCode.OK
 
 
-def _measure(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], Any],
+def _measure(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
              on_hf: Callable[[Any], Any]) -> Any:
     """Return what the task found, a checkpoint on ranks, a Hugging Face folder in transformers; None:
     not ours to print."""
@@ -166,7 +166,8 @@ def _measure(args: argparse.Namespace, target: Target, on_policy: Callable[[Any]
     return on_hf(load_hf(target.path))
 
 
-def _needle(args: argparse.Namespace, events: RunEvents) -> int:
+def _needle(args: NeedleOptions) -> int:
+    events = _begin(args, args.target, out=args.out)
     from megatron_sov.eval.needle.suite import result_of, run_suite, table
     from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.hf import HfEngine
@@ -188,7 +189,8 @@ def _needle(args: argparse.Namespace, events: RunEvents) -> int:
     return ExitCode.OK
 
 
-def _pairs(args: argparse.Namespace, events: RunEvents) -> int:
+def _pairs(args: PairsOptions) -> int:
+    events = _begin(args, args.target, out=args.out)
     from megatron_sov.data.token_shards import open_sources, tokenizer_folder
     from megatron_sov.data.vocabulary import refuse_other_tokens
     from megatron_sov.eval.perplexity import rows_per_batch
@@ -224,7 +226,8 @@ def _pairs(args: argparse.Namespace, events: RunEvents) -> int:
     return ExitCode.OK
 
 
-def _logits(args: argparse.Namespace, events: RunEvents) -> int:
+def _logits(args: LogitsOptions) -> int:
+    events = _begin(args, args.checkpoint, args.hf_dir)
     from megatron_sov.convert import is_hf_folder
     from megatron_sov.eval.parity import compare_logits, random_prompts
     from megatron_sov.generate.target import Target
@@ -233,8 +236,6 @@ def _logits(args: argparse.Namespace, events: RunEvents) -> int:
     if not is_hf_folder(args.hf_dir):
         raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; "
                         "pass what `megatron-sov convert to-hf` wrote")
-    if min(args.lengths) < 1:
-        raise UserError(f"--lengths {min(args.lengths)}: must be at least 1")
     checkpoint = find_checkpoint(args.checkpoint)
     prompts = random_prompts(args.lengths, Target(checkpoint, False).vocab_size)
     checks = compare_logits(checkpoint, args.hf_dir, prompts, settings=args.settings, nproc=args.nproc)
@@ -247,7 +248,8 @@ def _logits(args: argparse.Namespace, events: RunEvents) -> int:
     return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
 
 
-def _bigram(args: argparse.Namespace, events: RunEvents) -> int:
+def _bigram(args: BigramOptions) -> int:
+    events = _begin(args)
     from megatron_sov.eval.bigram import evaluate_bigram
     from megatron_sov.eval.heldout import open_heldout
     from megatron_sov.runs.folder import RunFolder
@@ -286,3 +288,10 @@ def _write(out: Path | None, values: Any) -> None:
 
 def _show(as_json: bool, values: Any, text: str) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)
+
+
+ACTIONS: Actions = {
+    "ppl": (PplOptions, _ppl), "needle": (NeedleOptions, _needle), "pairs": (PairsOptions, _pairs),
+    "passk": (EvalPasskOptions, run_passk), "media": (EvalMediaOptions, run_media),
+    "lm": (EvalLmOptions, run_lm), "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
+    "play": (EvalPlayOptions, run_play), "suites": (EvalSuitesOptions, run_suites)}

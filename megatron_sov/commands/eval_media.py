@@ -3,19 +3,13 @@ which of many candidates is the most probable."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.commands.eval_retrieval import (
-    add_retrieval_arguments,
-    retrieval_line,
-    retrieval_rows,
-    retrieved,
-)
-from megatron_sov.commands.media_options import add_codec_arguments, check_media, media_decoders, shown_media
+from megatron_sov.commands.eval_retrieval import retrieval_line, retrieval_rows, retrieved
+from megatron_sov.commands.media_options import EvalMediaOptions, check_media, media_decoders, shown_media
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.eval.media.judges import Judge, judge_of
 from megatron_sov.eval.media.pairs import AUDIO, IMAGE, PAIRS, TEXT, Row, figures, read_rows
@@ -23,6 +17,7 @@ from megatron_sov.generate.request import Batching, Sampling
 from megatron_sov.outputs import check_output
 from megatron_sov.pages.embedded import address_of
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
 
 if TYPE_CHECKING:
     from megatron_sov.generate.media_replies import Replied
@@ -31,56 +26,24 @@ SHOWN_SAMPLES = 8
 """Of each pair, in the run's events; the file has all."""
 
 
-def add_media_arguments(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Declare what `eval media` takes beside the layout; returns its parser."""
-    sub.add_argument("target", metavar="TARGET", type=Path,
-                     help="checkpoint, run (its newest one) or Hugging Face folder")
-    sub.add_argument("--data", action="append", default=[], metavar="PAIR=FILE.jsonl",
-                     help=f"rows of a pair ({', '.join(PAIRS)}): "
-                          '{"content": [parts], "answer": "..."}, and "labels" where a judge chooses; may be '
-                          "repeated")
-    add_retrieval_arguments(sub)
-    sub.add_argument("--media-root", type=Path, required=True, metavar="DIR",
-                     help="folder that paths of media begin from; nothing outside of it is read")
-    add_codec_arguments(sub)
-    sub.add_argument("--image-judge", metavar="FILE.py:NAME|COMMAND",
-                     help="recognises what the model draws: a function (files, labels) -> texts, or a "
-                          "program")
-    sub.add_argument("--audio-judge", metavar="FILE.py:NAME|COMMAND",
-                     help="recognises what the model says, likewise")
-    sub.add_argument("--files", type=Path, metavar="DIR",
-                     help="folder for what the model draws and says, where a pair asks for that")
-    sub.add_argument("--max-new-tokens", type=int, default=1024, metavar="N",
-                     help="longest reply (default %(default)s)")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="T",
-                     help="0 takes the most probable token (default)")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
-    sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples (default %(default)s)")
-    sub.add_argument("--no-chat", action="store_true", help="do not frame prompts by the chat template")
-    sub.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
-                     help="replies that are written at a time (default %(default)s)")
-    sub.add_argument("--output", type=Path, metavar="FILE.json",
-                     help="write figures and every sample as JSON")
-    return sub
-
-
-def run_media(args: argparse.Namespace, events: RunEvents) -> int:
+def run_media(args: EvalMediaOptions) -> int:
     """Ask, judge and tell; returns the exit code.
 
     Raises:
         UserError: bad rows, a pair without a codec or judge, or media that cannot be read.
     """
+    events = RunEvents(args.run)
+    refuse_missing(args.target)
     asked, ranked = [_asked(item) for item in args.data], retrieval_rows(args)
     if not asked and not ranked:
         raise UserError("there is nothing to ask: pass --data PAIR=FILE.jsonl or --retrieval PAIR=FILE.jsonl")
     sampling = Sampling(args.max_new_tokens, args.temperature, 0, args.top_p, args.seed)
-    for problem in sampling.problems() + Batching(args.batch_size).problems():
-        raise UserError(problem)
     check_output("--output", args.output)
     judges = _judges(args, {PAIRS[name][1] for name, _ in asked})
-    out = {kind: args.files for _, (_, kind) in ((n, PAIRS[n]) for n, _ in asked) if kind != TEXT}
-    if out and args.files is None:
-        raise UserError(f"--data: asks for media of kind {next(iter(out))}, which need --files DIR to lie in")
+    kinds = [kind for _, kind in (PAIRS[name] for name, _ in asked) if kind != TEXT]
+    if kinds and args.files is None:
+        raise UserError(f"--data: asks for media of kind {kinds[0]}, which need --files DIR to lie in")
+    out = {} if args.files is None else dict.fromkeys(kinds, args.files)
     check_media(args, out)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -117,7 +80,7 @@ def _asked(item: str) -> tuple[str, list[Row]]:
     return name, read_rows(Path(file))
 
 
-def _judges(args: argparse.Namespace, kinds: set[str]) -> dict[str, Judge]:
+def _judges(args: EvalMediaOptions, kinds: set[str]) -> dict[str, Judge]:
     found = {}
     for kind in (IMAGE, AUDIO):
         said = getattr(args, f"{kind}_judge")
@@ -129,13 +92,13 @@ def _judges(args: argparse.Namespace, kinds: set[str]) -> dict[str, Judge]:
     return found
 
 
-def _pair(args: argparse.Namespace, target: Any, name: str, rows: list[Row], sampling: Sampling,
+def _pair(args: EvalMediaOptions, target: Any, name: str, rows: list[Row], sampling: Sampling,
           judges: dict[str, Judge]) -> dict[str, Any] | None:
     """Return figures and samples of a pair; None on other processes than the first."""
     from megatron_sov.generate.media_replies import Asking, replies
 
     kind = PAIRS[name][1]
-    out = {} if kind == TEXT else {kind: args.files / name}
+    out = {} if kind == TEXT or args.files is None else {kind: args.files / name}
     asking = Asking(shown_media(args, args.media_root), media_decoders(args, args.seed), out, sampling,
                     chat=not args.no_chat, max_audio_tokens=args.max_audio_tokens,
                     batching=Batching(args.batch_size), with_features=not args.no_features)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from megatron_sov.config import Language, NeedleConfig, NeedleKind, data_paths
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Flag
 
 if TYPE_CHECKING:
     from megatron_sov.eval.needle.suite import NeedleSuite
@@ -18,32 +18,35 @@ if TYPE_CHECKING:
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 
-def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the suite can be told; what is left out comes from the run's settings."""
-    parser.add_argument("--data", action="append", default=[], metavar="DIR",
-                        help="token shards with held-out documents")
-    parser.add_argument("--text", action="append", default=[], metavar="LANGUAGE=FILE",
-                        help=f"a text file that needles are hidden in; languages: {', '.join(LANGUAGES)}")
-    parser.add_argument("--language", action="append", default=[], metavar="SOURCE=LANGUAGE",
-                        help="a source's language, where its text does not show it")
-    parser.add_argument("--kinds", nargs="+", choices=get_args(NeedleKind),
-                        help="what is asked (default: the setting)")
-    parser.add_argument("--languages", nargs="+", choices=LANGUAGES,
-                        help="languages of the text (default: all that there is)")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N",
-                        help="context lengths in tokens (default: the setting)")
-    parser.add_argument("--depths", type=float, nargs="+", metavar="D",
-                        help="places of the first needle, 0 = start, 1 = end")
-    parser.add_argument("--samples", type=int, metavar="N", help="examples of a cell (default: the setting)")
-    parser.add_argument("--distractor-share", type=float, metavar="S",
-                        help="part of each context that needles with other keys fill (default: the setting)")
-    parser.add_argument("--by", choices=("generation", "likelihood"), default="generation",
-                        help="greedy decoding, or the most probable of all words (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of keys, values and text (default 0)")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleSuiteOptions:
+    """What the suite can be told; what is left out comes from the run's settings."""
+
+    data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
+    """Token shards with held-out documents."""
+    text: Annotated[tuple[str, ...], Flag(value="LANGUAGE=FILE")] = ()
+    """A text file that needles are hidden in; languages: english, korean, thai, code."""
+    language: Annotated[tuple[str, ...], Flag(value="SOURCE=LANGUAGE")] = ()
+    """A source's language, where its text does not show it."""
+    kinds: Annotated[tuple[NeedleKind, ...], Flag(many=True)] = ()
+    """What is asked (default: the setting)."""
+    languages: Annotated[tuple[Language, ...], Flag(many=True)] = ()
+    """Languages of the text (default: all that there is)."""
+    lengths: Annotated[tuple[int, ...], Flag(many=True)] = ()
+    """Context lengths in tokens (default: the setting)."""
+    depths: Annotated[tuple[float, ...], Flag(value="D", many=True)] = ()
+    """Places of the first needle, 0 = start, 1 = end."""
+    samples: int | None = None
+    """Examples of a cell (default: the setting)."""
+    distractor_share: Annotated[float | None, Flag(value="S")] = None
+    """Part of each context that needles with other keys fill (default: the setting)."""
+    by: Literal["generation", "likelihood"] = "generation"
+    """Greedy decoding, or the most probable of all words."""
+    seed: int = 0
+    """Of keys, values and text (default 0)."""
 
 
-def suite_of(args: argparse.Namespace, target: Target) -> NeedleSuite:
+def suite_of(args: NeedleSuiteOptions, target: Target) -> NeedleSuite:
     """Return the suite that the arguments and the target's settings describe.
 
     Raises:
@@ -67,13 +70,11 @@ def suite_of(args: argparse.Namespace, target: Target) -> NeedleSuite:
     return make_suite(config, haystacks, seed=args.seed, by=args.by)
 
 
-def _config(args: argparse.Namespace, defaults: NeedleConfig) -> NeedleConfig:
-    given = {"kinds": args.kinds, "languages": args.languages, "lengths_tokens": args.lengths,
-             "depths": args.depths}
-    found = {name: tuple(values) for name, values in given.items() if values}
-    numbers = {"samples": args.samples, "distractor_share": args.distractor_share}
-    return dataclasses.replace(defaults, **found,  # type: ignore[arg-type]
-                               **{k: v for k, v in numbers.items() if v is not None})
+def _config(args: NeedleSuiteOptions, defaults: NeedleConfig) -> NeedleConfig:
+    given: dict[str, Any] = {"kinds": args.kinds, "languages": args.languages, "lengths_tokens": args.lengths,
+                             "depths": args.depths, "samples": args.samples,
+                             "distractor_share": args.distractor_share}
+    return dataclasses.replace(defaults, **{k: v for k, v in given.items() if v not in (None, ())})
 
 
 def _named(word: str, option: str, language_last: bool) -> tuple[Language, str]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Gt, Le
 
 from megatron_sov.artifacts import MANIFEST, to_json
+from megatron_sov.commands.eval_options import RankOptions, RecordOptions
 from megatron_sov.digests import file_digest
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.asking import asked_of, check_engine, check_length
-from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
+from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, EngineName, run_engine
 from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import behind_links
@@ -31,8 +32,18 @@ from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import (
+    AtLeastOne,
+    Code,
+    Finite,
+    Flag,
+    NotNegative,
+    NotNegativeInt,
+    Problem,
+    parse_nested,
+)
 
 if TYPE_CHECKING:
     from megatron_sov.eval.sampling import Sampled
@@ -47,56 +58,96 @@ OF_A_PROBLEM = (PROMPT, "answer", "choices", "tests", "entry_point", "instructio
 """Fields in which the responses to one problem do not differ: what is asked, and what rewards read of it."""
 
 
-def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `eval passk` takes beside the layout."""
-    sub.add_argument("target", metavar="TARGET", type=Path, nargs="?",
-                     help="checkpoint, run (its newest one) or Hugging Face folder that answers --input")
-    sub.add_argument("--input", type=Path, metavar="PROMPTS.jsonl",
-                     help="a JSON object per line, with `prompt` (text, or messages with --chat) and what "
-                          "the reward needs")
-    sub.add_argument("--sampled", type=Path, metavar="ROWS.jsonl",
-                     help="in place of TARGET and --input: responses that are there already, a row each")
-    sub.add_argument("--group-by", metavar="FIELD",
-                     help=f"field that --sampled responses to one prompt share (default {PROMPT_INDEX} where "
-                          f"rows have it, as those of this command do, else {PROMPT})")
-    add_sampling_arguments(sub)
-    sub.add_argument("--k", type=int, nargs="+", default=[], metavar="K",
-                     help="sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a "
-                          "prompt)")
-    sub.add_argument("--output", type=Path, required=True, metavar="DIR",
-                     help="folder to make: the figures, and every response with its reward")
-    sub.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME."
 
 
-def add_sampling_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare how responses are sampled and judged, but for the sizes of the draws."""
-    sub.add_argument("--reward", required=True, metavar="NAME",
-                     help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME")
-    sub.add_argument("--reward-set", action="append", default=[], metavar="key=value",
-                     help="a setting of the reward; may be repeated")
-    sub.add_argument("--right-from", type=float, default=1.0, metavar="R",
-                     help="least reward of a right response (default %(default)s)")
-    sub.add_argument("--samples", type=int, default=8, metavar="N",
-                     help="responses to each prompt (default %(default)s)")
-    sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default %(default)s")
-    sub.add_argument("--top-k", type=int, default=0, metavar="K", help="default: all tokens")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
-    sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples (default %(default)s)")
-    sub.add_argument("--max-new-tokens", type=int, default=1024, metavar="N",
-                     help="longest response (default %(default)s)")
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                     help="text that ends a response; repeat it")
-    sub.add_argument("--chat", action="store_true", help="frame each prompt by the chat template")
-    sub.add_argument("--engine", choices=ENGINES,
-                     help="what runs the model (default: transformers for a Hugging Face folder)")
-    sub.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
-                     help="responses that are written at a time (default %(default)s)")
-    sub.add_argument("--workers", type=int, default=default_workers(), metavar="N",
-                     help="processes that judge (default: one for each core)")
+@dataclass(frozen=True, kw_only=True)
+class JudgedSamplingOptions:
+    """How responses are sampled and judged, but for the sizes of the draws."""
+
+    reward: Annotated[str, Flag(value="NAME", help=REWARDS)]
+    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """A setting of the reward; may be repeated."""
+    right_from: Annotated[Finite, Flag(value="R")] = 1.0
+    """Least reward of a right response."""
+    samples: AtLeastOne = 8
+    """Responses to each prompt."""
+    temperature: Annotated[NotNegative, Flag(value="T")] = 1.0
+    """0 takes the most probable token."""
+    top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
+    """Sample from the K most probable tokens (default: all)."""
+    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
+    """Sample from the smallest set of tokens that holds this probability."""
+    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
+    """Of the samples."""
+    max_new_tokens: AtLeastOne = 1024
+    """Longest response."""
+    stop: tuple[str, ...] = ()
+    """Text that ends a response; repeat it."""
+    chat: bool = False
+    """Frame each prompt by the chat template."""
+    engine: EngineName | None = None
+    """What runs the model (default: transformers for a Hugging Face folder)."""
+    batch_size: AtLeastOne = Batching.max_sequences
+    """Responses that are written at a time."""
+    workers: AtLeastOne = field(default_factory=default_workers)
+    """Processes that judge (default: one for each core)."""
+
+    def sampling(self) -> Sampling:
+        """Return how each token is chosen."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = []
+        if self.samples > 1 and not self.temperature:
+            p.append(Problem(Code.RULE, "samples", "are the same response again and again at --temperature "
+                             "0; raise the temperature, or take one sample", self.samples))
+        if "" in self.stop:
+            p.append(Problem(Code.RULE, "stop", "must hold at least one character", ""))
+        return p
 
 
-def sampling_words(args: argparse.Namespace) -> list[str]:
-    """Return the arguments of `add_sampling_arguments` as a command line has them, but for the processes."""
+@dataclass(frozen=True, kw_only=True)
+class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions):
+    """Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k."""
+
+    target: Annotated[Path | None, Flag("TARGET")] = None
+    """Checkpoint, run (its newest one) or Hugging Face folder that answers --input."""
+    input: Annotated[Path | None, Flag(value="PROMPTS.jsonl")] = None
+    """A JSON object per line, with `prompt` (text, or messages with --chat) and what the reward needs."""
+    sampled: Annotated[Path | None, Flag(value="ROWS.jsonl")] = None
+    """In place of TARGET and --input: responses that are there already, a row each."""
+    group_by: Annotated[str | None, Flag(value="FIELD")] = None
+    """Field that --sampled responses to one prompt share (default prompt_index where rows have it, as those
+    of this command do, else prompt)."""
+    k: Annotated[tuple[AtLeastOne, ...], Flag(value="K", many=True)] = ()
+    """Sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a prompt)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder to make: the figures, and every response with its reward."""
+    overwrite: bool = False
+    """Replace an output that is there."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = super().problems()
+        if self.sampled is None and max(self.k, default=1) > self.samples:
+            p.append(Problem(Code.RULE, "k", f"is more than --samples {self.samples}", max(self.k)))
+        if (self.sampled is None) == (self.target is None) or (self.input is None) == (self.sampled is None):
+            p.append(Problem(Code.RULE, "", "pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl "
+                             "alone"))
+        return p
+
+    @property
+    def source(self) -> Path:
+        """Return the file of rows: prompts, or responses that are there."""
+        found = self.sampled or self.input
+        assert found is not None
+        return found
+
+
+def sampling_words(args: JudgedSamplingOptions) -> list[str]:
+    """Return the options as a command line has them, but for the processes."""
     words = ["--reward", args.reward]
     for option, values in (("--reward-set", args.reward_set), ("--stop", args.stop)):
         words += [f"{option}={value}" for value in values]  # a value may begin with a dash
@@ -111,7 +162,7 @@ def sampling_words(args: argparse.Namespace) -> list[str]:
 class _Plan:
     """What a command was asked for, checked."""
 
-    args: argparse.Namespace
+    args: EvalPasskOptions
     order: Order
     reward: Made
     sampling: Sampling
@@ -142,7 +193,7 @@ class _Plan:
     @cached_property
     def responses(self) -> dict[str, Any]:
         """What the responses depend on."""
-        source = self.args.input or self.args.sampled
+        source = self.args.source
         return {"model": self.model, "rows": {"path": str(source), "digest": file_digest(source)}}
 
     @property
@@ -161,12 +212,15 @@ class _Plan:
         return partial_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
 
 
-def run_passk(args: argparse.Namespace, events: RunEvents) -> int:
+def run_passk(args: EvalPasskOptions) -> int:
     """Sample and judge what is not there yet, and estimate; the output appears when all is done.
 
     Raises:
         UserError: what is asked for contradicts itself, bad rows, or nothing can be written there.
     """
+    events = RunEvents(args.run)
+    if args.target is not None:
+        refuse_missing(args.target)
     plan = _checked(args)
     if not is_first():  # of a torchrun, or of ranks that run this command again
         if plan.target is not None:
@@ -177,14 +231,14 @@ def run_passk(args: argparse.Namespace, events: RunEvents) -> int:
     # nothing that was paid for is lost with an error: a judge's limit of cost, an engine's lack of memory
     with resumable_artifact(args.output, KIND, plan.whole, overwrite=args.overwrite,
                             kills=(Exception,)) as artifact:
-        responses = args.sampled if plan.target is None else _sample(plan)
+        responses = args.source if plan.target is None else _sample(plan)
         figures = _judge(plan, responses, artifact.path)
         artifact.writer.content = figures
         artifact.writer.settings = plan.whole
         if plan.target is not None and (plan.target.path / MANIFEST).is_file():
             artifact.writer.add_input(plan.target.path)
     step = events.last_step() if plan.target is None or plan.target.step is None else plan.target.step
-    events.add(KIND, step=step, input=str(args.input or args.sampled), reward=plan.order.name,
+    events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
     from megatron_sov.eval.judged_samples import table
 
@@ -193,14 +247,12 @@ def run_passk(args: argparse.Namespace, events: RunEvents) -> int:
     return ExitCode.OK
 
 
-def _checked(args: argparse.Namespace) -> _Plan:
-    if (args.sampled is None) == (args.target is None) or (args.input is None) == (args.sampled is None):
-        raise UserError("pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl alone")
-    sampling = checked_sampling(args)
+def _checked(args: EvalPasskOptions) -> _Plan:
+    sampling = args.sampling()
     asked = order(args.reward, parse_nested(args.reward_set, "--reward-set"))
     made = make(asked)
     if args.sampled is None:
-        check_rows(args.input, field=PROMPT)
+        check_rows(args.source, field=PROMPT)
     else:
         group_by = _grouped_by(args.sampled, args.group_by)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
@@ -210,31 +262,8 @@ def _checked(args: argparse.Namespace) -> _Plan:
         return _Plan(args, asked, made, sampling, None, group_by)
     from megatron_sov.generate.target import find_target
 
+    assert args.target is not None
     return _Plan(args, asked, made, sampling, find_target(args.target))
-
-
-def checked_sampling(args: argparse.Namespace) -> Sampling:
-    """Return how responses are sampled.
-
-    Raises:
-        UserError: the arguments contradict themselves.
-    """
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    rules = [(args.samples >= 1, f"--samples {args.samples}: must be at least 1"),
-             (min(args.k, default=1) >= 1, f"--k {min(args.k, default=1)}: must be at least 1"),
-             (getattr(args, "sampled", None) or max(args.k, default=1) <= args.samples,
-              f"--k {max(args.k, default=1)}: is more than --samples {args.samples}"),
-             (args.temperature or args.samples == 1,
-              f"--samples {args.samples} at --temperature 0 are the same response again and again; raise the "
-              "temperature, or take one sample"),
-             (math.isfinite(args.right_from), f"--right-from {args.right_from}: must be a finite number"),
-             (args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
-             ("" not in args.stop, "--stop '': must hold at least one character")]
-    problems = [said for holds, said in rules if not holds]
-    problems += sampling.problems() + Batching(args.batch_size).problems()
-    if problems:
-        raise UserError(problems[0])
-    return sampling
 
 
 def _grouped_by(file: Path, asked: str | None) -> str:
@@ -319,7 +348,7 @@ def _sampled(plan: _Plan) -> Sampled:
     from megatron_sov.eval.sampling import Sampled
 
     assert plan.target is not None
-    rows = [dict(row) for _, row in read_rows(plan.args.input, field=PROMPT)]
+    rows = [dict(row) for _, row in read_rows(plan.args.source, field=PROMPT)]
     asked = asked_of(plan.target, [_prompt(row[PROMPT]) for row in rows], plan.args.chat)
     empty = [i for i, ids in enumerate(asked.ids) if not ids]
     if empty:

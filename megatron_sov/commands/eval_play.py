@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
+from megatron_sov.commands.eval_options import RankOptions, RecordOptions
 from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
+from megatron_sov.eval.lm.settings import DEFAULT_KEY_ENV, ENDPOINTS, EndpointSettings, Settings
 from megatron_sov.generate.asking import check_engine, check_length
-from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
+from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, EngineName, run_engine
 from megatron_sov.generate.request import Batching, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt, parse_nested
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.journal import Journal, opened
 from megatron_sov.tools.playing import Policy, identity_of
@@ -38,49 +39,53 @@ if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
     from megatron_sov.tools.episode import Episode
 
-DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 POLL_S = 0.2
 """How often one who waits looks whether to stop."""
 
 
-def add_play_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what is played, and how."""
-    sub.add_argument("target", metavar="TARGET",
-                     help="checkpoint, run (its newest one), Hugging Face folder, or the address of an "
-                          "OpenAI-compatible endpoint, up to /v1")
-    sub.add_argument("--tasks", required=True, metavar="NAME",
-                     help="a task of `eval suites` with an environment, or the path of a task file of yours")
-    sub.add_argument("--data-dir", type=Path, required=True, metavar="DIR",
-                     help="folder of your copies of the data")
-    sub.add_argument("--output", type=Path, required=True, metavar="OUT.json",
-                     help="scores; episodes beside them in OUT.items.jsonl")
-    sub.add_argument("--limit", type=int, metavar="N", help="first items alone (default: all)")
-    sub.add_argument("--samples", type=int, metavar="N", help="episodes of each item (default: the task's)")
-    sub.add_argument("--judge", action="append", default=[], metavar="key=value",
-                     help="address and model of the judge, e.g. endpoint=http://localhost:8000/v1; repeat it")
-    sub.add_argument("--mode", choices=("thinking", "no-thinking"),
-                     help="of a reasoning model (default: the task's)")
-    sub.add_argument("--parallel", type=int, default=8, metavar="N", help="episodes at a time (default 8)")
-    sub.add_argument("--engine", choices=ENGINES,
-                     help="what runs the model (default: transformers for a Hugging Face folder)")
-    sub.add_argument("--workers", type=int, default=0, metavar="N",
-                     help="processes that judge (default: one for each core)")
-    endpoint = sub.add_argument_group("endpoints")
-    endpoint.add_argument("--model", default="", metavar="NAME", help="name that the endpoint knows it by")
-    endpoint.add_argument("--key-env", default=DEFAULT_KEY_ENV, metavar="NAME",
-                          help="variable of the environment with the key (default %(default)s)")
-    endpoint.add_argument("--cache", type=Path, metavar="DIR",
-                          help="folder of the endpoint's answers (default: OUT.cache)")
-    endpoint.add_argument("--same-model", action="store_true",
-                          help="the endpoint's model is the one whose answers are kept, though it answers "
-                               "fixed questions otherwise")
+@dataclass(frozen=True, kw_only=True)
+class EvalPlayOptions(RecordOptions, RankOptions):
+    """Have a model play a benchmark's tasks with tools, and score its episodes."""
+
+    target: Annotated[str, Flag("TARGET")]
+    """Checkpoint, run (its newest one), Hugging Face folder, or the address of an OpenAI-compatible
+    endpoint, up to /v1."""
+    tasks: Annotated[str, Flag(value="NAME")]
+    """A task of `eval suites` with an environment, or the path of a task file of yours."""
+    data_dir: Annotated[Path, Flag(value="DIR")]
+    """Folder of your copies of the data."""
+    output: Annotated[Path, Flag(value="OUT.json")]
+    """Scores; episodes beside them in OUT.items.jsonl."""
+    limit: AtLeastOne | None = None
+    """First items alone (default: all)."""
+    samples: AtLeastOne | None = None
+    """Episodes of each item (default: the task's)."""
+    judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """Address and model of the judge, e.g. endpoint=http://localhost:8000/v1; repeat it."""
+    mode: Literal["thinking", "no-thinking"] | None = None
+    """Of a reasoning model (default: the task's)."""
+    parallel: AtLeastOne = 8
+    """Episodes at a time."""
+    engine: EngineName | None = None
+    """What runs the model (default: transformers for a Hugging Face folder)."""
+    workers: NotNegativeInt = 0
+    """Processes that judge (default: one for each core)."""
+    model: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = ""
+    """Name that the endpoint knows it by."""
+    key_env: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = DEFAULT_KEY_ENV
+    """Variable of the environment with the key."""
+    cache: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
+    """Folder of the endpoint's answers (default: OUT.cache)."""
+    same_model: Annotated[bool, Flag(group=ENDPOINTS)] = False
+    """The endpoint's model is the one whose answers are kept, though it answers fixed questions
+    otherwise."""
 
 
 @dataclass(frozen=True)
 class _Game:
     """What is played, checked."""
 
-    args: argparse.Namespace
+    args: EvalPlayOptions
     task: TaskFile
     protocol: Protocol
     tasks: Sequence[Task]
@@ -113,7 +118,7 @@ Play = Callable[..., "list[list[Episode]]"]
 """Plays with a journal, `ended` and `check`."""
 
 
-def run_play(args: argparse.Namespace) -> int:
+def run_play(args: EvalPlayOptions) -> int:
     """Play, score and write; an evaluation that was killed goes on where it was.
 
     Raises:
@@ -121,9 +126,6 @@ def run_play(args: argparse.Namespace) -> int:
         StopRequested: a signal asked for it; what was played is kept.
     """
     check_output("--output", args.output)
-    for name, value in (("parallel", args.parallel), ("limit", args.limit), ("samples", args.samples)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
     events = RunEvents(args.run)
     with stoppable() as flag:
         if is_address(args.target):
@@ -137,7 +139,7 @@ def run_play(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _refuse_of_endpoints(args: argparse.Namespace) -> None:
+def _refuse_of_endpoints(args: EvalPlayOptions) -> None:
     given = [*([f"--model {args.model}"] if args.model else []),
              *([f"--key-env {args.key_env}"] if args.key_env != DEFAULT_KEY_ENV else []),
              *([f"--cache {args.cache}"] if args.cache else []),
@@ -146,7 +148,7 @@ def _refuse_of_endpoints(args: argparse.Namespace) -> None:
         raise UserError(f"{', '.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
 
 
-def _checked(args: argparse.Namespace, flag: StopFlag) -> _Game:
+def _checked(args: EvalPlayOptions, flag: StopFlag) -> _Game:
     from megatron_sov.eval.suites.catalogue import chosen, read_task, require_data
     from megatron_sov.eval.suites.episodes import order_of, tasks_of
     from megatron_sov.eval.suites.protocol import changed
@@ -216,7 +218,6 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
 
 def _by_endpoint(game: _Game, events: RunEvents) -> str:
     """Play with a model behind an endpoint; returns why it was stopped."""
-    from megatron_sov.eval.lm.settings import EndpointSettings, Settings
     from megatron_sov.eval.lm.subject import subject_of
     from megatron_sov.eval.suites.endpoint_turns import EndpointSpeaker
     from megatron_sov.eval.suites.episodes import play_tasks_by_messages
@@ -224,7 +225,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
     args, flag = game.args, game.flag
     endpoint = EndpointSettings(args.model, key_env=args.key_env, max_concurrent=args.parallel,
                                 same_model=args.same_model)
-    settings = Settings(args.output, cache=args.cache, engine=args.engine, settings=tuple(args.settings),
+    settings = Settings(output=args.output, cache=args.cache, engine=args.engine, settings=args.settings,
                         nproc=args.nproc, endpoint=endpoint)
     subject = subject_of(args.target, settings)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.commands.media_options import shown_media
+from megatron_sov.commands.media_options import EvalMediaOptions, shown_media
 from megatron_sov.errors import UserError
 from megatron_sov.eval.media.pairs import RETRIEVAL, Row, read_rows
 from megatron_sov.generate.request import Batching
@@ -18,23 +17,12 @@ if TYPE_CHECKING:
 EVENT = "media_retrieval"
 
 
-def add_retrieval_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what retrieval takes."""
-    sub.add_argument("--retrieval", action="append", default=[], metavar="PAIR=FILE.jsonl",
-                     help=f"rows of a pair ({', '.join(RETRIEVAL)}), as --data has them: rank the answers of "
-                          "all rows behind what each shows, and back; may be repeated")
-    sub.add_argument("--candidates", type=int, default=100, metavar="N",
-                     help="rows that are candidates for each other at most (default %(default)s)")
-
-
-def retrieval_rows(args: argparse.Namespace) -> list[tuple[str, list[Row]]]:
+def retrieval_rows(args: EvalMediaOptions) -> list[tuple[str, list[Row]]]:
     """Return the pairs that are asked for, with their rows.
 
     Raises:
         UserError: there is no such pair, or rows are malformed.
     """
-    if args.candidates < 2:
-        raise UserError(f"--candidates {args.candidates}: must be at least 2")
     found = []
     for item in args.retrieval:
         name, _, file = item.partition("=")
@@ -53,7 +41,7 @@ def retrieval_rows(args: argparse.Namespace) -> list[tuple[str, list[Row]]]:
     return found
 
 
-def retrieved(args: argparse.Namespace, target: Target, name: str, rows: list[Row],
+def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[Row],
               events: RunEvents) -> dict[str, Any]:
     """Return direction -> figures of a pair; {} on other processes than the first."""
     from megatron_sov.eval.media.retrieval import figures, grouped, likelihoods, ranks

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.settings import Flag
 
 if TYPE_CHECKING:
     from megatron_sov.eval.suites.catalogue import DataCheck, TaskFile
     from megatron_sov.eval.suites.protocol import Protocol
 
-ACTIONS = ("list", "check", "bring")
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSuitesOptions:
+    """The benchmarks that come along: list them, check their data."""
+
+    what: Annotated[Literal["list", "check", "bring"], Flag("WHAT")] = "list"
+    """list: the tasks, their data and protocol (default); check: what of them is in a folder; bring: bring
+    a publisher's file there."""
+    json: bool = False
+    """Print what is told as JSON."""
+    data_dir: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder of your copies of the data."""
+    tasks: Annotated[str, Flag(value="A,B")] = ""
+    """Names or tags (default: all)."""
+    source: Annotated[Path | None, Flag("--from", "FILE")] = None
+    """File to bring: .parquet, .csv or .jsonl."""
+    name: Annotated[str | None, Flag("--as", "NAME")] = None
+    """Which file of the task it is, e.g. mmlu/dev.jsonl (default: the only one)."""
+    where: Annotated[tuple[str, ...], Flag(value="FIELD=FROM..TO")] = ()
+    """Bring only rows whose field lies from FROM up to, not including, TO; may be repeated."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
-def add_suites_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    sub.add_argument("action", nargs="?", choices=ACTIONS, default="list",
-                     help="list: the tasks, their data and protocol (default); check: what of them is in a "
-                          "folder; bring: bring a publisher's file there")
-    sub.add_argument("--json", action="store_true", help="print what is told as JSON")
-    sub.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of your copies of the data")
-    sub.add_argument("--tasks", default="", metavar="A,B", help="names or tags (default: all)")
-    sub.add_argument("--from", dest="source", type=Path, metavar="FILE",
-                     help="file to bring: .parquet, .csv or .jsonl")
-    sub.add_argument("--as", dest="name", metavar="NAME",
-                     help="which file of the task it is, e.g. mmlu/dev.jsonl (default: the only one)")
-    sub.add_argument("--where", action="append", default=[], metavar="FIELD=FROM..TO",
-                     help="bring only rows whose field lies from FROM up to, not including, TO; may be "
-                          "repeated")
-    sub.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-
-
-def run_suites(args: argparse.Namespace) -> int:
+def run_suites(args: EvalSuitesOptions) -> int:
     """List, check or bring; returns the exit code.
 
     Raises:
@@ -46,14 +49,14 @@ def run_suites(args: argparse.Namespace) -> int:
 
     tasks = chosen([name.strip() for name in args.tasks.split(",") if name.strip()])
     given = {"--from": args.source, "--as": args.name, "--where": args.where, "--overwrite": args.overwrite}
-    if args.action != "bring" and (unused := [option for option, value in given.items() if value]):
+    if args.what != "bring" and (unused := [option for option, value in given.items() if value]):
         raise UserError(f"{', '.join(unused)}: is for `eval suites bring`; add bring, or leave this out")
-    if args.action == "list":
+    if args.what == "list":
         _list(tasks, args.json)
         return ExitCode.OK
     if args.data_dir is None:
-        raise UserError(f"eval suites {args.action} needs --data-dir, the folder of your copies of the data")
-    return _check(tasks, args) if args.action == "check" else _bring(tasks, args)
+        raise UserError(f"eval suites {args.what} needs --data-dir, the folder of your copies of the data")
+    return (_check if args.what == "check" else _bring)(tasks, args, args.data_dir)
 
 
 def _list(tasks: list[TaskFile], as_json: bool) -> None:
@@ -95,12 +98,12 @@ def protocol_line(protocol: Protocol | None) -> str:
             f"{', '.join(protocol.metric_names)}")
 
 
-def _check(tasks: list[TaskFile], args: argparse.Namespace) -> int:
+def _check(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     from megatron_sov.eval.suites.catalogue import check_data
 
-    if not args.data_dir.is_dir():
-        raise UserError(f"--data-dir {args.data_dir}: is no folder")
-    found = [check_data(task, args.data_dir) for task in tasks]
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {folder}: is no folder")
+    found = [check_data(task, folder) for task in tasks]
     if args.json:
         print(json.dumps([{**asdict(check), "state": check.state, "note": check.note} for check in found],
                          indent=1, ensure_ascii=False))
@@ -120,7 +123,7 @@ def _remark(check: DataCheck) -> str:
     return missing if check.missing else check.note
 
 
-def _bring(tasks: list[TaskFile], args: argparse.Namespace) -> int:
+def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     from megatron_sov.eval.suites.bringing import Span, bring
 
     if not args.tasks or len(tasks) != 1:
@@ -133,10 +136,10 @@ def _bring(tasks: list[TaskFile], args: argparse.Namespace) -> int:
     if name not in names:
         given = f"--as {args.name}" if args.name else f"--tasks {task.name} has several files: --as"
         raise UserError(f"{given} must be one of {', '.join(names)}")
-    target = args.data_dir / name
+    target = folder / name
     if target.exists() and not args.overwrite:
         raise UserError(f"{target}: is there already; pass --overwrite to replace it")
-    path, num_kept, num_rows = bring(task, args.source, name, args.data_dir, [Span.of(s) for s in args.where])
+    path, num_kept, num_rows = bring(task, args.source, name, folder, [Span.of(s) for s in args.where])
     if args.json:
         print(json.dumps({"file": str(path), "rows": num_kept, "rows_of_source": num_rows}))
     else:

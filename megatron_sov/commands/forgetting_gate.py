@@ -131,7 +131,8 @@ class ForgettingGate:
             raise UserError(f"--gate-with: {e}") from None
         # an option may be shortened, and of two the last one counts
         own = [words[words.index(option) + 1] for option in ("--tasks", "--output", "--cache")]
-        if [found.tasks, str(found.output), str(found.cache)] != own or found.run is not None:
+        kept = found.settings
+        if [found.tasks, str(kept.output), str(kept.cache)] != own or kept.run is not None:
             raise UserError("--gate-with: --tasks, --output, --cache and --run are the gate's own; leave "
                             "them out")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from annotated_types import Ge, Gt, Le
+
+from megatron_sov.commands.eval_options import ModelPath, RankOptions, RecordOptions
 from megatron_sov.errors import UserError
+from megatron_sov.generate.request import Batching
 from megatron_sov.media.vocabulary import AUDIO, IMAGE
-from megatron_sov.settings import Flag, NotNegativeInt
+from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt
 
 if TYPE_CHECKING:
     from megatron_sov.generate.made_media import MediaDecoders
@@ -37,24 +40,6 @@ class CodecsOptions:
     """Longest speech of a reply, in its tokens (default: the reply's length)."""
 
 
-def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare codecs."""
-    for option, text in (
-            ("--image-tokenizer", "codec that its pictures were encoded with, to show it some"),
-            ("--audio-tokenizer", "codec that its sounds were encoded with, to let it hear some"),
-            ("--image-decoder", "codec that makes pictures of its tokens: a decoder, or a tokenizer of "
-                                "`codec train`, by its own plain decoder"),
-            ("--vocoder", "codec that makes sounds of its tokens, likewise")):
-        parser.add_argument(option, type=Path, metavar="CODEC", help=text)
-    parser.add_argument("--no-features", action="store_true",
-                        help="show discrete tokens alone, also to a model that has learned from features of "
-                             "its encoders")
-    parser.add_argument("--speaker", default="", metavar="NAME", help="voice of the vocoder (default: its "
-                                                                      "first)")
-    parser.add_argument("--max-audio-tokens", type=int, default=0, metavar="N",
-                        help="longest speech of a reply, in its tokens (default: the reply's length)")
-
-
 def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
     """Return what sees and hears media below a folder."""
     from megatron_sov.generate.shown_media import ShownMedia
@@ -79,3 +64,41 @@ def check_media(args: CodecsOptions, out: dict[str, Path]) -> None:
                                 (AUDIO, "--vocoder", args.vocoder)):
         if kind in out and codec is None:
             raise UserError(f"--out-{kind} {out[kind]}: needs {option} CODEC, which makes files of tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
+    """From text, pictures and speech to one another, judged by what is recognised."""
+
+    target: ModelPath
+    data: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")] = ()
+    """Rows of a pair (image-text, image-audio, text-image, text-audio, audio-text, audio-image,
+    audio-audio): {"content": [parts], "answer": "..."}, and "labels" where a judge chooses; may be
+    repeated."""
+    media_root: Annotated[Path, Flag(value="DIR")]
+    """Folder that paths of media begin from; nothing outside of it is read."""
+    image_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
+    """Recognises what the model draws: a function (files, labels) -> texts, or a program."""
+    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
+    """Recognises what the model says, likewise."""
+    files: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder for what the model draws and says, where a pair asks for that."""
+    max_new_tokens: AtLeastOne = 1024
+    """Longest reply."""
+    temperature: Annotated[NotNegative, Flag(value="T")] = 0.0
+    """0 takes the most probable token (default)."""
+    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
+    """Sample from the smallest set of tokens that holds this probability."""
+    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
+    """Of the samples."""
+    no_chat: bool = False
+    """Do not frame prompts by the chat template."""
+    batch_size: AtLeastOne = Batching.max_sequences
+    """Replies that are written at a time."""
+    output: Annotated[Path | None, Flag(value="FILE.json")] = None
+    """Write figures and every sample as JSON."""
+    retrieval: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")] = ()
+    """Rows of a pair (image-text, audio-text), as --data has them: rank the answers of all rows behind what
+    each shows, and back; may be repeated."""
+    candidates: Annotated[int, Ge(2)] = 100
+    """Rows that are candidates for each other at most."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import damaged_files, disk_errors, read_manifest
-from megatron_sov.commands.eval_options import with_ranks
-from megatron_sov.commands.eval_passk import PROMPT, add_sampling_arguments, checked_sampling, sampling_words
+from megatron_sov.commands.eval_options import RankOptions
+from megatron_sov.commands.eval_passk import PROMPT, JudgedSamplingOptions, sampling_words
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.work_bar import work_bar
@@ -25,7 +26,7 @@ from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import enter_rounds
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import AtLeastOne, Code, Flag, Problem, add_options, parse_nested, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.post.ssp.probing import Candidate
@@ -34,33 +35,44 @@ PROBING_SETS = "probing_sets"
 """Kind of the artifact that `sov-data probing-sets` writes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SspProbeOptions(JudgedSamplingOptions, RankOptions):
+    """pass@k of a run's checkpoints in each domain, and the best one of each."""
+
+    checkpoints: Annotated[tuple[Path, ...], Flag("RUN|CHECKPOINT")]
+    """Checkpoints or Hugging Face folders; of a run all complete checkpoints."""
+    problem_sets: Annotated[tuple[str, ...], Flag("--problems", "DOMAIN=FILE.jsonl|DIR", many=True)]
+    """Problems of each domain: a JSON object per line, with `prompt` and what the reward needs; or sets of
+    `sov-data probing-sets`."""
+    k: Annotated[AtLeastOne, Flag(value="K")]
+    """The best checkpoint of a domain is that of the greatest pass@K."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """The probe's folder; the same command goes on in it, and adds checkpoints to it."""
+    run: Annotated[Path | None, Flag(value="DIR")] = None
+    """Also add the table to this run's events, for its report."""
+    dry_run: bool = False
+    """Print the command for each checkpoint that is not probed yet, and start none."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        too_many = self.k > self.samples
+        said = Problem(Code.RULE, "k", f"is more than --samples {self.samples}", self.k)
+        return super().problems() + ([said] if too_many else [])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("checkpoints", metavar="RUN|CHECKPOINT", type=Path, nargs="+",
-                        help="checkpoints or Hugging Face folders; of a run all complete checkpoints")
-    parser.add_argument("--problems", metavar="DOMAIN=FILE.jsonl|DIR", nargs="+", action="extend",
-                        required=True,
-                        help="problems of each domain: a JSON object per line, with `prompt` and what the "
-                             "reward needs; or sets of `sov-data probing-sets`")
-    add_sampling_arguments(parser)
-    parser.add_argument("--k", type=int, required=True, metavar="K",
-                        help="the best checkpoint of a domain is that of the greatest pass@K")
-    with_ranks(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
-                        help="the probe's folder; the same command goes on in it, and adds checkpoints to it")
-    parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="also add the table to this run's events, for its report")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print the command for each checkpoint that is not probed yet, and start none")
+    add_options(parser, SspProbeOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Probe what is not probed yet and write the table; returns 0, or the exit code of a command that did not
     end well.
 
     Raises:
         UserError: a mistake in the arguments, or the folder holds a probe that was asked for otherwise.
     """
+    args = read_options(SspProbeOptions, typed)
     events, domains = RunEvents(args.run), _checked(args)
     from megatron_sov.post.ssp import probing
 
@@ -92,15 +104,15 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _checked(args: argparse.Namespace) -> dict[str, Path]:
+def _checked(args: SspProbeOptions) -> dict[str, Path]:
     """Return domain -> its problems, after everything that can be checked before the first command."""
     domains: dict[str, Path] = {}
-    for given in args.problems:
-        domain, equals, file = given.partition("=")
+    for given in args.problem_sets:
+        domain, equals, name = given.partition("=")
         if not equals and Path(given).is_dir():
             found = _frozen(Path(given))
-        elif domain and equals and file:
-            found = {domain: Path(file)}
+        elif domain and equals and name:
+            found = {domain: Path(name)}
         else:
             raise UserError(f"--problems {given}: must be DOMAIN=FILE.jsonl, e.g. algebra=algebra.jsonl, or "
                             "a folder of `sov-data probing-sets`")
@@ -109,7 +121,6 @@ def _checked(args: argparse.Namespace) -> dict[str, Path]:
                 raise UserError(f"--problems {given}: domain {name} has {domains[name]} already; put its "
                                 "problems into one file")
         domains |= found
-    checked_sampling(argparse.Namespace(**vars(args) | {"k": [args.k]}))
     make(order(args.reward, parse_nested(args.reward_set, "--reward-set")))
     for path in args.checkpoints:
         refuse_missing(path)
@@ -126,7 +137,7 @@ def _frozen(folder: Path) -> dict[str, Path]:
     return {str(domain): folder / f"{domain}.jsonl" for domain in content.get("domains", {})}
 
 
-def _asked(args: argparse.Namespace, domains: dict[str, Path]) -> dict[str, Any]:
+def _asked(args: SspProbeOptions, domains: dict[str, Path]) -> dict[str, Any]:
     """Return what is the same for every checkpoint, or their figures could not be compared."""
     version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
     return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
@@ -136,7 +147,7 @@ def _asked(args: argparse.Namespace, domains: dict[str, Path]) -> dict[str, Any]
                 "max_new_tokens", "stop", "chat")}}
 
 
-def _words(args: argparse.Namespace, candidate: Candidate, problems: Path) -> list[str]:
+def _words(args: SspProbeOptions, candidate: Candidate, problems: Path) -> list[str]:
     """Return the command that has a checkpoint answer and the answers judged."""
     ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     folder = candidate.folder(args.output)

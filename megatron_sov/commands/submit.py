@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_sov.clusters import cluster, kubernetes
 from megatron_sov.errors import UserError
+from megatron_sov.settings import add_options
 from megatron_sov.slurm import chain_file
 from megatron_sov.slurm.stages import STAGES, Commands
 
@@ -26,12 +27,9 @@ OF_KUBERNETES = ("job_name", "manifest", "apply")
 
 def _declare_eval_lm(parser: argparse.ArgumentParser) -> None:
     """Declare what `eval lm` takes, a stage of its own since several jobs may share it."""
-    from megatron_sov.commands.eval_lm import add_lm_arguments
-    from megatron_sov.commands.eval_options import with_ranks, with_record
+    from megatron_sov.commands.eval_lm import EvalLmOptions
 
-    with_record(parser)
-    with_ranks(parser)
-    add_lm_arguments(parser)
+    add_options(parser, EvalLmOptions)
 
 
 def _declare(command: str, parser: argparse.ArgumentParser) -> None:

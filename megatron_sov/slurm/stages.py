@@ -223,13 +223,13 @@ def _eval(arguments: list[str], typed: argparse.Namespace) -> Work:
     subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None),
                    None)
     if subject is None:
-        raise UserError(f"submit eval {typed.task}: names no model or run; pass --run, "
+        raise UserError(f"submit eval {typed.action}: names no model or run; pass --run, "
                         "the job's records lie beside it")
     if str(subject).startswith(ADDRESSES):
         raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
                         "where you are, or `submit eval-lm`, whose records lie beside its --output")
     target = Path(subject).absolute()
-    records = target.with_name(f"{target.name}.{typed.task}.slurm")
+    records = target.with_name(f"{target.name}.{typed.action}.slurm")
     return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
                 inputs=(target,))
 
@@ -238,11 +238,12 @@ def _sharing(stage: str, arguments: list[str], args: Any) -> Work:
     """Return a job of those that meet in a rollout store, or in the answers beside an evaluation's output; it
     is complete when the command finds nothing left to do, and another command, such as one with more rounds,
     begins anew."""
-    target = (args.output if stage == "eval-lm" else args.store).absolute()
+    target = (args.settings.output if stage == "eval-lm" else args.store).absolute()
     records = target.with_name(f"{target.name}.{stage}.slurm")
     asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
-    inputs = [found for name in ("prompts", "start_from", "data_dir", "tokenizer")
-              if (found := getattr(args, name, None)) is not None]
+    named = (args.settings.sources.data_dir, args.settings.endpoint.tokenizer) if stage == "eval-lm" else (
+        getattr(args, "prompts", None), getattr(args, "start_from", None))
+    inputs = [path for path in named if path is not None]
     if stage == "eval-lm" and not args.target.startswith(ADDRESSES):
         inputs.append(Path(args.target))
     return Work(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",

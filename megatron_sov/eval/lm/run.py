@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sov.documents.visible import visible
-from megatron_sov.errors import StopRequested, UserError, list_problems, told_in_a_line
+from megatron_sov.errors import StopRequested, UserError, told_in_a_line
 from megatron_sov.eval.lm.answers import Answers, folder_of
 from megatron_sov.eval.lm.requests import Request, distinct
 from megatron_sov.eval.lm.results import DEFAULT, Item, Results, TaskSampling, TaskScores, write_results
@@ -38,7 +38,7 @@ from megatron_sov.rewards.held_folder import held
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, repeats, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
-from megatron_sov.settings import parse_nested
+from megatron_sov.settings import SettingsError, check, parse_nested
 from megatron_sov.train.stopping import StopFlag, stoppable
 
 if TYPE_CHECKING:
@@ -102,8 +102,10 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
         UserError: the model, a task or a setting cannot be used; nothing that was answered is lost.
         StopRequested: a signal asked for it; the same call goes on behind what was answered.
     """
-    if problems := [*settings.problems(), *([] if tasks else ["--tasks: names none"])]:
-        raise UserError(problems[0] if len(problems) == 1 else list_problems("eval lm", problems))
+    if not tasks:
+        raise UserError("--tasks: names none")
+    if problems := check(settings) or settings.problems():
+        raise SettingsError("eval lm", problems)
     require_harness()
     check_output("--output", settings.output)
     events = RunEvents(settings.run)

@@ -147,8 +147,11 @@ def _endpoint(url: str, settings: Settings) -> Subject:
     given = [*(f"--set {s}" for s in settings.settings),
              *([f"--nproc {settings.nproc}"] if settings.nproc is not None else []),
              *([f"--engine {settings.engine}"] if settings.engine else [])]
-    problems = endpoint.problems() + ([f"{', '.join(given)}: an endpoint runs its model itself; leave it out"]
-                                      if given else [])
+    problems = []
+    if not endpoint.model:
+        problems.append("--model: is missing; an endpoint may know several models, name one")
+    if given:
+        problems.append(f"{', '.join(given)}: an endpoint runs its model itself; leave it out")
     if problems:
         raise UserError(list_problems(url, problems) if len(problems) > 1 else f"{url}: {problems[0]}")
     tokenizer = None

@@ -16,12 +16,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sov.artifacts import sha256_file
 from megatron_sov.errors import UserError, how_to_install, nearest, told_in_a_line
 from megatron_sov.eval.lm import task_files
 from megatron_sov.eval.lm.task_files import Definition, Found, Function, TaskFolder
+from megatron_sov.settings import Flag
 
 SUITES = Path(__file__).parents[1] / "suites" / "tasks"
 """Our own tasks."""
@@ -33,14 +34,14 @@ GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata
 class TaskSources:
     """Where tasks and their data come from."""
 
-    folders: tuple[Path, ...] = ()
-    """Folders of the user's, the first one first."""
-    data_dir: Path | None = None
-    """What `${DATA}` in a task stands for."""
-    allow_code: bool = False
-    """Whether code of the user's folders may run."""
+    folders: Annotated[tuple[Path, ...], Flag("--task-dir", "DIR")] = ()
+    """Folder with tasks of your own, in lm-eval's form, the first one first; may be repeated."""
+    data_dir: Annotated[Path | None, Flag(value="DIR")] = None
+    """What ${DATA} in a task's data files means."""
+    allow_code: Annotated[bool, Flag("--allow-task-code")] = False
+    """Let --task-dir run code: !function, metrics of its own."""
     allow_download: bool = False
-    """Whether data may be fetched."""
+    """Fetch data of tasks that want it; lm-eval's own tasks do."""
 
 
 @dataclass(frozen=True)

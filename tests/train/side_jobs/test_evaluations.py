@@ -14,10 +14,14 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.commands import eval
+from megatron_sov.commands.eval_lm import EvalLmOptions
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.eval.lm.results import read_results
+from megatron_sov.eval.lm.settings import Settings
+from megatron_sov.eval.lm.tasks import TaskSources
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.folder import EVALUATIONS
+from megatron_sov.settings import options_of
 from megatron_sov.train.side_jobs import evaluations
 from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_command
 
@@ -182,10 +186,11 @@ def test_commands_are_what_the_parsers_take(tmp_path: Path) -> None:
         assert program == ["-m", "megatron_sov"] and first == "eval"
         parser = argparse.ArgumentParser()
         eval.add_arguments(parser)
-        found = parser.parse_args(argv[4:])
-        assert (found.task, found.target, found.out) == (judge, tmp_path / "export", tmp_path / "out.json")
-        assert found.data == [str(tmp_path)]
-    assert found.lengths == [64, 96] and found.samples == config.needle.samples
+        typed = parser.parse_args(argv[4:])
+        found = options_of(typed)
+        assert (typed.action, found.target, found.out) == (judge, tmp_path / "export", tmp_path / "out.json")
+        assert found.data == (str(tmp_path),)
+    assert found.lengths == (64, 96) and found.samples == config.needle.samples
 
 
 def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> None:
@@ -197,17 +202,16 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
     argv = eval_command(config, EvalJob(10, "lm"), tmp_path / "export", tmp_path / "step-10.lm.json")
     parser = argparse.ArgumentParser()
     eval.add_arguments(parser)
-    found, least = (vars(parser.parse_args(words)) for words in (
-        argv[4:], ["lm", str(tmp_path / "export"), "--tasks=x", f"--output={tmp_path / 'step-10.lm.json'}"]))
-    assert {name: value for name, value in found.items() if value != least[name]} == {
-        "tasks": "capitals,-odd", "task_dir": [Path("a b"), Path("c")], "data_dir": Path("d"), "limit": 3,
-        "num_fewshot": 0, "apply_chat_template": True, "mode": "no-thinking", "samples": 4,
-        "judge": ["model=m"], "batch_size": 5, "max_length": 60, "max_gen_tokens": 7, "seed": 8,
-        "allow_task_code": True, "allow_download": True, "workers": 1,
-        "cache": tmp_path / ".step-10.lm.cache"}
+    output, cache = tmp_path / "step-10.lm.json", tmp_path / ".step-10.lm.cache"
+    assert options_of(parser.parse_args(argv[4:])) == EvalLmOptions(
+        target=str(tmp_path / "export"), tasks="capitals,-odd", settings=Settings(
+            output=output, cache=cache, num_items=3, num_fewshot=0, chat_template=True, mode="no-thinking",
+            samples=4, judge=("model=m",), batch_size=5, max_length_tokens=60, max_gen_tokens=7, seed=8,
+            workers=1, sources=TaskSources((Path("a b"), Path("c")), Path("d"), True, True)))
     plain = eval_command(settings('evaluate.lm.tasks=["x"]', "evaluate.lm.workers=0"), EvalJob(10, "lm"),
                          tmp_path / "export", tmp_path / "step-10.lm.json")
-    assert vars(parser.parse_args(plain[4:])) == {**least, "cache": tmp_path / ".step-10.lm.cache"}
+    assert options_of(parser.parse_args(plain[4:])) == EvalLmOptions(
+        target=str(tmp_path / "export"), tasks="x", settings=Settings(output=output, cache=cache))
 
 
 def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
