@@ -138,7 +138,7 @@ def add_prediction_layer(folder: Path) -> None:
 
 WRONG = [
     ([], "--prompt TEXT or --prompts"),
-    (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0"),
+    (["--prompt", "a", "--temperature", "-1"], "--temperature -1: must be"),
     (["--prompt", "a", "--speculative", "1"], "has no multi-token prediction layer to draft with"),
     (["--prompt", "a", "--logprobs"], "--logprobs: goes with --json"),
     (["--prompt", "a", "--samples", "2"], "--samples 2: is of use with --temperature above 0"),
