@@ -299,7 +299,8 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:
             yield from _fields(hint, path)
             continue
         yield _Given(path, flag, hint, repeats, field.default,
-                     field.default is dataclasses.MISSING and not is_made, docs.get(field.name) or _as_help(flag.help))
+                     field.default is dataclasses.MISSING and not is_made,
+                     docs.get(field.name) or _as_help(flag.help))
 
 
 def _taken_apart(hint: Any) -> tuple[Flag, Any, bool]:

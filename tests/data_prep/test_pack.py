@@ -225,7 +225,8 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: 
         "--heldout 1: must be below 1": [str(corpus / "web.jsonl"), "--heldout", "1"],
         "--workers 0: must be at least 1": [str(corpus / "web.jsonl"), "--workers", "0"],
         "--shard-tokens 0: must be at least 1": [str(corpus / "web.jsonl"), "--shard-tokens", "0"],
-        "--max-document-bytes 0: must be at least 1": [str(corpus / "web.jsonl"), "--max-document-bytes", "0"],
+        "--max-document-bytes 0: must be at least 1": [str(corpus / "web.jsonl"),
+                                                      "--max-document-bytes", "0"],
         "has no string field 'body'": [str(corpus / "web.jsonl"), "--text-field", "body"],
     }
     for sentence, arguments in mistakes.items():
