@@ -258,7 +258,7 @@ def _check_fit(parts: list[Part], manifests: list[Manifest]) -> None:
         for name in SHARED_FIELDS:
             found, wanted = manifest.content[name], manifests[0].content[name]
             if found != wanted:
-                raise UserError(f"{part.path}: {field} is {found}, that of {first} is {wanted}; "
+                raise UserError(f"{part.path}: {name} is {found}, that of {first} is {wanted}; "
                                 "pack both in the same way")
     names = [s["name"] for m in manifests for s in m.content["sources"]]
     if twice := sorted({n for n in names if names.count(n) > 1}):

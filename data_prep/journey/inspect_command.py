@@ -10,7 +10,7 @@ from typing import Annotated
 from data_prep import inspect_tokens
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt, add_options, read_options
+from megatron_sov.settings import AtLeastOne, Code, Flag, NotNegativeInt, Problem, add_options, read_options
 
 PIPELINE_ONLY = ("id", "where", "text", "dropped", "source")
 
@@ -39,6 +39,13 @@ class InspectOptions:
     """Characters of the text that --id shows (0: all)."""
     json: bool = False
     """Print a document's way as JSON."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        first, *others = [name for name in ("id", "where", "text", "dropped")
+                          if getattr(self, name) is not None] or [""]
+        return [Problem(Code.RULE, name, f"goes without --{first}; ask one thing at a time")
+                for name in others]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

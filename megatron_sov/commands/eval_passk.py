@@ -29,7 +29,6 @@ from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards import journal
 from megatron_sov.rewards.registry import BUILT_IN, Made, make, order
 from megatron_sov.rewards.rows import check_rows, read_rows
-from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -42,6 +41,7 @@ from megatron_sov.settings import (
     NotNegative,
     NotNegativeInt,
     Problem,
+    num_cores,
     parse_nested,
 )
 
@@ -90,7 +90,7 @@ class JudgedSamplingOptions:
     """What runs the model (default: transformers for a Hugging Face folder)."""
     batch_size: AtLeastOne = Batching.max_sequences
     """Responses that are written at a time."""
-    workers: AtLeastOne = field(default_factory=default_workers)
+    workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that judge (default: one for each core)."""
 
     def sampling(self) -> Sampling:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.artifacts import write_output
+from megatron_sov.commands.eval_options import ModelPath
 from megatron_sov.commands.media_options import CodecsOptions, check_media, media_decoders, shown_media
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
 class GenerateOptions(CodecsOptions, PluginOptions):
     """What is continued, by which model, and where the texts go."""
 
-    target: Annotated[Path, Flag("TARGET")]
-    """Checkpoint, run (its newest one) or Hugging Face folder."""
+    target: ModelPath
     prompt: tuple[str, ...] = ()
     """Text to continue; repeat it."""
     prompts: Annotated[Path | None, Flag(value="FILE.jsonl")] = None

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge
 
 from megatron_sov.commands.eval_options import ModelPath, RankOptions, RecordOptions
 from megatron_sov.errors import UserError
-from megatron_sov.generate.request import Batching
+from megatron_sov.generate.request import Batching, SampleSeed, Temperature, TopP
 from megatron_sov.media.vocabulary import AUDIO, IMAGE
-from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt
+from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt
 
 if TYPE_CHECKING:
     from megatron_sov.generate.made_media import MediaDecoders
@@ -85,12 +85,9 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     """Folder for what the model draws and says, where a pair asks for that."""
     max_new_tokens: AtLeastOne = 1024
     """Longest reply."""
-    temperature: Annotated[NotNegative, Flag(value="T")] = 0.0
-    """0 takes the most probable token (default)."""
-    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
-    """Sample from the smallest set of tokens that holds this probability."""
-    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
-    """Of the samples."""
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: SampleSeed = 0
     no_chat: bool = False
     """Do not frame prompts by the chat template."""
     batch_size: AtLeastOne = Batching.max_sequences

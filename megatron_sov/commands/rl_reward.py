@@ -35,16 +35,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions:
-    """Which responses are judged, and by what."""
+class JudgedOptions:
+    """Where responses are, and what judges them."""
 
     store: Annotated[Path, Flag(value="DIR")]
-    """What `rl generate` writes."""
+    """Rollout store: responses of `rl generate`, and their rewards."""
     reward: Annotated[str, Flag(value="NAME", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
                                                    f"FILE.py:NAME; or {ENVIRONMENT}: what the environment of "
                                                    "the episodes said")]
     reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
     """A setting of the reward; may be repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(JudgedOptions):
+    """Which responses are judged, and how long they are waited for."""
+
     rounds: Annotated[str | None, Flag(value="A-B")] = None
     """Rounds to judge (default: all that are in the store)."""
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0

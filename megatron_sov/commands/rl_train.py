@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import ForgettingGate, TunedOptions, gate_of
+from megatron_sov.commands.rl_reward import JudgedOptions
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.config.rounds import with_rounds
 from megatron_sov.errors import ExitCode
@@ -23,17 +24,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOptions(TunedOptions):
+class RoundsOptions(TunedOptions, JudgedOptions):
     """What is trained, and where its rounds come from."""
 
-    store: Annotated[Path, Flag(value="DIR")]
-    """The rollout store that responses and rewards stand in."""
     prompts: Annotated[Path, Flag(value="FILE.jsonl")]
     """The prompts that responses are written to."""
-    reward: Annotated[str, Flag(value="NAME")]
-    """As of `megatron-sov rl reward`."""
-    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """A setting of the reward; may be repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)

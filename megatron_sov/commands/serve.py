@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
+from megatron_sov.commands.eval_options import ModelPath
 from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
@@ -22,8 +22,7 @@ from megatron_sov.settings import AtLeastOne, Code, Flag, Problem, add_options, 
 class ServeOptions(PluginOptions):
     """Which model is served, how it lies on this machine's processes, and to whom."""
 
-    target: Annotated[Path, Flag("TARGET")]
-    """Checkpoint, run (its newest one) or Hugging Face folder."""
+    target: ModelPath
     serving: ServeSettings = field(default_factory=ServeSettings)
     name: Annotated[str | None, Flag(value="MODEL")] = None
     """The model's name in requests (default: that of the folder)."""
@@ -34,13 +33,23 @@ class ServeOptions(PluginOptions):
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Layout and precision, e.g. --set parallel.tp=2 --set train.precision=bf16."""
 
+    @property
+    def model_name(self) -> str:
+        """The model's name in requests."""
+        return self.target.resolve().name if self.name is None else self.name
+
     def problems(self) -> list[Problem]:
-        """Return what would leave the model open to all."""
-        is_safe = self.serving.is_local or self.api_key_env is not None
-        return [] if is_safe else [Problem(
-            Code.RULE, "serving.host", "others than this machine reach it, and would need no key",
-            self.serving.host, "name an environment variable that holds one with --api-key-env, or take "
-            "127.0.0.1")]
+        """Return a name that no request can say, and what would leave the model open to all."""
+        found = []
+        if not self.serving.is_local and self.api_key_env is None:
+            found.append(Problem(
+                Code.RULE, "serving.host", "others than this machine reach it, and would need no key",
+                self.serving.host, "name an environment variable that holds one with --api-key-env, or take "
+                "127.0.0.1"))
+        name = self.model_name
+        if not (name.strip() and name.isprintable() and len(name) <= 200):
+            found.append(Problem(Code.BOUND, "name", "must be 1 to 200 printable characters", name))
+        return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until it is asked to stop."""
     options = read_options(ServeOptions, args)
     load_plugins(options.plugins)
-    name = options.target.resolve().name if options.name is None else options.name
-    settings = dataclasses.replace(options.serving, name=name, api_key=_key(options.api_key_env))
-    for problem in settings.problems():
-        raise UserError(problem)
+    settings = dataclasses.replace(options.serving, name=options.model_name,
+                                   api_key=_key(options.api_key_env))
     num_ranks(options.nproc)
     refuse_missing(options.target)
     check_output("--address-file", settings.address_file)

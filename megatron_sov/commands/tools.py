@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Le
-
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
@@ -19,7 +17,7 @@ from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import EngineOptions, check_engine, check_length
 from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, TRANSFORMERS, Engine, run_engine
-from megatron_sov.generate.request import Batching, Sampling, Stop
+from megatron_sov.generate.request import Batching, SampleSeed, Sampling, Stop, Temperature, TopP
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
@@ -28,8 +26,6 @@ from megatron_sov.settings import (
     Actions,
     AtLeastOne,
     Flag,
-    NotNegative,
-    NotNegativeInt,
     add_actions,
     parse_nested,
     run_action,
@@ -94,12 +90,9 @@ class ToolsRunOptions(EnvironmentOptions, EngineOptions):
     """Replace episodes that are already there."""
     parallel: AtLeastOne = 8
     """Episodes at a time."""
-    temperature: Annotated[NotNegative, Flag(value="T")] = 0.0
-    """0 takes the most probable token (default)."""
-    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
-    """Sample from the smallest set of tokens that holds this probability."""
-    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
-    """Of the samples."""
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: SampleSeed = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

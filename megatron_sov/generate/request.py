@@ -4,11 +4,23 @@ continuation ends, and how probable each token was."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
+from annotated_types import Gt, Le
+
 from megatron_sov.errors import UserError
-from megatron_sov.settings import NO_FLAG, Flag
+from megatron_sov.settings import (
+    NO_FLAG,
+    AtLeastOne,
+    Code,
+    Flag,
+    NotNegative,
+    NotNegativeInt,
+    Problem,
+    SettingsError,
+    find_problems,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +29,11 @@ Tokens = Sequence[int]
 STOP, LENGTH = "stop", "length"
 """Finish reasons, as inference servers name them: something of `Stop` ended it, or it is as long as
 allowed."""
+Temperature = Annotated[NotNegative, Flag(value="T", help="0 takes the most probable token; otherwise logits "
+                                                          "are divided by it and sampled")]
+TopP = Annotated[float, Gt(0), Le(1), Flag(value="P", help="Sample from the smallest set of tokens with "
+                                                           "this probability (arXiv 1904.09751)")]
+SampleSeed = Annotated[NotNegativeInt, Flag(value="S", help="Of the samples")]
 Written = tuple[list[int], list[float]]
 """Tokens behind a prompt, and the log-probability of each."""
 
@@ -35,18 +52,14 @@ class Sampling:
     """How each next token is chosen."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}  # rules are code
-    max_new_tokens: int = 64
+    max_new_tokens: AtLeastOne = 64
     """Longest continuation."""
-    temperature: Annotated[float, Flag(value="T")] = 0.0
-    """0 takes the most probable token; otherwise logits are divided by it and sampled."""
-    top_k: Annotated[int, Flag(value="K")] = 0
+    temperature: Temperature = 0.0
+    top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
     """Samples come from this many most probable tokens; 0: from all."""
-    top_p: Annotated[float, Flag(value="P")] = 1.0
-    """Then from the smallest set of them that holds this much probability (Holtzman et al.,
-    arXiv 1904.09751)."""
-    seed: Annotated[int, Flag(value="S")] = 0
-    """Of the samples."""
-    num_drafts: Annotated[int, Flag("--speculative", "K")] = 0
+    top_p: TopP = 1.0
+    seed: SampleSeed = 0
+    num_drafts: Annotated[NotNegativeInt, Flag("--speculative", "K")] = 0
     """Tokens that the multi-token prediction layer drafts for each pass of the model (engine megatron); 0:
     none.  Greedy continuations stay the same, samples follow the same distribution with
     other random numbers."""
@@ -61,22 +74,18 @@ class Sampling:
     """Tokens that it does not allow have no probability (engine megatron, without drafts); log-probabilities
     are those of the part."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that has no meaning, by the name of the command's option."""
-        rules = [(self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
-                 (self.temperature >= 0, f"--temperature {self.temperature}: must not be negative"),
-                 (self.top_k >= 0, f"--top-k {self.top_k}: must not be negative"),
-                 (0 < self.top_p <= 1, f"--top-p {self.top_p}: must lie in (0, 1]"),
-                 (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
-                 (self.num_drafts >= 0, f"--speculative {self.num_drafts}: must not be negative"),
-                 (not (self.for_training and self.truncates) or self.allow_truncation,
-                  f"--top-k {self.top_k} and --top-p {self.top_p}: samples that are trained on come from the "
-                  "whole distribution, whose log-probabilities a trainer computes; leave both out, or set "
-                  "allow_truncation"),
-                 (self.rules is None or not (self.num_drafts or self.for_training),
-                  f"--speculative {self.num_drafts}: drafts know nothing of which tokens are allowed; leave "
-                  "it out")]
-        return [sentence for holds, sentence in rules if not holds]
+    def problems(self) -> list[Problem]:
+        """Return what does not go together."""
+        found = []
+        if self.for_training and self.truncates and not self.allow_truncation:
+            found.append(Problem(
+                Code.RULE, "for_training", f"top_k = {self.top_k} and top_p = {self.top_p} cut it off: "
+                "samples that are trained on come from the whole distribution, whose log-probabilities a "
+                "trainer computes", way_out="leave both out, or set allow_truncation"))
+        if self.rules is not None and (self.num_drafts or self.for_training):
+            found.append(Problem(Code.RULE, "num_drafts", "drafts know nothing of which tokens are allowed",
+                                 self.num_drafts, "leave it out"))
+        return found
 
     @property
     def truncates(self) -> bool:
@@ -85,8 +94,9 @@ class Sampling:
 
     def check(self) -> None:
         """Raise `UserError` where a value has no meaning; every engine asks."""
-        for problem in self.problems():
-            raise UserError(problem)
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rules"}
+        if problems := find_problems(Sampling, given)[1] or self.problems():
+            raise SettingsError("sampling", problems)
 
 
 def refuse_drafts(engine: str, sampling: Sampling) -> None:
@@ -176,22 +186,17 @@ class Bounds:
 class Batching:
     """What bounds memory."""
 
-    max_sequences: Annotated[int, Flag("--batch-size")] = 64
+    max_sequences: Annotated[AtLeastOne, Flag("--batch-size")] = 64
     """Sequences that are continued at a time, on each process that has sequences of its own."""
-    prefill_tokens: int = 8192
+    prefill_tokens: AtLeastOne = 8192
     """Tokens of prompts that are read at a time; longer prompts are read in pieces."""
-    cache_tokens: Annotated[int, NO_FLAG] = 1 << 20
+    cache_tokens: Annotated[AtLeastOne, NO_FLAG] = 1 << 20
     """Tokens whose keys and values are kept at a time; one sequence at least, however long."""
 
     def slots(self, num_sequences: int, longest: int) -> int:
         """Return how many sequences to continue at a time, of which the longest may grow
         to `longest` tokens."""
         return max(1, min(num_sequences, self.max_sequences, self.cache_tokens // longest))
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that has no meaning, by the name of the command's option."""
-        values = {"--batch-size": self.max_sequences, "--prefill-tokens": self.prefill_tokens}
-        return [f"{name} {value}: must be at least 1" for name, value in values.items() if value < 1]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ itself.  A config file is data; what it names is looked up among what is known a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -58,25 +57,6 @@ class TrainingOptions(RecipeOptions):
     them)."""
     deterministic: bool = False
     """The same bits in every run (--set train.deterministic=true)."""
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add RECIPE --config --plugin --set."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe (`megatron-sov "
-                                                                    "recipes` lists them), "
-                                                                    "or FILE.py:FUNCTION of your own")
-    parser.add_argument("--config", type=Path, metavar="FILE",
-                        help="in place of RECIPE: settings as a run's config.json has them")
-    add_plugin_argument(parser)
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
-                        help="change a setting, e.g. --set train.steps=100 --set parallel.ep=2")
-
-
-def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --plugin."""
-    parser.add_argument("--plugin", dest="plugins", action="append", default=[], metavar="FILE.py:NAME",
-                        help="run this file of yours, for a model family or objective that a checkpoint "
-                             "or --config has")
 
 
 def load_plugins(references: Sequence[str]) -> None:
@@ -136,7 +116,7 @@ def requested(args: RecipeOptions) -> Request:
                  else "RECIPE: is missing")
         raise UserError(f"{given}; name a recipe (`megatron-sov recipes` lists them), "
                         "or pass --config FILE in its place")
-    base = _of_recipe(args.recipe) if args.recipe else _of_file(args.config)
+    base = _of_file(args.config) if args.config else _of_recipe(args.recipe or "")
     return Request(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
 
 

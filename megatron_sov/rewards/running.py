@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -27,11 +26,6 @@ class Runner(Protocol):
     def score(self, rows: Sequence[Row]) -> list[Result]:
         """Return the results of rows, in their order."""
         ...
-
-
-def default_workers() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def runner(asked: Order, made: Made, workers: int) -> Runner:

@@ -3,7 +3,6 @@ until --from is read."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from megatron_sov.recipes.requested import (
     BuiltIn,
     Request,
     TrainingOptions,
-    add_recipe_arguments,
     training_request,
 )
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
@@ -62,26 +60,6 @@ class TunedStageOptions(StageOptions):
 
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = dataclasses.field()
     """Start from these weights (and their architecture)."""
-
-
-def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -> None:
-    """Add RECIPE --config --plugin --set --data --run --from --nproc --deterministic --inject --resume."""
-    add_recipe_arguments(parser)
-    parser.add_argument("--data", action="append", default=[], metavar="DIR[:weight]",
-                        help="token shards made by `sov-data pack`; several are mixed by weight (needed, "
-                             "except where --config names them)")
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of this run")
-    parser.add_argument("--from", dest="start_from", type=Path, required=needs_start,
-                        metavar="CHECKPOINT|RUN|HF_DIR",
-                        help="start from these weights (and their architecture)")
-    parser.add_argument("--nproc", type=int, default=None, metavar="N",
-                        help="local processes to start (under Slurm, or torchrun ... -m -- megatron_sov, the "
-                             "environment decides)")
-    parser.add_argument("--deterministic", action="store_true",
-                        help="the same bits in every run (--set train.deterministic=true)")
-    parser.add_argument("--inject", action="append", default=[], metavar="FAULT@step=N[,rank=R]",
-                        help=f"do this to the run, once, to see what it does ({', '.join(STATES)})")
-    parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
 
 
 def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
+from megatron_sov.settings import SettingsError
+
+
+class OddAlone:
+    """Rules of which tokens may stand next."""
+
+    def allowed(self, written: Sequence[int]) -> np.ndarray:
+        return np.arange(4) % 2 == 1
 
 
 def decode(tokens: list[int]) -> str:
@@ -38,13 +50,13 @@ def test_memory_bounds_the_batch() -> None:
     assert batching.slots(2, 10) == 2
 
 
-@pytest.mark.parametrize(("wrong", "sentence"), [
-    (Sampling(max_new_tokens=0), "--max-new-tokens 0"), (Sampling(temperature=-1), "--temperature -1"),
-    (Sampling(top_k=-1), "--top-k -1"), (Sampling(top_p=0), "--top-p 0"), (Sampling(seed=-1), "--seed -1"),
-    (Batching(max_sequences=0), "--batch-size 0"), (Batching(prefill_tokens=0), "--prefill-tokens 0")])
-def test_values_without_meaning_are_named(wrong: Sampling | Batching, sentence: str) -> None:
-    (problem,) = wrong.problems()
-    assert sentence in problem
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0},
+                                   {"seed": -1}, {"rules": OddAlone(), "num_drafts": 1}])
+def test_an_engine_refuses_values_without_meaning(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError) as e:
+        Sampling(**wrong).check()
+    assert [key for _, key in e.value.codes] == [list(wrong)[-1]]
+    Sampling(rules=OddAlone()).check()
 
 
 def test_what_follows_from_what_was_asked_stands_beside_the_tokens() -> None:

@@ -341,17 +341,6 @@ def test_a_stream_that_nobody_takes_is_ended(opened: Any, monkeypatch: pytest.Mo
         until(lambda: not server.model.clerk._under_way)
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ({"port": 70000}, "--port 70000: must lie between 0 and 65535"), ({"max_batch": 0}, "--max-batch 0"),
-    ({"prefill_tokens": 0}, "--prefill-tokens 0"), ({"max_waiting": 0}, "--max-waiting 0"),
-    ({"max_length_tokens": 1}, "--max-length 1"), ({"parent_pid": 0}, "--parent-pid 0"),
-    ({"host": ""}, "--host ''"), ({}, "")])
-def test_settings_without_meaning_are_told(given: dict[str, Any], said: str) -> None:
-    problems = ServeSettings("m", **given).problems()
-    assert said in " ".join(problems) and bool(problems) == bool(said)
-    assert ServeSettings(" ").problems()
-
-
 def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
     with opened() as server:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])

@@ -17,8 +17,9 @@ from megatron_sov.eval.suites.rows import row_of
 from megatron_sov.rewards import registry
 from megatron_sov.rewards.answers import normalized
 from megatron_sov.rewards.reward import Refused, Result, Row, Score, checked, judged
-from megatron_sov.rewards.running import default_workers, runner
+from megatron_sov.rewards.running import runner
 from megatron_sov.rewards.version import operational, version_of
+from megatron_sov.settings import num_cores
 
 BATCH_ROWS = 32
 """Responses that are judged together; a row may carry megabytes of tests."""
@@ -43,7 +44,7 @@ def fold(protocol: Protocol, items: Sequence[Item], workers: int = 0) -> Folded:
     judge: dict[str, Any] = {}
     for name, settings in (protocol.variants or {"": {}}).items():
         every = {**protocol.reward_settings, **settings}
-        with Judge(protocol, every, workers or default_workers()) as judging:
+        with Judge(protocol, every, workers or num_cores()) as judging:
             by_variant[name] = _judged(judging, protocol, items)
             judge[name or "reward"] = judging.identity
     return folded_results(protocol, items, by_variant, judge)
