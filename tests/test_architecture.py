@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
     "pretrained": {"errors"},
     # what reads pictures and sounds is enclosed as what runs programs is
-    "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards"},
+    "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards", "settings"},
     # networks: whoever needs them opens them where they are needed; pickles are bounded as templates are
     "codecs": {"errors", "settings", "config", "artifacts", "digests", "outputs", "file_locks", "documents",
                "media", "obs", "pages", "chat", "pretrained"},

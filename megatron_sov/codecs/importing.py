@@ -25,6 +25,7 @@ from megatron_sov.codecs.known import codec_class
 from megatron_sov.codecs.sounds import cosyvoice2, nemo_audio
 from megatron_sov.documents.bounded_yaml import BoundedLoader
 from megatron_sov.errors import UserError, list_problems, told_in_a_line
+from megatron_sov.settings import SettingsError, problems_of
 
 INSIDE = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discrete_audio_model."}
 """Kind -> how its tensors' names begin inside a released any-to-any model (HyperCLOVA X 8B Omni)."""
@@ -57,8 +58,8 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
         settings, state = _nemo(source)
     else:
         settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
-    if found := settings.problems():
-        raise UserError(list_problems(f"{source}: its sizes", found))
+    if found := problems_of(settings):
+        raise SettingsError(f"{source}: its sizes", found)
     cls = codec_class(kind, str(source))
     with torch.device("meta"):  # sizes that small tensors tell apart may ask for much together
         expected = cls(settings).state_dict()

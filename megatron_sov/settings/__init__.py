@@ -23,13 +23,24 @@ from megatron_sov.settings.options import (
     run_action,
 )
 from megatron_sov.settings.problem import Code, Problem, SettingsError
-from megatron_sov.settings.reading import check, find_problems, place_of, plain, read, read_arguments
+from megatron_sov.settings.reading import (
+    check,
+    find_problems,
+    place_of,
+    plain,
+    problems_of,
+    read,
+    read_arguments,
+    rules_inside,
+    rules_of,
+)
 from megatron_sov.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
 
 __all__ = [
     "NO_FLAG", "AboveZero", "Actions", "AtLeastOne", "Code", "Finite", "Flag", "Fraction", "Located",
     "NotNegative", "NotNegativeInt", "Place", "Problem", "SettingsError", "Share", "add_actions",
     "add_options", "assign_all", "change", "check", "find_problems", "num_cores", "options_of",
-    "parse_changes", "parse_nested", "place_of", "plain", "read", "read_arguments", "read_file",
-    "read_located", "read_options", "read_text", "read_yaml", "run_action",
+    "parse_changes", "parse_nested", "place_of", "plain", "problems_of", "read", "read_arguments",
+    "read_file", "read_located", "read_options", "read_text", "read_yaml", "rules_inside", "rules_of",
+    "run_action",
 ]

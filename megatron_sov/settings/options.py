@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from megatron_sov.settings.changes import parse_value
 from megatron_sov.settings.problem import Code, Problem, SettingsError
-from megatron_sov.settings.reading import find_problems, hints_of
+from megatron_sov.settings.reading import find_problems, hints_of, rules_inside, rules_of
 
 S = TypeVar("S")
 _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
@@ -192,7 +192,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     settings = _each_text(settings, lambda text: kept.get(text, text)) if kept else settings
     problems += found
     if settings is not None and not problems:
-        problems = list(_broken_rules(settings))
+        problems = [*(rules_inside(settings) if hasattr(settings, "problems") else []), *rules_of(settings)]
     if problems:
         raise SettingsError("", [_under_its_name(problem, names) for problem in problems])
     return cast(S, settings)
@@ -262,18 +262,6 @@ def _typed(text: Any, hint: Any) -> Any:
         return parse_value(text)  # 2e9 is a whole number
     except (ValueError, RecursionError):
         return text
-
-
-def _broken_rules(settings: Any) -> Iterator[Problem]:
-    """Yield what breaks rules between settings, those inside first."""
-    for field in dataclasses.fields(settings):
-        inner = getattr(settings, field.name)
-        if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
-            yield from (problem.below(field.name) if problem.key else problem
-                        for problem in _broken_rules(inner))
-    if hasattr(settings, "problems"):
-        for said in settings.problems():
-            yield said if isinstance(said, Problem) else Problem(Code.RULE, "", said)
 
 
 def _under_its_name(problem: Problem, names: Mapping[str, str]) -> Problem:

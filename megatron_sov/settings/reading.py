@@ -56,8 +56,8 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
         SettingsError: naming every key that is unknown, missing, of a wrong type, or breaks a rule.
     """
     settings, problems = find_problems(cls, raw, instead)
-    if settings is not None and rules and hasattr(settings, "problems"):
-        problems = [p if isinstance(p, Problem) else Problem(Code.RULE, "", p) for p in settings.problems()]
+    if settings is not None and rules:
+        problems = rules_of(settings)
     if problems:
         raise SettingsError(where, [dataclasses.replace(p, line=_line(p.key, lines)) for p in problems])
     return cast(S, settings)
@@ -103,6 +103,27 @@ def _as_fields(value: Any) -> dict[str, Any]:
 def check(settings: Any) -> list[Problem]:
     """Return what breaks the declaration of settings that were made by code, where nothing is read."""
     return find_problems(type(settings), plain(settings))[1]
+
+
+def rules_of(settings: Any) -> list[Problem]:
+    """Return what breaks the rules between settings: what their own `problems` says, or, of a class without
+    one, what those of the settings inside say."""
+    if hasattr(settings, "problems"):
+        return [p if isinstance(p, Problem) else Problem(Code.RULE, "", p) for p in settings.problems()]
+    return rules_inside(settings)
+
+
+def rules_inside(settings: Any) -> list[Problem]:
+    """Return what breaks the rules of settings inside others."""
+    inner = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
+    return [problem.below(name) if problem.key else problem for name, value in inner
+            if dataclasses.is_dataclass(value) for problem in rules_of(value)]
+
+
+def problems_of(settings: Any) -> list[Problem]:
+    """Return all that is wrong with settings that were made by code: what breaks their bounds, else what
+    breaks rules between them."""
+    return check(settings) or rules_of(settings)
 
 
 def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",

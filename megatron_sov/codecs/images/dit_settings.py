@@ -3,47 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from megatron_sov.codecs.images.vae import VAESettings
-from megatron_sov.codecs.sizes import outside
+from megatron_sov.settings import Code, Problem, rules_inside
 
 NUM_AXES = 3
 """Of a place in a picture, as Flux counts them: a stream's number (always 0 here), row, column."""
+
+
+HeadPart = Annotated[int, Ge(2), Le(65_536)]
 
 
 @dataclass(frozen=True)
 class DiTSettings:
     """The defaults are those of the authors' serving code (OmniServe, decoder/vision/track_b/pipeline.py)."""
 
-    side_pixels: int = 768
+    side_pixels: Annotated[int, Ge(1), Le(8192)] = 768
     """Height and width of a square picture; one of another shape has as many pixels."""
-    size_multiple_pixels: int = 16
+    size_multiple_pixels: Annotated[int, Ge(1), Le(8192)] = 16
     """Heights and widths of other shapes are rounded down to a multiple of it."""
-    grid: int = 27
+    grid: Annotated[int, Ge(1), Le(256)] = 27
     """Tokens of a row and of a column of the picture's tokenizer."""
-    codebook_size: int = 65536
+    codebook_size: Annotated[int, Ge(1), Le(1 << 20)] = 65536
     """Tokens of the tokenizer."""
-    token_width: int = 1536
+    token_width: Annotated[int, Ge(1), Le(16384)] = 1536
     """Of the tokenizer's embeddings."""
     vae: VAESettings | None = VAESettings()
     """The autoencoder whose latents are denoised; None: pixels themselves are."""
-    patch: int = 1
+    patch: Annotated[int, Ge(1), Le(256)] = 1
     """Latents (or pixels) of a side of one place in the sequence."""
-    width: int = 1920
+    width: Annotated[int, Ge(1), Le(65536)] = 1920
     """Of the hidden states."""
-    num_heads: int = 24
+    num_heads: Annotated[int, Ge(1), Le(1024)] = 24
     """Of attention."""
-    num_layers: int = 35
+    num_layers: Annotated[int, Ge(1), Le(1000)] = 35
     """Single-stream blocks."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Annotated[float, Ge(0.1), Le(100)] = 4.0
     """Width of a block's feed-forward part over `width`."""
-    rope_axes: tuple[int, int, int] = (8, 36, 36)
+    rope_axes: tuple[HeadPart, HeadPart, HeadPart] = (8, 36, 36)
     """Dimensions of a head that turn with each axis of a place."""
-    rope_theta: int = 10_000
+    rope_theta: Annotated[int, Ge(1), Le(1_000_000_000)] = 10_000
     """Base of the rotations."""
-    shift: float = 1.0
+    shift: Annotated[float, Ge(0.001), Le(1000)] = 1.0
     """Of the noise levels towards more noise (diffusers' scheduler); ours, no source gives it."""
-    steps: int = 30
+    steps: Annotated[int, Ge(1), Le(10000)] = 30
     """Steps of sampling where none are asked for: what the authors serve with (their page's pictures
     took 50)."""
 
@@ -70,28 +76,23 @@ class DiTSettings:
         ratio, area, unit = height_part / width_part, self.side_pixels**2, self.size_multiple_pixels
         return int((area * ratio)**0.5 // unit) * unit, int((area / ratio)**0.5 // unit) * unit
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = outside(self, side_pixels=(1, 8192), size_multiple_pixels=(1, 8192), grid=(1, 256),
-                        codebook_size=(1, 1 << 20), token_width=(1, 16_384), patch=(1, 256),
-                        width=(1, 65_536), num_heads=(1, 1024), num_layers=(1, 1000), mlp_ratio=(0.1, 100),
-                        rope_axes=(2, 65_536), rope_theta=(1, 1e9), shift=(1e-3, 1000), steps=(1, 10_000))
-        found += [] if self.vae is None else [f"vae.{problem}" for problem in self.vae.problems()]
-        if found:
-            return found
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        found = rules_inside(self)
         place = self.latent_pixels * self.patch
         for name in ("side_pixels", "size_multiple_pixels"):
             if getattr(self, name) % place:
-                found.append(f"{name} = {getattr(self, name)} must be a multiple of a place's {place} pixels "
-                             f"(the autoencoder's {self.latent_pixels} * patch)")
+                found.append(Problem(Code.RULE, name, f"must be a multiple of a place's {place} pixels (the "
+                                     f"autoencoder's {self.latent_pixels} * patch)", getattr(self, name)))
         if self.side_pixels % self.size_multiple_pixels:
-            found.append(f"side_pixels = {self.side_pixels} must be a multiple of size_multiple_pixels = "
-                         f"{self.size_multiple_pixels}")
+            found.append(Problem(Code.RULE, "side_pixels", "must be a multiple of size_multiple_pixels = "
+                                 f"{self.size_multiple_pixels}", self.side_pixels))
         if self.width % self.num_heads:
-            found.append(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
+            found.append(Problem(Code.RULE, "width", f"must be a multiple of num_heads = {self.num_heads}",
+                                 self.width))
         elif sum(self.rope_axes) != self.width // self.num_heads:
-            found.append(f"rope_axes = {list(self.rope_axes)} must add up to a head's dimensions, "
-                         f"width / num_heads = {self.width // self.num_heads}")
-        if len(self.rope_axes) != NUM_AXES or any(n % 2 for n in self.rope_axes):
-            found.append(f"rope_axes = {list(self.rope_axes)} must be {NUM_AXES} even numbers")
+            found.append(Problem(Code.RULE, "rope_axes", "must add up to a head's dimensions, width / "
+                                 f"num_heads = {self.width // self.num_heads}", self.rope_axes))
+        if any(n % 2 for n in self.rope_axes):
+            found.append(Problem(Code.RULE, "rope_axes", "must be even numbers", self.rope_axes))
         return found

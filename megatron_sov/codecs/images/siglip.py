@@ -6,15 +6,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError, first_line
-from megatron_sov.settings import read
+from megatron_sov.settings import Code, Problem, read
 
 _PREFIX = "vision_model."
 _FIELDS = {"patch_size": "patch_pixels", "hidden_size": "width", "intermediate_size": "feed_forward_width",
@@ -26,24 +26,21 @@ _MAX_CONFIG_BYTES = 1_000_000
 class SiglipSettings:
     """Sizes of the transformer: those of so400m, patches of 14."""
 
-    patch_pixels: int = 14
+    patch_pixels: Annotated[int, Ge(1), Le(4096)] = 14
     """Of a patch; what is over behind whole patches is not seen."""
-    width: int = 1152
+    width: Annotated[int, Ge(1), Le(16384)] = 1152
     """Of its states."""
-    feed_forward_width: int = 4304
+    feed_forward_width: Annotated[int, Ge(1), Le(65536)] = 4304
     """Of its layers."""
-    num_layers: int = 26
+    num_layers: Annotated[int, Ge(1), Le(200)] = 26
     """Of it that are used: all but the last."""
-    num_heads: int = 16
+    num_heads: Annotated[int, Ge(1), Le(256)] = 16
     """Of its attention; divides `width`."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = outside(self, patch_pixels=(1, 4096), width=(1, 16_384), feed_forward_width=(1, 65_536),
-                        num_layers=(1, 200), num_heads=(1, 256))
-        if not found and self.width % self.num_heads:
-            found.append(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
-        return found
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [] if self.width % self.num_heads == 0 else [
+            Problem(Code.RULE, "width", f"must be a multiple of num_heads = {self.num_heads}", self.width)]
 
 
 class SiglipFeatures(nn.Module):

@@ -4,15 +4,16 @@ the codebook's space, SimVQ, and a plain transformer back to pixels, which train
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import nn
 
 from megatron_sov.codecs.images.quantiser import UnitSimVQ
 from megatron_sov.codecs.images.siglip import SiglipFeatures, SiglipSettings
-from megatron_sov.codecs.sizes import outside
+from megatron_sov.settings import Code, Problem, rules_inside
 
 MAX_CODEBOOK_SIZE = 1 << 20
 
@@ -21,37 +22,36 @@ MAX_CODEBOOK_SIZE = 1 << 20
 class SimVQSettings:
     """Sizes of the networks."""
 
-    side_pixels: int = 384
+    side_pixels: Annotated[int, Ge(1), Le(4096)] = 384
     """Height and width of a picture; a whole number of patches."""
-    grid: int = 24
+    grid: Annotated[int, Ge(1), Le(256)] = 24
     """Patches of a row and of a column: a picture has grid * grid tokens."""
-    width: int = 384
+    width: Annotated[int, Ge(1), Le(16384)] = 384
     """Of the transformers."""
-    num_layers: int = 6
+    num_layers: Annotated[int, Ge(1), Le(100)] = 6
     """Of the encoder, and of the decoder."""
-    num_heads: int = 6
+    num_heads: Annotated[int, Ge(1), Le(256)] = 6
     """Of attention; divides `width`."""
-    code_width: int = 64
+    code_width: Annotated[int, Ge(1), Le(16384)] = 64
     """Of the codebook's vectors."""
-    codebook_size: int = 65_536
+    codebook_size: Annotated[int, Ge(2), Le(MAX_CODEBOOK_SIZE)] = 65_536
     """Tokens there are."""
     siglip: SiglipSettings | None = None
     """A SigLIP, frozen, that sees in place of an encoder that is learned."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = outside(self, side_pixels=(1, 4096), grid=(1, 256), width=(1, 16_384), num_layers=(1, 100),
-                        num_heads=(1, 256), code_width=(1, 16_384), codebook_size=(2, MAX_CODEBOOK_SIZE))
-        if self.siglip is not None:
-            found += [f"siglip.{problem}" for problem in self.siglip.problems()]
-        if not found and self.siglip is not None \
-                and self.side_pixels // self.siglip.patch_pixels != self.grid:
-            found.append(f"grid = {self.grid} must be the number of siglip's patches of "
-                         f"{self.siglip.patch_pixels} pixels in side_pixels = {self.side_pixels}")
-        if not found and self.siglip is None and self.side_pixels % self.grid:
-            found.append(f"side_pixels = {self.side_pixels} must be a multiple of grid = {self.grid}")
-        if not found and self.width % self.num_heads:
-            found.append(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        found = rules_inside(self)
+        if self.siglip is not None and self.side_pixels // self.siglip.patch_pixels != self.grid:
+            found.append(Problem(Code.RULE, "grid", "must be the number of siglip's patches of "
+                                 f"{self.siglip.patch_pixels} pixels in side_pixels = {self.side_pixels}",
+                                 self.grid))
+        if self.siglip is None and self.side_pixels % self.grid:
+            found.append(Problem(Code.RULE, "side_pixels", f"must be a multiple of grid = {self.grid}",
+                                 self.side_pixels))
+        if self.width % self.num_heads:
+            found.append(Problem(Code.RULE, "width", f"must be a multiple of num_heads = {self.num_heads}",
+                                 self.width))
         return found
 
 

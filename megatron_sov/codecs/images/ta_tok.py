@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 from torch import nn
 
 from megatron_sov.codecs.images.quantiser import UnitSimVQ
 from megatron_sov.codecs.images.siglip import SiglipFeatures, SiglipSettings, used
-from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Code, Problem, rules_inside
 
 _SO400M_HEADS = 16
 """Of attention in SigLIP so400m; no tensor tells it."""
@@ -28,22 +29,21 @@ _PATCHES = "encoder.embeddings.patch_embedding.weight"
 class TATokSettings:
     """Sizes: TA-Tok's own."""
 
-    side_pixels: int = 384
+    side_pixels: Annotated[int, Ge(1), Le(4096)] = 384
     """Height and width of a picture: 27 patches of 14, and 6 pixels that are not seen."""
     encoder: SiglipSettings = field(default_factory=SiglipSettings)
     """SigLIP 2 so400m."""
-    code_width: int = 1536
+    code_width: Annotated[int, Ge(1), Le(16384)] = 1536
     """Of the codebook's vectors."""
-    codebook_size: int = 65_536
+    codebook_size: Annotated[int, Ge(2), Le(1 << 20)] = 65_536
     """Tokens there are."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = outside(self, side_pixels=(1, 4096), code_width=(1, 16_384), codebook_size=(2, 1 << 20))
-        found += [f"encoder.{problem}" for problem in self.encoder.problems()]
-        if not found and self.encoder.patch_pixels > self.side_pixels:
-            found.append(f"encoder.patch_pixels = {self.encoder.patch_pixels} must be at most side_pixels"
-                         f" = {self.side_pixels}")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        found = rules_inside(self)
+        if self.encoder.patch_pixels > self.side_pixels:
+            found.append(Problem(Code.RULE, "encoder.patch_pixels", "must be at most side_pixels = "
+                                 f"{self.side_pixels}", self.encoder.patch_pixels))
         return found
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le, Len
 from diffusers import AutoencoderKL
 
-from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
-from megatron_sov.settings import read
+from megatron_sov.settings import Code, Problem, problems_of, read
 
 MAX_BLOCKS = 8
 MAX_CONFIG_BYTES = 1_000_000
+
+
+Width = Annotated[int, Ge(1), Le(65_536)]
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,17 @@ class VAESettings:
     """The defaults are Flux's autoencoder, which the authors' latents (16 channels, an eighth of the side)
     fit; names are those of diffusers' config."""
 
-    latent_channels: int = 16
+    latent_channels: Annotated[int, Ge(1), Le(1024)] = 16
     """Of a latent."""
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    block_out_channels: Annotated[tuple[Width, ...], Len(1, MAX_BLOCKS)] = (128, 256, 512, 512)
     """Of each block; every one but the last halves the picture's sides."""
-    layers_per_block: int = 2
+    layers_per_block: Annotated[int, Ge(1), Le(100)] = 2
     """Residual layers of a block."""
-    norm_num_groups: int = 32
+    norm_num_groups: Annotated[int, Ge(1), Le(65536)] = 32
     """Groups of its norms."""
-    scaling_factor: float = 0.3611
+    scaling_factor: Annotated[float, Ge(1e-06), Le(1000000.0)] = 0.3611
     """What latents are multiplied with, so that they spread as the noise does."""
-    shift_factor: float = 0.1159
+    shift_factor: Annotated[float, Ge(-1000000.0), Le(1000000.0)] = 0.1159
     """What is taken off them before."""
     use_quant_conv: bool = False
     """A convolution of size 1 behind the encoder."""
@@ -46,18 +49,12 @@ class VAESettings:
         """Pixels of a side of one latent."""
         return 2**(len(self.block_out_channels) - 1)
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = outside(self, latent_channels=(1, 1024), block_out_channels=(1, 65_536),
-                        layers_per_block=(1, 100), norm_num_groups=(1, 65_536), scaling_factor=(1e-6, 1e6),
-                        shift_factor=(-1e6, 1e6))
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
         widths = self.block_out_channels
-        if not 1 <= len(widths) <= MAX_BLOCKS:
-            found.append(f"block_out_channels = {list(widths[:20])} must be 1 to {MAX_BLOCKS} numbers")
-        elif not found and any(width % self.norm_num_groups for width in widths):
-            found.append(f"block_out_channels = {list(widths)} must be multiples of norm_num_groups = "
-                         f"{self.norm_num_groups}")
-        return found
+        return [] if not any(width % self.norm_num_groups for width in widths) else [
+            Problem(Code.RULE, "block_out_channels", "must be multiples of norm_num_groups = "
+                    f"{self.norm_num_groups}", widths)]
 
 
 def new_vae(settings: VAESettings) -> AutoencoderKL:
@@ -80,7 +77,7 @@ def open_vae(folder: Path) -> tuple[VAESettings, AutoencoderKL]:
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
                               for name, value in found.items() if name in VAESettings.__dataclass_fields__}
     settings = VAESettings(**fields)
-    problems = settings.problems()
+    problems = list(map(str, problems_of(settings)))
     if not problems:
         ours = _config(new_vae(settings))
         problems = [f"{name} = {value}" for name, value in found.items() if ours.get(name) != value]

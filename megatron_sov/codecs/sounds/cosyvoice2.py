@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import nn
 
-from megatron_sov.codecs.sizes import outside
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Code, Problem
 
 LEVELS, NUM_LEVELS = 3, 8
 _HOP_SAMPLES, _FRAMES_PER_TOKEN = 160, 4
@@ -25,21 +27,19 @@ _NAME = "speech_tokenizer_v2_25hz"
 class CosyVoice2Settings:
     """Sizes: the published ones."""
 
-    num_mels: int = 128
+    num_mels: Annotated[int, Ge(80), Le(128)] = 128
     """Bands of a frame."""
-    width: int = 1280
+    width: Annotated[int, Ge(64), Le(16384)] = 1280
     """Of the transformer; its heads are 64 wide."""
-    num_heads: int = 20
+    num_heads: Annotated[int, Ge(1), Le(256)] = 20
     """Of attention."""
-    num_layers: int = 6
+    num_layers: Annotated[int, Ge(1), Le(100)] = 6
     """Of the transformer."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = outside(self, num_mels=(80, 128), width=(64, 16_384), num_heads=(1, 256), num_layers=(1, 100))
-        if self.width != 64 * self.num_heads:
-            found.append(f"width = {self.width} must be 64 times num_heads = {self.num_heads}")
-        return found
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [] if self.width == 64 * self.num_heads else [
+            Problem(Code.RULE, "width", f"must be 64 times num_heads = {self.num_heads}", self.width)]
 
 
 class CosyVoice2Tokenizer(nn.Module):

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le, Len, MultipleOf
 from torch import nn
 from vector_quantize_pytorch import FSQ
 
-from megatron_sov.codecs.sizes import outside
 from megatron_sov.codecs.sounds.spectrum import LogMel
+from megatron_sov.settings import Code, Problem
 
 FRAMES_PER_TOKEN = 4
 _DILATIONS = (1, 3, 9)
@@ -28,33 +29,25 @@ _MEAN, _SCALE = -5.0, 4.0  # of log-mel frames of speech, roughly
 class FSQSettings:
     """Sizes of the networks."""
 
-    sample_rate_hz: int = 16_000
+    sample_rate_hz: Annotated[int, Ge(1000), Le(192000)] = 16_000
     """Of what it hears."""
-    samples_per_token: int = 640
+    samples_per_token: Annotated[int, Ge(64), Le(48_000), MultipleOf(FRAMES_PER_TOKEN)] = 640
     """640 at 16 kHz are 25 tokens a second; a multiple of 4."""
-    num_mels: int = 80
+    num_mels: Annotated[int, Ge(4), Le(512)] = 80
     """Bands of a frame; a token has four frames."""
-    width: int = 384
+    width: Annotated[int, Ge(1), Le(16384)] = 384
     """Of the convolutions."""
-    num_blocks: int = 6
+    num_blocks: Annotated[int, Ge(1), Le(100)] = 6
     """Of the encoder, and of the decoder."""
-    levels: tuple[int, ...] = (3,) * 8
+    levels: Annotated[tuple[Annotated[int, Ge(3), Le(1024)], ...], Len(1, 16)] = (3,) * 8
     """Of each of the quantised numbers; their product is the size of the codebook."""
-    max_piece_s: float = 30.0
+    max_piece_s: Annotated[float, Ge(0.5), Le(600)] = 30.0
     """A longer sound is cut into pieces of this length."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = outside(self, sample_rate_hz=(1000, 192_000), samples_per_token=(64, 48_000),
-                        num_mels=(4, 512), width=(1, 16_384), num_blocks=(1, 100), levels=(3, 1024),
-                        max_piece_s=(0.5, 600))
-        if not 1 <= len(self.levels) <= 16 or math.prod(self.levels) > 1 << 20:
-            found.append(f"levels = {list(self.levels)[:20]!r} must be one to 16 numbers with a product of "
-                         f"at most {1 << 20:,}")
-        if self.samples_per_token % FRAMES_PER_TOKEN:
-            found.append(f"samples_per_token = {self.samples_per_token} must be a multiple of "
-                         f"{FRAMES_PER_TOKEN}")
-        return found
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [] if math.prod(self.levels) <= 1 << 20 else [
+            Problem(Code.RULE, "levels", f"must have a product of at most {1 << 20:,}", self.levels)]
 
 
 class FSQTokenizer(nn.Module):

@@ -22,9 +22,9 @@ from megatron_sov.codecs.training.image_decoder import Drawn, ImageDecoderTask, 
 from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.start import digests, said
 from megatron_sov.codecs.training.vocoder import Spoken, VocoderTask, VocoderTraining
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError
 from megatron_sov.media.reading.reader import MediaReader
-from megatron_sov.settings import plain
+from megatron_sov.settings import SettingsError, plain, problems_of
 
 Training = ImageDecoderTraining | VocoderTraining
 SETTINGS: dict[str, Training] = {"image-decoder": ImageDecoderTraining(DiTSettings(vae=None)),
@@ -60,8 +60,8 @@ def train_decoder(given: Path, output: Path, settings: Training, tokenizer: Path
     files = media_files(given, PICTURES if draws else SOUNDS, settings.learning.heldout_share)
     fitted = _of_pictures(settings, codec, vae) if isinstance(settings, ImageDecoderTraining) else \
         _of_sounds(settings, codec, files)
-    if problems := fitted.problems():
-        raise UserError(list_problems(f"--set, with tokenizer {tokenizer}", problems))
+    if problems := problems_of(fitted):
+        raise SettingsError(f"--set, with tokenizer {tokenizer}", problems)
     made_from = {"media": files.digest, "tokenizer": manifest_sha256(tokenizer), **digests("vae", vae)}
     plan = Plan(kind="dit" if draws else "unit-bigvgan", output=output, steps=fitted.learning.steps,
                 settings={**plain(fitted), **made_from}, checkpoint_every_s=checkpoint_every_s,

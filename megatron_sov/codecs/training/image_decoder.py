@@ -34,10 +34,6 @@ class ImageDecoderTraining:
     learning: Schedule = field(default_factory=Schedule)
     """How it learns."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        return [f"{name}.{problem}" for name, part in (("model", self.model), ("learning", self.learning))
-                for problem in part.problems()]
 
 
 class Drawn(NamedTuple):

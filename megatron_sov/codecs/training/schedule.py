@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge, Le
 from torch.optim import Optimizer
-
-from megatron_sov.codecs.sizes import outside
 
 END_SHARE = 0.1
 """Of the highest learning rate, at the last step."""
@@ -17,23 +17,19 @@ END_SHARE = 0.1
 class Schedule:
     """Steps, order and learning rate: ours where a kind of network does not name a source."""
 
-    steps: int = 100_000
+    steps: Annotated[int, Ge(1), Le(100000000)] = 100_000
     """Optimizer steps."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Le(2 ** 63 - 1)] = 0
     """Of weights, order and noise."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1), Le(1000000)] = 64
     """Pictures or pieces of sound in a step."""
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, Ge(0), Le(10)] = 3e-4
     """Of AdamW, at its highest."""
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, Ge(0), Le(100000000)] = 100
     """From 0 up to it; then a cosine down to a tenth."""
-    heldout_share: float = 0.05
+    heldout_share: Annotated[float, Ge(0), Le(0.9)] = 0.05
     """Of the files; never learned from."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        return outside(self, steps=(1, 100_000_000), seed=(0, 2**63 - 1), batch_size=(1, 1_000_000),
-                       learning_rate=(0, 10), warmup_steps=(0, 100_000_000), heldout_share=(0, 0.9))
 
     def set_rate(self, optimizer: Optimizer, step: int) -> float:
         """Give an optimizer the learning rate of a step, the first being 1, and return it."""

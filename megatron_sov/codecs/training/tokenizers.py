@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.codecs.sizes import outside
 from megatron_sov.codecs.sounds.fsq import FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer
 from megatron_sov.codecs.training.banks import Pictures, Sounds
 from megatron_sov.codecs.training.draws import batch_rows, generator
@@ -27,23 +27,19 @@ _DB = 10 / math.log(10)
 class Learning(Schedule):
     """How a tokenizer learns: ours, for no source gives it."""
 
-    steps: int = 20_000
+    steps: Annotated[int, Ge(1), Le(100_000_000)] = 20_000
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 16
     """Pictures or pieces of sound in a step."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Ge(0), Le(10)] = 1e-3
     """Of AdamW, at its highest."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Ge(0), Le(10)] = 0.01
     """Of AdamW."""
-    quantiser_weight: float = 1.0
+    quantiser_weight: Annotated[float, Ge(0), Le(1000)] = 1.0
     """Of the quantiser's own loss beside the reconstruction's."""
-    crop_tokens: int = 32
+    crop_tokens: Annotated[int, Ge(1), Le(10000)] = 32
     """Tokens of a piece of sound in training."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        return super().problems() + outside(self, weight_decay=(0, 10), quantiser_weight=(0, 1000),
-                                            crop_tokens=(1, 10_000))
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,6 @@ class ImageTokenizerTraining:
     learning: Learning = field(default_factory=Learning)
     """How it learns."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        return _named(self.model.problems(), "model") + _named(self.learning.problems(), "learning")
 
 
 @dataclass(frozen=True)
@@ -69,13 +62,7 @@ class AudioTokenizerTraining:
     learning: Learning = field(default_factory=Learning)
     """How it learns."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        return _named(self.model.problems(), "model") + _named(self.learning.problems(), "learning")
 
-
-def _named(problems: list[str], group: str) -> list[str]:
-    return [f"{group}.{problem}" for problem in problems]
 
 
 class _Autoencoder:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le, Len, MultipleOf
 from torch import nn
 
-from megatron_sov.codecs.sizes import outside
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
 from megatron_sov.codecs.sounds.discriminators import (
@@ -25,6 +26,7 @@ from megatron_sov.codecs.sounds.discriminators import (
 from megatron_sov.codecs.sounds.spectral_loss import HOPS_PER_WINDOW, SpectralLoss
 from megatron_sov.codecs.training.draws import batch_rows, generator
 from megatron_sov.codecs.training.schedule import Schedule
+from megatron_sov.settings import Code, Problem
 
 LOOK_SOUNDS = 64
 """Held-out sounds that are looked at."""
@@ -38,45 +40,39 @@ class VocoderLearning(Schedule):
     """How a vocoder learns.  Windows, weight and widths of the judges are BigVGAN-v2's
     (configs/bigvgan_v2_24khz_100band_256x.json, loss.py); the rest is ours."""
 
-    steps: int = 1_000_000
+    steps: Annotated[int, Ge(1), Le(100_000_000)] = 1_000_000
     """Optimizer steps."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Segments of a step."""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Ge(0), Le(10)] = 1e-4
     """Of AdamW, at its highest; the judges' too."""
-    segment_tokens: int = 32
+    segment_tokens: Annotated[int, Ge(1), Le(10000)] = 32
     """Tokens of a segment; a shorter sound is taken whole."""
-    windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    windows: Annotated[tuple[Annotated[int, Ge(16), Le(1 << 20), MultipleOf(HOPS_PER_WINDOW)], ...],
+                       Len(1, MAX_WINDOWS)] = (32, 64, 128, 256, 512, 1024, 2048)
     """Samples of the windows of the spectra."""
-    num_mels: int = 320
+    num_mels: Annotated[int, Ge(4), Le(4096)] = 320
     """Bands of the largest window's mel spectrum."""
-    quiet: float = 1e-5
+    quiet: Annotated[float, Ge(1e-09), Le(1)] = 1e-5
     """Magnitudes well below it count as silence."""
-    judges_from_step: int = 1
+    judges_from_step: Annotated[int, Ge(0), Le(100000000)] = 1
     """Step from which the judges are asked; 0: never, there are none."""
-    judges_width: int = 32
+    judges_width: Annotated[int, Ge(1), Le(1024)] = 32
     """Of their first layers."""
-    judges_periods: tuple[int, ...] = PERIODS
+    judges_periods: tuple[Annotated[int, Ge(1), Le(1000)], ...] = PERIODS
     """Samples that lie side by side for each judge of samples."""
     judges_resolutions: tuple[tuple[int, int, int], ...] = RESOLUTIONS
     """Transform, hop and window, in samples, for each judge of spectra."""
-    spectral_weight: float = 15.0
+    spectral_weight: Annotated[float, Ge(1e-06), Le(1000000.0)] = 15.0
     """Of the spectra's distance beside the judges."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        found = [*super().problems(),
-                 *outside(self, segment_tokens=(1, 10_000), windows=(16, 1 << 20), num_mels=(4, 4096),
-                          judges_from_step=(0, 100_000_000), judges_width=(1, 1024), quiet=(1e-9, 1),
-                          judges_periods=(1, 1000), spectral_weight=(1e-6, 1e6))]
-        if any(not 1 <= hop <= window <= transform <= 1 << 20
-               for transform, hop, window in self.judges_resolutions):
-            found.append(f"judges_resolutions = {[list(r) for r in self.judges_resolutions[:20]]} must be "
-                         "transform, hop and window, none of them larger than the first")
-        if not 1 <= len(self.windows) <= MAX_WINDOWS or any(w % HOPS_PER_WINDOW for w in self.windows):
-            found.append(f"windows = {list(self.windows[:20])} must be 1 to {MAX_WINDOWS} multiples of "
-                         f"{HOPS_PER_WINDOW}")
-        return found
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        sound = all(1 <= hop <= window <= transform <= 1 << 20
+                    for transform, hop, window in self.judges_resolutions)
+        return [] if sound else [Problem(
+            Code.RULE, "judges_resolutions", "must be transform, hop and window, none of them larger than "
+            "the first", self.judges_resolutions[:20])]
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,6 @@ class VocoderTraining:
     learning: VocoderLearning = field(default_factory=VocoderLearning)
     """How it learns."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
-        return [f"{name}.{problem}" for name, part in (("model", self.model), ("learning", self.learning))
-                for problem in part.problems()]
 
 
 @dataclass(frozen=True)
