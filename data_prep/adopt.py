@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,42 @@ from megatron_sov.documents.indexed_writer import write_index
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.settings import AtLeastOne, Code, Flag, Fraction, Problem, add_options, read_options
 
 DESCRIPTION = """Take over .bin and .idx pairs that Megatron-LM's preprocess_data wrote, as an artifact of
 token shards: every number of the index is checked, ids against the tokenizer's vocabulary, the ends of
 documents, and whether the text that they spell gives the same ids again."""
 BLOCK_TOKENS = 1 << 22
 EODS = ("auto", "append", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdoptOptions:
+    """Take token shards of Megatron-LM over as they are."""
+
+    pairs: Annotated[tuple[str, ...], Flag("[NAME=]PREFIX")]
+    """Path of PREFIX.bin and PREFIX.idx; each pair is one source, named after it unless NAME is given."""
+    tokenizer: Annotated[Path, Flag(value="DIR")]
+    """Tokenizer that they were made with (`sov-tokenizer import` takes one over)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the token shards."""
+    heldout: Annotated[Fraction, Flag(value="SHARE")] = 0.02
+    """Part of the documents kept from training, chosen as `sov-data pack` does."""
+    eod: Literal["auto", "append", "none"] = "auto"
+    """Whether documents end with the tokenizer's eos; auto: look."""
+    link: bool = False
+    """Link the .bin files and copy nothing; needs --heldout 0 and the same file system."""
+    shard_tokens: AtLeastOne = 2_000_000_000
+    """Most tokens of one shard."""
+    overwrite: bool = False
+    """Replace token shards that are already there."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        said = Problem(Code.RULE, "link", "keeps the files as they are, so that no document can be held out "
+                       f"of them, and --heldout is {self.heldout}", way_out="pass --heldout 0, or leave it "
+                       "out")
+        return [said] if self.link and self.heldout else []
 
 
 @dataclass(frozen=True)
@@ -49,40 +79,12 @@ class Pair:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = DESCRIPTION
-    parser.add_argument("pairs", nargs="+", metavar="[NAME=]PREFIX",
-                        help="path of PREFIX.bin and PREFIX.idx; each pair is one source, named after it "
-                             "unless NAME is given")
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR",
-                        help="tokenizer that they were made with (`sov-tokenizer import` takes one over)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
-                        help="folder for the token shards")
-    parser.add_argument("--heldout", type=float, default=0.02, metavar="SHARE",
-                        help="part of the documents kept from training, chosen as `sov-data pack` does "
-                             "(default %(default)s)")
-    parser.add_argument("--eod", choices=EODS, default="auto",
-                        help="whether documents end with the tokenizer's eos; auto: look (default "
-                             "%(default)s)")
-    parser.add_argument("--link", action="store_true",
-                        help="link the .bin files and copy nothing; needs --heldout 0 and the same file "
-                             "system")
-    parser.add_argument("--shard-tokens", type=int, default=2_000_000_000, metavar="N",
-                        help="most tokens of one shard (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace token shards that are already there")
+    add_options(parser, AdoptOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data adopt`; returns 0."""
-    problems = []
-    if not 0 <= args.heldout < 1:
-        problems.append(f"--heldout {args.heldout}: must lie in [0, 1), e.g. 0.02")
-    if args.shard_tokens < 1:
-        problems.append(f"--shard-tokens {args.shard_tokens}: must be at least 1")
-    if args.link and args.heldout:
-        problems.append("--link: keeps the files as they are, so that no document can be held out of them, "
-                        f"and --heldout is {args.heldout}; pass --heldout 0, or leave --link out")
-    if problems:
-        raise UserError("; ".join(problems))
+    args = read_options(AdoptOptions, typed)
     refuse_existing(args.output, KIND, args.overwrite)
     sources = parse_sources([_without_ending(given) for given in args.pairs])
     encoder = Encoder(args.tokenizer)
@@ -102,7 +104,7 @@ def _opened(source: Source, encoder: Encoder, eod: str) -> Pair:
     return Pair(source, split, survey(source.name, source.path, split, encoder, eod))
 
 
-def _write(pairs: list[Pair], encoder: Encoder, args: argparse.Namespace) -> None:
+def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
     eods = {pair.surveyed.ends_with_eos for pair in pairs}
     if len(eods) > 1:
         named = ", ".join(f"{p.source.name}: {'yes' if p.surveyed.ends_with_eos else 'no'}" for p in pairs)

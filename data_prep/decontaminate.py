@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
@@ -16,11 +17,12 @@ from data_prep.decontamination.hits import find_hits
 from data_prep.decontamination.step import SearchSettings
 from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, to_json
-from megatron_sov.documents import KINDS, BadRecord, Document, Reading
+from megatron_sov.documents import BadRecord, Document, Reading
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.records import parse_record
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 DESCRIPTION = """Write the records of JSONL files that share no run of ten words, and no short item, with
 benchmarks: text, chats, preferences or prompts. Case, punctuation and markup make no difference. What is left
@@ -30,40 +32,47 @@ HITS = "hits.json"
 """What was found. Not .jsonl: the folder may be packed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecontaminateOptions:
+    """Leave out records that hold text of benchmarks."""
+
+    input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
+    """A .jsonl file; several may follow, and it may be repeated."""
+    benchmarks: Annotated[tuple[Path, ...], Flag(many=True)]
+    """A .jsonl file, or a folder of them, with records of a benchmark."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the records that are kept, and hits.json."""
+    format: Literal["text", "chat", "preference", "prompt"] = "text"
+    """What the records hold."""
+    text_field: Annotated[str, Flag(value="NAME")] = "text"
+    """Field that holds the text."""
+    fields: Annotated[tuple[str, ...], Flag(value="NAME", many=True)] = ()
+    """Fields of a benchmark's records to look for, where they are there (default: question problem prompt
+    query instruction text)."""
+    ngram: AtLeastOne = SearchSettings.ngram
+    """Words in a row that a record may not share."""
+    min_words: AtLeastOne = SearchSettings.min_words
+    """Shorter items are not looked for."""
+    overwrite: bool = False
+    """Replace a corpus that is already there."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = SearchSettings(())
     parser.description = DESCRIPTION
-    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
-                        help="a .jsonl file; several may follow, and it may be repeated")
-    parser.add_argument("--benchmarks", required=True, nargs="+", action="extend", type=Path, metavar="PATH",
-                        help="a .jsonl file, or a folder of them, with records of a benchmark")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
-                        help=f"folder for the records that are kept, and {HITS}")
-    parser.add_argument("--format", choices=KINDS, default="text",
-                        help="what the records hold (default %(default)s)")
-    parser.add_argument("--text-field", default="text", metavar="NAME",
-                        help="field that holds the text (default %(default)s)")
-    parser.add_argument("--fields", nargs="+", action="extend", metavar="NAME",
-                        help="fields of a benchmark's records to look for, where they are there (default: "
-                             f"{' '.join(FIELDS)})")
-    parser.add_argument("--ngram", type=int, default=default.ngram, metavar="N",
-                        help="words in a row that a record may not share (default %(default)s)")
-    parser.add_argument("--min-words", type=int, default=default.min_words, metavar="N",
-                        help="shorter items are not looked for (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
+    add_options(parser, DecontaminateOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data decontaminate`; returns 0."""
-    settings = SearchSettings(tuple(args.benchmarks), tuple(args.fields or FIELDS), args.ngram,
-                              args.min_words)
+    args = read_options(DecontaminateOptions, typed)
+    settings = SearchSettings(args.benchmarks, args.fields or FIELDS, args.ngram, args.min_words)
     decontaminate(args.input, args.output, settings, Reading(args.format, args.text_field),
                   overwrite=args.overwrite)
     return 0
 
 
-def decontaminate(files: list[Path], output: Path, settings: SearchSettings, reading: Reading, *,
+def decontaminate(files: Sequence[Path], output: Path, settings: SearchSettings, reading: Reading, *,
                   overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with the records that hold nothing of benchmarks, as they are.
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
@@ -27,6 +27,7 @@ from megatron_sov.documents.layouts import LABEL, own_fields, refuse_media, spli
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.documents.records import NUM_PROMPT, completion_of
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Flag, add_options, read_options
 
 INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
          'prompt is a string or a list of messages, a response has "content" or "messages", and "reward" or '
@@ -44,6 +45,22 @@ BESIDE = ("prompt", "system", "id", "tools", "chat_template_kwargs")
 COLUMNS = ("advantage", "group_share")
 """Fields of a chat beside its messages: the advantage, and 1 / responses of its group.  With `NUM_PROMPT` its
 group is held out as a whole, and so are all groups of one prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """What every step over groups of judged responses takes."""
+
+    input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
+    """A .jsonl file of groups, or of what `megatron-sov score` wrote; several may follow, and it may be
+    repeated."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder that is written."""
+    keep_unfinished: bool = False
+    """Let a response with "finish_reason": "length", which did not end, be learned as a good one too, with
+    an end that it never had."""
+    overwrite: bool = False
+    """Replace a corpus that is already there."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +84,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Turn groups of judged responses into chats with an advantage each, for `sov-data pack --format chat "
         "--column advantage --column group_share`.  " + INPUT)
-    add_group_arguments(parser, FILE)
+    add_options(parser, GroupOptions)
 
 
-def add_group_arguments(parser: argparse.ArgumentParser, file: str) -> None:
-    """Declare what every step over groups takes; `file`: what it writes."""
-    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
-                        help="a .jsonl file of groups, or of what `megatron-sov score` wrote; several may "
-                             "follow, and it may be repeated")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {file}")
-    parser.add_argument("--keep-unfinished", action="store_true",
-                        help='let a response with "finish_reason": "length", which did not end, be learned '
-                             "as a good one too, with an end that it never had")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data groups`; returns 0."""
+    args = read_options(GroupOptions, typed)
     write_groups(args.input, args.output, FILE, chats_of, keep_unfinished=args.keep_unfinished,
                  overwrite=args.overwrite)
     return 0
 
 
-def write_groups(files: list[Path], output: Path, file: str,
+def write_groups(files: Sequence[Path], output: Path, file: str,
                  records_of: Callable[[Group, Counter[str]], Iterable[Any]], *, keep_unfinished: bool = False,
                  overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with what is made of each group.
@@ -136,7 +142,7 @@ def _left_out(counts: Counter[str]) -> str:
     return f"{counts['equal_rewards']:,} with equal rewards and {counts['alone']:,} of one response"
 
 
-def _refuse_nothing(files: list[Path], counts: Counter[str]) -> None:
+def _refuse_nothing(files: Sequence[Path], counts: Counter[str]) -> None:
     """Raise `UserError` where no record was made."""
     named = ", ".join(map(str, files))
     if not counts["groups"]:

@@ -11,9 +11,11 @@ import argparse
 import errno
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
 
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON
 from data_prep.mixture.allotment import Missing, PhaseShares, allot, overall, refuse_many_epochs, table
@@ -24,6 +26,16 @@ from data_prep.twin_documents import refuse_overlap
 from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
 from megatron_sov.digests import algorithm_of, file_digest
 from megatron_sov.errors import UserError
+from megatron_sov.settings import (
+    AtLeastOne,
+    Code,
+    Flag,
+    NotNegative,
+    Problem,
+    add_options,
+    num_cores,
+    read_options,
+)
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
 """What must be the same in all parts."""
@@ -63,78 +75,88 @@ class BlendSettings:
         return p
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixOptions:
+    """Join token shards of several folders into one."""
+
+    data: Annotated[tuple[str, ...], Flag("DIR[:WEIGHT]")]
+    """Folder that `sov-data pack` or `sov-data mix` wrote."""
+    output: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder for the mix, or for what was found."""
+    blend: Annotated[str | None, Flag(value="FILE|NAME")] = None
+    """Shares of each phase by kind, level, synthetic or name; a YAML file, or one that is shipped
+    (solar-open, k-exaone)."""
+    search: Annotated[Path | None, Flag(value="FILE")] = None
+    """Find shares that lower the loss on held-out text, as this YAML file says."""
+    num_tokens: Annotated[NotNegative, Flag("--tokens", "N")] = BlendSettings.num_tokens
+    """--blend: tokens of all phases together (default: as the blend says)."""
+    max_epochs: Annotated[float, Gt(0), Flag(value="N")] = BlendSettings.max_epochs
+    """--blend: refuse to read a source more often than this."""
+    missing: Literal["refuse", "spread"] = BlendSettings.missing
+    """--blend: shares that no source is for: refuse the blend, or give them to the others of their
+    phase."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """--search: models that are trained at a time; what is found does not depend on it (default: this
+    machine's cores)."""
+    dry_run: bool = False
+    """--blend, --search: print shares and epochs, or the plan, and write nothing."""
+    overwrite: bool = False
+    """Replace what is already there."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, or would have no effect."""
+        p = []
+        if self.blend and self.search:
+            p.append(Problem(Code.RULE, "search", "goes without --blend; do one after the other"))
+        if self.output is None and not self.dry_run:
+            p.append(Problem(Code.RULE, "output", "is missing; name a folder to write"))
+        for name in ("num_tokens", "max_epochs", "missing"):
+            value = getattr(self, name)
+            if value != getattr(BlendSettings, name) and not self.blend:
+                p.append(Problem(Code.RULE, name, "is for --blend; leave it out, or name a blend", value))
+        if self.dry_run and not (self.blend or self.search):
+            p.append(Problem(Code.RULE, "dry_run", "is for --blend and --search; leave it out"))
+        return p
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = BlendSettings(Path())
     parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
                           "a run relative to the others; without weights the tokens decide. "
                           "Within a folder its own weights, or tokens, decide. --blend shares each phase of "
                           "a curriculum out by the tags of the sources; --search finds shares by training "
                           "small models on many mixtures.")
-    parser.add_argument("data", nargs="+", metavar="DIR[:WEIGHT]",
-                        help="folder that `sov-data pack` or `sov-data mix` wrote")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the mix, or for what was "
-                                                                   "found")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--blend", metavar="FILE|NAME",
-                     help="shares of each phase by kind, level, synthetic or name; a YAML file, or one that "
-                          "is shipped (solar-open, k-exaone)")
-    how.add_argument("--search", type=Path, metavar="FILE",
-                     help="find shares that lower the loss on held-out text, as this YAML file says")
-    parser.add_argument("--tokens", type=float, default=default.num_tokens, metavar="N",
-                        help="--blend: tokens of all phases together (default: as the blend says)")
-    parser.add_argument("--max-epochs", type=float, default=default.max_epochs, metavar="N",
-                        help="--blend: refuse to read a source more often than this (default %(default)g)")
-    parser.add_argument("--missing", choices=("refuse", "spread"), default=default.missing,
-                        help="--blend: shares that no source is for: refuse the blend, or give them to the "
-                             "others of their phase (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="--search: models that are trained at a time; what is found does not depend on "
-                             "it (default: this machine's cores)")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="--blend, --search: print shares and epochs, or the plan, and write nothing")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace what is already there")
+    add_options(parser, MixOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data mix`; returns 0."""
+    args = read_options(MixOptions, typed)
     parts = [parse_part(a) for a in args.data]
     _refuse_idle_options(args, parts)
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
-    if args.output is None and not args.dry_run:
-        raise UserError("--output: is missing; name a folder to write")
     if args.search:
         from data_prep.mixture.search import run_search
 
         run_search([part.path for part in parts], args.search, args.output, workers=args.workers,
                    dry_run=args.dry_run, overwrite=args.overwrite)
         return 0
-    blend = (BlendSettings(find_blend(args.blend), args.tokens, args.max_epochs, args.missing)
+    blend = (BlendSettings(find_blend(args.blend), args.num_tokens, args.max_epochs, args.missing)
              if args.blend else None)
     if args.dry_run:
         assert blend is not None
         print("\n".join(table(*_allotted([read_tokens_manifest(p.path) for p in parts], blend))))
         return 0
+    assert args.output is not None
     mix(parts, args.output, blend, overwrite=args.overwrite)
     return 0
 
 
-def _refuse_idle_options(args: argparse.Namespace, parts: list[Part]) -> None:
+def _refuse_idle_options(args: MixOptions, parts: list[Part]) -> None:
     """Refuse what would have no effect.
 
     Raises:
         UserError: naming it.
     """
-    default = BlendSettings(Path())
-    given = {"--tokens": args.tokens != default.num_tokens,
-             "--max-epochs": args.max_epochs != default.max_epochs,
-             "--missing": args.missing != default.missing}
-    if idle := [option for option, is_given in given.items() if is_given and not args.blend]:
-        raise UserError(f"{idle[0]}: is for --blend; leave it out, or name a blend")
-    if args.dry_run and not (args.blend or args.search):
-        raise UserError("--dry-run: is for --blend and --search; leave it out")
     weighted = [part for part in parts if part.weight is not None]
     if weighted and (args.blend or args.search):
         raise UserError(f"{weighted[0].path}:{weighted[0].weight:g}: folders have no weights beside "
@@ -233,10 +255,10 @@ def _allotted(manifests: list[Manifest],
 def _check_fit(parts: list[Part], manifests: list[Manifest]) -> None:
     first = parts[0].path
     for part, manifest in zip(parts, manifests, strict=True):
-        for field in SHARED_FIELDS:
-            found, wanted = manifest.content[field], manifests[0].content[field]
+        for name in SHARED_FIELDS:
+            found, wanted = manifest.content[name], manifests[0].content[name]
             if found != wanted:
-                raise UserError(f"{part.path}: {field} is {found}, that of {first} is {wanted}; "
+                raise UserError(f"{part.path}: {name} is {found}, that of {first} is {wanted}; "
                                 "pack both in the same way")
     names = [s["name"] for m in manifests for s in m.content["sources"]]
     if twice := sorted({n for n in names if names.count(n) > 1}):

@@ -16,11 +16,12 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Lt
 from tqdm import tqdm
 
 from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
@@ -42,13 +43,14 @@ from megatron_sov.artifacts import (
     refuse_existing,
     sha256_file,
 )
-from megatron_sov.documents import KINDS, Document, Reading, Span, list_files, plan_units, read_span
+from megatron_sov.documents import Document, Reading, Span, list_files, plan_units, read_span
 from megatron_sov.documents.columns import column_problems
 from megatron_sov.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
 from megatron_sov.documents.records import completion_of
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.code import Code
+from megatron_sov.settings import AtLeastOne, Flag, Fraction, add_options, num_cores, read_options
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
@@ -60,6 +62,11 @@ NUM_PARTS, MIN_PART_BYTES, MAX_PART_BYTES = 20, 4_000, 20_000
 MAX_BUCKETS = 64
 """Sources that one may be sorted into; each writes files of its own at the same time."""
 _NAME = re.compile(r"\w[\w.-]*")
+
+
+Bos = Literal["none", "start"]
+Eod = Literal["append", "none"]
+OnBad = Literal["refuse", "quarantine"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,11 @@ class PackSettings:
     """Expected part of the documents in the split "heldout", in [0, 1)."""
     reading: Reading = field(default_factory=lambda: Reading("text"))
     """What records hold; its kind is the format."""
-    bos: str = "none"
+    bos: Bos = "none"
     """"start" or "none": whether documents begin with the tokenizer's bos."""
-    eod: str = "append"
+    eod: Eod = "append"
     """"append" or "none": whether documents end with the tokenizer's eos."""
-    on_bad: str = "refuse"
+    on_bad: OnBad = "refuse"
     """"refuse": stop at the first bad record; "quarantine": list them and go on."""
     shard_tokens: int = 2_000_000_000
     """Most tokens of one shard."""
@@ -110,60 +117,62 @@ class PackSettings:
         return p
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """Turn text, chats, preferences or prompts into token shards."""
+
+    tokenizer: Annotated[Path, Flag(value="DIR")]
+    """Tokenizer that `sov-tokenizer train` wrote."""
+    input: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)]
+    """A text, .jsonl, .json, .parquet or .arrow file (text and JSON also .gz and .zst) or a folder of them;
+    each is one source, named after the file or folder unless NAME is given; several may follow, and it may
+    be repeated."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the token shards."""
+    heldout: Annotated[Fraction, Flag(value="SHARE")] = PackSettings.heldout_share
+    """Part of the documents kept from training, chosen by a hash of their text."""
+    format: Literal["text", "chat", "preference", "prompt"] = "text"
+    """What records hold: text; chat: messages; preference: chosen and rejected; prompt: a prompt to respond
+    to."""
+    text_field: Annotated[str, Flag(value="NAME")] = Reading.text_field
+    """Field or column that holds the text."""
+    columns: Annotated[tuple[str, ...], Flag("--column", "NAME")] = ()
+    """A field with a number (of a preference, also a list of two: chosen, rejected) that goes with each
+    token into the objective; it may be repeated."""
+    bucket_by: Annotated[str, Flag(value="FIELD")] = ""
+    """Make each value of this field a source of its own, NAME-VALUE, for a curriculum's blends."""
+    tags: Annotated[tuple[str, ...], Flag("--tag", "KEY|[SOURCE:]KEY=VALUE")] = ()
+    """Say in the manifest what each source is, for blends: by a field of its records (kind), or by a value
+    (ko:kind=ko); it may be repeated."""
+    bos: Bos = "none"
+    """start: documents begin with bos."""
+    eod: Eod = "append"
+    """append: documents end with eos; prompts never do."""
+    on_bad: OnBad = "refuse"
+    """Bad records: stop at the first, or list them in quarantine.jsonl and go on."""
+    max_document_bytes: Annotated[AtLeastOne, Lt(1 << 31)] = Reading.max_document_bytes
+    """A longer record is a bad one."""
+    shard_tokens: AtLeastOne = PackSettings.shard_tokens
+    """Most tokens of one shard."""
+    steps: Annotated[tuple[str, ...], Flag("--step", "FILE.py:FUNCTION")] = ()
+    """A function of your own that changes documents or leaves them out; several work in order."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that encode; the output does not depend on it (default: this machine's cores)."""
+    overwrite: bool = False
+    """Replace token shards that are already there."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default, reading = PackSettings(), Reading()
     parser.description = DESCRIPTION
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR",
-                        help="tokenizer that `sov-tokenizer train` wrote")
-    parser.add_argument("--input", required=True, nargs="+", action="extend", metavar="[NAME=]PATH",
-                        help="a text, .jsonl, .json, .parquet or .arrow file (text and JSON also .gz and "
-                             ".zst) or a folder of them; each is one source, named after the file or folder "
-                             "unless NAME is given; several may follow, and it may be repeated")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
-                        help="folder for the token shards")
-    parser.add_argument("--heldout", type=float, default=default.heldout_share, metavar="SHARE",
-                        help="part of the documents kept from training, chosen by a hash of their text "
-                             "(default %(default)s)")
-    parser.add_argument("--format", choices=KINDS, default="text",
-                        help="what records hold: text; chat: messages; preference: chosen and rejected; "
-                             "prompt: a prompt to respond to (default %(default)s)")
-    parser.add_argument("--text-field", default=reading.text_field, metavar="NAME",
-                        help="field or column that holds the text (default %(default)s)")
-    parser.add_argument("--column", dest="columns", action="append", default=[], metavar="NAME",
-                        help="a field with a number (of a preference, also a list of two: chosen, rejected) "
-                             "that goes with each token into the objective; it may be repeated")
-    parser.add_argument("--bucket-by", default="", metavar="FIELD",
-                        help="make each value of this field a source of its own, NAME-VALUE, for a "
-                             "curriculum's blends")
-    parser.add_argument("--tag", dest="tags", action="append", default=[], metavar="KEY|[SOURCE:]KEY=VALUE",
-                        help="say in the manifest what each source is, for blends: by a field of its records "
-                             "(kind), or by a value (ko:kind=ko); it may be repeated")
-    parser.add_argument("--bos", choices=("none", "start"), default=default.bos,
-                        help="start: documents begin with bos (default %(default)s)")
-    parser.add_argument("--eod", choices=("append", "none"), default=default.eod,
-                        help="append: documents end with eos; prompts never do (default %(default)s)")
-    parser.add_argument("--on-bad", choices=("refuse", "quarantine"), default=default.on_bad,
-                        help=f"bad records: stop at the first, or list them in {QUARANTINE} and go on "
-                             "(default %(default)s)")
-    parser.add_argument("--max-document-bytes", type=int, default=reading.max_document_bytes, metavar="N",
-                        help="a longer record is a bad one (default %(default)s)")
-    parser.add_argument("--shard-tokens", type=int, default=default.shard_tokens, metavar="N",
-                        help="most tokens of one shard (default %(default)s)")
-    parser.add_argument("--step", dest="steps", action="append", default=[], metavar="FILE.py:FUNCTION",
-                        help="a function of your own that changes documents or leaves them out; "
-                             "several work in order")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes that encode; the output does not depend on it (default: "
-                             "this machine's cores)")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace token shards that are already there")
+    add_options(parser, PackOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data pack`; returns 0."""
+    args = read_options(PackOptions, typed)
     tag_fields, tags = parse_tags(args.tags)
-    reading = Reading(args.format, args.text_field, args.max_document_bytes, tuple(args.columns),
+    reading = Reading(args.format, args.text_field, args.max_document_bytes, args.columns,
                       args.bucket_by, tag_fields)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
                             named_steps(args.steps), tags)
@@ -172,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_sources(arguments: list[str]) -> list[Source]:
+def parse_sources(arguments: Sequence[str]) -> list[Source]:
     """Read `[NAME=]PATH` arguments.
 
     Raises:

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.groups import INPUT, Group, add_group_arguments, write_groups
+from data_prep.groups import INPUT, Group, GroupOptions, write_groups
+from megatron_sov.settings import add_options, read_options
 
 FILE = "pairs.jsonl"
 
@@ -17,11 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Turn groups of judged responses into pairs of the best and the worst, for "
                           "`sov-data pack --format preference`.  " + INPUT)
-    add_group_arguments(parser, FILE)
+    add_options(parser, GroupOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data pairs`; returns 0."""
+    args = read_options(GroupOptions, typed)
     write_groups(args.input, args.output, FILE, pair_of, keep_unfinished=args.keep_unfinished,
                  overwrite=args.overwrite)
     return 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from data_prep.libraries import require
 from data_prep.pipeline.known_steps import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
 command continues at the first unfinished shard when it is run again; a changed setting redoes what depends on
@@ -18,33 +20,43 @@ EPILOG = f"""Ready pipelines to copy: {READY}/*.yaml. Steps that a file may name
 stands in a file: docs/data_pipeline.md."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataRunOptions:
+    """Run a pipeline file over documents."""
+
+    pipeline: Annotated[Path, Flag("PIPELINE.yaml")]
+    """The pipeline file."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder of the run."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes; the output does not depend on it (default: this machine's cores)."""
+    cluster: Annotated[str, Flag(value="PROFILE")] = ""
+    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of
+    your own."""
+    account: Annotated[str | None, Flag(value="NAME")] = None
+    """Slurm account, where the profile names none."""
+    partition: Annotated[str | None, Flag(value="NAME")] = None
+    """Slurm partition, in place of the profile's."""
+    dry_run: bool = False
+    """Print what would be done, and what is done already; nothing is written."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument("pipeline", type=Path, metavar="PIPELINE.yaml", help="the pipeline file")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes; the output does not depend on it (default: this machine's cores)")
-    parser.add_argument("--cluster", default="", metavar="PROFILE",
-                        help="submit the run to Slurm: a cluster profile that comes with the package, or a "
-                             "YAML file of your own")
-    parser.add_argument("--account", metavar="NAME", help="Slurm account, where the profile names none")
-    parser.add_argument("--partition", metavar="NAME", help="Slurm partition, in place of the profile's")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print what would be done, and what is done already; nothing is written")
+    add_options(parser, DataRunOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data run`; returns 0."""
+    args = read_options(DataRunOptions, typed)
     from data_prep.pipeline.dry_run import describe
     from data_prep.pipeline.inputs import is_much, told, unknown_inputs
     from data_prep.pipeline.pipeline_file import load_pipeline
     from data_prep.pipeline.plan import make_plan
     from data_prep.pipeline.running import check_folder, refuse_inside_sources, run_pipeline
 
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
     if not args.cluster and (args.account or args.partition):
         raise UserError("--account, --partition: belong to --cluster; pass it too, or leave them out")
     pipeline = load_pipeline(args.pipeline)

@@ -4,39 +4,52 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.splits import SPLITS, TRAIN
 from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
 from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 LEARNED = ("⟦", "⟧")
 """Marks around tokens that carry a loss, in data that has a mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Print documents as the model will see them."""
+
+    data: Annotated[Path, Flag("DIR")]
+    """Folder that `sov-data pack` or `sov-data mix` wrote."""
+    source: Annotated[str | None, Flag(value="NAME")] = None
+    """One source only."""
+    split: Literal["train", "heldout"] = "train"
+    """Which split."""
+    count: AtLeastOne = 3
+    """Documents."""
+    max_tokens: AtLeastOne = 400
+    """Tokens shown of each."""
+    seed: int = 0
+    """Another seed shows other documents."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Print documents as the model will see them; in data with a loss mask, "
                           f"what is learned stands in {' '.join(LEARNED)}.")
-    parser.add_argument("data", type=Path, metavar="DIR",
-                        help="folder that `sov-data pack` or `sov-data mix` wrote")
-    parser.add_argument("--source", metavar="NAME", help="one source only")
-    parser.add_argument("--split", choices=SPLITS, default=TRAIN, help="which split (default %(default)s)")
-    parser.add_argument("--count", type=int, default=3, metavar="N", help="documents (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=400, metavar="N",
-                        help="tokens shown of each (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="another seed shows other documents (default %(default)s)")
+    add_options(parser, SampleOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print the documents; returns 0."""
+    args = read_options(SampleOptions, typed)
     for line in sample(args.data, args.source, args.split, args.count, args.max_tokens, args.seed):
         print(line)
     return 0
@@ -47,12 +60,8 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
     repeats, in their order.
 
     Raises:
-        UserError: `data` is no artifact of token shards, or has no such source or documents, or
-            a number is below 1.
+        UserError: `data` is no artifact of token shards, or has no such source or documents.
     """
-    for option, number in (("--count", count), ("--max-tokens", max_tokens)):
-        if number < 1:
-            raise UserError(f"{option} {number}: must be at least 1")
     content = read_tokens_manifest(data).content
     shards = list(shards_of(data, content, source, split))
     places = [(n, i) for n, s in enumerate(shards) for i in _drawn(s, count, seed + n)]
@@ -64,7 +73,7 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
     return [line for n, i in chosen for line in _shown(shards[n], i, max_tokens, tokenizer)]
 
 
-def _drawn(shard: Shard, count: int, seed: int) -> list[int]:
+def _drawn(shard: Shard, count: AtLeastOne, seed: int) -> list[int]:
     """Return up to `count` documents of a shard."""
     total = shard.record["num_documents"]
     return random.Random(seed).sample(range(total), min(count, total))

@@ -7,8 +7,9 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -20,23 +21,33 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.errors import UserError
 from megatron_sov.media.marks import name_of
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.settings import Flag, add_options, read_options
 
 _BLOCK_ITEMS = 1 << 22
 _BAR_CHARS = 40
 PERCENTILES = (5, 50, 95)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataStatsOptions:
+    """Show what token shards hold, per source."""
+
+    data: Annotated[Path, Flag("DIR")]
+    """Folder that `sov-data pack` or `sov-data mix` wrote."""
+    json: bool = False
+    """Print the numbers as JSON."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Show, per source: a histogram of document lengths, tokens that are learned, "
                           "special tokens, unused ids.")
-    parser.add_argument("data", type=Path, metavar="DIR",
-                        help="folder that `sov-data pack` or `sov-data mix` wrote")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add_options(parser, DataStatsOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print the statistics; returns 0."""
+    args = read_options(DataStatsOptions, typed)
     found = statistics(args.data)
     print(to_json(found) if args.json else "\n".join(_shown(found)))
     return 0

@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.errors import UserError
+from megatron_sov.settings import (
+    AtLeastOne,
+    Code,
+    Flag,
+    Problem,
+    SettingsError,
+    Share,
+    add_options,
+    check,
+    read_options,
+)
 
 KIND = "corpus"
 FILE = "trajectories.jsonl"
@@ -41,64 +52,60 @@ class Solution:
 class TrajectorySettings:
     """How documents are made."""
 
-    least: int = 2
-    """A query with fewer different solutions is left out."""
-    most: int = 5
+    least: AtLeastOne = 2
+    """Leave out queries with fewer different solutions."""
+    most: AtLeastOne = 5
     """Solutions of a document at most."""
-    max_similarity: float = 0.8
-    """A solution that is more similar than this to one chosen before is no other solution."""
+    max_similarity: Annotated[Share, Flag(value="S")] = 0.8
+    """Jaccard index of word triples above which two solutions are the same one."""
     think: Think = "tags"
-    """tags: <think> and </think> around what was thought; plain: without them; drop: answers alone."""
+    """Thoughts between <think> tags, without tags, or left out."""
     heading: str = "Solution {}"
-    """Line above each solution; {} is its number."""
+    """Line above each solution, {} for its number."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        rules = [
-            (1 <= self.least <= self.most,
-             f"--least {self.least} and --most {self.most}: need 1 <= least <= most"),
-            (0 <= self.max_similarity <= 1, f"--max-similarity {self.max_similarity}: must lie in [0, 1]"),
-            (self.heading.count("{}") == 1,
-             f"--heading {self.heading!r}: must hold {{}} once, for the solution's number"),
-        ]
-        return [sentence for holds, sentence in rules if not holds]
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = []
+        if self.least > self.most:
+            p.append(Problem(Code.RULE, "least", f"is more than --most {self.most}", self.least))
+        if self.heading.count("{}") != 1:
+            p.append(Problem(Code.RULE, "heading", "must hold {} once, for the solution's number",
+                             self.heading))
+        return p
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoriesOptions:
+    """Join each query with solutions that differ."""
+
+    input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
+    """A .jsonl file, one query with its solutions a line; several may follow, and it may be repeated."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for trajectories.jsonl."""
+    settings: TrajectorySettings = field(default_factory=TrajectorySettings)
+    overwrite: bool = False
+    """Replace a corpus that is already there."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = TrajectorySettings()
     parser.description = ("Join each query with two to five solutions that differ to one document of text, "
                           "for `sov-data pack`. "
                           'A line of the input is {"query": ..., "solutions": [...]}; '
                           'a solution is a string or {"thinking": ..., "answer": ...}. '
                           "Or it is a chat of one question and one answer; chats of one question in a row, "
                           "as of `sov-data synth solutions`, are its solutions.")
-    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
-                        help="a .jsonl file, one query with its solutions a line; several may follow, and it "
-                             "may be repeated")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {FILE}")
-    parser.add_argument("--least", type=int, default=default.least, metavar="N",
-                        help="leave out queries with fewer different solutions (default %(default)s)")
-    parser.add_argument("--most", type=int, default=default.most, metavar="N",
-                        help="solutions of a document at most (default %(default)s)")
-    parser.add_argument("--max-similarity", type=float, default=default.max_similarity, metavar="S",
-                        help="Jaccard index of word triples above which two solutions are the same one "
-                             "(default %(default)s)")
-    parser.add_argument("--think", choices=get_args(Think), default=default.think,
-                        help="thoughts between <think> tags, without tags, or left out (default %(default)s)")
-    parser.add_argument("--heading", default=default.heading, metavar="TEXT",
-                        help="line above each solution, {} for its number (default %(default)r)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
+    add_options(parser, TrajectoriesOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data trajectories`; returns 0."""
-    settings = TrajectorySettings(args.least, args.most, args.max_similarity, args.think, args.heading)
-    write_trajectories(args.input, args.output, settings, overwrite=args.overwrite)
+    args = read_options(TrajectoriesOptions, typed)
+    write_trajectories(args.input, args.output, args.settings, overwrite=args.overwrite)
     return 0
 
 
-def write_trajectories(files: list[Path], output: Path, settings: TrajectorySettings, *,
+def write_trajectories(files: Sequence[Path], output: Path, settings: TrajectorySettings, *,
                        overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with one document for each query that has enough solutions.
 
@@ -106,8 +113,8 @@ def write_trajectories(files: list[Path], output: Path, settings: TrajectorySett
         UserError: settings or a record break a rule, or no query has enough solutions;
             nothing is written then.
     """
-    if problems := settings.problems():
-        raise UserError("; ".join(problems))
+    if problems := check(settings) or settings.problems():
+        raise SettingsError("trajectories", problems)
     refuse_existing(output, KIND, overwrite)
     made = short = solutions = 0
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:

@@ -12,37 +12,45 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_prep.groups import INPUT, KIND, Group, add_group_arguments, read_groups
+from data_prep.groups import INPUT, KIND, Group, GroupOptions, read_groups
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents.records import DESIRABLE
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Flag, add_options, read_options
 
 FILE = "unpaired.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedOptions(GroupOptions):
+    """Turn judged responses into what KTO learns from."""
+
+    good_from: Annotated[float, Flag(value="REWARD")] = 0.5
+    """A response with at least this reward is a good one; "label": true counts as 1, false as 0."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Turn judged responses into the pairs that KTO learns from, for `sov-data pack "
                           "--format preference --column desirable`.  " + INPUT)
-    add_group_arguments(parser, FILE)
-    parser.add_argument("--good-from", type=float, default=0.5, metavar="REWARD",
-                        help='a response with at least this reward is a good one; "label": true counts as 1, '
-                             "false as 0 (default %(default)s)")
+    add_options(parser, UnpairedOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data unpaired`; returns 0."""
+    args = read_options(UnpairedOptions, typed)
     write_unpaired(args.input, args.output, args.good_from, keep_unfinished=args.keep_unfinished,
                    overwrite=args.overwrite)
     return 0
 
 
-def write_unpaired(files: list[Path], output: Path, good_from: float, *, keep_unfinished: bool = False,
+def write_unpaired(files: Sequence[Path], output: Path, good_from: float, *, keep_unfinished: bool = False,
                    overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with a record for each response.
 
@@ -98,7 +106,7 @@ def records_of(group: Group, others: list[list[dict[str, Any]]], good_from: floa
 
 
 def _beside_another(groups: Iterable[Group],
-                    files: list[Path]) -> Iterator[tuple[Group, list[list[dict[str, Any]]]]]:
+                    files: Sequence[Path]) -> Iterator[tuple[Group, list[list[dict[str, Any]]]]]:
     """Yield each group with responses to the prompt before its own, one for each of its responses; groups of
     the first prompt come last, with those to the last other one."""
     first: list[Group] = []

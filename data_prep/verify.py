@@ -4,10 +4,10 @@ what it is meant for?"""
 from __future__ import annotations
 
 import argparse
-import math
 from array import array
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.media.banks import MEDIA
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.settings import AboveZero, Flag, add_options, read_options
 
 _BLOCK_ITEMS = 1 << 22
 SIDECAR_VALUES = {"loss": (0.0, 1.0), "type": (0, 1, 2), "kind": (KIND_NONE, *KINDS.values())}
@@ -30,27 +31,33 @@ MANY_EPOCHS = 4
 """Repeating text more often than this gains little (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataVerifyOptions:
+    """Check token shards before a run."""
+
+    data: Annotated[Path, Flag("DIR")]
+    """Folder that `sov-data pack` or `sov-data mix` wrote."""
+    tokens: Annotated[AboveZero | None, Flag(value="N")] = None
+    """Tokens that the run will consume, e.g. 2e9."""
+    blend: Annotated[str | None, Flag(value="NAME=W,...")] = None
+    """Weights of the sources in that run (default: by their tokens)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Check token shards before a run: file hashes, indices, range of ids, "
                           "ends of documents, no document in both splits; count duplicates; "
                           "with --tokens, how often a run of that size repeats each source.")
-    parser.add_argument("data", type=Path, metavar="DIR",
-                        help="folder that `sov-data pack` or `sov-data mix` wrote")
-    parser.add_argument("--tokens", type=float, metavar="N",
-                        help="tokens that the run will consume, e.g. 2e9")
-    parser.add_argument("--blend", metavar="NAME=W,...",
-                        help="weights of the sources in that run (default: by their tokens)")
+    add_options(parser, DataVerifyOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Check and say so; returns 0 where all is well.
 
     Raises:
         UserError: listing every problem.
     """
-    if args.tokens is not None and not 0 < args.tokens < math.inf:
-        raise UserError(f"--tokens {args.tokens:g}: must be a positive number, e.g. 2e9")
+    args = read_options(DataVerifyOptions, typed)
     content = read_tokens_manifest(args.data).content
     weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data_prep.demo.korean import Unavailable, korean_pages
 from data_prep.demo.python import (
@@ -24,6 +26,7 @@ from data_prep.demo.python import (
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import cut_text, list_files, read_documents
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Flag, add_options, read_options
 
 KIND = "corpus"
 ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
@@ -34,20 +37,30 @@ USER_DOCUMENT_BYTES = 20_000
 """One's own files are cut at blank lines into documents of this size, so that some can be held out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoCorpusOptions:
+    """Gather a small corpus from this machine."""
+
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the corpus."""
+    user: Path | None = None
+    """Your own text: a file, a .jsonl file or a folder; replaces the gathered text (chats are still made
+    from docstrings)."""
+    overwrite: bool = False
+    """Replace a corpus that is already there."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's "
                           "Python, its packages and Debian documentation packages; "
                           "or, with --user, user.jsonl and chat.jsonl.")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the corpus")
-    parser.add_argument("--user", type=Path, metavar="PATH",
-                        help="your own text: a file, a .jsonl file or a folder; "
-                             "replaces the gathered text (chats are still made from docstrings)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
+    add_options(parser, DemoCorpusOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data demo-corpus`; returns 0."""
+    args = read_options(DemoCorpusOptions, typed)
     gather(args.output, user=args.user, overwrite=args.overwrite)
     return 0
 

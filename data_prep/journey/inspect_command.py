@@ -3,13 +3,49 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data_prep import inspect_tokens
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne, Code, Flag, NotNegativeInt, Problem, add_options, read_options
 
 PIPELINE_ONLY = ("id", "where", "text", "dropped", "source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Look into token shards, or at a document's way through a pipeline."""
+
+    data: Annotated[Path, Flag("DIR")]
+    """Folder that `sov-data pack`, `sov-data mix` or `sov-data run` wrote."""
+    id: Annotated[str | None, Flag(value="ID")] = None
+    """Show this document at each step."""
+    where: Annotated[str | None, Flag(value="FILE")] = None
+    """List the documents that were read from this file, and what could not be read."""
+    text: Annotated[str | None, Flag(value="WORDS")] = None
+    """List documents whose text, as it was read, has these."""
+    dropped: Annotated[str | None, Flag(value="REASON", alone="")] = None
+    """List documents that were dropped, or those whose reason has these words."""
+    source: Annotated[str | None, Flag(value="NAME")] = None
+    """Look into one source only."""
+    count: AtLeastOne = 20
+    """Ids that are listed at most."""
+    scan_bytes: AtLeastOne = 10 * 2 ** 30
+    """Bytes of shards that a search reads at most."""
+    chars: NotNegativeInt = 600
+    """Characters of the text that --id shows (0: all)."""
+    json: bool = False
+    """Print a document's way as JSON."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        first, *others = [name for name in ("id", "where", "text", "dropped")
+                          if getattr(self, name) is not None] or [""]
+        return [Problem(Code.RULE, name, f"goes without --{first}; ask one thing at a time")
+                for name in others]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,27 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Of token shards: documents, tokens and bytes per token of each source. Of what "
                           "`sov-data run` wrote: the sources, or with --id a document's way through all "
                           "steps; --where, --text and --dropped find ids.")
-    parser.add_argument("data", type=Path, metavar="DIR",
-                        help="folder that `sov-data pack`, `sov-data mix` or `sov-data run` wrote")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--id", metavar="ID", help="show this document at each step")
-    which.add_argument("--where", metavar="FILE",
-                       help="list the documents that were read from this file, and what could not be read")
-    which.add_argument("--text", metavar="WORDS", help="list documents whose text, as it was read, has these")
-    which.add_argument("--dropped", nargs="?", const="", metavar="REASON",
-                       help="list documents that were dropped, or those whose reason has these words")
-    parser.add_argument("--source", metavar="NAME", help="look into one source only")
-    parser.add_argument("--count", type=int, default=20, metavar="N",
-                        help="ids that are listed at most (default %(default)s)")
-    parser.add_argument("--scan-bytes", type=int, default=10 * 2**30, metavar="N",
-                        help="bytes of shards that a search reads at most (default %(default)s)")
-    parser.add_argument("--chars", type=int, default=600, metavar="N",
-                        help="characters of the text that --id shows (default %(default)s; 0: all)")
-    parser.add_argument("--json", action="store_true", help="print a document's way as JSON")
+    add_options(parser, InspectOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Print what is asked for; returns 0."""
+    args = read_options(InspectOptions, typed)
     from data_prep.journey import telling
     from data_prep.journey.folder import Corpus, is_corpus
 
@@ -57,11 +78,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: InspectOptions) -> None:
     """Raise `UserError` on values that mean nothing."""
-    for name, least in (("count", 1), ("scan_bytes", 1), ("chars", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     for name in PIPELINE_ONLY:
         value = getattr(args, name)
         if value == "" and name != "dropped":

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated
 
 from data_prep.provenance import SYNTHESIS
 from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.settings import Flag, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReportOptions:
+    """Write what a run of the pipeline or of synthesis did as one page."""
+
+    data: Annotated[Path, Flag("DIR")]
+    """Folder that `sov-data run` or `sov-data synth` wrote."""
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """The page (default: DIR-report.html beside DIR, which stays as its manifest has it)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,15 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           "changed and why, with examples, and what the output holds. `sov-data run` leaves "
                           "one at its end. Of a folder of `sov-data synth`: what was kept and rejected and "
                           "why, what it has cost, and samples.")
-    parser.add_argument("data", type=Path, metavar="DIR",
-                        help="folder that `sov-data run` or `sov-data synth` wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the page (default: DIR-report.html beside DIR, which stays as its manifest has "
-                             "it)")
+    add_options(parser, DataReportOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Write the page; returns 0."""
+    args = read_options(DataReportOptions, typed)
     from megatron_sov.outputs import check_output
 
     folder = args.data.resolve()

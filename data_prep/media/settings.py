@@ -7,18 +7,22 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
+from megatron_sov.settings import check
 
 CODE_VERSION = 1
 """Raised when the same input and settings would give another unit."""
-STOP, SKIP = "stop", "skip"
-CALL, CONTENT = "call", "content"
+Animated = Literal["refuse", "first"]
+Drawn = Literal["call", "content"]
+BadMedia = Literal["stop", "skip"]
+STOP, SKIP = get_args(BadMedia)
+CALL, CONTENT = get_args(Drawn)
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,12 @@ class MediaSettings:
     """Frames of a video that are taken of a second."""
     most_frames: int = 64
     """Of a video."""
-    animated: str = "refuse"
+    animated: Animated = "refuse"
     """What becomes of an animated picture: "refuse", or "first" takes its first frame."""
-    drawn: str = CALL
+    drawn: Drawn = "call"
     """Where a picture stands that an assistant draws: `CALL`, a tool call as the published model draws; or
     `CONTENT`, in what it says, for templates that show no calls."""
-    bad_media: str = STOP
+    bad_media: BadMedia = "stop"
     """What becomes of a record with a bad medium: `STOP` at the first, or `SKIP` and list it."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Of each medium."""
@@ -53,7 +57,7 @@ class MediaSettings:
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that breaks a rule."""
-        p = self.limits.problems()
+        p = [str(problem.below("limits")) for problem in check(self.limits)]
         if not self.media_root.is_dir():
             p.append(f"--media-root {self.media_root}: is no folder; name the one that paths in the "
                      "records begin "

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from data_prep.synth.checks import arguments
+from data_prep.synth.checks.arguments import CheckOptions
 from megatron_sov.errors import UserError
+from megatron_sov.settings import (
+    AboveZero,
+    AtLeastOne,
+    Flag,
+    NotNegative,
+    NotNegativeInt,
+    add_options,
+    num_cores,
+    parse_nested,
+    read_options,
+)
 
 if TYPE_CHECKING:
     from data_prep.synth.models import Model
     from data_prep.synth.running import Order
 
-DESCRIPTION = """Make data with a model: a generator asks, checks what comes back, and keeps what passes. A
-killed command goes on when it is run again, and pays for no answer twice; one that has used up a limit ends
-with 75 and goes on when the limit is raised."""
 EPILOG = "Generators: --list. What stands in the output folder: docs/synth.md."
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)
@@ -26,89 +36,115 @@ _OF_A_JUDGE = ("--judge-api-key-env", "--judge-input-price", "--judge-output-pri
                "--judge-max-tokens-field")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SynthModelOptions:
+    """Who writes, and who judges."""
+
+    engine: Annotated[str, Flag(value="URL|DIR")] = ""
+    """The model that writes: an OpenAI-compatible address up to /v1, or a checkpoint or Hugging Face
+    folder."""
+    model: Annotated[str, Flag(value="NAME")] = ""
+    """Its name at the address."""
+    api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
+    """Variable of the environment with the key of the address (default: OPENAI_API_KEY)."""
+    input_price: float | None = None
+    """Of a million tokens that it reads."""
+    output_price: float | None = None
+    """Of a million tokens that it writes."""
+    max_tokens_field: Annotated[str | None, Flag(value="NAME")] = None
+    """What it is told the longest answer by: max_tokens, max_completion_tokens, or none (default:
+    max_tokens)."""
+    judge_engine: Annotated[str, Flag(value="URL|DIR")] = ""
+    """The model that judges, likewise (default: that which writes)."""
+    judge_model: Annotated[str, Flag(value="NAME")] = ""
+    """Its name at the address."""
+    judge_api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
+    """Variable of the environment with the key of the judge's address."""
+    judge_input_price: float | None = None
+    """Of a million tokens that the judge reads."""
+    judge_output_price: float | None = None
+    """Of a million tokens that the judge writes."""
+    judge_max_tokens_field: Annotated[str | None, Flag(value="NAME")] = None
+    """What the judge is told the longest answer by (default: that of the model that writes)."""
+    judge_max_tokens: AtLeastOne = 1024
+    """Longest answer of whoever judges, with its thoughts."""
+    same_model: bool = False
+    """Endpoints' models are those whose answers are kept, though they answer fixed questions otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthLimitOptions:
+    """What a run may take."""
+
+    threads: AtLeastOne = 16
+    """Requests at a time."""
+    timeout: Annotated[AboveZero, Flag(value="S")] = 600.0
+    """Seconds for one request."""
+    max_attempts: AtLeastOne = 5
+    """For one request."""
+    patience: Annotated[str, Flag(value="TIME")] = "10m"
+    """How long an endpoint that is full or away is waited for."""
+    max_tokens_total: NotNegativeInt = 0
+    """End with 75 before all commands on this folder have used more tokens (0: no limit)."""
+    max_cost: NotNegative = 0.0
+    """End with 75 before they have cost more (0: no limit)."""
+    max_time: Annotated[str, Flag(value="TIME")] = ""
+    """End with 75 before this command has taken longer, e.g. 2h or 1h30m."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthClusterOptions:
+    """Where a run is submitted to."""
+
+    cluster: Annotated[str, Flag(value="PROFILE")] = ""
+    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of your own."""
+    account: Annotated[str | None, Flag(value="NAME")] = None
+    """Slurm account, where the profile names none."""
+    partition: Annotated[str | None, Flag(value="NAME")] = None
+    """Slurm partition, in place of the profile's."""
+    serve_vllm: Annotated[Path | None, Flag(value="DIR")] = None
+    """With --cluster: submit a vLLM server of this model beside the workers, in place of --engine."""
+    vllm_args: Annotated[str, Flag(value="WORDS")] = ""
+    """More arguments of `vllm serve`, in quotes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, CheckOptions):
+    """Make data with a model: a generator asks, checks what comes back, and keeps what passes.
+
+    A killed command goes on when it is run again, and pays for no answer twice; one that has used up a limit
+    ends with 75 and goes on when the limit is raised."""
+
+    generator: Annotated[str, Flag("GENERATOR")] = ""
+    """What is made."""
+    list: bool = False
+    """List the generators, or the settings of GENERATOR, and end."""
+    input: Annotated[tuple[Path, ...], Flag(many=True)] = ()
+    """What items are made from: files, or folders of them."""
+    output: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder of the run."""
+    changes: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """Setting of the generator."""
+    prompts: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder of templates that go before the packaged ones of the same name."""
+    limit: int | None = None
+    """First N items alone."""
+    redo: bool = False
+    """Make all items again, with other settings, templates or models, or a changed input; answers that still
+    fit cost nothing."""
+    workers: AtLeastOne | None = None
+    """Processes of the checks (default: this machine's cores); with --cluster, jobs that ask (default: 4)."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("generator", nargs="?", default="", metavar="GENERATOR", help="what is made")
-    parser.add_argument("--list", action="store_true",
-                        help="list the generators, or the settings of GENERATOR, and end")
-    parser.add_argument("--input", nargs="+", action="extend", type=Path, default=[], metavar="PATH",
-                        help="what items are made from: files, or folders of them")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the run")
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="key=value",
-                        help="setting of the generator")
-    parser.add_argument("--prompts", type=Path, metavar="DIR",
-                        help="folder of templates that go before the packaged ones of the same name")
-    parser.add_argument("--limit", type=int, metavar="N", help="first N items alone")
-    parser.add_argument("--redo", action="store_true",
-                        help="make all items again, with other settings, templates or models, or a changed "
-                             "input; answers that still fit cost nothing")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        help="processes of the checks (default: this machine's cores); with --cluster, jobs "
-                             "that ask (default: 4)")
-    _add_models(parser)
-    _add_limits(parser)
-    _add_cluster(parser)
-    arguments.add_arguments(parser)
+    parser.epilog = EPILOG
+    add_options(parser, SynthOptions)
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    for prefix, what in (("", "the model that writes"), ("judge-", "the model that judges")):
-        default = "" if not prefix else " (default: that which writes)"
-        parser.add_argument(f"--{prefix}engine", default="", metavar="URL|DIR",
-                            help=f"{what}: an OpenAI-compatible address up to /v1, or a checkpoint or "
-                                 f"Hugging Face folder{default}")
-        parser.add_argument(f"--{prefix}model", default="", metavar="NAME", help="its name at the address")
-        parser.add_argument(f"--{prefix}api-key-env", default=None, metavar="VARIABLE",
-                            help="variable of the environment with the key of the address"
-                                 + ("" if prefix else " (default: OPENAI_API_KEY)"))
-        parser.add_argument(f"--{prefix}input-price", type=float, metavar="X",
-                            help="of a million tokens that it reads")
-        parser.add_argument(f"--{prefix}output-price", type=float, metavar="X",
-                            help="of a million tokens that it writes")
-        parser.add_argument(f"--{prefix}max-tokens-field", metavar="NAME",
-                            help="what it is told the longest answer by: max_tokens, max_completion_tokens, "
-                                 "or none" + (" (default: that of the model that writes)" if prefix else
-                                              " (default: max_tokens)"))
-    parser.add_argument("--judge-max-tokens", type=int, default=1024, metavar="N",
-                        help="longest answer of whoever judges, with its thoughts (default: %(default)s)")
-    parser.add_argument("--same-model", action="store_true",
-                        help="endpoints' models are those whose answers are kept, though they answer fixed "
-                             "questions otherwise")
-
-
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, default=16, metavar="N",
-                        help="requests at a time (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S",
-                        help="seconds for one request (default: %(default)g)")
-    parser.add_argument("--max-attempts", type=int, default=5, metavar="N",
-                        help="for one request (default: %(default)s)")
-    parser.add_argument("--patience", default="10m", metavar="TIME",
-                        help="how long an endpoint that is full or away is waited for (default: %(default)s)")
-    parser.add_argument("--max-tokens-total", type=int, default=0, metavar="N",
-                        help="end with 75 before all commands on this folder have used more tokens")
-    parser.add_argument("--max-cost", type=float, default=0.0, metavar="X",
-                        help="end with 75 before they have cost more")
-    parser.add_argument("--max-time", default="", metavar="TIME",
-                        help="end with 75 before this command has taken longer, e.g. 2h or 1h30m")
-
-
-def _add_cluster(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", default="", metavar="PROFILE",
-                        help="submit the run to Slurm: a cluster profile that comes with the package, or a "
-                             "YAML file of your own")
-    parser.add_argument("--account", metavar="NAME", help="Slurm account, where the profile names none")
-    parser.add_argument("--partition", metavar="NAME", help="Slurm partition, in place of the profile's")
-    parser.add_argument("--serve-vllm", type=Path, metavar="DIR",
-                        help="with --cluster: submit a vLLM server of this model beside the workers, in "
-                             "place of --engine")
-    parser.add_argument("--vllm-args", default="", metavar="WORDS",
-                        help="more arguments of `vllm serve`, in quotes")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data synth`; returns 0, or 3 where people's labels do not agree with the checks."""
+    args = read_options(SynthOptions, typed)
     from data_prep.synth.listing import generators, settings_of_generator
     from data_prep.synth.running import run_order
 
@@ -118,10 +154,8 @@ def run(args: argparse.Namespace) -> int:
     if args.serve_vllm is not None:
         if args.engine or not args.cluster:
             raise UserError("--serve-vllm: stands in place of --engine, and needs --cluster")
-        args.engine = str(args.serve_vllm)
+        args = dataclasses.replace(args, engine=str(args.serve_vllm))
     order = order_of(args)
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
     if not args.cluster:
         if args.account or args.partition or args.vllm_args:
             raise UserError("--account, --partition, --vllm-args: belong to --cluster; pass it too, or leave "
@@ -135,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def order_of(args: argparse.Namespace) -> Order:
+def order_of(args: SynthOptions) -> Order:
     """Return what the arguments ask for.
 
     Raises:
@@ -144,7 +178,6 @@ def order_of(args: argparse.Namespace) -> Order:
     from data_prep.synth.budget import Most
     from data_prep.synth.models import Asked
     from data_prep.synth.running import Order
-    from megatron_sov.settings import parse_nested
 
     if not args.generator:
         raise UserError("sov-data synth: say which generator; --list lists them")
@@ -158,13 +191,14 @@ def order_of(args: argparse.Namespace) -> Order:
     time_s = duration_s("--max-time", args.max_time) if args.max_time else 0.0
     if args.max_time and not time_s:
         raise UserError(f"--max-time {args.max_time}: leaves no time; leave it out for no limit")
-    return Order(args.generator, args.output, writer, judge, tuple(args.input), parse_nested(args.changes),
+    assert args.output is not None
+    return Order(args.generator, args.output, writer, judge, args.input, parse_nested(args.changes),
                  args.prompts, asked, Most(args.max_tokens_total, args.max_cost, time_s), args.limit,
-                 arguments.settings_of(args),
-                 (None if args.cluster else args.workers) or len(os.sched_getaffinity(0)), args.redo)
+                 args.check_settings(),
+                 (None if args.cluster else args.workers) or num_cores(), args.redo)
 
 
-def models_of(args: argparse.Namespace) -> tuple[Model, Model]:
+def models_of(args: SynthOptions) -> tuple[Model, Model]:
     """Return the model that writes and the one that judges.  A key is sent to another address only where its
     variable is named for it.
 

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
@@ -25,10 +25,27 @@ from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import WORDS, find_units
 from megatron_sov.documents.plain import forms
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.settings import Flag, NotNegativeInt, add_options, read_options
 
 KIND = "probing_sets"
 MIN_WORDS = 5
 """A shorter problem cannot be looked for, and is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingSetsOptions:
+    """Write one file of problems for each domain."""
+
+    input: Annotated[tuple[Path, ...], Flag(many=True)]
+    """The folder of `sov-data synth probes`, or lines with prompt, answer and domain."""
+    against: Annotated[tuple[Path, ...], Flag(many=True)] = ()
+    """.jsonl files, or folders of them, of what checkpoints are trained on: text, chats or prompts."""
+    per_domain: NotNegativeInt = 0
+    """Problems of a set at most (default: all)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the sets."""
+    overwrite: bool = False
+    """Replace sets that are already there."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = ("Write one file of problems for each domain, without those that stand in the "
                           "training input, as an artifact whose hashes say that they stay the same.")
-    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="PATH",
-                        help="the folder of `sov-data synth probes`, or lines with prompt, answer and domain")
-    parser.add_argument("--against", nargs="+", action="extend", type=Path, default=[], metavar="PATH",
-                        help=".jsonl files, or folders of them, of what checkpoints are trained on: text, "
-                             "chats or prompts")
-    parser.add_argument("--per-domain", type=int, default=0, metavar="N",
-                        help="problems of a set at most (default: all)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the sets")
-    parser.add_argument("--overwrite", action="store_true", help="replace sets that are already there")
+    add_options(parser, ProbingSetsOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Run `sov-data probing-sets`; returns 0."""
+    args = read_options(ProbingSetsOptions, typed)
     content = freeze(args.input, args.against, args.output, args.per_domain, overwrite=args.overwrite)
     for domain, count in content["domains"].items():
         print(f"{domain}: {count:,} problems")

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from megatron_sov.command_line import Parser, fill_commands
 from megatron_sov.errors import ExitCode
+from megatron_sov.settings import Flag, add_options, read_options
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompletionOptions:
+    """Print what a shell has to know to complete commands and options."""
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], Flag("SHELL")]
+    """Which shell: bash, zsh or fish."""
+    program: Annotated[Literal["megatron-sov", "sov-data", "sov-tokenizer"], Flag("PROGRAM")] = "megatron-sov"
+    """Whose commands: megatron-sov (default), sov-data or sov-tokenizer."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
-    parser.add_argument("program", nargs="?", choices=PROGRAMS, default="megatron-sov",
-                        help="whose commands (default megatron-sov)")
+    add_options(parser, CompletionOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the completion file."""
+    options = read_options(CompletionOptions, args)
     import shtab
 
-    print(shtab.complete(parser_with_all(args.program), shell=args.shell))
+    print(shtab.complete(parser_with_all(options.program), shell=options.shell))
     return ExitCode.OK
 
 

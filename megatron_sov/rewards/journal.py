@@ -67,7 +67,7 @@ def folder_of(output: Path) -> Path:
 def num_kept(output: Path, identity: dict[str, Any]) -> int:
     """Return how many whole rows the journal of an output holds for this identity; changes nothing."""
     folder = folder_of(output)
-    return _whole_rows(folder / ROWS)[0] if _identity(folder) == identity else 0
+    return _whole_rows(folder / ROWS)[0] if _is_of(folder, identity) else 0
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     """
     folder = folder_of(output)
     with held(folder, output):
-        if _identity(folder) != identity:
+        if not _is_of(folder, identity):
             (folder / ROWS).unlink(missing_ok=True)
             atomic_write(folder / IDENTITY, json.dumps(identity))
         num_done, end = _whole_rows(folder / ROWS)
@@ -96,11 +96,12 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
             journal.close()
 
 
-def _identity(folder: Path) -> Any:
+def _is_of(folder: Path, identity: dict[str, Any]) -> bool:
+    """Return whether rows are of an identity, as its file has it: a tuple is a list there."""
     try:
-        return json.loads((folder / IDENTITY).read_bytes())
+        return bool(json.loads((folder / IDENTITY).read_bytes()) == json.loads(json.dumps(identity)))
     except (OSError, ValueError):
-        return None
+        return False
 
 
 def _whole_rows(path: Path) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
     Args:
         folder: of the rounds.
         file: the note, in the folder.
-        asked: JSON values.
+        asked: what becomes JSON.
         option: names the folder.
         what: is done there, as messages say it.
         made_anew: files that each command makes, so that they are nothing that was done.
@@ -51,7 +51,8 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
         begun = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    changed = {name: value for name, value in asked.items() if begun.get(name) != value}
+    now = json.loads(to_json(asked))  # as the note has it: a tuple is a list there
+    changed = {name: value for name, value in now.items() if begun.get(name) != value}
     if changed:
         told = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in changed.items()]
         words = [f"--{name.replace('_', '-')} {shlex.quote(str(begun[name]))}" for name in changed

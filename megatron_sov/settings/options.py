@@ -47,6 +47,8 @@ class Flag:
     """What help calls the value, e.g. `SHARE`; "": by the type."""
     many: bool = False
     """Whether several values may follow at once."""
+    alone: str | None = None
+    """What the option stands for where no value follows it; None: one must."""
     group: str = ""
     """Heading under which help lists it."""
     help: str = ""
@@ -135,6 +137,8 @@ def _arity(given: _Given) -> dict[str, Any]:
         if given.repeats:
             return {"nargs": "+" if given.is_required else "*", "default": argparse.SUPPRESS}
         return {} if given.is_required else {"nargs": "?", "default": argparse.SUPPRESS}
+    if given.flag.alone is not None:
+        return {"nargs": "?", "const": given.flag.alone, "default": argparse.SUPPRESS}
     many = {"nargs": "+", "action": "extend"} if given.flag.many else {"action": "append"}
     # both would add to a default
     return {"required": given.is_required, "default": argparse.SUPPRESS, **(many if given.repeats else {})}
@@ -183,7 +187,9 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
             problems.append(Problem(Code.TYPE, given.dest, "is empty, where a file or folder is to be named"))
         node[given.path[-1]] = [_typed(text, given.hint) for text in value] if given.repeats else \
             _typed(value, given.hint)
-    settings, found = find_problems(cls, raw)
+    kept: dict[str, str] = {}
+    settings, found = find_problems(cls, _each_text(raw, lambda text: _held(text, kept)))
+    settings = _each_text(settings, lambda text: kept.get(text, text)) if kept else settings
     problems += found
     if settings is not None and not problems:
         problems = list(_broken_rules(settings))
@@ -213,6 +219,31 @@ def run_action(actions: Actions, args: argparse.Namespace) -> int:
 def options_of(args: argparse.Namespace) -> Any:
     """Return what was typed as the class of settings that the command has declared; see `read_options`."""
     return read_options(args.options_class, args) if hasattr(args, "options_class") else args
+
+
+def _held(text: str, kept: dict[str, str]) -> str:
+    """Return a text, or what stands for it where it is none: a file's name may be bytes that are no UTF-8,
+    which JSON cannot hold."""
+    if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text):
+        return text
+    kept[place := f"\ue000{len(kept)}\ue001"] = text
+    return place
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value with its texts and paths changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Path):
+        return Path(change(str(value)))
+    if isinstance(value, dict):
+        return {key: _each_text(inner, change) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_each_text(inner, change) for inner in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{field.name: _each_text(getattr(value, field.name), change)
+                                             for field in dataclasses.fields(value) if field.init})
+    return value
 
 
 def _typed(text: Any, hint: Any) -> Any:
@@ -268,7 +299,7 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:
             yield from _fields(hint, path)
             continue
         yield _Given(path, flag, hint, repeats, field.default,
-                     field.default is dataclasses.MISSING and not is_made, docs.get(field.name) or flag.help)
+                     field.default is dataclasses.MISSING and not is_made, docs.get(field.name) or _as_help(flag.help))
 
 
 def _taken_apart(hint: Any) -> tuple[Flag, Any, bool]:

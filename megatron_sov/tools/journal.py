@@ -101,6 +101,7 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     Raises:
         UserError: another process writes it now, it belongs to something else, or nothing can be written.
     """
+    identity = json.loads(json.dumps(identity))  # as its first line has it: a tuple is a list there
     folder = folder_of(output)
     path = folder / LINES
     with held(folder, output):

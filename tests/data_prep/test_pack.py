@@ -222,10 +222,10 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: 
         "none: does not exist": [str(data / "none")],
         "chat.jsonl:1: is a chat, but --format is text": [str(corpus / "chat.jsonl")],
         "web.jsonl:1: is plain text, but --format is chat": [str(corpus / "web.jsonl"), "--format", "chat"],
-        "--heldout 1.0: must lie in [0, 1)": [str(corpus / "web.jsonl"), "--heldout", "1"],
+        "--heldout 1: must be below 1": [str(corpus / "web.jsonl"), "--heldout", "1"],
         "--workers 0: must be at least 1": [str(corpus / "web.jsonl"), "--workers", "0"],
         "--shard-tokens 0: must be at least 1": [str(corpus / "web.jsonl"), "--shard-tokens", "0"],
-        "--max-document-bytes 0: must lie in": [str(corpus / "web.jsonl"), "--max-document-bytes", "0"],
+        "--max-document-bytes 0: must be at least 1": [str(corpus / "web.jsonl"), "--max-document-bytes", "0"],
         "has no string field 'body'": [str(corpus / "web.jsonl"), "--text-field", "body"],
     }
     for sentence, arguments in mistakes.items():

@@ -48,7 +48,7 @@ def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixt
     (train(labels="few.jsonl"), "has 20 labelled texts that differ; at least 50 are needed"),
     (train(labels="ones.jsonl"), "0 of 100 texts have label 0"),
     (train(labels="scale.jsonl"), "must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"),
-    (train(kind="ranker"), "invalid choice: 'ranker'"),
+    (train(kind="ranker"), '--kind "ranker": must be'),
     (train("--buckets", "1000"), "num_buckets = 1000: must be a power of two"),
     (train("--max-tokens", "9"), "--max-tokens is for an encoder"),
     (train("--encoder", "none", "--max-ngram", "2"), "--max-ngram and --buckets are about n-grams"),

@@ -61,9 +61,9 @@ def test_thoughts_have_three_forms(think: Any, told: str) -> None:
      "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
     ("{", [], "in.jsonl:1: is not valid JSON"),
     ({"query": "a", "solutions": ["b", "b"]}, [], "none of 1 queries has 2 different solutions"),
-    (QUERY, ["--least", "3", "--most", "2"], "need 1 <= least <= most"),
+    (QUERY, ["--least", "3", "--most", "2"], "--least 3: is more than --most 2"),
     (QUERY, ["--heading", "Solution"], "must hold {} once"),
-    (QUERY, ["--max-similarity", "2"], "must lie in [0, 1]"),
+    (QUERY, ["--max-similarity", "2"], "--max-similarity 2: must be at most 1"),
 ])
 def test_mistakes_are_named_and_nothing_is_written(record: Any, arguments: list[str], said: str,
                                                    tmp_path: Path, capsys) -> None:

@@ -15,7 +15,8 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
     note = folder / "rounds" / "rounds.json"
 
     def enter(samples: int) -> None:
-        enter_rounds(folder, note, {"samples": samples, "from": "base"}, "--run")
+        # an option that repeats is a tuple, which the note has as a list
+        enter_rounds(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)}, "--run")
 
     enter(4)
     (folder / "rounds/.answers.partial").mkdir()

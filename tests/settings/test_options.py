@@ -92,6 +92,12 @@ def test_what_is_typed_is_what_the_fields_hold() -> None:
     assert parse("f --output d --limit 2e3").limit == 2_000
 
 
+def test_names_of_files_that_are_no_utf_8_are_taken_as_they_are() -> None:
+    given = parse("\udcff --output d/\udcfe --input a\udcfd b --tag k=\udcfc")
+    assert (given.source, given.output, given.inputs, given.tags) == (
+        Path("\udcff"), Path("d/\udcfe"), (Path("a\udcfd"), Path("b")), ("k=\udcfc",))
+
+
 def test_help_is_the_string_under_the_field() -> None:
     said = " ".join(parser().format_help().split())
     for text in ("FILE Text to count, 100 % of it", "--output DIR Folder that is written",

@@ -94,16 +94,17 @@ def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, A
 
 
 def test_a_journal_of_something_else_is_refused_unless_nothing_was_played(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(_Killed), opened(out, {"limits": 1, "seed": 0}):
+    # an option that repeats is a tuple, which the journal has as a list
+    out, asked = tmp_path / "out", {"limits": 1, "seed": 1, "settings": ("a=1",)}
+    with pytest.raises(_Killed), opened(out, {**asked, "seed": 0}):
         raise _Killed
-    with pytest.raises(_Killed), opened(out, {"limits": 1, "seed": 1}) as journal:
+    with pytest.raises(_Killed), opened(out, asked) as journal:
         journal.add([{"episode": 0, "prompt": [], "observation": {"user": ""}, "tools": []}])
         raise _Killed
     with pytest.raises(UserError, match="were played with another seed"), \
-            opened(out, {"limits": 1, "seed": 2}):
+            opened(out, {**asked, "seed": 2}):
         pass
-    with opened(out, {"limits": 1, "seed": 1}) as journal:
+    with opened(out, asked) as journal:
         assert list(journal.episodes([{}])) == [0]
         with pytest.raises(UserError, match="is being written by another process"), opened(out, {}):
             pass

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron_sov.artifacts import disk_errors, to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
+from megatron_sov.settings import Flag, add_options, read_options
 
 README, CARD, TRAINING_CONTENT = "README.md", "card.json", "training_content.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCardOptions:
+    """Write the card of data."""
+
+    data: Annotated[tuple[Path, ...], Flag("DIR")]
+    """Folder that `sov-data run`, `sov-data pack` or `sov-data mix` wrote; of several there is one
+    card."""
+    about: Annotated[Path | None, Flag(value="FILE.yaml")] = None
+    """What no manifest knows: provider, links, categories of sources, opt-outs."""
+    elsewhere: Annotated[tuple[Path, ...], Flag("--from", "DIR", many=True)] = ()
+    """Corpora and token shards it was made from, where they lie no longer where they were."""
+    output: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder for the three files."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,20 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           f"public summary that the EU AI Act asks for ({TRAINING_CONTENT}). Every figure "
                           "comes from manifests; what nobody has recorded is called so. Without --output "
                           "the dataset card is printed.")
-    parser.add_argument("data", nargs="+", type=Path, metavar="DIR",
-                        help="folder that `sov-data run`, `sov-data pack` or `sov-data mix` wrote; of "
-                             "several there is one card")
-    parser.add_argument("--about", type=Path, metavar="FILE.yaml",
-                        help="what no manifest knows: provider, links, categories of sources, opt-outs")
-    parser.add_argument("--from", dest="elsewhere", nargs="+", action="extend", type=Path, default=[],
-                        metavar="DIR",
-                        help="corpora and token shards it was made from, where they lie no longer where "
-                             "they were")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the three files")
+    add_options(parser, DataCardOptions)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(typed: argparse.Namespace) -> int:
     """Write or print the card; returns 0."""
+    args = read_options(DataCardOptions, typed)
     from data_prep.journey.card.about import About, read_about
     from data_prep.journey.card.card import make_card
     from data_prep.journey.card.dataset_card import dataset_card

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_sov.settings import Flag
 
 if TYPE_CHECKING:
     from data_prep.synth.checks.settings import CheckSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare them."""
-    parser.add_argument("--checks", type=Path, metavar="FILE.yaml",
-                        help="steps that samples go through when all are made, as pipeline files have them "
-                             "(default: the generator's)")
-    parser.add_argument("--benchmarks", nargs="+", action="extend", type=Path, default=[], metavar="PATH",
-                        help="benchmarks that no sample may hold: .jsonl files, or folders of them")
-    parser.add_argument("--languages", nargs="+", action="extend", default=[], metavar="CODE",
-                        help="languages that answers, or texts, may be in, e.g. ko th")
-    parser.add_argument("--labels", type=Path, metavar="FILE.jsonl",
-                        help="what people say of some samples (`id` or `text`, and `good`): the page tells "
-                             "how far checks and judge agree with them")
-    parser.add_argument("--min-kappa", type=float, metavar="K",
-                        help="end with 3 where Cohen's kappa against --labels is below this")
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """How samples are checked."""
 
+    checks: Annotated[Path | None, Flag(value="FILE.yaml")] = None
+    """Steps that samples go through when all are made, as pipeline files have them (default: the
+    generator's)."""
+    benchmarks: Annotated[tuple[Path, ...], Flag(many=True)] = ()
+    """Benchmarks that no sample may hold: .jsonl files, or folders of them."""
+    languages: Annotated[tuple[str, ...], Flag(value="CODE", many=True)] = ()
+    """Languages that answers, or texts, may be in, e.g. ko th."""
+    labels: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """What people say of some samples (`id` or `text`, and `good`): the page tells how far checks and judge
+    agree with them."""
+    min_kappa: Annotated[float | None, Flag(value="K")] = None
+    """End with 3 where Cohen's kappa against --labels is below this."""
 
-def settings_of(args: argparse.Namespace) -> CheckSettings:
-    """Return what was asked; its `problems` are the caller's to tell."""
-    from data_prep.synth.checks.settings import CheckSettings  # steps take long to import
+    def check_settings(self) -> CheckSettings:
+        """Return what was asked; its `problems` are the caller's to tell."""
+        from data_prep.synth.checks.settings import CheckSettings  # steps take long to import
 
-    return CheckSettings(args.checks, tuple(args.benchmarks), tuple(args.languages), args.labels,
-                         args.min_kappa)
+        return CheckSettings(self.checks, self.benchmarks, self.languages, self.labels, self.min_kappa)

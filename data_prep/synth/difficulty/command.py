@@ -4,75 +4,97 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data_prep.scoring.ngram_settings import NgramSettings
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Actions, AtLeastOne, Flag, NotNegative, add_actions, run_action
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultyOutputOptions:
+    """Where it is written."""
+
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder that is written."""
+    overwrite: bool = False
+    """Replace what is already there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultyLabelOptions(DifficultyOutputOptions):
+    """Put the outputs of `sov-data synth answers`, one for each configuration of models, and of
+    `sov-data synth comparisons` together."""
+
+    answers: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)]
+    """Output of `synth answers`, or its kept.jsonl; the folder's name is the configuration's."""
+    comparisons: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)] = ()
+    """Output of `synth comparisons`, or its kept.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultyFitOptions(DifficultyOutputOptions):
+    """Fit an estimator of pass rates that reads the problem's text alone."""
+
+    labels: Annotated[Path, Flag(value="DIR")]
+    """What `difficulty label` wrote."""
+    pair_weight: Annotated[NotNegative, Flag(value="W")] = 0.25
+    """What a pair of the judge's counts beside a problem."""
+    buckets: AtLeastOne = 1 << 16
+    """Buckets of n-grams, a power of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultyCheckOptions:
+    """Print what an estimator is worth on labels that it was not fitted to."""
+
+    model: Annotated[Path, Flag("DIR")]
+    """What `difficulty fit` wrote."""
+    labels: Annotated[Path, Flag(value="DIR")]
+    """What `difficulty label` wrote."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultyGradeOptions(DifficultyOutputOptions):
+    """Write `pass_rate`, `difficulty` (1 - pass_rate) and `bucket` (hard, middle, easy) into rows of
+    problems, prompts or chats, and leave out those beyond a band."""
+
+    input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
+    """A .jsonl file; several may follow, and it may be repeated."""
+    model: Annotated[Path | None, Flag(value="DIR")] = None
+    """What `difficulty fit` wrote."""
+    labels: Annotated[Path | None, Flag(value="DIR")] = None
+    """What `difficulty label` wrote: problems of these are graded as measured."""
+    cuts: Annotated[str, Flag(value="LOW:HIGH")] = "0.2:0.8"
+    """Pass rates below LOW are hard, from HIGH on easy."""
+    keep: Annotated[str, Flag(value="LOW:HIGH")] = "0:1"
+    """Write rows with pass rates from LOW to HIGH alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = "Learn how hard problems are from models that answered some, and grade others."
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    label = actions.add_parser("label", help="put the pass rates of several configurations together")
-    label.description = ("Put the outputs of `sov-data synth answers`, one for each configuration of models, "
-                         "and of `sov-data synth comparisons` together.")
-    label.add_argument("--answers", required=True, nargs="+", action="extend", type=Path, metavar="DIR",
-                       help="output of `synth answers`, or its kept.jsonl; the folder's name is the "
-                            "configuration's")
-    label.add_argument("--comparisons", nargs="+", action="extend", type=Path, default=[], metavar="DIR",
-                       help="output of `synth comparisons`, or its kept.jsonl")
-    _add_output(label, "labels")
-    fitted = actions.add_parser("fit", help="fit an estimator to labels; a part of them judges it")
-    fitted.description = "Fit an estimator of pass rates that reads the problem's text alone."
-    fitted.add_argument("--labels", required=True, type=Path, metavar="DIR",
-                        help="what `difficulty label` wrote")
-    fitted.add_argument("--pair-weight", type=float, default=0.25, metavar="W",
-                        help="what a pair of the judge's counts beside a problem (default %(default)s)")
-    fitted.add_argument("--buckets", type=int, default=1 << 16, metavar="N",
-                        help="buckets of n-grams, a power of two (default %(default)s)")
-    _add_output(fitted, "the estimator")
-    checked = actions.add_parser("check", help="judge an estimator on other labels")
-    checked.description = "Print what an estimator is worth on labels that it was not fitted to."
-    checked.add_argument("model", type=Path, metavar="DIR", help="what `difficulty fit` wrote")
-    checked.add_argument("--labels", required=True, type=Path, metavar="DIR",
-                         help="what `difficulty label` wrote")
-    checked.add_argument("--json", action="store_true", help="print the figures as JSON")
-    graded = actions.add_parser("grade", help="write pass_rate, difficulty and bucket into rows")
-    graded.description = ("Write `pass_rate`, `difficulty` (1 - pass_rate) and `bucket` (hard, middle, easy) "
-                          "into rows of problems, prompts or chats, and leave out those beyond a band.")
-    graded.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
-                        help="a .jsonl file; several may follow, and it may be repeated")
-    graded.add_argument("--model", type=Path, metavar="DIR", help="what `difficulty fit` wrote")
-    graded.add_argument("--labels", type=Path, metavar="DIR",
-                        help="what `difficulty label` wrote: problems of these are graded as measured")
-    graded.add_argument("--cuts", type=_band, default=(0.2, 0.8), metavar="LOW:HIGH",
-                        help="pass rates below LOW are hard, from HIGH on easy (default 0.2:0.8)")
-    graded.add_argument("--keep", type=_band, default=(0.0, 1.0), metavar="LOW:HIGH",
-                        help="write rows with pass rates from LOW to HIGH alone (default: all)")
-    _add_output(graded, "the graded rows, a file for each input")
+    add_actions(parser, ACTIONS)
 
 
-def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {what}")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is already there")
+def run(typed: argparse.Namespace) -> int:
+    """Run `sov-data difficulty`; returns 0."""
+    return run_action(ACTIONS, typed)
 
 
-def _band(text: str) -> tuple[float, float]:
+def _band(option: str, text: str) -> tuple[float, float]:
     low, _, high = text.partition(":")
     try:
         return float(low), float(high)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must have the form LOW:HIGH, e.g. 0.2:0.8") from None
+        raise UserError(f"{option} {text!r} must have the form LOW:HIGH, e.g. 0.2:0.8") from None
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run `sov-data difficulty`; returns 0."""
-    return {"label": _label, "fit": _fit, "check": _check, "grade": _grade}[args.action](args)
-
-
-def _label(args: argparse.Namespace) -> int:
+def _label(args: DifficultyLabelOptions) -> int:
     from data_prep.libraries import require
     from data_prep.synth.difficulty.labels import write_labels
 
@@ -93,7 +115,7 @@ def _label(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(args: argparse.Namespace) -> int:
+def _fit(args: DifficultyFitOptions) -> int:
     from data_prep.synth.difficulty.fitting import FitSettings, fit
     from data_prep.synth.difficulty.judgement import told
 
@@ -103,7 +125,7 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: DifficultyCheckOptions) -> int:
     from data_prep.synth.difficulty.fitting import check
     from data_prep.synth.difficulty.judgement import told
 
@@ -112,11 +134,11 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _grade(args: argparse.Namespace) -> int:
+def _grade(args: DifficultyGradeOptions) -> int:
     from data_prep.synth.difficulty.grading import GradeSettings, grade
 
-    content = grade(args.input, args.output, GradeSettings(args.cuts, args.keep), args.model, args.labels,
-                    overwrite=args.overwrite)
+    settings = GradeSettings(_band("--cuts", args.cuts), _band("--keep", args.keep))
+    content = grade(args.input, args.output, settings, args.model, args.labels, overwrite=args.overwrite)
     print(_told_band(content))
     print(f"wrote {args.output}")
     return 0
@@ -128,3 +150,7 @@ def _told_band(content: dict[str, Any]) -> str:
     rows = [f"  {name}: {kept + left_out:,} rows, {kept:,} kept" for name, (kept, left_out) in counts.items()]
     low, high = content["keep"]
     return "\n".join([*rows, f"  kept band of pass rates: {low:g} to {high:g}, {content['num_kept']:,} rows"])
+
+
+ACTIONS: Actions = {"label": (DifficultyLabelOptions, _label), "fit": (DifficultyFitOptions, _fit),
+                    "check": (DifficultyCheckOptions, _check), "grade": (DifficultyGradeOptions, _grade)}

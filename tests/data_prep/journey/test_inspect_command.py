@@ -123,7 +123,7 @@ def test_without_an_id_each_source_is_shown_step_by_step(corpus: Path,
     (["--text", "x", "--count", "0"], "--count 0: must be at least 1"),
     (["--text", "\udcff"], "is no UTF-8"), (["--json"], "goes with --id"),
     (["--text", "x", "--source", "none"], "has no source 'none'"),
-    (["--id", "a", "--text", "b"], "not allowed with"),
+    (["--id", "a", "--text", "b"], "--text: goes without --id"),
 ])
 def test_mistakes_are_one_sentence(corpus: Path, arguments: Sequence[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 
-from data_prep.synth.checks.arguments import add_arguments, settings_of
+from data_prep.synth.checks.arguments import CheckOptions
 from data_prep.synth.checks.settings import DEFAULTS, CheckSettings
 from data_prep.synth.checks.texts import ANSWERS, SAMPLES, SOURCES
+from tests.typed_words import typed
 
 STEPS = """steps:
   - language: {min_score: 0.2}
@@ -80,10 +80,8 @@ def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
 
 
 def test_options_are_settings() -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert settings_of(parser.parse_args([])) == CheckSettings()
-    told = parser.parse_args(["--checks", "a.yaml", "--benchmarks", "b", "c", "--languages", "ko",
-                              "--languages", "th", "--labels", "l", "--min-kappa", "0.4"])
-    assert settings_of(told) == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"),
-                                              Path("l"), 0.4)
+    assert typed(CheckOptions, []).check_settings() == CheckSettings()
+    told = typed(CheckOptions, ["--checks", "a.yaml", "--benchmarks", "b", "c", "--languages", "ko",
+                                "--languages", "th", "--labels", "l", "--min-kappa", "0.4"])
+    assert told.check_settings() == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"),
+                                                  Path("l"), 0.4)
