@@ -185,7 +185,7 @@ class _Plan:
         from megatron_sov.eval.sampling import CALL_SAMPLES
 
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
-                "settings": self.args.settings, "chat": self.args.chat, "stop": self.args.stop,
+                "settings": list(self.args.settings), "chat": self.args.chat, "stop": list(self.args.stop),
                 "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
                 "sampling": asdict(self.sampling), "batch_size": self.args.batch_size,
                 "files": fingerprint(self.target.path)}

@@ -30,7 +30,7 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
            "multiple_of": "must be a multiple of {multiple_of}",
            "too_short": "must have at least {min_length} items",
            "too_long": "must have at most {max_length} items",
-           "string_too_short": "must have at least {min_length} characters",
+           "string_too_short": "must not be empty",
            "string_too_long": "must have at most {max_length} characters"}
 
 

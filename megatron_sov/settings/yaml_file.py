@@ -3,7 +3,9 @@ at."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +13,7 @@ from megatron_sov.settings.problem import Code, Problem, SettingsError
 from megatron_sov.settings.reading import read
 
 S = TypeVar("S")
+EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_VALUES = 100_000
@@ -91,14 +94,26 @@ def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> Settings
     return SettingsError(where, [Problem(Code.FILE, "", rule, way_out=way_out, line=line)])
 
 
-def read_located(text: str) -> Located:
-    """Read a YAML document (JSON is one) as plain values.  Tags that would make objects are not taken."""
+@cache
+def _loader() -> Any:
+    """Return PyYAML's safe loader, with numbers such as 2e9 and 10.8e12, which YAML 1.1 takes for text."""
     import yaml  # here, since the parsers of commands start without it
 
+    class Loader(yaml.SafeLoader):
+        """Reads numbers as YAML 1.2 and JSON have them."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    return Loader
+
+
+def read_located(text: str) -> Located:
+    """Read a YAML document (JSON is one) as plain values.  Tags that would make objects are not taken."""
+    import yaml
+
     found = Located()
-    loader = yaml.SafeLoader("")
+    loader = _loader()("")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader()(text)
         node = loader.get_single_node()
         if node is not None:
             found.value = _Reading(loader, found).value(node, (), 0)
@@ -146,6 +161,8 @@ class _Reading:
             self._refuse(line, place, f"{node.tag} {str(node.value)[:60]!r} is no plain value",
                          "write text, numbers, true or false")
             return None
+        if isinstance(value, float) and EXPONENT.match(node.value) and value.is_integer():
+            return int(value)  # 2e9 is how people write a whole number of tokens
         # dates and the like: what is meant is the text
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 

@@ -15,6 +15,7 @@ from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer, LevelQuantiser
 from megatron_sov.codecs.sounds.spectrum import LogMel
 from megatron_sov.codecs.usage import CodebookUsage
+from megatron_sov.settings import problems_of
 
 PICTURES = SimVQSettings(side_pixels=16, grid=4, width=32, num_layers=1, num_heads=2, code_width=8,
                          codebook_size=64)
@@ -137,16 +138,14 @@ def test_perplexity_is_that_of_scipy(drawn: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    (SimVQSettings(grid=0), ["grid = 0 must be from 1 to 256"]),
-    (SimVQSettings(side_pixels=100, grid=24), ["side_pixels = 100 must be a multiple of grid = 24"]),
-    (SimVQSettings(codebook_size=1 << 40, width=10**9),
-     ["width = 1000000000 must be from 1 to 16,384",
-      "codebook_size = 1099511627776 must be from 2 to 1,048,576"]),
-    (FSQSettings(levels=(8,) * 7), ["levels = [8, 8, 8, 8, 8, 8, 8] must be one to 16 numbers with a product "
-                                    "of at most 1,048,576"]),
-    (FSQSettings(samples_per_token=642, max_piece_s=math.nan),
-     ["max_piece_s = nan must be from 0.5 to 600", "samples_per_token = 642 must be a multiple of 4"])])
-def test_every_problem_of_settings_is_named(settings: SimVQSettings | FSQSettings, said: list[str]) -> None:
-    assert settings.problems() == said
-    assert (SimVQSettings().problems(), FSQSettings().problems()) == ([], [])
+    (SimVQSettings(grid=0), [("bound", "grid")]),
+    (SimVQSettings(side_pixels=100, grid=24), [("rule", "side_pixels")]),
+    (SimVQSettings(codebook_size=1 << 40, width=10**9), [("bound", "width"), ("bound", "codebook_size")]),
+    (FSQSettings(levels=(8,) * 7), [("rule", "levels")]),
+    (FSQSettings(samples_per_token=642, max_piece_s=math.inf),
+     [("bound", "samples_per_token"), ("bound", "max_piece_s")])])
+def test_every_problem_of_settings_is_named(settings: SimVQSettings | FSQSettings,
+                                            said: list[tuple[str, str]]) -> None:
+    assert [(problem.code, problem.key) for problem in problems_of(settings)] == said
+    assert (problems_of(SimVQSettings()), problems_of(FSQSettings())) == ([], [])
     assert math.prod(FSQSettings().levels) == 6561

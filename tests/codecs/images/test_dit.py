@@ -14,6 +14,7 @@ from megatron_sov.codecs.images.dit import DiT
 from megatron_sov.codecs.images.dit_settings import DiTSettings
 from megatron_sov.codecs.images.vae import VAESettings
 from megatron_sov.errors import UserError
+from megatron_sov.settings import problems_of
 
 TINY = DiTSettings(side_pixels=8, size_multiple_pixels=2, grid=2, codebook_size=16, token_width=6, vae=None,
                    patch=2, width=24, num_heads=2, num_layers=2, mlp_ratio=2.0, rope_axes=(4, 4, 4), steps=3)
@@ -87,15 +88,15 @@ def test_what_it_cannot_draw_is_one_sentence(decoder: DiT, ids: torch.Tensor, ra
 
 
 def test_published_sizes_are_well_and_wrong_ones_are_told_at_once() -> None:
-    assert DiTSettings().problems() == []
+    assert problems_of(DiTSettings()) == []
     assert DiTSettings().latent_pixels == 8 and DiTSettings().patch_channels == 16
     with torch.device("meta"):
         network = DiT(DiTSettings())
     assert sum(w.numel() for n, w in network.named_parameters() if "vae" not in n) == 1_957_315_056
-    found = replace(TINY, side_pixels=9, num_heads=5, rope_axes=(3, 4, 4)).problems()
-    assert [sentence.split(" = ")[0] for sentence in found] == ["side_pixels", "side_pixels", "width",
-                                                               "rope_axes"]
-    assert len(replace(TINY, vae=VAESettings(block_out_channels=(5,)), grid=0).problems()) == 2
+    found = problems_of(replace(TINY, side_pixels=9, num_heads=5, rope_axes=(3, 4, 4)))
+    assert [problem.key for problem in found] == ["side_pixels", "side_pixels", "width", "rope_axes"]
+    assert [p.key for p in problems_of(replace(TINY, vae=VAESettings(block_out_channels=(5,))))] == [
+        "vae.block_out_channels"]
 
 
 def test_a_folder_with_an_autoencoder_draws_the_same(tmp_path: Path) -> None:

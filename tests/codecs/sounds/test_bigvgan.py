@@ -13,6 +13,7 @@ from megatron_sov.codecs.folder import open_codec, save_codec
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
 from megatron_sov.errors import UserError
+from megatron_sov.settings import problems_of
 
 TINY = UnitBigVGANSettings(sample_rate_hz=800, tokens_per_s=25, codebook_size=32, speakers=("her", "him"),
                            unit_width=8, speaker_width=4, channels=16, rates=(8, 4), kernels=(3, 5),
@@ -107,11 +108,13 @@ def test_what_it_cannot_say_is_one_sentence(vocoder: UnitBigVGAN, ids: torch.Ten
 
 
 def test_published_sizes_are_well_and_wrong_ones_are_told_at_once() -> None:
-    assert UnitBigVGANSettings().problems() == []
+    assert problems_of(UnitBigVGANSettings()) == []
     assert UnitBigVGANSettings().samples_per_token == 960
-    found = replace(TINY, rates=(8, 5), channels=17).problems()
-    assert len(found) == 2 and "800 Hz at 25 tokens/s need 32" in found[0] and "multiple of 4" in found[1]
-    assert len(replace(TINY, codebook_size=0, speakers=("a", "a"), kernels=()).problems()) == 3
+    rates, channels = map(str, problems_of(replace(TINY, rates=(8, 5), channels=17)))
+    assert "800 Hz at 25 tokens/s need 32" in rates and "multiple of 4" in channels
+    assert [p.key for p in problems_of(replace(TINY, codebook_size=0, kernels=()))] == [
+        "codebook_size", "kernels"]
+    assert [p.key for p in problems_of(replace(TINY, speakers=("a", "a")))] == ["speakers"]
 
 
 def test_a_folder_gives_back_the_same_voice(vocoder: UnitBigVGAN, tmp_path: Path) -> None:

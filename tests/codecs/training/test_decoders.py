@@ -19,6 +19,7 @@ from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.schedule import Schedule
 from megatron_sov.codecs.training.task import Task
 from megatron_sov.codecs.training.vocoder import Spoken, VocoderLearning, VocoderTask, VocoderTraining
+from megatron_sov.settings import problems_of
 
 STEPS = 6
 PICTURES = np.random.default_rng(0).integers(2, size=(8, 3, 4, 4), dtype=np.uint8) * 255
@@ -117,9 +118,9 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 @pytest.mark.parametrize(("settings", "num"), [
     (ImageDecoderTraining(), 0), (VocoderTraining(), 0),
-    (ImageDecoderTraining(learning=Schedule(steps=0, learning_rate=float("nan"), warmup_steps=-1)), 3),
+    (ImageDecoderTraining(learning=Schedule(steps=0, learning_rate=float("inf"), warmup_steps=-1)), 3),
     (VocoderTraining(learning=VocoderLearning(batch_size=0, windows=(20, 18), judges_from_step=-2)), 3),
 ])
 def test_all_problems_of_settings_are_told(settings: ImageDecoderTraining | VocoderTraining,
                                            num: int) -> None:
-    assert len(settings.problems()) == num
+    assert len(problems_of(settings)) == num
