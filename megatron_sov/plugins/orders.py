@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import is_reference, telling
 from megatron_sov.plugins.registry import Registry
-from megatron_sov.settings import read_arguments
+from megatron_sov.settings import SettingsError, as_problem, read_arguments
 
 BuiltIn = Mapping[str, Sequence[str]]
 """Name -> module and class (and what else is known) of what is built in."""
@@ -74,7 +74,7 @@ def build(asked: Order, built_in: BuiltIn, own: Registry[type[Any]]) -> Built:
         value = made(**settings)
         problems = value.problems() if hasattr(value, "problems") else []
     if problems:
-        raise UserError(list_problems(what, problems))
+        raise SettingsError(what, list(map(as_problem, problems)))
     return Built(value, settings, files)
 
 

@@ -17,6 +17,7 @@ from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
 from megatron_sov.rewards.conversation import messages_of
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.settings import AboveZero, AtLeastOne
 
 _LOADED: dict[tuple[str, str], Any] = {}
 """(folder, device) -> tokenizer, the texts of its special tokens, and model of this process."""
@@ -36,15 +37,14 @@ class Classifier:
     """Which of several labels counts."""
     device: str = "cpu"
     """Or cuda."""
-    max_tokens: int = 16_384
+    max_tokens: AtLeastOne = 16_384
     """A longer conversation is refused."""
-    time_limit_s: float = 120.0
+    time_limit_s: AboveZero = 120.0
     """For a row."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {value} must be positive" for name, value in (
-            ("max_tokens", self.max_tokens), ("time_limit_s", self.time_limit_s)) if not value > 0]
+        """Return what is missing."""
+        p = []
         if not (Path(self.folder) / "config.json").is_file():
             p.append(f"folder = {self.folder}: has no config.json; name a folder of a sequence classifier")
         if importlib.util.find_spec("torch") is None:

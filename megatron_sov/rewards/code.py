@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import UserError
@@ -16,6 +18,7 @@ from megatron_sov.rewards import solution_tests
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 from megatron_sov.rewards.version import code_of
+from megatron_sov.settings import AboveZero, AtLeastOne, NotNegative
 
 MAX_TESTS = 10_000
 _FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
@@ -29,30 +32,26 @@ class Code:
 
     all_or_nothing: bool = True
     """Else the reward is the share of tests that are passed."""
-    test_time_s: float = 10.0
+    test_time_s: AboveZero = 10.0
     """Of processors, for one run of the program: for each test with an input, for all others together."""
-    memory_bytes: int = 512 << 20
+    memory_bytes: AtLeastOne = 512 << 20
     """For the program."""
     enclosure: Literal["auto", "namespaces", "landlock"] = field(default="auto", metadata=OPERATION)
     """What encloses the program; auto: the best that this machine gives."""
     command: tuple[str, ...] = field(default=(), metadata=OPERATION)
     """A command that encloses it instead, as ["bwrap", ...]; `{folder}` stands for its folder."""
-    patience: float = field(default=3.0, metadata=OPERATION)
+    patience: Annotated[NotNegative, Ge(1)] = field(default=3.0, metadata=OPERATION)
     """A program that sleeps or waits has so many times its time by the clock, in which the time that it waits
     for a processor does not count."""
-    time_limit_s: float = field(default=300.0, metadata=OPERATION)
+    time_limit_s: AboveZero = field(default=300.0, metadata=OPERATION)
     """For a row; then its status is timeout."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p, longest_s = self._limits().problems(), self.patience * self.test_time_s
-        if not self.patience >= 1:
-            p.append(f"patience = {self.patience:g} must be at least 1: nothing computes for longer than it "
-                     "takes")
-        if not self.time_limit_s > longest_s:
-            p.append(f"time_limit_s = {self.time_limit_s:g} must be more than {self.patience:g} x "
-                     f"test_time_s = {longest_s:g}: a program that waits is ended after so many seconds")
-        return p
+        """Return what does not fit together."""
+        longest_s = self.patience * self.test_time_s
+        return [] if self.time_limit_s > longest_s else [
+            f"time_limit_s = {self.time_limit_s:g} must be more than {self.patience:g} x test_time_s = "
+            f"{longest_s:g}: a program that waits is ended after so many seconds"]
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
+
+from annotated_types import Gt
 
 from megatron_sov.rewards.reward import Result, Row, told_short
+from megatron_sov.settings import Finite, NotNegative, Share
 
 WORST_FIRST = ("failed", "timeout", "refused")
 SECOND = "second_opinion"
@@ -24,9 +26,9 @@ class Part:
     __pydantic_config__ = {"extra": "forbid"}
     reward: str
     """Its name, or FILE.py:NAME."""
-    weight: float = 1.0
+    weight: Finite = 1.0
     """The row's reward is the sum of weight x reward over its parts."""
-    gate: float | None = None
+    gate: Finite | None = None
     """Where this part gives less, the row gets `gated_reward`, and the parts behind are not asked."""
     domains: tuple[str, ...] = ()
     """Rows that it judges; empty: all."""
@@ -43,9 +45,9 @@ class Second:
     """Its name, or FILE.py:NAME."""
     of: str
     """The part whose judgement it repeats."""
-    share: float = 0.05
+    share: Annotated[Share, Gt(0)] = 0.05
     """Of the rows; which ones follows from what stands in them."""
-    tolerance: float = 0.5
+    tolerance: NotNegative = 0.5
     """Two rewards that are further apart disagree."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Its own settings."""
@@ -57,7 +59,7 @@ class Composed:
 
     parts: dict[str, Part]
     """Name -> part; they are asked in this order, gates first."""
-    gated_reward: float = 0.0
+    gated_reward: Finite = 0.0
     """Of a row that a gate stops."""
     domain_field: str = "domain"
     """Field of a row with its domain."""
@@ -69,21 +71,10 @@ class Composed:
         p = [] if self.parts else ["parts: there are none; set parts.NAME.reward"]
         p += [f"parts.{name}.reward = composed: is a composition itself; name its parts here"
               for name, part in self.parts.items() if part.reward == "composed"]
-        numbers = {"gated_reward": self.gated_reward}
-        numbers |= {f"parts.{name}.weight": part.weight for name, part in self.parts.items()}
-        numbers |= {f"parts.{name}.gate": part.gate for name, part in self.parts.items()
-                    if part.gate is not None}
-        p += [f"{name} = {value} must be a finite number" for name, value in numbers.items()
-              if not math.isfinite(value)]
         if SECOND in self.parts:
             p.append(f"parts.{SECOND}: this name is taken; give it another one")
-        if self.second is not None:
-            if self.second.of not in self.parts:
-                p.append(f"second.of = {self.second.of!r} is none of the parts {', '.join(self.parts)}")
-            if not 0 < self.second.share <= 1:
-                p.append(f"second.share = {self.second.share} must be above 0 and at most 1")
-            if not self.second.tolerance >= 0:
-                p.append(f"second.tolerance = {self.second.tolerance} must not be negative")
+        if self.second is not None and self.second.of not in self.parts:
+            p.append(f"second.of = {self.second.of!r} is none of the parts {', '.join(self.parts)}")
         return p
 
     def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:

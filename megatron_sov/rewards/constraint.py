@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
 
 from megatron_sov.chat.marks import as_written, behind_thoughts
 from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, problem_of, verdicts
@@ -13,6 +15,7 @@ from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, t
 from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.rewards.text_views import Segmenter, views_of
 from megatron_sov.rewards.version import code_of
+from megatron_sov.settings import Share
 
 MAX_FUNCTIONS = 20
 
@@ -23,14 +26,14 @@ class Constraint:
 
     LIBRARIES = ("pythainlp",)
 
-    min_share: float = 0.5
+    min_share: Share = 0.5
     """Of the functions, that must accept: half, as for the chosen answers of AutoIF's pairs (arXiv
     2406.13542); one alone, as in its data for fine-tuning, a policy gets around sooner; 0: one."""
     give_share: bool = False
     """Give the share of the functions that accept, instead of 1 or 0."""
     segmenter: Segmenter = "none"
     """Whether functions see sentences and words set apart as well."""
-    call_time_s: float = 5.0
+    call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
     """Of a processor, for a function and a text."""
     modules: tuple[str, ...] = ()
     """That functions may import beside those that compute on texts, where the machine has them."""
@@ -42,14 +45,11 @@ class Constraint:
     """A command that encloses them instead, as ["bwrap", ...]; `{folder}` stands for its folder."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [] if 0 <= self.min_share <= 1 else [f"min_share = {self.min_share} must be a share from 0 to 1"]
-        if not 1 <= self.call_time_s <= 60:
-            p.append(f"call_time_s = {self.call_time_s:g} must lie from 1 to 60")
+        """Return what is missing."""
         if self.segmenter == "pythainlp" and importlib.util.find_spec("pythainlp") is None:
-            p.append("segmenter = 'pythainlp' needs pythainlp, which is not installed; pip install "
-                     "pythainlp, or set segmenter=rules")
-        return p
+            return ["segmenter = 'pythainlp' needs pythainlp, which is not installed; pip install pythainlp, "
+                    "or set segmenter=rules"]
+        return []
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""

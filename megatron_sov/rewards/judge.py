@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.conversation import messages_of, told
 from megatron_sov.rewards.fenced import fenced_messages, grade_of, is_number, only, sound
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, text_of
+from megatron_sov.settings import AboveZero, AtLeastOne, Finite, NotNegative
 
 RUBRIC = "Is the response correct, complete, honest and to the point?"
 
@@ -35,17 +35,17 @@ class Judge:
     """rubric: a chat model; reward-model: vLLM's /pooling beside the API."""
     rubric: str = RUBRIC
     """What is asked; a row's own field `rubric` goes before it."""
-    min_score: float = 1.0
+    min_score: Finite = 1.0
     """Worst score of the rubric: the reward 0."""
-    max_score: float = 10.0
+    max_score: Finite = 10.0
     """Best score: the reward 1."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """Of the judge."""
-    max_tokens: int = 512
+    max_tokens: AtLeastOne = 512
     """That the judge may write."""
     hide_thinking: bool = True
     """Show what stands behind the last </think> alone."""
-    max_chars: int = 200_000
+    max_chars: AtLeastOne = 200_000
     """A longer response is refused."""
     cache: str = field(default="judge-cache.sqlite", metadata=OPERATION)
     """File of all answers and costs; nothing is asked twice."""
@@ -53,41 +53,31 @@ class Judge:
     """Variable of the environment with the key; where it is not set, none is sent."""
     same_model: bool = field(default=False, metadata=OPERATION)
     """Whether its model is the one whose answers are kept though it answers fixed questions otherwise."""
-    threads: int = field(default=16, metadata=OPERATION)
+    threads: AtLeastOne = field(default=16, metadata=OPERATION)
     """Requests at a time."""
-    timeout_s: float = field(default=120.0, metadata=OPERATION)
+    timeout_s: AboveZero = field(default=120.0, metadata=OPERATION)
     """For an attempt."""
-    max_attempts: int = field(default=5, metadata=OPERATION)
+    max_attempts: AtLeastOne = field(default=5, metadata=OPERATION)
     """For a row."""
-    backoff_s: float = field(default=1.0, metadata=OPERATION)
+    backoff_s: NotNegative = field(default=1.0, metadata=OPERATION)
     """Before the second attempt; doubles with each."""
-    requests_per_minute: float = field(default=0.0, metadata=OPERATION)
+    requests_per_minute: NotNegative = field(default=0.0, metadata=OPERATION)
     """0: no limit."""
-    max_cost: float = field(default=0.0, metadata=OPERATION)
+    max_cost: NotNegative = field(default=0.0, metadata=OPERATION)
     """Of all requests in the cache; 0: no limit."""
-    input_price: float = field(default=0.0, metadata=OPERATION)
+    input_price: NotNegative = field(default=0.0, metadata=OPERATION)
     """Of a million tokens that the judge reads."""
-    output_price: float = field(default=0.0, metadata=OPERATION)
+    output_price: NotNegative = field(default=0.0, metadata=OPERATION)
     """Of a million tokens that it writes."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = []
-        p += address_problems("endpoint", self.endpoint, "api_key_env")
-        if not -math.inf < self.min_score < self.max_score < math.inf:
-            p.append(f"min_score = {self.min_score:g} must be below max_score = {self.max_score:g}, "
-                     "and both finite")
-        p += [f"{name} = {value} must be positive" for name, value in (
-            ("threads", self.threads), ("timeout_s", self.timeout_s), ("max_attempts", self.max_attempts),
-            ("max_tokens", self.max_tokens), ("max_chars", self.max_chars)) if not value > 0]
-        p += [f"{name} = {value} must not be negative" for name, value in (
-            ("requests_per_minute", self.requests_per_minute), ("max_cost", self.max_cost),
-            ("backoff_s", self.backoff_s), ("input_price", self.input_price),
-            ("output_price", self.output_price)) if not value >= 0]
+        """Return what does not fit together, and what is missing."""
+        p = address_problems("endpoint", self.endpoint, "api_key_env")
+        if self.min_score >= self.max_score:
+            p.append(f"min_score = {self.min_score:g} must be below max_score = {self.max_score:g}")
         if self.max_cost and not (self.input_price or self.output_price):
             p.append("max_cost needs input_price and output_price, or no cost is known")
-        p += missing_libraries()
-        return p
+        return p + missing_libraries()
 
     def score(self, row: Row) -> Score:
         """Return what the judge makes of the response to the row's `prompt`.

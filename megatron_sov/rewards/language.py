@@ -9,6 +9,7 @@ from itertools import pairwise
 from megatron_sov.documents.scripts import LANGUAGES, letters_by_script, script_of
 from megatron_sov.errors import nearest
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.settings import Share
 
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]{1,500}\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+", re.DOTALL)
@@ -26,23 +27,18 @@ class Language:
     """Code such as ko, th, en; empty: the row's own field `language`."""
     also: tuple[str, ...] = ("en",)
     """Languages whose letters may stand beside it, as names and terms do."""
-    max_also_share: float = 0.2
+    max_also_share: Share = 0.2
     """Of all letters, those of `also`; more is code switching."""
-    min_share: float = 0.5
+    min_share: Share = 0.5
     """Below this share of the language's own letters the reward is 0."""
     ignore_code: bool = True
     """Leave out code, formulas and addresses, which are in no language."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        asked = [*filter(None, [self.language]), *self.also]
+        """Return one sentence for each language that is not known."""
         known = ", ".join(sorted(LANGUAGES))
-        p = [f"language {name!r} is not known{nearest(name, LANGUAGES)} (languages: {known})"
-             for name in asked if name not in LANGUAGES]
-        p += [f"{name} = {value} must be a share from 0 to 1"
-              for name, value in (("max_also_share", self.max_also_share), ("min_share", self.min_share))
-              if not 0 <= value <= 1]
-        return p
+        return [f"language {name!r} is not known{nearest(name, LANGUAGES)} (languages: {known})"
+                for name in [*filter(None, [self.language]), *self.also] if name not in LANGUAGES]
 
     def score(self, row: Row) -> Score:
         """Return the share of letters that may stand there, less what is too many of the others."""

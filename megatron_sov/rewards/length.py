@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.settings import AtLeastOne, Code, NotNegativeInt, Problem
 
 
 @dataclass(frozen=True)
@@ -15,23 +16,20 @@ class Length:
     0 up to `max_length - buffer`, then falling evenly to -1 at `max_length`, and -1 beyond.
     """
 
-    max_length: int = 20_480
+    max_length: AtLeastOne = 20_480
     """Where the punishment is whole (DAPO: 20,480 tokens)."""
-    buffer: int = 4_096
+    buffer: AtLeastOne = 4_096
     """Over how much before that it grows (DAPO: 4,096 tokens)."""
-    min_length: int = 0
+    min_length: NotNegativeInt = 0
     """A shorter response is punished whole."""
     unit: Literal["tokens", "characters", "words"] = "tokens"
     """tokens: the row's field `num_tokens`, as the engine that wrote the response counts them."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = []
-        if not 0 < self.buffer <= self.max_length:
-            p.append(f"buffer = {self.buffer} must lie from 1 to max_length = {self.max_length}")
-        if not 0 <= self.min_length <= self.max_length:
-            p.append(f"min_length = {self.min_length} must lie from 0 to max_length = {self.max_length}")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [Problem(Code.RULE, name, f"must be at most max_length = {self.max_length}", value)
+                for name, value in (("buffer", self.buffer), ("min_length", self.min_length))
+                if value > self.max_length]
 
     def score(self, row: Row) -> Score:
         """Return a number from -1 to 0."""

@@ -17,6 +17,7 @@ from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import how_to_install
 from megatron_sov.rewards.answers import final_answer, last_box
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.settings import AboveZero, AtLeastOne
 
 DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
 """What says that an answer is LaTeX; without, math-verify takes the 3 of 3\\sqrt{2} for the whole of it."""
@@ -62,11 +63,11 @@ class Math:
     PRELOAD = ("math_verify",)
     CONTROL = "\\boxed{1}"
 
-    cpu_limit_s: float = 2.0
+    cpu_limit_s: AboveZero = 2.0
     """Of a processor, for a row; an answer that takes longer to compare is worth 0."""
-    time_limit_s: float = 60.0
+    time_limit_s: AboveZero = 60.0
     """By the clock; a judge that has no processor for so long judges the row once more."""
-    tail_chars: int = 20_000
+    tail_chars: AtLeastOne = 20_000
     """Only so much of the response's end is read: the answer stands there."""
     float_rounding: int = 6
     """Decimals to which numbers have to agree."""
@@ -79,14 +80,9 @@ class Math:
     """Where the answer is a number, a response has to give the number: 6 \\times 7 restates a question."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {value} must be positive"
-             for name, value in (("cpu_limit_s", self.cpu_limit_s), ("time_limit_s", self.time_limit_s),
-                               ("tail_chars", self.tail_chars))
-             if not value > 0]
-        if importlib.util.find_spec("math_verify") is None:
-            p.append(f"math-verify is not installed; {how_to_install('rl')}")
-        return p
+        """Return what is missing."""
+        found = importlib.util.find_spec("math_verify") is not None
+        return [] if found else [f"math-verify is not installed; {how_to_install('rl')}"]
 
     def prepare(self) -> None:
         """Import what judges, so that the first row does not wait for it."""

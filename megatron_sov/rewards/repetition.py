@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from megatron_sov.documents.scripts import script_of
 from megatron_sov.rewards.reward import Row, Score, text_of
+from megatron_sov.settings import AtLeastOne, Share
 
 MAX_CHARS = 400_000
 """Of a longer response the end is looked at: loops stand there."""
@@ -23,28 +27,16 @@ class Repetition:
     than the share of different n-grams, here beyond a share that sound text has anyway.
     """
 
-    ngram: int = 4
+    ngram: AtLeastOne = 4
     """Words of an n-gram."""
-    allowed_share: float = 0.2
+    allowed_share: Annotated[float, Ge(0), Le(0.99)] = 0.2
     """Of repeated n-grams; sound text repeats some."""
-    min_loop_repeats: int = 4
+    min_loop_repeats: Annotated[int, Ge(2)] = 4
     """How often the same piece in a row, at the end of the response, is a loop."""
-    min_loop_chars: int = 24
+    min_loop_chars: AtLeastOne = 24
     """Length of a loop in all, at least: "......" is none, and no table's rule."""
-    no_end_penalty: float = 1.0
+    no_end_penalty: Share = 1.0
     """For a row whose `finish_reason` is length: the response did not end by itself. 0: is no fault."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {value} must be at least {least}"
-             for name, value, least in (("ngram", self.ngram, 1),
-                                        ("min_loop_repeats", self.min_loop_repeats, 2),
-                                        ("min_loop_chars", self.min_loop_chars, 1)) if value < least]
-        p += [f"{name} = {value} must lie from 0 to {most:g}"
-              for name, value, most in (("allowed_share", self.allowed_share, 0.99),
-                                        ("no_end_penalty", self.no_end_penalty,
-                                         1.0)) if not 0 <= value <= most]
-        return p
 
     def score(self, row: Row) -> Score:
         """Return the worst of what was seen, as a number from -1 to 0."""

@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_sov.rewards.answers import final_answer, normalized
 from megatron_sov.rewards.quantities import Quantity, read_quantity, same
 from megatron_sov.rewards.reward import Refused, Row, Score, told_short
+from megatron_sov.settings import Fraction
 
 Kind = Literal["choice", "number", "text"]
 _LETTER = re.compile(r"\W*([A-J])\W*", re.ASCII)
@@ -25,17 +26,12 @@ class Stem:
 
     kind: Literal["auto", "choice", "number", "text"] = "auto"
     """auto: a single letter is a choice, what reads as a number is one, all else is text."""
-    relative_tolerance: float = 0.01
+    relative_tolerance: Fraction = 0.01
     """For numbers."""
     exact_integers: bool = True
     """A whole number without a unit is a count: another whole number is no rounding of it, however near."""
     unit_required: bool = False
     """A number without the answer's unit is wrong; without, it is taken to have that unit."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        return [] if 0 <= self.relative_tolerance < 1 else [
-            f"relative_tolerance = {self.relative_tolerance} must lie from 0 to 1"]
 
     def score(self, row: Row) -> Score:
         """Return whether the response's final answer is the row's `answer`, or one of several in a list."""

@@ -77,6 +77,11 @@ class Problem:
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
+def as_problem(said: Problem | str) -> Problem:
+    """Return what a class of a user's own may say in a sentence as a problem."""
+    return said if isinstance(said, Problem) else Problem(Code.RULE, "", said)
+
+
 class SettingsError(UserError):
     """Settings that cannot be taken, with all that is wrong."""
 

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.errors import nearest
-from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError
+from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError, as_problem
 
 S = TypeVar("S")
 Instead = Callable[[str], str]
@@ -109,7 +109,7 @@ def rules_of(settings: Any) -> list[Problem]:
     """Return what breaks the rules between settings: what their own `problems` says, or, of a class without
     one, what those of the settings inside say."""
     if hasattr(settings, "problems"):
-        return [p if isinstance(p, Problem) else Problem(Code.RULE, "", p) for p in settings.problems()]
+        return list(map(as_problem, settings.problems()))
     return rules_inside(settings)
 
 

@@ -11,6 +11,7 @@ import pytest
 from megatron_sov.rewards.constraint import Constraint
 from megatron_sov.rewards.reward import judged
 from megatron_sov.rewards.text_views import views_of
+from megatron_sov.settings import problems_of
 
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
 SHORT = "def evaluate(response):\n    return len(response) < 20"
@@ -52,9 +53,9 @@ def test_a_row_that_cannot_be_judged_is_refused(row: dict[str, Any], reason: str
 
 
 def test_settings_are_checked_together() -> None:
-    problems = Constraint(min_share=2, call_time_s=0.1, segmenter="pythainlp").problems()
-    assert len(problems) == 3
-    assert "pip install pythainlp" in problems[2]
+    assert [problem.key for problem in problems_of(Constraint(min_share=2, call_time_s=0.1))] == [
+        "min_share", "call_time_s"]
+    assert "pip install pythainlp" in str(problems_of(Constraint(segmenter="pythainlp"))[0])
 
 
 def test_views_are_those_of_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 from megatron_sov.documents.scripts import letters_by_script
 from megatron_sov.rewards.language import Language, switches
 from megatron_sov.rewards.reward import Refused
+from megatron_sov.settings import problems_of
 
 KOREAN = "서울은 대한민국의 수도이며 약 구백만 명이 사는 도시입니다."
 
@@ -51,7 +52,7 @@ def test_the_row_may_name_its_language() -> None:
 
 def test_settings_that_make_no_sense() -> None:
     assert "'kr' is not known; did you mean " in Language("kr").problems()[0]
-    assert "from 0 to 1" in Language("ko", min_share=2).problems()[0]
+    assert [problem.key for problem in problems_of(Language("ko", min_share=2))] == ["min_share"]
 
 
 def test_switches_are_counted_between_words() -> None:

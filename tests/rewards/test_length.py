@@ -6,6 +6,7 @@ import pytest
 
 from megatron_sov.rewards.length import Length, soft_overlong
 from megatron_sov.rewards.reward import Refused
+from megatron_sov.settings import problems_of
 
 
 @pytest.mark.parametrize(("length", "reward"), [
@@ -30,5 +31,6 @@ def test_tokens_need_their_number(num_tokens: object) -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
-    assert "must lie from 1 to max_length" in Length(max_length=4, buffer=5).problems()[0]
-    assert "min_length = 9" in Length(max_length=4, buffer=2, min_length=9).problems()[0]
+    assert str(problems_of(Length(max_length=4, buffer=5))[0]) == "buffer = 5 must be at most max_length = 4"
+    assert [problem.key for problem in problems_of(Length(max_length=4, buffer=2, min_length=9))] == [
+        "min_length"]

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from megatron_sov.rewards.repetition import Repetition, loop_at_end, repeated_share, words_of
+from megatron_sov.settings import problems_of
 
 SOUND = ("Water boils at a lower temperature on a mountain, because the pressure of the air is lower there. "
          "An egg therefore takes longer to cook, and a pressure cooker helps. ......")
@@ -64,5 +65,5 @@ def test_megabytes_of_one_character_take_a_moment() -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
-    problems = Repetition(ngram=0, no_end_penalty=2).problems()
-    assert len(problems) == 2
+    problems = problems_of(Repetition(ngram=0, no_end_penalty=2))
+    assert [problem.key for problem in problems] == ["ngram", "no_end_penalty"]
