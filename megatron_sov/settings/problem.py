@@ -74,6 +74,26 @@ class Problem:
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
+def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
+                ) -> list[Problem]:
+    """Return a problem for each rule that does not hold.
+
+    Args:
+        settings: that the keys belong to.
+        prefix: what stands before the keys, e.g. "optim"; "": nothing.
+        rules: whether it holds, the key (with dots), the rule, and what to do where the rule does not say it.
+    """
+    found = [Problem(Code.RULE, key, rule, _value(settings, key), *way_out)
+             for holds, key, rule, *way_out in rules if not holds]
+    return [problem.below(prefix) for problem in found] if prefix else found
+
+
+def _value(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings[int(part)] if part.isdecimal() else getattr(settings, part)
+    return settings
+
+
 class SettingsError(UserError):
     """Settings that cannot be taken, with all that is wrong."""
 
