@@ -23,6 +23,7 @@ from megatron_sov.generate.request import Batching, Sampling
 from megatron_sov.outputs import check_output
 from megatron_sov.pages.embedded import address_of
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.settings import SettingsError
 
 if TYPE_CHECKING:
     from megatron_sov.generate.media_replies import Replied
@@ -74,8 +75,8 @@ def run_media(args: argparse.Namespace, events: RunEvents) -> int:
     if not asked and not ranked:
         raise UserError("there is nothing to ask: pass --data PAIR=FILE.jsonl or --retrieval PAIR=FILE.jsonl")
     sampling = Sampling(args.max_new_tokens, args.temperature, 0, args.top_p, args.seed)
-    for problem in sampling.problems() + Batching(args.batch_size).problems():
-        raise UserError(problem)
+    if problems := sampling.problems() + Batching(args.batch_size).problems():
+        raise SettingsError("eval media", problems)
     check_output("--output", args.output)
     judges = _judges(args, {PAIRS[name][1] for name, _ in asked})
     out = {kind: args.files for _, (_, kind) in ((n, PAIRS[n]) for n, _ in asked) if kind != TEXT}

@@ -230,10 +230,10 @@ def checked_sampling(args: argparse.Namespace) -> Sampling:
              (math.isfinite(args.right_from), f"--right-from {args.right_from}: must be a finite number"),
              (args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
-    problems = [said for holds, said in rules if not holds]
-    problems += sampling.problems() + Batching(args.batch_size).problems()
+    problems = [*(said for holds, said in rules if not holds), *sampling.problems(),
+                *Batching(args.batch_size).problems()]
     if problems:
-        raise UserError(problems[0])
+        raise UserError(str(problems[0]))
     return sampling
 
 

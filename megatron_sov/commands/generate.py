@@ -23,6 +23,7 @@ from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.settings import Problem
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, problems: list[str]) -> None:
+def _check(args: argparse.Namespace, wrong: list[Problem]) -> None:
     rules = [(args.speculative or not args.compare_speed, "--compare-speed: --speculative "
                                                           f"{args.speculative} drafts nothing; "
                                                           "add --speculative 1"),
@@ -142,9 +143,9 @@ def _check(args: argparse.Namespace, problems: list[str]) -> None:
                                                     "leave one of them out"),
              (args.json or not args.logprobs, "--logprobs: goes with --json; add it"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
-    problems += [sentence for holds, sentence in rules if not holds]
+    problems = [*wrong, *(sentence for holds, sentence in rules if not holds)]
     if problems:
-        raise UserError(problems[0])
+        raise UserError(str(problems[0]))
 
 
 def _continue(args: argparse.Namespace, target: Target, asked: Asked, sampling: Sampling, stop: Stop,

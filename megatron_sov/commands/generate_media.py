@@ -15,6 +15,7 @@ from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.request import Batching, Sampling
 from megatron_sov.media.vocabulary import AUDIO, IMAGE
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.settings import SettingsError
 
 
 def asks_for_media(args: argparse.Namespace) -> bool:
@@ -37,8 +38,8 @@ def run_with_media(args: argparse.Namespace) -> int:
     parts: list[dict[str, Any]] = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
                                    for kind, file in files]
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    for problem in sampling.problems() + Batching(args.batch_size, args.prefill_tokens).problems():
-        raise UserError(problem)
+    if problems := sampling.problems() + Batching(args.batch_size, args.prefill_tokens).problems():
+        raise SettingsError("generate", problems)
     refuse_missing(args.target)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 

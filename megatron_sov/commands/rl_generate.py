@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> RunConfig:
     config = requested(args).config()
-    problems = [*config.rollout.problems(), *Batching(args.batch_size).problems()]
+    problems = [str(problem) for problem in config.rollout.problems() + Batching(args.batch_size).problems()]
     if not 0 <= args.wait < float("inf"):
         problems.append(f"--wait {args.wait}: must be a number that is not negative")
     problems += _other_settings(args.run, config.rollout)

@@ -21,6 +21,7 @@ from megatron_sov.generate.request import Batching
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, second_opinions
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rollouts.prompts import refuse_unaskable
+from megatron_sov.settings import Problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake in the arguments, or the store does not belong to the run.
         StopRequested: it was asked to stop, and everything is saved.
     """
-    problems = Batching(args.batch_size).problems()
+    problems: list[Problem | str] = [*Batching(args.batch_size).problems()]
     if args.workers < 1:
         problems.append(f"--workers {args.workers}: must be at least 1")
     if args.reward == ENVIRONMENT and args.environment is None:
         problems.append(f"--reward {ENVIRONMENT}: takes what an environment said of its episodes, and there "
                         "is none; add --environment, or choose another reward")
     if problems:
-        raise UserError(problems[0])
+        raise UserError(str(problems[0]))
     parsed = parse_rounds(args)
     if args.environment is None:
         refuse_unaskable(args.prompts, parsed.prompts)

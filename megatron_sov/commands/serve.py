@@ -6,12 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_sov.errors import UserError, how_to_install, list_problems
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.serving.settings import ServeSettings
+from megatron_sov.settings import SettingsError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         _key(args.api_key_env), args.max_batch, args.prefill_tokens, args.max_waiting, args.max_length,
         args.address_file, args.parent_pid)
     if problems := settings.problems():
-        raise UserError(problems[0] if len(problems) == 1 else list_problems("serve", problems))
+        raise SettingsError("serve", problems)
     num_ranks(args.nproc)
     refuse_missing(args.target)
     check_output("--address-file", args.address_file)

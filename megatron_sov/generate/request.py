@@ -4,10 +4,21 @@ continuation ends, and how probable each token was."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
+
+from annotated_types import Ge, Gt, Le
 
 from megatron_sov.errors import UserError
+from megatron_sov.settings import (
+    AtLeastOne,
+    Code,
+    NotNegativeInt,
+    Problem,
+    SettingsError,
+    check,
+    name_options,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +31,7 @@ Written = tuple[list[int], list[float]]
 """Tokens behind a prompt, and the log-probability of each."""
 
 
+@runtime_checkable
 class TokenRules(Protocol):
     """Which tokens may stand next; a function of what was written, so that it is the same everywhere."""
 
@@ -32,18 +44,19 @@ class TokenRules(Protocol):
 class Sampling:
     """How each next token is chosen."""
 
-    max_new_tokens: int = 64
+    __pydantic_config__ = {"arbitrary_types_allowed": True}
+    max_new_tokens: AtLeastOne = 64
     """Longest continuation."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Ge(0)] = 0.0
     """0 takes the most probable token; otherwise logits are divided by it and sampled."""
-    top_k: int = 0
+    top_k: NotNegativeInt = 0
     """Samples come from this many most probable tokens; 0: from all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Then from the smallest set of them that holds this much probability (Holtzman et al.,
     arXiv 1904.09751)."""
-    seed: int = 0
+    seed: NotNegativeInt = 0
     """Of the samples."""
-    num_drafts: int = 0
+    num_drafts: NotNegativeInt = 0
     """Tokens that the multi-token prediction layer drafts for each pass of the model (engine megatron); 0:
     none.  Greedy continuations stay the same, samples follow the same distribution with
     other random numbers."""
@@ -58,22 +71,17 @@ class Sampling:
     """Tokens that it does not allow have no probability (engine megatron, without drafts); log-probabilities
     are those of the part."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that has no meaning, by the name of the command's option."""
-        rules = [(self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
-                 (self.temperature >= 0, f"--temperature {self.temperature}: must not be negative"),
-                 (self.top_k >= 0, f"--top-k {self.top_k}: must not be negative"),
-                 (0 < self.top_p <= 1, f"--top-p {self.top_p}: must lie in (0, 1]"),
-                 (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
-                 (self.num_drafts >= 0, f"--speculative {self.num_drafts}: must not be negative"),
-                 (not (self.for_training and self.truncates) or self.allow_truncation,
-                  f"--top-k {self.top_k} and --top-p {self.top_p}: samples that are trained on come from the "
-                  "whole distribution, whose log-probabilities a trainer computes; leave both out, or set "
-                  "allow_truncation"),
-                 (self.rules is None or not (self.num_drafts or self.for_training),
-                  f"--speculative {self.num_drafts}: drafts know nothing of which tokens are allowed; leave "
-                  "it out")]
-        return [sentence for holds, sentence in rules if not holds]
+    def problems(self) -> list[Problem]:
+        """Return every value that has no meaning, by the name of the command's option."""
+        p = name_options(check(replace(self, rules=None)), num_drafts="--speculative")
+        if self.for_training and self.truncates and not self.allow_truncation:
+            p.append(Problem(Code.RULE, "--top-k", f"and --top-p = {self.top_p:g} cannot be: samples that "
+                             "are trained on come from the whole distribution, whose log-probabilities a "
+                             "trainer computes", self.top_k, "leave both out, or set allow_truncation"))
+        if self.rules is not None and (self.num_drafts or self.for_training):
+            p.append(Problem(Code.RULE, "--speculative", "cannot be: drafts know nothing of which tokens are "
+                             "allowed", self.num_drafts, "leave it out"))
+        return p
 
     @property
     def truncates(self) -> bool:
@@ -81,9 +89,9 @@ class Sampling:
         return bool(self.temperature and (self.top_k or self.top_p != 1))
 
     def check(self) -> None:
-        """Raise `UserError` where a value has no meaning; every engine asks."""
-        for problem in self.problems():
-            raise UserError(problem)
+        """Raise `SettingsError` where a value has no meaning; every engine asks."""
+        if problems := self.problems():
+            raise SettingsError("sampling", problems)
 
 
 def refuse_drafts(engine: str, sampling: Sampling) -> None:
@@ -173,9 +181,9 @@ class Bounds:
 class Batching:
     """What bounds memory."""
 
-    max_sequences: int = 64
+    max_sequences: AtLeastOne = 64
     """Sequences that are continued at a time, on each process that has sequences of its own."""
-    prefill_tokens: int = 8192
+    prefill_tokens: AtLeastOne = 8192
     """Tokens of prompts that are read at a time; longer prompts are read in pieces."""
     cache_tokens: int = 1 << 20
     """Tokens whose keys and values are kept at a time; one sequence at least, however long."""
@@ -185,10 +193,9 @@ class Batching:
         to `longest` tokens."""
         return max(1, min(num_sequences, self.max_sequences, self.cache_tokens // longest))
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that has no meaning, by the name of the command's option."""
-        values = {"--batch-size": self.max_sequences, "--prefill-tokens": self.prefill_tokens}
-        return [f"{name} {value}: must be at least 1" for name, value in values.items() if value < 1]
+    def problems(self) -> list[Problem]:
+        """Return every value that has no meaning, by the name of the command's option."""
+        return name_options(check(self), max_sequences="--batch-size")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Le, MaxLen, MinLen
+
+from megatron_sov.settings import AtLeastOne, Code, Problem, check, name_options
 
 MAX_PORT = 65535
 
@@ -13,25 +18,25 @@ MAX_PORT = 65535
 class ServeSettings:
     """What a server is given."""
 
-    name: str
+    name: Annotated[str, MinLen(1), MaxLen(200)]
     """The model's name, which requests say."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, MinLen(1)] = "127.0.0.1"
     """Address or name that is listened on."""
-    port: int = 8000
+    port: Annotated[int, Ge(0), Le(MAX_PORT)] = 8000
     """Port; 0: any that is free."""
     api_key: str = field(default="", repr=False)
     """What requests must bring; empty: nothing, on addresses that this machine alone reaches."""
-    max_batch: int = 32
+    max_batch: AtLeastOne = 32
     """Answers that are written at a time, on each process that has sequences of its own."""
-    prefill_tokens: int = 8192
+    prefill_tokens: AtLeastOne = 8192
     """Tokens of prompts that are read at a time."""
-    max_waiting: int = 256
+    max_waiting: AtLeastOne = 256
     """Answers that may wait; further requests are turned away."""
-    max_length_tokens: int | None = None
+    max_length_tokens: Annotated[int, Ge(2)] | None = None
     """Longest prompt with its answer; None: as the model takes, up to `DEFAULT_LENGTH_TOKENS`."""
     address_file: Path | None = None
     """Written once the model answers, removed at the end."""
-    parent_pid: int | None = None
+    parent_pid: AtLeastOne | None = None
     """Process with which the server ends; None: it ends by a signal."""
 
     @property
@@ -44,23 +49,17 @@ class ServeSettings:
         except ValueError:
             return False
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that has no meaning, by the name of the command's option."""
-        rules = [(bool(self.name.strip()) and self.name.isprintable() and len(self.name) <= 200,
-                  f"--name {self.name!r}: must be 1 to 200 printable characters"),
-                 (bool(self.host), "--host '': must name an address"),
-                 (0 <= self.port <= MAX_PORT, f"--port {self.port}: must lie between 0 and {MAX_PORT}"),
-                 (self.is_local or bool(self.api_key),
-                  f"--host {self.host}: others than this machine reach it, and would need no key; name an "
-                  "environment variable that holds one with --api-key-env, or take 127.0.0.1"),
-                 (self.max_batch >= 1, f"--max-batch {self.max_batch}: must be at least 1"),
-                 (self.prefill_tokens >= 1, f"--prefill-tokens {self.prefill_tokens}: must be at least 1"),
-                 (self.max_waiting >= 1, f"--max-waiting {self.max_waiting}: must be at least 1"),
-                 (self.max_length_tokens is None or self.max_length_tokens >= 2,
-                  f"--max-length {self.max_length_tokens}: must be at least 2"),
-                 (self.parent_pid is None or self.parent_pid >= 1,
-                  f"--parent-pid {self.parent_pid}: must be the number of a process")]
-        return [sentence for holds, sentence in rules if not holds]
+    def problems(self) -> list[Problem]:
+        """Return every value that has no meaning, by the name of the command's option."""
+        p = name_options(check(self), max_length_tokens="--max-length")
+        if not (self.name.strip() and self.name.isprintable()):
+            p.append(Problem(Code.RULE, "--name", "must be printable characters", self.name))
+        if not (self.is_local or self.api_key):
+            p.append(Problem(
+                Code.RULE, "--host", "cannot be: others than this machine reach it, and would need no key",
+                self.host, "name an environment variable that holds one with --api-key-env, or take "
+                "127.0.0.1"))
+        return p
 
 
 DEFAULT_LENGTH_TOKENS = 8192

@@ -11,13 +11,13 @@ from megatron_sov.settings.bounds import (
     Share,
 )
 from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
-from megatron_sov.settings.problem import Code, Problem, SettingsError, find_broken
+from megatron_sov.settings.problem import Code, Problem, SettingsError, find_broken, name_options
 from megatron_sov.settings.reading import check, find_problems, place_of, plain, read, read_arguments
 from megatron_sov.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
 
 __all__ = [
     "AboveZero", "AtLeastOne", "Code", "Finite", "Fraction", "Located", "NotNegative", "NotNegativeInt",
     "Place", "Problem", "SettingsError", "Share", "assign_all", "change", "check", "find_broken",
-    "find_problems", "parse_changes", "parse_nested", "place_of", "plain", "read", "read_arguments",
-    "read_file", "read_located", "read_text", "read_yaml",
+    "find_problems", "name_options", "parse_changes", "parse_nested", "place_of", "plain", "read",
+    "read_arguments", "read_file", "read_located", "read_text", "read_yaml",
 ]

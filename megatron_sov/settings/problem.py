@@ -88,6 +88,17 @@ def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tupl
     return [problem.below(prefix) for problem in found] if prefix else found
 
 
+def name_options(problems: Sequence[Problem], **options: str) -> list[Problem]:
+    """Return problems of settings that a command's options say, with these in place of the keys.
+
+    Args:
+        problems: with the fields as keys.
+        options: field -> option, where that is not the field's name with hyphens.
+    """
+    return [replace(problem, key=options.get(problem.key, f"--{problem.key.replace('_', '-')}"))
+            for problem in problems]
+
+
 def _value(settings: Any, key: str) -> Any:
     for part in key.split("."):
         settings = settings[int(part)] if part.isdecimal() else getattr(settings, part)

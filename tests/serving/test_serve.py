@@ -208,10 +208,10 @@ def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(s
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    (["--host", "0.0.0.0"], "--host 0.0.0.0: others than this machine reach it"),
+    (["--host", "0.0.0.0"], "cannot be: others than this machine reach it"),
     (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the environment has no key"),
-    (["--port", "x"], "argument --port: invalid int value: 'x'"), (["--port", "-1"], "--port -1: must lie"),
-    (["--max-batch", "0"], "--max-batch 0: must be at least 1"), (["--nproc", "0"], "--nproc 0"),
+    (["--port", "x"], "argument --port: invalid int value: 'x'"), (["--port", "-1"], "--port = -1 must be"),
+    (["--max-batch", "0"], "--max-batch = 0 must be"), (["--nproc", "0"], "--nproc 0"),
     (["--max-length", "9999"], "--max-length 9999: the model ends at 512"),
     (["--parent-pid", "4194999"], "--parent-pid 4194999: there is no such process"),
     (["--host", "203.0.113.1", "--api-key-env", "PATH"], "--host 203.0.113.1 --port 8000: cannot be"),

@@ -92,7 +92,7 @@ class Settings:
                  "--nproc": (self.nproc, 1), "--seed": (self.seed, 0), "--samples": (self.samples, 1),
                  "--workers": (self.workers, 0)}
         found = [*(f"{name} {value}: must be at least {bound}" for name, (value, bound) in least.items()
-                   if value is not None and value < bound), *Batching(self.batch_size).problems()]
+                   if value is not None and value < bound), *map(str, Batching(self.batch_size).problems())]
         if self.mode is not None and not self.chat_template:
             found.append(f"--mode {self.mode}: is a setting of the chat template; add --apply-chat-template, "
                          "or leave it out")
