@@ -83,7 +83,7 @@ def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tupl
         prefix: what stands before the keys, e.g. "optim"; "": nothing.
         rules: whether it holds, the key (with dots), the rule, and what to do where the rule does not say it.
     """
-    found = [Problem(Code.RULE, key, rule, _value(settings, key), *way_out)
+    found = [Problem(Code.RULE, key, rule, _value(settings, key), "".join(way_out))
              for holds, key, rule, *way_out in rules if not holds]
     return [problem.below(prefix) for problem in found] if prefix else found
 
