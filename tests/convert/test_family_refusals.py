@@ -151,10 +151,10 @@ def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("missing", "config", "expected"), [
     ("model.layers.2.eh_proj", {}, r"1 missing \(model\.layers\.2\.eh_proj\.weight\)"),
     ("model.layers.2.mlp.gate.e_score", {}, r"1 missing \(model\.layers\.2\.mlp\.gate\.e_score_corr"),
-    ("", {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}, "num_mtp_layers = 2 must be 0 or 1"),
+    ("", {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}, "num_mtp_layers = 2 must be at most 1"),
     ("", {"mtp_mlp_layer_types": ["dense"]}, r"mtp_mlp_layer_types = \['dense'\], but only prediction"),
     ("", {"n_group": 3}, r"num_groups_per_token = 1 .*|num_expert_groups = 3 must divide"),
-    ("", {"topk_group": 2}, "num_groups_per_token = 2 must lie between 1 and model.num_expert_groups = 1"),
+    ("", {"topk_group": 2}, "num_groups_per_token = 2 must be at most model.num_expert_groups = 1"),
     ("", {"n_group": 8}, "num_expert_groups = 8 must divide model.num_experts = 8 into groups of at least"),
     ("", {"n_group": 4, "num_experts_per_tok": 3}, "leaves 2 experts to choose from, and model.num_"),
 ])
