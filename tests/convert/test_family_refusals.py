@@ -87,7 +87,7 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     ("tiny-hyperclovax", say(logits_scale=2.0), "unknown fields for family 'hyperclovax': 'logits_scale'"),
     ("tiny-hyperclovax", say(logit_scale=2.0), r"logit_scale = 2\.0, but only 1\.0 is supported"),
     ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be understood"),
-    ("tiny-hyperclovax", say(embedding_multiplier=0), r"model\.embedding_multiplier = 0(\.0)? must be above 0"),
+    ("tiny-hyperclovax", say(embedding_multiplier=0), r"model\.embedding_multiplier = 0(\.0)? must be ab"),
 ])
 def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, Any], dict[str, Any]], Any],
                                      expected: str, tmp_path: Path) -> None:
