@@ -52,9 +52,9 @@ class ServeSettings:
     def problems(self) -> list[Problem]:
         """Return every value that has no meaning, by the name of the command's option."""
         p = name_options(check(self), max_length_tokens="--max-length")
-        if not (self.name.strip() and self.name.isprintable()):
+        if self.name and not (self.name.strip() and self.name.isprintable()):
             p.append(Problem(Code.RULE, "--name", "must be printable characters", self.name))
-        if not (self.is_local or self.api_key):
+        if self.host and not (self.is_local or self.api_key):
             p.append(Problem(
                 Code.RULE, "--host", "cannot be: others than this machine reach it, and would need no key",
                 self.host, "name an environment variable that holds one with --api-key-env, or take "
