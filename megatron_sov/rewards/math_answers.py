@@ -15,7 +15,8 @@ from typing import Any
 
 from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import how_to_install
-from megatron_sov.rewards.answers import final_answer, last_box
+from megatron_sov.rewards.answers import final_answer, last_box, last_boxed
+from megatron_sov.rewards.quantities import read_quantity, same
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 from megatron_sov.settings import AboveZero, AtLeastOne
 
@@ -24,6 +25,8 @@ DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
 MAX_ANSWER_CHARS = 10_000
 MAX_BOXES = 12
 """That are read as one answer of several values."""
+UNIT_TOLERANCE = 0.01
+"""Numbers are compared by math-verify; one with a prefix too many is off by ten at least."""
 _SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
                           **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
 """Minus, degrees and digits as East Asian keyboards write them -> as math-verify reads them."""
@@ -107,7 +110,8 @@ class Math:
         found = self._found(said, gold)
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
-        right = self._states(shown, found, gold) and self._equal(gold, found)
+        right = (self._states(shown, found, gold) and self._equal(gold, found)
+                 and _has_its_unit(row["answer"], said))
         return Score(float(right), {"extracted": shown[:200]})
 
     def _equal(self, gold: list[Any], found: list[Any]) -> bool:
@@ -189,6 +193,16 @@ def literal_value(text: str) -> float | None:
         return sign * _number(found["number"] or "1") * 10.0 ** exponent
     except (OverflowError, ZeroDivisionError):
         return None
+
+
+def _has_its_unit(answer: str, response: str) -> bool:
+    """Return whether a response gives no other unit than the answer's: math-verify takes units away, and 5 m
+    would be 5 km.  A unit that either leaves out, or that is not known, is no other one."""
+    wanted = read_quantity(last_boxed(answer) or answer)
+    given = read_quantity(final_answer(response) or "")
+    if wanted is None or given is None or wanted.dimension is None or given.dimension is None:
+        return True
+    return same(wanted, given, UNIT_TOLERANCE)
 
 
 def _as_fraction(mixed: re.Match[str]) -> str:

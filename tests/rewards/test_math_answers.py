@@ -148,6 +148,17 @@ HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 
            "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
 
 
+@pytest.mark.parametrize(("answer", "response", "reward"), [
+    ("5 km", "\\boxed{5 m}", 0), ("$5\\text{ km}$", "The answer is 5 m.", 0),
+    ("5 cm", "\\boxed{5\\ \\text{cm}^2}", 0),
+    ("90^\\circ", "\\boxed{90 \\text{ rad}}", 0), ("5 km", "\\boxed{5\\,\\mathrm{km}}", 1),
+    ("5 km", "\\boxed{5}", 1), ("5", "\\boxed{5 \\text{ km}}", 1),
+    ("5 km", "\\boxed{5\\text{ kilometers}}", 1),
+    ("3 \\text{ apples}", "\\boxed{3 \\text{ m}}", 1), ("90^\\circ", "\\boxed{90°}", 1)])
+def test_another_unit_is_another_answer(answer: str, response: str, reward: float) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == reward
+
+
 def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
     rows = [{"answer": "42", "response": text} for text in [*HOSTILE, "\\boxed{42}"]]
     asked = order("math", {"cpu_limit_s": 1.0})
