@@ -7,16 +7,21 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import re
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Gt, Lt
 
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import RunConfig
 
 PAGE = Path(__file__).parent / "config.md"
+BOUNDS = {"Ge": ">= {:,}", "Gt": "> {:,}", "Le": "<= {:,}", "Lt": "< {:,}", "MinLen": "of {} or more",
+          "MultipleOf": "multiple of {}"}
 HEAD = """# Settings
 
 <!-- Written by docs/generate_config.py from megatron_sov/config; change it there. -->
@@ -41,16 +46,26 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def nested_class(hint: Any) -> type | None:
     """Return the settings class that a field holds, directly, optionally or as the items of a tuple."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
     return next((c for c in (hint, *get_args(hint)) if dataclasses.is_dataclass(c) and isinstance(c, type)),
                 None)
 
 
-def spelled(annotation: str, hint: Any) -> str:
-    """Return a field's type with the words that it takes in the place of our name for them."""
-    words = next((h for h in (hint, *get_args(hint)) if get_origin(h) is Literal), None)
-    if words is None or "Literal[" in annotation:
-        return annotation
-    return re.sub(r"\b(?!None)[A-Z]\w*", lambda _: repr(words).removeprefix("typing."), annotation)
+def spelled(hint: Any) -> str:
+    """Return a type as Python spells it, with its bounds and without our names for it."""
+    args = get_args(hint)
+    if get_origin(hint) is Annotated:
+        bounds = [BOUNDS[type(b).__name__].format(*dataclasses.astuple(b)) for b in hint.__metadata__
+                  if not isinstance(b, (Lt, Gt)) or math.isfinite(*dataclasses.astuple(b))]
+        return " ".join([spelled(args[0]), ", ".join(bounds)]).strip()
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return " | ".join(map(spelled, args))
+    if get_origin(hint) is Literal:
+        return repr(hint).removeprefix("typing.")
+    if args:
+        return f"{get_origin(hint).__name__}[{', '.join('...' if a is ... else spelled(a) for a in args)}]"
+    return "None" if hint is type(None) else hint.__name__
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
@@ -65,10 +80,10 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 def sections(cls: type, path: str, title: str) -> Iterator[str]:
     """Yield one table of a class's settings, then the tables of the classes that it holds;
     `path` ends with a dot."""
-    docs, hints = field_docs(cls), get_type_hints(cls)
+    docs, hints = field_docs(cls), get_type_hints(cls, include_extras=True)
     rows, tables = [], []
     for field in dataclasses.fields(cls):
-        key, annotation = path + field.name, spelled(str(field.type), hints[field.name])
+        key, annotation = path + field.name, spelled(hints[field.name])
         inner = nested_class(hints[field.name])
         if inner is not None:
             below = f"{key}.N" if annotation.startswith("tuple") else key

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: RlGenerateOptions) -> RunConfig:
     config = requested(args).config()
-    problems = [*config.rollout.problems(), *_other_settings(args.run, config.rollout)]
+    problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
     if problems:
         raise UserError(list_problems("rl generate", problems))
     return config

@@ -3,20 +3,17 @@ a slip of some zeros is refused at once, not noticed when nothing moves."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
 MAX_STEPS = 100_000_000
 MAX_TOKENS = 10**16
 MAX_BATCH_SIZE = 1_000_000
 MAX_SEQ_LEN = 1_000_000_000
 MAX_LAYERS = 10_000
 
-
-def above(where: str, settings: object, **limits: int) -> list[str]:
-    """Return one sentence for every field of `settings` that lies above its limit.
-
-    Args:
-        where: name of the settings, as in train.
-        settings: holds the fields.
-        limits: field -> its largest value.
-    """
-    return [f"{where}.{name} = {getattr(settings, name)} must be at most {limit:,}; count its zeros"
-            for name, limit in limits.items() if getattr(settings, name) > limit]
+Steps = Annotated[int, Ge(0), Le(MAX_STEPS)]
+Tokens = Annotated[int, Ge(0), Le(MAX_TOKENS)]
+Samples = Annotated[int, Ge(0), Le(MAX_BATCH_SIZE)]
+SeqLen = Annotated[int, Ge(2), Le(MAX_SEQ_LEN)]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_sov.config.bounds import MAX_BATCH_SIZE, MAX_SEQ_LEN, MAX_TOKENS, above
+from annotated_types import Ge, Le, MinLen
+
+from megatron_sov.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.config.model import STRICT
 from megatron_sov.config.optim import Schedule
+from megatron_sov.settings import (
+    AboveZero,
+    AtLeastOne,
+    Code,
+    NotNegative,
+    NotNegativeInt,
+    Problem,
+    find_broken,
+)
 
 
 @dataclass(frozen=True)
@@ -18,50 +28,28 @@ class PhaseConfig:
     __pydantic_config__ = STRICT
     name: str
     """Name of the phase in events and in the report."""
-    tokens: int = 0
+    tokens: Tokens = 0
     """Token budget of the phase; 0: by `share`.  Either every phase has one or none."""
-    share: float = 1.0
+    share: AboveZero = 1.0
     """Part of the run that belongs to this phase, of `train.tokens` or of `train.steps`;
     normalised over all phases."""
-    blend: dict[str, float] = field(default_factory=dict)
+    blend: dict[str, NotNegative] = field(default_factory=dict)
     """Source name -> weight (normalised); empty: as a mix has it for a phase of this name, else each artifact
     by its --data weight, its sources in proportion to their tokens.  NAME@N means the documents of NAME with
     at least N tokens, NAME/N all of them in pieces of at most N."""
-    seq_len: int = 4096
+    seq_len: SeqLen = 4096
     """Tokens of one sample."""
-    global_batch_size: int = 0
+    global_batch_size: Samples = 0
     """Samples of one optimizer step in this phase; 0: `train.global_batch_size`."""
-    rewarm_steps: int = 0
+    rewarm_steps: Steps = 0
     """Steps over which the learning rate climbs anew from 0 when the phase begins."""
-    lr: float = 0.0
+    lr: NotNegative = 0.0
     """Peak learning rate of a schedule of the phase's own, from its first step to its last; 0:
     the run's schedule goes on."""
-    min_lr: float = 0.0
+    min_lr: NotNegative = 0.0
     """Where the phase's own schedule ends; 0: `optim.min_lr`."""
     schedule: Schedule | None = None
     """Form of the phase's own schedule; null: `optim.schedule`."""
-
-    def problems(self, where: str) -> list[str]:
-        """Return one sentence for every rule that this phase breaks by itself; `where` names it, as in
-        data.phases.0 (main)."""
-        rules = [
-            (self.tokens >= 0, f"{where}.tokens = {self.tokens} must not be negative"),
-            (self.global_batch_size >= 0,
-             f"{where}.global_batch_size = {self.global_batch_size} must not be negative"),
-            (self.rewarm_steps >= 0, f"{where}.rewarm_steps = {self.rewarm_steps} must not be negative"),
-            (0 <= self.min_lr <= self.lr < math.inf,
-             f"{where}.min_lr = {self.min_lr} must lie between 0 and the phase's lr = {self.lr}"),
-            (not self.schedule or bool(self.lr),
-             f"{where}.schedule = {self.schedule} needs a rate of the phase's own; set its lr"),
-            (self.share > 0, f"{where}.share = {self.share} must be positive"),
-            (self.seq_len > 1, f"{where}.seq_len = {self.seq_len} must be at least 2"),
-            *((weight >= 0, f"{where}.blend.{source} = {weight} must not be negative")
-              for source, weight in self.blend.items()),
-            (not self.blend or sum(self.blend.values()) > 0,
-             f"{where}.blend has only zero weights; give at least one source a weight"),
-        ]
-        return [sentence for holds, sentence in rules if not holds] + above(
-            where, self, tokens=MAX_TOKENS, global_batch_size=MAX_BATCH_SIZE, seq_len=MAX_SEQ_LEN)
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class DataConfig:
     """What is read, and how documents become samples."""
 
     __pydantic_config__ = STRICT
-    paths: dict[str, float] = field(default_factory=dict)
+    paths: dict[str, NotNegative] = field(default_factory=dict)
     """Token shard artifacts (`sov-data pack`) -> share of the data (normalised);
     given by --data DIR[:weight]."""
     packing: Literal["best_fit", "concat"] = "best_fit"
@@ -79,39 +67,37 @@ class DataConfig:
     over_long: Literal["cut", "drop", "refuse"] = "cut"
     """What becomes of conversations (and pairs) longer than a sample: cut: their tail is left out (of a pair
     that of the longer one first); drop: they are left out; refuse: the run does not start."""
-    phases: tuple[PhaseConfig, ...] = (PhaseConfig("main"),)
+    phases: Annotated[tuple[PhaseConfig, ...], MinLen(1)] = (PhaseConfig("main"),)
     """The curriculum, in order."""
-    max_epochs: float = 4.0
+    max_epochs: Annotated[float, Ge(0)] = 4.0
     """Passes over a source above which the run warns (more than about four help little:
     arXiv 2305.16264); 0: never."""
-    skip_steps: tuple[tuple[int, int], ...] = ()
+    skip_steps: tuple[tuple[AtLeastOne, AtLeastOne], ...] = ()
     """First and last optimizer step (1-based) of stretches whose samples are passed over
     without learning them."""
-    prefetch_steps: int = 2
+    prefetch_steps: Annotated[NotNegativeInt, Le(10_000)] = 2
     """Batches that are prepared ahead of the step, in a thread; 0: none."""
-    heldout_tokens: int = 65536
+    heldout_tokens: NotNegativeInt = 65536
     """Held-out tokens of each source that an evaluation reads at most."""
 
     def max_seq_len(self) -> int:
         """Return the tokens of the longest sample of any phase."""
         return max(phase.seq_len for phase in self.phases)
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break by themselves."""
+    def problems(self) -> list[Problem]:
+        """Return every rule that these settings break by themselves."""
         p = []
-        if not self.phases:
-            p.append("data.phases = () must hold at least one phase")
         if len({bool(phase.tokens) for phase in self.phases}) > 1:
-            p.append("data.phases: some phases have a budget in tokens and some have none; "
-                     "give one to all or to none")
-        p += [f"data.skip_steps has [{first}, {last}]; a stretch is [first, last] with 1 <= first <= last"
-              for first, last in self.skip_steps if not 0 < first <= last]
+            p.append(Problem(Code.RULE, "data.phases", "some phases have a budget in tokens and some have "
+                             "none", way_out="give one to all or to none"))
         for i, phase in enumerate(self.phases):
-            p += phase.problems(f"data.phases.{i} ({phase.name})")
-        rules = [
-            (self.prefetch_steps >= 0, f"data.prefetch_steps = {self.prefetch_steps} must not be negative"),
-            (self.max_epochs >= 0, f"data.max_epochs = {self.max_epochs} must not be negative"),
-            (self.heldout_tokens >= 0, f"data.heldout_tokens = {self.heldout_tokens} must not be negative"),
-        ]
-        return p + [sentence for holds, sentence in rules if not holds] + above(
-            "data", self, prefetch_steps=10_000)
+            p += find_broken(
+                phase, f"data.phases.{i}",
+                (phase.min_lr <= phase.lr, "min_lr", f"must be at most the phase's lr = {phase.lr:g}"),
+                (not phase.schedule or bool(phase.lr), "schedule", "needs a rate of the phase's own",
+                 "set its lr"),
+                (not phase.blend or any(phase.blend.values()), "blend", "has only zero weights",
+                 "give at least one source a weight"))
+        return p + find_broken(self, "data", (
+            all(first <= last for first, last in self.skip_steps), "skip_steps",
+            "must hold stretches [first, last] with first <= last"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from megatron_sov.config.model import STRICT
+from megatron_sov.settings import AboveZero, AtLeastOne, NotNegativeInt, Problem, find_broken
 
 EvalTask = Literal["ppl", "needle", "pairs", "lm"]
 
@@ -27,53 +29,28 @@ class LmEvalConfig:
     """Let these folders run code (`--allow-task-code`)."""
     allow_download: bool = False
     """Fetch data of tasks that want it (`--allow-download`); lm-eval's own tasks do."""
-    limit: int | None = None
+    limit: AtLeastOne | None = None
     """Only the first items of each task, so many (`--limit`); null: all."""
-    num_fewshot: int | None = None
+    num_fewshot: NotNegativeInt | None = None
     """Examples in front of each item (`--num-fewshot`); null: as the task says."""
     apply_chat_template: bool = False
     """Frame each prompt by the chat template (`--apply-chat-template`)."""
     mode: Literal["thinking", "no-thinking"] | None = None
     """Of a reasoning model (`--mode`); null: the task's."""
-    samples: int | None = None
+    samples: AtLeastOne | None = None
     """Answers to each item of tasks that sample several (`--samples`); null: the task's."""
     judge: tuple[str, ...] = ()
     """`key=value` settings of the reward that judges answers (`--judge`)."""
-    batch_size: int | None = None
+    batch_size: AtLeastOne | None = None
     """Answers that are written at a time (`--batch-size`); null: as many as `eval lm` takes by itself."""
-    max_length_tokens: int | None = None
+    max_length_tokens: Annotated[int, Ge(2)] | None = None
     """Longest sequence (`--max-length`); null: the model's."""
-    max_gen_tokens: int | None = None
+    max_gen_tokens: AtLeastOne | None = None
     """Longest answer, where it is to be shorter than the task's own (`--max-gen-tokens`)."""
-    seed: int = 0
+    seed: NotNegativeInt = 0
     """Of samples (`--seed`)."""
-    workers: int = 1
+    workers: NotNegativeInt = 1
     """Processes that judge answers (`--workers`); 0: one for each core."""
-
-    def problems(self, is_asked: bool) -> list[str]:
-        """Return one sentence for every broken rule; `is_asked`: whether anything measures these tasks."""
-        least = {"limit": (self.limit, 1), "num_fewshot": (self.num_fewshot, 0), "samples": (self.samples, 1),
-                 "batch_size": (self.batch_size, 1), "max_length_tokens": (self.max_length_tokens, 2),
-                 "max_gen_tokens": (self.max_gen_tokens, 1), "seed": (self.seed, 0),
-                 "workers": (self.workers, 0)}
-        told = f"evaluate.lm.tasks = {list(self.tasks)}"
-        rules = [
-            (not is_asked or bool(self.tasks),
-             f"{told} names none, and evaluate.background.tasks asks for lm"),
-            (is_asked or not self.tasks,
-             f"{told} are measured by nothing; add lm to evaluate.background.tasks"),
-            (all(name.strip() and "," not in name for name in self.tasks),
-             f"{told} must be names of tasks, each of its own, without commas"),
-            (len(set(self.tasks)) == len(self.tasks), f"{told} names a task twice"),
-            (self.mode is None or self.apply_chat_template,
-             f"evaluate.lm.mode = {self.mode} is a setting of the chat template, and "
-             "evaluate.lm.apply_chat_template = false frames no prompt by it"),
-            (all("=" in setting for setting in self.judge),
-             f"evaluate.lm.judge = {list(self.judge)} must have the form key=value"),
-            *((value is None or value >= bound, f"evaluate.lm.{name} = {value} must be at least {bound}")
-              for name, (value, bound) in least.items()),
-        ]
-        return [sentence for holds, sentence in rules if not holds]
 
 
 @dataclass(frozen=True)
@@ -91,25 +68,10 @@ class BackgroundEvalConfig:
     slurm: a job of its own."""
     cluster: str = ""
     """slurm: profile of the jobs, as for `megatron-sov submit --cluster`."""
-    timeout_s: float = 3600.0
+    timeout_s: AboveZero = 3600.0
     """Seconds after which a task without a result is given up; a job's time in the queue counts."""
-    max_waiting: int = 2
+    max_waiting: AtLeastOne = 2
     """Exports that wait for their tasks at most, and jobs at a time; of more the oldest is left out."""
-
-    def problems(self, exports: int) -> list[str]:
-        """Return one sentence for every broken rule; `exports` is `train.export_every_checkpoints`."""
-        rules = [
-            (not self.tasks or exports > 0, f"evaluate.background.tasks = {list(self.tasks)} measure "
-                                            "exports, and train.export_every_checkpoints = 0 makes none"),
-            (len(set(self.tasks)) == len(self.tasks),
-             f"evaluate.background.tasks = {list(self.tasks)} names a task twice"),
-            (0 < self.timeout_s < math.inf,
-             f"evaluate.background.timeout_s = {self.timeout_s} must be a positive number"),
-            (self.max_waiting > 0, f"evaluate.background.max_waiting = {self.max_waiting} must be positive"),
-            (self.where == "local" or bool(self.cluster),
-             "evaluate.background.where = slurm needs evaluate.background.cluster"),
-        ]
-        return [sentence for holds, sentence in rules if not holds]
 
 
 @dataclass(frozen=True)
@@ -122,6 +84,24 @@ class EvaluateConfig:
     lm: LmEvalConfig = LmEvalConfig()
     """Benchmarks of these evaluations."""
 
-    def problems(self, exports: int) -> list[str]:
-        """Return one sentence for every broken rule; `exports` is `train.export_every_checkpoints`."""
-        return self.background.problems(exports) + self.lm.problems("lm" in self.background.tasks)
+    def problems(self, exports: int) -> list[Problem]:
+        """Return every broken rule; `exports` is `train.export_every_checkpoints`."""
+        jobs, lm = self.background, self.lm
+        is_asked = "lm" in jobs.tasks
+        return find_broken(
+            self, "evaluate",
+            (not jobs.tasks or exports > 0, "background.tasks",
+             "measure exports, and train.export_every_checkpoints = 0 makes none"),
+            (len(set(jobs.tasks)) == len(jobs.tasks), "background.tasks", "names a task twice"),
+            (jobs.where == "local" or bool(jobs.cluster), "background.where",
+             "needs evaluate.background.cluster"),
+            (not is_asked or bool(lm.tasks), "lm.tasks",
+             "names none, and evaluate.background.tasks asks for lm"),
+            (is_asked or not lm.tasks, "lm.tasks", "are measured by nothing",
+             "add lm to evaluate.background.tasks"),
+            (all(name.strip() and "," not in name for name in lm.tasks), "lm.tasks",
+             "must be names of tasks, each of its own, without commas"),
+            (len(set(lm.tasks)) == len(lm.tasks), "lm.tasks", "names a task twice"),
+            (lm.mode is None or lm.apply_chat_template, "lm.mode", "is a setting of the chat template, and "
+             "evaluate.lm.apply_chat_template = false frames no prompt by it"),
+            (all("=" in setting for setting in lm.judge), "lm.judge", "must have the form key=value"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
-MAX_WIDTH = 1_000_000
+from annotated_types import Ge, Le, MultipleOf
+
+Width = Annotated[int, Ge(1), Le(1_000_000)]
 
 
 @dataclass(frozen=True)
@@ -13,15 +16,15 @@ class LatentAttentionConfig:
     a key that all heads share carries the position."""
 
     __pydantic_config__ = {"extra": "forbid"}
-    kv_lora_rank: int
+    kv_lora_rank: Width
     """Width of the vector that keys and values are made of."""
-    qk_nope_head_dim: int
+    qk_nope_head_dim: Width
     """Channels of a head's queries and keys that have no position."""
-    qk_rope_head_dim: int
+    qk_rope_head_dim: Annotated[Width, MultipleOf(2)]
     """Channels that rotate; all heads share those of the key."""
-    v_head_dim: int
+    v_head_dim: Width
     """Width of a head's values."""
-    q_lora_rank: int | None = None
+    q_lora_rank: Width | None = None
     """Width of the vector that queries are made of; None: they are made of the layer's input."""
 
     @property
@@ -42,19 +45,3 @@ class LatentAttentionConfig:
         keys_and_values = num_heads * (self.qk_nope_head_dim + self.v_head_dim)
         return (whole + hidden_size * self.cached_dim + self.kv_lora_rank * (keys_and_values + 1)
                 + num_heads * self.v_head_dim * hidden_size)
-
-    def problems(self, num_heads: int, num_kv_heads: int, head_dim: int) -> list[str]:
-        """Return one sentence for each rule that these sizes break in a model with such heads."""
-        p = [f"model.latent_attention.{f.name} = {value} must be positive, and at most {MAX_WIDTH:,}"
-             for f in fields(self)
-             if (value := getattr(self, f.name)) is not None and not 0 < value <= MAX_WIDTH]
-        if self.qk_rope_head_dim % 2:
-            p.append(f"model.latent_attention.qk_rope_head_dim = {self.qk_rope_head_dim} must be even (RoPE "
-                     "rotates pairs)")
-        if head_dim != self.query_dim:
-            p.append(f"model.head_dim = {head_dim} must be model.latent_attention.qk_nope_head_dim "
-                     f"{self.qk_nope_head_dim} + qk_rope_head_dim {self.qk_rope_head_dim} = {self.query_dim}")
-        if num_kv_heads != num_heads:
-            p.append(f"model.num_kv_heads = {num_kv_heads} must be model.num_heads = {num_heads} under "
-                     "model.latent_attention, which has keys and values for every head")
-        return p

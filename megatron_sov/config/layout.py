@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.settings import AboveZero, AtLeastOne, Code, NotNegativeInt, Problem, find_broken
 
 
 @dataclass(frozen=True)
@@ -14,18 +16,18 @@ class ParallelConfig:
     """How the model is laid out over processes; the data parallel size follows from their number."""
 
     __pydantic_config__ = STRICT
-    tp: int = 1
+    tp: AtLeastOne = 1
     """Tensor parallel size."""
     sp: bool = False
     """Sequence parallelism: norms and residuals split along the sequence inside a tensor parallel group."""
-    pp: int = 1
+    pp: AtLeastOne = 1
     """Pipeline parallel size."""
-    vpp: int = 1
+    vpp: AtLeastOne = 1
     """Runs of layers on each pipeline stage: above 1 the pipeline is interleaved,
     and its bubble shrinks that many times."""
-    ep: int = 1
+    ep: AtLeastOne = 1
     """Expert parallel size."""
-    etp: int = 1
+    etp: AtLeastOne = 1
     """Tensor parallel size inside each expert."""
     expert_dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
     """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small
@@ -38,15 +40,15 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass goes on, not before it; needs zero1 and
     overlap_grad_reduce."""
-    bucket_params: int = 0
+    bucket_params: NotNegativeInt = 0
     """Parameters that are sent at a time under overlap_grad_reduce; 0: 40 million, or 1 million per
     data-parallel process."""
-    pipeline_layout: tuple[int, ...] = ()
+    pipeline_layout: tuple[AtLeastOne, ...] = ()
     """Layers of each pipeline stage, where they are not to be equal; with `vpp` of each of its runs, in the
     order of the layers (the first runs of all stages come first). Empty: all have as many."""
-    cp: int = 1
+    cp: AtLeastOne = 1
     """Context parallel size: processes that share each row of tokens, for long samples."""
-    timeout_s: float = 1800.0
+    timeout_s: AboveZero = 1800.0
     """Seconds after which a process gives up waiting for the others, at the start or in a collective; should
     be longer than `guards.hang_timeout_s`, whose watch leaves stacks to read."""
 
@@ -71,115 +73,87 @@ class ParallelConfig:
         a late piece of it."""
         return self.tp * 2 * self.cp if self.cp > 1 else self.tp
 
-    def problems(self, model: ModelConfig, num_ranks: int) -> list[str]:
-        """Return one sentence for each rule that this layout breaks for `model` on `num_ranks` processes."""
+    def problems(self, model: ModelConfig, num_ranks: int) -> list[Problem]:
+        """Return every rule that this layout, whose sizes are at least 1, breaks for `model` on `num_ranks`
+        processes."""
         p = []
-        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "etp": self.etp, "cp": self.cp}
-        for name, size in sizes.items():
-            if size < 1:
-                p.append(f"parallel.{name} = {size} must be at least 1")
-        if p:
-            return p
+
+        def refuse(key: str, rule: str, way_out: str = "") -> None:
+            p.append(Problem(Code.RULE, f"parallel.{key}", rule, getattr(self, key), way_out))
+
         for name in ("num_heads", "num_kv_heads"):
             value = getattr(model, name)
             if value % self.tp:
-                p.append(f"parallel.tp = {self.tp} must divide model.{name} = {value}; {_divisors(value)}")
+                refuse("tp", f"must divide model.{name} = {value}", _divisors(value))
         if model.has_dense_layers() and model.dense_ffn_dim % self.tp:
-            p.append(f"parallel.tp = {self.tp} must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
-        if model.latent_attention is not None and self.tp > 1 and not self.sp:
-            p.append(f"parallel.sp = {self.sp} must be true when model.latent_attention meets parallel.tp = "
-                     f"{self.tp} > 1")
-        p += self._expert_problems(model)
+            refuse("tp", f"must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
+        if self.tp > 1 and not self.sp and (model.latent_attention is not None or model.num_moe_layers()):
+            what = "model.latent_attention meets" if model.latent_attention is not None else "experts meet"
+            refuse("sp", f"must be true when {what} parallel.tp = {self.tp} > 1")
         if self.sp and self.tp == 1:
-            p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")
-        p += self._uneven_pipeline_problems(model) if self.pipeline_layout else self._pipeline_problems(model)
+            refuse("sp", "needs parallel.tp > 1", "leave it out or raise tp")
         if self.vpp > 1 and self.pp == 1:
-            p.append(f"parallel.vpp = {self.vpp} needs parallel.pp > 1; leave it out or raise pp")
+            refuse("vpp", "needs parallel.pp > 1", "leave it out or raise pp")
         if self.overlap_param_gather and not (self.zero1 and self.overlap_grad_reduce):
-            p.append("parallel.overlap_param_gather = True needs parallel.zero1 and "
-                     f"parallel.overlap_grad_reduce, which are {self.zero1} and {self.overlap_grad_reduce}; "
-                     "set both or leave it out")
-        p += self._yarn_problems(model) + self._out_of_range()
+            refuse("overlap_param_gather", "needs parallel.zero1 and parallel.overlap_grad_reduce, which are "
+                   f"{self.zero1} and {self.overlap_grad_reduce}".lower(), "set both or leave it out")
+        if model.yarn is not None and self.cp > 1 and \
+                model.yarn.original_max_position_tokens % (2 * self.cp):
+            # megatron-core makes YaRN's tables for the original context and cuts them as it does rows
+            tokens = model.yarn.original_max_position_tokens
+            refuse("cp", f"x 2 must divide model.yarn.original_max_position_tokens = {tokens}, whose table "
+                   "of positions the processes share", _divisors(tokens // 2))
+        p += self._expert_problems(model) + self._pipeline_problems(model)
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
-            size = 1
-            for name in names:
-                size *= sizes[name]
+            size = math.prod(getattr(self, name) for name in names)
             if num_ranks % size:
-                product = " x ".join(f"{n} {sizes[n]}" for n in names)
-                p.append(f"parallel {product} = {size} must divide the number of processes, {num_ranks}; "
-                         f"start a multiple of {size} (--nproc) or lower one of them")
+                product = " x ".join(f"{name} {getattr(self, name)}" for name in names)
+                p.append(Problem(
+                    Code.RULE, "parallel", f"{product} = {size} must divide the number of processes, "
+                    f"{num_ranks}", way_out=f"start a multiple of {size} (--nproc) or lower one of them"))
         return p
 
-    def _expert_problems(self, model: ModelConfig) -> list[str]:
+    def _expert_problems(self, model: ModelConfig) -> list[Problem]:
         """Tell how experts cannot be divided."""
-        p = []
-        if not model.num_moe_layers() and (self.ep > 1 or self.etp > 1):
-            p.append(f"parallel.ep = {self.ep} and parallel.etp = {self.etp} must be 1: "
-                     f"model.num_experts = {model.num_experts}, so there are no experts to divide")
-        elif model.num_moe_layers():
-            if model.num_experts % self.ep:
-                p.append(f"parallel.ep = {self.ep} must divide model.num_experts = {model.num_experts}; "
-                         f"{_divisors(model.num_experts)}")
-            if model.expert_ffn_dim % self.etp:
-                p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = "
-                         f"{model.expert_ffn_dim}")
-            if model.linear_bias and self.etp > 1:
-                p.append(f"parallel.etp = {self.etp} must be 1: megatron-core cuts no experts that have "
-                         "biases (model.linear_bias); raise parallel.ep")
-            shared = model.num_shared_experts * model.expert_ffn_dim
-            if shared % self.tp:
-                p.append(f"parallel.tp = {self.tp} must divide the width of the shared experts, "
-                         f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
-                         f"{model.expert_ffn_dim} = {shared}; {_divisors(shared)}")
-            if self.tp > 1 and not self.sp:
-                p.append(f"parallel.sp = {self.sp} must be true when experts meet parallel.tp = "
-                         f"{self.tp} > 1")
-        return p
+        if not model.num_moe_layers():
+            return find_broken(self, "parallel", *(
+                (getattr(self, name) == 1, name, f"must be 1: model.num_experts = {model.num_experts}, so "
+                 "there are no experts to divide") for name in ("ep", "etp")))
+        shared = model.num_shared_experts * model.expert_ffn_dim
+        return find_broken(
+            self, "parallel",
+            (model.num_experts % self.ep == 0, "ep", f"must divide model.num_experts = {model.num_experts}",
+             _divisors(model.num_experts)),
+            (model.expert_ffn_dim % self.etp == 0, "etp",
+             f"must divide model.expert_ffn_dim = {model.expert_ffn_dim}"),
+            (not model.linear_bias or self.etp == 1, "etp", "must be 1: megatron-core cuts no experts that "
+             "have biases (model.linear_bias)", "raise parallel.ep"),
+            (shared % self.tp == 0, "tp", "must divide the width of the shared experts, "
+             f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
+             f"{model.expert_ffn_dim} = {shared}", _divisors(shared)))
 
-    def _pipeline_problems(self, model: ModelConfig) -> list[str]:
-        """Tell what is wrong with a pipeline of equal stages."""
-        if model.num_layers % self.pp:
-            return [f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; "
-                    f"{_divisors(model.num_layers)}; or give each stage's layers in parallel.pipeline_layout"]
-        layers = model.num_layers // self.pp
-        if layers % self.vpp:
-            return [f"parallel.vpp = {self.vpp} must divide the {layers} layers of each pipeline stage; "
-                    f"{_divisors(layers)}"]
-        return []
-
-    def _uneven_pipeline_problems(self, model: ModelConfig) -> list[str]:
-        """Tell what is wrong with an uneven pipeline."""
-        given = f"parallel.pipeline_layout = {list(self.pipeline_layout)}"
-        runs, p = self.pp * self.vpp, []
-        if self.pp == 1:
-            p.append(f"{given} needs parallel.pp > 1; leave it out or raise pp")
-        elif len(self.pipeline_layout) != runs:
-            p.append(f"{given} has {len(self.pipeline_layout)} numbers and must have one for each of "
-                     f"parallel.pp {self.pp} x parallel.vpp {self.vpp} = {runs} runs of layers")
-        elif min(self.pipeline_layout) < 1:
-            p.append(f"{given} must give every stage a layer at least")
-        elif sum(self.pipeline_layout) != model.num_layers:
-            p.append(f"{given} adds up to {sum(self.pipeline_layout)} layers and must to model.num_layers = "
-                     f"{model.num_layers}")
-        return p
-
-    def _yarn_problems(self, model: ModelConfig) -> list[str]:
-        """Tell what cannot be cut of YaRN's tables, which megatron-core makes for the original context and
-        cuts as it does rows."""
-        if model.yarn is None or self.cp == 1 or model.yarn.original_max_position_tokens % (2 * self.cp) == 0:
-            return []
-        return [f"parallel.cp = {self.cp}: 2 x cp = {2 * self.cp} must divide "
-                "model.yarn.original_max_position_tokens = "
-                f"{model.yarn.original_max_position_tokens}, whose table of positions the processes share; "
-                f"{_divisors(model.yarn.original_max_position_tokens // 2)}"]
-
-    def _out_of_range(self) -> list[str]:
-        rules = [(self.bucket_params >= 0,
-                  f"parallel.bucket_params = {self.bucket_params} must not be negative"),
-                 (0 < self.timeout_s < math.inf, f"parallel.timeout_s = {self.timeout_s} must be above 0")]
-        return [sentence for holds, sentence in rules if not holds]
+    def _pipeline_problems(self, model: ModelConfig) -> list[Problem]:
+        """Tell what is wrong with the stages of a pipeline."""
+        runs, given, layers = self.pp * self.vpp, self.pipeline_layout, model.num_layers // self.pp
+        # each rule is told where those before it hold
+        if not given:
+            rules: tuple[tuple[bool, str, str] | tuple[bool, str, str, str], ...] = (
+                (model.num_layers % self.pp == 0, "pp", f"must divide model.num_layers = {model.num_layers}",
+                 f"{_divisors(model.num_layers)}; or give each stage's layers in parallel.pipeline_layout"),
+                (layers % self.vpp == 0, "vpp", f"must divide the {layers} layers of each pipeline stage",
+                 _divisors(layers)))
+        else:
+            rules = (
+                (self.pp > 1, "pipeline_layout", "needs parallel.pp > 1", "leave it out or raise pp"),
+                (len(given) == runs, "pipeline_layout",
+                 f"has {len(given)} numbers and must have one for each of parallel.pp {self.pp} x "
+                 f"parallel.vpp {self.vpp} = {runs} runs of layers"),
+                (sum(given) == model.num_layers, "pipeline_layout",
+                 f"adds up to {sum(given)} layers and must to model.num_layers = {model.num_layers}"))
+        return find_broken(self, "parallel", *rules)[:1]
 
 
+@cache
 def _divisors(n: int) -> str:
     found = [d for d in range(1, min(n, 128) + 1) if n % d == 0]
     return "use one of " + ", ".join(map(str, found))

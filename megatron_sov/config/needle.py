@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sov.config.model import STRICT
+from megatron_sov.settings import AboveZero, AtLeastOne, Fraction, NotNegative, NotNegativeInt
 
 NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
 Language = Literal["english", "korean", "thai", "code"]
@@ -30,32 +31,20 @@ class NeedleConfig:
     distractor_share: float = 0.25
     """Part of each context that needles with other keys fill (every kind but `single`),
     so that they grow with the length."""
-    train_share: float = 0.1
+    train_share: Fraction = 0.1
     """Part of the extension's samples that are synthetic retrieval documents,
     with other keys and values than the test's."""
     train_kinds: tuple[NeedleKind, ...] = ()
     """Kinds of the training documents, all drawn equally often; empty: those that are tested (`kinds`)."""
-    train_needles: int = 0
+    train_needles: NotNegativeInt = 0
     """Needles of a training document at most; 0: as many as fill `distractor_share` of it,
     and 12 where those are fewer."""
-    train_questions: int = 12
+    train_questions: AtLeastOne = 12
     """Questions of a training document at most, each for needles of its own;
     needles that none asks for are distractors."""
-    answer_weight: float = 30.0
+    answer_weight: AboveZero = 30.0
     """Loss weight of the words of an answer in training documents.  With a few per cent of the loss on
     answers small models stay on a plateau."""
-    text_weight: float = 0.5
+    text_weight: NotNegative = 0.5
     """Loss weight, in training documents, of the text around needles and of what all needles
     share; 0: answers alone."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that the training documents break;
-        a test's own are checked where it is made."""
-        rules = [
-            (0 <= self.train_share < 1, f"needle.train_share = {self.train_share}: must lie in [0, 1)"),
-            (self.train_needles >= 0, f"needle.train_needles = {self.train_needles} must not be negative"),
-            (self.train_questions > 0, f"needle.train_questions = {self.train_questions} must be positive"),
-            (self.answer_weight > 0, f"needle.answer_weight = {self.answer_weight} must be positive"),
-            (self.text_weight >= 0, f"needle.text_weight = {self.text_weight} must not be negative"),
-        ]
-        return [sentence for holds, sentence in rules if not holds]

@@ -7,10 +7,23 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Le
 
 from megatron_sov.config.model import STRICT
 from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.settings import (
+    AboveZero,
+    Code,
+    Finite,
+    Fraction,
+    NotNegative,
+    NotNegativeInt,
+    Problem,
+    Share,
+    find_broken,
+)
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
                        "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo"]
@@ -111,9 +124,9 @@ class PolicyConfig:
     clip: Clip | None = None
     """two_sided: the smaller of ratio x advantage and clipped ratio x advantage; cispo: the ratio, at most
     1 + clip_high, weighs log-probabilities and is not differentiated; none: ratio x advantage."""
-    clip_low: float | None = None
+    clip_low: NotNegative | None = None
     """two_sided: how far below 1 a ratio counts."""
-    clip_high: float | None = None
+    clip_high: NotNegative | None = None
     """two_sided, cispo: how far above 1 a ratio counts."""
     advantage: Advantage | None = None
     """group: (reward - mean of the group) / its standard deviation; group_no_std: without the division;
@@ -128,59 +141,59 @@ class PolicyConfig:
     kl: Kl | None = None
     """Divergence from the model that the run starts from. k1, k3: of each token, by these estimators;
     sequence: of whole responses, cumulative."""
-    kl_coeff: float | None = None
+    kl_coeff: NotNegative | None = None
     """Weight of that divergence."""
-    mgpo_lambda: float | None = None
+    mgpo_lambda: NotNegative | None = None
     """How strongly groups are preferred of which half is right: their advantages are multiplied by
     exp(-lambda D), D the divergence of the share of right responses from 1/2 (arXiv 2511.06221); 0: not."""
-    pkpo_k: int | None = None
+    pkpo_k: NotNegativeInt | None = None
     """pass_at_k: how many responses the best is taken of."""
     length_reward: LengthReward | None = None
     """What the length of a right response counts. around_right: more near the lengths of its group's right
     ones; target: more near its prompt's `target_tokens`; both are added to the reward. budget: the reward is
     that of the budget it was told (rollout.budgets_tokens), less beyond it."""
-    length_reward_coeff: float | None = None
+    length_reward_coeff: NotNegative | None = None
     """around_right, target: largest such addition; budget: the reward of a budget of no tokens."""
-    length_width_tokens: float | None = None
+    length_width_tokens: AboveZero | None = None
     """around_right: over how many tokens outside of those lengths the addition falls to 0; target: its
     standard deviation."""
     all_wrong: Kept | None = None
     """Groups whose rewards are all the same and below right_from: left out, or kept with all_wrong_reward."""
-    all_wrong_reward: float | None = None
+    all_wrong_reward: Annotated[float, Gt(-math.inf), Le(0)] | None = None
     """Added to the advantages, which are 0, of groups that are all wrong and kept, before they are normalised
     over the batch: a small negative number, or 0."""
     all_right: Kept | None = None
     """Groups whose rewards are all the same, and right_from or more: left out, or kept (their advantages are
     0, and they count in means and in the divergence)."""
-    right_from: float = 1.0
+    right_from: Finite = 1.0
     """Reward from which on a response counts as right."""
-    overlong_buffer_tokens: int = 0
+    overlong_buffer_tokens: NotNegativeInt = 0
     """Last tokens of rollout.max_new_tokens over which a penalty of length grows from 0 to overlong_penalty
     (arXiv 2503.14476, equation 13); 0: no penalty."""
-    overlong_penalty: float = 1.0
+    overlong_penalty: NotNegative = 1.0
     """Taken from the reward of a response of the largest length."""
     correction: Correction = "token_truncate"
     """For an engine that computes other log-probabilities than the trainer, and for responses of an earlier
     policy: the loss is multiplied by the ratio of the trainer's probability to the engine's, of each token or
     of the whole response. truncate: at most correction_high, at least correction_low; mask: 0 outside
     of these bounds, so that the advantage teaches nothing there; none: no such factor."""
-    correction_low: float = 0.0
+    correction_low: NotNegative = 0.0
     """Smallest such ratio."""
-    correction_high: float | None = None
+    correction_high: AboveZero | None = None
     """Largest such ratio; null: 2 for token_truncate (Yao et al. 2025), the others need it."""
-    knowledge_coeff: float | None = None
+    knowledge_coeff: NotNegative | None = None
     """Weight of an auxiliary cross-entropy on text of --data, normalised over its own tokens
     (arXiv 2601.18129); 0: none."""
-    knowledge_share: float | None = None
+    knowledge_share: Share | None = None
     """Probability with which an optimizer step has that text."""
-    knowledge_batch_size: int | None = None
+    knowledge_batch_size: NotNegativeInt | None = None
     """Sequences of text of such a step."""
     share_prompts: bool = True
     """Whether the responses to one prompt that lie in one micro-batch have it computed once; the loss is the
     same.  Where it cannot be (see docs/rl.md) each has its own."""
     router_replay: bool = False
     """Whether the trainer sends each token to the experts that it went to when it was written."""
-    missing_share: float = 0.0
+    missing_share: Fraction = 0.0
     """Share of a round's groups that may be without their last responses when it is trained."""
 
     @property
@@ -217,80 +230,44 @@ class PolicyConfig:
                   if any(given.get(part, brought[part]) != brought[part] for part in parts)}
         return brought | others | given
 
-    def problems(self, rollout: RolloutConfig) -> list[str]:
-        """Return one sentence for every rule that these settings break.
+    def problems(self, rollout: RolloutConfig) -> list[Problem]:
+        """Return every rule that these settings break.
 
         Args:
             rollout: the run's rounds.
         """
         told = self._told() | {"method": self.method}
-        p = [f"policy.{number} is missing: policy.{part} = {told[part]} needs it, and "
-             f"policy.method = {self.method} brings none for it; set it" for part, values, number in NEEDS
-             if told[part] in values and told[number] is None]
-        p += self._number_problems(told) + self._group_problems(told, rollout)
-        return p + self._correction_problems() + self._text_problems(told)
-
-    def _number_problems(self, told: dict[str, Any]) -> list[str]:
-        """Check each number by itself."""
-        p = [f"policy.{name} = {told[name]} must be a number that is not negative"
-             for name in ("clip_low", "clip_high", "kl_coeff", "mgpo_lambda", "knowledge_coeff",
-                          "length_reward_coeff")
-             if told[name] is not None and not 0 <= told[name] < math.inf]
-        if told["clip"] == "two_sided" and (told["clip_low"] or 0) > 1:
-            p.append(f"policy.clip_low = {told['clip_low']} must be at most 1: ratios are not negative")
-        if told["all_wrong_reward"] is not None and not -math.inf < told["all_wrong_reward"] <= 0:
-            p.append(f"policy.all_wrong_reward = {told['all_wrong_reward']} must be 0 or a negative number")
-        width = told["length_width_tokens"]
-        if width is not None and not 0 < width < math.inf:
-            p.append(f"policy.length_width_tokens = {width} must be a number greater than 0")
-        if not math.isfinite(self.right_from):
-            p.append(f"policy.right_from = {self.right_from} must be a number")
-        if not 0 <= self.missing_share < 1:
-            p.append(f"policy.missing_share = {self.missing_share} must lie in [0, 1)")
-        return p
-
-    def _group_problems(self, told: dict[str, Any], rollout: RolloutConfig) -> list[str]:
-        """Check what is asked of groups and of lengths against the run's rounds."""
-        p, samples = [], rollout.samples_per_prompt
-        if rollout.rounds and samples < 2:
-            p.append(f"rollout.samples_per_prompt = {samples} must be at least 2: objective policy compares "
-                     "the responses of a group")
-        if told["advantage"] == "pass_at_k" and told["pkpo_k"] is not None and not (
-                1 <= told["pkpo_k"] <= samples):
-            p.append(f"policy.pkpo_k = {told['pkpo_k']} must lie between 1 and rollout.samples_per_prompt = "
-                     f"{samples}")
+        p = [Problem(Code.RULE, f"policy.{number}", f"is missing: policy.{part} = {told[part]} needs it, and "
+                     f"policy.method = {self.method} brings none for it", way_out="set it")
+             for part, values, number in NEEDS if told[part] in values and told[number] is None]
+        rules = [
+            (told["clip"] != "two_sided" or (told["clip_low"] or 0) <= 1, "clip_low",
+             "must be at most 1: ratios are not negative"),
+            (told["advantage"] != "pass_at_k" or told["pkpo_k"] is None
+             or 1 <= told["pkpo_k"] <= rollout.samples_per_prompt, "pkpo_k",
+             f"must lie between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
+            (self.overlong_buffer_tokens <= rollout.max_new_tokens, "overlong_buffer_tokens",
+             f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
+            *((not told["knowledge_coeff"] or told[name] > 0, name,
+               f"must be above 0: policy.knowledge_coeff = {told['knowledge_coeff']} asks for text")
+              for name in ("knowledge_share", "knowledge_batch_size"))]
+        p += [Problem(Code.RULE, f"policy.{name}", rule, told.get(name, getattr(self, name)))
+              for holds, name, rule in rules if not holds]
+        if rollout.rounds and rollout.samples_per_prompt < 2:
+            p.append(Problem(Code.RULE, "rollout.samples_per_prompt", "must be at least 2: objective policy "
+                             "compares the responses of a group", rollout.samples_per_prompt))
         if told["length_reward"] == "budget" and rollout.rounds and not rollout.budgets_tokens:
-            p.append("rollout.budgets_tokens is missing: policy.length_reward = budget is of what responses "
-                     "are told; set it, e.g. [512,1024,2048,2560], and rollout.budget_text")
-        if not 0 <= self.overlong_buffer_tokens <= rollout.max_new_tokens:
-            p.append(f"policy.overlong_buffer_tokens = {self.overlong_buffer_tokens} must lie between 0 and "
-                     f"rollout.max_new_tokens = {rollout.max_new_tokens}")
-        if not 0 <= self.overlong_penalty < math.inf:
-            p.append(f"policy.overlong_penalty = {self.overlong_penalty} must be a number that is not "
-                     "negative")
-        return p
-
-    def _correction_problems(self) -> list[str]:
+            p.append(Problem(Code.RULE, "rollout.budgets_tokens", "is missing: policy.length_reward = budget "
+                             "is of what responses are told", way_out="set it, e.g. [512,1024,2048,2560], "
+                             "and rollout.budget_text"))
         low, high = self.correction_low, self.correction_high
-        if self.correction == "none":
-            return [] if high is None and low == 0 else [
-                f"policy.correction_low = {low} and policy.correction_high = {high} belong to a "
-                "policy.correction; name one, or leave them out"]
-        if high is None and self.correction != "token_truncate":
-            return [f"policy.correction_high is missing: policy.correction = {self.correction} needs it"]
-        high = self.correction_bound
-        return [] if 0 <= low < high < math.inf else [
-            f"policy.correction_low = {low} and policy.correction_high = {high} must be numbers with "
-            "0 <= low < high"]
-
-    def _text_problems(self, told: dict[str, Any]) -> list[str]:
-        if not told["knowledge_coeff"]:
-            return []
-        p = []
-        if not 0 < told["knowledge_share"] <= 1:
-            p.append(f"policy.knowledge_share = {told['knowledge_share']} must lie in (0, 1]: "
-                     f"policy.knowledge_coeff = {told['knowledge_coeff']} asks for text")
-        if told["knowledge_batch_size"] < 1:
-            p.append(f"policy.knowledge_batch_size = {told['knowledge_batch_size']} must be at least 1: "
-                     f"policy.knowledge_coeff = {told['knowledge_coeff']} asks for text")
-        return p
+        on, bound = self.correction != "none", self.correction_bound
+        has_bound = high is not None or self.correction in ("none", "token_truncate")
+        return p + find_broken(
+            self, "policy",
+            (on or (high is None and low == 0), "correction", "takes no policy.correction_low and "
+             "policy.correction_high", "name one, or leave them out"),
+            (has_bound, "correction_high", f"must be a number: policy.correction = {self.correction} needs "
+             "it", "set it"),
+            (not on or not has_bound or low < bound, "correction_low",
+             f"must be below policy.correction_high = {bound:g}"))

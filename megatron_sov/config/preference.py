@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Lt
 
 from megatron_sov.config.model import STRICT
+from megatron_sov.settings import AboveZero, NotNegative, Problem, find_broken
 
 PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
 WITH_REFERENCE = ("dpo", "ipo", "dpo-norm", "kto")
@@ -29,22 +31,22 @@ class PreferenceConfig:
     cross-entropy on chosen responses, without a reference (arXiv 2403.07691); kto: single responses that were
     judged good or bad (arXiv 2402.01306); simper: inverse perplexities, without a reference and without beta
     (arXiv 2502.00883); grouper: the same over groups of responses with rewards (K-EXAONE)."""
-    beta: float | None = None
+    beta: AboveZero | None = None
     """dpo, ipo, dpo-norm, kto: how strongly the model is held to its reference; the larger, the closer.
     simpo: how steeply the loss falls with the difference.  orpo: weight of the odds ratio, its paper's
     lambda.  null: the method's own: 0.1, of dpo-norm 5 and of simpo 2, as their authors take."""
-    simpo_gamma: float = 0.5
+    simpo_gamma: NotNegative = 0.5
     """simpo: margin by which the chosen response has to lead, in units of beta times log-probability per
     token (its authors take 0.3 to 5)."""
-    desirable_weight: float = 1.0
+    desirable_weight: NotNegative = 1.0
     """kto: weight of responses that were judged good; its paper has good and bad ones weigh between 1 : 1 and
     4 : 3 in all, number times weight."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: NotNegative = 1.0
     """kto: weight of responses that were judged bad."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """dpo, dpo-norm, simpo: share of pairs that are taken to be the wrong way round (arXiv 2305.18290,
     appendix)."""
-    chosen_coeff: float = 0.0
+    chosen_coeff: NotNegative = 0.0
     """Weight of an auxiliary cross-entropy on chosen responses, normalised over its own tokens
     (arXiv 2404.19733)."""
 
@@ -53,26 +55,13 @@ class PreferenceConfig:
         """`beta`, or else the method's; 0 of a method that has none."""
         return BETAS.get(self.method, 0.0) if self.beta is None else self.beta
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = []
-        if self.beta is not None and not 0 < self.beta < math.inf:
-            p.append(f"preference.beta = {self.beta} must be a number greater than 0")
-        if not 0 <= self.simpo_gamma < math.inf:
-            p.append(f"preference.simpo_gamma = {self.simpo_gamma} must be a number that is not negative")
-        p += [f"preference.{name} = {value} must be a number that is not negative" for name, value in (
-            ("desirable_weight", self.desirable_weight), ("undesirable_weight", self.undesirable_weight))
-            if not 0 <= value < math.inf]
-        if not 0 <= self.label_smoothing < 0.5:
-            p.append(f"preference.label_smoothing = {self.label_smoothing} must lie in [0, 0.5)")
-        if self.label_smoothing and self.method not in SMOOTHED:
-            p.append(f"preference.label_smoothing = {self.label_smoothing} belongs to {', '.join(SMOOTHED)}, "
-                     f"not to preference.method = {self.method}")
-        if not 0 <= self.chosen_coeff < math.inf:
-            p.append(f"preference.chosen_coeff = {self.chosen_coeff} must be a number that is not negative")
-        if self.chosen_coeff and self.method == "orpo":
-            p.append(f"preference.chosen_coeff = {self.chosen_coeff}: orpo learns chosen responses with a "
-                     "weight of 1 in any case; leave it out")
-        if self.chosen_coeff and self.method == "grouper":
-            p.append(f"preference.chosen_coeff = {self.chosen_coeff}: groups have no chosen response")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return every rule that these settings break."""
+        return find_broken(
+            self, "preference",
+            (not self.label_smoothing or self.method in SMOOTHED, "label_smoothing",
+             f"belongs to {', '.join(SMOOTHED)}, not to preference.method = {self.method}"),
+            (not self.chosen_coeff or self.method != "orpo", "chosen_coeff",
+             "is not taken: orpo learns chosen responses with a weight of 1 in any case", "leave it out"),
+            (not self.chosen_coeff or self.method != "grouper", "chosen_coeff",
+             "is not taken: groups have no chosen response", "leave it out"))

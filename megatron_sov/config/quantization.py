@@ -10,6 +10,7 @@ from megatron_sov.config.data import PhaseConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig
 from megatron_sov.config.train import TrainConfig
+from megatron_sov.settings import Code, Problem, find_broken
 
 
 @dataclass(frozen=True)
@@ -42,75 +43,55 @@ def fp8_format(train: TrainConfig) -> str:
 
 
 def problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
-             phases: Sequence[PhaseConfig]) -> list[str]:
-    """Return one sentence for every rule that `train.fp8` breaks with what it meets."""
+             phases: Sequence[PhaseConfig]) -> list[Problem]:
+    """Return every rule that `train.fp8` breaks with what it meets."""
     if train.fp8 == "none":
         defaults = TrainConfig()
-        return [f"train.{name} = {getattr(train, name)} needs train.fp8, which is none; "
-                "set it or leave this out"
-                for name in OWN_SETTINGS if getattr(train, name) != getattr(defaults, name)]
+        return find_broken(train, "train", *(
+            (getattr(train, name) == getattr(defaults, name), name, "needs train.fp8, which is none",
+             "set it or leave this out") for name in OWN_SETTINGS))
     if train.fp8 == "delayed":
-        return ["train.fp8 = delayed is not to be had: its scales follow from the largest values of earlier "
-                "steps, which are in no checkpoint here, so that a resumed run would differ; use tensorwise, "
-                "which scales each tensor by its own largest value"]
-    if min(parallel.tp, parallel.pp, parallel.ep, parallel.etp, parallel.cp, train.micro_batch_size) < 1:
-        return []  # told elsewhere
-    p = []
-    if train.precision != "bf16":
-        p.append(f"train.fp8 = {train.fp8} needs train.precision = bf16, it is {train.precision}; "
-                 "what is not quantised stays in bf16")
-    if train.fp8 == "nvfp4" and train.fp8_format != "auto":
-        p.append(f"train.fp8_format = {train.fp8_format} belongs to the 8-bit recipes, and train.fp8 = nvfp4 "
-                 "has a format of its own (e2m1); leave it out")
-    return (p + _bf16_layer_problems(train, model) + _padding_problems(train, model, parallel)
-            + _row_problems(train, parallel, phases) + _width_problems(train, model, parallel))
-
-
-def _bf16_layer_problems(train: TrainConfig, model: ModelConfig) -> list[str]:
+        return find_broken(train, "train", (
+            False, "fp8", "is not to be had: its scales follow from the largest values of earlier steps, "
+            "which are in no checkpoint here, so that a resumed run would differ", "use tensorwise, which "
+            "scales each tensor by its own largest value"))
     start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
-    p = [f"train.{name} = {value} must not be negative" for name, value in (
-        ("fp8_bf16_layers_at_start", start), ("fp8_bf16_layers_at_end", end)) if value < 0]
-    if not p and start + end >= model.num_layers:
-        p.append(f"train.fp8_bf16_layers_at_start {start} + train.fp8_bf16_layers_at_end {end} leave none of "
-                 f"the {model.num_layers} layers to train.fp8 = {train.fp8}; lower one or set train.fp8=none")
-    return p
-
-
-def _padding_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[str]:
-    if not train.fp8_pad_routed_tokens:
-        return []
-    if not model.num_moe_layers():
-        return ["train.fp8_pad_routed_tokens = True needs experts, and the model has none; leave it out"]
-    if parallel.expert_dispatcher == "allgather":
-        return ["train.fp8_pad_routed_tokens = True does not go with parallel.expert_dispatcher = allgather; "
-                "use alltoall or leave it out"]
-    return []
-
-
-def _row_problems(train: TrainConfig, parallel: ParallelConfig, phases: Sequence[PhaseConfig]) -> list[str]:
-    """Check the tokens of a row that each process has, in every phase."""
-    multiple, p = RECIPES[train.fp8].row_multiple, []
+    pads = train.fp8_pad_routed_tokens
+    p = find_broken(
+        train, "train",
+        (train.precision == "bf16", "fp8", f"needs train.precision = bf16, it is {train.precision}: what is "
+         "not quantised stays in bf16"),
+        (train.fp8 != "nvfp4" or train.fp8_format == "auto", "fp8_format", "belongs to the 8-bit recipes, "
+         "and train.fp8 = nvfp4 has a format of its own (e2m1)", "leave it out"),
+        (start + end < model.num_layers, "fp8_bf16_layers_at_start",
+         f"and train.fp8_bf16_layers_at_end = {end} leave none of the {model.num_layers} layers to train.fp8 "
+         f"= {train.fp8}", "lower one or set train.fp8=none"),
+        (not pads or model.num_moe_layers() > 0, "fp8_pad_routed_tokens",
+         "needs experts, and the model has none", "leave it out"),
+        (not pads or parallel.expert_dispatcher != "allgather" or not model.num_moe_layers(),
+         "fp8_pad_routed_tokens", "does not go with parallel.expert_dispatcher = allgather",
+         "use alltoall or leave it out"))
+    multiple = RECIPES[train.fp8].row_multiple
     parts = parallel.cp * (parallel.tp if parallel.sp else 1)
     shared = (f" / parallel.cp {parallel.cp}" if parallel.cp > 1 else "") + (
         f" / parallel.tp {parallel.tp} (parallel.sp)" if parallel.sp else "")
     for i, phase in enumerate(phases):
         tokens = phase.seq_len * train.micro_batch_size
-        if tokens % (parts * multiple):
-            p.append(f"data.phases.{i} ({phase.name}).seq_len = {phase.seq_len} x train.micro_batch_size "
-                     f"{train.micro_batch_size}{shared} = {tokens / parts:g} tokens on each process, which "
-                     f"train.fp8 = {train.fp8} wants to be a multiple of {multiple}")
-    return p
+        p += find_broken(phase, f"data.phases.{i}", (
+            tokens % (parts * multiple) == 0, "seq_len", f"x train.micro_batch_size {train.micro_batch_size}"
+            f"{shared} = {tokens / parts:g} tokens on each process, which train.fp8 = {train.fp8} wants to "
+            f"be a multiple of {multiple}"))
+    return p + _width_problems(train, model, parallel)
 
 
-def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[Problem]:
     """Check both sizes of every weight that is quantised, as each process holds it."""
     multiple = RECIPES[train.fp8].width_multiple
     # under nvfp4 the library keeps the prediction layer in bf16
     predicts = bool(model.num_mtp_layers) and train.fp8 != "nvfp4"
     tp, cut = parallel.tp, f" / parallel.tp {parallel.tp}" if parallel.tp > 1 else ""
     shared = model.num_shared_experts * model.expert_ffn_dim if model.num_moe_layers() else 0
-    widths = [(f"model.hidden_size = {model.hidden_size}", model.hidden_size),
-              *_attention_widths(model, tp, cut)]
+    widths = [("model.hidden_size", model.hidden_size), *_attention_widths(model, tp, cut)]
     dense_prediction = predicts and not model.mtp_experts
     if (model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers()
             or dense_prediction):
@@ -125,8 +106,8 @@ def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelCo
     if predicts:
         widths.append((f"model.hidden_size {model.hidden_size}{cut}, of the prediction layer's projection,",
                        model.hidden_size / tp))
-    return [f"{name}{'' if ' = ' in name else f' = {width:g}'} must be a multiple of {multiple} for "
-            f"train.fp8 = {train.fp8}; choose another recipe{' or a smaller parallel.tp' if tp > 1 else ''}"
+    return [Problem(Code.RULE, "train.fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
+                    train.fp8, f"choose another recipe{' or a smaller parallel.tp' if tp > 1 else ''}")
             for name, width in widths if width % multiple]
 
 
@@ -144,6 +125,6 @@ def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, 
     by_head = {"head_dim": head_dim, "latent_attention.v_head_dim": latent.v_head_dim,
                "latent_attention.(qk_nope_head_dim + v_head_dim)":
                    latent.qk_nope_head_dim + latent.v_head_dim}
-    return [*((f"{at}.{name} = {size}", size) for name, size in whole.items() if size),
+    return [*((f"{at}.{name}", size) for name, size in whole.items() if size),
             *((f"model.num_heads {heads} x model.{name} {size}{cut}", heads * size / tp)
               for name, size in by_head.items())]

@@ -22,8 +22,6 @@ def with_rounds(config: RunConfig) -> RunConfig:
     rollout, train = config.rollout, config.train
     if rollout.rounds < 1:
         raise UserError(f"rollout.rounds = {rollout.rounds}: there is nothing to train; set it to at least 1")
-    if not config.data.phases:
-        raise UserError("data.phases = []: must have one phase, whose seq_len is the length of rows")
     phase = config.data.phases[0]
     if phase.lr or phase.rewarm_steps:
         raise UserError(f"data.phases.0 has lr = {phase.lr:g} and rewarm_steps = {phase.rewarm_steps}: "
@@ -38,8 +36,7 @@ def with_rounds(config: RunConfig) -> RunConfig:
     phases = tuple(PhaseConfig(f"round-{number:04d}", seq_len=seq_len)
                    for number in range(1, rollout.rounds + 1))
     # those inside of a round, and the one at its end
-    # a number that is not positive is named by `RunConfig.check`, which comes later
-    of_a_round = 1 + (rollout.steps_per_round - 1) // max(1, train.checkpoint_every_steps)
+    of_a_round = 1 + (rollout.steps_per_round - 1) // train.checkpoint_every_steps
     needed = (rollout.max_staleness + 2) * of_a_round
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, phases=phases),

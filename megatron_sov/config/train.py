@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from megatron_sov.config.bounds import MAX_BATCH_SIZE, MAX_STEPS, MAX_TOKENS, above
+from annotated_types import Gt, Le
+
+from megatron_sov.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
 from megatron_sov.config.model import STRICT
+from megatron_sov.settings import AboveZero, AtLeastOne, Fraction, NotNegativeInt, Problem, find_broken
 
 AverageKind = Literal["uniform", "linear", "ema"]
 AVERAGES = get_args(AverageKind)
@@ -19,19 +21,19 @@ class TrainConfig:
     """The loop: how long, how large, how often."""
 
     __pydantic_config__ = STRICT
-    steps: int = 0
+    steps: Steps = 0
     """Optimizer steps; 0: as many as the token budgets need."""
-    tokens: int = 0
+    tokens: Tokens = 0
     """Token budget of the run, for phases without one of their own; used when `steps` is 0."""
-    global_batch_size: int = 512
+    global_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 512
     """Samples of one optimizer step, over all processes."""
-    ramp_from_batch_size: int = 0
+    ramp_from_batch_size: Samples = 0
     """Samples of the first step when the batch size ramps up to `global_batch_size`; 0: no ramp."""
-    ramp_increment: int = 0
+    ramp_increment: Samples = 0
     """Samples by which the batch size grows at a time."""
-    ramp_steps: int = 0
+    ramp_steps: Annotated[NotNegativeInt, Le(1_000_000)] = 0
     """Steps over which it grows, in equal stretches."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 1
     """Samples of one forward pass on one process."""
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
@@ -45,9 +47,9 @@ class TrainConfig:
     fp8_format: Literal["auto", "e4m3", "hybrid"] = "auto"
     """8-bit format: e4m3 everywhere, or e5m2 for gradients (hybrid);
     auto: hybrid for tensorwise, else e4m3."""
-    fp8_bf16_layers_at_start: int = 0
+    fp8_bf16_layers_at_start: NotNegativeInt = 0
     """Layers at the start of the trunk that stay in bf16 under `fp8`."""
-    fp8_bf16_layers_at_end: int = 0
+    fp8_bf16_layers_at_end: NotNegativeInt = 0
     """Layers at the end of the trunk that stay in bf16 under `fp8`."""
     fp8_pad_routed_tokens: bool = False
     """Send each expert as many tokens as the products of `fp8` want, by routing some more to it with weight
@@ -55,87 +57,58 @@ class TrainConfig:
     deterministic: bool = False
     """The same bits in every run with the same settings on the same machines: slower algorithms where fast
     ones do not repeat."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: Fraction = 0.0
     """Share of values dropped behind the embedding, attention and feed-forward layers;
     a function of seed, step and layout."""
     recompute: bool | Literal["selective"] = False
     """Recompute every layer's activations in the backward pass instead of storing them; selective: those of
     `gpu.recompute_modules` alone."""
-    head_chunk_tokens: int = 2048
+    head_chunk_tokens: AtLeastOne = 2048
     """Tokens whose logits exist at a time; the output head runs in chunks of this many."""
-    checkpoint_every_steps: int = 1000
+    checkpoint_every_steps: AtLeastOne = 1000
     """Steps between checkpoints; one is always written at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: NotNegativeInt = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
-    export_every_checkpoints: int = 0
+    export_every_checkpoints: NotNegativeInt = 0
     """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside
     training; 0: none."""
-    average_last: int = 0
+    average_last: Annotated[NotNegativeInt, Le(10_000)] = 0
     """When the run is complete, the mean of so many of its newest checkpoints becomes RUN/average, to
     evaluate or to start the next stage from; 0: none.  So many have to be kept."""
     average_weights: AverageKind = "uniform"
     """What each checkpoint of `average_last` weighs: the same; 1, 2, 3, ... in their order; or
     `average_decay` times what the one behind it weighs."""
-    average_decay: float = 0.5
+    average_decay: Annotated[float, Gt(0), Le(1)] = 0.5
     """Of `average_weights` ema."""
-    keep_every_steps: int = 0
+    keep_every_steps: NotNegativeInt = 0
     """Checkpoints whose step is a multiple of this stay for ever, besides the newest; 0: none."""
     async_save: bool = True
     """Write checkpoints in the background while training goes on; needs host memory for what
     each process writes."""
-    save_timeout_s: float = 1800.0
+    save_timeout_s: AboveZero = 1800.0
     """Seconds after which a checkpoint that is still not on disk (a file system that hangs) ends the run."""
-    eval_every_steps: int = 500
+    eval_every_steps: NotNegativeInt = 500
     """Steps between evaluations on held-out documents; 0: only at the end."""
-    log_every_steps: int = 1
+    log_every_steps: AtLeastOne = 1
     """Steps between `step` events."""
-    max_restarts: int = 3
+    max_restarts: NotNegativeInt = 3
     """How often the local launcher starts the processes again after a fault, from the last checkpoint,
     without a new checkpoint in between; under torchrun or Slurm they restart the ranks."""
-    num_threads: int = 0
+    num_threads: Annotated[NotNegativeInt, Le(4096)] = 0
     """CPU threads of each process; 0: as OMP_NUM_THREADS says, else cores divided by local processes."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break by themselves."""
-        full, ramp_from = self.global_batch_size, self.ramp_from_batch_size
-        every = self.checkpoint_every_steps
-        rules = [
-            (self.steps >= 0, f"train.steps = {self.steps} must not be negative"),
-            (self.tokens >= 0, f"train.tokens = {self.tokens} must not be negative"),
-            (0 <= ramp_from <= max(0, full), f"train.ramp_from_batch_size = {ramp_from} must lie between 0 "
-                                             f"and train.global_batch_size = {full}"),
-            (not ramp_from or (self.ramp_increment > 0 and self.ramp_steps > 0),
-             f"train.ramp_from_batch_size = {ramp_from} needs train.ramp_increment and "
-             "train.ramp_steps above 0"),
-            (full > 0, f"train.global_batch_size = {full} must be positive"),
-            (self.micro_batch_size > 0, f"train.micro_batch_size = {self.micro_batch_size} must be positive"),
-            (self.head_chunk_tokens > 0,
-             f"train.head_chunk_tokens = {self.head_chunk_tokens} must be positive"),
-            (every > 0, f"train.checkpoint_every_steps = {every} must be positive"),
-            (self.log_every_steps > 0, f"train.log_every_steps = {self.log_every_steps} must be positive"),
-            (self.export_every_checkpoints >= 0,
-             f"train.export_every_checkpoints = {self.export_every_checkpoints} must not be negative"),
-            (self.average_last in (0, *range(2, 10_001)),
-             f"train.average_last = {self.average_last} must be 0, or from 2 to 10,000"),
-            (not self.keep_checkpoints or self.average_last <= self.keep_checkpoints,
-             f"train.average_last = {self.average_last} must be at most train.keep_checkpoints = "
-             f"{self.keep_checkpoints}: the others are deleted before"),
-            (0 < self.average_decay <= 1,
-             f"train.average_decay = {self.average_decay} must lie above 0 and be at most 1"),
-            (self.keep_checkpoints >= 0,
-             f"train.keep_checkpoints = {self.keep_checkpoints} must not be negative"),
-            (self.keep_every_steps >= 0 and self.keep_every_steps % max(1, every) == 0,
-             f"train.keep_every_steps = {self.keep_every_steps} must be a multiple of "
-             f"train.checkpoint_every_steps = {every}, or 0"),
-            (0 < self.save_timeout_s < math.inf,
-             f"train.save_timeout_s = {self.save_timeout_s} must be a positive number"),
-            (0 <= self.hidden_dropout < 1,
-             f"train.hidden_dropout = {self.hidden_dropout} must lie in [0, 1)"),
-            (self.eval_every_steps >= 0,
-             f"train.eval_every_steps = {self.eval_every_steps} must not be negative"),
-            (self.max_restarts >= 0, f"train.max_restarts = {self.max_restarts} must not be negative"),
-            (self.num_threads >= 0, f"train.num_threads = {self.num_threads} must not be negative"),
-        ]
-        return [sentence for holds, sentence in rules if not holds] + above(
-            "train", self, steps=MAX_STEPS, tokens=MAX_TOKENS, global_batch_size=MAX_BATCH_SIZE,
-            micro_batch_size=MAX_BATCH_SIZE, ramp_steps=1_000_000, num_threads=4096)
+    def problems(self) -> list[Problem]:
+        """Return every rule that these settings break by themselves."""
+        ramp_from, every = self.ramp_from_batch_size, self.checkpoint_every_steps
+        return find_broken(
+            self, "train",
+            (ramp_from <= self.global_batch_size, "ramp_from_batch_size",
+             f"must be at most train.global_batch_size = {self.global_batch_size}"),
+            (not ramp_from or (self.ramp_increment > 0 and self.ramp_steps > 0), "ramp_from_batch_size",
+             "needs train.ramp_increment and train.ramp_steps above 0"),
+            (self.average_last != 1, "average_last", "must be 0, or from 2 to 10,000"),
+            (not self.keep_checkpoints or self.average_last <= self.keep_checkpoints, "average_last",
+             f"must be at most train.keep_checkpoints = {self.keep_checkpoints}: the others are deleted "
+             "before"),
+            (self.keep_every_steps % every == 0, "keep_every_steps",
+             f"must be a multiple of train.checkpoint_every_steps = {every}, or 0"))

@@ -143,12 +143,13 @@ def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, wh
     return LoraConfig(rank, float(alpha) * scale, targets, dora)
 
 
-def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> tuple[str, ...]:
+def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> tuple[Any, ...]:
     """Return what a set of tensors adapts, which must be whole."""
     of_target: dict[str, set[str]] = {}
     tables = (HEAD, EMBEDDING)
+    known: tuple[Any, ...] = TARGETS
     every = LoraConfig(1, 1.0, tuple(
-        t for t in TARGETS if t not in tables or not (model.tied_embeddings or dora)))
+        t for t in known if t not in tables or not (model.tied_embeddings or dora)))
     for of in adapted_modules(model, every):
         target = EXPERTS if of.num_experts else of.name.rpartition(".")[2]
         of_target.setdefault(target, set()).update(

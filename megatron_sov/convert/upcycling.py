@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,16 @@ from megatron_sov.convert.derived import Opened
 from megatron_sov.convert.growing import block_of, opened_source, write_grown
 from megatron_sov.errors import UserError
 from megatron_sov.models.weights import Link
+from megatron_sov.settings import (
+    AtLeastOne,
+    Code,
+    NotNegative,
+    Problem,
+    SettingsError,
+    check,
+    find_broken,
+    name_options,
+)
 
 UPCYCLED = "upcycled"
 """What a manifest's content says of it."""
@@ -40,37 +49,34 @@ FC1, FC2, NORM = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight", "mlp.linear_f
 class Upcycling:
     """How experts are made."""
 
-    num_experts: int
+    num_experts: AtLeastOne
     """Of each layer."""
-    num_experts_per_token: int
+    num_experts_per_token: AtLeastOne
     """That a token visits."""
-    granularity: int = 1
+    granularity: AtLeastOne = 1
     """Experts that a copy of the dense network is cut into."""
-    noise: float = 0.0
+    noise: NotNegative = 0.0
     """Standard deviation of what is added to each expert's weights, as a share of that of its matrix."""
     seed: int = 0
     """Of the router and the noise."""
     family: str = ""
     """Of the model with experts; empty: the one that fits the dense one's."""
 
-    def problems(self, model: ModelConfig) -> list[str]:
-        """Return one sentence for each rule that is broken for a dense model."""
-        p = []
+    def problems(self, model: ModelConfig) -> list[Problem]:
+        """Return every value that has no meaning for a dense model, by the name of the command's option."""
         if model.num_moe_layers():
-            p.append(f"the model has experts already (model.num_experts = {model.num_experts}); name a dense "
-                     "one")
-        if self.granularity < 1 or model.dense_ffn_dim % max(self.granularity, 1):
-            p.append(f"--granularity {self.granularity} must divide model.dense_ffn_dim = "
-                     f"{model.dense_ffn_dim}")
-        for name, value in (("--experts", self.num_experts), ("--top-k", self.num_experts_per_token)):
-            if value < 1 or value % max(self.granularity, 1):
-                p.append(f"{name} {value} must be a positive multiple of --granularity {self.granularity}: a "
-                         "token visits whole copies")
-        if self.num_experts_per_token > self.num_experts:
-            p.append(f"--top-k {self.num_experts_per_token} must be at most --experts {self.num_experts}")
-        if not 0 <= self.noise < math.inf:
-            p.append(f"--noise {self.noise} must be a number that is not negative")
-        return p
+            return [Problem(Code.RULE, "", "the model has experts already (model.num_experts = "
+                            f"{model.num_experts})", way_out="name a dense one")]
+        whole = f"must be a multiple of --granularity {self.granularity}: a token visits whole copies"
+        return name_options(check(self) or find_broken(
+            self, "",
+            (model.dense_ffn_dim % self.granularity == 0, "granularity",
+             f"must divide model.dense_ffn_dim = {model.dense_ffn_dim}"),
+            (self.num_experts % self.granularity == 0, "num_experts", whole),
+            (self.num_experts_per_token % self.granularity == 0, "num_experts_per_token", whole),
+            (self.num_experts_per_token <= self.num_experts, "num_experts_per_token",
+             f"must be at most --experts {self.num_experts}")),
+            num_experts="--experts", num_experts_per_token="--top-k")
 
 
 def upcycle(checkpoint: Path, out: Path, asked: Upcycling, *, workers: int = 1,
@@ -91,7 +97,7 @@ def upcycle(checkpoint: Path, out: Path, asked: Upcycling, *, workers: int = 1,
     """
     source = opened_source(checkpoint, out, overwrite)
     if problems := asked.problems(source.model):
-        raise UserError(f"{source.path}: {'; '.join(problems)}")
+        raise SettingsError(str(source.path), problems)
     model = upcycled(source.model, asked)
     write_grown(source, out, model, _Shards(source, model, asked), (UPCYCLED, dataclasses.asdict(asked)),
                 workers=workers, overwrite=overwrite)

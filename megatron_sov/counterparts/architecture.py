@@ -17,6 +17,7 @@ from megatron_sov.config.bounds import MAX_LAYERS
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.models.family import PLAIN
 from megatron_sov.models.hf_layers import shortest_pattern
+from megatron_sov.settings import SettingsError
 
 Stated = Mapping[str, Any]
 
@@ -332,9 +333,9 @@ def _reasons(name: str, fields: Mapping[str, Any]) -> list[str]:
     """Return why a model is not one of a family."""
     try:
         model = from_dict({"recipe": "from-megatron", "model": _complete(name, fields)}).model
-    except UserError as e:
-        return [str(e)]
-    return model.problems() + models.get(name).problems(model)
+    except SettingsError as e:
+        return [problem.sentence for problem in e.problems]
+    return [problem.sentence for problem in model.problems() + models.get(name).problems(model)]
 
 
 def not_default(model: ModelConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from megatron_sov.runs.checkpoints import (
     settings_of,
 )
 from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.settings import SettingsError
 
 HF_SEQ_LEN = 4096
 """Context, in tokens, in which a Hugging Face model is judged unless told:
@@ -154,5 +155,5 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
                         "those that it has; leave it out")
     problems = config.model.problems() + config.parallel.problems(config.model, num_ranks(nproc))
     if problems:
-        raise UserError(f"{checkpoint}: cannot be run like this\n" + "\n".join(f"  {p}" for p in problems))
+        raise SettingsError(f"{checkpoint}: cannot be run like this", problems)
     return config

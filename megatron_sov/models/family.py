@@ -11,8 +11,10 @@ from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.models.encoders import encoder_links
 from megatron_sov.models.hf_config import Encoders, Fixed, Item, Renamed, Unused
-from megatron_sov.models.hf_layers import MAX_LAYERS, PREDICTION_NAMES
+from megatron_sov.models.hf_layers import PREDICTION_NAMES
 from megatron_sov.models.weights import Link, Section, links
+from megatron_sov.settings import Code, Problem, SettingsError, check, find_broken
+from megatron_sov.settings.problem import show
 
 COMMON_CONFIG: tuple[Item, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
@@ -113,31 +115,31 @@ class Family:
         """Return whether a folder counts the prediction layer as one more layer of the trunk."""
         return any(section.where == "mtp layer behind" for section in self.weights)
 
-    def problems(self, model: ModelConfig) -> list[str]:
-        """Return one sentence for each property of `model` that the family cannot express."""
+    def problems(self, model: ModelConfig) -> list[Problem]:
+        """Return every property of `model`, whose values lie within their bounds, that the family cannot
+        express."""
         fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
-        p = [f"model.{name} = {getattr(model, name)!r}: family '{self.name}' only knows {value!r}"
-             for name, value in fixed.items() if getattr(model, name) != value]
-        if self.needs_shared_expert and model.num_shared_experts < 1:
-            p.append(f"model.num_shared_experts = {model.num_shared_experts}: "
-                     f"family '{self.name}' needs at least 1")
-        if max(model.num_layers, model.num_mtp_layers) > MAX_LAYERS:
-            return p  # items have lists of layers, and `ModelConfig.problems` tells of it
+        p = find_broken(model, "model", *(
+            (getattr(model, name) == value, name, f"cannot be: family '{self.name}' only knows {show(value)}")
+            for name, value in fixed.items()), (
+                not self.needs_shared_expert or model.num_shared_experts >= 1, "num_shared_experts",
+                f"must be at least 1 in family '{self.name}'"))
         for item in self.config:
             try:
                 item.write(model)
             except UserError as e:
-                p.append(str(e))
+                p.append(Problem(Code.RULE, "", str(e)))
             except (TypeError, ValueError, ArithmeticError):
                 if not model.problems():  # which tell of the width that is none, say, that divides here
                     raise
         return p
 
     def check(self, model: ModelConfig) -> None:
-        """Raise `UserError` with every reason why `model` is not sound or not of this family."""
-        problems = model.problems() + self.problems(model)
+        """Raise `SettingsError` with every reason why `model` is not sound or not of this family."""
+        problems = ([problem.below("model") for problem in check(model)]
+                    or model.problems() + self.problems(model))
         if problems:
-            raise UserError("; ".join(problems))
+            raise SettingsError(f"model of family '{self.name}'", problems)
 
     def to_hf_config(self, model: ModelConfig, dtype: str, tokens: TokenIds) -> dict[str, Any]:
         """Return the content of config.json.
@@ -148,7 +150,7 @@ class Family:
             tokens: ids for generation.
 
         Raises:
-            UserError: the family cannot express `model`; the message names every field.
+            SettingsError: the family cannot express `model`; the message names every field.
         """
         self.check(model)
         config = self._written(model, dtype, tokens)

@@ -219,7 +219,7 @@ def settings_of(path: Path) -> RunConfig:
     raw = read_manifest(path, KIND).settings
     try:
         settings = from_dict(raw)
-        problems = settings.model.problems()
+        problems = [problem.sentence for problem in settings.model.problems()]
     except UserError as e:
         problems = [" ".join(str(e).split())]
     if problems:

@@ -22,7 +22,7 @@ from megatron_sov.settings.options import (
     read_options,
     run_action,
 )
-from megatron_sov.settings.problem import Code, Problem, SettingsError, as_problem
+from megatron_sov.settings.problem import Code, Problem, SettingsError, as_problem, find_broken, name_options
 from megatron_sov.settings.reading import (
     check,
     find_problems,
@@ -58,7 +58,9 @@ __all__ = [
     "assign_all",
     "change",
     "check",
+    "find_broken",
     "find_problems",
+    "name_options",
     "num_cores",
     "options_of",
     "parse_changes",

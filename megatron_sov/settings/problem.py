@@ -82,6 +82,37 @@ def as_problem(said: Problem | str) -> Problem:
     return said if isinstance(said, Problem) else Problem(Code.RULE, "", said)
 
 
+def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
+                ) -> list[Problem]:
+    """Return a problem for each rule that does not hold.
+
+    Args:
+        settings: that the keys belong to.
+        prefix: what stands before the keys, e.g. "optim"; "": nothing.
+        rules: whether it holds, the key (with dots), the rule, and what to do where the rule does not say it.
+    """
+    found = [Problem(Code.RULE, key, rule, _value(settings, key), "".join(way_out))
+             for holds, key, rule, *way_out in rules if not holds]
+    return [problem.below(prefix) for problem in found] if prefix else found
+
+
+def name_options(problems: Sequence[Problem], **options: str) -> list[Problem]:
+    """Return problems of settings that a command's options say, with these in place of the keys.
+
+    Args:
+        problems: with the fields as keys.
+        options: field -> option, where that is not the field's name with hyphens.
+    """
+    return [replace(problem, key=options.get(problem.key, f"--{problem.key.replace('_', '-')}"))
+            for problem in problems]
+
+
+def _value(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings[int(part)] if part.isdecimal() else getattr(settings, part)
+    return settings
+
+
 class SettingsError(UserError):
     """Settings that cannot be taken, with all that is wrong."""
 

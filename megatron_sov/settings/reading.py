@@ -168,7 +168,12 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
 def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[Problem]:
     """Return the problems of a ValidationError of pydantic, one for each place."""
     found: dict[str, Problem] = {}
-    for one in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    for one in errors:
+        place = one["loc"]
+        if one["type"] == "too_short" and any(
+                other["loc"] != place and other["loc"][:len(place)] == place for other in errors):
+            continue  # pydantic does not count items that are wrong
         problem = _problem(cls, one, instead)
         earlier = found.get(problem.key)
         if earlier is None:

@@ -28,7 +28,7 @@ def test_the_tiny_recipes_take_every_recipe(recipe: str, fp8: str) -> None:
 def test_the_big_recipes_take_every_recipe(recipe: str, fp8: str) -> None:
     config = recipes.get(recipe)
     changed = replace(config, train=replace(config.train, fp8=fp8, tokens=10**9))
-    assert not [p for p in changed.problems(8192) if "fp8" in p]
+    assert not [p for p in changed.problems(8192) if "fp8" in p.key]
 
 
 BROKEN = {
@@ -37,7 +37,6 @@ BROKEN = {
                   "needs train.precision = bf16, it is fp32"),
     "no fp8": (["train.fp8_bf16_layers_at_end=1"], "needs train.fp8, which is none"),
     "format of nvfp4": (["train.fp8=nvfp4", "train.fp8_format=e4m3"], "a format of its own (e2m1)"),
-    "negative": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=-1"], "must not be negative"),
     "no layer left": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3",
                        "train.fp8_bf16_layers_at_end=1"], "leave none of the 4 layers"),
     "padding": (["train.fp8=mxfp8", "train.fp8_pad_routed_tokens=true",
@@ -45,23 +44,23 @@ BROKEN = {
     "padding without experts": (
         ["train.fp8=mxfp8", "train.fp8_pad_routed_tokens=true", "model.num_dense_layers=4"], "needs experts"),
     "rows": (["train.fp8=tensorwise", "data.phases.0.seq_len=40"],
-             "seq_len = 40 x train.micro_batch_size 1 = 40 tokens on each process, which train.fp8 = "
+             "x train.micro_batch_size 1 = 40 tokens on each process, which train.fp8 = "
              "tensorwise wants to be a multiple of 16"),
     "rows cut": (["train.fp8=mxfp8", "data.phases.0.seq_len=96", "parallel.tp=2", "parallel.sp=true"],
                  "/ parallel.tp 2 (parallel.sp) = 48 tokens on each process"),
     "rows of nvfp4": (["train.fp8=nvfp4", "data.phases.0.seq_len=192"], "a multiple of 128"),
     "hidden": (["train.fp8=mxfp8", "model.hidden_size=144"],
-               "model.hidden_size = 144 must be a multiple of 32"),
-    "experts": (["train.fp8=mxfp8", "parallel.etp=8"], "/ parallel.etp 8 = 16 must be"),
+               "needs a multiple of 32, and model.hidden_size = 144"),
+    "experts": (["train.fp8=mxfp8", "parallel.etp=8"], "/ parallel.etp 8 = 16"),
     "heads": (["train.fp8=tensorwise", "model.head_dim=6"], "x model.head_dim 6 = "),
-    "dense": (["train.fp8=tensorwise", "model.dense_ffn_dim=200"], "model.dense_ffn_dim 200 = 200 must be"),
+    "dense": (["train.fp8=tensorwise", "model.dense_ffn_dim=200"], "model.dense_ffn_dim 200 = 200"),
 }
 
 
 @pytest.mark.parametrize(("changes", "sentence"), BROKEN.values(), ids=BROKEN)
 def test_every_rule_is_told(changes: list[str], sentence: str) -> None:
     found = tiny(*changes).problems(8)
-    assert [p for p in found if sentence in p], found
+    assert [p for p in found if sentence in p.sentence], found
 
 
 def test_a_wide_dense_layer_that_stays_in_bf16_may_have_any_width() -> None:
@@ -74,10 +73,6 @@ def test_a_wide_dense_layer_that_stays_in_bf16_may_have_any_width() -> None:
 def test_layers_that_stay_in_bf16_may_fill_a_pipeline_stage_and_more(stages: str) -> None:
     assert tiny("train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3", "parallel.pp=2",
                 f"parallel.pipeline_layout={stages}").problems(2) == []
-
-
-def test_nothing_is_divided_by_a_size_that_is_refused_already() -> None:
-    assert tiny("train.fp8=mxfp8", "train.micro_batch_size=0").problems()
 
 
 def test_the_format_follows_the_recipe() -> None:

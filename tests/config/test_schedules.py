@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -156,21 +155,6 @@ def test_rates_depend_on_the_step_alone() -> None:
     schedule = Schedule(config)
     in_order = [schedule.learning_rate(step) for step in range(24)]
     assert [Schedule(config).learning_rate(step) for step in reversed(range(24))] == in_order[::-1]
-
-
-@pytest.mark.parametrize(("wrong", "sentence"), [
-    ({"warmup_tokens": 5}, "optim.warmup_tokens = 5 needs optim.schedule_by = tokens"),
-    ({"rewarm": ((5, 0),)}, r"optim.rewarm = \[\[5, 0\]\] must hold pairs"),
-    ({"phases": (PhaseConfig("a", min_lr=0.1),)},
-     r"data.phases.0 \(a\).min_lr = 0.1 must lie between 0 and the phase's lr = 0"),
-    ({"phases": (PhaseConfig("a", schedule="wsd"),)},
-     r"data.phases.0 \(a\).schedule = wsd needs a rate of the phase's own"),
-    ({"phases": (PhaseConfig("a", rewarm_steps=-1),)},
-     r"data.phases.0 \(a\).rewarm_steps = -1 must not be negative"),
-])
-def test_what_makes_no_schedule_is_said(wrong: dict[str, Any], sentence: str) -> None:
-    problems = "\n".join(run(20, **wrong).problems())
-    assert re.search(sentence, problems), problems
 
 
 def test_a_run_that_goes_on_with_another_schedule_is_told_its_rates() -> None:

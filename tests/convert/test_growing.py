@@ -121,10 +121,10 @@ def test_a_mixture_of_experts_with_windows_grows_deeper(exaone_dir: Path, tmp_pa
     (["upcycle", "--experts", "4", "--top-k", "2", "--granularity", "5"],
      "must divide model.dense_ffn_dim = 48"),
     (["upcycle", "--experts", "4", "--top-k", "1", "--granularity", "2"],
-     "--top-k 1 must be a positive multiple"),
+     "--top-k = 1 must be a multiple"),
     (["upcycle", "--experts", "2", "--top-k", "4"], "must be at most --experts 2"),
-    (["upcycle", "--experts", "2", "--top-k", "1", "--noise", "nan"], "--noise nan"),
-    (["upcycle", "--experts", "2", "--top-k", "1", "--family", "solar_open"], "needs at least 1"),
+    (["upcycle", "--experts", "2", "--top-k", "1", "--noise", "nan"], "--noise = NaN must be"),
+    (["upcycle", "--experts", "2", "--top-k", "1", "--family", "solar_open"], "must be at least 1"),
     (["upcycle", "--experts", "2", "--top-k", "1", "--family", "qwen3_moe"], "model.qk_norm"),
     (["deepen", "--layers", "3"], "must be more than the 3"),
 ])

@@ -57,7 +57,7 @@ def test_a_checkpoint_runs_in_fp32_on_a_cpu_and_as_asked(imported: dict[str, Pat
     asked = inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
     assert (asked.train.precision, asked.parallel.pp) == ("bf16", 2)
     with pytest.raises(UserError,
-                       match="parallel tp 1 x pp 2 x cp 1 = 2 must divide the number of processes, 1"):
+                       match="parallel: tp 1 x pp 2 x cp 1 = 2 must divide the number of processes, 1"):
         inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
 
 

@@ -104,4 +104,4 @@ def test_a_pattern_that_qwen3_moe_cannot_express_is_a_problem_before_training() 
     model = read(config_of("tiny-qwen3-moe"))
     problems = models.get("qwen3_moe").problems(replace(model, attention_pattern="LG",
                                                         sliding_window_tokens=8, router_bias=True))
-    assert len(problems) == 2 and any("either every layer slides or none does" in p for p in problems)
+    assert len(problems) == 2 and any("either every layer slides or none does" in p.rule for p in problems)

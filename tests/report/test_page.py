@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_the_report_tells_of_one_model_and_sets_another_apart(runs: list[Path], 
     assert "<h1>tiny-solar-open: pretrain + extend</h1>" in head
     assert ("A model of 2.891 M parameters, 1.12 M of them active for each token, "
             "trained on 3.277 M tokens") in head
-    assert "5.157" not in head and "439.9 K" not in head
+    # in what is read: a line of a chart may come to that place by chance
+    assert not re.search(r">[^<]*\b5\.157\b", head) and "439.9 K" not in head
     assert rest.index("Other models") < rest.index("439.9 K") < rest.index("5.157")
     assert "<h2>retrieval <small>tiny-k-exaone</small></h2>" in rest
 

@@ -96,7 +96,7 @@ def test_adapters_are_compared_by_what_they_adapt_however_that_is_spelled(tmp_pa
                                         r"it is \['q_proj', 'v_proj'\]"):
         folder.enter(config("v_proj", "q_proj"), resume=True)
     with pytest.raises(UserError, match=r"started with lora.rank = 4, now it is 0; resume"):
-        folder.enter(config(rank=0), resume=True)
+        folder.enter(config("q_proj", rank=0), resume=True)
     every = started(tmp_path / "every", config("all-linear"))
     every.enter(config("down_proj", "all-linear", "q_proj"), resume=True)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_sov.errors import UserError, list_problems
 from megatron_sov.mcore.model import fused_routing
 from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.settings import Problem, SettingsError, find_broken
 
 FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}
 """Dispatcher -> what `megatron.core.transformer.moe.fused_a2a` says of its package."""
@@ -166,46 +166,84 @@ def refuse(config: RunConfig, te: bool) -> None:
         te: whether Transformer Engine's modules make the model.
 
     Raises:
-        UserError: with a sentence for each.
+        SettingsError: with a sentence for each.
     """
-    here = Here(te, config.model, config.parallel)
-    problems = [*_kernel_problems(config.gpu, here), *_dispatcher_problems(config.parallel),
-                *_memory_problems(config.gpu, te)]
+    gpu, here = config.gpu, Here(te, config.model, config.parallel)
+    dispatcher = config.parallel.expert_dispatcher
+    problems = _kernel_problems(gpu, here) + find_broken(
+        gpu, "gpu",
+        (te or not gpu.offload_modules, "offload_modules", NEEDS_TE, "leave it out"),
+        # its newer path takes weights along; the library's offloading is made for the older one
+        (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
+         "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
+         "set it for all processes"),
+        (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
+        (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),
+        (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
+        *((gpu.nccl_user_buffers == "off" or "expandable_segments:True" not in os.environ.get(name, ""),
+           "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
+           "not register", "take it out, or leave the setting out")
+          for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")))
+    if dispatcher in FLEX_BACKENDS:
+        problems += find_broken(
+            config.parallel, "parallel",
+            (on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
+            (not on_gpu() or _has_backend(dispatcher), "expert_dispatcher",
+             "cannot be: its package deep_ep does not import", "install DeepEP (github.com/deepseek-ai/"
+             "DeepEP, branch hybrid-ep for hybridep), or use alltoall"))
     if problems:
-        raise UserError(list_problems(f"recipe {config.recipe}", problems))
+        raise SettingsError(f"recipe {config.recipe}", problems)
 
 
-def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
+def _has_backend(dispatcher: str) -> bool:
+    """Return whether the kernels that send tokens are there."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    return bool(getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False))
+
+
+def _kernel_problems(gpu: GpuConfig, here: Here) -> list[Problem]:
     """Tell which kernels cannot run here."""
-    p = []
-    for fusion in FUSIONS:
-        if getattr(gpu, fusion.setting) == "on" and not fusion.value(gpu, here):
-            why = NEEDS_TE if not here.te else "has nothing to do in this model and layout"
-            p.append(f"gpu.{fusion.setting} = on {why}; leave it out")
-    asked = gpu.router_fusion == "on" and here.te and here.model.num_moe_layers() > 0
-    if asked and (why := fused_routing.problem(here.model)):
-        p.append(f"gpu.router_fusion = on {why}")
-    if gpu.shared_expert_overlap == "on" and not here.te:
-        p.append(f"gpu.shared_expert_overlap = on {NEEDS_TE}; leave it out")
-    if gpu.attention not in ("auto", "local") and not here.te:
-        p.append(f"gpu.attention = {gpu.attention} {NEEDS_TE}; set it to auto or local")
-    elif gpu.attention not in ("auto", "local") and here.model.attention_softcap is not None:
-        p.append(f"gpu.attention = {gpu.attention}: only this framework's own attention caps products of "
-                 "queries and keys (model.attention_softcap); set it to auto or local")
-    elif gpu.attention == "flash" and here.model.attention_sinks:
-        p.append("gpu.attention = flash: Transformer Engine's FlashAttention has no sinks "
-                 "(model.attention_sinks); set it to auto or fused")
-    elif gpu.attention == "flash" and not any(map(importlib.util.find_spec,
-                                                  ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
-        p.append("gpu.attention = flash: FlashAttention is not installed; install flash-attn, or set auto")
-    elif here.model.attention_sinks and not own_attention_serves(here.te, here.parallel.cp, gpu.attention):
-        p += [f"gpu.attention = {gpu.attention}: {lacking} attends packed rows with sinks "
-              "(model.attention_sinks); install a newer one, or set it to local"
-              for lacking in _without_sinks(gpu.attention)]
-    if here.te:
-        p += _variable_problems(gpu.attention)
-    return p + [f"gpu.recompute_modules names {m}, which {NEEDS_TE}; name {instead}"
-                for m, instead in RECOMPUTED_WITH_TE.items() if m in gpu.recompute_modules and not here.te]
+    routes = gpu.router_fusion == "on" and here.te and here.model.num_moe_layers() > 0
+    why_not = fused_routing.problem(here.model) if routes else ""
+    return find_broken(
+        gpu, "gpu",
+        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
+           "has nothing to do in this model and layout" if here.te else NEEDS_TE, "leave it out")
+          for fusion in FUSIONS),
+        (not why_not, "router_fusion", why_not),
+        (gpu.shared_expert_overlap == "off" or here.te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
+        *_attention_rules(gpu.attention, here),
+        *((here.te or module not in gpu.recompute_modules, "recompute_modules",
+           f"names {module}, which {NEEDS_TE}", f"name {instead}")
+          for module, instead in RECOMPUTED_WITH_TE.items()))
+
+
+def _attention_rules(attention: str, here: Here) -> list[tuple[bool, str, str, str]]:
+    """Return what asks for another attention than the chosen one: rules that do not hold."""
+    rules: list[tuple[str, str]] = []
+    sinks = here.model.attention_sinks
+    if attention not in ("auto", "local") and not here.te:
+        rules.append((NEEDS_TE, "set it to auto or local"))
+    elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
+        rules.append(("cannot be: only this framework's own attention caps products of queries and keys "
+                      "(model.attention_softcap)", "set it to auto or local"))
+    elif attention == "flash" and sinks:
+        rules.append(("cannot be: Transformer Engine's FlashAttention has no sinks (model.attention_sinks)",
+                      "set it to auto or fused"))
+    elif attention == "flash" and not any(map(importlib.util.find_spec,
+                                              ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
+        rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
+    elif sinks and not own_attention_serves(here.te, here.parallel.cp, attention):
+        rules += [(f"cannot be: {lacking} attends packed rows with sinks (model.attention_sinks)",
+                   "install a newer one, or set it to local") for lacking in _without_sinks(attention)]
+    for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():
+        # the library stops at variables that contradict the setting
+        value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
+        if value not in (None, wanted):
+            rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",
+                          "unset it"))
+    return [(False, "attention", *rule) for rule in rules]
 
 
 def _without_sinks(attention: str) -> list[str]:
@@ -217,49 +255,3 @@ def _without_sinks(attention: str) -> list[str]:
     return [*([f"Transformer Engine {te} never"] if te is not None and te.release < SINKS_TE else []),
             *([f"no fused kernel of cuDNN {cudnn}"] if cudnn is not None and cudnn < SINKS_CUDNN
               and attention != "unfused" else [])]
-
-
-def _variable_problems(attention: str) -> list[str]:
-    """Tell which variables of the environment contradict `gpu.attention`: the library stops at them."""
-    found = {kernel: os.environ.get(name) for kernel, name in TE_ATTENTION_VARIABLES.items()}
-    wanted = {kernel: str(int(attention in ("auto", kernel))) for kernel in found}
-    return [f"gpu.attention = {attention} needs the variable {TE_ATTENTION_VARIABLES[kernel]} = "
-            f"{wanted[kernel]} or none, and the environment has {value}; unset it"
-            for kernel, value in found.items() if value is not None and value != wanted[kernel]]
-
-
-def _dispatcher_problems(parallel: ParallelConfig) -> list[str]:
-    """Tell whether the kernels that send tokens are there."""
-    dispatcher = parallel.expert_dispatcher
-    if dispatcher not in FLEX_BACKENDS:
-        return []
-    if not on_gpu():
-        return [f"parallel.expert_dispatcher = {dispatcher} needs GPUs; use alltoall"]
-    from megatron.core.transformer.moe import fused_a2a
-
-    if not getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False):
-        return [f"parallel.expert_dispatcher = {dispatcher}: its package deep_ep does not import; install "
-                "DeepEP (github.com/deepseek-ai/DeepEP, branch hybrid-ep for hybridep), or use alltoall"]
-    return []
-
-
-def _memory_problems(gpu: GpuConfig, te: bool) -> list[str]:
-    """Tell which use of memory cannot be here."""
-    p = []
-    if gpu.offload_modules and not te:
-        p.append(f"gpu.offload_modules {NEEDS_TE}; leave it out")
-    elif gpu.offload_modules and os.environ.get("NVTE_CPU_OFFLOAD_V1", "0") != "1":
-        # its newer path takes weights along; the library's offloading is made for the older one
-        p.append("gpu.offload_modules needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine "
-                 "is imported; set it for all processes")
-    if gpu.moment_dtype == "bf16" and not te:
-        p.append(f"gpu.moment_dtype = bf16 {NEEDS_TE}; leave it out")
-    if gpu.optimizer_offload and not te:
-        p.append(f"gpu.optimizer_offload = {gpu.optimizer_offload} {NEEDS_TE}; leave it out")
-    if gpu.nccl_user_buffers == "on" and not on_gpu():
-        p.append("gpu.nccl_user_buffers = on needs GPUs; leave it out")
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if gpu.nccl_user_buffers == "on" and "expandable_segments:True" in os.environ.get(name, ""):
-            p.append(f"gpu.nccl_user_buffers = on cannot be with {name} = {os.environ[name]}, whose "
-                     "segments NCCL does not register; take it out, or leave the setting out")
-    return p

@@ -11,6 +11,7 @@ from typing import Protocol
 from megatron_sov.config import ParallelConfig, RunConfig
 from megatron_sov.plan.run_stages import RunStage
 from megatron_sov.plan.search.space import AXES, Choice, Recompute, Space, layouts
+from megatron_sov.settings import Problem
 
 PROCESSES = "must divide the number of processes"
 """How rules on products of sizes end."""
@@ -71,8 +72,9 @@ class Sweep:
         """What the layout lacks that comes nearest to fitting; None: all that keep the rules fit."""
         return self.lacks.get(("", None))
 
-    def breaks(self, sentence: str, count: int) -> None:
+    def breaks(self, problem: Problem, count: int) -> None:
         """Count layouts that break a rule."""
+        sentence = problem.sentence
         # the same rule with other numbers is one rule, and so are both products of sizes
         rule = (PROCESSES if PROCESSES in sentence
                 else re.sub(r"\d[\d.,]*", "N", sentence.partition(";")[0]))
@@ -151,7 +153,7 @@ def _look(found: Sweep, parallel: ParallelConfig, space: Space, scales: Scales) 
                 found.ranked.append(Found(choice, needs, seconds, sum(seconds.values())))
 
 
-def _of_recompute(config: RunConfig) -> list[str]:
+def _of_recompute(config: RunConfig) -> list[Problem]:
     """Return the rules that a run breaks among those that recomputation has a part in."""
     gpu, train, optim = config.gpu, config.train, config.optim
     return [*gpu.problems(config.model, config.parallel, train, optim),

@@ -61,10 +61,3 @@ def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(
     make_average(run, TRAIN, record)
     assert told[-2] == {"event": "average", "step": 3, "error": "it failed"}
     assert "the mean of the run's checkpoints was not made: it failed" in capsys.readouterr().err
-
-
-def test_as_many_are_kept_as_are_averaged() -> None:
-    assert TrainConfig(keep_checkpoints=2, average_last=3).problems() == [
-        "train.average_last = 3 must be at most train.keep_checkpoints = 2: the others are deleted before"]
-    assert TrainConfig(average_last=1).problems() == [
-        "train.average_last = 1 must be 0, or from 2 to 10,000"]
