@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 SETTINGS, PAGE = "settings", "ladder.html"
 DECIDED = ("train.tokens", "train.steps", "optim.groups", "optim.warmup_steps")
 """Settings that a ladder makes itself, for each size its own."""
-
-
 SUBMIT = (f"Submit the runs to Slurm ({', '.join(cluster.names())}, or a YAML file of your own), instead of "
           "training them here one after the other.")
 

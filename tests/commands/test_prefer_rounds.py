@@ -149,7 +149,7 @@ def test_a_result_that_changed_between_two_commands_is_not_read(
         return 0
 
     monkeypatch.setattr(prefer_rounds, "run_command", command)
-    args: Any = SimpleNamespace(rounds=1, run=tmp_path)
+    args: Any = SimpleNamespace(rounds=1, num_rounds=1, run=tmp_path)
     stops_at = "scored.jsonl"
     assert prefer_rounds.run_rounds(args) == 75
     whole = (folder / "responses.jsonl").read_bytes()
@@ -192,7 +192,7 @@ def test_a_prompt_is_learned_as_it_was_asked(tmp_path: Path, capsys) -> None:
 def test_what_rounds_are_given_goes_with_rounds(tmp_path: Path, capsys) -> None:
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
                  "--reward", "length"]) == 2
-    assert "--reward length: is for --rounds N; add it, or leave this out" in capsys.readouterr().err
+    assert '--reward "length": is for --rounds N' in capsys.readouterr().err
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
                  "--keep-unfinished"]) == 2
     assert "--keep-unfinished: is for --rounds N" in capsys.readouterr().err

@@ -24,7 +24,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", "--cluster", "p100", *RUN), "--cluster p100: there is no such profile"),
     (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account is missing; pass --account NAME"),
     (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: "
-                                                "global_batch_size = 8"),
+                                                "train.global_batch_size = 8"),
     (("pretrain", *HERE, "--nodes", "4", "--min-nodes", "3", *RUN),
      "--nodes 3 x 1 processes do not fit tiny-solar-open"),
     (("pretrain", *HERE, "--nodes", "2", "--min-nodes", "4", *RUN),
@@ -74,7 +74,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", *words]) == 2
     said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1, said
+    assert sentence in said and said.count("\n") == 1 + said.count("\n  "), said
     assert sorted(site.rglob("*")) == before
 
 
