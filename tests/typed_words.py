@@ -1,12 +1,12 @@
-"""Words of a command line as the class of settings that takes them."""
+"""Words of a command line as the class of settings that takes them, and what is wrong with settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_sov.command_line import Parser
-from megatron_sov.settings import add_options, read_options
+from megatron_sov.settings import add_options, problems_of, read_options
 
 S = TypeVar("S")
 
@@ -16,3 +16,8 @@ def typed(cls: type[S], words: Sequence[str]) -> S:
     parser = Parser(prog="typed")
     add_options(parser, cls)
     return read_options(cls, parser.parse_args(list(words)))
+
+
+def keys_of(settings: Any) -> list[str]:
+    """Return the key of each problem of settings: their bounds, else the rules between them."""
+    return [problem.key for problem in problems_of(settings)]

@@ -114,7 +114,7 @@ class Generator(ABC):
     needs_input: ClassVar[bool] = True
     """Whether it makes nothing without an input."""
     Settings: ClassVar[type[Any]]
-    """Frozen dataclass with defaults, a docstring under each field, and `problems() -> list[str]`."""
+    """Frozen dataclass whose types carry the bounds, with `problems() -> list[Problem]` for rules between."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sov.config.model import STRICT
-from megatron_sov.settings import AboveZero, NotNegative, NotNegativeInt, Problem, Share, find_broken
+from megatron_sov.settings import AboveZero, NotNegative, NotNegativeInt, Share
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,3 @@ class DistillationConfig:
     probabilities become those of the student's tokens."""
     ce_coeff: NotNegative = 0.0
     """Weight of an auxiliary cross-entropy on the tokens of the data, over the same positions."""
-
-    def problems(self, vocab_size: int) -> list[Problem]:
-        """Return every rule that these settings break.
-
-        Args:
-            vocab_size: the model's.
-        """
-        return find_broken(
-            self, "distillation",
-            (self.top_k < vocab_size, "top_k", f"must be below model.vocab_size = {vocab_size}",
-             "0 is the whole vocabulary"),
-            (self.keep_remainder or self.top_k > 0, "keep_remainder",
-             "belongs to distillation.top_k: over the whole vocabulary nothing remains"),
-            (not self.other_tokenizer or self.top_k > 0, "other_tokenizer",
-             "needs distillation.top_k > 0: of a teacher of another tokenizer its most probable tokens are "
-             "kept"))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from megatron_sov.config.model import STRICT
-from megatron_sov.settings import AboveZero, AtLeastOne, NotNegativeInt, Problem, find_broken
+from megatron_sov.settings import AboveZero, AtLeastOne, NotNegativeInt
 
 EvalTask = Literal["ppl", "needle", "pairs", "lm"]
 
@@ -83,25 +83,3 @@ class EvaluateConfig:
     """Evaluation beside training."""
     lm: LmEvalConfig = LmEvalConfig()
     """Benchmarks of these evaluations."""
-
-    def problems(self, exports: int) -> list[Problem]:
-        """Return every broken rule; `exports` is `train.export_every_checkpoints`."""
-        jobs, lm = self.background, self.lm
-        is_asked = "lm" in jobs.tasks
-        return find_broken(
-            self, "evaluate",
-            (not jobs.tasks or exports > 0, "background.tasks",
-             "measure exports, and train.export_every_checkpoints = 0 makes none"),
-            (len(set(jobs.tasks)) == len(jobs.tasks), "background.tasks", "names a task twice"),
-            (jobs.where == "local" or bool(jobs.cluster), "background.where",
-             "needs evaluate.background.cluster"),
-            (not is_asked or bool(lm.tasks), "lm.tasks",
-             "names none, and evaluate.background.tasks asks for lm"),
-            (is_asked or not lm.tasks, "lm.tasks", "are measured by nothing",
-             "add lm to evaluate.background.tasks"),
-            (all(name.strip() and "," not in name for name in lm.tasks), "lm.tasks",
-             "must be names of tasks, each of its own, without commas"),
-            (len(set(lm.tasks)) == len(lm.tasks), "lm.tasks", "names a task twice"),
-            (lm.mode is None or lm.apply_chat_template, "lm.mode", "is a setting of the chat template, and "
-             "evaluate.lm.apply_chat_template = false frames no prompt by it"),
-            (all("=" in setting for setting in lm.judge), "lm.judge", "must have the form key=value"))

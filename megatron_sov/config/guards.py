@@ -12,9 +12,7 @@ from megatron_sov.settings import (
     AtLeastOne,
     NotNegative,
     NotNegativeInt,
-    Problem,
     Share,
-    find_broken,
 )
 
 
@@ -64,14 +62,3 @@ class GuardConfig:
     max_bias_spread: Annotated[float, Gt(0)] = 1.0
     """Alarm when a layer's selection biases lie further apart: scores lie in (0, 1),
     so the biases alone then choose."""
-
-    def problems(self, deterministic: bool) -> list[Problem]:
-        """Return every rule that the settings break; `deterministic`: `train.deterministic`."""
-        needs = ("needs train.deterministic = true: without it a sound process need not give the same bits "
-                 "twice")
-        return find_broken(
-            self, "guards",
-            (not self.probe_every_steps or deterministic, "probe_every_steps", needs),
-            (not self.attribute or deterministic, "attribute", needs),
-            (not self.attribute or self.skip, "attribute",
-             "needs guards.skip = true: it looks at steps that are refused"))

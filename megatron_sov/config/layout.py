@@ -103,7 +103,21 @@ class ParallelConfig:
             tokens = model.yarn.original_max_position_tokens
             refuse("cp", f"x 2 must divide model.yarn.original_max_position_tokens = {tokens}, whose table "
                    "of positions the processes share", _divisors(tokens // 2))
-        p += self._expert_problems(model) + self._pipeline_problems(model)
+        given, runs, layers = self.pipeline_layout, self.pp * self.vpp, model.num_layers // self.pp
+        if given and self.pp == 1:
+            refuse("pipeline_layout", "needs parallel.pp > 1", "leave it out or raise pp")
+        elif given and len(given) != runs:
+            refuse("pipeline_layout", f"has {len(given)} numbers and must have one for each of parallel.pp "
+                   f"{self.pp} x parallel.vpp {self.vpp} = {runs} runs of layers")
+        elif given and sum(given) != model.num_layers:
+            refuse("pipeline_layout", f"adds up to {sum(given)} layers and must to model.num_layers = "
+                   f"{model.num_layers}")
+        elif not given and model.num_layers % self.pp:
+            refuse("pp", f"must divide model.num_layers = {model.num_layers}",
+                   f"{_divisors(model.num_layers)}; or give each stage's layers in parallel.pipeline_layout")
+        elif not given and layers % self.vpp:
+            refuse("vpp", f"must divide the {layers} layers of each pipeline stage", _divisors(layers))
+        p += self._expert_problems(model)
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
             size = math.prod(getattr(self, name) for name in names)
             if num_ranks % size:
@@ -131,26 +145,6 @@ class ParallelConfig:
             (shared % self.tp == 0, "tp", "must divide the width of the shared experts, "
              f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
              f"{model.expert_ffn_dim} = {shared}", _divisors(shared)))
-
-    def _pipeline_problems(self, model: ModelConfig) -> list[Problem]:
-        """Tell what is wrong with the stages of a pipeline."""
-        runs, given, layers = self.pp * self.vpp, self.pipeline_layout, model.num_layers // self.pp
-        # each rule is told where those before it hold
-        if not given:
-            rules: tuple[tuple[bool, str, str] | tuple[bool, str, str, str], ...] = (
-                (model.num_layers % self.pp == 0, "pp", f"must divide model.num_layers = {model.num_layers}",
-                 f"{_divisors(model.num_layers)}; or give each stage's layers in parallel.pipeline_layout"),
-                (layers % self.vpp == 0, "vpp", f"must divide the {layers} layers of each pipeline stage",
-                 _divisors(layers)))
-        else:
-            rules = (
-                (self.pp > 1, "pipeline_layout", "needs parallel.pp > 1", "leave it out or raise pp"),
-                (len(given) == runs, "pipeline_layout",
-                 f"has {len(given)} numbers and must have one for each of parallel.pp {self.pp} x "
-                 f"parallel.vpp {self.vpp} = {runs} runs of layers"),
-                (sum(given) == model.num_layers, "pipeline_layout",
-                 f"adds up to {sum(given)} layers and must to model.num_layers = {model.num_layers}"))
-        return find_broken(self, "parallel", *rules)[:1]
 
 
 @cache

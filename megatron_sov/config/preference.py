@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from megatron_sov.config.model import STRICT
-from megatron_sov.settings import AboveZero, NotNegative, Problem, find_broken
+from megatron_sov.settings import AboveZero, NotNegative
 
 PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
 WITH_REFERENCE = ("dpo", "ipo", "dpo-norm", "kto")
@@ -54,14 +54,3 @@ class PreferenceConfig:
     def strength(self) -> float:
         """`beta`, or else the method's; 0 of a method that has none."""
         return BETAS.get(self.method, 0.0) if self.beta is None else self.beta
-
-    def problems(self) -> list[Problem]:
-        """Return every rule that these settings break."""
-        return find_broken(
-            self, "preference",
-            (not self.label_smoothing or self.method in SMOOTHED, "label_smoothing",
-             f"belongs to {', '.join(SMOOTHED)}, not to preference.method = {self.method}"),
-            (not self.chosen_coeff or self.method != "orpo", "chosen_coeff",
-             "is not taken: orpo learns chosen responses with a weight of 1 in any case", "leave it out"),
-            (not self.chosen_coeff or self.method != "grouper", "chosen_coeff",
-             "is not taken: groups have no chosen response", "leave it out"))

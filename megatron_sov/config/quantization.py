@@ -10,7 +10,7 @@ from megatron_sov.config.data import PhaseConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig
 from megatron_sov.config.train import TrainConfig
-from megatron_sov.settings import Code, Problem, find_broken
+from megatron_sov.settings import Problem, find_broken
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,19 @@ def problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
             tokens % (parts * multiple) == 0, "seq_len", f"x train.micro_batch_size {train.micro_batch_size}"
             f"{shared} = {tokens / parts:g} tokens on each process, which train.fp8 = {train.fp8} wants to "
             f"be a multiple of {multiple}"))
-    return p + _width_problems(train, model, parallel)
+    multiple, smaller = RECIPES[train.fp8].width_multiple, " or a smaller parallel.tp" * (parallel.tp > 1)
+    return p + find_broken(train, "train", *(
+        (width % multiple == 0, "fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
+         f"choose another recipe{smaller}") for name, width in _widths(train, model, parallel)))
 
 
-def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[Problem]:
-    """Check both sizes of every weight that is quantised, as each process holds it."""
-    multiple = RECIPES[train.fp8].width_multiple
+def _widths(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, float]]:
+    """Return both sizes of every weight that is quantised, as each process holds it."""
     # under nvfp4 the library keeps the prediction layer in bf16
     predicts = bool(model.num_mtp_layers) and train.fp8 != "nvfp4"
     tp, cut = parallel.tp, f" / parallel.tp {parallel.tp}" if parallel.tp > 1 else ""
     shared = model.num_shared_experts * model.expert_ffn_dim if model.num_moe_layers() else 0
-    widths = [("model.hidden_size", model.hidden_size), *_attention_widths(model, tp, cut)]
+    widths = [("model.hidden_size", float(model.hidden_size)), *_attention_widths(model, tp, cut)]
     dense_prediction = predicts and not model.mtp_experts
     if (model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers()
             or dense_prediction):
@@ -106,9 +108,7 @@ def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelCo
     if predicts:
         widths.append((f"model.hidden_size {model.hidden_size}{cut}, of the prediction layer's projection,",
                        model.hidden_size / tp))
-    return [Problem(Code.RULE, "train.fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
-                    train.fp8, f"choose another recipe{' or a smaller parallel.tp' if tp > 1 else ''}")
-            for name, width in widths if width % multiple]
+    return widths
 
 
 def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, float]]:

@@ -23,7 +23,7 @@ from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.obs import ObsConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.policy import PolicyConfig
-from megatron_sov.config.preference import PreferenceConfig
+from megatron_sov.config.preference import SMOOTHED, PreferenceConfig
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.train import TrainConfig
 from megatron_sov.plugins.code import Code
@@ -52,21 +52,6 @@ class ObjectiveConfig:
     """Likewise of `model.image_tokens`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of an objective of your own: the arguments that it takes by name."""
-
-    def problems(self, model: ModelConfig) -> list[Problem]:
-        """Return every rule that these settings break; `model` is what learns."""
-        weights = [(name, getattr(self, name) != 1, getattr(model, block) is not None, block) for name, block
-                   in (("audio_weight", "audio_tokens"), ("image_weight", "image_tokens"))]
-        return find_broken(
-            self, "objective",
-            (not self.text_coeff or self.name == "sft", "text_coeff",
-             f"belongs to objective sft, not {self.name}"),
-            *((not is_set or has_block, name, f"needs model.{block}", "set the block, or leave it at 1")
-              for name, is_set, has_block, block in weights),
-            *((not is_set or self.name in ("lm", "sft"), name,
-               f"belongs to objectives lm and sft, not {self.name}") for name, is_set, _, _ in weights),
-            (self.loss_per == "token" or self.name == "sft", "loss_per",
-             f"belongs to objective sft, not {self.name}"))
 
 
 @dataclass(frozen=True)
@@ -120,13 +105,10 @@ class RunConfig:
         on `num_ranks` processes; empty when it is sound."""
         p = self.model.problems() + self.parallel.problems(self.model, num_ranks)
         p += self.data.problems() + self._phase_problems() + self.train.problems()
-        p += self.objective.problems(self.model)
-        p += self.preference.problems() + self.optim.problems() + self.extend.problems()
+        p += self._objective_problems() + self.optim.problems() + self.extend.problems()
         p += self.rollout.problems() + self.policy.problems(self.rollout)
-        p += self.distillation.problems(self.model.vocab_size)
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
-        p += self.guards.problems(self.train.deterministic)
-        p += self.evaluate.problems(self.train.export_every_checkpoints) + self.obs.problems()
+        p += self._watching_problems() + self.obs.problems()
         p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(
@@ -139,6 +121,66 @@ class RunConfig:
              "cannot be with lora.rank, which freezes all weights but those of its own adapters",
              "set one of them off"))
         return p or self._batch_problems(num_ranks)
+
+    def _objective_problems(self) -> list[Problem]:
+        """Check what is learned against the model and the objective's name."""
+        objective, distillation, preference = self.objective, self.distillation, self.preference
+        name, method, vocab_size = objective.name, preference.method, self.model.vocab_size
+        weights = [(f"objective.{medium}_weight", getattr(objective, f"{medium}_weight") == 1,
+                    f"model.{medium}_tokens", getattr(self.model, f"{medium}_tokens"))
+                   for medium in ("audio", "image")]
+        return find_broken(
+            self, "",
+            (not objective.text_coeff or name == "sft", "objective.text_coeff",
+             f"belongs to objective sft, not {name}"),
+            *((plain or ids is not None, key, f"needs {block}", "set the block, or leave it at 1")
+              for key, plain, block, ids in weights),
+            *((plain or name in ("lm", "sft"), key, f"belongs to objectives lm and sft, not {name}")
+              for key, plain, _, _ in weights),
+            (objective.loss_per == "token" or name == "sft", "objective.loss_per",
+             f"belongs to objective sft, not {name}"),
+            (distillation.top_k < vocab_size, "distillation.top_k",
+             f"must be below model.vocab_size = {vocab_size}", "0 is the whole vocabulary"),
+            (distillation.keep_remainder or distillation.top_k > 0, "distillation.keep_remainder",
+             "belongs to distillation.top_k: over the whole vocabulary nothing remains"),
+            (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
+             "needs distillation.top_k > 0: of a teacher of another tokenizer its most probable tokens are "
+             "kept"),
+            (not preference.label_smoothing or method in SMOOTHED, "preference.label_smoothing",
+             f"belongs to {', '.join(SMOOTHED)}, not to preference.method = {method}"),
+            (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
+             "is not taken: orpo learns chosen responses with a weight of 1 in any case", "leave it out"),
+            (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",
+             "is not taken: groups have no chosen response", "leave it out"))
+
+    def _watching_problems(self) -> list[Problem]:
+        """Check guards and evaluations against how the run is trained."""
+        guards, jobs, lm = self.guards, self.evaluate.background, self.evaluate.lm
+        is_asked, deterministic = "lm" in jobs.tasks, self.train.deterministic
+        needs = ("needs train.deterministic = true: without it a sound process need not give the same bits "
+                 "twice")
+        return find_broken(
+            self, "",
+            (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
+            (not guards.attribute or deterministic, "guards.attribute", needs),
+            (not guards.attribute or guards.skip, "guards.attribute",
+             "needs guards.skip = true: it looks at steps that are refused"),
+            (not jobs.tasks or self.train.export_every_checkpoints > 0, "evaluate.background.tasks",
+             "measure exports, and train.export_every_checkpoints = 0 makes none"),
+            (len(set(jobs.tasks)) == len(jobs.tasks), "evaluate.background.tasks", "names a task twice"),
+            (jobs.where == "local" or bool(jobs.cluster), "evaluate.background.where",
+             "needs evaluate.background.cluster"),
+            (not is_asked or bool(lm.tasks), "evaluate.lm.tasks",
+             "names none, and evaluate.background.tasks asks for lm"),
+            (is_asked or not lm.tasks, "evaluate.lm.tasks", "are measured by nothing",
+             "add lm to evaluate.background.tasks"),
+            (all(name.strip() and "," not in name for name in lm.tasks), "evaluate.lm.tasks",
+             "must be names of tasks, each of its own, without commas"),
+            (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"),
+            (lm.mode is None or lm.apply_chat_template, "evaluate.lm.mode", "is a setting of the chat "
+             "template, and evaluate.lm.apply_chat_template = false frames no prompt by it"),
+            (all("=" in setting for setting in lm.judge), "evaluate.lm.judge",
+             "must have the form key=value"))
 
     def _phase_problems(self) -> list[Problem]:
         """Check every phase against what it is trained with: positions of the model,

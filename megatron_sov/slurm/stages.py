@@ -26,7 +26,7 @@ from megatron_sov.plan.fitting import refuse_too_large
 from megatron_sov.plan.recommended import leaves_layout_open, says_layout, settings_for
 from megatron_sov.recipes.requested import BuiltIn, training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
-from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt, SettingsError, options_of
+from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt, options_of
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
@@ -329,7 +329,7 @@ def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
                 refuse_too_large(config, num_ranks, CHIPS[gpu])
             fitting[count] = chosen
         elif count in (num_nodes, least) or count in settings:
-            raise SettingsError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}",
-                                problems)
+            raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
+                            f"{'; '.join(map(str, problems))}")
     return fitting
 

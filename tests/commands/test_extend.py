@@ -93,7 +93,7 @@ def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: P
     assert config["data"]["phases"][0]["blend"] == {"first": 2.0, "second": 1.0, "needle": 1.0}
     assert events_of(run, "data_consumed")[-1]["tokens"]["needle"] == 3 * 96
     for settings, sentence in (
-        ({"needle__train_share": 1.0}, "needle.train_share = 1.0: must lie in [0, 1)"),
+        ({"needle__train_share": 1.0}, "needle.train_share = 1 must be below 1"),
         ({"needle__lengths_tokens": "[16]"}, "needle length 16"),
         ({"data__phases": '[{"name":"a","seq_len":96,"blend":{"first":1,"needle/12":1}}]'},
          "hold no needle with its question"),

@@ -66,8 +66,8 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     ("tiny-gemma2", say(hidden_act="silu"), "hidden_act = 'silu', but only 'gelu_pytorch_tanh' is"),
     ("tiny-gemma2", drop("model.layers.1.post_attention_layernorm.weight"),
      r"1 missing \(model\.layers\.1\.post_attention_layernorm\.weight\)"),
-    ("tiny-gemma2", say(head_dim=0), r"model\.head_dim = 0 must be positive"),
-    ("tiny-gemma3", say(max_position_embeddings=0), r"model\.max_position_tokens = 0 must be positive"),
+    ("tiny-gemma2", say(head_dim=0), r"model\.head_dim = 0 must be at least 1"),
+    ("tiny-gemma3", say(max_position_embeddings=0), r"model\.max_position_tokens = 0 must be at least 1"),
     ("tiny-llama", say(rope_theta=5.0), r"rope_theta = 5\.0, and \d+\.0 in rope_parameters; make them ag"),
     ("tiny-llama", say(rope_parameters={"rope_type": "linear"}), "rope_type 'linear' lacks 'factor'"),
     ("tiny-gemma3", say(rope_local_base_freq=5e3), "sliding_attention rotates by 10000.0 in rope_parameters"),
@@ -87,7 +87,7 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     ("tiny-hyperclovax", say(logits_scale=2.0), "unknown fields for family 'hyperclovax': 'logits_scale'"),
     ("tiny-hyperclovax", say(logit_scale=2.0), r"logit_scale = 2\.0, but only 1\.0 is supported"),
     ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be understood"),
-    ("tiny-hyperclovax", say(embedding_multiplier=0), r"model\.embedding_multiplier = 0(\.0)? must be pos"),
+    ("tiny-hyperclovax", say(embedding_multiplier=0), r"model\.embedding_multiplier = 0(\.0)? must be ab"),
 ])
 def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, Any], dict[str, Any]], Any],
                                      expected: str, tmp_path: Path) -> None:
@@ -151,10 +151,10 @@ def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("missing", "config", "expected"), [
     ("model.layers.2.eh_proj", {}, r"1 missing \(model\.layers\.2\.eh_proj\.weight\)"),
     ("model.layers.2.mlp.gate.e_score", {}, r"1 missing \(model\.layers\.2\.mlp\.gate\.e_score_corr"),
-    ("", {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}, "num_mtp_layers = 2 must be 0 or 1"),
+    ("", {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}, "num_mtp_layers = 2 must be at most 1"),
     ("", {"mtp_mlp_layer_types": ["dense"]}, r"mtp_mlp_layer_types = \['dense'\], but only prediction"),
     ("", {"n_group": 3}, r"num_groups_per_token = 1 .*|num_expert_groups = 3 must divide"),
-    ("", {"topk_group": 2}, "num_groups_per_token = 2 must lie between 1 and model.num_expert_groups = 1"),
+    ("", {"topk_group": 2}, "num_groups_per_token = 2 must be at most model.num_expert_groups = 1"),
     ("", {"n_group": 8}, "num_expert_groups = 8 must divide model.num_experts = 8 into groups of at least"),
     ("", {"n_group": 4, "num_experts_per_tok": 3}, "leaves 2 experts to choose from, and model.num_"),
 ])

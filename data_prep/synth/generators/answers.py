@@ -9,38 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from annotated_types import Le
+
+from data_prep.synth.bounds import Temperature
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box
 from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply
 from data_prep.synth.problems import read_problems
 from data_prep.synth.sample import Sample, Verdict
+from megatron_sov.settings import AtLeastOne
 
 
 @dataclass(frozen=True)
 class AnswersSettings:
     """Settings of `answers`."""
 
-    num_draws: int = 8
+    num_draws: Annotated[AtLeastOne, Le(10_000)] = 8
     """Answers to each problem."""
     way: Way = "auto"
     """How answers are compared: the reward `math`, the reward `stem`, or auto: as the answer looks."""
-    temperature: float = 0.8
+    temperature: Temperature = 0.8
     """Of sampling."""
-    max_tokens: int = 4096
+    max_tokens: AtLeastOne = 4096
     """That an answer may have; one that is cut off is wrong."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        rules = [
-            (1 <= self.num_draws <= 10_000, f"num_draws = {self.num_draws}: must be 1 to 10,000"),
-            (self.way in ("auto", "math", "stem"), f"way = {self.way!r}: must be auto, math or stem"),
-            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
-            (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be positive"),
-        ]
-        return [sentence for holds, sentence in rules if not holds]
 
 
 class Answers(Generator):

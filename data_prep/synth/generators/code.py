@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Le
 
 from data_prep.json_lines import read_objects
+from data_prep.synth.bounds import Temperature
 from data_prep.synth.generator import Ask, Generator, Item, Reply
 from data_prep.synth.generators.code_parts import (
     MAX_CHARS,
@@ -29,66 +32,58 @@ from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import Code, program_in
+from megatron_sov.settings import AboveZero, AtLeastOne, Problem, Share, find_broken
 
 PATIENCE = 30.0
 """Times a program's seconds of processors that it may take by the clock, on a machine with other work."""
+
+
+Count = Annotated[AtLeastOne, Le(100_000)]
 
 
 @dataclass(frozen=True)
 class CodeSettings:
     """Settings of `code`."""
 
-    num_solutions: int = 5
+    num_solutions: Count = 5
     """Programs that are asked for."""
-    num_test_draws: int = 3
+    num_test_draws: Count = 3
     """Times that tests are asked for; none of them sees a program."""
-    num_tests: int = 8
+    num_tests: Count = 8
     """Tests that are asked for each time."""
-    max_tests: int = 30
+    max_tests: Count = 30
     """Tests that are looked at."""
-    min_tests: int = 5
+    min_tests: Count = 5
     """Tests that have to be left."""
-    min_solutions: int = 2
+    min_solutions: Count = 2
     """Programs that have to pass the same tests."""
-    min_agreement: float = 0.5
+    min_agreement: Share = 0.5
     """Share of the tests looked at that these programs have to pass: else the task is not clear."""
-    max_mutants: int = 12
+    max_mutants: Count = 12
     """Programs with a planted mistake."""
-    min_killed: float = 0.7
+    min_killed: Share = 0.7
     """Share of them that has to fail; some are no mistakes, so not all can."""
-    most: int = 3
+    most: Count = 3
     """Conversations that are kept of a task: its right programs that differ."""
-    max_similarity: float = 0.8
+    max_similarity: Share = 0.8
     """Jaccard index of word triples above which two answers are the same one."""
-    test_time_s: float = 3.0
+    test_time_s: Annotated[AboveZero, Le(90)] = 3.0
     """Seconds of processors that a program has for its tests."""
     language: str = ""
     """Language that tasks are written in, as "Korean"; empty: the model's choice."""
-    temperature: float = 0.8
+    temperature: Temperature = 0.8
     """Of sampling."""
-    max_tokens: int = 4096
+    max_tokens: Count = 4096
     """That an answer may have."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first; its thoughts are kept as `reasoning_content`."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        counts = ("num_solutions", "num_test_draws", "num_tests", "max_tests", "min_tests", "min_solutions",
-                  "max_mutants", "most", "max_tokens")
-        p = [f"{name} = {value}: must be 1 to 100,000" for name in counts
-             if not 1 <= (value := getattr(self, name)) <= 100_000]
-        rules = [
-            (self.min_solutions <= self.num_solutions,
-             f"min_solutions = {self.min_solutions}: must be at most num_solutions = {self.num_solutions}"),
-            (self.min_tests <= self.max_tests,
-             f"min_tests = {self.min_tests}: must be at most max_tests = {self.max_tests}"),
-            *((0 <= value <= 1, f"{name} = {value}: must lie in [0, 1]") for name, value in (
-                ("min_agreement", self.min_agreement), ("min_killed", self.min_killed),
-                ("max_similarity", self.max_similarity))),
-            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
-            (0 < self.test_time_s <= 90, f"test_time_s = {self.test_time_s}: must lie in (0, 90]"),
-        ]
-        return p + [sentence for holds, sentence in rules if not holds]
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return find_broken(
+            self, "", (self.min_solutions <= self.num_solutions, "min_solutions",
+             f"must be at most num_solutions = {self.num_solutions}"),
+            (self.min_tests <= self.max_tests, "min_tests", f"must be at most max_tests = {self.max_tests}"))
 
 
 @dataclass(frozen=True)

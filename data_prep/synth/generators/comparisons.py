@@ -10,12 +10,15 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Le
 
 from data_prep.synth.generator import Ask, Generator, Item
 from data_prep.synth.problems import read_problems
 from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne
 
 HIGH = 10.0
 RUBRIC = ("The material is two problems. Which one will a good student of the subject more likely get wrong? "
@@ -28,16 +31,10 @@ RUBRIC = ("The material is two problems. Which one will a good student of the su
 class ComparisonsSettings:
     """Settings of `comparisons`."""
 
-    per_problem: int = 4
+    per_problem: Annotated[AtLeastOne, Le(1000)] = 4
     """Problems that each is compared with, about."""
-    min_lead: float = 0.5
+    min_lead: Annotated[float, Ge(0), Le(5)] = 0.5
     """By how many points of 10 the mean of both orders has to differ from 5."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        rules = [(1 <= self.per_problem <= 1000, f"per_problem = {self.per_problem}: must be 1 to 1,000"),
-                 (0 <= self.min_lead <= 5, f"min_lead = {self.min_lead}: must lie in [0, 5]")]
-        return [sentence for holds, sentence in rules if not holds]
 
 
 class Comparisons(Generator):

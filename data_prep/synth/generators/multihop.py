@@ -12,19 +12,23 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Ge, Le
+
+from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import agreed
 from data_prep.synth.generators.documents.languages import in_language, language_problems
-from data_prep.synth.generators.documents.pieces import fenced, grade_problems
+from data_prep.synth.generators.documents.pieces import fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import complete, until_failed
 from data_prep.synth.generators.multihop_graph import Facts, chain_id, chains, read_facts
 from data_prep.synth.generators.triples import PARTS
 from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, as_problem, find_broken
 
 _ANSWER_TAGS = re.compile(r"</?answer>")
 
@@ -40,36 +44,28 @@ class MultihopSettings:
     """Set the chain's documents before the question; else it asks for what is known."""
     language: str = ""
     """Of the questions, as an ISO 639-1 code such as ko; empty: that of the chain's first document."""
-    min_hops: int = 2
+    min_hops: Annotated[int, Ge(2), Le(8)] = 2
     """Facts of a chain at least."""
-    max_hops: int = 4
+    max_hops: Annotated[int, Ge(2), Le(8)] = 4
     """At most."""
-    max_per_start: int = 4
+    max_per_start: AtLeastOne = 4
     """Questions that begin with one name."""
-    max_questions: int = 0
+    max_questions: NotNegativeInt = 0
     """In all; 0: as many as there are."""
-    min_agreement: float = 7.0
+    min_agreement: Grade = 7.0
     """Of 10, from the judge, where a solver's answer has other words than the chain's end; 0: no judge."""
     ask_without: bool = True
     """Ask each question without any document too, which is noted as `known_without`."""
-    temperature: float = 0.7
+    temperature: Temperature = 0.7
     """Of what is written; what is checked is asked at 0."""
-    max_tokens: int = 2048
+    max_tokens: AtLeastOne = 2048
     """That an answer may have."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = language_problems("language", self.language)
-        if self.form not in ("prompt", "chat"):
-            p.append(f"form = {self.form!r} must be prompt or chat")
-        if not 2 <= self.min_hops <= self.max_hops <= 8:
-            p.append(f"min_hops = {self.min_hops} and max_hops = {self.max_hops}: need 2 <= min_hops <= "
-                     "max_hops <= 8")
-        if self.max_per_start < 1 or self.max_questions < 0 or self.max_tokens < 1:
-            p.append("max_per_start and max_tokens must be at least 1, max_questions at least 0")
-        if not 0 <= self.temperature <= 2:
-            p.append(f"temperature = {self.temperature} must lie from 0 to 2")
-        return p + grade_problems(self, "min_agreement")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [*map(as_problem, language_problems("language", self.language)), *find_broken(
+            self, "", (self.min_hops <= self.max_hops, "min_hops",
+                       f"must be at most max_hops = {self.max_hops}"))]
 
 
 class Multihop(Generator):

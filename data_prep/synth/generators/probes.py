@@ -13,14 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
+from annotated_types import Ge, Gt, Le
 
 from data_prep.decontamination.benchmarks import FIELDS, benchmark_files
 from data_prep.decontamination.hits import find_hits
 from data_prep.decontamination.step import SearchSettings
 from data_prep.json_lines import read_objects
+from data_prep.synth.bounds import Temperature
 from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply, Reply
 from data_prep.synth.generators.code_parts import reaches_out
@@ -31,6 +33,7 @@ from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import program_in
 from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, as_problem, find_broken
 
 TOPICS = Path(__file__).parents[1] / "taxonomies" / "mathematics.yaml"
 STEPS = (2, 4, 6)
@@ -45,42 +48,32 @@ MAX_PROBLEM_CHARS = 5_000
 class ProbesSettings:
     """Settings of `probes`."""
 
-    per_topic: int = 6
+    per_topic: Annotated[AtLeastOne, Le(10_000)] = 6
     """Problems that are asked for on each topic."""
-    num_solutions: int = 5
+    num_solutions: Annotated[int, Ge(2), Le(1000)] = 5
     """Solutions that verify an answer; none sees it."""
-    min_agreement: float = 0.6
+    min_agreement: Annotated[Share, Gt(0)] = 0.6
     """Share of them that has to give the stated answer."""
-    num_programs: int = 1
+    num_programs: Annotated[NotNegativeInt, Le(100)] = 1
     """Programs that are asked to compute it; 0: none."""
-    min_programs: int = 0
+    min_programs: NotNegativeInt = 0
     """Programs that have to compute it; one that prints something else refuses the problem in any case."""
     benchmarks: tuple[str, ...] = ()
     """.jsonl files, or folders of them, whose items no problem may share ten words in a row with."""
     language: str = ""
     """Language of the problems, as "Korean"; empty: the model's choice."""
-    temperature: float = 0.8
+    temperature: Temperature = 0.8
     """Of sampling."""
-    max_tokens: int = 4096
+    max_tokens: AtLeastOne = 4096
     """That an answer may have."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        rules = [
-            (1 <= self.per_topic <= 10_000, f"per_topic = {self.per_topic}: must be 1 to 10,000"),
-            (2 <= self.num_solutions <= 1000,
-             f"num_solutions = {self.num_solutions}: must be 2 to 1,000; one alone verifies nothing"),
-            (0 < self.min_agreement <= 1, f"min_agreement = {self.min_agreement}: must lie in (0, 1]"),
-            (0 <= self.min_programs <= self.num_programs <= 100,
-             f"min_programs = {self.min_programs}, num_programs = {self.num_programs}: need "
-             "0 <= min_programs <= num_programs <= 100"),
-            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
-            (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be positive"),
-        ]
-        p = [sentence for holds, sentence in rules if not holds]
-        return p + (self.search_settings().problems() if self.benchmarks else [])
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        found = find_broken(self, "", (self.min_programs <= self.num_programs, "min_programs",
+                                       f"must be at most num_programs = {self.num_programs}"))
+        return found + (list(map(as_problem, self.search_settings().problems())) if self.benchmarks else [])
 
     def search_settings(self) -> SearchSettings:
         """Return what problems are searched for."""

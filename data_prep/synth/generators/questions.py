@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
@@ -22,12 +23,11 @@ from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
     fenced,
-    grade_problems,
-    share_problems,
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
 from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.settings import AtLeastOne, Problem, Share, find_broken
 
 Form = Literal["text", "chat", "prompt"]
 SUPPORTED = ("Does SOURCE say what ANSWER says in reply to QUESTION? 10: it says exactly this; 0: it says "
@@ -48,33 +48,28 @@ class QuestionSettings(DocumentSettings):
     form: Form = "text"
     """text: the document with its pairs behind it, for pretraining; chat: the document with a question, and
     the answer, for `sft`; prompt: the same with `answer` beside it, for `rl generate` (reward `stem`)."""
-    num_pairs: int = 6
+    num_pairs: AtLeastOne = 6
     """That are asked for, of each document."""
-    min_pairs: int = 1
+    min_pairs: AtLeastOne = 1
     """Of form text: a document of which fewer are kept is none."""
-    max_likeness: float = 0.7
+    max_likeness: Share = 0.7
     """Of two questions of a document (Jaccard index of their runs of three letters); more is the same one."""
-    min_support: float = 7.0
+    min_support: Grade = 7.0
     """Of 10, from the judge, for an answer that does not stand in the document word for word; 0: it must."""
-    min_agreement: float = 7.0
+    min_agreement: Grade = 7.0
     """Of 10, from the judge, where the question is answered with the document in other words; 0: no judge."""
     ask_without: bool = True
     """Ask each question without the document too, which is noted as `known_without`."""
     refuse_known: bool = False
     """Whether a question that is answered without its document is left out; needs ask_without."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = super().problems()
-        if self.form not in ("text", "chat", "prompt"):
-            p.append(f"form = {self.form!r} must be text, chat or prompt")
-        if not 1 <= self.min_pairs <= self.num_pairs:
-            p.append(f"min_pairs = {self.min_pairs} and num_pairs = {self.num_pairs}: need 1 <= min_pairs <= "
-                     "num_pairs")
-        if self.refuse_known and not self.ask_without:
-            p.append("refuse_known = true needs ask_without = true, or nobody knows what is known")
-        return (p + share_problems(self, "max_likeness")
-                + grade_problems(self, "min_support", "min_agreement"))
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return super().problems() + find_broken(
+            self, "", (self.min_pairs <= self.num_pairs, "min_pairs",
+                       f"must be at most num_pairs = {self.num_pairs}"),
+            (self.ask_without or not self.refuse_known, "refuse_known",
+             "needs ask_without = true, or nobody knows what is known"))
 
 
 class Questions(OfDocuments):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
+from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
@@ -22,12 +23,11 @@ from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
     fenced,
-    grade_problems,
-    share_problems,
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.settings import AtLeastOne, NotNegative, Problem, Share, find_broken
 
 STYLES = ("clearer", "encyclopedic", "dialogue")
 MIN_TURNS = 4
@@ -41,32 +41,27 @@ class RewriteSettings(DocumentSettings):
 
     styles: tuple[str, ...] = STYLES
     """Each document is rewritten once in each: clearer, encyclopedic, dialogue."""
-    copied_words: int = 8
+    copied_words: AtLeastOne = 8
     """Runs of so many words that stand in the document count as copied."""
-    max_copied_share: float = 0.4
+    max_copied_share: Share = 0.4
     """Of the rewrite's runs of words, those that are copied; more is a copy."""
-    min_kept_share: float = 0.5
+    min_kept_share: Share = 0.5
     """Of the document's numbers and names, those that the rewrite has; fewer is another text."""
-    min_ratio: float = 0.4
+    min_ratio: NotNegative = 0.4
     """Of the rewrite's words to the document's, where both are in one language."""
     max_ratio: float = 2.5
     """The same; more was made up, or is said twice."""
-    min_faithfulness: float = 7.0
+    min_faithfulness: Grade = 7.0
     """Of 10, from the judge: whether all that it says follows from the document; 0: no judge."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = super().problems()
-        p += [f"styles has {style!r}; the styles are {', '.join(STYLES)}"
-              for style in self.styles if style not in STYLES]
-        if not self.styles or len(set(self.styles)) < len(self.styles):
-            p.append(f"styles = {','.join(self.styles)!r} must name at least one style, and none twice")
-        if self.copied_words < 1:
-            p.append(f"copied_words = {self.copied_words} must be at least 1")
-        if not 0 <= self.min_ratio < self.max_ratio:
-            p.append(f"min_ratio = {self.min_ratio} must be below max_ratio = {self.max_ratio}")
-        return (p + share_problems(self, "max_copied_share", "min_kept_share")
-                + grade_problems(self, "min_faithfulness"))
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        unknown = [style for style in self.styles if style not in STYLES]
+        return super().problems() + find_broken(
+            self, "", (not unknown, "styles", f"must be of {', '.join(STYLES)}"),
+            (bool(self.styles) and len(set(self.styles)) == len(self.styles), "styles",
+             "must name at least one style, and none twice"),
+            (self.min_ratio < self.max_ratio, "min_ratio", f"must be below max_ratio = {self.max_ratio}"))
 
 
 class Rewrite(OfDocuments):

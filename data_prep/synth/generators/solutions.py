@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from annotated_types import Gt, Le
+
+from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box, groups
 from data_prep.synth.generator import Ask, Generator, Item, Reply
 from data_prep.synth.problems import read_problems
 from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
+from megatron_sov.settings import AtLeastOne, Problem, Share, find_broken
 
 RUBRIC = ("Material is a problem and a solution whose final answer is known to be right. Is each step of the "
           "working true, and does it follow from what stands before it? 10: every step; 5: a gap that a "
@@ -26,50 +30,40 @@ RUBRIC = ("Material is a problem and a solution whose final answer is known to b
 class SolutionsSettings:
     """Settings of `solutions`."""
 
-    num_draws: int = 8
+    num_draws: Annotated[AtLeastOne, Le(1000)] = 8
     """Solutions that are asked for."""
-    least: int = 2
+    least: AtLeastOne = 2
     """Right solutions that differ which a problem has to have; of one with fewer none is kept."""
-    most: int = 5
+    most: AtLeastOne = 5
     """Solutions of a problem that are kept."""
-    max_similarity: float = 0.8
+    max_similarity: Share = 0.8
     """Jaccard index of word triples above which two solutions are the same one, as `sov-data trajectories`
     has it."""
     way: Way = "auto"
     """How answers are compared: the reward `math`, the reward `stem`, or auto: as the answer looks."""
     vote: bool = False
     """Take the answer of the majority where a problem has none; without, such a problem is refused."""
-    min_agreement: float = 0.5
+    min_agreement: Annotated[Share, Gt(0)] = 0.5
     """Share of the solutions asked for that has to give the answer which is voted for."""
-    min_votes: int = 3
+    min_votes: AtLeastOne = 3
     """Solutions that have to give it."""
-    min_judge: float = 0.0
+    min_judge: Grade = 0.0
     """Score from 0 to 10 that the judge has to give the working; 0: it is not asked."""
     language: str = ""
     """Language that solutions are written in, as "Korean"; empty: that of the problem."""
-    temperature: float = 0.8
+    temperature: Temperature = 0.8
     """Of sampling."""
-    max_tokens: int = 4096
+    max_tokens: AtLeastOne = 4096
     """That a solution may have."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first; its thoughts are kept as `reasoning_content`."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        rules = [
-            (1 <= self.least <= self.most <= self.num_draws <= 1000,
-             f"least = {self.least}, most = {self.most}, num_draws = {self.num_draws}: need "
-             "1 <= least <= most <= num_draws <= 1000"),
-            (0 <= self.max_similarity <= 1, f"max_similarity = {self.max_similarity}: must lie in [0, 1]"),
-            (self.way in ("auto", "math", "stem"), f"way = {self.way!r}: must be auto, math or stem"),
-            (0 < self.min_agreement <= 1, f"min_agreement = {self.min_agreement}: must lie in (0, 1]"),
-            (1 <= self.min_votes <= self.num_draws,
-             f"min_votes = {self.min_votes}: must be 1 to num_draws = {self.num_draws}"),
-            (0 <= self.min_judge <= 10, f"min_judge = {self.min_judge}: must lie in [0, 10]"),
-            (0 <= self.temperature <= 2, f"temperature = {self.temperature}: must lie in [0, 2]"),
-            (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be positive"),
-        ]
-        return [sentence for holds, sentence in rules if not holds]
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return find_broken(
+            self, "", (self.least <= self.most, "least", f"must be at most most = {self.most}"),
+            (self.most <= self.num_draws, "most", f"must be at most num_draws = {self.num_draws}"),
+            (self.min_votes <= self.num_draws, "min_votes", f"must be at most num_draws = {self.num_draws}"))
 
 
 @dataclass(frozen=True)

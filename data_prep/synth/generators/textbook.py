@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask
 from data_prep.synth.generators.documents.answers import answer_in
 from data_prep.synth.generators.documents.customs import name_of
@@ -22,12 +23,11 @@ from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
     fenced,
-    grade_problems,
-    share_problems,
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_list, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.settings import AtLeastOne, Share
 
 Level = Literal["children", "school", "university"]
 _HEADING = re.compile(r"^## \S.*$", re.MULTILINE)
@@ -41,29 +41,19 @@ class TextbookSettings(DocumentSettings):
 
     level: Level = "school"
     """Who it is for: children, school, university."""
-    num_sections: int = 2
+    num_sections: AtLeastOne = 2
     """Of a lesson, at least."""
-    num_exercises: int = 3
+    num_exercises: AtLeastOne = 3
     """Of a lesson, at least; each has to be solved as its answer says."""
-    copied_words: int = 8
+    copied_words: AtLeastOne = 8
     """Runs of so many words that stand in the document count as copied."""
-    max_copied_share: float = 0.4
+    max_copied_share: Share = 0.4
     """Of the lesson's runs of words, those that are copied."""
-    min_faithfulness: float = 7.0
+    min_faithfulness: Grade = 7.0
     """Of 10, from the judge: whether all that the lesson says follows from the document; 0: no judge."""
-    min_agreement: float = 7.0
+    min_agreement: Grade = 7.0
     """Of 10, from the judge, where an exercise is solved in other words than its answer has; 0: no judge, and
     answers must be the same word for word."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = super().problems()
-        if self.level not in ("children", "school", "university"):
-            p.append(f"level = {self.level!r} must be children, school or university")
-        p += [f"{name} = {getattr(self, name)} must be at least 1"
-              for name in ("num_sections", "num_exercises", "copied_words") if getattr(self, name) < 1]
-        return (p + share_problems(self, "max_copied_share")
-                + grade_problems(self, "min_faithfulness", "min_agreement"))
 
 
 class Textbook(OfDocuments):

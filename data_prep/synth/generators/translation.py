@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Le
 
 from data_prep.libraries import require
+from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask, Generator, Item, Reply
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import graded
@@ -24,8 +27,6 @@ from data_prep.synth.generators.documents.pieces import (
     DocumentSettings,
     document_items,
     fenced,
-    grade_problems,
-    share_problems,
 )
 from data_prep.synth.generators.documents.tagged import MAX_KEPT_CHARS, read_tagged
 from data_prep.synth.generators.documents.verdicts import (
@@ -44,6 +45,7 @@ from data_prep.synth.generators.translation_checks import (
 )
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.documents import Reading, list_files, read_documents
+from megatron_sov.settings import NotNegative, Problem, Share, as_problem, find_broken
 
 Form = Literal["text", "chat", "prompt"]
 TRANSLATED = (
@@ -66,34 +68,27 @@ class TranslationSettings(DocumentSettings):
     """What stands between quotation marks stays as it is, such as a text that a user asks about."""
     glossary: str = ""
     """File with a term, a tab and its translation in each line."""
-    min_chrf: float = 40.0
+    min_chrf: Annotated[float, Ge(0), Le(100)] = 40.0
     """Of 100, of the translation back into the source's language against the source; 0: no way back."""
-    min_ratio: float = 0.25
+    min_ratio: NotNegative = 0.25
     """Of the translation's characters to the source's, at least."""
     max_ratio: float = 4.0
     """At most."""
-    max_untranslated_share: float = 0.1
+    max_untranslated_share: Share = 0.1
     """Of the translation's runs of four words, those that stand in the source."""
-    min_faithfulness: float = 7.0
+    min_faithfulness: Grade = 7.0
     """Of 10, from the judge, who sees both; 0: no judge."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = super().problems()
-        if not self.language:
-            p.append("language is empty; name the language to translate into, such as language=ko")
-        p += language_problems("source_language", self.source_language)
-        if self.form not in ("text", "chat", "prompt"):
-            p.append(f"form = {self.form!r} must be text, chat or prompt")
-        if self.source_language and self.source_language == self.language:
-            p.append(f"source_language and language are both {self.language!r}; name two languages")
-        if not 0 <= self.min_chrf <= 100:
-            p.append(f"min_chrf = {self.min_chrf} must lie from 0 to 100")
-        if not 0 <= self.min_ratio < self.max_ratio:
-            p.append(f"min_ratio = {self.min_ratio} must be below max_ratio = {self.max_ratio}")
-        if self.min_chrf:
-            p += require("min_chrf", "sacrebleu", extra="synth")
-        return (p + share_problems(self, "max_untranslated_share") + grade_problems(self, "min_faithfulness"))
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, and what is missing."""
+        said = language_problems("source_language", self.source_language)
+        said += require("min_chrf", "sacrebleu", extra="synth") if self.min_chrf else []
+        return super().problems() + list(map(as_problem, said)) + find_broken(
+            self, "", (bool(self.language), "language", "is empty",
+                       "name the language to translate into, such as ko"),
+            (not self.source_language or self.source_language != self.language, "source_language",
+             "is the language to translate into as well; name two"),
+            (self.min_ratio < self.max_ratio, "min_ratio", f"must be below max_ratio = {self.max_ratio}"))
 
 
 class Translation(Generator):

@@ -16,6 +16,7 @@ from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.rewards.answers import normalized
+from megatron_sov.settings import AtLeastOne
 
 PARTS = ("subject", "relation", "object", "sentence")
 MAX_NAME_CHARS = 60
@@ -26,17 +27,10 @@ MAX_NAME_CHARS = 60
 class TripleSettings(DocumentSettings):
     """What is extracted, and what is kept."""
 
-    num_triples: int = 20
+    num_triples: AtLeastOne = 20
     """That are asked for, of each document."""
     verify: bool = True
     """Ask (the judge, where there is one) of each whether its sentence states it."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = super().problems()
-        if self.num_triples < 1:
-            p.append(f"num_triples = {self.num_triples} must be at least 1")
-        return p
 
 
 class Triples(Generator):

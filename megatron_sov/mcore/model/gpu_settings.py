@@ -13,7 +13,7 @@ import torch
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.mcore.model import fused_routing
 from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.settings import Problem, SettingsError, find_broken
+from megatron_sov.settings import SettingsError, find_broken
 
 FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}
 """Dispatcher -> what `megatron.core.transformer.moe.fused_a2a` says of its package."""
@@ -170,8 +170,19 @@ def refuse(config: RunConfig, te: bool) -> None:
     """
     gpu, here = config.gpu, Here(te, config.model, config.parallel)
     dispatcher = config.parallel.expert_dispatcher
-    problems = _kernel_problems(gpu, here) + find_broken(
+    routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
+    why_not = fused_routing.problem(config.model) if routes else ""
+    problems = find_broken(
         gpu, "gpu",
+        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
+           "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
+          for fusion in FUSIONS),
+        (not why_not, "router_fusion", why_not),
+        (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
+        *_attention_rules(gpu.attention, here),
+        *((te or module not in gpu.recompute_modules, "recompute_modules",
+           f"names {module}, which {NEEDS_TE}", f"name {instead}")
+          for module, instead in RECOMPUTED_WITH_TE.items()),
         (te or not gpu.offload_modules, "offload_modules", NEEDS_TE, "leave it out"),
         # its newer path takes weights along; the library's offloading is made for the older one
         (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
@@ -200,23 +211,6 @@ def _has_backend(dispatcher: str) -> bool:
     from megatron.core.transformer.moe import fused_a2a
 
     return bool(getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False))
-
-
-def _kernel_problems(gpu: GpuConfig, here: Here) -> list[Problem]:
-    """Tell which kernels cannot run here."""
-    routes = gpu.router_fusion == "on" and here.te and here.model.num_moe_layers() > 0
-    why_not = fused_routing.problem(here.model) if routes else ""
-    return find_broken(
-        gpu, "gpu",
-        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
-           "has nothing to do in this model and layout" if here.te else NEEDS_TE, "leave it out")
-          for fusion in FUSIONS),
-        (not why_not, "router_fusion", why_not),
-        (gpu.shared_expert_overlap == "off" or here.te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
-        *_attention_rules(gpu.attention, here),
-        *((here.te or module not in gpu.recompute_modules, "recompute_modules",
-           f"names {module}, which {NEEDS_TE}", f"name {instead}")
-          for module, instead in RECOMPUTED_WITH_TE.items()))
 
 
 def _attention_rules(attention: str, here: Here) -> list[tuple[bool, str, str, str]]:

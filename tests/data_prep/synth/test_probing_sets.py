@@ -55,7 +55,7 @@ def test_sets_are_frozen_without_what_training_has(tmp_path: Path, capsys: pytes
     (probe("a b c d e f", ".."), [], "domain = '..' must be a name"),
     (probe("a b c d e f", "x/../../y"), [], "must be a name"),
     (probe("2 + 2?"), [], "no problem of this domain"),
-    (probe("a b c d e f"), ["--per-domain", "-1"], "must not be negative"),
+    (probe("a b c d e f"), ["--per-domain", "-1"], "--per-domain -1: must be at least 0"),
 ])
 def test_mistakes_are_one_sentence(record: Any, more: list[str], said: str, tmp_path: Path,
                                    capsys: pytest.CaptureFixture[str]) -> None:

@@ -287,7 +287,7 @@ BAD = {
     "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "a setting": (["--set", "tome=x"], "no such setting; did you mean 'tone'"),
     "a value": (["--set", "min_score=11"], "must lie in [0, 10]"),
-    "negative": (["--max-tokens-total", "-1"], "must be a number from 0 on"),
+    "negative": (["--max-tokens-total", "-1"], "--max-tokens-total -1: must be at least 0"),
     "no price": (["--input-price", "nan"], "--input-price nan: must be a number from 0 on"),
     "all of an address": (["--engine", "http://h/v1/chat/completions"], "must end before /chat/completions"),
     "no judge's folder": (["--judge-engine", "nowhere"], "--judge-engine nowhere: is neither an address"),

@@ -237,20 +237,14 @@ def test_off_imports_and_starts_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"otlp_endpoint": "localhost:4318"}, "obs.otlp_endpoint = 'localhost:4318' must be http://HOST:PORT"),
-    ({"otlp_endpoint": "http://me:secret@host:1"}, "without user, password or query"),
-    ({"otlp_endpoint": "https://host/?key=secret"}, "without user, password or query"),
-    ({"otlp_endpoint": "http://[secret@"}, "must be http://HOST:PORT"),
-    ({"prometheus_port": 70000}, "obs.prometheus_port = 70000 must lie between"),
-    ({"prometheus_textfile": "a.txt"}, "obs.prometheus_textfile = 'a.txt' must end in .prom"),
-    ({"prometheus_host": ""}, "obs.prometheus_host = ''"),
-    ({"telemetry_every_s": 0.0}, "obs.telemetry_every_s = 0.0"),
-    ({"alert_webhook": "https://hooks.example/secret"}, "must be the name of an environment variable"),
-    ({"alert_on": ("stop", "stop")}, "obs.alert_on = ['stop', 'stop'] names an event twice")])
-def test_settings_are_refused_without_their_secrets(settings: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("name", "value"), [
+    ("otlp_endpoint", "localhost:4318"), ("otlp_endpoint", "http://me:secret@host:1"),
+    ("otlp_endpoint", "https://host/?key=secret"), ("otlp_endpoint", "http://[secret@"),
+    ("alert_webhook", "https://hooks.example/secret")])
+def test_settings_are_refused_without_their_secrets(name: str, value: str) -> None:
+    settings: Any = {name: value}
     (problem,) = ObsConfig(**settings).problems()
-    assert said in problem and "secret" not in problem
+    assert problem.key == f"obs.{name}" and value not in str(problem) and "secret" not in str(problem)
 
 
 def bits(data: str, root: str, endpoint: str) -> list[list[str]]:

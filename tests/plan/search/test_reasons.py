@@ -12,6 +12,7 @@ from megatron_sov.plan.run_stages import run_stages
 from megatron_sov.plan.search.reasons import SHOWN_RULES, broken, name, recomputes, sizes, too_large, why
 from megatron_sov.plan.search.space import Choice
 from megatron_sov.plan.search.sweep import Common, Sweep
+from megatron_sov.settings import Code, Problem
 
 PLAIN = Choice(ParallelConfig(zero1=True), 1, (False, ()))
 STAGE = run_stages(recipes.get("qwen3-8b"), 8)[0]
@@ -70,7 +71,7 @@ def test_what_does_not_fit_is_told_by_the_nearest() -> None:
 def test_rare_rules_are_counted_together() -> None:
     sweep = Sweep(STAGE)
     for letter, count in zip("abcdefgh", range(80, 0, -10), strict=True):
-        sweep.breaks(f"rule {letter} is broken; mend it", count)
+        sweep.breaks(Problem(Code.RULE, "", f"rule {letter} is broken", way_out="mend it"), count)
     lines = broken([sweep])
     assert lines[0] == "80 break a rule, as: rule a is broken"
     assert len(lines) == SHOWN_RULES + 1 and lines[-1] == "30 break one of 2 other rules"

@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt, Le
 
 from data_prep.json_lines import read_objects
+from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
 from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
 from data_prep.synth.generators.autoif.entailment import CONTRADICTION, Entailment
@@ -27,6 +30,7 @@ from megatron_sov.rewards import check_functions
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import OPERATION, Refused
 from megatron_sov.rewards.sandbox import shared_sandbox
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, as_problem, find_broken
 
 SPACELESS = ("th", "lo", "km", "my")
 """Languages that set neither words nor sentences apart by signs."""
@@ -48,66 +52,50 @@ class ConstraintsSettings:
 
     language: str = "ko"
     """Of the answers that are checked."""
-    rounds: int = 8
+    rounds: NotNegativeInt = 8
     """Calls for new instructions, beside the seeds, which are tried as well; a number of ours."""
-    per_call: int = 50
+    per_call: AtLeastOne = 50
     """Instructions that a call asks for."""
-    num_functions: int = 5
+    num_functions: AtLeastOne = 5
     """Answers with a function and its cases, for each instruction."""
-    num_cases: int = 3
+    num_cases: AtLeastOne = 3
     """Cases that each of them is asked for."""
-    min_functions: int = 3
+    min_functions: AtLeastOne = 3
     """Different functions that there must be before any is run."""
-    min_cases: int = 10
+    min_cases: AtLeastOne = 10
     """Different cases that there must be before any is run."""
-    min_kept_share: float = 0.5
+    min_kept_share: Share = 0.5
     """Of the cases, that one function or another must agree with: where all make the same mistake, the cases
     that show it are those that nothing agrees with.  A value of ours; AutoIF: 0."""
-    min_accuracy: float = 0.8
+    min_accuracy: Annotated[Share, Gt(0)] = 0.8
     """Share of the cases that a function must agree with."""
-    call_time_s: float = 5.0
+    call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
     """Of a processor, for a function and a text."""
-    idea_temperature: float = 0.7
+    idea_temperature: Temperature = 0.7
     """Of new instructions."""
-    function_temperature: float = 0.2
+    function_temperature: Temperature = 0.2
     """Of functions."""
-    back_temperature: float = 0.7
+    back_temperature: Temperature = 0.7
     """Of what functions ask for, in words."""
     nli: str = ""
     """Folder of a model for natural language inference that finds contradictions; empty: the judge does."""
-    min_agreement: float = 3.0
+    min_agreement: Grade = 3.0
     """Of the judge, from 0 (contradicts) to 10 (the same); below it is a contradiction.  A value of ours."""
     modules: tuple[str, ...] = ()
     """That functions may import beside those that compute on texts, where this machine has them."""
-    sandbox_workers: int = field(default=2, metadata=OPERATION)
+    sandbox_workers: AtLeastOne = field(default=2, metadata=OPERATION)
     """Functions that run at a time."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = language_problems(self.language)
-        p += [f"{name} = {value} must be at least {least}" for name, value, least in (
-            ("rounds", self.rounds, 0), ("per_call", self.per_call, 1),
-            ("num_functions", self.num_functions, 1), ("num_cases", self.num_cases, 1),
-            ("min_functions", self.min_functions, 1), ("min_cases", self.min_cases, 1),
-            ("sandbox_workers", self.sandbox_workers, 1)) if value < least]
-        if self.min_functions > self.num_functions:
-            p.append(f"min_functions = {self.min_functions} is more than num_functions = "
-                     f"{self.num_functions}: nothing would be kept")
-        if self.min_cases > self.num_functions * self.num_cases:
-            p.append(f"min_cases = {self.min_cases} is more than num_functions x num_cases = "
-                     f"{self.num_functions * self.num_cases}: nothing would be kept")
-        p += temperature_problems(self, ("idea_temperature", "function_temperature", "back_temperature"))
-        if not 0 < self.min_accuracy <= 1:
-            p.append(f"min_accuracy = {self.min_accuracy} must be a share above 0, up to 1")
-        if not 0 <= self.min_kept_share <= 1:
-            p.append(f"min_kept_share = {self.min_kept_share} must be a share from 0 to 1")
-        if not 0 <= self.min_agreement <= 10:
-            p.append(f"min_agreement = {self.min_agreement} must lie from 0 to 10")
-        if not 1 <= self.call_time_s <= 60:
-            p.append(f"call_time_s = {self.call_time_s:g} must lie from 1 to 60")
-        if self.nli and not Path(self.nli).is_dir():
-            p.append(f"nli = {self.nli!r} is no folder; name that of a Hugging Face model, or leave it out")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        most_cases = self.num_functions * self.num_cases
+        return [*map(as_problem, language_problems(self.language)), *find_broken(
+            self, "", (self.min_functions <= self.num_functions, "min_functions",
+                       f"is more than num_functions = {self.num_functions}: nothing would be kept"),
+            (self.min_cases <= most_cases, "min_cases",
+             f"is more than num_functions x num_cases = {most_cases}: nothing would be kept"),
+            (not self.nli or Path(self.nli).is_dir(), "nli", "is no folder",
+             "name that of a Hugging Face model, or leave it out"))]
 
 
 def language_problems(language: str) -> list[str]:
@@ -117,12 +105,6 @@ def language_problems(language: str) -> list[str]:
         return []
     return [f"language = {language!r} is not known{nearest(language, known)} (languages: "
             f"{', '.join(sorted(known))})"]
-
-
-def temperature_problems(settings: object, names: Sequence[str]) -> list[str]:
-    """Return what is wrong with settings that are temperatures."""
-    return [f"{name} = {getattr(settings, name)} must lie from 0 to 2" for name in names
-            if not 0 <= getattr(settings, name) <= 2]
 
 
 class Constraints(Generator):

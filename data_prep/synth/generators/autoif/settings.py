@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from data_prep.libraries import require
-from data_prep.synth.generators.autoif.constraints import SPACELESS, language_problems, temperature_problems
+from data_prep.synth.bounds import Grade, Temperature
+from data_prep.synth.generators.autoif.constraints import SPACELESS, language_problems
 from data_prep.synth.generators.autoif.kept_constraints import FILE
 from megatron_sov.documents.scripts import LANGUAGES
 from megatron_sov.rewards.reward import OPERATION
 from megatron_sov.rewards.text_views import Segmenter
+from megatron_sov.settings import AtLeastOne, Share
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
-_LEAST: Mapping[str, int] = {"constraints_per_query": 1, "num_responses": 1, "min_query_chars": 1,
-                             "max_query_chars": 1, "max_tokens": 16, "sandbox_workers": 1}
-_SHARES = ("system_share", "system_translated_share", "min_language_score")
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,23 @@ class AutoIfSettings:
     """Of queries and answers."""
     translate: bool = True
     """Translate queries in other languages; without, they are refused."""
-    constraints_per_query: int = 1
+    constraints_per_query: AtLeastOne = 1
     """Different ones, each of which makes an item of its own; AutoIF takes 16 queries for a constraint."""
-    system_share: float = 0.5
+    system_share: Share = 0.5
     """Of the conversations, that have the constraint in the system turn."""
-    system_translated_share: float = 0.5
+    system_translated_share: Share = 0.5
     """Of those, whose constraint is translated to the query's language; in the user turn each is."""
-    num_responses: int = 2
+    num_responses: AtLeastOne = 2
     """Answers to each query."""
-    temperature: float = 0.7
+    temperature: Temperature = 0.7
     """Of answers."""
-    translation_temperature: float = 0.3
+    translation_temperature: Temperature = 0.3
     """Of translations."""
-    max_tokens: int = 4096
+    max_tokens: Annotated[int, Ge(16)] = 4096
     """Of an answer; one that is longer is refused."""
-    min_query_chars: int = 4
+    min_query_chars: AtLeastOne = 4
     """Of a query, without white space around it (AutoIF: 20; ours is for languages that are short)."""
-    max_query_chars: int = 2000
+    max_query_chars: AtLeastOne = 2000
     """Likewise (AutoIF: 300)."""
     toxic: bool = False
     """Take records that say `toxic: true`, as WildChat's do."""
@@ -57,18 +57,18 @@ class AutoIfSettings:
     foreign_scripts: tuple[str, ...] = ("CJK",)
     """Of which no letter may stand in an answer, unless the query has it: CJK for teachers that slip into
     Chinese, as Qwen does.  Scripts of the language itself are left out."""
-    min_language_score: float = 0.5
+    min_language_score: Share = 0.5
     """How sure the language of an answer must be."""
-    min_score: float = 7.0
+    min_score: Grade = 7.0
     """Of the judge, from 0 to 10 (the authors' README; their code asks for more than 8)."""
     also: Literal["", "prompts", "pairs"] = ""
     """prompts: a prompt with its functions as well, for the reward `constraint`; pairs: an answer that was
     kept, and that half of the functions accept, beside one that none does, for `prefer`."""
-    call_time_s: float = 5.0
+    call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
     """Of a processor, for a function and a text."""
     modules: tuple[str, ...] = ()
     """That functions may import beside those that compute on texts, where this machine has them."""
-    sandbox_workers: int = field(default=2, metadata=OPERATION)
+    sandbox_workers: AtLeastOne = field(default=2, metadata=OPERATION)
     """Functions that run at a time."""
 
     def problems(self) -> list[str]:
@@ -82,18 +82,9 @@ class AutoIfSettings:
         elif Path(self.constraints).is_dir() and not (Path(self.constraints) / FILE).is_file():
             p.append(f"constraints = {self.constraints!r} has no {FILE}; let `sov-data synth constraints` "
                      "come to its end there")
-        p += [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in _LEAST.items()
-              if getattr(self, name) < least]
-        p += [f"{name} = {getattr(self, name)} must be a share from 0 to 1" for name in _SHARES
-              if not 0 <= getattr(self, name) <= 1]
-        p += temperature_problems(self, ("temperature", "translation_temperature"))
         if self.max_query_chars < self.min_query_chars:
             p.append(f"max_query_chars = {self.max_query_chars} is less than min_query_chars = "
                      f"{self.min_query_chars}: no query would be taken")
-        if not 0 <= self.min_score <= 10:
-            p.append(f"min_score = {self.min_score} must lie from 0 to 10")
-        if not 1 <= self.call_time_s <= 60:
-            p.append(f"call_time_s = {self.call_time_s:g} must lie from 1 to 60")
         p += [f"foreign_scripts has {script!r}, which is no script that is known (scripts: "
               f"{', '.join(sorted(SCRIPTS))})" for script in self.foreign_scripts if script not in SCRIPTS]
         if self.also == "pairs" and self.num_responses < 2:

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.synth.bounds import Temperature
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.documents.languages import language_problems
 from megatron_sov.documents import Document, Reading, list_files, read_documents
 from megatron_sov.documents.cutting import cut_text
 from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne, Problem, as_problem, find_broken
 
 ID_CHARS = 24
 
@@ -24,40 +26,22 @@ class DocumentSettings:
     """Language of what is made, as an ISO 639-1 code such as ko; empty: that of each document."""
     text_field: str = "text"
     """Field of a record that holds the document."""
-    min_piece_bytes: int = 200
+    min_piece_bytes: AtLeastOne = 200
     """A shorter document, or last piece of one, is left out."""
-    max_piece_bytes: int = 12_000
+    max_piece_bytes: AtLeastOne = 12_000
     """A longer document is cut at blank lines, lines or blanks, and each piece is an item."""
     licence: str = ""
     """Of the documents, as it goes into the provenance of what is made."""
-    temperature: float = 0.7
+    temperature: Temperature = 0.7
     """Of what is written; what is checked is asked at 0."""
-    max_tokens: int = 4096
+    max_tokens: AtLeastOne = 4096
     """That an answer may have; an answer that is cut off there is not kept."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = language_problems("language", self.language)
-        if not 0 < self.min_piece_bytes <= self.max_piece_bytes:
-            p.append(f"min_piece_bytes = {self.min_piece_bytes} and max_piece_bytes = "
-                     f"{self.max_piece_bytes}: need 0 < min_piece_bytes <= max_piece_bytes")
-        if not 0 <= self.temperature <= 2:
-            p.append(f"temperature = {self.temperature} must lie from 0 to 2")
-        if self.max_tokens < 1:
-            p.append(f"max_tokens = {self.max_tokens} must be at least 1")
-        return p
-
-
-def share_problems(settings: object, *names: str) -> list[str]:
-    """Return what is wrong with settings that are shares."""
-    return [f"{name} = {value} must be a share from 0 to 1" for name in names
-            if not 0 <= (value := getattr(settings, name)) <= 1]
-
-
-def grade_problems(settings: object, *names: str) -> list[str]:
-    """Return what is wrong with settings that are the least grade of a judge."""
-    return [f"{name} = {value} must lie from 0 (no judge) to 10" for name in names
-            if not 0 <= (value := getattr(settings, name)) <= 10]
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, and what is missing."""
+        return [*map(as_problem, language_problems("language", self.language)), *find_broken(
+            self, "", (self.min_piece_bytes <= self.max_piece_bytes, "min_piece_bytes",
+                       f"must be at most max_piece_bytes = {self.max_piece_bytes}"))]
 
 
 def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[Item]:

@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
 
 from data_prep.libraries import require
 from data_prep.quality.identify import identify
+from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply, Reply
 from data_prep.synth.generators.autoif.texts import languages as named
 from data_prep.synth.generators.safety.refusals import languages as refusing
@@ -19,6 +22,7 @@ from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import Refused
+from megatron_sov.settings import AtLeastOne, Problem, Share, as_problem, find_broken
 
 BELONGS = """Is this request one of the category below? It has to touch what an answer must not give.
 10: clearly. 5: it touches the category, and anybody may ask it. 0: it is harmless, or of another category.
@@ -49,39 +53,33 @@ class SafetySettings:
 
     languages: tuple[str, ...] = ("ko", "en", "th")
     """Of requests and answers."""
-    calls: int = 2
+    calls: AtLeastOne = 2
     """For new requests, for each category and language."""
-    pairs_per_call: int = 5
+    pairs_per_call: AtLeastOne = 5
     """Requests, each with a harmless twin, that a call asks for."""
-    request_temperature: float = 1.0
+    request_temperature: Temperature = 1.0
     """Of requests."""
-    temperature: float = 0.7
+    temperature: Temperature = 0.7
     """Of answers."""
-    max_tokens: int = 2048
+    max_tokens: Annotated[int, Ge(16)] = 2048
     """Of an answer; one that is longer is refused."""
-    min_score: float = 7.0
+    min_score: Grade = 7.0
     """Of the judge, from 0 to 10, in each of its questions."""
-    min_language_score: float = 0.5
+    min_language_score: Share = 0.5
     """How sure the language of an answer must be."""
     also: Literal["", "pairs"] = ""
     """pairs: each kept answer beside a bare refusal as well, for `prefer`: what is rejected is a refusal
     without a way out, or one of a harmless request; nothing harmful is asked for."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, and what is missing."""
         known = sorted(refusing() & named().keys())
-        p = [f"languages has {one!r}, whose refusals are not known (languages: {', '.join(known)})"
-             for one in self.languages if one not in known]
-        if not self.languages:
-            p.append("languages is empty; name at least one of " + ", ".join(known))
-        if len(set(self.languages)) < len(self.languages):
-            p.append(f"languages = {self.languages} names one twice")
-        p += [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in (
-            ("calls", 1), ("pairs_per_call", 1), ("max_tokens", 16)) if getattr(self, name) < least]
-        p += [f"{name} = {getattr(self, name)} must lie from 0 to {most}" for name, most in (
-            ("request_temperature", 2), ("temperature", 2), ("min_score", 10), ("min_language_score", 1))
-            if not 0 <= getattr(self, name) <= most]
-        return p + require("safety", "py3langid")
+        said = [f"languages has {one!r}, whose refusals are not known (languages: {', '.join(known)})"
+                for one in self.languages if one not in known]
+        return [*map(as_problem, [*said, *require("safety", "py3langid")]), *find_broken(
+            self, "", (bool(self.languages), "languages", "is empty",
+                       f"name at least one of {', '.join(known)}"),
+            (len(set(self.languages)) == len(self.languages), "languages", "names one twice"))]
 
 
 class Safety(Generator):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from data_prep.synth.bounds import Temperature
 from data_prep.synth.generator import Ask, Generator, Item
 from data_prep.synth.generators.tools.conversation import Manner, Table, play, scored
 from data_prep.synth.generators.tools.draws import Draws
@@ -20,6 +21,7 @@ from data_prep.synth.generators.tools.reference import Reference, reference_of
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, find_broken
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.limits import LIMITS
 from megatron_sov.tools.registry import order
@@ -32,39 +34,33 @@ FIELDS = {"question", "calls", "answers"}
 class GoalSettings:
     """How tasks are made."""
 
-    tasks_per_world: int = 4
+    tasks_per_world: AtLeastOne = 4
     """Asked for one after the other; each is told the questions before it."""
     language: str = "English"
     """Of questions."""
-    min_calls: int = 2
+    min_calls: NotNegativeInt = 2
     """Of the reference, reading ones among them."""
-    max_calls: int = 10
+    max_calls: AtLeastOne = 10
     """Of the reference."""
-    num_solvers: int = 2
+    num_solvers: NotNegativeInt = 2
     """Times that the model tries a task from its question alone; 0: it does not."""
-    min_solved: int = 1
+    min_solved: NotNegativeInt = 1
     """Of them, that have to reach the goal."""
-    max_turns: int = 12
+    max_turns: AtLeastOne = 12
     """Of a solver."""
-    temperature: float = 0.8
+    temperature: Temperature = 0.8
     """Of the writer; solvers have 0.7."""
-    max_tokens: int = 2048
+    max_tokens: AtLeastOne = 2048
     """Of an answer."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in (
-            ("tasks_per_world", 1), ("min_calls", 0), ("num_solvers", 0), ("min_solved", 0), ("max_turns", 1),
-            ("max_tokens", 1)) if getattr(self, name) < least]
-        if self.max_calls < max(1, self.min_calls):
-            p.append(f"max_calls = {self.max_calls} must be at least 1 and min_calls")
-        if self.num_solvers and self.min_solved > self.num_solvers:
-            p.append(f"min_solved = {self.min_solved} must be at most num_solvers = {self.num_solvers}")
-        if not 0 <= self.temperature <= 2:
-            p.append(f"temperature = {self.temperature} must be 0 to 2")
-        if not self.language.strip():
-            p.append("language is empty; name one, such as Korean")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return find_broken(
+            self, "", (bool(self.language.strip()), "language", "is empty; name one, such as Korean"),
+            (self.min_calls <= self.max_calls, "min_calls",
+             f"must be at most max_calls = {self.max_calls}"),
+            (not self.num_solvers or self.min_solved <= self.num_solvers, "min_solved",
+             f"must be at most num_solvers = {self.num_solvers}"))
 
 
 class Goals(Generator):

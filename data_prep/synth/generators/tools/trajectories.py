@@ -11,8 +11,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Le
+
+from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
 from data_prep.synth.generators.tools.claims import unfounded
 from data_prep.synth.generators.tools.conversation import Manner, Played, Table, play, scored
@@ -21,6 +24,7 @@ from data_prep.synth.generators.tools.replies import items_of
 from data_prep.synth.generators.tools.simulated_user import STYLES, SimulatedUser
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, find_broken
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.limits import LIMITS
 from megatron_sov.tools.registry import make, order
@@ -38,42 +42,35 @@ class TrajectorySettings:
 
     environment: str = "virtual"
     """That the tasks are for: a built-in one, or FILE.py:NAME."""
-    conversations_per_task: int = 2
+    conversations_per_task: AtLeastOne = 2
     """Each with draws of its own; all that pass are kept, as a group."""
-    user_share: float = USER_SHARE
+    user_share: Share = USER_SHARE
     """Of conversations in which a model plays the user; 0: all are task-oriented."""
     language: str = "English"
     """That a played user speaks."""
-    max_turns: int = 12
+    max_turns: AtLeastOne = 12
     """Of the model."""
-    max_malformed: int = 1
+    max_malformed: NotNegativeInt = 1
     """Turns that are asked again because a call in them cannot be read."""
-    max_wrong_calls: int = 1
+    max_wrong_calls: NotNegativeInt = 1
     """Calls of unknown tools or with wrong arguments; their turns are shown and not learned."""
-    max_repeats: int = 2
+    max_repeats: AtLeastOne = 2
     """Of the same call with the same result."""
-    fault_share: float = 0.0
+    fault_share: Annotated[float, Ge(0), Le(0.9)] = 0.0
     """Of calls, that are answered by a drawn fault ("try again") in the place of the tool."""
-    min_judged: float = 0.0
+    min_judged: Grade = 0.0
     """Least score of the judge for true claims, 0 to 10; 0: it is not asked."""
-    temperature: float = 0.7
+    temperature: Temperature = 0.7
     """Of the model that acts."""
-    max_tokens: int = 2048
+    max_tokens: AtLeastOne = 2048
     """Of a turn."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first; None: as it does by itself."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in (
-            ("conversations_per_task", 1), ("max_turns", 1), ("max_malformed", 0), ("max_wrong_calls", 0),
-            ("max_repeats", 1), ("max_tokens", 1)) if getattr(self, name) < least]
-        p += [f"{name} = {getattr(self, name)} must be {least} to {most}" for name, least, most in (
-            ("user_share", 0, 1), ("fault_share", 0, 0.9), ("min_judged", 0, 10), ("temperature", 0, 2))
-            if not least <= getattr(self, name) <= most]
-        if not self.language.strip():
-            p.append("language is empty; name one, such as Korean")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what is missing."""
+        return find_broken(
+            self, "", (bool(self.language.strip()), "language", "is empty; name one, such as Korean"))
 
 
 class ToolTrajectories(Generator):

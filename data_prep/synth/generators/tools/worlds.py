@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from data_prep.synth.generators.tools.trial import tried
 from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, find_broken
 from megatron_sov.tools.virtual.expressions import FUNCTIONS
 from megatron_sov.tools.virtual.spec import Spec, problems_of, spec_of
 
@@ -32,37 +34,29 @@ class WorldSettings:
 
     language: str = "English"
     """Of names that people read, rows and rules, unless a domain has its own `language`."""
-    worlds_per_domain: int = 1
+    worlds_per_domain: AtLeastOne = 1
     """Each is an item of its own."""
-    min_tools: int = 4
+    min_tools: AtLeastOne = 4
     """Fewer are too few to choose from."""
-    min_changing_tools: int = 2
+    min_changing_tools: NotNegativeInt = 2
     """Tools that change a table."""
-    min_rows: int = 6
+    min_rows: NotNegativeInt = 6
     """Of all tables together, at the start."""
-    num_repairs: int = 1
+    num_repairs: NotNegativeInt = 1
     """How often a model is told what is wrong and asked to mend it."""
-    calls_per_tool: int = 40
+    calls_per_tool: AtLeastOne = 40
     """Drawn calls by which a world is tried out."""
-    min_judged: float = 0.0
+    min_judged: Grade = 0.0
     """Least score of the judge, 0 to 10; 0: it is not asked."""
-    temperature: float = 0.8
+    temperature: Temperature = 0.8
     """Of the writer."""
-    max_tokens: int = 8192
+    max_tokens: AtLeastOne = 8192
     """Of an answer; a world takes some thousands."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {getattr(self, name)} must be at least {least}" for name, least in (
-            ("worlds_per_domain", 1), ("min_tools", 1), ("min_changing_tools", 0), ("min_rows", 0),
-            ("num_repairs", 0), ("calls_per_tool", 1), ("max_tokens", 1)) if getattr(self, name) < least]
-        if not 0 <= self.min_judged <= 10:
-            p.append(f"min_judged = {self.min_judged} must be 0 to 10")
-        if not 0 <= self.temperature <= 2:
-            p.append(f"temperature = {self.temperature} must be 0 to 2")
-        if not self.language.strip():
-            p.append("language is empty; name one, such as Korean")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what is missing."""
+        return find_broken(
+            self, "", (bool(self.language.strip()), "language", "is empty; name one, such as Korean"))
 
 
 class Worlds(Generator):

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.settings import problems_of
+
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
 from scripted import samples_of
@@ -47,7 +49,7 @@ def generator(name: str, **settings: Any) -> Generator:
     """Return a generator with settings that are sound."""
     cls = generator_class(name)
     asked = cls.Settings(**settings)
-    assert asked.problems() == []
+    assert problems_of(asked) == []
     return cls(asked)
 
 

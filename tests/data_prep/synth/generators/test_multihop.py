@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
@@ -71,6 +74,8 @@ def test_items_come_from_what_triples_kept(tmp_path: Path) -> None:
 
 
 def test_problems_of_settings() -> None:
-    assert MultihopSettings().problems() == []
-    assert len(MultihopSettings(form="x", min_hops=1, max_per_start=0, min_agreement=12,  # type: ignore[arg-type]
-                                temperature=-1).problems()) == 5
+    assert problems_of(MultihopSettings()) == []
+    assert keys_of(MultihopSettings(form="x", min_hops=1, max_per_start=0, min_agreement=12,  # type: ignore[arg-type]
+                                    temperature=-1)) == [
+        "form", "min_hops", "max_per_start", "min_agreement", "temperature"]
+    assert keys_of(MultihopSettings(min_hops=5)) == ["min_hops"]

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 from synthesis.actors import probes
@@ -85,6 +88,6 @@ def test_draws_of_no_use_do_not_agree_and_lose_no_problem() -> None:
 
 
 def test_settings_name_all_problems(tmp_path: Path) -> None:
-    wrong: dict[str, Any] = {"num_solutions": 1, "min_programs": 2, "benchmarks": (str(tmp_path / "none"),)}
-    assert [problem.split(" ")[0] for problem in ProbesSettings(**wrong).problems()] == [
-        "num_solutions", "min_programs", "benchmarks:"]
+    assert keys_of(ProbesSettings(num_solutions=1)) == ["num_solutions"]
+    programs, benchmarks = problems_of(ProbesSettings(min_programs=2, benchmarks=(str(tmp_path / "none"),)))
+    assert programs.key == "min_programs" and str(benchmarks).startswith("benchmarks:")

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, made, one_of_each
 from scripted import ScriptedAsk, samples_of
@@ -78,7 +81,8 @@ def test_what_is_known_without_the_document_is_noted_or_refused() -> None:
 
 
 def test_problems_of_settings() -> None:
-    assert QuestionSettings().problems() == []
-    bad = QuestionSettings(form="song", min_pairs=9, ask_without=False, refuse_known=True,  # type: ignore[arg-type]
-                           max_likeness=2)
-    assert len(bad.problems()) == 4
+    assert problems_of(QuestionSettings()) == []
+    bad = QuestionSettings(form="song", max_likeness=2)  # type: ignore[arg-type]
+    assert keys_of(bad) == ["form", "max_likeness"]
+    assert keys_of(QuestionSettings(min_pairs=9, ask_without=False, refuse_known=True)) == [
+        "min_pairs", "refuse_known"]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
@@ -58,7 +61,7 @@ def test_a_dialogue_has_turns_that_alternate(text: str, passed: bool) -> None:
 
 
 def test_problems_of_settings() -> None:
-    assert RewriteSettings().problems() == []
-    bad = RewriteSettings(styles=("rap", "rap"), max_copied_share=2, min_ratio=3, min_faithfulness=11,
-                          copied_words=0)
-    assert len(bad.problems()) == 7
+    assert problems_of(RewriteSettings()) == []
+    assert keys_of(RewriteSettings(max_copied_share=2, min_faithfulness=11, copied_words=0)) == [
+        "copied_words", "max_copied_share", "min_faithfulness"]
+    assert keys_of(RewriteSettings(styles=("rap", "rap"), min_ratio=3)) == ["styles", "styles", "min_ratio"]

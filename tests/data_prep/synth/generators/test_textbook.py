@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
@@ -46,5 +49,6 @@ def test_the_level_is_what_is_asked_for() -> None:
 
 
 def test_problems_of_settings() -> None:
-    assert TextbookSettings().problems() == []
-    assert len(TextbookSettings(level="kings", num_exercises=0, min_agreement=-1).problems()) == 3  # type: ignore[arg-type]
+    assert problems_of(TextbookSettings()) == []
+    bad = TextbookSettings(level="kings", num_exercises=0, min_agreement=-1)  # type: ignore[arg-type]
+    assert keys_of(bad) == ["level", "num_exercises", "min_agreement"]

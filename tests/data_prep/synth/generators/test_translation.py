@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from sacrebleu import sentence_chrf
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
@@ -105,10 +108,11 @@ def test_chrf_is_sacrebleus() -> None:
 
 
 def test_problems_of_settings() -> None:
-    assert TranslationSettings(language="ko").problems() == []
-    assert "name the language" in TranslationSettings().problems()[0]
-    bad = TranslationSettings(language="ko", source_language="ko", form="song", min_chrf=101,  # type: ignore[arg-type]
-                              min_ratio=5)
-    assert len(bad.problems()) == 4
+    assert problems_of(TranslationSettings(language="ko")) == []
+    assert "name the language" in str(problems_of(TranslationSettings())[0])
+    bad = TranslationSettings(language="ko", form="song", min_chrf=101)  # type: ignore[arg-type]
+    assert keys_of(bad) == ["form", "min_chrf"]
+    assert keys_of(TranslationSettings(language="ko", source_language="ko", min_ratio=5)) == [
+        "source_language", "min_ratio"]
     with pytest.raises(UserError, match="cannot be read"):
         made("translation", glossary="nowhere.tsv")

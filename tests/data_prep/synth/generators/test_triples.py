@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, made, one_of_each
 from scripted import samples_of
@@ -47,5 +50,5 @@ def test_the_same_fact_counts_once() -> None:
 
 
 def test_problems_of_settings() -> None:
-    assert TripleSettings().problems() == []
-    assert len(TripleSettings(num_triples=0).problems()) == 1
+    assert problems_of(TripleSettings()) == []
+    assert keys_of(TripleSettings(num_triples=0)) == ["num_triples"]

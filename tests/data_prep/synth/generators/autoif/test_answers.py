@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import autoif as actor
 
@@ -111,14 +114,14 @@ def test_constraints_that_are_none_are_refused(record: dict[str, object], senten
 
 
 def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
-    assert "constraints: is not set" in AutoIfSettings().problems()[0]
-    assert "has no kept.jsonl" in AutoIfSettings(constraints=str(tmp_path)).problems()[0]
+    assert "constraints: is not set" in str(problems_of(AutoIfSettings())[0])
+    assert "has no kept.jsonl" in str(problems_of(AutoIfSettings(constraints=str(tmp_path)))[0])
     (tmp_path / "kept.jsonl").touch()
-    assert AutoIfSettings(constraints=str(tmp_path)).problems() == []
+    assert problems_of(AutoIfSettings(constraints=str(tmp_path))) == []
     wrong = AutoIfSettings(constraints="/nowhere", language="xx", foreign_scripts=("CHINESE",),
-                           also="pairs", num_responses=1, system_share=2, min_score=11, min_query_chars=9,
-                           max_query_chars=8)
-    assert len(wrong.problems()) == 7
+                           also="pairs", num_responses=1, min_query_chars=9, max_query_chars=8)
+    assert len(problems_of(wrong)) == 5
+    assert keys_of(AutoIfSettings(system_share=2, min_score=11)) == ["system_share", "min_score"]
 
 
 def test_records_are_what_chats_prompts_and_pairs_are_read_as() -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import constraints as actor
 
@@ -82,8 +85,10 @@ def test_a_file_without_seeds_is_refused(content: bytes, sentence: str, tmp_path
 
 
 def test_all_problems_of_settings_are_told() -> None:
-    assert ConstraintsSettings().problems() == []
-    wrong = ConstraintsSettings(language="kr", min_functions=6, min_cases=20, idea_temperature=3,
-                                nli="/nowhere", min_accuracy=0, call_time_s=100, min_agreement=11, rounds=-1)
-    assert len(wrong.problems()) == 9
+    assert problems_of(ConstraintsSettings()) == []
+    wrong = ConstraintsSettings(language="kr", min_functions=6, min_cases=20, nli="/nowhere")
+    assert keys_of(wrong) == ["", "min_functions", "min_cases", "nli"]
+    assert keys_of(ConstraintsSettings(idea_temperature=3, min_accuracy=0, call_time_s=100, min_agreement=11,
+                                       rounds=-1)) == [
+        "rounds", "min_accuracy", "call_time_s", "idea_temperature", "min_agreement"]
     assert generator_class("constraints") is Constraints

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
 from megatron_sov.errors import UserError
+from tests.typed_words import keys_of
 
 
 def write(folder: Path, *texts: str) -> Path:
@@ -47,8 +48,9 @@ def test_what_is_no_document_is_told(tmp_path: Path, text: str | None, told: str
 
 
 def test_all_problems_are_told_at_once() -> None:
-    settings = DocumentSettings(language="kr", min_piece_bytes=0, temperature=3, max_tokens=0)
-    assert len(settings.problems()) == 4
+    assert keys_of(DocumentSettings(min_piece_bytes=0, temperature=3, max_tokens=0)) == [
+        "min_piece_bytes", "temperature", "max_tokens"]
+    assert keys_of(DocumentSettings(language="kr", min_piece_bytes=20_000)) == ["", "min_piece_bytes"]
 
 
 def test_a_document_cannot_end_its_fence() -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
+
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import safety as actor
 
@@ -79,7 +82,8 @@ def test_items_are_categories_by_languages_by_calls(tmp_path: Path) -> None:
 
 
 def test_all_problems_of_settings_are_told() -> None:
-    assert SafetySettings().problems() == []
-    wrong = SafetySettings(languages=("kr", "ja", "ko", "ko"), calls=0, temperature=3, min_score=11)
-    assert len(wrong.problems()) == 6
-    assert SafetySettings(languages=()).problems() != []
+    assert problems_of(SafetySettings()) == []
+    assert keys_of(SafetySettings(calls=0, temperature=3, min_score=11)) == [
+        "calls", "temperature", "min_score"]
+    assert keys_of(SafetySettings(languages=("kr", "ja", "ko", "ko"))) == ["", "", "languages"]
+    assert keys_of(SafetySettings(languages=())) == ["languages"]

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.typed_words import keys_of
+
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
 from synthesis.actors import shop_clerk, tool_trajectories
@@ -142,5 +144,6 @@ def test_an_input_that_is_none_is_told(tmp_path: Path, record: dict[str, Any], t
 
 def test_all_settings_that_make_no_sense_are_told() -> None:
     wrong = TrajectorySettings(conversations_per_task=0, user_share=2, fault_share=1, min_judged=-1,
-                               temperature=9, language="", max_turns=0)
-    assert len(wrong.problems()) == 7 and TrajectorySettings().problems() == []
+                               temperature=9, max_turns=0)
+    assert len(keys_of(wrong)) == 6 and keys_of(TrajectorySettings()) == []
+    assert keys_of(TrajectorySettings(language="")) == ["language"]

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.typed_words import keys_of
+
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
 from synthesis.actors import shops, worlds
@@ -96,5 +98,6 @@ def test_an_input_that_is_none_is_told(tmp_path: Path, line: str, told: str) -> 
 
 
 def test_all_settings_that_make_no_sense_are_told() -> None:
-    wrong = WorldSettings(language=" ", worlds_per_domain=0, calls_per_tool=0, min_judged=11, temperature=3)
-    assert len(wrong.problems()) == 5 and WorldSettings().problems() == []
+    wrong = WorldSettings(worlds_per_domain=0, calls_per_tool=0, min_judged=11, temperature=3)
+    assert len(keys_of(wrong)) == 4 and keys_of(WorldSettings()) == []
+    assert keys_of(WorldSettings(language=" ")) == ["language"]
