@@ -1,8 +1,8 @@
 """Every setting of a training run, as frozen dataclasses.
 
-`RunConfig.problems()` lists everything that is wrong at once and changes nothing.  Nothing here imports
-torch.  Types are checked and converted by pydantic when a config is read from JSON or changed by
-`--set key=value`.
+Types and bounds are checked where a config is read from JSON or changed by `--set key=value`;
+`RunConfig.problems()` lists every broken rule between settings, `RunConfig.check()` refuses both.  Nothing
+here changes a value or imports torch.
 """
 
 from megatron_sov.config.blocks import IdBlock

@@ -18,6 +18,7 @@ OFFLOAD = "train.precision=bf16 parallel.zero1=true gpu.optimizer_offload=0.5"
 DENSE = "model.num_experts=0 model.dense_ffn_dim=64"
 LATENT = ('model.num_kv_heads=4 model.latent_attention={"kv_lora_rank":32,"qk_nope_head_dim":8,'
           '"qk_rope_head_dim":8,"v_head_dim":8}')
+LM = 'evaluate.background.tasks=["lm"] train.export_every_checkpoints=1'
 VISION = {"placeholder_ids": [5], "full_attention_layers": [1], "num_layers": 2}
 AUDIO = {"placeholder_ids": [6]}
 
@@ -225,7 +226,12 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("obs.otlp_endpoint=http://me:secret@host:4318", 1, "obs.otlp_endpoint"),
     ("obs.otlp_endpoint=host:4318", 1, "obs.otlp_endpoint"),
     ('evaluate.background.tasks=["ppl"]', 1, "evaluate.background.tasks"),
-    ('evaluate.background.tasks=["lm"] train.export_every_checkpoints=1', 1, "evaluate.lm.tasks"),
+    (LM, 1, "evaluate.lm.tasks"),
+    ('evaluate.background.tasks=["ppl","ppl"] train.export_every_checkpoints=1', 1,
+     "evaluate.background.tasks"),
+    ('evaluate.lm.tasks=["x"]', 1, "evaluate.lm.tasks"),
+    (f'{LM} evaluate.lm.tasks=["x,y"]', 1, "evaluate.lm.tasks"),
+    (f'{LM} evaluate.lm.tasks=["x","x"]', 1, "evaluate.lm.tasks"),
     ("evaluate.background.where=slurm", 1, "evaluate.background.where"),
     ("evaluate.lm.mode=thinking", 1, "evaluate.lm.mode"),
     ('evaluate.lm.judge=["x"]', 1, "evaluate.lm.judge"),

@@ -123,7 +123,7 @@ def test_a_mixture_of_experts_with_windows_grows_deeper(exaone_dir: Path, tmp_pa
     (["upcycle", "--experts", "4", "--top-k", "1", "--granularity", "2"],
      "--top-k 1: must be a multiple"),
     (["upcycle", "--experts", "2", "--top-k", "4"], "must be at most --experts 2"),
-    (["upcycle", "--experts", "2", "--top-k", "1", "--noise", "nan"], "--noise nan: must be"),
+    (["upcycle", "--experts", "2", "--top-k", "1", "--noise", "nan"], "--noise nan: must be a finite number"),
     (["upcycle", "--experts", "2", "--top-k", "1", "--family", "solar_open"], "must be at least 1"),
     (["upcycle", "--experts", "2", "--top-k", "1", "--family", "qwen3_moe"], "model.qk_norm"),
     (["deepen", "--layers", "3"], "must be more than the 3"),

@@ -194,7 +194,7 @@ CHECKPOINT = {
                                               lambda m: m["settings"]["model"].update(num_experts=7)),
                           rf"{re.escape(FC1.replace('.1.', '.0.'))} \[8, 48, 32\] instead of \[7, 48, 32\]"),
     "no heads": (lambda d: edit_json(d / MANIFEST, lambda m: m["settings"]["model"].update(num_kv_heads=0)),
-                 r"manifest\.json: its settings cannot be used \(model\.num_kv_heads = 0 must be positive"),
+                 r"manifest\.json: its settings cannot be used \(config: model\.num_kv_heads = 0 must be at least 1"),
     "layers without end": (lambda d: edit_json(d / MANIFEST,
                                                lambda m: m["settings"]["model"].update(num_layers=10**29)),
                            r"its settings cannot be used \(.*model\.num_layers = 1000.* must be at most"),

@@ -40,6 +40,7 @@ def test_settings_read_back_equal() -> None:
     ({"name": "x", "pairs": [[1]]}, [("missing", "pairs.0.1")]),
     ({"name": "x", "pairs": [[1, "b"]]}, [("type", "pairs.0.1")]),
     ({"name": "x", "words": []}, [("bound", "words")]),
+    ({"name": "x", "words": [3]}, [("type", "words.0")]),
     ({"name": "x", "block": {"size": "3"}}, [("type", "block.size")]),
     ({"name": "x", "block": {"size": 1.5}}, [("type", "block.size")]),
     ({"name": "x", "block": {"size": True}}, [("type", "block.size")]),

@@ -3,6 +3,7 @@ force over documents."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +34,9 @@ class Logits:
 
 
 def objective(depths: int) -> DataObjective:
-    config = apply_settings(recipes.get("tiny-k-exaone"),
-                            [f"model.num_mtp_layers={depths}", "model.mtp_loss_coeff=0.3"])
+    config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_loss_coeff=0.3"])
+    # more than a recipe may have
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_mtp_layers=depths))
     batches: Any = SimpleNamespace(num_sources=1, next=lambda: "the next batch")
     context: Any = SimpleNamespace(config=config, batches=batches)
     return DataObjective(context)

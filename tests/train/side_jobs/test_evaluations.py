@@ -231,24 +231,6 @@ def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
             and f"--output={tmp_path / 'out.json'}" in script)
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    (["train.export_every_checkpoints=0"], "export_every_checkpoints = 0 makes none"),
-    (["evaluate.background.timeout_s=0"], "timeout_s = 0"),
-    (["evaluate.background.max_waiting=0"], "max_waiting = 0"),
-    (["evaluate.background.where=slurm"], "needs evaluate.background.cluster"),
-    (['evaluate.background.tasks=["ppl", "ppl"]'], "names a task twice"),
-    (['evaluate.background.tasks=["lm"]'], "asks for lm"),
-    (['evaluate.lm.tasks=["x"]'], "measured by nothing"),
-    ([*LM, 'evaluate.lm.tasks=["x,y"]'], "without commas"),
-    ([*LM, 'evaluate.lm.tasks=["x", "x"]'], "names a task twice"),
-    ([*LM, "evaluate.lm.limit=0"], "limit = 0"),
-    ([*LM, "evaluate.lm.mode=thinking"], "of the chat template"),
-    ([*LM, 'evaluate.lm.judge=["x"]'], "key=value")])
-def test_settings_that_cannot_be(changes: list[str], says: str) -> None:
-    (problem,) = settings(*changes).evaluate.problems(settings(*changes).train.export_every_checkpoints)
-    assert says in problem
-
-
 def capitals(folder: Path) -> Path:
     """Write a task folder whose task is that of docs/eval_lm.md."""
     folder.mkdir()
