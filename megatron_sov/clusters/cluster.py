@@ -7,6 +7,7 @@ import importlib.resources
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -309,7 +310,7 @@ def time_limit_s(text: str) -> float:
     return sum(int(found[name] or 0) * seconds for name, seconds in units.items()) or math.inf
 
 
-def settings_by_nodes(given: list[str]) -> dict[int, tuple[str, ...]]:
+def settings_by_nodes(given: Sequence[str]) -> dict[int, tuple[str, ...]]:
     """Return number of nodes -> settings, of N:key=value arguments.
 
     Raises:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SETTINGS, PAGE = "settings", "ladder.html"
 DECIDED = ("train.tokens", "train.steps", "optim.groups", "optim.warmup_steps")
 """Settings that a ladder makes itself, for each size its own."""
+SUBMIT = (f"Submit the runs to Slurm ({', '.join(cluster.names())}, or a YAML file of your own), instead of "
+          "training them here one after the other.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,7 @@ class LadderOptions(RecipeOptions):
     """Folder of the ladder; each size is a run in it, and a ladder that was stopped goes on."""
     nproc: AtLeastOne | None = None
     """Local processes of each run."""
-    submit: Annotated[str | None, Flag(value="CLUSTER")] = None
-    """Submit the runs to Slurm (a100, b200, b300, gb200, gb300, h100, h200, local, one-node, or a YAML file
-    of your own), instead of training them here one after the other."""
+    submit: Annotated[str | None, Flag(value="CLUSTER", help=SUBMIT)] = None
     account: Annotated[str | None, Flag(value="NAME")] = None
     """--submit: Slurm account (default: the profile's)."""
     nodes: AtLeastOne = 1

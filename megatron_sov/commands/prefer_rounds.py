@@ -45,7 +45,7 @@ class PreferOptions(TunedOptions):
     """The loss (--set preference.method=...; default dpo)."""
     reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
     """Compare with this model (dpo, ipo, dpo-norm, kto; default: the one of --from)."""
-    rounds: int | None = None
+    rounds: AtLeastOne | None = None
     """N times: answer --prompts, judge by --reward, learn from it (--data is then what is learned beside,
     and not needed)."""
     prompts: Annotated[Path | None, Flag(value="FILE.jsonl")] = None

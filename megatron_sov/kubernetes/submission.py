@@ -45,8 +45,6 @@ def prepare(request: Request, commands: Commands) -> str:
     """
     profile = request.profile
     work = work_of(request.stage, list(request.arguments), commands)
-    if request.nodes < 1:
-        raise UserError(f"--nodes {request.nodes}: must be at least 1")
     if not work.kind.ranks and request.nodes > 1:
         raise UserError(f"--nodes {request.nodes}: {request.stage} works on one node; leave it out")
     settings: tuple[str, ...] = ()

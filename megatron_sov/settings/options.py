@@ -29,7 +29,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from megatron_sov.settings.changes import parse_value
-from megatron_sov.settings.problem import Code, Problem, SettingsError
+from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError
 from megatron_sov.settings.reading import find_problems, hints_of, rules_inside, rules_of
 
 S = TypeVar("S")
@@ -265,11 +265,13 @@ def _typed(text: Any, hint: Any) -> Any:
 
 
 def _under_its_name(problem: Problem, names: Mapping[str, str]) -> Problem:
-    """Return a problem with the option in place of the field; of several values the field's own counts."""
+    """Return a problem with the option in place of the field; of several values the field's own counts, and
+    what is on or off has none on the line."""
     key = problem.key
     while key and key not in names:
         key = key.rpartition(".")[0]
-    return dataclasses.replace(problem, key=names.get(key, problem.key))
+    value = UNSET if isinstance(problem.value, bool) else problem.value
+    return dataclasses.replace(problem, key=names.get(key, problem.key), value=value)
 
 
 def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:

@@ -8,19 +8,22 @@ exclude) or `exit CODE`; sentences for people go to standard error, which is the
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.command_line import Parser
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.folder import FAILURE
 from megatron_sov.runs.lock import forget, recorded_holder
+from megatron_sov.settings import Flag, add_options, read_options
 from megatron_sov.slurm.failures import first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
 from megatron_sov.slurm.preflight import sick_nodes
@@ -31,31 +34,71 @@ ASKED = {"": "its ranks were asked to stop", "limit": "its time limit came near"
 """What asked a job to stop -> in words."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttemptOptions:
+    """Answer a question of a job's script."""
+
+    action: Annotated[Literal["begin", "preflight", "end"], Flag("QUESTION")]
+    """What is asked: begin, preflight or end."""
+    folder: Annotated[Path, Flag("FOLDER")]
+    """Where the job's records lie."""
+    target: Path
+    """The run's or artifact's folder."""
+    done: Path
+    """What exists when the stage is complete."""
+    write_done: bool = False
+    """The stage's command leaves no such file: write it."""
+    max_failures: int
+    """Attempts in a row that may leave nothing new."""
+    max_strikes: int
+    """How often a node may be to blame before it is left out."""
+    min_nodes: int
+    """Fewest nodes to go on with."""
+    nodes: Annotated[str, Flag(value="NODE,...")]
+    """Nodes of this attempt."""
+    usable: Annotated[str, Flag(value="NODE,...")] = ""
+    """Nodes of the partition that work."""
+    down: Annotated[str, Flag(value="NODE,...")] = ""
+    """Nodes of the cluster that do not."""
+    logs: Path = Path()
+    """Question end: folder with srun.log and rank-N.log."""
+    code: int = 0
+    """Question end: exit code of srun."""
+    asked: Literal["", "limit", "way", "cancel"] = ""
+    """Question end: what asked the job to stop, if anything."""
+    reports: Path = Path()
+    """Question preflight: folder of the reports."""
+    limits: str = "{}"
+    """Question preflight: JSON of the limits."""
+
+
 class Job:
     """The job that this script belongs to."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, options: AttemptOptions) -> None:
+        self.options = options
+        self.nodes, self.usable, self.down = (
+            text.replace(",", " ").split() for text in (options.nodes, options.usable, options.down))
         self.number = os.environ["SLURM_JOB_ID"]
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        self.history = History(args.folder, self.number)
+        self.history = History(options.folder, self.number)
 
     def progress(self) -> int:
         """Return what the stage has reached."""
-        return progress_of(self.args.target)
+        return progress_of(self.options.target)
 
     def again(self) -> str:
         """Return whether and where the job goes on after an attempt that was not its last."""
-        failures, excluded = self.history.failures_in_a_row(), self.history.excluded(self.args.max_strikes)
-        if failures >= self.args.max_failures:
+        failures, excluded = self.history.failures_in_a_row(), self.history.excluded(self.options.max_strikes)
+        if failures >= self.options.max_failures:
             ended = [a.end for a in self.history.attempts if a.end is not None]
             say(f"stops here: {failures} attempts in a row left nothing new, the last by this: "
                 f"{ended[-1]['reason']}; look at the logs, mend it and submit again")
             return f"exit {ExitCode.CRASH}"
-        left = [node for node in self.args.usable if node not in excluded]
-        if excluded and self.args.usable and len(left) < self.args.min_nodes:
+        left = [node for node in self.usable if node not in excluded]
+        if excluded and self.usable and len(left) < self.options.min_nodes:
             say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, "
-                f"and the job needs {self.args.min_nodes}; mend them, or submit again with fewer --nodes")
+                f"and the job needs {self.options.min_nodes}; mend them, or submit again with fewer --nodes")
             return f"exit {ExitCode.CRASH}"
         if excluded:
             say(f"goes on without {', '.join(excluded)}")
@@ -74,21 +117,21 @@ def begin(job: Job, queue: str) -> str:
         job: this job.
         queue: Slurm's jobs that hold nodes, "NUMBER STATE" each; without this job in it nothing is concluded.
     """
-    if job.args.done.is_file():
-        say(f"{job.args.done} exists: there is nothing left to do")
+    if job.options.done.is_file():
+        say(f"{job.options.done} exists: there is nothing left to do")
         return "exit 0"
     if (held := _held_by_another(job, queue)) is not None:
         return held
     cut_off = job.history.cut_off(job.restart)
     if cut_off is not None:
-        dead = sorted(set(cut_off.nodes) & set(job.args.down))
+        dead = sorted(set(cut_off.nodes) & set(job.down))
         reason = (f"{', '.join(dead)} went down" if dead
                   else "Slurm took it away (preempted, cancelled or put back by hand)")
         job.history.end(cut_off.restart, "cut_off", reason, job.progress(), blamed=dead)
         say(f"attempt {cut_off.restart + 1} was cut off: {reason}")
-    excluded = sorted(set(job.history.excluded(job.args.max_strikes)) & set(job.args.nodes))
-    job.history.begin(job.restart, job.args.nodes, job.progress())
-    say(f"attempt {job.restart + 1} begins on {', '.join(job.args.nodes)}; saved so far: {_saved(job)}")
+    excluded = sorted(set(job.history.excluded(job.options.max_strikes)) & set(job.nodes))
+    job.history.begin(job.restart, job.nodes, job.progress())
+    say(f"attempt {job.restart + 1} begins on {', '.join(job.nodes)}; saved so far: {_saved(job)}")
     if excluded:
         job.history.end(job.restart, "sick_nodes", f"{', '.join(excluded)} must not be used", job.progress())
         return job.again()
@@ -101,7 +144,7 @@ def begin(job: Job, queue: str) -> str:
 def _saved(job: Job) -> str:
     """Return what a stage has reached, in words."""
     count = job.progress()
-    return (f"step {count}" if (job.args.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files"
+    return (f"step {count}" if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files"
             if count else "nothing")
 
 
@@ -111,7 +154,7 @@ def _held_by_another(job: Job, queue: str) -> str | None:
     states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
     if job.number not in states:
         return None
-    for folder in (job.args.target, *job.args.target.glob("stages/*")):
+    for folder in (job.options.target, *job.options.target.glob("stages/*")):
         holder = recorded_holder(folder)
         if holder is None or not holder["slurm_job"] or holder["slurm_job"] == job.number:
             continue
@@ -129,12 +172,12 @@ def _held_by_another(job: Job, queue: str) -> str | None:
 
 def preflight(job: Job) -> str:
     """Judge the reports of the nodes."""
-    sick = sick_nodes(job.args.reports, job.args.nodes, json.loads(job.args.limits))
+    sick = sick_nodes(job.options.reports, job.nodes, json.loads(job.options.limits))
     for node, why in sick.items():
         say(f"{node} is not fit: {why}")
     if not sick:
         return RUN
-    named = [node for node in sick if node in job.args.nodes]
+    named = [node for node in sick if node in job.nodes]
     reason = "; ".join(f"{node}: {why}" for node, why in sick.items())
     job.history.end(job.restart, "sick_nodes", reason, job.progress(), sick=named)
     return job.again()
@@ -142,10 +185,10 @@ def preflight(job: Job) -> str:
 
 def end(job: Job) -> str:
     """Judge how an attempt ended."""
-    args, done = job.args, job.args.done
-    if args.write_done and args.code == 0 and not args.asked:
+    options, done = job.options, job.options.done
+    if options.write_done and options.code == 0 and not options.asked:
         atomic_write(done, to_json({"job": job.number}))
-    log = args.logs / "srun.log"
+    log = options.logs / "srun.log"
     failure = first_failure(log.read_text(errors="replace")) if log.is_file() else None
 
     def ended(outcome: str, reason: str, blamed: list[str] | None = None,
@@ -156,20 +199,20 @@ def end(job: Job) -> str:
     if done.is_file():
         ended("complete", f"{done} exists")
         return "exit 0"
-    if gate := next((f for f in (args.target / FAILURE, *args.target.glob(f"stages/*/{FAILURE}"))
+    if gate := next((f for f in (options.target / FAILURE, *options.target.glob(f"stages/*/{FAILURE}"))
                      if f.is_file()), None):
         ended("gate", str(json.loads(gate.read_text(encoding="utf-8"))["failure"]))
         return f"exit {ExitCode.GATE_FAILED}"
-    if args.asked == "cancel":
-        ended("cancelled", f"{ASKED[args.asked]}; saved so far: {_saved(job)}")
+    if options.asked == "cancel":
+        ended("cancelled", f"{ASKED[options.asked]}; saved so far: {_saved(job)}")
         return f"exit {ExitCode.STOPPED}"
-    if args.asked or args.code == 0:
-        ended("stopped", f"{ASKED[args.asked]}; saved so far: {_saved(job)}")
+    if options.asked or options.code == 0:
+        ended("stopped", f"{ASKED[options.asked]}; saved so far: {_saved(job)}")
         return job.again()
     if failure is None:
-        ended("crash", f"srun ended with {args.code} and named no rank (see {log})")
+        ended("crash", f"srun ended with {options.code} and named no rank (see {log})")
         return job.again()
-    shown = last_lines(args.logs / f"rank-{failure.rank}.log")
+    shown = last_lines(options.logs / f"rank-{failure.rank}.log")
     print(shown, file=sys.stderr, flush=True)
     lines = [line.strip() for line in shown.splitlines()]
     if failure.exit_code == ExitCode.STOPPED:  # what it waits for has not come: no node is to blame
@@ -182,9 +225,10 @@ def end(job: Job) -> str:
             f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")
         return f"exit {ExitCode.USER_ERROR}"
     if failure.exit_code == ExitCode.CORRUPTION:
-        ended("corruption", f"a rank computed wrongly, see {args.target / EVENTS}", sick=_corrupt_nodes(job))
+        ended("corruption", f"a rank computed wrongly, see {options.target / EVENTS}",
+              sick=_corrupt_nodes(job))
     elif failure.exit_code == ExitCode.HANG:  # the first to give up is not the one that the others waited for
-        ended("hang", f"the ranks stood still; their stacks are in {args.target / 'hang'}")
+        ended("hang", f"the ranks stood still; their stacks are in {options.target / 'hang'}")
     else:
         ended("crash", str(failure), [failure.node])
     return job.again()
@@ -193,47 +237,21 @@ def end(job: Job) -> str:
 def _corrupt_nodes(job: Job) -> list[str]:
     """Return the nodes that the run's last `corruption` event names; none where they are half of
     the nodes, or more."""
-    named = [e["hosts"] for e in read_events(job.args.target / EVENTS) if e["event"] == "sdc"]
-    found = [node for node in job.args.nodes
+    named = [e["hosts"] for e in read_events(job.options.target / EVENTS) if e["event"] == "sdc"]
+    found = [node for node in job.nodes
              if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
-    return found if 2 * len(found) < len(job.args.nodes) else []
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser."""
-    def nodes(text: str) -> list[str]:
-        return [name for name in text.replace(",", " ").split() if name]
-
-    parser = argparse.ArgumentParser(prog="python -m megatron_sov.slurm.attempts")
-    parser.add_argument("action", choices=("begin", "preflight", "end"))
-    parser.add_argument("folder", type=Path, help="where the job's records lie")
-    parser.add_argument("--target", type=Path, required=True, help="the run's or artifact's folder")
-    parser.add_argument("--done", type=Path, required=True, help="what exists when the stage is complete")
-    parser.add_argument("--write-done", action="store_true",
-                        help="the stage's command leaves no such file: write it")
-    parser.add_argument("--max-failures", type=int, required=True)
-    parser.add_argument("--max-strikes", type=int, required=True)
-    parser.add_argument("--min-nodes", type=int, required=True)
-    parser.add_argument("--nodes", type=nodes, required=True, help="nodes of this attempt")
-    parser.add_argument("--usable", type=nodes, default=[], help="nodes of the partition that work")
-    parser.add_argument("--down", type=nodes, default=[], help="nodes of the cluster that do not")
-    parser.add_argument("--logs", type=Path, default=Path(), help="end: folder with srun.log and rank-N.log")
-    parser.add_argument("--code", type=int, default=0, help="end: exit code of srun")
-    parser.add_argument("--asked", default="", choices=ASKED,
-                        help="end: what asked the job to stop, if anything")
-    parser.add_argument("--reports", type=Path, default=Path(), help="preflight: folder of the reports")
-    parser.add_argument("--limits", default="{}", help="preflight: JSON of the limits")
-    return parser
+    return found if 2 * len(found) < len(job.nodes) else []
 
 
 def main(argv: list[str] | None = None) -> int:
     """Answer one question of a job's script."""
-    job = Job(build_parser().parse_args(argv))
-    answers: dict[str, Callable[[], str]] = {
-        "begin": lambda: begin(job, sys.stdin.read()), "preflight": lambda: preflight(job),
-        "end": lambda: end(job)}
+    parser = Parser(prog="python -m megatron_sov.slurm.attempts")
+    add_options(parser, AttemptOptions)
+    answers: dict[str, Callable[[Job], str]] = {
+        "begin": lambda job: begin(job, sys.stdin.read()), "preflight": preflight, "end": end}
     try:
-        print(answers[job.args.action](), flush=True)
+        job = Job(read_options(AttemptOptions, parser.parse_args(argv)))
+        print(answers[job.options.action](job), flush=True)
     except UserError as e:
         say(str(e))
         print(f"exit {ExitCode.USER_ERROR}", flush=True)

@@ -17,19 +17,7 @@ from megatron_sov.slurm import submission
 from megatron_sov.slurm.chain_file import ChainConfig, ChainStage, names, read_chain, work_folder
 from megatron_sov.slurm.history import ATTEMPTS
 from megatron_sov.slurm.script import READY_ROOT, Ready
-from megatron_sov.slurm.stages import Commands, check_inputs
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says for all stages of a chain; None: what the file or the profile says."""
-
-    cluster: str | None = None
-    account: str | None = None
-    partition: str | None = None
-    time_limit: str | None = None
-    scripts: Path | None = None
-    """Folder for ready scripts; None: the chain is submitted from here."""
+from megatron_sov.slurm.stages import Commands, SubmitOptions, check_inputs
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ class Submitted:
     """Stage -> its jobs, of which the last is the one that others wait for."""
 
 
-def run(chain: str, options: Options, commands: Commands, *, resume: bool, dry_run: bool) -> int:
+def run(chain: str, options: SubmitOptions, commands: Commands) -> int:
     """Submit a chain, or what is not complete of it; returns 0.
 
     Everything is checked before the first job is submitted.
@@ -65,14 +53,12 @@ def run(chain: str, options: Options, commands: Commands, *, resume: bool, dry_r
         chain: name of one that comes with the package, or a file.
         options: the command line's.
         commands: the parsers of the stages' commands.
-        resume: whether to submit what is not complete of a chain that was submitted before.
-        dry_run: whether to print the scripts instead.
 
     Raises:
         UserError: the file, a stage, Slurm or the state of an earlier submission does not allow it.
     """
     links = links_of(chain, options, commands)
-    if dry_run:
+    if options.dry_run:
         for link in links:
             state = "complete" if link.complete else "to be submitted"
             print(f"# {link.name}: {state}, after {', '.join(link.after) or 'nothing'}")
@@ -91,7 +77,7 @@ def run(chain: str, options: Options, commands: Commands, *, resume: bool, dry_r
         if living:
             raise UserError(f"{chain}: jobs of it wait or run; wait for them, "
                             f"or `scancel {' '.join(living)}`")
-        if not resume:
+        if not options.continue_chain:
             raise UserError(f"{chain}: was submitted before; pass --continue to submit what is not complete")
     open_links = [link for link in links if not link.complete]
     for link in open_links:
@@ -144,7 +130,7 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             "an earlier stage failed, or it was cancelled")
 
 
-def links_of(chain: str, options: Options, commands: Commands) -> list[Link]:
+def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Link]:
     """Return the stages of a chain with their scripts; nothing is written and Slurm is not asked.
 
     Raises:
@@ -168,7 +154,7 @@ def links_of(chain: str, options: Options, commands: Commands) -> list[Link]:
     return links
 
 
-def _request(config: ChainConfig, stage: ChainStage, options: Options, needs: tuple[Path, ...],
+def _request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, needs: tuple[Path, ...],
              ready: Ready | None) -> submission.Request:
     """Return what a stage of a chain asks for.
 
@@ -186,11 +172,11 @@ def _request(config: ChainConfig, stage: ChainStage, options: Options, needs: tu
                            needs_account=ready is None)
     return submission.Request(
         stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
-        cluster.settings_by_nodes(list(stage.nodes_set)), stage.array, needs,
+        cluster.settings_by_nodes(stage.nodes_set), stage.array, needs,
         stage.time_limit or options.time_limit, ready, chosen)
 
 
-def _ready(chain: str, number: int, stage: ChainStage, options: Options) -> Ready:
+def _ready(chain: str, number: int, stage: ChainStage, options: SubmitOptions) -> Ready:
     assert options.scripts is not None, chain
     name = f"{Path(chain).stem}-{stage.label}"
     chosen = f" --cluster {options.cluster}" if options.cluster else ""

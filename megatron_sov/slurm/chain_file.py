@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.settings import read_text, read_yaml
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, read_text, read_yaml
 
 WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
 
@@ -36,13 +36,13 @@ class ChainStage:
     """Names of the stages that have to be complete; null: the one before."""
     cluster: str = ""
     """Profile; empty: the chain's."""
-    nodes: int = 1
+    nodes: AtLeastOne = 1
     """Nodes of a training stage."""
-    min_nodes: int = 0
+    min_nodes: NotNegativeInt = 0
     """Fewest nodes to go on with; 0: all."""
     nodes_set: tuple[str, ...] = ()
     """N:key=value: settings that change when there are N nodes."""
-    array: int = 0
+    array: NotNegativeInt = 0
     """data pack: tasks that share the inputs."""
     time_limit: str | None = None
     """Time limit instead of the profile's."""

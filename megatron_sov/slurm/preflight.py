@@ -19,14 +19,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import told_in_a_line
 from megatron_sov.runs.launch_environment import own_gpu_index
 from megatron_sov.runs.nvidia_smi import illness, visible_gpus
+from megatron_sov.settings import AboveZero, Flag, add_options, read_options
 
 if TYPE_CHECKING:
     import torch
@@ -231,14 +232,25 @@ def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: 
     return next((sentence for holds, sentence in rules if not holds), "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreflightOptions:
+    """Look at the node of this rank, before a start."""
+
+    folder: Annotated[Path, Flag("FOLDER")]
+    """Where the reports go."""
+    scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+    """Folder of the node that a file is written into."""
+    timeout_s: AboveZero = 120.0
+    """How long the ranks wait for one another."""
+    transformer_engine: bool = False
+    """Look whether Transformer Engine can be imported too."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Look at this rank's node; returns 0 whatever was found."""
     parser = argparse.ArgumentParser(prog="python -m megatron_sov.slurm.preflight")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--timeout-s", type=float, default=120.0)
-    parser.add_argument("--transformer-engine", action="store_true")
-    args = parser.parse_args(argv)
+    add_options(parser, PreflightOptions)
+    args = read_options(PreflightOptions, parser.parse_args(argv))
     report = Report(os.environ.get("SLURMD_NODENAME", platform.node()), int(os.environ["RANK"]))
     file = args.folder / f"rank-{report.rank}.json"
     for look in (lambda: look_alone(report, args.scratch, args.transformer_engine),

@@ -13,9 +13,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sov.artifacts import MANIFEST
+from megatron_sov.clusters import cluster, kubernetes
 from megatron_sov.clusters.chips import CHIPS
 from megatron_sov.command_line import Parser
 from megatron_sov.config import RunConfig, apply_settings, data_paths
@@ -25,7 +26,7 @@ from megatron_sov.plan.fitting import refuse_too_large
 from megatron_sov.plan.recommended import leaves_layout_open, says_layout, settings_for
 from megatron_sov.recipes.requested import BuiltIn, training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
-from megatron_sov.settings import options_of
+from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt, options_of
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
@@ -33,6 +34,41 @@ for every stage of `megatron-sov` itself."""
 
 ADDRESSES = ("http://", "https://")
 """What the address of an endpoint begins with."""
+PROFILES = f"{', '.join((*cluster.names(), *kubernetes.names()))}, or a YAML file of your own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitOptions:
+    """Submit a stage, or a chain of stages from a file, to Slurm; or make a stage's job for Kubernetes."""
+
+    cluster: Annotated[str | None, Flag(value="PROFILE", help=PROFILES)] = None
+    nodes: AtLeastOne | None = None
+    """Nodes of a training stage (default 1)."""
+    min_nodes: AtLeastOne | None = None
+    """Go on with as few nodes as this when others are missing."""
+    nodes_set: Annotated[tuple[str, ...], Flag(value="N:key=value")] = ()
+    """A setting that changes with N nodes."""
+    array: NotNegativeInt = 0
+    """Share the inputs of data pack, or the work of eval-lm, rl-generate and rl-reward, out over N jobs
+    (default: one job does all)."""
+    account: Annotated[str | None, Flag(value="NAME")] = None
+    """Instead of the profile's."""
+    partition: Annotated[str | None, Flag(value="NAME")] = None
+    """Instead of the profile's."""
+    time_limit: Annotated[str | None, Flag("--time", "LIMIT")] = None
+    """Time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS."""
+    dry_run: bool = False
+    """Print what would be submitted; writes nothing, needs neither Slurm nor Kubernetes."""
+    scripts: Annotated[Path | None, Flag(value="DIR")] = None
+    """Chain: submit nothing, write a script of each stage for `sbatch`, with paths that begin with $WORK."""
+    continue_chain: Annotated[bool, Flag("--continue")] = False
+    """Chain: submit what is not complete yet."""
+    job_name: Annotated[str | None, Flag(value="NAME")] = None
+    """Kubernetes: instead of the stage's and its folder's."""
+    manifest: Annotated[Path | None, Flag(value="FILE")] = None
+    """Kubernetes: write the manifest to this file."""
+    apply: bool = False
+    """Kubernetes: have `kubectl create` make the job."""
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,8 @@ def prepare(request: Request, commands: Commands) -> Prepared:
         raise UserError(f"{request.stage}: writes to {work.target}, which means nothing elsewhere; "
                         "in a ready script the paths that a stage writes to begin with $WORK")
     least = request.nodes if request.least is None else request.least
-    if request.nodes < 1 or not 1 <= least <= request.nodes:
-        raise UserError(f"--nodes {request.nodes} --min-nodes {least}: must be at least 1, and the second "
-                        "not above the first")
+    if least > request.nodes:
+        raise UserError(f"--min-nodes {least}: must not be above --nodes {request.nodes}; change one of them")
     if not work.kind.ranks and request.nodes > 1:
         raise UserError(f"--nodes {request.nodes}: {request.stage} works on one node; leave it out"
                         + (" (data pack: --array N shares its inputs)" if request.stage == "data" else ""))

@@ -168,6 +168,7 @@ def test_a_result_that_changed_between_two_commands_is_not_read(
     ((), "--rounds 2: needs --prompts; add it"),
     (("--prompts", "{prompts}", "--reward", "length", "--tokenizer", "t", "--samples", "1"),
      "--samples 1: must be at least 2"),
+    (("--rounds", "0"), "--rounds 0: must be at least 1"),
     (("--prompts", "{prompts}", "--reward", "lenth", "--tokenizer", "t"), "did you mean 'length'"),
     (("--prompts", "{prompts}", "--reward", "length", "--tokenizer", "t", "--reward-set", "unit=miles"),
      'unit = "miles"')])
@@ -194,4 +195,4 @@ def test_what_rounds_are_given_goes_with_rounds(tmp_path: Path, capsys) -> None:
     assert '--reward "length": is for --rounds N; add it, or leave this out' in capsys.readouterr().err
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
                  "--keep-unfinished"]) == 2
-    assert "--keep-unfinished true: is for --rounds N" in capsys.readouterr().err
+    assert "--keep-unfinished: is for --rounds N" in capsys.readouterr().err

@@ -209,6 +209,11 @@ def test_another_job_in_the_folder(question: Question, run: Path, holder: str, q
     assert (run / "lock.json").exists() is stays
 
 
+def test_what_cannot_be_answered_ends_the_job(question: Question, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("--asked", "nicely"), ("--code", "one"), ("--max-failures", "few")):
+        assert question("end", *words) == "exit 2"
+
+
 def test_no_torch_is_imported() -> None:
     program = "import sys, megatron_sov.slurm.attempts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
