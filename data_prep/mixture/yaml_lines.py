@@ -60,7 +60,6 @@ class YamlFile:
                whole: bool = False) -> float:
         """Return a number; `low`, and a mistake noted, for what is none or lies outside of its bounds."""
         try:
-            # YAML takes 1e9 for a word
             number = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = float("nan")

@@ -37,8 +37,8 @@ def test_mistakes_stand_in_order_of_their_lines(tmp_path: Path) -> None:
     assert str(e.value).splitlines() == [
         f"{where}: 4 problems", f"  {where}:4: b.1.c = 'True': must be false",
         f"  {where}:4: b.1.missing: is missing",
-        f"  {where}:5: e = '1500.0': must be a number, between 0 and 100",
-        f"  {where}:5: e = '1500.0': is no key here (there are: a, b, ee); did you mean 'ee'?"]
+        f"  {where}:5: e = '1500': must be a number, between 0 and 100",
+        f"  {where}:5: e = '1500': is no key here (there are: a, b, ee); did you mean 'ee'?"]
 
 
 @pytest.mark.parametrize("value", [True, "x", None, [1], float("nan"), float("inf"), 10**400, -1, 1.5])
