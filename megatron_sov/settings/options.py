@@ -259,9 +259,11 @@ def _typed(text: Any, hint: Any) -> Any:
         if hint is float:
             return float(text)
     try:
-        return parse_value(text)  # 2e9 is a whole number
+        value = parse_value(text)  # 2e9 is a whole number
     except (ValueError, RecursionError):
         return text
+    # null and true are words on a command line
+    return value if hint not in (int, float) or isinstance(value, (int, float)) else text
 
 
 def _under_its_name(problem: Problem, names: Mapping[str, str]) -> Problem:
