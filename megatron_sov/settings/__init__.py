@@ -2,13 +2,17 @@
 for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
 
 from megatron_sov.settings.bounds import (
+    ONCE,
     AboveZero,
+    Asked,
     AtLeastOne,
     Finite,
     Fraction,
+    NotBlank,
     NotNegative,
     NotNegativeInt,
     Share,
+    one_of,
 )
 from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.settings.options import (
@@ -38,14 +42,17 @@ from megatron_sov.settings.yaml_file import Located, Place, read_file, read_loca
 
 __all__ = [
     "NO_FLAG",
+    "ONCE",
     "AboveZero",
     "Actions",
+    "Asked",
     "AtLeastOne",
     "Code",
     "Finite",
     "Flag",
     "Fraction",
     "Located",
+    "NotBlank",
     "NotNegative",
     "NotNegativeInt",
     "Place",
@@ -62,6 +69,7 @@ __all__ = [
     "find_problems",
     "name_options",
     "num_cores",
+    "one_of",
     "options_of",
     "parse_changes",
     "parse_nested",

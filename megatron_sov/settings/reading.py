@@ -202,6 +202,8 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
         known = [word for word in _choices(hint) if isinstance(word, str)]
         close = nearest(value, known).removeprefix("; ") if isinstance(value, str) else ""
         return Problem(Code.CHOICE, key, f"must be {ctx.get('expected', 'another word')}", value, close)
+    if kind == "asked":
+        return Problem(Code(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:

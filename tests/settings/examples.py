@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Le, MinLen
 
-from megatron_sov.settings import AtLeastOne, Code, NotNegative, Problem, Share
+from megatron_sov.settings import ONCE, AtLeastOne, Code, NotBlank, NotNegative, Problem, Share, one_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Recipe:
     either: int | str | None = None
     file: Path = Path("a")
     pairs: tuple[tuple[int, int], ...] = ()
-    words: Annotated[tuple[str, ...], MinLen(1)] = ("a",)
+    words: Annotated[tuple[NotBlank, ...], MinLen(1), ONCE] = ("a",)
+    language: Annotated[str, one_of(lambda: ("", "ko", "en"))] = ""
     on: bool = False
 
     def problems(self) -> list[Problem]:

@@ -16,7 +16,7 @@ from tests.settings.examples import Block, Recipe
 
 def test_settings_read_back_equal() -> None:
     settings = Recipe("x", Block(3, 1), (), Block(), "muon", {"en": 1.0}, "y", Path("/b"), ((1, 2),), ("w",),
-                      True)
+                      "ko", True)
     assert read(Recipe, plain(settings), "f") == settings
     assert check(settings) == []
 
@@ -41,6 +41,10 @@ def test_settings_read_back_equal() -> None:
     ({"name": "x", "pairs": [[1, "b"]]}, [("type", "pairs.0.1")]),
     ({"name": "x", "words": []}, [("bound", "words")]),
     ({"name": "x", "words": [3]}, [("type", "words.0")]),
+    ({"name": "x", "words": ["a", " \n"]}, [("bound", "words.1")]),
+    ({"name": "x", "words": ["a", "b", "a"]}, [("bound", "words")]),
+    ({"name": "x", "language": "kr"}, [("choice", "language")]),
+    ({"name": "x", "language": 3}, [("type", "language")]),
     ({"name": "x", "block": {"size": "3"}}, [("type", "block.size")]),
     ({"name": "x", "block": {"size": 1.5}}, [("type", "block.size")]),
     ({"name": "x", "block": {"size": True}}, [("type", "block.size")]),
@@ -70,6 +74,9 @@ def test_everything_wrong_is_named_by_code_and_key_in_the_order_of_the_fields(
     ({"name": 7200}, "f: name = 7200 must be text; put it in double quotes"),
     ({"name": "x", "words": "b"}, 'f: words = "b" must be a list; e.g. ["b"]'),
     ({"name": "x", "words": []}, "f: words = [] must have at least 1 items"),
+    ({"name": "x", "words": ["a", "a"]}, 'f: words = ["a", "a"] has "a" twice; name it once'),
+    ({"name": "x", "words": [" "]}, 'f: words.0 = " " must not be empty'),
+    ({"name": "x", "language": "k{o"}, "f: language = \"k{o\" must be one of en, ko; did you mean 'ko'?"),
     ({"name": "x", "on": "\x1b[31m" + "y" * 99},
      'f: on = "\\u001b[31m' + "y" * 66 + "... must be true or false"),
     ({"name": "x", "kind": "muon"}, "f: block.size = 1 must be above 1 with kind = muon; set it"),
