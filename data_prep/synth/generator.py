@@ -111,10 +111,13 @@ class Generator(ABC):
     """One line for `sov-data synth --list`."""
     templates: ClassVar[Mapping[str, Sequence[str]]]
     """Template -> the fields that it is given; a template that names another one is refused at the start."""
+    libraries: ClassVar[Sequence[str]] = ()
+    """Modules that it needs and that not every installation has."""
     needs_input: ClassVar[bool] = True
     """Whether it makes nothing without an input."""
     Settings: ClassVar[type[Any]]
-    """Frozen dataclass whose types carry the bounds, with `problems() -> list[Problem]` for rules between."""
+    """Frozen dataclass whose types carry the bounds, with `problems() -> list[Problem]` for rules between,
+    where there are any."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
+from data_prep.libraries import require
 from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_jobs import refuse_living
 from data_prep.synth.budget import Budget, Most
@@ -84,12 +85,16 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     """Return a generator with its settings.
 
     Raises:
-        UserError: there is none of that name, or settings break a rule; all of them are named.
+        UserError: there is none of that name, a library of its is missing, or settings break a rule; all of
+            them are named.
     """
     cls = generator_class(name)
+    if missing := require(f"generator {name}", *cls.libraries):
+        raise UserError(missing[0])
     hints = get_type_hints(cls.Settings)
     # a list may be written as a,b
-    given = {key: value.split(",") if isinstance(value, str) and hints.get(key) == tuple[str, ...] else value
+    lists = {key for key, hint in hints.items() if get_origin(hint) is tuple}
+    given = {key: value.split(",") if isinstance(value, str) and key in lists else value
              for key, value in settings.items()}
     return cls(read(cls.Settings, given, f"generator {name}"))
 

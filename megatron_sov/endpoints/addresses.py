@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from megatron_sov.settings import Code, Problem
+
 
 def is_address(text: str) -> bool:
     """Return whether a text begins as an address, and is no path."""
     return text.startswith(("http://", "https://"))
 
 
-def address_problems(field: str, text: str, key_field: str) -> list[str]:
+def address_problems(field: str, text: str, key_field: str) -> list[Problem]:
     """Return what is wrong with an address up to `/v1`; it is not quoted, for it may hold a key.
 
     Args:
@@ -25,11 +27,11 @@ def address_problems(field: str, text: str, key_field: str) -> list[str]:
     except ValueError:  # brackets that are not closed, a port that is none
         parts, is_sound = urlsplit(""), False
     if not is_sound:
-        p.append(f"{field}: must be an address such as http://localhost:8000/v1")
+        p.append("must be an address such as http://localhost:8000/v1")
     if parts.path.rstrip("/").endswith("/completions"):
-        p.append(f"{field}: must end before /chat/completions, which is added to it, such as "
+        p.append("must end before /chat/completions, which is added to it, such as "
                  "http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
-        p.append(f"{field}: holds a key or a query, which would come into files; put the key into the "
+        p.append("holds a key or a query, which would come into files; put the key into the "
                  f"environment and name its variable with {key_field}")
-    return p
+    return [Problem(Code.RULE, field, rule) for rule in p]

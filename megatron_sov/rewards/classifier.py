@@ -17,7 +17,7 @@ from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
 from megatron_sov.rewards.conversation import messages_of
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
-from megatron_sov.settings import AboveZero, AtLeastOne
+from megatron_sov.settings import AboveZero, AtLeastOne, Problem, find_broken
 
 _LOADED: dict[tuple[str, str], Any] = {}
 """(folder, device) -> tokenizer, the texts of its special tokens, and model of this process."""
@@ -42,14 +42,13 @@ class Classifier:
     time_limit_s: AboveZero = 120.0
     """For a row."""
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Return what is missing."""
-        p = []
-        if not (Path(self.folder) / "config.json").is_file():
-            p.append(f"folder = {self.folder}: has no config.json; name a folder of a sequence classifier")
-        if importlib.util.find_spec("torch") is None:
-            p.append("torch is not installed; pip install torch")
-        return p
+        return find_broken(
+            self, "", ((Path(self.folder) / "config.json").is_file(), "folder", "has no config.json",
+                       "name a folder of a sequence classifier"),
+            (importlib.util.find_spec("torch") is not None, "device", "needs torch, which is not installed",
+             "pip install torch"))
 
     def inputs(self) -> dict[str, str]:
         """Return file -> digest of the model: other weights are another reward."""

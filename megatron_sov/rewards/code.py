@@ -18,7 +18,7 @@ from megatron_sov.rewards import solution_tests
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 from megatron_sov.rewards.version import code_of
-from megatron_sov.settings import AboveZero, AtLeastOne, NotNegative
+from megatron_sov.settings import AboveZero, AtLeastOne, NotNegative, Problem, find_broken
 
 MAX_TESTS = 10_000
 _FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
@@ -46,12 +46,13 @@ class Code:
     time_limit_s: AboveZero = field(default=300.0, metadata=OPERATION)
     """For a row; then its status is timeout."""
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Return what does not fit together."""
         longest_s = self.patience * self.test_time_s
-        return [] if self.time_limit_s > longest_s else [
-            f"time_limit_s = {self.time_limit_s:g} must be more than {self.patience:g} x test_time_s = "
-            f"{longest_s:g}: a program that waits is ended after so many seconds"]
+        return find_broken(self, "", (
+            self.time_limit_s > longest_s, "time_limit_s",
+            f"must be more than {self.patience:g} x test_time_s = {longest_s:g}: a program that waits is "
+            "ended after so many seconds"))
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""

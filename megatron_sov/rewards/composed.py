@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Annotated, Any, Protocol, Self
 
-from annotated_types import Gt
+from annotated_types import Gt, MinLen
 
 from megatron_sov.rewards.reward import Result, Row, told_short
-from megatron_sov.settings import Finite, NotNegative, Share
+from megatron_sov.settings import Code, Finite, NotNegative, Problem, Share
 
 WORST_FIRST = ("failed", "timeout", "refused")
 SECOND = "second_opinion"
@@ -57,7 +57,7 @@ class Second:
 class Composed:
     """The weighted sum of the parts that a row's domain has."""
 
-    parts: dict[str, Part]
+    parts: Annotated[dict[str, Part], MinLen(1)]
     """Name -> part; they are asked in this order, gates first."""
     gated_reward: Finite = 0.0
     """Of a row that a gate stops."""
@@ -66,15 +66,15 @@ class Composed:
     second: Second | None = None
     """A second opinion; it is reported and changes no reward."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [] if self.parts else ["parts: there are none; set parts.NAME.reward"]
-        p += [f"parts.{name}.reward = composed: is a composition itself; name its parts here"
-              for name, part in self.parts.items() if part.reward == "composed"]
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = [Problem(Code.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
+                     "name its parts here") for name, part in self.parts.items() if part.reward == "composed"]
         if SECOND in self.parts:
-            p.append(f"parts.{SECOND}: this name is taken; give it another one")
+            p.append(Problem(Code.RULE, f"parts.{SECOND}", "this name is taken", way_out="take another one"))
         if self.second is not None and self.second.of not in self.parts:
-            p.append(f"second.of = {self.second.of!r} is none of the parts {', '.join(self.parts)}")
+            p.append(Problem(Code.RULE, "second.of", f"is none of the parts {', '.join(self.parts)}",
+                             self.second.of))
         return p
 
     def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:

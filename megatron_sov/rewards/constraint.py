@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -43,13 +42,6 @@ class Constraint:
     """What encloses the functions; auto: the best that this machine gives."""
     command: tuple[str, ...] = field(default=(), metadata=OPERATION)
     """A command that encloses them instead, as ["bwrap", ...]; `{folder}` stands for its folder."""
-
-    def problems(self) -> list[str]:
-        """Return what is missing."""
-        if self.segmenter == "pythainlp" and importlib.util.find_spec("pythainlp") is None:
-            return ["segmenter = 'pythainlp' needs pythainlp, which is not installed; pip install pythainlp, "
-                    "or set segmenter=rules"]
-        return []
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""

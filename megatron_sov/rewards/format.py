@@ -6,14 +6,25 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_sov.documents.strict_json import no_constant
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.settings import Asked, Broken, Code, Problem
 
 MAX_JSON_CHARS = 1_000_000
 _FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
+
+
+def _no_regex(text: str) -> Broken | None:
+    wrong = patterns.problem(text) if text else ""
+    return (Code.RULE, f"is no regular expression ({wrong})", "mend it") if wrong else None
+
+
+def _no_name(text: str) -> Broken | None:
+    return None if re.fullmatch(r"[A-Za-z_][\w-]*", text) else (
+        Code.RULE, "must be a name of letters, digits, - and _", "")
 
 
 @dataclass(frozen=True)
@@ -22,9 +33,9 @@ class Format:
 
     CONTROL, cpu_limit_s = "", 10.0
 
-    regex: str = ""
+    regex: Annotated[str, Asked(_no_regex)] = ""
     """A pattern that the response, white space around it removed, matches as a whole; `.` takes line ends."""
-    tags: tuple[str, ...] = ()
+    tags: tuple[Annotated[str, Asked(_no_name)], ...] = ()
     """Names such as think, answer: each stands once as <think>...</think>, in this order, with something in
     it, and nothing but white space stands around them."""
     json: bool = False
@@ -36,16 +47,10 @@ class Format:
     all_or_nothing: bool = True
     """1 or 0; without, the share of checks that pass."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = []
-        if self.regex and (wrong := patterns.problem(self.regex)):
-            p.append(f"regex = {self.regex!r}: is no regular expression ({wrong})")
-        p += [f"tags: {tag!r} must be a name of letters, digits, - and _"
-              for tag in self.tags if not re.fullmatch(r"[A-Za-z_][\w-]*", tag)]
-        if not (self.regex or self.tags or self.json or self.json_keys):
-            p.append("nothing is asked for; set regex, tags, json or json_keys")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [] if self.regex or self.tags or self.json or self.json_keys else [
+            Problem(Code.RULE, "", "nothing is asked for", way_out="set regex, tags, json or json_keys")]
 
     def score(self, row: Row) -> Score:
         """Return the share of checks that pass, or whether all do."""

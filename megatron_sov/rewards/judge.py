@@ -18,7 +18,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.conversation import messages_of, told
 from megatron_sov.rewards.fenced import fenced_messages, grade_of, is_number, only, sound
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, text_of
-from megatron_sov.settings import AboveZero, AtLeastOne, Finite, NotNegative
+from megatron_sov.settings import AboveZero, AtLeastOne, Finite, NotNegative, Problem, as_problem, find_broken
 
 RUBRIC = "Is the response correct, complete, honest and to the point?"
 
@@ -70,14 +70,14 @@ class Judge:
     output_price: NotNegative = field(default=0.0, metadata=OPERATION)
     """Of a million tokens that it writes."""
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Return what does not fit together, and what is missing."""
-        p = address_problems("endpoint", self.endpoint, "api_key_env")
-        if self.min_score >= self.max_score:
-            p.append(f"min_score = {self.min_score:g} must be below max_score = {self.max_score:g}")
-        if self.max_cost and not (self.input_price or self.output_price):
-            p.append("max_cost needs input_price and output_price, or no cost is known")
-        return p + missing_libraries()
+        return [*address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken(
+            self, "", (self.min_score < self.max_score, "min_score",
+                       f"must be below max_score = {self.max_score:g}"),
+            (not self.max_cost or bool(self.input_price or self.output_price), "max_cost",
+             "needs input_price and output_price, or no cost is known")),
+            *map(as_problem, missing_libraries())]
 
     def score(self, row: Row) -> Score:
         """Return what the judge makes of the response to the row's `prompt`.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 from megatron_sov.documents.scripts import LANGUAGES, letters_by_script, script_of
-from megatron_sov.errors import nearest
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
-from megatron_sov.settings import Share
+from megatron_sov.settings import Share, one_of
 
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]{1,500}\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+", re.DOTALL)
@@ -23,9 +23,9 @@ class Language:
     Languages that share a script (English, German) are not told apart.
     """
 
-    language: str = ""
+    language: Annotated[str, one_of(lambda: {"", *LANGUAGES})] = ""
     """Code such as ko, th, en; empty: the row's own field `language`."""
-    also: tuple[str, ...] = ("en",)
+    also: tuple[Annotated[str, one_of(lambda: LANGUAGES)], ...] = ("en",)
     """Languages whose letters may stand beside it, as names and terms do."""
     max_also_share: Share = 0.2
     """Of all letters, those of `also`; more is code switching."""
@@ -33,12 +33,6 @@ class Language:
     """Below this share of the language's own letters the reward is 0."""
     ignore_code: bool = True
     """Leave out code, formulas and addresses, which are in no language."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each language that is not known."""
-        known = ", ".join(sorted(LANGUAGES))
-        return [f"language {name!r} is not known{nearest(name, LANGUAGES)} (languages: {known})"
-                for name in [*filter(None, [self.language]), *self.also] if name not in LANGUAGES]
 
     def score(self, row: Row) -> Score:
         """Return the share of letters that may stand there, less what is too many of the others."""

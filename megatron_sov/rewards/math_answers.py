@@ -18,7 +18,7 @@ from megatron_sov.errors import how_to_install
 from megatron_sov.rewards.answers import final_answer, last_box, last_boxed
 from megatron_sov.rewards.quantities import read_quantity, same
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
-from megatron_sov.settings import AboveZero, AtLeastOne
+from megatron_sov.settings import AboveZero, AtLeastOne, Problem, as_problem
 
 DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
 """What says that an answer is LaTeX; without, math-verify takes the 3 of 3\\sqrt{2} for the whole of it."""
@@ -82,10 +82,10 @@ class Math:
     literal: bool = True
     """Where the answer is a number, a response has to give the number: 6 \\times 7 restates a question."""
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """Return what is missing."""
         found = importlib.util.find_spec("math_verify") is not None
-        return [] if found else [f"math-verify is not installed; {how_to_install('rl')}"]
+        return [] if found else [as_problem(f"math-verify is not installed; {how_to_install('rl')}")]
 
     def prepare(self) -> None:
         """Import what judges, so that the first row does not wait for it."""

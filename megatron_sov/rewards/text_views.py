@@ -3,9 +3,14 @@ and blanks where a language has none."""
 
 from __future__ import annotations
 
-from typing import Literal
+from importlib.util import find_spec
+from typing import Annotated, Literal
 
-Segmenter = Literal["none", "rules", "pythainlp"]
+from megatron_sov.settings import Asked, Code
+
+INSTALLED = Asked(lambda segmenter: None if segmenter != "pythainlp" or find_spec("pythainlp") else (
+    Code.RULE, "needs pythainlp, which is not installed", "pip install pythainlp, or set segmenter=rules"))
+Segmenter = Annotated[Literal["none", "rules", "pythainlp"], INSTALLED]
 """none: the text as it stands alone; rules: line ends end sentences; pythainlp: Thai words and sentences by
 the library of that name, where it is installed."""
 

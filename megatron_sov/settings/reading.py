@@ -257,7 +257,7 @@ def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     """Return the place of a pydantic error without the names of a union's parts, and the type that is
     declared there; for a key that does not exist, the class around it."""
     place: list[Any] = []
-    hint = cls
+    hint = _inside(cls)
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
             place.append(part)

@@ -11,6 +11,7 @@ from megatron_sov.rewards.code import Code, program_in
 from megatron_sov.rewards.reward import Result, judged
 from megatron_sov.rewards.sandbox import Outcome, Program
 from megatron_sov.rewards.sandbox.shared import SANDBOXES
+from tests.typed_words import keys_of
 
 
 def share(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
@@ -265,7 +266,7 @@ def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytes
     row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": ""}] * 100}
     result = judged(Code(all_or_nothing=False), row)
     assert (result.status, result.reward) == ("timeout", 0.0) and 20 < len(runs) < 30
-    assert "time_limit_s = 300 must be more than 3 x test_time_s = 300" in Code(test_time_s=100).problems()[0]
+    assert keys_of(Code(test_time_s=100)) == ["time_limit_s"] and keys_of(Code(test_time_s=99)) == []
 
 
 @pytest.mark.parametrize("tests, what", [

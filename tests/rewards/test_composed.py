@@ -106,13 +106,14 @@ def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
 
 
 @pytest.mark.parametrize(("settings", "problem"), [
-    ({"parts": {}}, "there are none"), ({}, "parts: is missing; it has no default; set it"),
+    ({"parts": {}}, "parts = {} must have at least 1 items"),
+    ({}, "parts: is missing; it has no default; set it"),
     ({"parts": {"a": {"reward": "composed"}}}, "is a composition itself"),
     ({"parts": {"a": {"reward": "lenght"}}}, "'length'"),
     ({"parts": {"a": {"reward": "length", "wieght": 1}}}, "parts.a.wieght"),
     ({"parts": {"a": {"reward": "length", "settings": {"unit": "miles"}}}}, "unit"),
     ({"parts": {"a": {"reward": "length"}}, "second": {"reward": "math", "of": "b"}},
-     "second.of = 'b' is none"),
+     'second.of = "b" is none'),
     ({"parts": {"a": {"reward": "length", "weight": math.nan}}}, "parts.a.weight = nan must be a finite"),
     ({"parts": {"a": {"reward": "length", "gate": math.nan}}}, "parts.a.gate = nan must be a finite"),
     ({"parts": {"a": {"reward": "length"}}, "gated_reward": math.inf}, "gated_reward = inf must be"),

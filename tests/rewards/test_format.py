@@ -8,6 +8,7 @@ import pytest
 
 from megatron_sov.rewards.format import MAX_JSON_CHARS, NO_JSON, Format, json_of, tagged
 from megatron_sov.rewards.reward import Refused
+from megatron_sov.settings import problems_of
 
 TAGS = ("think", "answer")
 
@@ -58,7 +59,7 @@ def test_a_pattern_has_to_match_the_whole_response() -> None:
 
 
 @pytest.mark.parametrize(("settings", "problem"), [
-    ({}, "nothing is asked for"), ({"regex": "("}, "is no regular expression"),
-    ({"tags": ("a b",)}, "must be a name")])
+    ({}, "nothing is asked for"), ({"regex": "("}, 'regex = "(" is no regular expression'),
+    ({"tags": ("a b",)}, 'tags.0 = "a b" must be a name')])
 def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
-    assert problem in Format(**settings).problems()[0]
+    assert problem in str(problems_of(Format(**settings))[0])

@@ -21,14 +21,14 @@ from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import agreed
-from data_prep.synth.generators.documents.languages import in_language, language_problems
+from data_prep.synth.generators.documents.languages import ToldApart, in_language
 from data_prep.synth.generators.documents.pieces import fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import complete, until_failed
 from data_prep.synth.generators.multihop_graph import Facts, chain_id, chains, read_facts
 from data_prep.synth.generators.triples import PARTS
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, as_problem, find_broken
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, find_broken
 
 _ANSWER_TAGS = re.compile(r"</?answer>")
 
@@ -42,7 +42,7 @@ class MultihopSettings:
     question with the solution that came to the answer, for `sft`."""
     with_documents: bool = False
     """Set the chain's documents before the question; else it asks for what is known."""
-    language: str = ""
+    language: ToldApart = ""
     """Of the questions, as an ISO 639-1 code such as ko; empty: that of the chain's first document."""
     min_hops: Annotated[int, Ge(2), Le(8)] = 2
     """Facts of a chain at least."""
@@ -63,9 +63,8 @@ class MultihopSettings:
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        return [*map(as_problem, language_problems("language", self.language)), *find_broken(
-            self, "", (self.min_hops <= self.max_hops, "min_hops",
-                       f"must be at most max_hops = {self.max_hops}"))]
+        return find_broken(self, "", (self.min_hops <= self.max_hops, "min_hops",
+                                      f"must be at most max_hops = {self.max_hops}"))
 
 
 class Multihop(Generator):
@@ -74,6 +73,7 @@ class Multihop(Generator):
     name: ClassVar[str] = "multihop"
     kind: Kind = "prompt"
     help: ClassVar[str] = "questions over several documents, from the facts that triples kept"
+    libraries: ClassVar[Sequence[str]] = ("py3langid",)
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "multihop/compose": ("facts", "start", "answer", "between", "num_hops", "language"),
         "multihop/solve": ("documents", "question", "language")}

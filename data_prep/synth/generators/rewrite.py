@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from annotated_types import MinLen
 
 from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask
@@ -27,9 +29,9 @@ from data_prep.synth.generators.documents.pieces import (
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.settings import AtLeastOne, NotNegative, Problem, Share, find_broken
+from megatron_sov.settings import ONCE, AtLeastOne, NotNegative, Problem, Share, find_broken
 
-STYLES = ("clearer", "encyclopedic", "dialogue")
+Style = Literal["clearer", "encyclopedic", "dialogue"]
 MIN_TURNS = 4
 """Of a dialogue."""
 _TURN = re.compile(r"([AB]): \S.*")
@@ -39,7 +41,7 @@ _TURN = re.compile(r"([AB]): \S.*")
 class RewriteSettings(DocumentSettings):
     """What is rewritten how, and what is kept."""
 
-    styles: tuple[str, ...] = STYLES
+    styles: Annotated[tuple[Style, ...], MinLen(1), ONCE] = get_args(Style)
     """Each document is rewritten once in each: clearer, encyclopedic, dialogue."""
     copied_words: AtLeastOne = 8
     """Runs of so many words that stand in the document count as copied."""
@@ -56,12 +58,8 @@ class RewriteSettings(DocumentSettings):
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        unknown = [style for style in self.styles if style not in STYLES]
-        return super().problems() + find_broken(
-            self, "", (not unknown, "styles", f"must be of {', '.join(STYLES)}"),
-            (bool(self.styles) and len(set(self.styles)) == len(self.styles), "styles",
-             "must name at least one style, and none twice"),
-            (self.min_ratio < self.max_ratio, "min_ratio", f"must be below max_ratio = {self.max_ratio}"))
+        return super().problems() + find_broken(self, "", (
+            self.min_ratio < self.max_ratio, "min_ratio", f"must be below max_ratio = {self.max_ratio}"))
 
 
 class Rewrite(OfDocuments):

@@ -21,7 +21,7 @@ from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask, Generator, Item, Reply
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import graded
-from data_prep.synth.generators.documents.languages import language_of, language_problems
+from data_prep.synth.generators.documents.languages import ToldApart, language_of
 from data_prep.synth.generators.documents.pieces import (
     ID_CHARS,
     DocumentSettings,
@@ -62,7 +62,7 @@ class TranslationSettings(DocumentSettings):
 
     form: Form = "text"
     """What the input is and the output becomes: documents with text, chats with messages, prompts."""
-    source_language: str = ""
+    source_language: ToldApart = ""
     """Of the input; empty: as each document reads."""
     keep_quotes: bool = False
     """What stands between quotation marks stays as it is, such as a text that a user asks about."""
@@ -81,8 +81,7 @@ class TranslationSettings(DocumentSettings):
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together, and what is missing."""
-        said = language_problems("source_language", self.source_language)
-        said += require("min_chrf", "sacrebleu", extra="synth") if self.min_chrf else []
+        said = require("min_chrf", "sacrebleu", extra="synth") if self.min_chrf else []
         return super().problems() + list(map(as_problem, said)) + find_broken(
             self, "", (bool(self.language), "language", "is empty",
                        "name the language to translate into, such as ko"),
@@ -97,6 +96,7 @@ class Translation(Generator):
     name: ClassVar[str] = "translation"
     kind: Kind = "text"
     help: ClassVar[str] = "documents, chats or prompts in another language, checked by the way back"
+    libraries: ClassVar[Sequence[str]] = ("py3langid",)
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "translation/forward": ("text", "language", "source_language", "keep_quotes", "glossary"),
         "translation/back": ("text", "language", "source_language")}

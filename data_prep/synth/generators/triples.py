@@ -39,6 +39,7 @@ class Triples(Generator):
     name: ClassVar[str] = "triples"
     kind: Kind = "text"
     help: ClassVar[str] = "facts of documents with the sentences that state them: the input of multihop"
+    libraries: ClassVar[Sequence[str]] = ("py3langid",)
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "triples/extract": ("document", "language", "num_triples"), "triples/verify": ("material",)}
     Settings: ClassVar[type[Any]] = TripleSettings

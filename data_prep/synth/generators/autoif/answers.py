@@ -43,6 +43,7 @@ class AutoIf(Generator):
     name = "autoif"
     kind: Kind = "chat"
     help = "users' prompts with a constraint, in a language of your choice, and answers that keep it (AutoIF)"
+    libraries: ClassVar[Sequence[str]] = ("py3langid",)
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "autoif/translation": ("language", "text"),
         "autoif/response": ("constraint", "language", "query"),

@@ -25,12 +25,12 @@ from data_prep.synth.generators.autoif.entailment import CONTRADICTION, Entailme
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError
 from megatron_sov.rewards import check_functions
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import OPERATION, Refused
 from megatron_sov.rewards.sandbox import shared_sandbox
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, as_problem, find_broken
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, find_broken, one_of
 
 SPACELESS = ("th", "lo", "km", "my")
 """Languages that set neither words nor sentences apart by signs."""
@@ -46,11 +46,15 @@ _LINE = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+(.+?)\s*$", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{[^{}\n]{0,40}\}")
 
 
+Named = Annotated[str, one_of(languages)]
+"""A language that prompts can name, and have texts in."""
+
+
 @dataclass(frozen=True)
 class ConstraintsSettings:
     """How constraints are made; the values are AutoIF's and Typhoon-S's where nothing else is said."""
 
-    language: str = "ko"
+    language: Named = "ko"
     """Of the answers that are checked."""
     rounds: NotNegativeInt = 8
     """Calls for new instructions, beside the seeds, which are tried as well; a number of ours."""
@@ -89,22 +93,13 @@ class ConstraintsSettings:
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
         most_cases = self.num_functions * self.num_cases
-        return [*map(as_problem, language_problems(self.language)), *find_broken(
+        return find_broken(
             self, "", (self.min_functions <= self.num_functions, "min_functions",
                        f"is more than num_functions = {self.num_functions}: nothing would be kept"),
             (self.min_cases <= most_cases, "min_cases",
              f"is more than num_functions x num_cases = {most_cases}: nothing would be kept"),
             (not self.nli or Path(self.nli).is_dir(), "nli", "is no folder",
-             "name that of a Hugging Face model, or leave it out"))]
-
-
-def language_problems(language: str) -> list[str]:
-    """Return what is wrong with a setting of a language."""
-    known = languages()
-    if language in known:
-        return []
-    return [f"language = {language!r} is not known{nearest(language, known)} (languages: "
-            f"{', '.join(sorted(known))})"]
+             "name that of a Hugging Face model, or leave it out"))
 
 
 class Constraints(Generator):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from data_prep.libraries import require
 from data_prep.synth.bounds import Grade, Temperature
-from data_prep.synth.generators.autoif.constraints import SPACELESS, language_problems
+from data_prep.synth.generators.autoif.constraints import SPACELESS, Named
 from data_prep.synth.generators.autoif.kept_constraints import FILE
 from megatron_sov.documents.scripts import LANGUAGES
 from megatron_sov.rewards.reward import OPERATION
-from megatron_sov.rewards.text_views import Segmenter
-from megatron_sov.settings import AtLeastOne, Share
+from megatron_sov.rewards.text_views import INSTALLED, Segmenter
+from megatron_sov.settings import AtLeastOne, Problem, Share, find_broken, one_of
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
 
@@ -27,7 +25,7 @@ class AutoIfSettings:
 
     constraints: str = ""
     """Folder of the generator `constraints`, or a JSONL file in its form."""
-    language: str = "ko"
+    language: Named = "ko"
     """Of queries and answers."""
     translate: bool = True
     """Translate queries in other languages; without, they are refused."""
@@ -51,10 +49,10 @@ class AutoIfSettings:
     """Likewise (AutoIF: 300)."""
     toxic: bool = False
     """Take records that say `toxic: true`, as WildChat's do."""
-    segmenter: Literal["auto", "none", "rules", "pythainlp"] = "auto"
+    segmenter: Annotated[Literal["auto", "none", "rules", "pythainlp"], INSTALLED] = "auto"
     """Whether functions see an answer with its sentences and words set apart as well: none; rules: line ends
     end sentences; pythainlp: by that library; auto: rules for languages without blanks, else none."""
-    foreign_scripts: tuple[str, ...] = ("CJK",)
+    foreign_scripts: tuple[Annotated[str, one_of(lambda: SCRIPTS)], ...] = ("CJK",)
     """Of which no letter may stand in an answer, unless the query has it: CJK for teachers that slip into
     Chinese, as Qwen does.  Scripts of the language itself are left out."""
     min_language_score: Share = 0.5
@@ -71,28 +69,19 @@ class AutoIfSettings:
     sandbox_workers: AtLeastOne = field(default=2, metadata=OPERATION)
     """Functions that run at a time."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = language_problems(self.language)
-        if not self.constraints:
-            p.append("constraints: is not set; name the folder that `sov-data synth constraints` has written")
-        elif not Path(self.constraints).exists():
-            p.append(f"constraints = {self.constraints!r} does not exist; name the folder that "
-                     "`sov-data synth constraints` has written")
-        elif Path(self.constraints).is_dir() and not (Path(self.constraints) / FILE).is_file():
-            p.append(f"constraints = {self.constraints!r} has no {FILE}; let `sov-data synth constraints` "
-                     "come to its end there")
-        if self.max_query_chars < self.min_query_chars:
-            p.append(f"max_query_chars = {self.max_query_chars} is less than min_query_chars = "
-                     f"{self.min_query_chars}: no query would be taken")
-        p += [f"foreign_scripts has {script!r}, which is no script that is known (scripts: "
-              f"{', '.join(sorted(SCRIPTS))})" for script in self.foreign_scripts if script not in SCRIPTS]
-        if self.also == "pairs" and self.num_responses < 2:
-            p.append("also = 'pairs' needs num_responses of at least 2")
-        if self.segmenter == "pythainlp" and importlib.util.find_spec("pythainlp") is None:
-            p.append("segmenter = 'pythainlp' needs pythainlp, which is not installed; pip install "
-                     "pythainlp, or set segmenter=rules")
-        return p + require("autoif", "py3langid")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, and what is missing."""
+        folder, made = Path(self.constraints), "name the folder that `sov-data synth constraints` has written"
+        if self.constraints and folder.is_dir():
+            made = "let `sov-data synth constraints` come to its end there"
+        return find_broken(
+            self, "", (bool(self.constraints), "constraints", "is not set", made),
+            (folder.exists(), "constraints", "does not exist", made),
+            (not self.constraints or not folder.is_dir() or (folder / FILE).is_file(), "constraints",
+             f"has no {FILE}", made),
+            (self.min_query_chars <= self.max_query_chars, "min_query_chars",
+             f"must be at most max_query_chars = {self.max_query_chars}: no query would be taken"),
+            (self.also != "pairs" or self.num_responses > 1, "also", "needs num_responses of at least 2"))
 
     @property
     def views(self) -> Segmenter:

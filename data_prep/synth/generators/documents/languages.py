@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from data_prep.libraries import require
+from typing import Annotated
+
 from data_prep.quality.forms import form_of, language_part
 from data_prep.quality.identify import KNOWN, UNKNOWN, identify
 from data_prep.synth.sample import Verdict
 from megatron_sov.documents.scripts import LANGUAGES, letters_by_script
-from megatron_sov.errors import nearest
 from megatron_sov.rewards.language import Language
+from megatron_sov.settings import one_of
 
 MIN_SCORE = 0.5
 """Below it the language of a text is not sure."""
@@ -17,16 +18,8 @@ MIN_LETTERS = 80
 MAX_FOREIGN_SHARE = 0.1
 """Of letters that are neither the language's nor Latin."""
 _SCRIPTS = Language(also=("en",), max_also_share=0.4, min_share=0.4)
-
-
-def language_problems(name: str, language: str, needed: bool = False) -> list[str]:
-    """Return what is wrong with a setting that is a language, or empty where it is not needed."""
-    if not language and not needed:
-        return require(name, "py3langid")
-    if language not in LANGUAGES or language not in KNOWN:
-        return [f"{name} = {language!r} is no language that is told apart{nearest(language, LANGUAGES)} "
-                f"(languages: {', '.join(sorted(set(LANGUAGES) & KNOWN))})"]
-    return require(name, "py3langid")
+ToldApart = Annotated[str, one_of(lambda: {"", *set(LANGUAGES) & KNOWN})]
+"""A language that texts are told to be in, as an ISO 639-1 code, or none."""
 
 
 def language_of(text: str) -> str:

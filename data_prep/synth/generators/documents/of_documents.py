@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from data_prep.synth.generator import Ask, Generator, Item
 from data_prep.synth.generators.documents.languages import language_of
@@ -17,6 +18,7 @@ class OfDocuments(Generator):
     """Makes samples of each document whose language is sure."""
 
     kind: Kind = "text"
+    libraries: ClassVar[Sequence[str]] = ("py3langid",)
     settings: DocumentSettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[Item]:

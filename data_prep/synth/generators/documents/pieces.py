@@ -9,11 +9,11 @@ from pathlib import Path
 
 from data_prep.synth.bounds import Temperature
 from data_prep.synth.generator import Item
-from data_prep.synth.generators.documents.languages import language_problems
+from data_prep.synth.generators.documents.languages import ToldApart
 from megatron_sov.documents import Document, Reading, list_files, read_documents
 from megatron_sov.documents.cutting import cut_text
 from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, Problem, as_problem, find_broken
+from megatron_sov.settings import AtLeastOne, Problem, find_broken
 
 ID_CHARS = 24
 
@@ -22,7 +22,7 @@ ID_CHARS = 24
 class DocumentSettings:
     """What every generator that starts from documents is told."""
 
-    language: str = ""
+    language: ToldApart = ""
     """Language of what is made, as an ISO 639-1 code such as ko; empty: that of each document."""
     text_field: str = "text"
     """Field of a record that holds the document."""
@@ -38,10 +38,9 @@ class DocumentSettings:
     """That an answer may have; an answer that is cut off there is not kept."""
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together, and what is missing."""
-        return [*map(as_problem, language_problems("language", self.language)), *find_broken(
-            self, "", (self.min_piece_bytes <= self.max_piece_bytes, "min_piece_bytes",
-                       f"must be at most max_piece_bytes = {self.max_piece_bytes}"))]
+        """Return what does not fit together."""
+        return find_broken(self, "", (self.min_piece_bytes <= self.max_piece_bytes, "min_piece_bytes",
+                                      f"must be at most max_piece_bytes = {self.max_piece_bytes}"))
 
 
 def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[Item]:

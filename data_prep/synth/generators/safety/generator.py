@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 
-from data_prep.libraries import require
 from data_prep.quality.identify import identify
 from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply, Reply
@@ -22,7 +21,7 @@ from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import Refused
-from megatron_sov.settings import AtLeastOne, Problem, Share, as_problem, find_broken
+from megatron_sov.settings import ONCE, AtLeastOne, Share, one_of
 
 BELONGS = """Is this request one of the category below? It has to touch what an answer must not give.
 10: clearly. 5: it touches the category, and anybody may ask it. 0: it is harmless, or of another category.
@@ -47,11 +46,15 @@ MAX_CHARS = 4000
 """Of a request."""
 
 
+Known = Annotated[str, one_of(lambda: refusing() & named().keys())]
+"""A language that prompts can name, and whose refusals are known."""
+
+
 @dataclass(frozen=True)
 class SafetySettings:
     """How safety data are made; all values are ours."""
 
-    languages: tuple[str, ...] = ("ko", "en", "th")
+    languages: Annotated[tuple[Known, ...], MinLen(1), ONCE] = ("ko", "en", "th")
     """Of requests and answers."""
     calls: AtLeastOne = 2
     """For new requests, for each category and language."""
@@ -71,16 +74,6 @@ class SafetySettings:
     """pairs: each kept answer beside a bare refusal as well, for `prefer`: what is rejected is a refusal
     without a way out, or one of a harmless request; nothing harmful is asked for."""
 
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together, and what is missing."""
-        known = sorted(refusing() & named().keys())
-        said = [f"languages has {one!r}, whose refusals are not known (languages: {', '.join(known)})"
-                for one in self.languages if one not in known]
-        return [*map(as_problem, [*said, *require("safety", "py3langid")]), *find_broken(
-            self, "", (bool(self.languages), "languages", "is empty",
-                       f"name at least one of {', '.join(known)}"),
-            (len(set(self.languages)) == len(self.languages), "languages", "names one twice"))]
-
 
 class Safety(Generator):
     """Makes conversations that a model has to handle with care, and such as only sound like them."""
@@ -89,6 +82,7 @@ class Safety(Generator):
     kind: Kind = "chat"
     needs_input: ClassVar[bool] = False
     help = "requests of 38 categories of risk with careful answers, and harmless twins with plain ones"
+    libraries: ClassVar[Sequence[str]] = ("py3langid",)
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "safety/requests": ("examples", "language", "name", "twin", "wanted", "withhold"),
         "safety/redirect": ("language", "name", "request", "withhold"),

@@ -21,7 +21,7 @@ from data_prep.synth.generators.tools.reference import Reference, reference_of
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, find_broken
+from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Problem, find_broken
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.limits import LIMITS
 from megatron_sov.tools.registry import order
@@ -36,7 +36,7 @@ class GoalSettings:
 
     tasks_per_world: AtLeastOne = 4
     """Asked for one after the other; each is told the questions before it."""
-    language: str = "English"
+    language: NotBlank = "English"
     """Of questions."""
     min_calls: NotNegativeInt = 2
     """Of the reference, reading ones among them."""
@@ -56,9 +56,8 @@ class GoalSettings:
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
         return find_broken(
-            self, "", (bool(self.language.strip()), "language", "is empty; name one, such as Korean"),
-            (self.min_calls <= self.max_calls, "min_calls",
-             f"must be at most max_calls = {self.max_calls}"),
+            self, "", (self.min_calls <= self.max_calls, "min_calls",
+                       f"must be at most max_calls = {self.max_calls}"),
             (not self.num_solvers or self.min_solved <= self.num_solvers, "min_solved",
              f"must be at most num_solvers = {self.num_solvers}"))
 

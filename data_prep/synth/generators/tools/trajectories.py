@@ -24,7 +24,7 @@ from data_prep.synth.generators.tools.replies import items_of
 from data_prep.synth.generators.tools.simulated_user import STYLES, SimulatedUser
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, find_broken
+from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Share
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.limits import LIMITS
 from megatron_sov.tools.registry import make, order
@@ -46,7 +46,7 @@ class TrajectorySettings:
     """Each with draws of its own; all that pass are kept, as a group."""
     user_share: Share = USER_SHARE
     """Of conversations in which a model plays the user; 0: all are task-oriented."""
-    language: str = "English"
+    language: NotBlank = "English"
     """That a played user speaks."""
     max_turns: AtLeastOne = 12
     """Of the model."""
@@ -66,11 +66,6 @@ class TrajectorySettings:
     """Of a turn."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first; None: as it does by itself."""
-
-    def problems(self) -> list[Problem]:
-        """Return what is missing."""
-        return find_broken(
-            self, "", (bool(self.language.strip()), "language", "is empty; name one, such as Korean"))
 
 
 class ToolTrajectories(Generator):

@@ -17,7 +17,7 @@ from data_prep.synth.generator import Ask, Generator, Item
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from data_prep.synth.generators.tools.trial import tried
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, find_broken
+from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt
 from megatron_sov.tools.virtual.expressions import FUNCTIONS
 from megatron_sov.tools.virtual.spec import Spec, problems_of, spec_of
 
@@ -32,7 +32,7 @@ RUBRIC = ("The material describes tools of a virtual world: what each says of it
 class WorldSettings:
     """How worlds are made."""
 
-    language: str = "English"
+    language: NotBlank = "English"
     """Of names that people read, rows and rules, unless a domain has its own `language`."""
     worlds_per_domain: AtLeastOne = 1
     """Each is an item of its own."""
@@ -52,11 +52,6 @@ class WorldSettings:
     """Of the writer."""
     max_tokens: AtLeastOne = 8192
     """Of an answer; a world takes some thousands."""
-
-    def problems(self) -> list[Problem]:
-        """Return what is missing."""
-        return find_broken(
-            self, "", (bool(self.language.strip()), "language", "is empty; name one, such as Korean"))
 
 
 class Worlds(Generator):

@@ -64,4 +64,7 @@ def test_problems_of_settings() -> None:
     assert problems_of(RewriteSettings()) == []
     assert keys_of(RewriteSettings(max_copied_share=2, min_faithfulness=11, copied_words=0)) == [
         "copied_words", "max_copied_share", "min_faithfulness"]
-    assert keys_of(RewriteSettings(styles=("rap", "rap"), min_ratio=3)) == ["styles", "styles", "min_ratio"]
+    assert keys_of(RewriteSettings(styles=("rap", "clearer"))) == ["styles.0"]  # type: ignore[arg-type]
+    assert keys_of(RewriteSettings(styles=("clearer", "clearer"))) == keys_of(RewriteSettings(styles=())) == [
+        "styles"]
+    assert keys_of(RewriteSettings(min_ratio=3)) == ["min_ratio"]

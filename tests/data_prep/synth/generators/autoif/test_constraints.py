@@ -86,9 +86,9 @@ def test_a_file_without_seeds_is_refused(content: bytes, sentence: str, tmp_path
 
 def test_all_problems_of_settings_are_told() -> None:
     assert problems_of(ConstraintsSettings()) == []
-    wrong = ConstraintsSettings(language="kr", min_functions=6, min_cases=20, nli="/nowhere")
-    assert keys_of(wrong) == ["", "min_functions", "min_cases", "nli"]
+    assert keys_of(ConstraintsSettings(min_functions=6, min_cases=20, nli="/nowhere")) == [
+        "min_functions", "min_cases", "nli"]
     assert keys_of(ConstraintsSettings(idea_temperature=3, min_accuracy=0, call_time_s=100, min_agreement=11,
-                                       rounds=-1)) == [
-        "rounds", "min_accuracy", "call_time_s", "idea_temperature", "min_agreement"]
+                                       rounds=-1, language="kr")) == [
+        "language", "rounds", "min_accuracy", "call_time_s", "idea_temperature", "min_agreement"]
     assert generator_class("constraints") is Constraints

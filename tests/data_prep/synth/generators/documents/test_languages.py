@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_prep.synth.generators.documents.customs import all_customs, name_of
-from data_prep.synth.generators.documents.languages import in_language, language_of, language_problems
+from data_prep.synth.generators.documents.languages import in_language, language_of
 from megatron_sov.documents.scripts import LANGUAGES
 
 GERMAN = ("Die Stadt liegt an einem Fluss, und viele Menschen arbeiten dort in den Mühlen, die vor langer "
@@ -27,11 +27,6 @@ def test_language_of_a_text() -> None:
     assert language_of(GERMAN) == "de"
     assert language_of("이 도시는 강을 끼고 있다.") == "ko"
     assert language_of("12 34 ?") == ""
-
-
-def test_settings_are_languages_that_are_told_apart() -> None:
-    assert language_problems("language", "") == language_problems("language", "ko") == []
-    assert "is no language that is told apart" in language_problems("language", "kr")[0]
 
 
 def test_every_language_has_a_name_for_prompts() -> None:

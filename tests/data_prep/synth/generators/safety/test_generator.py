@@ -85,5 +85,5 @@ def test_all_problems_of_settings_are_told() -> None:
     assert problems_of(SafetySettings()) == []
     assert keys_of(SafetySettings(calls=0, temperature=3, min_score=11)) == [
         "calls", "temperature", "min_score"]
-    assert keys_of(SafetySettings(languages=("kr", "ja", "ko", "ko"))) == ["", "", "languages"]
+    assert keys_of(SafetySettings(languages=("kr", "ja", "ko", "ko"))) == ["languages.0", "languages.1"]
     assert keys_of(SafetySettings(languages=())) == ["languages"]
