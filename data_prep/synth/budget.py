@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from data_prep.synth.stopping import Stop
 from megatron_sov.endpoints.cache import Usage
 from megatron_sov.errors import StopRequested
+from megatron_sov.settings import NotNegative, NotNegativeInt
 
 _LOOK_S = 0.5
 """Between two looks at whether the run was asked to stop."""
@@ -18,18 +19,12 @@ _LOOK_S = 0.5
 class Most:
     """Limits of a run; 0: none."""
 
-    tokens: int = 0
+    tokens: NotNegativeInt = 0
     """Read and written, by all commands on a folder."""
-    cost: float = 0.0
+    cost: NotNegative = 0.0
     """In the currency of the prices, by all commands on a folder."""
-    time_s: float = 0.0
+    time_s: NotNegative = 0.0
     """Of one command."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every limit that is none."""
-        return [f"{option} {value:g}: must be a number from 0 on; 0 is no limit"
-                for option, value in (("--max-tokens-total", self.tokens), ("--max-cost", self.cost),
-                                      ("--max-time", self.time_s)) if not 0 <= value < float("inf")]
 
 
 class Budget:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
 from data_prep.synth.checks.arguments import CheckOptions
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    AboveZero,
     AtLeastOne,
     Flag,
     NotNegative,
@@ -47,11 +47,11 @@ class SynthModelOptions:
     """Its name at the address."""
     api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Variable of the environment with the key of the address (default: OPENAI_API_KEY)."""
-    input_price: float | None = None
+    input_price: NotNegative | None = None
     """Of a million tokens that it reads."""
-    output_price: float | None = None
+    output_price: NotNegative | None = None
     """Of a million tokens that it writes."""
-    max_tokens_field: Annotated[str | None, Flag(value="NAME")] = None
+    max_tokens_field: Annotated[MaxTokensField | None, Flag(value="NAME")] = None
     """What it is told the longest answer by: max_tokens, max_completion_tokens, or none (default:
     max_tokens)."""
     judge_engine: Annotated[str, Flag(value="URL|DIR")] = ""
@@ -60,11 +60,11 @@ class SynthModelOptions:
     """Its name at the address."""
     judge_api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Variable of the environment with the key of the judge's address."""
-    judge_input_price: float | None = None
+    judge_input_price: NotNegative | None = None
     """Of a million tokens that the judge reads."""
-    judge_output_price: float | None = None
+    judge_output_price: NotNegative | None = None
     """Of a million tokens that the judge writes."""
-    judge_max_tokens_field: Annotated[str | None, Flag(value="NAME")] = None
+    judge_max_tokens_field: Annotated[MaxTokensField | None, Flag(value="NAME")] = None
     """What the judge is told the longest answer by (default: that of the model that writes)."""
     judge_max_tokens: AtLeastOne = 1024
     """Longest answer of whoever judges, with its thoughts."""
@@ -76,9 +76,9 @@ class SynthModelOptions:
 class SynthLimitOptions:
     """What a run may take."""
 
-    threads: AtLeastOne = 16
+    threads: Threads = 16
     """Requests at a time."""
-    timeout: Annotated[AboveZero, Flag(value="S")] = 600.0
+    timeout: Annotated[Timeout, Flag(value="S")] = 600.0
     """Seconds for one request."""
     max_attempts: AtLeastOne = 5
     """For one request."""
@@ -127,7 +127,7 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, Ch
     """Setting of the generator."""
     prompts: Annotated[Path | None, Flag(value="DIR")] = None
     """Folder of templates that go before the packaged ones of the same name."""
-    limit: int | None = None
+    limit: AtLeastOne | None = None
     """First N items alone."""
     redo: bool = False
     """Make all items again, with other settings, templates or models, or a changed input; answers that still

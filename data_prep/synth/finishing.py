@@ -26,7 +26,8 @@ from data_prep.synth.sample import Verdict
 from data_prep.synth.shown import Shown
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, fsync_path, to_json
 from megatron_sov.documents.synthesis import KEPT, REJECTED
-from megatron_sov.errors import ExitCode, UserError, list_problems
+from megatron_sov.errors import ExitCode
+from megatron_sov.settings import SettingsError, problems_of
 
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
@@ -49,8 +50,8 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
         UserError: settings, a file of the folder, an input or the disk are in the way.
     """
     run = read_run(output)
-    if problems := settings.problems():
-        raise UserError(list_problems("checks", problems))
+    if problems := problems_of(settings):
+        raise SettingsError("checks", problems)
     with disk_errors(output):
         (output / MANIFEST).unlink(missing_ok=True)
         judged = judge_samples(output, run, settings, workers)

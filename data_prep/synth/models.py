@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.asking import JUDGE_MAX_TOKENS, Door
+from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
 from data_prep.synth.budget import Budget
 from data_prep.synth.engine import EndpointDoor
 from data_prep.synth.generator import Role
@@ -19,13 +20,10 @@ from megatron_sov.endpoints.addresses import address_problems, is_address
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
 from megatron_sov.endpoints.recognition import CHAT_PROBES, Recognition
+from megatron_sov.settings import AtLeastOne, Code, NotNegative, Problem
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
-MAX_THREADS = 4096
-NO_FIELD = "none"
-MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens", NO_FIELD)
-"""max_completion_tokens: what OpenAI's reasoning models take; none: for what refuses both."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,13 @@ class Model:
     """As the endpoint calls it; of a folder, empty: its name."""
     key_env: str = ""
     """Variable of the environment with the key; empty: none is sent."""
-    input_price: float = 0.0
+    input_price: NotNegative = 0.0
     """Of a million tokens that it reads."""
-    output_price: float = 0.0
+    output_price: NotNegative = 0.0
     """Of a million tokens that it writes."""
     known_as: str = ""
     """What stands for it in what answers are kept by; empty: what follows from the rest."""
-    max_tokens_field: str = "max_tokens"
+    max_tokens_field: MaxTokensField = "max_tokens"
     """What the longest answer stands in, where requests are sent; none: it is not sent."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
     """What the command line calls address and name."""
@@ -64,28 +62,23 @@ class Model:
         """What stands in files for where it is."""
         return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that is broken."""
+    def problems(self) -> list[Problem]:
+        """Return every rule between address and name that is broken, by option."""
         where, name = self.options
-        p = [f"{option} {price:g}: must be a number from 0 on"
-             for option, price in ((f"{where.replace('engine', 'input-price')}", self.input_price),
-                                   (f"{where.replace('engine', 'output-price')}", self.output_price))
-             if not 0 <= price < float("inf")]
-        if self.max_tokens_field not in MAX_TOKENS_FIELDS:
-            p.append(f"{where.replace('engine', 'max-tokens-field')} {self.max_tokens_field}: must be "
-                     f"{', '.join(MAX_TOKENS_FIELDS)}")
+        p: list[Problem] = []
         if not self.is_local:
             p += address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
             if not self.model:
-                p.append(f"{name}: say which model of the endpoint is asked")
+                p.append(Problem(Code.RULE, name, "say which model of the endpoint is asked"))
         elif "://" in self.engine:
-            p.append(f"{where}: must be an address such as http://localhost:8000/v1, or a folder")
+            p.append(Problem(Code.RULE, where,
+                             "must be an address such as http://localhost:8000/v1, or a folder"))
         return p
 
     def sent(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a request as the endpoint takes it; what it is kept by stays the same."""
         others = {name: value for name, value in request.items() if name != "max_tokens"}
-        if self.max_tokens_field == NO_FIELD or "max_tokens" not in request:
+        if self.max_tokens_field == "none" or "max_tokens" not in request:
             return others
         return {**others, self.max_tokens_field: request["max_tokens"]}
 
@@ -107,31 +100,19 @@ OTHER_MODEL = ("name another --output, or pass --same-model if only the engine c
 class Asked:
     """How endpoints are asked."""
 
-    threads: int
+    threads: Threads
     """Requests at a time."""
-    timeout_s: float
+    timeout_s: Timeout
     """For an attempt."""
-    max_attempts: int
+    max_attempts: AtLeastOne
     """For a request."""
-    patience_s: float
+    patience_s: NotNegative
     """How long an endpoint that is full or away is waited for."""
-    judge_max_tokens: int = JUDGE_MAX_TOKENS
+    judge_max_tokens: AtLeastOne = JUDGE_MAX_TOKENS
     """Of a judge's answer, with its thoughts."""
     same_model: bool = False
     """Whether endpoints' models are those whose answers are kept though they answer fixed questions
     otherwise."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that is broken."""
-        bounds = (("--threads", self.threads, 1), ("--timeout", self.timeout_s, 0.1),
-                  ("--max-attempts", self.max_attempts, 1), ("--patience", self.patience_s, 0),
-                  ("--judge-max-tokens", self.judge_max_tokens, 1))
-        p = [f"{option} {value:g}: must be at least {least:g}"
-             for option, value, least in bounds if not value >= least]
-        if self.threads > MAX_THREADS:
-            p.append(f"--threads {self.threads}: must be at most {MAX_THREADS:,}; each is a thread of this "
-                     "process")
-        return p
 
 
 @contextlib.contextmanager

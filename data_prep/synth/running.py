@@ -26,9 +26,9 @@ from megatron_sov.artifacts import disk_errors
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.transport import missing_libraries
-from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems
+from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.runs.parent_death import FORWARDED
-from megatron_sov.settings import read
+from megatron_sov.settings import AtLeastOne, Code, Problem, SettingsError, as_problem, problems_of, read
 
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 
@@ -55,7 +55,7 @@ class Order:
     """How endpoints are asked."""
     most: Most = field(default_factory=Most)
     """Limits."""
-    limit: int | None = None
+    limit: AtLeastOne | None = None
     """First items alone; None: all."""
     checks: CheckSettings = field(default_factory=CheckSettings)
     """What samples go through when all are made."""
@@ -64,20 +64,19 @@ class Order:
     redo: bool = False
     """Whether a folder that was made with other settings is made again."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that is broken."""
+    def problems(self) -> list[Problem]:
+        """Return every rule that is broken, by option."""
         p = [*self.writer.problems(), *(self.judge.problems() if self.judge != self.writer else []),
-             *self.asked.problems(), *self.most.problems(), *missing_libraries()]
-        p += [f"--input {path}: does not exist; check the path" for path in self.inputs if not path.exists()]
+             *map(as_problem, missing_libraries())]
+        p += [Problem(Code.FILE, "--input", "does not exist", path, "check the path")
+              for path in self.inputs if not path.exists()]
         prices = (self.writer.input_price, self.writer.output_price, self.judge.input_price,
                   self.judge.output_price)
         if self.most.cost and not any(prices):
-            p.append(f"--max-cost {self.most.cost:g}: no cost is known without --input-price and "
-                     "--output-price")
-        if self.limit is not None and self.limit < 1:
-            p.append(f"--limit {self.limit}: must be at least 1")
+            p.append(Problem(Code.RULE, "--max-cost", "no cost is known without --input-price and "
+                             "--output-price", self.most.cost))
         if self.prompts is not None and not self.prompts.is_dir():
-            p.append(f"--prompts {self.prompts}: is no folder")
+            p.append(Problem(Code.FILE, "--prompts", "is no folder", self.prompts))
         return p + self.checks.problems()
 
 
@@ -144,8 +143,8 @@ def ready(order: Order) -> Ready:
     Raises:
         UserError: settings, templates, models or the folder are in the way; as many as can be known.
     """
-    if problems := order.problems():
-        raise UserError(list_problems("sov-data synth", problems))
+    if problems := problems_of(order):
+        raise SettingsError("sov-data synth", problems)
     generator = made_generator(order.generator, order.settings)
     if generator.needs_input and not order.inputs:
         raise UserError(f"--input: generator {order.generator} needs one")

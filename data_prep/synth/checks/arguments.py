@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from data_prep.synth.bounds import Identified, Kappa
 from megatron_sov.settings import Flag
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ class CheckOptions:
     generator's)."""
     benchmarks: Annotated[tuple[Path, ...], Flag(many=True)] = ()
     """Benchmarks that no sample may hold: .jsonl files, or folders of them."""
-    languages: Annotated[tuple[str, ...], Flag(value="CODE", many=True)] = ()
+    languages: Annotated[tuple[Identified, ...], Flag(value="CODE", many=True)] = ()
     """Languages that answers, or texts, may be in, e.g. ko th."""
     labels: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
     """What people say of some samples (`id` or `text`, and `good`): the page tells how far checks and judge
     agree with them."""
-    min_kappa: Annotated[float | None, Flag(value="K")] = None
+    min_kappa: Annotated[Kappa | None, Flag(value="K")] = None
     """End with 3 where Cohen's kappa against --labels is below this."""
 
     def check_settings(self) -> CheckSettings:

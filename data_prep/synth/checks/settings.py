@@ -9,11 +9,11 @@ from typing import Any
 
 from data_prep.libraries import require
 from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
-from data_prep.quality.identify import KNOWN
+from data_prep.synth.bounds import Identified, Kappa
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
-from megatron_sov.errors import UserError, list_problems, nearest
-from megatron_sov.settings import Located, read_located, read_text
+from megatron_sov.errors import UserError, list_problems
+from megatron_sov.settings import Code, Located, Problem, as_problem, read_located, read_text
 
 DEFAULTS = Path(__file__).parent / "defaults"
 """Files of steps: one for each kind of record, and for generators that need others."""
@@ -28,36 +28,32 @@ class CheckSettings:
     """YAML file with `steps`, as pipelines have them; None: those of the generator, or of its kind."""
     benchmarks: tuple[Path, ...] = ()
     """.jsonl files, or folders of them, whose items no sample may hold."""
-    languages: tuple[str, ...] = ()
+    languages: tuple[Identified, ...] = ()
     """Languages that answers, or texts, may be in, as ISO 639-1 codes; none: whatever the steps say."""
     labels: Path | None = None
     """JSON lines with what people say of samples: `id` or `text`, and `good`."""
-    min_kappa: float | None = None
+    min_kappa: Kappa | None = None
     """Least agreement with the labels beyond chance (Cohen's kappa) at which the run's gate passes; None: it
     is told, and no gate."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken; files are read."""
-        found = require("sov-data synth", "datatrove")
+    def problems(self) -> list[Problem]:
+        """Return every rule that is broken, by option; files are read."""
+        found = list(map(as_problem, require("sov-data synth", "datatrove")))
         if self.min_kappa is not None and self.labels is None:
-            found.append(f"--min-kappa {self.min_kappa:g}: there is nothing to agree with; add --labels FILE")
-        if self.min_kappa is not None and not -1 <= self.min_kappa <= 1:
-            found.append(f"--min-kappa {self.min_kappa:g}: must lie in [-1, 1], e.g. 0.6")
-        found += [f"--benchmarks {path}: does not exist; check the path"
+            found.append(Problem(Code.RULE, "--min-kappa", "there is nothing to agree with", self.min_kappa,
+                                 "add --labels FILE"))
+        found += [Problem(Code.FILE, "--benchmarks", "does not exist", path, "check the path")
                   for path in self.benchmarks if not path.exists()]
-        found += [f"--languages {code}: is no language that is told apart{nearest(code, KNOWN)}; "
-                  "write codes of languages (ISO 639-1: ko, ja), not of countries (kr, jp)"
-                  for code in self.languages if code not in KNOWN]
         if self.steps is not None and not self.steps.is_file():
-            return [*found, f"--checks {self.steps}: does not exist; pass a YAML file, e.g. a copy of "
-                            f"{DEFAULTS / 'chat.yaml'}"]
+            return [*found, Problem(Code.FILE, "--checks", "does not exist", self.steps,
+                                    f"pass a YAML file, e.g. a copy of {DEFAULTS / 'chat.yaml'}")]
         try:
             if self.labels is not None:
                 read_labels(self.labels)
             if not found:
                 self.pipeline(self.steps or DEFAULTS / "text.yaml", dict.fromkeys(SOURCES))
         except UserError as e:
-            found.append(str(e))
+            found.append(as_problem(str(e)))
         return found
 
     def file(self, generator: str, kind: str) -> Path:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.scoring.ngram_settings import NgramSettings
+from data_prep.synth.bounds import PairWeight
 from megatron_sov.errors import UserError
-from megatron_sov.settings import Actions, AtLeastOne, Flag, NotNegative, add_actions, run_action
+from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class DifficultyFitOptions(DifficultyOutputOptions):
 
     labels: Annotated[Path, Flag(value="DIR")]
     """What `difficulty label` wrote."""
-    pair_weight: Annotated[NotNegative, Flag(value="W")] = 0.25
+    pair_weight: Annotated[PairWeight, Flag(value="W")] = 0.25
     """What a pair of the judge's counts beside a problem."""
     buckets: AtLeastOne = 1 << 16
     """Buckets of n-grams, a power of two."""

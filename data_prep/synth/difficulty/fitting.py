@@ -22,6 +22,7 @@ from data_prep.scoring.fitting import library_problems
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from data_prep.scoring.training import sparse_rows
+from data_prep.synth.bounds import PairWeight
 from data_prep.synth.difficulty.estimator import (
     KIND,
     Estimator,
@@ -34,7 +35,8 @@ from data_prep.synth.difficulty.features import form
 from data_prep.synth.difficulty.judgement import figures
 from data_prep.synth.difficulty.labels import Labels, Problem, read_labels
 from megatron_sov.artifacts import new_artifact, refuse_existing
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError
+from megatron_sov.settings import SettingsError, as_problem, problems_of
 
 HELD_OUT, CALIBRATION = 0.15, 0.15
 """Shares of the problems that judge the estimator, and that choose and calibrate it."""
@@ -55,13 +57,8 @@ class FitSettings:
 
     ngrams: NgramSettings
     """How words and characters are read."""
-    pair_weight: float = 0.25
+    pair_weight: PairWeight = 0.25
     """What a pair counts beside a problem, which counts 1."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        return [*library_problems(), *self.ngrams.problems(), *([] if 0 <= self.pair_weight <= 100 else [
-            f"pair_weight = {self.pair_weight}: must lie in [0, 100]"])]
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ def fit(folder: Path, output: Path, settings: FitSettings, *, overwrite: bool = 
     Raises:
         UserError: labels or settings that cannot be, or an output that may not be replaced.
     """
-    if problems := settings.problems():
-        raise UserError(list_problems("difficulty fit", problems))
+    if problems := [*map(as_problem, library_problems()), *problems_of(settings)]:
+        raise SettingsError("difficulty fit", problems)
     refuse_existing(output, KIND, overwrite)
     labels = read_labels(folder)
     if len(labels.problems) < MIN_PROBLEMS:

@@ -17,7 +17,16 @@ from data_prep.synth.difficulty.estimator import Estimator, load_estimator
 from data_prep.synth.difficulty.labels import read_labels
 from data_prep.synth.problems import TEXT_FIELDS, problem_text
 from megatron_sov.artifacts import new_artifact, refuse_existing
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError
+from megatron_sov.settings import (
+    Problem,
+    SettingsError,
+    Share,
+    as_problem,
+    find_broken,
+    name_options,
+    problems_of,
+)
 
 KIND = "corpus"
 BUCKETS = ("hard", "middle", "easy")
@@ -29,16 +38,15 @@ FIELDS = ("pass_rate", "difficulty", "difficulty_from", "bucket")
 class GradeSettings:
     """Settings of `difficulty grade`."""
 
-    cuts: tuple[float, float] = (0.2, 0.8)
+    cuts: tuple[Share, Share] = (0.2, 0.8)
     """A pass rate below the first is hard, from the second on easy, and between them middle."""
-    keep: tuple[float, float] = (0.0, 1.0)
+    keep: tuple[Share, Share] = (0.0, 1.0)
     """Rows whose pass rate is from the first to the second are written, both included."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        return [f"--{name} {low:g}:{high:g}: must be two numbers from 0 to 1, the lower one first"
-                for name, (low, high) in (("cuts", self.cuts), ("keep", self.keep))
-                if not 0 <= low <= high <= 1]
+    def problems(self) -> list[Problem]:
+        """Return which band ends before it begins."""
+        return find_broken(self, "", *((low <= high, name, "must have the lower number first")
+                                       for name, (low, high) in (("cuts", self.cuts), ("keep", self.keep))))
 
     def bucket(self, pass_rate: float) -> str:
         """Return the bucket of a pass rate."""
@@ -60,11 +68,11 @@ def grade(files: Sequence[Path], output: Path, settings: GradeSettings, model: P
     Raises:
         UserError: a setting breaks a rule, or a row has no problem, or one that nothing is known of.
     """
-    problems = settings.problems() + _names(files)
+    problems = name_options(problems_of(settings)) + list(map(as_problem, _names(files)))
     if model is None and labels is None:
-        problems.append("names neither --model nor --labels; give one of them")
+        problems.append(as_problem("names neither --model nor --labels; give one of them"))
     if problems:
-        raise UserError(list_problems("difficulty grade", problems))
+        raise SettingsError("difficulty grade", problems)
     refuse_existing(output, KIND, overwrite)
     estimator = load_estimator(model) if model is not None else None
     measured = {p.text: p.pass_rate for p in read_labels(labels).problems.values()} if labels else {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.cli import main
 from data_prep.json_lines import read_objects
+from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask, Generator, Item
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.sample import Sample, Verdict
@@ -32,11 +33,8 @@ class Settings:
 
     tone: str = "plain"
     """Of the repetition."""
-    min_score: float = 5.0
+    min_score: Grade = 5.0
     """Of the judge."""
-
-    def problems(self) -> list[str]:
-        return [] if 0 <= self.min_score <= 10 else [f"min_score = {self.min_score:g} must lie in [0, 10]"]
 
 
 class Echoes(Generator):
