@@ -41,7 +41,6 @@ COMMANDS: Commands = {"eval-lm": _declare_eval_lm} | {name: partial(_declare, na
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; its options may stand before the stage or among the
     stage's own arguments."""
-    parser.description = SubmitOptions.__doc__
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
                      "sft, prefer, distill, convert, eval, eval lm, rl run, rl train, rl generate, rl "
                      "reward; sov-tokenizer; sov-data.  Chains that come "
