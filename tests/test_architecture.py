@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codecs": {"errors", "settings", "config", "artifacts", "digests", "outputs", "file_locks", "documents",
                "media", "obs", "pages", "chat", "pretrained"},
     "sealed": {"errors", "artifacts", "digests"},
-    "byte_bpe": set(), "documents": {"errors", "compiled", "sealed"}, "endpoints": {"errors"},
+    "byte_bpe": set(), "documents": {"errors", "compiled", "sealed"}, "endpoints": {"errors", "settings"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
     "pages": {"version", "documents"},
     "models": BASE, "counterparts": BASE | {"models"}, "objectives": BASE,
