@@ -21,8 +21,16 @@ from megatron_sov.documents import BadRecord, Document, Reading
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.records import parse_record
 from megatron_sov.documents.visible import visible
-from megatron_sov.errors import UserError, list_problems
-from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.errors import UserError
+from megatron_sov.settings import (
+    AtLeastOne,
+    Flag,
+    SettingsError,
+    add_options,
+    name_options,
+    problems_of,
+    read_options,
+)
 
 DESCRIPTION = """Write the records of JSONL files that share no run of ten words, and no short item, with
 benchmarks: text, chats, preferences or prompts. Case, punctuation and markup make no difference. What is left
@@ -86,8 +94,8 @@ def decontaminate(files: Sequence[Path], output: Path, settings: SearchSettings,
     Raises:
         UserError: settings break a rule, a file cannot be read, or a record is not as it should be.
     """
-    if problems := settings.problems():
-        raise UserError(list_problems("sov-data decontaminate", problems))
+    if problems := problems_of(settings):
+        raise SettingsError("", name_options(problems))
     for name, count in Counter(file.name for file in files).items():
         if count > 1:
             raise UserError(f"--input: {count} files are named {name}; give them names of their own, for the "

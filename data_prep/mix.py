@@ -32,8 +32,10 @@ from megatron_sov.settings import (
     Flag,
     NotNegative,
     Problem,
+    SettingsError,
     add_options,
     num_cores,
+    problems_of,
     read_options,
 )
 
@@ -57,22 +59,13 @@ class BlendSettings:
 
     file: Path
     """The blend file."""
-    num_tokens: float = 0
+    num_tokens: NotNegative = 0
     """Tokens of all phases together; 0: as the file says."""
-    max_epochs: float = 4.0
+    max_epochs: Annotated[float, Gt(0)] = 4.0
     """Passes over a source by all phases that are not refused (what is gained beyond four is little: arXiv
     2305.16264)."""
     missing: Missing = "refuse"
     """What becomes of shares that no source is for."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        p = []
-        if not 0 <= self.num_tokens < float("inf"):
-            p.append(f"--tokens {self.num_tokens:g}: must be a number of tokens, e.g. 2e9")
-        if not self.max_epochs > 0:
-            p.append(f"--max-epochs {self.max_epochs:g}: must be a positive number, or inf")
-        return p
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +237,8 @@ def _allotted(manifests: list[Manifest],
     Raises:
         UserError: a blend that cannot be had, or sources that would be repeated too often.
     """
-    if problems := blend.problems():
-        raise UserError("; ".join(problems))
+    if problems := problems_of(blend):
+        raise SettingsError("blend", problems)
     sources = [s for m in manifests for s in m.content["sources"]]
     phases = allot(read_blend(blend.file), sources, blend.missing, blend.num_tokens)
     refuse_many_epochs(phases, sources, blend.max_epochs)

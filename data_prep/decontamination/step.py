@@ -7,7 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, MinLen
 
 from data_prep.decontamination.benchmarks import FIELDS, benchmark_files, read_items
 from data_prep.decontamination.hits import MOST_HITS, Hit, find_hits
@@ -20,9 +22,9 @@ from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import PLACE, SEAL, read_lines, seal_file
+from megatron_sov.settings import AtLeastOne, Code, Problem
 
 REASON = "text of a benchmark"
-ACTIONS = ("drop", "cut")
 MOST_SHOWN = 50
 """Hits on the report's page."""
 
@@ -31,35 +33,26 @@ MOST_SHOWN = 50
 class SearchSettings:
     """What is looked for."""
 
-    benchmarks: tuple[Path, ...]
+    benchmarks: Annotated[tuple[Path, ...], MinLen(1)]
     """.jsonl files, or folders of them; each line is a record of a benchmark."""
-    fields: tuple[str, ...] = FIELDS
+    fields: Annotated[tuple[str, ...], MinLen(1)] = FIELDS
     """Fields of a record, each of which is looked for where it is there; a dot leads into an object."""
-    ngram: int = WORDS
+    ngram: Annotated[int, Ge(1), Le(1000)] = WORDS
     """Words in a row that a text may not share with an item; a character of Thai, Chinese or Japanese is a
     quarter of a word, a syllable of Korean a third."""
-    min_words: int = 5
+    min_words: AtLeastOne = 5
     """An item that is shorter than `ngram` is found as a whole, if it has at least so many words."""
-    context_chars: int = 100
+    context_chars: Annotated[int, Ge(0), Le(10_000)] = 100
     """Characters on either side of a place that the report shows."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        p = []
-        if not self.benchmarks:
-            p.append("benchmarks: names no file; name one or several .jsonl files")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = [] if self.min_words <= self.ngram else [Problem(
+            Code.RULE, "min_words", f"must be at most ngram = {self.ngram}", self.min_words)]
         try:  # now, and not when all documents are parsed
-            read_items(self.benchmarks, self.fields or FIELDS)
+            read_items(self.benchmarks, self.fields)
         except UserError as e:
-            p.append(str(e))
-        if not self.fields:
-            p.append("fields: is empty; name the fields of the benchmarks that hold text, e.g. question")
-        if not 1 <= self.ngram <= 1000:
-            p.append(f"ngram = {self.ngram}: must lie in 1..1000, e.g. {WORDS}")
-        if not 1 <= self.min_words <= self.ngram:
-            p.append(f"min_words = {self.min_words}: must lie in 1..ngram = {self.ngram}")
-        if not 0 <= self.context_chars <= 10_000:
-            p.append(f"context_chars = {self.context_chars}: must lie in 0..10000")
+            p.append(Problem(Code.FILE, "benchmarks", str(e)))
         return p
 
     def search(self) -> Search:
@@ -71,15 +64,9 @@ class SearchSettings:
 class DecontaminateSettings(SearchSettings):
     """What is looked for, and what is done where it is found."""
 
-    action: str = "drop"
+    action: Literal["drop", "cut"] = "drop"
     """"drop": the document goes; "cut": the lines that hold the place go, and the document where nothing
     else is left."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        return [*super().problems(),
-                *([] if self.action in ACTIONS else
-                  [f"action = {self.action!r}: must be one of {', '.join(ACTIONS)}"])]
 
 
 class Decontaminate(Step):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
 from blake3 import blake3
 
 from data_prep.dedup.dropping import Dropped
@@ -32,32 +34,22 @@ def _words(text: str) -> bytes:
     return found.hashes.tobytes() if len(found.hashes) else b"\0" + _text(text)
 
 
-COMPARE: dict[str, Callable[[str], bytes]] = {"text": _text, "bytes": _bytes, "words": _words}
+Compare = Literal["text", "bytes", "words"]
+COMPARE: dict[Compare, Callable[[str], bytes]] = {"text": _text, "bytes": _bytes, "words": _words}
 """Setting `compare` -> what of a text is compared."""
+Partitions = Annotated[int, Ge(1), Le(65536)]
+"""Tasks of a second pass; a file each."""
 
 
 @dataclass(frozen=True)
 class ExactSettings:
     """What counts as the same text."""
 
-    compare: str = "text"
+    compare: Compare = "text"
     """"text": the text in Unicode's compatibility form (NFKC) with every run of blanks and line ends as one
     blank; "bytes": the text as it is; "words": its words alone, without case, punctuation and markup."""
-    partitions: int = 64
+    partitions: Partitions = 64
     """Tasks of the second pass; as many workers can be busy with it."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        return [*([] if self.compare in COMPARE else
-                  [f"compare = {self.compare!r}: must be one of {', '.join(COMPARE)}"]),
-                *partition_problems(self.partitions)]
-
-
-def partition_problems(partitions: int) -> list[str]:
-    """Return what is wrong with a number of partitions."""
-    if 1 <= partitions <= 65536:
-        return []
-    return [f"partitions = {partitions}: must lie in 1..65536, e.g. 64"]
 
 
 class ExactDedup(Step):

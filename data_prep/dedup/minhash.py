@@ -10,22 +10,24 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 
 from data_prep.dedup.candidates import band_dtype, blocks_of_bands, write_bands
 from data_prep.dedup.clusters import DROPPED, Clusters
 from data_prep.dedup.dropping import Dropped
-from data_prep.dedup.exact import partition_problems
+from data_prep.dedup.exact import Partitions
 from data_prep.dedup.numbering import Numbering, Register, registered
 from data_prep.dedup.report import write_report
 from data_prep.dedup.signatures import Signature, Signer, estimated, sketches
 from data_prep.dedup.verified import ShingleSets, distinct, read_pairs, similar_pairs, write_pairs
 from data_prep.dedup.work_files import Records, bucket_slice, new_folder, parts_of, read_array, save_array
 from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
+from megatron_sov.settings import AtLeastOne, Code, NotNegativeInt, Problem
 
 REASON = "near duplicate"
-VERIFY, KEEP = ("exact", "estimated"), ("longest", "first")
 MOST_NUMBERS = 1024
 
 
@@ -33,45 +35,31 @@ MOST_NUMBERS = 1024
 class MinhashSettings:
     """What counts as nearly the same."""
 
-    threshold: float = 0.8
+    threshold: Annotated[float, Gt(0), Le(1)] = 0.8
     """Least Jaccard similarity of two documents' shingles at which they are near duplicates."""
-    num_bands: int = 20
+    num_bands: AtLeastOne = 20
     """Bands of a signature; documents with one in common are compared."""
-    rows_per_band: int = 6
+    rows_per_band: AtLeastOne = 6
     """Numbers of a band: more of them make similarity count more steeply."""
-    ngram: int = 5
+    ngram: Annotated[int, Ge(1), Le(1000)] = 5
     """Words of a shingle; a character of Thai, Chinese or Japanese is a quarter of a word, a syllable of
     Korean a third."""
-    seed: int = 0
+    seed: NotNegativeInt = 0
     """Of the permutations."""
-    verify: str = "exact"
+    verify: Literal["exact", "estimated"] = "exact"
     """"exact": candidates are compared by all their shingles; "estimated": by eight bits of each number of
     their signatures, without reading any text again."""
-    keep: str = "longest"
+    keep: Literal["longest", "first"] = "longest"
     """Who stays of a cluster, among those of the highest priority: the "longest", or the "first"."""
-    partitions: int = 64
+    partitions: Partitions = 64
     """Tasks of the second pass; as many workers can be busy with it."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        p = []
-        if not 0 < self.threshold <= 1:
-            p.append(f"threshold = {self.threshold}: must lie in (0, 1], e.g. 0.8")
-        for name in ("num_bands", "rows_per_band", "ngram"):
-            if getattr(self, name) < 1:
-                p.append(f"{name} = {getattr(self, name)}: must be at least 1")
-        if self.num_bands * self.rows_per_band > MOST_NUMBERS:
-            p.append(f"num_bands = {self.num_bands} and rows_per_band = {self.rows_per_band}: together "
-                     f"{self.num_bands * self.rows_per_band} numbers, must be at most {MOST_NUMBERS}")
-        if self.ngram > 1000:
-            p.append(f"ngram = {self.ngram}: must be at most 1000, e.g. 5")
-        if self.seed < 0:
-            p.append(f"seed = {self.seed}: must be at least 0")
-        if self.verify not in VERIFY:
-            p.append(f"verify = {self.verify!r}: must be one of {', '.join(VERIFY)}")
-        if self.keep not in KEEP:
-            p.append(f"keep = {self.keep!r}: must be one of {', '.join(KEEP)}")
-        return p + partition_problems(self.partitions)
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        numbers = self.num_bands * self.rows_per_band
+        return [] if numbers <= MOST_NUMBERS else [Problem(
+            Code.RULE, "num_bands", f"makes {numbers:,} numbers with rows_per_band = {self.rows_per_band}; "
+            f"must be at most {MOST_NUMBERS}", self.num_bands)]
 
 
 class MinhashDedup(Step):

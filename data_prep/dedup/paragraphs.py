@@ -7,50 +7,39 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from data_prep.dedup.exact import partition_problems
+from data_prep.dedup.exact import Partitions
 from data_prep.dedup.numbering import Numbering
 from data_prep.dedup.occurrences import KEY_BYTES, Rule, read_surplus, write_occurrences, write_surplus
 from data_prep.dedup.report import write_page
 from data_prep.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
 from megatron_sov.documents.overlap import fold
+from megatron_sov.settings import AtLeastOne, Share
 
 REASON = "mostly repeated paragraphs"
-_BORDERS = {"lines": re.compile(r"\n"), "blank_lines": re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")}
+Border = Literal["lines", "blank_lines"]
+_BORDERS: dict[Border, re.Pattern[str]] = {
+    "lines": re.compile(r"\n"), "blank_lines": re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")}
 """Setting `split` -> what stands between two paragraphs."""
-KEEP = ("first", "none")
 
 
 @dataclass(frozen=True)
 class ParagraphSettings:
     """What is cut."""
 
-    min_chars: int = 30
+    min_chars: AtLeastOne = 30
     """Shorter paragraphs stay; blanks at their ends do not count."""
-    max_documents: int = 5
+    max_documents: AtLeastOne = 5
     """A paragraph that occurs in more documents than this is cut."""
-    keep: str = "first"
+    keep: Literal["first", "none"] = "first"
     """"first": the first document that has it keeps it, that of the highest priority; "none": none does."""
-    split: str = "lines"
+    split: Border = "lines"
     """"lines": each line is a paragraph; "blank_lines": blank lines part them."""
-    max_share: float = 0.5
+    max_share: Share = 0.5
     """A document that loses more of its characters is dropped."""
-    partitions: int = 64
+    partitions: Partitions = 64
     """Tasks of the second pass; as many workers can be busy with it."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        p = []
-        for name in ("min_chars", "max_documents"):
-            if getattr(self, name) < 1:
-                p.append(f"{name} = {getattr(self, name)}: must be at least 1")
-        if self.keep not in KEEP:
-            p.append(f"keep = {self.keep!r}: must be one of {', '.join(KEEP)}")
-        if self.split not in _BORDERS:
-            p.append(f"split = {self.split!r}: must be one of {', '.join(_BORDERS)}")
-        if not 0 <= self.max_share <= 1:
-            p.append(f"max_share = {self.max_share}: must lie in [0, 1]; 1 drops no document")
-        return p + partition_problems(self.partitions)
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ class Paragraph:
     empty: it is too short to be cut."""
 
 
-def paragraphs(text: str, split: str, min_chars: int) -> Iterator[Paragraph]:
+def paragraphs(text: str, split: Border, min_chars: int) -> Iterator[Paragraph]:
     """Yield the paragraphs of a text, all characters in one of them."""
     begin = 0
     places = [*((m.start(), m.end()) for m in _BORDERS[split].finditer(text)), (len(text), len(text))]

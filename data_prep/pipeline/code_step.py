@@ -6,19 +6,25 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data_prep.pipeline.step import Doc, Outcome, Step, View
 from data_prep.steps import Steps, step_of_file
 from megatron_sov.documents import Document, LeftOut
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.reads import recording_reads
+from megatron_sov.settings import Bound, Breach, Code, Problem
+
+
+def _no_function(function: Path) -> Breach | None:
+    return None if ".py:" in str(function) else (Code.BOUND, "must have the form FILE.py:FUNCTION", "")
 
 
 @dataclass(frozen=True)
 class CodeSettings:
     """Which function."""
 
-    function: Path
+    function: Annotated[Path, Bound(_no_function)]
     """FILE.py:FUNCTION; it takes a Document and returns one, or LeftOut(reason)."""
     files: tuple[Path, ...] = ()
     """Files and folders that the function opens when it is called; what its file reads or imports while it
@@ -29,15 +35,14 @@ class CodeSettings:
         """The file."""
         return Path(str(self.function).rpartition(":")[0])
 
-    def problems(self) -> list[str]:
-        """Return one sentence where there is no such function."""
-        if ".py:" not in str(self.function):
-            return [f"function = {self.function.name!r}: must have the form FILE.py:FUNCTION"]
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
         try:
             step_of_file(str(self.function))
         except UserError as e:
-            return [f"function: {e}"]
-        return [f"files: {file}: does not exist; name a file or a folder that the function reads"
+            return [Problem(Code.FILE, "function", str(e))]
+        return [Problem(Code.FILE, "files", "does not exist", file,
+                        "name a file or a folder that the function reads")
                 for file in self.files if not file.exists()]
 
 

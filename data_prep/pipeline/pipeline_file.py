@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from data_prep.pipeline.columns import SOURCE_COLUMNS
 from data_prep.pipeline.known_steps import STEPS, step_class
@@ -17,7 +19,21 @@ from data_prep.pipelines import READY
 from data_prep.sources.source import KINDS, SourceSettings
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.errors import UserError, list_problems, nearest
-from megatron_sov.settings import Located, Place, find_problems, place_of, read_located, read_text
+from megatron_sov.settings import (
+    AtLeastOne,
+    Bound,
+    Code,
+    Fraction,
+    Located,
+    NotBlank,
+    Place,
+    Problem,
+    find_problems,
+    place_of,
+    read_located,
+    read_text,
+    rules_of,
+)
 
 
 @dataclass(frozen=True)
@@ -69,26 +85,20 @@ class PackEntry:
 
     tokenizer: Path
     """Tokenizer that `sov-tokenizer train` wrote."""
-    heldout: float = 0.02
+    heldout: Fraction = 0.02
     """Expected part of the documents in the split "heldout", in [0, 1)."""
     bos: Literal["none", "start"] = "none"
     """start: documents begin with bos."""
     eod: Literal["append", "none"] = "append"
     """append: documents end with eos."""
-    shard_tokens: int = 2_000_000_000
+    shard_tokens: AtLeastOne = 2_000_000_000
     """Most tokens of one shard."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken."""
-        p = []
-        if not 0 <= self.heldout < 1:
-            p.append(f"heldout = {self.heldout}: must lie in [0, 1), e.g. 0.02")
-        if self.shard_tokens < 1:
-            p.append(f"shard_tokens = {self.shard_tokens}: must be at least 1")
-        if not (self.tokenizer / MANIFEST).is_file():
-            p.append(f"tokenizer = {self.tokenizer}: holds no tokenizer; train one with "
-                     "`sov-tokenizer train`, or leave `pack` out")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [] if (self.tokenizer / MANIFEST).is_file() else [Problem(
+            Code.FILE, "tokenizer", "holds no tokenizer", self.tokenizer,
+            "train one with `sov-tokenizer train`, or leave `pack` out")]
 
 
 @dataclass(frozen=True)
@@ -113,21 +123,17 @@ class Pipeline:
     """How they are packed; None: the output is text."""
 
 
+Words = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
+    Code.BOUND, "must have no control characters", ""))]
+
+
 @dataclass(frozen=True)
 class _Head:
     """The keys of the file that hold one value."""
 
-    name: str
-    shard_bytes: int = Pipeline.shard_bytes
+    name: Words
+    shard_bytes: Annotated[int, Ge(1000)] = Pipeline.shard_bytes
     on_bad: Literal["quarantine", "refuse"] = "quarantine"
-
-    def problems(self) -> list[str]:
-        least, p = 1000, []
-        if not self.name.strip() or not self.name.isprintable():
-            p.append(f"name = {self.name!r}: must be words, without control characters")
-        if self.shard_bytes < least:
-            p.append(f"shard_bytes = {self.shard_bytes}: must be at least {least}")
-        return p
 
 
 def load_pipeline(file: Path) -> Pipeline:
@@ -205,14 +211,12 @@ class _FileReader:
             self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
         settings, problems = find_problems(cls, written)
-        found = [(place_of(problem.key), problem.sentence) for problem in problems]
         if settings is not None:
             settings = resolved(settings, self.folder)
-            found = [(_place(sentence, written), sentence)
-                     for sentence in getattr(settings, "problems", list)()]
-        for inside, sentence in found:
-            self.tell((*place, *inside), sentence)
-        return None if found else settings
+            problems = rules_of(settings)
+        for problem in problems:
+            self.tell((*place, *place_of(problem.key)), problem.sentence)
+        return None if problems else settings
 
     def _sources(self, written: Any) -> Iterator[SourceSettings]:
         if not isinstance(written, list) or not written:
@@ -325,10 +329,3 @@ class _FileReader:
 def _givers(column: str) -> list[str]:
     """Return the steps that add a column."""
     return [kind for kind in STEPS if column in step_class(kind).adds]
-
-
-def _place(sentence: str, written: Mapping[str, Any]) -> Place:
-    """Return the place of the setting that a sentence of `problems()` begins with."""
-    word = sentence.split(maxsplit=1)[0].rstrip(":=") if sentence else ""
-    first = word.partition(".")[0]
-    return (first,) if first in written else ()

@@ -110,8 +110,8 @@ class Step(ABC):
     shorthand: ClassVar[str] = ""
     """The setting that is meant where a pipeline file gives the step a single value; "": none."""
     Settings: ClassVar[type[Any]]
-    """Frozen dataclass, a docstring under each field, with `problems() -> list[str]`: one sentence for each
-    rule that they break, with the value and what to do."""
+    """Frozen dataclass whose fields have bounds as types and a docstring; `problems() -> list[Problem]`,
+    where it has one, tells what does not fit together."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -5,38 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import MinLen
 
 from data_prep.libraries import require
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step
 from data_prep.quality.forms import FORMS, Form, form_of, language_part
 from data_prep.quality.identify import KNOWN, UNKNOWN, identify, model_file
+from megatron_sov.settings import Problem, Share, as_problem, one_of
 
 
 @dataclass(frozen=True)
 class LanguageSettings:
     """What the step `language` keeps."""
 
-    keep: tuple[str, ...] = ()
+    keep: tuple[Annotated[str, one_of(lambda: KNOWN)], ...] = ()
     """Languages that stay, as ISO 639-1 codes such as ko, en; none: all of them."""
-    min_score: float = 0.5
+    min_score: Share = 0.5
     """Below this score the language of a document is not sure enough to stay."""
-    forms: tuple[str, ...] = FORMS
+    forms: Annotated[tuple[Form, ...], MinLen(1)] = FORMS
     """Forms that stay: prose, code, markup.  Code stays whatever language its comments are in."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        found = [f"keep has {code!r}, which is no language that is told apart; write codes of "
-                 "languages (ISO 639-1: ko, ja), not of countries (kr, jp)"
-                 for code in self.keep if code not in KNOWN]
-        if not 0 <= self.min_score <= 1:
-            found.append(f"min_score = {self.min_score} must be a share from 0 to 1")
-        found += [f"forms has {form!r}; the forms are {', '.join(FORMS)}"
-                  for form in self.forms if form not in FORMS]
-        if not self.forms:
-            found.append("forms is empty, so that no document would stay; name at least one of "
-                         + ", ".join(FORMS))
-        return found + require("the step language", "py3langid")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return list(map(as_problem, require("the step language", "py3langid")))
 
 
 class Language(Step):

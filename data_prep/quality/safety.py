@@ -10,52 +10,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import regex
+from annotated_types import MinLen
 
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step, View
 from data_prep.quality.blocklists import Pages, Phrases, entries
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Bound, Code, NotNegativeInt, Problem
 
 ListKind = Literal["words", "urls", "patterns"]
 PATTERN_TIMEOUT_S, PATTERN_S_PER_CHAR = 2.0, 2e-6
 """A pattern that takes longer on one document, and on each character of it, has to be written differently."""
 
 
+ListName = Annotated[str, Bound(lambda name: None if regex.fullmatch(r"[\w-]{1,40}", name) else (
+    Code.BOUND, "must be up to 40 letters, digits, - and _", ""))]
+
+
 @dataclass(frozen=True)
 class SafetyList:
     """One list, and what becomes of documents that it finds."""
 
-    name: str
+    name: ListName
     """Its name in counts and reasons: letters, digits, - and _."""
     file: Path
     """Its file, or for `urls` also a folder with the files `domains` and `urls`."""
     type: ListKind = "words"
     """`words`: words and phrases of the text; `urls`: sites and addresses, of the document's column `url`;
     `patterns`: regular expressions, one a line."""
-    drop_from: int = 1
+    drop_from: NotNegativeInt = 1
     """A document with so many hits is dropped; 0: hits are counted and nothing is dropped."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that this list breaks."""
-        found = []
-        if not regex.fullmatch(r"[\w-]{1,40}", self.name):
-            found.append(f"name = {self.name!r} must be up to 40 letters, digits, - and _")
-        if self.type not in get_args(ListKind):
-            found.append(f"type = {self.type!r} must be one of {', '.join(get_args(ListKind))}")
-        if self.drop_from < 0:
-            found.append(f"drop_from = {self.drop_from} must not be negative; 0 drops nothing")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
         if not self.file.exists():
-            found.append(f"file = {str(self.file)!r} does not exist; check the path")
-        elif self.file.is_dir() and self.type != "urls":
-            found.append(f"file = {str(self.file)!r} is a folder; only lists of urls may be one")
-        if not found:
-            try:  # now, and not when all documents are parsed
-                self.finder()
-            except UserError as e:
-                found.append(str(e))
-        return found
+            return [Problem(Code.FILE, "file", "does not exist", self.file, "check the path")]
+        if self.file.is_dir() and self.type != "urls":
+            return [Problem(Code.FILE, "file", "is a folder; only lists of urls may be one", self.file)]
+        try:  # now, and not when all documents are parsed
+            self.finder()
+        except UserError as e:
+            return [Problem(Code.FILE, "", str(e))]
+        return []
 
     def finder(self) -> Phrases | Pages | Patterns:
         """Read the list.
@@ -72,20 +70,17 @@ class SafetyList:
 class SafetySettings:
     """The lists."""
 
-    lists: tuple[SafetyList, ...] = ()
+    lists: Annotated[tuple[SafetyList, ...], MinLen(1)] = ()
     """What is looked for, each with its own file."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
         names = [one.name for one in self.lists]
-        found = [f"lists.{place}: {problem}"
+        found = [problem.below(f"lists.{place}")
                  for place, one in enumerate(self.lists) for problem in one.problems()]
-        found += [f"lists: {name!r} is there {names.count(name)} times; give each list a name of its own"
-                  for name in dict.fromkeys(names) if names.count(name) > 1]
-        if not self.lists:
-            found.append("lists is empty, so that nothing would be looked for; add a list with a name and a "
-                         "file, or take the step out")
-        return found
+        return found + [Problem(Code.RULE, "lists", f"has {name!r} {names.count(name)} times",
+                                way_out="give each list a name of its own")
+                        for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 class Safety(Step):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import HEADS, POOLER, load_pretrained
@@ -24,16 +25,10 @@ SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja")
 class EncoderSettings:
     """How an encoder reads a text."""
 
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Ge(1), Le(1 << 17)] = 512
     """Tokens of a text that are encoded, from its beginning."""
-    max_chars: int = 20_000
+    max_chars: Annotated[int, Ge(1), Le(1 << 24)] = 20_000
     """Characters of a text that are given to the tokenizer."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        return [f"{name} = {value}: must be 1 to {most:,}" for name, value, most in (
-            ("max_tokens", self.max_tokens, 1 << 17), ("max_chars", self.max_chars, 1 << 24))
-            if not 1 <= value <= most]
 
 
 def copy_encoder(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step, View
 from data_prep.scoring.labels import HIGHEST, Kind
 from data_prep.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
+from megatron_sov.settings import Code, NotNegative, Problem
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,19 @@ class GradeSettings:
 
     model: Path
     """Folder that `sov-data scorer train` wrote."""
-    min_score: float | None = None
+    min_score: NotNegative | None = None
     """Documents with a lower score are dropped; without it all are kept."""
 
     wanted: ClassVar[Kind]
     """What the model has to be."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = scorer_problems("model", Path(self.model), self.wanted)
-        if self.min_score is not None and not 0 <= self.min_score <= HIGHEST[self.wanted]:
-            p.append(f"min_score = {self.min_score}: must be from 0 to {HIGHEST[self.wanted]}, the scores of "
-                     f"a {self.wanted}")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = scorer_problems("model", self.model, self.wanted)
+        highest = HIGHEST[self.wanted]
+        if self.min_score is not None and self.min_score > highest:
+            p.append(Problem(Code.RULE, "min_score", f"must be at most {highest}, the highest score of a "
+                             f"{self.wanted}", self.min_score))
         return p
 
 

@@ -16,11 +16,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step, View
 from data_prep.scoring.domains import DOMAINS, WORDS_FILE, domain_hits
 from data_prep.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
+from megatron_sov.settings import AboveZero, AtLeastOne, Bound, Code, Problem, Share
 
 AUTO = "auto"
 MATH_CODE, MULTILINGUAL = "math_code", "multilingual"
@@ -33,41 +34,37 @@ _FORMULA = re.compile(r"\\(?:frac|sum|int|sqrt|alpha|beta|theta|lambda|sigma|inf
                       r"|[∑∫√∂∇∈∀∃≤≥≠≈∞]")
 
 
+DomainName = Annotated[str, Bound(lambda name: None if _NAME.fullmatch(name) else (
+    Code.BOUND, "must be a name of small letters, digits and '_', e.g. law", ""))]
+
+
 @dataclass(frozen=True)
 class KindSettings:
     """Settings of `kind`."""
 
-    domains: dict[str, Path] = field(default_factory=dict)
+    domains: dict[DomainName, Path] = field(default_factory=dict)
     """Domain -> folder of a classifier by `sov-data scorer train`, label 1 for documents of the domain."""
-    min_score: float = 0.5
+    min_score: Share = 0.5
     """Score from which a classifier's domain is taken."""
     words: bool = True
     """Tell finance, law and medicine by their words where no classifier is named (English, Korean,
     Japanese)."""
-    min_words: int = 6
+    min_words: AtLeastOne = 6
     """Different words of a domain that a document must have."""
-    min_words_per_1000_chars: float = 3.0
+    min_words_per_1000_chars: AboveZero = 3.0
     """How many times it must have any of them, in 1,000 characters."""
-    min_formulas_per_1000_chars: float = 4.0
+    min_formulas_per_1000_chars: AboveZero = 4.0
     """Signs and commands of formulas in 1,000 characters that make a document one of mathematics."""
     code_forms: tuple[str, ...] = ("code", "markup")
     """Values of the column `form` that are taken for code."""
-    max_chars: int = 20_000
+    max_chars: AtLeastOne = 20_000
     """Characters of a document that are read, from its beginning."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
         p = []
         for name, folder in self.domains.items():
-            if not _NAME.fullmatch(name):
-                p.append(f"domains.{name}: must be a name of small letters, digits and '_', e.g. law")
-            p += scorer_problems(f"domains.{name}", Path(folder), "classifier")
-        if not 0 <= self.min_score <= 1:
-            p.append(f"min_score = {self.min_score}: must be a probability from 0 to 1")
-        p += [f"{name} = {value}: must be above 0" for name, value in (
-            ("min_words", self.min_words), ("min_words_per_1000_chars", self.min_words_per_1000_chars),
-            ("min_formulas_per_1000_chars", self.min_formulas_per_1000_chars), ("max_chars", self.max_chars))
-            if not value > 0]
+            p += scorer_problems(f"domains.{name}", folder, "classifier")
         return p
 
 

@@ -20,51 +20,47 @@ from fractions import Fraction
 from hashlib import blake2b
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from annotated_types import Gt, Le
 
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Pass, Step, View
 from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import check_seal, read_json, sealed, write_json
+from megatron_sov.settings import AtLeastOne, NotBlank, Problem, find_broken
 
 LEVELS = ("L1", "L2", "L3")
 BASIC = "basic"
 SMALL = "small languages together"
 _FILE = "levels.json"
+ShareAboveZero = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass(frozen=True)
 class LevelSettings:
     """Settings of `level`."""
 
-    by: str = "education"
+    by: NotBlank = "education"
     """Column of scores; a higher one is better."""
-    l1: float = 1.0
+    l1: ShareAboveZero = 1.0
     """Share of the documents with a score that are L1 or better."""
-    l2: float = 0.5
+    l2: ShareAboveZero = 0.5
     """Share that is L2 or better."""
-    l3: float = 0.35
+    l3: ShareAboveZero = 0.35
     """Share that is L3."""
     per: str = "language"
     """Column whose values are each judged apart; "": all documents together."""
-    min_documents: int = 100
+    min_documents: AtLeastOne = 100
     """A value of `per` with fewer documents is judged together with the others of that sort: a percentile
     of a handful says nothing."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = []
-        if not self.by:
-            p.append('by = "": must name a column of scores, e.g. education')
-        if not 0 < self.l3 <= self.l2 <= self.l1 <= 1:
-            p.append(f"l1 = {self.l1}, l2 = {self.l2}, l3 = {self.l3}: must be shares above 0 and up to 1, "
-                     "none larger than the one before it")
-        if self.min_documents < 1:
-            p.append(f"min_documents = {self.min_documents}: must be at least 1")
-        return p
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return find_broken(self, "", (self.l2 <= self.l1, "l2", f"must be at most l1 = {self.l1}"),
+                           (self.l3 <= self.l2, "l3", f"must be at most l2 = {self.l2}"))
 
 
 class Level(Step):

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.scoring.encoder import Encoder, EncoderSettings
-from data_prep.scoring.labels import HIGHEST, KINDS, Kind
+from data_prep.scoring.labels import HIGHEST, Kind
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest, to_json
 from megatron_sov.errors import UserError
+from megatron_sov.settings import Code, Finite, Problem, read
 
 ARTIFACT = "scorer"
 SETTINGS_FILE, WEIGHTS_FILE, ENCODER_FOLDER = "scorer.json", "weights.safetensors", "encoder"
@@ -34,11 +35,11 @@ class ScorerSettings:
     """Classifier: scores are probabilities of label 1; regressor: from 0 to 5."""
     features: NgramSettings | EncoderSettings
     """How texts become rows."""
-    bias: float
+    bias: Finite
     """Added to the product of row and weights: z."""
-    slope: float
+    slope: Finite
     """The score is slope * z + offset, through the logistic function or cut to 0 to 5."""
-    offset: float
+    offset: Finite
 
 
 class Scorer:
@@ -79,7 +80,7 @@ def scorer_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
 
 
-def scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[str]:
+def scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[Problem]:
     """Return why a folder is no scorer, or one of another kind, in a sentence; nothing where it is one.
 
     Args:
@@ -90,9 +91,10 @@ def scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[s
     try:
         found = read_manifest(folder, ARTIFACT).content.get("kind")
     except UserError as e:
-        return [f"{name} = {e}"]
+        return [Problem(Code.FILE, name, str(e))]
     if kind is not None and found != kind:
-        return [f"{name} = {folder}: is a {found}; train one with `sov-data scorer train --kind {kind}`"]
+        return [Problem(Code.FILE, name, f"is a {found}", folder,
+                        f"train one with `sov-data scorer train --kind {kind}`")]
     return []
 
 
@@ -121,20 +123,9 @@ def _settings(file: Path) -> ScorerSettings:
         raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if raw.pop("content_version") != CONTENT_VERSION:
             raise ValueError(f"this version reads content_version {CONTENT_VERSION}")
-        features = raw.pop("features")
-        read = NgramSettings(**features) if "num_buckets" in features else EncoderSettings(**features)
-        settings = ScorerSettings(features=read, **raw)
-        if settings.kind not in KINDS:
-            raise ValueError(f"kind is {settings.kind!r}")
-        if not all(isinstance(value, int) for value in features.values()):
-            raise ValueError(f"features are {features}")
-        if problems := read.problems():
-            raise ValueError("; ".join(problems))
-        if not all(math.isfinite(x) for x in (settings.bias, settings.slope, settings.offset)):
-            raise ValueError("bias, slope and offset must be finite")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        return read(ScorerSettings, raw, "settings")
+    except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); train the scorer again") from None
-    return settings
 
 
 def _weights(file: Path, width: int) -> np.ndarray:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from annotated_types import Ge, Le, Lt
 
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Pass, Step, View
 from data_prep.scoring.fitting import library_problems
@@ -24,6 +25,7 @@ from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import read_json, read_sealed, sealed, write_json
+from megatron_sov.settings import AtLeastOne, Code, Problem, as_problem
 
 _MODEL, _TOPICS = "topics.safetensors", "topics.json"
 _MOST_SHOWN = 200
@@ -35,25 +37,22 @@ _TIMES, _LEAST_PER_SHARD = 4, 64
 class TopicsSettings:
     """Settings of `topics`."""
 
-    num_clusters: int = 32
+    num_clusters: Annotated[int, Ge(2), Le(10_000)] = 32
     """Topics."""
-    sample: int = 100_000
+    sample: AtLeastOne = 100_000
     """Documents that topics are found in."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(1 << 32)] = 0
     """Another seed takes another sample, and begins elsewhere."""
-    max_chars: int = 4_000
+    max_chars: Annotated[int, Ge(1), Le(1 << 24)] = 4_000
     """Characters of a document that are read, from its beginning."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = []
-        if not 2 <= self.num_clusters <= 10_000:
-            p.append(f"num_clusters = {self.num_clusters}: must be 2 to 10,000")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = list(map(as_problem, library_problems()))
         if self.sample < self.num_clusters:
-            p.append(f"sample = {self.sample}: must be at least num_clusters = {self.num_clusters}")
-        if not 0 <= self.seed < 1 << 32:
-            p.append(f"seed = {self.seed}: must be 0 to {(1 << 32) - 1}")
-        return p + NgramSettings(max_chars=self.max_chars).problems() + library_problems()
+            p.append(Problem(Code.RULE, "sample", f"must be at least num_clusters = {self.num_clusters}",
+                             self.sample))
+        return p
 
 
 class Topics(Step):

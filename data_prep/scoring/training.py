@@ -24,8 +24,9 @@ from data_prep.scoring.scorer import (
     write_scorer,
 )
 from megatron_sov.artifacts import new_artifact, refuse_existing, sha256_file
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.settings import SettingsError, as_problem, name_options, problems_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     Raises:
         UserError: labels or settings that cannot be, or an output that may not be replaced.
     """
-    if problems := library_problems() + settings.features.problems():
-        raise UserError(list_problems("scorer train", problems))
+    if problems := [*map(as_problem, library_problems()), *name_options(problems_of(settings.features))]:
+        raise SettingsError("", problems)
     refuse_existing(output, ARTIFACT, overwrite)
     labels, num_again = read_labels(settings.labels, settings.kind, settings.features.max_chars,
                                     least=MIN_LABELS)

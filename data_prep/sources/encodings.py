@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import re
+from typing import Annotated
 
 from megatron_sov.documents import BadRecord
+from megatron_sov.settings import Bound, Breach, Code
 
 DETECT = "detect"
 """Value of the option `encoding`: UTF-8 where it is, else by the bytes."""
@@ -25,14 +27,17 @@ _MOST_REPLACED = 0.01
 """Share of characters that were no text in the encoding; above it the encoding is wrong."""
 
 
-def encoding_problems(encoding: str) -> list[str]:
-    """Return one sentence where an option names no encoding."""
+def _unknown(encoding: str) -> Breach | None:
     try:
         if encoding == DETECT or codecs.lookup(encoding)._is_text_encoding:
-            return []
-    except LookupError:
+            return None
+    except (LookupError, ValueError):
         pass
-    return [f"encoding = {encoding!r} is no encoding that Python knows; write {DETECT}, utf-8, cp949, ..."]
+    return Code.CHOICE, "is no encoding that Python knows", f"write {DETECT}, utf-8, cp949, ..."
+
+
+Encoding = Annotated[str, Bound(_unknown)]
+"""One of Python's names of encodings of text, or `DETECT`."""
 
 
 def decode_text(raw: bytes, encoding: str) -> str:

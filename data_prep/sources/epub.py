@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from data_prep.sources.encodings import decode_page
@@ -29,13 +29,8 @@ _FACTS = {"title": "title", "language": "language_hint", "date": "date", "rights
 class EpubOptions(Limits):
     """Options of books."""
 
-    split: str = "book"
+    split: Literal["book", "chapter"] = "book"
     """What is a document: a "book", or each file ("chapter") of one."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken."""
-        wrong = [f"split = {self.split!r} must be book or chapter"] * (self.split not in ("book", "chapter"))
-        return super().problems() + wrong
 
 
 class EpubReader(FileReader):

@@ -9,8 +9,8 @@ from typing import Any
 from data_prep.libraries import require
 from data_prep.sources.reader import FileReader
 from data_prep.sources.source import Reader, SourceSettings
-from megatron_sov.errors import UserError, list_problems, nearest
-from megatron_sov.settings import find_problems
+from megatron_sov.errors import nearest
+from megatron_sov.settings import Code, Problem, SettingsError, as_problem, find_problems, problems_of
 
 FORMATS: dict[str, str] = {
     "auto": "data_prep.sources.auto:AutoReader",
@@ -48,24 +48,18 @@ def reader(source: SourceSettings) -> Reader:
     """Return the reader of a source.
 
     Raises:
-        UserError: the source has problems; all of them.
+        SettingsError: the source has problems; all of them.
     """
-    if problems := source.problems():
-        raise UserError(list_problems(f"source {source.name}", problems))
+    if problems := problems_of(source):
+        raise SettingsError(f"source {source.name}", problems)
     return reader_class(source.format)(source)
 
 
-def format_problems(format_: str, options: Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each mistake in the name of a format and its options."""
+def format_problems(format_: str, options: Mapping[str, Any]) -> list[Problem]:
+    """Return each mistake in the name of a format and its options."""
     if format_ not in FORMATS:
-        return [f"format = {format_!r} must be one of {', '.join(FORMATS)}{nearest(format_, FORMATS)}"]
-    return [*require(f"format {format_}", *LIBRARIES.get(format_, ())),
-            *_option_problems(reader_class(format_).Options, options)]
-
-
-def _option_problems(cls: type[Any], given: Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each mistake in the options of a format, whose class is `cls`."""
-    options, problems = find_problems(cls, given)
-    if options is None:
-        return [problem.below("options").sentence for problem in problems]
-    return [f"options.{sentence}" for sentence in options.problems()]
+        return [Problem(Code.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
+                        nearest(format_, FORMATS).removeprefix("; "))]
+    problems = find_problems(reader_class(format_).Options, options)[1]
+    return [*map(as_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
+            *(problem.below("options") for problem in problems)]

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Annotated, cast
+
+from annotated_types import Ge, Le
 
 from megatron_sov.documents import BadRecord
 
@@ -19,33 +21,21 @@ MAX_RATIO = 250
 FREE_BYTES = 1 << 20
 COMPRESSED = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
+LimitBytes = Annotated[int, Ge(1000)]
 
 
 @dataclass(frozen=True)
 class Limits:
     """Options that every format has."""
 
-    time_s: float = 60.0
+    time_s: Annotated[float, Ge(0.1), Le(86_400)] = 60.0
     """Processor time that reading one document may take; ten times of it on the clock."""
-    memory_bytes: int = 4 << 30
-    """Address space of the process that reads."""
-    document_bytes: int = 64 << 20
+    memory_bytes: Annotated[int, Ge(1 << 29)] = 4 << 30
+    """Address space of the process that reads; the parsers take half a gigabyte themselves."""
+    document_bytes: LimitBytes = 64 << 20
     """Text of one document, in UTF-8."""
-    unpacked_bytes: int = 1 << 30
+    unpacked_bytes: LimitBytes = 1 << 30
     """What one file that is held in memory, or one archive, may hold when it is unpacked."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken."""
-        found = []
-        if not 0.1 <= self.time_s <= 86_400:
-            found.append(f"time_s = {self.time_s} must be 0.1 to 86,400 seconds")
-        if self.memory_bytes < 1 << 29:
-            found.append(f"memory_bytes = {self.memory_bytes} must be at least {1 << 29}, which the parsers "
-                         "take themselves")
-        for name in ("document_bytes", "unpacked_bytes"):
-            if getattr(self, name) < 1000:
-                found.append(f"{name} = {getattr(self, name)} must be at least 1000")
-        return found
 
 
 @contextmanager

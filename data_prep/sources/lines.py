@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from data_prep.sources.encodings import decode_text, encoding_problems
+from data_prep.sources.encodings import Encoding, decode_text
 from data_prep.sources.job import EMPTY, Item, Job
-from data_prep.sources.limits import COMPRESSED, Limits, blocks_within, unpacked
+from data_prep.sources.limits import COMPRESSED, LimitBytes, Limits, blocks_within, unpacked
 from data_prep.sources.reader import FileReader
 from data_prep.sources.records import raw_of
 from data_prep.sources.source import Broken, Piece, Raw
@@ -40,17 +40,10 @@ class _SpansReader(FileReader):
 class TextOptions(Limits):
     """Options of plain text."""
 
-    encoding: str = "utf-8"
+    encoding: Encoding = "utf-8"
     """Of all files; "detect": each one's own."""
-    cut_bytes: int = DOCUMENT_BYTES
+    cut_bytes: LimitBytes = DOCUMENT_BYTES
     """Files above 1 MB are cut at blank lines into documents of at most so much."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken."""
-        found = super().problems() + encoding_problems(self.encoding)
-        if self.cut_bytes < 1000:
-            found.append(f"cut_bytes = {self.cut_bytes} must be at least 1000")
-        return found
 
 
 class TextReader(_SpansReader):

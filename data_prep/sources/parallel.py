@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 from data_prep.sources.job import Item, Job
 from data_prep.sources.limits import COMPRESSED, Limits, blocks_within, unpacked
@@ -16,43 +16,37 @@ from data_prep.sources.reader import FileReader
 from data_prep.sources.source import Broken, Piece, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError
+from megatron_sov.settings import ONCE, AtLeastOne, Bound, Breach, Code, NotNegativeInt
 
 _XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
+
+
+def _no_template(template: str) -> Breach | None:
+    try:
+        asked = {name for _, name, spec, turn in string.Formatter().parse(template)
+                 if name is not None or spec or turn}
+    except ValueError as e:
+        return Code.BOUND, f"is no template ({e})", ""
+    if {"source", "target"} <= asked <= {"source", "target", "source_language", "target_language"}:
+        return None
+    return (Code.BOUND, "must have {source} and {target}, and may have {source_language} and "
+            "{target_language}", "")
 
 
 @dataclass(frozen=True)
 class ParallelOptions(Limits):
     """Options of parallel text."""
 
-    languages: tuple[str, ...] = ()
+    languages: tuple[()] | Annotated[tuple[str, str], ONCE] = ()
     """Two languages: endings of two files of lines ("data.en", "data.ko"), codes of a TMX file."""
-    columns: tuple[int, int] = (0, 1)
+    columns: Annotated[tuple[NotNegativeInt, NotNegativeInt], ONCE] = (0, 1)
     """Columns of a .tsv file that hold the two, from 0."""
-    template: str = "{source}\n{target}"
+    template: Annotated[str, Bound(_no_template)] = "{source}\n{target}"
     """What a pair becomes."""
-    pairs: int = 1
+    pairs: AtLeastOne = 1
     """So many pairs that follow one another become one document, with an empty line between."""
     names: tuple[str, str] = field(default=("", ""))
     """What {source_language} and {target_language} of the template are; empty: the languages."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken."""
-        found = super().problems()
-        if self.languages and (len(self.languages) != 2 or self.languages[0] == self.languages[1]):
-            found.append(f"languages = {list(self.languages)} must be two that differ, as [en, ko]")
-        if min(self.columns) < 0 or self.columns[0] == self.columns[1]:
-            found.append(f"columns = {list(self.columns)} must be two that differ, from 0")
-        if self.pairs < 1:
-            found.append(f"pairs = {self.pairs} must be at least 1")
-        try:
-            asked = {name for _, name, spec, turn in string.Formatter().parse(self.template)
-                     if name is not None or spec or turn}
-        except ValueError as e:
-            return [*found, f"template = {self.template!r} is no template ({e})"]
-        if not {"source", "target"} <= asked <= {"source", "target", "source_language", "target_language"}:
-            found.append(f"template = {self.template!r} must have {{source}} and {{target}}, and may have "
-                         "{source_language} and {target_language}")
-        return found
 
 
 class ParallelReader(FileReader):

@@ -6,7 +6,9 @@ import ctypes
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
 
 from data_prep.sources.job import Job, kept
 from data_prep.sources.limits import Limits, read_whole
@@ -14,6 +16,7 @@ from data_prep.sources.pdf_layout import HYPHEN, Page, Word, pages_text
 from data_prep.sources.reader import FileReader
 from data_prep.sources.source import Broken, Raw
 from megatron_sov.documents import BadRecord
+from megatron_sov.settings import AtLeastOne
 
 _DATE = re.compile(r"D:(\d{4})(\d\d)?(\d\d)?")
 _WHITE = frozenset([0, 9, 10, 11, 12, 13, 32, 0xA0, 0x2028, 0x2029, 0x3000])
@@ -27,19 +30,12 @@ MAX_REPLACED = 0.2
 class PdfOptions(Limits):
     """Options of PDFs."""
 
-    time_s: float = 300.0
+    time_s: Annotated[float, Ge(0.1), Le(86_400)] = 300.0
     """Processor time that one file may take: a page takes about 20 ms; ten times of it on the clock."""
-    max_pages: int = 10_000
+    max_pages: AtLeastOne = 10_000
     """A file with more is left out."""
     repeated_lines: bool = False
     """Keep running heads and page numbers."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken."""
-        found = super().problems()
-        if self.max_pages < 1:
-            found.append(f"max_pages = {self.max_pages} must be at least 1")
-        return found
 
 
 class PdfReader(FileReader):

@@ -9,9 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from annotated_types import MinLen
+
+from megatron_sov.settings import ONCE, Bound, Code, Problem, one_of
 
 NAME = re.compile(r"\w[\w.-]{0,59}")
+SourceName = Annotated[str, Bound(lambda name: None if NAME.fullmatch(name) else (
+    Code.BOUND, "must be letters, digits, '.', '_' and '-', at most 60", ""))]
 KINDS = ("", "auto", "en", "math_code", "ko", "ja", "multilingual", "domain:finance", "domain:law",
          "domain:medicine")
 """What a source's documents may be; "" is unknown, "auto" is told by the step `kind`."""
@@ -26,15 +32,15 @@ KEPT_CHARS = 1000
 class SourceSettings:
     """One source of a pipeline file."""
 
-    name: str
+    name: SourceName
     """Name in counts, identifiers and folders."""
-    path: tuple[str, ...]
+    path: Annotated[tuple[str, ...], MinLen(1), ONCE]
     """Files and folders, relative to `folder`."""
     folder: Path = field(default=Path(), metadata={"is_written": False})
     """Where the pipeline file lies."""
     format: str = "auto"
     """One of `formats.FORMATS`."""
-    kind: str = ""
+    kind: Annotated[str, one_of(lambda: KINDS)] = ""
     """One of `KINDS`."""
     licence: str = ""
     """SPDX expression or free words; "" is unknown."""
@@ -47,21 +53,13 @@ class SourceSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the format."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken; those of the options too."""
-        found = []
-        if not NAME.fullmatch(self.name):
-            found.append(f"name = {self.name!r} must be letters, digits, '.', '_' and '-', at most 60")
-        if not self.path:
-            found.append("path = [] names no file or folder; name one")
-        found += [f"path = {path!r} does not exist ({self.folder / path}); name a file or a folder"
-                  for path in self.path if not (self.folder / path).exists()]
-        found += [f"path = {path!r} is given {self.path.count(path)} times; name it once"
-                  for path in dict.fromkeys(self.path) if self.path.count(path) > 1]
-        if self.kind not in KINDS:
-            found.append(f"kind = {self.kind!r} must be one of {', '.join(filter(None, KINDS))}, or empty")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        found = [Problem(Code.FILE, "path", f"does not exist ({self.folder / path})", path,
+                         "name a file or a folder")
+                 for path in self.path if not (self.folder / path).exists()]
         # by its name, since formats are made of sources and not the other way round
-        problems: list[str] = import_module(_FORMATS).format_problems(self.format, self.options)
+        problems: list[Problem] = import_module(_FORMATS).format_problems(self.format, self.options)
         return found + problems
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.sources.encodings import DETECT, decode_page, decode_text
 from data_prep.sources.html import NO_TEXT, HtmlOptions, page
 from data_prep.sources.job import Item, Job, kept
-from data_prep.sources.limits import unpacked
+from data_prep.sources.limits import LimitBytes, unpacked
 from data_prep.sources.pdf import PdfOptions, pdf_document
 from data_prep.sources.reader import FileReader
 from data_prep.sources.source import Broken, Raw
@@ -28,15 +28,8 @@ _HTML = frozenset(["text/html", "application/xhtml+xml"])
 class WarcOptions(HtmlOptions, PdfOptions):
     """Options of web archives: those of pages and of PDFs, and a limit of what one record may hold."""
 
-    record_bytes: int = 16 << 20
+    record_bytes: LimitBytes = 16 << 20
     """Of what a server sent; longer ones are left out unread."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that is broken."""
-        found = super().problems()
-        if self.record_bytes < 1000:
-            found.append(f"record_bytes = {self.record_bytes} must be at least 1000")
-        return found
 
 
 class WarcReader(FileReader):

@@ -11,18 +11,18 @@ from typing import Annotated, Any
 from megatron_sov.documents.strict_json import no_constant
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
-from megatron_sov.settings import Asked, Broken, Code, Problem
+from megatron_sov.settings import Bound, Breach, Code, Problem
 
 MAX_JSON_CHARS = 1_000_000
 _FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
 
 
-def _no_regex(text: str) -> Broken | None:
+def _no_regex(text: str) -> Breach | None:
     wrong = patterns.problem(text) if text else ""
     return (Code.RULE, f"is no regular expression ({wrong})", "mend it") if wrong else None
 
 
-def _no_name(text: str) -> Broken | None:
+def _no_name(text: str) -> Breach | None:
     return None if re.fullmatch(r"[A-Za-z_][\w-]*", text) else (
         Code.RULE, "must be a name of letters, digits, - and _", "")
 
@@ -33,9 +33,9 @@ class Format:
 
     CONTROL, cpu_limit_s = "", 10.0
 
-    regex: Annotated[str, Asked(_no_regex)] = ""
+    regex: Annotated[str, Bound(_no_regex)] = ""
     """A pattern that the response, white space around it removed, matches as a whole; `.` takes line ends."""
-    tags: tuple[Annotated[str, Asked(_no_name)], ...] = ()
+    tags: tuple[Annotated[str, Bound(_no_name)], ...] = ()
     """Names such as think, answer: each stands once as <think>...</think>, in this order, with something in
     it, and nothing but white space stands around them."""
     json: bool = False

@@ -6,9 +6,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
-from megatron_sov.settings import Asked, Code
+from megatron_sov.settings import Bound, Code
 
-INSTALLED = Asked(lambda segmenter: None if segmenter != "pythainlp" or find_spec("pythainlp") else (
+INSTALLED = Bound(lambda segmenter: None if segmenter != "pythainlp" or find_spec("pythainlp") else (
     Code.RULE, "needs pythainlp, which is not installed", "pip install pythainlp, or set segmenter=rules"))
 Segmenter = Annotated[Literal["none", "rules", "pythainlp"], INSTALLED]
 """none: the text as it stands alone; rules: line ends end sentences; pythainlp: Thai words and sentences by

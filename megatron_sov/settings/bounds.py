@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from megatron_sov.errors import nearest
 from megatron_sov.settings.problem import Code, show
 
-Broken = tuple[Code, str, str]
+Breach = tuple[Code, str, str]
 """Code, rule and way out of a problem; see `Problem`."""
 
 AtLeastOne = Annotated[int, Ge(1)]
@@ -29,10 +29,10 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Bound:
     """A bound that no library has a name for."""
 
-    broken: Callable[[Any], Broken | None]
+    broken: Callable[[Any], Breach | None]
     """Returns what a value of the right type breaks."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
@@ -48,22 +48,22 @@ class Asked:
         return core_schema.no_info_after_validator_function(ask, handler(source))
 
 
-def one_of(known: Callable[[], Collection[str]]) -> Asked:
+def one_of(known: Callable[[], Collection[str]]) -> Bound:
     """Return the bound of a text that is one of those which a table or a file has when it is read."""
-    def broken(value: str) -> Broken | None:
+    def broken(value: str) -> Breach | None:
         words = sorted(filter(None, known()))
         if value in known():
             return None
         return Code.CHOICE, f"must be one of {', '.join(words)}", nearest(value, words).removeprefix("; ")
 
-    return Asked(broken)
+    return Bound(broken)
 
 
-def _repeated(values: Collection[Any]) -> Broken | None:
+def _repeated(values: Collection[Any]) -> Breach | None:
     twice = [value for value, count in Counter(values).items() if count > 1]
     return (Code.BOUND, f"has {show(twice[0])} twice", "name it once") if twice else None
 
 
-NotBlank = Annotated[str, Asked(lambda text: None if text.strip() else (Code.BOUND, "must not be empty", ""))]
-ONCE = Asked(_repeated)
+NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (Code.BOUND, "must not be empty", ""))]
+ONCE = Bound(_repeated)
 """Of a list that has no item twice."""

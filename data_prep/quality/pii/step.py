@@ -7,49 +7,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import yaml
+from annotated_types import MinLen
 
 from data_prep.libraries import require
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step
 from data_prep.quality.pii.finders import FINDERS
-from megatron_sov.errors import nearest
+from megatron_sov.settings import Bound, Breach, Code, Problem, as_problem, one_of
 
 NAME = "{name}"
 """What the name of the masked stands for in a placeholder."""
 NAMES_FILE = Path(__file__).with_name("names.yaml")
 
 
+Finder = Annotated[str, one_of(lambda: FINDERS)]
+"""A kind of personal data."""
+
+
+def _other_braces(placeholder: str) -> Breach | None:
+    if set(placeholder.replace(NAME, "")) & set("{}"):
+        return Code.BOUND, f"must have no braces but {NAME}", ""
+    return None
+
+
 @dataclass(frozen=True)
 class PiiSettings:
     """What is masked, and by what."""
 
-    mask: tuple[str, ...] = tuple(FINDERS)
+    mask: Annotated[tuple[Finder, ...], MinLen(1)] = tuple(FINDERS)
     """Kinds that are masked: api_key, email, iban, korean_rrn, thai_id, card, ip, phone."""
-    mask_in_code: tuple[str, ...] = ("api_key", "email")
+    mask_in_code: tuple[Finder, ...] = ("api_key", "email")
     """Of them, those that are masked in code and markup too, where a masked number would break what runs."""
-    placeholder: str = "[{name}]"
+    placeholder: Annotated[str, Bound(_other_braces)] = "[{name}]"
     """What stands in the place; {name}: what it was, in the document's language."""
-    names_in: str = ""
+    names_in: Annotated[str, one_of(lambda: ("", *masked_names()["email"]))] = ""
     """Language of the names; "": each document's own, and English where there are no names in it."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        found = [f"{name} has {kind!r}, which is no kind of personal data{nearest(kind, FINDERS)} "
-                 f"(kinds: {', '.join(FINDERS)})"
-                 for name, kinds in (("mask", self.mask), ("mask_in_code", self.mask_in_code))
-                 for kind in kinds if kind not in FINDERS]
-        if not self.mask:
-            found.append(f"mask is empty, so that nothing would be done; name kinds such as "
-                         f"{', '.join(list(FINDERS)[:3])}, or take the step out")
-        if set(self.placeholder.replace(NAME, "")) & set("{}"):
-            found.append(f"placeholder = {self.placeholder!r} must have no braces but {{name}}")
-        if self.names_in and self.names_in not in masked_names()["email"]:
-            known = ", ".join(sorted(masked_names()["email"]))
-            found.append(f"names_in = {self.names_in!r}: there are names in {known}; "
-                         "leave it out for each document's own")
-        return found + (require("the step pii", "phonenumbers") if "phone" in self.mask else [])
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return list(map(as_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
 
 
 @lru_cache(maxsize=1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step
-from data_prep.quality.forms import FORMS
+from data_prep.quality.forms import Form
 from data_prep.quality.rules.c4 import c4
 from data_prep.quality.rules.fineweb import fineweb
 from data_prep.quality.rules.gopher import quality, repetition
@@ -22,7 +22,7 @@ from data_prep.quality.rules.language_rules import (
 )
 from data_prep.quality.rules.thresholds import Thresholds
 from data_prep.quality.rules.words import Words
-from megatron_sov.errors import nearest
+from megatron_sov.settings import Problem, find_problems, one_of
 
 Preset = Literal["fineweb", "fineweb2", "gopher", "c4"]
 WithoutRules = Literal["other", "drop", "pass"]
@@ -39,6 +39,9 @@ ONLY_ENGLISH = {"fineweb": "fineweb2"}
 """Preset that was made for English -> the one that takes its place in other languages."""
 
 
+RulesLanguage = Annotated[str, one_of(lambda: (*known_languages(), OTHER))]
+
+
 @dataclass(frozen=True)
 class RulesSettings:
     """Which rules hold, and how strictly."""
@@ -48,58 +51,19 @@ class RulesSettings:
     English `fineweb2`, which leaves C4 out."""
     thresholds: Mapping[str, Any] = field(default_factory=dict)
     """Threshold -> its value in every language; null: the rule is off."""
-    languages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    languages: Mapping[RulesLanguage, Mapping[str, Any]] = field(default_factory=dict)
     """Language -> threshold -> its value in that language."""
     without_rules: WithoutRules = "other"
     """A document in a language without rules of its own: judged by those of `other`, dropped, or passed."""
-    forms: tuple[str, ...] = ("prose",)
+    forms: tuple[Form, ...] = ("prose",)
     """Forms that are judged, where the step `language` has told them; the rules were made for prose."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        found = [f"{name} = {value!r} must be one of {', '.join(get_args(kind))}"
-                 for name, value, kind in (("preset", self.preset, Preset),
-                                           ("without_rules", self.without_rules, WithoutRules))
-                 if value not in get_args(kind)]
-        found += [f"forms has {form!r}; the forms are {', '.join(FORMS)}"
-                  for form in self.forms if form not in FORMS]
-        found += [f"languages.{code}: there are no rules of their own to change for {code!r} (languages: "
-                  f"{', '.join(known_languages())}; {OTHER}: all others)"
-                  for code in self.languages if code not in (*known_languages(), OTHER)]
-        for where, changes in (("thresholds", self.thresholds),
-                               *((f"languages.{code}", changes) for code, changes in self.languages.items())):
-            found += _threshold_problems(where, changes)
-        return found
-
-
-def _threshold_problems(where: str, changes: Mapping[str, Any]) -> list[str]:
-    defaults, known = Thresholds(), [f.name for f in fields(Thresholds)]
-    found, fitting = [], {}
-    for name, value in changes.items():
-        if name not in known:
-            found.append(f"{where}.{name}: no such threshold{nearest(name, known)}")
-        elif problem := _type_problem(getattr(defaults, name), value):
-            found.append(f"{where}.{name} = {value!r}: {problem}")
-        else:
-            fitting[name] = _with_numbers(value)
-    return found + [f"{where}.{problem}" for problem in Thresholds(**fitting).problems()]
-
-
-def _type_problem(default: Any, value: Any) -> str:
-    """Return what is wrong with the type of a threshold's value, "" where it is right."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "write true or false"
-    if isinstance(default, Mapping):
-        pairs = isinstance(value, Mapping) and all(
-            str(n).isdecimal() and isinstance(share, (int, float)) for n, share in value.items())
-        return "" if pairs else "write shares by number of words, such as {2: 0.2, 3: 0.18}; {}: no such rule"
-    return "" if value is None or number else "write a number, or null for no such rule"
-
-
-def _with_numbers(value: Any) -> Any:
-    """Return a threshold whose n-grams are numbers; the keys of a file are text."""
-    return {int(n): share for n, share in value.items()} if isinstance(value, Mapping) else value
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [problem.below(where) for where, changes in (
+                    ("thresholds", self.thresholds),
+                    *((f"languages.{code}", changes) for code, changes in self.languages.items()))
+                for problem in find_problems(Thresholds, changes)[1]]
 
 
 class Rules(Step):
@@ -143,8 +107,8 @@ class Rules(Step):
         if rules.code not in self._rules:
             changes = {**({"lines_end_with_mark": False} if self.settings.preset == "fineweb" else {}),
                        **self.settings.thresholds, **self.settings.languages.get(rules.code, {})}
-            self._rules[rules.code] = with_thresholds(
-                rules, {name: _with_numbers(value) for name, value in changes.items()})
+            made = find_problems(Thresholds, changes)[0]  # with numbers as keys, which are text in a file
+            self._rules[rules.code] = with_thresholds(rules, {name: getattr(made, name) for name in changes})
         return self._rules[rules.code]
 
 

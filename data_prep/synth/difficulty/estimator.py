@@ -20,6 +20,7 @@ from data_prep.scoring.ngrams import Ngrams
 from data_prep.synth.difficulty.features import NAMES, form
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest, to_json
 from megatron_sov.errors import UserError
+from megatron_sov.settings import read
 
 KIND = "difficulty"
 SETTINGS_FILE, WEIGHTS_FILE = "difficulty.json", "weights.safetensors"
@@ -111,11 +112,7 @@ def _settings(file: Path) -> EstimatorSettings:
         raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if raw.pop("content_version") != CONTENT_VERSION or raw.pop("form") != list(NAMES):
             raise ValueError(f"this version reads content_version {CONTENT_VERSION} with its own figures")
-        ngrams = NgramSettings(**raw.pop("ngrams"))
-        if not all(type(value) is int for value in vars(ngrams).values()):
-            raise ValueError(f"ngrams are {ngrams}")
-        if problems := ngrams.problems():
-            raise ValueError("; ".join(problems))
+        ngrams = read(NgramSettings, raw.pop("ngrams"), "ngrams")
         means, spreads = (tuple(map(float, raw.pop(name))) for name in ("means", "spreads"))
         settings = EstimatorSettings(ngrams, means=means, spreads=spreads,
                                      **{name: float(value) for name, value in raw.items()})
