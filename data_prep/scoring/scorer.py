@@ -123,7 +123,10 @@ def _settings(file: Path) -> ScorerSettings:
         raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if raw.pop("content_version") != CONTENT_VERSION:
             raise ValueError(f"this version reads content_version {CONTENT_VERSION}")
-        return read(ScorerSettings, raw, "settings")
+        features = raw.pop("features")
+        kind: type[NgramSettings | EncoderSettings] = (
+            NgramSettings if "num_buckets" in features else EncoderSettings)
+        return read(ScorerSettings, {**raw, "features": read(kind, features, "features")}, "settings")
     except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); train the scorer again") from None
 

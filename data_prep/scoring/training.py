@@ -49,7 +49,8 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     Raises:
         UserError: labels or settings that cannot be, or an output that may not be replaced.
     """
-    if problems := [*map(as_problem, library_problems()), *name_options(problems_of(settings.features))]:
+    if problems := [*map(as_problem, library_problems()), *name_options(
+            problems_of(settings.features), num_buckets="--buckets")]:
         raise SettingsError("", problems)
     refuse_existing(output, ARTIFACT, overwrite)
     labels, num_again = read_labels(settings.labels, settings.kind, settings.features.max_chars,

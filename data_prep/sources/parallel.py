@@ -21,6 +21,10 @@ from megatron_sov.settings import ONCE, AtLeastOne, Bound, Breach, Code, NotNega
 _XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
 
+def _not_two(languages: tuple[str, ...]) -> Breach | None:
+    return None if len(languages) in (0, 2) else (Code.BOUND, "must be two, as [en, ko]", "")
+
+
 def _no_template(template: str) -> Breach | None:
     try:
         asked = {name for _, name, spec, turn in string.Formatter().parse(template)
@@ -37,7 +41,7 @@ def _no_template(template: str) -> Breach | None:
 class ParallelOptions(Limits):
     """Options of parallel text."""
 
-    languages: tuple[()] | Annotated[tuple[str, str], ONCE] = ()
+    languages: Annotated[tuple[str, ...], ONCE, Bound(_not_two)] = ()
     """Two languages: endings of two files of lines ("data.en", "data.ko"), codes of a TMX file."""
     columns: Annotated[tuple[NotNegativeInt, NotNegativeInt], ONCE] = (0, 1)
     """Columns of a .tsv file that hold the two, from 0."""

@@ -47,4 +47,4 @@ def test_what_formats_need_is_here() -> None:
 def test_a_format_tells_its_own_libraries_alone(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "warcio", None)
     assert SourceSettings("s", ("pages",), pages, "html").problems() == []
-    assert "format warc needs warcio" in SourceSettings("s", ("pages",), pages, "warc").problems()[0]
+    assert "format warc needs warcio" in str(SourceSettings("s", ("pages",), pages, "warc").problems()[0])

@@ -49,7 +49,7 @@ def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixt
     (train(labels="ones.jsonl"), "0 of 100 texts have label 0"),
     (train(labels="scale.jsonl"), "must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"),
     (train(kind="ranker"), '--kind "ranker": must be'),
-    (train("--buckets", "1000"), "num_buckets = 1000: must be a power of two"),
+    (train("--buckets", "1000"), "--buckets 1000: must be a power of two"),
     (train("--max-tokens", "9"), "--max-tokens is for an encoder"),
     (train("--encoder", "none", "--max-ngram", "2"), "--max-ngram and --buckets are about n-grams"),
     (train("--encoder", "none"), "--encoder none: has no config.json"),

@@ -33,4 +33,4 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quiz.jsonl:1: has text in none of the fields question, .*title"):
         read_items([tmp_path], FIELDS)
     (problem,) = SearchSettings((tmp_path,)).problems()
-    assert problem.startswith(f"{tmp_path / 'quiz.jsonl'}:1: has text in none of"), "before a run"
+    assert problem.rule.startswith(f"{tmp_path / 'quiz.jsonl'}:1: has text in none of"), "before a run"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.decontamination.step import Decontaminate, DecontaminateSettings
 from data_prep.dedup.work_files import new_file
+from megatron_sov.settings import problems_of
 from tests.data_prep.decontamination.disguises import DISGUISES, ITEMS
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.typed_words import keys_of
 
 CLEAN = ("The refinery was closed in 1998, and nobody in the office knew how many barrels it had filled.",
          "철수는 사과를 좋아하지 않았지만 영희에게는 그런 말을 하지 않았다. 서울은 대한민국의 수도이다.",
@@ -70,9 +73,13 @@ def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_be_are_all_told(tmp_path: Path, bench: Path) -> None:
-    assert DecontaminateSettings((bench,)).problems() == []
-    assert len(DecontaminateSettings((tmp_path / "none",), (), 0, 9, -1, action="keep").problems()) == 6
+    assert keys_of(DecontaminateSettings((bench,))) == []
+    wrong: Any = "keep"
+    assert keys_of(DecontaminateSettings((), (), 0, 0, -1, action=wrong)) == [
+        "benchmarks", "fields", "ngram", "min_words", "context_chars", "action"]
+    assert keys_of(DecontaminateSettings((tmp_path / "none",), ngram=3, min_words=4)) == [
+        "min_words", "benchmarks"]
     with new_file(tmp_path / "empty.jsonl") as file:
         file.write_text("")
-    (told,) = DecontaminateSettings((bench, tmp_path)).problems()
-    assert told.endswith("empty.jsonl: has no records; each line is a JSON object")
+    (told,) = problems_of(DecontaminateSettings((bench, tmp_path)))
+    assert told.rule.endswith("empty.jsonl: has no records; each line is a JSON object")

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.dedup.paragraphs import ParagraphDedup, ParagraphSettings, paragraphs
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.typed_words import keys_of
 
 MENU = "Home | News | About us | Contact the editors"
 OWN = "A sentence of document number {} that nobody else has, and that is long."
@@ -58,5 +59,7 @@ def test_paragraphs_hold_every_character(split: str) -> None:
 
 
 def test_settings_that_cannot_be_are_all_told() -> None:
-    assert ParagraphSettings().problems() == []
-    assert len(ParagraphSettings(0, 0, "last", "words", 2.0, 0).problems()) == 6
+    wrong: Any = "last"
+    assert keys_of(ParagraphSettings()) == []
+    assert keys_of(ParagraphSettings(0, 0, wrong, wrong, 2.0, 0)) == [
+        "min_chars", "max_documents", "keep", "split", "max_share", "partitions"]

@@ -12,6 +12,7 @@ import pytest
 
 from data_prep.pipeline import known_steps, tasks
 from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
+from megatron_sov.settings import AtLeastOne
 
 PIPELINE = """name: small
 shard_bytes: 2000
@@ -36,15 +37,12 @@ output:
 class ShortenSettings:
     """How long texts may be."""
 
-    longest: int = 100
+    longest: AtLeastOne = 100
     """Characters."""
     not_below: int = 10
     """Shorter ones are dropped."""
     lists: tuple[Path, ...] = ()
     """Files of words that are cut."""
-
-    def problems(self) -> list[str]:
-        return [] if self.longest > 0 else [f"longest = {self.longest}: must be positive; take 100"]
 
 
 class Shorten(Step):

@@ -14,7 +14,9 @@ from data_prep.pipeline.plan import file_hashes
 from data_prep.pipeline.step import Outcome
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.reads import recording_reads
+from megatron_sov.settings import problems_of
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.typed_words import keys_of
 
 OWN = """import dataclasses
 from words import BAD
@@ -48,8 +50,8 @@ def test_a_function_drops_and_changes(tmp_path: Path) -> None:
 def test_what_is_no_function_is_told(tmp_path: Path, name: str, sentence: str) -> None:
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "words.py").write_text("BAD = 'darn'")
-    (problem,) = CodeSettings(tmp_path / name).problems()
-    assert sentence in problem
+    (problem,) = problems_of(CodeSettings(tmp_path / name))
+    assert problem.key == "function" and sentence in problem.rule
 
 
 def test_what_fails_is_told_by_its_document(tmp_path: Path) -> None:
@@ -158,8 +160,7 @@ def test_what_the_function_itself_writes_and_what_is_installed_is_free(tmp_path:
     step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
     step.start(MemoryView({}, tmp_path))
     assert step.outcomes(docs("x", where="a"))
-    assert CodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",)).problems() == [
-        f"files: {tmp_path / 'gone'}: does not exist; name a file or a folder that the function reads"]
+    assert keys_of(CodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",))) == ["files"]
 
 
 def test_a_file_in_shared_memory_is_no_installed_one() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.pipeline.step import Doc, Outcome
 from data_prep.quality.safety import Safety, SafetyList, SafetySettings
 from megatron_sov.errors import UserError
+from megatron_sov.settings import problems_of
+from tests.typed_words import keys_of
 
 
 def outcome(file: Path, content: str, text: str = "", url: str = "", **settings) -> Outcome:
@@ -76,13 +79,13 @@ def test_broken_lists_are_told_with_file_and_line(tmp_path: Path, monkeypatch: p
 
 
 def test_every_broken_rule_of_the_settings_is_told(tmp_path: Path) -> None:
-    lists = (SafetyList("a b", tmp_path), SafetyList("x", tmp_path / "none", "sites", -1),
-             SafetyList("x", tmp_path / "list"), SafetyList("y", tmp_path / "list", "patterns"))
+    wrong: Any = "sites"
+    assert keys_of(SafetySettings((SafetyList("a b", tmp_path), SafetyList("x", tmp_path, wrong, -1)))) == [
+        "lists.0.name", "lists.1.type", "lists.1.drop_from"]
+    lists = (SafetyList("x", tmp_path), SafetyList("x", tmp_path / "none"),
+             SafetyList("y", tmp_path / "list", "patterns"))
     (tmp_path / "list").write_text("a (b\n")
-    problems = SafetySettings(lists).problems()
-    assert [p.split(" = ")[0] for p in problems[:-1]] == [
-        "lists.0: name", "lists.0: file", "lists.1: type", "lists.1: drop_from", "lists.1: file",
-        f"lists.3: {tmp_path / 'list'}:1: 'a (b' is no regular expression: missing ) at position 4; mend it, "
-        "or put a \\ before signs that are meant as they stand"]
-    assert problems[-1] == "lists: 'x' is there 2 times; give each list a name of its own"
-    assert "nothing would be looked for" in SafetySettings().problems()[0]
+    problems = problems_of(SafetySettings(lists))
+    assert [p.key for p in problems] == ["lists.0.file", "lists.1.file", "lists.2", "lists"]
+    assert f"{tmp_path / 'list'}:1: 'a (b' is no regular expression: missing ) at" in problems[2].rule
+    assert keys_of(SafetySettings()) == ["lists"]

@@ -9,7 +9,9 @@ import pytest
 from data_prep.pipeline.known_steps import step_class
 from data_prep.scoring.grades import Education, EducationSettings, Quality, QualitySettings
 from data_prep.scoring.scorer import load_scorer
+from megatron_sov.settings import problems_of
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.typed_words import keys_of
 
 TEXTS = ("the theorem explains the energy of cells", "click banner sale login casino", "역사 설명 증명", "")
 
@@ -39,11 +41,11 @@ def test_the_address_of_a_step_follows_the_weights(scorers: dict[str, Path]) -> 
 
 @pytest.mark.parametrize(("name", "min_score", "said"), [
     ("regressor", None, "is a regressor; train one with `sov-data scorer train --kind classifier`"),
-    ("classifier", 3.0, "min_score = 3.0: must be from 0 to 1, the scores of a classifier"),
+    ("classifier", 3.0, "min_score = 3.0 must be at most 1, the highest score of a classifier"),
     ("nothing", None, "does not exist"),
 ])
 def test_settings_that_cannot_be_are_told(scorers: dict[str, Path], name: str, min_score: float | None,
                                           said: str) -> None:
-    (problem,) = QualitySettings(scorers["classifier"].parent / name, min_score).problems()
-    assert said in problem
-    assert EducationSettings(scorers["regressor"], 3).problems() == []
+    (problem,) = problems_of(QualitySettings(scorers["classifier"].parent / name, min_score))
+    assert said in problem.sentence
+    assert keys_of(EducationSettings(scorers["regressor"], 3)) == []

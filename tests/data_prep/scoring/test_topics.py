@@ -14,6 +14,7 @@ from data_prep.scoring.topics import Topics, TopicsSettings
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import read_json
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.typed_words import keys_of
 
 SUBJECTS = {"cooking": ["onion", "butter", "oven", "simmer", "garlic", "recipe", "flour", "boil"],
             "astronomy": ["orbit", "galaxy", "telescope", "planet", "comet", "nebula", "lunar", "star"],
@@ -82,12 +83,7 @@ def test_too_few_documents_are_told(tmp_path: Path, texts: list[str], said: str)
         topics_of([("", text) for text in texts], tmp_path, 5, num_clusters=4)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"num_clusters": 1}, "num_clusters = 1: must be 2 to 10,000"),
-    ({"sample": 5}, "sample = 5: must be at least num_clusters = 32"),
-    ({"seed": -1}, "seed = -1: must be 0 to"), ({"max_chars": 0}, "max_chars = 0"),
-])
-def test_settings_that_cannot_be_are_told(settings: dict[str, Any], said: str) -> None:
-    (problem,) = TopicsSettings(**settings).problems()
-    assert said in problem
-    assert TopicsSettings().problems() == []
+@pytest.mark.parametrize("settings", [{"num_clusters": 1}, {"sample": 5}, {"seed": -1}, {"max_chars": 0}])
+def test_settings_that_cannot_be_are_told(settings: dict[str, Any]) -> None:
+    assert keys_of(TopicsSettings(**settings)) == [next(iter(settings))]
+    assert keys_of(TopicsSettings()) == []

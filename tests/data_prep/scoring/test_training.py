@@ -76,7 +76,7 @@ def test_nothing_is_left_behind_where_training_is_refused(labels_file: Callable[
     file = labels_file()
     with pytest.raises(UserError, match=r"has no config\.json or no \.safetensors file"):
         train(TrainSettings(file, "classifier", EncoderSettings(), tmp_path), tmp_path / "out")
-    with pytest.raises(UserError, match="max_ngram = 9: must be 1 to 5"):
+    with pytest.raises(UserError, match="--max-ngram 9: must be at most 5"):
         train(TrainSettings(file, "classifier", NgramSettings(max_ngram=9)), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 

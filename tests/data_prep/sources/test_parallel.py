@@ -67,4 +67,4 @@ def test_units_of_tmx(read) -> None:
     ({"colums": [0, 1]}, "did you mean")])
 def test_options_that_cannot_be_are_told(tmp_path, options, told) -> None:
     problems = SourceSettings("s", (".",), tmp_path, "parallel", options=options).problems()
-    assert len(problems) == 1 and told in problems[0]
+    assert len(problems) == 1 and told in problems[0].sentence

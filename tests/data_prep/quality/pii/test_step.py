@@ -11,6 +11,7 @@ import pytest
 from data_prep.pipeline.step import Doc, Outcome
 from data_prep.quality.pii.finders import FINDERS
 from data_prep.quality.pii.step import Pii, PiiSettings, found_in, masked_names
+from megatron_sov.settings import problems_of
 
 
 def outcome(text: str, language: str = "en", form: str = "prose", **settings) -> Outcome:
@@ -84,9 +85,9 @@ def test_every_kind_has_names_in_the_languages_of_the_recipes() -> None:
 
 def test_every_broken_rule_is_told() -> None:
     settings = PiiSettings(mask=("mail",), mask_in_code=("ip", "iq"), placeholder="{x}", names_in="xx")
-    problems = settings.problems()
-    assert [p.split(" ")[0] for p in problems] == ["mask", "mask_in_code", "placeholder", "names_in"]
-    assert "email" in problems[0]
+    problems = problems_of(settings)
+    assert [p.key for p in problems] == ["mask.0", "mask_in_code.1", "placeholder", "names_in"]
+    assert "email" in problems[0].sentence
 
 
 def test_spans_never_overlap_and_hostile_text_takes_no_time() -> None:

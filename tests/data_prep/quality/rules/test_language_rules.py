@@ -6,6 +6,7 @@ import pytest
 
 from data_prep.quality.rules.language_rules import FOLDER, known_languages, language_rules
 from tests.data_prep.quality.test_identify import SENTENCES
+from tests.typed_words import keys_of
 
 WITH_SETTINGS = {"ko", "en", "th", "es", "de", "ja", "vi"}
 """Languages of the recipes' tokenizers and corpora, which must not fall back to the rules of others."""
@@ -15,7 +16,7 @@ WITH_SETTINGS = {"ko", "en", "th", "es", "de", "ja", "vi"}
 def test_a_file_loads_and_its_thresholds_are_possible(code: str) -> None:
     rules = language_rules(code)
     assert rules.code == code
-    assert rules.thresholds.problems() == []
+    assert keys_of(rules.thresholds) == []
     assert (rules.unit == "characters") == (rules.chars_per_word > 1)
     assert all(isinstance(word, str) for word in rules.stop_words)
     source = (FOLDER / f"{code}.yaml").read_text(encoding="utf-8").splitlines()[0]
