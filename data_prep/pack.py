@@ -50,7 +50,19 @@ from megatron_sov.documents.records import completion_of
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.code import Code
-from megatron_sov.settings import AtLeastOne, Flag, Fraction, add_options, num_cores, read_options
+from megatron_sov.settings import (
+    AtLeastOne,
+    Flag,
+    Fraction,
+    Problem,
+    SettingsError,
+    add_options,
+    name_options,
+    num_cores,
+    problems_of,
+    read_options,
+)
+from megatron_sov.settings import Code as ProblemCode
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
@@ -83,7 +95,7 @@ class Source:
 class PackSettings:
     """How sources are packed."""
 
-    heldout_share: float = 0.02
+    heldout_share: Fraction = 0.02
     """Expected part of the documents in the split "heldout", in [0, 1)."""
     reading: Reading = field(default_factory=lambda: Reading("text"))
     """What records hold; its kind is the format."""
@@ -93,27 +105,20 @@ class PackSettings:
     """"append" or "none": whether documents end with the tokenizer's eos."""
     on_bad: OnBad = "refuse"
     """"refuse": stop at the first bad record; "quarantine": list them and go on."""
-    shard_tokens: int = 2_000_000_000
+    shard_tokens: AtLeastOne = 2_000_000_000
     """Most tokens of one shard."""
     steps: tuple[Code, ...] = ()
     """Data steps that documents go through before they are encoded, in order."""
     tags: tuple[GivenTag, ...] = ()
     """Tags of sources beside those that are read from records (`Reading.tags`)."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        p = []
-        if not 0 <= self.heldout_share < 1:
-            p.append(f"--heldout {self.heldout_share}: must lie in [0, 1), e.g. 0.02")
-        if self.shard_tokens < 1:
-            p.append(f"--shard-tokens {self.shard_tokens}: must be at least 1")
-        if not 1 <= self.reading.max_document_bytes < 1 << 31:
-            p.append(f"--max-document-bytes {self.reading.max_document_bytes}: "
-                     f"must lie in 1..{(1 << 31) - 1}")
-        p += [f"--column: {problem}" for problem in column_problems(self.reading.columns)]
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, by option."""
+        p = [Problem(ProblemCode.BOUND, "--column", said) for said in column_problems(self.reading.columns)]
         if self.reading.columns and self.reading.kind == "prompt":
-            p.append(f"--column {self.reading.columns[0]}: a prompt has no response to which its number "
-                     "could belong; its fields travel in .extra.jsonl as they are")
+            p.append(Problem(ProblemCode.RULE, "--column", "a prompt has no response to which its number "
+                             "could belong; its fields travel in .extra.jsonl as they are",
+                             self.reading.columns[0]))
         return p
 
 
@@ -227,8 +232,8 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     settings = settings or PackSettings()
     origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
     settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
-    if problems := settings.problems():
-        raise UserError("; ".join(problems))
+    if problems := problems_of(settings):
+        raise SettingsError("", name_options(problems, heldout_share="--heldout"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     refuse_existing(output, KIND, overwrite)

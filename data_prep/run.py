@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.libraries import require
+from data_prep.pipeline.cluster_options import ClusterOptions
 from data_prep.pipeline.known_steps import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.errors import UserError
@@ -21,7 +22,7 @@ stands in a file: docs/data_pipeline.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataRunOptions:
+class DataRunOptions(ClusterOptions):
     """Run a pipeline file over documents."""
 
     pipeline: Annotated[Path, Flag("PIPELINE.yaml")]
@@ -30,13 +31,6 @@ class DataRunOptions:
     """Folder of the run."""
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes; the output does not depend on it (default: this machine's cores)."""
-    cluster: Annotated[str, Flag(value="PROFILE")] = ""
-    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of
-    your own."""
-    account: Annotated[str | None, Flag(value="NAME")] = None
-    """Slurm account, where the profile names none."""
-    partition: Annotated[str | None, Flag(value="NAME")] = None
-    """Slurm partition, in place of the profile's."""
     dry_run: bool = False
     """Print what would be done, and what is done already; nothing is written."""
 
@@ -57,8 +51,6 @@ def run(typed: argparse.Namespace) -> int:
     from data_prep.pipeline.plan import make_plan
     from data_prep.pipeline.running import check_folder, refuse_inside_sources, run_pipeline
 
-    if not args.cluster and (args.account or args.partition):
-        raise UserError("--account, --partition: belong to --cluster; pass it too, or leave them out")
     pipeline = load_pipeline(args.pipeline)
     check_folder(args.output)
     refuse_inside_sources(pipeline, args.output)

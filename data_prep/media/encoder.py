@@ -152,7 +152,8 @@ class MediaEncoder:
             if part.kind == VIDEO:
                 if settings.picture_bank is None:
                     raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
-                sampling = Sampling(settings.picture_bank[0], settings.frames_per_s, settings.most_frames,
+                sampling = Sampling(settings.picture_bank[0], settings.video_frames_per_s,
+                                    settings.video_frames,
                                     part.frames_per_s)
                 return [self._reader.video(part.value, sampling)]
             if part.kind == IMAGE:

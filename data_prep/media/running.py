@@ -13,10 +13,11 @@ from data_prep.media.units import Unit, UnitEncoder, plan
 from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_jobs import refuse_living
 from megatron_sov.artifacts import atomic_write, disk_errors, refuse_existing
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
+from megatron_sov.settings import Code, Problem, SettingsError, as_problem
 
 SETTINGS = "settings.json"
 SUFFIXES = (".jsonl", ".ndjson")
@@ -71,11 +72,11 @@ class Order:
         Raises:
             UserError: settings, paths or the output are.
         """
-        p = self.settings.problems() + require("it", "PIL", "soundfile", "scipy", extra="omni")
-        p += [f"--threads {self.threads}: must be at least 1"] if self.threads < 1 else []
-        p += [f"--input {path}: does not exist; check the path" for path in self.inputs if not path.exists()]
+        p = [*map(as_problem, require("it", "PIL", "soundfile", "scipy", extra="omni")),
+             *(Problem(Code.FILE, "--input", "does not exist", path, "check the path")
+               for path in self.inputs if not path.exists())]
         if p:
-            raise UserError(list_problems("sov-data encode-media", p))
+            raise SettingsError("", p)
         refuse_existing(self.output, KIND, self.overwrite)
         refuse_nowhere(self.output)
         units = list(plan(self.files()))

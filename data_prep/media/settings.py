@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import Le
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
-from megatron_sov.errors import UserError
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
-from megatron_sov.settings import check
+from megatron_sov.settings import AboveZero, AtLeastOne, Bound, Breach, Code, Flag, Problem
 
 CODE_VERSION = 1
 """Raised when the same input and settings would give another unit."""
@@ -25,60 +25,77 @@ STOP, SKIP = get_args(BadMedia)
 CALL, CONTENT = get_args(Drawn)
 
 
-@dataclass(frozen=True)
+def _numbers(names: str, *most: int) -> Bound:
+    """Return the bound of a text such as 448:256, or of none: as many numbers as `most` has."""
+    def broken(text: str) -> Breach | None:
+        parts = text.split(":")
+        fits = len(parts) == len(most) and all(
+            part.isascii() and part.isdigit() and 1 <= int(part[:9]) <= limit
+            for part, limit in zip(parts, most, strict=True))
+        if fits or not text:
+            return None
+        return Code.BOUND, f"must be {names}, whole numbers from 1 to {':'.join(map(str, most))}", ""
+
+    return Bound(broken)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MediaSettings:
     """How media become text and banks."""
 
-    media_root: Path
-    """Folder of the media; nothing outside of it is read."""
-    image_tokenizer: Path | None = None
-    """Codec of pictures; None: they have no discrete tokens."""
-    audio_tokenizer: Path | None = None
-    """Codec of sounds; None: likewise."""
-    picture_bank: tuple[int, int] | None = None
-    """Side in pixels and slots of pictures whose features are put over placeholders; None: none are."""
-    sound_bank: tuple[int, int, int] | None = None
-    """Mels, seconds of a piece, and slots of it; None: none are."""
-    frames_per_s: float = 1.0
-    """Frames of a video that are taken of a second."""
-    most_frames: int = 64
-    """Of a video."""
+    media_root: Annotated[Path, Flag(value="DIR")]
+    """Folder that the paths of media begin from; nothing outside of it is read."""
+    image_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
+    """Codec that makes discrete tokens of pictures (default: they get none)."""
+    audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
+    """Codec that makes discrete tokens of sounds (default: they get none)."""
+    continuous_pictures: Annotated[str, Flag(value="SIDE:SLOTS"), _numbers("SIDE:SLOTS", 4096, 65536)] = ""
+    """Keep pictures and frames of videos for the model's own encoder: height and width in pixels, and its
+    features of each."""
+    continuous_sounds: Annotated[str, Flag(value="MELS:SECONDS:SLOTS"),
+                                 _numbers("MELS:SECONDS:SLOTS", 1024, 600, 65536)] = ""
+    """Likewise spectrograms of sounds: mels, length of a piece, and features of each."""
+    video_frames_per_s: Annotated[AboveZero, Flag(value="N")] = 1.0
+    """Frames that are taken of a second."""
+    video_frames: Annotated[AtLeastOne, Le(4096)] = 64
+    """Most frames of a video."""
     animated: Animated = "refuse"
-    """What becomes of an animated picture: "refuse", or "first" takes its first frame."""
+    """Animated pictures: refuse them, or take the first frame."""
     drawn: Drawn = "call"
-    """Where a picture stands that an assistant draws: `CALL`, a tool call as the published model draws; or
-    `CONTENT`, in what it says, for templates that show no calls."""
+    """Pictures of an assistant: tool calls, as the published model draws, or in what it says, for templates
+    that show no calls."""
     bad_media: BadMedia = "stop"
-    """What becomes of a record with a bad medium: `STOP` at the first, or `SKIP` and list it."""
+    """Records that are bad, or name a bad medium: stop at the first, or leave them out and list them in
+    bad_media.jsonl."""
+    device: Annotated[str, Flag(value="DEVICE")] = "cpu"
+    """Where codecs compute, such as cuda."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Of each medium."""
-    device: str = "cpu"
-    """Where codecs compute."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each value that breaks a rule."""
-        p = [str(problem.below("limits")) for problem in check(self.limits)]
-        if not self.media_root.is_dir():
-            p.append(f"--media-root {self.media_root}: is no folder; name the one that paths in the "
-                     "records begin "
-                     "from")
-        if not any((self.image_tokenizer, self.audio_tokenizer, self.picture_bank, self.sound_bank)):
-            p.append("nothing says what becomes of media; pass --image-tokenizer, --audio-tokenizer, "
-                     "--continuous-pictures or --continuous-sounds")
-        if self.picture_bank is not None and not (
-                0 < self.picture_bank[0] <= 4096 and 0 < self.picture_bank[1] <= 1 << 16):
-            p.append(f"--continuous-pictures {_spelled(self.picture_bank)}: a side of 1..4096 pixels and "
-                     "1..65536 slots")
-        if self.sound_bank is not None and not (
-                0 < self.sound_bank[0] <= 1024 and 0 < self.sound_bank[1] <= 600
-                and 0 < self.sound_bank[2] <= 1 << 16):
-            p.append(f"--continuous-sounds {_spelled(self.sound_bank)}: 1..1024 mels, 1..600 seconds and "
-                     "1..65536 slots")
-        if not 0 < self.frames_per_s < math.inf or not 1 <= self.most_frames <= 4096:
-            p.append(f"--video-frames-per-s {self.frames_per_s}, --video-frames {self.most_frames}: a "
-                     "positive "
-                     "number, and 1..4096")
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, or is not there."""
+        p = [] if self.media_root.is_dir() else [Problem(
+            Code.FILE, "media_root", "is no folder", self.media_root,
+            "name the one that paths in the records begin from")]
+        if not any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
+                    self.continuous_sounds)):
+            p.append(Problem(Code.RULE, "", "nothing says what becomes of media", way_out="pass "
+                             "--image-tokenizer, --audio-tokenizer, --continuous-pictures or "
+                             "--continuous-sounds"))
         return p
+
+    @property
+    def picture_bank(self) -> tuple[int, int] | None:
+        """Side in pixels and slots of pictures whose features are put over placeholders; None: none are."""
+        side, slots = map(int, self.continuous_pictures.split(":")) if self.continuous_pictures else (0, 0)
+        return (side, slots) if side else None
+
+    @property
+    def sound_bank(self) -> tuple[int, int, int] | None:
+        """Mels, seconds of a piece, and slots of it; None: none are."""
+        mels, seconds, slots = (map(int, self.continuous_sounds.split(":")) if self.continuous_sounds
+                                else (0, 0, 0))
+        return (mels, seconds, slots) if mels else None
 
     def banks(self) -> dict[str, BankShape]:
         """Return the banks that are written, by kind."""
@@ -107,21 +124,3 @@ class MediaSettings:
             codecs[name] = None if path is None else manifest_sha256(path)
         return json.dumps({**facts, **codecs, "limits": dataclasses.asdict(self.limits),
                            "code": CODE_VERSION}, sort_keys=True)
-
-
-def _spelled(numbers: tuple[int, ...]) -> str:
-    return ":".join(map(str, numbers))
-
-
-def parse_numbers(option: str, text: str | None, names: str) -> tuple[int, ...] | None:
-    """Return the numbers of an option such as 448:256.
-
-    Raises:
-        UserError: they are not as many numbers as `names` has parts.
-    """
-    if text is None:
-        return None
-    parts = text.split(":")
-    if len(parts) != len(names.split(":")) or not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f"{option} {text}: must be {names}, whole numbers with colons between them")
-    return tuple(map(int, parts))

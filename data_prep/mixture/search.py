@@ -84,11 +84,11 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
 
 def _proxy_settings(settings: SearchSettings, data: Sequence[Path]) -> ProxySettings:
     files = [Path(settings.recipe.rpartition(":")[0] or settings.recipe)]
-    if settings.start_from:
-        files += [Path(settings.start_from) / name for name in ("manifest.json", "config.json")]
+    if settings.from_:
+        files += [Path(settings.from_) / name for name in ("manifest.json", "config.json")]
     return ProxySettings(settings.recipe, tuple((path, manifest_sha256(path)) for path in data),
                          settings.settings, settings.steps, settings.seq_len, settings.seed,
-                         settings.start_from, tuple(sha256_file(file) for file in files if file.is_file()))
+                         settings.from_, tuple(sha256_file(file) for file in files if file.is_file()))
 
 
 def clusters_of(settings: SearchSettings, sources: Sequence[dict[str, Any]]) -> list[Cluster]:

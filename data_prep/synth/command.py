@@ -9,8 +9,9 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from data_prep.pipeline.cluster_options import ClusterOptions
 from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
 from data_prep.synth.checks.arguments import CheckOptions
 from megatron_sov.errors import UserError
@@ -93,19 +94,16 @@ class SynthLimitOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SynthClusterOptions:
+class SynthClusterOptions(ClusterOptions):
     """Where a run is submitted to."""
 
-    cluster: Annotated[str, Flag(value="PROFILE")] = ""
-    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of your own."""
-    account: Annotated[str | None, Flag(value="NAME")] = None
-    """Slurm account, where the profile names none."""
-    partition: Annotated[str | None, Flag(value="NAME")] = None
-    """Slurm partition, in place of the profile's."""
     serve_vllm: Annotated[Path | None, Flag(value="DIR")] = None
     """With --cluster: submit a vLLM server of this model beside the workers, in place of --engine."""
     vllm_args: Annotated[str, Flag(value="WORDS")] = ""
     """More arguments of `vllm serve`, in quotes."""
+
+    only_with_cluster: ClassVar[tuple[str, ...]] = (
+        *ClusterOptions.only_with_cluster, "serve_vllm", "vllm_args")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +150,11 @@ def run(typed: argparse.Namespace) -> int:
         print(settings_of_generator(args.generator) if args.generator else generators())
         return 0
     if args.serve_vllm is not None:
-        if args.engine or not args.cluster:
-            raise UserError("--serve-vllm: stands in place of --engine, and needs --cluster")
+        if args.engine:
+            raise UserError("--serve-vllm: stands in place of --engine; leave one of them out")
         args = dataclasses.replace(args, engine=str(args.serve_vllm))
     order = order_of(args)
     if not args.cluster:
-        if args.account or args.partition or args.vllm_args:
-            raise UserError("--account, --partition, --vllm-args: belong to --cluster; pass it too, or leave "
-                            "them out")
         return int(run_order(order))
     from data_prep.synth.slurm_array import Server, submit_order
 
