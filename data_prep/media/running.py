@@ -75,6 +75,9 @@ class Order:
         p = [*map(as_problem, require("it", "PIL", "soundfile", "scipy", extra="omni")),
              *(Problem(Code.FILE, "--input", "does not exist", path, "check the path")
                for path in self.inputs if not path.exists())]
+        if not self.settings.media_root.is_dir():
+            p.append(Problem(Code.FILE, "--media-root", "is no folder", self.settings.media_root,
+                             "name the one that paths in the records begin from"))
         if p:
             raise SettingsError("", p)
         refuse_existing(self.output, KIND, self.overwrite)

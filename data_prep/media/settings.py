@@ -73,16 +73,12 @@ class MediaSettings:
     """Of each medium."""
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together, or is not there."""
-        p = [] if self.media_root.is_dir() else [Problem(
-            Code.FILE, "media_root", "is no folder", self.media_root,
-            "name the one that paths in the records begin from")]
-        if not any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
-                    self.continuous_sounds)):
-            p.append(Problem(Code.RULE, "", "nothing says what becomes of media", way_out="pass "
-                             "--image-tokenizer, --audio-tokenizer, --continuous-pictures or "
-                             "--continuous-sounds"))
-        return p
+        """Return what does not fit together."""
+        if any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
+                self.continuous_sounds)):
+            return []
+        return [Problem(Code.RULE, "", "nothing says what becomes of media", way_out="pass "
+                        "--image-tokenizer, --audio-tokenizer, --continuous-pictures or --continuous-sounds")]
 
     @property
     def picture_bank(self) -> tuple[int, int] | None:

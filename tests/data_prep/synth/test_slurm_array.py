@@ -154,9 +154,9 @@ BAD = {
     "a folder": (["--engine", "{tmp}", "--cluster", "{tmp}/cluster.yaml"], "is served by --serve-vllm"),
     "both": (["--engine", "http://h/v1", "--serve-vllm", "x", "--cluster", "c"],
              "stands in place of --engine"),
-    "no cluster": (["--serve-vllm", "x"], "needs --cluster"),
+    "no cluster": (["--serve-vllm", "x"], "goes only with --cluster"),
     "enroot": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/enroot.yaml"], "enroot: is not known"),
-    "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "belong to --cluster"),
+    "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "goes only with --cluster"),
 }
 
 

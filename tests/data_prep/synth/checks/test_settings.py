@@ -58,7 +58,7 @@ def test_a_generator_may_have_steps_of_its_own() -> None:
 
 @pytest.mark.parametrize(("change", "said"), [
     (("exact_dedup", "exact_dedupe"), "steps.yaml:4: exact_dedupe: is no step; did you mean 'exact_dedup'"),
-    (("threshold: 0.9", "threshold: 9"), "steps.yaml:5: threshold = 9.0: must lie in"),
+    (("threshold: 0.9", "threshold: 9"), "steps.yaml:5: threshold = 9 must be at most 1"),
     (("[samples, input]", "[sample]"), "steps.yaml:6: sources = 'sample': there is no such source"),
     (("steps:", "step:"), "must be a mapping with the list `steps`, and nothing else"),
     (("steps:", "sources: []\nsteps:"), "and nothing else"), (("steps:", "steps: ["), "is no YAML")])
