@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 
 NUM_BYTES = 256
@@ -26,7 +25,6 @@ _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
 class Preset:
     """The rules of one tokenizer."""
 
-    __pydantic_config__ = STRICT
     name: str
     """Name on the command line and in the manifest."""
     split_pattern: str

@@ -36,10 +36,11 @@ from megatron_sov.settings import (
     NotNegative,
     Problem,
     add_options,
+    change,
     parse_nested,
     read_options,
 )
-from megatron_sov.tools.limits import EpisodeLimits, limits_of
+from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.registry import BUILT_IN, make, order
 
 if TYPE_CHECKING:
@@ -196,13 +197,13 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
         raise UserError(f"--environment {args.environment}: turns of episodes are not told how long to be, "
                         f"as rollout.budget_text = {config.rollout.budget_text!r} asks; leave one of them "
                         "out")
-    for change in args.limit:
-        name = change.partition("=")[0]
+    for given in args.limit:
+        name = given.partition("=")[0]
         if name in OF_ROLLOUT:
-            raise UserError(f"--limit {change}: is rollout.{OF_ROLLOUT[name]}; set it there")
+            raise UserError(f"--limit {given}: is rollout.{OF_ROLLOUT[name]}; set it there")
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
-    limits = limits_of("train", [*own, f"max_turn_tokens={most_turn}", *args.limit])
+    limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
     asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
     _, version = make(asked)
     return AskedEnvironment(asked, version, limits)

@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le, MinLen
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import Code, Problem, find_broken
 
 AlertKind = Literal["stop", "rollback", "hang", "gate_failed", "restart", "sdc", "failure", "run_end"]
@@ -19,7 +18,6 @@ AlertKind = Literal["stop", "rollback", "hang", "gate_failed", "restart", "sdc",
 class ObsConfig:
     """Where a run is watched, besides events.jsonl and the progress bar."""
 
-    __pydantic_config__ = STRICT
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
     wandb: bool = False

@@ -157,7 +157,8 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
             continue
         try:
             text = json.dumps(given[name])
-            found[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True)
+            found[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
+                                                                          extra="forbid")
         except ValidationError as e:
             problems += [problem.below(name) for problem in explain(hints.get(name, Any), e)]
     if problems:
