@@ -113,10 +113,10 @@ class PackSettings:
     """Tags of sources beside those that are read from records (`Reading.tags`)."""
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together, by option."""
-        p = [Problem(ProblemCode.BOUND, "--column", said) for said in column_problems(self.reading.columns)]
+        """Return what does not fit together."""
+        p = [Problem(ProblemCode.BOUND, "columns", said) for said in column_problems(self.reading.columns)]
         if self.reading.columns and self.reading.kind == "prompt":
-            p.append(Problem(ProblemCode.RULE, "--column", "a prompt has no response to which its number "
+            p.append(Problem(ProblemCode.RULE, "columns", "a prompt has no response to which its number "
                              "could belong; its fields travel in .extra.jsonl as they are",
                              self.reading.columns[0]))
         return p
@@ -233,7 +233,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
     settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
     if problems := problems_of(settings):
-        raise SettingsError("", name_options(problems, heldout_share="--heldout"))
+        raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     refuse_existing(output, KIND, overwrite)

@@ -14,6 +14,7 @@ import yaml
 from data_prep.cli import main
 from data_prep.pipeline.known_steps import STEPS, step_class
 from data_prep.scoring.labels import HIGHEST
+from megatron_sov.settings import problems_of
 from tests.data_prep.scoring.planted import planted, write_lines
 
 PAGE = (Path(__file__).parents[1] / "docs/data_scoring.md").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def test_what_the_page_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ((kind, settings),) = entry.items()
         step = step_class(kind)
         made = step.Settings(**{k: Path(v) if k == "model" else v for k, v in settings.items()})
-        assert made.problems() == [], kind
+        assert problems_of(made) == [], kind
         step(made)
 
 

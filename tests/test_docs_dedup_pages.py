@@ -14,6 +14,7 @@ import yaml
 import data_prep.cli
 from data_prep.pipeline.known_steps import step_class
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.settings import problems_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 QUESTION = "How many barrels of oil does a refinery with twelve towers fill each morning?"
@@ -47,8 +48,7 @@ def test_the_steps_that_the_pages_show_have_these_settings(workplace: Path, page
             ((kind, settings),) = step.items()
             if "benchmarks" in settings:
                 settings["benchmarks"] = tuple(map(Path, settings["benchmarks"]))
-            made = step_class(kind).Settings(**settings)
-            assert made.problems() == []
+            assert problems_of(step_class(kind).Settings(**settings)) == []
 
 
 def test_the_commands_that_the_page_shows_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from data_prep.libraries import require
 from data_prep.sources.formats import LIBRARIES
 from data_prep.sources.source import SourceSettings
 from megatron_sov.errors import how_to_install
+from megatron_sov.settings import problems_of
 
 PIPELINE = """name: small
 sources:
@@ -46,5 +47,5 @@ def test_what_formats_need_is_here() -> None:
 
 def test_a_format_tells_its_own_libraries_alone(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "warcio", None)
-    assert SourceSettings("s", ("pages",), pages, "html").problems() == []
+    assert problems_of(SourceSettings("s", ("pages",), pages, "html")) == []
     assert "format warc needs warcio" in str(SourceSettings("s", ("pages",), pages, "warc").problems()[0])

@@ -56,7 +56,7 @@ def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Pa
 @pytest.mark.parametrize(("format_", "columns", "row", "said"), [
     ("text", ["Score"], {}, "--column: 'Score' cannot name a column (letters a-z and '_', and none of bin"),
     ("text", ["loss", "a", "a"], {}, "'loss' cannot name a column"),
-    ("prompt", ["score"], {}, "--column score: a prompt has no response to which"),
+    ("prompt", ["score"], {}, '--column "score": a prompt has no response to which'),
     ("text", ["score"], {}, "asked.jsonl:1: has no field 'score', which --column names (fields: text"),
     ("text", ["score"], {"score": True}, "has 'True' in field 'score', must be a number that float32 holds"),
     ("text", ["score"], {"score": 10**400}, "must be a number that float32 holds"),

@@ -35,7 +35,7 @@ def test_a_function_drops_and_changes(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "words.py").write_text("BAD = 'darn'")
     settings = CodeSettings(tmp_path / "own.py:judge")
-    assert settings.problems() == []
+    assert problems_of(settings) == []
     assert CodeStep(settings).files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
     (tmp_path / "work").mkdir()
     found = outcomes(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))

@@ -93,7 +93,7 @@ def test_every_broken_rule_of_the_settings_is_told() -> None:
 def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
     written = {"thresholds": {"max_duplicate_ngram_char_share": {"5": 0.9, "10": 1.0}}}
     settings, problems = find_problems(RulesSettings, written)
-    assert problems == [] and settings.problems() == []
+    assert problems == [] and problems_of(settings) == []
     korean = " ".join([KOREAN.replace("\n", " ")] * 2)
     document = Doc("a:0:0", korean, "a", 0, 0, {"language": "ko", "form": "prose"})
     assert Rules(RulesSettings()).outcomes([document])[0].reason == "repetition: 5-grams"

@@ -16,6 +16,7 @@ from made_runs import made_run, sample
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.settings import DEFAULTS, CheckSettings
 from data_prep.synth.checks.texts import SOURCES
+from megatron_sov.settings import problems_of
 
 PAGE = (Path(__file__).parents[4] / "docs/synth_checks.md").read_text(encoding="utf-8")
 
@@ -27,7 +28,7 @@ def block(language: str) -> str:
 
 def test_the_steps_and_the_labels_of_the_page_are_read(tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text(block("yaml"))
-    assert CheckSettings(tmp_path / "steps.yaml").problems() == []
+    assert problems_of(CheckSettings(tmp_path / "steps.yaml")) == []
     (tmp_path / "labels.jsonl").write_text(block("json"))
     labels = read_labels(tmp_path / "labels.jsonl")
     assert labels.of("d1:clearer/0", "") is True and labels.of("", "The gauge was built in 1811.") is False
