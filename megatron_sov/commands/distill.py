@@ -17,7 +17,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.settings import Flag, add_options, read_options
-from megatron_sov.train.stage_config import parse_stage
+from megatron_sov.train.stage_config import parse_stage, tokenizer_of
 
 if TYPE_CHECKING:
     from megatron_sov.data.token_shards import Source
@@ -80,7 +80,7 @@ def run(typed: argparse.Namespace) -> int:
     sources = open_sources(config.data.paths, config.model.vocab_size)
     _refuse_views(config, sources)
     if parsed.start is not None:
-        refuse_other_tokens(tokenizer_folder(sources), parsed.start / "tokenizer")
+        refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
     states = args.states or [args.run.with_name(f"{args.run.name}.states")]
 
     @cache
@@ -88,7 +88,7 @@ def run(typed: argparse.Namespace) -> int:
         return KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
                            config.model.vocab_size)
 
-    if folder.completion() is None:
+    if folder.completion() is None and not args.dry_run:
         _make_states(args, config, folder, states, sources)
         teacher()  # what does not belong together is told before processes start
 
@@ -101,7 +101,7 @@ def run(typed: argparse.Namespace) -> int:
 
     run_stage(Stage(config, folder, lambda context: Distillation(context, teacher()), parsed.start,
                     args.resume, tuple(sources), before=before, after=after, end_gate=gate,
-                    faults=parsed.faults),
+                    faults=parsed.faults, dry_run=args.dry_run),
               args.nproc, typed.began_s)
     return 0
 

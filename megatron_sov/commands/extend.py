@@ -12,7 +12,7 @@ from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks, repeats
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.stage_config import resolve_start, stage_request
+from megatron_sov.train.stage_config import find_start, resolve_start, stage_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.extend.stages import planned_stages
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.objective import formats_of
+    from megatron_sov.train.stage import Stage, run_stage
 
     stages = planned_stages(request, args.start_from, args.run, args.nproc,
                             lambda config: formats_of(factory(config, LanguageModelling)))
@@ -44,6 +45,14 @@ def run(typed: argparse.Namespace) -> int:
         stage.config.check(num_ranks(args.nproc))
         if not repeats():
             stage.folder.enter(stage.config, args.resume)
+    if args.dry_run:
+        start = find_start(args.start_from)
+        for stage in stages:
+            objective = factory(stage.config, LanguageModelling)
+            run_stage(Stage(stage.config, stage.folder, objective, start, args.resume, dry_run=True),
+                      args.nproc)
+            start = stage.folder.path
+        return 0
     start = resolve_start(args.start_from, args.run)
     assert start is not None, f"--from is required, it is {args.start_from}"
     gate = gate_of(args, stages[-1].config, start)

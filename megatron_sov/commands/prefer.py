@@ -37,6 +37,9 @@ def run(typed: argparse.Namespace) -> int:
         settings = (*args.settings, f"preference.method={args.method}")
         args = dataclasses.replace(args, settings=settings)
     if args.rounds is not None:
+        if args.dry_run:
+            raise UserError(f"--dry-run: --rounds {args.rounds} are commands of their own, each of what the "
+                            "one before has written; leave one of them out")
         refuse_gate(args, f"--rounds {args.rounds}")
         return run_rounds(args)
     parsed = parse_stage(args, "preference")
@@ -59,8 +62,8 @@ def run(typed: argparse.Namespace) -> int:
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
     _refuse_other_judgements(config, sources)
     pairs = [s for s in sources if s.format == "preference" and config.preference.method != "kto"]
-    reference = (_reference(args, parsed, sources, fixed) if config.preference.method in WITH_REFERENCE
-                 else None)
+    reference = (_reference(args, parsed, sources, fixed)
+                 if config.preference.method in WITH_REFERENCE and not args.dry_run else None)
 
     def before(view: GateView) -> None:
         if reference is not None:
@@ -72,7 +75,7 @@ def run(typed: argparse.Namespace) -> int:
 
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
-                    end_gate=gate, faults=parsed.faults), args.nproc, typed.began_s)
+                    end_gate=gate, faults=parsed.faults, dry_run=args.dry_run), args.nproc, typed.began_s)
     return 0
 
 

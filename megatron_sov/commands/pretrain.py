@@ -30,6 +30,6 @@ def run(typed: argparse.Namespace) -> int:
 
     objective = factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
-                  faults=parsed.faults)
+                  faults=parsed.faults, dry_run=args.dry_run)
     run_stage(stage, args.nproc, typed.began_s)
     return 0

@@ -33,6 +33,6 @@ def run(typed: argparse.Namespace) -> int:
     sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
     check_sources(parsed.config, sources)
     stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
-                  tuple(sources), end_gate=gate, faults=parsed.faults)
+                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run)
     run_stage(stage, args.nproc, typed.began_s)
     return 0

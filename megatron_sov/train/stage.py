@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sov import models
+from megatron_sov import convert, models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.clusters.chips import Gpu
 from megatron_sov.config import RunConfig
@@ -43,7 +43,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import handed, is_first, num_ranks, repeats, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.nvidia_smi import visible_gpus
-from megatron_sov.train.announcement import summary
+from megatron_sov.train.announcement import banner, memory_of, summary
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.gate import EndGate, Gate, GateView, conclude
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
@@ -52,6 +52,7 @@ from megatron_sov.train.objective import columns_of, formats_of
 from megatron_sov.train.restoring import newest_sound, refuse_other_base
 from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
+from megatron_sov.train.stage_config import tokenizer_of
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -86,6 +87,8 @@ class Stage:
     """What brings data that are not there yet when the run begins."""
     faults: tuple[Fault, ...] = ()
     """Faults that are to come on purpose."""
+    dry_run: bool = False
+    """Whether it is checked and told of, and not run."""
 
 
 def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> bool:
@@ -97,7 +100,8 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         began_s: Unix time at which the work on it began; None: now.
 
     Returns:
-        Whether it is complete; False only under a launcher, whose ranks leave in peace however a run ended.
+        Whether it is complete, or a dry run; False only under a launcher, whose ranks leave in peace however
+        a run ended.
 
     Raises:
         UserError: settings, data or folder do not allow it; nothing was changed.
@@ -121,6 +125,9 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
             refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
     data = _open_data(stage)
     _check_start(stage, data)
+    if stage.dry_run:
+        _tell(stage, data, num_ranks(nproc))
+        return True
     stage.folder.forget_failure()
     if stage.end_gate is not None and not repeats():
         stage.end_gate.begin()
@@ -154,14 +161,30 @@ def _is_complete(stage: Stage, completion: dict[str, Any]) -> bool:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
         if stage.end_gate is not None and stage.end_gate.name not in completion:
             warn(f"{stage.folder.path}: was complete before a gate was asked for, and is not judged")
-    _finish_side_jobs(stage)
+    if not stage.dry_run:
+        _finish_side_jobs(stage)
     return True
+
+
+def _tell(stage: Stage, data: _Data, count: int) -> None:
+    """Print what `count` processes would do."""
+    if not is_first():
+        return
+    newest = checkpoints.latest(stage.folder.checkpoints)
+    steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
+    start = newest or stage.start_from
+    told = f"{start}" if start else f"initial weights, train.seed = {stage.config.train.seed}"
+    if start and convert.is_hf_folder(start):
+        told += f", which would be converted into {stage.folder.path}.from-hf first"
+    print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
+                 memory_of(stage.config, count)))
+    print(f"  start      {told}\ndry run: nothing was written, and nothing ran")
 
 
 def _check_start(stage: Stage, data: _Data) -> None:
     """Raise `UserError` where a run cannot start from what it is to start from."""
     if (start := checkpoints.latest(stage.folder.checkpoints) or stage.start_from) is not None:
-        refuse_other_tokens(tokenizer_folder(data.sources), start / "tokenizer")
+        refuse_other_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
     elif stage.config.lora.on:
         raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
                         "exists; name it by --from")

@@ -34,7 +34,8 @@ class ParsedStage:
     config: RunConfig
     """Resolved settings."""
     start: Path | None
-    """Checkpoint to start from; None: initial weights."""
+    """Checkpoint to start from, or, in a dry run, the Hugging Face folder that would become one; None:
+    initial weights."""
     faults: tuple[Fault, ...]
     """What is to come on purpose."""
 
@@ -52,6 +53,9 @@ class StageOptions(TrainingOptions):
     inject: Annotated[tuple[str, ...], Flag(value="FAULT@step=N[,rank=R]", help=INJECT)] = ()
     resume: bool = False
     """Continue the run that is in --run."""
+    dry_run: bool = False
+    """Check all that can be checked without processes, print what would be read, run and written, and do
+    nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     config = completed(with_mixed_phases(asked.config(), asked.base))
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
-    return ParsedStage(config, resolve_start(args.start_from, args.run), faults)
+    return ParsedStage(config, resolve_start(args.start_from, args.run, dry_run=args.dry_run), faults)
 
 
 def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -138,8 +142,9 @@ def find_start(start_from: Path) -> Path:
     return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
-def resolve_start(start_from: Path | None, run: Path) -> Path | None:
-    """Return the checkpoint that --from means; a Hugging Face folder is converted into RUN.from-hf first.
+def resolve_start(start_from: Path | None, run: Path, *, dry_run: bool = False) -> Path | None:
+    """Return the checkpoint that --from means; a Hugging Face folder is converted into RUN.from-hf first, but
+    in a dry run.
 
     Raises:
         UserError: it is no checkpoint, run or Hugging Face folder.
@@ -149,7 +154,14 @@ def resolve_start(start_from: Path | None, run: Path) -> Path | None:
     start = find_start(start_from)
     from megatron_sov import convert
 
-    return _converted(start, run) if convert.is_hf_folder(start) else start
+    return _converted(start, run) if convert.is_hf_folder(start) and not dry_run else start
+
+
+def tokenizer_of(start: Path) -> Path:
+    """Return the folder where the tokenizer of a checkpoint, or of a Hugging Face folder, lies."""
+    from megatron_sov import convert
+
+    return start if convert.is_hf_folder(start) else start / "tokenizer"
 
 
 def _converted(hf_dir: Path, run: Path) -> Path:
