@@ -28,7 +28,8 @@ UNKNOWN = "--no-such-option"
 TRAINING = ["tiny-solar-open", "--data", "none", "--run", "run"]
 REFUSED = {
     "megatron-sov": [["pretrain", *TRAINING, "--set", "optim.lr=fast"],
-                     ["pretrain", *TRAINING, "--nproc", "0"], ["sft", *TRAINING, "--from", "none"], ["rl", "run", "tiny-solar-open"],
+                     ["pretrain", *TRAINING, "--nproc", "0"], ["sft", *TRAINING, "--from", "none"],
+                     ["rl", "run", "tiny-solar-open"],
                      ["eval", "lm", "none", "--tasks", "a", "--output", "x.json", "--samples", "0"],
                      ["plan", "solar-open-102b", "--cluster", "none"], ["recipes", "solar"]],
     "sov-data": [["pack", "--tokenizer", "none", "--input", "none", "--output", "x", "--heldout", "2"],
