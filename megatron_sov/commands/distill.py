@@ -62,6 +62,8 @@ def run(typed: argparse.Namespace) -> int:
     refuse_missing(args.teacher, "--teacher ")
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
     from megatron_sov.data.token_shards import open_sources, tokenizer_folder

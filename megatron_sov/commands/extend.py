@@ -12,7 +12,7 @@ from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks, repeats
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.stage_config import find_start, resolve_start, stage_request
+from megatron_sov.train.stage_config import convert_start, find_start, stage_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +45,15 @@ def run(typed: argparse.Namespace) -> int:
         stage.config.check(num_ranks(args.nproc))
         if not repeats():
             stage.folder.enter(stage.config, args.resume)
+    start = find_start(args.start_from)
     if args.dry_run:
-        start = find_start(args.start_from)
         for stage in stages:
             objective = factory(stage.config, LanguageModelling)
             run_stage(Stage(stage.config, stage.folder, objective, start, args.resume, dry_run=True),
                       args.nproc)
             start = stage.folder.path
         return 0
-    start = resolve_start(args.start_from, args.run)
-    assert start is not None, f"--from is required, it is {args.start_from}"
+    start = convert_start(start, args.run)
     gate = gate_of(args, stages[-1].config, start)
     from megatron_sov.extend.running import run_stages
 

@@ -44,6 +44,8 @@ def run(typed: argparse.Namespace) -> int:
         return run_rounds(args)
     parsed = parse_stage(args, "preference")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
     gate = gate_of(args, parsed.config, parsed.start)
     fixed = _fixed_reference(args.reference, parsed.config)

@@ -20,6 +20,8 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(StageOptions, typed)
     parsed = parse_stage(args, "lm")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 

@@ -80,6 +80,8 @@ def parse_rounds(args: RoundsOptions) -> ParsedRounds:
     parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
     refuse_unknown_benchmarks(parsed.config)
     round_prompts(prompts, parsed.config.rollout, 1)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start))
 
 

@@ -20,6 +20,8 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(TunedOptions, typed)
     parsed = parse_stage(args, "sft")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
     from megatron_sov.data.token_shards import open_sources

@@ -34,10 +34,13 @@ class ParsedStage:
     config: RunConfig
     """Resolved settings."""
     start: Path | None
-    """Checkpoint to start from, or, in a dry run, the Hugging Face folder that would become one; None:
-    initial weights."""
+    """Checkpoint, or Hugging Face folder, to start from; None: initial weights."""
     faults: tuple[Fault, ...]
     """What is to come on purpose."""
+
+    def with_checkpoint(self, run: Path) -> ParsedStage:
+        """Return it with a checkpoint to start from: a Hugging Face folder is converted into RUN.from-hf."""
+        return dataclasses.replace(self, start=self.start and convert_start(self.start, run))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +71,7 @@ class TunedStageOptions(StageOptions):
 
 def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
                 completed: Callable[[RunConfig], RunConfig] = lambda config: config) -> ParsedStage:
-    """Return what a training command is to do.
-
-    A Hugging Face folder is converted last: every mistake that its headers show is found before that.
+    """Return what a training command is to do; nothing is written.
 
     Args:
         args: what was typed.
@@ -88,7 +89,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     config = completed(with_mixed_phases(asked.config(), asked.base))
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
-    return ParsedStage(config, resolve_start(args.start_from, args.run, dry_run=args.dry_run), faults)
+    return ParsedStage(config, args.start_from and find_start(args.start_from), faults)
 
 
 def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -142,19 +143,15 @@ def find_start(start_from: Path) -> Path:
     return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
-def resolve_start(start_from: Path | None, run: Path, *, dry_run: bool = False) -> Path | None:
-    """Return the checkpoint that --from means; a Hugging Face folder is converted into RUN.from-hf first, but
-    in a dry run.
+def convert_start(start: Path, run: Path) -> Path:
+    """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf.
 
     Raises:
-        UserError: it is no checkpoint, run or Hugging Face folder.
+        UserError: many processes would convert it at once.
     """
-    if start_from is None:
-        return None
-    start = find_start(start_from)
     from megatron_sov import convert
 
-    return _converted(start, run) if convert.is_hf_folder(start) and not dry_run else start
+    return _converted(start, run) if convert.is_hf_folder(start) else start
 
 
 def tokenizer_of(start: Path) -> Path:

@@ -41,8 +41,8 @@ def test_a_hugging_face_folder_is_not_converted(capsys: Any, hf_models: dict[str
                                                 tmp_path: Path, command: str) -> None:
     lines = dry(capsys, tmp_path, command, "tiny-solar-open", "--data", token_shards, "--from",
                 hf_models["solar_open"], "--run", tmp_path / "run")
-    assert (f"  start      {hf_models['solar_open']}, which would be converted into {tmp_path / 'run'}.from-hf "
-            "first" in lines)
+    assert (f"  start      {hf_models['solar_open']}, which would be converted into {tmp_path / 'run'}"
+            ".from-hf first" in lines)
 
 
 def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
