@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.libraries import require
 from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
-from data_prep.synth.bounds import Identified, Kappa
+from data_prep.synth.checks.arguments import CheckOptions
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
 from megatron_sov.errors import UserError, list_problems
@@ -21,20 +21,8 @@ SHARD_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
-class CheckSettings:
-    """How the samples of a run are checked when all are made."""
-
-    steps: Path | None = None
-    """YAML file with `steps`, as pipelines have them; None: those of the generator, or of its kind."""
-    benchmarks: tuple[Path, ...] = ()
-    """.jsonl files, or folders of them, whose items no sample may hold."""
-    languages: tuple[Identified, ...] = ()
-    """Languages that answers, or texts, may be in, as ISO 639-1 codes; none: whatever the steps say."""
-    labels: Path | None = None
-    """JSON lines with what people say of samples: `id` or `text`, and `good`."""
-    min_kappa: Kappa | None = None
-    """Least agreement with the labels beyond chance (Cohen's kappa) at which the run's gate passes; None: it
-    is told, and no gate."""
+class CheckSettings(CheckOptions):
+    """The same, with what its files say."""
 
     def problems(self) -> list[Problem]:
         """Return every rule that is broken, by option; files are read."""
