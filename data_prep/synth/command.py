@@ -171,6 +171,7 @@ def order_of(args: SynthOptions) -> Order:
         UserError: something is missing, or is no time.
     """
     from data_prep.synth.budget import Most
+    from data_prep.synth.checks.settings import CheckSettings
     from data_prep.synth.models import Asked
     from data_prep.synth.running import Order
 
@@ -189,7 +190,7 @@ def order_of(args: SynthOptions) -> Order:
     assert args.output is not None
     return Order(args.generator, args.output, writer, judge, args.input, parse_nested(args.changes),
                  args.prompts, asked, Most(args.max_tokens_total, args.max_cost, time_s), args.limit,
-                 args.check_settings(),
+                 CheckSettings.of(args),
                  (None if args.cluster else args.workers) or num_cores(), args.redo)
 
 

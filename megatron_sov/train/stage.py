@@ -128,6 +128,11 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if stage.dry_run:
         _tell(stage, data, num_ranks(nproc))
         return True
+    return _run_ranks(stage, data, begin, nproc)
+
+
+def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> bool:
+    """Start the processes of a stage and wait for their end; returns and raises what `run_stage` does."""
     stage.folder.forget_failure()
     if stage.end_gate is not None and not repeats():
         stage.end_gate.begin()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from data_prep.synth.bounds import Identified, Kappa
 from megatron_sov.settings import Flag
-
-if TYPE_CHECKING:
-    from data_prep.synth.checks.settings import CheckSettings
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,3 @@ class CheckOptions:
     agree with them."""
     min_kappa: Annotated[Kappa | None, Flag(value="K")] = None
     """End with 3 where Cohen's kappa against --labels is below this."""
-
-    def check_settings(self) -> CheckSettings:
-        """Return what was asked; its `problems` are the caller's to tell."""
-        from data_prep.synth.checks.settings import CheckSettings  # steps take long to import
-
-        return CheckSettings(**{field.name: getattr(self, field.name) for field in fields(CheckOptions)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ SHARD_BYTES = 64_000_000
 @dataclass(frozen=True)
 class CheckSettings(CheckOptions):
     """The same, with what its files say."""
+
+    @classmethod
+    def of(cls, options: CheckOptions) -> CheckSettings:
+        """Return what a command's options ask for; its `problems` are the caller's to tell."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(CheckOptions)})
 
     def problems(self) -> list[Problem]:
         """Return every rule that is broken, by option; files are read."""
