@@ -50,6 +50,8 @@ def _no_template(template: str) -> Breach | None:
         environment.from_string(text)
     except TemplateSyntaxError as e:
         return Code.BOUND, f"is no Jinja template, line {e.lineno}: {e.message}", "mend it"
+    except RecursionError:
+        return Code.BOUND, "is nested too deep", "make it flatter"
     return None
 
 

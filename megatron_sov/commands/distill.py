@@ -90,8 +90,9 @@ def run(typed: argparse.Namespace) -> int:
         return KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
                            config.model.vocab_size)
 
-    if folder.completion() is None and not args.dry_run:
+    if folder.completion() is None:
         _make_states(args, config, folder, states, sources)
+    if folder.completion() is None and not args.dry_run:
         teacher()  # what does not belong together is told before processes start
 
     def before(view: GateView) -> None:
@@ -143,6 +144,9 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
                 else Kept(args.states_dtype))
         # that of the others is this one's: it was compared above
         digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""
+        if args.dry_run:
+            print(f"{args.teacher} would read {', '.join(data)} first, into {missing[0]}")
+            return
         read_documents(Reading(target, data, kept=kept, digest=digest), missing[0], args.teacher_settings,
                        args.nproc)
 

@@ -12,7 +12,7 @@ from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks, repeats
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.stage_config import convert_start, find_start, stage_request
+from megatron_sov.train.stage_config import convert_start, find_start, refuse_many_converters, stage_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,6 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.extend.stages import planned_stages
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.objective import formats_of
-    from megatron_sov.train.stage import Stage, run_stage
 
     stages = planned_stages(request, args.start_from, args.run, args.nproc,
                             lambda config: formats_of(factory(config, LanguageModelling)))
@@ -46,22 +45,17 @@ def run(typed: argparse.Namespace) -> int:
         if not repeats():
             stage.folder.enter(stage.config, args.resume)
     start = find_start(args.start_from)
-    if args.dry_run:
-        for stage in stages:
-            objective = factory(stage.config, LanguageModelling)
-            run_stage(Stage(stage.config, stage.folder, objective, start, args.resume, dry_run=True),
-                      args.nproc)
-            start = stage.folder.path
-        return 0
-    start = convert_start(start, args.run)
+    refuse_many_converters(start, args.run)
+    if not args.dry_run:
+        start = convert_start(start, args.run)
     gate = gate_of(args, stages[-1].config, start)
     from megatron_sov.extend.running import run_stages
 
     try:
         run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
-                   typed.began_s, faults, gate)
+                   typed.began_s, faults, gate, dry_run=args.dry_run)
     finally:
-        for folder in (args.run / STAGES, args.run):
+        for folder in () if args.dry_run else (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun
                 folder.rmdir()
     return 0

@@ -64,8 +64,8 @@ def run(typed: argparse.Namespace) -> int:
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
     _refuse_other_judgements(config, sources)
     pairs = [s for s in sources if s.format == "preference" and config.preference.method != "kto"]
-    reference = (_reference(args, parsed, sources, fixed)
-                 if config.preference.method in WITH_REFERENCE and not args.dry_run else None)
+    reference = (_reference(args, parsed, sources, fixed) if config.preference.method in WITH_REFERENCE
+                 else None)
 
     def before(view: GateView) -> None:
         if reference is not None:
@@ -128,7 +128,8 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
         refuse_other_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
         if not repeats():
             folder.enter(config, args.resume)
-        reference.make_apart(fixed, config, args.nproc)
+        if not args.dry_run:
+            reference.make_apart(fixed, config, args.nproc)
     elif checkpoints.latest(folder.checkpoints) is not None:
         reference.refuse_changed()
     return reference

@@ -64,12 +64,13 @@ class Problem:
     @property
     def sentence(self) -> str:
         """The problem without its line."""
+        key = ".".join(map(cut, self.key.split(".")))  # a stranger's file may hold any
         if self.key.startswith("-") and self.value is not UNSET:
-            begin = f"{self.key} {show(self.value)}: "
+            begin = f"{key} {show(self.value)}: "
         elif self.value is UNSET:
-            begin = f"{self.key}: " if self.key else ""
+            begin = f"{key}: " if key else ""
         else:
-            begin = f"{self.key} = {show(self.value)} " if self.key else f"{show(self.value)} "
+            begin = f"{key} = {show(self.value)} " if key else f"{show(self.value)} "
         return begin + self.rule + (f"; {self.way_out}" if self.way_out else "")
 
     def below(self, prefix: str) -> Problem:

@@ -193,7 +193,11 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
     kind, ctx = error["type"], error.get("ctx", {})
     place, hint = _place(cls, error["loc"])
     key = ".".join(map(str, place))
-    value = error.get("input", UNSET)
+    # a key is no value of its own, a secret's content is not shown, nor the whole file
+    value = UNSET if error["loc"][-1:] == ("[key]",) or place[:1] == ("secrets",) or kind == "json_invalid" \
+        else error.get("input", UNSET)
+    if kind == "json_invalid":
+        return Problem(Code.TYPE, key, f"holds a text that is none ({ctx['error']})")
     if kind in _UNKNOWN:
         fields = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
         return unknown(key, fields, instead(key))

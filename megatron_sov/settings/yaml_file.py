@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -109,14 +110,24 @@ def _loader() -> Any:
 
 def read_located(text: str) -> Located:
     """Read a YAML or JSON document as plain values.  Tags that would make objects are not taken."""
+    twice: list[str] = []
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return made
+
     try:
-        value = json.loads(text, parse_float=_number) if text.lstrip().startswith(("{", "[")) else UNSET
+        value = (json.loads(text, parse_float=_number, object_pairs_hook=as_object)
+                 if text.lstrip().startswith(("{", "[")) else UNSET)
     except (ValueError, RecursionError):
         value = UNSET
     if value is UNSET:
         return _read_yaml(text)
-    # YAML takes no tabs, and reads \ud83d\ude00 as two halves of a sign: it gives the lines alone
+    # YAML takes no tabs, reads \ud83d\ude00 as two halves of a sign and has limits of its own: it gives lines
     found = _read_yaml(text.replace("\t", " "))
+    found.problems = [p for p in found.problems if p.code == Code.TWICE] or [
+        Problem(Code.TWICE, key, "is set twice", way_out="set it once") for key in twice]
     found.value = None if found.problems else value
     return found
 

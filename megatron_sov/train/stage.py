@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sov import convert, models
+from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.clusters.chips import Gpu
 from megatron_sov.config import RunConfig
@@ -52,7 +52,7 @@ from megatron_sov.train.objective import columns_of, formats_of
 from megatron_sov.train.restoring import newest_sound, refuse_other_base
 from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
-from megatron_sov.train.stage_config import tokenizer_of
+from megatron_sov.train.stage_config import converted, tokenizer_of, will_convert
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -68,7 +68,8 @@ class Stage:
     objective: ObjectiveFactory
     """What is learned."""
     start_from: Path | None = None
-    """Checkpoint whose weights the run starts from; None: initial weights."""
+    """Checkpoint whose weights the run starts from, or, in a dry run, the Hugging Face folder that would
+    become one; None: initial weights."""
     resume: bool = False
     """Continue a run that is already in the folder."""
     sources: tuple[Source, ...] | None = None
@@ -178,12 +179,12 @@ def _tell(stage: Stage, data: _Data, count: int) -> None:
     newest = checkpoints.latest(stage.folder.checkpoints)
     steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
     start = newest or stage.start_from
-    told = f"{start}" if start else f"initial weights, train.seed = {stage.config.train.seed}"
-    if start and convert.is_hf_folder(start):
-        told += f", which would be converted into {stage.folder.path}.from-hf first"
     print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
                  memory_of(stage.config, count)))
-    print(f"  start      {told}\ndry run: nothing was written, and nothing ran")
+    print(f"  start      {start or f'initial weights, train.seed = {stage.config.train.seed}'}")
+    if stage.start_from is not None and will_convert(stage.start_from, stage.folder.path):
+        print(f"  converts   {stage.start_from} into {converted(stage.folder.path)} first")
+    print("dry run: nothing was written, and nothing ran")
 
 
 def _check_start(stage: Stage, data: _Data) -> None:

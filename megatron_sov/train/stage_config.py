@@ -89,7 +89,10 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     config = completed(with_mixed_phases(asked.config(), asked.base))
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
-    return ParsedStage(config, args.start_from and find_start(args.start_from), faults)
+    start = args.start_from and find_start(args.start_from)
+    if start is not None:
+        refuse_many_converters(start, args.run)
+    return ParsedStage(config, start, faults)
 
 
 def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -144,14 +147,42 @@ def find_start(start_from: Path) -> Path:
 
 
 def convert_start(start: Path, run: Path) -> Path:
-    """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf.
-
-    Raises:
-        UserError: many processes would convert it at once.
-    """
+    """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf."""
     from megatron_sov import convert
+    from megatron_sov.mcore.parallel import launcher
 
-    return _converted(start, run) if convert.is_hf_folder(start) else start
+    if not convert.is_hf_folder(start):
+        return start
+    out = converted(run)
+    # ranks that are new processes find what their launcher has made
+    if will_convert(start, run) and not repeats():
+        code = launcher.apart(lambda: convert.from_hf(start, out, overwrite=True))
+        if code:
+            raise SystemExit(code)
+    return out
+
+
+def converted(run: Path) -> Path:
+    """Return where the checkpoint lies that a run's Hugging Face folder becomes."""
+    return run.with_name(run.name + ".from-hf")
+
+
+def will_convert(start: Path, run: Path) -> bool:
+    """Return whether a start is a Hugging Face folder that is to be converted; not so where the run has a
+    checkpoint and needs no weights: what lies there may come from another folder."""
+    from megatron_sov import convert
+    from megatron_sov.runs import checkpoints
+
+    is_there = (converted(run) / MANIFEST).is_file()
+    return convert.is_hf_folder(start) and not (
+        is_there and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None)
+
+
+def refuse_many_converters(start: Path, run: Path) -> None:
+    """Raise `UserError` where many processes would convert a Hugging Face folder at once."""
+    if num_ranks(None) > 1 and not repeats() and will_convert(start, run):
+        raise UserError(f"--from {start}: many processes would convert it at once; "
+                        "run `megatron-sov convert from-hf` before, and pass its output")
 
 
 def tokenizer_of(start: Path) -> Path:
@@ -159,24 +190,3 @@ def tokenizer_of(start: Path) -> Path:
     from megatron_sov import convert
 
     return start if convert.is_hf_folder(start) else start / "tokenizer"
-
-
-def _converted(hf_dir: Path, run: Path) -> Path:
-    """Convert, unless the run has a checkpoint and needs no weights: what lies there may come
-    from another folder."""
-    from megatron_sov import convert
-    from megatron_sov.mcore.parallel import launcher
-    from megatron_sov.runs import checkpoints
-
-    out = run.with_name(run.name + ".from-hf")
-    if (out / MANIFEST).is_file() and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None:
-        return out
-    if repeats():
-        return out  # its launcher has made it
-    if num_ranks(None) > 1:
-        raise UserError(f"--from {hf_dir}: many processes would convert it at once; "
-                        "run `megatron-sov convert from-hf` before, and pass its output")
-    code = launcher.apart(lambda: convert.from_hf(hf_dir, out, overwrite=True))
-    if code:
-        raise SystemExit(code)
-    return out

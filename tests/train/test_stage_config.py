@@ -10,13 +10,13 @@ from megatron_sov import recipes
 from megatron_sov.artifacts import to_json
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.parallel import launcher
 from megatron_sov.recipes.requested import training_request
-from megatron_sov.train import stage_config as module
 from megatron_sov.train.stage_config import (
     StageOptions,
-    convert_start,
     find_start,
     parse_stage,
+    refuse_many_converters,
     stage_request,
 )
 from tests.typed_words import typed
@@ -115,10 +115,10 @@ def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message
 def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     data: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def convert(*_: object) -> Path:
+    def convert(*_: object) -> int:
         raise AssertionError("converted")
 
-    monkeypatch.setattr(module, "_converted", convert)
+    monkeypatch.setattr(launcher, "apart", convert)
     start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
     for arguments, message in {
         ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3; .*tiny-solar-open",
@@ -150,4 +150,4 @@ def test_many_processes_do_not_convert_at_once(data: Path, monkeypatch: pytest.M
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="run `megatron-sov convert from-hf` before"):
-        convert_start(data / "a", data / "run")
+        refuse_many_converters(data / "a", data / "run")

@@ -51,7 +51,7 @@ class JudgedSettings:
     """Which items of tasks are asked, of what, and how what comes back is judged."""
 
     num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
-    """Only the first N items of each task."""
+    """Only the first N items (of each task)."""
     samples: AtLeastOne | None = None
     """Answers to each item of tasks that sample several, or its episodes (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
