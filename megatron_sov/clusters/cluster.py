@@ -29,6 +29,7 @@ from megatron_sov.settings import (
     find_broken,
     read_text,
     read_yaml,
+    rules_of,
 )
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
@@ -331,7 +332,7 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
     profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
-    problems = profile.problems()
+    problems = rules_of(profile)
     if profile.account is None and needs_account:
         problems.append(Problem(Code.MISSING, "account", "is missing", way_out="pass --account NAME, or put "
                                 'it into a profile of your own ("" where the cluster asks for none)'))

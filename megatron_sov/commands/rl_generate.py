@@ -31,12 +31,12 @@ from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.settings import (
     AtLeastOne,
-    Code,
     Flag,
     NotNegative,
-    Problem,
     add_options,
     change,
+    not_with,
+    only_with,
     parse_nested,
     read_options,
 )
@@ -55,26 +55,17 @@ OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "
 class AskingOptions:
     """How prompts are asked."""
 
-    plain: bool = False
+    plain: Annotated[bool, not_with("environment")] = False
     """Continue each prompt as it is, without the chat template."""
     environment: Annotated[str | None, Flag(
         value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
                           "FILE.py:NAME")] = None
-    env_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
     """A setting of the environment; may be repeated."""
-    limit: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
     """A limit of an episode, e.g. max_turns=7; may be repeated."""
     batch_size: AtLeastOne = Batching.max_sequences
     """Responses, or episodes, that are written at a time."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not go with an environment, or needs one."""
-        if self.environment is None:
-            return [Problem(Code.RULE, name, "is for --environment", getattr(self, name)[0],
-                            "add it, or leave this out")
-                    for name in ("env_set", "limit") if getattr(self, name)]
-        return [Problem(Code.RULE, "plain", "tasks of an environment are asked by the chat template",
-                        way_out="leave it out")] if self.plain else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,7 @@ class RunConfig:
         p += self._objective_problems() + self.optim.problems() + self.extend.problems()
         p += self.rollout.problems() + self.policy.problems(self.rollout)
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
-        p += self._watching_problems() + self.obs.problems()
+        p += self._watching_problems()
         p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(

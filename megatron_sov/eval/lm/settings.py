@@ -12,7 +12,14 @@ from annotated_types import Ge
 from megatron_sov.eval.lm.tasks import TaskSources
 from megatron_sov.generate.engine import EngineName
 from megatron_sov.generate.request import Batching
-from megatron_sov.settings import NO_FLAG, AboveZero, AtLeastOne, Code, Flag, NotNegativeInt, Problem
+from megatron_sov.settings import (
+    NO_FLAG,
+    AboveZero,
+    AtLeastOne,
+    Flag,
+    NotNegativeInt,
+    only_with,
+)
 
 ENDPOINTS, DEFAULT_KEY_ENV = "endpoints", "OPENAI_API_KEY"
 OTHER_MODEL = ("name another --cache for its answers, or pass --same-model if only the engine changed; then "
@@ -56,7 +63,7 @@ class JudgedSettings:
     """Answers to each item of tasks that sample several, or its episodes (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
     """A setting of the reward that judges, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
-    mode: Literal["thinking", "no-thinking"] | None = None
+    mode: Annotated[Literal["thinking", "no-thinking"] | None, only_with("chat_template")] = None
     """Of a reasoning model (default: the task's)."""
     engine: EngineName | None = None
     """What runs the model (default: transformers for a Hugging Face folder)."""
@@ -94,13 +101,6 @@ class Settings(JudgedSettings):
     """Of samples."""
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     """Used where the target is an address."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        if self.mode is None or self.chat_template:
-            return []
-        return [Problem(Code.RULE, "mode", "is a setting of the chat template; add --apply-chat-template, or "
-                        "leave it out", self.mode)]
 
     @property
     def cache_folder(self) -> Path:

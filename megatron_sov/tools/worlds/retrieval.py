@@ -21,8 +21,7 @@ from megatron_sov.settings import (
     Breach,
     Code,
     NotNegativeInt,
-    Problem,
-    find_broken,
+    other_than,
 )
 from megatron_sov.tools.faults import ToolRefused
 from megatron_sov.tools.records import read_objects
@@ -61,7 +60,7 @@ class Retrieval(AnsweredWorld):
     """Fields by which a document is read: the first one is needed, the others narrow it down."""
     search: ToolName = "search"
     """Name of the tool that searches."""
-    read: ToolName = "read"
+    read: Annotated[ToolName, other_than("search")] = "read"
     """Name of the tool that reads."""
     query: ToolName = "query"
     """Name of its argument."""
@@ -74,11 +73,6 @@ class Retrieval(AnsweredWorld):
     system: str = ("Answer from the documents: search them, read what looks right. End with "
                    '"The answer is" and the answer.')
     """Rules for the model, where a task has none of its own."""
-
-    def problems(self) -> list[Problem]:
-        """Return every rule between settings that these break."""
-        return find_broken(self, "", (self.search != self.read, "read", "must not be the name of search too",
-                                      "give each tool a name of its own"))
 
     def rules(self) -> str:
         """Return what models are told where a task has no `system` of its own."""

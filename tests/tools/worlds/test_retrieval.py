@@ -85,7 +85,7 @@ def test_ranks_are_those_of_the_formula() -> None:
 
 @pytest.mark.parametrize("change, told", [
     ({"corpus": "nowhere.jsonl"}, 'corpus = "nowhere.jsonl" is no file'),
-    ({"read": "search_law"}, "must not be the name of search"),
+    ({"read": "search_law"}, "must not be that of search"),
     ({"keys": []}, "keys"), ({"top_k": 0}, "top_k = 0"),
     ({"text": "body"}, "line 1: its 'body' must be text"),
     ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
