@@ -65,15 +65,23 @@ browser:  ## install Chromium for the tests that open pages in a browser, where 
 test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
 	$(MAKE) -j 2 types suite
 
-# Tests in five runs, so that no worker of pytest holds all libraries at once: whole commands and jobs of training, the layers under
-# them, the tokenizer and rewards, evaluation and data with torch, and all the rest, which import no torch. Each run begins with what
-# takes longest.
-RUNS := JOBS LAYERS TOKENS JUDGES
-JOBS := $(addprefix tests/,e2e benchmarks commands convert extend generate ladder post train)
-LAYERS := $(addprefix tests/,mcore layouts te_double codecs data doctor models obs runs)
-TOKENS := $(addprefix tests/,rewards tokenizer chat config plan test_pretrained.py slurm/test_preflight.py)
-JUDGES := $(addprefix tests/,eval serving tools $(addprefix \
-  data_prep/,media scoring synth/generators/autoif test_encode.py test_indexed.py test_pack.py))
+# Tests in seven runs, so that no worker of pytest holds all libraries at once: whole commands and jobs of training, the layers under
+# them, evaluation, data with torch, what else imports it, text without, and all the rest, which do not either. Each run begins with
+# what takes longest.
+RUNS := JOBS LAYERS JUDGES DATA MODELS TEXT
+DATA := $(addprefix tests/,$(addprefix data_prep/,media scoring synth/generators/autoif/test_entailment.py test_encode.py \
+  test_pack_columns.py test_stats.py test_scorer.py test_datasets_layouts.py) test_byte_bpe.py test_docs_data_pages.py \
+  test_docs_data_scoring.py test_docs_omni.py commands/test_rl_knowledge.py)
+JUDGES := $(addprefix tests/,eval serving tools)
+MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats tokenizer/media tokenizer/test_train.py \
+  rewards/test_classifier.py slurm/test_preflight.py settings/test_programs.py recipes/test_requested.py test_pretrained.py test_docs.py \
+  test_architecture.py test_api.py test_objectives.py)
+JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py)) \
+  $(addprefix tests/,convert extend generate ladder post train)
+LAYERS := $(addprefix tests/,mcore layouts te_double codecs data doctor models obs runs chat config plan \
+  data_prep/test_indexed.py data_prep/test_adopt.py data_prep/test_pack.py)
+TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/rewards/sandbox/ \
+  tests/rewards/test_*.py)))
 TESTS_AT_ONCE := OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
 
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.

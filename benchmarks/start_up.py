@@ -1,9 +1,11 @@
-"""What commands cost before they do anything: CPU seconds of a process that prints its help.
+"""What commands cost before they do anything: CPU seconds of a process that prints its help, of one that is
+refused for an option that does not exist, and of some whose settings are refused.
 
     python benchmarks/start_up.py [--before CHECKOUT] [--repetitions 5] [--output FILE]
 
 CHECKOUT is an older tree of this repository.  Each command runs in both trees in turn, with the bytecode of
 imports kept; the least of the repetitions counts, since what else the machine does can only add to it.
+"torch" behind a line says that this tree's process had imported it.
 """
 
 from __future__ import annotations
@@ -22,17 +24,40 @@ from megatron_sov.cli import COMMANDS
 from tokenizer.cli import COMMANDS as TOKENIZER_COMMANDS
 
 ROOT = Path(__file__).parents[1]
+UNKNOWN = "--no-such-option"
+TRAINING = ["tiny-solar-open", "--data", "none", "--run", "run"]
+REFUSED = {
+    "megatron-sov": [["pretrain", *TRAINING, "--set", "optim.lr=fast"],
+                     ["pretrain", *TRAINING, "--nproc", "0"], ["sft", *TRAINING, "--from", "none"],
+                     ["rl", "run", "tiny-solar-open"],
+                     ["eval", "lm", "none", "--tasks", "a", "--output", "x.json", "--samples", "0"],
+                     ["plan", "solar-open-102b", "--cluster", "none"], ["recipes", "solar"]],
+    "sov-data": [["pack", "--tokenizer", "none", "--input", "none", "--output", "x", "--heldout", "2"],
+                 ["mix", "none", "--output", "x"], ["run", "none.yaml"]],
+    "sov-tokenizer": [["train", "--preset", "solar", "--input", "none", "--output", "x"]]}
+"""Program -> commands whose words are known and whose values are refused."""
+PROGRAM = """
+import sys
+from {module} import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as e:
+    code = e.code
+sys.exit(100 if "torch" in sys.modules else code)
+"""
 PROGRAMS = {"megatron-sov": ("megatron_sov.cli", COMMANDS), "sov-data": ("data_prep.cli", DATA_COMMANDS),
             "sov-tokenizer": ("tokenizer.cli", TOKENIZER_COMMANDS)}
 
 
-def cpu_s(tree: Path, module: str, words: list[str]) -> float:
-    """Return the processor seconds of one command, its children's included."""
+def measure(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
+    """Return the processor seconds of one command, its children's included, and its exit code; 100: it has
+    imported torch."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", module, *words], cwd=tree, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.returncode
 
 
 def main() -> None:
@@ -45,23 +70,25 @@ def main() -> None:
     trees = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
     lines = [f"start-up: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
              f"{platform.python_version()}; CPU seconds, the least of {args.repetitions} interleaved",
-             "", f"{'command':36}" + "".join(f"{name:>8}" for name in trees)]
-    found: dict[str, list[float]] = {name: [] for name in trees}
-    for program, (module, commands) in PROGRAMS.items():
-        for command in ("", *commands):
-            words = [*command.split(), "--help"] if command else []
-            runs = [[cpu_s(tree, module, words) for tree in trees.values()] for _ in range(args.repetitions)]
-            least = [min(run) for run in zip(*runs, strict=True)]
-            if command:
+             "", f"{'command':60}" + "".join(f"{name:>8}" for name in trees)]
+    for kind in ("--help", UNKNOWN, "refused"):
+        found: dict[str, list[float]] = {name: [] for name in trees}
+        for program, (module, commands) in PROGRAMS.items():
+            asked = REFUSED[program] if kind == "refused" else [[*name.split(), kind] for name in commands]
+            for words in asked:
+                runs = [[measure(tree, module, words) for tree in trees.values()]
+                        for _ in range(args.repetitions)]
+                least = [min(seconds for seconds, _ in tree) for tree in zip(*runs, strict=True)]
                 for name, seconds in zip(trees, least, strict=True):
                     found[name].append(seconds)
-            figures = "".join(f"{seconds:8.2f}" for seconds in least)
-            lines.append(f"{program + ' ' + ' '.join(words):36}{figures}")
-            print(lines[-1], flush=True)
-    lines.append("")
-    for name, of in (("median of --help", statistics.median), ("largest of --help", max)):
-        lines.append(f"{name:36}" + "".join(f"{of(values):8.2f}" for values in found.values()))
-    text = "\n".join(lines) + "\n"
+                lines.append(f"{' '.join((program, *words))[:59]:60}" + "".join(f"{s:8.2f}" for s in least)
+                             + (" torch" if runs[-1][-1][1] == 100 else ""))
+                print(lines[-1], flush=True)
+        lines.append("")
+        for name, of in ((f"median of {kind}", statistics.median), (f"largest of {kind}", max)):
+            lines.append(f"{name:60}" + "".join(f"{of(values):8.2f}" for values in found.values()))
+        lines.append("")
+    text = "\n".join(lines)
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")

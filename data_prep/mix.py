@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Gt
 
@@ -53,23 +53,30 @@ class Part:
     """Its share of a run, relative to the others; None: by its tokens."""
 
 
-@dataclass(frozen=True)
-class BlendSettings:
+@dataclass(frozen=True, kw_only=True)
+class BlendLimits:
     """How a blend becomes shares of sources."""
 
-    file: Path
-    """The blend file."""
-    num_tokens: NotNegative = 0
-    """Tokens of all phases together; 0: as the file says."""
-    max_epochs: Annotated[float, Gt(0)] = 4.0
-    """Passes over a source by all phases that are not refused (what is gained beyond four is little: arXiv
-    2305.16264)."""
+    num_tokens: Annotated[NotNegative, Flag("--tokens", "N")] = 0
+    """--blend: tokens of all phases together (default: as the blend says)."""
+    max_epochs: Annotated[float, Gt(0), Flag(value="N")] = 4.0
+    """--blend: refuse to read a source more often than this; what is gained beyond four passes is little
+    (arXiv 2305.16264)."""
     missing: Missing = "refuse"
-    """What becomes of shares that no source is for."""
+    """--blend: shares that no source is for: refuse the blend, or give them to the others of their
+    phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixOptions:
+class BlendSettings(BlendLimits):
+    """A blend, and how it becomes shares of sources."""
+
+    file: Path
+    """The blend file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOptions(BlendLimits):
     """Join token shards of several folders into one."""
 
     data: Annotated[tuple[str, ...], Flag("DIR[:WEIGHT]")]
@@ -81,13 +88,6 @@ class MixOptions:
     (solar-open, k-exaone)."""
     search: Annotated[Path | None, Flag(value="FILE")] = None
     """Find shares that lower the loss on held-out text, as this YAML file says."""
-    num_tokens: Annotated[NotNegative, Flag("--tokens", "N")] = BlendSettings.num_tokens
-    """--blend: tokens of all phases together (default: as the blend says)."""
-    max_epochs: Annotated[float, Gt(0), Flag(value="N")] = BlendSettings.max_epochs
-    """--blend: refuse to read a source more often than this."""
-    missing: Literal["refuse", "spread"] = BlendSettings.missing
-    """--blend: shares that no source is for: refuse the blend, or give them to the others of their
-    phase."""
     workers: AtLeastOne = field(default_factory=num_cores)
     """--search: models that are trained at a time; what is found does not depend on it (default: this
     machine's cores)."""
@@ -96,6 +96,11 @@ class MixOptions:
     overwrite: bool = False
     """Replace what is already there."""
 
+    @property
+    def limits(self) -> BlendLimits:
+        """How a blend becomes shares of sources."""
+        return BlendLimits(num_tokens=self.num_tokens, max_epochs=self.max_epochs, missing=self.missing)
+
     def problems(self) -> list[Problem]:
         """Return what does not fit together, or would have no effect."""
         p = []
@@ -103,9 +108,8 @@ class MixOptions:
             p.append(Problem(Code.RULE, "search", "goes without --blend; do one after the other"))
         if self.output is None and not self.dry_run:
             p.append(Problem(Code.RULE, "output", "is missing; name a folder to write"))
-        for name in ("num_tokens", "max_epochs", "missing"):
-            value = getattr(self, name)
-            if value != getattr(BlendSettings, name) and not self.blend:
+        for name, value in vars(self.limits).items():
+            if value != getattr(BlendLimits, name) and not self.blend:
                 p.append(Problem(Code.RULE, name, "is for --blend; leave it out, or name a blend", value))
         if self.dry_run and not (self.blend or self.search):
             p.append(Problem(Code.RULE, "dry_run", "is for --blend and --search; leave it out"))
@@ -133,8 +137,7 @@ def run(typed: argparse.Namespace) -> int:
         run_search([part.path for part in parts], args.search, args.output, workers=args.workers,
                    dry_run=args.dry_run, overwrite=args.overwrite)
         return 0
-    blend = (BlendSettings(find_blend(args.blend), args.num_tokens, args.max_epochs, args.missing)
-             if args.blend else None)
+    blend = BlendSettings(file=find_blend(args.blend), **vars(args.limits)) if args.blend else None
     if args.dry_run:
         assert blend is not None
         print("\n".join(table(*_allotted([read_tokens_manifest(p.path) for p in parts], blend))))

@@ -22,13 +22,15 @@ from megatron_sov.documents.messages import read_messages
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
     AtLeastOne,
+    Bound,
+    Breach,
     Code,
     Flag,
-    Problem,
     SettingsError,
     Share,
     add_options,
-    check,
+    at_most,
+    problems_of,
     read_options,
 )
 
@@ -48,11 +50,16 @@ class Solution:
     """What was thought before."""
 
 
+def _no_number(heading: str) -> Breach | None:
+    return None if heading.count("{}") == 1 else (
+        Code.BOUND, "must hold {} once, for the solution's number", "")
+
+
 @dataclass(frozen=True)
 class TrajectorySettings:
     """How documents are made."""
 
-    least: AtLeastOne = 2
+    least: Annotated[AtLeastOne, at_most("most")] = 2
     """Leave out queries with fewer different solutions."""
     most: AtLeastOne = 5
     """Solutions of a document at most."""
@@ -60,18 +67,8 @@ class TrajectorySettings:
     """Jaccard index of word triples above which two solutions are the same one."""
     think: Think = "tags"
     """Thoughts between <think> tags, without tags, or left out."""
-    heading: str = "Solution {}"
+    heading: Annotated[str, Bound(_no_number)] = "Solution {}"
     """Line above each solution, {} for its number."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        p = []
-        if self.least > self.most:
-            p.append(Problem(Code.RULE, "least", f"is more than --most {self.most}", self.least))
-        if self.heading.count("{}") != 1:
-            p.append(Problem(Code.RULE, "heading", "must hold {} once, for the solution's number",
-                             self.heading))
-        return p
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +110,7 @@ def write_trajectories(files: Sequence[Path], output: Path, settings: Trajectory
         UserError: settings or a record break a rule, or no query has enough solutions;
             nothing is written then.
     """
-    if problems := check(settings) or settings.problems():
+    if problems := problems_of(settings):
         raise SettingsError("trajectories", problems)
     refuse_existing(output, KIND, overwrite)
     made = short = solutions = 0

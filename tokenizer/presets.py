@@ -8,13 +8,28 @@ bytes, merges follow: a fixed place for every id that a model's config names, wh
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from megatron_sov.config.model import STRICT
+from annotated_types import Ge, MinLen
+
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.settings import (
+    Bound,
+    Breach,
+    Code,
+    Fraction,
+    NotNegativeInt,
+    Place,
+    Problem,
+    SettingsError,
+    find_broken,
+    read,
+    read_located,
+    read_text,
+)
 
 NUM_BYTES = 256
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -22,11 +37,28 @@ _DIGITS = {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "runs": r"\p{N}+"}
 _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
 
 
+def _no_template(template: str) -> Breach | None:
+    """Return what keeps a chat template from being one, by jinja as transformers sets it up."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # transformers' own tag around what is to be learned
+    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.from_string(text)
+    except TemplateSyntaxError as e:
+        return Code.BOUND, f"is no Jinja template, line {e.lineno}: {e.message}", "mend it"
+    except RecursionError:
+        return Code.BOUND, "is nested too deep", "make it flatter"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """The rules of one tokenizer."""
 
-    __pydantic_config__ = STRICT
     name: str
     """Name on the command line and in the manifest."""
     split_pattern: str
@@ -35,7 +67,7 @@ class Preset:
     normalization: Literal["nfc", "none"]
     """nfc: composed Unicode form, so that decomposed Hangul meets composed; none:
     bytes are kept as they are."""
-    special_tokens: dict[str, int]
+    special_tokens: dict[Annotated[str, MinLen(1)], NotNegativeInt]
     """Special token -> id below `num_special_ids`; the ids in between become `<|reserved_N|>`."""
     bos_token: str
     """Begin of a document for models that want one; never added by itself."""
@@ -43,18 +75,18 @@ class Preset:
     """End of a document, and of generation."""
     pad_token: str
     """Fills batches; may be the end token."""
-    chat_template: str
+    chat_template: Annotated[str, Bound(_no_template)]
     """Jinja template of a conversation, as transformers reads it."""
-    max_token_bytes: int = 48
+    max_token_bytes: Annotated[int, Ge(2)] = 48
     """Longest token; without a limit, rules and ASCII art take vocabulary."""
-    num_special_ids: int = 64
+    num_special_ids: NotNegativeInt = 64
     """Ids kept for special tokens, those reserved for later among them."""
     superword_pattern: str = ""
     """Split pattern of the finished tokenizer where words may join to superwords (SuperBPE);
     empty: they may not."""
-    superword_share: float = 0.0
+    superword_share: Fraction = 0.0
     """Share of the vocabulary that spans words."""
-    max_superword_words: int = 4
+    max_superword_words: Annotated[int, Ge(2)] = 4
     """Most words in one token."""
 
     @property
@@ -67,52 +99,33 @@ class Preset:
         """The split pattern of the finished tokenizer."""
         return self.superword_pattern or self.split_pattern
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that this preset breaks."""
-        p = [f"special_tokens[{token!r}] = {id_} must lie in 0..{self.num_special_ids - 1}, "
-             "below num_special_ids"
-             for token, id_ in self.special_tokens.items() if not 0 <= id_ < self.num_special_ids]
-        if len(set(self.special_tokens.values())) < len(self.special_tokens):
-            p.append("special_tokens gives one id to two tokens; give each its own")
+    def problems(self) -> list[Problem]:
+        """Return every rule between settings that this preset breaks."""
         reserved = {_reserved_name(i): i for i in range(self.num_special_ids)}
-        p += [f"special_tokens has {token!r}, the name of another reserved id; choose another name"
-              for token, id_ in self.special_tokens.items() if reserved.get(token, id_) != id_]
-        if "" in self.special_tokens:
-            p.append("special_tokens has an empty name; give it one")
-        for field in ("bos_token", "eos_token", "pad_token"):
-            if getattr(self, field) not in self.special_tokens:
-                p.append(f"{field} = {getattr(self, field)!r} must stand in special_tokens")
-        if self.max_token_bytes < 2:
-            p.append(f"max_token_bytes = {self.max_token_bytes} must be at least 2")
-        if not 0 <= self.superword_share < 1:
-            p.append(f"superword_share = {self.superword_share} must lie between 0 and 1")
-        if self.superword_share > 0 and not self.superword_pattern:
-            p.append(f"superword_share = {self.superword_share} needs a superword_pattern in which words "
-                     "join; add it, or set 0")
-        if self.max_superword_words < 2:
-            p.append(f"max_superword_words = {self.max_superword_words} must be at least 2")
-        return [*p, *_template_problems(self.chat_template)]
+        owner = {id_: token for token, id_ in reversed(self.special_tokens.items())}
+        p = []
+        for token, id_ in self.special_tokens.items():
+            key = f"special_tokens.{token}"
+            if id_ >= self.num_special_ids:
+                rule = f"must be below num_special_ids = {self.num_special_ids}"
+                p.append(Problem(Code.RULE, key, rule, id_))
+            if owner[id_] != token:
+                p.append(Problem(Code.TWICE, key, f"is the id of {owner[id_]} too", id_,
+                                 "give each its own"))
+            if reserved.get(token, id_) != id_:
+                p.append(Problem(Code.RULE, key, "is the name of another reserved id", id_,
+                                 "choose another name"))
+        return p + find_broken(
+            self, "",
+            *((getattr(self, name) in self.special_tokens, name, "must stand in special_tokens")
+              for name in ("bos_token", "eos_token", "pad_token")),
+            (not self.superword_share or bool(self.superword_pattern), "superword_share",
+             "needs a superword_pattern in which words join", "add it, or set 0"))
 
     def special_by_id(self) -> list[str]:
         """Return the special and reserved tokens in order of their ids."""
         names = {id_: token for token, id_ in self.special_tokens.items()}
         return [names.get(i, _reserved_name(i)) for i in range(self.num_special_ids)]
-
-
-def _template_problems(template: str) -> list[str]:
-    """Return what keeps a chat template from being one, by jinja as transformers sets it up."""
-    from jinja2 import TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # transformers' own tag around what is to be learned
-    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
-    try:
-        environment.from_string(text)
-    except TemplateSyntaxError as e:
-        return [f"chat_template is no Jinja template, line {e.lineno}: {e.message}; mend it"]
-    return []
 
 
 def _reserved_name(id_: int) -> str:
@@ -181,84 +194,42 @@ def load_preset(name: str, file: Path | None) -> Preset:
     if file is None:
         raise UserError(f"--preset {name}: needs --config FILE with the tokenizer's rules, JSON or YAML (see "
                         "docs/tokenizer.md)")
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        preset = TypeAdapter(Preset).validate_python(_with_pattern({"name": CUSTOM, **_read_config(file)}))
-    except OSError as e:
-        raise UserError(f"--config {file}: cannot be read ({e.strerror}); check the path") from None
-    except ValidationError as e:
-        lines = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()]
-        raise UserError(f"--config {file}: " + "; ".join(lines)) from None
-    except ValueError as e:
-        raise UserError(f"--config {file}: {e}; see docs/tokenizer.md for the form") from None
-    if problems := preset.problems():
-        raise UserError(f"--config {file}: " + "; ".join(problems))
-    return preset
+    where = f"--config {file}"
+    located = read_located(read_text(file, where))
+    if located.problems:
+        raise SettingsError(where, located.problems)
+    raw = located.value
+    if isinstance(raw, dict):
+        raw = {"name": CUSTOM, **_with_pattern(raw, where, located.lines)}
+    return read(Preset, raw, where, lines=located.lines)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Return the content of a JSON or YAML file.
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """What a file may say in place of `split_pattern`."""
 
-    Raises:
-        ValueError: it is neither, gives a name twice, or is no object.
-    """
-    text = file.read_text(encoding="utf-8")
-    if file.suffix.lower() in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            raw = yaml.load(text, Loader=_unique_loader(yaml))
-        except (yaml.YAMLError, RecursionError) as e:
-            raise ValueError(f"is not YAML ({' '.join(str(e).split())})") from None
-    else:
-        raw = json.loads(text, object_pairs_hook=_unique)
-    if not isinstance(raw, dict):
-        raise ValueError(f"holds a {type(raw).__name__}, must be one object of named rules")
-    return raw
+    digits: Literal["single", "triples", "runs"] = "single"
+    """Numbers one by one, by three, or as a whole."""
+    whitespace: Literal["runs", "single"] = "runs"
+    """Blanks together, or each by itself."""
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return pairs as a dict; JSON and YAML themselves keep the last of two silently."""
-    seen: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"names {key!r} twice; keep one of them")
-        seen[key] = value
-    return seen
-
-
-def _unique_loader(yaml: Any) -> Any:
-    """Return PyYAML's safe loader, made to refuse a name that stands twice in one mapping."""
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        """Return a mapping node as a dict."""
-        return _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True))
-                        for k, v in node.value])
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    return Loader
-
-
-def _with_pattern(raw: dict[str, Any]) -> dict[str, Any]:
+def _with_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -> dict[str, Any]:
     """Replace `digits` and `whitespace` by the split pattern that they stand for.
 
     Raises:
-        ValueError: they are unknown, or a pattern is given as well.
+        SettingsError: they are unknown, or a pattern is given as well.
     """
+    given = {key: raw[key] for key in ("digits", "whitespace") if key in raw}
     if "split_pattern" in raw:
-        if both := [key for key in ("digits", "whitespace") if key in raw]:
-            raise ValueError(f"has split_pattern and {both[0]}, which is a part of it; keep one of them")
+        if given:
+            rule = "is a part of split_pattern, which is given too"
+            raise SettingsError(where, [Problem(Code.RULE, key, rule, value, "keep one of them")
+                                        for key, value in given.items()])
         return raw
-    rules = {}
-    for key, known in (("digits", _DIGITS), ("whitespace", _WHITESPACE)):
-        value = raw.pop(key, next(iter(known)))
-        if value not in known:
-            raise ValueError(f"{key} = {value!r} must be one of {', '.join(known)}")
-        rules[key] = known[value]
+    split = read(_Split, given, where, lines=lines)
     punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     word = r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+"
-    return {**raw, "split_pattern": "|".join((_CONTRACTIONS, word, rules["digits"], punctuation,
-                                              rules["whitespace"]))}
+    pattern = "|".join((_CONTRACTIONS, word, _DIGITS[split.digits], punctuation,
+                        _WHITESPACE[split.whitespace]))
+    return {key: value for key, value in raw.items() if key not in given} | {"split_pattern": pattern}

@@ -24,12 +24,11 @@ from megatron_sov.errors import UserError
 from megatron_sov.settings import (
     AboveZero,
     AtLeastOne,
-    Code,
     Flag,
     Fraction,
     NotNegative,
-    Problem,
     add_options,
+    not_with,
     num_cores,
     read_options,
 )
@@ -68,7 +67,7 @@ class TokenizerTrainOptions:
     """Folder for the tokenizer."""
     superword_share: Annotated[Fraction | None, Flag(value="SHARE")] = None
     """Part of the vocabulary that spans words (default: the preset's; 0: plain BPE)."""
-    transition_size: int | None = None
+    transition_size: Annotated[int | None, not_with("superword_share")] = None
     """Ids before words join; merging then goes on across words and within them, as published, and how many
     superwords there will be depends on the text."""
     max_superword_words: Annotated[int, Ge(2)] | None = None
@@ -82,13 +81,6 @@ class TokenizerTrainOptions:
     """Processes that read; the result does not depend on it (default: this machine's cores)."""
     overwrite: bool = False
     """Replace a tokenizer that is already there."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        if self.superword_share is not None and self.transition_size is not None:
-            return [Problem(Code.RULE, "transition_size", "goes without --superword-share, which says the "
-                            "same", self.transition_size)]
-        return []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -57,7 +57,7 @@ def one(words: list[str], dry: bool, trace: str) -> dict[str, Any]:
         profile.export_chrome_trace(trace)
     seq_len = config.data.phases[0].seq_len
     flops = train_flops_per_token(config.model, seq_len) * seq_len * config.train.micro_batch_size
-    account = memory_of(config, runner.world)
+    account = memory_of(config, runner.world.size)
     peak = 0 if dry else torch.cuda.max_memory_allocated()
     return {"step s": min(seconds), "TFLOP/s": flops / min(seconds) / 1e12, "peak bytes": peak,
             "account bytes": account.allocated}

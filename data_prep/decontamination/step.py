@@ -22,7 +22,7 @@ from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import PLACE, SEAL, read_lines, seal_file
-from megatron_sov.settings import AtLeastOne, Code, Problem
+from megatron_sov.settings import AtLeastOne, Code, Problem, at_most
 
 REASON = "text of a benchmark"
 MOST_SHOWN = 50
@@ -40,20 +40,18 @@ class SearchSettings:
     ngram: Annotated[int, Ge(1), Le(1000)] = WORDS
     """Words in a row that a text may not share with an item; a character of Thai, Chinese or Japanese is a
     quarter of a word, a syllable of Korean a third."""
-    min_words: AtLeastOne = 5
+    min_words: Annotated[AtLeastOne, at_most("ngram")] = 5
     """An item that is shorter than `ngram` is found as a whole, if it has at least so many words."""
     context_chars: Annotated[int, Ge(0), Le(10_000)] = 100
     """Characters on either side of a place that the report shows."""
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        p = [] if self.min_words <= self.ngram else [Problem(
-            Code.RULE, "min_words", f"must be at most ngram = {self.ngram}", self.min_words)]
         try:  # now, and not when all documents are parsed
             read_items(self.benchmarks, self.fields)
         except UserError as e:
-            p.append(Problem(Code.FILE, "benchmarks", str(e)))
-        return p
+            return [Problem(Code.FILE, "benchmarks", str(e))]
+        return []
 
     def search(self) -> Search:
         """Read the benchmarks."""

@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from data_prep.media.settings import MediaSettings
 from data_prep.pipeline.cluster_options import ClusterOptions
-from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
+from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, only_with, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,10 @@ class EncodeMediaOptions(ClusterOptions):
     threads: AtLeastOne = field(default_factory=num_cores)
     """Media that are decoded at a time, each by a process of its own; the output does not depend on it
     (default: this machine's cores)."""
-    workers: AtLeastOne | None = None
+    workers: Annotated[AtLeastOne | None, only_with("cluster")] = None
     """With --cluster: jobs that encode (default: 4)."""
     overwrite: bool = False
     """Replace what is already there."""
-
-    only_with_cluster: ClassVar[tuple[str, ...]] = (*ClusterOptions.only_with_cluster, "workers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,9 +18,7 @@ from megatron_sov.settings import (
     Code,
     NotBlank,
     NotNegative,
-    Problem,
     SettingsError,
-    find_broken,
     read,
     read_located,
     read_text,
@@ -37,6 +35,11 @@ MIN_FIRST_ROUND = 6
 def _leaves_to_the_search(setting: str) -> Breach | None:
     return (Code.BOUND, f"must leave {', '.join(OWN_SETTINGS)} to the search, which has keys for them",
             "") if setting.startswith(OWN_SETTINGS) else None
+
+
+def _too_few(rounds: tuple[int, ...]) -> Breach | None:
+    return None if rounds[0] >= MIN_FIRST_ROUND else (
+        Code.BOUND, f"must begin with at least {MIN_FIRST_ROUND}", "e.g. [24, 12, 6]")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class SearchSettings:
     group_by: str = ""
     """Tag of which each value is one cluster of sources with one share, such as topic; "": each source is its
     own."""
-    rounds: Annotated[tuple[AtLeastOne, ...], MinLen(1)] = (24, 12, 6)
+    rounds: Annotated[tuple[AtLeastOne, ...], MinLen(1), Bound(_too_few)] = (24, 12, 6)
     """Mixtures that are trained in each round; the later ones lie near the best."""
     judged: Annotated[int, Ge(0), Le(10_000)] = 6
     """Mixtures that are trained as well and never fitted, by which predictions are judged."""
@@ -77,11 +80,6 @@ class SearchSettings:
     """Passes over a source in that run, which cap its share."""
     seed: Annotated[int, Ge(0), Lt(1 << 31)] = 0
     """Seed of the drawn mixtures and of each model."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return find_broken(self, "", (self.rounds[0] >= MIN_FIRST_ROUND, "rounds",
-                                      f"must begin with at least {MIN_FIRST_ROUND}", "e.g. [24, 12, 6]"))
 
     @property
     def num_proxies(self) -> int:

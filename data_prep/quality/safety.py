@@ -76,9 +76,7 @@ class SafetySettings:
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
         names = [one.name for one in self.lists]
-        found = [problem.below(f"lists.{place}")
-                 for place, one in enumerate(self.lists) for problem in one.problems()]
-        return found + [Problem(Code.RULE, "lists", f"has {name!r} {names.count(name)} times",
+        return [Problem(Code.RULE, "lists", f"has {name!r} {names.count(name)} times",
                                 way_out="give each list a name of its own")
                         for name in dict.fromkeys(names) if names.count(name) > 1]
 

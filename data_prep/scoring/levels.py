@@ -30,7 +30,7 @@ from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import check_seal, read_json, sealed, write_json
-from megatron_sov.settings import AtLeastOne, NotBlank, Problem, find_broken
+from megatron_sov.settings import AtLeastOne, NotBlank, at_most
 
 LEVELS = ("L1", "L2", "L3")
 BASIC = "basic"
@@ -47,20 +47,15 @@ class LevelSettings:
     """Column of scores; a higher one is better."""
     l1: ShareAboveZero = 1.0
     """Share of the documents with a score that are L1 or better."""
-    l2: ShareAboveZero = 0.5
+    l2: Annotated[ShareAboveZero, at_most("l1")] = 0.5
     """Share that is L2 or better."""
-    l3: ShareAboveZero = 0.35
+    l3: Annotated[ShareAboveZero, at_most("l2")] = 0.35
     """Share that is L3."""
     per: str = "language"
     """Column whose values are each judged apart; "": all documents together."""
     min_documents: AtLeastOne = 100
     """A value of `per` with fewer documents is judged together with the others of that sort: a percentile
     of a handful says nothing."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return find_broken(self, "", (self.l2 <= self.l1, "l2", f"must be at most l1 = {self.l1}"),
-                           (self.l3 <= self.l2, "l3", f"must be at most l2 = {self.l2}"))
 
 
 class Level(Step):

@@ -7,21 +7,20 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from megatron_sov.settings import Code, Problem
+from megatron_sov.settings import Bound, Breach, Code
+
+
+def _no_power_of_two(number: int) -> Breach | None:
+    return None if number.bit_count() == 1 else (Code.BOUND, "must be a power of two", f"e.g. {1 << 18}")
 
 
 @dataclass(frozen=True)
 class NgramSettings:
     """Which n-grams are looked at."""
 
-    num_buckets: Annotated[int, Ge(1 << 8), Le(1 << 26)] = 1 << 18
+    num_buckets: Annotated[int, Ge(1 << 8), Le(1 << 26), Bound(_no_power_of_two)] = 1 << 18
     """Buckets that n-grams are hashed to; a power of two."""
     max_ngram: Annotated[int, Ge(1), Le(5)] = 2
     """Units of the longest n-gram."""
     max_chars: Annotated[int, Ge(1), Le(1 << 24)] = 20_000
     """Characters of a text that are read, from its beginning."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return [] if self.num_buckets.bit_count() == 1 else [Problem(
-            Code.RULE, "num_buckets", "must be a power of two", self.num_buckets, f"e.g. {1 << 18}")]

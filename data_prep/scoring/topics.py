@@ -25,7 +25,7 @@ from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import read_json, read_sealed, sealed, write_json
-from megatron_sov.settings import AtLeastOne, Code, Problem, as_problem
+from megatron_sov.settings import AtLeastOne, Problem, as_problem, at_most
 
 _MODEL, _TOPICS = "topics.safetensors", "topics.json"
 _MOST_SHOWN = 200
@@ -37,7 +37,7 @@ _TIMES, _LEAST_PER_SHARD = 4, 64
 class TopicsSettings:
     """Settings of `topics`."""
 
-    num_clusters: Annotated[int, Ge(2), Le(10_000)] = 32
+    num_clusters: Annotated[int, Ge(2), Le(10_000), at_most("sample")] = 32
     """Topics."""
     sample: AtLeastOne = 100_000
     """Documents that topics are found in."""
@@ -48,11 +48,7 @@ class TopicsSettings:
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        p = list(map(as_problem, library_problems()))
-        if self.sample < self.num_clusters:
-            p.append(Problem(Code.RULE, "sample", f"must be at least num_clusters = {self.num_clusters}",
-                             self.sample))
-        return p
+        return list(map(as_problem, library_problems()))
 
 
 class Topics(Step):

@@ -9,7 +9,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from data_prep.pipeline.cluster_options import ClusterOptions
 from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
@@ -22,6 +22,7 @@ from megatron_sov.settings import (
     NotNegativeInt,
     add_options,
     num_cores,
+    only_with,
     parse_nested,
     read_options,
 )
@@ -97,13 +98,10 @@ class SynthLimitOptions:
 class SynthClusterOptions(ClusterOptions):
     """Where a run is submitted to."""
 
-    serve_vllm: Annotated[Path | None, Flag(value="DIR")] = None
+    serve_vllm: Annotated[Path | None, Flag(value="DIR"), only_with("cluster")] = None
     """With --cluster: submit a vLLM server of this model beside the workers, in place of --engine."""
-    vllm_args: Annotated[str, Flag(value="WORDS")] = ""
+    vllm_args: Annotated[str, Flag(value="WORDS"), only_with("cluster")] = ""
     """More arguments of `vllm serve`, in quotes."""
-
-    only_with_cluster: ClassVar[tuple[str, ...]] = (
-        *ClusterOptions.only_with_cluster, "serve_vllm", "vllm_args")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +169,7 @@ def order_of(args: SynthOptions) -> Order:
         UserError: something is missing, or is no time.
     """
     from data_prep.synth.budget import Most
+    from data_prep.synth.checks.settings import CheckSettings
     from data_prep.synth.models import Asked
     from data_prep.synth.running import Order
 
@@ -189,7 +188,7 @@ def order_of(args: SynthOptions) -> Order:
     assert args.output is not None
     return Order(args.generator, args.output, writer, judge, args.input, parse_nested(args.changes),
                  args.prompts, asked, Most(args.max_tokens_total, args.max_cost, time_s), args.limit,
-                 args.check_settings(),
+                 CheckSettings.of(args),
                  (None if args.cluster else args.workers) or num_cores(), args.redo)
 
 

@@ -66,8 +66,7 @@ class Order:
 
     def problems(self) -> list[Problem]:
         """Return every rule that is broken, by option."""
-        p = [*self.writer.problems(), *(self.judge.problems() if self.judge != self.writer else []),
-             *map(as_problem, missing_libraries())]
+        p = [*map(as_problem, missing_libraries())]
         p += [Problem(Code.FILE, "--input", "does not exist", path, "check the path")
               for path in self.inputs if not path.exists()]
         prices = (self.writer.input_price, self.writer.output_price, self.judge.input_price,
@@ -77,7 +76,7 @@ class Order:
                              "--output-price", self.most.cost))
         if self.prompts is not None and not self.prompts.is_dir():
             p.append(Problem(Code.FILE, "--prompts", "is no folder", self.prompts))
-        return p + self.checks.problems()
+        return p
 
 
 def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:

@@ -10,15 +10,31 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_sov.clusters.chips import CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, chip
-from megatron_sov.config.model import STRICT
+from annotated_types import Ge, Gt, Le, Lt
+
+from megatron_sov.clusters.chips import CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, of_device
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.settings import read_text, read_yaml
+from megatron_sov.settings import (
+    AboveZero,
+    AtLeastOne,
+    Bound,
+    Breach,
+    Code,
+    NotNegative,
+    NotNegativeInt,
+    Problem,
+    SettingsError,
+    find_broken,
+    read_text,
+    read_yaml,
+    rules_of,
+)
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """How the names of variables end that hold what must not stand in a file."""
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
                         r"|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
 """The forms that sbatch's manual names: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
@@ -28,17 +44,44 @@ MEMORY_SHIFTS = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}
 """Its unit -> the power of two of its bytes; without one it means megabytes."""
 LARGEST_SERVER = 8
 """GPUs of one server; a larger NVLink domain spans nodes."""
-MOST = 1e9
+MOST = 1_000_000_000
 """No price, power, rate or time of a profile is larger."""
 MAX_SIGNAL_LEAD_S = 65535
 """The most that sbatch's --signal takes."""
+Amount = Annotated[float, Ge(0), Le(MOST)]
+
+
+def _no_chip(key: str) -> Breach | None:
+    if not key or key in CHIPS:
+        return None
+    meant = of_device(key)  # another spelling
+    close = f"; did you mean {meant.key!r}?" if meant else nearest(key.lower(), CHIPS)
+    return Code.CHOICE, f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind", close[2:]
+
+
+def _no_variable(name: str) -> Breach | None:
+    return None if VARIABLE.fullmatch(name) else (Code.BOUND, "is not a name of a variable", "")
+
+
+def _secret(name: str) -> Breach | None:
+    return (Code.BOUND, "looks like the name of a secret, which must not stand in a script",
+            "export it in the shell that submits: jobs inherit that") if SECRET.search(name) else None
+
+
+def _no_absolute_path(path: str) -> Breach | None:
+    return (Code.BOUND, "must begin with /, for it is taken as it stands",
+            "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
+            ) if path and not path.startswith("/") else None
+
+
+KnownChip = Annotated[str, Bound(_no_chip)]
+VariableName = Annotated[str, Bound(_no_variable)]
 
 
 @dataclass(frozen=True)
 class ContainerConfig:
     """What the Python of a job runs in."""
 
-    __pydantic_config__ = STRICT
     kind: Literal["none", "apptainer", "enroot", "pyxis"] = "none"
     """none: the Python of the login node; apptainer and enroot: started on each node; pyxis:
     enroot by srun's own options."""
@@ -52,51 +95,30 @@ class ContainerConfig:
 class PreflightConfig:
     """What every node has to show before each start; one that does not is left out."""
 
-    __pydantic_config__ = STRICT
     enabled: bool = True
     """Whether nodes are looked at; costs a start of torch on each of them."""
-    min_free_disk_bytes: int = 10_000_000_000
+    min_free_disk_bytes: NotNegativeInt = 10_000_000_000
     """Free space on the scratch folder's disk."""
-    max_clock_skew_s: float = 5.0
+    max_clock_skew_s: AboveZero = 5.0
     """How far a node's clock may be from the median of all nodes."""
-    max_matmul_ratio: float = 1.5
+    max_matmul_ratio: Annotated[float, Gt(1), Lt(math.inf)] = 1.5
     """How many times longer than the median of all ranks a matrix product may take."""
-    min_matmul_tflops: float = 0.0
+    min_matmul_tflops: NotNegative = 0.0
     """Slowest matrix product (bf16 on GPUs, float32 on CPUs); 0: only compared with the other ranks."""
-    max_gpu_used_bytes: int = 2_000_000_000
+    max_gpu_used_bytes: NotNegativeInt = 2_000_000_000
     """Memory of a rank's GPU that others may have taken before the start."""
     transformer_engine: bool = True
     """Whether every rank with a GPU has to be able to import Transformer Engine, which bf16 needs there."""
-    max_allreduce_s: float = 10.0
+    max_allreduce_s: AboveZero = 10.0
     """Longest all-reduce of 64 MiB over all ranks, after a first one that opens the connections."""
-    timeout_min: int = 10
+    timeout_min: AtLeastOne = 10
     """Minutes after which the look itself counts as failed."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for each limit that no node could keep to, or that is no number."""
-        rules = [
-            (self.min_free_disk_bytes >= 0,
-             f"min_free_disk_bytes = {self.min_free_disk_bytes} must not be negative"),
-            (0 < self.max_clock_skew_s < math.inf,
-             f"max_clock_skew_s = {self.max_clock_skew_s} must be positive"),
-            (1 < self.max_matmul_ratio < math.inf,
-             f"max_matmul_ratio = {self.max_matmul_ratio} must be above 1"),
-            (0 <= self.min_matmul_tflops < math.inf,
-             f"min_matmul_tflops = {self.min_matmul_tflops} must not be negative"),
-            (self.max_gpu_used_bytes >= 0,
-             f"max_gpu_used_bytes = {self.max_gpu_used_bytes} must not be negative"),
-            (0 < self.max_allreduce_s < math.inf,
-             f"max_allreduce_s = {self.max_allreduce_s} must be positive"),
-            (self.timeout_min >= 1, f"timeout_min = {self.timeout_min} must be at least 1"),
-        ]
-        return [f"preflight.{sentence}" for holds, sentence in rules if not holds]
 
 
 @dataclass(frozen=True)
 class ClusterProfile:
     """A cluster, and how jobs behave there."""
 
-    __pydantic_config__ = STRICT
     description: str
     """One line for people."""
     partition: str = ""
@@ -110,15 +132,15 @@ class ClusterProfile:
     time_limit: str = "1-00:00:00"
     """Time limit of training jobs, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS.  Other
     stages ask for no more."""
-    signal_lead_s: int = 600
+    signal_lead_s: Annotated[int, Ge(1), Le(MAX_SIGNAL_LEAD_S)] = 600
     """Seconds before the time limit at which a run is asked to save and stop; Slurm may ask up
     to a minute earlier."""
-    gpus_per_node: int = 8
+    gpus_per_node: NotNegativeInt = 8
     """GPUs of a node; one rank is started for each.  0: training runs on CPUs."""
-    gpu: str = ""
+    gpu: KnownChip = ""
     """What they are, by its name in `slurm/chips.yaml`: runs that do not fit its memory are refused,
     recommended layouts are taken, and `plan` prices runs; empty: another kind, and nobody looks."""
-    ranks_per_node: int = 1
+    ranks_per_node: AtLeastOne = 1
     """Ranks of a node where there are no GPUs."""
     cpus_per_node: int = 96
     """Cores of a node."""
@@ -130,47 +152,47 @@ class ClusterProfile:
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
     """Shell lines that run before anything else, as they stand."""
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    environment: dict[Annotated[VariableName, Bound(_secret)], str] = dataclasses.field(default_factory=dict)
     """Variables for all ranks: NCCL and the network.  Never secrets."""
     container: ContainerConfig = ContainerConfig()
     """What the Python of a job runs in."""
     python: str = ""
     """Python program on the nodes or in the container; empty: that of the login node,
     or python3 in a container."""
-    scratch: str = ""
+    scratch: Annotated[str, Bound(_no_absolute_path)] = ""
     """Folder on each node's own disk for temporary files and compiled kernels; made where it is missing;
     empty: the default."""
     preflight: PreflightConfig = PreflightConfig()
     """What every node has to show before each start."""
-    nvlink_domain: int = 0
+    nvlink_domain: Annotated[int, Ge(0), Le(MOST)] = 0
     """GPUs that NVLink joins; 0: those of a node, or the 72 of an NVL72."""
-    network_gbits_per_gpu: float = 0.0
+    network_gbits_per_gpu: Amount = 0.0
     """What the adapters of one GPU bring to other nodes, one direction, Gb/s; 0: nobody has said, and `plan`
     prices nothing that leaves an NVLink domain."""
-    network_latency_us: float = INFINIBAND_LATENCY_S * 1e6
+    network_latency_us: Amount = INFINIBAND_LATENCY_S * 1e6
     """Of one small message between nodes, microseconds: InfiniBand across leaves 3.7, RoCE 5.6 (DeepSeek-V3,
     arXiv 2505.09343, table 5)."""
-    storage_write_gbytes_per_s: float = 0.0
+    storage_write_gbytes_per_s: Amount = 0.0
     """What all nodes together can write to the shared file system, GB/s; 0: nobody has said, and `plan`
     cannot tell how long a checkpoint takes.  20 for each 32 nodes is NVIDIA's standard for a SuperPOD of
     H100, 62 its better one (reference architecture, storage)."""
-    price_per_gpu_hour: float = 0.0
+    price_per_gpu_hour: Amount = 0.0
     """What an hour of one GPU costs, USD, all included; 0: the chip's typical price, as a range."""
-    pue: float = 1.3
+    pue: Annotated[float, Ge(1), Le(MOST)] = 1.3
     """Power usage effectiveness: energy of the whole site over that of its computers.  1.08 at Meta, 1.56 on
     average (Uptime Institute's survey of 2024); good new sites lie between."""
-    node_power_w: float = 0.0
+    node_power_w: Amount = 0.0
     """Most that a node draws, GPUs, CPUs, fans and all; 0: as the chip maker's own server."""
-    failures_per_gpu_year: float = 0.17
+    failures_per_gpu_year: Amount = 0.17
     """How often something ends a whole run, for each of its GPUs and years.  Published: 0.173 (Llama 3 405B,
     419 in 54 days on 16,384 H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 for 1,000
     node-days of 8 A100 each in Meta's two research clusters, arXiv 2410.21680)."""
-    restart_s: float = 600.0
+    restart_s: Amount = 600.0
     """From such an end to the first new step: noticed, nodes looked at, started, checkpoint loaded.  Below 10
     minutes in MegaScale (arXiv 2402.15627, section 4)."""
-    max_strikes: int = 2
+    max_strikes: AtLeastOne = 2
     """Failures of a node after which it is excluded from the job."""
-    max_failures: int = 3
+    max_failures: AtLeastOne = 3
     """Failures in a row without a new checkpoint after which the job stops."""
 
     @property
@@ -212,57 +234,15 @@ class ClusterProfile:
         """Python as a job calls it."""
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each rule that the profile breaks."""
-        rules = [
-            (self.gpus_per_node >= 0, f"gpus_per_node = {self.gpus_per_node} must not be negative"),
-            (self.ranks_per_node >= 1, f"ranks_per_node = {self.ranks_per_node} must be at least 1"),
-            (self.cpus_per_node >= max(1, self.tasks_per_node),
-             f"cpus_per_node = {self.cpus_per_node} must be at least one for each of the "
-             f"{self.tasks_per_node} ranks of a node"),
-            (0 < self.signal_lead_s <= MAX_SIGNAL_LEAD_S,
-             f"signal_lead_s = {self.signal_lead_s} must lie between 1 and {MAX_SIGNAL_LEAD_S}, "
-             "as sbatch's --signal asks"),
-            (not self.scratch or self.scratch.startswith("/"),
-             f"scratch = {self.scratch!r} must begin with /, for it is taken as it stands; "
-             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"),
-            (self.max_strikes >= 1, f"max_strikes = {self.max_strikes} must be at least 1"),
-            (self.max_failures >= 1, f"max_failures = {self.max_failures} must be at least 1"),
-            (self.container.kind == "none" or bool(self.container.image),
-             f"container.image is empty and container.kind is {self.container.kind}; "
-             "name an image, or set kind to none"),
-        ]
-        p = [sentence for holds, sentence in rules if not holds] + self.preflight.problems()
-        p += self._problems_of_plan()
-        p += [f"environment.{name} looks like a secret, which must not stand in a script; "
-              "export it in the shell that submits: jobs inherit that"
-              for name in self.environment if SECRET.search(name)]
-        p += [f"environment.{name} is not a name of a variable" for name in self.environment
-              if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
-        return p
-
-    def _problems_of_plan(self) -> list[str]:
-        """Return what is wrong with the fields that `plan` prices runs by."""
-        p = [f"{name} = {value} must be a number from 0 to {MOST:g}" for name, value in (
-            ("nvlink_domain", self.nvlink_domain), ("network_gbits_per_gpu", self.network_gbits_per_gpu),
-            ("network_latency_us", self.network_latency_us), ("restart_s", self.restart_s),
-            ("storage_write_gbytes_per_s", self.storage_write_gbytes_per_s),
-            ("price_per_gpu_hour", self.price_per_gpu_hour), ("node_power_w", self.node_power_w),
-            ("failures_per_gpu_year", self.failures_per_gpu_year)) if not 0 <= value <= MOST]
-        if not 1 <= self.pue <= MOST:
-            p.append(f"pue = {self.pue} must be at least 1: a site draws what its computers draw, and more")
-        if self.gpu and self.gpu not in CHIPS:
-            p.append(f"gpu = {self.gpu!r} is not in the table{_meant(self.gpu)} (GPUs: "
-                     f"{', '.join(sorted(CHIPS))}); leave it empty for another kind")
-        return p
-
-
-def _meant(gpu: str) -> str:
-    """Return the key that a chip of another spelling has, or the nearest, as a question."""
-    try:
-        return f"; did you mean {chip(gpu).key!r}?"
-    except UserError:
-        return nearest(gpu.lower(), CHIPS)
+    def problems(self) -> list[Problem]:
+        """Return every rule between settings that the profile breaks."""
+        return find_broken(
+            self, "",
+            (self.cpus_per_node >= max(1, self.tasks_per_node), "cpus_per_node",
+             f"must be at least one for each of the {self.tasks_per_node} ranks of a node"),
+            (self.container.kind == "none" or bool(self.container.image), "container.image",
+             f"must not be empty: container.kind is {self.container.kind}",
+             "name an image, or set kind to none"))
 
 
 def links(profile: ClusterProfile, num_gpus: int) -> Links:
@@ -352,11 +332,11 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
     profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
-    problems = profile.problems()
+    problems = rules_of(profile)
     if profile.account is None and needs_account:
-        problems.append("account is missing; pass --account NAME, or put it into a profile of your own (\"\" "
-                        "where the cluster asks for none)")
+        problems.append(Problem(Code.MISSING, "account", "is missing", way_out="pass --account NAME, or put "
+                                'it into a profile of your own ("" where the cluster asks for none)'))
     if problems:
-        raise UserError(f"--cluster {name}: {'; '.join(problems)}")
+        raise SettingsError(f"--cluster {name}", problems)
     return profile
 

@@ -17,7 +17,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.settings import Flag, add_options, read_options
-from megatron_sov.train.stage_config import parse_stage
+from megatron_sov.train.stage_config import parse_stage, tokenizer_of
 
 if TYPE_CHECKING:
     from megatron_sov.data.token_shards import Source
@@ -62,6 +62,8 @@ def run(typed: argparse.Namespace) -> int:
     refuse_missing(args.teacher, "--teacher ")
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
     from megatron_sov.data.token_shards import open_sources, tokenizer_folder
@@ -80,7 +82,7 @@ def run(typed: argparse.Namespace) -> int:
     sources = open_sources(config.data.paths, config.model.vocab_size)
     _refuse_views(config, sources)
     if parsed.start is not None:
-        refuse_other_tokens(tokenizer_folder(sources), parsed.start / "tokenizer")
+        refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
     states = args.states or [args.run.with_name(f"{args.run.name}.states")]
 
     @cache
@@ -90,6 +92,7 @@ def run(typed: argparse.Namespace) -> int:
 
     if folder.completion() is None:
         _make_states(args, config, folder, states, sources)
+    if folder.completion() is None and not args.dry_run:
         teacher()  # what does not belong together is told before processes start
 
     def before(view: GateView) -> None:
@@ -101,7 +104,7 @@ def run(typed: argparse.Namespace) -> int:
 
     run_stage(Stage(config, folder, lambda context: Distillation(context, teacher()), parsed.start,
                     args.resume, tuple(sources), before=before, after=after, end_gate=gate,
-                    faults=parsed.faults),
+                    faults=parsed.faults, dry_run=args.dry_run),
               args.nproc, typed.began_s)
     return 0
 
@@ -141,6 +144,9 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
                 else Kept(args.states_dtype))
         # that of the others is this one's: it was compared above
         digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""
+        if args.dry_run:
+            print(f"{args.teacher} would read {', '.join(data)} first, into {missing[0]}")
+            return
         read_documents(Reading(target, data, kept=kept, digest=digest), missing[0], args.teacher_settings,
                        args.nproc)
 

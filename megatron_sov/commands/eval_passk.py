@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Gt, Le
+from annotated_types import Gt, Le, MinLen
 
 from megatron_sov.artifacts import MANIFEST, to_json
 from megatron_sov.commands.eval_options import RankOptions, RecordOptions
@@ -82,7 +82,7 @@ class JudgedSamplingOptions:
     """Of the samples."""
     max_new_tokens: AtLeastOne = 1024
     """Longest response."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, MinLen(1)], ...] = ()
     """Text that ends a response; repeat it."""
     chat: bool = False
     """Frame each prompt by the chat template."""
@@ -99,13 +99,9 @@ class JudgedSamplingOptions:
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        p = []
-        if self.samples > 1 and not self.temperature:
-            p.append(Problem(Code.RULE, "samples", "are the same response again and again at --temperature "
-                             "0; raise the temperature, or take one sample", self.samples))
-        if "" in self.stop:
-            p.append(Problem(Code.RULE, "stop", "must hold at least one character", ""))
-        return p
+        return [] if self.samples == 1 or self.temperature else [
+            Problem(Code.RULE, "samples", "are the same response again and again at --temperature 0",
+                    self.samples, "raise the temperature, or take one sample")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
@@ -17,15 +17,22 @@ from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
-from megatron_sov.eval.lm.settings import DEFAULT_KEY_ENV, ENDPOINTS, EndpointSettings, Settings
+from megatron_sov.eval.lm.settings import (
+    DEFAULT_KEY_ENV,
+    ENDPOINTS,
+    EndpointModel,
+    EndpointSettings,
+    JudgedSettings,
+    Settings,
+)
 from megatron_sov.generate.asking import check_engine, check_length
-from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, EngineName, run_engine
+from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.request import Batching, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt, parse_nested
+from megatron_sov.settings import AtLeastOne, Flag, parse_nested
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.journal import Journal, opened
 from megatron_sov.tools.playing import Policy, identity_of
@@ -44,7 +51,7 @@ POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPlayOptions(RecordOptions, RankOptions):
+class EvalPlayOptions(JudgedSettings, RankOptions, RecordOptions):
     """Have a model play a benchmark's tasks with tools, and score its episodes."""
 
     target: Annotated[str, Flag("TARGET")]
@@ -56,29 +63,12 @@ class EvalPlayOptions(RecordOptions, RankOptions):
     """Folder of your copies of the data."""
     output: Annotated[Path, Flag(value="OUT.json")]
     """Scores; episodes beside them in OUT.items.jsonl."""
-    limit: AtLeastOne | None = None
-    """First items alone (default: all)."""
-    samples: AtLeastOne | None = None
-    """Episodes of each item (default: the task's)."""
-    judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """Address and model of the judge, e.g. endpoint=http://localhost:8000/v1; repeat it."""
-    mode: Literal["thinking", "no-thinking"] | None = None
-    """Of a reasoning model (default: the task's)."""
     parallel: AtLeastOne = 8
     """Episodes at a time."""
-    engine: EngineName | None = None
-    """What runs the model (default: transformers for a Hugging Face folder)."""
-    workers: NotNegativeInt = 0
-    """Processes that judge (default: one for each core)."""
-    model: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = ""
-    """Name that the endpoint knows it by."""
-    key_env: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = DEFAULT_KEY_ENV
-    """Variable of the environment with the key."""
     cache: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
     """Folder of the endpoint's answers (default: OUT.cache)."""
-    same_model: Annotated[bool, Flag(group=ENDPOINTS)] = False
-    """The endpoint's model is the one whose answers are kept, though it answers fixed questions
-    otherwise."""
+    endpoint: EndpointModel = field(default_factory=EndpointModel)
+    """Used where the target is an address."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +130,10 @@ def run_play(args: EvalPlayOptions) -> int:
 
 
 def _refuse_of_endpoints(args: EvalPlayOptions) -> None:
-    given = [*([f"--model {args.model}"] if args.model else []),
-             *([f"--key-env {args.key_env}"] if args.key_env != DEFAULT_KEY_ENV else []),
+    given = [*([f"--model {args.endpoint.model}"] if args.endpoint.model else []),
+             *([f"--key-env {args.endpoint.key_env}"] if args.endpoint.key_env != DEFAULT_KEY_ENV else []),
              *([f"--cache {args.cache}"] if args.cache else []),
-             *(["--same-model"] if args.same_model else [])]
+             *(["--same-model"] if args.endpoint.same_model else [])]
     if given:
         raise UserError(f"{', '.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
 
@@ -170,7 +160,7 @@ def _checked(args: EvalPlayOptions, flag: StopFlag) -> _Game:
     require_data(task, args.data_dir)
     make(order_of(protocol, args.data_dir))
     prepare_megatron()
-    return _Game(args, task, protocol, tasks_of(task, args.data_dir, args.limit), flag)
+    return _Game(args, task, protocol, tasks_of(task, args.data_dir, args.num_items), flag)
 
 
 def _by_engine(game: _Game, events: RunEvents) -> str:
@@ -223,8 +213,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
     from megatron_sov.eval.suites.episodes import play_tasks_by_messages
 
     args, flag = game.args, game.flag
-    endpoint = EndpointSettings(args.model, key_env=args.key_env, max_concurrent=args.parallel,
-                                same_model=args.same_model)
+    endpoint = EndpointSettings(**vars(args.endpoint), max_concurrent=args.parallel)
     settings = Settings(output=args.output, cache=args.cache, engine=args.engine, settings=args.settings,
                         nproc=args.nproc, endpoint=endpoint)
     subject = subject_of(args.target, settings)
@@ -271,7 +260,7 @@ def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], pla
             episodes = play(journal, ended=ended, check=check)
             folded = fold_episodes(protocol, game.tasks, episodes, args.data_dir, args.workers)
             results = write_episodes(args.output, game.task, protocol, model, game.tasks, episodes, folded,
-                                     args.data_dir, args.limit)
+                                     args.data_dir, args.num_items)
     except StopRequested as e:
         return (f"{e}: {num_ended:,} of {game.num_episodes:,} episodes have ended, and all turns are kept; "
                 "run the same command again to go on")

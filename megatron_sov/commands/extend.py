@@ -12,7 +12,7 @@ from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks, repeats
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.stage_config import resolve_start, stage_request
+from megatron_sov.train.stage_config import convert_start, find_start, refuse_many_converters, stage_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,16 +44,18 @@ def run(typed: argparse.Namespace) -> int:
         stage.config.check(num_ranks(args.nproc))
         if not repeats():
             stage.folder.enter(stage.config, args.resume)
-    start = resolve_start(args.start_from, args.run)
-    assert start is not None, f"--from is required, it is {args.start_from}"
+    start = find_start(args.start_from)
+    refuse_many_converters(start, args.run)
+    if not args.dry_run:
+        start = convert_start(start, args.run)
     gate = gate_of(args, stages[-1].config, start)
     from megatron_sov.extend.running import run_stages
 
     try:
         run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
-                   typed.began_s, faults, gate)
+                   typed.began_s, faults, gate, dry_run=args.dry_run)
     finally:
-        for folder in (args.run / STAGES, args.run):
+        for folder in () if args.dry_run else (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun
                 folder.rmdir()
     return 0

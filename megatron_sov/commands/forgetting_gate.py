@@ -75,7 +75,7 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> Forgett
     Args:
         args: what was typed.
         config: the stage's settings, whose layout evaluates both models.
-        start: the checkpoint that it starts from.
+        start: the checkpoint that it starts from, or, in a dry run, its Hugging Face folder.
 
     Raises:
         UserError: a mistake in them.

@@ -37,10 +37,15 @@ def run(typed: argparse.Namespace) -> int:
         settings = (*args.settings, f"preference.method={args.method}")
         args = dataclasses.replace(args, settings=settings)
     if args.rounds is not None:
+        if args.dry_run:
+            raise UserError(f"--dry-run: --rounds {args.rounds} are commands of their own, each of what the "
+                            "one before has written; leave one of them out")
         refuse_gate(args, f"--rounds {args.rounds}")
         return run_rounds(args)
     parsed = parse_stage(args, "preference")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
     gate = gate_of(args, parsed.config, parsed.start)
     fixed = _fixed_reference(args.reference, parsed.config)
@@ -72,7 +77,7 @@ def run(typed: argparse.Namespace) -> int:
 
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
-                    end_gate=gate, faults=parsed.faults), args.nproc, typed.began_s)
+                    end_gate=gate, faults=parsed.faults, dry_run=args.dry_run), args.nproc, typed.began_s)
     return 0
 
 
@@ -123,7 +128,8 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
         refuse_other_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
         if not repeats():
             folder.enter(config, args.resume)
-        reference.make_apart(fixed, config, args.nproc)
+        if not args.dry_run:
+            reference.make_apart(fixed, config, args.nproc)
     elif checkpoints.latest(folder.checkpoints) is not None:
         reference.refuse_changed()
     return reference

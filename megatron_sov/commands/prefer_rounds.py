@@ -27,7 +27,7 @@ from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done, keep_result
-from megatron_sov.settings import AboveZero, AtLeastOne, Code, Flag, Problem, parse_nested
+from megatron_sov.settings import AboveZero, AtLeastOne, Code, Flag, Problem, only_with, parse_nested
 from megatron_sov.train.stage_config import stage_request
 
 NEEDED = ("prompts", "reward", "tokenizer")
@@ -48,13 +48,13 @@ class PreferOptions(TunedOptions):
     rounds: AtLeastOne | None = None
     """N times: answer --prompts, judge by --reward, learn from it (--data is then what is learned beside,
     and not needed)."""
-    prompts: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    prompts: Annotated[Path | None, Flag(value="FILE.jsonl"), only_with("rounds")] = None
     """--rounds: lines with "prompt" and what the reward needs."""
-    reward: Annotated[str | None, Flag(value="NAME")] = None
+    reward: Annotated[str | None, Flag(value="NAME"), only_with("rounds")] = None
     """--rounds: as of `megatron-sov score`."""
     reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
     """--rounds: a setting of the reward; may be repeated."""
-    tokenizer: Annotated[Path | None, Flag(value="DIR")] = None
+    tokenizer: Annotated[Path | None, Flag(value="DIR"), only_with("rounds")] = None
     """--rounds: the tokenizer that the model was trained with, for `sov-data pack`."""
     samples: Annotated[int, Ge(2)] = 8
     """--rounds: answers to each prompt, which are compared."""
@@ -62,18 +62,14 @@ class PreferOptions(TunedOptions):
     """--rounds: of these samples."""
     max_new_tokens: AtLeastOne = 512
     """--rounds: longest answer."""
-    keep_unfinished: bool = False
+    keep_unfinished: Annotated[bool, only_with("rounds")] = False
     """--rounds: learn an answer that --max-new-tokens cut off as a good one too, as `sov-data pairs`
     may."""
 
     def problems(self) -> list[Problem]:
-        """Return what is said of rounds where there are none, and what rounds need."""
-        if self.rounds is None:
-            return [Problem(Code.RULE, name, "is for --rounds N; add it, or leave this out",
-                            getattr(self, name)) for name in (*NEEDED, "keep_unfinished")
-                    if getattr(self, name)]
+        """Return what rounds need."""
         return [Problem(Code.RULE, "rounds", f"needs --{name}; add it", self.rounds)
-                for name in NEEDED if getattr(self, name) is None]
+                for name in NEEDED if self.rounds and getattr(self, name) is None]
 
     @property
     def num_rounds(self) -> int:

@@ -20,6 +20,8 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(StageOptions, typed)
     parsed = parse_stage(args, "lm")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -30,6 +32,6 @@ def run(typed: argparse.Namespace) -> int:
 
     objective = factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
-                  faults=parsed.faults)
+                  faults=parsed.faults, dry_run=args.dry_run)
     run_stage(stage, args.nproc, typed.began_s)
     return 0

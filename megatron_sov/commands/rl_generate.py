@@ -31,15 +31,16 @@ from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.settings import (
     AtLeastOne,
-    Code,
     Flag,
     NotNegative,
-    Problem,
     add_options,
+    change,
+    not_with,
+    only_with,
     parse_nested,
     read_options,
 )
-from megatron_sov.tools.limits import EpisodeLimits, limits_of
+from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.registry import BUILT_IN, make, order
 
 if TYPE_CHECKING:
@@ -54,26 +55,17 @@ OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "
 class AskingOptions:
     """How prompts are asked."""
 
-    plain: bool = False
+    plain: Annotated[bool, not_with("environment")] = False
     """Continue each prompt as it is, without the chat template."""
     environment: Annotated[str | None, Flag(
         value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
                           "FILE.py:NAME")] = None
-    env_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
     """A setting of the environment; may be repeated."""
-    limit: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
     """A limit of an episode, e.g. max_turns=7; may be repeated."""
     batch_size: AtLeastOne = Batching.max_sequences
     """Responses, or episodes, that are written at a time."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not go with an environment, or needs one."""
-        if self.environment is None:
-            return [Problem(Code.RULE, name, "is for --environment", getattr(self, name)[0],
-                            "add it, or leave this out")
-                    for name in ("env_set", "limit") if getattr(self, name)]
-        return [Problem(Code.RULE, "plain", "tasks of an environment are asked by the chat template",
-                        way_out="leave it out")] if self.plain else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,13 +188,13 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
         raise UserError(f"--environment {args.environment}: turns of episodes are not told how long to be, "
                         f"as rollout.budget_text = {config.rollout.budget_text!r} asks; leave one of them "
                         "out")
-    for change in args.limit:
-        name = change.partition("=")[0]
+    for given in args.limit:
+        name = given.partition("=")[0]
         if name in OF_ROLLOUT:
-            raise UserError(f"--limit {change}: is rollout.{OF_ROLLOUT[name]}; set it there")
+            raise UserError(f"--limit {given}: is rollout.{OF_ROLLOUT[name]}; set it there")
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
-    limits = limits_of("train", [*own, f"max_turn_tokens={most_turn}", *args.limit])
+    limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
     asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
     _, version = make(asked)
     return AskedEnvironment(asked, version, limits)

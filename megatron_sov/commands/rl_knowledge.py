@@ -12,9 +12,13 @@ from typing import Annotated
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.settings import Code, Flag, Problem, add_options, read_options
+from megatron_sov.settings import Bound, Breach, Code, Flag, add_options, read_options
 
 KIND, FILE = "corpus", "knowledge.jsonl"
+
+
+def _no_split(text: str) -> Breach | None:
+    return None if all(text.partition("=")) else (Code.FORM, "must be FIELD=VALUE", "e.g. split=train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +28,8 @@ class KnowledgeOptions:
     input: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
     """Records of the training split, a JSON object per line, each with a section's text, or with
     `messages`, of which the assistant's turns are taken."""
-    tests: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)] = ()
-    """The test's rows (needed): a section that shares ten words in a row with an answer is left out."""
+    tests: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
+    """The test's rows: a section that shares ten words in a row with an answer is left out."""
     answer_field: Annotated[str, Flag(value="FIELD")] = "answer"
     """Field of a test's answer."""
     text_field: Annotated[str, Flag(value="FIELD")] = "text"
@@ -36,22 +40,12 @@ class KnowledgeOptions:
     """Field that names the section."""
     records_in: Annotated[str, Flag(value="FIELD")] = ""
     """Field of each record that holds a list of sections, e.g. a question's contexts."""
-    split: Annotated[str | None, Flag(value="FIELD=VALUE")] = None
+    split: Annotated[Annotated[str, Bound(_no_split)] | None, Flag(value="FIELD=VALUE")] = None
     """Take only records with this value, e.g. split=train."""
     output: Annotated[Path, Flag(value="DIR")]
     """Artifact to make: knowledge.jsonl and counts of what was left out, by reason."""
     overwrite: bool = False
     """Replace an output that is there."""
-
-    def problems(self) -> list[Problem]:
-        """Return what is needed and not there, and a split of another form."""
-        found = [] if self.tests else [Problem(
-            Code.MISSING, "tests", "is missing; sections may hold the very answers that the model is judged "
-            "by, so each is compared with them and left out where it does",
-            way_out="pass the rows of that test")]
-        if self.split is not None and not all(self.split.partition("=")):
-            found.append(Problem(Code.FORM, "split", "must be FIELD=VALUE, e.g. split=train", self.split))
-        return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

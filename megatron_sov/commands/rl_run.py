@@ -28,12 +28,9 @@ class RlRunOptions(RoundsOptions, AskingOptions):
 
     def problems(self) -> list[Problem]:
         """Return what does not go together."""
-        found = AskingOptions.problems(self)
-        if self.reward == ENVIRONMENT and self.environment is None:
-            found.append(Problem(Code.RULE, "reward", "takes what an environment said of its episodes, and "
-                                 "there is none", self.reward,
-                                 "add --environment, or choose another reward"))
-        return found
+        return [] if self.reward != ENVIRONMENT or self.environment is not None else [
+            Problem(Code.RULE, "reward", "takes what an environment said of its episodes, and there is none",
+                    self.reward, "add --environment, or choose another reward")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from megatron_sov.post.rl.reward import reward_version
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.settings import Flag, NotNegative, add_options, read_options
-from megatron_sov.train.stage_config import ParsedStage, parse_stage
+from megatron_sov.train.stage_config import ParsedStage, parse_stage, tokenizer_of
 
 if TYPE_CHECKING:
     from megatron_sov.post.rl.feed import Produce
@@ -80,6 +80,8 @@ def parse_rounds(args: RoundsOptions) -> ParsedRounds:
     parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
     refuse_unknown_benchmarks(parsed.config)
     round_prompts(prompts, parsed.config.rollout, 1)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start))
 
 
@@ -107,7 +109,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
 
     config, start = parsed.stage.config, parsed.stage.start
     assert start is not None, f"--from is required, it is {args.start_from}"
-    tokenizer = start / "tokenizer"
+    tokenizer = tokenizer_of(start)
     refuse_no_tokenizer(args.start_from, tokenizer)
     publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
                           tokenizer)
@@ -122,4 +124,5 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     assert rounds is not None, "the source has no rounds"
     feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
-                    feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults), args.nproc, began_s)
+                    feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
+                    dry_run=args.dry_run), args.nproc, began_s)

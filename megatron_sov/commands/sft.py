@@ -20,6 +20,8 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(TunedOptions, typed)
     parsed = parse_stage(args, "sft")
     refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
     from megatron_sov.data.token_shards import open_sources
@@ -33,6 +35,6 @@ def run(typed: argparse.Namespace) -> int:
     sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
     check_sources(parsed.config, sources)
     stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
-                  tuple(sources), end_gate=gate, faults=parsed.faults)
+                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run)
     run_stage(stage, args.nproc, typed.began_s)
     return 0

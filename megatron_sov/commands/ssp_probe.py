@@ -26,7 +26,14 @@ from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import enter_rounds
-from megatron_sov.settings import AtLeastOne, Code, Flag, Problem, add_options, parse_nested, read_options
+from megatron_sov.settings import (
+    AtLeastOne,
+    Flag,
+    add_options,
+    at_most,
+    parse_nested,
+    read_options,
+)
 
 if TYPE_CHECKING:
     from megatron_sov.post.ssp.probing import Candidate
@@ -44,7 +51,7 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     problem_sets: Annotated[tuple[str, ...], Flag("--problems", "DOMAIN=FILE.jsonl|DIR", many=True)]
     """Problems of each domain: a JSON object per line, with `prompt` and what the reward needs; or sets of
     `sov-data probing-sets`."""
-    k: Annotated[AtLeastOne, Flag(value="K")]
+    k: Annotated[AtLeastOne, Flag(value="K"), at_most("samples")]
     """The best checkpoint of a domain is that of the greatest pass@K."""
     output: Annotated[Path, Flag(value="DIR")]
     """The probe's folder; the same command goes on in it, and adds checkpoints to it."""
@@ -52,12 +59,6 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     """Also add the table to this run's events, for its report."""
     dry_run: bool = False
     """Print the command for each checkpoint that is not probed yet, and start none."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        too_many = self.k > self.samples
-        said = Problem(Code.RULE, "k", f"is more than --samples {self.samples}", self.k)
-        return super().problems() + ([said] if too_many else [])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,20 +22,13 @@ from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.settings import (
-    Actions,
-    AtLeastOne,
-    Flag,
-    add_actions,
-    parse_nested,
-    run_action,
-)
+from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action
 from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
 from megatron_sov.tools.environment import Environment, Task
 from megatron_sov.tools.episode import Episode, row_of
 from megatron_sov.tools.host import EnvironmentHost, Opening
 from megatron_sov.tools.journal import opened
-from megatron_sov.tools.limits import EpisodeLimits, limits_of
+from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.playing import Policy, Table, identity_of, play
 from megatron_sov.tools.registry import BUILT_IN, OWN, make, order
 from megatron_sov.tools.tasks import digest_of, tasks_of
@@ -121,7 +114,7 @@ def _asked(args: EnvironmentOptions) -> tuple[Order, Environment, str, EpisodeLi
     """Return what both actions begin with: the environment, its version, the limits and the tasks."""
     asked = order(args.environment, parse_nested(args.settings))
     environment, version = make(asked)
-    return (asked, environment, version, limits_of(args.limits, args.changes),
+    return (asked, environment, version, change(LIMITS[args.limits], args.changes, "--limit"),
             tasks_of(environment, args.environment, args.tasks))
 
 

@@ -11,7 +11,6 @@ from megatron_sov.settings import AtLeastOne, NotNegativeInt
 class IdBlock:
     """The ids of one codebook: token `i` of it is id `first + i`."""
 
-    __pydantic_config__ = {"extra": "forbid"}
     first: NotNegativeInt
     """Id of its token 0."""
     size: AtLeastOne

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, MinLen
 
 from megatron_sov.config.bounds import Samples, SeqLen, Steps, Tokens
-from megatron_sov.config.model import STRICT
 from megatron_sov.config.optim import Schedule
 from megatron_sov.settings import (
     AboveZero,
@@ -25,7 +24,6 @@ from megatron_sov.settings import (
 class PhaseConfig:
     """One phase of a curriculum: which sources are mixed, how long the samples are, and for how long."""
 
-    __pydantic_config__ = STRICT
     name: str
     """Name of the phase in events and in the report."""
     tokens: Tokens = 0
@@ -56,7 +54,6 @@ class PhaseConfig:
 class DataConfig:
     """What is read, and how documents become samples."""
 
-    __pydantic_config__ = STRICT
     paths: dict[str, NotNegative] = field(default_factory=dict)
     """Token shard artifacts (`sov-data pack`) -> share of the data (normalised);
     given by --data DIR[:weight]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import AboveZero, NotNegative, NotNegativeInt, Share
 
 
@@ -12,7 +11,6 @@ from megatron_sov.settings import AboveZero, NotNegative, NotNegativeInt, Share
 class DistillationConfig:
     """What objective `distill` makes of what a teacher says of the data."""
 
-    __pydantic_config__ = STRICT
     beta: Share = 0.0
     """Which generalised Jensen-Shannon divergence (arXiv 2306.13649, equation 1): 0 forward KL, 1 reverse
     KL, between them a mixture of both models stands in the middle."""

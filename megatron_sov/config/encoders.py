@@ -10,7 +10,6 @@ from annotated_types import Ge, Le
 
 from megatron_sov.settings import AboveZero, Finite, NotNegativeInt, Problem, find_broken
 
-STRICT = {"extra": "forbid"}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels of CLIP's pictures, by which Qwen2.5-VL's are normalised as well."""
@@ -22,7 +21,6 @@ Size = Annotated[int, Ge(1), Le(10_000_000)]
 class VisionEncoderConfig:
     """An encoder of square pictures of one size; the frames of a video are pictures."""
 
-    __pydantic_config__ = STRICT
     kind: Literal["qwen2_5_vl", "siglip"] = "qwen2_5_vl"
     """Class of transformers: `Qwen2_5_VisionTransformerPretrainedModel`, which merges neighbouring patches,
     or `SiglipVisionModel` without its head, a plain ViT."""
@@ -100,7 +98,6 @@ class VisionEncoderConfig:
 class AudioEncoderConfig:
     """An encoder of log-mel spectrograms of pieces of one length, in the form of Whisper's."""
 
-    __pydantic_config__ = STRICT
     kind: Literal["qwen2_audio", "whisper"] = "qwen2_audio"
     """Class of transformers: `Qwen2AudioEncoder`, which pools two of Whisper's features into one, or
     `WhisperEncoder`."""
@@ -181,7 +178,6 @@ class AudioEncoderConfig:
 class MediaConfig:
     """Which weights of encoders are trained, and where they start."""
 
-    __pydantic_config__ = STRICT
     train_encoders: bool = False
     """Whether encoders learn; else they are frozen, have no gradients and no optimizer state."""
     train_adapters: bool = True

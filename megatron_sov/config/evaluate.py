@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import AboveZero, AtLeastOne, NotNegativeInt
 
 EvalTask = Literal["ppl", "needle", "pairs", "lm"]
@@ -18,7 +17,6 @@ class LmEvalConfig:
     """What `lm` of `evaluate.background.tasks` measures; each setting is that of an option of
     `megatron-sov eval lm` (docs/eval_lm.md)."""
 
-    __pydantic_config__ = STRICT
     tasks: tuple[str, ...] = ()
     """Names of tasks and groups (`--tasks`)."""
     task_dirs: tuple[str, ...] = ()
@@ -58,7 +56,6 @@ class BackgroundEvalConfig:
     """Jobs that measure a run's exports (`train.export_every_checkpoints`) beside training;
     they never hold it up."""
 
-    __pydantic_config__ = STRICT
     tasks: tuple[EvalTask, ...] = ()
     """What is measured on every export: ppl (loss and bits per byte of each source on held-out documents),
     needle (the suite that the `needle` settings describe), pairs (the share of held-out pairs that is ranked
@@ -78,7 +75,6 @@ class BackgroundEvalConfig:
 class EvaluateConfig:
     """Evaluation of a run."""
 
-    __pydantic_config__ = STRICT
     background: BackgroundEvalConfig = BackgroundEvalConfig()
     """Evaluation beside training."""
     lm: LmEvalConfig = LmEvalConfig()

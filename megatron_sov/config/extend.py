@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from megatron_sov.config.bounds import Samples, SeqLen, Steps, Tokens
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import (
     AboveZero,
     AtLeastOne,
@@ -28,7 +27,6 @@ PARTS = {"extension": ("long", "rehearsal"), "midtraining": ("trajectories", "lo
 class PartConfig:
     """A part of a stage's samples with a share of its own."""
 
-    __pydantic_config__ = STRICT
     name: Literal["long", "rehearsal", "trajectories", "replay"]
     """long: documents longer than what was trained on; rehearsal (extension) and replay (midtraining):
     documents in pieces as short as those of the phases before; trajectories (midtraining):
@@ -46,7 +44,6 @@ class PartConfig:
 class ExtendStageConfig:
     """One stage of `extend`, a run of its own."""
 
-    __pydantic_config__ = STRICT
     name: str
     """Name of the stage: its phase in the report and, but for the last stage, its folder
     RUN/stages/<number>-<name>."""
@@ -82,7 +79,6 @@ class ExtendStageConfig:
 class GateConfig:
     """What ends a stage of `extend`: needle retrieval, with the short context as good as it was."""
 
-    __pydantic_config__ = STRICT
     every_steps: NotNegativeInt = 0
     """Optimizer steps between two checks; 0: no gate, a stage ends with its steps."""
     min_accuracy: Share = 0.9
@@ -102,7 +98,6 @@ class GateConfig:
 class ExtendConfig:
     """Stages of `extend` and their gate."""
 
-    __pydantic_config__ = STRICT
     stages: tuple[ExtendStageConfig, ...] = ()
     """Stages in order; empty: one stage as `data.phases` and `train` say."""
     gate: GateConfig = GateConfig()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_sov.config.bounds import Steps
 from megatron_sov.config.layout import ParallelConfig
-from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.config.model import ModelConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.train import TrainConfig
 from megatron_sov.settings import NotNegative, Problem, Share, find_broken
@@ -25,7 +25,6 @@ class GpuConfig:
     """How GPUs are used (docs/gpu.md): `auto` is on where the machine, the model and the layout can;
     `on` where they cannot is refused."""
 
-    __pydantic_config__ = STRICT
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
     (unfused) one, or this framework's own (local), which serves anyway under context parallelism,

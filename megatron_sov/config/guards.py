@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import (
     AtLeastOne,
     NotNegative,
@@ -20,7 +19,6 @@ from megatron_sov.settings import (
 class GuardConfig:
     """Guards: steps that are refused, hangs, silent corruption, slow processes, collapsing experts."""
 
-    __pydantic_config__ = STRICT
     skip: bool = True
     """Refuse the update of a step whose loss or gradient norm is not finite or a spike; off: a number that is
     not finite ends the run."""

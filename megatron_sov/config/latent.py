@@ -15,7 +15,6 @@ class LatentAttentionConfig:
     """Sizes of latent attention: keys and values of all heads are made of one narrow vector, beside which
     a key that all heads share carries the position."""
 
-    __pydantic_config__ = {"extra": "forbid"}
     kv_lora_rank: Width
     """Width of the vector that keys and values are made of."""
     qk_nope_head_dim: Width

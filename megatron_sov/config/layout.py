@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.config.model import ModelConfig
 from megatron_sov.settings import AboveZero, AtLeastOne, Code, NotNegativeInt, Problem, find_broken
 
 
@@ -15,7 +15,6 @@ from megatron_sov.settings import AboveZero, AtLeastOne, Code, NotNegativeInt, P
 class ParallelConfig:
     """How the model is laid out over processes; the data parallel size follows from their number."""
 
-    __pydantic_config__ = STRICT
     tp: AtLeastOne = 1
     """Tensor parallel size."""
     sp: bool = False

@@ -10,7 +10,7 @@ from annotated_types import MinLen
 
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.layout import ParallelConfig
-from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.config.model import ModelConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.train import TrainConfig
 from megatron_sov.settings import AboveZero, NotNegativeInt, Problem, find_broken
@@ -29,7 +29,6 @@ class LoraConfig:
     """Low-rank adaptation of a frozen model (docs/lora.md): W x becomes W x + alpha / rank B A x, and A and
     B alone are trained."""
 
-    __pydantic_config__ = STRICT
     rank: NotNegativeInt = 0
     """Rows of A and columns of B; 0: off, all weights are trained."""
     alpha: AboveZero = 16.0

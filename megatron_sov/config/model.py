@@ -24,7 +24,6 @@ from megatron_sov.settings import (
 )
 from megatron_sov.settings.problem import show
 
-STRICT = {"extra": "forbid"}
 MAX_EXPERTS = 1_000_000
 """Experts of all layers: each has tensors of its own under Hugging Face names."""
 Million = Annotated[int, Ge(1), Le(1_000_000)]
@@ -36,7 +35,6 @@ Divisor = Annotated[float, Ge(1), Lt(math.inf)]
 class YarnConfig:
     """YaRN rotary scaling (arXiv 2309.00071), with the field's names and meaning in transformers."""
 
-    __pydantic_config__ = STRICT
     factor: AboveZero = 2.0
     """How many times longer than the original the context becomes."""
     original_max_position_tokens: AtLeastOne = 65536
@@ -56,7 +54,6 @@ class YarnConfig:
 class Llama3RopeConfig:
     """Rotary scaling of Llama 3.1 (rope_type "llama3" of transformers, whose names and meaning these are)."""
 
-    __pydantic_config__ = STRICT
     factor: Divisor = 8.0
     """Divisor of the frequencies whose wavelength is long beside the original context."""
     low_freq_factor: AboveZero = 1.0
@@ -71,7 +68,6 @@ class Llama3RopeConfig:
 class ModelConfig:
     """The architecture of a model; `family` says how it maps to Hugging Face (see `megatron_sov/models`)."""
 
-    __pydantic_config__ = STRICT
     family: str
     """Name of the family's declaration in `megatron_sov/models`, equal to transformers' `model_type`."""
     vocab_size: Annotated[AtLeastOne, Le(100_000_000)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import AboveZero, AtLeastOne, Fraction, NotNegative, NotNegativeInt
 
 NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
@@ -16,7 +15,6 @@ Language = Literal["english", "korean", "thai", "code"]
 class NeedleConfig:
     """The needle-in-a-haystack suite that judges a longer context."""
 
-    __pydantic_config__ = STRICT
     kinds: tuple[NeedleKind, ...] = ("multi-key",)
     """What is asked, after RULER (arXiv 2404.06654), in tests and in training."""
     languages: tuple[Language, ...] = ()

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import (
     AboveZero,
     AtLeastOne,
@@ -27,7 +26,6 @@ Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
 class GroupConfig:
     """Parameters that are updated otherwise than the rest, by the names of their tensors."""
 
-    __pydantic_config__ = STRICT
     pattern: str
     """Names of tensors as in a checkpoint's model.index.json, with * for any text:
     `decoder.layers.0.*`, `*router.weight`."""
@@ -46,7 +44,6 @@ class GroupConfig:
 class OptimConfig:
     """Optimizer and learning rate schedule."""
 
-    __pydantic_config__ = STRICT
     name: Algorithm = "adamw"
     """adamw, for all parameters; muon: matrices by Muon (Q, K and V, gate and up, and every expert on its
     own), embeddings, head, norms and biases by AdamW."""

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.settings import (
     AboveZero,
@@ -113,7 +112,6 @@ class PolicyConfig:
     """What objective `policy` makes of a model's own responses and their rewards.  `method` names a set of
     parts; a part that is set by itself goes before it (docs/policy_methods.md has the table)."""
 
-    __pydantic_config__ = STRICT
     method: PolicyMethod = "grpo"
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
     (2506.13585), agapo (as K-EXAONE), agapo_exaone4 (as EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo

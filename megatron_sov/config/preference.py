@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import AboveZero, NotNegative
 
 PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
@@ -23,7 +22,6 @@ SMOOTHED = ("dpo", "dpo-norm", "simpo")
 class PreferenceConfig:
     """What objective `preference` makes of responses that were judged."""
 
-    __pydantic_config__ = STRICT
     method: PreferenceMethod = "dpo"
     """dpo: direct preference optimisation (arXiv 2305.18290); ipo: its squared form (arXiv 2310.12036);
     dpo-norm: dpo over means instead of sums of a response's log-probabilities (arXiv 2411.15124); simpo: the

@@ -8,7 +8,6 @@ from typing import Annotated
 
 from annotated_types import Ge, Lt
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import AboveZero, AtLeastOne, NotNegative, NotNegativeInt, Problem, find_broken
 
 
@@ -17,7 +16,6 @@ class RolloutConfig:
     """What `rl` generates and trains in rounds; the settings of responses stand here as well, since a
     trainer computes at the temperature that they were drawn at."""
 
-    __pydantic_config__ = STRICT
     rounds: NotNegativeInt = 0
     """Rounds of generation, reward and training; 0: no reinforcement learning."""
     prompts_per_round: AtLeastOne = 64

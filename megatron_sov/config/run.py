@@ -18,7 +18,7 @@ from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.lora import LoraConfig
-from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.config.model import ModelConfig
 from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.obs import ObsConfig
 from megatron_sov.config.optim import OptimConfig
@@ -35,7 +35,6 @@ from megatron_sov.settings import NotNegative, Problem, SettingsError, check, fi
 class ObjectiveConfig:
     """What is learned, and the weights of its terms."""
 
-    __pydantic_config__ = STRICT
     name: str = "lm"
     """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
     on responses; preference: pairs or groups of responses, see `preference`; distill: a teacher's
@@ -58,7 +57,6 @@ class ObjectiveConfig:
 class RunConfig:
     """All settings of one stage of training; saved resolved as RUN/config.json."""
 
-    __pydantic_config__ = STRICT
     recipe: str
     """Name of the recipe that it came from."""
     model: ModelConfig
@@ -108,7 +106,7 @@ class RunConfig:
         p += self._objective_problems() + self.optim.problems() + self.extend.problems()
         p += self.rollout.problems() + self.policy.problems(self.rollout)
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
-        p += self._watching_problems() + self.obs.problems()
+        p += self._watching_problems()
         p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(

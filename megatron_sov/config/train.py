@@ -8,7 +8,6 @@ from typing import Annotated, Literal, get_args
 from annotated_types import Gt, Le
 
 from megatron_sov.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
-from megatron_sov.config.model import STRICT
 from megatron_sov.settings import AboveZero, AtLeastOne, Fraction, NotNegativeInt, Problem, find_broken
 
 AverageKind = Literal["uniform", "linear", "ema"]
@@ -20,7 +19,6 @@ AVERAGES = get_args(AverageKind)
 class TrainConfig:
     """The loop: how long, how large, how often."""
 
-    __pydantic_config__ = STRICT
     steps: Steps = 0
     """Optimizer steps; 0: as many as the token budgets need."""
     tokens: Tokens = 0

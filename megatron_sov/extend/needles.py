@@ -16,6 +16,7 @@ from megatron_sov.eval.needle.haystack import open_haystacks
 from megatron_sov.eval.needle.suite import NeedleResult, NeedleSuite, make_suite, run_suite, table
 from megatron_sov.generate.generator import MegatronEngine
 from megatron_sov.train.gate import GateView
+from megatron_sov.train.stage_config import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXT
 
     Args:
         config: resolved settings.
-        start: the checkpoint it starts from, whose tokenizer serves where none travels with the data.
+        start: the checkpoint, or Hugging Face folder, it starts from, whose tokenizer serves where none
+            travels with the data.
         formats: of data that is learned from; needles are hidden in text alone.
 
     Raises:
@@ -66,7 +68,7 @@ def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXT
     if SOURCE_NAME in (s.name for s in data):
         raise UserError(f"--data: a source named {SOURCE_NAME!r} is kept for documents made on the fly; "
                         "pack that text under another name (--input NAME=PATH)")
-    tokenizer = tokenizer_folder(data) or start / "tokenizer"
+    tokenizer = tokenizer_folder(data) or tokenizer_of(start)
     suite = make_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
     lengths = _document_lengths(config)
     if not lengths:

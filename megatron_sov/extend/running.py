@@ -25,7 +25,7 @@ from megatron_sov.train.trainer import ObjectiveFactory
 
 def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
                resume: bool, began_s: float, faults: tuple[Fault, ...] = (),
-               end_gate: EndGate | None = None) -> None:
+               end_gate: EndGate | None = None, *, dry_run: bool = False) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
@@ -37,6 +37,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         began_s: Unix time at which the work on the first stage that is not complete began.
         faults: what is to come on purpose, once in each stage.
         end_gate: judges the last stage's last checkpoint.
+        dry_run: check and tell of each stage, and run none; its gate's search of the data is left out.
 
     Raises:
         UserError: settings, data or a folder do not allow it.
@@ -46,14 +47,15 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     first, formats = start, formats_of(objective)
     prepared = [make_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
-    if end_gate is not None and len(stages) > 1 and stages[0].folder.completion() is None and not repeats():
+    begins = len(stages) > 1 and stages[0].folder.completion() is None and not (dry_run or repeats())
+    if end_gate is not None and begins:
         end_gate.begin()  # what is wrong with it is told before all stages, not before the last one
     for planned, needles in zip(stages, prepared, strict=True):
         judge = end_gate if planned is stages[-1] else None
         stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
                       needles.data, needles.sources, before=needles.before, after=needles.after,
-                      end_gate=judge, faults=faults)
-        if planned.config.extend.gate.every_steps:
+                      end_gate=judge, faults=faults, dry_run=dry_run)
+        if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 start_loss = loss_of_checkpoint(
@@ -69,7 +71,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
             return
         if not was_complete:
             began_s = time.time()  # with it begins the work on the next one
-        start = find_checkpoint(planned.folder.path)
+        start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
 
 
 def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None) -> StageGate:

@@ -12,36 +12,37 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import Ge, Le
 
 from megatron_sov.artifacts import atomic_write, to_json
-from megatron_sov.config.model import STRICT
-from megatron_sov.errors import UserError, list_problems
+from megatron_sov.errors import UserError
 from megatron_sov.runs.folder import PLAN
+from megatron_sov.settings import SettingsError
+from megatron_sov.settings import read as read_settings
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 << 20
 """A larger file is no plan of ours."""
-MOST = 1e18
-"""No number of a plan is larger."""
+Amount = Annotated[float, Ge(0), Le(1e18)]
+Count = Annotated[int, Ge(0), Le(10**18)]
+"""A report reckons with all numbers of a plan."""
 
 
 @dataclass(frozen=True)
 class StretchPlan:
     """Steps that are alike: of one phase and one batch size."""
 
-    __pydantic_config__ = STRICT
     phase: str
-    first_step: int
+    first_step: Count
     """1-based, as in events."""
-    last_step: int
-    seq_len: int
+    last_step: Count
+    seq_len: Count
     """Tokens of a sample."""
-    global_batch_size: int
+    global_batch_size: Count
     """Samples of a step."""
-    seconds: dict[str, float]
+    seconds: dict[str, Amount]
     """Component -> seconds of one step; they add up to the step; empty: no speed is predicted."""
 
     @property
@@ -59,56 +60,40 @@ class StretchPlan:
 class KeptPlan:
     """What is predicted of a run on one machine and in one layout."""
 
-    __pydantic_config__ = STRICT
-    time_s: float
+    time_s: Amount
     """Unix time at which it was made."""
     recipe: str
-    num_ranks: int
+    num_ranks: Count
     layout: dict[str, Any]
     """The settings of `parallel`."""
     device: str
     """What the GPUs, or the processor, call themselves."""
     chip: str
     """Key of the chip whose figures were taken; empty: a processor, or a GPU that is in no table."""
-    threads: int
+    threads: Count
     """CPU threads of each process."""
     no_speed: str
     """Why no speed is predicted; empty: it is."""
     parameters: str
     """Where the numbers of the model of speed come from."""
-    memory_bytes: tuple[dict[str, int], ...]
+    memory_bytes: tuple[dict[str, Count], ...]
     """Of a process of each pipeline stage: item -> bytes; they add up to what it needs."""
-    memory_before_bytes: int
+    memory_before_bytes: Count
     """What a process had of the host's memory before its model was built, where there are no GPUs, and
     memory is the host's; else 0."""
-    checkpoint_bytes: int
+    checkpoint_bytes: Count
     """Size of a checkpoint; 0: not predicted."""
-    checkpoint_s: float
+    checkpoint_s: Amount
     """Seconds until one is on disk; 0: not predicted."""
-    failures_per_hour: float
+    failures_per_hour: Amount
     """Faults that end all processes; 0: not known."""
-    effective_share: float
+    effective_share: Amount
     """Share of the wall-clock time that is training, by those; 0: not predicted."""
-    power_w: float
+    power_w: Amount
     """Power that one GPU's share of the machine draws; 0: not known."""
     stretches: tuple[StretchPlan, ...]
     cluster: str = ""
     """Where its links, storage and failures come from; empty: no speed is predicted on a GPU."""
-
-    def problems(self) -> list[str]:
-        """Return the numbers that no plan has: a report reckons with all of them."""
-        alone = [(name, getattr(self, name)) for name in (
-            "time_s", "num_ranks", "threads", "memory_before_bytes", "checkpoint_bytes", "checkpoint_s",
-            "failures_per_hour", "effective_share", "power_w")]
-        memory = [(f"memory_bytes.{i}.{item}", size) for i, items in enumerate(self.memory_bytes)
-                  for item, size in items.items()]
-        steps = [(f"stretches.{i}.{name}", getattr(stretch, name))
-                 for i, stretch in enumerate(self.stretches)
-                 for name in ("first_step", "last_step", "seq_len", "global_batch_size")]
-        seconds = [(f"stretches.{i}.seconds.{item}", size) for i, stretch in enumerate(self.stretches)
-                   for item, size in stretch.seconds.items()]
-        return [f"{name!s:.80} = {value!s:.20} must be a number from 0 to {MOST:g}"
-                for name, value in (*alone, *memory, *steps, *seconds) if not 0 <= value <= MOST]
 
     def stage_bytes(self, stage: int) -> int:
         """Return what a process of a pipeline stage needs in all."""
@@ -123,6 +108,14 @@ class KeptPlan:
         start."""
         same = dataclasses.replace(self, time_s=other.time_s, memory_before_bytes=other.memory_before_bytes)
         return same == other
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the file holds."""
+
+    format_version: Literal[1]
+    plans: tuple[KeptPlan, ...]
 
 
 def keep(run: Path, plan: KeptPlan) -> int:
@@ -164,12 +157,6 @@ def read(run: Path) -> list[KeptPlan]:
         raise UserError(f"{file}: format_version = {version!r} is not {FORMAT_VERSION}; read it with the "
                         f"version that wrote it, or {way_out}")
     try:
-        # as JSON: tuples are lists there
-        plans = TypeAdapter(list[KeptPlan]).validate_json(json.dumps(content.get("plans")))
-    except ValidationError as e:
-        problems = [f"plans.{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()[:8]]
-        raise UserError(list_problems(str(file), problems, way_out)) from None
-    problems = [f"plans.{i}.{problem}" for i, plan in enumerate(plans) for problem in plan.problems()][:8]
-    if problems:
-        raise UserError(list_problems(str(file), problems, way_out))
-    return plans
+        return list(read_settings(_Kept, content, str(file)).plans)
+    except SettingsError as e:
+        raise UserError(f"{e}; {way_out}") from None

@@ -14,7 +14,6 @@ class Code:
     """One piece of code that is not built in, noted by the command that loads it; in a file it is a record,
     and loads nothing."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # as settings have it, of which this is one
     kind: Kind
     """What it is."""
     name: str

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import is_reference, telling
 from megatron_sov.plugins.registry import Registry
-from megatron_sov.settings import SettingsError, as_problem, read_arguments
+from megatron_sov.settings import SettingsError, read_arguments, rules_of
 
 BuiltIn = Mapping[str, Sequence[str]]
 """Name -> module and class (and what else is known) of what is built in."""
@@ -72,9 +72,9 @@ def build(asked: Order, built_in: BuiltIn, own: Registry[type[Any]]) -> Built:
     settings = read_arguments(made, asked.settings, what)
     with telling(what):
         value = made(**settings)
-        problems = value.problems() if hasattr(value, "problems") else []
+        problems = rules_of(value)
     if problems:
-        raise SettingsError(what, list(map(as_problem, problems)))
+        raise SettingsError(what, problems)
     return Built(value, settings, files)
 
 

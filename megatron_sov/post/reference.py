@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sov import convert
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
 from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.data.media_shards import banks_of, media_of
@@ -271,7 +272,10 @@ class Reference:
 
 def files_sha256(start: Path) -> str:
     """Return what stands for a checkpoint's weights: a Hugging Face folder that is converted once more gives
-    the same files, under a manifest of another time."""
+    the same files, under a manifest of another time.  Empty for that folder itself, which a dry run starts
+    from."""
+    if convert.is_hf_folder(start):
+        return ""
     manifest = read_manifest(start)
     facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
              "files": {name: record.digest for name, record in sorted(manifest.files.items())}}

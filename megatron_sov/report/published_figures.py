@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
-from megatron_sov.settings import read_file
+from annotated_types import Ge, Le
+
+from megatron_sov.settings import Code, Problem, read_file
 
 NOT_TOLD = "not told"
 
@@ -19,7 +22,7 @@ class Figure:
 
     name: str
     """What the document calls the benchmark."""
-    value: float
+    value: Annotated[float, Ge(0), Le(100)]
     """In percent."""
     metric: str = NOT_TOLD
     """E.g. `avg@64`."""
@@ -46,12 +49,11 @@ class PublishedTable:
         """Return how a figure was measured, in words."""
         return self.protocols.get(figure.protocol, NOT_TOLD)
 
-    def problems(self) -> list[str]:
-        """Return one sentence for each figure that breaks a rule."""
-        return [f"{key}: protocol {figure.protocol!r} is not among protocols" for key, figure
-                in self.figures.items() if figure.protocol and figure.protocol not in self.protocols] + [
-            f"{key}: value {figure.value} is no percentage" for key, figure in self.figures.items()
-            if not 0 <= figure.value <= 100]
+    def problems(self) -> list[Problem]:
+        """Return every figure whose protocol is not told."""
+        return [Problem(Code.RULE, f"figures.{key}.protocol", "must be one of protocols", figure.protocol)
+                for key, figure in self.figures.items()
+                if figure.protocol and figure.protocol not in self.protocols]
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,6 @@ SECOND = "second_opinion"
 class Part:
     """One of the rewards."""
 
-    __pydantic_config__ = {"extra": "forbid"}
     reward: str
     """Its name, or FILE.py:NAME."""
     weight: Finite = 1.0
@@ -40,7 +39,6 @@ class Part:
 class Second:
     """A stricter reward that looks at a sample of what a part has judged."""
 
-    __pydantic_config__ = {"extra": "forbid"}
     reward: str
     """Its name, or FILE.py:NAME."""
     of: str

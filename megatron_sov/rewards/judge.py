@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.endpoints.addresses import address_problems
@@ -18,7 +18,16 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.conversation import messages_of, told
 from megatron_sov.rewards.fenced import fenced_messages, grade_of, is_number, only, sound
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, text_of
-from megatron_sov.settings import AboveZero, AtLeastOne, Finite, NotNegative, Problem, as_problem, find_broken
+from megatron_sov.settings import (
+    AboveZero,
+    AtLeastOne,
+    Finite,
+    NotNegative,
+    Problem,
+    as_problem,
+    below,
+    find_broken,
+)
 
 RUBRIC = "Is the response correct, complete, honest and to the point?"
 
@@ -35,7 +44,7 @@ class Judge:
     """rubric: a chat model; reward-model: vLLM's /pooling beside the API."""
     rubric: str = RUBRIC
     """What is asked; a row's own field `rubric` goes before it."""
-    min_score: Finite = 1.0
+    min_score: Annotated[Finite, below("max_score")] = 1.0
     """Worst score of the rubric: the reward 0."""
     max_score: Finite = 10.0
     """Best score: the reward 1."""
@@ -73,9 +82,7 @@ class Judge:
     def problems(self) -> list[Problem]:
         """Return what does not fit together, and what is missing."""
         return [*address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken(
-            self, "", (self.min_score < self.max_score, "min_score",
-                       f"must be below max_score = {self.max_score:g}"),
-            (not self.max_cost or bool(self.input_price or self.output_price), "max_cost",
+            self, "", (not self.max_cost or bool(self.input_price or self.output_price), "max_cost",
              "needs input_price and output_price, or no cost is known")),
             *map(as_problem, missing_libraries())]
 

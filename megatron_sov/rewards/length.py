@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
-from megatron_sov.settings import AtLeastOne, Code, NotNegativeInt, Problem
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, at_most
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,12 @@ class Length:
 
     max_length: AtLeastOne = 20_480
     """Where the punishment is whole (DAPO: 20,480 tokens)."""
-    buffer: AtLeastOne = 4_096
+    buffer: Annotated[AtLeastOne, at_most("max_length")] = 4_096
     """Over how much before that it grows (DAPO: 4,096 tokens)."""
-    min_length: NotNegativeInt = 0
+    min_length: Annotated[NotNegativeInt, at_most("max_length")] = 0
     """A shorter response is punished whole."""
     unit: Literal["tokens", "characters", "words"] = "tokens"
     """tokens: the row's field `num_tokens`, as the engine that wrote the response counts them."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return [Problem(Code.RULE, name, f"must be at most max_length = {self.max_length}", value)
-                for name, value in (("buffer", self.buffer), ("min_length", self.min_length))
-                if value > self.max_length]
 
     def score(self, row: Row) -> Score:
         """Return a number from -1 to 0."""

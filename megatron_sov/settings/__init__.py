@@ -3,6 +3,7 @@ for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports to
 
 from megatron_sov.settings.bounds import (
     ONCE,
+    RISING,
     AboveZero,
     AtLeastOne,
     Bound,
@@ -12,8 +13,15 @@ from megatron_sov.settings.bounds import (
     NotBlank,
     NotNegative,
     NotNegativeInt,
+    Relation,
     Share,
+    at_most,
+    below,
+    multiple_of,
+    not_with,
     one_of,
+    only_with,
+    other_than,
 )
 from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.settings.options import (
@@ -36,7 +44,6 @@ from megatron_sov.settings.reading import (
     problems_of,
     read,
     read_arguments,
-    rules_inside,
     rules_of,
 )
 from megatron_sov.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
@@ -44,6 +51,7 @@ from megatron_sov.settings.yaml_file import Located, Place, read_file, read_loca
 __all__ = [
     "NO_FLAG",
     "ONCE",
+    "RISING",
     "AboveZero",
     "Actions",
     "AtLeastOne",
@@ -59,20 +67,27 @@ __all__ = [
     "NotNegativeInt",
     "Place",
     "Problem",
+    "Relation",
     "SettingsError",
     "Share",
     "add_actions",
     "add_options",
     "as_problem",
     "assign_all",
+    "at_most",
+    "below",
     "change",
     "check",
     "find_broken",
     "find_problems",
+    "multiple_of",
     "name_options",
+    "not_with",
     "num_cores",
     "one_of",
+    "only_with",
     "options_of",
+    "other_than",
     "parse_changes",
     "parse_nested",
     "place_of",
@@ -85,7 +100,6 @@ __all__ = [
     "read_options",
     "read_text",
     "read_yaml",
-    "rules_inside",
     "rules_of",
     "run_action",
 ]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.errors import nearest
-from megatron_sov.settings.problem import Code, show
+from megatron_sov.settings.problem import UNSET, Code, Problem, show
 
 Breach = tuple[Code, str, str]
 """Code, rule and way out of a problem; see `Problem`."""
@@ -34,6 +34,8 @@ class Bound:
 
     broken: Callable[[Any], Breach | None]
     """Returns what a value of the right type breaks."""
+    may_be_secret: bool = False
+    """Whether a message leaves out what was given: a URL that holds a key, say."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """Return the type's schema with this bound behind it; pydantic asks for it."""
@@ -42,10 +44,68 @@ class Bound:
         def ask(value: Any) -> Any:
             if found := self.broken(value):
                 code, rule, way_out = found
-                raise PydanticCustomError("asked", "{rule}", {"code": code, "rule": rule, "way_out": way_out})
+                raise PydanticCustomError("asked", "{rule}", {"code": code, "rule": rule, "way_out": way_out,
+                                                              "may_be_secret": self.may_be_secret})
             return value
 
         return core_schema.no_info_after_validator_function(ask, handler(source))
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A bound that another field of the same class sets; where that has no value, there is none."""
+
+    other: str
+    """The other field."""
+    holds: Callable[[Any, Any], bool]
+    """Says whether a value goes with the other's."""
+    rule: str
+    """As the sentence goes on in front of the other's name: "must be at most"."""
+    way_out: str = ""
+    shows_value: bool = True
+    """Whether the other's value is told too."""
+
+    def broken_by(self, settings: Any, name: str) -> Problem | None:
+        """Return the problem of the field `name`, where there is one."""
+        value, other = getattr(settings, name), getattr(settings, self.other)
+        if value is None or self.holds(value, other):
+            return None
+        return Problem(Code.RULE, name, self.rule, value, self.way_out, other=self.other,
+                       other_value=other if self.shows_value else UNSET)
+
+
+def at_most(other: str) -> Relation:
+    """Return the bound of a number that is never above another field's."""
+    return Relation(other, lambda value, most: most is None or value <= most, "must be at most")
+
+
+def below(other: str) -> Relation:
+    """Return the bound of a number that stays below another field's."""
+    return Relation(other, lambda value, end: end is None or value < end, "must be below")
+
+
+def multiple_of(other: str) -> Relation:
+    """Return the bound of a number, or of each of several, that another field's divides."""
+    return Relation(other, lambda value, part: not any(
+        one % part for one in (value if isinstance(value, tuple) else (value,))), "must be a multiple of")
+
+
+def other_than(other: str) -> Relation:
+    """Return the bound of a text, where it is given, that another field must not be too."""
+    return Relation(other, lambda value, taken: not value or value != taken, "must not be that of",
+                    "give each its own")
+
+
+def only_with(other: str) -> Relation:
+    """Return the bound of a setting that does nothing where another field is not set."""
+    return Relation(other, lambda value, there: bool(there or not value), "is only for",
+                    "add that, or leave this out", shows_value=False)
+
+
+def not_with(other: str) -> Relation:
+    """Return the bound of a setting that has no meaning beside another one."""
+    return Relation(other, lambda value, there: not (value and there), "goes without",
+                    "leave one of them out", shows_value=False)
 
 
 def one_of(known: Callable[[], Collection[str]]) -> Bound:
@@ -67,3 +127,6 @@ def _repeated(values: Collection[Any]) -> Breach | None:
 NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (Code.BOUND, "must not be empty", ""))]
 ONCE = Bound(_repeated)
 """Of a list that has no item twice."""
+RISING = Bound(lambda pair: None if pair[0] <= pair[1] else (
+    Code.BOUND, "must have the lower number first", ""))
+"""Of the two ends of a stretch."""

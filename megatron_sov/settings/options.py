@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from megatron_sov.settings.changes import parse_value
 from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError
-from megatron_sov.settings.reading import find_problems, hints_of, rules_inside, rules_of
+from megatron_sov.settings.reading import find_problems, hints_of, rules_of
 
 S = TypeVar("S")
 _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
@@ -192,7 +192,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     settings = _each_text(settings, lambda text: kept.get(text, text)) if kept else settings
     problems += found
     if settings is not None and not problems:
-        problems = [*(rules_inside(settings) if hasattr(settings, "problems") else []), *rules_of(settings)]
+        problems = rules_of(settings)
     if problems:
         raise SettingsError("", [_under_its_name(problem, names) for problem in problems])
     return cast(S, settings)
@@ -273,7 +273,10 @@ def _under_its_name(problem: Problem, names: Mapping[str, str]) -> Problem:
     while key and key not in names:
         key = key.rpartition(".")[0]
     value = UNSET if isinstance(problem.value, bool) else problem.value
-    return dataclasses.replace(problem, key=names.get(key, problem.key), value=value)
+    beside = problem.key.rpartition(".")[0]
+    other = f"{beside}.{problem.other}" if beside else problem.other
+    return dataclasses.replace(problem, key=names.get(key, problem.key), value=value,
+                               other=names.get(other, problem.other))
 
 
 def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:

@@ -56,6 +56,10 @@ class Problem:
     """What to do, where the rule does not say it."""
     line: int = 0
     """Of the file, from 1; 0: none is known."""
+    other: str = ""
+    """The setting of the same class that the rule compares with: the rule's sentence ends with it."""
+    other_value: Any = UNSET
+    """Its value, where it matters."""
 
     def __str__(self) -> str:
         """Return line and sentence: ``line 3: lr = -1 must be above 0; set it``."""
@@ -64,17 +68,22 @@ class Problem:
     @property
     def sentence(self) -> str:
         """The problem without its line."""
+        key = ".".join(map(cut, self.key.split(".")))  # a stranger's file may hold any
         if self.key.startswith("-") and self.value is not UNSET:
-            begin = f"{self.key} {show(self.value)}: "
+            begin = f"{key} {show(self.value)}: "
         elif self.value is UNSET:
-            begin = f"{self.key}: " if self.key else ""
+            begin = f"{key}: " if key else ""
         else:
-            begin = f"{self.key} = {show(self.value)} " if self.key else f"{show(self.value)} "
+            begin = f"{key} = {show(self.value)} " if key else f"{show(self.value)} "
+        if self.other:
+            shown = "" if self.other_value is UNSET else f" = {show(self.other_value)}"
+            return f"{begin}{self.rule} {self.other}{shown}" + (f"; {self.way_out}" if self.way_out else "")
         return begin + self.rule + (f"; {self.way_out}" if self.way_out else "")
 
     def below(self, prefix: str) -> Problem:
-        """Return the problem of a setting that stands inside another."""
-        return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
+        """Return the problem of a setting that stands inside another; an option's name stays."""
+        return self if self.key.startswith("-") else replace(
+            self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
 def as_problem(said: Problem | str) -> Problem:
@@ -103,7 +112,10 @@ def name_options(problems: Sequence[Problem], **options: str) -> list[Problem]:
         problems: with the fields as keys.
         options: field -> option, where that is not the field's name with hyphens.
     """
-    return [replace(problem, key=options.get(problem.key, f"--{problem.key.replace('_', '-')}"))
+    def option(key: str) -> str:
+        return options.get(key, f"--{key.replace('_', '-')}")
+
+    return [replace(problem, key=option(problem.key), other=problem.other and option(problem.other))
             for problem in problems]
 
 

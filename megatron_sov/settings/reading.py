@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.errors import nearest
+from megatron_sov.settings.bounds import Relation
 from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError, as_problem
 
 S = TypeVar("S")
@@ -106,18 +107,32 @@ def check(settings: Any) -> list[Problem]:
 
 
 def rules_of(settings: Any) -> list[Problem]:
-    """Return what breaks the rules between settings: what their own `problems` says, or, of a class without
-    one, what those of the settings inside say."""
-    if hasattr(settings, "problems"):
-        return list(map(as_problem, settings.problems()))
-    return rules_inside(settings)
+    """Return what breaks the rules between settings, in the order of the fields: those of the settings
+    inside, the relations that the fields declare, and what the class's own `problems` says."""
+    own = list(map(as_problem, settings.problems())) if hasattr(settings, "problems") else []
+    if not dataclasses.is_dataclass(settings):  # of a user's own code
+        return own
+    found = [problem for field in dataclasses.fields(settings)
+             for problem in _rules_inside(field.name, getattr(settings, field.name, None))]
+    try:
+        hints = hints_of(cast(Any, type(settings)))
+    except (NameError, TypeError):  # a user's class names a type that is not known here
+        hints = {}
+    for name, hint in hints.items():
+        for relation in getattr(hint, "__metadata__", ()):
+            if isinstance(relation, Relation) and (problem := relation.broken_by(settings, name)):
+                found.append(problem)
+    found += own
+    return _in_order(type(settings), [one for i, one in enumerate(found) if one not in found[:i]])
 
 
-def rules_inside(settings: Any) -> list[Problem]:
-    """Return what breaks the rules of settings inside others."""
-    inner = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
-    return [problem.below(name) if problem.key else problem for name, value in inner
-            if dataclasses.is_dataclass(value) for problem in rules_of(value)]
+def _rules_inside(name: str, value: Any) -> list[Problem]:
+    """Return what breaks the rules of settings that a field holds, alone or as items."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [problem.below(name) if problem.key else problem for problem in rules_of(value)]
+    items = value.items() if isinstance(value, Mapping) else \
+        enumerate(value) if isinstance(value, (tuple, list)) else ()
+    return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]
 
 
 def problems_of(settings: Any) -> list[Problem]:
@@ -157,7 +172,8 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
             continue
         try:
             text = json.dumps(given[name])
-            found[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True)
+            found[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
+                                                                          extra="forbid")
         except ValidationError as e:
             problems += [problem.below(name) for problem in explain(hints.get(name, Any), e)]
     if problems:
@@ -192,7 +208,11 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
     kind, ctx = error["type"], error.get("ctx", {})
     place, hint = _place(cls, error["loc"])
     key = ".".join(map(str, place))
-    value = error.get("input", UNSET)
+    # a key is no value of its own, a secret's content is not shown, nor the whole file
+    value = UNSET if error["loc"][-1:] == ("[key]",) or place[:1] == ("secrets",) or kind == "json_invalid" \
+        else error.get("input", UNSET)
+    if kind == "json_invalid":
+        return Problem(Code.TYPE, key, f"holds a text that is none ({ctx['error']})")
     if kind in _UNKNOWN:
         fields = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
         return unknown(key, fields, instead(key))
@@ -203,7 +223,8 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
         close = nearest(value, known).removeprefix("; ") if isinstance(value, str) else ""
         return Problem(Code.CHOICE, key, f"must be {ctx.get('expected', 'another word')}", value, close)
     if kind == "asked":
-        return Problem(Code(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
+        return Problem(Code(ctx["code"]), key, ctx["rule"], UNSET if ctx["may_be_secret"] else value,
+                       ctx["way_out"])
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:

@@ -3,13 +3,15 @@ at."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_sov.settings.problem import Code, Problem, SettingsError
+from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError
 from megatron_sov.settings.reading import read
 
 S = TypeVar("S")
@@ -107,7 +109,36 @@ def _loader() -> Any:
 
 
 def read_located(text: str) -> Located:
-    """Read a YAML document (JSON is one) as plain values.  Tags that would make objects are not taken."""
+    """Read a YAML or JSON document as plain values.  Tags that would make objects are not taken."""
+    twice: list[str] = []
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        twice.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return made
+
+    try:
+        value = (json.loads(text, parse_float=_number, object_pairs_hook=as_object)
+                 if text.lstrip().startswith(("{", "[")) else UNSET)
+    except (ValueError, RecursionError):
+        value = UNSET
+    if value is UNSET:
+        return _read_yaml(text)
+    # YAML takes no tabs, reads \ud83d\ude00 as two halves of a sign and has limits of its own: it gives lines
+    found = _read_yaml(text.replace("\t", " "))
+    found.problems = [p for p in found.problems if p.code == Code.TWICE] or [
+        Problem(Code.TWICE, key, "is set twice", way_out="set it once") for key in twice]
+    found.value = None if found.problems else value
+    return found
+
+
+def _number(text: str) -> float:
+    """Return a number with a point or an exponent; 2e9 is how people write a whole number of tokens."""
+    value = float(text)
+    return int(value) if EXPONENT.match(text) and value.is_integer() else value
+
+
+def _read_yaml(text: str) -> Located:
     import yaml
 
     found = Located()
@@ -161,8 +192,8 @@ class _Reading:
             self._refuse(line, place, f"{node.tag} {str(node.value)[:60]!r} is no plain value",
                          "write text, numbers, true or false")
             return None
-        if isinstance(value, float) and EXPONENT.match(node.value) and value.is_integer():
-            return int(value)  # 2e9 is how people write a whole number of tokens
+        if isinstance(value, float) and EXPONENT.match(node.value):
+            return _number(node.value)
         # dates and the like: what is meant is the text
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 

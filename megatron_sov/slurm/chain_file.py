@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.settings import AtLeastOne, NotNegativeInt, read_text, read_yaml
 
@@ -25,7 +24,6 @@ WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
 class ChainStage:
     """One stage of a chain file."""
 
-    __pydantic_config__ = STRICT
     stage: str
     """Which stage."""
     arguments: str
@@ -75,7 +73,6 @@ class ChainStage:
 class ChainConfig:
     """A chain file."""
 
-    __pydantic_config__ = STRICT
     stages: tuple[ChainStage, ...]
     """In order."""
     cluster: str = ""

@@ -202,6 +202,9 @@ def _training(stage: str, arguments: list[str], args: Any) -> Work:
     if getattr(args, "rounds", None) is not None:
         raise UserError(f"--rounds {args.rounds}: starts processes of its own; submit the commands of a "
                         "round one by one, as docs/prefer.md shows them")
+    if args.dry_run:
+        raise UserError("--dry-run: would be the job's, which trains nothing then; type it where you are, or "
+                        f"`megatron-sov submit {stage} --dry-run ...` to see the job")
     has_rounds = STAGES[stage].objective == "policy"
     request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds,
                                lengthens=stage == "extend")

@@ -10,7 +10,6 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.over_long import over_long
 from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.count import num_params
 from megatron_sov.obs.units import GIB
 from megatron_sov.plan.memory import Account, account
@@ -22,13 +21,13 @@ CHATTING = ("sft", "preference", "policy")
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Sequence[LedgerEntry],
+def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
            sources: Sequence[Source], memory: Account) -> str:
     """Return what a run is about to do, a few lines.
 
     Args:
         config: its settings.
-        world: the processes.
+        num_ranks: processes.
         run: its folder.
         steps: those to come, 0-based.
         entries: the ledger over the whole run.
@@ -36,13 +35,14 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
         memory: of this process.
     """
     count, p, rollout = num_params(config.model), config.parallel, config.rollout
+    dp_size = num_ranks // (p.tp * p.pp * p.cp)
     planned = planned_tokens(entries, steps)
     states = _gib(memory.states)
     activations = f", {_gib(memory.total)} with activations" if config.train.recompute else ""
     if memory.on_host:
         activations += f", {_gib(memory.on_host)} of the host's memory"
     layout = ", ".join(f"{name} {size}" for name, size in (
-        ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", world.dp_size)) if size > 1)
+        ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
     read = ", ".join(
         f"{name} {short(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
@@ -57,7 +57,7 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active)"
             f"{f', {short(count.encoders)} of encoders' if count.encoders else ''}, steps "
             f"{steps.start + 1} to {steps.stop}{length}\n"
-            f"  processes  {world.size}{f': {layout}' if layout else ''}; {config.train.precision}, "
+            f"  processes  {num_ranks}{f': {layout}' if layout else ''}; {config.train.precision}, "
             f"{states} of weights, gradients and optimizer each{activations}\n"
             f"  data       {read}{too_long}\n"
             f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps"
@@ -80,9 +80,9 @@ def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, fl
     return planned
 
 
-def memory_of(config: RunConfig, world: World) -> Account:
+def memory_of(config: RunConfig, num_ranks: int) -> Account:
     """Return the account of a process of the first pipeline stage, at the longest samples."""
-    return account(config, world.size, 0, max(phase.seq_len for phase in config.data.phases))
+    return account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
 
 
 def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,

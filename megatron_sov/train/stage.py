@@ -43,7 +43,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import handed, is_first, num_ranks, repeats, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.nvidia_smi import visible_gpus
-from megatron_sov.train.announcement import summary
+from megatron_sov.train.announcement import banner, memory_of, summary
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.gate import EndGate, Gate, GateView, conclude
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
@@ -52,6 +52,7 @@ from megatron_sov.train.objective import columns_of, formats_of
 from megatron_sov.train.restoring import newest_sound, refuse_other_base
 from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
+from megatron_sov.train.stage_config import converted, tokenizer_of, will_convert
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -67,7 +68,8 @@ class Stage:
     objective: ObjectiveFactory
     """What is learned."""
     start_from: Path | None = None
-    """Checkpoint whose weights the run starts from; None: initial weights."""
+    """Checkpoint whose weights the run starts from, or, in a dry run, the Hugging Face folder that would
+    become one; None: initial weights."""
     resume: bool = False
     """Continue a run that is already in the folder."""
     sources: tuple[Source, ...] | None = None
@@ -86,6 +88,8 @@ class Stage:
     """What brings data that are not there yet when the run begins."""
     faults: tuple[Fault, ...] = ()
     """Faults that are to come on purpose."""
+    dry_run: bool = False
+    """Whether it is checked and told of, and not run."""
 
 
 def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> bool:
@@ -97,7 +101,8 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         began_s: Unix time at which the work on it began; None: now.
 
     Returns:
-        Whether it is complete; False only under a launcher, whose ranks leave in peace however a run ended.
+        Whether it is complete, or a dry run; False only under a launcher, whose ranks leave in peace however
+        a run ended.
 
     Raises:
         UserError: settings, data or folder do not allow it; nothing was changed.
@@ -121,6 +126,14 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
             refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
     data = _open_data(stage)
     _check_start(stage, data)
+    if stage.dry_run:
+        _tell(stage, data, num_ranks(nproc))
+        return True
+    return _run_ranks(stage, data, begin, nproc)
+
+
+def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> bool:
+    """Start the processes of a stage and wait for their end; returns and raises what `run_stage` does."""
     stage.folder.forget_failure()
     if stage.end_gate is not None and not repeats():
         stage.end_gate.begin()
@@ -154,14 +167,30 @@ def _is_complete(stage: Stage, completion: dict[str, Any]) -> bool:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
         if stage.end_gate is not None and stage.end_gate.name not in completion:
             warn(f"{stage.folder.path}: was complete before a gate was asked for, and is not judged")
-    _finish_side_jobs(stage)
+    if not stage.dry_run:
+        _finish_side_jobs(stage)
     return True
+
+
+def _tell(stage: Stage, data: _Data, count: int) -> None:
+    """Print what `count` processes would do."""
+    if not is_first():
+        return
+    newest = checkpoints.latest(stage.folder.checkpoints)
+    steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
+    start = newest or stage.start_from
+    print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
+                 memory_of(stage.config, count)))
+    print(f"  start      {start or f'initial weights, train.seed = {stage.config.train.seed}'}")
+    if stage.start_from is not None and will_convert(stage.start_from, stage.folder.path):
+        print(f"  converts   {stage.start_from} into {converted(stage.folder.path)} first")
+    print("dry run: nothing was written, and nothing ran")
 
 
 def _check_start(stage: Stage, data: _Data) -> None:
     """Raise `UserError` where a run cannot start from what it is to start from."""
     if (start := checkpoints.latest(stage.folder.checkpoints) or stage.start_from) is not None:
-        refuse_other_tokens(tokenizer_folder(data.sources), start / "tokenizer")
+        refuse_other_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
     elif stage.config.lora.on:
         raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
                         "exists; name it by --from")

@@ -34,9 +34,13 @@ class ParsedStage:
     config: RunConfig
     """Resolved settings."""
     start: Path | None
-    """Checkpoint to start from; None: initial weights."""
+    """Checkpoint, or Hugging Face folder, to start from; None: initial weights."""
     faults: tuple[Fault, ...]
     """What is to come on purpose."""
+
+    def with_checkpoint(self, run: Path) -> ParsedStage:
+        """Return it with a checkpoint to start from: a Hugging Face folder is converted into RUN.from-hf."""
+        return dataclasses.replace(self, start=self.start and convert_start(self.start, run))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,9 @@ class StageOptions(TrainingOptions):
     inject: Annotated[tuple[str, ...], Flag(value="FAULT@step=N[,rank=R]", help=INJECT)] = ()
     resume: bool = False
     """Continue the run that is in --run."""
+    dry_run: bool = False
+    """Check all that can be checked without processes, print what would be read, run and written, and do
+    nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +71,7 @@ class TunedStageOptions(StageOptions):
 
 def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
                 completed: Callable[[RunConfig], RunConfig] = lambda config: config) -> ParsedStage:
-    """Return what a training command is to do.
-
-    A Hugging Face folder is converted last: every mistake that its headers show is found before that.
+    """Return what a training command is to do; nothing is written.
 
     Args:
         args: what was typed.
@@ -84,7 +89,10 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     config = completed(with_mixed_phases(asked.config(), asked.base))
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
-    return ParsedStage(config, resolve_start(args.start_from, args.run), faults)
+    start = args.start_from and find_start(args.start_from)
+    if start is not None:
+        refuse_many_converters(start, args.run)
+    return ParsedStage(config, start, faults)
 
 
 def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -138,36 +146,47 @@ def find_start(start_from: Path) -> Path:
     return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
-def resolve_start(start_from: Path | None, run: Path) -> Path | None:
-    """Return the checkpoint that --from means; a Hugging Face folder is converted into RUN.from-hf first.
-
-    Raises:
-        UserError: it is no checkpoint, run or Hugging Face folder.
-    """
-    if start_from is None:
-        return None
-    start = find_start(start_from)
-    from megatron_sov import convert
-
-    return _converted(start, run) if convert.is_hf_folder(start) else start
-
-
-def _converted(hf_dir: Path, run: Path) -> Path:
-    """Convert, unless the run has a checkpoint and needs no weights: what lies there may come
-    from another folder."""
+def convert_start(start: Path, run: Path) -> Path:
+    """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf."""
     from megatron_sov import convert
     from megatron_sov.mcore.parallel import launcher
+
+    if not convert.is_hf_folder(start):
+        return start
+    out = converted(run)
+    # ranks that are new processes find what their launcher has made
+    if will_convert(start, run) and not repeats():
+        code = launcher.apart(lambda: convert.from_hf(start, out, overwrite=True))
+        if code:
+            raise SystemExit(code)
+    return out
+
+
+def converted(run: Path) -> Path:
+    """Return where the checkpoint lies that a run's Hugging Face folder becomes."""
+    return run.with_name(run.name + ".from-hf")
+
+
+def will_convert(start: Path, run: Path) -> bool:
+    """Return whether a start is a Hugging Face folder that is to be converted; not so where the run has a
+    checkpoint and needs no weights: what lies there may come from another folder."""
+    from megatron_sov import convert
     from megatron_sov.runs import checkpoints
 
-    out = run.with_name(run.name + ".from-hf")
-    if (out / MANIFEST).is_file() and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None:
-        return out
-    if repeats():
-        return out  # its launcher has made it
-    if num_ranks(None) > 1:
-        raise UserError(f"--from {hf_dir}: many processes would convert it at once; "
+    is_there = (converted(run) / MANIFEST).is_file()
+    return convert.is_hf_folder(start) and not (
+        is_there and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None)
+
+
+def refuse_many_converters(start: Path, run: Path) -> None:
+    """Raise `UserError` where many processes would convert a Hugging Face folder at once."""
+    if num_ranks(None) > 1 and not repeats() and will_convert(start, run):
+        raise UserError(f"--from {start}: many processes would convert it at once; "
                         "run `megatron-sov convert from-hf` before, and pass its output")
-    code = launcher.apart(lambda: convert.from_hf(hf_dir, out, overwrite=True))
-    if code:
-        raise SystemExit(code)
-    return out
+
+
+def tokenizer_of(start: Path) -> Path:
+    """Return the folder where the tokenizer of a checkpoint, or of a Hugging Face folder, lies."""
+    from megatron_sov import convert
+
+    return start if convert.is_hf_folder(start) else start / "tokenizer"

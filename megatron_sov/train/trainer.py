@@ -198,8 +198,8 @@ class Trainer:
         if self.world.is_main:
             plan = keep_plan(self.config, self.world.size, self.folder.path, self._memory_before_bytes)
             steps = range(self.step, self.num_steps)
-            told = banner(self.config, self.world, self.folder.path, steps, entries, self.sources,
-                          memory_of(self.config, self.world))
+            told = banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
+                          memory_of(self.config, self.world.size))
             print(f"{told}\n", end="", file=sys.stderr, flush=True)
         self.recorder.begin(self.step, self._continued_from, self.sources, entries, plan,
                             self._started_from if self.world.is_main else None)

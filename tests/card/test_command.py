@@ -88,9 +88,9 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
                 "has a README.md of something else", "--overwrite"]),
             ((world.sft, "--output", out, "--hf-folder", world.text), ["was not made from a checkpoint of"]),
             ((world.sft, "--output", out, "--answers", world.root / "bad.yaml"), [
-                "2 problems", "licens: no such setting; did you mean 'licence", "languages = 3"]),
+                "3 problems", "licens: no such setting; did you mean 'licence", "languages = 3"]),
             ((world.sft, "--output", out, "--answers", world.root / "number.yaml"), [
-                "2 problems", "pue = 0.5: must be a number from 1 to 1e+06", "intensity_g_per_kwh = -inf"]),
+                "2 problems", "pue = 0.5 must be at least 1", "intensity_g_per_kwh = -inf"]),
             ((world.sft, "--output", out, "--answers", world.root / "none"), ["cannot be read"]),
             ((world.sft, "--output", out, "--about", world.root / "bad.yaml"), [
                 "--about", "licens: no such setting"]),

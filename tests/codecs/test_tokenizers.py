@@ -141,7 +141,7 @@ def test_perplexity_is_that_of_scipy(drawn: torch.Generator) -> None:
     (SimVQSettings(grid=0), [("bound", "grid")]),
     (SimVQSettings(side_pixels=100, grid=24), [("rule", "side_pixels")]),
     (SimVQSettings(codebook_size=1 << 40, width=10**9), [("bound", "width"), ("bound", "codebook_size")]),
-    (FSQSettings(levels=(8,) * 7), [("rule", "levels")]),
+    (FSQSettings(levels=(8,) * 7), [("bound", "levels")]),
     (FSQSettings(samples_per_token=642, max_piece_s=math.inf),
      [("bound", "samples_per_token"), ("bound", "max_piece_s")])])
 def test_every_problem_of_settings_is_named(settings: SimVQSettings | FSQSettings,

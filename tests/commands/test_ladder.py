@@ -178,7 +178,7 @@ def test_losses_that_rise_are_named(trained: Trained, tmp_path: Path, monkeypatc
     (["--set", "train.tokens=5"], "a ladder makes train.tokens itself"),
     (["--set", "train.tokns=5"], "did you mean"),
     (["--submit", "nowhere"], "nowhere"),
-    (["--submit", "h100"], "account is missing; pass --account NAME"),
+    (["--submit", "h100"], "account: is missing; pass --account NAME"),
     (["--account", "mine"], "--account mine: is for --submit"),
     (["--nproc", "0"], "--nproc 0: must be at least 1"),
     (["--set", "parallel.tp=3"], "size 12K: "),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.encode import Encoder
 from megatron_sov.artifacts import sha256_file
-from tokenizer.cli import main
 
 Proof = tuple[bool, str]
 PROOFS: dict[str, Proof] = {}
@@ -32,12 +32,12 @@ def each_tokenizer_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tokenizers(run_command: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tokenizer artifacts with 384 ids: "solar-open" and "k-exaone"."""
     folder = tmp_path_factory.mktemp("tokenizers")
     (folder / "text.txt").write_text(inspect.getsource(textwrap)
                                      + "한국어 문장입니다. 다른 한국어 문장입니다.\n" * 20)
     for preset in ("solar-open", "k-exaone"):
-        assert main(["train", "--preset", preset, "--vocab-size", "384", "--input", str(folder / "text.txt"),
-                     "--output", str(folder / preset)]) == 0
+        run_command("train", "--preset", preset, "--vocab-size", "384", "--input", str(folder / "text.txt"),
+                    "--output", str(folder / preset), program="sov-tokenizer").check_returncode()
     return {preset: folder / preset for preset in ("solar-open", "k-exaone")}

@@ -12,7 +12,7 @@ from data_prep import cli
 @pytest.mark.parametrize(("words", "sentence"), [
     (["gone.yaml", "--output", "out"], "gone.yaml: does not exist; pass a pipeline file"),
     (["p.yaml", "--output", "out", "--workers", "0"], "--workers 0: must be at least 1"),
-    (["p.yaml", "--output", "out", "--account", "me"], "goes only with --cluster"),
+    (["p.yaml", "--output", "out", "--account", "me"], "is only for --cluster"),
     (["p.yaml", "--output", "full"], "full: exists and is no folder of a pipeline"),
     (["p.yaml", "--output", "full/x.txt"], "x.txt"),
     (["p.yaml", "--output", "out", "--cluster", "h1000"], "there is no such profile; did you mean"),

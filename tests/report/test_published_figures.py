@@ -22,9 +22,10 @@ def test_every_table_names_its_document_and_protocols() -> None:
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A, value: 180}}", "no percentage"),
+    ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A, value: 180}}",
+     "value = 180 must be at most 100"),
     ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A, value: 1, protocol: x}}",
-     "'x' is not among"),
+     "must be one of protocols"),
     ("model: m\nverified: true\nfigures: {}", "document: is missing"),
     ("model: m\ndocument: d\nverified: true\nfigures: {a: {name: A}}", "value: is missing"),
 ])

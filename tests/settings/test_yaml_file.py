@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,24 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 def test_what_is_no_settings_is_said_with_its_line(text: str, code: str, line: int) -> None:
     (problem, *_) = read_located(text).problems
     assert (problem.code, problem.line) == (code, line)
+
+
+@pytest.mark.parametrize("text", [
+    '{\n\t"a": 1\n}', json.dumps({"a": "\U0001f600 \u2028 x"}), '{"a": "x\\/y", "b": [1.5, null, true]}',
+    '{"a": "\\\\ud83d"}', '[{"a:b": "#x"}]'])
+def test_json_is_read_as_json(text: str) -> None:
+    """Tabs, and signs beyond the first 65,536 as two halves, are things of JSON that YAML has not."""
+    assert read_located(text).value == json.loads(text) and not read_located(text).problems
+
+
+def test_a_whole_number_may_have_an_exponent_in_both() -> None:
+    for text in ('{"a": 2e9}', "a: 2e9"):
+        value = read_located(text).value["a"]
+        assert (value, type(value)) == (2_000_000_000, int)
+
+
+def test_a_key_twice_is_told_in_json_too() -> None:
+    assert [p.code for p in read_located('{"a": {"b": 1,\n\t"b": 2}}').problems] == ["twice"]
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

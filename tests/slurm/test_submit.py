@@ -22,7 +22,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *RUN),
      "--cluster: is missing; pass one of a100, b200, b300, gb200, gb300, h100, h200, local, one-node"),
     (("pretrain", "--cluster", "p100", *RUN), "--cluster p100: there is no such profile"),
-    (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account is missing; pass --account NAME"),
+    (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account: is missing; pass --account NAME"),
     (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: "
                                                 "train.global_batch_size = 8"),
     (("pretrain", *HERE, "--nodes", "4", "--min-nodes", "3", *RUN),

@@ -15,7 +15,6 @@ from megatron_sov.models.count import num_params
 from megatron_sov.plan.memory import Account
 
 prepare_megatron()
-from megatron_sov.mcore.parallel.world import World  # noqa: E402
 from megatron_sov.train.announcement import banner, memory_of, planned_tokens, short, summary  # noqa: E402
 from megatron_sov.train.evaluate import HeldoutLoss  # noqa: E402
 from megatron_sov.train.state import TrainState  # noqa: E402
@@ -29,7 +28,7 @@ def test_a_run_says_what_it_is_about_to_do() -> None:
     sources = [Source(name, None, "text", {}, {"train": tokens}, 0.5)
                for name, tokens in (("web", 500), ("code", 600))]
     gib = 2**30
-    told = banner(config, World(0, 2, 0, 2, True, True), Path("runs/a"), range(2, 6), ENTRIES, sources,
+    told = banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources,
                   Account(gib, gib, 4 * gib, gib, gib // 2, gib // 2, on_host=130 * gib)).splitlines()
     assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 k tokens"
     assert told[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
@@ -40,7 +39,7 @@ def test_a_run_says_what_it_is_about_to_do() -> None:
 
 def test_rounds_are_told_in_responses_since_nobody_knows_their_tokens() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["rollout.rounds=4"])
-    told = banner(config, World(0, 1, 0, 1, True, True), Path("runs/a"), range(4),
+    told = banner(config, 1, Path("runs/a"), range(4),
                   (LedgerEntry(0, "round-0001", 100, 2, {"rollouts": 1.0}),), [],
                   Account(1, 1, 1, 1, 1, 1)).splitlines()
     assert told[0].endswith("steps 1 to 4")
@@ -50,7 +49,7 @@ def test_rounds_are_told_in_responses_since_nobody_knows_their_tokens() -> None:
 
 def test_a_run_tells_the_account_of_its_first_process() -> None:
     config = recipes.get("tiny-qwen3")
-    found = memory_of(config, World(0, 1, 0, 1, True, True))
+    found = memory_of(config, 1)
     assert found.weights == 4 * num_params(config.model).total and found.nccl == 0
 
 

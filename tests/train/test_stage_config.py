@@ -10,9 +10,15 @@ from megatron_sov import recipes
 from megatron_sov.artifacts import to_json
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.parallel import launcher
 from megatron_sov.recipes.requested import training_request
-from megatron_sov.train import stage_config as module
-from megatron_sov.train.stage_config import StageOptions, parse_stage, resolve_start, stage_request
+from megatron_sov.train.stage_config import (
+    StageOptions,
+    find_start,
+    parse_stage,
+    refuse_many_converters,
+    stage_request,
+)
 from tests.typed_words import typed
 
 
@@ -109,10 +115,10 @@ def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message
 def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     data: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def convert(*_: object) -> Path:
+    def convert(*_: object) -> int:
         raise AssertionError("converted")
 
-    monkeypatch.setattr(module, "_converted", convert)
+    monkeypatch.setattr(launcher, "apart", convert)
     start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
     for arguments, message in {
         ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3; .*tiny-solar-open",
@@ -122,19 +128,20 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     }.items():
         with pytest.raises(UserError, match=message):
             config_of(*arguments)
+    stage = parse_stage(parsed("tiny-solar-open", *start), "lm")
+    assert stage.start == hf_models["solar_open"]
     with pytest.raises(AssertionError, match="converted"):
-        config_of("tiny-solar-open", *start)
+        stage.with_checkpoint(data / "run")
 
 
 def test_from_must_be_something_to_start_from(data: Path) -> None:
-    assert resolve_start(None, data / "run") is None
     with pytest.raises(UserError, match=r"--from .*none: does not exist"):
-        resolve_start(data / "none", data / "run")
+        find_start(data / "none")
     with pytest.raises(UserError, match=r"a: is empty, so it is not a checkpoint or a run; pass RUN"):
-        resolve_start(data / "a", data / "run")
+        find_start(data / "a")
     (data / "a" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="this run has no complete checkpoint yet"):
-        resolve_start(data / "a", data / "run")
+        find_start(data / "a")
 
 
 def test_many_processes_do_not_convert_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,4 +150,4 @@ def test_many_processes_do_not_convert_at_once(data: Path, monkeypatch: pytest.M
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="run `megatron-sov convert from-hf` before"):
-        resolve_start(data / "a", data / "run")
+        refuse_many_converters(data / "a", data / "run")

@@ -11,7 +11,7 @@ from annotated_types import Le
 from megatron_sov.errors import UserError
 from megatron_sov.media.marks import DIGITS, MARKS, entry
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block
-from megatron_sov.settings import Code, Flag, NotNegativeInt, Problem
+from megatron_sov.settings import Code, Flag, NotNegativeInt, Problem, only_with
 
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""
@@ -25,20 +25,15 @@ class MediaTokens:
     """Entries of the codebook of sounds (HyperCLOVA X 8B Omni: 6561; default: none)."""
     image_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[IMAGE])] = 0
     """Entries of the codebook of pictures (HyperCLOVA X 8B Omni: 65536; default: none)."""
-    audio_first: Annotated[int | None, Flag(value="ID")] = None
+    audio_first: Annotated[int | None, Flag(value="ID"), only_with("audio_tokens")] = None
     """Id of the first sound; ids left free before it become reserved tokens (default: the next id)."""
-    image_first: Annotated[int | None, Flag(value="ID")] = None
+    image_first: Annotated[int | None, Flag(value="ID"), only_with("image_tokens")] = None
     """Id of the first picture, likewise."""
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        p = [Problem(Code.RULE, f"{kind}_first", f"needs --{kind}-tokens", first)
-             for kind, first, size in ((AUDIO, self.audio_first, self.audio_tokens),
-                                       (IMAGE, self.image_first, self.image_tokens))
-             if first is not None and not size]
-        if not (self.audio_tokens or self.image_tokens):
-            p.append(Problem(Code.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0))
-        return p
+        return [] if self.audio_tokens or self.image_tokens else [
+            Problem(Code.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0)]
 
 
 def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[list[str], list[Block]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
-
-from pydantic import ConfigDict
+from typing import Literal
 
 from megatron_sov.errors import UserError, list_problems, nearest
 from megatron_sov.settings import read_file
@@ -25,7 +23,6 @@ CATEGORIES: dict[str, str] = {
 class AboutSource:
     """What is known of one source beside the pipeline."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     category: Category = ""
     """One of public, licensed, third_party, crawled, user, synthetic, other."""
     description: Text = ""
@@ -58,7 +55,6 @@ class AboutSource:
 class About:
     """What a team says; an empty field is one that nobody has filled in."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     name: Text = ""
     """Name of the data for readers."""
     version: Text = ""

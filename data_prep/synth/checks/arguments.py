@@ -4,34 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from data_prep.synth.bounds import Identified, Kappa
 from megatron_sov.settings import Flag
 
-if TYPE_CHECKING:
-    from data_prep.synth.checks.settings import CheckSettings
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CheckOptions:
-    """How samples are checked."""
+    """How samples are checked when all are made."""
 
-    checks: Annotated[Path | None, Flag(value="FILE.yaml")] = None
+    steps: Annotated[Path | None, Flag("--checks", "FILE.yaml")] = None
     """Steps that samples go through when all are made, as pipeline files have them (default: the
-    generator's)."""
+    generator's, or those of its kind of record)."""
     benchmarks: Annotated[tuple[Path, ...], Flag(many=True)] = ()
     """Benchmarks that no sample may hold: .jsonl files, or folders of them."""
     languages: Annotated[tuple[Identified, ...], Flag(value="CODE", many=True)] = ()
-    """Languages that answers, or texts, may be in, e.g. ko th."""
+    """Languages that answers, or texts, may be in, e.g. ko th (default: whatever the steps say)."""
     labels: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
     """What people say of some samples (`id` or `text`, and `good`): the page tells how far checks and judge
     agree with them."""
     min_kappa: Annotated[Kappa | None, Flag(value="K")] = None
     """End with 3 where Cohen's kappa against --labels is below this."""
-
-    def check_settings(self) -> CheckSettings:
-        """Return what was asked; its `problems` are the caller's to tell."""
-        from data_prep.synth.checks.settings import CheckSettings  # steps take long to import
-
-        return CheckSettings(self.checks, self.benchmarks, self.languages, self.labels, self.min_kappa)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from data_prep.libraries import require
 from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
-from data_prep.synth.bounds import Identified, Kappa
+from data_prep.synth.checks.arguments import CheckOptions
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
 from megatron_sov.errors import UserError, list_problems
@@ -21,20 +21,13 @@ SHARD_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
-class CheckSettings:
-    """How the samples of a run are checked when all are made."""
+class CheckSettings(CheckOptions):
+    """The same, with what its files say."""
 
-    steps: Path | None = None
-    """YAML file with `steps`, as pipelines have them; None: those of the generator, or of its kind."""
-    benchmarks: tuple[Path, ...] = ()
-    """.jsonl files, or folders of them, whose items no sample may hold."""
-    languages: tuple[Identified, ...] = ()
-    """Languages that answers, or texts, may be in, as ISO 639-1 codes; none: whatever the steps say."""
-    labels: Path | None = None
-    """JSON lines with what people say of samples: `id` or `text`, and `good`."""
-    min_kappa: Kappa | None = None
-    """Least agreement with the labels beyond chance (Cohen's kappa) at which the run's gate passes; None: it
-    is told, and no gate."""
+    @classmethod
+    def of(cls, options: CheckOptions) -> CheckSettings:
+        """Return what a command's options ask for; its `problems` are the caller's to tell."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(CheckOptions)})
 
     def problems(self) -> list[Problem]:
         """Return every rule that is broken, by option; files are read."""

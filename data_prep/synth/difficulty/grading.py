@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
@@ -19,11 +19,10 @@ from data_prep.synth.problems import TEXT_FIELDS, problem_text
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    Problem,
+    RISING,
     SettingsError,
     Share,
     as_problem,
-    find_broken,
     name_options,
     problems_of,
 )
@@ -38,15 +37,10 @@ FIELDS = ("pass_rate", "difficulty", "difficulty_from", "bucket")
 class GradeSettings:
     """Settings of `difficulty grade`."""
 
-    cuts: tuple[Share, Share] = (0.2, 0.8)
+    cuts: Annotated[tuple[Share, Share], RISING] = (0.2, 0.8)
     """A pass rate below the first is hard, from the second on easy, and between them middle."""
-    keep: tuple[Share, Share] = (0.0, 1.0)
+    keep: Annotated[tuple[Share, Share], RISING] = (0.0, 1.0)
     """Rows whose pass rate is from the first to the second are written, both included."""
-
-    def problems(self) -> list[Problem]:
-        """Return which band ends before it begins."""
-        return find_broken(self, "", *((low <= high, name, "must have the lower number first")
-                                       for name, (low, high) in (("cuts", self.cuts), ("keep", self.keep))))
 
     def bucket(self, pass_rate: float) -> str:
         """Return the bucket of a pass rate."""

@@ -32,7 +32,7 @@ from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import Code, program_in
-from megatron_sov.settings import AboveZero, AtLeastOne, Problem, Share, find_broken
+from megatron_sov.settings import AboveZero, AtLeastOne, Share, at_most
 
 PATIENCE = 30.0
 """Times a program's seconds of processors that it may take by the clock, on a machine with other work."""
@@ -53,9 +53,9 @@ class CodeSettings:
     """Tests that are asked for each time."""
     max_tests: Count = 30
     """Tests that are looked at."""
-    min_tests: Count = 5
+    min_tests: Annotated[Count, at_most("max_tests")] = 5
     """Tests that have to be left."""
-    min_solutions: Count = 2
+    min_solutions: Annotated[Count, at_most("num_solutions")] = 2
     """Programs that have to pass the same tests."""
     min_agreement: Share = 0.5
     """Share of the tests looked at that these programs have to pass: else the task is not clear."""
@@ -77,13 +77,6 @@ class CodeSettings:
     """That an answer may have."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first; its thoughts are kept as `reasoning_content`."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return find_broken(
-            self, "", (self.min_solutions <= self.num_solutions, "min_solutions",
-             f"must be at most num_solutions = {self.num_solutions}"),
-            (self.min_tests <= self.max_tests, "min_tests", f"must be at most max_tests = {self.max_tests}"))
 
 
 @dataclass(frozen=True)

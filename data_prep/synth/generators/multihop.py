@@ -28,7 +28,7 @@ from data_prep.synth.generators.documents.verdicts import complete, until_failed
 from data_prep.synth.generators.multihop_graph import Facts, chain_id, chains, read_facts
 from data_prep.synth.generators.triples import PARTS
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, find_broken
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, at_most
 
 _ANSWER_TAGS = re.compile(r"</?answer>")
 
@@ -44,7 +44,7 @@ class MultihopSettings:
     """Set the chain's documents before the question; else it asks for what is known."""
     language: ToldApart = ""
     """Of the questions, as an ISO 639-1 code such as ko; empty: that of the chain's first document."""
-    min_hops: Annotated[int, Ge(2), Le(8)] = 2
+    min_hops: Annotated[int, Ge(2), Le(8), at_most("max_hops")] = 2
     """Facts of a chain at least."""
     max_hops: Annotated[int, Ge(2), Le(8)] = 4
     """At most."""
@@ -60,11 +60,6 @@ class MultihopSettings:
     """Of what is written; what is checked is asked at 0."""
     max_tokens: AtLeastOne = 2048
     """That an answer may have."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return find_broken(self, "", (self.min_hops <= self.max_hops, "min_hops",
-                                      f"must be at most max_hops = {self.max_hops}"))
 
 
 class Multihop(Generator):

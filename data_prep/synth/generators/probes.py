@@ -33,7 +33,14 @@ from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import program_in
 from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, as_problem, find_broken
+from megatron_sov.settings import (
+    AtLeastOne,
+    NotNegativeInt,
+    Problem,
+    Share,
+    at_most,
+    rules_of,
+)
 
 TOPICS = Path(__file__).parents[1] / "taxonomies" / "mathematics.yaml"
 STEPS = (2, 4, 6)
@@ -56,7 +63,7 @@ class ProbesSettings:
     """Share of them that has to give the stated answer."""
     num_programs: Annotated[NotNegativeInt, Le(100)] = 1
     """Programs that are asked to compute it; 0: none."""
-    min_programs: NotNegativeInt = 0
+    min_programs: Annotated[NotNegativeInt, at_most("num_programs")] = 0
     """Programs that have to compute it; one that prints something else refuses the problem in any case."""
     benchmarks: tuple[str, ...] = ()
     """.jsonl files, or folders of them, whose items no problem may share ten words in a row with."""
@@ -71,9 +78,7 @@ class ProbesSettings:
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        found = find_broken(self, "", (self.min_programs <= self.num_programs, "min_programs",
-                                       f"must be at most num_programs = {self.num_programs}"))
-        return found + (list(map(as_problem, self.search_settings().problems())) if self.benchmarks else [])
+        return rules_of(self.search_settings()) if self.benchmarks else []
 
     def search_settings(self) -> SearchSettings:
         """Return what problems are searched for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask
@@ -27,7 +27,7 @@ from data_prep.synth.generators.documents.pieces import (
 from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.settings import AtLeastOne, Problem, Share, find_broken
+from megatron_sov.settings import AtLeastOne, Share, at_most, only_with
 
 Form = Literal["text", "chat", "prompt"]
 SUPPORTED = ("Does SOURCE say what ANSWER says in reply to QUESTION? 10: it says exactly this; 0: it says "
@@ -50,7 +50,7 @@ class QuestionSettings(DocumentSettings):
     the answer, for `sft`; prompt: the same with `answer` beside it, for `rl generate` (reward `stem`)."""
     num_pairs: AtLeastOne = 6
     """That are asked for, of each document."""
-    min_pairs: AtLeastOne = 1
+    min_pairs: Annotated[AtLeastOne, at_most("num_pairs")] = 1
     """Of form text: a document of which fewer are kept is none."""
     max_likeness: Share = 0.7
     """Of two questions of a document (Jaccard index of their runs of three letters); more is the same one."""
@@ -60,16 +60,8 @@ class QuestionSettings(DocumentSettings):
     """Of 10, from the judge, where the question is answered with the document in other words; 0: no judge."""
     ask_without: bool = True
     """Ask each question without the document too, which is noted as `known_without`."""
-    refuse_known: bool = False
+    refuse_known: Annotated[bool, only_with("ask_without")] = False
     """Whether a question that is answered without its document is left out; needs ask_without."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return super().problems() + find_broken(
-            self, "", (self.min_pairs <= self.num_pairs, "min_pairs",
-                       f"must be at most num_pairs = {self.num_pairs}"),
-            (self.ask_without or not self.refuse_known, "refuse_known",
-             "needs ask_without = true, or nobody knows what is known"))
 
 
 class Questions(OfDocuments):

@@ -29,7 +29,7 @@ from data_prep.synth.generators.documents.pieces import (
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.settings import ONCE, AtLeastOne, NotNegative, Problem, Share, find_broken
+from megatron_sov.settings import ONCE, AtLeastOne, NotNegative, Share, below
 
 Style = Literal["clearer", "encyclopedic", "dialogue"]
 MIN_TURNS = 4
@@ -49,17 +49,12 @@ class RewriteSettings(DocumentSettings):
     """Of the rewrite's runs of words, those that are copied; more is a copy."""
     min_kept_share: Share = 0.5
     """Of the document's numbers and names, those that the rewrite has; fewer is another text."""
-    min_ratio: NotNegative = 0.4
+    min_ratio: Annotated[NotNegative, below("max_ratio")] = 0.4
     """Of the rewrite's words to the document's, where both are in one language."""
     max_ratio: float = 2.5
     """The same; more was made up, or is said twice."""
     min_faithfulness: Grade = 7.0
     """Of 10, from the judge: whether all that it says follows from the document; 0: no judge."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return super().problems() + find_broken(self, "", (
-            self.min_ratio < self.max_ratio, "min_ratio", f"must be below max_ratio = {self.max_ratio}"))
 
 
 class Rewrite(OfDocuments):

@@ -19,7 +19,7 @@ from data_prep.synth.generator import Ask, Generator, Item, Reply
 from data_prep.synth.problems import read_problems
 from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
-from megatron_sov.settings import AtLeastOne, Problem, Share, find_broken
+from megatron_sov.settings import AtLeastOne, Share, at_most
 
 RUBRIC = ("Material is a problem and a solution whose final answer is known to be right. Is each step of the "
           "working true, and does it follow from what stands before it? 10: every step; 5: a gap that a "
@@ -32,9 +32,9 @@ class SolutionsSettings:
 
     num_draws: Annotated[AtLeastOne, Le(1000)] = 8
     """Solutions that are asked for."""
-    least: AtLeastOne = 2
+    least: Annotated[AtLeastOne, at_most("most")] = 2
     """Right solutions that differ which a problem has to have; of one with fewer none is kept."""
-    most: AtLeastOne = 5
+    most: Annotated[AtLeastOne, at_most("num_draws")] = 5
     """Solutions of a problem that are kept."""
     max_similarity: Share = 0.8
     """Jaccard index of word triples above which two solutions are the same one, as `sov-data trajectories`
@@ -45,7 +45,7 @@ class SolutionsSettings:
     """Take the answer of the majority where a problem has none; without, such a problem is refused."""
     min_agreement: Annotated[Share, Gt(0)] = 0.5
     """Share of the solutions asked for that has to give the answer which is voted for."""
-    min_votes: AtLeastOne = 3
+    min_votes: Annotated[AtLeastOne, at_most("num_draws")] = 3
     """Solutions that have to give it."""
     min_judge: Grade = 0.0
     """Score from 0 to 10 that the judge has to give the working; 0: it is not asked."""
@@ -57,13 +57,6 @@ class SolutionsSettings:
     """That a solution may have."""
     thinking: bool | None = None
     """Whether a reasoning model thinks first; its thoughts are kept as `reasoning_content`."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return find_broken(
-            self, "", (self.least <= self.most, "least", f"must be at most most = {self.most}"),
-            (self.most <= self.num_draws, "most", f"must be at most num_draws = {self.num_draws}"),
-            (self.min_votes <= self.num_draws, "min_votes", f"must be at most num_draws = {self.num_draws}"))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from data_prep.synth.generators.translation_checks import (
 )
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.documents import Reading, list_files, read_documents
-from megatron_sov.settings import NotNegative, Problem, Share, as_problem, find_broken
+from megatron_sov.settings import NotNegative, Problem, Share, as_problem, below, find_broken, other_than
 
 Form = Literal["text", "chat", "prompt"]
 TRANSLATED = (
@@ -62,7 +62,7 @@ class TranslationSettings(DocumentSettings):
 
     form: Form = "text"
     """What the input is and the output becomes: documents with text, chats with messages, prompts."""
-    source_language: ToldApart = ""
+    source_language: Annotated[ToldApart, other_than("language")] = ""
     """Of the input; empty: as each document reads."""
     keep_quotes: bool = False
     """What stands between quotation marks stays as it is, such as a text that a user asks about."""
@@ -70,7 +70,7 @@ class TranslationSettings(DocumentSettings):
     """File with a term, a tab and its translation in each line."""
     min_chrf: Annotated[float, Ge(0), Le(100)] = 40.0
     """Of 100, of the translation back into the source's language against the source; 0: no way back."""
-    min_ratio: NotNegative = 0.25
+    min_ratio: Annotated[NotNegative, below("max_ratio")] = 0.25
     """Of the translation's characters to the source's, at least."""
     max_ratio: float = 4.0
     """At most."""
@@ -82,12 +82,8 @@ class TranslationSettings(DocumentSettings):
     def problems(self) -> list[Problem]:
         """Return what does not fit together, and what is missing."""
         said = require("min_chrf", "sacrebleu", extra="synth") if self.min_chrf else []
-        return super().problems() + list(map(as_problem, said)) + find_broken(
-            self, "", (bool(self.language), "language", "is empty",
-                       "name the language to translate into, such as ko"),
-            (not self.source_language or self.source_language != self.language, "source_language",
-             "is the language to translate into as well; name two"),
-            (self.min_ratio < self.max_ratio, "min_ratio", f"must be below max_ratio = {self.max_ratio}"))
+        return list(map(as_problem, said)) + find_broken(self, "", (
+            bool(self.language), "language", "is empty", "name the language to translate into, such as ko"))
 
 
 class Translation(Generator):

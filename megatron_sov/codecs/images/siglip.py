@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from megatron_sov.errors import UserError, first_line
-from megatron_sov.settings import Code, Problem, read
+from megatron_sov.settings import multiple_of, read
 
 _PREFIX = "vision_model."
 _FIELDS = {"patch_size": "patch_pixels", "hidden_size": "width", "intermediate_size": "feed_forward_width",
@@ -28,7 +28,7 @@ class SiglipSettings:
 
     patch_pixels: Annotated[int, Ge(1), Le(4096)] = 14
     """Of a patch; what is over behind whole patches is not seen."""
-    width: Annotated[int, Ge(1), Le(16384)] = 1152
+    width: Annotated[int, Ge(1), Le(16384), multiple_of("num_heads")] = 1152
     """Of its states."""
     feed_forward_width: Annotated[int, Ge(1), Le(65536)] = 4304
     """Of its layers."""
@@ -36,11 +36,6 @@ class SiglipSettings:
     """Of it that are used: all but the last."""
     num_heads: Annotated[int, Ge(1), Le(256)] = 16
     """Of its attention; divides `width`."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return [] if self.width % self.num_heads == 0 else [
-            Problem(Code.RULE, "width", f"must be a multiple of num_heads = {self.num_heads}", self.width)]
 
 
 class SiglipFeatures(nn.Module):

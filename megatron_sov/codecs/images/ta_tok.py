@@ -17,7 +17,7 @@ from torch import nn
 from megatron_sov.codecs.images.quantiser import UnitSimVQ
 from megatron_sov.codecs.images.siglip import SiglipFeatures, SiglipSettings, used
 from megatron_sov.errors import UserError
-from megatron_sov.settings import Code, Problem, rules_inside
+from megatron_sov.settings import Problem, find_broken
 
 _SO400M_HEADS = 16
 """Of attention in SigLIP so400m; no tensor tells it."""
@@ -40,11 +40,9 @@ class TATokSettings:
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        found = rules_inside(self)
-        if self.encoder.patch_pixels > self.side_pixels:
-            found.append(Problem(Code.RULE, "encoder.patch_pixels", "must be at most side_pixels = "
-                                 f"{self.side_pixels}", self.encoder.patch_pixels))
-        return found
+        return find_broken(self, "", (
+            self.encoder.patch_pixels <= self.side_pixels, "encoder.patch_pixels",
+            f"must be at most side_pixels = {self.side_pixels}"))
 
 
 class TATok(nn.Module):

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
-from megatron_sov.settings import Code, Problem, problems_of, read
+from megatron_sov.settings import multiple_of, problems_of, read
 
 MAX_BLOCKS = 8
 MAX_CONFIG_BYTES = 1_000_000
@@ -29,7 +29,8 @@ class VAESettings:
 
     latent_channels: Annotated[int, Ge(1), Le(1024)] = 16
     """Of a latent."""
-    block_out_channels: Annotated[tuple[Width, ...], Len(1, MAX_BLOCKS)] = (128, 256, 512, 512)
+    block_out_channels: Annotated[
+        tuple[Width, ...], Len(1, MAX_BLOCKS), multiple_of("norm_num_groups")] = (128, 256, 512, 512)
     """Of each block; every one but the last halves the picture's sides."""
     layers_per_block: Annotated[int, Ge(1), Le(100)] = 2
     """Residual layers of a block."""
@@ -48,13 +49,6 @@ class VAESettings:
     def pixels(self) -> int:
         """Pixels of a side of one latent."""
         return 2**(len(self.block_out_channels) - 1)
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        widths = self.block_out_channels
-        return [] if not any(width % self.norm_num_groups for width in widths) else [
-            Problem(Code.RULE, "block_out_channels", "must be multiples of norm_num_groups = "
-                    f"{self.norm_num_groups}", widths)]
 
 
 def new_vae(settings: VAESettings) -> AutoencoderKL:

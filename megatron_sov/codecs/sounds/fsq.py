@@ -18,11 +18,16 @@ from torch import nn
 from vector_quantize_pytorch import FSQ
 
 from megatron_sov.codecs.sounds.spectrum import LogMel
-from megatron_sov.settings import Code, Problem
+from megatron_sov.settings import Bound, Breach, Code
 
 FRAMES_PER_TOKEN = 4
 _DILATIONS = (1, 3, 9)
 _MEAN, _SCALE = -5.0, 4.0  # of log-mel frames of speech, roughly
+
+
+def _too_many(levels: tuple[int, ...]) -> Breach | None:
+    return None if math.prod(levels) <= 1 << 20 else (
+        Code.BOUND, f"must have a product of at most {1 << 20:,}", "")
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,10 @@ class FSQSettings:
     """Of the convolutions."""
     num_blocks: Annotated[int, Ge(1), Le(100)] = 6
     """Of the encoder, and of the decoder."""
-    levels: Annotated[tuple[Annotated[int, Ge(3), Le(1024)], ...], Len(1, 16)] = (3,) * 8
+    levels: Annotated[tuple[Annotated[int, Ge(3), Le(1024)], ...], Len(1, 16), Bound(_too_many)] = (3,) * 8
     """Of each of the quantised numbers; their product is the size of the codebook."""
     max_piece_s: Annotated[float, Ge(0.5), Le(600)] = 30.0
     """A longer sound is cut into pieces of this length."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return [] if math.prod(self.levels) <= 1 << 20 else [
-            Problem(Code.RULE, "levels", f"must have a product of at most {1 << 20:,}", self.levels)]
 
 
 class FSQTokenizer(nn.Module):

@@ -26,13 +26,19 @@ from megatron_sov.codecs.sounds.discriminators import (
 from megatron_sov.codecs.sounds.spectral_loss import HOPS_PER_WINDOW, SpectralLoss
 from megatron_sov.codecs.training.draws import batch_rows, generator
 from megatron_sov.codecs.training.schedule import Schedule
-from megatron_sov.settings import Code, Problem
+from megatron_sov.settings import Bound, Breach, Code
 
 LOOK_SOUNDS = 64
 """Held-out sounds that are looked at."""
 MAX_WINDOWS = 16
 MAX_GRAD_NORM = 500.0
 """Longer gradients are shortened; BigVGAN-v2's."""
+
+
+def _no_resolution(resolution: tuple[int, int, int]) -> Breach | None:
+    transform, hop, window = resolution
+    return None if 1 <= hop <= window <= transform <= 1 << 20 else (
+        Code.BOUND, "must be transform, hop and window, none of them larger than the first", "")
 
 
 @dataclass(frozen=True)
@@ -61,18 +67,10 @@ class VocoderLearning(Schedule):
     """Of their first layers."""
     judges_periods: tuple[Annotated[int, Ge(1), Le(1000)], ...] = PERIODS
     """Samples that lie side by side for each judge of samples."""
-    judges_resolutions: tuple[tuple[int, int, int], ...] = RESOLUTIONS
+    judges_resolutions: tuple[Annotated[tuple[int, int, int], Bound(_no_resolution)], ...] = RESOLUTIONS
     """Transform, hop and window, in samples, for each judge of spectra."""
     spectral_weight: Annotated[float, Ge(1e-06), Le(1000000.0)] = 15.0
     """Of the spectra's distance beside the judges."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        sound = all(1 <= hop <= window <= transform <= 1 << 20
-                    for transform, hop, window in self.judges_resolutions)
-        return [] if sound else [Problem(
-            Code.RULE, "judges_resolutions", "must be transform, hop and window, none of them larger than "
-            "the first", self.judges_resolutions[:20])]
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,6 @@ class VocoderTraining:
     """Sizes; speakers and tokens are those of the media and of the tokenizer."""
     learning: VocoderLearning = field(default_factory=VocoderLearning)
     """How it learns."""
-
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from megatron_sov.rewards.held_folder import held
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, repeats, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
-from megatron_sov.settings import SettingsError, check, parse_nested
+from megatron_sov.settings import SettingsError, parse_nested, problems_of
 from megatron_sov.train.stopping import StopFlag, stoppable
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     """
     if not tasks:
         raise UserError("--tasks: names none")
-    if problems := check(settings) or settings.problems():
+    if problems := problems_of(settings):
         raise SettingsError("eval lm", problems)
     require_harness()
     check_output("--output", settings.output)

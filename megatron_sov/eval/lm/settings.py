@@ -12,7 +12,14 @@ from annotated_types import Ge
 from megatron_sov.eval.lm.tasks import TaskSources
 from megatron_sov.generate.engine import EngineName
 from megatron_sov.generate.request import Batching
-from megatron_sov.settings import NO_FLAG, AboveZero, AtLeastOne, Code, Flag, NotNegativeInt, Problem
+from megatron_sov.settings import (
+    NO_FLAG,
+    AboveZero,
+    AtLeastOne,
+    Flag,
+    NotNegativeInt,
+    only_with,
+)
 
 ENDPOINTS, DEFAULT_KEY_ENV = "endpoints", "OPENAI_API_KEY"
 OTHER_MODEL = ("name another --cache for its answers, or pass --same-model if only the engine changed; then "
@@ -21,19 +28,25 @@ OTHER_MODEL = ("name another --cache for its answers, or pass --same-model if on
 
 
 @dataclass(frozen=True)
-class EndpointSettings:
-    """How an OpenAI-compatible endpoint is asked."""
+class EndpointModel:
+    """A model behind an OpenAI-compatible endpoint."""
 
     model: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = ""
     """Name that the endpoint knows it by."""
-    tokenizer: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
-    """Its model's tokenizer, without which likelihoods cannot be asked for."""
     key_env: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = DEFAULT_KEY_ENV
     """Variable of the environment with the key; none is sent where it is not set."""
-    max_concurrent: Annotated[AtLeastOne, Flag("--concurrent", group=ENDPOINTS)] = 16
-    """Requests under way at a time."""
     same_model: Annotated[bool, Flag(group=ENDPOINTS)] = False
     """The endpoint's model is the one whose answers are kept, though it answers fixed questions otherwise."""
+
+
+@dataclass(frozen=True)
+class EndpointSettings(EndpointModel):
+    """How an OpenAI-compatible endpoint is asked."""
+
+    tokenizer: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
+    """Its model's tokenizer, without which likelihoods cannot be asked for."""
+    max_concurrent: Annotated[AtLeastOne, Flag("--concurrent", group=ENDPOINTS)] = 16
+    """Requests under way at a time."""
     timeout_s: Annotated[AboveZero, NO_FLAG] = 600.0
     """For one request."""
     max_attempts: Annotated[AtLeastOne, NO_FLAG] = 5
@@ -41,7 +54,25 @@ class EndpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class JudgedSettings:
+    """Which items of tasks are asked, of what, and how what comes back is judged."""
+
+    num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
+    """Only the first N items (of each task)."""
+    samples: AtLeastOne | None = None
+    """Answers to each item of tasks that sample several, or its episodes (default: the task's)."""
+    judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """A setting of the reward that judges, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
+    mode: Annotated[Literal["thinking", "no-thinking"] | None, only_with("chat_template")] = None
+    """Of a reasoning model (default: the task's)."""
+    engine: EngineName | None = None
+    """What runs the model (default: transformers for a Hugging Face folder)."""
+    workers: NotNegativeInt = 0
+    """Processes that judge (default: one for each core)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(JudgedSettings):
     """What an evaluation depends on beside the model and the names of its tasks."""
 
     output: Annotated[Path, Flag(value="OUT.json")]
@@ -52,16 +83,10 @@ class Settings:
     """Folder of answers, which evaluations may share (default: OUT.cache)."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the figures to this run's events, for its report."""
-    num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
-    """Only the first N items of each task."""
     num_fewshot: NotNegativeInt | None = None
     """Examples in front of each item (default: as the task says)."""
     chat_template: Annotated[bool, Flag("--apply-chat-template")] = False
     """Frame each prompt by the chat template."""
-    mode: Literal["thinking", "no-thinking"] | None = None
-    """Of a reasoning model (default: the task's)."""
-    engine: EngineName | None = None
-    """What runs the model (default: transformers for a Hugging Face folder)."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)."""
     nproc: AtLeastOne | None = None
@@ -74,21 +99,8 @@ class Settings:
     """Longest answer, where it is to be shorter than the task's own."""
     seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
     """Of samples."""
-    workers: NotNegativeInt = 0
-    """Processes that judge (default: one for each core)."""
-    samples: AtLeastOne | None = None
-    """Answers to each item of tasks that sample several (default: the task's)."""
-    judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """A setting of the reward that judges, e.g. endpoint=URL; may be repeated."""
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     """Used where the target is an address."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        if self.mode is None or self.chat_template:
-            return []
-        return [Problem(Code.RULE, "mode", "is a setting of the chat template; add --apply-chat-template, or "
-                        "leave it out", self.mode)]
 
     @property
     def cache_folder(self) -> Path:

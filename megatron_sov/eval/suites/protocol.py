@@ -8,23 +8,38 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import regex
+from annotated_types import Ge, Le, MinLen
 
-from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.errors import UserError, list_problems
 from megatron_sov.eval.suites.own_scorers import OWN_SCORERS
-from megatron_sov.generate.request import Sampling
+from megatron_sov.generate.request import SampleSeed, Sampling, Temperature, TopP
 from megatron_sov.plugins.loading import is_reference
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.registry import BUILT_IN as REWARDS
+from megatron_sov.settings import (
+    AtLeastOne,
+    Bound,
+    Breach,
+    Code,
+    Finite,
+    NotNegativeInt,
+    Problem,
+    SettingsError,
+    find_broken,
+    find_problems,
+    one_of,
+    read,
+)
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.registry import BUILT_IN as ENVIRONMENTS
 
 KEY = "sov"
 """Of a task's metadata."""
 Mode = Literal["default", "thinking", "no-thinking"]
-METRICS = ("avg", "pass", "cons")
+Metric = Literal["avg", "pass", "cons"]
 """Mean reward of the samples; at least one right of k; the majority of k right."""
 BOXED = "boxed"
 """A name in place of a pattern: braces in braces are no matter of patterns."""
@@ -34,32 +49,46 @@ DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "promp
 """Keys beside the protocol: what the catalogue and the reading of the data need."""
 
 
+def _known(*tables: Mapping[str, Any]) -> Bound:
+    """Return the bound of a name that a table has, or of code of a user's own."""
+    among = one_of(lambda: {name for table in tables for name in table})
+    return Bound(lambda name: None if not name or is_reference(name) else among.broken(name))
+
+
+def _no_pattern(text: str) -> Breach | None:
+    if text in ("", BOXED):
+        return None
+    if wrong := patterns.problem(text):
+        return Code.BOUND, f"is no regular expression ({wrong})", ""
+    return None if regex.compile(text).groups else (Code.BOUND, "must have a group, the answer", "")
+
+
 @dataclass(frozen=True)
 class Protocol:
     """The settings of one task."""
 
     task: str
     """Name of the task, for messages."""
-    samples: int = 1
+    samples: Annotated[int, Ge(1), Le(MOST_SAMPLES)] = 1
     """Responses to each prompt."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """Of the samples; 0: the most probable token."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """As in `Sampling`."""
-    top_k: int = 0
+    top_k: NotNegativeInt = 0
     """As in `Sampling`."""
-    max_tokens: int = 4096
+    max_tokens: AtLeastOne = 4096
     """Longest response."""
-    seed: int = 0
+    seed: SampleSeed = 0
     """Of the samples."""
-    k: tuple[int, ...] = ()
+    k: tuple[AtLeastOne, ...] = ()
     """Sizes of the draws of pass@k and cons@k; empty: 1 and all samples."""
-    metrics: tuple[str, ...] = ("avg",)
-    """Of `METRICS`."""
+    metrics: Annotated[tuple[Metric, ...], MinLen(1)] = ("avg",)
+    """What is told of each prompt's samples."""
     mode: Mode = "default"
     """Of a reasoning model: `enable_thinking` of its chat template, true or false; default: as the template
     has it."""
-    reward: str = ""
+    reward: Annotated[str, _known(REWARDS, OWN_SCORERS)] = ""
     """What judges a response: a reward of room `rewards`, FILE.py:NAME, or one of `own_scorers`; empty with
     an environment: its own score counts."""
     reward_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -67,11 +96,11 @@ class Protocol:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> further settings of the reward, where a suite publishes several figures of the same responses;
     their metrics are called NAME:avg@k."""
-    right_from: float = 1.0
+    right_from: Finite = 1.0
     """Least reward of a right response, for pass@k, cons@k and `counts`."""
     counts: Literal["reward", "right"] = "reward"
     """What avg@k is the mean of: rewards, or whether they reach `right_from`."""
-    extract: str = ""
+    extract: Annotated[str, Bound(_no_pattern)] = ""
     """Pattern whose last match's first group is the final answer, given to the reward in place of the
     response; a response without one is wrong.  `boxed`: the last \\boxed{...}.  Empty: the reward reads the
     response itself."""
@@ -84,7 +113,7 @@ class Protocol:
     turns_field: str = ""
     """Field with a list of questions that are asked in one conversation, each behind the answers to those
     before it; every turn is judged as an item, with the conversation up to it."""
-    environment: str = ""
+    environment: Annotated[str, _known(ENVIRONMENTS)] = ""
     """Tool environment of room `tools` that is played in place of one answer."""
     environment_settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the environment; `${DATA}` stands for the folder of the data."""
@@ -96,51 +125,20 @@ class Protocol:
     published_as: str = ""
     """Name of the benchmark among the published figures."""
 
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {value} must be at least {least}" for name, value, least in (
-            ("max_tokens", self.max_tokens, 1), ("top_k", self.top_k, 0), ("seed", self.seed, 0))
-            if value < least]
-        p += [] if 1 <= self.samples <= MOST_SAMPLES else [
-            f"samples = {self.samples} must lie from 1 to {MOST_SAMPLES:,}"]
-        p += [] if self.temperature >= 0 else [f"temperature = {self.temperature} must not be negative"]
-        p += [] if 0 < self.top_p <= 1 else [f"top_p = {self.top_p} must lie in (0, 1]"]
-        if self.samples > 1 and not self.temperature:
-            p.append(f"samples = {self.samples} at temperature 0 are the same response again and again")
-        p += [f"k = {k} must lie from 1 to samples = {self.samples}" for k in self.k
-              if not 1 <= k <= self.samples]
-        p += [f"metrics has {name!r}, which is none of {', '.join(METRICS)}" for name in self.metrics
-              if name not in METRICS]
-        p += [] if self.metrics else ["metrics is empty"]
-        p += [f"{name} = {value!r} must be one of {', '.join(known)}" for name, value, known in (
-            ("mode", self.mode, get_args(Mode)), ("counts", self.counts, ("reward", "right")))
-            if value not in known]
-        return p + self._problems_of_judging()
-
-    def _problems_of_judging(self) -> list[str]:
-        p = []
-        known = {*REWARDS, *OWN_SCORERS}
-        if self.reward and self.reward not in known and not is_reference(self.reward):
-            p.append(f"reward = {self.reward!r} is not known{nearest(self.reward, known)}")
-        if not self.reward and not self.environment:
-            p.append("neither reward nor environment says how a response is judged")
-        if self.environment and self.environment not in ENVIRONMENTS and not is_reference(self.environment):
-            p.append(f"environment = {self.environment!r} is not "
-                     f"known{nearest(self.environment, ENVIRONMENTS)}")
-        if self.turns_field and (self.samples > 1 or self.messages_field or self.environment):
-            p.append(f"turns_field = {self.turns_field!r}: a conversation has 1 sample, no messages_field "
-                     "and no environment")
-        pattern = "" if self.extract == BOXED else self.extract
-        if pattern and (wrong := patterns.problem(pattern)):
-            p.append(f"extract = {self.extract!r} is no regular expression ({wrong})")
-        elif pattern and not regex.compile(self.extract).groups:
-            p.append(f"extract = {self.extract!r} must have a group, the answer")
-        if self.limits:
-            names = {f.name for f in fields(EpisodeLimits)}
-            p += [f"limits has {name!r}, which is no limit{nearest(name, names)}" for name in self.limits
-                  if name not in names]
-            p += self.episode_limits.problems() if set(self.limits) <= names else []
-        return p
+    def problems(self) -> list[Problem]:
+        """Return every rule between settings that these break."""
+        p = [Problem(Code.RULE, f"k.{i}", f"must be at most samples = {self.samples}", k)
+             for i, k in enumerate(self.k) if k > self.samples]
+        p += [problem.below("limits") for problem in find_problems(EpisodeLimits, dict(self.limits))[1]]
+        return p + find_broken(
+            self, "",
+            (self.samples == 1 or self.temperature > 0, "samples",
+             "at temperature 0 are the same response again and again"),
+            (bool(self.reward or self.environment), "reward",
+             "and environment are empty: nothing says how a response is judged"),
+            (not self.turns_field or not (self.samples > 1 or self.messages_field or self.environment),
+             "turns_field", "asks for a conversation, which has 1 sample, no messages_field and no "
+             "environment"))
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -254,39 +252,8 @@ def changed(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
     return _made(protocol.task, settings, f"task {protocol.task}")
 
 
-_WHOLE = {"samples", "top_k", "max_tokens", "seed"}
-_NUMBERS = {"temperature", "top_p", "right_from"}
-_LISTS = {"k": int, "metrics": str}
-_OBJECTS = {"reward_settings", "variants", "row", "environment_settings", "limits"}
-
-
 def _made(task: str, settings: Mapping[str, Any], where: str) -> Protocol:
-    known = {f.name for f in fields(Protocol)} - {"task"}
-    problems = [f"{name!r} is not known{nearest(name, known)}" for name in settings if name not in known]
-    plain: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name in known:
-            problem, plain[name] = _typed(name, value)
-            problems += [f"{name} = {str(value)[:60]!r} {problem}"] if problem else []
-    if problems:
-        raise UserError(list_problems(where, problems))
-    protocol = Protocol(task, **plain)
-    if problems := protocol.problems():
-        raise UserError(list_problems(where, problems))
-    return protocol
-
-
-def _typed(name: str, value: Any) -> tuple[str, Any]:
-    """Return what is wrong with a setting's type, and the value."""
-    if name in _WHOLE:
-        return ("" if type(value) is int else "must be a whole number"), value
-    if name in _NUMBERS:
-        return ("" if type(value) in (int, float) else "must be a number"), value
-    if name in _LISTS:
-        right = isinstance(value, (list, tuple)) and all(type(part) is _LISTS[name] for part in value)
-        return ("" if right else "must be a list"), tuple(value) if right else value
-    if name in _OBJECTS:
-        right = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-        right = right and (name != "variants" or all(isinstance(part, Mapping) for part in value.values()))
-        return ("" if right else "must be an object of settings"), value
-    return ("" if isinstance(value, str) else "must be text"), value
+    if "task" in settings:
+        raise SettingsError(where, [Problem(Code.UNKNOWN, "task", "is told by the task itself",
+                                            way_out="drop it")])
+    return read(Protocol, {**settings, "task": task}, where)

@@ -14,11 +14,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MinLen
 
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.environment import variables_for_foreign
 from megatron_sov.rewards.reward import short
+from megatron_sov.settings import Bound, Breach, Code
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolFault, ToolRefused
 from megatron_sov.tools.process_tree import ProcessTree
@@ -31,6 +34,16 @@ MAX_LINE_BYTES = 256 << 20
 _WRONG_ARGUMENTS, _NO_METHOD = -32602, -32601
 
 
+def _no_program(command: tuple[str, ...]) -> Breach | None:
+    return None if shutil.which(command[0]) else (
+        Code.FILE, "names no program that is on PATH", 'write it as ["program", "argument"]')
+
+
+def _unset(name: str) -> Breach | None:
+    return None if name in os.environ else (
+        Code.RULE, "is not set in this environment", "set it, or leave it out")
+
+
 @dataclass
 class Mcp(AnsweredWorld):
     """The tools of a server; the task says which answer is right."""
@@ -38,25 +51,15 @@ class Mcp(AnsweredWorld):
     MAX_MEMORY_BYTES = 0
     """Servers may ask for as much address space as they like."""
 
-    command: tuple[str, ...]
+    command: Annotated[tuple[str, ...], MinLen(1), Bound(_no_program)]
     """Program and arguments that start the server."""
     only: tuple[str, ...] = ()
     """Names of the tools that models are shown; all unless given."""
-    env: tuple[str, ...] = ()
+    env: tuple[Annotated[str, Bound(_unset)], ...] = ()
     """Names of variables that the server is given of this command's environment, such as that of its key,
     besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
     system: str = ""
     """Rules for the model, where a task has none of its own."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        if not self.command or shutil.which(self.command[0]) is None:
-            return [f"command = {list(self.command)}: there is no such program; write it as "
-                    '["program", "argument"]']
-        if missing := [name for name in self.env if name not in os.environ]:
-            return [f"env = {list(self.env)}: {missing[0]} is not set in this environment; set it, or "
-                    "leave it out"]
-        return []
 
     def rules(self) -> str:
         """Return what models are told where a task has no `system` of its own."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
+from megatron_sov.settings import AboveZero, AtLeastOne
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolRefused
 from megatron_sov.tools.schema import tool
@@ -23,15 +24,10 @@ class Python(AnsweredWorld):
     MAX_MEMORY_BYTES = 0
     """The sandbox limits its programs itself."""
 
-    time_limit_s: float = 10.0
+    time_limit_s: AboveZero = 10.0
     """For a program: of processors, and by the clock without the time that it waits for one."""
-    memory_bytes: int = 512 << 20
+    memory_bytes: AtLeastOne = 512 << 20
     """For a program."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        return [f"{name} = {value} must be positive" for name, value in (
-            ("time_limit_s", self.time_limit_s), ("memory_bytes", self.memory_bytes)) if not value > 0]
 
     @cached_property
     def _sandbox(self) -> Sandbox:

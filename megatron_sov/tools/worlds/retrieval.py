@@ -8,10 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
 
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
+from megatron_sov.settings import (
+    ONCE,
+    AtLeastOne,
+    Bound,
+    Breach,
+    Code,
+    NotNegativeInt,
+    other_than,
+)
 from megatron_sov.tools.faults import ToolRefused
 from megatron_sov.tools.records import read_objects
 from megatron_sov.tools.schema import Parameter, Tool
@@ -24,48 +35,44 @@ MAX_QUERIES = 16
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
+def _no_name(text: str) -> Breach | None:
+    return None if _NAME.fullmatch(text) else (Code.BOUND, "must be a name of letters, digits and _", "")
+
+
+def _no_file(path: str) -> Breach | None:
+    return None if Path(path).is_file() else (
+        Code.FILE, "is no file", "name one in JSON lines, a document each")
+
+
+ToolName = Annotated[str, Bound(_no_name)]
+
+
 @dataclass
 class Retrieval(AnsweredWorld):
     """A tool that searches and a tool that reads; their names and arguments are settings, so that the world
     looks as the one that a model was, or will be, used in."""
 
-    corpus: str
+    corpus: Annotated[str, Bound(_no_file)]
     """File in JSON lines: a document each."""
     text: str = "text"
     """Field of its text."""
-    keys: tuple[str, ...] = ("id",)
+    keys: Annotated[tuple[ToolName, ...], MinLen(1), ONCE] = ("id",)
     """Fields by which a document is read: the first one is needed, the others narrow it down."""
-    search: str = "search"
+    search: ToolName = "search"
     """Name of the tool that searches."""
-    read: str = "read"
+    read: Annotated[ToolName, other_than("search")] = "read"
     """Name of the tool that reads."""
-    query: str = "query"
+    query: ToolName = "query"
     """Name of its argument."""
     queries: Literal["one", "list"] = "one"
     """Whether the argument is a text, or a list of them."""
-    top_k: int = 3
+    top_k: AtLeastOne = 3
     """Documents that a query gives."""
-    snippet_chars: int = 200
+    snippet_chars: NotNegativeInt = 200
     """Of a document that is found."""
     system: str = ("Answer from the documents: search them, read what looks right. End with "
                    '"The answer is" and the answer.')
     """Rules for the model, where a task has none of its own."""
-
-    def problems(self) -> list[str]:
-        """Return one sentence for every rule that these settings break."""
-        named = {"search": self.search, "read": self.read, "query": self.query,
-                 **{f"keys.{i}": key for i, key in enumerate(self.keys)}}
-        p = [f"{name} = {value!r} must be a name of letters, digits and _" for name, value in named.items()
-             if not _NAME.fullmatch(value)]
-        p += [f"{name} = {value} must be at least {least}" for name, value, least in (
-            ("top_k", self.top_k, 1), ("snippet_chars", self.snippet_chars, 0)) if value < least]
-        if self.search == self.read:
-            p.append(f"search and read are both {self.read!r}; give each tool a name of its own")
-        if not self.keys or len(set(self.keys)) < len(self.keys):
-            p.append(f"keys = {list(self.keys)} must be at least one field, each once")
-        if not Path(self.corpus).is_file():
-            p.append(f"corpus = {self.corpus}: is no file; name one in JSON lines, a document each")
-        return p
 
     def rules(self) -> str:
         """Return what models are told where a task has no `system` of its own."""

@@ -154,9 +154,9 @@ BAD = {
     "a folder": (["--engine", "{tmp}", "--cluster", "{tmp}/cluster.yaml"], "is served by --serve-vllm"),
     "both": (["--engine", "http://h/v1", "--serve-vllm", "x", "--cluster", "c"],
              "stands in place of --engine"),
-    "no cluster": (["--serve-vllm", "x"], "goes only with --cluster"),
+    "no cluster": (["--serve-vllm", "x"], "is only for --cluster"),
     "enroot": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/enroot.yaml"], "enroot: is not known"),
-    "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "goes only with --cluster"),
+    "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "is only for --cluster"),
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.eval.suites.protocol import Protocol, changed, protocol_of
+from megatron_sov.settings import SettingsError
 
 
 def made(allow_code: bool = False, **settings: Any) -> Protocol:
@@ -23,34 +25,20 @@ def test_a_task_without_a_protocol_is_lm_evals_own() -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    with pytest.raises(UserError) as e:
-        made(
-            samples=0,
-            top_p=0.0,
-            k=[3],
-            mode="fast",
-            metrics=["best"],
-            reward="mth",
-            extract="(",
-            limits={"max_turn": 3},
-        )
-    for said in (
-        "samples = 0",
-        "top_p = 0.0",
-        "k = 3 must lie from 1 to samples",
-        "mode = 'fast'",
-        "metrics has 'best'",
-        "reward = 'mth' is not known; did you mean 'math'?",
-        "extract = '(' is no regular expression",
-        "'max_turn', which is no limit; did you mean",
-    ):
-        assert said in str(e.value)
-    with pytest.raises(UserError, match="samples = 8 at temperature 0"):
-        made(samples=8)
-    with pytest.raises(UserError, match="must have a group"):
-        made(extract="answer")
-    with pytest.raises(UserError, match="neither reward nor environment"):
-        made(reward="", samples=1)
+    with pytest.raises(SettingsError) as e:
+        made(samples=0, top_p=0.0, mode="fast", metrics=["best"], reward="mth", extract="(")
+    assert e.value.codes == [
+        ("bound", "samples"), ("bound", "top_p"), ("choice", "metrics.0"), ("choice", "mode"),
+        ("choice", "reward"), ("bound", "extract")]
+    assert "did you mean 'math'?" in str(e.value)
+    with pytest.raises(SettingsError) as e:
+        made(samples=8, k=[9], reward="", limits={"max_turn": 3})
+    assert e.value.codes == [("rule", "k.0"), ("unknown", "limits.max_turn"), ("rule", "samples"),
+                             ("rule", "reward")]
+    for wrong in ({"extract": "answer"}, {"metrics": []}, {"limits": {"max_turns": 0}},
+                  {"right_from": math.nan}, {"task": "another"}):
+        with pytest.raises(SettingsError):
+            made(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from megatron_sov.obs.telemetry.otlp import Otlp
 from megatron_sov.obs.telemetry.prometheus import Port
 from megatron_sov.obs.telemetry.telemetry import Telemetry
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.settings import problems_of
 
 RESOURCE = {"service.name": "megatron-sov", "service.instance.id": "run", "sov.recipe": "tiny"}
 EVENTS: list[dict[str, Any]] = [
@@ -243,8 +244,8 @@ def test_off_imports_and_starts_nothing() -> None:
     ("alert_webhook", "https://hooks.example/secret")])
 def test_settings_are_refused_without_their_secrets(name: str, value: str) -> None:
     settings: Any = {name: value}
-    (problem,) = ObsConfig(**settings).problems()
-    assert problem.key == f"obs.{name}" and value not in str(problem) and "secret" not in str(problem)
+    (problem,) = problems_of(ObsConfig(**settings))
+    assert problem.key == name and value not in str(problem) and "secret" not in str(problem)
 
 
 def bits(data: str, root: str, endpoint: str) -> list[list[str]]:

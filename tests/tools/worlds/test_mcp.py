@@ -58,7 +58,7 @@ def test_a_server_gets_no_key_that_it_was_not_given(monkeypatch: pytest.MonkeyPa
         assert {name for name, value in given.items() if "planted" in value} == set(env)
         assert set(given) <= {"HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER", *env, "LC_CTYPE"}
         assert given["PATH"]
-    with pytest.raises(UserError, match=r"env = \['NOT_SET'\]: NOT_SET is not set in this environment"):
+    with pytest.raises(UserError, match=r"env\.0 = \"NOT_SET\" is not set in this environment"):
         server(env=["NOT_SET"])
 
 
@@ -96,7 +96,8 @@ def test_what_a_server_starts_ends_with_it_however_that_ends(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("settings, told", [
     ({"only": ["ech"]}, "has no tool 'ech'; it has count, echo, fail, die"),
-    ({"command": ["no-such-program"]}, "there is no such program"), ({"command": ["true"]}, "has ended"),
+    ({"command": ["no-such-program"]}, "names no program that is on PATH"),
+    ({"command": ["true"]}, "has ended"),
     ({"command": ["echo", "<html>"]}, "where a message belongs")])
 def test_a_server_that_is_none_is_named(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):

@@ -84,10 +84,11 @@ def test_ranks_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"corpus": "nowhere.jsonl"}, "corpus = nowhere.jsonl: is no file"), ({"read": "search_law"}, "both"),
+    ({"corpus": "nowhere.jsonl"}, 'corpus = "nowhere.jsonl" is no file'),
+    ({"read": "search_law"}, "must not be that of search"),
     ({"keys": []}, "keys"), ({"top_k": 0}, "top_k = 0"),
     ({"text": "body"}, "line 1: its 'body' must be text"),
-    ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, "query = 'my query'")])
+    ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
 def test_settings_that_have_no_meaning_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         legal(corpus, change)

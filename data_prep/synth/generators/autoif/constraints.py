@@ -30,7 +30,7 @@ from megatron_sov.rewards import check_functions
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import OPERATION, Refused
 from megatron_sov.rewards.sandbox import shared_sandbox
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, find_broken, one_of
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of
 
 SPACELESS = ("th", "lo", "km", "my")
 """Languages that set neither words nor sentences apart by signs."""
@@ -64,7 +64,7 @@ class ConstraintsSettings:
     """Answers with a function and its cases, for each instruction."""
     num_cases: AtLeastOne = 3
     """Cases that each of them is asked for."""
-    min_functions: AtLeastOne = 3
+    min_functions: Annotated[AtLeastOne, at_most("num_functions")] = 3
     """Different functions that there must be before any is run."""
     min_cases: AtLeastOne = 10
     """Different cases that there must be before any is run."""
@@ -94,9 +94,7 @@ class ConstraintsSettings:
         """Return what does not fit together."""
         most_cases = self.num_functions * self.num_cases
         return find_broken(
-            self, "", (self.min_functions <= self.num_functions, "min_functions",
-                       f"is more than num_functions = {self.num_functions}: nothing would be kept"),
-            (self.min_cases <= most_cases, "min_cases",
+            self, "", (self.min_cases <= most_cases, "min_cases",
              f"is more than num_functions x num_cases = {most_cases}: nothing would be kept"),
             (not self.nli or Path(self.nli).is_dir(), "nli", "is no folder",
              "name that of a Hugging Face model, or leave it out"))

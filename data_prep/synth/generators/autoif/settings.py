@@ -14,7 +14,7 @@ from data_prep.synth.generators.autoif.kept_constraints import FILE
 from megatron_sov.documents.scripts import LANGUAGES
 from megatron_sov.rewards.reward import OPERATION
 from megatron_sov.rewards.text_views import INSTALLED, Segmenter
-from megatron_sov.settings import AtLeastOne, Problem, Share, find_broken, one_of
+from megatron_sov.settings import AtLeastOne, Problem, Share, at_most, find_broken, one_of
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
 
@@ -43,7 +43,7 @@ class AutoIfSettings:
     """Of translations."""
     max_tokens: Annotated[int, Ge(16)] = 4096
     """Of an answer; one that is longer is refused."""
-    min_query_chars: AtLeastOne = 4
+    min_query_chars: Annotated[AtLeastOne, at_most("max_query_chars")] = 4
     """Of a query, without white space around it (AutoIF: 20; ours is for languages that are short)."""
     max_query_chars: AtLeastOne = 2000
     """Likewise (AutoIF: 300)."""
@@ -79,8 +79,6 @@ class AutoIfSettings:
             (folder.exists(), "constraints", "does not exist", made),
             (not self.constraints or not folder.is_dir() or (folder / FILE).is_file(), "constraints",
              f"has no {FILE}", made),
-            (self.min_query_chars <= self.max_query_chars, "min_query_chars",
-             f"must be at most max_query_chars = {self.max_query_chars}: no query would be taken"),
             (self.also != "pairs" or self.num_responses > 1, "also", "needs num_responses of at least 2"))
 
     @property

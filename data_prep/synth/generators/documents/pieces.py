@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data_prep.synth.bounds import Temperature
 from data_prep.synth.generator import Item
@@ -13,7 +14,7 @@ from data_prep.synth.generators.documents.languages import ToldApart
 from megatron_sov.documents import Document, Reading, list_files, read_documents
 from megatron_sov.documents.cutting import cut_text
 from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, Problem, find_broken
+from megatron_sov.settings import AtLeastOne, at_most
 
 ID_CHARS = 24
 
@@ -26,7 +27,7 @@ class DocumentSettings:
     """Language of what is made, as an ISO 639-1 code such as ko; empty: that of each document."""
     text_field: str = "text"
     """Field of a record that holds the document."""
-    min_piece_bytes: AtLeastOne = 200
+    min_piece_bytes: Annotated[AtLeastOne, at_most("max_piece_bytes")] = 200
     """A shorter document, or last piece of one, is left out."""
     max_piece_bytes: AtLeastOne = 12_000
     """A longer document is cut at blank lines, lines or blanks, and each piece is an item."""
@@ -36,11 +37,6 @@ class DocumentSettings:
     """Of what is written; what is checked is asked at 0."""
     max_tokens: AtLeastOne = 4096
     """That an answer may have; an answer that is cut off there is not kept."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return find_broken(self, "", (self.min_piece_bytes <= self.max_piece_bytes, "min_piece_bytes",
-                                      f"must be at most max_piece_bytes = {self.max_piece_bytes}"))
 
 
 def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[Item]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from data_prep.synth.bounds import Temperature
 from data_prep.synth.generator import Ask, Generator, Item
@@ -21,7 +21,7 @@ from data_prep.synth.generators.tools.reference import Reference, reference_of
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Problem, find_broken
+from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Problem, at_most, find_broken
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.limits import LIMITS
 from megatron_sov.tools.registry import order
@@ -38,7 +38,7 @@ class GoalSettings:
     """Asked for one after the other; each is told the questions before it."""
     language: NotBlank = "English"
     """Of questions."""
-    min_calls: NotNegativeInt = 2
+    min_calls: Annotated[NotNegativeInt, at_most("max_calls")] = 2
     """Of the reference, reading ones among them."""
     max_calls: AtLeastOne = 10
     """Of the reference."""
@@ -56,9 +56,7 @@ class GoalSettings:
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
         return find_broken(
-            self, "", (self.min_calls <= self.max_calls, "min_calls",
-                       f"must be at most max_calls = {self.max_calls}"),
-            (not self.num_solvers or self.min_solved <= self.num_solvers, "min_solved",
+            self, "", (not self.num_solvers or self.min_solved <= self.num_solvers, "min_solved",
              f"must be at most num_solvers = {self.num_solvers}"))
 
 

@@ -80,8 +80,8 @@ def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
 
 
 def test_options_are_settings() -> None:
-    assert typed(CheckOptions, []).check_settings() == CheckSettings()
+    assert CheckSettings.of(typed(CheckOptions, [])) == CheckSettings()
     told = typed(CheckOptions, ["--checks", "a.yaml", "--benchmarks", "b", "c", "--languages", "ko",
                                 "--languages", "th", "--labels", "l", "--min-kappa", "0.4"])
-    assert told.check_settings() == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"),
+    assert CheckSettings.of(told) == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"),
                                                   Path("l"), 0.4)

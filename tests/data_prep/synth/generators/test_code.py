@@ -165,4 +165,4 @@ def test_input_is_a_task_or_a_seed(tmp_path: Path) -> None:
 
 def test_all_problems_of_settings_are_told() -> None:
     assert keys_of(CodeSettings(min_killed=2, test_time_s=0)) == ["min_killed", "test_time_s"]
-    assert keys_of(CodeSettings(num_solutions=1, min_tests=40)) == ["min_solutions", "min_tests"]
+    assert keys_of(CodeSettings(num_solutions=1, min_tests=40)) == ["min_tests", "min_solutions"]

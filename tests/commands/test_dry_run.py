@@ -1,0 +1,121 @@
+"""`--dry-run` of the commands that train: what they would do, from the checks of a run, and nothing done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.cli import main
+
+ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
+          "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=20", "policy.method=dapo", "policy.kl=k3",
+          "policy.kl_coeff=0.1", 'data.phases=[{"name": "main", "seq_len": 32}]')
+
+
+@dataclass(frozen=True)
+class Start:
+    """What runs are given."""
+
+    folder: Path
+    data: dict[str, Path]
+    """Command -> what it learns from."""
+    starts: dict[str, Path]
+    """A run, and a Hugging Face folder as strangers have it, without a manifest of ours."""
+    settings: list[str]
+
+
+@pytest.fixture(scope="module")
+def start(teacher: Path, packed_data: Any, run_command: Any, tiny: list[str],
+          tmp_path_factory: pytest.TempPathFactory) -> Start:
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(
+        {"prompt": f"{i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"{i}, sure."}) for i in range(40)))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(9)))
+    run_command("pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",
+                "--format", "preference", "--input", str(folder / "pairs.jsonl"), "--output",
+                str(folder / "pairs"), program="sov-data").check_returncode()
+    run_command("convert", "to-hf", str(teacher), str(folder / "hf"), "--workers", "1").check_returncode()
+    (folder / "hf/manifest.json").unlink()
+    data = {"pretrain": packed_data.text, "sft": packed_data.chats,
+            "prefer": folder / "pairs", "distill": packed_data.text, "rl train": packed_data.text,
+            "rl run": packed_data.text}
+    return Start(folder, data, {"run": teacher, "hf": folder / "hf"}, tiny)
+
+
+def words_of(command: str, start: Start) -> Iterator[str]:
+    """Yield what a command takes beside its start."""
+    yield from (*command.split(), "tiny-solar-open", "--data", str(start.data[command]), *start.settings,
+                "--set", "model.hidden_size=48")
+    if command == "distill":
+        yield from ("--teacher", str(start.starts["run"]))
+    if command.startswith("rl"):
+        yield from ("--store", str(start.folder / "store"), "--prompts", str(start.folder / "prompts.jsonl"),
+                    "--reward", "repetition", *(word for s in ROUNDS for word in ("--set", s)))
+
+
+def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
+    """Run a command that must leave a folder as it is; returns the lines that it prints."""
+    before = sorted(folder.rglob("*"))
+    code = main([*map(str, words), "--dry-run"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert sorted(folder.rglob("*")) == before
+    lines: list[str] = out.splitlines()
+    assert lines[-1] == "dry run: nothing was written, and nothing ran"
+    return lines
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+@pytest.mark.parametrize("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
+def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, kind: str) -> None:
+    run = start.folder / "new"
+    lines = dry(capsys, start.folder, *words_of(command, start), "--from", start.starts[kind], "--run", run)
+    found = start.starts[kind]
+    if kind == "hf":
+        assert f"  converts   {found} into {run}.from-hf first" in lines
+    else:
+        found = found / "checkpoints/step-2"
+    assert f"  start      {found}" in lines
+    assert any(line.startswith("tiny-solar-open: ") and " steps 1 to " in line for line in lines)
+    assert any(line.startswith("  processes  1; fp32, ") for line in lines)
+    assert any(line.startswith(f"  run        {run}, a checkpoint every ") for line in lines)
+    reads = [line for line in lines if line.startswith(f"{start.starts['run']} would read ")]
+    assert bool(reads) == (command == "distill")
+
+
+def test_each_stage_of_an_extension_is_told_with_its_needles(
+    capsys: Any, hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
+) -> None:
+    shutil.copytree(hf_models["solar_open"], tmp_path / "hf")
+    (tmp_path / "hf/manifest.json").unlink(missing_ok=True)
+    stages = [{"name": name, "seq_len": seq_len, "steps": 2} for name, seq_len in (("a", 640), ("b", 768))]
+    settings = ("train.global_batch_size=4", "train.micro_batch_size=4", "needle.train_share=0.25",
+                f"extend.stages={json.dumps(stages)}")
+    lines = dry(capsys, tmp_path, "extend", "tiny-solar-open", "--data", token_shards, "--from",
+                tmp_path / "hf", "--run", tmp_path / "run",
+                *(word for s in settings for word in ("--set", s)))
+    assert sum(line.startswith("  data ") and "needle" in line for line in lines) == 2
+    assert f"  start      {tmp_path / 'hf'}" in lines
+    assert sum(line.startswith("  converts ") for line in lines) == 1
+
+
+def test_many_processes_are_told_what_they_would_be_told(
+    capsys: Any, start: Start, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*words_of("pretrain", start), "--from", str(start.starts["hf"]), "--run",
+                 str(start.folder / "new"), "--dry-run"]) == 2
+    assert "many processes would convert it at once" in capsys.readouterr().err
+
+
+def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
+    assert main(["pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                 str(tmp_path / "run"), "--set", "model.vocab_size=100", "--dry-run"]) == 2
+    assert "its tokenizer has 368 ids" in capsys.readouterr().err
