@@ -18,6 +18,7 @@ from annotated_types import Gt, Lt
 
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import RunConfig
+from megatron_sov.settings import Bound
 
 PAGE = Path(__file__).parent / "config.md"
 BOUNDS = {"Ge": ">= {:,}", "Gt": "> {:,}", "Le": "<= {:,}", "Lt": "< {:,}", "MinLen": "of {} or more",
@@ -57,7 +58,8 @@ def spelled(hint: Any) -> str:
     args = get_args(hint)
     if get_origin(hint) is Annotated:
         bounds = [BOUNDS[type(b).__name__].format(*dataclasses.astuple(b)) for b in hint.__metadata__
-                  if not isinstance(b, (Lt, Gt)) or math.isfinite(*dataclasses.astuple(b))]
+                  if not isinstance(b, Bound)  # the field's own text tells of it
+                  and (not isinstance(b, (Lt, Gt)) or math.isfinite(*dataclasses.astuple(b)))]
         return " ".join([spelled(args[0]), ", ".join(bounds)]).strip()
     if isinstance(hint, UnionType) or get_origin(hint) is Union:
         return " | ".join(map(spelled, args))

@@ -83,7 +83,8 @@ def test_too_few_documents_are_told(tmp_path: Path, texts: list[str], said: str)
         topics_of([("", text) for text in texts], tmp_path, 5, num_clusters=4)
 
 
-@pytest.mark.parametrize("settings", [{"num_clusters": 1}, {"num_clusters": 40, "sample": 39}, {"seed": -1}, {"max_chars": 0}])
+@pytest.mark.parametrize("settings", [{"num_clusters": 1}, {"num_clusters": 40, "sample": 39}, {"seed": -1},
+                                      {"max_chars": 0}])
 def test_settings_that_cannot_be_are_told(settings: dict[str, Any]) -> None:
     assert keys_of(TopicsSettings(**settings)) == [next(iter(settings))]
     assert keys_of(TopicsSettings()) == []
