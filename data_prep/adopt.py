@@ -26,14 +26,7 @@ from megatron_sov.documents.indexed_writer import write_index
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.settings import (
-    AtLeastOne,
-    Flag,
-    Fraction,
-    add_options,
-    not_with,
-    read_options,
-)
+from megatron_sov.settings import AtLeastOne, Code, Flag, Fraction, Problem, add_options, read_options
 
 DESCRIPTION = """Take over .bin and .idx pairs that Megatron-LM's preprocess_data wrote, as an artifact of
 token shards: every number of the index is checked, ids against the tokenizer's vocabulary, the ends of
@@ -56,12 +49,18 @@ class AdoptOptions:
     """Part of the documents kept from training, chosen as `sov-data pack` does."""
     eod: Literal["auto", "append", "none"] = "auto"
     """Whether documents end with the tokenizer's eos; auto: look."""
-    link: Annotated[bool, not_with("heldout")] = False
+    link: bool = False
     """Link the .bin files and copy nothing; needs --heldout 0 and the same file system."""
     shard_tokens: AtLeastOne = 2_000_000_000
     """Most tokens of one shard."""
     overwrite: bool = False
     """Replace token shards that are already there."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [] if not (self.link and self.heldout) else [Problem(
+            Code.RULE, "link", "keeps the files as they are, so that no document can be held out of them, and "
+            f"--heldout is {self.heldout}", way_out="pass --heldout 0, or leave it out")]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest
+from megatron_sov.errors import DryRun, ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest
 from megatron_sov.version import __version__
 
 MAX_PATH_CHARS = 300
@@ -159,6 +159,9 @@ def exit_code(action: Callable[[], int]) -> int:
         if isinstance(e.code, str):  # which Python prints
             raise
         raise SystemExit(kept_code(e.code)) from None
+    except DryRun as e:
+        print(_shown(str(e)))
+        return ExitCode.OK
     except UserError as e:
         print(f"error: {_shown(str(e))}", file=sys.stderr)
         return ExitCode.USER_ERROR

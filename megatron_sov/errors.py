@@ -50,6 +50,11 @@ class UserError(Exception):
     """
 
 
+class DryRun(Exception):
+    """All that was asked for is known, and no more is to be done; commands print the text and end with
+    `ExitCode.OK`."""
+
+
 class StopRequested(Exception):
     """The run was asked to stop (signal or time limit) and everything is saved; commands end with
     `ExitCode.STOPPED`."""

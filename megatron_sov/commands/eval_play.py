@@ -65,7 +65,7 @@ class EvalPlayOptions(JudgedSettings, RankOptions, RecordOptions):
     """Scores; episodes beside them in OUT.items.jsonl."""
     parallel: AtLeastOne = 8
     """Episodes at a time."""
-    cache: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
+    cache: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS, writes=True)] = None
     """Folder of the endpoint's answers (default: OUT.cache)."""
     endpoint: EndpointModel = field(default_factory=EndpointModel)
     """Used where the target is an address."""

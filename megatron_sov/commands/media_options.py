@@ -81,7 +81,7 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     """Recognises what the model draws: a function (files, labels) -> texts, or a program."""
     audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
     """Recognises what the model says, likewise."""
-    files: Annotated[Path | None, Flag(value="DIR")] = None
+    files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder for what the model draws and says, where a pair asks for that."""
     max_new_tokens: AtLeastOne = 1024
     """Longest reply."""

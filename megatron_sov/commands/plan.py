@@ -41,7 +41,7 @@ class PlanOptions(RecipeOptions):
     layout stays."""
     json: bool = False
     """Print JSON instead of tables."""
-    html: Annotated[Path | None, Flag(value="FILE")] = None
+    html: Annotated[Path | None, Flag(value="FILE", writes=True)] = None
     """Write tables and charts into this self-contained page as well."""
     table: Annotated[Path | None, Flag(value="ROWS.csv")] = None
     """In place of RECIPE: predict the speed and memory of every run of this table."""

@@ -74,7 +74,7 @@ class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
 
     prompts: Annotated[Path, Flag(value="FILE.jsonl")]
     """A JSON object per line: `prompt` or `messages`, or a task, and what the reward needs."""
-    store: Annotated[Path, Flag(value="DIR")]
+    store: Annotated[Path, Flag(value="DIR", writes=True)]
     """The rollout store, which is made where there is none."""
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
     """The policy of the first round: what `rl train` starts from."""

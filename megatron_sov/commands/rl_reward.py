@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class JudgedOptions:
     """Where responses are, and what judges them."""
 
-    store: Annotated[Path, Flag(value="DIR")]
+    store: Annotated[Path, Flag(value="DIR", writes=True)]
     """Rollout store: responses of `rl generate`, and their rewards."""
     reward: Annotated[str, Flag(value="NAME", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
                                                    f"FILE.py:NAME; or {ENVIRONMENT}: what the environment of "

@@ -36,7 +36,7 @@ class ScoreOptions:
     """The same rows with reward, status, components, reason, reward_version."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """A setting of the reward, e.g. max_length=4096; may be repeated."""
-    disagreements: Annotated[Path | None, Flag(value="PAGE.html")] = None
+    disagreements: Annotated[Path | None, Flag(value="PAGE.html", writes=True)] = None
     """With a second opinion (reward composed): also write a page on where the two disagree."""
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that judge (default: one for each core)."""

@@ -67,7 +67,7 @@ class ToolsPlayOptions(EnvironmentOptions):
     """Which of the tasks (default: 1)."""
     calls: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
     """Lines {"name": ..., "arguments": {...}} and {"answer": ...}; default: asks."""
-    page: Annotated[Path | None, Flag(value="FILE.html")] = None
+    page: Annotated[Path | None, Flag(value="FILE.html", writes=True)] = None
     """Also write the transcript as a page."""
 
 

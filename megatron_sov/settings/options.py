@@ -28,7 +28,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
+from megatron_sov.errors import DryRun
 from megatron_sov.settings.changes import parse_value
+from megatron_sov.settings.dry_run import describe
 from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError
 from megatron_sov.settings.reading import find_problems, hints_of, rules_of
 
@@ -53,6 +55,8 @@ class Flag:
     """Heading under which help lists it."""
     help: str = ""
     """Of a type that several classes have; else the string under the field is."""
+    writes: bool = False
+    """Whether the path is one that the command makes; what begins with `out` always is."""
 
 
 def num_cores() -> int:
@@ -62,6 +66,7 @@ def num_cores() -> int:
 
 NO_FLAG = Flag("-")
 """Of a field that the command line does not set."""
+DRY_RUN = "--dry-run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,11 @@ class _Given:
     def is_positional(self) -> bool:
         """Say whether it stands on the line without a name."""
         return bool(self.flag.name) and not self.flag.name.startswith("-")
+
+    @property
+    def is_written(self) -> bool:
+        """Say whether it is a path that the command makes."""
+        return self.hint is Path and (self.flag.writes or self.path[-1].startswith("out"))
 
     @property
     def key(self) -> str:
@@ -129,6 +139,15 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
             action.choices = tuple(map(str, get_args(given.hint))) or None
         action.is_setting = True
         action.declared = None if given.default is dataclasses.MISSING else given.default
+    if _tells_by_itself(cls):
+        parser.add_argument(DRY_RUN, action="store_true", default=argparse.SUPPRESS,
+                            help="Say what would be read and written, and do nothing")
+
+
+def _tells_by_itself(cls: Any) -> bool:
+    """Say whether a command's `--dry-run` is told from its options: it writes, and has none of its own."""
+    fields = list(_fields(cls))
+    return any(given.is_written for given in fields) and not any(given.key == DRY_RUN for given in fields)
 
 
 def _arity(given: _Given) -> dict[str, Any]:
@@ -193,9 +212,48 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     problems += found
     if settings is not None and not problems:
         problems = rules_of(settings)
+    if settings is not None and not problems and hasattr(args, "dry_run") and _tells_by_itself(cls):
+        problems = _end_dry_run(settings, raw)
     if problems:
         raise SettingsError("", [_under_its_name(problem, names) for problem in problems])
     return cast(S, settings)
+
+
+def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[Problem]:
+    """Return which of the paths that are to be read do not exist.
+
+    Raises:
+        DryRun: all are there.
+    """
+    read: list[Path] = []
+    written: list[Path] = []
+    said: list[tuple[str, Any]] = []
+    problems: list[Problem] = []
+    for given in _fields(type(settings)):
+        value = settings
+        for name in given.path:
+            value = getattr(value, name)
+        paths = [path for path in (value if given.repeats else [value]) if isinstance(path, Path)]
+        if given.is_written:
+            written += paths
+        elif given.hint is Path:
+            read += paths
+            problems += [Problem(Code.FILE, given.dest, "does not exist", path, "check the path")
+                         for path in paths if not path.exists()]
+        elif _is_in(raw, given.path):
+            said.append((given.key, "" if given.hint is bool else value))
+    if problems:
+        return problems
+    raise DryRun(describe(read, written, said, overwrite=bool(getattr(settings, "overwrite", False))))
+
+
+def _is_in(raw: Any, path: tuple[str, ...]) -> bool:
+    """Say whether a field was typed."""
+    for name in path:
+        if not isinstance(raw, dict) or name not in raw:
+            return False
+        raw = raw[name]
+    return True
 
 
 Actions = Mapping[str, tuple[type, Callable[[Any], int]]]

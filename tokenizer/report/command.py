@@ -39,7 +39,7 @@ class TokenizerReportOptions(HeldoutTextOptions):
     tokenizer: TokenizerPath
     output: Annotated[Path, Flag(value="REPORT.html")]
     """The page to write."""
-    json: Annotated[Path | None, Flag(value="FILE")] = None
+    json: Annotated[Path | None, Flag(value="FILE", writes=True)] = None
     """Write all numbers here too."""
     skip: Annotated[tuple[str, ...], Flag(value="CHECK")] = ()
     """Leave a check out; repeat it."""

@@ -18,7 +18,8 @@ from megatron_sov.settings import (
     AtLeastOne,
     Flag,
     NotNegativeInt,
-    only_with,
+    Problem,
+    find_broken,
 )
 
 ENDPOINTS, DEFAULT_KEY_ENV = "endpoints", "OPENAI_API_KEY"
@@ -63,7 +64,7 @@ class JudgedSettings:
     """Answers to each item of tasks that sample several, or its episodes (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
     """A setting of the reward that judges, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
-    mode: Annotated[Literal["thinking", "no-thinking"] | None, only_with("chat_template")] = None
+    mode: Literal["thinking", "no-thinking"] | None = None
     """Of a reasoning model (default: the task's)."""
     engine: EngineName | None = None
     """What runs the model (default: transformers for a Hugging Face folder)."""
@@ -79,7 +80,7 @@ class Settings(JudgedSettings):
     """Results to write; the items come to lie beside it as OUT.items.jsonl."""
     sources: TaskSources = field(default_factory=TaskSources)
     """Where tasks and their data come from."""
-    cache: Annotated[Path | None, Flag(value="DIR")] = None
+    cache: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder of answers, which evaluations may share (default: OUT.cache)."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the figures to this run's events, for its report."""
@@ -101,6 +102,12 @@ class Settings(JudgedSettings):
     """Of samples."""
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     """Used where the target is an address."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return find_broken(self, "", (self.mode is None or self.chat_template, "mode",
+                                      "is a setting of the chat template", "add --apply-chat-template, or "
+                                      "leave it out"))
 
     @property
     def cache_folder(self) -> Path:
