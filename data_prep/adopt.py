@@ -58,9 +58,9 @@ class AdoptOptions:
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        return [] if not (self.link and self.heldout) else [Problem(
-            Code.RULE, "link", "keeps the files as they are, so that no document can be held out of them, and "
-            f"--heldout is {self.heldout}", way_out="pass --heldout 0, or leave it out")]
+        return [] if not self.link or not self.heldout else [Problem(
+            Code.RULE, "link", "keeps the files as they are, so that no document can be held out of them, "
+            f"and --heldout is {self.heldout}", way_out="pass --heldout 0, or leave it out")]
 
 
 @dataclass(frozen=True)

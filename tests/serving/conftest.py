@@ -44,7 +44,8 @@ def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
     def served(target: Path, *options: str) -> Iterator[Served]:
         file = tmp_path_factory.mktemp("served") / "address.json"
         ended: list[Any] = []
-        argv = ["serve", str(target), "--port", "0", "--address-file", str(file), *options]
+        # of an option that is given twice the last counts: a port of the page's may be another test's
+        argv = ["serve", str(target), *options, "--port", "0", "--address-file", str(file)]
         thread = threading.Thread(target=lambda: ended.append(run_command(*argv)))
         thread.start()
         deadline_s = time.monotonic() + LIMIT_S

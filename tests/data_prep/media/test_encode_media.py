@@ -130,7 +130,7 @@ def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path
     (("--continuous-pictures", "4"), "SIDE:SLOTS"),
     (("--continuous-sounds", "8:0:5"), "from 1 to 1024:600:65536"),
     (("--threads", "0"), "--threads 0"), (("--media-root", "/proc/nowhere"), "is no folder"),
-    (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only with --cluster"),
+    (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only for --cluster"),
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
 def test_wrong_options_are_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -76,7 +76,7 @@ def test_placeholders_are_where_the_recipe_has_them(num_ids: int) -> None:
 @pytest.mark.parametrize(("options", "words"), [
     ((), "--audio-tokens 0: adds nothing, and no --image-tokens do"),
     (("--audio-tokens", -1), "--audio-tokens -1: must be at least 0"),
-    (("--audio-tokens", 4, "--image-first", 900), "--image-first 900: needs --image-tokens"),
+    (("--audio-tokens", 4, "--image-first", 900), "--image-first 900: is only for --image-tokens"),
     (("--audio-tokens", 4, "--audio-first", 10), "the ids up to 297 are taken"),
     (("--audio-tokens", 4, "--audio-first", 10**9), "no more than"),
     (("--image-tokens", 4, "--noise", 0.1), "is no model")])
