@@ -129,7 +129,8 @@ def rules_of(settings: Any) -> list[Problem]:
 def _rules_inside(name: str, value: Any) -> list[Problem]:
     """Return what breaks the rules of settings that a field holds, alone or as items."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [problem.below(name) if problem.key else problem for problem in rules_of(value)]
+        # what is wrong with one of several is told with its place
+        return [problem.below(name) if problem.key or "." in name else problem for problem in rules_of(value)]
     items = value.items() if isinstance(value, Mapping) else \
         enumerate(value) if isinstance(value, (tuple, list)) else ()
     return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]

@@ -37,7 +37,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("--input text.jsonl --benchmarks bench.jsonl --text-field body", "has no string field 'body'"),
     ("--input text.jsonl --benchmarks bench.jsonl --ngram 0", "--ngram 0: must be at least 1"),
     ("--input text.jsonl --benchmarks bench.jsonl --min-words 11",
-     "--min-words 11: must be at most ngram = 10"),
+     "--min-words 11: must be at most --ngram = 10"),
 ])
 def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
         files: Path, capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:

@@ -61,7 +61,7 @@ def test_thoughts_have_three_forms(think: Any, told: str) -> None:
      "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
     ("{", [], "in.jsonl:1: is not valid JSON"),
     ({"query": "a", "solutions": ["b", "b"]}, [], "none of 1 queries has 2 different solutions"),
-    (QUERY, ["--least", "3", "--most", "2"], "--least 3: is more than --most 2"),
+    (QUERY, ["--least", "3", "--most", "2"], "--least 3: must be at most --most = 2"),
     (QUERY, ["--heading", "Solution"], "must hold {} once"),
     (QUERY, ["--max-similarity", "2"], "--max-similarity 2: must be at most 1"),
 ])

@@ -78,7 +78,7 @@ def test_settings_that_cannot_be_are_all_told(tmp_path: Path, bench: Path) -> No
     assert keys_of(DecontaminateSettings((), (), 0, 0, -1, action=wrong)) == [
         "benchmarks", "fields", "ngram", "min_words", "context_chars", "action"]
     assert keys_of(DecontaminateSettings((tmp_path / "none",), ngram=3, min_words=4)) == [
-        "min_words", "benchmarks"]
+        "benchmarks", "min_words"]
     with new_file(tmp_path / "empty.jsonl") as file:
         file.write_text("")
     (told,) = problems_of(DecontaminateSettings((bench, tmp_path)))

@@ -86,6 +86,6 @@ def test_every_broken_rule_of_the_settings_is_told(tmp_path: Path) -> None:
              SafetyList("y", tmp_path / "list", "patterns"))
     (tmp_path / "list").write_text("a (b\n")
     problems = problems_of(SafetySettings(lists))
-    assert [p.key for p in problems] == ["lists.0.file", "lists.1.file", "lists.2", "lists"]
-    assert f"{tmp_path / 'list'}:1: 'a (b' is no regular expression: missing ) at" in problems[2].rule
+    assert [p.key for p in problems] == ["lists", "lists.0.file", "lists.1.file", "lists.2"]
+    assert f"{tmp_path / 'list'}:1: 'a (b' is no regular expression: missing ) at" in problems[3].rule
     assert keys_of(SafetySettings()) == ["lists"]
