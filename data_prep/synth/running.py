@@ -32,6 +32,12 @@ from megatron_sov.settings import AtLeastOne, Code, Problem, SettingsError, as_p
 
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 
+FIXED = {"back_temperature": 0.7, "copied_words": 8, "function_temperature": 0.2, "idea_temperature": 0.7,
+         "max_untranslated_share": 0.1, "min_changing_tools": 2, "min_language_score": 0.5, "min_lead": 0.5,
+         "min_rows": 6, "min_tools": 4, "request_temperature": 1.0, "sandbox_workers": 2,
+         "system_translated_share": 0.5, "translation_temperature": 0.3}
+"""Settings of earlier versions that nobody has set."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -94,7 +100,8 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     lists = {key for key, hint in hints.items() if get_origin(hint) is tuple}
     given = {key: value.split(",") if isinstance(value, str) and key in lists else value
              for key, value in settings.items()}
-    return cls(read(cls.Settings, given, f"generator {name}"))
+    return cls(read(cls.Settings, given, f"generator {name}",
+                    instead=lambda key: f"it is always {FIXED[key]}; leave it out" if key in FIXED else ""))
 
 
 def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Le
+from annotated_types import Le
 
 from data_prep.synth.generator import Ask, Generator, Item
 from data_prep.synth.problems import read_problems
@@ -20,6 +20,8 @@ from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne
 
+MIN_LEAD = 0.5
+"""Points of 10 by which the mean of both orders has to differ from 5, for a verdict that counts."""
 HIGH = 10.0
 RUBRIC = ("The material is two problems. Which one will a good student of the subject more likely get wrong? "
           "0: the first is by far the harder one; 5: they are alike; 10: the second is by far the harder "
@@ -33,8 +35,6 @@ class ComparisonsSettings:
 
     per_problem: Annotated[AtLeastOne, Le(1000)] = 4
     """Problems that each is compared with, about."""
-    min_lead: Annotated[float, Ge(0), Le(5)] = 0.5
-    """By how many points of 10 the mean of both orders has to differ from 5."""
 
 
 class Comparisons(Generator):
@@ -80,5 +80,5 @@ class Comparisons(Generator):
         record = {"prompt": f"{one}\n\n{other}", "easier": easier, "harder": harder, "lead": abs(lead)}
         yield Sample(record, (
             Verdict("judge: consistent", ahead * back > 0, f"{ahead:+g}, and {back:+g} in the other order"),
-            Verdict("judge: clear", abs(lead) >= self.settings.min_lead, f"{lead:+g}")),
+            Verdict("judge: clear", abs(lead) >= MIN_LEAD, f"{lead:+g}")),
             notes={"ahead": ahead, "back": back})

@@ -29,9 +29,11 @@ from data_prep.synth.generators.documents.pieces import (
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.settings import ONCE, AtLeastOne, NotNegative, Share, below
+from megatron_sov.settings import ONCE, NotNegative, Share, below
 
 Style = Literal["clearer", "encyclopedic", "dialogue"]
+COPIED_WORDS = 8
+"""Runs of so many words that stand in the document count as copied."""
 MIN_TURNS = 4
 """Of a dialogue."""
 _TURN = re.compile(r"([AB]): \S.*")
@@ -43,8 +45,6 @@ class RewriteSettings(DocumentSettings):
 
     styles: Annotated[tuple[Style, ...], MinLen(1), ONCE] = get_args(Style)
     """Each document is rewritten once in each: clearer, encyclopedic, dialogue."""
-    copied_words: AtLeastOne = 8
-    """Runs of so many words that stand in the document count as copied."""
     max_copied_share: Share = 0.4
     """Of the rewrite's runs of words, those that are copied; more is a copy."""
     min_kept_share: Share = 0.5
@@ -84,7 +84,7 @@ class Rewrite(OfDocuments):
             return malformed(reply, record, group)
         text = found["rewrite"]
         said = re.sub(r"^[AB]: ", "", text, flags=re.MULTILINE) if style == "dialogue" else text
-        copied = copied_share(said, source, settings.copied_words)
+        copied = copied_share(said, source, COPIED_WORDS)
         ratio, kept = size_ratio(said, source), kept_share(said, source, language, source_language)
         verdicts = [complete(reply), in_language(said, language),
                     *([dialogue(text)] if style == "dialogue" else []),

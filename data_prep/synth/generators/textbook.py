@@ -30,6 +30,8 @@ from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.settings import AtLeastOne, Share
 
 Level = Literal["children", "school", "university"]
+COPIED_WORDS = 8
+"""Runs of so many words that stand in the document count as copied."""
 _HEADING = re.compile(r"^## \S.*$", re.MULTILINE)
 MIN_SECTION_CHARS = 40
 """Of a section's text; a heading with less below it is no section."""
@@ -45,8 +47,6 @@ class TextbookSettings(DocumentSettings):
     """Of a lesson, at least."""
     num_exercises: AtLeastOne = 3
     """Of a lesson, at least; each has to be solved as its answer says."""
-    copied_words: AtLeastOne = 8
-    """Runs of so many words that stand in the document count as copied."""
     max_copied_share: Share = 0.4
     """Of the lesson's runs of words, those that are copied."""
     min_faithfulness: Grade = 7.0
@@ -82,7 +82,7 @@ class Textbook(OfDocuments):
             yield malformed(reply, record, group)
             return
         told = "\n".join([parts["title"], parts["lesson"], *(e["question"] for e in exercises)])
-        copied = copied_share(parts["lesson"], source, settings.copied_words)
+        copied = copied_share(parts["lesson"], source, COPIED_WORDS)
         verdicts = [complete(reply), self._sections(parts["lesson"]),
                     Verdict("number of exercises", len(exercises) >= settings.num_exercises,
                             f"{len(exercises)}, at least {settings.num_exercises}"),

@@ -45,9 +45,11 @@ from data_prep.synth.generators.translation_checks import (
 )
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.documents import Reading, list_files, read_documents
-from megatron_sov.settings import NotNegative, Problem, Share, as_problem, below, find_broken, other_than
+from megatron_sov.settings import NotNegative, Problem, as_problem, below, find_broken, other_than
 
 Form = Literal["text", "chat", "prompt"]
+MAX_UNTRANSLATED_SHARE = 0.1
+"""Of a translation's runs of four words, those that may stand in the source."""
 TRANSLATED = (
     "TRANSLATION was made from SOURCE. Does it say all that SOURCE says, and nothing else, in fluent "
     "language? 10: all of it, exactly; 0: something is missing, added, wrong, or an order in SOURCE was "
@@ -74,8 +76,6 @@ class TranslationSettings(DocumentSettings):
     """Of the translation's characters to the source's, at least."""
     max_ratio: float = 4.0
     """At most."""
-    max_untranslated_share: Share = 0.1
-    """Of the translation's runs of four words, those that stand in the source."""
     min_faithfulness: Grade = 7.0
     """Of 10, from the judge, who sees both; 0: no judge."""
 
@@ -177,7 +177,7 @@ class Translation(Generator):
         yield Verdict("form", has_form, "" if has_form else "has not the form that was asked for")
         yield from kept_verdicts(made, source, language, source_language, settings.keep_quotes)
         yield from translated_verdicts(made, source, language, settings.keep_quotes,
-                                       settings.max_untranslated_share)
+                                       MAX_UNTRANSLATED_SHARE)
         yield within("length", len(made) / len(source), settings.min_ratio, settings.max_ratio)
         yield glossary_verdict(made, source, self._glossary)
         if settings.min_chrf:

@@ -28,6 +28,14 @@ from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, verdicts
 from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.rewards.text_views import views_of
 
+SANDBOX_WORKERS = 2
+"""Functions that run at a time."""
+TRANSLATION_TEMPERATURE = 0.3
+SYSTEM_TRANSLATED_SHARE = 0.5
+"""Of conversations with the constraint in the system turn, those whose constraint is translated to the
+query's language (Typhoon-S)."""
+MIN_LANGUAGE_SCORE = 0.5
+"""How sure the language of an answer must be."""
 RUBRIC = """Does the response answer the query? It has to follow the instruction to the letter, and may be \
 less helpful for that; this is no fault. Whether it follows it has been checked by a program.
 10: it answers the query well. 5: it answers a part, or beside the point. 0: it has nothing to do with the \
@@ -111,7 +119,7 @@ class AutoIf(Generator):
                 return query, constraint, self._no_translation("the query")
             query = turned
         in_system = share_of("system", item.id) < settings.system_share
-        is_turned = not in_system or share_of("translated", item.id) < settings.system_translated_share
+        is_turned = not in_system or share_of("translated", item.id) < SYSTEM_TRANSLATED_SHARE
         if is_turned and identify(_without(constraint))[0] != settings.language:
             turned = self._translated(constraint, ask)
             if turned is None or identify(_without(turned))[0] != settings.language:
@@ -125,7 +133,7 @@ class AutoIf(Generator):
 
     def _translated(self, text: str, ask: Ask) -> str | None:
         """Return a text in the language, its quotations kept; None: they are not."""
-        reply, = ask("autoif/translation", temperature=self.settings.translation_temperature,
+        reply, = ask("autoif/translation", temperature=TRANSLATION_TEMPERATURE,
                      max_tokens=MAX_TRANSLATION_TOKENS, language=self._texts.name, text=text)
         return None if reply.is_cut else with_quotes_of(text, reply.text.strip())
 
@@ -144,7 +152,7 @@ class AutoIf(Generator):
                          - set(item.fields["constraint"]))
         checks.append(Verdict("foreign script", not foreign, "".join(foreign[:20])))
         language, score = identify(text)
-        is_right = language == self.settings.language and score >= self.settings.min_language_score
+        is_right = language == self.settings.language and score >= MIN_LANGUAGE_SCORE
         checks.append(Verdict("language", is_right, f"{language}, {score:.2f}"))
         failed = next((place for place, one in enumerate(checks) if not one.passed), None)
         if failed is not None:
@@ -161,7 +169,7 @@ class AutoIf(Generator):
         if len(text) > MAX_TEXT_CHARS:
             return 0, f"has {len(text):,} characters"
         views = views_of(text, self.settings.views)
-        sandbox = shared_sandbox(workers=self.settings.sandbox_workers)
+        sandbox = shared_sandbox(workers=SANDBOX_WORKERS)
         try:
             told = [verdicts(sandbox, function, views, call_s=self.settings.call_time_s)
                     for function in functions]

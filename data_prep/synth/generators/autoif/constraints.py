@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Gt, Le
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.bounds import Grade, Temperature
+from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
 from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
 from data_prep.synth.generators.autoif.entailment import CONTRADICTION, Entailment
@@ -28,10 +28,17 @@ from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
 from megatron_sov.rewards import check_functions
 from megatron_sov.rewards.format import json_of
-from megatron_sov.rewards.reward import OPERATION, Refused
+from megatron_sov.rewards.reward import Refused
 from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of
 
+SANDBOX_WORKERS = 2
+"""Functions that run at a time."""
+BACK_TEMPERATURE = 0.7
+"""Of what functions ask for, in words."""
+FUNCTION_TEMPERATURE = 0.2
+IDEA_TEMPERATURE = 0.7
+"""Of new instructions, as AutoIF has it."""
 SPACELESS = ("th", "lo", "km", "my")
 """Languages that set neither words nor sentences apart by signs."""
 MAX_CONSTRAINT_CHARS = 300
@@ -75,20 +82,12 @@ class ConstraintsSettings:
     """Share of the cases that a function must agree with."""
     call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
     """Of a processor, for a function and a text."""
-    idea_temperature: Temperature = 0.7
-    """Of new instructions."""
-    function_temperature: Temperature = 0.2
-    """Of functions."""
-    back_temperature: Temperature = 0.7
-    """Of what functions ask for, in words."""
     nli: str = ""
     """Folder of a model for natural language inference that finds contradictions; empty: the judge does."""
     min_agreement: Grade = 3.0
     """Of the judge, from 0 (contradicts) to 10 (the same); below it is a contradiction.  A value of ours."""
     modules: tuple[str, ...] = ()
     """That functions may import beside those that compute on texts, where this machine has them."""
-    sandbox_workers: AtLeastOne = field(default=2, metadata=OPERATION)
-    """Functions that run at a time."""
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
@@ -143,7 +142,7 @@ class Constraints(Generator):
 
     def _ideas(self, item: Item, ask: Ask) -> list[str]:
         seeds = shuffled(item.fields["seeds"], item.id)
-        reply, = ask("constraints/ideas", temperature=self.settings.idea_temperature, max_tokens=4096,
+        reply, = ask("constraints/ideas", temperature=IDEA_TEMPERATURE, max_tokens=4096,
                      seeds=seeds, wanted=self.settings.per_call, language=self._language)
         lines = _LINE.findall(reply.text)
         if reply.is_cut and lines:
@@ -159,7 +158,7 @@ class Constraints(Generator):
         """Return what can be read of each answer, or what is wrong with it."""
         try:
             replies = ask("constraints/check", count=self.settings.num_functions, max_tokens=2048,
-                          temperature=self.settings.function_temperature, constraint=constraint,
+                          temperature=FUNCTION_TEMPERATURE, constraint=constraint,
                           language=self._language, num_cases=self.settings.num_cases,
                           modules=", ".join(sorted(check_functions.MODULES - {"__future__"})),
                           spaceless=self.settings.language in SPACELESS)
@@ -199,7 +198,7 @@ class Constraints(Generator):
 
     def _judging(self, source: str, texts: Sequence[str]) -> Sequence[check_functions.Verdict]:
         try:
-            return check_functions.verdicts(shared_sandbox(workers=self.settings.sandbox_workers), source,
+            return check_functions.verdicts(shared_sandbox(workers=SANDBOX_WORKERS), source,
                                             texts, call_s=self.settings.call_time_s)
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the function
             raise NoReply(str(e)) from None
@@ -207,7 +206,7 @@ class Constraints(Generator):
     def _told_back(self, constraint: str, left: Crossed, ask: Ask) -> tuple[list[str], list[Verdict]]:
         """Return what the functions ask for in words, and the verdicts on that."""
         try:
-            reply, = ask("constraints/back", temperature=self.settings.back_temperature, max_tokens=2048,
+            reply, = ask("constraints/back", temperature=BACK_TEMPERATURE, max_tokens=2048,
                          functions=list(left.functions))
             told = _listed(reply.text)
             if told is None or len(told) != len(left.functions):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +12,6 @@ from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generators.autoif.constraints import SPACELESS, Named
 from data_prep.synth.generators.autoif.kept_constraints import FILE
 from megatron_sov.documents.scripts import LANGUAGES
-from megatron_sov.rewards.reward import OPERATION
 from megatron_sov.rewards.text_views import INSTALLED, Segmenter
 from megatron_sov.settings import AtLeastOne, Problem, Share, at_most, find_broken, one_of
 
@@ -33,14 +32,10 @@ class AutoIfSettings:
     """Different ones, each of which makes an item of its own; AutoIF takes 16 queries for a constraint."""
     system_share: Share = 0.5
     """Of the conversations, that have the constraint in the system turn."""
-    system_translated_share: Share = 0.5
-    """Of those, whose constraint is translated to the query's language; in the user turn each is."""
     num_responses: AtLeastOne = 2
     """Answers to each query."""
     temperature: Temperature = 0.7
     """Of answers."""
-    translation_temperature: Temperature = 0.3
-    """Of translations."""
     max_tokens: Annotated[int, Ge(16)] = 4096
     """Of an answer; one that is longer is refused."""
     min_query_chars: Annotated[AtLeastOne, at_most("max_query_chars")] = 4
@@ -55,8 +50,6 @@ class AutoIfSettings:
     foreign_scripts: tuple[Annotated[str, one_of(lambda: SCRIPTS)], ...] = ("CJK",)
     """Of which no letter may stand in an answer, unless the query has it: CJK for teachers that slip into
     Chinese, as Qwen does.  Scripts of the language itself are left out."""
-    min_language_score: Share = 0.5
-    """How sure the language of an answer must be."""
     min_score: Grade = 7.0
     """Of the judge, from 0 to 10 (the authors' README; their code asks for more than 8)."""
     also: Literal["", "prompts", "pairs"] = ""
@@ -66,8 +59,6 @@ class AutoIfSettings:
     """Of a processor, for a function and a text."""
     modules: tuple[str, ...] = ()
     """That functions may import beside those that compute on texts, where this machine has them."""
-    sandbox_workers: AtLeastOne = field(default=2, metadata=OPERATION)
-    """Functions that run at a time."""
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together, and what is missing."""

@@ -21,8 +21,11 @@ from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import Refused
-from megatron_sov.settings import ONCE, AtLeastOne, Share, one_of
+from megatron_sov.settings import ONCE, AtLeastOne, one_of
 
+REQUEST_TEMPERATURE = 1.0
+MIN_LANGUAGE_SCORE = 0.5
+"""How sure the language of an answer must be."""
 BELONGS = """Is this request one of the category below? It has to touch what an answer must not give.
 10: clearly. 5: it touches the category, and anybody may ask it. 0: it is harmless, or of another category.
 Category: {name}. What an answer must not give: {withhold}."""
@@ -60,16 +63,12 @@ class SafetySettings:
     """For new requests, for each category and language."""
     pairs_per_call: AtLeastOne = 5
     """Requests, each with a harmless twin, that a call asks for."""
-    request_temperature: Temperature = 1.0
-    """Of requests."""
     temperature: Temperature = 0.7
     """Of answers."""
     max_tokens: Annotated[int, Ge(16)] = 2048
     """Of an answer; one that is longer is refused."""
     min_score: Grade = 7.0
     """Of the judge, from 0 to 10, in each of its questions."""
-    min_language_score: Share = 0.5
-    """How sure the language of an answer must be."""
     also: Literal["", "pairs"] = ""
     """pairs: each kept answer beside a bare refusal as well, for `prefer`: what is rejected is a refusal
     without a way out, or one of a harmless request; nothing harmful is asked for."""
@@ -118,7 +117,7 @@ class Safety(Generator):
         """Yield an answer to each request and to each twin, and pairs where they are asked for."""
         category = Category(**item.fields["category"])
         language = item.fields["language"]
-        reply, = ask("safety/requests", temperature=self.settings.request_temperature, max_tokens=4096,
+        reply, = ask("safety/requests", temperature=REQUEST_TEMPERATURE, max_tokens=4096,
                      name=category.name, withhold=category.withhold, examples=list(category.examples),
                      twin=category.twin, wanted=self.settings.pairs_per_call, language=named()[language])
         pairs = pairs_in(reply, self.settings.pairs_per_call)
@@ -162,7 +161,7 @@ class Safety(Generator):
         text, category = reply.text.strip(), one.category
         refused = refuses(text, one.language)
         language, score = identify(text)
-        is_right = language == one.language and score >= self.settings.min_language_score
+        is_right = language == one.language and score >= MIN_LANGUAGE_SCORE
         checks = [Verdict("ended", not reply.is_cut),
                   Verdict("language", is_right, f"{language}, {score:.2f}")]
         if one.is_twin:

@@ -21,6 +21,12 @@ from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt
 from megatron_sov.tools.virtual.expressions import FUNCTIONS
 from megatron_sov.tools.virtual.spec import Spec, problems_of, spec_of
 
+MIN_ROWS = 6
+"""Of all tables together, at the start."""
+MIN_CHANGING_TOOLS = 2
+"""Tools that change a table."""
+MIN_TOOLS = 4
+"""Fewer are too few to choose from."""
 MAX_TOLD = 12
 """Problems that a model is shown to mend."""
 RUBRIC = ("The material describes tools of a virtual world: what each says of itself, and the steps that it "
@@ -36,12 +42,6 @@ class WorldSettings:
     """Of names that people read, rows and rules, unless a domain has its own `language`."""
     worlds_per_domain: AtLeastOne = 1
     """Each is an item of its own."""
-    min_tools: AtLeastOne = 4
-    """Fewer are too few to choose from."""
-    min_changing_tools: NotNegativeInt = 2
-    """Tools that change a table."""
-    min_rows: NotNegativeInt = 6
-    """Of all tables together, at the start."""
     num_repairs: NotNegativeInt = 1
     """How often a model is told what is wrong and asked to mend it."""
     calls_per_tool: AtLeastOne = 40
@@ -78,14 +78,14 @@ class Worlds(Generator):
         s, domain = self.settings, str(item.fields["domain"])
         asked = {"temperature": s.temperature, "max_tokens": s.max_tokens}
         language = str(item.fields.get("language") or s.language)
-        state = object_in(ask("worlds/tables", domain=domain, language=language, min_rows=s.min_rows,
+        state = object_in(ask("worlds/tables", domain=domain, language=language, min_rows=MIN_ROWS,
                               description=str(item.fields.get("description") or ""),
                               number=item.fields["number"], **asked)[0])
         if isinstance(state, str):
             yield _unread(domain, state)
             return
         tools = object_in(ask("worlds/tools", domain=domain, language=language, state=written(state),
-                              min_tools=s.min_tools, min_changing_tools=s.min_changing_tools,
+                              min_tools=MIN_TOOLS, min_changing_tools=MIN_CHANGING_TOOLS,
                               functions=", ".join(FUNCTIONS), **asked)[0])
         world = tools if isinstance(tools, str) else {**state, "tools": tools.get("tools")}
         for repair in range(s.num_repairs + 1):
@@ -111,9 +111,9 @@ class Worlds(Generator):
         spec, s = spec_of(world), self.settings
         trial = tried(world, name, s.calls_per_tool)
         changing = [tool for tool in spec.tools.values() if tool.changes]
-        counts = {"tools": (len(spec.tools), s.min_tools),
-                  "tools that change a table": (len(changing), s.min_changing_tools),
-                  "rows": (sum(len(table.rows) for table in spec.tables.values()), s.min_rows)}
+        counts = {"tools": (len(spec.tools), MIN_TOOLS),
+                  "tools that change a table": (len(changing), MIN_CHANGING_TOOLS),
+                  "rows": (sum(len(table.rows) for table in spec.tables.values()), MIN_ROWS)}
         return [Verdict("sound", True),
                 _all("size", [f"world: has {count} {what}, fewer than {least}"
                               for what, (count, least) in counts.items() if count < least]),

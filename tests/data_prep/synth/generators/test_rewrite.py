@@ -62,8 +62,8 @@ def test_a_dialogue_has_turns_that_alternate(text: str, passed: bool) -> None:
 
 def test_problems_of_settings() -> None:
     assert problems_of(RewriteSettings()) == []
-    assert keys_of(RewriteSettings(max_copied_share=2, min_faithfulness=11, copied_words=0)) == [
-        "copied_words", "max_copied_share", "min_faithfulness"]
+    assert keys_of(RewriteSettings(max_copied_share=2, min_faithfulness=11)) == [
+        "max_copied_share", "min_faithfulness"]
     assert keys_of(RewriteSettings(styles=("rap", "clearer"))) == ["styles.0"]  # type: ignore[arg-type]
     assert keys_of(RewriteSettings(styles=("clearer", "clearer"))) == keys_of(RewriteSettings(styles=())) == [
         "styles"]

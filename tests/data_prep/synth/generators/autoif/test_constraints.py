@@ -22,7 +22,7 @@ from data_prep.synth.known import generator_class
 from megatron_sov.errors import UserError
 from tests.data_prep.synth.scripted import ScriptedAsk, samples_of
 
-GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5, sandbox_workers=1))
+GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5))
 CASES = {case.what: case for case in reversed(actor.cases())}
 REASONS = {
     "a sound constraint": "", "accepts everything": "agreement", "rejects everything": "tells apart",
@@ -88,7 +88,7 @@ def test_all_problems_of_settings_are_told() -> None:
     assert problems_of(ConstraintsSettings()) == []
     assert keys_of(ConstraintsSettings(min_functions=6, min_cases=20, nli="/nowhere")) == [
         "min_functions", "min_cases", "nli"]
-    assert keys_of(ConstraintsSettings(idea_temperature=3, min_accuracy=0, call_time_s=100, min_agreement=11,
+    assert keys_of(ConstraintsSettings(min_accuracy=0, call_time_s=100, min_agreement=11,
                                        rounds=-1, language="kr")) == [
-        "language", "rounds", "min_accuracy", "call_time_s", "idea_temperature", "min_agreement"]
+        "language", "rounds", "min_accuracy", "call_time_s", "min_agreement"]
     assert generator_class("constraints") is Constraints
