@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 LAYOUTS = {
     "one": (1, {}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
@@ -38,21 +40,15 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     import torch.distributed as dist
 
     from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.convert import export_weights
     from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.parallel import world
 
     sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
     if recipes.get(recipe).model.num_experts:
         sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
-    config = apply_settings(recipes.get(recipe), [*sizes, f"train.precision={precision}"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model(recipe, *sizes, f"train.precision={precision}", layout=layout)
     for block in local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)

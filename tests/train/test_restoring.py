@@ -15,6 +15,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.folder import RunFolder
+from tests.tiny import tiny_model
 
 prepare_megatron()
 from megatron_sov.train import rollback  # noqa: E402
@@ -94,23 +95,17 @@ def synced(run: str) -> dict[str, Any]:
     only rank 1 is asked to stop."""
     import time
 
-    from megatron_sov import recipes
+    import torch
+
     from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.checkpointer import Checkpointer
     from megatron_sov.train.state import TrainState
 
-    config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        "model.num_layers=1"])
-    place, folder = world.join(config.parallel), RunFolder(Path(run))
-    model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, 1)
-    optimizer = Optimizer(model, config.optim)
+    config, model = tiny_model("tiny-solar-open", "model.num_layers=1")
+    folder, optimizer = RunFolder(Path(run)), Optimizer(model, config.optim)
     parts = {name: Memory(name) for name in ("order", "guard")}
     saved: list[Any] = []
     checkpointer = Checkpointer(config, folder, [], model, optimizer, parts["order"],
@@ -123,7 +118,7 @@ def synced(run: str) -> dict[str, Any]:
         steps += 1
         time.sleep(0.01)
     told = [asked, [s.path.name for s in saved]]
-    stop.reason = "SIGTERM" if place.rank == 1 else None
+    stop.reason = "SIGTERM" if torch.distributed.get_rank() == 1 else None
     told.append(checkpointer.sync(stop))
 
     for part in parts.values():

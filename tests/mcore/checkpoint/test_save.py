@@ -10,22 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 
 def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
     """Return a tiny model and its optimizer at a layout."""
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-solar-open"),
-                            ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8",
-                             "model.expert_ffn_dim=16", "model.num_layers=2"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model("tiny-solar-open", "model.num_layers=2", layout=layout)
     return model, Optimizer(model, config.optim)
 
 

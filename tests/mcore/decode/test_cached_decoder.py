@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [1, 2, 3, 4, 90, 91, 92, 93]]
 CUTS = [(0, 5), (5, 6), (6, 8)]
 """Pieces of both sequences, the last with the places that are compared."""
@@ -16,22 +18,14 @@ def logits(layout: dict[str, Any]) -> dict[str, Any]:
     """Return logits behind the last span of both depths, read in spans and (on one process) at once."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.kv_cache import CacheSize, Span
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        "model.init_std=0.3", "model.sliding_window_tokens=3", "model.num_layers=2", "train.precision=fp64"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    _, model = tiny_model("tiny-k-exaone", "model.init_std=0.3", "model.sliding_window_tokens=3",
+                          "model.num_layers=2", "train.precision=fp64", layout=layout)
     policy = ForwardModel(model, 50)
     found: dict[str, Any] = {"share": share_place(), "sum": over_shares(torch.tensor([1])).tolist()}
     with CachedDecoder(policy, CacheSize(2, 12, 2)) as decoder:
@@ -84,19 +78,9 @@ def answers(layout: dict[str, Any]) -> dict[str, Any]:
     """Return logits at some positions of two documents, on every process."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        "model.init_std=0.3"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    _, model = tiny_model("tiny-k-exaone", "model.init_std=0.3", layout=layout)
     policy = ForwardModel(model, 3)
     row = Inputs([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3, 4]], torch.device("cpu"), min_tokens=13)
     logits = policy.logits(row, row.ends)

@@ -13,11 +13,11 @@ import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from megatron_sov.mcore.optimizer.newton_schulz import Matrix, orthogonalise, parts, update_scale
+from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
 FP64 = "train.precision=fp64"
-SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.num_heads=8",
-            "model.num_kv_heads=2", "model.num_experts=4", "model.dense_ffn_dim=40",
+SETTINGS = ("model.num_heads=8", "model.num_kv_heads=2", "model.num_experts=4", "model.dense_ffn_dim=40",
             "model.expert_ffn_dim=24", "optim.name=muon", "optim.weight_decay=0.2", "optim.clip_grad=0.0")
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 OVERLAP = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
@@ -145,18 +145,11 @@ def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[
     torch's after each."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer import matrix_exchange
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings])
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, seed)
+    config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
     optimizer = Optimizer(model, config.optim, config.parallel)
     optimizer.sync_master_weights()
     if shards_alone:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.mcore.optimizer.flat_ranges import flat_ranges
+from tests.tiny import tiny_model
 
 
 def counted(fused: bool) -> dict[str, Any]:
@@ -58,21 +59,10 @@ def zero1_shards(precision: str) -> dict[str, Any]:
     """Return what both data-parallel processes update under ZeRO-1 before the first step."""
     import torch.distributed as dist
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        f"train.precision={precision}"])
-    layout = ParallelConfig(zero1=True)
-    world.join(layout)
-    model = build(config.model, layout, config.train)
-    init.initialise(model, config.model, 1)
-    optimizer = Optimizer(model, config.optim, layout)
+    config, model = tiny_model("tiny-k-exaone", f"train.precision={precision}", layout={"zero1": True})
+    optimizer = Optimizer(model, config.optim, config.parallel)
     names = {id(p): name for name, p in model.named_parameters()}
     mine = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
     blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_shards() if b.owned]
