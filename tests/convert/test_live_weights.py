@@ -45,10 +45,9 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.parallel import world
 
-    sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
-    if recipes.get(recipe).model.num_experts:
-        sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
-    config, model = tiny_model(recipe, *sizes, f"train.precision={precision}", layout=layout)
+    experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
+    config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
+                               layout=layout)
     for block in local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
