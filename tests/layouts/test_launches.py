@@ -22,7 +22,7 @@ PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "token_dispatcher.py:dispatch_pos
 """What the library fetches in each layer with experts and micro-batch: how many tokens go where."""
 PER_MICRO_BATCH = {"lm.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
                    "objective.py:with_denominators": 2}
-"""What is counted in each row, on the host: see test_microbatch.py."""
+"""What is counted in each row, on the host: see test_data_batches.py."""
 PER_STEP = {"named_values.py:sum_dict": 2, "trainer.py:update": 3, "computation.py:sums": 4,
             "optimizer.py:step": 1, "step_guard.py:accepts": 1}
 """Sums over processes, losses and the gradient norm."""
