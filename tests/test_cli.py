@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.errors import ExitCode, StopRequested, UserError
+from megatron_sov.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "megatron.core")
@@ -117,27 +117,6 @@ def test_no_command_prints_the_help_and_is_a_mistake(capsys: pytest.CaptureFixtu
     assert "commands:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("outcome", "code", "stderr"), [
-    (0, 0, ""), (3, 3, ""),
-    (UserError("data.yaml: is empty; add a source"), 2, "error: data.yaml: is empty; add a source\n"),
-    (StopRequested("saved step 7"), 75, "stopped: saved step 7\n"),
-    (BrokenPipeError(), 0, ""),
-])
-def test_exit_codes(
-    outcome: object, code: int, stderr: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def run(args: object) -> int:
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
-    assert cli.main(["doctor"]) == code
-    assert capsys.readouterr().err == stderr
-
-
 def test_a_command_began_with_its_process_and_one_that_python_calls_begins_now(
         monkeypatch: pytest.MonkeyPatch) -> None:
     began_s = []
@@ -202,12 +181,6 @@ def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(
         line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(line.format(there=tmp_path).split()) == ExitCode.USER_ERROR
     assert "run `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in capsys.readouterr().err
-
-
-def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor", "--jsno"]) == 2
-    assert capsys.readouterr().err == ("error: megatron-sov doctor: --jsno: nothing takes this; did you mean "
-                                       "'--json'? (--help lists what it takes)\n")
 
 
 @pytest.mark.parametrize(("command", "first"),

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
 
-def hook(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / f"docs/site/{name}.py")
+def hook(name: str, folder: str = "docs/site") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -142,10 +142,7 @@ def test_what_makes_the_site_needs_neither_torch_nor_our_programs_running() -> N
 
 
 def test_the_house_has_every_room_above_what_it_imports() -> None:
-    spec = importlib.util.spec_from_file_location("house", ROOT / "docs/generate_house.py")
-    assert spec is not None and spec.loader is not None
-    house = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(house)
+    house = hook("generate_house", "docs")
     table = house.rules()
     floors, picture = house.floors(table), house.page()
     for room, allowed in table.MAY_IMPORT.items():

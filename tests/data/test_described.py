@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.data.described import check_described
+from megatron_sov.data.written_sources import source_record
 from megatron_sov.errors import UserError
 
 WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
@@ -35,3 +36,16 @@ def test_every_part_that_is_not_there_is_named(place: tuple[Any, ...], said: str
 def test_sources_of_another_kind_are_refused(sources: Any) -> None:
     with pytest.raises(UserError, match="shards: its manifest lacks"):
         check_described("shards", {**WHOLE, "sources": sources})
+
+
+# The record of a source that models have written.
+
+
+def test_the_counts_of_a_split_are_those_of_its_shards() -> None:
+    shards = [{"prefix": f"a/train-{i:05d}", "num_documents": i, "num_tokens": 10 * i, "num_bytes": 30 * i}
+              for i in (1, 2)]
+    record = source_record("a", "chat", {"loss": "float32"}, shards)
+    splits = record["splits"]
+    assert splits["train"] == {"shards": shards, "num_documents": 3, "num_tokens": 30, "num_bytes": 90}
+    assert splits["heldout"] == {"shards": [], "num_documents": 0, "num_tokens": 0, "num_bytes": 0}
+    assert (record["sidecars"], record["group_documents"], record["num_bad"]) == (["loss"], 1, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig
-from megatron_sov.data.ledger import plan
+from megatron_sov.data.ledger import LedgerEntry, plan
 from megatron_sov.data.lengths import ChainedLengths
 from megatron_sov.data.long_documents import LongDocuments
 from megatron_sov.data.order import SampleOrder
+from megatron_sov.data.over_long import OverLong, over_long, refuse, refuse_halves
+from megatron_sov.data.short_pieces import Pieces
 from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.data.views import with_views
 from megatron_sov.errors import UserError
@@ -102,3 +105,70 @@ def test_what_is_not_there_is_named(blend: dict[str, float], said: str, web: Sou
 def test_a_name_with_an_at_sign_is_a_name_if_the_data_has_it(make_source: Callable[..., Source]) -> None:
     sources = [make_source("web@12", [5])]
     assert with_views(config({"web@12": 1.0}), sources) == sources
+
+
+# Conversations longer than a sample: counted before a run begins, and refused where that is asked.
+
+
+ENTRIES = (LedgerEntry(0, "short", 8, 2, {"web": 1.0, "chat": 0.0}),
+           LedgerEntry(4, "long", 16, 2, {"web": 0.5, "chat": 0.25, "pairs": 0.25}))
+
+
+def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_source: Any) -> None:
+    sources = [make_source("web", [100]), make_source("chat", [5, 17, 16, 90], is_chat=True),
+               replace(make_source("pairs", [9, 8, 8, 8, 1, 30], is_chat=True), format="preference", group=2),
+               make_source("unused", [99], is_chat=True)]
+    found = over_long(sources, ENTRIES)
+    assert found == [OverLong("chat", 16, 2, 4, 90), OverLong("pairs", 16, 2, 3, 31)]
+    with pytest.raises(UserError, match=(
+            r"data.over_long = refuse, and source 'chat': 2 of 4 are longer than a sample of 16 tokens, the "
+            r"longest has 90; source 'pairs': 2 of 3 .*make samples longer \(seq_len=90\), or set ")):
+        refuse(found)
+    refuse(over_long(sources[:1], ENTRIES))
+    refuse_halves(found)
+
+
+def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
+    pairs = replace(make_source("pairs", [9, 8, 10, 9], is_chat=True), format="preference", group=2)
+    with pytest.raises(UserError, match=(
+            r"source 'pairs': each of its 2 pairs is longer than a sample of 16 tokens, and cut they may not "
+            r"differ any more; make samples longer \(seq_len=19 fits all\)")):
+        refuse_halves(over_long([pairs], ENTRIES))
+
+
+# NAME/N: a source's documents in short pieces.
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 5))
+def test_pieces_are_the_documents_cut(numbered: Any, lengths: list[int], max_tokens: int) -> None:
+    documents = numbered(lengths)
+    pieces = Pieces(documents, max_tokens)
+    expected = [(d, first, min(max_tokens, n - first)) for d, n in enumerate(lengths)
+                for first in range(0, n, max_tokens)]
+    assert list(pieces.lengths) == [count for _, _, count in expected]
+    assert np.array_equal(pieces.lengths[np.arange(len(expected))], [count for _, _, count in expected])
+    for i, (document, first, count) in enumerate(expected):
+        for name in ("tokens", "loss_weights", "types"):
+            assert np.array_equal(getattr(pieces, name)(i, 0, count),
+                                  getattr(documents, name)(document, first, count))
+
+
+def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> None:
+    data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={"web/4": 1.0}),))
+    import dataclasses
+
+    config = dataclasses.replace(recipes.get("tiny-solar-open"), data=data)
+    sources = with_views(config, [make_source("web", [3, 12, 9])])
+    assert [(s.name, s.num_tokens["train"]) for s in sources] == [("web", 24), ("web/4", 24)]
+    _, samples = SampleOrder(config, sources).next_batch()
+    assert {s.count for sample in samples for s in sample.segments} == {1, 3, 4}
+
+
+@pytest.mark.parametrize(("name", "said"), [("web/0", "after the / stands a number of tokens, e.g. web/8192"),
+                                            ("web/many", "after the / stands a number of tokens")])
+def test_what_is_no_number_is_named(name: str, said: str, make_source: Callable[..., Source]) -> None:
+    import dataclasses
+
+    data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={name: 1.0}),))
+    with pytest.raises(UserError, match=said):
+        with_views(dataclasses.replace(recipes.get("tiny-solar-open"), data=data), [make_source("web", [5])])

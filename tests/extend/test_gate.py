@@ -6,15 +6,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_sov.config import GateConfig
+from megatron_sov.config import GateConfig, NeedleKind
 from megatron_sov.eval.intervals import wilson_interval
 from megatron_sov.eval.needle.suite import Cell
+from megatron_sov.extend.verdict import decide
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.obs.events import EVENTS, read_events
 
 prepare_megatron()
 from megatron_sov.extend import gate as gate_module  # noqa: E402
@@ -150,3 +153,107 @@ def test_the_mean_is_over_tokens_and_not_over_sources() -> None:
     losses = {name: HeldoutLoss(loss=loss, bits_per_byte=1.0, tokens=tokens)
               for name, loss, tokens in (("a", 1.0, 900), ("b", 3.0, 100))}
     assert mean_loss(losses) == pytest.approx(1.2) and mean_loss({}) == 0
+
+
+# The gate's decision on planted cells.
+
+
+GATE = GateConfig(every_steps=1, min_accuracy=0.9, loss_tolerance_nats=0.05)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
+
+
+def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind = "single") -> list[Cell]:
+    return [Cell(kind, "english", length, depth, 0, right, samples, wilson_interval(right, samples))
+            for depth, right in zip(DEPTHS, correct, strict=False)]
+
+
+@pytest.mark.parametrize(("correct", "rows", "single"), [
+    ((20, 20, 20, 20, 20), 0, 0),
+    # one miss of 20 is 5 %: single cells below 90 % are no evidence, their row reaches it
+    ((18, 19, 17, 20, 18), 0, 0),
+    ((18, 18, 18, 18, 17), 1, 0),  # 89 of 100
+    ((20, 20, 20, 20, 13), 0, 1),  # 93 of 100, and one depth that is plainly worse
+    ((3, 4, 2, 5, 3), 1, 5),
+    ((0, 0, 0, 0, 0), 1, 5),
+])
+def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct: tuple[int, ...], rows: int,
+                                                                        single: int) -> None:
+    verdict = decide(cells(*correct), 2.0, 2.0, GATE)
+    assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (rows, single)
+    assert verdict.passed == (not rows and not single)
+    assert len(verdict.lines()) == rows + single
+
+
+def test_every_length_and_kind_is_a_row_of_its_own() -> None:
+    good, bad = (cells(20, 20, 20, 20, 20),
+                 cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key"))
+    verdict = decide(good + bad, 2.0, 2.0, GATE)
+    assert [(r["kind"], r["length_tokens"], r["correct"]) for r in verdict.failing_rows] == [
+        ("single", 2048, 85), ("multi-key", 512, 85)]
+    assert ("single, english, 2,048 tokens: 85 of 100 right over all depths = 85.0%, below 90%"
+            in verdict.lines())
+
+
+@pytest.mark.parametrize(("loss", "passes"), [(1.9, True), (2.04, True), (2.051, False), (math.nan, False)])
+def test_the_short_context_stays_within_the_tolerance(loss: float, passes: bool) -> None:
+    verdict = decide(cells(20, 20, 20, 20, 20), loss, 2.0, GATE)
+    assert verdict.passed == passes
+    assert bool(verdict.lines()) == (not passes)
+
+
+def test_a_model_that_is_right_97_percent_of_the_time_passes_where_every_cell_alone_would_fail_it() -> None:
+    """A gate that asks 95 % of each of 5 cells of 20 stops such a model in nearly half of all tests."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    strict = GateConfig(every_steps=1, min_accuracy=0.95)
+    draws = generator.binomial(20, 0.97, (400, 5))
+    alone = np.mean((draws < 19).any(axis=1))
+    judged = np.mean([not decide(cells(*row), 2.0, 2.0, strict).passed for row in draws.tolist()])
+    assert alone > 0.4 and judged < 0.15
+    poor = generator.binomial(20, 0.8, (400, 5))
+    assert np.mean([decide(cells(*row), 2.0, 2.0, strict).passed for row in poor.tolist()]) == 0
+
+
+# The gate on a model that really learns: it fails while retrieval is not there, and passes when it is.
+
+
+SIZES = {"model.vocab_size": 1024, "model.hidden_size": 64, "model.num_layers": 2,
+         "model.attention_pattern": "LG", "model.num_dense_layers": 2, "model.dense_ffn_dim": 64,
+         "model.sliding_window_tokens": 16, "model.init_std": 0.1, "model.num_mtp_layers": 0}
+"""A sliding layer and a NoPE one: what retrieval needs at least."""
+ALWAYS = {"train.num_threads": 1, "train.global_batch_size": 16, "train.micro_batch_size": 16,
+          "train.eval_every_steps": 0, "train.checkpoint_every_steps": 1000, "data.heldout_tokens": 1000,
+          "data.max_epochs": 0}
+LEARN = {"optim.name": "muon", "optim.muon_scale": "original", "optim.lr": 2e-2, "optim.min_lr": 2e-2,
+         "optim.weight_decay": 0, "optim.schedule": "constant", "optim.warmup_steps": 20,
+         "needle.kinds": '["single"]', "needle.lengths_tokens": "[64]", "needle.depths": "[0.0,0.9]",
+         "needle.samples": 10, "needle.train_share": 0, "extend.gate.every_steps": 50,
+         "extend.gate.min_accuracy": 0.7, "extend.gate.max_overlap": 1}
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+def test_a_stage_ends_when_its_model_has_learned_to_retrieve(token_shards: Path, tmp_path: Path,
+                                                             run_command: Any) -> None:
+    """From nothing: a plateau of some hundred steps, then the answers; no needle of the
+    test was in training."""
+    short, run = tmp_path / "short", tmp_path / "long"
+    begin = {"data.phases": '[{"name":"text","seq_len":32}]', "train.steps": 1}
+    done = run_command("pretrain", "tiny-k-exaone", "--data", str(token_shards), "--run", str(short),
+                       *words(SIZES | ALWAYS | begin))
+    assert done.returncode == 0, done.stderr
+    stage = {"name": "near", "seq_len": 64, "steps": 1, "max_steps": 800, "blend": {"needle": 1}}
+    done = run_command("extend", "tiny-k-exaone", "--from", str(short), "--data", str(token_shards), "--run",
+                       str(run), *words(ALWAYS | LEARN | {"extend.stages": json.dumps([stage])}))
+    assert done.returncode == 0, done.stderr
+    gate = json.loads((run / "complete.json").read_text())["gate"]
+    checks = [e for e in read_events(run / EVENTS) if e["event"] == "gate"]
+    shares = [sum(r["correct"] for r in e["rows"]) / 20 for e in checks]
+    assert shares[:2] == [0.0, 0.0], "nothing is retrieved at first"
+    assert shares[-1] >= 0.7 and max(shares[:-1]) < 0.7
+    assert [e["passed"] for e in checks] == [False] * (len(checks) - 1) + [True]
+    assert gate["passed"] and len(gate["checks"]) == len(checks) and 100 <= gate["checks"][-1]["step"] < 800
+    assert checks[-1]["loss"] < checks[0]["loss"]

@@ -177,7 +177,6 @@ def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(
     ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
     ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},
      "a stage of kind extension has parts long, rehearsal"),
-    ({"seq_len": 96, "parts": [{"name": "rehearsal", "share": 1.5}]}, "must be at most 1"),
     ({"seq_len": 96, "steps": 3, "max_steps": 2}, "max_steps = 2 must be at least steps = 3"),
     ({"seq_len": 96, "kind": "midtraining", "parts": [{"name": "trajectories", "share": 0.1}]},
      "data has no source of chats"),

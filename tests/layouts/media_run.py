@@ -28,9 +28,6 @@ from megatron_sov.train.trainer import Trainer
 IMAGE_PAD, AUDIO_PAD = 5, 6
 VISION = {"kind": "siglip", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 4,
           "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "adapter": "mlp"}
-QWEN_VISION = {"kind": "qwen2_5_vl", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 2,
-               "hidden_size": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24, "window_size": 4,
-               "full_attention_layers": [1], "out_hidden_size": 24}
 AUDIO = {"kind": "qwen2_audio", "placeholder_ids": [AUDIO_PAD], "num_mels": 4, "num_frames": 60,
          "hidden_size": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "compression": 5,
          "compressor_size": 16, "compressor_head_dim": 8, "compressor_state_size": 4}

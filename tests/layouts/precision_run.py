@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,13 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parent))
-from layout_run import _trainer, maker, small_config
-
 from megatron_sov.mcore.model import logprobs
 from megatron_sov.mcore.model.router import BalancedRouter
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.train.trainer import Trainer
+from tests.layouts.layout_run import _trainer, maker, small_config
 
 
 def trainer(recipe: str, settings: list[str], data: str, run: str = "not-written") -> Trainer:

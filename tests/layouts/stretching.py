@@ -9,15 +9,12 @@ context-parallel process holds.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_sov.config import RunConfig
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.mcore.model.language_model import ModelInputs
 from megatron_sov.mcore.model.logprobs import Head
@@ -28,6 +25,7 @@ from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 from megatron_sov.train.objective_context import ObjectiveContext
 from megatron_sov.train.trainer import Trainer
+from tests.layouts.layout_run import small_config
 
 LENGTHS = ((13, 5, 9, 21), (31, 1, 3, 13), (12, 12, 12, 12), (1, 2, 40, 5))
 """Tokens of the sequences of each row; 48 in all, so that pieces of a row end inside sequences."""
@@ -131,20 +129,10 @@ class SequenceRatio(_Synthetic):
 OBJECTIVES = {"pairs": Pairs, "sequence ratio": SequenceRatio, "lm": LanguageModelling}
 
 
-def _small_config(*arguments: Any) -> RunConfig:
-    spec = importlib.util.spec_from_file_location("layout_run", Path(__file__).with_name("layout_run.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["layout_run"] = module
-    spec.loader.exec_module(module)
-    config: RunConfig = module.small_config(*arguments)
-    return config
-
-
 def steps(objective: str, recipe: str, settings: list[str], paths: list[str],
           count: int) -> list[dict[str, Any]]:
     """Train; return each step's loss, terms, losses of sources and gradient norm."""
-    config = _small_config(recipe, settings, paths, "lm")
+    config = small_config(recipe, settings, paths, "lm")
     place = world.join(config.parallel)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     trainer = Trainer(config, place, RunFolder(Path("not-written")), sources, OBJECTIVES[objective])

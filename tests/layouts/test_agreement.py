@@ -10,29 +10,19 @@ and renews it.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.layouts import covering
+
 RUN = str(Path(__file__).with_name("layout_run.py"))
 PAGE = Path(__file__).parents[2] / "docs/layout_agreement.md"
 
 
-def _covering() -> Any:
-    spec = importlib.util.spec_from_file_location("covering", Path(__file__).with_name("covering.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["covering"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-covering = _covering()
 WHOLE_TABLE = bool(os.environ.get("SOV_WRITE_TABLE"))
 MODELS: dict[str, tuple[str, list[str], bool]] = {
     # which tensor parallelism pads

@@ -6,10 +6,8 @@ number that is fetched costs a wait for everything that was started before.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +22,7 @@ PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "token_dispatcher.py:dispatch_pos
 """What the library fetches in each layer with experts and micro-batch: how many tokens go where."""
 PER_MICRO_BATCH = {"lm.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
                    "objective.py:with_denominators": 2}
-"""What is counted in each row, on the host: see test_microbatch.py."""
+"""What is counted in each row, on the host: see test_data_batches.py."""
 PER_STEP = {"named_values.py:sum_dict": 2, "trainer.py:update": 3, "computation.py:sums": 4,
             "optimizer.py:step": 1, "step_guard.py:accepts": 1}
 """Sums over processes, losses and the gradient norm."""
@@ -33,7 +31,7 @@ ELSEWHERE = {"optimizer.py:step_with_ready_grads", "launcher.py:_rank_code", "la
 
 
 def _counted(fetches: Counter[str], method: Callable[..., Any]) -> Callable[..., Any]:
-    from layout_run import maker
+    from tests.layouts.layout_run import maker
 
     def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
         fetches[maker()] += 1
@@ -48,10 +46,8 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    sys.path.insert(0, str(Path(__file__).parent))
-    from layout_run import _trainer, maker, small_config
-
     from megatron_sov.mcore.parallel import world
+    from tests.layouts.layout_run import _trainer, maker, small_config
 
     fetches: Counter[str] = Counter()
 
@@ -102,15 +98,13 @@ def without_numbers() -> list[int]:
     a router with its balancing loss, what prediction layers need of documents."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).parent))
-    from layout_run import small_config
-
     from megatron_sov.mcore.model.language_model import ModelInputs, build
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.model.prediction import next_tokens
     from megatron_sov.mcore.model.router import BalancedRouter
     from megatron_sov.mcore.parallel import world
     from megatron_sov.train.microbatch import MicroBatch, shifted
+    from tests.layouts.layout_run import small_config
 
     meta, n, bounds = torch.device("meta"), 64, [0, 5, 32, 41, 64]
 

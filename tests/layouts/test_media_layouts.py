@@ -4,7 +4,6 @@ transformers' model computes when it is given the features."""
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.models.encoders import encoder_tensors
-
-sys.path.append(str(Path(__file__).parent))
-from media_run import AUDIO, SMALL, VISION
+from tests.layouts.media_run import AUDIO, SMALL, VISION
 
 RUN = str(Path(__file__).with_name("media_run.py"))
 FP64 = ["train.precision=fp64"]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sov.obs import process_start
+from megatron_sov.obs.stretches import MAX_WARM_UP_STEPS, MeasuredStretch, Stretches
 from megatron_sov.obs.wall_time import CATEGORIES, Timekeeper, WallTime
 
 
@@ -123,3 +130,91 @@ def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[An
     assert min(found.spent_s.values()) >= -1e-6
     assert found.total_s == pytest.approx(max(last_s, lived_s or 0.0), abs=1e-3)
     assert math.isnan(found.goodput) or -1e-9 <= found.goodput <= 1 + 1e-9
+
+
+# A process's start is found from its age, however the machine was booted and its clock was set.
+
+
+PROGRAM = """
+import json, sys, time
+first_line_s = time.time()
+from megatron_sov.obs.process_start import process_started_s
+time.sleep(0.3)
+print(json.dumps([first_line_s, sorted(process_started_s() for _ in range(9))[4]]))
+"""
+TICK_S = 0.02
+"""A clock tick, twice over."""
+
+
+def test_a_process_started_between_its_call_and_its_first_line() -> None:
+    called_s = time.time()
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    first_line_s, started_s = json.loads(done.stdout)
+    assert called_s - TICK_S <= started_s <= first_line_s + TICK_S
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux's kernel tells of a process")
+@pytest.mark.parametrize("booted_s", [1000.0, 1000.76, 1000.999])
+@pytest.mark.parametrize("set_by_s", [0.0, -7200.0, 0.4])
+def test_neither_the_fraction_of_the_boot_second_nor_setting_the_clock_counts(
+        booted_s: float, set_by_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It started 12.34 s after the machine, and asks 20 s after it; somebody set the clock in between."""
+    fields = ["4711", "(a ) name (R) 7)", "S", *["0"] * 18, "1234", "555"]
+    monkeypatch.setattr(process_start, "open", lambda *a, **options: io.StringIO(" ".join(fields)),
+                        raising=False)
+    monkeypatch.setattr(process_start.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    monkeypatch.setattr(process_start.time, "clock_gettime", {time.CLOCK_BOOTTIME: 20.0}.__getitem__)
+    monkeypatch.setattr(process_start.time, "time", lambda: booted_s + 20 + set_by_s)
+    assert process_start.process_started_s() == pytest.approx(booted_s + 12.34 + set_by_s, abs=1e-6)
+
+
+# How long steps took, by start and stretch of the curriculum.
+
+
+def collected(events: list[dict[str, Any]]) -> list[MeasuredStretch]:
+    found = Stretches()
+    for event in events:
+        found.add(event)
+    return found.all
+
+
+def start_of(**fields: Any) -> dict[str, Any]:
+    return {"event": "run_start", **fields}
+
+
+def phase(step: int, name: str, size: int, seq_len: int = 32) -> dict[str, Any]:
+    return {"event": "phase", "step": step, "name": name, "seq_len": seq_len, "global_batch_size": size}
+
+
+def steps(first: int, *times_s: object) -> list[dict[str, Any]]:
+    return [{"event": "step", "step": first + i, "step_time_s": t} for i, t in enumerate(times_s)]
+
+
+def test_steps_belong_to_the_entry_of_the_ledger_that_holds_for_them() -> None:
+    found = collected([start_of(num_ranks=2), phase(0, "a", 8), phase(3, "a", 16), phase(5, "b", 16, 64),
+                       *steps(1, 1, 1, 1, 2, 2, 4)])
+    assert [(s.phase, s.global_batch_size, s.seq_len, s.first_step, s.last_step) for s in found] == [
+        ("a", 8, 32, 1, 3), ("a", 16, 32, 4, 5), ("b", 16, 64, 6, 6)]
+    assert [s.follows for s in found] == [False, True, True]
+    assert {s.start["num_ranks"] for s in found} == {2}
+
+
+def test_each_start_is_told_apart_and_warms_up_anew() -> None:
+    found = collected([start_of(), phase(0, "a", 8), *steps(1, *[9.0] * 2, *[1.0] * 8),
+                       start_of(), phase(0, "a", 8), *steps(9, 9.0, *[2.0] * 4)])
+    assert [s.typical_s() for s in found] == [1.0, 2.0]
+    assert [len(s.times_s) for s in found] == [10, 5]
+
+
+def test_the_first_steps_of_a_start_are_left_out_and_stalls_do_not_count() -> None:
+    long = collected([start_of(), phase(0, "a", 8), *steps(1, *[50.0] * MAX_WARM_UP_STEPS, *[1.0] * 200)])[0]
+    assert len(long.warm_times_s()) == 200 and long.typical_s() == 1.0
+    short = collected([start_of(), phase(0, "a", 8), *steps(1, 50.0, 1.0, 1.0, 1.0, 60.0)])[0]
+    assert short.typical_s() == 1.0, "a fifth of them at most is left out"
+    (spoilt,) = collected([start_of(), phase(0, "a", 8), *steps(1, "nan", None, -1.0)])
+    assert math.isnan(spoilt.typical_s())
+
+
+def test_events_that_belong_to_no_start_are_passed_over() -> None:
+    assert collected([phase(0, "a", 8), *steps(1, 1.0), {"event": "eval"}]) == []
+    assert collected([start_of(), *steps(1, 1.0)]) == []

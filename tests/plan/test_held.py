@@ -3,13 +3,19 @@ map."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_sov import models, recipes
 from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.plan.buffers import Size, laid_out
 from megatron_sov.plan.held import held
+from megatron_sov.plan.overheads import communicators, nccl_bytes
 
 LORA = ["lora.rank=4", "lora.targets=[\"all-linear\", \"lm_head\", \"embed_tokens\"]"]
 RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "parallel.sp=true"], 8, 7),
@@ -59,3 +65,89 @@ def test_names_are_those_of_checkpoints(recipe: str) -> None:
     # a router's selection bias is a buffer
     assert named == {link.key for link in models.get(config.model.family).links(config.model)
                      if not link.key.endswith("expert_bias")}
+
+
+# Buffers by runs of parameters, against laying every parameter by itself.
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()), min_size=1, max_size=8)
+
+
+def one_by_one(sizes: list[Size], num_ranks: int, bucket_numel: int | None,
+               end_multiple: int) -> tuple[int, list[Counter[int]]]:
+    """Return [elements of the buffer, what every rank updates of each mark], parameter by parameter."""
+    multiple = math.lcm(num_ranks, end_multiple)
+    buckets: list[list[tuple[int, int, int]]] = [[]]
+    bounds, offset, first = [], 0, 0
+
+    def close() -> None:
+        nonlocal offset, first
+        offset = math.ceil(offset / multiple) * multiple
+        bounds.append((first, offset))
+        buckets.append([])
+        first = offset
+
+    for size in (one for run in sizes for one in [run] * run.number):
+        offset = math.ceil(offset / 64) * 64
+        if size.is_alone and buckets[-1]:
+            close()
+        buckets[-1].append((offset, offset + size.numel, size.mark))
+        offset += size.numel
+        if size.is_alone or (bucket_numel is not None and offset - first >= bucket_numel):
+            close()
+    if buckets[-1]:
+        close()
+    found: list[Counter[int]] = []
+    for rank in range(num_ranks):
+        updated: Counter[int] = Counter()
+        for (start, end), bucket in zip(bounds, buckets, strict=False):
+            share = (end - start) // num_ranks
+            begin = start + rank * share
+            for a, b, mark in bucket:
+                updated[mark] += max(0, min(b, begin + share) - max(a, begin))
+        found.append(+updated)
+    return offset, found
+
+
+@given(SIZES, st.integers(1, 7), st.none() | st.integers(1, 3000), st.sampled_from([128, 1 << 16]))
+def test_runs_lie_as_their_parameters_do(drawn: list[tuple[int, int, bool]], num_ranks: int,
+                                         bucket_numel: int | None, end_multiple: int) -> None:
+    sizes = [Size(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
+    buffer = laid_out(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
+                      end_multiple=end_multiple)
+    numel, updated = one_by_one(sizes, num_ranks, bucket_numel, end_multiple)
+    assert buffer.numel == numel
+    for rank in range(num_ranks):
+        found: Counter[int] = Counter()
+        for piece in buffer.updated(rank, num_ranks):
+            found[piece.mark] += piece.numel * piece.number
+        assert found == updated[rank]
+
+
+@pytest.mark.parametrize(("sharded", "numel"), [(False, 100 + 2 * 70), (True, 384)])
+def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
+    """By hand: 100 up to 128, 70 up to 192 twice; 326 up to a multiple of 3 and 128."""
+    sizes = [Size(100, 1, 0, False), Size(70, 2, 0, False)]
+    assert laid_out(sizes, sharded=sharded, num_ranks=3, bucket_numel=None,
+                    end_multiple=128).numel == numel
+
+
+# Estimates of what libraries take, by their formulas.
+
+
+@pytest.mark.parametrize(("recipe", "settings", "num_ranks", "count"), [
+    ("tiny-qwen3", [], 1, 0),
+    # all processes, and they are one data-parallel group
+    ("tiny-qwen3", [], 8, 2),
+    # and tensor, pipeline, both together for gradient norms
+    ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2"], 16, 5),
+    # experts: their own group, and its share of data parallelism and of norms
+    ("tiny-solar-open", ["parallel.ep=4"], 8, 5),
+    # the prediction layer's embedding is that of the first stage
+    ("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=4"], 8, 7)])
+def test_communicators_are_those_of_a_step(recipe: str, settings: list[str], num_ranks: int,
+                                           count: int) -> None:
+    config = apply_settings(recipes.get(recipe), settings)
+    assert communicators(config, num_ranks) == count
+    # 4 MiB, 512 KiB and 4,800 KiB for each of 16 channels
+    assert nccl_bytes(config, num_ranks) == count * 16 * ((4 << 20) + (512 << 10) + (4800 << 10))

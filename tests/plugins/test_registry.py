@@ -3,14 +3,20 @@ and that a record runs nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.code import Code
 from megatron_sov.plugins.loading import Loaded
+from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
+from megatron_sov.plugins.signatures import check_methods, takes
+from megatron_sov.rewards import registry as rewards
+from megatron_sov.tools import registry as environments
 
 GROUP = "test_sov.shapes"
 
@@ -141,3 +147,56 @@ def test_what_is_wrong_with_a_package_names_it(package) -> None:
         with pytest.raises(UserError, match=message):
             shapes.get(name)
         assert shapes.code(name) is None
+
+
+# What a person named of rewards and tool environments, known by one name alone.
+
+
+@pytest.mark.parametrize("order, kind, group, name", [
+    (rewards.order, "reward", "megatron_sov.rewards", "length"),
+    (environments.order, "tool environment", "megatron_sov.environments", "calculator")])
+def test_a_package_cannot_take_the_name_of_what_is_built_in(
+        order: Callable[[str, dict[str, Any]], Order], kind: str, group: str, name: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    assert order(name, {}) == Order(name)
+    (info := tmp_path / "namesake-1.2.dist-info").mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: namesake\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = namesake_code:Other\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as raised:
+        order(name, {})
+    assert str(raised.value) == (
+        f"{kind} '{name}': is built in, and namesake 1.2 declares one of that name; name namesake_code:Other "
+        "for that one, uninstall the package for the built-in one")
+
+
+# What is called wrongly fails when it is loaded, with what it should have taken.
+
+
+METHODS = {"read": ("path",), "write": ("path", "text")}
+
+
+class Good:
+    def read(self, path, encoding="utf-8"): ...
+    def write(self, *anything): ...
+
+
+class Bad:
+    def read(self): ...
+
+
+def test_arguments_by_position() -> None:
+    assert takes(len, ("x",)) and takes(Good, ()) and takes(lambda *a: a, ("a", "b"))
+    assert not takes(lambda: 0, ("x",)) and not takes(lambda x, *, y: 0, ("x",)) and not takes("text", ())
+
+
+def test_methods_of_a_class() -> None:
+    check_methods(Good, "mine.py:Good", "a store", METHODS)
+    with pytest.raises(UserError, match=r"^mine.py:Bad: a store needs read\(self, path\), write\(self, path, "
+                                        r"text\); it has read\(self\)$"):
+        check_methods(Bad, "mine.py:Bad", "a store", METHODS)
+    with pytest.raises(UserError, match=r"is a Good; a store is a class with read\(self, path\), "
+                                        r"write\(self, path, text\)"):
+        check_methods(Good(), "mine.py:good", "a store", METHODS)
+    with pytest.raises(UserError, match=r"a store needs .*; it has none"):
+        check_methods(int, "mine.py:int", "a store", METHODS)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.report.evaluations import curves, needle_curves, pair_curves, read_evaluations
 from megatron_sov.report.forgetting import forgetting_section, forgetting_verdict
+from megatron_sov.report.gates import MAX_CELLS, gate_section
+from megatron_sov.report.passk import passk_section
+from megatron_sov.report.run_data import read_run
 from megatron_sov.report.scores import score_section, scores_of
+from megatron_sov.report.sections import sections
+from megatron_sov.report.verdicts import verdict_table
 
 
 def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fields: Any) -> dict[str, Any]:
@@ -78,3 +87,174 @@ def test_the_forgetting_gate_is_told_task_by_task() -> None:
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
     events = [event(step=1 << 40, task_hash=["a"], model_hash={}), event(step=5, task_hash=["a"])]
     assert len(score_section(events, []).charts) == 1
+
+
+# Curves of what was judged beside training.
+
+
+def write(run: Path) -> None:
+    (run / "evaluations").mkdir(parents=True)
+    for step, bits in ((20, 2.5), (100, 1.5)):
+        figures = {"ko": {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}}
+        (run / f"evaluations/step-{step}.ppl.json").write_text(json.dumps(figures))
+    cells = [{"kind": "single", "language": "korean", "correct": right, "samples": 4} for right in (4, 1)]
+    (run / "evaluations/step-20.needle.json").write_text(json.dumps({"cells": cells}))
+    (run / "evaluations/step-20.pairs.json").write_text(json.dumps({"judged": {"pairs": 8, "right": 0.75}}))
+    (run / "evaluations/step-100.needle.failed").write_text("no memory\n")
+    (run / "evaluations/step-40.ppl.json").write_text("{torn")
+    (run / "evaluations/.step-60.ppl.log").write_text("running")
+    EventLog(run / "events.jsonl").close()
+
+
+def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
+    write(tmp_path)
+    found = read_evaluations(tmp_path)
+    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
+                                                 (100, "needle"), (100, "ppl")]
+    (bits,), (right,) = curves(found, "bits_per_byte"), needle_curves(found)
+    assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
+    assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
+    (ranked,) = pair_curves(found)
+    assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
+    (section,) = sections(read_run(tmp_path))
+    assert section.title == "Evaluation beside training" and len(section.charts) == 3
+    (table,) = section.tables
+    assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
+            and table.rows[1][2] == "no memory")
+
+
+def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp_path: Path,
+                                                                             written_scores: Any) -> None:
+    (tmp_path / "evaluations").mkdir()
+    for step, scores in ((20, [1.0, 0.0]), (40, [1.0, 1.0])):
+        written_scores(tmp_path / f"evaluations/step-{step}.lm.json", scores, model=f"export {step}")
+    (tmp_path / "evaluations/step-60.lm.json").write_text('{"tasks": [], "model": {"hash": "x"}}')
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("eval_lm", **read_evaluations(tmp_path)[0].scores[0] | {"output": "where the run was before"})
+    log.close()
+    run = read_run(tmp_path)
+    assert [(score["step"], score["value"]) for score in run.scores] == [(20, 0.5), (40, 1.0)]
+    failures, scores = (next(s for s in sections(run) if s.title == title)
+                        for title in ("Evaluation beside training", "Scores"))
+    assert len(scores.charts) == 1 and scores.tables[0].rows[0][:4] == ["quiz", "acc", "40", "100.0%"]
+    assert failures.tables[0].rows[0][:2] == ["60", "lm"]
+
+
+def test_a_run_without_them_has_no_section(tmp_path: Path) -> None:
+    assert read_evaluations(tmp_path) == []
+
+
+# pass@k of a run's models in its report.
+
+
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
+
+
+def figures(share: float) -> dict:
+    rows = [{"k": k, "value": share, "interval": [share - 0.1, share + 0.1], "num_prompts": 30}
+            for k in (1, 8)]
+    return {"num_prompts": 30, "num_samples": 240, "statuses": {"scored": 233, "timeout": 7},
+            "num_unscored": 5, "mean_reward": share, "pass_at_k": rows, "maj_at_k": rows[:1]}
+
+
+def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / EVENTS)
+    for step, share in ((100, 0.2), (200, 0.3), (200, 0.4)):
+        log.write("passk", step=step, input="data/aime.jsonl", reward="math", sampling=SAMPLING,
+                  **figures(share))
+    log.close()
+    (section,) = sections(read_run(tmp_path))
+    assert section.title == "pass@k" and len(section.charts) == 2
+    assert section.charts[1].caption == "aime.jsonl, math, step 200: 95 % intervals over 30 prompts."
+    assert [row[1:] for row in section.tables[0].rows] == [
+        [step, "30", "240", "5", f"{share:.1%} (k = 1)", f"{share:.1%} (k = 8)", f"{share:.4f}",
+         "temperature 0.8, top-p 0.95, seed 3"] for step, share in (("100", 0.2), ("200", 0.4))]
+    curves = json.loads(section.charts[1].figure_json)["data"]
+    assert [c["name"] for c in curves] == ["pass@k", "maj@k"]
+
+
+def test_files_of_one_name_are_two_sets_of_prompts() -> None:
+    events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
+              for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
+    section = passk_section(events)
+    assert [row[0] for row in section.tables[0].rows] == [
+        "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
+
+
+# Verdicts in one table: what was judged, the outcome, the figure.
+
+
+def rows(own: list[Path], others: tuple[Path, ...] = ()) -> list[list[str]]:
+    tables = verdict_table([read_run(path) for path in own], [read_run(path) for path in others])
+    return [[cell.striptags() if hasattr(cell, "striptags") else cell for cell in row]
+            for table in tables for row in table.rows]
+
+
+def test_every_judgement_has_a_row_and_another_models_gate_is_called_so(runs: list[Path], toy: Path) -> None:
+    assert rows(runs, (toy,)) == [
+        ["Stages", "2 of 2", "pretrain, extend: complete"],
+        ["Forgetting", "FAILED", "pretrain: worse on kmmlu; tolerance 0.03"],
+        ["Bigram model", "passed", "pretrain: bits per byte, fewer on 3 of 3 sources"],
+        ["Needles", "no gate set", "extend: 97.0% found, up to 2,048 tokens"],
+        ["Bigram model", "passed", "extend: bits per byte, fewer on 3 of 3 sources"],
+        ["Export", "passed", "pretrain: 2 of 2 checks"],
+        ["Other's gate", "passed", "another model, retrieval: needles 85%, 80% needed; "
+                                   "short-context loss 2.000, limit 2.100; step 10"]]
+
+
+def test_what_failed_is_named(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("run_start", resumed_from=0)
+    log.write("baseline", bigram={"en": {"bits_per_byte": 2.0}, "ko": {"bits_per_byte": 2.0}})
+    log.write("eval", step=1, heldout={name: {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}
+                                       for name, bits in (("en", 1.5), ("ko", 2.5))})
+    log.write("gate", step=7, passed=False, judged=False, threshold=0.8, loss=2.5, loss_limit=2.1, rows=[])
+    log.write("stop", step=7, reason="time limit")
+    log.write("conversion", target="hf", checks=[{"name": "a", "value": 1, "limit": 0, "passed": False},
+                                                 {"name": "b", "value": 0, "limit": 0, "passed": True}])
+    name = tmp_path.name
+    assert rows([tmp_path]) == [
+        ["Stages", "0 of 1", f"{name} stopped: time limit"],
+        ["Gate", "FAILED", f"{name}: short-context loss 2.500, limit 2.100; step 7"],
+        ["Bigram model", "FAILED", f"{name}: bits per byte, more on ko"],
+        ["Export", "FAILED", f"{name}: 1 of 2 checks"]]
+
+
+def test_nothing_judged_gives_no_table(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").touch()
+    assert rows([tmp_path]) == []
+
+
+# The gate's section: every check, the cells that failed last, and the search.
+
+
+CELL = {"kind": "multi-key", "language": "thai", "length_tokens": 2048, "depth": 0.5, "correct": 9,
+        "samples": 20, "interval": [0.258, 0.658]}
+
+
+def check(step: int, passed: bool, judged: bool, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"event": "gate", "step": step, "passed": passed, "judged": judged, "min_steps": 40,
+            "threshold": 0.9, "loss": 2.31, "start_loss": 2.3, "loss_limit": 2.35, "failing_cells": cells,
+            "failing_rows": [{}] * len(cells), "rows": [{"accuracy": 0.45}, {"accuracy": 0.97}]}
+
+
+def test_checks_failing_cells_and_the_search() -> None:
+    search = {"scanned_tokens": {"web": 500}, "train_tokens": {"web": 90_000}, "questions": 812,
+              "questions_found": 0, "windows": 1000, "windows_found": 3, "window_tokens": 32,
+              "overlap": 0.003}
+    found = [check(0, False, False, [CELL]), check(20, False, True, []), check(40, False, False, [CELL])]
+    section = gate_section(found, [search])
+    checks, cells, searched = section.tables
+    assert [[str(row[i]) for i in (0, 1, 4)] for row in checks.rows] == [
+        ["0", "45.0%", "1"], ["20", "45.0%", "0"], ["40", "45.0%", "1"]]
+    assert "FAILED" in str(checks.rows[0][-1]) and str(checks.rows[1][-1]) == "good, before step 40"
+    assert cells.rows == [["multi-key", "thai", "2,048", "50%", "9 of 20", "25.8% to 65.8%"]]
+    assert [row[1] for row in searched.rows] == ["0 of 812", "3 of 1,000 (0.30%)", "500 of 90,000"]
+
+
+def test_long_lists_end_and_a_run_without_a_gate_has_no_section() -> None:
+    section = gate_section([check(9, False, False, [CELL] * (MAX_CELLS + 2))], [])
+    assert section.tables[1].rows[-1][0] == "and 2 more"
+    passed = gate_section([check(9, True, True, [])], [])
+    assert len(passed.tables) == 1 and "passed" in str(passed.tables[0].rows[0][-1])
+    assert gate_section([], []).tables == []

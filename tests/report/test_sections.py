@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from megatron_sov.artifacts import new_artifact
 from megatron_sov.obs.events import EventLog
+from megatron_sov.obs.wall_time import CATEGORIES, WallTime
+from megatron_sov.pages.charts import Chart
 from megatron_sov.pages.content import Section
+from megatron_sov.report.lineage import of_one_model
 from megatron_sov.report.page import render
+from megatron_sov.report.rounds import read_rounds, round_section
 from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import key_figures, sections
+from megatron_sov.report.times import MEANINGS, time_section
+from megatron_sov.runs.lock import RunLock
 
 
 def section(run_dir: Path, title: str) -> Section:
@@ -104,3 +116,156 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
     shown = section(tmp_path, "Samples")
     assert len(shown.samples) == 24 and shown.text.endswith("6 more are in the run's events.")
     assert shown.samples[0]["text"] == "x" * 4000 + " … (100 more characters)"
+
+
+# The distance from a teacher in the report.
+
+
+def test_the_first_and_the_last_distance_of_each_source_stand_side_by_side(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step, kl in ((0, 2.5), (40, 0.25)):
+        log.write("heldout_divergence", step=step, source="chat", tokens=1200, divergence=kl / 2, kl=kl)
+    log.close()
+    (section,) = [s for s in sections(read_run(tmp_path)) if s.title == "Distance from the teacher"]
+    assert section.tables[0].rows == [["chat", "1,200", "2.5 (step 0)", "0.25 (step 40)", "1.25 (step 0)",
+                                       "0.125 (step 40)"]]
+
+
+# Held-out pairs in the report.
+
+
+def test_the_first_and_the_last_ranking_of_each_source_stand_side_by_side(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step, right in ((0, 0.25), (40, 0.875), (20, 0.5)):  # the last one by `eval pairs --run`, later
+        log.write("heldout_pairs", step=step, source="pairs", pairs=1200, right=right)
+        log.write("heldout_pairs", step=step, source="others", pairs=8, right=0.5)
+    log.close()
+    (section,) = [s for s in sections(read_run(tmp_path)) if s.title == "Held-out pairs"]
+    assert section.tables[0].rows == [["pairs", "1,200", "25.0% (step 0)", "87.5% (step 40)"],
+                                      ["others", "8", "50.0% (step 0)", "50.0% (step 40)"]]
+
+
+# Turns of held-out conversations, and what they say, in the report.
+
+
+def test_later_turns_stand_beside_the_first_ones_and_calls_beside_answers(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step, loss in ((10, 3.0), (20, 2.0)):
+        first = {"first": {"loss": loss, "tokens": 1200}}
+        log.write("eval", step=step, heldout={
+            "chat": {"loss": loss, "bits_per_byte": 1.0, "tokens": 1800,
+                     "turns": {**first, "later": {"loss": loss / 2, "tokens": 600}},
+                     "kinds": {"call": {"loss": loss / 4, "tokens": 300},
+                               "answer": {"loss": loss, "tokens": 1500}}},
+            "single": {"loss": loss, "bits_per_byte": 1.0, "tokens": 1200, "turns": first,
+                       "kinds": {"answer": {"loss": loss, "tokens": 1200}}},
+            "text": {"loss": loss, "bits_per_byte": 1.0, "tokens": 9}})
+    log.close()
+    (heldout,) = [s for s in sections(read_run(tmp_path)) if s.title == "Held-out loss"]
+    assert heldout.tables[1].rows == [["chat", "first", "1,200", "3", "2"],
+                                      ["chat", "later", "600", "1.5", "1"]]
+    assert heldout.tables[2].rows == [["chat", "call", "300", "0.75", "0.5"],
+                                      ["chat", "answer", "1,500", "3", "2"]]
+
+
+# Rounds of reinforcement learning in the report, from the manifests that they were published with.
+
+
+def publish(run: Path, number: int, **content: object) -> None:
+    with new_artifact(run / "rounds" / f"{number:04d}", "tokens") as artifact:
+        artifact.content = {"round": number, **content}
+
+
+def means(reward: float, **more: object) -> dict[str, object]:
+    return {"responses": 64, "reward": reward, "components": {"right": reward, "<b>form</b>": 1.0},
+            "response_tokens": 12.5, "truncated": 0.25, "staleness_steps": 0.0,
+            "domains": {"sums": {"responses": 64, "reward": reward}}} | more
+
+
+def values(chart: Chart) -> dict[str, list[float]]:
+    return {curve["name"]: np.frombuffer(base64.b64decode(curve["y"]["bdata"]), np.float32).tolist()
+            for curve in json.loads(chart.figure_json)["data"]}
+
+
+def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
+    publish(tmp_path, 2, means=means(0.75), groups={"learns": 6, "all right": 2}, late=[["p", 1]],
+            late_from=[[1, "q", 0, ""], [1, "q", 3, "all_right"]], unjudged={"failed": 3})
+    publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, late=[], unjudged={})
+    section = round_section(read_rounds(tmp_path))
+    assert values(section.charts[0]) == {"reward": [0.5, 0.75], "&lt;b&gt;form&lt;/b&gt;": [1, 1],
+                                         "right": [0.5, 0.75]}
+    assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
+    assert section.tables[0].rows == [
+        ["1", "64", "0.5000", "12.5", "25.0%", "8", "–", "–", "0", "0"],
+        ["2", "64", "0.7500", "12.5", "25.0%", "6", "all right 2", "failed 3", "1", "2"]]
+
+
+def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_path: Path) -> None:
+    publish(tmp_path, 1, means={"responses": 0}, groups={}, late=[], unjudged={"failed": 9})
+    publish(tmp_path, 2, means=means(0.5), groups={"learns": 1}, late=[], unjudged={})
+    (tmp_path / "rounds" / "0002" / "manifest.json").write_text("{")
+    rows = round_section(read_rounds(tmp_path)).tables[0].rows
+    assert [row[0] for row in rows] == ["1"] and rows[0][-3] == "failed 9"
+
+
+def test_a_run_without_rounds_has_no_section(tmp_path: Path) -> None:
+    section = round_section(read_rounds(tmp_path))
+    assert not (section.charts or section.tables)
+
+
+# Which runs trained one model.
+
+
+def names(*paths: Path) -> tuple[list[str], list[str]]:
+    """Return the runs of the one model, and those of others."""
+    own, others = of_one_model([read_run(path) for path in paths])
+    return [run.name for run in own], [run.name for run in others]
+
+
+def test_a_run_of_another_size_or_architecture_is_apart(runs: list[Path], toy: Path) -> None:
+    assert names(runs[0], toy, runs[1]) == (["pretrain", "extend"], ["retrieval"])
+
+
+def test_the_first_run_says_which_model_it_is(runs: list[Path], toy: Path) -> None:
+    assert names(toy, *runs) == (["retrieval"], ["pretrain", "extend"])
+
+
+def test_a_run_that_has_not_recorded_its_size_is_kept_with_the_first(runs: list[Path],
+                                                                     tmp_path: Path) -> None:
+    EventLog(tmp_path / "events.jsonl").write("step", step=1, loss=1.0)
+    for order in ((runs[0], tmp_path), (tmp_path, runs[0])):
+        assert names(*order)[1] == []
+
+
+# The bar of where the time went.
+
+
+def test_the_bar_and_the_table_say_the_same() -> None:
+    spent_s = {"productive": 3000.0, "lost": 600.0, "evaluation": 120.0, "saving": 30.0, "startup": 150.0,
+               "waiting": 100.0}
+    section = time_section(WallTime(0.0, spent_s))
+    (chart,), (table,) = section.charts, section.tables
+    bars = json.loads(chart.figure_json)["data"]
+    assert {b["name"]: b["x"][0] for b in bars} == pytest.approx({CATEGORIES[k]: v / 40
+                                                                  for k, v in spent_s.items()})
+    assert table.rows[1][:3] == ["lost steps", "10 min 0 s", "15.0%"]
+    assert chart.caption == "Of 1 h 6 min since the first start, 75.0% moved the model forward."
+    assert set(MEANINGS) == set(CATEGORIES)
+
+
+def test_without_a_start_there_is_nothing() -> None:
+    assert (not time_section(None).charts
+            and not time_section(WallTime(0.0, dict.fromkeys(CATEGORIES, 0.0))).tables)
+
+
+def test_a_living_run_keeps_its_steps_after_the_last_checkpoint(tmp_path: Path) -> None:
+    lines = [{"event": "run_start", "time_s": 0.0, "began_s": 0.0},
+             {"event": "step", "step": 1, "time_s": 8.0, "step_time_s": 8.0}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    living = read_run(tmp_path).wall_time
+    lock.release()
+    ended = read_run(tmp_path).wall_time
+    assert living is not None and living.spent_s["productive"] == 8
+    assert ended is not None and ended.spent_s["lost"] == 8

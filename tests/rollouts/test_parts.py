@@ -19,7 +19,8 @@ from megatron_sov.artifacts import Manifest, new_artifact, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.rollouts import parquet as bounds
 from megatron_sov.rollouts import tables
-from megatron_sov.rollouts.parts import AlreadyPublished, numbers_in, part_name
+from megatron_sov.rollouts.asked import Asked, not_written
+from megatron_sov.rollouts.parts import ROLLOUTS, AlreadyPublished, Part, numbers_in, part_name
 from megatron_sov.rollouts.rows import Key, Rollout
 from megatron_sov.rollouts.store import Store
 
@@ -225,3 +226,29 @@ def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Store) 
     assert store.rollout_parts() == []
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         store.add_rollouts(NAME, [rollout()], {})
+
+
+# What parts tell of what they were written for: foreign ones may tell anything.
+
+
+def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
+         created_s: float = 0.0) -> Part:
+    return Part("", Path(), ROLLOUTS, round_, piece, attempt, 1, 0, "", created_s, provenance)
+
+
+def test_the_newest_part_says_how_much_there_will_be() -> None:
+    before, after = Asked(1, 1).told(0), Asked(2, 1).told(0)
+    parts = [part(1, 0, before, created_s=1.0)]
+    assert not_written(parts, None) == ""
+    assert not_written([*parts, part(2, 0, after, created_s=2.0)], None) == ""
+    assert not_written([part(1, 0, after, created_s=2.0)], None) == "1 of 1 pieces of round 2"
+    assert not_written([*parts, part(1, 0, Asked(1, 1).told(3), attempt=1)],
+                       None) == "the ends of responses in 1 of 1 pieces of round 1"
+
+
+@pytest.mark.parametrize("provenance", [
+    {}, {"asked_rounds": 2}, {"asked_rounds": "2", "pieces_per_round": 1},
+    {"asked_rounds": True, "pieces_per_round": True}, {"asked_rounds": -1, "pieces_per_round": 1}])
+def test_who_does_not_say_it_has_no_end(provenance: dict[str, Any]) -> None:
+    assert not_written([part(1, 0, provenance)], None) is None
+    assert not_written([], range(1, 3)) is None

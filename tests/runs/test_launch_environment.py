@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_sov.errors import UserError
@@ -16,6 +18,7 @@ from megatron_sov.runs.launch_environment import (
     results,
     under_launcher,
 )
+from megatron_sov.runs.nvidia_smi import illness, visible_gpus
 
 
 def test_the_environment_decides_where_a_launcher_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +43,46 @@ def test_a_rank_on_its_way_leaves_speaking_and_earlier_work_to_its_launcher(
     assert [earlier_result(), earlier_result(), earlier_result()] == [(0.5,), ({"a": 1},), ()]
     note_result("mine")
     assert results() == [0.5, {"a": 1}, "mine"]
+
+
+# What the driver says of this machine's GPUs, by a program that stands for `nvidia-smi`.
+
+
+PROGRAM = """#!/bin/sh
+case "$1" in
+  *memory.used) echo "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 4"
+                echo "1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 70000" ;;
+  *ecc*) echo "GPU-aa, 0"; echo "GPU-bb, 3" ;;
+  *hw_slowdown) echo "GPU-aa, Not Active"; echo "GPU-bb, Active" ;;
+  *) echo 'Field is not a valid field to query.'; exit 2 ;;
+esac
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with two GPUs, the second one in use and ill."""
+    (tmp_path / "nvidia-smi").write_text(PROGRAM)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def test_gpus_are_those_that_cuda_may_see(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(g.index, g.uuid, g.memory_bytes >> 20, g.used_bytes >> 20) for g in visible_gpus()] == [
+        (0, "GPU-aa", 81559, 4), (1, "GPU-bb", 81559, 70000)]
+    for chosen, uuids in (("1", ["GPU-bb"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("GPU-a", ["GPU-aa"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert [g.uuid for g in visible_gpus()] == uuids
+
+
+def test_an_ill_gpu_says_what_it_has(machine: Path) -> None:
+    """A field that this driver does not know says nothing."""
+    assert illness("GPU-aa") == ""
+    assert illness("GPU-bb") == "3 uncorrected memory errors (ECC)"
+
+
+def test_without_the_program_nothing_is_known(machine: Path) -> None:
+    (machine / "nvidia-smi").unlink()
+    assert visible_gpus() == [] and illness("GPU-aa") == ""

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.artifacts import manifest_sha256, new_artifact
+from megatron_sov.config import RolloutConfig
 from megatron_sov.errors import UserError
+from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.runs.rounds import enter_rounds
 
 
@@ -49,3 +52,25 @@ def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path)
     (folder / "answers.jsonl").touch()
     with pytest.raises(UserError, match="probe: its answers were begun with k = 8, now it is 4"):
         enter(4)
+
+
+# Which checkpoint writes a round.
+
+
+def checkpoint(path: Path) -> Path:
+    with new_artifact(path, "checkpoint") as artifact:
+        artifact.content = {"step": path.name}
+    return path
+
+
+def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path) -> None:
+    start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
+    rollout = RolloutConfig(steps_per_round=2)
+    first = Policy(start, 0, manifest_sha256(start))
+    assert policy_of_round(run, start, 1, rollout) == first  # there is no run yet
+    assert policy_of_round(run, start, 2, rollout) is None
+    assert policy_of_round(run, start, 2, RolloutConfig(steps_per_round=2, max_staleness=1)) == first
+
+    steps = {step: checkpoint(run / "checkpoints" / f"step-{step}") for step in (2, 3, 4, 5)}
+    newest = Policy(steps[4], 4, manifest_sha256(steps[4]))  # 5 lies inside of a round
+    assert [policy_of_round(run, start, number, rollout) for number in (1, 3, 4)] == [newest, newest, None]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from megatron_sov import cli
 from megatron_sov.obs.events import read_events
+from tests.slurm import virtual_cluster
 
 PROFILE = """description: four virtual nodes of one rank each
 partition: batch
@@ -33,16 +31,6 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
          "train.eval_every_steps=0")
 
 
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-virtual_cluster = _module("virtual_cluster")
 
 
 @pytest.fixture(scope="session")

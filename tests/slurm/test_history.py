@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_sov.clusters import client
+from megatron_sov.errors import UserError
+from megatron_sov.runs.background import environment_outside_jobs
+from megatron_sov.slurm.failures import first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
 
 
@@ -78,3 +83,86 @@ def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
         (tmp_path / "store" / part).mkdir(parents=True)
         (tmp_path / "store" / part / "manifest.json").write_text("{}")
     assert progress_of(tmp_path / "store") == 3
+
+
+# Which rank failed first, from srun's own words (as Slurm 22.05 writes them).
+
+
+KILLED = """srun: error: n3: task 2: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=7.0
+slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-20T14:35:39 ***
+srun: error: n1: task 0: Exited with exit code 1
+"""
+
+
+@pytest.mark.parametrize(("log", "sentence", "code"), [
+    (KILLED, "rank 2 on n3 was ended by a signal (Killed)", None),
+    ("srun: error: n2: tasks 8-15: Exited with exit code 2\n", "rank 8 on n2 ended with exit code 2", 2),
+    ("srun: error: gpu-a[01]: task 1: Exited with exit code 9\nsrun: error: n1: tasks 0,3: Terminated\n",
+     "rank 1 on gpu-a[01] ended with exit code 9", 9),
+    ("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 5: Exited with exit code 2\n",
+     "rank 5 on n2 ended with exit code 2", 2),
+    ("srun: error: n2: task 4: Segmentation fault (core dumped)\n", "rank 4 on n2 was ended by a signal "
+     "(Segmentation fault (core dumped))", None),
+])
+def test_the_first_to_fail_is_named(log: str, sentence: str, code: int | None) -> None:
+    failure = first_failure(log)
+    assert failure is not None
+    assert (str(failure), failure.exit_code) == (sentence, code)
+
+
+def test_other_words_of_srun_are_no_failure() -> None:
+    assert first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
+                         "srun: got SIGCONT\n") is None
+
+
+def test_the_end_of_a_log_shows_what_a_progress_bar_showed_last(tmp_path: Path) -> None:
+    log = tmp_path / "rank-0.log"
+    log.write_text("".join(f"line {i}\n" for i in range(30)) + "step 1\rstep 2\rstep 3\nerror: full\n")
+    shown = last_lines(log).splitlines()
+    assert shown[-2:] == ["    step 3", "    error: full"] and len(shown) == 15
+    assert last_lines(tmp_path / "none.log") == ""
+
+
+# What Slurm's programs say, in one line, and the jobs that are still in its hands.
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("sbatch: error: invalid partition specified: x\n"
+     "sbatch: error: Batch job submission failed: Invalid partition\n",
+     "invalid partition specified: x; Batch job submission failed: Invalid partition"),
+    ("allocation failure: Requested node configuration is not available\n",
+     "allocation failure: Requested node configuration is not available"),
+    ("sbatch: error: a\nsbatch: error: a\n", "a"),
+    ("", "it gives no reason"),
+])
+def test_the_reason_is_one_line(text: str, said: str) -> None:
+    assert client.reason(text) == said
+
+
+def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "x")
+    kept = environment_outside_jobs()
+    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(kept)
+    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(kept)
+
+
+def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:
+    held = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true")
+    ended = cluster.sbatch("--output=/dev/null", "--wrap=true")
+    cluster.wait(ended)
+    assert client.states([held, ended, "999999"]) == {held: "PENDING"}
+    client.cancel([held])
+    assert client.states([held]) == {}
+    assert client.states([]) == {}
+
+
+def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> None:
+    failing = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=exit 3")
+    (site / "next.sh").write_text("#!/bin/bash\n#SBATCH --output=/dev/null\ntrue\n")
+    follower = client.submit(site / "next.sh", after=[failing])
+    cluster.run("scontrol", "release", failing)
+    assert cluster.wait(follower)["JobState"] == "CANCELLED"
+    with pytest.raises(UserError, match=r"Slurm refuses .*: Unable to open file"):
+        client.submit(site / "none.sh", after=[])

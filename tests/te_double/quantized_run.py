@@ -4,7 +4,6 @@ quantised by the reference quantisers."""
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.mcore.optimizer.host_adamw import HostAdamW
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.train.trainer import Trainer
+from tests.layouts import layout_run
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 from quantizers.products import product
@@ -29,15 +29,6 @@ RECIPES = {"Float8CurrentScaling": "tensorwise", "Float8BlockScaling": "blockwis
            "MXFP8BlockScaling": "mxfp8", "NVFP4BlockScaling": "nvfp4"}
 """Name of a recipe's class -> that of the reference quantisers."""
 FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": ("model.dense_ffn_dim=96",)}
-
-
-def _layout_run() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "layout_run", Path(__file__).parents[1] / "layouts" / "layout_run.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
@@ -68,7 +59,7 @@ def quantise_products() -> None:
 
 def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
     quantise_products()
-    trainer: Trainer = _layout_run()._trainer(config_of(recipe, settings, path), run)
+    trainer: Trainer = layout_run._trainer(config_of(recipe, settings, path), run)
     return trainer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import json
 import sys
@@ -12,18 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.mcore.parallel import world
-
-
-def _layout_run() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "layout_run", Path(__file__).parents[1] / "layouts" / "layout_run.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-layout_run = _layout_run()
+from tests.layouts import layout_run
 
 
 def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:

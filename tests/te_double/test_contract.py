@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.te_double import contract
 
-def _neighbour(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = _neighbour("contract")
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 THEIRS = json.loads(contract.CONTRACT.read_text())
 TE: dict[str, Any] = THEIRS[contract.TE]["symbols"]

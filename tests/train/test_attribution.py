@@ -12,12 +12,10 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
-from megatron_sov.data.token_shards import open_sources
 from megatron_sov.errors import UserError
-from megatron_sov.runs.folder import RunFolder
+from tests.tiny import tiny_trainer
 
-SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
-            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
             "train.global_batch_size=8", "train.micro_batch_size=4", "train.precision=fp32",
             "guards.hang_timeout_s=0", "train.deterministic=true", "guards.attribute=true", "train.steps=9")
 
@@ -34,16 +32,11 @@ def update(trainer: Any) -> Any:
 @pytest.fixture
 def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Any]:
     """Return `make(*settings, faults)`: a small run whose events can be read."""
-    from megatron_sov.train.guards.fault_injection import parse
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
-
     made = []
 
     def run(*settings: str, faults: str = "") -> Any:
-        config = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, *settings])
-        trainer = Trainer(config, alone, RunFolder(tmp_path), open_sources({str(packed_data.text): 1.0}, 368),
-                          LanguageModelling, faults=parse([faults] if faults else [], 1))
+        trainer = tiny_trainer(str(packed_data.text), *SETTINGS, *settings, run=tmp_path, faults=faults,
+                               place=alone)
         told: list[dict[str, Any]] = []
         trainer.recorder.events = SimpleNamespace(  # type: ignore[assignment]
             write=lambda event, **fields: told.append({"event": event, **fields}), is_open=False,

@@ -20,10 +20,9 @@ from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.errors import UserError
-from megatron_sov.runs.folder import RunFolder
+from tests.tiny import tiny_trainer
 
-SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
-            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
             "train.global_batch_size=8", "train.precision=fp32", "guards.hang_timeout_s=0")
 Make = Callable[..., Any]
 
@@ -31,21 +30,15 @@ Make = Callable[..., Any]
 @pytest.fixture
 def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Make]:
     """Return `make(*settings, faults, data)`: computation, objective and the first batch of a small run."""
-    from megatron_sov.train.guards.fault_injection import parse
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
-
     made = []
 
     def run(*settings: str, faults: str = "", data: Path = packed_data.text) -> Any:
-        config = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, *settings])
-        trainer = Trainer(config, alone, RunFolder(tmp_path), open_sources({str(data): 1.0}, 368),
-                          LanguageModelling, faults=parse([faults] if faults else [], 1))
+        trainer = tiny_trainer(str(data), *SETTINGS, *settings, run=tmp_path, faults=faults, place=alone)
         made.append(trainer)
         batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
         return SimpleNamespace(
             computation=trainer.computation, objective=trainer.objective, batch=batch, model=trainer.model,
-            seed=config.train.seed,
+            seed=trainer.config.train.seed,
             load=trainer.expert_load.gather)
 
     yield run

@@ -13,30 +13,23 @@ import pytest
 import torch
 
 from megatron_sov.data.token_shards import open_sources, tokenizer_folder
+from tests.tiny import tiny_trainer
 
 
 def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-solar-open") -> dict[str, Any]:
     """Runs inside ranks: evaluate initial weights on everything held out; OUT is written as a checkpoint."""
     from dataclasses import asdict
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
     from megatron_sov.mcore.checkpoint import load
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
 
-    config = apply_settings(recipes.get(recipe), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
-        'data.phases=[{"name": "main", "seq_len": 48}]', "train.global_batch_size=4",
-        "train.micro_batch_size=2", "data.heldout_tokens=100000", f"parallel.cp={cp}"])
-    place = world.join(config.parallel)
-    trainer = Trainer(config, place, RunFolder(Path("not-written")), open_sources({data: 1.0}, 368),
-                      LanguageModelling)
+    trainer = tiny_trainer(
+        data, "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
+        "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=100000",
+        f"parallel.cp={cp}", recipe=recipe)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(),
+        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, trainer.config.to_dict(),
                   tokenizer_folder(trainer.sources))
     world.leave()
     return results

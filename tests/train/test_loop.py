@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,3 +174,23 @@ def test_data_that_are_not_there_end_the_run_with_what_is_saved_already() -> Non
     trainer.missing = "round 2 is not there yet"
     assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
     assert trainer.actions == ["announce 2", "saved 2", "stop 2"]
+
+
+# A signal that asks for a stop is remembered, and ends nothing by itself.
+
+
+PROGRAM = """
+import os, sys
+from megatron_sov.train.stopping import StopFlag
+stop = StopFlag()
+before = stop.reason
+os.kill(os.getpid(), int(sys.argv[1]))
+print(before, stop.reason)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True,
+                          env=os.environ, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["None", number.name]), done.stderr

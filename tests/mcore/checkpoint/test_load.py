@@ -9,26 +9,20 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 SP = {"tp": 2, "sp": True}
 ALL = {**SP, "pp": 2, "ep": 2}
 
 
 def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96) -> tuple[Any, Any]:
     """Return a tiny model and its optimizer at a layout."""
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.parallel import world
 
     world.leave()
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        f"model.vocab_size={vocab_size}", "model.hidden_size=32", "model.head_dim=8",
-        "model.expert_ffn_dim=16", f"train.precision={precision}"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model("tiny-k-exaone", f"model.vocab_size={vocab_size}",
+                               f"train.precision={precision}", layout=layout)
     optimizer = Optimizer(model, config.optim)
     optimizer.sync_master_weights()
     return model, optimizer

@@ -10,22 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 
 def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
     """Return a tiny model and its optimizer at a layout."""
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-solar-open"),
-                            ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8",
-                             "model.expert_ffn_dim=16", "model.num_layers=2"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model("tiny-solar-open", "model.num_layers=2", layout=layout)
     return model, Optimizer(model, config.optim)
 
 
@@ -214,3 +206,50 @@ def test_behind_an_error_what_all_have_written_becomes_complete(ranks: Any, job:
     (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
     assert [f["there"] for f in found] == [["step-1"]] * 2 and damaged_files(tmp_path / "step-1") == []
     assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
+
+
+# Whole tensors from blocks on several processes: any grid, any owner, to rank 0 or to everyone.
+
+
+def gathered(everywhere: bool) -> dict[str, Any]:
+    """Gather two tensors of which the ranks own uneven parts; "lonely" lives on rank 1 alone."""
+    import torch
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.checkpoint.gather import Gatherer, in_order
+    from megatron_sov.mcore.model.local_shards import LocalShard
+    from megatron_sov.mcore.parallel import world
+
+    rank = world.join(ParallelConfig()).rank
+    whole = torch.arange(30.0).reshape(2, 3, 5)
+    cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))],
+            1: [((0, 1, 0), (1, 2, 5)), ((1, 1, 4), (1, 2, 1))]}
+    blocks = []
+    for owner, places in cuts.items():
+        for offset, shape in places:
+            part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+            # both hold it, one owns it
+            blocks.append(LocalShard("spread", part, (2, 3, 5), offset, (int(rank != owner),)))
+    if rank == 1:
+        blocks.append(LocalShard("lonely", torch.full((4,), 7, dtype=torch.bfloat16), (4,), (0,), (0,)))
+    gatherer = Gatherer(blocks, everywhere=everywhere)
+    found = dict(in_order(gatherer, ["lonely", "spread"]))
+    first = in_order(gatherer, ["spread", "lonely", "spread"])
+    next(first)
+    first.close()  # on both: what is left is gathered all the same, or the processes would lose step
+    again = gatherer.gather("lonely")
+    world.leave()
+    return {"shapes": gatherer.shapes(), "again": None if again is None else again.tolist(),
+            "found": {key: None if t is None else [str(t.dtype), t.tolist()] for key, t in found.items()}}
+
+
+@pytest.mark.distributed
+def test_any_grid_becomes_the_tensor(ranks: Any, job: Any) -> None:
+    main_only, everywhere = ranks(job(__file__, "gathered", 2, {"everywhere": False}),
+                                  job(__file__, "gathered", 2, {"everywhere": True}))
+    spread = [[[float(15 * i + 5 * j + k) for k in range(5)] for j in range(3)] for i in range(2)]
+    expected = {"lonely": ["torch.bfloat16", [7.0] * 4], "spread": ["torch.float32", spread]}
+    assert [r["found"] for r in everywhere] == [expected, expected] and everywhere[1]["again"] == [7.0] * 4
+    assert [r["found"] for r in main_only] == [expected, {"lonely": None, "spread": None}]
+    assert (main_only[0]["again"] == [7.0] * 4
+            and main_only[0]["shapes"] == {"spread": [2, 3, 5], "lonely": [4]})

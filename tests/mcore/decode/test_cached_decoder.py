@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [1, 2, 3, 4, 90, 91, 92, 93]]
 CUTS = [(0, 5), (5, 6), (6, 8)]
 """Pieces of both sequences, the last with the places that are compared."""
@@ -16,22 +18,14 @@ def logits(layout: dict[str, Any]) -> dict[str, Any]:
     """Return logits behind the last span of both depths, read in spans and (on one process) at once."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.kv_cache import CacheSize, Span
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        "model.init_std=0.3", "model.sliding_window_tokens=3", "model.num_layers=2", "train.precision=fp64"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    _, model = tiny_model("tiny-k-exaone", "model.init_std=0.3", "model.sliding_window_tokens=3",
+                          "model.num_layers=2", "train.precision=fp64", layout=layout)
     policy = ForwardModel(model, 50)
     found: dict[str, Any] = {"share": share_place(), "sum": over_shares(torch.tensor([1])).tolist()}
     with CachedDecoder(policy, CacheSize(2, 12, 2)) as decoder:
@@ -75,3 +69,43 @@ def test_pieces_read_as_whole_sequences_do(ranks, job) -> None:
             for name, expected in (("trunk", trunk), ("predicted", predicted)):
                 for row, other in zip(result[name], expected, strict=True):
                     assert row == pytest.approx(other, abs=1e-9), (layout, name)
+
+
+# A model that is only run: the same answers at every layout, and nothing in it changes.
+
+
+def answers(layout: dict[str, Any]) -> dict[str, Any]:
+    """Return logits at some positions of two documents, on every process."""
+    import torch
+
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
+
+    _, model = tiny_model("tiny-k-exaone", "model.init_std=0.3", layout=layout)
+    policy = ForwardModel(model, 3)
+    row = Inputs([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3, 4]], torch.device("cpu"), min_tokens=13)
+    logits = policy.logits(row, row.ends)
+    assert policy.map([], lambda *_: 0) == [], "data.heldout_tokens = 0 leaves nothing to look at"
+    counts = [float(m.local_tokens_per_expert.sum())
+              for m in model.modules() if hasattr(m, "local_tokens_per_expert")]
+    return {"logits": logits.tolist(), "ends": row.ends.tolist(), "training": model.training,
+            "counted": sum(counts), "tokens": len(row.inputs.tokens),
+            "padding": int(row.inputs.padding.sum()), "bounds": row.inputs.cu_seqlens.tolist(),
+            "positions": row.inputs.positions.tolist(), "longest": row.inputs.max_document_tokens}
+
+
+@pytest.mark.distributed
+def test_every_process_of_every_layout_answers_alike(ranks, job) -> None:
+    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"ep": 2}), (2, {"cp": 2}),
+               (4, {"cp": 2, "tp": 2, "sp": True})]
+    results = ranks(*(job(__file__, "answers", n, {"layout": x}) for n, x in layouts))
+    alone = results[0][0]
+    assert alone["ends"] == [6, 10] and alone["tokens"] == 13 and alone["padding"] == 2
+    assert alone["bounds"] == [0, 7, 11, 13] and alone["longest"] == 7
+    assert alone["positions"] == [*range(7), *range(4), 0, 1]
+    # lengths that the processes can share
+    assert [results[i][0]["tokens"] for i in (1, 4, 5)] == [14, 16, 16]
+    for (_, layout), per_rank in zip(layouts, results, strict=True):
+        for result in per_rank:
+            for row, expected in zip(result["logits"], alone["logits"], strict=True):
+                assert row == pytest.approx(expected, abs=1e-4), layout
+            assert result["training"] and result["counted"] == 0

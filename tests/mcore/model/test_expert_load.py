@@ -6,30 +6,20 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_trainer
+
 
 def counted(data: str, run: str) -> dict[str, Any]:
     """Runs inside ranks: a learned step, a refused one, and a forward pass whose tokens are counted."""
-    from pathlib import Path
 
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.decode.forward_only import Inputs
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.guards.fault_injection import parse
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
 
-    config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2",
-        'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
-        "train.micro_batch_size=2", "train.steps=9", "guards.hang_timeout_s=0", "parallel.ep=2"])
-    place = world.join(config.parallel)
-    trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368), LanguageModelling,
-                      faults=parse(["nan@step=2,rank=1"], place.size))
+    trainer = tiny_trainer(data, "model.num_layers=2", "train.global_batch_size=8",
+                           "train.micro_batch_size=2", "train.steps=9", "guards.hang_timeout_s=0",
+                           "parallel.ep=2", run=run, faults="nan@step=2,rank=1")
     experts = trainer.expert_load
     seen, states = [], []
     for _ in range(2):
@@ -49,7 +39,8 @@ def counted(data: str, run: str) -> dict[str, Any]:
             "bias": float(states[0][0].abs().max()),
             "unmoved": all(torch.equal(a, b) for a, b in zip(*states, strict=True)),
             "passed over": [e.first_step for e in trainer.batches.ledger.entries if e.skip],
-            "top k": config.model.num_experts_per_token, "rate": config.model.router_bias_update_rate}
+            "top k": trainer.config.model.num_experts_per_token,
+            "rate": trainer.config.model.router_bias_update_rate}
 
 
 @pytest.mark.distributed

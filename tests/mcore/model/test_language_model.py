@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-SMALL = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-         "model.init_std=0.3", "model.seq_aux_loss_coeff=0"]
+from tests.tiny import tiny_model
+
+SMALL = ["model.init_std=0.3", "model.seq_aux_loss_coeff=0"]
 DOCUMENT = [(7 * i + 3) % 96 for i in range(41)]  # longer than the window of 32
 BEFORE = [[(5 * i + 1) % 96 for i in range(n)] for n in (1, 38)]
 
@@ -63,18 +64,11 @@ def leak(recipe: str, layout: dict[str, Any]) -> dict[str, float]:
     and of the others."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.decode.forward_only import Inputs, split_depths
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.logprobs import head_of
-    from megatron_sov.mcore.parallel import context, world
+    from megatron_sov.mcore.parallel import context
 
-    config = apply_settings(recipes.get(recipe), SMALL)
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model(recipe, *SMALL, layout=layout)
     row = Inputs([BEFORE[1], DOCUMENT, BEFORE[1]], torch.device("cpu"), min_tokens=125).inputs
     chunk, embedded = model.chunks[0], []
 

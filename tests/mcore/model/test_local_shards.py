@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 
 def covered(layout: dict[str, Any]) -> dict[str, Any]:
     """Return which parameters blocks do not reach, and which elements are not owned by
@@ -13,16 +15,9 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
+    _, model = tiny_model("tiny-k-exaone", layout=layout)
     parameters = list(model.parameters())
     local = local_shards(model)
     lookup = ParameterLookup(parameters)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 VISION = {"kind": "siglip", "placeholder_ids": [5], "image_size": 8, "patch_size": 4, "hidden_size": 16,
           "num_layers": 1, "num_heads": 2, "ffn_dim": 24}
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
@@ -24,20 +26,14 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.decode.cached_decoder import CachedDecoder
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.kv_cache import CacheSize, Span
-    from megatron_sov.mcore.model.language_model import build, gather_sequence
-    from megatron_sov.mcore.parallel import collectives, context, world
+    from megatron_sov.mcore.model.language_model import gather_sequence
+    from megatron_sov.mcore.parallel import collectives, context
     from megatron_sov.media.placed import cut, joined, placed
 
-    config = apply_settings(recipes.get("tiny-qwen3"), SETTINGS)
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    _, model = tiny_model("tiny-qwen3", *SETTINGS, layout=layout)
     bank = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
     policy = ForwardModel(model, 64)
 

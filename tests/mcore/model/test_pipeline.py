@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 LAYOUTS = {"dp2": (2, {}), "tp2 sp": (2, {"tp": 2, "sp": True}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2}),
            "pp2 uneven": (2, {"pp": 2, "pipeline_layout": [3, 1]}),
            "tp2 sp etp2": (2, {"tp": 2, "sp": True, "etp": 2}),
@@ -21,14 +23,12 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     """Do one step on four micro-batches of two sequences each and return what it gave."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init, pipeline
+    from megatron_sov.mcore.model import pipeline
     from megatron_sov.mcore.model.expert_load import ExpertLoad
-    from megatron_sov.mcore.model.language_model import ModelInputs, build
+    from megatron_sov.mcore.model.language_model import ModelInputs
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import collectives, world
+    from megatron_sov.mcore.parallel import collectives
 
     @dataclasses.dataclass
     class Row:
@@ -36,12 +36,8 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
         labels: torch.Tensor
         weights: torch.Tensor
 
-    config = apply_settings(recipes.get(recipe), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        "model.num_experts=4", "model.seq_aux_loss_coeff=0.01", "optim.eps=1e-3", *settings])
-    place = world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train, config.gpu)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model(recipe, "model.num_experts=4", "model.seq_aux_loss_coeff=0.01",
+                               "optim.eps=1e-3", *settings, layout=layout)
     optimizer = Optimizer(model, config.optim, gpu=config.gpu)
     load = ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize
@@ -72,7 +68,8 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     for module in model.modules():
         if getattr(module, "expert_bias", None) is not None:
             biases[module.layer_number] = module.expert_bias.double()
-    biases = collectives.all_reduce_world(biases) / (place.size // layout.get("pp", 1))
+    num_processes = torch.distributed.get_world_size()
+    biases = collectives.all_reduce_world(biases) / (num_processes // layout.get("pp", 1))
     return {"loss": float(total), "norm": norm, "load": load.gather().tolist(),
             "gradients": str(optimizer.wrapped[0].buffers[0].grad_dtype),
             "rate": config.model.router_bias_update_rate, "bias": biases.tolist()}

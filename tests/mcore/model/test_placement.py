@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.functional import silu
 
 from megatron_sov.mcore.model.placement import refuse_elsewhere
 
@@ -54,3 +58,59 @@ def test_a_weight_elsewhere_is_named() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
     with pytest.raises(RuntimeError, match=r"^1\.weight is on meta and the model on cpu: it would get no gr"):
         refuse_elsewhere(module, torch.device("cpu"))
+
+
+# A stage is built without memory wherever one plans: on a machine with a GPU CUDA is not started.
+
+
+PLANS = """
+import torch
+
+def starts() -> None:
+    raise RuntimeError("CUDA was started")
+
+torch.cuda.is_available = lambda: True
+torch.cuda._lazy_init = starts
+from megatron_sov import recipes
+from megatron_sov.mcore.model.meta import built_stage
+from megatron_sov.plan.stages import stage_params
+
+config = recipes.get("tiny-k-exaone")
+assert [built_stage(config, 8, 0).params] == stage_params(config)
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_a_stage_is_built_on_a_machine_with_a_gpu_that_is_not_asked() -> None:
+    """A double of a GPU that cannot be started."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PLANS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# The gate of a feed-forward block against the library's own line, to the bit.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_values_and_gradients_are_autograds(dtype: torch.dtype, weighted: bool) -> None:
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_without_gpu
+
+    prepare_without_gpu()
+    from megatron_sov.mcore.model.gated import _gated, _weighted
+
+    generator = torch.Generator().manual_seed(3)
+    values, bias = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+                    for shape in ((21, 38), (38,)))
+    weights = torch.rand(21, 1, generator=generator).requires_grad_()
+    upstream = torch.randn(21, 19, generator=generator).to(dtype)
+    inputs = (values, bias, weights) if weighted else (values, bias)
+
+    gate, up = (values + bias).chunk(2, dim=-1)
+    expected = silu(gate) * (up + 0.0)
+    found = _weighted(values, bias, weights) if weighted else _gated(values, bias)
+    if weighted:
+        expected = (expected * weights).to(dtype)
+    assert torch.equal(found, expected) and found.dtype == dtype
+    for ours, autograds in zip(torch.autograd.grad(found, inputs, upstream),
+                               torch.autograd.grad(expected, inputs, upstream), strict=True):
+        assert torch.equal(ours, autograds)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.tiny import tiny_model
+
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8
-SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-            f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
+SETTINGS = [f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
             "model.seq_aux_loss_coeff=0.01", "model.init_std=0.3", "train.precision=fp64"]
 ROWS, ROW_TOKENS = 4, 32
 PADDED = 25
@@ -62,16 +63,10 @@ def routed() -> dict[str, Any]:
     import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.replay import replayed
     from megatron_sov.mcore.model.router import BalancedRouter
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-qwen3-moe"), [*SETTINGS, "model.num_layers=1"])
-    world.join(ParallelConfig())
-    model = build(config.model, ParallelConfig(), config.train)
+    _, model = tiny_model("tiny-qwen3-moe", *SETTINGS, "model.num_layers=1", layout={})
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, 1
@@ -122,11 +117,9 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
 
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init, pipeline
+    from megatron_sov.mcore.model import pipeline
     from megatron_sov.mcore.model.expert_load import ExpertLoad
-    from megatron_sov.mcore.model.language_model import ModelInputs, build
+    from megatron_sov.mcore.model.language_model import ModelInputs
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.model.replica_checks import gradients
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
@@ -138,11 +131,7 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
         labels: torch.Tensor
         weights: torch.Tensor
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings])
-    parallel = ParallelConfig(**layout)
-    world.join(parallel)
-    model = build(config.model, parallel, config.train, config.gpu)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, layout=layout)
     optimizer, load = Optimizer(model, config.optim, gpu=config.gpu), ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize
     step = model.config.routing_step

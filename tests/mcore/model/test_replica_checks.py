@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from tests.tiny import tiny_trainer
 
 prepare_megatron()
 from megatron_sov.mcore.model.replica_checks import checksum, flip_bit  # noqa: E402
@@ -74,30 +75,17 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
 
     Returns the losses of each, and what is said at the end.
     """
-    from pathlib import Path
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.data.token_shards import open_sources
     from megatron_sov.errors import SilentCorruption
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.guards.fault_injection import parse
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
 
     found = []
-    for every, lies in ((0, []), (1, []), (1, ["miscompute@step=2,rank=1"])):
-        config = apply_settings(recipes.get("tiny-solar-open"), [
-            "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
-            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-            "train.global_batch_size=4",
-            "train.micro_batch_size=2", "train.steps=9", "train.deterministic=true",
-            "train.hidden_dropout=0.1", "guards.hang_timeout_s=0",
-            f"guards.probe_every_steps={every}", *settings])
-        place = world.join(config.parallel)
-        trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368),
-                          LanguageModelling, faults=parse(lies, place.size))
+    for every, lie in ((0, ""), (1, ""), (1, "miscompute@step=2,rank=1")):
+        trainer = tiny_trainer(
+            data, "model.num_layers=2", "model.num_experts=4", "model.expert_ffn_dim=16",
+            "train.global_batch_size=4", "train.micro_batch_size=2", "train.steps=9",
+            "train.deterministic=true", "train.hidden_dropout=0.1", "guards.hang_timeout_s=0",
+            f"guards.probe_every_steps={every}", *settings, run=run, faults=lie)
         losses, said = [], ""
         try:
             losses += [trainer.update().loss for _ in range(2)]

@@ -4,15 +4,14 @@ that of torch 2.11."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from tests.mcore.model import test_attention
 
 prepare_megatron()
 
@@ -84,11 +83,7 @@ def attend(cp: int, signature: str) -> list[dict[str, Any]]:
     counted.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
     attention.serves = lambda query: True
     kernel.varlen_attn = counted
-    spec = importlib.util.spec_from_file_location("dense", Path(__file__).with_name("test_attention.py"))
-    assert spec and spec.loader
-    dense = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dense)
-    return [*dense.attend(cp, CASES), {"calls": calls}]
+    return [*test_attention.attend(cp, CASES), {"calls": calls}]
 
 
 @pytest.mark.distributed

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from megatron_sov.mcore.optimizer.newton_schulz import Matrix, orthogonalise, parts, update_scale
+from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
 FP64 = "train.precision=fp64"
-SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.num_heads=8",
-            "model.num_kv_heads=2", "model.num_experts=4", "model.dense_ffn_dim=40",
+SETTINGS = ("model.num_heads=8", "model.num_kv_heads=2", "model.num_experts=4", "model.dense_ffn_dim=40",
             "model.expert_ffn_dim=24", "optim.name=muon", "optim.weight_decay=0.2", "optim.clip_grad=0.0")
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 OVERLAP = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
@@ -139,18 +145,11 @@ def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[
     torch's after each."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer import matrix_exchange
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings])
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, seed)
+    config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
     optimizer = Optimizer(model, config.optim, config.parallel)
     optimizer.sync_master_weights()
     if shards_alone:
@@ -229,3 +228,113 @@ def test_adamw_and_bf16_agree_as_well_and_pieces_made_orthogonal_alone_do_not(ra
         apart, name = worst(result)
         assert apart > 0.1 * result["moved"][name], ("a matrix's pieces made orthogonal are not the matrix "
                                                      "made orthogonal")
+
+
+# Which rows are a matrix, and the orthogonal update, beside torch's own Newton-Schulz and a singular value
+# decomposition.
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+CONFIG = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=3, gated_linear_unit=True)
+
+
+def test_a_fused_qkv_is_three_matrices_with_interleaved_rows() -> None:
+    found = parts(Matrix("decoder.layers.0.self_attention.linear_qkv.weight", (), 24, 5), CONFIG)
+    # two groups of: two query heads, a key head, a value head, three rows each
+    assert [rows.tolist() for rows in found] == [[0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17],
+                                                 [6, 7, 8, 18, 19, 20], [9, 10, 11, 21, 22, 23]]
+
+
+def test_gate_and_up_are_two_matrices_and_others_one() -> None:
+    expert = Matrix("decoder.layers.2.mlp.experts.experts.linear_fc1.weight", (3,), 6, 5)
+    assert [rows.tolist() for rows in parts(expert, CONFIG)] == [[0, 1, 2], [3, 4, 5]]
+    plain = SimpleNamespace(**{**vars(CONFIG), "gated_linear_unit": False})
+    assert [rows.tolist() for rows in parts(expert, plain)] == [list(range(6))]
+    assert ([rows.tolist() for rows in parts(Matrix("decoder.layers.2.mlp.router.weight", (), 4, 9), CONFIG)]
+            == [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    low = update.bfloat16()
+    assert orthogonalise(low, 5, COEFFICIENTS).equal(
+        _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
+    # torch's algorithm without its rounding
+    with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+        assert orthogonalise(update, 5, COEFFICIENTS).equal(
+            _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
+
+
+def test_singular_values_go_to_about_one_and_singular_vectors_stay() -> None:
+    update = torch.randn(10, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(update, full_matrices=False)
+    turned = u.T @ orthogonalise(update, 5, COEFFICIENTS) @ v.T
+    assert (turned - turned.diag().diag()).abs().max() < 1e-12
+    assert turned.diag().min() > 0.6 and turned.diag().max() < 1.3
+    # the cubic 1.5 x - 0.5 x^3 converges to U V^T itself
+    assert (orthogonalise(update, 40, (1.5, -0.5, 0.0)) - u @ v).abs().max() < 1e-12
+
+
+def test_scales_are_those_of_the_papers() -> None:
+    orthogonal = torch.linalg.qr(torch.randn(200, 50, dtype=torch.float64)).Q
+    assert ((update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
+            == pytest.approx(0.2))
+    assert update_scale("original", 200, 50) == update_scale("spectral", 200, 50) == 2.0
+    assert update_scale("original", 50, 200) == 1.0 and update_scale("spectral", 50, 200) == math.sqrt(0.25)
+
+
+# Pieces of matrices come together, are computed once, and every holder gets its piece of the result.
+
+
+SHAPES = {"large": (12, 10), "tall": (9, 4), "small": (2, 5), "one": (3, 3)}
+
+
+def exchanged(round_elements: int) -> dict[str, Any]:
+    """Cut matrices over three processes, one of them without any piece of its own; return what came of it."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.optimizer import matrix_exchange
+    from megatron_sov.mcore.optimizer.newton_schulz import Matrix
+    from megatron_sov.mcore.parallel import world
+
+    rank = world.join(ParallelConfig()).rank
+    wholes = {Matrix(name, (), *shape): torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
+              + i / 8 for i, (name, shape) in enumerate(SHAPES.items())}
+    places, values = [], []
+    for matrix in wholes:
+        cut = matrix.rows // 2
+        half = {0: (0, cut), 1: (cut, matrix.rows - cut)}.get(rank)
+        if half is not None and matrix.key != "one":
+            places.append(matrix_exchange.Place(matrix, half[0], 0, (half[1], matrix.columns), owned=True))
+        elif half is not None:  # the same piece twice: only one is sent, both get the result
+            places.append(matrix_exchange.Place(matrix, 0, 0, (3, 3), owned=rank == 0))
+    values = [place.of(wholes[place.matrix]) for place in places]
+    computed: list[str] = []
+    written: dict[int, Any] = {}
+
+    def compute(matrix: Matrix, whole: Any) -> Any:
+        computed.append(matrix.key)
+        assert whole.equal(wholes[matrix])
+        return whole.flip(0) * 2
+
+    with mock.patch.object(matrix_exchange, "ROUND_ELEMENTS", round_elements):
+        exchange = matrix_exchange.MatrixExchange(places, dist.group.WORLD)
+    exchange.run(values.__getitem__, compute, written.__setitem__, torch.float64)
+    right = [written[n].equal(place.of(wholes[place.matrix].flip(0) * 2)) for n, place in enumerate(places)]
+    world.leave()
+    return {"rounds": len(exchange._rounds), "computed": computed, "right": right}
+
+
+@pytest.mark.distributed
+def test_every_matrix_is_computed_once_and_every_piece_gets_its_part(ranks: Any, job: Any) -> None:
+    together, one_each = ranks(job(__file__, "exchanged", 3, {"round_elements": 120 * 4}),
+                               job(__file__, "exchanged", 3, {"round_elements": 1}))
+    for found, rounds in ((together, 1), (one_each, 2)):
+        assert [r["rounds"] for r in found] == [rounds] * 3
+        assert sorted(name for r in found for name in r["computed"]) == sorted(SHAPES)
+        assert [r["right"] for r in found] == [[True] * 4, [True] * 4, []]
+        assert found[2]["computed"] == ["small"] or found[2]["computed"] == ["one"], (
+            "who holds nothing computes as well")

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 
 def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     """Do four updates beside torch.optim.AdamW on copies (fp64 ones of fp64,
@@ -15,20 +17,11 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     import megatron.core.optimizer as library
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.optimizer.state_shards import MASTER
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        f"train.precision={precision}", "optim.weight_decay=0.2", f"optim.clip_grad={clip_grad}"])
-    world.join(ParallelConfig())
-    model = build(config.model, ParallelConfig(), config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model("tiny-k-exaone", f"train.precision={precision}", "optim.weight_decay=0.2",
+                               f"optim.clip_grad={clip_grad}", layout={})
     full = torch.float64 if precision == "fp64" else torch.float32
     if precision == "fp64":  # as with Transformer Engine: its Adam must not be taken for float64
         with (mock.patch.object(library, "Adam", None),

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model
+
 SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
          "model.dense_ffn_dim=40", "train.precision=fp64", "optim.clip_grad=0.0", "optim.weight_decay=0.2")
 GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '
@@ -31,18 +33,10 @@ def grouped(settings: list[str]) -> dict[str, float]:
     return how far each is from torch's."""
     import torch
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings])
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model("tiny-k-exaone", *SMALL, *settings)
     optimizer = Optimizer(model, config.optim, config.parallel)
     lookup = ParameterLookup(list(model.parameters()))
     key_of = {id(lookup.find(block)): block.key for block in local_shards(model)}

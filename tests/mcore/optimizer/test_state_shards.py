@@ -5,7 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.mcore.optimizer.flat_ranges import flat_ranges
+from tests.tiny import tiny_model
 
 
 def counted(fused: bool) -> dict[str, Any]:
@@ -53,21 +59,10 @@ def zero1_shards(precision: str) -> dict[str, Any]:
     """Return what both data-parallel processes update under ZeRO-1 before the first step."""
     import torch.distributed as dist
 
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        f"train.precision={precision}"])
-    layout = ParallelConfig(zero1=True)
-    world.join(layout)
-    model = build(config.model, layout, config.train)
-    init.initialise(model, config.model, 1)
-    optimizer = Optimizer(model, config.optim, layout)
+    config, model = tiny_model("tiny-k-exaone", f"train.precision={precision}", layout={"zero1": True})
+    optimizer = Optimizer(model, config.optim, config.parallel)
     names = {id(p): name for name, p in model.named_parameters()}
     mine = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
     blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_shards() if b.owned]
@@ -96,3 +91,32 @@ def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks
         for name, size in result["sizes"].items():
             spans = sorted(ranges[name] for ranges, *_ in result["everyones"] if name in ranges)
             assert spans[0][0] == 0 and spans[-1][1] == size and all(a[1] == b[0] for a, b in pairwise(spans))
+
+
+# Flat ranges are rectangles, against numpy's own order of elements.
+
+
+SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(shape=SHAPES, data=st.data())
+def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(shape: list[int],
+                                                                              data: st.DataObject) -> None:
+    size = int(np.prod(shape))
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    numbers = np.arange(size).reshape(shape)
+    found = list(flat_ranges(shape, start, stop))
+    taken = [numbers[tuple(slice(o, o + n) for o, n in zip(place, extent, strict=True))].ravel()
+             for place, extent in found]
+    assert np.concatenate([*taken, np.empty(0, int)]).tolist() == list(range(start, stop))
+    assert len(found) <= 2 * len(shape) - 1
+    assert all(part.size for part in taken)
+
+
+def test_a_range_is_cut_at_rows_and_no_finer() -> None:
+    assert list(flat_ranges([4, 3], 0, 12)) == [((0, 0), (4, 3))]
+    assert list(flat_ranges([4, 3], 2, 10)) == [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
+    assert list(flat_ranges([4, 3], 4, 5)) == [((1, 1), (1, 1))]
+    assert list(flat_ranges([7], 2, 5)) == [((2,), (3,))]
+    assert list(flat_ranges([4, 3], 5, 5)) == []

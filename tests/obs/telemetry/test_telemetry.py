@@ -23,6 +23,7 @@ from megatron_sov.obs.telemetry.prometheus import Port
 from megatron_sov.obs.telemetry.telemetry import Telemetry
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.settings import problems_of
+from tests.tiny import tiny_trainer
 
 RESOURCE = {"service.name": "megatron-sov", "service.instance.id": "run", "sov.recipe": "tiny"}
 EVENTS: list[dict[str, Any]] = [
@@ -252,13 +253,7 @@ def bits(data: str, root: str, endpoint: str) -> list[list[str]]:
     """Runs inside a rank: losses and weights after three steps with everything off, and everything on."""
     import os
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
 
     os.environ["SOV_ALERT_URL"] = endpoint
     everything = [f"obs.otlp_endpoint={endpoint}", f"obs.prometheus_textfile={root}/sov.prom",
@@ -266,16 +261,12 @@ def bits(data: str, root: str, endpoint: str) -> list[list[str]]:
                   "obs.alert_webhook=SOV_ALERT_URL", "obs.tensorboard=true"]
     found, place = [], None
     for name, settings in (("off", ["obs.nvml=false"]), ("on", everything)):
-        config = apply_settings(recipes.get("tiny-solar-open"), [
-            "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
-            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=2",
-            "train.micro_batch_size=2", "train.steps=3", *settings])
-        config.check()
-        place = place or world.join(config.parallel)
-        folder = RunFolder(Path(root) / name)
-        folder.create()
-        folder.declare(config)
-        trainer = Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
+        trainer = tiny_trainer(data, "model.num_layers=1", "train.global_batch_size=2",
+                               "train.micro_batch_size=2", "train.steps=3", *settings,
+                               run=Path(root) / name, place=place)
+        place = trainer.world
+        trainer.folder.create()
+        trainer.folder.declare(trainer.config)
         trainer.open_records()
         said = []
         for _ in range(3):

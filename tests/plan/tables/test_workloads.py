@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from megatron_sov.plan.memory_of_workload import account_of
+from megatron_sov.plan.tables.measured import tokens_per_s_per_gpu
+from megatron_sov.plan.tables.peak_memory import peak_bytes
 from megatron_sov.plan.tables.shapes import MissingInput
 from megatron_sov.plan.tables.workloads import workload_of
 
@@ -75,3 +80,42 @@ def test_activations_that_do_not_fit_are_recomputed() -> None:
 def test_numbers_without_end_in_words_are_none(note: str) -> None:
     row = {"model": "Llama 3 8B", "gpu": "H100", "num_gpus": "64"}
     assert workload_of({**row, "note": note}) == workload_of({**row, "note": "nothing"})
+
+
+# The throughput of a row, from whatever it states.
+
+
+@pytest.mark.parametrize(("cells", "expected"), [
+    ({"tokens_per_s_per_gpu": "326"}, 326.0), ({"step_time_s": "37.7"}, 1536 * 8192 / 1024 / 37.7),
+    ({"tflops_per_gpu_model": "822"}, 822e12 / 2.524e12), ({"mfu": "50"}, 0.5 * 989.4e12 / 2.524e12),
+    ({"mfu": "0.5"}, 0.5 * 989.4e12 / 2.524e12), ({"other": "aggregate_tokens_per_s=300k"}, 300e3 / 1024),
+    ({"other": "2M H100 GPU-hours for 3T tokens"}, 3e12 / (2e6 * 3600)), ({}, 0.0),
+    ({"tokens_per_s_per_gpu": "163", "step_time_s": "37.7", "note": "CARD INCONSISTENT"},
+     1536 * 8192 / 1024 / 37.7)])
+def test_throughput_is_taken_from_what_a_row_states(cells: dict[str, str], expected: float) -> None:
+    row = {**LLAMA, **cells}
+    assert tokens_per_s_per_gpu(row, workload_of(row)) == pytest.approx(expected, rel=1e-3)
+
+
+# Memory of rows: the account of a workload, and nothing where it has none.
+
+
+ROW = {"model": "Llama 3.1 8B", "gpu": "H200", "num_gpus": "8", "seq_len": "8192", "micro_batch": "1"}
+
+
+def test_a_row_has_the_account_of_its_workload() -> None:
+    w = workload_of(ROW)
+    assert peak_bytes(w) == account_of(w).total
+
+
+def test_a_ci_run_of_megatron_is_weighed_as_it_was_measured() -> None:
+    """Megatron-LM's golden values of a 15 B model on tensor parallel 8: 28.2 GB (benchmarks/data)."""
+    w = workload_of({"model": "Nemotron-like GPT 15B (CI)", "layers": "32", "hidden": "6144", "heads": "48",
+                     "kv_heads": "8", "gpu": "H100", "seq_len": "4096", "micro_batch": "4",
+                     "global_batch": "384", "tp": "8", "dp_sharding": "zero1", "source": "megatron-lm-ci"})
+    assert peak_bytes(w) / 1e9 == pytest.approx(28.2, rel=0.15)
+
+
+def test_sizes_that_nothing_can_cut_are_not_weighed() -> None:
+    w = workload_of(ROW)
+    assert peak_bytes(replace(w, tp=10**6, num_gpus=10**7)) == 0

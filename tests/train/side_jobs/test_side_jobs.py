@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from megatron_sov import recipes
+from megatron_sov import convert, recipes
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.cli import main
+from megatron_sov.config import TrainConfig
+from megatron_sov.train.side_jobs import average as average_module
 from megatron_sov.train.side_jobs import side_jobs
+from megatron_sov.train.side_jobs.average import make_average
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 
 
@@ -65,3 +73,52 @@ def test_a_file_system_that_refuses_is_a_warning(refused: str, action: Callable[
     assert asked[-1] == refused
     assert capsys.readouterr().err == (
         "warning: evaluations beside training cannot be followed (stale file handle)\n")
+
+
+# The mean that a complete run leaves: made once, by the ordinary command, and a failure is an event.
+
+
+TRAIN = TrainConfig(keep_checkpoints=3, average_last=2, average_weights="linear")
+
+
+class Here:
+    """`BackgroundProcess`, in this process."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.exit_code, self.took_s = main(command[command.index("megatron_sov") + 1:]), 0.1
+        self.last_words = "it failed"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.setattr(average_module, "BackgroundProcess", Here)
+    return []
+
+
+def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(
+        tmp_path: Path, imported: dict[str, Path], told: list[dict[str, Any]], capsys: Any) -> None:
+    def record(name: str, **fields: Any) -> None:
+        told.append({"event": name, **fields})
+
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        shutil.copytree(imported["solar_open"], run / f"checkpoints/step-{step}")
+    make_average(run, TrainConfig(), record)
+    assert not told and not (run / "average").exists(), "by itself none is made"
+    for _ in range(2):  # once, however often the run is asked for
+        make_average(run, TRAIN, record)
+    assert [(e["event"], e["step"], e["path"], e["weights"]) for e in told] == [
+        ("average", 3, "average", "linear")]
+    merged = read_manifest(run / "average", "checkpoint").content["merged"]
+    assert [(Path(m["path"]).name, m["weight"]) for m in merged] == [("step-2", 1.0), ("step-3", 2.0)]
+    convert.to_hf(run / "average", tmp_path / "average")
+    convert.to_hf(imported["solar_open"], tmp_path / "one")
+    for name, tensor in load_file(tmp_path / "average/model.safetensors").items():
+        torch.testing.assert_close(tensor, load_file(tmp_path / "one/model.safetensors")[name])
+
+    shutil.rmtree(run / "checkpoints/step-1")
+    shutil.rmtree(run / "checkpoints/step-2")
+    shutil.rmtree(run / "average")
+    make_average(run, TRAIN, record)
+    assert told[-2] == {"event": "average", "step": 3, "error": "it failed"}
+    assert "the mean of the run's checkpoints was not made: it failed" in capsys.readouterr().err

@@ -1,0 +1,257 @@
+"""Losses over the data order: sums, denominators and terms, against cross-entropy written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.config import IdBlock, apply_settings
+from megatron_sov.data.rows import Row
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()
+from megatron_sov.errors import UserError  # noqa: E402
+from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
+from megatron_sov.train.data_objective import MTP, DataObjective  # noqa: E402
+from megatron_sov.train.lm import LanguageModelling  # noqa: E402
+from megatron_sov.train.microbatch import MicroBatch, from_row  # noqa: E402
+from megatron_sov.train.objective import (  # noqa: E402
+    GlobalBatch,
+    LossSums,
+    parts_of,
+    per_source,
+    refuse_nothing_learned,
+    total_loss,
+)
+
+
+class Logits:
+    """Stands for the output head: the hidden states are the logits."""
+
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
+                      weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        losses = torch.nn.functional.cross_entropy(hidden, labels, reduction="none")
+        return {term: (losses * w).sum() for term, w in weights.items()}, losses
+
+
+@pytest.fixture
+def batch() -> MicroBatch:
+    """Documents of 3 and 4 tokens and one of padding; the last token of a document has no label."""
+    import numpy as np
+
+    return from_row(Row(
+        tokens=np.array([1, 2, 3, 4, 5, 6, 7, 0]), labels=np.array([2, 3, 0, 5, 6, 7, 0, 0]),
+        weights=np.array([1, 1, 0, 1, 1, 0.5, 0, 0], np.float32),
+        positions=np.array([0, 1, 2, 0, 1, 2, 3, 0]), types=np.zeros(8, np.uint8),
+        sources=np.array([0] * 3 + [1] * 5), padding=np.array([False] * 7 + [True]),
+        bounds=np.array([0, 3, 7, 8], np.int32)))
+
+
+def objective(recipe: str) -> LanguageModelling:
+    batches: Any = SimpleNamespace(num_sources=2, next=lambda: "the next batch")
+    context: Any = SimpleNamespace(config=recipes.get(recipe), batches=batches)
+    return LanguageModelling(context)
+
+
+def test_each_label_counts_with_its_weight(batch: MicroBatch) -> None:
+    logits = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+    sums = objective("tiny-solar-open").loss([logits], Logits(), batch)  # type: ignore[arg-type]
+    losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    assert set(sums.terms) == {"lm"}
+    assert float(sums.terms["lm"]) == pytest.approx(float((losses * batch.weights).sum()))
+    first = losses[:2].double().sum()
+    assert sums.by_source[0].tolist() == pytest.approx([float(first), 2.0])
+    assert float(sums.by_source[1, 1]) == 2.5
+
+
+def test_the_token_after_the_next_counts_inside_a_document_only(batch: MicroBatch) -> None:
+    """Position 0 predicts 3, position 3 predicts 6 and position 4 predicts 7,
+    with the weights of those labels."""
+    logits = [torch.randn(8, 9, generator=torch.Generator().manual_seed(s)) for s in range(2)]
+    found = objective("tiny-k-exaone")
+    sums = found.loss(logits, Logits(), batch)  # type: ignore[arg-type]
+    logprobs = logits[1].log_softmax(-1)
+    assert float(sums.terms["mtp"]) == pytest.approx(
+        -float(logprobs[0, 3] + logprobs[3, 6] + 0.5 * logprobs[4, 7]))
+    assert found.coefficients == {"lm": 1.0, "mtp": 0.05}
+
+
+# What objectives over the data order share: their batches, and the prediction term by brute force over
+# documents.
+
+
+BOUNDS, VOCAB = [0, 7, 8, 20, 24], 11
+
+
+def objective_with(depths: int) -> DataObjective:
+    config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_loss_coeff=0.3"])
+    # more than a recipe may have
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_mtp_layers=depths))
+    batches: Any = SimpleNamespace(num_sources=1, next=lambda: "the next batch")
+    context: Any = SimpleNamespace(config=config, batches=batches)
+    return DataObjective(context)
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: int) -> None:
+    random = np.random.default_rng(4)
+    n = BOUNDS[-1]
+    tokens, weights = random.integers(0, VOCAB, n), random.choice([0, 0.5, 1], n).astype(np.float32)
+    labels = np.roll(tokens, -1)
+    ends = np.array(BOUNDS[1:]) - 1
+    labels[ends], weights[ends] = 0, 0
+    batch = from_row(Row(tokens=tokens, labels=labels, weights=weights, types=np.zeros(n, np.uint8),
+                         sources=np.zeros(n, np.int64),
+                         positions=np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(BOUNDS)]),
+                         padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
+    logits = [torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(depth))
+              for depth in range(depths + 1)]
+    expected = counted = 0.0
+    for depth, (first, end) in itertools.product(range(1, depths + 1), itertools.pairwise(BOUNDS)):
+        for place in range(first, end - 1 - depth):
+            weight, wanted = weights[place + depth], tokens[place + 1 + depth]
+            counted += weight
+            expected -= weight * float(logits[depth][place].log_softmax(-1)[wanted])
+    found = objective_with(depths)
+    assert found._mtp_coefficient == {MTP: 0.3}
+    assert found._mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * counted)} and counted > 3
+    assert (float(found._mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
+            == pytest.approx(expected, rel=1e-5))
+
+
+def test_without_prediction_layers_there_is_no_such_term() -> None:
+    found = objective_with(0)
+    batch: Any = SimpleNamespace(weights=torch.ones(1))
+    assert found._mtp_coefficient == {} and found._mtp_targets([]) == {}
+    assert found._mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
+
+
+def test_batches_come_from_the_order() -> None:
+    assert objective_with(0).collect(None, 7) == "the next batch"  # type: ignore[comparison-overlap]
+
+
+# Losses by type of label, against sums taken label by label.
+
+
+AUDIO, IMAGE = IdBlock(4, 3), IdBlock(7, 2)
+
+
+def config(**objective: Any) -> Any:
+    made = recipes.get("tiny-qwen3")
+    return replace(made, model=replace(made.model, audio_tokens=AUDIO, image_tokens=IMAGE),
+                   objective=replace(made.objective, **objective))
+
+
+def random_batch(seed: int) -> MicroBatch:
+    """24 random labels with random weights, some of them 0, and random types."""
+    rng = np.random.default_rng(seed)
+    return from_row(Row(
+        tokens=rng.integers(0, 9, 24), labels=rng.integers(0, 9, 24),
+        weights=rng.choice([0, 1, 0.5], 24).astype(np.float32), positions=np.arange(24),
+        types=rng.integers(0, 3, 24).astype(np.uint8), sources=np.zeros(24, np.int64),
+        padding=np.zeros(24, bool), bounds=np.array([0, 24], np.int32)))
+
+
+@pytest.mark.parametrize("kind", [LanguageModelling, SupervisedFineTuning])
+def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    # tests/layouts adds counts over processes
+    monkeypatch.setattr(sys.modules[kind.__module__], "with_denominators",
+                        lambda batch, targets: replace(batch, targets=targets))
+    learner = kind(SimpleNamespace(config=config(audio_weight=0.25, image_weight=3.0),
+                                   batches=SimpleNamespace(num_sources=1)))
+    batches = [random_batch(seed) for seed in range(2)]
+    logits = [torch.randn(24, 9, generator=torch.Generator().manual_seed(s)) for s in range(2)]
+    prepared = learner.prepare(GlobalBatch(tuple(batches), 24, 2, "p"))
+    term = "lm" if kind is LanguageModelling else "response"
+    total = count = 0.0
+    by_type = {"text_loss": [0.0, 0], "audio_loss": [0.0, 0], "image_loss": [0.0, 0]}
+    for one, scores in zip(batches, logits, strict=True):
+        logprobs = scores.log_softmax(-1)
+        for i in range(24):
+            label, weight = int(one.labels[i]), float(one.weights[i])
+            name, factor = ("text_loss", 1.0)
+            if 4 <= label < 7:
+                name, factor = "audio_loss", 0.25
+            elif 7 <= label < 9:
+                name, factor = "image_loss", 3.0
+            loss = -float(logprobs[i, label])
+            if weight:
+                by_type[name][0] += loss
+                by_type[name][1] += 1
+            if term == "lm" or int(one.types[i]) == 2:
+                total += weight * factor * loss
+                count += weight * factor
+    sums = [learner.loss([scores], Logits(), m)
+            for scores, m in zip(logits, prepared.micro_batches, strict=True)]
+    assert prepared.targets[term] == pytest.approx(count)
+    assert sum(float(s.terms[term]) for s in sums) == pytest.approx(total, rel=1e-5)
+    for name, (summed, number) in by_type.items():
+        assert sum(float(s.meters[name][0]) for s in sums) == pytest.approx(summed, rel=1e-5)
+        assert sum(int(s.meters[name][1]) for s in sums) == number
+
+
+def test_without_blocks_nothing_is_measured_nor_copied() -> None:
+    made = recipes.get("tiny-qwen3")
+    learner = LanguageModelling(SimpleNamespace(config=made, batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]
+    one = random_batch(0)
+    assert learner.meters == () and learner._typed.weighted(one) is one
+    assert learner._typed.measured(torch.zeros(24), one) == {}
+
+
+# Sums, denominators and the total loss.
+
+
+def test_each_term_is_divided_by_its_own_denominator() -> None:
+    a, b = torch.tensor(6.0, requires_grad=True), torch.tensor(10.0, requires_grad=True)
+    loss = total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5},
+                      {"a": 3.0, "b": 20.0})
+    loss.backward()
+    assert loss.item() == pytest.approx(6 / 3 + 0.5 * 10 / 20)
+    assert (a.grad, b.grad) == (torch.tensor(1 / 3), torch.tensor(0.5 / 20))
+
+
+def test_a_term_without_targets_adds_nothing_and_stays_in_the_graph() -> None:
+    a = torch.tensor(5.0, requires_grad=True)
+    loss = total_loss(LossSums({"a": a}, torch.zeros(1, 2)), {"a": 1.0}, {"a": 0.0})
+    loss.backward()
+    assert loss.item() == 0.0 and a.grad == 0.0
+
+
+def test_losses_by_source_are_weighted_sums_and_weights() -> None:
+    losses, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.5, 0.0, 2.0])
+    found = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
+    assert found.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and found.dtype == torch.float64
+
+
+def test_what_an_objective_remembers_is_json() -> None:
+    objective = SimpleNamespace(state=lambda: {"seen": {1}}, restore=lambda state: None)
+    with pytest.raises(UserError, match=r"objective SimpleNamespace: state\(\) returned what JSON does not "
+                                        r"hold \(Object of type set is not JSON serializable\)"):
+        parts_of(objective)["objective"].state()
+    assert parts_of(SimpleNamespace()) == {}
+
+
+@pytest.mark.parametrize(("state", "said"), [
+    ({"seen": {3: 1}}, r"state\(\)\['seen'\] has the key 3, which comes back as a string"),
+    ({"seen": [0, (1, 2)]}, r"state\(\)\['seen'\]\[1\] is a tuple, which comes back as a list")])
+def test_what_would_come_back_as_something_else_is_refused(state: object, said: str) -> None:
+    objective = SimpleNamespace(state=lambda: state, restore=lambda state: None)
+    with pytest.raises(UserError, match=f"what JSON changes \\({said}\\); return dicts with strings as keys"):
+        parts_of(objective)["objective"].state()
+
+
+def test_a_step_that_learns_nothing_is_refused() -> None:
+    batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
+    with pytest.raises(UserError, match=r"step 3: none of its 128 tokens is learned .*response: 0, mtp: 0"):
+        refuse_nothing_learned(batch, 3)
+    refuse_nothing_learned(GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "text": 1.0}), 3)
