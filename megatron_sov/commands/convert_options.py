@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
-from megatron_sov.commands.eval_options import PARITY_LENGTHS, RankOptions
+from megatron_sov.commands.eval_options import PARITY_LENGTHS
 from megatron_sov.config.train import AverageKind
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.recipes.requested import PluginOptions
 from megatron_sov.settings import AtLeastOne, Flag, NotNegative
 

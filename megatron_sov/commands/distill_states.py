@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sov.commands.eval_options import RankOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first

@@ -13,12 +13,13 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.commands.eval_media import EvalMediaOptions, run_media
 from megatron_sov.commands.eval_needle import NeedleSuiteOptions, suite_of
-from megatron_sov.commands.eval_options import PARITY_LENGTHS, ModelPath, RankOptions, RecordOptions
+from megatron_sov.commands.eval_options import PARITY_LENGTHS, ModelPath, RecordOptions
 from megatron_sov.commands.eval_passk import EvalPasskOptions, run_passk
 from megatron_sov.commands.eval_play import EvalPlayOptions, run_play
 from megatron_sov.commands.eval_suites import EvalSuitesOptions, run_suites
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents

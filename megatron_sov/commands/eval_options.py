@@ -23,13 +23,3 @@ class RecordOptions:
     """Print the figures as JSON."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the figures to this run's events, for its report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankOptions:
-    """How the side that is a checkpoint runs."""
-
-    nproc: int | None = None
-    """Local processes (checkpoints)."""
-    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.commands.eval_options import RankOptions, RecordOptions
+from megatron_sov.commands.eval_options import RecordOptions
 from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
@@ -26,7 +26,7 @@ from megatron_sov.eval.lm.settings import (
     Settings,
 )
 from megatron_sov.generate.asking import check_engine, check_length
-from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, run_engine
+from megatron_sov.generate.engine import Engine, engine_for, run_engine
 from megatron_sov.generate.request import Batching, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
@@ -51,7 +51,7 @@ POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPlayOptions(JudgedSettings, RankOptions, RecordOptions):
+class EvalPlayOptions(JudgedSettings, RecordOptions):
     """Have a model play a benchmark's tasks with tools, and score its episodes."""
 
     target: Annotated[str, Flag("TARGET")]
@@ -176,7 +176,7 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
     if chat is None:
         raise UserError(f"{target.tokenizer_folder}: has no chat template; fine-tune on chats first")
     local = _Local(target, TurnEncoder(chat, str(target.tokenizer_folder), protocol.chat_template_kwargs),
-                   str(args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)))
+                   args.engine or engine_for(target))
     longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
     check_engine(local.engine, target, args.settings, args.nproc)
     check_length(target, longest, "the limits of an episode, prompt, response and turn,",
@@ -202,7 +202,7 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
         return with_policy(EnginePolicy(engine, protocol.sampling, Stop(ends)), played)
 
     return str(run_engine(local.engine, target, work, longest=longest,
-                          batching=Batching(max_sequences=args.parallel), settings=args.settings,
+                          batching=Batching(args.parallel), settings=args.settings,
                           nproc=args.nproc) or "")
 
 
@@ -213,7 +213,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
     from megatron_sov.eval.suites.episodes import play_tasks_by_messages
 
     args, flag = game.args, game.flag
-    endpoint = EndpointSettings(**vars(args.endpoint), max_concurrent=args.parallel)
+    endpoint = EndpointSettings(**vars(args.endpoint), concurrent=args.parallel)
     settings = Settings(output=args.output, cache=args.cache, engine=args.engine, settings=args.settings,
                         nproc=args.nproc, endpoint=endpoint)
     subject = subject_of(args.target, settings)

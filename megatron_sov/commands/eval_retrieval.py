@@ -46,7 +46,7 @@ def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[Row]
     """Return direction -> figures of a pair; {} on other processes than the first."""
     from megatron_sov.eval.media.retrieval import figures, grouped, likelihoods, ranks
 
-    groups = grouped(rows, args.candidates, args.seed)
+    groups = grouped(rows, args.candidates, args.sampling.seed)
     scores = likelihoods(target, rows, groups, shown_media(args, args.media_root), chat=not args.no_chat,
                          with_features=not args.no_features, batching=Batching(args.batch_size),
                          settings=args.settings, nproc=args.nproc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,13 +16,22 @@ from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import EngineOptions, check_engine, check_length
-from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, TRANSFORMERS, Engine, run_engine
-from megatron_sov.generate.request import Batching, SampleSeed, Sampling, Stop, Temperature, TopP
+from megatron_sov.generate.engine import ENGINE_SET, Engine, engine_for, run_engine
+from megatron_sov.generate.request import Batching, Stop, WholeSampling
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action
+from megatron_sov.settings import (
+    NO_FLAG,
+    Actions,
+    AtLeastOne,
+    Flag,
+    add_actions,
+    change,
+    parse_nested,
+    run_action,
+)
 from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
 from megatron_sov.tools.environment import Environment, Task
 from megatron_sov.tools.episode import Episode, row_of
@@ -71,6 +80,13 @@ class ToolsPlayOptions(EnvironmentOptions):
     """Also write the transcript as a page."""
 
 
+@dataclass(frozen=True)
+class TurnSampling(WholeSampling):
+    """How each token of a turn is chosen."""
+
+    max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # its limit bounds each turn
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToolsRunOptions(EnvironmentOptions, EngineOptions):
     """Have a model play the tasks of an environment."""
@@ -83,9 +99,7 @@ class ToolsRunOptions(EnvironmentOptions, EngineOptions):
     """Replace episodes that are already there."""
     parallel: AtLeastOne = 8
     """Episodes at a time."""
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    seed: SampleSeed = 0
+    sampling: TurnSampling = field(default_factory=TurnSampling)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +171,6 @@ def _show_tools(opening: Opening, show: Any) -> None:
 
 def _run(args: ToolsRunOptions) -> int:
     asked, _, version, limits, tasks = _asked(args)
-    sampling = Sampling(1, args.temperature, top_p=args.top_p, seed=args.seed)
     refuse_missing(args.target)
     refuse_existing(args.output, KIND, args.overwrite)
 
@@ -170,7 +183,7 @@ def _run(args: ToolsRunOptions) -> int:
     from megatron_sov.post.teacher import weights_digest
 
     target = find_target(args.target)
-    engine_name = args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
+    engine_name = args.engine or engine_for(target)
     longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
     check_engine(engine_name, target, args.engine_set, args.nproc, ENGINE_SET)
     check_length(target, longest, "max_prompt_tokens, max_response_tokens and max_turn_tokens",
@@ -181,8 +194,8 @@ def _run(args: ToolsRunOptions) -> int:
     encoder = TurnEncoder(chat, str(target.tokenizer_folder))
     eos = load_tokenizer(target.tokenizer_folder).eos_token_id
     ends = {*encoder.end_ids, *([] if eos is None else [int(eos)])}  # a turn that eos ends is no whole one
-    settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
-                "engine": engine_name}
+    settings = {name: getattr(args.sampling, name) for name in ("temperature", "top_p", "seed")}
+    settings["engine"] = engine_name
     model: dict[str, object] = {
         "path": str(target.path), "step": target.step, "weights": weights_digest(target),
         "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
@@ -195,12 +208,12 @@ def _run(args: ToolsRunOptions) -> int:
             return _publish(args, episodes, encoder, limits, identity)
 
     def work(engine: Engine) -> dict[str, Any] | None:
-        policy = EnginePolicy(engine, sampling, Stop(tuple(sorted(ends))))
+        policy = EnginePolicy(engine, args.sampling, Stop(tuple(sorted(ends))))
         found: dict[str, Any] | None = with_policy(policy, played)
         return found
 
     summary = run_engine(engine_name, target, work, longest=longest,
-                         batching=Batching(max_sequences=args.parallel), settings=args.engine_set,
+                         batching=Batching(args.parallel), settings=args.engine_set,
                          nproc=args.nproc, option=ENGINE_SET)
     if summary is not None:
         _tell(args.output, args.environment, summary, limits)

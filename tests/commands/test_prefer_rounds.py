@@ -192,7 +192,7 @@ def test_a_prompt_is_learned_as_it_was_asked(tmp_path: Path, capsys) -> None:
 def test_what_rounds_are_given_goes_with_rounds(tmp_path: Path, capsys) -> None:
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
                  "--reward", "length"]) == 2
-    assert '--reward "length": is for --rounds N; add it, or leave this out' in capsys.readouterr().err
+    assert '--reward "length": is only for --rounds; add that, or leave this out' in capsys.readouterr().err
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
                  "--keep-unfinished"]) == 2
-    assert "--keep-unfinished: is for --rounds N" in capsys.readouterr().err
+    assert "--keep-unfinished: is only for --rounds" in capsys.readouterr().err

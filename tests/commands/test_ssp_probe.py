@@ -172,7 +172,7 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     (["--problems", "algebra"], "--problems algebra: must be DOMAIN=FILE.jsonl"),
     (["--problems", "algebra=geometry.jsonl"], "domain algebra has algebra.jsonl already"),
     (["--problems", "statistics=empty.jsonl"], "--problems empty.jsonl: has no rows"),
-    (["--k", "9"], "--k 9: is more than --samples 4"),
+    (["--k", "9"], "--k 9: must be at most --samples = 4"),
     (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
 def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said: str,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.errors import UserError
+from megatron_sov.generate import request
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
 from megatron_sov.settings import SettingsError
 
@@ -44,8 +45,9 @@ def test_tokens_end_a_continuation() -> None:
     assert Stop().cut([1, 2]) == [1, 2]
 
 
-def test_memory_bounds_the_batch() -> None:
-    batching = Batching(max_sequences=8, cache_tokens=100)
+def test_memory_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "CACHE_TOKENS", 100)
+    batching = Batching(8)
     assert [batching.slots(20, longest) for longest in (10, 12, 30, 100, 1000)] == [8, 8, 3, 1, 1]
     assert batching.slots(2, 10) == 2
 

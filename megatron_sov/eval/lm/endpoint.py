@@ -68,7 +68,7 @@ class AsksEndpoint:
         """
         left = [request for request in requests if request.key not in self._answers]
         with (work_bar("ask", len(requests), "request") as bar,
-              ThreadPoolExecutor(self._settings.max_concurrent) as pool):
+              ThreadPoolExecutor(self._settings.concurrent) as pool):
             bar.update(len(requests) - len(left))
             under_way = {pool.submit(self._ask, request): request for request in left}
             try:

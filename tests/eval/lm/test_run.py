@@ -197,7 +197,7 @@ def test_mistakes_are_told_in_one_sentence(task_dir: Path, hf_models: dict[str, 
         ([model, "--tasks", "words", "--task-dir", str(task_dir), "--output", str(tmp_path)], "is a folder"),
         ([model, "--tasks", "words", "--samples", "4", *common], "--samples 4: none of the tasks samples"),
         ([model, "--tasks", "words", "--judge", "x", *common], "--judge x: none of the tasks samples"),
-        ([model, "--tasks", "words", "--mode", "thinking", *common], "add --apply-chat-template"),
+        ([model, "--tasks", "words", "--mode", "thinking", *common], "is only for --apply-chat-template"),
         (["http://me:pw@127.0.0.1:9/v1", "--model", "m", "--tasks", "words", *common], "without user"),
     ]
     for argv, said in cases:
