@@ -180,7 +180,6 @@ def test_losses_that_rise_are_named(trained: Trained, tmp_path: Path, monkeypatc
     (["--submit", "nowhere"], "nowhere"),
     (["--submit", "h100"], "account: is missing; pass --account NAME"),
     (["--account", "mine"], "--account mine: is for --submit"),
-    (["--nproc", "0"], "--nproc 0: must be at least 1"),
     (["--set", "parallel.tp=3"], "size 12K: "),
     (["--sizes", "12K,12.001K,12.002K,12.003K"], "some give the same model or name")])
 def test_mistakes_are_one_sentence_before_anything_is_trained(

