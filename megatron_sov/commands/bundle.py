@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,9 +32,7 @@ class BundleOptions:
     """Replace a bundle that is already there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov bundle`."""
-    add_options(parser, BundleOptions)
+add_arguments = partial(add_options, cls=BundleOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,16 +118,6 @@ class CodecInspectOptions:
     """Print as JSON."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    add_actions(parser, ACTIONS)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the chosen action; returns the exit code."""
-    return run_action(ACTIONS, args)
-
-
 def _train(args: CodecTrainOptions) -> int:
     figures = (_train_decoder if args.kind in DECODERS else _train_tokenizer)(args)
     print(f"wrote codec {args.output}" + (f": held out, {_told(figures)}" if figures else ""))
@@ -203,3 +193,5 @@ def _inspect(args: CodecInspectOptions) -> int:
 ACTIONS: Actions = {"train": (CodecTrainOptions, _train), "import": (CodecImportOptions, _import),
                     "reconstruct": (ReconstructOptions, _reconstruct),
                     "inspect": (CodecInspectOptions, _inspect)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

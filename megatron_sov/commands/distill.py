@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -48,9 +48,7 @@ class DistillOptions(GateOptions):
     """The teacher's layout and precision, e.g. --teacher-set parallel.tp=2."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillOptions)
+add_arguments = partial(add_options, cls=DistillOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,9 +58,7 @@ class DistillRoundsOptions(RecipeOptions):
     """How many."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillRoundsOptions)
+add_arguments = partial(add_options, cls=DistillRoundsOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,9 +40,7 @@ class DistillStatesOptions(PluginOptions, RankOptions):
     """Replace an artifact that is already there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillStatesOptions)
+add_arguments = partial(add_options, cls=DistillStatesOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +41,7 @@ class DistillWriteOptions(PluginOptions, RankOptions):
     """Replace token shards that are already there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillWriteOptions)
+add_arguments = partial(add_options, cls=DistillWriteOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,16 +99,6 @@ class BigramOptions(CutOptions):
 
     max_train_tokens: AtLeastOne = DEFAULT_TRAIN_TOKENS
     """Training tokens of each source that are counted at most."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the tasks."""
-    add_actions(parser, ACTIONS)
-
-
-def run(typed: argparse.Namespace) -> int:
-    """Run the chosen task; returns the exit code."""
-    return run_action(ACTIONS, typed)
 
 
 def _begin(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
@@ -297,3 +287,5 @@ ACTIONS: Actions = {
     "passk": (EvalPasskOptions, run_passk), "media": (EvalMediaOptions, run_media),
     "lm": (EvalLmOptions, run_lm), "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
     "play": (EvalPlayOptions, run_play), "suites": (EvalSuitesOptions, run_suites)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,9 +41,7 @@ class EvalContaminationOptions:
     """Print what was found as JSON."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, EvalContaminationOptions)
+add_arguments = partial(add_options, cls=EvalContaminationOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

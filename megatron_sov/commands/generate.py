@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,9 +113,7 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
         return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, GenerateOptions)
+add_arguments = partial(add_options, cls=GenerateOptions)
 
 
 def run(args: argparse.Namespace) -> int:

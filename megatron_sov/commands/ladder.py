@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,9 +65,7 @@ class LadderOptions(RecipeOptions):
     """Print the models and train nothing."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, LadderOptions)
+add_arguments = partial(add_options, cls=LadderOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

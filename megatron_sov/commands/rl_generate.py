@@ -85,9 +85,7 @@ class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
     until it is known that these jobs live; the command then ends with 75)."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, RlGenerateOptions)
+add_arguments = partial(add_options, cls=RlGenerateOptions)
 
 
 def rounds_of(given: str | None, last: int) -> range:

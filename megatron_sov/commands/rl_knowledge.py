@@ -6,6 +6,7 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -48,9 +49,7 @@ class KnowledgeOptions:
     """Replace an output that is there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, KnowledgeOptions)
+add_arguments = partial(add_options, cls=KnowledgeOptions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,9 +60,7 @@ class RewardOptions(JudgedOptions, JudgeOptions):
     """Without a sign of life after which another job's claim is taken over."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, RewardOptions)
+add_arguments = partial(add_options, cls=RewardOptions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,9 +31,7 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
                     self.reward, "add --environment, or choose another reward")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, RlRunOptions)
+add_arguments = partial(add_options, cls=RlRunOptions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +41,7 @@ class ScoreOptions(JudgeOptions):
     """With a second opinion (reward composed): also write a page on where the two disagree."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov score`."""
-    add_options(parser, ScoreOptions)
+add_arguments = partial(add_options, cls=ScoreOptions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 from megatron_sov.commands.eval_options import ModelPath
@@ -49,9 +50,7 @@ class ServeOptions(PluginOptions, RankOptions):
         return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, ServeOptions)
+add_arguments = partial(add_options, cls=ServeOptions)
 
 
 def run(args: argparse.Namespace) -> int:

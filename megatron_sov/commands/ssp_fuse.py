@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +30,7 @@ class SspFuseOptions(PluginOptions):
     """Replace a checkpoint that is there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, SspFuseOptions)
+add_arguments = partial(add_options, cls=SspFuseOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

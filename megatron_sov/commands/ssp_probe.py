@@ -10,6 +10,7 @@ import argparse
 import shlex
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,9 +63,7 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     """Print the command for each checkpoint that is not probed yet, and start none."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, SspProbeOptions)
+add_arguments = partial(add_options, cls=SspProbeOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

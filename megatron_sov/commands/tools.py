@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,20 +100,6 @@ class ToolsRunOptions(EnvironmentOptions, EngineOptions):
     parallel: AtLeastOne = 8
     """Episodes at a time."""
     sampling: TurnSampling = field(default_factory=TurnSampling)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    add_actions(parser, ACTIONS)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do the action.
-
-    Raises:
-        UserError: there is no such environment, setting or task, or nothing can be written there.
-    """
-    return run_action(ACTIONS, args)
 
 
 def _list(args: ToolsListOptions) -> int:
@@ -252,3 +238,5 @@ def _tell(output: Path, name: str, summary: dict[str, Any], limits: EpisodeLimit
 
 ACTIONS: Actions = {"list": (ToolsListOptions, _list), "play": (ToolsPlayOptions, _play),
                     "run": (ToolsRunOptions, _run)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)
