@@ -13,7 +13,7 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.commands.eval_media import EvalMediaOptions, run_media
 from megatron_sov.commands.eval_needle import NeedleSuiteOptions, suite_of
-from megatron_sov.commands.eval_options import PARITY_LENGTHS, ModelPath, RecordOptions
+from megatron_sov.commands.eval_options import PARITY_LENGTHS, ModelPath, RecordOptions, step_of
 from megatron_sov.commands.eval_passk import EvalPasskOptions, run_passk
 from megatron_sov.commands.eval_play import EvalPlayOptions, run_play
 from megatron_sov.commands.eval_suites import EvalSuitesOptions, run_suites
@@ -135,7 +135,7 @@ def _ppl(args: PplOptions) -> int:
     found = _measure(args, target, policy_losses, hf_losses)
     if found is not None:
         _write(args.out, found)
-        events.add("eval", step=_step(target, events), heldout=found)
+        events.add("eval", step=step_of(target, events), heldout=found)
         _show(args.json, found, _loss_table(found))
     return ExitCode.OK
 
@@ -176,7 +176,7 @@ def _needle(args: NeedleOptions) -> int:
                      lambda model: judged(HfEngine(model)))
     if found is not None:
         _write(args.out, found)
-        events.add("needle", when="eval", step=_step(target, events), **found)
+        events.add("needle", when="eval", step=step_of(target, events), **found)
         _show(args.json, found, table(result_of(found)))
     return ExitCode.OK
 
@@ -211,7 +211,7 @@ def _pairs(args: PairsOptions) -> int:
     if found is not None:
         _write(args.out, found)
         for source, figures in found.items():
-            events.add("heldout_pairs", step=_step(target, events), source=source, **figures)
+            events.add("heldout_pairs", step=step_of(target, events), source=source, **figures)
         _show(args.json, found, "\n".join(
             f"{source}: {100 * r['right']:.1f} % of {r['pairs']:,} pairs are ranked right"
             for source, r in found.items()))
@@ -254,11 +254,6 @@ def _bigram(args: BigramOptions) -> int:
     events.add("baseline", bigram=found)
     _show(args.json, found, _loss_table(found))
     return ExitCode.OK
-
-
-def _step(target: Target, events: RunEvents) -> int | None:
-    """Return the step of a checkpoint; an export is taken to be of the run's last one."""
-    return events.last_step() if target.step is None else target.step
 
 
 def _loss_table(found: dict[str, dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import to_json, write_output
+from megatron_sov.commands.eval_options import step_of
 from megatron_sov.commands.eval_retrieval import retrieval_line, retrieval_rows, retrieved
 from megatron_sov.commands.media_options import EvalMediaOptions, check_media, media_decoders, shown_media
 from megatron_sov.errors import ExitCode, UserError
@@ -61,7 +62,7 @@ def run_media(args: EvalMediaOptions) -> int:
         return ExitCode.OK  # the job's first process tells
     if args.output is not None:
         write_output(args.output, to_json({**found, **compared}))
-    step = events.last_step() if target.step is None else target.step
+    step = step_of(target, events)
     for name, told in found.items():
         events.add("media", step=step, pair=name,
                    **{**told, "samples": [_embedded(s) for s in told["samples"][:SHOWN_SAMPLES]]})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.artifacts import MANIFEST, to_json
-from megatron_sov.commands.eval_options import RecordOptions
+from megatron_sov.commands.eval_options import RecordOptions, step_of
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
 from megatron_sov.digests import file_digest
 from megatron_sov.documents import BadRecord, Conversation
@@ -213,7 +213,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         artifact.writer.settings = plan.whole
         if plan.target is not None and (plan.target.path / MANIFEST).is_file():
             artifact.writer.add_input(plan.target.path)
-    step = events.last_step() if plan.target is None or plan.target.step is None else plan.target.step
+    step = events.last_step() if plan.target is None else step_of(plan.target, events)
     events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
     from megatron_sov.eval.judged_samples import table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sov.commands.eval_options import step_of
 from megatron_sov.commands.media_options import EvalMediaOptions, shown_media
 from megatron_sov.errors import UserError
 from megatron_sov.eval.media.pairs import RETRIEVAL, Row, read_rows
@@ -53,7 +54,7 @@ def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[Row]
     if scores is None:
         return {}
     found = {way: figures(of) for way, of in zip(RETRIEVAL[name], ranks(rows, groups, scores), strict=True)}
-    step = events.last_step() if target.step is None else target.step
+    step = step_of(target, events)
     for way, told in found.items():
         events.add(EVENT, step=step, pair=way, **{k: v for k, v in told.items() if k != "ranks"})
     return {f"retrieval/{way}": told for way, told in found.items()}

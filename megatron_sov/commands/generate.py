@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.artifacts import write_output
-from megatron_sov.commands.eval_options import ModelPath
+from megatron_sov.commands.eval_options import ModelPath, step_of
 from megatron_sov.commands.media_options import CodecsOptions, check_media, media_decoders, shown_media
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         write_output(options.output, response_lines(prompts, texts, found))
     else:
         _show(options, prompts, texts, found)
-    step = events.last_step() if target.step is None else target.step
+    step = step_of(target, events)
     for prompt, text in zip(prompts, texts, strict=True):
         events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
     return 0

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
-from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
-from megatron_sov.generate.asking import EngineOptions, check_engine, check_length
-from megatron_sov.generate.engine import ENGINE_SET, Engine, engine_for, run_engine
-from megatron_sov.generate.request import Batching, Stop, WholeSampling
+from megatron_sov.generate.asking import EngineOptions
+from megatron_sov.generate.engine import ENGINE_SET
+from megatron_sov.generate.request import WholeSampling
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
@@ -163,28 +161,16 @@ def _run(args: ToolsRunOptions) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.generate.load import load_tokenizer
-    from megatron_sov.generate.target import find_target
-    from megatron_sov.generate.turns import EnginePolicy, with_policy
+    from megatron_sov.generate.player import Player, Runs
     from megatron_sov.post.teacher import weights_digest
 
-    target = find_target(args.target)
-    engine_name = args.engine or engine_for(target)
-    longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
-    check_engine(engine_name, target, args.engine_set, args.nproc, ENGINE_SET)
-    check_length(target, longest, "max_prompt_tokens, max_response_tokens and max_turn_tokens",
-                 "lower them with --limit")
-    chat = read_chat_encoder(target.tokenizer_folder)
-    if chat is None:
-        raise UserError(f"{target.tokenizer_folder}: has no chat template; fine-tune on chats first")
-    encoder = TurnEncoder(chat, str(target.tokenizer_folder))
-    eos = load_tokenizer(target.tokenizer_folder).eos_token_id
-    ends = {*encoder.end_ids, *([] if eos is None else [int(eos)])}  # a turn that eos ends is no whole one
+    player = Player(args.target, Runs(args.engine, args.engine_set, args.nproc, ENGINE_SET), limits,
+                    "lower them with --limit")
+    target, encoder = player.target, player.encoder
     settings = {name: getattr(args.sampling, name) for name in ("temperature", "top_p", "seed")}
-    settings["engine"] = engine_name
-    model: dict[str, object] = {
-        "path": str(target.path), "step": target.step, "weights": weights_digest(target),
-        "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
+    settings["engine"] = player.engine
+    model: dict[str, object] = {"path": str(target.path), "step": target.step,
+                                "weights": weights_digest(target), "chat": player.chat}
     identity = identity_of(digest_of(tasks), version, limits, model, settings)
     table = Table(asked, encoder, limits, args.parallel)
 
@@ -193,14 +179,7 @@ def _run(args: ToolsRunOptions) -> int:
             episodes = play(tasks, policy, table, journal, bar.update)
             return _publish(args, episodes, encoder, limits, identity)
 
-    def work(engine: Engine) -> dict[str, Any] | None:
-        policy = EnginePolicy(engine, args.sampling, Stop(tuple(sorted(ends))))
-        found: dict[str, Any] | None = with_policy(policy, played)
-        return found
-
-    summary = run_engine(engine_name, target, work, longest=longest,
-                         batching=Batching(args.parallel), settings=args.engine_set,
-                         nproc=args.nproc, option=ENGINE_SET)
+    summary = player.run(args.sampling, args.parallel, played)
     if summary is not None:
         _tell(args.output, args.environment, summary, limits)
     return 0
