@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.settings import Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class BundleOptions:
+class BundleOptions(OverwriteOptions):
     """Options of `bundle`."""
 
     output: Annotated[Path, Flag(value="DIR")]
@@ -28,8 +29,6 @@ class BundleOptions:
     """Tokenizer, Hugging Face folder or checkpoint to take along."""
     source: Annotated[Path | None, Flag(value="DIR")] = None
     """Checkout of megatron-sov (default: what this command runs from)."""
-    overwrite: bool = False
-    """Replace a bundle that is already there."""
 
 
 add_arguments = partial(add_options, cls=BundleOptions)

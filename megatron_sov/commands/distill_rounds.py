@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Gt, Le
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.commands.distill import DistillOptions
+from megatron_sov.commands.distill import DistillOptions, TeacherOptions
 from megatron_sov.commands.distill_states import DistillStatesOptions
 from megatron_sov.commands.distill_write import DistillWriteOptions, StudentSampling
 from megatron_sov.commands.option_words import words_of
@@ -32,13 +32,11 @@ from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRoundsOptions(RecipeOptions):
+class DistillRoundsOptions(RecipeOptions, TeacherOptions):
     """On-policy rounds: the student writes, the teacher reads, the student learns."""
 
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")]
     """The student."""
-    teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN|HF_DIR")]
-    """The model whose distributions it learns."""
     prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards of prompts, which the student answers in every round."""
     data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
@@ -47,11 +45,7 @@ class DistillRoundsOptions(RecipeOptions):
     """Part of each round's tokens that the student wrote itself; the rest are of --data."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder of the rounds; the same command goes on where a killed one was."""
-    states_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the teacher's states."""
     sampling: StudentSampling = field(default_factory=StudentSampling)
-    teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
-    """The teacher's layout and precision."""
     nproc: AtLeastOne | None = None
     """Local processes."""
     rounds: AtLeastOne = 1

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
 from megatron_sov.generate.request import RankOptions, Temperature, WholeSampling
@@ -27,7 +28,7 @@ class StudentSampling(WholeSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillWriteOptions(PluginOptions, RankOptions):
+class DistillWriteOptions(PluginOptions, RankOptions, OverwriteOptions):
     """Have a student answer prompts, as conversations that a teacher can read."""
 
     student: Annotated[Path, Flag("STUDENT")]
@@ -37,8 +38,6 @@ class DistillWriteOptions(PluginOptions, RankOptions):
     output: Annotated[Path, Flag(value="DIR")]
     """Token shards of conversations; a killed command goes on where it was."""
     sampling: StudentSampling = field(default_factory=StudentSampling)
-    overwrite: bool = False
-    """Replace token shards that are already there."""
 
 
 add_arguments = partial(add_options, cls=DistillWriteOptions)

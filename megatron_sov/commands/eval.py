@@ -13,10 +13,16 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.commands.eval_media import EvalMediaOptions, run_media
 from megatron_sov.commands.eval_needle import NeedleSuiteOptions, suite_of
-from megatron_sov.commands.eval_options import PARITY_LENGTHS, ModelPath, RecordOptions, step_of
 from megatron_sov.commands.eval_passk import EvalPasskOptions, run_passk
 from megatron_sov.commands.eval_play import EvalPlayOptions, run_play
 from megatron_sov.commands.eval_suites import EvalSuitesOptions, run_suites
+from megatron_sov.commands.shared_options import (
+    PARITY_LENGTHS,
+    CheckpointPath,
+    ModelPath,
+    RecordOptions,
+    step_of,
+)
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.request import RankOptions
@@ -85,8 +91,7 @@ class LogitsOptions(RecordOptions, RankOptions):
     """Compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3 where
     they differ."""
 
-    checkpoint: Annotated[Path, Flag("CHECKPOINT")]
-    """Checkpoint or run (its newest one)."""
+    checkpoint: CheckpointPath
     hf_dir: Annotated[Path, Flag("HF_DIR")]
     """Hugging Face folder of the same model."""
     lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS

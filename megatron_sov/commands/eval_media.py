@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.commands.eval_options import step_of
 from megatron_sov.commands.eval_retrieval import retrieval_line, retrieval_rows, retrieved
 from megatron_sov.commands.media_options import EvalMediaOptions, check_media, media_decoders, shown_media
+from megatron_sov.commands.shared_options import step_of
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.eval.media.judges import Judge, judge_of
 from megatron_sov.eval.media.pairs import AUDIO, IMAGE, PAIRS, TEXT, Row, figures, read_rows

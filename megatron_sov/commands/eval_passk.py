@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.artifacts import MANIFEST, to_json
-from megatron_sov.commands.eval_options import RecordOptions, step_of
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
+from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, step_of
 from megatron_sov.digests import file_digest
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import read_messages
@@ -98,7 +98,7 @@ class JudgedSamplingOptions(JudgeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions):
+class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions):
     """Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k."""
 
     target: Annotated[Path | None, Flag("TARGET")] = None
@@ -114,8 +114,6 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions):
     """Sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a prompt)."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to make: the figures, and every response with its reward."""
-    overwrite: bool = False
-    """Replace an output that is there."""
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.commands.eval_options import RecordOptions
+from megatron_sov.commands.shared_options import AnyTarget, RecordOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
@@ -47,9 +47,7 @@ POLL_S = 0.2
 class EvalPlayOptions(JudgedSettings, RecordOptions):
     """Have a model play a benchmark's tasks with tools, and score its episodes."""
 
-    target: Annotated[str, Flag("TARGET")]
-    """Checkpoint, run (its newest one), Hugging Face folder, or the address of an OpenAI-compatible
-    endpoint, up to /v1."""
+    target: AnyTarget
     tasks: Annotated[str, Flag(value="NAME")]
     """A task of `eval suites` with an environment, or the path of a task file of yours."""
     data_dir: Annotated[Path, Flag(value="DIR")]

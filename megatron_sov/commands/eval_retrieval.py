@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.commands.eval_options import step_of
 from megatron_sov.commands.media_options import EvalMediaOptions, shown_media
+from megatron_sov.commands.shared_options import step_of
 from megatron_sov.errors import UserError
 from megatron_sov.eval.media.pairs import RETRIEVAL, Row, read_rows
 from megatron_sov.generate.request import Batching

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.artifacts import write_output
-from megatron_sov.commands.eval_options import ModelPath, step_of
 from megatron_sov.commands.media_options import CodecsOptions, check_media, media_decoders, shown_media
+from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.asking import Asked, asked_of, check_engine, check_length

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from megatron_sov.commands.eval_options import ModelPath, RecordOptions
+from megatron_sov.commands.shared_options import ModelPath, RecordOptions
 from megatron_sov.errors import UserError
 from megatron_sov.generate.request import Batching, BatchSize, RankOptions, WholeSampling
 from megatron_sov.media.vocabulary import AUDIO, IMAGE

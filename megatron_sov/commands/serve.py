@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
-from megatron_sov.commands.eval_options import ModelPath
+from megatron_sov.commands.shared_options import ModelPath
 from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.generate.request import RankOptions
 from megatron_sov.outputs import check_output

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
 from megatron_sov.chat.turns import TurnEncoder
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import EngineOptions
@@ -86,15 +87,13 @@ class TurnSampling(WholeSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolsRunOptions(EnvironmentOptions, EngineOptions):
+class ToolsRunOptions(EnvironmentOptions, EngineOptions, OverwriteOptions):
     """Have a model play the tasks of an environment."""
 
     target: Annotated[Path, Flag("TARGET")]
     """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to write: episodes.jsonl, transcripts.html and a manifest."""
-    overwrite: bool = False
-    """Replace episodes that are already there."""
     parallel: AtLeastOne = 8
     """Episodes at a time."""
     sampling: TurnSampling = field(default_factory=TurnSampling)
