@@ -72,7 +72,7 @@ def test_runs_are_trained_a_law_is_fitted_and_the_next_size_predicted(
     folder = tmp_path / "ladder"
     assert ladder(folder) == 0
     assert names(trained) == ["12K", "24K", "48K", "96K"]
-    assert trained.commands[0][:2] == ["megatron_sov", "pretrain"] and trained.commands[0][-1] == "--resume"
+    assert trained.commands[0][:2] == ["megatron_sov", "pretrain"] and "--resume" in trained.commands[0]
     found = json.loads((folder / "ladder.json").read_text())
     (told,) = found["predictions"]
     assert (told["name"], told["measured"]) == ("192K", None)
