@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from megatron_sov.commands.option_words import words_of
 from megatron_sov.commands.shared_options import AnyTarget, RecordOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.eval.lm.settings import (
-    DEFAULT_KEY_ENV,
     ENDPOINTS,
     EndpointModel,
     EndpointSettings,
@@ -105,12 +106,9 @@ def run_play(args: EvalPlayOptions) -> int:
 
 
 def _refuse_of_endpoints(args: EvalPlayOptions) -> None:
-    given = [*([f"--model {args.endpoint.model}"] if args.endpoint.model else []),
-             *([f"--key-env {args.endpoint.key_env}"] if args.endpoint.key_env != DEFAULT_KEY_ENV else []),
-             *([f"--cache {args.cache}"] if args.cache else []),
-             *(["--same-model"] if args.endpoint.same_model else [])]
+    given = [*words_of(args.endpoint), *(["--cache", str(args.cache)] if args.cache else [])]
     if given:
-        raise UserError(f"{', '.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
+        raise UserError(f"{shlex.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
 
 
 def _checked(args: EvalPlayOptions, flag: StopFlag) -> _Game:
