@@ -20,7 +20,7 @@ from megatron_sov.media.banks import PICTURES, SOUNDS
 from megatron_sov.media.items import discrete_audio, discrete_image
 from megatron_sov.media.reading.places import place_of
 from megatron_sov.media.reading.reader import MediaReader, Read
-from megatron_sov.media.reading.videos import Sampling
+from megatron_sov.media.reading.videos import VideoFrames
 from megatron_sov.media.spectrograms import SAMPLE_RATE_HZ, Spectrograms
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 
@@ -152,9 +152,8 @@ class MediaEncoder:
             if part.kind == VIDEO:
                 if settings.picture_bank is None:
                     raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
-                sampling = Sampling(settings.picture_bank[0], settings.video_frames_per_s,
-                                    settings.video_frames,
-                                    part.frames_per_s)
+                sampling = VideoFrames(settings.picture_bank[0], settings.video_frames_per_s,
+                                       settings.video_frames, part.frames_per_s)
                 return [self._reader.video(part.value, sampling)]
             if part.kind == IMAGE:
                 sides = [*([self.images.side_pixels] if self.images else []),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.settings import Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class BundleOptions:
+class BundleOptions(OverwriteOptions):
     """Options of `bundle`."""
 
     output: Annotated[Path, Flag(value="DIR")]
@@ -27,13 +29,9 @@ class BundleOptions:
     """Tokenizer, Hugging Face folder or checkpoint to take along."""
     source: Annotated[Path | None, Flag(value="DIR")] = None
     """Checkout of megatron-sov (default: what this command runs from)."""
-    overwrite: bool = False
-    """Replace a bundle that is already there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov bundle`."""
-    add_options(parser, BundleOptions)
+add_arguments = partial(add_options, cls=BundleOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

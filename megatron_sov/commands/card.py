@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,9 +49,7 @@ class CardOptions:
     """Replace a README.md that is not ours in --output and --hf-folder."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov card`."""
-    add_options(parser, CardOptions)
+add_arguments = partial(add_options, cls=CardOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

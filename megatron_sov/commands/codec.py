@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.artifacts import to_json
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.settings import (
     AboveZero,
@@ -27,7 +28,7 @@ DECODERS = ("image-decoder", "vocoder")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecTrainOptions:
+class CodecTrainOptions(OverwriteOptions):
     """Train a codec from media of your own, or go on where it was killed."""
 
     kind: Annotated[Literal["image-tokenizer", "audio-tokenizer", "image-decoder", "vocoder"], Flag("KIND")]
@@ -54,8 +55,6 @@ class CodecTrainOptions:
     """Seconds between two states that are kept to go on from."""
     look_every: NotNegativeInt = 0
     """Steps between two looks at held-out media (default: at the end alone)."""
-    overwrite: bool = False
-    """Replace a codec that is already there."""
 
     def problems(self) -> list[Problem]:
         """Return what is not for this kind, and what it needs."""
@@ -75,7 +74,7 @@ class CodecTrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecImportOptions:
+class CodecImportOptions(OverwriteOptions):
     """Write a published tokenizer's files as a codec; nothing in them is run."""
 
     kind: Annotated[Literal["ta-tok", "cosyvoice2", "nemo-audio"], Flag("KIND")]
@@ -84,8 +83,6 @@ class CodecImportOptions:
     """What was downloaded."""
     output: Annotated[Path, Flag("DIR")]
     """Codec to write."""
-    overwrite: bool = False
-    """Replace a codec that is already there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +113,6 @@ class CodecInspectOptions:
     """Folder of a codec."""
     json: bool = False
     """Print as JSON."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    add_actions(parser, ACTIONS)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the chosen action; returns the exit code."""
-    return run_action(ACTIONS, args)
 
 
 def _train(args: CodecTrainOptions) -> int:
@@ -203,3 +190,5 @@ def _inspect(args: CodecInspectOptions) -> int:
 ACTIONS: Actions = {"train": (CodecTrainOptions, _train), "import": (CodecImportOptions, _import),
                     "reconstruct": (ReconstructOptions, _reconstruct),
                     "inspect": (CodecInspectOptions, _inspect)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 from megatron_sov.command_line import Parser, fill_commands
@@ -24,9 +25,7 @@ class CompletionOptions:
     """Whose commands: megatron-sov (default), sov-data or sov-tokenizer."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, CompletionOptions)
+add_arguments = partial(add_options, cls=CompletionOptions)
 
 
 def run(args: argparse.Namespace) -> int:

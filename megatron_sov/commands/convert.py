@@ -6,9 +6,9 @@ The command stands here and not in `convert`, since `verify` runs both models, w
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,6 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.settings import Actions, add_actions, run_action
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    add_actions(parser, ACTIONS)
-
-
-def run(typed: argparse.Namespace) -> int:
-    """Run the chosen action; returns the exit code."""
-    return run_action(ACTIONS, typed)
 
 
 def _begin(args: PluginOptions, *models: Path) -> None:
@@ -216,3 +206,5 @@ ACTIONS: Actions = {
     "average": (AverageOptions, _average), "upcycle": (UpcycleOptions, _upcycle),
     "deepen": (DeepenOptions, _deepen), "verify": (VerifyOptions, _verify),
     "inspect": (InspectOptions, _inspect)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

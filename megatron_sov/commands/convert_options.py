@@ -8,9 +8,16 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
-from megatron_sov.commands.eval_options import PARITY_LENGTHS, RankOptions
+from megatron_sov.commands.shared_options import (
+    PARITY_LENGTHS,
+    CheckpointOut,
+    CheckpointPath,
+    OverwriteOptions,
+    RecordOptions,
+)
 from megatron_sov.config.train import AverageKind
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.recipes.requested import PluginOptions
 from megatron_sov.settings import AtLeastOne, Flag, NotNegative
 
@@ -18,11 +25,8 @@ DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenOptions(PluginOptions):
+class WrittenOptions(PluginOptions, OverwriteOptions):
     """What every action takes that writes."""
-
-    overwrite: bool = False
-    """Replace an artifact of the same kind that is already at OUT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +52,14 @@ class FromHfOptions(ConversionOptions):
 
     hf_dir: Annotated[Path, Flag("HF_DIR")]
     """Folder with config.json and safetensors files."""
-    out: Annotated[Path, Flag("OUT")]
-    """Checkpoint folder to write."""
+    out: CheckpointOut
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToHfOptions(ConversionOptions):
     """Write a checkpoint as a Hugging Face folder."""
 
-    checkpoint: Annotated[Path, Flag("CHECKPOINT")]
-    """Checkpoint, or run (its newest one)."""
+    checkpoint: CheckpointPath
     out: Annotated[Path, Flag("OUT")]
     """Hugging Face folder to write."""
     max_shard_bytes: AtLeastOne = MAX_SHARD_BYTES
@@ -71,8 +73,7 @@ class FromMegatronOptions(ConversionOptions):
 
     megatron_dir: Annotated[Path, Flag("DIR")]
     """Folder of an iteration (iter_0001000), or the one that holds them."""
-    out: Annotated[Path, Flag("OUT")]
-    """Checkpoint folder to write."""
+    out: CheckpointOut
     family: Annotated[str, Flag(value="NAME")] = ""
     """Family of the model (default: the only one that fits)."""
     recipe: Annotated[str, Flag(value="RECIPE")] = ""
@@ -102,8 +103,7 @@ class FromPeftOptions(WrittenOptions):
 
     peft_dir: Annotated[Path, Flag("PEFT_DIR")]
     """Folder with adapter_config.json and adapter_model.safetensors."""
-    out: Annotated[Path, Flag("OUT")]
-    """Checkpoint folder to write."""
+    out: CheckpointOut
     base: Annotated[Path, Flag(value="CHECKPOINT")]
     """Checkpoint of the model that it belongs to (`convert from-hf` makes one)."""
 
@@ -114,8 +114,7 @@ class AverageOptions(WrittenOptions, WorkersOptions):
 
     run: Annotated[Path, Flag("RUN")]
     """Run folder."""
-    out: Annotated[Path, Flag("OUT")]
-    """Checkpoint folder to write."""
+    out: CheckpointOut
     last: int | None = None
     """How many of its complete checkpoints (default: all)."""
     from_step: int | None = None
@@ -128,19 +127,15 @@ class AverageOptions(WrittenOptions, WorkersOptions):
     decay: Annotated[float, Gt(0), Le(1), Flag(value="D")] = 0.5
     """Of --weights ema."""
     workers: AtLeastOne = 1
-    """Files at a time, each with two tensors in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrowingOptions(WrittenOptions):
+class GrowingOptions(WrittenOptions, WorkersOptions):
     """What a larger model begins as."""
 
-    checkpoint: Annotated[Path, Flag("CHECKPOINT")]
-    """Checkpoint, or run (its newest one)."""
-    out: Annotated[Path, Flag("OUT")]
-    """Checkpoint folder to write."""
+    checkpoint: CheckpointPath
+    out: CheckpointOut
     workers: AtLeastOne = 1
-    """Files at a time, each with two tensors in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +170,7 @@ class DeepenOptions(GrowingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(PluginOptions, RankOptions, WorkersOptions):
+class VerifyOptions(PluginOptions, RankOptions, WorkersOptions, RecordOptions):
     """Compare two models, checkpoint or Hugging Face folder each; exit code 3 where they differ."""
 
     a: Annotated[Path, Flag("A")]
@@ -186,12 +181,8 @@ class VerifyOptions(PluginOptions, RankOptions, WorkersOptions):
     """Compare files alone: load and run no model (saves memory)."""
     lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
     """Tokens of the random prompts that both sides are run on."""
-    json: bool = False
-    """Print the checks as JSON."""
     card: Annotated[Path | None, Flag(value="FILE")] = None
     """Also write a verification card, e.g. OUT.verification.json."""
-    run: Annotated[Path | None, Flag(value="DIR")] = None
-    """Also add the checks to this run's events, for its report."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
+from megatron_sov.commands.distill_states import StatesDtype
 from megatron_sov.commands.forgetting_gate import GateOptions, gate_of
 from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.errors import UserError
@@ -28,29 +29,31 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillOptions(GateOptions):
-    """Learn a teacher's distributions."""
+class TeacherOptions:
+    """Whose distributions are learned."""
 
-    start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
-    """Start from these weights (and their architecture)."""
     teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN|HF_DIR")]
     """Learn the distributions of this model, of the same tokenizer unless distillation.other_tokenizer is
     set."""
-    states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
-    """What the teacher says of the data, as `megatron-sov distill states` leaves it; one that is not there
-    is made first, of the data that others do not have (default: RUN.states)."""
-    states_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the states where they are made here."""
-    top_k: Annotated[int | None, Flag(value="K")] = None
-    """Keep the teacher's most probable tokens in the place of its states (--set
-    distillation.top_k=...)."""
+    states_dtype: StatesDtype = "bfloat16"
+    """Of the teacher's states, where they are made here."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
     """The teacher's layout and precision, e.g. --teacher-set parallel.tp=2."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillOptions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptions(GateOptions, TeacherOptions):
+    """Learn a teacher's distributions."""
+
+    states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """What the teacher says of the data, as `megatron-sov distill states` leaves it; one that is not there
+    is made first, of the data that others do not have (default: RUN.states)."""
+    top_k: Annotated[int | None, Flag(value="K")] = None
+    """Keep the teacher's most probable tokens in the place of its states (--set
+    distillation.top_k=...)."""
+
+
+add_arguments = partial(add_options, cls=DistillOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -7,15 +7,19 @@ and the student learns from it.  On one set of GPUs they take turns, since each 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Gt, Le
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.commands.distill_write import StudentSamplingOptions
+from megatron_sov.commands.distill import DistillOptions, TeacherOptions
+from megatron_sov.commands.distill_states import DistillStatesOptions
+from megatron_sov.commands.distill_write import DistillWriteOptions, StudentSampling
+from megatron_sov.commands.option_words import words_of
 from megatron_sov.config import RunConfig, data_paths, layout_settings
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.recipes.requested import RecipeOptions, requested
@@ -28,13 +32,11 @@ from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRoundsOptions(RecipeOptions, StudentSamplingOptions):
+class DistillRoundsOptions(RecipeOptions, TeacherOptions):
     """On-policy rounds: the student writes, the teacher reads, the student learns."""
 
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")]
     """The student."""
-    teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN|HF_DIR")]
-    """The model whose distributions it learns."""
     prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards of prompts, which the student answers in every round."""
     data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
@@ -43,19 +45,14 @@ class DistillRoundsOptions(RecipeOptions, StudentSamplingOptions):
     """Part of each round's tokens that the student wrote itself; the rest are of --data."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder of the rounds; the same command goes on where a killed one was."""
-    states_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the teacher's states."""
-    teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
-    """The teacher's layout and precision."""
-    nproc: int | None = None
+    sampling: StudentSampling = field(default_factory=StudentSampling)
+    nproc: AtLeastOne | None = None
     """Local processes."""
     rounds: AtLeastOne = 1
     """How many."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillRoundsOptions)
+add_arguments = partial(add_options, cls=DistillRoundsOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
@@ -112,44 +109,36 @@ def _asked(args: DistillRoundsOptions) -> dict[str, Any]:
 
     return {"from": str(args.start_from), "teacher": str(args.teacher),
             "prompts": of(data_paths(args.prompts)), "data": of(data_paths(args.data)), "share": args.share,
-            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
-            "seed": args.seed, "states_dtype": args.states_dtype}
+            **{name: getattr(args.sampling, name) for name in (
+                "max_new_tokens", "temperature", "top_p", "seed")}, "states_dtype": args.states_dtype}
 
 
 def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[Path, list[str]]]:
     """Yield what exists when a command is complete, and the command, in order."""
     asked = config.distillation
-    plugins = _each("--plugin", args.plugins)
-    nproc = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     of_data, shares = args.output / "data.states", data_paths(args.data)
     total = sum(shares.values())
     data = [f"{path}:{(1 - args.share) * share / total:.9g}" for path, share in shares.items()]
     if data:
-        yield of_data / MANIFEST, [
-            "distill", "states", str(args.teacher), *_each("--data", list(shares)), "--output", str(of_data),
-            "--dtype", args.states_dtype, "--top-k", str(asked.top_k),
-            "--temperature", str(asked.temperature), *["--other-tokenizer"][:asked.other_tokenizer],
-            *_each("--set", args.teacher_settings), *plugins, *nproc]
+        yield of_data / MANIFEST, ["distill", "states", *words_of(DistillStatesOptions(
+            teacher=args.teacher, data=tuple(shares), output=of_data, dtype=args.states_dtype,
+            top_k=asked.top_k, temperature=asked.temperature, other_tokenizer=asked.other_tokenizer,
+            settings=args.teacher_settings, plugins=args.plugins, nproc=args.nproc))]
     student = args.start_from
     for number in range(1, args.rounds + 1):
         folder = args.output / f"round-{number}"
         answers, trained = folder / "answers", folder / "run"
-        yield answers / MANIFEST, [
-            "distill", "write", str(student), *_each("--prompts", args.prompts), "--output", str(answers),
-            "--max-new-tokens", str(args.max_new_tokens), "--temperature", str(args.temperature),
-            "--top-p", str(args.top_p), "--seed", str(args.seed + number),
-            *_each("--set", layout_settings(config)), *plugins, *nproc]
-        yield trained / COMPLETION, [
-            "distill", *([args.recipe] if args.recipe else ["--config", str(args.config)]),
-            *plugins, *_each("--set", args.settings),
-            # or every round would learn from the same part of --data
-            "--set", f"train.seed={config.train.seed + number - 1}", "--from", str(student),
-            "--teacher", str(args.teacher), *_each("--teacher-set", args.teacher_settings),
-            *_each("--data", [*data, f"{answers}:{args.share:.9g}"]),
-            *(["--states", str(of_data)] if data else []), "--states", f"{answers}.states",
-            "--states-dtype", args.states_dtype, "--run", str(trained), "--resume", *nproc]
+        yield answers / MANIFEST, ["distill", "write", *words_of(DistillWriteOptions(
+            student=student, prompts=args.prompts, output=answers,
+            sampling=replace(args.sampling, seed=args.sampling.seed + number),
+            settings=tuple(layout_settings(config)), plugins=args.plugins, nproc=args.nproc))]
+        # or every round would learn from the same part of --data
+        seed = f"train.seed={config.train.seed + number - 1}"
+        of_answers = answers.with_name(f"{answers.name}.states")
+        yield trained / COMPLETION, ["distill", *words_of(DistillOptions(
+            recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
+            start_from=student, teacher=args.teacher, teacher_settings=args.teacher_settings,
+            data=(*data, f"{answers}:{args.share:.9g}"),
+            states=(of_data, of_answers) if data else (of_answers,), states_dtype=args.states_dtype,
+            run=trained, resume=True, nproc=args.nproc))]
         student = trained
-
-
-def _each(option: str, values: Sequence[str]) -> list[str]:
-    return [word for value in values for word in (option, value)]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sov.commands.eval_options import RankOptions
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.settings import AboveZero, Flag, NotNegativeInt, add_options, read_options
 
+StatesDtype = Literal["bfloat16", "float32"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class DistillStatesOptions(PluginOptions, RankOptions):
+class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions):
     """Have a teacher read token shards, and keep what it says of them."""
 
     teacher: Annotated[Path, Flag("TEACHER")]
@@ -26,7 +30,7 @@ class DistillStatesOptions(PluginOptions, RankOptions):
     """Token shards of the teacher's own tokenizer."""
     output: Annotated[Path, Flag(value="DIR")]
     """The artifact; a killed command goes on where it was."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: StatesDtype = "bfloat16"
     """Of the states."""
     top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
     """Keep the most probable tokens and their log-probabilities in the place of states."""
@@ -35,13 +39,9 @@ class DistillStatesOptions(PluginOptions, RankOptions):
     other_tokenizer: bool = False
     """The data are of another tokenizer than the teacher's: hear it where tokens of both end at the same
     byte (needs --top-k)."""
-    overwrite: bool = False
-    """Replace an artifact that is already there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillStatesOptions)
+add_arguments = partial(add_options, cls=DistillStatesOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Gt, Le
-
-from megatron_sov.commands.eval_options import RankOptions
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
+from megatron_sov.generate.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, add_options, read_options
+from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudentSamplingOptions:
-    """How a student writes."""
+@dataclass(frozen=True)
+class StudentSampling(WholeSampling):
+    """How each token of a student's answer is chosen."""
 
     max_new_tokens: AtLeastOne = 2048
     """Longest answer."""
-    temperature: Annotated[NotNegative, Flag(value="T")] = 1.0
-    """Of the answers; 0 takes the most probable token."""
-    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
-    """Sample from the smallest set of tokens that holds this probability."""
-    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
-    """Of the answers."""
+    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillWriteOptions(PluginOptions, RankOptions, StudentSamplingOptions):
+class DistillWriteOptions(PluginOptions, RankOptions, OverwriteOptions):
     """Have a student answer prompts, as conversations that a teacher can read."""
 
     student: Annotated[Path, Flag("STUDENT")]
@@ -42,13 +37,10 @@ class DistillWriteOptions(PluginOptions, RankOptions, StudentSamplingOptions):
     """Token shards of prompts (`sov-data pack --format prompt`)."""
     output: Annotated[Path, Flag(value="DIR")]
     """Token shards of conversations; a killed command goes on where it was."""
-    overwrite: bool = False
-    """Replace token shards that are already there."""
+    sampling: StudentSampling = field(default_factory=StudentSampling)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DistillWriteOptions)
+add_arguments = partial(add_options, cls=DistillWriteOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
@@ -64,12 +56,10 @@ def run(typed: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.artifacts import read_manifest
-    from megatron_sov.generate.request import Sampling
     from megatron_sov.generate.target import find_target
     from megatron_sov.post.student_writing import KIND, Writing, write_answers
 
-    sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
-    asked = Writing(find_target(args.student), data_paths(args.prompts), sampling)
+    asked = Writing(find_target(args.student), data_paths(args.prompts), args.sampling)
     write_answers(asked, args.output, args.settings, args.nproc, overwrite=args.overwrite)
     if is_first():
         for source in read_manifest(args.output, KIND).content["sources"]:

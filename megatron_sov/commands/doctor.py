@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from functools import partial
 
 from megatron_sov.artifacts import to_json
 from megatron_sov.doctor.checks import Check, all_checks
@@ -19,9 +20,7 @@ class DoctorOptions:
     """Print the checks as JSON."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, DoctorOptions)
+add_arguments = partial(add_options, cls=DoctorOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

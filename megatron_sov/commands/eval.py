@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +13,19 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.commands.eval_media import EvalMediaOptions, run_media
 from megatron_sov.commands.eval_needle import NeedleSuiteOptions, suite_of
-from megatron_sov.commands.eval_options import PARITY_LENGTHS, ModelPath, RankOptions, RecordOptions
 from megatron_sov.commands.eval_passk import EvalPasskOptions, run_passk
 from megatron_sov.commands.eval_play import EvalPlayOptions, run_play
 from megatron_sov.commands.eval_suites import EvalSuitesOptions, run_suites
+from megatron_sov.commands.shared_options import (
+    PARITY_LENGTHS,
+    CheckpointPath,
+    ModelPath,
+    RecordOptions,
+    step_of,
+)
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
@@ -84,8 +91,7 @@ class LogitsOptions(RecordOptions, RankOptions):
     """Compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3 where
     they differ."""
 
-    checkpoint: Annotated[Path, Flag("CHECKPOINT")]
-    """Checkpoint or run (its newest one)."""
+    checkpoint: CheckpointPath
     hf_dir: Annotated[Path, Flag("HF_DIR")]
     """Hugging Face folder of the same model."""
     lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
@@ -98,16 +104,6 @@ class BigramOptions(CutOptions):
 
     max_train_tokens: AtLeastOne = DEFAULT_TRAIN_TOKENS
     """Training tokens of each source that are counted at most."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the tasks."""
-    add_actions(parser, ACTIONS)
-
-
-def run(typed: argparse.Namespace) -> int:
-    """Run the chosen task; returns the exit code."""
-    return run_action(ACTIONS, typed)
 
 
 def _begin(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
@@ -144,7 +140,7 @@ def _ppl(args: PplOptions) -> int:
     found = _measure(args, target, policy_losses, hf_losses)
     if found is not None:
         _write(args.out, found)
-        events.add("eval", step=_step(target, events), heldout=found)
+        events.add("eval", step=step_of(target, events), heldout=found)
         _show(args.json, found, _loss_table(found))
     return ExitCode.OK
 
@@ -185,7 +181,7 @@ def _needle(args: NeedleOptions) -> int:
                      lambda model: judged(HfEngine(model)))
     if found is not None:
         _write(args.out, found)
-        events.add("needle", when="eval", step=_step(target, events), **found)
+        events.add("needle", when="eval", step=step_of(target, events), **found)
         _show(args.json, found, table(result_of(found)))
     return ExitCode.OK
 
@@ -220,7 +216,7 @@ def _pairs(args: PairsOptions) -> int:
     if found is not None:
         _write(args.out, found)
         for source, figures in found.items():
-            events.add("heldout_pairs", step=_step(target, events), source=source, **figures)
+            events.add("heldout_pairs", step=step_of(target, events), source=source, **figures)
         _show(args.json, found, "\n".join(
             f"{source}: {100 * r['right']:.1f} % of {r['pairs']:,} pairs are ranked right"
             for source, r in found.items()))
@@ -265,11 +261,6 @@ def _bigram(args: BigramOptions) -> int:
     return ExitCode.OK
 
 
-def _step(target: Target, events: RunEvents) -> int | None:
-    """Return the step of a checkpoint; an export is taken to be of the run's last one."""
-    return events.last_step() if target.step is None else target.step
-
-
 def _loss_table(found: dict[str, dict[str, Any]]) -> str:
     width = max(map(len, [*found, "source"]))
     rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}"
@@ -296,3 +287,5 @@ ACTIONS: Actions = {
     "passk": (EvalPasskOptions, run_passk), "media": (EvalMediaOptions, run_media),
     "lm": (EvalLmOptions, run_lm), "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
     "play": (EvalPlayOptions, run_play), "suites": (EvalSuitesOptions, run_suites)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

@@ -6,10 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.artifacts import to_json, write_output
+from megatron_sov.commands.shared_options import RecordOptions
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
@@ -22,7 +24,7 @@ EVENT = "eval_contamination"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalContaminationOptions:
+class EvalContaminationOptions(RecordOptions):
     """Find items of a score that stand in the training data, and the score without them."""
 
     results: Annotated[Path, Flag("OUT.json")]
@@ -34,15 +36,9 @@ class EvalContaminationOptions:
     """Field that holds the text of JSONL and Parquet."""
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that search (default: one for each core)."""
-    run: Annotated[Path | None, Flag(value="DIR")] = None
-    """Also add what was found to this run's events, for its report."""
-    json: bool = False
-    """Print what was found as JSON."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, EvalContaminationOptions)
+add_arguments = partial(add_options, cls=EvalContaminationOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +31,7 @@ class EvalDifferenceOptions:
     """Also write the figures into a JSON file, which appears whole."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, EvalDifferenceOptions)
+add_arguments = partial(add_options, cls=EvalDifferenceOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

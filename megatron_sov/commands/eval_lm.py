@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from megatron_sov.artifacts import to_json
+from megatron_sov.commands.shared_options import AnyTarget
 from megatron_sov.errors import ExitCode
 from megatron_sov.eval.lm.settings import Settings
 from megatron_sov.settings import Flag
@@ -15,9 +16,7 @@ from megatron_sov.settings import Flag
 class EvalLmOptions:
     """Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline."""
 
-    target: Annotated[str, Flag("TARGET")]
-    """Checkpoint, run (its newest one), Hugging Face folder, or the address of an OpenAI-compatible endpoint,
-    up to /v1."""
+    target: AnyTarget
     tasks: Annotated[str, Flag(value="A,B")]
     """Names of tasks and groups."""
     settings: Settings

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_retrieval import retrieval_line, retrieval_rows, retrieved
 from megatron_sov.commands.media_options import EvalMediaOptions, check_media, media_decoders, shown_media
+from megatron_sov.commands.shared_options import step_of
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.eval.media.judges import Judge, judge_of
 from megatron_sov.eval.media.pairs import AUDIO, IMAGE, PAIRS, TEXT, Row, figures, read_rows
-from megatron_sov.generate.request import Batching, Sampling
+from megatron_sov.generate.request import Batching
 from megatron_sov.outputs import check_output
 from megatron_sov.pages.embedded import address_of
 from megatron_sov.runs.append import RunEvents
@@ -37,7 +38,6 @@ def run_media(args: EvalMediaOptions) -> int:
     asked, ranked = [_asked(item) for item in args.data], retrieval_rows(args)
     if not asked and not ranked:
         raise UserError("there is nothing to ask: pass --data PAIR=FILE.jsonl or --retrieval PAIR=FILE.jsonl")
-    sampling = Sampling(args.max_new_tokens, args.temperature, 0, args.top_p, args.seed)
     check_output("--output", args.output)
     judges = _judges(args, {PAIRS[name][1] for name, _ in asked})
     kinds = [kind for _, kind in (PAIRS[name] for name, _ in asked) if kind != TEXT]
@@ -53,7 +53,7 @@ def run_media(args: EvalMediaOptions) -> int:
     target = find_target(args.target)
     found, compared = dict[str, Any](), dict[str, Any]()
     for name, rows in asked:
-        told = _pair(args, target, name, rows, sampling, judges)
+        told = _pair(args, target, name, rows, judges)
         if told is not None:
             found[name] = told
     for name, rows in ranked:
@@ -62,7 +62,7 @@ def run_media(args: EvalMediaOptions) -> int:
         return ExitCode.OK  # the job's first process tells
     if args.output is not None:
         write_output(args.output, to_json({**found, **compared}))
-    step = events.last_step() if target.step is None else target.step
+    step = step_of(target, events)
     for name, told in found.items():
         events.add("media", step=step, pair=name,
                    **{**told, "samples": [_embedded(s) for s in told["samples"][:SHOWN_SAMPLES]]})
@@ -92,15 +92,15 @@ def _judges(args: EvalMediaOptions, kinds: set[str]) -> dict[str, Judge]:
     return found
 
 
-def _pair(args: EvalMediaOptions, target: Any, name: str, rows: list[Row], sampling: Sampling,
+def _pair(args: EvalMediaOptions, target: Any, name: str, rows: list[Row],
           judges: dict[str, Judge]) -> dict[str, Any] | None:
     """Return figures and samples of a pair; None on other processes than the first."""
     from megatron_sov.generate.media_replies import Asking, replies
 
     kind = PAIRS[name][1]
     out = {} if kind == TEXT or args.files is None else {kind: args.files / name}
-    asking = Asking(shown_media(args, args.media_root), media_decoders(args, args.seed), out, sampling,
-                    chat=not args.no_chat, max_audio_tokens=args.max_audio_tokens,
+    asking = Asking(shown_media(args, args.media_root), media_decoders(args, args.sampling.seed), out,
+                    args.sampling, chat=not args.no_chat, max_audio_tokens=args.max_audio_tokens,
                     batching=Batching(args.batch_size), with_features=not args.no_features)
     replied = replies(target, [row.content for row in rows], asking, settings=args.settings, nproc=args.nproc)
     if replied is None:

@@ -11,23 +11,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Gt, Le, MinLen
+from annotated_types import MinLen
 
 from megatron_sov.artifacts import MANIFEST, to_json
-from megatron_sov.commands.eval_options import RankOptions, RecordOptions
+from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
+from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, step_of
 from megatron_sov.digests import file_digest
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.asking import asked_of, check_engine, check_length
-from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, EngineName, run_engine
-from megatron_sov.generate.request import Batching, Sampling, Stop
+from megatron_sov.generate.engine import ChosenEngine, Engine, engine_for, run_engine
+from megatron_sov.generate.request import (
+    Batching,
+    BatchSize,
+    RankOptions,
+    ResponseSampling,
+    Stop,
+    Temperature,
+)
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import behind_links
 from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards import journal
-from megatron_sov.rewards.registry import BUILT_IN, Made, make, order
+from megatron_sov.rewards.registry import Made, make, order
 from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
@@ -38,10 +46,7 @@ from megatron_sov.settings import (
     Code,
     Finite,
     Flag,
-    NotNegative,
-    NotNegativeInt,
     Problem,
-    num_cores,
     parse_nested,
 )
 
@@ -58,54 +63,42 @@ OF_A_PROBLEM = (PROMPT, "answer", "choices", "tests", "entry_point", "instructio
 """Fields in which the responses to one problem do not differ: what is asked, and what rewards read of it."""
 
 
-REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME."
+@dataclass(frozen=True)
+class JudgedSampling(ResponseSampling):
+    """How each token of a judged response is chosen."""
+
+    max_new_tokens: AtLeastOne = 1024
+    """Longest response."""
+    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedSamplingOptions:
+class JudgedSamplingOptions(JudgeOptions):
     """How responses are sampled and judged, but for the sizes of the draws."""
 
-    reward: Annotated[str, Flag(value="NAME", help=REWARDS)]
-    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """A setting of the reward; may be repeated."""
+    reward: RewardName
+    reward_set: RewardSet = ()
     right_from: Annotated[Finite, Flag(value="R")] = 1.0
     """Least reward of a right response."""
     samples: AtLeastOne = 8
     """Responses to each prompt."""
-    temperature: Annotated[NotNegative, Flag(value="T")] = 1.0
-    """0 takes the most probable token."""
-    top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
-    """Sample from the K most probable tokens (default: all)."""
-    top_p: Annotated[float, Gt(0), Le(1), Flag(value="P")] = 1.0
-    """Sample from the smallest set of tokens that holds this probability."""
-    seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
-    """Of the samples."""
-    max_new_tokens: AtLeastOne = 1024
-    """Longest response."""
+    sampling: JudgedSampling = field(default_factory=JudgedSampling)
     stop: tuple[Annotated[str, MinLen(1)], ...] = ()
     """Text that ends a response; repeat it."""
     chat: bool = False
     """Frame each prompt by the chat template."""
-    engine: EngineName | None = None
-    """What runs the model (default: transformers for a Hugging Face folder)."""
-    batch_size: AtLeastOne = Batching.max_sequences
-    """Responses that are written at a time."""
-    workers: AtLeastOne = field(default_factory=num_cores)
-    """Processes that judge (default: one for each core)."""
-
-    def sampling(self) -> Sampling:
-        """Return how each token is chosen."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+    engine: ChosenEngine = None
+    batch_size: BatchSize = Batching.batch_size
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
-        return [] if self.samples == 1 or self.temperature else [
+        return [] if self.samples == 1 or self.sampling.temperature else [
             Problem(Code.RULE, "samples", "are the same response again and again at --temperature 0",
                     self.samples, "raise the temperature, or take one sample")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions):
+class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions):
     """Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k."""
 
     target: Annotated[Path | None, Flag("TARGET")] = None
@@ -121,8 +114,6 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions):
     """Sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a prompt)."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to make: the figures, and every response with its reward."""
-    overwrite: bool = False
-    """Replace an output that is there."""
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
@@ -142,18 +133,6 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions):
         return found
 
 
-def sampling_words(args: JudgedSamplingOptions) -> list[str]:
-    """Return the options as a command line has them, but for the processes."""
-    words = ["--reward", args.reward]
-    for option, values in (("--reward-set", args.reward_set), ("--stop", args.stop)):
-        words += [f"{option}={value}" for value in values]  # a value may begin with a dash
-    for name in ("right_from", "samples", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "engine",
-                 "batch_size", "workers"):
-        if (value := getattr(args, name)) is not None:
-            words.append(f"--{name.replace('_', '-')}={value}")
-    return [*words, "--chat"] if args.chat else words
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What a command was asked for, checked."""
@@ -161,7 +140,6 @@ class _Plan:
     args: EvalPasskOptions
     order: Order
     reward: Made
-    sampling: Sampling
     target: Target | None
     """None: the responses are there already."""
     group_by: str = PROMPT_INDEX
@@ -170,7 +148,7 @@ class _Plan:
     @property
     def engine(self) -> str:
         assert self.target is not None
-        return str(self.args.engine or (TRANSFORMERS if self.target.is_hf else MEGATRON))
+        return self.args.engine or engine_for(self.target)
 
     @cached_property
     def model(self) -> dict[str, Any] | None:
@@ -183,7 +161,7 @@ class _Plan:
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
                 "settings": list(self.args.settings), "chat": self.args.chat, "stop": list(self.args.stop),
                 "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
-                "sampling": asdict(self.sampling), "batch_size": self.args.batch_size,
+                "sampling": asdict(self.args.sampling), "batch_size": self.args.batch_size,
                 "files": fingerprint(self.target.path)}
 
     @cached_property
@@ -233,7 +211,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         artifact.writer.settings = plan.whole
         if plan.target is not None and (plan.target.path / MANIFEST).is_file():
             artifact.writer.add_input(plan.target.path)
-    step = events.last_step() if plan.target is None or plan.target.step is None else plan.target.step
+    step = events.last_step() if plan.target is None else step_of(plan.target, events)
     events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
     from megatron_sov.eval.judged_samples import table
@@ -244,7 +222,6 @@ def run_passk(args: EvalPasskOptions) -> int:
 
 
 def _checked(args: EvalPasskOptions) -> _Plan:
-    sampling = args.sampling()
     asked = order(args.reward, parse_nested(args.reward_set, "--reward-set"))
     made = make(asked)
     if args.sampled is None:
@@ -255,11 +232,11 @@ def _checked(args: EvalPasskOptions) -> _Plan:
 
     prepare_megatron()
     if args.sampled is not None:
-        return _Plan(args, asked, made, sampling, None, group_by)
+        return _Plan(args, asked, made, None, group_by)
     from megatron_sov.generate.target import find_target
 
     assert args.target is not None
-    return _Plan(args, asked, made, sampling, find_target(args.target))
+    return _Plan(args, asked, made, find_target(args.target))
 
 
 def _grouped_by(file: Path, asked: str | None) -> str:
@@ -301,7 +278,7 @@ def _sample(plan: _Plan) -> Path:
     if file.exists():  # asked behind the count: the first process may publish in between
         return file
     sampled = _sampled(plan)
-    longest = sampled.asked.longest + args.max_new_tokens
+    longest = sampled.asked.longest + args.sampling.max_new_tokens
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(plan.engine, target, args.settings, args.nproc)
     if num_done == sampled.num_responses and not is_first():
@@ -350,7 +327,7 @@ def _sampled(plan: _Plan) -> Sampled:
     if empty:
         raise UserError(f"--input {plan.args.input}: prompt {empty[0] + 1} is empty; write at least one "
                         "character")
-    return Sampled(rows, asked, plan.args.samples, plan.sampling,
+    return Sampled(rows, asked, plan.args.samples, plan.args.sampling,
                    Stop(asked.end_ids, tuple(plan.args.stop), asked.decode))
 
 

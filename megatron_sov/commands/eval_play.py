@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,24 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.chat.folder import chat_files, read_chat_encoder
-from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.commands.eval_options import RankOptions, RecordOptions
-from megatron_sov.digests import file_digest
+from megatron_sov.commands.option_words import words_of
+from megatron_sov.commands.shared_options import AnyTarget, RecordOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.eval.lm.settings import (
-    DEFAULT_KEY_ENV,
     ENDPOINTS,
     EndpointModel,
     EndpointSettings,
     JudgedSettings,
     Settings,
 )
-from megatron_sov.generate.asking import check_engine, check_length
-from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, run_engine
-from megatron_sov.generate.request import Batching, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
@@ -43,7 +38,6 @@ if TYPE_CHECKING:
     from megatron_sov.eval.lm.results import EvaluatedModel, Results
     from megatron_sov.eval.suites.catalogue import TaskFile
     from megatron_sov.eval.suites.protocol import Protocol
-    from megatron_sov.generate.target import Target
     from megatron_sov.tools.episode import Episode
 
 POLL_S = 0.2
@@ -51,12 +45,10 @@ POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPlayOptions(JudgedSettings, RankOptions, RecordOptions):
+class EvalPlayOptions(JudgedSettings, RecordOptions):
     """Have a model play a benchmark's tasks with tools, and score its episodes."""
 
-    target: Annotated[str, Flag("TARGET")]
-    """Checkpoint, run (its newest one), Hugging Face folder, or the address of an OpenAI-compatible
-    endpoint, up to /v1."""
+    target: AnyTarget
     tasks: Annotated[str, Flag(value="NAME")]
     """A task of `eval suites` with an environment, or the path of a task file of yours."""
     data_dir: Annotated[Path, Flag(value="DIR")]
@@ -88,22 +80,6 @@ class _Game:
         return len(self.tasks) * self.protocol.samples
 
 
-@dataclass(frozen=True)
-class _Local:
-    """A model that this command runs, checked."""
-
-    target: Target
-    encoder: TurnEncoder
-    engine: str
-
-    def ends(self) -> tuple[int, ...]:
-        """Return the tokens that end a turn; one that eos ends is no whole one."""
-        from megatron_sov.generate.load import load_tokenizer
-
-        eos = load_tokenizer(self.target.tokenizer_folder).eos_token_id
-        return tuple(sorted({*self.encoder.end_ids, *([] if eos is None else [int(eos)])}))
-
-
 Play = Callable[..., "list[list[Episode]]"]
 """Plays with a journal, `ended` and `check`."""
 
@@ -130,12 +106,9 @@ def run_play(args: EvalPlayOptions) -> int:
 
 
 def _refuse_of_endpoints(args: EvalPlayOptions) -> None:
-    given = [*([f"--model {args.endpoint.model}"] if args.endpoint.model else []),
-             *([f"--key-env {args.endpoint.key_env}"] if args.endpoint.key_env != DEFAULT_KEY_ENV else []),
-             *([f"--cache {args.cache}"] if args.cache else []),
-             *(["--same-model"] if args.endpoint.same_model else [])]
+    given = [*words_of(args.endpoint), *(["--cache", str(args.cache)] if args.cache else [])]
     if given:
-        raise UserError(f"{', '.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
+        raise UserError(f"{shlex.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
 
 
 def _checked(args: EvalPlayOptions, flag: StopFlag) -> _Game:
@@ -168,42 +141,26 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
     from megatron_sov.eval.lm.results import EvaluatedModel
     from megatron_sov.eval.lm.subject import content_hash
     from megatron_sov.eval.suites.episodes import play_tasks
-    from megatron_sov.generate.target import find_target
+    from megatron_sov.generate.player import Player, Runs
 
-    args, protocol, limits = game.args, game.protocol, game.protocol.episode_limits
-    target = find_target(Path(args.target))
-    chat = read_chat_encoder(target.tokenizer_folder)
-    if chat is None:
-        raise UserError(f"{target.tokenizer_folder}: has no chat template; fine-tune on chats first")
-    local = _Local(target, TurnEncoder(chat, str(target.tokenizer_folder), protocol.chat_template_kwargs),
-                   str(args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)))
-    longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
-    check_engine(local.engine, target, args.settings, args.nproc)
-    check_length(target, longest, "the limits of an episode, prompt, response and turn,",
-                 "lower `limits` in a task file of your own")
-    ends = local.ends()
+    args, protocol = game.args, game.protocol
+    player = Player(Path(args.target), Runs(args.engine, args.settings, args.nproc), protocol.episode_limits,
+                    "lower `limits` in a task file of your own", protocol.chat_template_kwargs)
+    target = player.target
 
     def played(policy: Policy) -> str:
         model = EvaluatedModel(str(target.path), content_hash(target),
                                "huggingface" if target.is_hf else "checkpoint", target.step)
         known_by: dict[str, object] = {
-            "path": str(target.path), "hash": model.hash, "engine": local.engine,
-            "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
+            "path": str(target.path), "hash": model.hash, "engine": player.engine, "chat": player.chat}
 
         def play(journal: Journal, **told: Any) -> list[list[Episode]]:
-            return play_tasks(protocol, game.tasks, args.data_dir, policy, local.encoder, journal,
+            return play_tasks(protocol, game.tasks, args.data_dir, policy, player.encoder, journal,
                               parallel=args.parallel, **told)
 
         return _played(game, model, known_by, play, events)
 
-    def work(engine: Engine) -> Any:
-        from megatron_sov.generate.turns import EnginePolicy, with_policy
-
-        return with_policy(EnginePolicy(engine, protocol.sampling, Stop(ends)), played)
-
-    return str(run_engine(local.engine, target, work, longest=longest,
-                          batching=Batching(max_sequences=args.parallel), settings=args.settings,
-                          nproc=args.nproc) or "")
+    return str(player.run(protocol.sampling, args.parallel, played) or "")
 
 
 def _by_endpoint(game: _Game, events: RunEvents) -> str:
@@ -213,7 +170,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
     from megatron_sov.eval.suites.episodes import play_tasks_by_messages
 
     args, flag = game.args, game.flag
-    endpoint = EndpointSettings(**vars(args.endpoint), max_concurrent=args.parallel)
+    endpoint = EndpointSettings(**vars(args.endpoint), concurrent=args.parallel)
     settings = Settings(output=args.output, cache=args.cache, engine=args.engine, settings=args.settings,
                         nproc=args.nproc, endpoint=endpoint)
     subject = subject_of(args.target, settings)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.commands.media_options import EvalMediaOptions, shown_media
+from megatron_sov.commands.shared_options import step_of
 from megatron_sov.errors import UserError
 from megatron_sov.eval.media.pairs import RETRIEVAL, Row, read_rows
 from megatron_sov.generate.request import Batching
@@ -46,14 +47,14 @@ def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[Row]
     """Return direction -> figures of a pair; {} on other processes than the first."""
     from megatron_sov.eval.media.retrieval import figures, grouped, likelihoods, ranks
 
-    groups = grouped(rows, args.candidates, args.seed)
+    groups = grouped(rows, args.candidates, args.sampling.seed)
     scores = likelihoods(target, rows, groups, shown_media(args, args.media_root), chat=not args.no_chat,
                          with_features=not args.no_features, batching=Batching(args.batch_size),
                          settings=args.settings, nproc=args.nproc)
     if scores is None:
         return {}
     found = {way: figures(of) for way, of in zip(RETRIEVAL[name], ranks(rows, groups, scores), strict=True)}
-    step = events.last_step() if target.step is None else target.step
+    step = step_of(target, events)
     for way, told in found.items():
         events.add(EVENT, step=step, pair=way, **{k: v for k, v in told.items() if k != "ranks"})
     return {f"retrieval/{way}": told for way, told in found.items()}

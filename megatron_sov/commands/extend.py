@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from functools import partial
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import TunedOptions, gate_of
@@ -14,10 +15,7 @@ from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.guards.fault_injection import parse
 from megatron_sov.train.stage_config import convert_start, find_start, refuse_many_converters, stage_request
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, TunedOptions)
+add_arguments = partial(add_options, cls=TunedOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ start others, in these.  Both keep their answers in RUN/gate/cache, so that noth
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.command_line import Parser
 from megatron_sov.commands.eval_difference import named_tasks
+from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.eval.forgetting import FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge
@@ -25,7 +25,7 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import GATE
 from megatron_sov.runs.launch_environment import is_first, under_launcher
-from megatron_sov.settings import Flag, NotNegative, options_of
+from megatron_sov.settings import Flag, NotNegative, add_options, read_options
 from megatron_sov.train.stage_config import StageOptions, TunedStageOptions
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class ForgettingGate:
         """Raise `UserError` where `eval lm` would not take them."""
         words = self._words(self.start, "start")
         try:
-            found = options_of(self._parsed(words))
+            found = _eval_options(words)
         except UserError as e:
             raise UserError(f"--gate-with: {e}") from None
         # an option may be shortened, and of two the last one counts
@@ -173,19 +173,10 @@ class ForgettingGate:
         return [str(target), "--tasks", ",".join(self.tasks), "--output", str(self._output(when)), "--cache",
                 str(self.run / GATE / "cache"), *self.words]
 
-    def _parsed(self, words: list[str]) -> argparse.Namespace:
-        from megatron_sov.commands import eval
-
-        parser = Parser(prog="megatron-sov eval")
-        eval.add_arguments(parser)
-        return parser.parse_args(["lm", *words])
-
     def _evaluate(self, target: Path, when: str, more: list[str]) -> None:
         words = [*self._words(target, when), *more]
         if under_launcher():
-            from megatron_sov.commands import eval
-
-            code = eval.run(self._parsed(words))
+            code = run_lm(_eval_options(words))
         else:
             print(f"forgetting gate: evaluates {target}", file=sys.stderr, flush=True)
             code = run_command(["megatron_sov", "eval", "lm", *words], "continue with --resume")
@@ -194,3 +185,10 @@ class ForgettingGate:
                                 "continue with --resume")
         if code != ExitCode.OK:
             raise SystemExit(code)  # it has said why
+
+
+def _eval_options(words: list[str]) -> EvalLmOptions:
+    """Return what words ask of `eval lm`."""
+    parser = Parser(prog="megatron-sov eval lm")
+    add_options(parser, EvalLmOptions)
+    return read_options(EvalLmOptions, parser.parse_args(words))

@@ -10,20 +10,21 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import MinLen
 
 from megatron_sov.artifacts import write_output
-from megatron_sov.commands.eval_options import ModelPath
 from megatron_sov.commands.media_options import CodecsOptions, check_media, media_decoders, shown_media
+from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.asking import Asked, asked_of, check_engine, check_length
-from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS, Engine, EngineName, run_engine
+from megatron_sov.generate.engine import MEGATRON, ChosenEngine, Engine, engine_for, run_engine
 from megatron_sov.generate.prompts import Prompt, read_prompts, response_lines
-from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
+from megatron_sov.generate.request import Batching, Generated, RankOptions, Sampling, Stop
 from megatron_sov.media.vocabulary import AUDIO, IMAGE
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(CodecsOptions, PluginOptions):
+class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
     """What is continued, by which model, and where the texts go."""
 
     target: ModelPath
@@ -63,12 +64,7 @@ class GenerateOptions(CodecsOptions, PluginOptions):
     out_audio: Annotated[Path | None, Flag(value="DIR")] = None
     """Let it speak, and write sounds there."""
     batching: Batching = field(default_factory=Batching)
-    engine: EngineName | None = None
-    """What runs the model (default: transformers for a Hugging Face folder)."""
-    nproc: AtLeastOne | None = None
-    """Local processes (engine megatron)."""
-    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (engine megatron)."""
+    engine: ChosenEngine = None
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the texts to this run's events, for its report."""
     output: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
@@ -117,9 +113,7 @@ class GenerateOptions(CodecsOptions, PluginOptions):
         return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, GenerateOptions)
+add_arguments = partial(add_options, cls=GenerateOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -150,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         write_output(options.output, response_lines(prompts, texts, found))
     else:
         _show(options, prompts, texts, found)
-    step = events.last_step() if target.step is None else target.step
+    step = step_of(target, events)
     for prompt, text in zip(prompts, texts, strict=True):
         events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
     return 0
@@ -160,7 +154,7 @@ def _continue(options: GenerateOptions, target: Target, asked: Asked, stop: Stop
     """Return what the chosen engine writes; None where another process of the job prints."""
     sampling = options.sampling
     longest = asked.longest + sampling.max_new_tokens
-    engine_name = options.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
+    engine_name = options.engine or engine_for(target)
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(engine_name, target, options.settings, options.nproc, num_drafts=sampling.num_drafts)
 

@@ -8,11 +8,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.clusters import cluster
+from megatron_sov.commands.option_words import words_of
 from megatron_sov.config import RunConfig, data_paths, from_dict
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.figures import large
@@ -64,9 +66,7 @@ class LadderOptions(RecipeOptions):
     """Print the models and train nothing."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, LadderOptions)
+add_arguments = partial(add_options, cls=LadderOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
@@ -206,21 +206,21 @@ def _train(args: LadderOptions, members: Sequence[Member]) -> int:
     """Run, or submit, what is not complete; returns the exit code of the first that is not."""
     from megatron_sov.ladder.results import is_complete
     from megatron_sov.runs.commands import run_command
+    from megatron_sov.slurm.stages import SubmitOptions
+    from megatron_sov.train.stage_config import StageOptions
 
     for i, member in enumerate(members, 1):
         if is_complete(args.run / member.name):
             continue
         print(f"ladder: {member.name}, run {i} of {len(members)}", file=sys.stderr, flush=True)
-        stage = ["--config", str(args.run / SETTINGS / f"{member.name}.json"), "--run",
-                 str(args.run / member.name)]
-        stage += [word for data in args.data for word in ("--data", data)]
-        stage += [word for plugin in args.plugins for word in ("--plugin", plugin)]
+        stage = StageOptions(config=args.run / SETTINGS / f"{member.name}.json", run=args.run / member.name,
+                             data=args.data, plugins=args.plugins, nproc=args.nproc,
+                             resume=args.submit is None)
         if args.submit is not None:
-            command = ["submit", "pretrain", "--cluster", args.submit, "--nodes", str(args.nodes),
-                       *([] if args.account is None else ["--account", args.account]), *stage]
+            where = SubmitOptions(cluster=args.submit, nodes=args.nodes, account=args.account)
+            command = ["submit", "pretrain", *words_of(where), *words_of(stage)]
         else:
-            command = ["pretrain", *stage, "--resume"]
-            command += [] if args.nproc is None else ["--nproc", str(args.nproc)]
+            command = ["pretrain", *words_of(stage)]
         code = run_command(["megatron_sov", *command], "the same command goes on with the ladder")
         if code != 0:
             return code

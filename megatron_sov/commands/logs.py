@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,9 +39,7 @@ class LogsOptions:
     """Go on with new lines until the run has ended."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov logs`."""
-    add_options(parser, LogsOptions)
+add_arguments = partial(add_options, cls=LogsOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

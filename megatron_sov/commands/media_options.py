@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from megatron_sov.commands.eval_options import ModelPath, RankOptions, RecordOptions
+from megatron_sov.commands.shared_options import ModelPath, RecordOptions
 from megatron_sov.errors import UserError
-from megatron_sov.generate.request import Batching, SampleSeed, Temperature, TopP
+from megatron_sov.generate.request import Batching, BatchSize, RankOptions, WholeSampling
 from megatron_sov.media.vocabulary import AUDIO, IMAGE
 from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt
 
@@ -66,6 +66,14 @@ def check_media(args: CodecsOptions, out: dict[str, Path]) -> None:
             raise UserError(f"--out-{kind} {out[kind]}: needs {option} CODEC, which makes files of tokens")
 
 
+@dataclass(frozen=True)
+class ReplySampling(WholeSampling):
+    """How each token of a reply is chosen."""
+
+    max_new_tokens: AtLeastOne = 1024
+    """Longest reply."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     """From text, pictures and speech to one another, judged by what is recognised."""
@@ -83,15 +91,10 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     """Recognises what the model says, likewise."""
     files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder for what the model draws and says, where a pair asks for that."""
-    max_new_tokens: AtLeastOne = 1024
-    """Longest reply."""
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    seed: SampleSeed = 0
+    sampling: ReplySampling = field(default_factory=ReplySampling)
     no_chat: bool = False
     """Do not frame prompts by the chat template."""
-    batch_size: AtLeastOne = Batching.max_sequences
-    """Replies that are written at a time."""
+    batch_size: BatchSize = Batching.batch_size
     output: Annotated[Path | None, Flag(value="FILE.json")] = None
     """Write figures and every sample as JSON."""
     retrieval: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")] = ()

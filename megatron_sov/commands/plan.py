@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,9 +54,7 @@ class PlanOptions(RecipeOptions):
     """Price by these parameters, which --calibrate wrote."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov plan`."""
-    add_options(parser, PlanOptions)
+add_arguments = partial(add_options, cls=PlanOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

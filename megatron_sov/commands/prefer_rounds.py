@@ -17,11 +17,16 @@ from annotated_types import Ge
 
 from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.commands.forgetting_gate import TunedOptions
+from megatron_sov.commands.generate import GenerateOptions
+from megatron_sov.commands.option_words import words_of
+from megatron_sov.commands.score import ScoreOptions
 from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.config.preference import PreferenceMethod
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.prompts import read_prompts
+from megatron_sov.generate.request import Sampling
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
@@ -119,17 +124,13 @@ def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Job
     folder, start = folder_of(args.run, number), _run_of(args, number - 1)
     responses, scored, judged, packed = (folder / name for name in (
         "responses.jsonl", "scored.jsonl", "judged", "packed"))
-    layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
-    layout += [word for plugin in args.plugins for word in ("--plugin", str(plugin))]
-    ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
-    yield Job(responses, ["megatron_sov", "generate", str(start), "--prompts", str(args.prompts), "--chat",
-                          "--samples", str(args.samples), "--temperature", str(args.temperature),
-                          "--max-new-tokens", str(args.max_new_tokens),
-                          "--seed", str(config.train.seed + number), "--engine", "megatron", *ranks, *layout,
-                          "--output", str(responses)])
-    yield Job(scored, ["megatron_sov", "score", "--reward", str(args.reward), "--input", str(responses),
-                       *(word for setting in args.reward_set for word in ("--set", setting)),
-                       "--output", str(scored)])
+    assert args.reward is not None and args.tokenizer is not None, "options are checked"
+    yield Job(responses, ["megatron_sov", "generate", *words_of(GenerateOptions(
+        target=start, prompts=args.prompts, chat=True, samples=args.samples, engine=MEGATRON,
+        sampling=Sampling(args.max_new_tokens, args.temperature, seed=config.train.seed + number),
+        settings=tuple(layout_settings(config)), plugins=args.plugins, nproc=args.nproc, output=responses))])
+    yield Job(scored, ["megatron_sov", "score", *words_of(ScoreOptions(
+        reward=args.reward, input=responses, settings=args.reward_set, output=scored))])
     step, columns = (("groups", ["--column", "advantage", "--column", "group_share"])
                      if config.preference.method == "grouper" else ("pairs", []))
     kept = ["--keep-unfinished"] if args.keep_unfinished else []
@@ -140,9 +141,12 @@ def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Job
                                   f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
     run = _run_of(args, number)
     # or every round would learn from the same part of --data
-    seed = ["--set", f"train.seed={config.train.seed + number - 1}"]
-    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *_training_words(args), *seed, *ranks, "--data",
-                                 str(packed), "--from", str(start), "--run", str(run), "--resume"])
+    seed = f"train.seed={config.train.seed + number - 1}"
+    training = PreferOptions(
+        recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
+        data=(*args.data, str(packed)), inject=args.inject, reference=args.reference, start_from=start,
+        run=run, resume=True, nproc=args.nproc, deterministic=args.deterministic)
+    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *words_of(training)])
 
 
 def folder_of(run: Path, number: int) -> Path:
@@ -155,15 +159,6 @@ def _run_of(args: PreferOptions, number: int) -> Path:
     if number == 0:
         return Path(args.start_from)
     return Path(args.run) if number == args.rounds else folder_of(args.run, number) / "run"
-
-
-def _training_words(args: PreferOptions) -> list[str]:
-    """Return the arguments of the training command that are the same in every round."""
-    words = [args.recipe] if args.recipe is not None else ["--config", str(args.config)]
-    given = {"--plugin": args.plugins, "--set": args.settings, "--data": args.data, "--inject": args.inject,
-             "--reference": [] if args.reference is None else [args.reference]}
-    words += [word for option, values in given.items() for value in values for word in (option, str(value))]
-    return [*words, *(["--deterministic"] if args.deterministic else [])]
 
 
 def _checked(args: PreferOptions) -> tuple[RunConfig, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_sov import models, objectives, recipes
 from megatron_sov.artifacts import to_json
@@ -30,9 +31,7 @@ class RecipesOptions(RecipeOptions):
     """Print RECIPE's settings as JSON, without sources."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov recipes`."""
-    add_options(parser, RecipesOptions)
+add_arguments = partial(add_options, cls=RecipesOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

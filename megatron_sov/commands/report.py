@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,9 +33,7 @@ class ReportOptions:
     """The HTML file to write (default: report.html, or compare.html, in the last RUN)."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov report`."""
-    add_options(parser, ReportOptions)
+add_arguments = partial(add_options, cls=ReportOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ from megatron_sov.data.vocabulary import tokenizer_digest
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError, list_problems
 from megatron_sov.generate.asking import EngineOptions, check_engine, check_length
-from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, TRANSFORMERS, Engine
-from megatron_sov.generate.request import Batching
+from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, Engine, engine_for
+from megatron_sov.generate.request import Batching, BatchSize
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.orders import Order
 from megatron_sov.recipes.requested import RecipeOptions, requested
@@ -30,7 +30,6 @@ from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.settings import (
-    AtLeastOne,
     Flag,
     NotNegative,
     add_options,
@@ -64,8 +63,7 @@ class AskingOptions:
     """A setting of the environment; may be repeated."""
     limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
     """A limit of an episode, e.g. max_turns=7; may be repeated."""
-    batch_size: AtLeastOne = Batching.max_sequences
-    """Responses, or episodes, that are written at a time."""
+    batch_size: BatchSize = Batching.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +85,7 @@ class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
     until it is known that these jobs live; the command then ends with 75)."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, RlGenerateOptions)
+add_arguments = partial(add_options, cls=RlGenerateOptions)
 
 
 def rounds_of(given: str | None, last: int) -> range:
@@ -203,7 +199,7 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
     """Return the engine's name; raises where it cannot do what is asked."""
-    name = args.engine or (TRANSFORMERS if start.is_hf else MEGATRON)
+    name = args.engine or engine_for(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
     if rollout.deadline_s and name != MEGATRON and environment is None:

@@ -6,10 +6,12 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.artifacts import new_artifact, refuse_existing
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.settings import Bound, Breach, Code, Flag, add_options, read_options
@@ -22,7 +24,7 @@ def _no_split(text: str) -> Breach | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnowledgeOptions:
+class KnowledgeOptions(OverwriteOptions):
     """Which sections are taken, and what they are held against."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
@@ -44,13 +46,9 @@ class KnowledgeOptions:
     """Take only records with this value, e.g. split=train."""
     output: Annotated[Path, Flag(value="DIR")]
     """Artifact to make: knowledge.jsonl and counts of what was left out, by reason."""
-    overwrite: bool = False
-    """Replace an output that is there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, KnowledgeOptions)
+add_arguments = partial(add_options, cls=KnowledgeOptions)
 
 
 def run(args: argparse.Namespace) -> int:

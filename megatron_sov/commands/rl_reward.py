@@ -6,12 +6,14 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
+from megatron_sov.commands.reward_options import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.commands.rounds_option import rounds_between
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.documents.visible import visible
@@ -26,9 +28,8 @@ from megatron_sov.post.rl.reward import (
     reward_version,
     second_opinions,
 )
-from megatron_sov.rewards.registry import BUILT_IN
 from megatron_sov.rollouts.claims import Claims
-from megatron_sov.settings import AtLeastOne, Flag, NotNegative, add_options, num_cores, read_options
+from megatron_sov.settings import Flag, NotNegative, add_options, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import Store
@@ -40,15 +41,13 @@ class JudgedOptions:
 
     store: Annotated[Path, Flag(value="DIR", writes=True)]
     """Rollout store: responses of `rl generate`, and their rewards."""
-    reward: Annotated[str, Flag(value="NAME", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
-                                                   f"FILE.py:NAME; or {ENVIRONMENT}: what the environment of "
-                                                   "the episodes said")]
-    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """A setting of the reward; may be repeated."""
+    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; or {ENVIRONMENT}: what the "
+                                                   "environment of the episodes said")]
+    reward_set: RewardSet = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(JudgedOptions):
+class RewardOptions(JudgedOptions, JudgeOptions):
     """Which responses are judged, and how long they are waited for."""
 
     rounds: Annotated[str | None, Flag(value="A-B")] = None
@@ -59,13 +58,9 @@ class RewardOptions(JudgedOptions):
     judged."""
     lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
     """Without a sign of life after which another job's claim is taken over."""
-    workers: AtLeastOne = field(default_factory=num_cores)
-    """Processes that judge (default: one for each core)."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, RewardOptions)
+add_arguments = partial(add_options, cls=RewardOptions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,9 +4,10 @@ rounds by one command, each written by the model that learns."""
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
+from megatron_sov.commands.reward_options import JudgeOptions
 from megatron_sov.commands.rl_generate import AskingOptions, environment_of, refuse_too_long, writer_of
 from megatron_sov.commands.rl_train import ParsedRounds, RoundsOptions, parse_rounds, train_rounds
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
@@ -16,15 +17,12 @@ from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.request import Batching
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, second_opinions
 from megatron_sov.rollouts.prompts import refuse_unaskable
-from megatron_sov.settings import AtLeastOne, Code, Problem, add_options, num_cores, read_options
+from megatron_sov.settings import Code, Problem, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlRunOptions(RoundsOptions, AskingOptions):
+class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
     """Rounds that the model which learns writes itself."""
-
-    workers: AtLeastOne = field(default_factory=num_cores)
-    """Processes that judge (default: one for each core)."""
 
     def problems(self) -> list[Problem]:
         """Return what does not go together."""
@@ -33,9 +31,7 @@ class RlRunOptions(RoundsOptions, AskingOptions):
                     self.reward, "add --environment, or choose another reward")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, RlRunOptions)
+add_arguments = partial(add_options, cls=RlRunOptions)
 
 
 def run(args: argparse.Namespace) -> int:

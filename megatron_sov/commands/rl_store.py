@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,20 +94,6 @@ class StoreGcOptions(StoreOptions):
     """Also these rounds, with all that was said of them."""
     yes: bool = False
     """--rounds deletes nothing without it."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    add_actions(parser, ACTIONS)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do the action.
-
-    Raises:
-        UserError: there is no such store, part or row.
-    """
-    return run_action(ACTIONS, args)
 
 
 def _open(args: StoreOptions) -> Store:
@@ -333,3 +319,5 @@ def _gc(args: StoreGcOptions) -> int:
 ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
                     "page": (StorePageOptions, _page), "stats": (StoreStatsOptions, _stats),
                     "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,9 +41,7 @@ class RlTrainOptions(RoundsOptions):
     (default: not at all)."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, RlTrainOptions)
+add_arguments = partial(add_options, cls=RlTrainOptions)
 
 
 def run(args: argparse.Namespace) -> int:

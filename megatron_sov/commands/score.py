@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.artifacts import write_output
+from megatron_sov.commands.reward_options import JudgeOptions, RewardName
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.rewards.opinions import read_opinions
-from megatron_sov.rewards.registry import BUILT_IN, make, order
+from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.rows import check_rows
 from megatron_sov.rewards.scoring import Summary, score_file
 from megatron_sov.rewards.tally import MAX_TOLD
-from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
+from megatron_sov.settings import Flag, add_options, parse_nested, read_options
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
+class ScoreOptions(JudgeOptions):
     """Which rows are judged, and by what."""
 
-    reward: Annotated[str, Flag(value="NAME", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
-                                                   "FILE.py:NAME")]
+    reward: RewardName
     input: Annotated[Path, Flag(value="ROWS.jsonl")]
     """A JSON object per line, with `response` and what the reward needs."""
     output: Annotated[Path, Flag(value="OUT.jsonl")]
@@ -38,13 +39,9 @@ class ScoreOptions:
     """A setting of the reward, e.g. max_length=4096; may be repeated."""
     disagreements: Annotated[Path | None, Flag(value="PAGE.html", writes=True)] = None
     """With a second opinion (reward composed): also write a page on where the two disagree."""
-    workers: AtLeastOne = field(default_factory=num_cores)
-    """Processes that judge (default: one for each core)."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov score`."""
-    add_options(parser, ScoreOptions)
+add_arguments = partial(add_options, cls=ScoreOptions)
 
 
 def run(args: argparse.Namespace) -> int:

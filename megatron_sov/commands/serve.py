@@ -6,20 +6,22 @@ import argparse
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
-from megatron_sov.commands.eval_options import ModelPath
+from megatron_sov.commands.shared_options import ModelPath
 from megatron_sov.errors import UserError, how_to_install
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.serving.settings import ServeSettings
-from megatron_sov.settings import AtLeastOne, Code, Flag, Problem, add_options, read_options
+from megatron_sov.settings import Code, Flag, Problem, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(PluginOptions):
+class ServeOptions(PluginOptions, RankOptions):
     """Which model is served, how it lies on this machine's processes, and to whom."""
 
     target: ModelPath
@@ -28,10 +30,6 @@ class ServeOptions(PluginOptions):
     """The model's name in requests (default: that of the folder)."""
     api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Variable of the environment with the key that requests must bring."""
-    nproc: AtLeastOne | None = None
-    """Local processes."""
-    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """Layout and precision, e.g. --set parallel.tp=2 --set train.precision=bf16."""
 
     @property
     def model_name(self) -> str:
@@ -52,9 +50,7 @@ class ServeOptions(PluginOptions):
         return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, ServeOptions)
+add_arguments = partial(add_options, cls=ServeOptions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import TunedOptions, gate_of
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.stage_config import parse_stage
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, TunedOptions)
+add_arguments = partial(add_options, cls=TunedOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.artifacts import MANIFEST
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.config import weighted_path
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
@@ -15,7 +17,7 @@ from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class SspFuseOptions(PluginOptions):
+class SspFuseOptions(PluginOptions, OverwriteOptions):
     """Merge the best checkpoint of each domain, or any checkpoints, into one."""
 
     checkpoints: Annotated[tuple[str, ...], Flag("PROBE_DIR|CHECKPOINT[:weight]")]
@@ -25,13 +27,9 @@ class SspFuseOptions(PluginOptions):
     """Checkpoint to write: the mean of all weights, in float64."""
     workers: AtLeastOne = 1
     """Files at a time, each with two tensors in memory."""
-    overwrite: bool = False
-    """Replace a checkpoint that is there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, SspFuseOptions)
+add_arguments = partial(add_options, cls=SspFuseOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import damaged_files, disk_errors, read_manifest
-from megatron_sov.commands.eval_options import RankOptions
-from megatron_sov.commands.eval_passk import PROMPT, JudgedSamplingOptions, sampling_words
+from megatron_sov.commands.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
+from megatron_sov.commands.option_words import words_of
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.generate.request import RankOptions
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.rows import check_rows
@@ -61,9 +63,7 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     """Print the command for each checkpoint that is not probed yet, and start none."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, SspProbeOptions)
+add_arguments = partial(add_options, cls=SspProbeOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
@@ -144,16 +144,16 @@ def _asked(args: SspProbeOptions, domains: dict[str, Path]) -> dict[str, Any]:
     return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
             "reward_version": version,
             **{name: getattr(args, name) for name in (
-                "reward", "reward_set", "right_from", "samples", "temperature", "top_k", "top_p", "seed",
-                "max_new_tokens", "stop", "chat")}}
+                "reward", "reward_set", "right_from", "samples", "stop", "chat")},
+            **{name: getattr(args.sampling, name) for name in (
+                "temperature", "top_k", "top_p", "seed", "max_new_tokens")}}
 
 
 def _words(args: SspProbeOptions, candidate: Candidate, problems: Path) -> list[str]:
     """Return the command that has a checkpoint answer and the answers judged."""
-    ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     folder = candidate.folder(args.output)
-    return ["eval", "passk", str(candidate.path), "--input", str(problems), *sampling_words(args), "--k",
-            *map(str, sorted({1, args.k})), *ranks,
-            *(word for setting in args.settings for word in ("--set", setting)), "--output", str(folder),
-            # what is there is of files that have changed since
-            *(["--overwrite"] if folder.exists() else [])]
+    same = {field.name: getattr(args, field.name) for cls in (JudgedSamplingOptions, RankOptions)
+            for field in fields(cls)}
+    return ["eval", "passk", *words_of(EvalPasskOptions(
+        **same, target=candidate.path, input=problems, k=tuple(sorted({1, args.k})), output=folder,
+        overwrite=folder.exists()))]  # what is there is of files that have changed since

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,9 +34,7 @@ class StatusOptions:
     """Print the state of every run as JSON."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `megatron-sov status`."""
-    add_options(parser, StatusOptions)
+add_arguments = partial(add_options, cls=StatusOptions)
 
 
 def run(typed: argparse.Namespace) -> int:

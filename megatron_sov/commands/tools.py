@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
-from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.digests import file_digest
+from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
-from megatron_sov.generate.asking import EngineOptions, check_engine, check_length
-from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, TRANSFORMERS, Engine, run_engine
-from megatron_sov.generate.request import Batching, SampleSeed, Sampling, Stop, Temperature, TopP
+from megatron_sov.generate.asking import EngineOptions
+from megatron_sov.generate.engine import ENGINE_SET
+from megatron_sov.generate.request import WholeSampling
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action
+from megatron_sov.settings import (
+    NO_FLAG,
+    Actions,
+    AtLeastOne,
+    Flag,
+    add_actions,
+    change,
+    parse_nested,
+    run_action,
+)
 from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
 from megatron_sov.tools.environment import Environment, Task
 from megatron_sov.tools.episode import Episode, row_of
@@ -71,35 +79,24 @@ class ToolsPlayOptions(EnvironmentOptions):
     """Also write the transcript as a page."""
 
 
+@dataclass(frozen=True)
+class TurnSampling(WholeSampling):
+    """How each token of a turn is chosen."""
+
+    max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # its limit bounds each turn
+
+
 @dataclass(frozen=True, kw_only=True)
-class ToolsRunOptions(EnvironmentOptions, EngineOptions):
+class ToolsRunOptions(EnvironmentOptions, EngineOptions, OverwriteOptions):
     """Have a model play the tasks of an environment."""
 
     target: Annotated[Path, Flag("TARGET")]
     """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to write: episodes.jsonl, transcripts.html and a manifest."""
-    overwrite: bool = False
-    """Replace episodes that are already there."""
     parallel: AtLeastOne = 8
     """Episodes at a time."""
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    seed: SampleSeed = 0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    add_actions(parser, ACTIONS)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do the action.
-
-    Raises:
-        UserError: there is no such environment, setting or task, or nothing can be written there.
-    """
-    return run_action(ACTIONS, args)
+    sampling: TurnSampling = field(default_factory=TurnSampling)
 
 
 def _list(args: ToolsListOptions) -> int:
@@ -157,35 +154,22 @@ def _show_tools(opening: Opening, show: Any) -> None:
 
 def _run(args: ToolsRunOptions) -> int:
     asked, _, version, limits, tasks = _asked(args)
-    sampling = Sampling(1, args.temperature, top_p=args.top_p, seed=args.seed)
     refuse_missing(args.target)
     refuse_existing(args.output, KIND, args.overwrite)
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.generate.load import load_tokenizer
-    from megatron_sov.generate.target import find_target
-    from megatron_sov.generate.turns import EnginePolicy, with_policy
+    from megatron_sov.generate.player import Player, Runs
     from megatron_sov.post.teacher import weights_digest
 
-    target = find_target(args.target)
-    engine_name = args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
-    longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
-    check_engine(engine_name, target, args.engine_set, args.nproc, ENGINE_SET)
-    check_length(target, longest, "max_prompt_tokens, max_response_tokens and max_turn_tokens",
-                 "lower them with --limit")
-    chat = read_chat_encoder(target.tokenizer_folder)
-    if chat is None:
-        raise UserError(f"{target.tokenizer_folder}: has no chat template; fine-tune on chats first")
-    encoder = TurnEncoder(chat, str(target.tokenizer_folder))
-    eos = load_tokenizer(target.tokenizer_folder).eos_token_id
-    ends = {*encoder.end_ids, *([] if eos is None else [int(eos)])}  # a turn that eos ends is no whole one
-    settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
-                "engine": engine_name}
-    model: dict[str, object] = {
-        "path": str(target.path), "step": target.step, "weights": weights_digest(target),
-        "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
+    player = Player(args.target, Runs(args.engine, args.engine_set, args.nproc, ENGINE_SET), limits,
+                    "lower them with --limit")
+    target, encoder = player.target, player.encoder
+    settings = {name: getattr(args.sampling, name) for name in ("temperature", "top_p", "seed")}
+    settings["engine"] = player.engine
+    model: dict[str, object] = {"path": str(target.path), "step": target.step,
+                                "weights": weights_digest(target), "chat": player.chat}
     identity = identity_of(digest_of(tasks), version, limits, model, settings)
     table = Table(asked, encoder, limits, args.parallel)
 
@@ -194,14 +178,7 @@ def _run(args: ToolsRunOptions) -> int:
             episodes = play(tasks, policy, table, journal, bar.update)
             return _publish(args, episodes, encoder, limits, identity)
 
-    def work(engine: Engine) -> dict[str, Any] | None:
-        policy = EnginePolicy(engine, sampling, Stop(tuple(sorted(ends))))
-        found: dict[str, Any] | None = with_policy(policy, played)
-        return found
-
-    summary = run_engine(engine_name, target, work, longest=longest,
-                         batching=Batching(max_sequences=args.parallel), settings=args.engine_set,
-                         nproc=args.nproc, option=ENGINE_SET)
+    summary = player.run(args.sampling, args.parallel, played)
     if summary is not None:
         _tell(args.output, args.environment, summary, limits)
     return 0
@@ -239,3 +216,5 @@ def _tell(output: Path, name: str, summary: dict[str, Any], limits: EpisodeLimit
 
 ACTIONS: Actions = {"list": (ToolsListOptions, _list), "play": (ToolsPlayOptions, _play),
                     "run": (ToolsRunOptions, _run)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

@@ -14,7 +14,7 @@ from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.errors import UserError
-from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, EngineName
+from megatron_sov.generate.engine import ENGINE_SET, MEGATRON, ChosenEngine
 from megatron_sov.settings import AtLeastOne, Flag
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 class EngineOptions:
     """What runs a model, of commands whose --set is of something else."""
 
-    engine: EngineName | None = None
-    """What runs the model (default: transformers for a Hugging Face folder)."""
+    engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
     """Layout and precision, e.g. parallel.ep=2 (engine megatron)."""
     nproc: AtLeastOne | None = None

@@ -4,10 +4,11 @@ vLLM.  No torch here."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.generate.held_weights import NamedTensors
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
+from megatron_sov.settings import Flag
 
 if TYPE_CHECKING:
     from megatron_sov.convert.changed_values import Changed
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 EngineName = Literal["megatron", "transformers", "vllm"]
 MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
 """Engines by name: the first runs checkpoints at any layout, the others Hugging Face folders."""
+ChosenEngine = Annotated[EngineName | None, Flag(
+    help="What runs the model (default: transformers for a Hugging Face folder)")]
 ENGINE_SET = "--engine-set"
 """Gives layout and precision where --set gives something else."""
 
@@ -90,6 +93,11 @@ class ChoosingEngine(Engine, Protocol):
             words: token ids to choose from.
         """
         ...
+
+
+def engine_for(target: Target) -> EngineName:
+    """Return the engine that runs a model where the user has chosen none."""
+    return TRANSFORMERS if target.is_hf else MEGATRON
 
 
 def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,

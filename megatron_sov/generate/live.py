@@ -110,7 +110,7 @@ class _Place:
 
 def room(batching: Batching, longest: int) -> int:
     """Return how many sequences are continued at a time on each process that has sequences of its own."""
-    return batching.slots(batching.max_sequences, longest)
+    return batching.slots(batching.batch_size, longest)
 
 
 def continue_live(model: ForwardModel, batching: Batching, longest: int, office: Office | None) -> None:

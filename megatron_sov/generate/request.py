@@ -34,6 +34,10 @@ Temperature = Annotated[NotNegative, Flag(value="T", help="0 takes the most prob
 TopP = Annotated[float, Gt(0), Le(1), Flag(value="P", help="Sample from the smallest set of tokens with "
                                                            "this probability (arXiv 1904.09751)")]
 SampleSeed = Annotated[NotNegativeInt, Flag(value="S", help="Of the samples")]
+BatchSize = Annotated[AtLeastOne, Flag(help="Sequences that are written at a time")]
+CACHE_TOKENS = 1 << 20
+"""Tokens whose keys and values are kept at a time; one sequence at least, however long.  A batch of short
+sequences never reaches it; whose GPU is too small for long ones lowers the batch size."""
 Written = tuple[list[int], list[float]]
 """Tokens behind a prompt, and the log-probability of each."""
 
@@ -97,6 +101,20 @@ class Sampling:
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rules"}
         if problems := find_problems(Sampling, given)[1] or self.problems():
             raise SettingsError("sampling", problems)
+
+
+@dataclass(frozen=True)
+class ResponseSampling(Sampling):
+    """How each next token is chosen, without drafts."""
+
+    num_drafts: Annotated[NotNegativeInt, NO_FLAG] = 0
+
+
+@dataclass(frozen=True)
+class WholeSampling(ResponseSampling):
+    """How each next token is chosen, of all tokens or of the most probable part of them."""
+
+    top_k: Annotated[NotNegativeInt, NO_FLAG] = 0
 
 
 def refuse_drafts(engine: str, sampling: Sampling) -> None:
@@ -184,19 +202,27 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Batching:
-    """What bounds memory."""
+    """What bounds memory, beside `CACHE_TOKENS`."""
 
-    max_sequences: Annotated[AtLeastOne, Flag("--batch-size")] = 64
+    batch_size: AtLeastOne = 64
     """Sequences that are continued at a time, on each process that has sequences of its own."""
     prefill_tokens: AtLeastOne = 8192
     """Tokens of prompts that are read at a time; longer prompts are read in pieces."""
-    cache_tokens: Annotated[AtLeastOne, NO_FLAG] = 1 << 20
-    """Tokens whose keys and values are kept at a time; one sequence at least, however long."""
 
     def slots(self, num_sequences: int, longest: int) -> int:
         """Return how many sequences to continue at a time, of which the longest may grow
         to `longest` tokens."""
-        return max(1, min(num_sequences, self.max_sequences, self.cache_tokens // longest))
+        return max(1, min(num_sequences, self.batch_size, CACHE_TOKENS // longest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """How a model that runs on our own engine is split."""
+
+    nproc: AtLeastOne | None = None
+    """Local processes (checkpoints)."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)."""
 
 
 @dataclass(frozen=True)

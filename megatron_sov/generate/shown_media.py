@@ -20,7 +20,7 @@ from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.items import Item, discrete_audio, discrete_image
 from megatron_sov.media.marks import spelled
 from megatron_sov.media.reading.reader import MediaReader
-from megatron_sov.media.reading.videos import Sampling
+from megatron_sov.media.reading.videos import VideoFrames
 from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, Spectrograms
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 
@@ -133,7 +133,7 @@ class ShownMedia:
 
     def _video(self, path: str, reader: MediaReader) -> tuple[dict[str, Any], list[tuple[np.ndarray, int]]]:
         assert self._vision is not None, "looked at before"
-        read = reader.video(path, Sampling(self._vision.image_size))
+        read = reader.video(path, VideoFrames(self._vision.image_size))
         return ({"mime_type": read.mime_type, "duration_s": read.duration_s},
                 [(frame, self._vision.slots) for frame in read.arrays[0]])
 

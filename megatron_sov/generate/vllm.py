@@ -74,8 +74,8 @@ class VllmEngine:
         # "vllm": the folder's own sampling defaults would answer for what a caller left open
         self._llm = LLM(model=str(folder), skip_tokenizer_init=True, trust_remote_code=False,
                         generation_config="vllm", dtype=dtype, max_model_len=longest,
-                        max_num_seqs=batching.max_sequences, enable_chunked_prefill=True,
-                        max_num_batched_tokens=max(batching.prefill_tokens, batching.max_sequences),
+                        max_num_seqs=batching.batch_size, enable_chunked_prefill=True,
+                        max_num_batched_tokens=max(batching.prefill_tokens, batching.batch_size),
                         # of what was sampled from, not of the model's own distribution
                         logprobs_mode="processed_logprobs",
                         weight_transfer_config={"backend": "ipc"} if for_updates else None, **recording)

@@ -15,7 +15,6 @@ from megatron_sov.artifacts import write_output
 from megatron_sov.errors import UserError
 from megatron_sov.generate.live import continue_live
 from megatron_sov.generate.load import Loaded, run_forward_model
-from megatron_sov.generate.request import Batching
 from megatron_sov.generate.target import Target
 from megatron_sov.process_identity import has_ended, identity
 from megatron_sov.runs.launch_environment import is_first
@@ -46,19 +45,18 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
     parent = Parent(settings.parent_pid)
     longest = _longest(target, settings)
     reader = Reader(target, longest)
-    batching = Batching(settings.max_batch, settings.prefill_tokens)
     flag = StopFlag()
     if settings.address_file is not None and is_first():
         settings.address_file.unlink(missing_ok=True)  # of a server that was killed
 
     def on_ranks(loaded: Loaded) -> None:
         if not loaded.world.is_main:
-            continue_live(loaded.policy, batching, longest, None)
+            continue_live(loaded.policy, settings.batching, longest, None)
             return
         desk = Desk(settings.max_waiting)
         clerk = Clerk(desk, reader, lambda: flag.reason, parent.has_ended)
         with _door(HttpServer(settings, desk, reader, time.time(), longest), settings):
-            continue_live(loaded.policy, batching, longest, clerk)
+            continue_live(loaded.policy, settings.batching, longest, clerk)
 
     run_forward_model(target, layout, nproc, on_ranks)
 

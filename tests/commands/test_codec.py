@@ -56,12 +56,10 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(("line", "said"), [
     ("train image-tokenizer --input none --output x", "--input none: is neither a folder nor a list of"),
     ("train image-tokenizer --input sounds --output x", "--input sounds: has no file that ends with .png"),
-    ("train image-tokenizer --input pictures --output x --steps 0", "learning.steps = 0 must be"),
     ("train image-tokenizer --input pictures --output x --set steps=3", "steps: no such setting"),
     ("train image-tokenizer --input pictures --output pictures", "pictures: already exists"),
     ("train image-tokenizer --input bad --output x --set model.side_pixels=24", "bad/no.png: "),
     ("train vocoder2 --input pictures --output x", "vocoder2"),
-    ("train audio-tokenizer --input sounds --output x --checkpoint-every 0", "must be above 0"),
     ("inspect pictures", "has no manifest.json, so it is not a 'codec' artifact; pass the folder that "
                          "`megatron-sov codec train`"),
     ("reconstruct none a.png --output y", "none: does not exist, so it is not a 'codec' artifact"),

@@ -15,6 +15,7 @@ from megatron_sov import recipes
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.commands import distill_rounds
+from megatron_sov.commands.distill import DistillOptions
 from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.errors import UserError
@@ -94,10 +95,9 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     assert len(commands) == 5
     seeds = [word for words in commands for word in words if word.startswith("train.seed=")]
     assert len(set(seeds)) == 2, "another part of the other data in each round"
-    words, answers = commands[4], tmp_path / "more/round-2/answers"
-    assert [words[i + 1] for i, word in enumerate(words) if word in ("--data", "--states")] == [
-        f"{packed_data.chats}:0.75", f"{answers}:0.25", str(tmp_path / "more/data.states"),
-        f"{answers}.states"]
+    last, answers = typed(DistillOptions, commands[4][1:]), tmp_path / "more/round-2/answers"
+    assert last.data == (f"{packed_data.chats}:0.75", f"{answers}:0.25")
+    assert last.states == (tmp_path / "more/data.states", Path(f"{answers}.states"))
     assert main(["distill", "rounds", *asked, "--share", "0.5"]) == 2
     assert "--share 0.5: must be less than 1 with --data" in capsys.readouterr().err
     assert main(["distill", "rounds", *beside, "--prompts", str(packed_data.chats)]) == 2

@@ -97,7 +97,6 @@ def test_two_problems_of_one_text_are_two_problems(capsys: pytest.CaptureFixture
     ([], "pass TARGET and --input PROMPTS.jsonl, or --sampled"),
     (["--sampled", "sampled.jsonl", "--group-by", "id"], "sampled.jsonl: line 1 has no 'id'"),
     (["--sampled", "sampled.jsonl", "--k", "5"], "--k 5: no prompt has more than 4 scored samples"),
-    (["--sampled", "sampled.jsonl", "--right-from", "nan"], "--right-from nan: must be a finite number"),
     (["model", "--input", "sampled.jsonl", "--k", "9"], "--k 9: is more than --samples 8"),
     (["model", "--input", "sampled.jsonl", "--temperature", "0"], "the same response again and again"),
     (["model", "--input", "empty.jsonl"], "line 1: has no 'prompt'"),

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.endpoints.recognition import CHAT_PROBES
+from megatron_sov.eval.lm import endpoint
 from megatron_sov.eval.lm.results import read_items, read_results
-from megatron_sov.eval.suites import endpoint_turns
 
 TASK = """
 task: sums
@@ -78,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    monkeypatch.setattr(endpoint_turns, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(endpoint, "LIMITS", replace(endpoint.LIMITS, backoff_s=0.001))
     server = Script(("127.0.0.1", 0), Handler)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -138,13 +138,10 @@ def add_prediction_layer(folder: Path) -> None:
 
 WRONG = [
     ([], "--prompt TEXT or --prompts"),
-    (["--prompt", "a", "--temperature", "-1"], "--temperature -1: must be"),
     (["--prompt", "a", "--speculative", "1"], "has no multi-token prediction layer to draft with"),
     (["--prompt", "a", "--logprobs"], "--logprobs: goes with --json"),
     (["--prompt", "a", "--samples", "2"], "--samples 2: is of use with --temperature above 0"),
     (["--prompt", "a", "--compare-speed"], "--compare-speed: has no drafts"),
-    (["--prompt", "a", "--stop", ""], '--stop ""'),
-    (["--prompt", "a", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
     (["--prompt", "a", "--engine", "vllm"], "is a checkpoint; convert it first"),
     (["--prompt", "a", "--max-new-tokens", "512"], "the model ends at 512"),
     (["--prompt", "a", "--engine", "transformers"], "convert it first"),

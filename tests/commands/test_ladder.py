@@ -72,7 +72,7 @@ def test_runs_are_trained_a_law_is_fitted_and_the_next_size_predicted(
     folder = tmp_path / "ladder"
     assert ladder(folder) == 0
     assert names(trained) == ["12K", "24K", "48K", "96K"]
-    assert trained.commands[0][:2] == ["megatron_sov", "pretrain"] and trained.commands[0][-1] == "--resume"
+    assert trained.commands[0][:2] == ["megatron_sov", "pretrain"] and "--resume" in trained.commands[0]
     found = json.loads((folder / "ladder.json").read_text())
     (told,) = found["predictions"]
     assert (told["name"], told["measured"]) == ("192K", None)
@@ -180,7 +180,6 @@ def test_losses_that_rise_are_named(trained: Trained, tmp_path: Path, monkeypatc
     (["--submit", "nowhere"], "nowhere"),
     (["--submit", "h100"], "account: is missing; pass --account NAME"),
     (["--account", "mine"], "--account mine: is for --submit"),
-    (["--nproc", "0"], "--nproc 0: must be at least 1"),
     (["--set", "parallel.tp=3"], "size 12K: "),
     (["--sizes", "12K,12.001K,12.002K,12.003K"], "some give the same model or name")])
 def test_mistakes_are_one_sentence_before_anything_is_trained(

@@ -166,9 +166,6 @@ def test_a_result_that_changed_between_two_commands_is_not_read(
 
 @pytest.mark.parametrize(("more", "said"), [
     ((), "--rounds 2: needs --prompts; add it"),
-    (("--prompts", "{prompts}", "--reward", "length", "--tokenizer", "t", "--samples", "1"),
-     "--samples 1: must be at least 2"),
-    (("--rounds", "0"), "--rounds 0: must be at least 1"),
     (("--prompts", "{prompts}", "--reward", "lenth", "--tokenizer", "t"), "did you mean 'length'"),
     (("--prompts", "{prompts}", "--reward", "length", "--tokenizer", "t", "--reward-set", "unit=miles"),
      'unit = "miles"')])

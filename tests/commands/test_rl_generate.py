@@ -84,10 +84,9 @@ def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[l
 WRONG = {
     "rounds": (["--rounds", "3-2"], "must be a round, or the first and the last one"),
     "later": (["--rounds", "2-9"], "--rounds 2-9: rollout.rounds = 2, and nobody trains the policy"),
-    "task": (["--env-set", "a=1"], '--env-set ["a=1"]: is only for --environment'),
+    "task": (["--env-set", "a=1"], "is only for --environment"),
     "limit": (["--environment", "calculator", "--limit", "max_prompt_tokens=3"],
               "is rollout.max_prompt_tokens"),
-    "wait": (["--wait", "nan"], "--wait nan: must be a finite number"),
     "rollout": (["--set", "rollout.temperature=0"], "rollout.temperature = 0"),
 }
 

@@ -105,10 +105,3 @@ def test_who_waits_is_told_of_every_row(token_shards: Path, monkeypatch: pytest.
     evaluate_rows(data, lambda row: np.ones(len(row.tokens)))
     num_rows = sum(len(list(data.rows(index))) for index, _ in data.judged())
     assert shown == [num_rows, num_rows] and num_rows > 10
-
-
-@pytest.mark.parametrize(("task", "option"), [("ppl", "--seq-len"), ("pairs", "--seq-len"),
-                                              ("ppl", "--max-tokens")])
-def test_lengths_below_one_are_refused(task: str, option: str, tmp_path: Path, capsys) -> None:
-    assert main(["eval", task, str(tmp_path), "--data", "x", option, "-1"]) == 2
-    assert f"{option} -1: must be at least 1" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_a_batch_of_one_three_or_eight_writes_the_same_bits() -> None:
             return MegatronEngine(ForwardModel(model, 50), batching).generate(
                 PROMPTS[:count], sampling, streams=range(count))
 
-        alone = {count: written(count, Batching(max_sequences=1)) for count in (1, 3, 8)}
+        alone = {count: written(count, Batching(1)) for count in (1, 3, 8)}
         for count, found in alone.items():
             assert found.continuations == alone[8].continuations[:count]
             assert found.logprobs == alone[8].logprobs[:count]

@@ -34,6 +34,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     """Return what a drawn model writes, in several ways, on this process."""
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.generate import request
     from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.request import Batching, Bounds, Sampling, Stop
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
@@ -84,7 +85,8 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
                                 for i in range(len(PROMPTS))]
     if pieces:
         found["pieces"] = write(PROMPTS, Sampling(NEW), Batching(2, 3))
-        found["one slot"] = write(PROMPTS, Sampling(NEW), Batching(cache_tokens=1))
+        request.CACHE_TOKENS = 1
+        found["one slot"] = write(PROMPTS, Sampling(NEW))
     found["as before"] = model.training and attention == [
         type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
     world.leave()

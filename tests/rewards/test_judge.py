@@ -267,10 +267,7 @@ def test_how_it_is_run_is_no_part_of_the_version() -> None:
     ({"endpoint": f"http://u:{KEY}@h/v1"}, "holds a key"),
     ({"endpoint": "http://[h/v1"}, "must be an address"),
     ({"endpoint": "http://h:99999/v1"}, "must be an address"),
-    ({"max_score": float("inf")}, "max_score = inf must be a finite number"),
-    ({"min_score": 10}, "must be below max_score"), ({"max_cost": 1}, "needs input_price"),
-    ({"threads": 0}, "threads = 0 must be at least 1"),
-    ({"backoff_s": -1}, "backoff_s = -1 must be at least 0")])
+    ({"min_score": 10}, "must be below max_score"), ({"max_cost": 1}, "needs input_price")])
 def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as e:
         make(order("judge", {"endpoint": "http://h/v1", "model": "j", **settings}))

@@ -211,13 +211,11 @@ def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(s
     (["--host", "0.0.0.0"], '--host "0.0.0.0": others than this machine reach it'),
     (["--host", "example.org"], '--host "example.org": others than this machine'),
     (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the environment has no key"),
-    (["--port", "x"], '--port "x": must be a whole number'), (["--port", "-1"], "--port -1: must be"),
-    (["--max-batch", "0"], "--max-batch 0: must be at least 1"), (["--nproc", "0"], "--nproc 0"),
     (["--max-length", "9999"], "--max-length 9999: the model ends at 512"),
     (["--parent-pid", "4194999"], "--parent-pid 4194999: there is no such process"),
     (["--host", "203.0.113.1", "--api-key-env", "PATH"], "--host 203.0.113.1 --port 8000: cannot be"),
     (["--set", "parallel.tp=3"], "parallel.tp"), (["--address-file", "/"], "--address-file /: is a folder"),
-    (["--host", ""], '--host "": must'), (["--name", " "], '--name " ": must be 1 to 200 printable'),
+    (["--name", " "], '--name " ": must be 1 to 200 printable'),
     (["--max-batch", "0", "--port", "70000"], "command line: 2 problems")])
 def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None, imported: dict[str, Path],
                                    capsys: Any) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -20,17 +21,27 @@ from megatron_sov.endpoints.recognition import CHAT_PROBES, TEXT_PROBES, Recogni
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.answers import Answers
 from megatron_sov.eval.lm.requests import Answer, Request, Score, Write
-from megatron_sov.eval.lm.settings import OTHER_MODEL, EndpointSettings
+from megatron_sov.eval.lm.settings import OTHER_MODEL, EndpointModel, EndpointSettings
 from megatron_sov.generate.request import LENGTH, STOP
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.train.stopping import StopFlag
 
-BACKOFF_S = 1.0
+LIMITS = Limits(timeout_s=600.0, max_attempts=5, backoff_s=1.0, requests_per_minute=0.0, max_cost=0.0,
+                input_price=0.0, output_price=0.0)
+"""Ten minutes are enough for an answer of a reasoning model; an item whose request has failed five times has
+failed, and the same command asks it again."""
 MAX_STOPS = 4
 """Stop strings that endpoints take; what comes behind others is cut here."""
 NO_ECHO = ("tells no likelihoods of what it is given (echo with logprobs), as many do not; evaluate a "
            "checkpoint or folder, or leave tasks out that compare likelihoods")
+
+
+def endpoint_at(url: str, settings: EndpointModel, cache: EndpointCache, probes: Sequence[Mapping[str, Any]],
+                sleep: Callable[[float], object] = time.sleep) -> Endpoint:
+    """Return what asks the model at an address for answers that are kept."""
+    recognition = Recognition(settings.model, probes, OTHER_MODEL, settings.same_model)
+    return Endpoint(url, settings.key_env, LIMITS, cache, sleep=sleep, told=warn, recognition=recognition)
 
 
 class AsksEndpoint:
@@ -43,13 +54,11 @@ class AsksEndpoint:
     """
 
     def __init__(self, url: str, settings: EndpointSettings, answers: Answers) -> None:
-        limits = Limits(settings.timeout_s, settings.max_attempts, BACKOFF_S, 0.0, 0.0, 0.0, 0.0)
         cache = EndpointCache(answers.folder / "endpoint.sqlite")
         base = url.rstrip("/")
         self._settings, self._answers = settings, answers
         self._texts, self._chats = (
-            Endpoint(f"{base}/{path}", settings.key_env, limits, cache, told=warn,
-                     recognition=Recognition(settings.model, probes, OTHER_MODEL, settings.same_model))
+            endpoint_at(f"{base}/{path}", settings, cache, probes)
             for path, probes in (("completions", TEXT_PROBES), ("chat/completions", CHAT_PROBES)))
 
     def refuse_other_model(self, requests: Sequence[Request]) -> None:
@@ -68,7 +77,7 @@ class AsksEndpoint:
         """
         left = [request for request in requests if request.key not in self._answers]
         with (work_bar("ask", len(requests), "request") as bar,
-              ThreadPoolExecutor(self._settings.max_concurrent) as pool):
+              ThreadPoolExecutor(self._settings.concurrent) as pool):
             bar.update(len(requests) - len(left))
             under_way = {pool.submit(self._ask, request): request for request in left}
             try:

@@ -206,7 +206,7 @@ def num_tokens(request: Request) -> int:
 def chunks_of(requests: Sequence[Request], num_shares: int, batching: Batching) -> Iterator[list[Request]]:
     """Yield requests that are answered before anything is written down: likelihoods from the longest, then
     continuations that an engine can be asked for together."""
-    limit, size = CHUNK_ROWS * ROW_TOKENS * num_shares, CHUNK_BATCHES * batching.max_sequences * num_shares
+    limit, size = CHUNK_ROWS * ROW_TOKENS * num_shares, CHUNK_BATCHES * batching.batch_size * num_shares
     tokens = count = 0
     chunk: list[Request] = []
     for group in readings([r for r in requests if isinstance(r, Score)]):

@@ -10,11 +10,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from megatron_sov.eval.lm.tasks import TaskSources
-from megatron_sov.generate.engine import EngineName
-from megatron_sov.generate.request import Batching
+from megatron_sov.generate.engine import ChosenEngine
+from megatron_sov.generate.request import Batching, BatchSize, RankOptions
 from megatron_sov.settings import (
-    NO_FLAG,
-    AboveZero,
     AtLeastOne,
     Flag,
     NotNegativeInt,
@@ -22,6 +20,7 @@ from megatron_sov.settings import (
     find_broken,
 )
 
+ThinkingMode = Literal["thinking", "no-thinking"]
 ENDPOINTS, DEFAULT_KEY_ENV = "endpoints", "OPENAI_API_KEY"
 OTHER_MODEL = ("name another --cache for its answers, or pass --same-model if only the engine changed; then "
                "the kept answers are used")
@@ -46,16 +45,11 @@ class EndpointSettings(EndpointModel):
 
     tokenizer: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
     """Its model's tokenizer, without which likelihoods cannot be asked for."""
-    max_concurrent: Annotated[AtLeastOne, Flag("--concurrent", group=ENDPOINTS)] = 16
+    concurrent: Annotated[AtLeastOne, Flag(group=ENDPOINTS)] = 16
     """Requests under way at a time."""
-    timeout_s: Annotated[AboveZero, NO_FLAG] = 600.0
-    """For one request."""
-    max_attempts: Annotated[AtLeastOne, NO_FLAG] = 5
-    """For one request, before its item has failed."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedSettings:
+class JudgedSettings(RankOptions):
     """Which items of tasks are asked, of what, and how what comes back is judged."""
 
     num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
@@ -64,10 +58,9 @@ class JudgedSettings:
     """Answers to each item of tasks that sample several, or its episodes (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
     """A setting of the reward that judges, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
-    mode: Literal["thinking", "no-thinking"] | None = None
+    mode: ThinkingMode | None = None
     """Of a reasoning model (default: the task's)."""
-    engine: EngineName | None = None
-    """What runs the model (default: transformers for a Hugging Face folder)."""
+    engine: ChosenEngine = None
     workers: NotNegativeInt = 0
     """Processes that judge (default: one for each core)."""
 
@@ -86,14 +79,10 @@ class Settings(JudgedSettings):
     """Also add the figures to this run's events, for its report."""
     num_fewshot: NotNegativeInt | None = None
     """Examples in front of each item (default: as the task says)."""
+    mode: Annotated[ThinkingMode | None, only_with("chat_template")] = None
     chat_template: Annotated[bool, Flag("--apply-chat-template")] = False
     """Frame each prompt by the chat template."""
-    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)."""
-    nproc: AtLeastOne | None = None
-    """Local processes (checkpoints)."""
-    batch_size: AtLeastOne = Batching.max_sequences
-    """Answers that are written at a time."""
+    batch_size: BatchSize = Batching.batch_size
     max_length_tokens: Annotated[Annotated[int, Ge(2)] | None, Flag("--max-length")] = None
     """Longest sequence, in tokens (default: the model's)."""
     max_gen_tokens: AtLeastOne | None = None

@@ -19,7 +19,7 @@ from megatron_sov.eval.lm.local import Running
 from megatron_sov.eval.lm.results import EvaluatedModel
 from megatron_sov.eval.lm.settings import Settings
 from megatron_sov.generate.asking import check_engine, generation_ends
-from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS
+from megatron_sov.generate.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.generate.request import Batching
 from megatron_sov.generate.target import Target, find_target
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -64,8 +64,6 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     found = find_target(Path(target))
     engine = settings.engine or (TRANSFORMERS if found.is_hf and not settings.settings
                                  and settings.nproc is None else MEGATRON)
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine}: must be one of {', '.join(ENGINES)}")
     check_engine(engine, found, settings.settings, settings.nproc)
     tokenizer, ends, special = _tokens(found, settings.chat_template)
     max_length = settings.max_length_tokens or found.max_tokens

@@ -16,16 +16,14 @@ from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.documents.messages import REASONING
 from megatron_sov.endpoints.answers import BadAnswer, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.endpoints.endpoint import Endpoint, Limits
-from megatron_sov.endpoints.recognition import CHAT_PROBES, Recognition
+from megatron_sov.endpoints.recognition import CHAT_PROBES
 from megatron_sov.errors import UserError
-from megatron_sov.eval.lm.settings import OTHER_MODEL, EndpointSettings
+from megatron_sov.eval.lm.endpoint import endpoint_at
+from megatron_sov.eval.lm.settings import EndpointSettings
 from megatron_sov.eval.suites.protocol import Protocol
-from megatron_sov.obs.warning import warn
 from megatron_sov.rewards.fenced import only
 from megatron_sov.tools.by_messages import Message, NoTurn, Said
 
-BACKOFF_S = 1.0
 CACHE = "endpoint.sqlite"
 
 
@@ -42,11 +40,8 @@ class EndpointSpeaker:
 
     def __init__(self, url: str, settings: EndpointSettings, protocol: Protocol, cache: Path,
                  sleep: Callable[[float], object]) -> None:
-        limits = Limits(settings.timeout_s, settings.max_attempts, BACKOFF_S, 0.0, 0.0, 0.0, 0.0)
-        self._endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", settings.key_env, limits,
-                                  EndpointCache(cache / CACHE), sleep=sleep, told=warn,
-                                  recognition=Recognition(settings.model, CHAT_PROBES, OTHER_MODEL,
-                                                          settings.same_model))
+        self._endpoint = endpoint_at(f"{url.rstrip('/')}/chat/completions", settings,
+                                     EndpointCache(cache / CACHE), CHAT_PROBES, sleep)
         self._sampling = protocol.sampling
         self._request: dict[str, Any] = {"model": settings.model, "temperature": protocol.temperature}
         if protocol.temperature:

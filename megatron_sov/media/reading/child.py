@@ -15,7 +15,7 @@ from megatron_sov.errors import told_in_a_line
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.pictures import Asked, read_picture
 from megatron_sov.media.reading.sounds import read_sound
-from megatron_sov.media.reading.videos import Sampling, read_video
+from megatron_sov.media.reading.videos import VideoFrames, read_video
 from megatron_sov.rewards.sandbox.channel import receive, send
 from megatron_sov.rewards.sandbox.reading import enclose_reader
 
@@ -51,7 +51,7 @@ def _answer(asked: dict[str, Any], limits: MediaLimits) -> tuple[dict[str, Any],
             samples, facts = read_sound(file, asked["rate_hz"], limits)
             arrays = [samples]
         else:
-            arrays, facts = read_video(file, Sampling(**asked["sampling"]), limits)
+            arrays, facts = read_video(file, VideoFrames(**asked["sampling"]), limits)
     except BadRecord as e:
         return {"bad": e.code, "reason": e.reason}, []
     except MemoryError:

@@ -22,7 +22,7 @@ import numpy as np
 from megatron_sov.documents import BadRecord
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.places import place_of
-from megatron_sov.media.reading.videos import Sampling
+from megatron_sov.media.reading.videos import VideoFrames
 from megatron_sov.rewards.sandbox.channel import receive, send
 from megatron_sov.rewards.sandbox.reading import module_path, start_reader
 
@@ -98,7 +98,7 @@ class MediaReader:
         most = 4 * (math.ceil(self.limits.duration_s * rate_hz) + rate_hz)
         return self._read(path, {"kind": "sound", "rate_hz": rate_hz}, most)
 
-    def video(self, path: str, sampling: Sampling) -> Read:
+    def video(self, path: str, sampling: VideoFrames) -> Read:
         """Return frames of a video as `videos.read_video`; raises as `picture` does."""
         most = sampling.most_frames * 3 * sampling.side ** 2
         return self._read(path, {"kind": "video", "sampling": dataclasses.asdict(sampling)}, most)

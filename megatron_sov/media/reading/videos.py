@@ -27,7 +27,7 @@ DEFAULT_FRAME_S = 0.1
 
 
 @dataclass(frozen=True)
-class Sampling:
+class VideoFrames:
     """Which frames are taken."""
 
     side: int
@@ -45,7 +45,7 @@ class Sampling:
         return [(i + 0.5) * duration_s / number for i in range(number)]
 
 
-def read_video(file: Path, sampling: Sampling,
+def read_video(file: Path, sampling: VideoFrames,
                limits: MediaLimits) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Return the frames of a video, uint8 [frames, 3, side, side], and what it was.
 
@@ -69,7 +69,7 @@ def _refuse_long(duration_s: float, limits: MediaLimits) -> None:
                                 "raise --max-duration")
 
 
-def _of_folder(folder: Path, sampling: Sampling,
+def _of_folder(folder: Path, sampling: VideoFrames,
                limits: MediaLimits) -> tuple[list[np.ndarray], float, str]:
     # frame-2 before frame-10
     files = sorted((f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES), key=lambda f: [
@@ -92,7 +92,7 @@ def _of_folder(folder: Path, sampling: Sampling,
     return frames, duration_s, FOLDER_TYPE
 
 
-def _of_animation(file: Path, sampling: Sampling,
+def _of_animation(file: Path, sampling: VideoFrames,
                   limits: MediaLimits) -> tuple[list[np.ndarray], float, str]:
     """Read twice: how long each frame is shown is known when all are passed."""
     with opened(file, limits) as picture:
@@ -132,7 +132,7 @@ def _shown_s(frame: Image) -> float:
     return shown_ms / 1000 if isinstance(shown_ms, (int, float)) and shown_ms > 0 else DEFAULT_FRAME_S
 
 
-def _of_container(file: Path, sampling: Sampling, limits: MediaLimits) -> tuple[list[np.ndarray], float]:
+def _of_container(file: Path, sampling: VideoFrames, limits: MediaLimits) -> tuple[list[np.ndarray], float]:
     try:
         import av
     except ImportError:

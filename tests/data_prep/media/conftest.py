@@ -20,7 +20,7 @@ from megatron_sov.media.reading.pictures import Asked, read_picture
 from megatron_sov.media.reading.places import place_of
 from megatron_sov.media.reading.reader import Read
 from megatron_sov.media.reading.sounds import read_sound
-from megatron_sov.media.reading.videos import Sampling, read_video
+from megatron_sov.media.reading.videos import VideoFrames, read_video
 from tests.data_prep.media.chats import Encode
 from tokenizer.media.command import add_media
 from tokenizer.media.layout import MediaTokens
@@ -59,7 +59,7 @@ class Here:
         arrays, facts = read_sound(place_of(self._root, path), rate_hz, self._limits)
         return self._told(([arrays], facts))
 
-    def video(self, path: str, sampling: Sampling) -> Read:
+    def video(self, path: str, sampling: VideoFrames) -> Read:
         return self._told(read_video(place_of(self._root, path), sampling, self._limits))
 
     def close(self) -> None:

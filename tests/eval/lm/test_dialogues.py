@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    monkeypatch.setattr(endpoint, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(endpoint, "LIMITS", replace(endpoint.LIMITS, backoff_s=0.001))
     server = Script(("127.0.0.1", 0), Handler)
     server.asked, server.judged = [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()

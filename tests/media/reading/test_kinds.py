@@ -14,7 +14,7 @@ from megatron_sov.documents import BadRecord
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.pictures import Asked, read_picture
 from megatron_sov.media.reading.sounds import read_sound
-from megatron_sov.media.reading.videos import Sampling, read_video
+from megatron_sov.media.reading.videos import VideoFrames, read_video
 
 LIMITS = MediaLimits(pixels=10_000)
 
@@ -167,7 +167,7 @@ def test_an_animation_is_cut_at_the_middle_of_equal_parts(tmp_path: Path, suffix
     frames = [Image.new("RGB", (8, 8), (40 * i,) * 3) for i in range(4)]
     frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:],
                    duration=[1000, 1000, 1000, 3000], lossless=True)
-    (found,), facts = read_video(tmp_path / f"a{suffix}", Sampling(4, most_frames=3), VIDEO_LIMITS)
+    (found,), facts = read_video(tmp_path / f"a{suffix}", VideoFrames(4, most_frames=3), VIDEO_LIMITS)
     assert found.shape == (3, 3, 4, 4) and shades(found) == [40, 120, 120]
     assert facts["duration_s"] == pytest.approx(6.0)
 
@@ -175,7 +175,7 @@ def test_an_animation_is_cut_at_the_middle_of_equal_parts(tmp_path: Path, suffix
 def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
     for i in range(12):
         Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"frame-{i}.png")
-    (found,), facts = read_video(tmp_path, Sampling(4, folder_frames_per_s=2.0), VIDEO_LIMITS)
+    (found,), facts = read_video(tmp_path, VideoFrames(4, folder_frames_per_s=2.0), VIDEO_LIMITS)
     assert facts["duration_s"] == 6.0 and shades(found) == [20 * i for i in (1, 3, 5, 7, 9, 11)]
 
 
@@ -189,5 +189,5 @@ def test_what_is_no_video_is_told(tmp_path: Path) -> None:
         (tmp_path / f"many/{i}.png").touch()
     for name, code in {"none": "no_video", "links": "outside", "many": "long"}.items():
         with pytest.raises(BadRecord) as found:
-            read_video(tmp_path / name, Sampling(4), VIDEO_LIMITS)
+            read_video(tmp_path / name, VideoFrames(4), VIDEO_LIMITS)
         assert found.value.code == code
