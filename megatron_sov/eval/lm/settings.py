@@ -16,8 +16,7 @@ from megatron_sov.settings import (
     AtLeastOne,
     Flag,
     NotNegativeInt,
-    Problem,
-    find_broken,
+    only_with,
 )
 
 ThinkingMode = Literal["thinking", "no-thinking"]
@@ -91,12 +90,6 @@ class Settings(JudgedSettings):
     """Of samples."""
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     """Used where the target is an address."""
-
-    def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        return find_broken(self, "", (self.mode is None or self.chat_template, "mode",
-                                      "is a setting of the chat template", "add --apply-chat-template, or "
-                                      "leave it out"))
 
     @property
     def cache_folder(self) -> Path:
