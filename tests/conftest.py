@@ -483,15 +483,18 @@ def imported(tmp_path_factory: pytest.TempPathFactory, hf_models: dict[str, Path
     return {family: folder / family for family in hf_models}
 
 
+@pytest.fixture(scope="session")
+def as_one_rank() -> dict[str, str]:
+    """Return the environment of the one rank of a torchrun; of port 0 the system makes a free one, which
+    nobody else can take in between."""
+    return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
 @pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_rank(as_one_rank: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run as the one rank of a torchrun: pytest's process has threads,
     which a fork would not survive."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port)}.items():
+    for name, value in as_one_rank.items():
         monkeypatch.setenv(name, value)
 
 

@@ -20,8 +20,10 @@ def words_of(options: Any) -> list[str]:
     add_options(parser, type(options))
     arguments, named = list[str](), list[str]()
     for action in parser._actions:
+        if not hasattr(action, "declared"):  # --dry-run, which no class has
+            continue
         value = reduce(getattr, action.dest.split("."), options)
-        if value is None or value == action.declared:  # type: ignore[attr-defined]
+        if value is None or value == action.declared:
             continue
         if action.nargs == 0:
             named += action.option_strings

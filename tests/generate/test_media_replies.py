@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,14 @@ ASK = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --prompt W
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Path:
+def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Path:
     """A folder with a model with encoders, codecs, a picture and a sound."""
     folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
     Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
     soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
     save_codecs(folder / "pictures", folder / "sounds")
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(free_port())}.items():
+        for name, value in as_one_rank.items():
             environment.setenv(name, value)
         save_omni_model(folder / "model", packed_data.tokenizer, (
             "train.precision=fp64", f'data.paths={json.dumps({str(folder / "shards"): 1.0})}'), likes=LIKES)
@@ -47,12 +45,6 @@ def site(made: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(made)
     shards_with({})
     return made
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def shards_with(media: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ from megatron_sov.data.rows import Row, sample_row
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD
-from tests.generate.test_media_replies import free_port
 from tests.omni_model import save_codecs, save_omni_model
 
 RECORD = [{"type": "image", "path": "one.png"}, {"type": "audio", "path": "word.wav"},
@@ -46,7 +45,7 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Site:
+def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Site:
     """The model's data were encoded with both codecs and both banks."""
     folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
     for name in ("one", "two"):
@@ -57,8 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Site:
     records = [{"messages": [{"role": "user", "content": shown}, said]} for shown in (RECORD, OTHER)]
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(free_port())}.items():
+        for name, value in as_one_rank.items():
             patch.setenv(name, value)
         patch.chdir(folder)
         save_omni_model(folder / "model", packed_data.tokenizer, (

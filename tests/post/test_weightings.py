@@ -101,7 +101,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
 
 
 def test_what_is_sent_to_a_device_has_the_weights_that_were_counted() -> None:
-    """As `test_microbatch` does it: who sent a row keeps it on the host beside."""
+    """As `tests/train/test_data_batches.py` does it: who sent a row keeps it on the host beside."""
     context: Any = SimpleNamespace(config=config_of("turn"), batches=SimpleNamespace(num_sources=1))
     host = from_row(a_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weighted(dataclasses.replace(host, on_host=host))
