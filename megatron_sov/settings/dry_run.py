@@ -9,7 +9,7 @@ from typing import Any
 
 MAX_FILES = 10_000
 """Of a folder that are counted; on a shared disk each costs a question."""
-NOTHING_DONE = "dry run: options and paths were checked, but neither --set nor files; nothing was written or run"
+NOTHING_DONE = "dry run: options and paths were checked, not --set nor files; nothing was written or run"
 
 
 def describe(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
