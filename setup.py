@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     "torch>=2.6",
     "megatron-core==0.16.1",
     "numpy",
+    "cloudpickle",
     "numba",
     "psutil",
     "transformers>=5.23,<6",

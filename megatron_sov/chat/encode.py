@@ -118,6 +118,10 @@ class ChatEncoder:
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
         self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # what is kept of earlier texts stays in its process
+        own = None if self._encode_plain == self._plain_ids else self._encode_plain
+        return ChatEncoder, (self._template, self._with_special, own, self._meant)
+
     def encode(self, chat: Conversation, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
         """Return a conversation as tokens.
 

@@ -77,6 +77,7 @@ class ChatTemplate:
         Raises:
             UserError: it is not a Jinja template.
         """
+        self._made_of = template, bos_token, eos_token, where, today
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _to_json
@@ -94,6 +95,9 @@ class ChatTemplate:
         except Exception as e:
             raise UserError(f"{where}: its chat_template is not valid Jinja ({_reason(e)}); "
                             "mend the template") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # compiled anew
+        return ChatTemplate, self._made_of
 
     def render(self, conversation: Conversation, awaits_response: bool = False, *,
                contents: Sequence[str] | None = None, marks_generation: bool = False) -> str:

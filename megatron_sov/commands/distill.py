@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,24 +88,22 @@ def run(typed: argparse.Namespace) -> int:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
     states = args.states or [args.run.with_name(f"{args.run.name}.states")]
 
-    @cache
-    def teacher() -> KeptTeacher:
-        return KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
-                           config.model.vocab_size)
-
     if folder.completion() is None:
         _make_states(args, config, folder, states, sources)
+    read: list[KeptTeacher] = []
     if folder.completion() is None and not args.dry_run:
-        teacher()  # what does not belong together is told before processes start
+        # what does not belong together is told before processes start
+        read.append(KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
+                                config.model.vocab_size))
 
     def before(view: GateView) -> None:
-        measure_heldout(view, sources, teacher())
+        measure_heldout(view, sources, read[0])
 
     def after(view: GateView) -> dict[str, Any]:
-        return {"teacher": teacher().teacher,
-                "heldout_divergence": measure_heldout(view, sources, teacher())}
+        return {"teacher": read[0].teacher,
+                "heldout_divergence": measure_heldout(view, sources, read[0])}
 
-    run_stage(Stage(config, folder, lambda context: Distillation(context, teacher()), parsed.start,
+    run_stage(Stage(config, folder, lambda context: Distillation(context, read[0]), parsed.start,
                     args.resume, tuple(sources), before=before, after=after, end_gate=gate,
                     faults=parsed.faults, dry_run=args.dry_run),
               args.nproc, typed.began_s)

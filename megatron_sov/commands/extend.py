@@ -10,7 +10,7 @@ from megatron_sov.commands.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.forgetting_gate import TunedOptions, gate_of
 from megatron_sov.objectives import factory
 from megatron_sov.runs.folder import STAGES
-from megatron_sov.runs.launch_environment import num_ranks, repeats
+from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.guards.fault_injection import parse
 from megatron_sov.train.stage_config import convert_start, find_start, refuse_many_converters, stage_request
@@ -40,8 +40,7 @@ def run(typed: argparse.Namespace) -> int:
     refuse_unknown_benchmarks(stages[-1].config)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
-        if not repeats():
-            stage.folder.enter(stage.config, args.resume)
+        stage.folder.enter(stage.config, args.resume)
     start = find_start(args.start_from)
     refuse_many_converters(start, args.run)
     if not args.dry_run:

@@ -16,7 +16,6 @@ from megatron_sov.config import RunConfig
 from megatron_sov.config.preference import WITH_REFERENCE
 from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
-from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.train.stage_config import ParsedStage, parse_stage
 
@@ -125,8 +124,7 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     reference = Reference(args.run, fixed or parsed.start, sources, config.data.max_seq_len())
     if fixed is not None:
         refuse_other_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
-        if not repeats():
-            folder.enter(config, args.resume)
+        folder.enter(config, args.resume)
         if not args.dry_run:
             reference.make_apart(fixed, config, args.nproc)
     elif checkpoints.latest(folder.checkpoints) is not None:

@@ -27,7 +27,6 @@ from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
-from megatron_sov.runs.launch_environment import repeats
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.settings import (
     Flag,
@@ -281,8 +280,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[Prompt], sta
     if environment is None:
         responses = Responses(asker, rollout, engine_name, args.plain, chosen_by,
                               with_routes=config.policy.router_replay)
-        if not repeats():
-            responses.refuse_unfit(prompts)
+        responses.refuse_unfit(prompts)
         return responses
     limits = environment.limits
     assert chat is not None, "options refuse --plain"

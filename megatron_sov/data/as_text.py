@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ class AsText:
         self._documents = documents
         self.lengths, self.columns = documents.lengths, documents.columns
         self.banks = banks_of(documents)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # its lengths are maps of files
+        return AsText, (self._documents,)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token ids, int64."""

@@ -94,6 +94,7 @@ class TokenShard:
             UserError: a file is damaged, or too many are open.
         """
         self.prefix, self._vocab_size = prefix, vocab_size
+        self._opened_by = prefix, vocab_size, columns, routes, banks
         try:
             index = read_index(self._file(".idx"))
             self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
@@ -118,6 +119,9 @@ class TokenShard:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
         except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
+        return TokenShard, self._opened_by
 
     def _file(self, suffix: str) -> Path:
         return self.prefix.with_name(self.prefix.name + suffix)
@@ -207,10 +211,14 @@ class ShardChain:
                  columns: tuple[str, ...] = (), routes: RouteShape | None = None,
                  banks: Mapping[str, BankShape] = NO_BANKS) -> None:
         allow_open_files()
+        self._opened_by = prefixes, vocab_size, columns, routes, banks
         self._shards = [TokenShard(prefix, vocab_size, columns, routes, banks) for prefix in prefixes]
         self.columns, self.banks = columns, banks
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardChain, self._opened_by
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """As `TokenShard.tokens`."""

@@ -15,7 +15,7 @@ from megatron_sov.extend.stages import PlannedStage
 from megatron_sov.generate.target import Target
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.checkpoints import find_checkpoint, latest
-from megatron_sov.runs.launch_environment import is_first, repeats
+from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.gate import EndGate
 from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.objective import formats_of
@@ -47,7 +47,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     first, formats = start, formats_of(objective)
     prepared = [make_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
-    begins = len(stages) > 1 and stages[0].folder.completion() is None and not (dry_run or repeats())
+    begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
     if end_gate is not None and begins:
         end_gate.begin()  # what is wrong with it is told before all stages, not before the last one
     for planned, needles in zip(stages, prepared, strict=True):

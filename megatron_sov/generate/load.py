@@ -3,10 +3,9 @@ one piece of work."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.language_model import build
 from megatron_sov.mcore.parallel import launcher, world
-from megatron_sov.runs.launch_environment import earlier_result, handed, is_first, note_result, repeats
+from megatron_sov.runs.launch_environment import is_first
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,8 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
     Raises:
         SystemExit: a process failed, after it has said why.
     """
-    if earlier := earlier_result():
-        return earlier[0]
-    with _places(target) as (path, result):
+    with as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
+        result = Path(folder) / "result.json"
         config = inference_config(path, settings, nproc, option)
 
         def rank() -> int:
@@ -84,26 +82,12 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
                 world.leave()
             return 0
 
-        code = launcher.launch(rank, nproc, config.train.num_threads,
-                            hand=lambda: {"checkpoint": str(path), "result": str(result)})
+        code = launcher.launch(rank, nproc, config.train.num_threads)
         if code != 0:
             raise SystemExit(code)
         if not is_first():
             return None
-        found = json.loads(result.read_text(encoding="utf-8"))
-        note_result(found)
-        return found
-
-
-@contextlib.contextmanager
-def _places(target: Target) -> Iterator[tuple[Path, Path]]:
-    """Give the target as a checkpoint, and a file for the result of the work: those of its launcher to a rank
-    that repeats its command."""
-    if repeats():
-        yield Path(handed()["checkpoint"]), Path(handed()["result"])
-        return
-    with as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
-        yield path, Path(folder) / "result.json"
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +122,22 @@ def _run(path: Path) -> tuple[ModuleType, str]:
     _ran[path] = digest, module
     _read.setdefault(path, set()).update(reads)  # of imported modules the first time alone
     return module, digest
+
+
+def files_that_ran() -> dict[Path, str]:
+    """Return file -> sha256 of the bytes of all that this process has run by `load`, in their order."""
+    return {path: digest for path, (digest, _) in _ran.items()}
+
+
+def run_files(files: Mapping[Path, str]) -> None:
+    """Run what another process has run, so that the objects of its classes can be read here.
+
+    Raises:
+        UserError: a file fails, or is not what it was.
+    """
+    for path, digest in files.items():
+        if _run(path)[1] != digest:
+            raise UserError(f"{path}: has changed since this command began; run it again")
 
 
 def _imported(name: str) -> ModuleType:

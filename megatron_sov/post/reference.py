@@ -59,6 +59,9 @@ class ReferenceParts:
         self._open = lru_cache(maxsize=64)(self._part)
         self._verified: set[int] = set()
 
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
+        return ReferenceParts, (self._folder, self._name, self.documents)
+
     def __len__(self) -> int:
         return -(-len(self.documents.lengths) // PART_DOCUMENTS)
 
@@ -114,6 +117,9 @@ class WithReference:
         self.lengths, self.is_plain = parts.documents.lengths, parts.documents.is_plain
         self.columns = (*parts.documents.columns, COLUMN)
         self.banks = banks_of(parts.documents)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WithReference, (self._parts,)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """As `Documents.tokens`."""

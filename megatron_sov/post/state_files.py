@@ -120,6 +120,7 @@ class StateFiles:
         Raises:
             UserError: it was made from other data, or is damaged.
         """
+        self._opened_by = folder, sources
         manifest = read_manifest(folder, KIND)
         self.folder, content = folder, manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
@@ -144,6 +145,9 @@ class StateFiles:
         self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._mapped)
         self._lengths = lru_cache(maxsize=None)(self._lengths_of)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
+        return StateFiles, self._opened_by
 
     @property
     def head(self) -> Path:

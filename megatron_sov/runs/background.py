@@ -13,14 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from megatron_sov.runs.launch_environment import HANDED
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 
 LOWEST_PRIORITY = 19
 OF_A_JOB = ("SLURM_", "SBATCH_")
 WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-             HANDED)
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment_outside_jobs() -> dict[str, str]:

@@ -40,7 +40,7 @@ from megatron_sov.plan.host_memory import refuse_on_this_node
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.launch_environment import handed, is_first, num_ranks, repeats, under_launcher
+from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.nvidia_smi import visible_gpus
 from megatron_sov.train.announcement import banner, memory_of, summary
@@ -109,15 +109,13 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         StopRequested: it was asked to stop, and everything is saved.
         GateFailed: its gate has not passed within its steps, and everything is saved.
     """
-    begin = (_Begin(**handed()["begin"]) if repeats()
-             else _Begin(time.time() if began_s is None else began_s, stage.resume))
+    begin = _Begin(time.time() if began_s is None else began_s, stage.resume)
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
     # torchrun starts the same command again
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     begin.goes_on = begin.goes_on or restarted
-    if not repeats():
-        stage.folder.enter(stage.config, begin.goes_on)
+    stage.folder.enter(stage.config, begin.goes_on)
     completion = stage.folder.completion()
     if completion is not None:
         return _is_complete(stage, completion)
@@ -135,13 +133,12 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
 def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> bool:
     """Start the processes of a stage and wait for their end; returns and raises what `run_stage` does."""
     stage.folder.forget_failure()
-    if stage.end_gate is not None and not repeats():
+    if stage.end_gate is not None:
         stage.end_gate.begin()
     restarts = launcher.Restarts(stage.config.train.max_restarts,
                               lambda: checkpoints.latest(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
-    code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts,
-                        begin.hand)
+    code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
         if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
             stage.folder.remove_unstarted()
@@ -258,10 +255,8 @@ class _Begin:
     def __post_init__(self) -> None:
         self.declared = mmap.mmap(self.shared, 1)
 
-    def hand(self) -> dict[str, Any]:
-        """Return what ranks that are new processes make theirs of."""
-        return {"begin": {"time_s": self.time_s, "goes_on": self.goes_on, "restarts": self.restarts,
-                          "shared": self.shared}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Begin, (self.time_s, self.goes_on, self.restarts, self.shared)
 
 
 def _byte_for_ranks() -> int:

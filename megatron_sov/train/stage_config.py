@@ -20,7 +20,7 @@ from megatron_sov.recipes.requested import (
     training_request,
 )
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
-from megatron_sov.runs.launch_environment import num_ranks, repeats
+from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.settings import Flag
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 
@@ -154,8 +154,7 @@ def convert_start(start: Path, run: Path) -> Path:
     if not convert.is_hf_folder(start):
         return start
     out = converted(run)
-    # ranks that are new processes find what their launcher has made
-    if will_convert(start, run) and not repeats():
+    if will_convert(start, run):
         code = launcher.apart(lambda: convert.from_hf(start, out, overwrite=True))
         if code:
             raise SystemExit(code)
@@ -180,7 +179,7 @@ def will_convert(start: Path, run: Path) -> bool:
 
 def refuse_many_converters(start: Path, run: Path) -> None:
     """Raise `UserError` where many processes would convert a Hugging Face folder at once."""
-    if num_ranks(None) > 1 and not repeats() and will_convert(start, run):
+    if num_ranks(None) > 1 and will_convert(start, run):
         raise UserError(f"--from {start}: many processes would convert it at once; "
                         "run `megatron-sov convert from-hf` before, and pass its output")
 

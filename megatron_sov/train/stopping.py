@@ -19,6 +19,9 @@ class StopFlag:
         for number in FORWARDED:
             signal.signal(number, self._note)
 
+    def __reduce__(self) -> tuple[type[StopFlag], tuple[()]]:  # in a new process it is asked for itself
+        return StopFlag, ()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
 

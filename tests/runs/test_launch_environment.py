@@ -7,17 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.runs import launch_environment
-from megatron_sov.runs.launch_environment import (
-    HANDED,
-    earlier_result,
-    is_first,
-    note_result,
-    num_ranks,
-    repeats,
-    results,
-    under_launcher,
-)
+from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.nvidia_smi import illness, visible_gpus
 
 
@@ -31,18 +21,6 @@ def test_the_environment_decides_where_a_launcher_set_it(monkeypatch: pytest.Mon
         num_ranks(0)
     with pytest.raises(UserError, match=r"--nproc 9{39}: must be at most 4,096"):
         num_ranks(10 ** 39 - 1)
-
-
-def test_a_rank_on_its_way_leaves_speaking_and_earlier_work_to_its_launcher(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_environment, "_results", [])
-    monkeypatch.setenv("RANK", "0")
-    assert is_first() and not repeats() and earlier_result() == ()
-    monkeypatch.setenv(HANDED, '{"results": [0.5, {"a": 1}]}')
-    assert repeats() and not is_first()
-    assert [earlier_result(), earlier_result(), earlier_result()] == [(0.5,), ({"a": 1},), ()]
-    note_result("mine")
-    assert results() == [0.5, {"a": 1}, "mine"]
 
 
 # What the driver says of this machine's GPUs, by a program that stands for `nvidia-smi`.

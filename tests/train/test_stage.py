@@ -49,7 +49,7 @@ class Launcher:
         self.does: Launched = lambda main, restarts: 0
 
     def __call__(self, main: Callable[[], int], nproc: int | None, num_threads: int,
-                 restarts: Restarts, hand: Callable[[], dict[str, Any]]) -> int:
+                 restarts: Restarts) -> int:
         self.calls += 1
         return self.does(main, restarts)
 

@@ -116,8 +116,7 @@ class OnEngine:
 def answer_locally(running: Running, asked: Path, flag: StopFlag) -> bool:
     """Have a model answer what `write_asked` has written; returns whether it was asked to stop early.
 
-    Every process of a torchrun or Slurm job calls it, and each rank that repeats its launcher's command; only
-    the first one reads and writes.
+    Every process of a torchrun or Slurm job calls it; only the first one reads and writes.
     """
     if running.engine == MEGATRON:
         from megatron_sov.generate.load import run_forward_model

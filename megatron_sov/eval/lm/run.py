@@ -36,7 +36,7 @@ from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.outputs import check_output
 from megatron_sov.rewards.held_folder import held
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.launch_environment import is_first, repeats, under_launcher
+from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
 from megatron_sov.settings import SettingsError, parse_nested, problems_of
 from megatron_sov.train.stopping import StopFlag, stoppable
@@ -140,8 +140,6 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
     running = subject_of(target, settings, whole=False).running
     if running is not None:
         answer_locally(running, settings.asking_folder / ASKED, flag)
-        while repeats():  # the launcher asks for further turns; the rank ends in what it was started for
-            answer_locally(running, settings.asking_folder / ASKED, flag)
 
 
 def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag

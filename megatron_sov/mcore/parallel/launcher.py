@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -20,15 +21,9 @@ import torch.distributed as dist
 from megatron_sov.errors import ExitCode, SilentCorruption, UserError, first_line, kept_code
 from megatron_sov.mcore.parallel import cpu_shims
 from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.mcore.parallel.rank_plan import plan_file
 from megatron_sov.mcore.parallel.world import LOCALHOST, STORE_PORT
-from megatron_sov.runs.launch_environment import (
-    HANDED,
-    is_first,
-    num_ranks,
-    repeats,
-    results,
-    under_launcher,
-)
+from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
@@ -51,14 +46,14 @@ class Restarts:
 
 
 def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
-           restarts: Restarts | None = None, hand: Callable[[], dict[str, Any]] = dict) -> int:
+           restarts: Restarts | None = None) -> int:
     """Run `main` in every process of the run and return the command's exit code.
 
     Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are started here.
     On CPUs they are forked from this process after the heavy imports, so they share memory and start at once.
-    On GPUs they are new processes that run this command again, for CUDA works in no fork of a process that
-    has asked for it; a rank's first `launch` is the one that it was started for.  SIGTERM, SIGINT and SIGUSR1
-    reach every rank, which finish their step and save together; a rank that fails ends the others.
+    On GPUs they are new processes that read `main` from a file (`rank_plan`), for CUDA works in no fork of a
+    process that has asked for it.  SIGTERM, SIGINT and SIGUSR1 reach every rank, which finish their step and
+    save together; a rank that fails ends the others.
 
     Args:
         main: runs one rank; its integer return value is the exit code.
@@ -67,14 +62,10 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
             scripts set, else cores / local ranks.
         restarts: how local ranks are started again when one of them fails for another reason than a user's
             mistake.
-        hand: returns what new processes find in `handed()`, plain JSON values; asked before each start.
 
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
     """
-    if repeats():
-        torch.set_num_threads(num_threads or _threads(int(os.environ["LOCAL_WORLD_SIZE"])))
-        _begin_handed_work(main)
     cpu_shims.prepare_megatron()
     if under_launcher():
         if num_threads:
@@ -85,8 +76,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     failures, reached = 0, restarts.progress() if restarts else None
     while True:
-        given = {HANDED: json.dumps(hand() | {"results": results()})} if on_gpu() else {}
-        outcome = _round(main, count, given)
+        outcome = _round(main, count, new_processes=on_gpu())
         if outcome.code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
@@ -103,12 +93,10 @@ def apart(work: Callable[[], Any]) -> int:
     """Do a piece of work that needs neither ranks nor a GPU in a process of its own, and return its exit
     code: threads that torch starts there would be missing in ranks that are forked from this process.
 
-    Under torchrun or Slurm this process does it itself; a rank that `repeats` leaves it to its launcher.
+    Under torchrun or Slurm this process does it itself.
     """
-    if repeats():
-        return 0
     cpu_shims.prepare_megatron()
-    return _rank_code(work) if under_launcher() else _round(work, 1, {}).code
+    return _rank_code(work) if under_launcher() else _round(work, 1, new_processes=False).code
 
 
 def _threads(count: int) -> int:
@@ -132,21 +120,22 @@ class _Outcome:
     """Whether the launcher was asked to stop while they ran."""
 
 
-def _round(main: Callable[[], Any], count: int, handed: dict[str, str]) -> _Outcome:
+def _round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outcome:
     """Start `count` ranks and wait for their end.
 
     Args:
         main: what they do.
         count: their number.
-        handed: environment that makes them new processes; empty: they are forked.
+        new_processes: whether they are new processes in place of forks.
     """
     gc.freeze()  # or the collector would touch, and so copy, what ranks share
     door = socket.create_server((LOCALHOST, 0), backlog=count)
     port = door.getsockname()[1]
-    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port), **handed}
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
-    children = [_fork(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door)
-                for rank in range(count)]
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
+    with plan_file(main, torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
+        children = [_fork(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
+                    for rank in range(count)]
     # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread
     # begins after the last fork: a rank forked while that thread holds a lock of the C library would wait for
     # the lock for ever.
@@ -157,7 +146,8 @@ def _round(main: Callable[[], Any], count: int, handed: dict[str, str]) -> _Outc
     return outcome
 
 
-def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.socket) -> int:
+def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.socket,
+          plan: int | None) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -169,20 +159,29 @@ def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.soc
         die_with_parent(parent)
         door.close()  # the launcher's
         os.environ.update(environment)
-        if HANDED in environment:  # it stays bound to its parent, and signals wait until its work begins
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        if plan is not None:  # it stays bound to its parent, and signals wait until its work begins
+            _become_new_process(plan)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         return main()
 
     _end_with(begin)
 
 
-def _begin_handed_work(main: Callable[[], Any]) -> NoReturn:
-    """Do what a rank that `repeats` was started for, as a forked rank would, and end this process."""
-    del os.environ[HANDED]
-    cpu_shims.prepare_megatron()
+def _become_new_process(plan: int) -> NoReturn:
+    """Replace this process, a fork of the launcher, by a new one that does what a plan says."""
+    os.set_inheritable(plan, True)
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    os.execv(sys.executable, [sys.executable, *flags, "-m", f"{__package__}.new_rank", str(plan)])
 
+
+def be_rank(read: Callable[[], Callable[[], Any]]) -> NoReturn:
+    """Do what a new process was started for, as a forked rank would, and end this process.
+
+    Args:
+        read: returns the work.
+    """
     def begin() -> Any:
+        main = read()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         return main()
 

@@ -132,7 +132,6 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from megatron_sov.mcore.parallel import launcher
-from megatron_sov.runs import launch_environment
 
 folder, case = Path(sys.argv[1]), sys.argv[2]
 asked = poisoned = False
@@ -153,7 +152,7 @@ def rank():
     number, done = os.environ["RANK"], len(list(folder.glob("round-*")))
     if poisoned:
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
-    (folder / f"round-{done}").write_text(f"{number} {os.environ['WORLD_SIZE']} {handed} {earlier}")
+    (folder / f"round-{done}").write_text(f"{number} {os.environ['WORLD_SIZE']}")
     if case == "again":
         if done == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -168,15 +167,9 @@ def rank():
         if len(got) == 3:
             (folder / f"got-{number}").write_text(" ".join(sorted(got)))
 
-if not launch_environment.repeats():
-    launch_environment.note_result(0.5)  # of an earlier piece of work
-handed, earlier = launch_environment.handed().get("round"), launch_environment.earlier_result()
-rounds, noted = [], []
-def hand():
-    rounds.append(len(rounds))
-    return {"round": rounds[-1]}
+noted = []
 restarts = launcher.Restarts(2, lambda: 0, lambda code, cause: noted.append(cause), None)
-code = launcher.launch(rank, 1 if case == "again" else 2, restarts=restarts, hand=hand)
+code = launcher.launch(rank, 1 if case == "again" else 2, restarts=restarts)
 (folder / "end").write_text(f"{code} {noted}")
 """
 
@@ -204,4 +197,4 @@ def test_on_gpus_ranks_are_new_processes_that_end_as_forked_ones_do(tmp_path: Pa
     assert all(ends(pid) for pid in ranks_of_killed)
     said = started["again"].communicate(timeout=600)[1]
     assert (tmp_path / "again/end").read_text() == "75 ['rank 0 was ended by SIGKILL']", said
-    assert [(tmp_path / f"again/round-{i}").read_text() for i in range(2)] == ["0 1 0 (0.5,)", "0 1 1 (0.5,)"]
+    assert [(tmp_path / f"again/round-{i}").read_text() for i in range(2)] == ["0 1", "0 1"]

@@ -1,0 +1,81 @@
+"""On GPUs ranks are new processes that read their work from a file; here, by a double of the question whether
+there is a GPU, they are so on CPUs, and write what forked ones write."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.artifacts import read_manifest
+
+SETTINGS = ("train.steps=2", "train.async_save=false", "train.eval_every_steps=0", "optim.eps=1e-3",
+            "train.deterministic=true")
+OWN = '''
+from megatron_sov.train.lm import LanguageModelling
+
+class Own(LanguageModelling):
+    """Of a file that a person names."""
+'''
+
+
+def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
+    """Run commands one after another; returns their exit codes.  Runs in a process that has imported all."""
+    from megatron_sov.cli import main
+    from megatron_sov.mcore.parallel import launcher
+    from megatron_sov.mcore.parallel.world import STORE_PORT
+
+    def run(argv: list[str]) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
+                    os.environ.pop(variable, None)  # it is no rank, it starts one
+                launcher.on_gpu = lambda: as_on_gpu
+                code = main(argv)
+            except SystemExit as e:
+                code = int(e.code or 0)
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return [run(argv) for argv in commands]
+
+
+def files_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the hashes of a checkpoint's files, less the one that tells the hours worked."""
+    return {name: record for name, record in read_manifest(checkpoint).files.items() if name != "state.json"}
+
+
+@pytest.mark.distributed
+def test_ranks_that_are_new_processes_do_what_forked_ones_do(
+        ranks: Any, job: Any, pretrain: Any, packed_data: Any, run_command: Any, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs"
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({
+        "prompt": f"What is {i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"It is {i}."})
+        for i in range(40)))
+    run_command("pack", "--tokenizer", str(packed_data.tokenizer), "--workers", "1", "--format", "preference",
+                "--input", f"{pairs}.jsonl", "--output", str(pairs), program="sov-data").check_returncode()
+    (tmp_path / "own.py").write_text(OWN)
+    own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
+
+    def commands(folder: Path) -> list[list[str]]:
+        start, longer = ("--from", str(folder / "base")), (*SETTINGS, "data.phases.0.seq_len=128")
+        distill = pretrain(folder / "distill", *start, "--teacher", str(folder / "base"), settings=longer)
+        prefer = pretrain(folder / "prefer", *start, settings=longer)
+        distill[0], prefer[0] = "distill", "prefer"
+        prefer[prefer.index("--data") + 1] = str(pairs)
+        return [pretrain(folder / "base", "--nproc", "2", settings=own), distill, prefer]
+
+    for way in ("forked", "new"):
+        ((codes,),) = ranks(job(__file__, "run_commands", 1, {"commands": commands(tmp_path / way),
+                                                               "as_on_gpu": way == "new"}))
+        assert codes == [0, 0, 0], way
+    for run in ("base", "distill", "prefer"):
+        forked, new = (files_of(tmp_path / way / run / "checkpoints/step-2") for way in ("forked", "new"))
+        assert forked == new, run
+    assert (tmp_path / "new/distill.states").is_dir() and (tmp_path / "new/prefer/reference").is_dir()
