@@ -12,8 +12,7 @@ from megatron_sov.codecs.folder import save_codec
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer
 from megatron_sov.config import apply_settings
-from tokenizer.media.command import add_media
-from tokenizer.media.layout import MediaTokens
+from tokenizer.media.command import MediaTokens, add_media
 
 GRID, NUM_PICTURE_TOKENS, NUM_SOUND_TOKENS = 4, 16, 512
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from data_prep.scoring.encoder import Encoder, EncoderSettings
-from data_prep.synth.generators.autoif.entailment import Entailment
+from data_prep.synth.generators.autoif.constraints import Entailment
 from megatron_sov import convert
 from megatron_sov.errors import UserError
 from megatron_sov.generate.hf import load_hf

@@ -6,29 +6,247 @@ candidates are verified exactly) -> clusters (one task).
 
 from __future__ import annotations
 
+import mmap
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
+from numpy.typing import NDArray
 
-from data_prep.dedup.candidates import band_dtype, blocks_of_bands, write_bands
-from data_prep.dedup.clusters import DROPPED, Clusters
+from data_prep.dedup.candidates import PAIR, band_dtype, blocks_of_bands, write_bands
 from data_prep.dedup.dropping import Dropped
 from data_prep.dedup.exact import Partitions
-from data_prep.dedup.numbering import Numbering, Register, registered
+from data_prep.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
 from data_prep.dedup.report import write_report
-from data_prep.dedup.signatures import Signature, Signer, estimated, sketches
-from data_prep.dedup.verified import ShingleSets, distinct, read_pairs, similar_pairs, write_pairs
-from data_prep.dedup.work_files import Records, bucket_slice, new_folder, parts_of, read_array, save_array
+from data_prep.dedup.signatures import Signature, Signer, estimated, shingles, sketches
+from data_prep.dedup.work_files import (
+    BucketWriter,
+    Records,
+    bucket_slice,
+    new_file,
+    new_folder,
+    parts_of,
+    read_array,
+    save_array,
+    write_buckets,
+)
 from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
+from data_prep.shard_damage import place_in_run, way_out
+from megatron_sov.sealed import PLACE, check_seal, seal_file
 from megatron_sov.settings import AtLeastOne, Code, NotNegativeInt, Problem
 
+DROPPED = np.dtype([("doc", "<u8"), ("keeper", "<u8")])
+"""Numbers of a document that goes, and of the one that stays in its place."""
+EDGE_BLOCK = 1 << 18
+_LENGTH_BITS = 40
+_SIZES = (2, 3, 4, 5, 10, 30, 100, 1000)
+PAIR_BLOCK = 1 << 18
 REASON = "near duplicate"
 MOST_NUMBERS = 1024
+
+
+# Clusters of near duplicates, and who of each stays. Similarity is taken as passed on: two documents that
+# are similar to a third belong together. The parents of the union-find lie in a file with eight bytes for
+# every document of the corpus, of which only those parts take room on the disk, and in memory for as long
+# as there is some, that hold documents with a near duplicate.
+
+
+class Clusters:
+    """The clusters of a corpus."""
+
+    def __init__(self, view: View, register: Register, folder: Path) -> None:
+        """Begin with every document alone.
+
+        Args:
+            view: the pipeline.
+            register: of the documents.
+            folder: temporary; holds a few bytes for each document.
+        """
+        self._numbering, self._register = Numbering(view), register
+        last_rows = (register.read(rank)["row"][-1:] for rank in range(len(view.shards)))
+        counts = [int(last[0]) + 1 if len(last) else 0 for last in last_rows]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        priorities = {view.priority(shard.source) for shard in view.shards}
+        order = {priority: place for place, priority in enumerate(sorted(priorities, reverse=True))}
+        self._class_of = [order[view.priority(shard.source)] for shard in self._numbering.shards]
+        self._parents = self._new(folder / "parents")
+        self._keepers = self._new(folder / "keepers")
+        self._best = self._new(folder / "best")
+        self._sizes = self._new(folder / "sizes")
+
+    def unite(self, edges: NDArray[np.uint64]) -> None:
+        """Unite the documents of pairs of numbers [n, 2]."""
+        from data_prep.dedup import minhash_loops
+
+        for start in range(0, len(edges), EDGE_BLOCK):
+            block = np.asarray(edges[start:start + EDGE_BLOCK])
+            minhash_loops.unite(self._parents, self._places(block[:, 0]), self._places(block[:, 1]))
+
+    def write_dropped(self, path: Path, keep: str) -> None:
+        """Choose who stays of each cluster, and write who goes, with a bucket for each rank.
+
+        Args:
+            path: the file.
+            keep: "longest" or "first", of those of the highest priority.
+        """
+        for rank, places, roots in self._members():
+            self._choose(rank, places, roots, keep)
+        with new_file(path) as temporary:
+            writer = BucketWriter(temporary, len(self._numbering.shards))
+            for rank, places, roots in self._members():
+                keepers = self._keepers[roots].astype(np.int64) - 1
+                goes = keepers != places
+                found = np.empty(int(goes.sum()), DROPPED)
+                found["doc"], found["keeper"] = self._numbers(places[goes]), self._numbers(keepers[goes])
+                writer.append(rank, found)
+            writer.close()
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """Return how many clusters there are of each size, behind `write_dropped`."""
+        counts = np.zeros(len(_SIZES), np.int64)
+        for _, places, roots in self._members():
+            found = self._sizes[places[places == roots]].astype(np.int64)
+            counts += np.bincount(np.searchsorted(_SIZES, found, side="right") - 1, minlength=len(_SIZES))
+        ends = [str(end - 1) for end in _SIZES[1:]]
+        names = [str(begin) if str(begin) == end else f"{begin}-{end}"
+                 for begin, end in zip(_SIZES, ends, strict=False)]
+        return list(zip([*names, f"{_SIZES[-1]}+"], counts.tolist(), strict=True))
+
+    def _new(self, path: Path) -> NDArray[np.uint64]:
+        """Return a number for each document, in a file with holes where they are zero."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = np.memmap(path, np.uint64, "w+", shape=(max(1, int(self._first[-1])),))
+        return np.asarray(found)
+
+    def _places(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        places: NDArray[np.int64] = self._first[ranks(numbers)] + rows(numbers)
+        return places
+
+    def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.uint64]:
+        # the last of several that begin at one place is the one that is not empty
+        rank = np.searchsorted(self._first, places, side="right") - 1
+        return (rank.astype(np.uint64) << ROW_BITS) | (places - self._first[rank]).astype(np.uint64)
+
+    def _members(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield the rank, the places of its documents that are in a cluster, and their roots."""
+        from data_prep.dedup import minhash_loops
+
+        for rank in range(len(self._numbering.shards)):
+            begin, end = self._first[rank:rank + 2].tolist()
+            places = begin + np.flatnonzero(self._parents[begin:end])
+            if len(places):
+                roots = np.empty(len(places), np.int64)
+                minhash_loops.find_roots(self._parents, places, roots)
+                yield rank, places, roots
+
+    def _choose(self, rank: int, places: NDArray[np.int64], roots: NDArray[np.int64], keep: str) -> None:
+        """Let the members of a shard stand for their clusters where they are better than those before."""
+        np.add.at(self._sizes, roots, np.uint64(1))
+        worth = np.full(len(places), self._class_of[rank] << _LENGTH_BITS, np.uint64)
+        if keep == "longest":
+            longest = (1 << _LENGTH_BITS) - 1
+            characters = self._register.at(rank, places - self._first[rank])["characters"]
+            worth += (longest - np.minimum(characters, longest)).astype(np.uint64)
+        order = np.lexsort((places, worth, roots))
+        best = order[np.concatenate([[True], roots[order][1:] != roots[order][:-1]])]
+        is_better = (self._keepers[roots[best]] == 0) | (worth[best] < self._best[roots[best]])
+        best = best[is_better]
+        self._best[roots[best]] = worth[best]
+        self._keepers[roots[best]] = (places[best] + 1).astype(np.uint64)
+
+
+# Candidates compared shingle by shingle: the exact Jaccard similarity of pairs, in files per shard.
+
+
+def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
+    """Write pairs of numbers [n, 2], each for the shards of both, once."""
+    both = distinct(np.concatenate([pairs, pairs[:, ::-1]]))
+    records = np.empty(len(both), PAIR)
+    records["own"], records["other"] = both[:, 0], both[:, 1]
+    write_buckets(file, records, ranks(records["own"]), num_ranks)
+
+
+def read_pairs(folder: Path, rank: int) -> NDArray[np.uint64]:
+    """Return the pairs of a shard's documents [n, 2], its own first, ascending; `folder`: with those of all
+    partitions."""
+    found = [bucket_slice(file, PAIR, rank).read() for file in parts_of(folder)]
+    joined = np.concatenate([np.empty(0, PAIR), *found])
+    return distinct(np.stack([joined["own"], joined["other"]], axis=1))
+
+
+def distinct(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return different pairs [n, 2], ascending; `np.unique` sorts rows as bytes, which takes several times
+    as long."""
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    is_new = np.ones(len(pairs), np.bool_)
+    is_new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    return pairs[is_new]
+
+
+class ShingleSets:
+    """The shingles of those documents of a shard that are candidates.
+
+    One file: each task of the comparison opens those of all other shards.  Behind the sets it has the rows,
+    where each row's set begins, and how many rows there are.
+    """
+
+    def __init__(self, file: Path) -> None:
+        check_seal(file, way_out(file), place_in_run(file))
+        with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(PLACE)) // np.uint64().nbytes)
+        places = 2 * int(words[-1]) + 2
+        self.shingles: NDArray[np.uint64] = words[:-places]
+        self.rows, self.begins = np.split(words[-places:-1].view(np.int64), [int(words[-1])])
+
+    def places(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where rows stand among the sets."""
+        return np.searchsorted(self.rows, wanted)
+
+    @staticmethod
+    def write(file: Path, documents: Iterator[list[Doc]], wanted: NDArray[np.int64], words: int) -> None:
+        """Write the sets of rows of a shard."""
+        keep = set(wanted.tolist())
+        begins = [0]
+        with new_file(file) as temporary, open(temporary, "wb") as f:
+            for batch in documents:
+                for document in batch:
+                    if document.row in keep:
+                        found = shingles(document.text, words)
+                        found.tofile(f)
+                        begins.append(begins[-1] + len(found))
+            np.array([*np.sort(wanted).tolist(), *begins, len(wanted)], np.uint64).tofile(f)
+            seal_file(temporary, place_in_run(file))
+
+
+def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float
+                  ) -> Iterator[NDArray[np.uint64]]:
+    """Yield those of a shard's pairs [n, 2] whose Jaccard similarity is at least the threshold.
+
+    Args:
+        pairs: the shard's own first.
+        folder: of the sets of all shards, by rank.
+        rank: of the shard.
+        threshold: in (0, 1].
+    """
+    from data_prep.dedup import minhash_loops
+
+    pairs = pairs[pairs[:, 0] > pairs[:, 1]]
+    own = ShingleSets(folder / f"{rank:06}")
+    for other_rank in np.unique(ranks(pairs[:, 1])).tolist():
+        other = ShingleSets(folder / f"{other_rank:06}")
+        chosen = pairs[ranks(pairs[:, 1]) == other_rank]
+        for start in range(0, len(chosen), PAIR_BLOCK):
+            block = chosen[start:start + PAIR_BLOCK]
+            places = np.stack([own.places(rows(block[:, 0])), other.places(rows(block[:, 1]))], axis=1)
+            common = np.empty(len(block), np.int64)
+            minhash_loops.count_common(own.shingles, own.begins, other.shingles, other.begins, places, common)
+            sizes = (np.diff(own.begins)[places[:, 0]] + np.diff(other.begins)[places[:, 1]])
+            yield block[common >= threshold * (sizes - common)]
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
+from pydantic import TypeAdapter
 
 from data_prep.pipeline.columns import SOURCE_COLUMNS
 from data_prep.pipeline.known_steps import STEPS, step_class
 from data_prep.pipeline.naming import check_name_pattern
-from data_prep.pipeline.settings import plain, resolved
 from data_prep.pipeline.step import ColumnType, Step
 from data_prep.pipelines import READY
 from data_prep.sources.source import KINDS, SourceSettings
@@ -34,6 +35,28 @@ from megatron_sov.settings import (
     read_text,
     rules_of,
 )
+
+# Settings of steps: paths that start at the pipeline file, and plain values to write down.
+
+
+def resolved(settings: Any, folder: Path) -> Any:
+    """Return settings whose relative paths start at a folder instead of at the current one."""
+    if isinstance(settings, Path):
+        return settings if settings == Path() else folder / settings
+    if isinstance(settings, (tuple, list)):
+        return type(settings)(resolved(value, folder) for value in settings)
+    if isinstance(settings, dict):
+        return {key: resolved(value, folder) for key, value in settings.items()}
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        changed = {f.name: resolved(getattr(settings, f.name), folder)
+                   for f in dataclasses.fields(settings) if f.init}
+        return dataclasses.replace(settings, **changed)
+    return settings
+
+
+def plain(settings: Any) -> Any:
+    """Return settings as JSON values, defaults filled in."""
+    return json.loads(TypeAdapter(type(settings)).dump_json(settings))
 
 
 @dataclass(frozen=True)

@@ -6,30 +6,272 @@ is not done again, whoever asks.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import IO, Any
 
 import psutil
 
-from data_prep.pipeline.counts import Counts
-from data_prep.pipeline.layer_view import LayerView
-from data_prep.pipeline.layers import LayerFile
-from data_prep.pipeline.output import write_output_shard
-from data_prep.pipeline.parsing import parse_shard
-from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes
+from data_prep.journey.facts import write_shard_facts
+from data_prep.pipeline.addresses import refuse_changed
+from data_prep.pipeline.columns import OF_A_RECORD, schema
+from data_prep.pipeline.counts import Counts, noted_seal
+from data_prep.pipeline.layers import (
+    BASE_FIRST,
+    BASE_SCHEMA,
+    GROUP_BYTES,
+    GROUP_ROWS,
+    LayerFile,
+    Row,
+    TableFile,
+    groups,
+)
+from data_prep.pipeline.naming import name_of
+from data_prep.pipeline.pipeline_file import Pipeline
+from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes, pieces_of
 from data_prep.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
 from data_prep.shard_damage import place_in_run
+from data_prep.sources.formats import reader
+from data_prep.sources.source import Broken, Raw, SourceSettings
 from megatron_sov.artifacts import disk_errors
+from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
-from megatron_sov.sealed import write_json
+from megatron_sov.sealed import PLACE, SEAL, seal_file, seal_of, write_json
 
+MAX_LISTED = 10_000
+"""Of what is broken in a shard; more is only counted."""
+MAX_NAMES = 256
+"""Sources of the output that one shard may be sorted into; each has a file open."""
 Task = tuple[str, int]
 """Name of a source and number of a shard; of a pass "" and the number of its task."""
+
+
+# The first task of a shard: its pieces of raw files become documents with an identifier and columns.
+
+
+@contextmanager
+def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Path,
+                shard: int) -> Iterator[Counts]:
+    """Write a shard's documents; they get their name when the caller is through with the counts.
+
+    Raises:
+        UserError: something is broken, and the pipeline says `on_bad: refuse`.
+    """
+    counts, group = Counts(), _Group(source.settings, shard)
+    listed = layer.broken(output, shard)
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    temporary = listed.with_name(f".{listed.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    source_reader = reader(source.settings)
+    try:
+        with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file,
+              open(temporary, "w", encoding="utf-8") as quarantine):
+            pieces, marks = pieces_of(output, layer, shard)
+            for piece in pieces:
+                for item in source_reader.read(piece):
+                    if isinstance(item, Broken):
+                        _note_broken(item, pipeline, quarantine, counts, shard)
+                        continue
+                    counts.count(group.add(item), "", item.text, None)
+                    if group.is_full:
+                        file.write(group.take())
+            file.write(group.take())
+            for name, mark in marks.items():
+                refuse_changed(source.settings.file(name), mark)
+            if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
+                quarantine.write(json.dumps({
+                    "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
+                    "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
+            quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
+            quarantine.flush()
+            counts.seals = {layer.file(output, shard).name: file.close(), listed.name: seal_file(temporary)}
+            os.replace(temporary, listed)
+            yield counts
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _note_broken(item: Broken, pipeline: Pipeline, quarantine: IO[str], counts: Counts, shard: int) -> None:
+    """Count what is broken, and list it unless much is: a source of a wrong format would fill the disk."""
+    if pipeline.on_bad == "refuse" and not item.is_left_out:
+        raise UserError(f"{item.place}: {item.reason}; mend it, or list such records and go on: "
+                        "on_bad: quarantine")
+    counts.broken[item.code] = counts.broken.get(item.code, 0) + 1
+    if sum(counts.broken.values()) > MAX_LISTED:
+        return
+    record = {"shard": shard, "file": item.file, "place": item.place, "code": item.code,
+              "reason": item.reason, "content": item.content}
+    quarantine.write(json.dumps(record) + "\n")
+
+
+class _Group:
+    """Rows of documents that are not yet written."""
+
+    def __init__(self, source: SourceSettings, shard: int) -> None:
+        self.source, self.shard = source, shard
+        self._columns: dict[str, list[Any]] = {name: [] for name in BASE_SCHEMA.names}
+        self._size_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has to be written."""
+        return self._size_bytes >= GROUP_BYTES or len(self._columns["id"]) >= GROUP_ROWS
+
+    def add(self, raw: Raw) -> str:
+        """Take a document; returns its id."""
+        place = hashlib.blake2b(raw.place.encode(), digest_size=8).hexdigest()
+        identifier = f"{self.source.name}:{self.shard}:{place}"
+        given = {name: None if raw.columns.get(name) in (None, "")
+                 else visible(_utf8(str(raw.columns[name])))
+                 for name in OF_A_RECORD}
+        rest = {name: value for name, value in raw.columns.items() if name not in OF_A_RECORD}
+        row = {"id": identifier, "text": raw.text, "where": raw.place, "kind": self.source.kind,
+               "synthetic": self.source.synthetic, **given,
+               "licence": given["licence"] or self.source.licence or None,
+               "extra": _utf8(json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str))
+               if rest else None}
+        for name, values in self._columns.items():
+            values.append(row[name])
+        self._size_bytes += len(raw.text.encode())
+        return identifier
+
+    def take(self) -> dict[str, list[Any]]:
+        """Return the rows, and begin anew."""
+        taken, self._columns = self._columns, {name: [] for name in BASE_SCHEMA.names}
+        self._size_bytes = 0
+        return taken
+
+
+def _utf8(text: str) -> str:
+    """Return a string without halves of surrogate pairs, which columns of strangers may hold anywhere."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# The last task of a shard: its documents that are kept, sorted into files by the names that they go to.
+
+
+@contextmanager
+def write_output_shard(plan: Plan, source: SourcePlan, layer: Layer, output: Path,
+                       shard: int) -> Iterator[Counts]:
+    """Write a folder with a file for each name; it gets its own name when the caller is through with the
+    counts.
+
+    Raises:
+        UserError: documents would go to more than `MAX_NAMES` names.
+    """
+    folder = layer.rows(output, shard)
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    counts = Counts()
+    files = [other.file(output, shard) for other in source.layers[:-1]]
+    try:
+        with ExitStack() as stack:
+            sorted_rows = _Sorter(plan, temporary, stack)
+            for rows in groups(source.settings.name, files, [noted_seal(file) for file in files]):
+                for row in filter(None, rows):
+                    sorted_rows.add(source.settings.name, row)
+                    counts.count(row.id, "", row.text, None)
+            sorted_rows.finish()
+        for file in sorted(temporary.glob("*.parquet")):
+            write_shard_facts(file)
+        counts.seals = {file.name: seal_of(file) for file in temporary.iterdir()}
+        yield counts
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Sorter:
+    """Files of one shard, by name."""
+
+    def __init__(self, plan: Plan, folder: Path, stack: ExitStack) -> None:
+        self.pattern, self.folder, self.stack = plan.pipeline.output.name, folder, stack
+        self.schema = schema(plan.columns(), *BASE_FIRST)
+        self.files: dict[str, TableFile] = {}
+        self.waiting: dict[str, list[Row]] = {}
+        self.waiting_bytes = 0
+
+    def add(self, source: str, row: Row) -> None:
+        """Take a document."""
+        name = name_of(self.pattern, source, row.columns)
+        if name not in self.files:
+            if len(self.files) >= MAX_NAMES:
+                raise UserError(f"output.name = {self.pattern!r} sorts documents into more than {MAX_NAMES} "
+                                f"names (the last: {name}); make names of columns with fewer values")
+            self.files[name] = self.stack.enter_context(
+                TableFile(self.folder / f"{name}.parquet", self.schema))
+        rows = self.waiting.setdefault(name, [])
+        rows.append(row)
+        self.waiting_bytes += len(row.text)
+        if len(rows) >= GROUP_ROWS or self.waiting_bytes >= GROUP_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write what waits."""
+        for name, rows in self.waiting.items():
+            made: dict[str, list[Any]] = {"id": [row.id for row in rows], "text": [row.text for row in rows]}
+            for column in self.schema.names[2:]:
+                made[column] = [row.columns.get(column) for row in rows]
+            self.files[name].write(made)
+        self.waiting, self.waiting_bytes = {}, 0
+
+
+# What a step sees of a run: the documents that the steps before it have left, shard by shard.
+
+
+class LayerView:
+    """A `View` of one step over a run's folder."""
+
+    def __init__(self, plan: Plan, step: StepPlan, output: Path) -> None:
+        self.plan, self.step, self.output = plan, step, output
+
+    @cached_property
+    def shards(self) -> Sequence[ShardRef]:
+        """See `View`."""
+        return [ShardRef(name, number)
+                for name in self.step.sources for number in self.plan.source(name).shards]
+
+    @property
+    def work(self) -> Path:
+        """See `View`."""
+        shared = next((layer.shared for name in self.step.sources for layer in self.plan.source(name).layers
+                       if layer.number == self.step.entry.number), "")
+        return self.output / shared
+
+    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+        """See `View`."""
+        for group in self.groups(shard):
+            if batch := [found for _, found in self.looked_at(shard, group)]:
+                yield batch
+
+    def priority(self, source: str) -> int:
+        """See `View`."""
+        return self.plan.source(source).settings.priority
+
+    def groups(self, shard: ShardRef) -> Iterator[tuple[int, list[Row | None]]]:
+        """Yield the number of its first row and the rows of each group of a shard, before the step."""
+        files = [layer.file(self.output, shard.number) for layer in self.plan.source(shard.source).layers
+                 if layer.number < self.step.entry.number]
+        first = 0
+        for rows in groups(shard.source, files, [noted_seal(file) for file in files]):
+            yield first, rows
+            first += len(rows)
+
+    def looked_at(self, shard: ShardRef, group: tuple[int, list[Row | None]]) -> list[tuple[int, Doc]]:
+        """Return those rows of a group that the step looks at: place in the group and document."""
+        first, rows = group
+        kinds = self.step.entry.only.kinds
+        return [(i, Doc(row.id, row.text, shard.source, shard.number, first + i, row.columns))
+                for i, row in enumerate(rows)
+                if row is not None and (not kinds or row.columns["kind"] in kinds)]
 
 
 @dataclass(frozen=True)

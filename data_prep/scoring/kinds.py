@@ -15,14 +15,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import yaml
+
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step, View
-from data_prep.scoring.domains import DOMAINS, WORDS_FILE, domain_hits
 from data_prep.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
 from megatron_sov.settings import AboveZero, AtLeastOne, Bound, Code, Problem, Share
 
+DOMAINS = ("finance", "law", "medicine")
+SPACED = ("en",)
+"""Languages whose words are matched whole."""
+WORDS_FILE = Path(__file__).with_name("domain_words.yaml")
+_NOT_LETTERS = re.compile(r"[\W\d_]+")
 AUTO = "auto"
 MATH_CODE, MULTILINGUAL = "math_code", "multilingual"
 OWN_KINDS = ("en", "ko", "ja")
@@ -32,10 +39,37 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _FORMULA = re.compile(r"\\(?:frac|sum|int|sqrt|alpha|beta|theta|lambda|sigma|infty|mathbb|mathcal|mathrm"
                       r"|left|right|leq?|geq?|cdot|partial|begin\{(?:equation|align|pmatrix|cases))\b|\$\$|\\\(|\\\["
                       r"|[∑∫√∂∇∈∀∃≤≥≠≈∞]")
-
-
 DomainName = Annotated[str, Bound(lambda name: None if _NAME.fullmatch(name) else (
     Code.BOUND, "must be a name of small letters, digits and '_', e.g. law", ""))]
+
+
+# Domains by their words: a list of words of the trade for each of a few languages.
+
+
+@lru_cache(maxsize=1)
+def domain_words() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return language -> domain -> its words, in lower case."""
+    raw = yaml.safe_load(WORDS_FILE.read_text(encoding="utf-8"))
+    languages = sorted({language for of in raw.values() for language in of})
+    return {language: {domain: tuple(dict.fromkeys(raw[domain].get(language, ()))) for domain in DOMAINS}
+            for language in languages}
+
+
+def domain_hits(text: str, language: str) -> dict[str, tuple[int, int]]:
+    """Return, for each domain, how many of its words a text has, and how many times it has any of them;
+    nothing for a language without lists."""
+    lists = domain_words().get(language)
+    if lists is None:
+        return {}
+    looked = text.lower()
+    if language in SPACED:
+        looked = f" {_NOT_LETTERS.sub(' ', looked).replace(' ', '  ')} "
+    found = {}
+    for domain, words in lists.items():
+        counts = [looked.count(f" {word.replace(' ', '  ')} " if language in SPACED else word)
+                  for word in words]
+        found[domain] = (sum(count > 0 for count in counts), sum(counts))
+    return found
 
 
 @dataclass(frozen=True)

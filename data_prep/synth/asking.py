@@ -8,11 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from data_prep.synth.generator import MAX_ATTEMPTS, NoReply, NoUsableReply, Reply, Role
-from data_prep.synth.replies import fault_of, read_reply
 from data_prep.synth.templates import Prompt
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
+from megatron_sov.chat.tool_calls import BadCall, parse_turn
+from megatron_sov.documents.messages import BadRecord, refuse_deep
+from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
 from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
+from megatron_sov.rewards.repetition import loop_at_end
 
+MIN_LOOP_REPEATS = 8
+MIN_LOOP_CHARS = 200
+"""What a text must repeat at its end to count as a loop: more than any verse or table does."""
 T = TypeVar("T")
 Drawn = Reply | NoUsableReply
 """What comes of one draw."""
@@ -20,6 +27,92 @@ JUDGE_MAX_TOKENS = 1024
 """Of a judge's answer, unless told."""
 JUDGE_RETRY_TEMPERATURE = 0.5
 """The likeliest answer stays what it is; another one is wanted."""
+
+
+# What a chat completion says: text, thoughts and calls of tools, read strictly, and whether it is of use.
+
+
+def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
+    """Return the one choice of a chat completion.
+
+    Args:
+        answer: decoded JSON.
+        key: hash of what was asked.
+        has_tools: whether tools were offered, so that calls may stand in the text.
+
+    Raises:
+        BadAnswer: it is no chat completion of one choice.
+    """
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadAnswer("the endpoint's answer must have one of 'choices', for one was asked for")
+    message = choices[0].get("message")
+    if not isinstance(message, dict):
+        raise BadAnswer("the endpoint's answer has no message")
+    content = message.get("content")
+    if content is not None and not isinstance(content, str):
+        raise BadAnswer("the endpoint's message has a content that is no text")
+    said = message.get("tool_calls") or []
+    if not isinstance(said, list):
+        raise BadAnswer("the endpoint's tool_calls are no list")
+    text, thinking = _split(content or "")
+    told = message.get("reasoning_content") or message.get("reasoning")
+    thinking = told.strip() if isinstance(told, str) and told.strip() else thinking
+    calls = [_call(one) for one in said]
+    if has_tools and not calls:  # a server without a parser of calls leaves them in the text
+        turn = parse_turn(text)
+        text = turn.content
+        calls = [_malformed("", call.reason) if isinstance(call, BadCall)
+                 else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
+    return Reply(text, thinking, tuple(calls), choices[0].get("finish_reason") == "length", key)
+
+
+def fault_of(reply: Reply) -> str:
+    """Return why an answer is of no use to any generator, in a word; empty where it may be.
+
+    One that was cut off in its thoughts says nothing and is no empty one: another would end there as well.
+    """
+    if not reply.text and not reply.tool_calls and not reply.is_cut:
+        return "empty"
+    try:
+        json.dumps([reply.text, reply.thinking, reply.tool_calls], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "half a character"
+    _, repeats = loop_at_end(reply.text, MIN_LOOP_CHARS)
+    return "loop" if repeats >= MIN_LOOP_REPEATS else ""
+
+
+def _split(content: str) -> tuple[str, str]:
+    """Return text and thoughts: thoughts end at the first end tag; without one they reach to the end."""
+    text = plain_form(content).strip()
+    begins = text.startswith(BEGIN_THOUGHTS)
+    before, end, behind = text.partition(END_THOUGHTS)
+    if end and (begins or BEGIN_THOUGHTS not in before):
+        return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
+    if begins:
+        return "", as_written(text.removeprefix(BEGIN_THOUGHTS)).strip()
+    return as_written(text), ""
+
+
+def _call(said: Any) -> dict[str, Any]:
+    """Return a call's name and arguments, or what is wrong with it."""
+    function = said.get("function") if isinstance(said, dict) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return _malformed("", "a tool call must have a function with a name")
+    name, arguments = function["name"], function.get("arguments")
+    try:
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments or "{}", parse_constant=no_constant, parse_float=finite)
+        refuse_deep(arguments)
+    except (ValueError, RecursionError, BadRecord) as e:
+        return _malformed(name, f"the arguments of a tool call are no JSON ({str(e)[:100]})")
+    if not isinstance(arguments, dict):
+        return _malformed(name, "the arguments of a tool call must be an object")
+    return {"name": name, "arguments": arguments}
+
+
+def _malformed(name: str, error: str) -> dict[str, Any]:
+    return {"name": name, "arguments": {}, "error": error}
 
 
 class Door(Protocol):

@@ -6,11 +6,15 @@ May be called at any time, also while items are left; nothing that it writes is 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import json
 import os
+import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,18 +24,161 @@ from data_prep.synth.checks.judging import Judged, judge_samples
 from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
-from data_prep.synth.costs import costs_of
 from data_prep.synth.page import write_page
 from data_prep.synth.sample import Verdict
-from data_prep.synth.shown import Shown
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, fsync_path, to_json
+from megatron_sov.documents.messages import BadRecord, Message
+from megatron_sov.documents.records import Reading, parse_record
 from megatron_sov.documents.synthesis import KEPT, REJECTED
-from megatron_sov.errors import ExitCode
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.settings import SettingsError, problems_of
 
+MOST_KEPT, MOST_REJECTED, MOST_REASONS = 8, 3, 40
+MOST_TURNS, MOST_CHARS = 40, 4000
+MODEL = "model"
+"""How a page calls who speaks, where it is a model."""
+ANSWERS = "answers*.sqlite"
+ANSWERED = "200"
+_SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(cost), sum(wall_s)
+FROM requests GROUP BY outcome ORDER BY outcome"""
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
 """Field of a kept record that says how it was made."""
+
+
+# Samples for a reader: a few that were kept, and a few for each reason to reject, drawn by a hash of their
+# ids.
+
+
+class Shown:
+    """Takes all samples and keeps a few."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[tuple[int, str, Candidate, Verdict | None]]] = {}
+
+    def take(self, sample: Candidate, failed: Verdict | None) -> None:
+        """Take a sample, and why it does not stay."""
+        reason = failed.check if failed else ""
+        if reason not in self._of and len(self._of) >= MOST_REASONS:
+            return
+        drawn = int.from_bytes(blake2b(sample.id.encode(), digest_size=8).digest(), "big")
+        heap, most = self._of.setdefault(reason, []), MOST_REJECTED if failed else MOST_KEPT
+        if len(heap) < most:
+            heapq.heappush(heap, (-drawn, sample.id, sample, failed))
+        elif -heap[0][0] > drawn:
+            heapq.heapreplace(heap, (-drawn, sample.id, sample, failed))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Return them as plain values, kept ones first."""
+        found = []
+        for reason in sorted(self._of):
+            for _, id_, sample, failed in sorted(self._of[reason], key=lambda one: -one[0]):
+                found.append({"sample": id_, "reason": reason,
+                              "detail": _cut(failed.detail) if failed else "",
+                              "turns": [[_cut(who), _cut(said)]
+                                        for who, said in turns_of(sample)[:MOST_TURNS]],
+                              "verdicts": [[one.check, one.passed, _cut(one.detail)]
+                                           for one in sample.verdicts], "notes": _small(sample.notes)})
+        return found
+
+
+def turns_of(sample: Candidate) -> list[tuple[str, str]]:
+    """Return who says what in a sample."""
+    if sample.kind == "task":
+        return [("task", _json(sample.record))]
+    try:
+        document = parse_record(dict(sample.record), "", 0, Reading(sample.kind))
+    except BadRecord:
+        return [("record", _json(sample.record))]
+    if sample.kind == "text":
+        return [(MODEL, document.text)]
+    turns = [turn for message in document.messages for turn in _turns(message)]
+    beside = {name: value for name, value in sample.record.items() if name not in ("messages", "prompt")}
+    return [*turns, *([("beside it", _json(beside))] if beside else [])]
+
+
+def _turns(message: Message) -> Iterator[tuple[str, str]]:
+    who = MODEL if message.role == "assistant" else message.role
+    if message.reasoning:
+        yield f"{MODEL}, thinking", message.reasoning
+    if message.content or not message.tool_calls:
+        name = dict(message.other).get("name", "")
+        yield f"tool {name}".strip() if who == "tool" else who, message.content
+    for call in message.tool_calls:
+        function = call["function"]
+        yield f"{MODEL} calls {function['name']}", _json(function["arguments"])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
+
+
+def _cut(text: str) -> str:
+    """Return a text that a page and UTF-8 can hold."""
+    sound = text.encode("utf-8", "replace").decode()
+    return sound if len(sound) <= MOST_CHARS else f"{sound[:MOST_CHARS]}… ({len(sound):,} characters)"
+
+
+def _small(notes: Mapping[str, Any]) -> dict[str, Any]:
+    text = _cut(_json(notes))
+    return json.loads(text) if text.endswith("}") else {}
+
+
+# What the samples of a folder have cost: requests, tokens, seconds and money, by the answers' record.
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Sums over all requests of a run, those that failed too."""
+
+    num_requests: int = 0
+    """Sent, each attempt."""
+    num_answered: int = 0
+    """Of them, those that an answer came to."""
+    outcomes: dict[str, int] = field(default_factory=dict)
+    """Status, or what happened instead -> requests."""
+    input_tokens: int = 0
+    """Tokens that were read, as the endpoint has billed them."""
+    output_tokens: int = 0
+    """Tokens that were written."""
+    cost: float = 0.0
+    """In the currency of the prices; 0 where none was given."""
+    seconds: float = 0.0
+    """Of all requests, one after the other; several run at a time."""
+
+    def per(self, num: int) -> dict[str, float] | None:
+        """Return the cost of each of so many samples; None: there are none."""
+        if not num:
+            return None
+        return {"requests": self.num_requests / num, "input_tokens": self.input_tokens / num,
+                "output_tokens": self.output_tokens / num, "cost": self.cost / num,
+                "seconds": self.seconds / num}
+
+
+def costs_of(output: Path) -> Costs:
+    """Return what is on record in a folder.
+
+    Raises:
+        UserError: a file of answers is damaged.
+    """
+    outcomes: Counter[str] = Counter()
+    read = wrote = 0
+    cost, seconds = 0.0, 0.0
+    for file in sorted(output.glob(ANSWERS)):
+        try:
+            connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
+            try:
+                for outcome, num, *sums in connection.execute(_SUMS):
+                    outcomes[str(outcome)] += num
+                    read, wrote = read + (sums[0] or 0), wrote + (sums[1] or 0)
+                    cost, seconds = cost + (sums[2] or 0.0), seconds + (sums[3] or 0.0)
+            finally:
+                connection.close()
+        except sqlite3.Error as e:
+            raise UserError(f"{file}: cannot be read ({e}); restore it from a copy, or delete it: then its "
+                            "answers are asked, and paid, again") from None
+    return Costs(outcomes.total(), outcomes[ANSWERED], dict(sorted(outcomes.items())), read, wrote, cost,
+                 seconds)
 
 
 def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> ExitCode:

@@ -7,13 +7,16 @@ The command stands here and not in `convert`, since `verify` runs both models, w
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import to_json
-from megatron_sov.commands.convert_megatron import run_from_megatron
+from megatron_sov import recipes
+from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.commands.convert_options import (
     AverageOptions,
     DeepenOptions,
@@ -27,15 +30,110 @@ from megatron_sov.commands.convert_options import (
     UpcycleOptions,
     VerifyOptions,
 )
-from megatron_sov.commands.convert_settings import run_settings
-from megatron_sov.errors import ExitCode
+from megatron_sov.config import ModelConfig, from_dict
+from megatron_sov.counterparts.architecture import of_arguments
+from megatron_sov.counterparts.arguments import MAX_CHARS, read_arguments
+from megatron_sov.counterparts.bridge_yaml import read_sections
+from megatron_sov.counterparts.settings import Translated, nested, of_sections, translate
+from megatron_sov.errors import ExitCode, UserError, nearest
 from megatron_sov.models.count import num_params
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.settings import Actions, add_actions, run_action
+from megatron_sov.settings import Actions, add_actions, parse_nested, run_action
+
+YAML = (".yaml", ".yml")
+RECIPE = "from-megatron"
+
+
+# `megatron-sov convert settings`: a run's settings of Megatron-LM or Megatron-Bridge, as ours.
+
+
+def run_settings(args: TranslateOptions) -> int:
+    """Print them; returns the exit code."""
+    check_output("--output", args.output)
+    made, unresolved = _read(args.source, args.family)
+    if not made.ours:
+        raise UserError(f"{args.source[:80]}: holds no setting of Megatron that is known here; pass a "
+                        "YAML file of Megatron-Bridge, or a script with arguments such as --num-layers 48")
+    for name, value in made.ours.items():
+        print(f"--set {shlex.quote(f'{name}={value if isinstance(value, str) else json.dumps(value)}')}")
+    for title, found in (("not taken over:", made.lost), ("not known from the text:", unresolved),
+                         ("without a counterpart, and nothing is lost:", made.no_need)):
+        if found:
+            print(f"\n{title}")
+            for name, why in found.items():
+                print(f"  {name}: {why}")
+    if made.unknown:
+        print(f"\nnot known here, so look at them yourself:\n  {', '.join(sorted(made.unknown))}")
+    if args.output is not None:
+        if not made.is_whole:
+            raise UserError(f"--output {args.output}: the settings do not say a whole architecture, which "
+                            "a config has; use the --set lines above with a recipe")
+        atomic_write(args.output, to_json(from_dict({"recipe": RECIPE, **nested(made.ours)}).to_dict()))
+        print(f"\nwrote {args.output}")
+    return ExitCode.OK
+
+
+def _read(source: str, family: str) -> tuple[Translated, dict[str, str]]:
+    """Return what a source says, and what it leaves to variables."""
+    if source.endswith(YAML):
+        return translate(of_sections(read_sections(Path(source))), family), {}
+    text = source
+    if "--" not in source or Path(source[:4096]).is_file():
+        try:
+            with open(source, encoding="utf-8") as file:
+                text = file.read(MAX_CHARS)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{source[:200]}: is neither a file that can be read ({e}) nor arguments; pass "
+                            "one of them") from None
+    found = read_arguments(text)
+    unresolved = {name: f"{value} is not set there" for name, value in found.unresolved.items()}
+    return translate(of_arguments(found.values), family), unresolved
+
+
+# `megatron-sov convert from-megatron`: a checkpoint of Megatron-LM or Megatron-Bridge as one of ours.
+
+
+def run_from_megatron(args: FromMegatronOptions) -> int:
+    """Convert; returns the exit code."""
+    overrides, family = model_settings(args.settings), args.family
+    if args.recipe:
+        model = dataclasses.asdict(recipes.get(args.recipe).model)
+        family = family or model["family"]
+        overrides = {name: value for name, value in model.items() if name != "family"} | overrides
+    if args.tokenizer is not None and not (args.tokenizer / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer {args.tokenizer}: has no tokenizer.json; name a tokenizer's folder")
+    from megatron_sov.convert.megatron_import import from_megatron
+
+    told = from_megatron(args.megatron_dir, args.out, args.dtype, family=family, overrides=overrides,
+                         tokenizer=args.tokenizer, workers=args.workers, overwrite=args.overwrite)
+    at = "" if told.iteration is None else f", iteration {told.iteration}"
+    print(f"wrote checkpoint {args.out}: a model of family {told.model.family}{at}")
+    if told.num_padded_rows:
+        print(f"left out {told.num_padded_rows} rows of the vocabulary's matrices that stand behind the "
+              f"{told.model.vocab_size} token ids")
+    if told.num_optimizer_tensors:
+        print(f"left out {told.num_optimizer_tensors} tensors of the optimizer, which begins anew")
+    return ExitCode.OK
+
+
+def model_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Return what `--set model.NAME=VALUE` says, by field of `ModelConfig`.
+
+    Raises:
+        UserError: one is no field of the architecture.
+    """
+    known = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "family"]
+    parsed = parse_nested(settings)
+    given = parsed.pop("model", {})
+    for name in [*parsed, *(f"model.{name}" for name in given if name not in known)]:
+        instead = nearest(name.removeprefix("model."), known, "model.")
+        raise UserError(f"--set {name}: is no field of the architecture{instead}; fields are "
+                        "model.num_layers and the like")
+    return dict(given)
 
 
 def _begin(args: PluginOptions, *models: Path) -> None:

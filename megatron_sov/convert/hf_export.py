@@ -3,7 +3,8 @@ being written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from tqdm import tqdm
 
 from megatron_sov import models
 from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
+from megatron_sov.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.copies import copies_of
-from megatron_sov.convert.processor import processor_files
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
@@ -25,13 +26,113 @@ from megatron_sov.convert.sources import Weights, check_dtypes, newest_of_run
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.media import marks
 from megatron_sov.media.data_codecs import codecs_of
+from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
+from megatron_sov.media.vocabulary import AUDIO, IMAGE
+from megatron_sov.models.encoders import HF_PREFIXES
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import CONFIG, INDEX, SINGLE_FILE
 from megatron_sov.runs.checkpoints import HF_MODEL, RUN, refuse_other_kind, settings_of
 from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
 
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+BICUBIC = 3
+"""Pillow's number of this resampling."""
 KIND = HF_MODEL
+
+
+# What stands beside the weights of a Hugging Face folder of a model that reads or writes media: how
+# pictures and sounds become the records of its encoders, in transformers' form, and which tokens stand for
+# media.
+
+
+def processor_files(model: ModelConfig, tokenizer: Path,
+                    codecs: Mapping[str, Set[str]]) -> dict[str, dict[str, Any]]:
+    """Return file -> content of what transformers' processors of pictures and sounds read; {} for a model of
+    text alone.
+
+    `processor_config.json` has a part for each processor, and under `media` what no class of transformers
+    knows; `preprocessor_config.json` has the fields of both processors side by side, for older readers.
+
+    Args:
+        model: the architecture.
+        tokenizer: folder whose tokenizer.json tells how ids are spelled.
+        codecs: kind -> hashes of the manifests of the codecs that its data were encoded with; a kind of which
+            nothing is known is left out.
+
+    Raises:
+        UserError: tokenizer.json cannot be read.
+    """
+    spelled = _added_tokens(tokenizer)
+    parts: dict[str, dict[str, Any]] = {}
+    media: dict[str, Any] = {}
+    if model.vision is not None:
+        parts["image_processor"] = _image_processor(model.vision)
+        media["pictures"] = _placeholders(model.vision, spelled, "vision.")
+    if model.audio is not None:
+        if model.audio.num_frames * HOP_SAMPLES % SAMPLE_RATE_HZ == 0:  # else no class has such pieces
+            parts["feature_extractor"] = _feature_extractor(model.audio)
+        media["sounds"] = _placeholders(model.audio, spelled, "audio.")
+    for kind, block, around in ((IMAGE, model.image_tokens, marks.DISCRETE_IMAGE),
+                                (AUDIO, model.audio_tokens, marks.DISCRETE_AUDIO)):
+        if block is not None:
+            media[f"{kind}_tokens"] = {
+                "first": block.first, "size": block.size, "first_token": marks.entry(kind, 0),
+                "marks": list(around),
+                **({"end_of_line": marks.END_OF_LINE, "end_of_frame": marks.END_OF_FRAME,
+                    "ratios": [marks.ratio(w, h) for w, h in marks.RATIOS]} if kind == IMAGE else {}),
+                "codecs": sorted(codecs.get(kind, ()))}
+    if not media:
+        return {}
+    flat = {name: value for part in parts.values() for name, value in part.items()}
+    return {PROCESSOR: {**parts, "media": media}, **({PREPROCESSOR: flat} if flat else {})}
+
+
+def _image_processor(c: VisionEncoderConfig) -> dict[str, Any]:
+    """Return the fields of transformers' class of a kind of encoder, which gives pictures of its one size."""
+    found: dict[str, Any] = {"do_convert_rgb": True, "do_resize": True, "resample": BICUBIC,
+                             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+                             "image_mean": list(c.mean), "image_std": list(c.std)}
+    if c.kind == "siglip":
+        return {"image_processor_type": "SiglipImageProcessor",
+                "size": {"height": c.image_size, "width": c.image_size}, **found}
+    pixels = c.image_size ** 2
+    return {"image_processor_type": "Qwen2VLImageProcessor", **found,
+            "size": {"shortest_edge": pixels, "longest_edge": pixels}, "patch_size": c.patch_size,
+            "temporal_patch_size": c.temporal_patch_size, "merge_size": c.merge_size}
+
+
+def _feature_extractor(c: AudioEncoderConfig) -> dict[str, Any]:
+    return {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": c.num_mels,
+            "sampling_rate": SAMPLE_RATE_HZ, "hop_length": HOP_SAMPLES, "n_fft": WINDOW_SAMPLES,
+            "chunk_length": c.num_frames * HOP_SAMPLES // SAMPLE_RATE_HZ, "padding_side": "right",
+            "padding_value": 0.0, "return_attention_mask": False}
+
+
+def _placeholders(c: VisionEncoderConfig | AudioEncoderConfig, spelled: Mapping[int, str],
+                  encoder: str) -> dict[str, Any]:
+    """Return what stands for features, how many a record has, and where the encoder's tensors are."""
+    return {"placeholder_ids": list(c.placeholder_ids),
+            "placeholders": [spelled.get(i) for i in c.placeholder_ids], "slots": c.slots,
+            "record_shape": list(c.record_shape),
+            "marks": ([list(marks.CONTINUOUS_IMAGE), list(marks.CONTINUOUS_VIDEO)] if encoder == "vision."
+                      else [list(marks.CONTINUOUS_AUDIO)]),
+            "prefixes": [prefix for name, prefix in HF_PREFIXES.items() if name.startswith(encoder)
+                         and ("compressor" not in name or getattr(c, "compression", 1) > 1)]}
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """Return how ids are spelled that a tokenizer has beside its pieces; {} where there is none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
+        return {int(token["id"]): str(token["content"]) for token in found}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file}: its added tokens cannot be read ({e!r}); restore it from its "
+                        "source") from None
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,6 @@ import numpy as np
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.chat.kinds import KIND
-from megatron_sov.data.described import check_described
-from megatron_sov.data.heldout_rules import warn_of_other_splits
 from megatron_sov.data.lengths import ChainedLengths, Lengths
 from megatron_sov.data.mapped_files import allow_open_files, numbers, read_index
 from megatron_sov.data.media_shards import MediaShard
@@ -24,7 +22,12 @@ from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import MEDIA, BankShape, read_shapes
 from megatron_sov.media.placed import Media
+from megatron_sov.obs.warning import warn
+from megatron_sov.runs.launch_environment import is_first
 
+OF_ARTIFACT = ("tokenizer_sha256", "vocab_size", "sources")
+OF_SOURCE = ("name", "format", "splits")
+OF_SPLIT = ("num_tokens", "shards")
 TEXTS = ("text", "chat")
 """Formats that are learned from token by token."""
 NO_COLUMNS = ("loss", "type", ROUTES, MEDIA)
@@ -34,6 +37,54 @@ COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
 NO_BANKS: Mapping[str, BankShape] = {}
 CONTENT_VERSION = 2
 """Layout of a token manifest's content that is read: each split is a list of shards."""
+
+
+# Whether the manifest of a token artifact says what is read of it.
+
+
+def check_described(path: str, content: dict[str, Any]) -> None:
+    """Refuse a manifest that another program, or a slip in an editor, has left without a part.
+
+    Args:
+        path: of the artifact.
+        content: of its manifest.
+
+    Raises:
+        UserError: parts are missing; all of them are named.
+    """
+    try:
+        lacking = list(_lacking(content))
+    except (TypeError, AttributeError, KeyError) as e:
+        lacking = [f"readable sources ({e})"]
+    if lacking:
+        raise UserError(f"{path}: its manifest lacks {', '.join(lacking)}; pack the data again, or restore "
+                        "it from a copy")
+
+
+def _lacking(content: dict[str, Any]) -> Iterator[str]:
+    yield from (name for name in OF_ARTIFACT if name not in content)
+    for i, source in enumerate(content.get("sources", ())):
+        where = f"sources[{i}]"
+        yield from (f"{where}.{name}" for name in OF_SOURCE if name not in source)
+        splits = source.get("splits", {})
+        for split in sorted({"train", *splits} if splits else ()):
+            for name in OF_SPLIT:
+                if name not in splits.get(split, {}):
+                    yield f"{where}.splits.{split}.{name}"
+
+
+# Whether artifacts that are read together hold out the same documents.
+
+
+def warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
+    """Warn of artifacts with documents of one kind that were not split into training and held-out
+    documents by one rule: the same document may be on both sides."""
+    for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
+        rules = {path: content.get("heldout") for path, content in contents.items()
+                 if any(s["format"] == kind for s in content["sources"])}
+        if any(rule != next(iter(rules.values())) for rule in rules.values()) and is_first():
+            warn(f"--data {', '.join(rules)}: documents were held out by different rules, so one may train "
+                 "on what another is judged by; `sov-data mix` joins them, and looks")
 
 
 class Documents(Protocol):

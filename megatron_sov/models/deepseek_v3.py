@@ -27,8 +27,24 @@ from megatron_sov.models.family import (
 from megatron_sov.models.hf_config import Fixed, Renamed, Unused
 from megatron_sov.models.hf_latent import LatentHeads, LatentRope
 from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionBehind
-from megatron_sov.models.latent_blocks import LATENT_ATTENTION, QUERIES_OF_A_LATENT, WHOLE_QUERIES
+from megatron_sov.models.weights import Same, WeightEntry
 
+LATENT_ATTENTION: tuple[WeightEntry, ...] = (
+    Same("input_layernorm.weight", "input_layernorm.weight", "H"),
+    Same("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "C H"),
+    Same("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attn.kv_a_layernorm.weight", "K"),
+    Same("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", "B K"),
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"),
+)
+"""All of it but the queries."""
+QUERIES_OF_A_LATENT: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", "Q H"),
+    Same("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight", "Q"),
+    Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"),
+)
+WHOLE_QUERIES: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "A H"),
+)
 FAMILY = Family(
     name="deepseek_v3",
     hf_classes=("DeepseekV3ForCausalLM",),
@@ -64,3 +80,6 @@ FAMILY = Family(
     needs_shared_expert=True,
     copies=COPIES_BEHIND,
 )
+
+
+

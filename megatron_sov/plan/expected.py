@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.artifacts import sha256_file
-from megatron_sov.clusters.chips import Chip, of_device
+from megatron_sov.clusters import cluster
+from megatron_sov.clusters.chips import Chip, Links, default_links, of_device
+from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.config import PhaseConfig, RunConfig
 from megatron_sov.config.schedules import Schedule
 from megatron_sov.errors import UserError
@@ -23,13 +25,50 @@ from megatron_sov.plan.operation.checkpoints import checkpoint_bytes, write_time
 from megatron_sov.plan.operation.failures import conditions, goodput
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
-from megatron_sov.plan.surroundings import Surroundings, surroundings
 
+CLUSTER = "SOV_CLUSTER"
+"""Environment variable: what `--cluster` takes; job scripts of `submit` set it."""
 PARAMETERS = "SOV_PLAN_PARAMETERS"
 """Environment variable: the file that `plan --calibrate` wrote, for the plans that runs keep."""
 SHIPPED = "those that come with the package"
 WAITS = ("policy", "distill")
 """Objectives whose steps wait for responses and teachers, which `plan` prices as jobs of their own."""
+
+
+# The cluster that a run is on, as far as somebody has told it: what joins its GPUs, its storage, how often
+# something fails.
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run's plan reckons with beside its GPUs."""
+
+    profile: ClusterProfile
+    links: Links
+    told: str
+    """Where they come from, for people."""
+
+
+def surroundings(chip: Chip, num_ranks: int) -> Surroundings:
+    """Return the profile that `SOV_CLUSTER` names; where it names none, or one that does not serve, the
+    defaults: a run does not fail for its plan.
+
+    Args:
+        chip: the GPU that the run has found.
+        num_ranks: processes.
+    """
+    name = os.environ.get(CLUSTER, "")
+    told = f"servers of {chip.name} as their maker builds them, for {CLUSTER} names no profile"
+    if name:
+        try:
+            profile = cluster.load(name, needs_account=False)
+            if profile.chip.key == chip.key:
+                return Surroundings(profile, cluster.links(profile, num_ranks), f"profile {name}")
+            why = f"has {profile.chip.name} and the run has found {chip.name}"
+        except UserError as e:
+            why = str(e)
+        told = f"servers of {chip.name} as their maker builds them, for {CLUSTER}={name}: {why}"
+    return Surroundings(ClusterProfile(description="of GPUs that are known"), default_links(chip), told)
 
 
 @dataclass(frozen=True)

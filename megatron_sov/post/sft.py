@@ -4,6 +4,7 @@ normalised on its own."""
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 
@@ -12,15 +13,41 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.post.weightings import counted_per
+from megatron_sov.post.parts.responses import learned
 from megatron_sov.train.data_objective import DataObjective
-from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.train.microbatch import MicroBatch, segments
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 from megatron_sov.train.objective_context import ObjectiveContext
 
 RESPONSE, TEXT = "response", "text"
 TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
 """Term -> token type (the `.type` sidecar) of the labels that it learns; prompts belong to none."""
+
+
+# What counts the same in the loss of responses: every token, every turn, or every sample. The mean over
+# turns of each turn's mean loss is ``sum over tokens of (w / W) loss / number of turns``, with w a token's
+# weight and W the sum of its turn's: so it is a sum over tokens under other weights, of which each turn's
+# make 1, and stays exact however a batch is split.
+
+
+def counted_per(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
+    """Return the micro-batch with weights of responses that make 1 in each unit; those of others stay.
+
+    Args:
+        batch: on the host or the device; nothing is waited for.
+        unit: turn: responses without a token between them that is not learned; sample: those of one
+            conversation.
+        dtype: of the weights.
+    """
+    counted, number = learned(batch), segments(batch)
+    if unit == "turn":
+        goes_on = torch.zeros_like(counted)
+        goes_on[1:] = counted[:-1] & (number[1:] == number[:-1])
+        number = ((counted & ~goes_on).cumsum(0) - 1).clamp(min=0)
+    weights = batch.weights.double()
+    totals = weights.new_zeros(len(counted) + 1).index_add_(0, number, weights * counted)
+    shared = torch.where(counted, weights / totals[number], weights)
+    return dataclasses.replace(batch, weights=shared.to(dtype))
 
 
 class SupervisedFineTuning(DataObjective):

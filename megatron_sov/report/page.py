@@ -7,12 +7,26 @@ import time
 from megatron_sov.obs.figures import duration, figure, large
 from megatron_sov.pages.content import Chapter, Section, Table
 from megatron_sov.pages.page import render as render_page
-from megatron_sov.report.lineage import of_one_model
 from megatron_sov.report.opening import newest, num_tokens, opening
 from megatron_sov.report.run_data import Run
 from megatron_sov.report.sections import key_figures, sections
 from megatron_sov.report.steps import last_value
 from megatron_sov.report.verdicts import gate
+
+# Which runs of a report trained one model. A report tells of one; what others reached is not its doing.
+
+
+def of_one_model(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the runs that trained the first run's model, and those that trained another one.
+
+    A run's start records no ancestor, so that a model is known by what no stage changes: its architecture
+    and its number of parameters.  What a run does not record speaks neither for nor against it.
+    """
+    known = [{"family": run.setting("model", "family"), "params": run.start("num_params")} for run in runs]
+    same = [all(one[what] in (None, known[0][what]) or known[0][what] is None for what in one)
+            for one in known]
+    return ([run for run, own in zip(runs, same, strict=True) if own],
+            [run for run, own in zip(runs, same, strict=True) if not own])
 
 
 def render(runs: list[Run], now_s: float | None = None) -> str:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.config import from_dict
 from megatron_sov.errors import UserError
+from megatron_sov.obs import routing
 from megatron_sov.obs.attempts import Attempt
 from megatron_sov.obs.figures import duration, figure, large, number
+from megatron_sov.obs.incidents import KINDS, describe
 from megatron_sov.obs.units import GIB
+from megatron_sov.obs.wall_time import CATEGORIES, WallTime
+from megatron_sov.pages.charts import Chart, chart, colour, colour_bar, plain
 from megatron_sov.pages.content import Section, Table
 from megatron_sov.plan import timetable_page
 from megatron_sov.report.accounts import accounts_section
 from megatron_sov.report.charts import (
     beside_charts,
+    expert_chart,
     heldout_charts,
     loss_charts,
     meter_charts,
@@ -27,24 +34,275 @@ from megatron_sov.report.charts import (
     plan_chart,
     scalar_charts,
 )
-from megatron_sov.report.divergence import divergence_section
 from megatron_sov.report.forgetting import forgetting_section
 from megatron_sov.report.gates import VERDICTS, gate_section
-from megatron_sov.report.incidents import incident_section
 from megatron_sov.report.media import media_section
-from megatron_sov.report.pairs import pair_section
 from megatron_sov.report.passk import passk_section
 from megatron_sov.report.rounds import round_section
-from megatron_sov.report.routing import expert_section
-from megatron_sov.report.run_data import Phase, Provenance, Run
+from megatron_sov.report.run_data import ExpertLoad, HeldoutPart, Phase, Provenance, RoutingHistory, Run
 from megatron_sov.report.scores import score_section
-from megatron_sov.report.spectrum import spectrum_section
 from megatron_sov.report.steps import last_value
-from megatron_sov.report.times import time_section
-from megatron_sov.report.turns import turn_tables
 
+MAX_COLUMNS = 400
+"""Steps of one heat map at most."""
+SHOWN = (("max_violation", "MaxVio", 0.0, "MaxVio of each layer: 0 is perfect balance."),
+         ("entropy", "entropy", 1.0,
+          "Entropy of each layer's expert load, as a share of that of an even load."),
+         ("dead", "experts", 0.0, "Experts of each layer that got no token in the step."),
+         ("bias_spread", "spread", 0.0,
+          "Selection biases of each layer: the largest less the smallest. Scores lie in (0, 1)."))
+"""Figure of a routing record, what its colours mean, its best value, and the caption."""
+MAX_ROWS = 200
+MEANINGS = {
+    "productive": "optimizer steps that are part of the model",
+    "lost": "steps done again after a restart, taken back or refused",
+    "evaluation": "held-out loss, needles, gates",
+    "saving": "training stood still for a checkpoint",
+    "startup": "from the start of the processes to their first step",
+    "waiting": "from the last sign of life of one attempt to the start of the next",
+}
 MAX_SAMPLES = 24
 MAX_SAMPLE_CHARACTERS = 4000
+
+
+# The report's section on expert routing: load over the run, by layer and by source, and how selection
+# biases drift.
+
+
+def expert_section(run: Run) -> Section:
+    """Return the section; without charts for a dense model."""
+    charts = [expert_chart(run.expert_load)] if run.expert_load else []
+    charts += scalar_charts(run, [("max_violation", "MaxVio", "MaxVio of the worst layer over steps.")])
+    if run.routing is not None:
+        charts += [_history_chart(run.routing, *shown)
+                   for shown in SHOWN if run.routing.values[shown[0]].any()]
+    by_source = run.expert_load_by_source
+    if len(by_source) > 1:
+        charts += [expert_chart(load, name) for name, load in by_source.items()]
+    return Section("Expert load", charts=charts, tables=_source_tables(by_source), side_by_side=True,
+                   text="MaxVio is the load of the busiest expert over the fair load, less 1 (arXiv "
+                        "2408.15664); 0 is perfect balance. What belongs to a source was counted on its "
+                        "held-out documents.")
+
+
+def _history_chart(history: RoutingHistory, name: str, title: str, best: float, caption: str) -> Chart:
+    """Return the heat map layer x step of one figure; in a long run a column is the worst of some records."""
+    every = -(-len(history.steps) // MAX_COLUMNS)
+    worst_is_high = best == 0.0
+    firsts = np.arange(0, len(history.steps), every)
+    values = (np.maximum if worst_is_high else np.minimum).reduceat(history.values[name], firsts, axis=0).T
+    steps = history.steps[firsts]
+    figure = go.Figure(go.Heatmap(
+        z=values.astype(np.float32), x=steps.astype(np.int32), y=[f"{layer}" for layer in history.layers],
+        zmin=0 if worst_is_high else None, zmax=None if worst_is_high else 1, reversescale=not worst_is_high,
+        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar=colour_bar(title),
+        hovertemplate="step %{x}, layer %{y}<br>%{z:.4g}<extra></extra>"))
+    figure.update_layout(xaxis={"title": "optimizer step"},
+                         yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
+    notes = [f"Each column is the worst of {every:,} records."] if every > 1 else []
+    return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
+
+
+def _source_tables(loads: dict[str, ExpertLoad]) -> list[Table]:
+    """Return for each source how its tokens spread over experts, and how far that is from the
+    spread of all sources."""
+    if not loads:
+        return []
+    rows = []
+    common = np.mean([load.load for load in loads.values()], axis=0)
+    for name, load in loads.items():
+        own = np.abs(load.load - common).sum(axis=1) / 2
+        rows.append([plain(name), f"{routing.max_violation(load.load).max():.3g}",
+                     f"{routing.load_entropy(load.load).min():.3f}",
+                     f"{int(routing.num_dead(load.load).sum()):,}", f"{own.mean():.1%}",
+                     f"{load.layers[int(own.argmax())]}"])
+    return [Table(["source", "MaxVio, worst layer", "entropy, worst layer",
+                   "experts without a token, all layers", "tokens that other sources would send elsewhere",
+                   "most so in layer"], rows)]
+
+
+# The spectrum of a run's checkpoints in the report: pass@k of each in each domain, and the best ones.
+
+
+def spectrum_section(events: list[dict[str, Any]]) -> Section:
+    """Return the section; without events it has no content, and is left out.
+
+    Args:
+        events: `ssp_probe` events; of one probe's folder the newest counts.
+    """
+    newest = {str(e.get("output")): e for e in events if e.get("table")}.values()
+    tables = [table for e in newest for table in (_figures(e), _choices(e), *_gains(e))]
+    return Section("Spectrum of the checkpoints", tables=tables,
+                   text="pass@k of each checkpoint in each domain, with 95 % intervals over problems; the "
+                        "best single checkpoint of a domain is bold.")
+
+
+def _figures(event: dict[str, Any]) -> Table:
+    k, domains = event["k"], event["domains"]
+    found = {(row["checkpoint"], row["domain"]): row for row in event["table"]}
+    best = {(c["checkpoint"], c["domain"]) for c in event["choice"]}
+    rows = []
+    for checkpoint in event["checkpoints"]:
+        name = checkpoint["name"]
+        cells = [_cell(found[name, domain], k, (name, domain) in best) for domain in domains]
+        rows.append([f"{name} (merged)" if checkpoint["is_merged"] else name, *cells])
+    sizes = {row["domain"]: row["num_prompts"] for row in event["table"]}
+    return Table([f"pass@{k}, {event.get('reward')}, {event.get('samples')} samples",
+                  *(f"{domain} ({int(number(sizes[domain])):,} problems)" for domain in domains)], rows)
+
+
+def _cell(row: dict[str, Any], k: int, is_best: bool) -> str:
+    estimate = next(e for e in row["pass_at_k"] if e["k"] == k)
+    low, high = map(number, estimate["interval"])
+    text = f"{number(estimate['value']):.1%} ({low:.1%} to {high:.1%})"
+    return Markup("<strong>{}, best</strong>").format(text) if is_best else text
+
+
+def _choices(event: dict[str, Any]) -> Table:
+    return Table(["domain", "best checkpoint", f"pass@{event['k']}", "not told from it by these problems"],
+                 [[c["domain"], c["checkpoint"], f"{number(c['value']):.1%}",
+                   ", ".join(c["as_good"]) or "none: the choice is clear"] for c in event["choice"]])
+
+
+def _gains(event: dict[str, Any]) -> list[Table]:
+    rows = [[g["checkpoint"], g["domain"], g["expert"], f"pass@{g['k']}", f"{number(g['gain']):+.1%}",
+             f"{number(g['interval'][0]):+.1%} to {number(g['interval'][1]):+.1%}"]
+            for g in event.get("merged") or []]
+    head = ["merged checkpoint", "domain", "against its expert", "figure", "gain", "95 % interval"]
+    return [Table(head, rows)] if rows else []
+
+
+# The report's section on what went wrong, and what the run did about it.
+
+
+def incident_section(run: Run) -> Section:
+    """Return the section; without tables where nothing happened."""
+    return Section("Warnings, guards and faults",
+                   tables=[*_warning_tables(run), *_incident_tables(run), *_compute_tables(run)])
+
+
+def _warning_tables(run: Run) -> list[Table]:
+    """Return what the run warned of, and the stretches of steps that it passed over as the settings asked."""
+    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.warnings]
+    skipped = np.array(run.skipped_steps, dtype=np.int64)
+    for stretch in np.split(skipped, np.flatnonzero(np.diff(skipped) > 1) + 1) if len(skipped) else []:
+        first, last = int(stretch[0]), int(stretch[-1])
+        steps = f"step {first:,} was" if first == last else f"steps {first:,} to {last:,} were"
+        rows.append((first, f"{steps} passed over: their samples were drawn and not learned"))
+    return [Table(["step", "what"], [[f"{step:,}", text] for step, text in sorted(rows)])] if rows else []
+
+
+def _incident_tables(run: Run) -> list[Table]:
+    """Return one row for each incident in the order of time."""
+    rows = [[f"{int(e.get('step') or 0):,}", KINDS[e["event"]], describe(e)]
+            for e in run.incidents[:MAX_ROWS]]
+    if len(run.incidents) > MAX_ROWS:
+        rows.append(["", "", f"… and {len(run.incidents) - MAX_ROWS:,} more in the run's events"])
+    return [Table(["step", "incident", "what the run saw and did"], rows)] if rows else []
+
+
+def _compute_tables(run: Run) -> list[Table]:
+    """Return the computing time of each process, the slowest first, as it was last measured."""
+    measured = run.compute_time or {}
+    median_s = number(measured.get("median_s"))
+    seconds = sorted((measured.get("seconds") or {}).items(), key=lambda item: -number(item[1]))
+    if len(seconds) < 2:
+        return []
+    rows = [[rank, f"{number(s):.4g}", f"{number(s) / median_s:.2f}",
+             "slow" if int(rank) in (measured.get("slow") or []) else ""]
+            for rank, s in seconds[:16]]
+    return [Table([f"process (step {int(measured.get('step') or 0):,})", "seconds of computing in a step",
+                   "of the median process", ""], rows)]
+
+
+# Where a run's wall time went: one bar and its figures.
+
+
+def time_section(time: WallTime | None) -> Section:
+    """Return the section; without a start it has no content, and is left out."""
+    if time is None or time.total_s <= 0:
+        return Section("Where the time went")
+    rows = [[label, duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}", MEANINGS[name]]
+            for name, label in CATEGORIES.items()]
+    return Section("Where the time went", charts=[_bar(time)],
+                   tables=[Table(["", "time", "share", "what it is"], rows)])
+
+
+def _bar(time: WallTime) -> Chart:
+    figure = go.Figure()
+    for i, (name, label) in enumerate(CATEGORIES.items()):
+        share = 100 * time.spent_s[name] / time.total_s
+        figure.add_trace(go.Bar(x=[share], y=[""], orientation="h", name=label, marker={"color": colour(i)},
+                                hovertemplate=f"{label}: {share:.1f} %, "
+                                              f"{duration(time.spent_s[name])}<extra></extra>"))
+    figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
+                         yaxis={"showticklabels": False})
+    caption = (f"Of {duration(time.total_s)} since the first start, "
+               f"{time.goodput:.1%} moved the model forward.")
+    return chart(figure, caption, height_px=240)  # on a phone the legend has three rows
+
+
+# Held-out loss of conversations: their first learned turns beside all later ones, and what is thought
+# beside what is called and answered.
+
+
+def turn_tables(run: Run) -> list[Table]:
+    """Return a table of the sources whose conversations have more than one learned turn, and one of those
+    whose turns are more than answers."""
+    return [*_table("turns of the conversations", {name: h.turns for name, h in run.heldout.items()}),
+            *_table("what a turn says", {name: h.kinds for name, h in run.heldout.items()})]
+
+
+def _table(of: str, parts: Mapping[str, Mapping[str, HeldoutPart]]) -> list[Table]:
+    """Return the table of the sources that have several parts; of one alone it would say the same again."""
+    rows = [[name, part, f"{found.num_tokens:,}", figure(float(found.loss.values[0])),
+             figure(last_value(found.loss))]
+            for name, of_source in parts.items() if len(of_source) > 1
+            for part, found in of_source.items()]
+    return [Table(["source", of, "tokens", "first loss", "last loss"], rows)] if rows else []
+
+
+# How far a run that learns from a teacher is from it on held-out documents, before and after.
+
+
+def divergence_section(events: list[dict[str, Any]]) -> Section:
+    """Return the section of `heldout_divergence` events, in the order in which they were written."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        by_source.setdefault(str(event.get("source")), []).append(event)
+    rows = [[source, f"{number(found[-1].get('tokens')):,.0f}",
+             *(_measured(event, name) for name in ("kl", "divergence") for event in (found[0], found[-1]))]
+            for source, found in by_source.items()]
+    head = ["source", "tokens", "KL before", "KL after", "learned divergence before",
+            "learned divergence after"]
+    return Section("Distance from the teacher", tables=[Table(head, rows)] if rows else [],
+                   text="On held-out documents, means over the tokens that are learned, in nats: "
+                        "KL(teacher || student), and the divergence that the run learns.")
+
+
+def _measured(event: dict[str, Any], name: str) -> str:
+    return f"{figure(number(event.get(name)))} (step {number(event.get('step')):,.0f})"
+
+
+# Held-out pairs of a run that learns from preferences: how many it ranks right before and after.
+
+
+def pair_section(events: list[dict[str, Any]]) -> Section:
+    """Return the section of `heldout_pairs` events, in the order in which they were written; of an older
+    step one may come later, by `megatron-sov eval pairs --run`."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for event in sorted(events, key=lambda event: number(event.get("step"))):
+        by_source.setdefault(str(event.get("source")), []).append(event)
+    rows = [[source, f"{number(found[-1].get('pairs')):,.0f}", *map(_ranked, (found[0], found[-1]))]
+            for source, found in by_source.items()]
+    head = ["source", "pairs", "ranked right before", "ranked right after"]
+    return Section("Held-out pairs", tables=[Table(head, rows)] if rows else [],
+                   text="The share of pairs whose chosen answer the model would rather write than the "
+                        "rejected one: greater log-probability per token.")
+
+
+def _ranked(event: dict[str, Any]) -> str:
+    return f"{number(event.get('right')):.1%} (step {number(event.get('step')):,.0f})"
 
 
 def key_figures(run: Run) -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov import objectives
+from megatron_sov.clusters import client
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
@@ -21,10 +22,14 @@ from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.recipes.extension import PHASE
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, refuse_other_kind, step_of
-from megatron_sov.runs.folder import COMPLETION, CONFIG, ROUNDS, STAGES, RunFolder
+from megatron_sov.runs.folder import COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, RunFolder
 from megatron_sov.runs.lock import living_holder
-from megatron_sov.watch.jobs import SUBMITTED, explain, living_job, why_not_begun
+from megatron_sov.slurm.history import ATTEMPTS
+from megatron_sov.slurm.submission import JOBS as SUBMISSIONS
+from megatron_sov.slurm.submission import last_words, submitted_jobs
 
+SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
+"""Where a run folder has the submissions of its jobs; the first file of a run that Slurm is to start."""
 RECENT_STEPS = 50
 """Steps whose speed is the run's present one."""
 SILENT_AFTER_STEPS, SILENT_AFTER_S = 10, 60.0
@@ -34,6 +39,42 @@ TOLD_ELSEWHERE = ("restart", "failure", "fault")
 and faults on purpose were asked for."""
 MAX_DEPTH = 3
 """How deep a folder is searched for runs."""
+
+
+# What Slurm's side knows about a run: how its jobs' attempts ended, and whether a job of it waits or runs.
+
+
+def explain(run: Path, attempts: list[Attempt]) -> None:
+    """Give attempts that ended without a word, or by a signal,
+    the reason that their job's script recorded."""
+    ends = [(number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason")))
+            for r in read_events(run / JOBS / ATTEMPTS) if r["event"] == "end"]
+    for i, attempt in enumerate(attempts):
+        began_s = number(attempt.start.get("time_s"))
+        after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
+        for outcome, reason in [words for time_s, *words in ends if began_s <= time_s < after_s][-1:]:
+            if attempt.outcome == UNFINISHED:
+                attempt.outcome = f"{outcome}: {reason}"
+            elif attempt.outcome.startswith("stopped: "):
+                attempt.outcome += f" ({reason})"
+
+
+def why_not_begun(run: Path) -> str:
+    """Return how the last job of a run ended that never came to training, as its log says;
+    empty where it has none."""
+    jobs = submitted_jobs(run / JOBS)
+    words = last_words(run / JOBS, jobs[-1]) if jobs else ""
+    return f"job {jobs[-1]}: {words}" if words else ""
+
+
+def living_job(run: Path) -> str:
+    """Return which job of a run waits or runs, in words; empty where there is none,
+    or Slurm does not answer."""
+    try:
+        states = client.states(submitted_jobs(run / JOBS))
+    except UserError:
+        return ""
+    return next((f"job {job} is {state.lower()}" for job, state in states.items()), "")
 
 
 @dataclass(frozen=True)

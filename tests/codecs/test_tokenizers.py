@@ -12,8 +12,7 @@ from vector_quantize_pytorch import FSQ, SimVQ
 
 from megatron_sov.codecs.images.quantiser import UnitSimVQ
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer, LevelQuantiser
-from megatron_sov.codecs.sounds.spectrum import LogMel
+from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer, LevelQuantiser, LogMel
 from megatron_sov.codecs.usage import CodebookUsage
 from megatron_sov.settings import problems_of
 

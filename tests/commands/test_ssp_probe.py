@@ -20,7 +20,7 @@ from megatron_sov.errors import ExitCode
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.report.page import render
 from megatron_sov.report.run_data import read_run
-from megatron_sov.report.spectrum import spectrum_section
+from megatron_sov.report.sections import spectrum_section
 
 SAMPLES = 4
 PLANTED = {"first": {"algebra": [4, 0], "geometry": [1, 1]},

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.config import AudioEncoderConfig, VisionEncoderConfig
-from megatron_sov.convert.hf_export import to_hf
-from megatron_sov.convert.processor import processor_files
+from megatron_sov.convert.hf_export import processor_files, to_hf
 from megatron_sov.errors import UserError
 from megatron_sov.generate.load import load_forward_model
 from megatron_sov.generate.target import Target

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.data.described import check_described
+from megatron_sov.data.token_shards import check_described
 from megatron_sov.data.written_sources import source_record
 from megatron_sov.errors import UserError
 

@@ -19,9 +19,8 @@ from megatron_sov.data.lengths import ChainedLengths
 from megatron_sov.data.long_documents import LongDocuments
 from megatron_sov.data.order import SampleOrder
 from megatron_sov.data.over_long import OverLong, over_long, refuse, refuse_halves
-from megatron_sov.data.short_pieces import Pieces
 from megatron_sov.data.token_shards import Source, open_sources
-from megatron_sov.data.views import with_views
+from megatron_sov.data.views import Pieces, with_views
 from megatron_sov.errors import UserError
 
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]

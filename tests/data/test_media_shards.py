@@ -18,8 +18,8 @@ from megatron_sov.data.media_shards import check_encoders
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment
 from megatron_sov.data.rows import join_rows, sample_row
-from megatron_sov.data.short_pieces import Pieces
 from megatron_sov.data.token_shards import ShardChain, Source
+from megatron_sov.data.views import Pieces
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.placed import Media, cut, joined

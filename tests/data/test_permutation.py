@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sov.data.permutation import Permutation
+from megatron_sov.data.streams import Permutation
 
 
 @given(st.integers(1, 700), st.integers(0, 2**31), st.text(max_size=5), st.integers(0, 9))

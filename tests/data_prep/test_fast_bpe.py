@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_prep.fast_bpe import LONGEST_WHITESPACE_CHARS, FastBpe, load_fast
+from data_prep.encode import LONGEST_WHITESPACE_CHARS, FastBpe, load_fast
 
 
 def opened(file: Path) -> Tokenizer:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.obs.events import read_events
-from megatron_sov.report.incidents import incident_section
 from megatron_sov.report.run_data import read_run
+from megatron_sov.report.sections import incident_section
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
          "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',

@@ -98,9 +98,8 @@ def without_numbers() -> list[int]:
     a router with its balancing loss, what prediction layers need of documents."""
     import torch
 
-    from megatron_sov.mcore.model.language_model import ModelInputs, build
+    from megatron_sov.mcore.model.language_model import ModelInputs, build, next_tokens
     from megatron_sov.mcore.model.logprobs import head_of
-    from megatron_sov.mcore.model.prediction import next_tokens
     from megatron_sov.mcore.model.router import BalancedRouter
     from megatron_sov.mcore.parallel import world
     from megatron_sov.train.microbatch import MicroBatch, shifted

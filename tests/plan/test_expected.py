@@ -13,12 +13,11 @@ from megatron_sov.config import apply_settings
 from megatron_sov.config.schedules import Schedule
 from megatron_sov.plan.calibration.local_machine import LocalMachine
 from megatron_sov.plan.calibration.parameters_file import Learned, as_json
-from megatron_sov.plan.expected import PARAMETERS, SHIPPED, Machine, expected
+from megatron_sov.plan.expected import CLUSTER, PARAMETERS, SHIPPED, Machine, expected
 from megatron_sov.plan.kept import KeptPlan
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
-from megatron_sov.plan.surroundings import CLUSTER
 
 H100 = Machine("NVIDIA H100 80GB HBM3", True, 8, 1 << 30)
 CPU = Machine("AMD EPYC", False, 2, 1 << 28)

@@ -19,8 +19,8 @@ from megatron_sov.pages.charts import Chart
 from megatron_sov.pages.content import Section
 from megatron_sov.report.charts import expert_chart, heldout_charts, loss_charts, needle_charts, plan_chart
 from megatron_sov.report.page import render
-from megatron_sov.report.routing import MAX_COLUMNS, expert_section
 from megatron_sov.report.run_data import ExpertLoad, read_run
+from megatron_sov.report.sections import MAX_COLUMNS, expert_section
 from megatron_sov.report.steps import Curve, StepTable, downsample, moving_mean
 
 

@@ -13,8 +13,8 @@ import pytest
 from megatron_sov.cli import main
 from megatron_sov.errors import UserError
 from megatron_sov.report.compare import flat, render, unique_names
-from megatron_sov.report.published_figures import NOT_TOLD, published_tables, read_table
 from megatron_sov.report.run_data import Provenance, Run, read_run
+from megatron_sov.report.scores import NOT_TOLD, published_tables, read_table
 from megatron_sov.report.steps import Curve
 
 

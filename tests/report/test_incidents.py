@@ -9,8 +9,8 @@ import pytest
 
 from megatron_sov.obs.events import EventLog
 from megatron_sov.report.charts import loss_charts
-from megatron_sov.report.incidents import MAX_ROWS, incident_section
 from megatron_sov.report.run_data import read_run
+from megatron_sov.report.sections import MAX_ROWS, incident_section
 
 
 @pytest.fixture

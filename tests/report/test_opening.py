@@ -12,8 +12,7 @@ import pytest
 from megatron_sov.obs.events import EventLog
 from megatron_sov.pages.charts import Chart
 from megatron_sov.pages.content import Panel
-from megatron_sov.report.opening import MAX_SOURCES, opening
-from megatron_sov.report.pictures import pictures
+from megatron_sov.report.opening import MAX_SOURCES, opening, pictures
 from megatron_sov.report.run_data import read_run
 
 

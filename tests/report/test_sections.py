@@ -15,12 +15,10 @@ from megatron_sov.obs.events import EventLog
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.pages.charts import Chart
 from megatron_sov.pages.content import Section
-from megatron_sov.report.lineage import of_one_model
-from megatron_sov.report.page import render
+from megatron_sov.report.page import of_one_model, render
 from megatron_sov.report.rounds import read_rounds, round_section
 from megatron_sov.report.run_data import read_run
-from megatron_sov.report.sections import key_figures, sections
-from megatron_sov.report.times import MEANINGS, time_section
+from megatron_sov.report.sections import MEANINGS, key_figures, sections, time_section
 from megatron_sov.runs.lock import RunLock
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from megatron_sov.rewards.alarm import DisagreementAlarm
+from megatron_sov.rewards.opinions import DisagreementAlarm
 
 USUAL = 0.03
 """Share of honest answers that the first verifier pays and the second one would not."""

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from megatron_sov.byte_bpe import byte_characters
 from megatron_sov.generate.request import LENGTH, STOP
-from megatron_sov.serving.writing import Writing
+from megatron_sov.serving.replies import Writing
 
 TEXT = "Ein Bär 곰 sagt: stop. Und 🐻‍❄️ sagt nichts."
 

@@ -19,17 +19,19 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from data_prep.json_lines import read_objects
 from data_prep.pipeline.counts import noted_seal
 from data_prep.pipeline.finish import summary_of
 from data_prep.pipeline.plan import Plan, SourcePlan, make_plan
 from data_prep.pipeline.running import judge_documents
 from data_prep.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
-from data_prep.synth.checks.input_texts import input_texts
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, texts_of
+from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, asked_in, texts_of
 from data_prep.synth.sample import Verdict
 from megatron_sov.artifacts import disk_errors, publish
+from megatron_sov.documents import Document, Reading, list_files, read_span
+from megatron_sov.documents.files import JSONL_SUFFIXES, spans_of
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import open_parquet
 
@@ -37,6 +39,31 @@ FOLDER, TEXTS = "checks", "texts"
 LOT_ITEMS = 2000
 FORM = "form"
 """Check that a record is what later commands take."""
+
+
+# What a generator was given, as texts that samples are compared with.
+
+
+def input_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of each document or record of an input.
+
+    What holds no text is passed over: whether it is what a generator starts from is the generator's to say.
+
+    Raises:
+        UserError: it is gone, or cannot be read.
+    """
+    for file in list_files(path):
+        if file.suffix.lower() in JSONL_SUFFIXES:
+            found = ((where, asked_in(record)) for where, record in read_objects(file))
+        else:
+            found = ((f"{file}:{number}", "\n\n".join(document.texts()))
+                     for number, document in enumerate(_documents(file), 1))
+        yield from ((Path(where).name, text) for where, text in found if text.strip())
+
+
+def _documents(file: Path) -> Iterator[Document]:
+    for span in spans_of(file):
+        yield from (item for item in read_span(span, Reading()) if isinstance(item, Document))
 
 
 @dataclass(frozen=True)

@@ -5,30 +5,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import mlp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
     get_mtp_layer_spec,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import make_viewless_tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_sov.config import GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.adapters import Adapters
-from megatron_sov.mcore.model.attention import SharedPrompts, pack
-from megatron_sov.mcore.model.gated import gate_without_compiler
-from megatron_sov.mcore.model.kv_cache import ReadRow
+from megatron_sov.mcore.model.attention import PackedDocuments, SharedPrompts, pack
+from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.media_encoders import MediaEncoders
-from megatron_sov.mcore.model.parameter_marks import mark_parameters
 from megatron_sov.mcore.model.placement import made_here, place
-from megatron_sov.mcore.model.prediction import PredictionLayer
 from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.mcore.model.specs import (
@@ -43,10 +50,158 @@ from megatron_sov.mcore.parallel import context
 from megatron_sov.media.placed import Media
 from megatron_sov.runs.checkpoints import AdapterBase
 
+SINKS = "core_attention.softmax_offset"
+"""End of the names of attention's sinks, the library's and ours."""
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Weights with a row per token id, split by rows over the tensor-parallel group."""
 NO_ADAPTERS = LoraConfig()
 MEDIA = MediaConfig()
+
+
+# The multi-token prediction layer of rows of packed documents.
+
+
+class PredictionLayer(MultiTokenPredictionLayer):
+    """Multi-token prediction layer for rows of packed documents, wherever they are cut,
+    that can be recomputed.
+
+    The library moves tokens ahead in a loop over documents, and under context parallelism cuts each
+    document for itself, and tells experts nothing of padding.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.transformer_layer.register_forward_pre_hook(_with_padding, with_kwargs=True)
+
+    def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
+                        embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
+                        packed_seq_params: PackedDocuments | None = None) -> tuple[torch.Tensor, ...]:
+        """Return the whole row's tokens [tokens] moved one place further, and the local ones' embedding."""
+        assert packed_seq_params is not None
+        ahead = next_tokens(input_ids, packed_seq_params.bounds)
+        embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
+        return (ahead, position_ids, embedded,
+                make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True))
+
+    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
+                  packed: PackedSpans) -> torch.Tensor:
+        """Run the layer on given states and embeddings of the tokens ahead, both [tokens /
+        sequence-parallel size, 1, hidden]."""
+        states: torch.Tensor = self._proj_and_transformer_layer(
+            hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
+        return states
+
+    def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
+                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor,
+                              **constants: Any) -> torch.Tensor:
+        # defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only
+        def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary,
+                                **constants)
+
+        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input,
+                                                              rotary_pos_emb)
+        return outputs
+
+
+def _with_padding(layer: Any, args: tuple[Any, ...],
+                  kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hand a layer the padding of its row, which comes with the row's documents, also when it is computed
+    again."""
+    padding = getattr(kwargs["packed_seq_params"], "padding", None)
+    return args, {**kwargs, "padding_mask": padding}
+
+
+def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Return [tokens] int64: at each place the token that follows in its document,
+    and 0 at the document's last place.
+
+    Args:
+        tokens: [tokens] int64, a whole row.
+        bounds: [documents + 1], cumulative lengths of its documents.
+    """
+    ahead = tokens.roll(-1)
+    # behind an empty document at the row's beginning: the row's last place, which is a document's too
+    lasts = (bounds[1:].long() - 1) % len(tokens)
+    return ahead.index_fill(0, lasts, 0)
+
+
+# The gate of a feed-forward block on CPUs, where the library's kernel for it would be compiled: op by op it
+# adds an offset of zero, and autograd concatenates what it had split.
+
+
+def gate_without_compiler() -> None:
+    """Have the library's blocks gate by these where they would by its kernels."""
+    mlp.bias_swiglu_impl, mlp.weighted_bias_swiglu_impl = _gated, _weighted
+
+
+def _gated(values: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    """[..., gate and up], [gate and up] -> [..., up]."""
+    found: torch.Tensor = _Gated.apply(values if bias is None else values + bias)
+    return found
+
+
+def _weighted(values: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor,
+              *_: Any) -> torch.Tensor:
+    """[tokens, gate and up], [gate and up], [tokens, 1] -> [tokens, up]."""
+    return (_gated(values, bias) * weights).to(values.dtype)
+
+
+class _Gated(torch.autograd.Function):
+    """``silu(gate) * up`` of both in one tensor, with the bits of autograd's own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        """[..., gate and up] -> [..., up]."""
+        gate, up = values.chunk(2, dim=-1)
+        passed = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(values, passed)
+        return passed * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Write both derivatives where they belong."""
+        values, passed = ctx.saved_tensors
+        gate, up = values.chunk(2, dim=-1)
+        found = torch.empty_like(values)
+        of_gate, of_up = found.chunk(2, dim=-1)
+        torch.mul(gradient, passed, out=of_up)
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=of_gate)
+        return found
+
+
+# What the library is told of parameters: how their gradients are summed, and who counts them in the norm.
+
+
+def mark_parameters(chunk: torch.nn.Module) -> None:
+    """Have gradients of routed experts summed over the expert data-parallel group, and every tensor-parallel
+    process count its own part of a split weight in the gradient norm.
+
+    Defect of 0.16.1: the library marks experts only for expert parallel sizes above 1, so with ep = 1 and
+    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  It takes biases of experts'
+    second matrices for those of attention, whose gradients sequence parallelism sums over the tensor-parallel
+    group.  What is split it marks only while it initialises weights, which `init.py` does in its place, and
+    sinks, which are split by heads, never.  Transformer Engine marks its layers' weights, but since 2.13 not
+    those of grouped ones, the experts: the processes of a tensor-parallel group would compute different
+    norms, and clip differently.
+    """
+    for module in chunk.modules():
+        split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
+        # a tied head has no weight of its own
+        if split and module.weight is not None:
+            _mark_split(cast(torch.Tensor, module.weight), int(isinstance(module, RowParallelLinear)))
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            _mark_split(parameter, int("linear_fc2" in name))
+        elif name.endswith(SINKS):
+            _mark_split(parameter, 0)
+
+
+def _mark_split(parameter: torch.Tensor, axis: int) -> None:
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,11 +21,42 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, ParameterLookup, local_shards
-from megatron_sov.mcore.optimizer.flat_ranges import flat_ranges
 from megatron_sov.mcore.optimizer.host_adamw import HostAdamW, wait
 
+Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
+"""(first index, extent)."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
+
+
+# Ranges of the elements of a flattened tensor, as rectangles of the tensor.
+
+
+def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
+    """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
+
+    They come in the order of the elements: the end of a row, whole rows, the beginning of a row,
+    and so on inwards.
+    """
+    if stop <= start:
+        return
+    row = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    if head and first == last:
+        yield from _in_row(shape, first, head, tail)
+        return
+    if head:
+        yield from _in_row(shape, first, head, row)
+        first += 1
+    if first < last:
+        yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
+    if tail:
+        yield from _in_row(shape, last, 0, tail)
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
+    for place, extent in flat_ranges(shape[1:], start, stop):
+        yield (index, *place), (1, *extent)
 
 
 class Inner(Protocol):

@@ -9,22 +9,181 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import ObsConfig
 from megatron_sov.errors import UserError, how_to_install
+from megatron_sov.obs.figures import number
+from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.telemetry.alerts import Webhook, body_of, webhook_of
-from megatron_sov.obs.telemetry.metrics import Board
+from megatron_sov.obs.telemetry.metrics import METRICS, Board
 from megatron_sov.obs.telemetry.otlp import Otlp
-from megatron_sov.obs.telemetry.prometheus import Port, TextFile
-from megatron_sov.obs.telemetry.reading import Reading
 from megatron_sov.obs.warning import warn
 from megatron_sov.version import __version__
 
+OF_A_STEP = {
+    "step": "sov.train.steps.done", "loss": "sov.train.loss", "grad_norm": "sov.train.gradient_norm",
+    "lr": "sov.train.learning_rate", "step_time_s": "sov.train.step.duration",
+    "tokens_per_s": "sov.train.throughput", "mfu": "sov.train.mfu",
+    "peak_memory_bytes": "sov.train.memory.peak", "tokens": "sov.train.tokens"}
+"""Field of a `step` event -> metric."""
+OF_A_GPU = {"gpu_power_w": "hw.power", "gpu_temperature_c": "hw.temperature",
+            "gpu_utilization": "hw.gpu.utilization"}
+"""Field of a `step` event -> metric of the GPU."""
+GPU = "gpu"
+"""OpenTelemetry's `hw.type`."""
 CLOSE_S = 6.0
 """How long the end of a run waits for its last values to be sent."""
+
+
+# Metrics for Prometheus: at a port of process 0, or in a file that node-exporter reads.
+
+
+def registry(board: Board, resource: dict[str, str]) -> Any:
+    """Return a registry of `prometheus_client` that reads a board.
+
+    Args:
+        board: what is told.
+        resource: attributes of the whole run; they stand in `target_info`, the run in every metric.
+
+    Raises:
+        ImportError: the extra `telemetry` is not installed.
+    """
+    from prometheus_client import CollectorRegistry
+
+    made = CollectorRegistry(auto_describe=False, target_info={_label(k): v for k, v in resource.items()})
+    made.register(_BoardCollector(board, resource["service.instance.id"]))
+    return made
+
+
+class _BoardCollector:
+    """Gives `prometheus_client` what stands on a board."""
+
+    def __init__(self, board: Board, run: str) -> None:
+        self._board, self._run = board, run
+
+    def collect(self) -> Iterator[Any]:
+        """Yield one family for each metric that has a value."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        samples = self._board.samples()
+        for metric in METRICS.values():
+            found = [s for s in samples if s.metric is metric]
+            family = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            if found:
+                made = family(metric.prometheus_name, metric.description,
+                              labels=[_label("sov.run"), *map(_label, metric.labels)])
+                for sample in found:
+                    made.add_metric([self._run, *sample.labels], sample.value)
+                yield made
+
+
+class Port:
+    """The metrics at a port of this machine."""
+
+    name = "Prometheus"
+
+    def __init__(self, host: str, port: int, board: Board, resource: dict[str, str]) -> None:
+        """Open it.
+
+        Raises:
+            ImportError: the extra `telemetry` is not installed.
+            OSError: the port is another's, or the address is not this machine's.
+        """
+        from prometheus_client import start_http_server
+
+        self._server, self._thread = start_http_server(port, host, registry(board, resource))
+
+    @property
+    def port(self) -> int:
+        """The port that is open."""
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """Close it."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class TextFile:
+    """The metrics in a file, which is whole whenever it is read."""
+
+    name = "Prometheus' text file"
+
+    def __init__(self, path: Path, board: Board, resource: dict[str, str]) -> None:
+        """Write nothing yet.
+
+        Raises:
+            ImportError: the extra `telemetry` is not installed.
+        """
+        self._path, self._registry = path, registry(board, resource)
+
+    def send(self) -> None:
+        """Write the file anew.
+
+        Raises:
+            UserError, OSError: it cannot be written.
+        """
+        from prometheus_client import generate_latest
+
+        atomic_write(self._path, generate_latest(self._registry))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _label(name: str) -> str:
+    return name.replace(".", "_")
+
+
+# From a run's events to the values of its metrics.
+
+
+class Reading:
+    """Takes events in, one after the other, and sets the values of a board."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._gpu = ("", GPU)
+
+    def observe(self, event: dict[str, Any]) -> None:
+        """Take one event in."""
+        kind, board = event["event"], self._board
+        board.set("sov.train.last_event.time", number(event.get("time_s")))
+        if kind == "run_start":
+            self._gpu = (str((event.get("machine") or {}).get("gpu_uuid", "")), GPU)
+            board.set("sov.train.running", 1.0)
+            board.set("sov.train.processes", number(event.get("num_ranks")))
+            board.set("sov.train.steps.planned", number(event.get("num_steps")))
+            board.set("sov.train.steps.done", number(event.get("resumed_from")))
+        elif kind == "step":
+            self._step(event)
+        elif kind == "eval":
+            for source, row in (event.get("heldout") or {}).items():
+                board.set("sov.train.heldout.loss", number(row.get("loss")), str(source))
+                board.set("sov.train.heldout.bits_per_byte", number(row.get("bits_per_byte")), str(source))
+        elif kind == "checkpoint":
+            board.add("sov.train.checkpoints", 1.0)
+            board.set("sov.train.checkpoint.duration", number(event.get("save_s")))
+        elif kind == "energy":
+            board.set("sov.train.energy", number(event.get("energy_j")))
+        elif is_incident(event):
+            board.add("sov.train.incidents", 1.0, kind)
+
+    def _step(self, event: dict[str, Any]) -> None:
+        for field, name in OF_A_STEP.items():
+            if field in event:
+                self._board.set(name, number(event[field]))
+        if "tflops_per_process" in event:
+            self._board.set("sov.train.model_flops", 1e12 * number(event["tflops_per_process"]))
+        for field, name in OF_A_GPU.items():
+            if field in event:
+                self._board.set(name, number(event[field]), *self._gpu)
+        if "energy_j" in event:
+            self._board.add("hw.energy", number(event["energy_j"]), *self._gpu)
 
 
 class Sender(Protocol):

@@ -2,21 +2,268 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.obs.events import EVENTS
+from megatron_sov.clusters.chips import CHIPS, Chip, of_device
+from megatron_sov.config import ParallelConfig, PhaseConfig, RunConfig
+from megatron_sov.errors import UserError
+from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.obs.figures import number
+from megatron_sov.obs.stretches import MeasuredStretch, Stretches
 from megatron_sov.outputs import check_output, refuse_input
 from megatron_sov.plan.calibration.local_machine import LocalMachine, learn, passes_of
-from megatron_sov.plan.calibration.observed import Observation, observations
 from megatron_sov.plan.calibration.parameters_file import Learned, as_json, shipped
-from megatron_sov.plan.calibration.scales import FACTORS, fit, scaled
 from megatron_sov.plan.expected import Machine, step_seconds
-from megatron_sov.runs.folder import CONFIG, PLAN
+from megatron_sov.plan.speed.parameters import Parameters
+from megatron_sov.runs.folder import CONFIG, PLAN, RunFolder
+
+MOST = 10**9
+"""Of processes, threads, tokens of a sample, samples and seconds of a step: no run has more."""
+LEAST_STEP_S = 1e-6
+LEAST_STEPS = 5
+"""Of a stretch, the first ones of a start left out: fewer say little."""
+WAITS = ("policy", "distill")
+"""Objectives whose steps wait for what other jobs write: their seconds are not those of the arithmetic."""
+NOISE = 0.03
+"""Standard deviation of the logarithm of a measured median step around the truth, and the model's own error
+between similar layouts."""
+HUBER = 2.0
+"""Residuals above so many standard deviations count by their size, not its square."""
+STEP, MAX_ROUNDS, ENOUGH = 1e-3, 30, 1e-5
+
+
+# What runs have shown of speed: steps that were alike, and on what they ran, read from their folders.
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Steps of one run, layout, length and batch size."""
+
+    run: str
+    """The run folder's name."""
+    config: RunConfig
+    """Its settings, in the layout of these steps."""
+    phase: PhaseConfig
+    """Its length and batch size hold."""
+    num_ranks: int
+    device: str
+    """What the GPUs, or the processor, call themselves."""
+    chip: Chip | None
+    """What is known of the GPUs; None: steps on a processor."""
+    threads: int
+    """CPU threads of each process."""
+    step_s: float
+    """Median."""
+    num_steps: int
+    """Steps that it is the median of."""
+
+
+def observations(runs: list[Path]) -> list[Observation]:
+    """Return what runs have shown; there is something of each.
+
+    Raises:
+        UserError: a folder is no run, or nothing can be learned from it; the message says why.
+    """
+    return [one for run in runs for one in _of_run(run)]
+
+
+def _of_run(run: Path) -> list[Observation]:
+    config = RunFolder(run).config()
+    if config is None or not (run / EVENTS).is_file():
+        raise UserError(f"--calibrate {run}: is no run; pass folders that were given to --run")
+    if config.objective.name in WAITS:
+        raise UserError(f"--calibrate {run}: its steps (objective {config.objective.name}) wait for what "
+                        "other jobs write, and say nothing of speed; pass runs of pretrain, extend, sft or "
+                        "prefer")
+    collected = Stretches()
+    for event in read_events(run / EVENTS):
+        collected.add(event)
+    enough = [s for s in collected.all if len(s.warm_times_s()) >= LEAST_STEPS]
+    if not enough:
+        most = max((len(s.warm_times_s()) for s in collected.all), default=0)
+        raise UserError(f"--calibrate {run}: has at most {most} steps of one length and batch size (its "
+                        f"first ones left out), and {LEAST_STEPS} are needed; let it run longer, or leave "
+                        "it out")
+    found = [_observation(run, config, stretch) for stretch in enough]
+    return _merged(found)
+
+
+def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> Observation:
+    """Return what one stretch has shown.
+
+    Raises:
+        UserError: its start does not say on what it ran, or that is in no table.
+    """
+    machine = stretch.start.get("machine")
+    device = str(machine.get("device") or "") if isinstance(machine, dict) else ""
+    if not device or not isinstance(machine, dict):
+        raise UserError(f"--calibrate {run}: does not say on what it ran, as runs of earlier versions do "
+                        "not; leave it out, or go on with it for some steps")
+    known = of_device(device) if stretch.start.get("on_gpu") else None
+    if known is None and stretch.start.get("on_gpu"):
+        raise UserError(f"--calibrate {run}: {device!r} is in no table of GPUs ({', '.join(sorted(CHIPS))}); "
+                        "leave it out")
+    layout = _layout(run, config, stretch.start.get("layout"))
+    num_ranks, threads = number(stretch.start.get("num_ranks")), number(machine.get("threads") or 1)
+    counts = (num_ranks, threads, stretch.seq_len, stretch.global_batch_size)
+    possible = all(1 <= n <= MOST for n in counts)
+    step_s = stretch.typical_s()
+    if not LEAST_STEP_S <= step_s <= MOST:
+        raise UserError(f"--calibrate {run}: its {EVENTS} tells of steps of {step_s:.3g} s, which no run "
+                        "has; leave it out")
+    if not possible or layout.problems(config.model, int(num_ranks)):
+        raise UserError(f"--calibrate {run}: its {EVENTS} tells of processes, a layout or samples that no "
+                        "run can have; leave it out")
+    return Observation(
+        run.resolve().name, dataclasses.replace(config, parallel=layout),
+        PhaseConfig(stretch.phase, seq_len=stretch.seq_len, global_batch_size=stretch.global_batch_size),
+        int(num_ranks), device, known, int(threads), step_s, len(stretch.warm_times_s()))
+
+
+def _layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
+    """Return the layout of a start: its config.json has that of the last one."""
+    names = {f.name for f in dataclasses.fields(ParallelConfig)}
+    if not isinstance(told, dict) or not names & set(told):
+        raise UserError(f"--calibrate {run}: its {EVENTS} names no layout; leave it out")
+    values = dataclasses.asdict(config.parallel) | {k: v for k, v in told.items() if k in names}
+    try:
+        return TypeAdapter(ParallelConfig).validate_python(values)
+    except ValidationError as e:
+        raise UserError(f"--calibrate {run}: the layout of its {EVENTS} is none ({e.errors()[0]['msg']}); "
+                        "leave it out") from None
+
+
+def _merged(found: list[Observation]) -> list[Observation]:
+    """Return one observation for steps of several starts that were alike: the mean by steps."""
+    groups: dict[Any, list[Observation]] = {}
+    for one in found:
+        key = (one.num_ranks, one.device, one.threads, repr(one.config.parallel), one.phase.seq_len,
+               one.phase.global_batch_size)
+        groups.setdefault(key, []).append(one)
+    merged = []
+    for group in groups.values():
+        steps = sum(one.num_steps for one in group)
+        mean_s = math.fsum(one.step_s * one.num_steps for one in group) / steps
+        merged.append(dataclasses.replace(group[0], step_s=mean_s, num_steps=steps))
+    return merged
+
+
+# Few factors on the shipped parameters that explain a team's own runs, each drawn towards 1. A run or two
+# cannot tell thirty parameters apart, but they do tell whether this machine's products, its links and its
+# hosts are faster or slower than those of published runs. So three factors are learned: the most probable
+# ones, where the logarithm of each is normal around 0, and that of measured / predicted around their effect
+# (maximum a posteriori, by damped Gauss-Newton; large residuals count less, after Huber).
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One of the factors."""
+
+    name: str
+    meaning: str
+    spread: float
+    """Standard deviation of its logarithm before anything was seen: how far machines differ."""
+
+
+FACTORS = (
+    Factor("products", "share of the peak that matrix products and attention reach, on these chips", 0.15),
+    Factor("links", "share of the links' bandwidth that messages reach", 0.4),
+    Factor("host", "seconds of the host: launches of kernels, and a step's own", 0.5))
+
+
+def scaled(parameters: Parameters, factors: dict[str, float], chips: Sequence[Chip]) -> Parameters:
+    """Return parameters with factors on them; shares stay at most 1, and those of chips that nobody has seen
+    stay as they are."""
+    products, links, host = (factors[f.name] for f in FACTORS)
+    seen = {one.generation for one in chips}
+    fractions = {family: {unit: min(1.0, share * products) for unit, share in units.items()}
+                 if family in seen else units for family, units in parameters.product_fraction.items()}
+    attention = {family: min(1.0, share * products) if family in seen else share
+                 for family, share in parameters.attention_fraction.items()}
+    return replace(
+        parameters, product_fraction=fractions, attention_fraction=attention,
+        inside_fraction=min(1.0, parameters.inside_fraction * links),
+        between_fraction=min(1.0, parameters.between_fraction * links),
+        layer_launch_s=parameters.layer_launch_s * host, moe_launch_s=parameters.moe_launch_s * host,
+        step_overhead_s=parameters.step_overhead_s * host)
+
+
+def fit(measured_s: Sequence[float],
+        predict: Callable[[dict[str, float]], Sequence[float]]) -> dict[str, float]:
+    """Return the most probable factors, by name.
+
+    Args:
+        measured_s: seconds of steps.
+        predict: factors -> the predicted seconds of the same steps.
+    """
+    at = [0.0] * len(FACTORS)
+
+    def residuals(logs: Sequence[float]) -> list[float]:
+        predicted = predict(_named(logs))
+        return [math.log(p / m) / NOISE for p, m in zip(predicted, measured_s, strict=True)]
+
+    now = residuals(at)
+    for _ in range(MAX_ROUNDS):
+        moved = _gauss_newton(at, now, residuals)
+        share = 1.0
+        while share > 1e-3 and _cost([a + share * m for a, m in zip(at, moved, strict=True)],
+                                     residuals) > _cost(at, residuals):
+            share /= 2
+        at = [a + share * m for a, m in zip(at, moved, strict=True)]
+        now = residuals(at)
+        if share * max(map(abs, moved)) < ENOUGH:
+            break
+    return _named(at)
+
+
+def _named(logs: Sequence[float]) -> dict[str, float]:
+    return {factor.name: math.exp(log) for factor, log in zip(FACTORS, logs, strict=True)}
+
+
+def _cost(logs: Sequence[float], residuals: Callable[[Sequence[float]], list[float]]) -> float:
+    """Return minus the logarithm of the probability, up to a constant."""
+    misfit = sum(r * r / 2 if abs(r) <= HUBER else HUBER * (abs(r) - HUBER / 2) for r in residuals(logs))
+    return misfit + sum((log / factor.spread) ** 2 / 2 for factor, log in zip(FACTORS, logs, strict=True))
+
+
+def _gauss_newton(at: Sequence[float], now: Sequence[float],
+                  residuals: Callable[[Sequence[float]], list[float]]) -> list[float]:
+    """Return the step to the minimum of the quadratic that the cost is like here."""
+    n = len(at)
+    slopes = []
+    for i in range(n):
+        beside = residuals([*at[:i], at[i] + STEP, *at[i + 1:]])
+        slopes.append([(b - a) / STEP for a, b in zip(now, beside, strict=True)])
+    weights = [min(1.0, HUBER / abs(r)) if r else 1.0 for r in now]
+    matrix = [[sum(w * a * b for w, a, b in zip(weights, slopes[i], slopes[j], strict=True))
+               + (i == j) / FACTORS[i].spread ** 2 for j in range(n)] for i in range(n)]
+    right = [-sum(w * a * r for w, a, r in zip(weights, slopes[i], now, strict=True))
+             - at[i] / FACTORS[i].spread ** 2 for i in range(n)]
+    return solved(matrix, right)
+
+
+def solved(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Return x of matrix x = right, for a symmetric positive definite matrix, which the prior sees to
+    (Gaussian elimination, which needs no pivots there)."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    n = len(rows)
+    for i in range(n):
+        for j in range(i + 1, n):
+            share = rows[j][i] / rows[i][i]
+            rows[j] = [b - share * a for a, b in zip(rows[i], rows[j], strict=True)]
+    x = [0.0] * n
+    for i in reversed(range(n)):
+        x[i] = (rows[i][n] - sum(rows[i][j] * x[j] for j in range(i + 1, n))) / rows[i][i]
+    return x
 
 
 @dataclass(frozen=True)

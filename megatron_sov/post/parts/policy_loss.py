@@ -9,11 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_sov.config.policy import PolicyConfig
+from megatron_sov.config.policy import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.parts import kl, mismatch
-from megatron_sov.post.parts.aggregation import denominator, label_weights
-from megatron_sov.post.parts.clips import is_clipped, surrogate
-from megatron_sov.post.parts.ratios import ratios
 from megatron_sov.post.parts.responses import Responses
 
 POLICY, KL = "policy", "kl"
@@ -24,6 +21,91 @@ ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
 first step, NaN of a label that the first step learns; by the model that the run starts from."""
 Columns = Mapping[str, torch.Tensor]
 Measured = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+# Surrogates of a policy's advantage, which bound how far one step goes on responses of an older policy.
+
+
+def surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
+              parts: PolicyParts) -> torch.Tensor:
+    """Return [T] float64 what each label adds to the objective, to be maximised.
+
+    Where every ratio is 1 each kind's derivative is REINFORCE's: advantage times that of log p.
+
+    Args:
+        ratios: [T] of policy to writer, differentiable.
+        logprobs: [T] of the policy, differentiable, and finite.
+        advantages: [T].
+        parts: two_sided: PPO's (arXiv 1707.06347, equation 7) with bounds of their own (arXiv 2503.14476,
+            equation 8); cispo: the ratio is a weight, bounded above (arXiv 2506.13585, equations 4 and 5,
+            without the lower bound, which its authors do not use); none: importance sampling as it is.
+    """
+    advantages = advantages.double()
+    if parts.clip == "cispo":
+        return ratios.clamp(max=1 + parts.clip_high).detach() * advantages * logprobs.double()
+    if parts.clip == "none":
+        return ratios * advantages
+    return torch.min(ratios * advantages,
+                     ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
+
+
+def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
+    """Return [T] bool: labels of which the bound has a say, so that they teach nothing (two_sided), or less
+    (cispo)."""
+    above = ratios > 1 + parts.clip_high
+    if parts.clip == "cispo":
+        return above
+    if parts.clip == "none":
+        return torch.zeros_like(above)
+    return (above & (advantages > 0)) | ((ratios < 1 - parts.clip_low) & (advantages < 0))
+
+
+# What each token counts in the mean over a step, and what that mean is divided by.
+
+
+def label_weights(responses: Responses, kind: Aggregation) -> torch.Tensor:
+    """Return [T] float64 what each label's loss is multiplied by; 0 where it is not learned."""
+    if kind == "sequence":
+        return responses.spread(1 / responses.lengths.clamp(min=1))
+    return responses.spread(torch.ones_like(responses.lengths))
+
+
+def denominator(responses: Responses, kind: Aggregation, max_new_tokens: int) -> float:
+    """Return what the sum over these responses' labels is divided by, as far as it is theirs.
+
+    Args:
+        responses: on the host.
+        kind: token: all tokens of the step (arXiv 2503.14476, equation 8); sequence: its responses, of which
+            each counts the mean over its tokens (arXiv 2402.03300, equation 3); constant: its responses, each
+            as if it were the longest (arXiv 2503.20783, section 3.2).
+        max_new_tokens: of the longest response.
+    """
+    if kind == "token":
+        return float(responses.lengths.sum())
+    count = float((responses.lengths > 0).sum())
+    return count * max_new_tokens if kind == "constant" else count
+
+
+# Ratios of the policy to the one that wrote a response, of each token or of the whole response. Shapes: T
+# labels of a row, R responses.
+
+
+def ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Responses, kind: Ratio) -> torch.Tensor:
+    """Return [T] float64 the ratio that weighs each label; 1 of labels that are not learned.
+
+    Args:
+        logprobs: [T] of the policy, differentiable.
+        old: [T] of the policy that wrote them.
+        responses: which labels are learned.
+        kind: token: of each label (arXiv 2402.03300, equation 3); sequence: the geometric mean over its
+            response (arXiv 2507.18071, equation 7).
+    """
+    learned = responses.index < len(responses)
+    # not a product: what is not learned may be impossible
+    apart = torch.where(learned, logprobs.double() - old.double(), 0.0)
+    if kind == "sequence":
+        apart = responses.spread(responses.means(apart))
+    return apart.exp()
 
 
 class PolicyLoss:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.dedup.clusters import DROPPED, Clusters
+from data_prep.dedup.minhash import DROPPED, Clusters
 from data_prep.dedup.numbering import Register
 from data_prep.dedup.work_files import bucket_slice
 from tests.data_prep.pipeline.memory_view import MemoryView, docs

@@ -89,7 +89,7 @@ def test_every_chart_is_drawn_and_nothing_complains(own_corpus: Path, open_page:
 
 
 def test_the_table_of_reasons_has_a_row_for_each_reason(corpus: Path) -> None:
-    from data_prep.journey.source_chapter import reasons_table
+    from data_prep.journey.page import reasons_table
     from data_prep.journey.summary import dropped_by_reason, read_summary
 
     steps = [step for source in read_summary(corpus).sources for step in source.steps]

@@ -22,8 +22,7 @@ from megatron_sov.media.reading.reader import Read
 from megatron_sov.media.reading.sounds import read_sound
 from megatron_sov.media.reading.videos import VideoFrames, read_video
 from tests.data_prep.media.chats import Encode
-from tokenizer.media.command import add_media
-from tokenizer.media.layout import MediaTokens
+from tokenizer.media.command import MediaTokens, add_media
 
 
 class Greys:

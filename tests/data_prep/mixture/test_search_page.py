@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from data_prep.mixture.sampling import space_of
-from data_prep.mixture.search import search
+from data_prep.mixture.search import page, search
 from data_prep.mixture.search_file import SearchSettings
-from data_prep.mixture.search_page import page
 
 SETTINGS = SearchSettings("tiny", {"clean": 1.0}, steps=1, seq_len=32, rounds=(6,), judged=3, candidates=200,
                           fit="log_ridge")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.mixture.yaml_lines import YamlFile
+from data_prep.mixture.blend_file import YamlFile
 from megatron_sov.errors import UserError
 
 TEXT = "a: 1\nb:\n  - x\n  - {c: true, 3: 'no', d: null}\ne: 1.5e+3\n"

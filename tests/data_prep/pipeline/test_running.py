@@ -293,7 +293,7 @@ def test_names_and_fields_that_are_no_text_stop_no_run(raw: Path) -> None:
 
 def test_a_source_of_a_wrong_format_does_not_fill_the_disk(raw: Path, monkeypatch: pytest.MonkeyPatch
                                                            ) -> None:
-    monkeypatch.setattr("data_prep.pipeline.parsing.MAX_LISTED", 3)
+    monkeypatch.setattr("data_prep.pipeline.tasks.MAX_LISTED", 3)
     (raw / "web" / "wrong.jsonl").write_text("no json\n" * 50)
     output = run(raw)
     listed = [json.loads(line) for line in (output / "quarantine/web.jsonl").read_text().splitlines()]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from data_prep.scoring.domains import DOMAINS, domain_hits, domain_words
+from data_prep.scoring.kinds import DOMAINS, domain_hits, domain_words
 
 COURT = ("The plaintiff filed suit against the defendant, alleging negligence and breach of contract. "
          "The tribunal heard testimony; pursuant to the statute, the appellate court remanded.")

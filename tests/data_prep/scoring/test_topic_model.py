@@ -9,7 +9,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
-from data_prep.scoring.topic_model import TopicModel, find_topics
+from data_prep.scoring.topics import TopicModel, find_topics
 from data_prep.scoring.training import sparse_rows
 from tests.data_prep.scoring.planted import text_of
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
-from data_prep.scoring.topic_words import top_words
+from data_prep.scoring.topics import top_words
 
 NGRAMS = Ngrams(NgramSettings())
 

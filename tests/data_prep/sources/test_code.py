@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from identify.vendor import licenses
 
-from data_prep.sources.code_files import language_of, unwanted
-from data_prep.sources.code_licences import header_licence, licence_of_text
+from data_prep.sources.code import header_licence, language_of, licence_of_text, unwanted
 from data_prep.sources.source import Broken, Raw
 
 TEXTS = dict(licenses.LICENSES)

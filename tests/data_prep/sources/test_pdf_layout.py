@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from data_prep.sources.pdf_joining import HYPHEN, Vocabulary, joined
-from data_prep.sources.pdf_layout import Page, Word, columns_of, pages_text
+from data_prep.sources.pdf_layout import HYPHEN, Page, Vocabulary, Word, columns_of, joined, pages_text
 
 SIZE = 10.0
 LETTER = 5.0

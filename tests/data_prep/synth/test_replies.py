@@ -12,9 +12,8 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from scripted import ScriptedAsk, ScriptedDoor
 
-from data_prep.synth.asking import Asking
+from data_prep.synth.asking import Asking, fault_of, read_reply
 from data_prep.synth.generator import NoUsableReply, Reply
-from data_prep.synth.replies import fault_of, read_reply
 from megatron_sov.chat.tool_calls import parse_turn
 from megatron_sov.endpoints.answers import BadAnswer
 

@@ -96,7 +96,7 @@ def test_values_and_gradients_are_autograds(dtype: torch.dtype, weighted: bool) 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_without_gpu
 
     prepare_without_gpu()
-    from megatron_sov.mcore.model.gated import _gated, _weighted
+    from megatron_sov.mcore.model.language_model import _gated, _weighted
 
     generator = torch.Generator().manual_seed(3)
     values, bias = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()

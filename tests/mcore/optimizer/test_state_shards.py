@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sov.mcore.optimizer.flat_ranges import flat_ranges
+from megatron_sov.mcore.optimizer.state_shards import flat_ranges
 from tests.tiny import tiny_model
 
 

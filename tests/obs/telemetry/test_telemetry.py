@@ -19,8 +19,7 @@ from megatron_sov.obs.telemetry import otlp, telemetry
 from megatron_sov.obs.telemetry.alerts import Webhook
 from megatron_sov.obs.telemetry.metrics import METRICS, Board
 from megatron_sov.obs.telemetry.otlp import Otlp
-from megatron_sov.obs.telemetry.prometheus import Port
-from megatron_sov.obs.telemetry.telemetry import Telemetry
+from megatron_sov.obs.telemetry.telemetry import Port, Telemetry
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.settings import problems_of
 from tests.tiny import tiny_trainer

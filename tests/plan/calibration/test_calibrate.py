@@ -13,11 +13,9 @@ from megatron_sov import recipes
 from megatron_sov.clusters.chips import chip, default_links
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
-from megatron_sov.plan.calibration.calibrate import calibrate, calibration
+from megatron_sov.plan.calibration.calibrate import calibrate, calibration, observations, scaled
 from megatron_sov.plan.calibration.local_machine import LocalMachine, passes_of
-from megatron_sov.plan.calibration.observed import observations
 from megatron_sov.plan.calibration.parameters_file import read_learned, shipped
-from megatron_sov.plan.calibration.scales import scaled
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import ParallelConfig
-from megatron_sov.plan.search.pipelines import LEAST_GAIN, uneven
+from megatron_sov.plan.search.space import LEAST_GAIN, uneven
 
 MODEL = recipes.get("k-exaone-236b").model
 

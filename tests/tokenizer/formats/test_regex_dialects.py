@@ -7,7 +7,7 @@ import pytest
 import regex
 from tokenizers import Regex, pre_tokenizers
 
-from tokenizer.formats.regex_dialects import for_oniguruma
+from tokenizer.formats.tiktoken_format import for_oniguruma
 
 CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
           r"|\s++$|\s*[\r\n]"

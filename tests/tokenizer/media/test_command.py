@@ -17,7 +17,7 @@ from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD, ent
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block, read_blocks
 from megatron_sov.recipes import get
 from tokenizer.cli import main
-from tokenizer.media.layout import MediaTokens, laid_out
+from tokenizer.media.command import MediaTokens, laid_out
 
 
 @pytest.fixture

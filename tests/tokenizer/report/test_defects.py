@@ -16,10 +16,9 @@ from tokenizer.formats.loaders import Opened, Tiktoken, open_tokenizer
 from tokenizer.report import scalars as scalars_module
 from tokenizer.report.check import Check
 from tokenizer.report.cutting import check_digits, check_whitespace
-from tokenizer.report.everything import CHECKS, check_all
+from tokenizer.report.everything import CHECKS, check_all, check_neutral
 from tokenizer.report.inventory import check_inventory, check_superwords
 from tokenizer.report.measures import measure
-from tokenizer.report.neutral import check_neutral
 from tokenizer.report.reach import check_reach, check_used
 from tokenizer.report.scalars import check_scalars, num_blocks, try_scalars
 from tokenizer.report.scripts import check_scripts

@@ -15,7 +15,7 @@ import pytest
 from megatron_sov.errors import UserError
 from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.registry import make, order
-from megatron_sov.tools.worlds.bm25 import Bm25, terms_of
+from megatron_sov.tools.worlds.retrieval import Bm25, terms_of
 
 LAWS = [("Civil Code", 1, "A contract is made by offer and acceptance."),
         ("Civil Code", 2, "A minor needs the consent of a guardian for a contract."),

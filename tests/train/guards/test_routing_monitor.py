@@ -15,7 +15,7 @@ from megatron_sov.obs.events import EventLog, read_events
 
 prepare_megatron()
 from megatron_sov.train.guards import stragglers  # noqa: E402
-from megatron_sov.train.guards.routing_monitor import RoutingMonitor  # noqa: E402
+from megatron_sov.train.guards.guards import RoutingMonitor  # noqa: E402
 from megatron_sov.train.guards.stragglers import MAX_SHOWN, Stragglers  # noqa: E402
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]

@@ -7,27 +7,38 @@ in the language, and when the judge finds that it answers.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from data_prep.json_lines import read_objects
 from data_prep.quality.identify import identify
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply, Reply
 from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constraints
-from data_prep.synth.generators.autoif.queries import queries_of
-from data_prep.synth.generators.autoif.quotes import quoted, with_quotes_of
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
 from data_prep.synth.generators.autoif.texts import Texts, texts_of
 from data_prep.synth.generators.autoif.turns import in_system_turn, in_user_turn
 from data_prep.synth.generators.drawing import one_of, share_of
 from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.documents import BadRecord
+from megatron_sov.documents.files import PARQUET_SUFFIX, list_files, open_parquet
 from megatron_sov.documents.scripts import script_of
+from megatron_sov.errors import UserError, first_line
 from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, verdicts
 from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.rewards.text_views import views_of
 
+CONVERSATIONS = ("conversation", "messages", "conversations", "prompt")
+"""Fields that may hold turns, WildChat's first."""
+FIELDS = ("prompt", "query", "question", "instruction")
+"""Fields that may hold the text itself."""
+_ROWS = 1024
+_QUOTED = re.compile(r'"[^"\n]+"|“[^”\n]+”|「[^」\n]+」|`[^`\n]+`|<<[^<>\n]+>>|(?<!\w)\'[^\'\n]+\'(?!\w)')
+_MARKS = '"“”「」`\''
 SANDBOX_WORKERS = 2
 """Functions that run at a time."""
 TRANSLATION_TEMPERATURE = 0.3
@@ -41,8 +52,121 @@ less helpful for that; this is no fault. Whether it follows it has been checked 
 10: it answers the query well. 5: it answers a part, or beside the point. 0: it has nothing to do with the \
 query, refuses without need, or the query asks for nothing that can be answered."""
 MAX_TRANSLATION_TOKENS = 2048
-
 Message = Mapping[str, Any]
+
+
+# Prompts of real users: the first turn of conversations, as WildChat and others have them, or a field.
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a user asks."""
+
+    text: str
+    """The turn."""
+    digest: str
+    """Hash of it."""
+    source: str
+    """Name of the file."""
+    licence: str = ""
+    """As the record states it."""
+
+
+def queries_of(inputs: Sequence[Path], min_chars: int, max_chars: int, toxic: bool) -> Iterator[Query]:
+    """Yield the first turns of users that have so many characters, each once.
+
+    Args:
+        inputs: JSONL and Parquet files, or folders of them.
+        min_chars: of a text, white space around it removed.
+        max_chars: likewise.
+        toxic: whether to take records whose `toxic` is true.
+
+    Raises:
+        UserError: a file cannot be read, or a record has no prompt.
+    """
+    seen: set[str] = set()
+    for file in (file for path in inputs for file in list_files(path)):
+        for where, record in _records(file):
+            if record.get("toxic") is True and not toxic:
+                continue
+            text = query_in(record, where).strip()
+            digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+            if min_chars <= len(text) <= max_chars and digest not in seen:
+                seen.add(digest)
+                licence = record.get("licence", record.get("license"))
+                yield Query(text, digest, file.name, licence if isinstance(licence, str) else "")
+
+
+def query_in(record: dict[str, Any], where: str) -> str:
+    """Return the first turn of the user in a record.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in CONVERSATIONS:
+        turns = record.get(name)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
+                text = turn.get("content", turn.get("value"))
+                if isinstance(text, str):
+                    return text
+    for name in FIELDS:
+        text = record.get(name)
+        if isinstance(text, str):
+            return text
+    raise UserError(f"{where}: has no prompt of a user; give a conversation ({', '.join(CONVERSATIONS)}: "
+                    f"turns with role and content) or a string ({', '.join(FIELDS)})")
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if file.suffix != PARQUET_SUFFIX:
+        yield from read_objects(file)
+        return
+    from pyarrow import ArrowException
+
+    try:
+        table = open_parquet(file)
+        wanted = {*CONVERSATIONS, *FIELDS, "toxic", "licence", "license"}
+        columns = [name for name in table.schema_arrow.names if name in wanted]
+        number = 0
+        for group in range(table.num_row_groups):  # a batch of nested values must not span two of them
+            for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", record
+    except BadRecord as e:
+        raise UserError(f"{file}: {e.reason}") from None
+    except (ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: is damaged ({first_line(e)}); fetch it again") from None
+
+
+# Quotations that a translation must leave as they are: functions look for a constraint's very words.
+
+
+def quoted(text: str) -> list[str]:
+    """Return what stands in quotation marks, backquotes or double angle brackets, in order, without marks."""
+    return [found.strip(_MARKS) for found in _QUOTED.findall(text)]
+
+
+def with_quotes_of(text: str, translation: str) -> str | None:
+    """Return a translation with the quotations of its text in their places, as Typhoon-S puts them back
+    where a translator changed them; None: it has another number of them.
+
+    Where all words of the text's quotations stand in the translation it stays as it is, whatever marks the
+    language puts around them and in whatever order.
+    """
+    wanted = quoted(text)
+    if all(translation.count(words) >= wanted.count(words) for words in wanted):
+        return translation
+    if len(quoted(translation)) != len(wanted):
+        return None
+    left = iter(wanted)
+
+    def put_back(match: re.Match[str]) -> str:
+        inside = match[0].strip(_MARKS)
+        return match[0].replace(inside, next(left))
+
+    return _QUOTED.sub(put_back, translation)
 
 
 class AutoIf(Generator):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
@@ -21,17 +22,19 @@ from data_prep.json_lines import read_objects
 from data_prep.synth.bounds import Grade
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
 from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
-from data_prep.synth.generators.autoif.entailment import CONTRADICTION, Entailment
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled
 from data_prep.synth.sample import Kind, Sample, Verdict
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.pretrained import load_pretrained
 from megatron_sov.rewards import check_functions
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import Refused
 from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of
 
+MAX_TOKENS = 512
+CONTRADICTION = "contradiction"
 SANDBOX_WORKERS = 2
 """Functions that run at a time."""
 BACK_TEMPERATURE = 0.7
@@ -51,10 +54,50 @@ words, what a program checks of that answer. Do they ask for the same?
 each other, or are about different things: who follows one does not follow the other."""
 _LINE = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+(.+?)\s*$", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{[^{}\n]{0,40}\}")
-
-
 Named = Annotated[str, one_of(languages)]
 """A language that prompts can name, and have texts in."""
+
+
+# Whether one sentence contradicts another, by a local model for natural language inference, such as the
+# multilingual mDeBERTa that AutoIF uses. torch and transformers are imported where the model is loaded.
+
+
+class Entailment:
+    """A sequence classifier with a label `contradiction`; threads may share it.
+
+    Args:
+        folder: of a Hugging Face model with safetensors.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such label.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                            trust_remote_code=False)
+            self._model: Any = load_pretrained(AutoModelForSequenceClassification, folder).float().eval()
+        except UserError as e:
+            raise UserError(f"nli = {e}") from None
+        except Exception as e:  # anything, over files that are broken
+            raise UserError(f"nli = {folder}: no classifier can be loaded ({told_in_a_line(e)})") from None
+        labels = {int(place): str(name).lower() for place, name in self._model.config.id2label.items()}
+        if CONTRADICTION not in labels.values():
+            raise UserError(f"nli = {folder}: its labels are {', '.join(labels.values())}, and none is "
+                            f"{CONTRADICTION}; name a model for natural language inference")
+        self._labels = labels
+        self._lock = threading.Lock()
+
+    def label(self, premise: str, hypothesis: str) -> str:
+        """Return the likeliest label of a pair."""
+        import torch
+
+        with self._lock, torch.inference_mode():  # one pair at a time: no padding that would change a number
+            given = self._tokenizer(premise, hypothesis, truncation=True, max_length=MAX_TOKENS,
+                                    return_tensors="pt")
+            return self._labels[int(self._model(**given).logits[0].argmax())]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ environment, and no text of the conversation has a say in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -17,23 +18,116 @@ from annotated_types import Ge, Le
 
 from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
-from data_prep.synth.generators.tools.claims import unfounded
-from data_prep.synth.generators.tools.conversation import Manner, Played, Table, play, scored
+from data_prep.synth.generators.tools.conversation import Manner, Message, Played, Table, play, scored
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of
-from data_prep.synth.generators.tools.simulated_user import STYLES, SimulatedUser
 from data_prep.synth.sample import Kind, Sample, Verdict
+from megatron_sov.chat.marks import BEGIN_CALL
 from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Share
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.limits import LIMITS
 from megatron_sov.tools.registry import make, order
 
+DONE = "###DONE###"
+"""What ends a conversation, as tau-bench's users (arXiv 2406.12045) have a word for it."""
+STYLES = (
+    "You tell what you want piece by piece: first the matter alone, each detail when you are asked for it.",
+    "You begin with something slightly different, and change your mind before it is done: you then say what "
+    "you really want.",
+    "You ask back once before you agree: what it costs, whether there is a choice, or what happens then.",
+    "You are short of words and a little impatient, but you answer what you are asked.",
+)
+"""How users speak; a conversation has one of them."""
+MAX_CHARS = 2000
+"""Of a user's turn."""
+SMALL = 10
+"""Whole numbers up to this count things; nobody needs to have said them."""
+MAX_NUMBERS = 400
+"""Numbers whose sums, differences and products are looked at."""
+_NUMBER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_CODE = re.compile(r"(?<![A-Za-z0-9_])[A-Za-z][A-Za-z_]*-?\d+(?![A-Za-z0-9_])")
 USER_SHARE = 177_375 / (161_608 + 177_375)
 """Share of user-oriented conversations among the tool data of Solar Open's report."""
 RUBRIC = ("The material is a conversation of an assistant that works with tools. Is everything true that the "
           "assistant says about what it has done and found, by the results of its calls alone? Lower the "
           "score for each claim that no result bears out, and for anything done that nobody asked for.")
+
+
+# A user that a model plays: it has a need, tells it piece by piece, and knows no tools.
+
+
+class SimulatedUser:
+    """One user of one conversation."""
+
+    def __init__(self, ask: Ask, need: str, style: str, draw: int, language: str) -> None:
+        """Args:
+            ask: the door to models.
+            need: what the user wants, whole.
+            style: one of `STYLES`.
+            draw: number of the conversation among those of its item.
+            language: that the user speaks.
+        """
+        self._ask, self._need, self._style, self._draw, self._language = ask, need, style, draw, language
+        self.problems: list[str] = []
+        """Turns in which the model fell out of its role."""
+
+    def opening(self) -> str:
+        """Return what the user says first."""
+        return self._said([]) or self._need
+
+    def answer(self, messages: Sequence[Message]) -> str | None:
+        """Return what the user says to a conversation so far; None: nothing more."""
+        return self._said(messages)
+
+    def _said(self, messages: Sequence[Message]) -> str | None:
+        heard: list[dict[str, Any]] = [
+            {"who": "You" if message["role"] == "user" else "Assistant", "said": message["content"]}
+            for message in messages
+            if message["role"] in ("user", "assistant") and message["content"].strip()]
+        reply, = self._ask("tool-trajectories/user", first=self._draw, need=self._need, style=self._style,
+                           language=self._language, heard=heard, done=DONE, temperature=0.9, max_tokens=512)
+        text = reply.text.strip()
+        if reply.is_cut or len(text) > MAX_CHARS:
+            self.problems.append("a user's turn is too long")
+        if BEGIN_CALL in text or text.startswith(("{", "[")):
+            self.problems.append("a user writes a tool call, or JSON")
+        said = text.partition(DONE)[0].strip()
+        return None if DONE in text or not said else said
+
+
+# Whether what a model says rests on what it was told: its numbers and its codes stand in a turn of the
+# user, in a result or in the rules, or come of two such numbers. This sees an id that nobody gave and a
+# price that nobody named. It does not see a wrong word; the end state and a judge are for that.
+
+
+def unfounded(said: Iterable[str], told: Iterable[str]) -> list[str]:
+    """Return the numbers and codes that rest on nothing.
+
+    Args:
+        said: by the model.
+        told: to the model.
+    """
+    heard, spoken = "\n".join(told), "\n".join(said)
+    codes = {code.casefold() for code in _CODE.findall(heard)}
+    found = [code for code in dict.fromkeys(_CODE.findall(spoken)) if code.casefold() not in codes]
+    known = _numbers(heard)
+    open_ = [number for number in _numbers(_CODE.sub(" ", spoken))
+             if number not in known and not (number <= SMALL and number.is_integer())]
+    made = _made_of(known) if open_ else set()
+    return [*found, *(f"{number:g}" for number in open_ if round(number, 4) not in made)]
+
+
+def _numbers(text: str) -> dict[float, None]:
+    return dict.fromkeys(float(number) for number in _NUMBER.findall(_THOUSANDS.sub("", text))
+                         if len(number) < 16)
+
+
+def _made_of(known: Iterable[float]) -> set[float]:
+    few = list(known)[:MAX_NUMBERS]
+    return {round(value, 4) for i, a in enumerate(few) for b in few[i:]
+            for value in (a + b, abs(a - b), a * b)}
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,41 @@ sound, every tool must come through, change what it says it changes, and keep wh
 
 from __future__ import annotations
 
+import ast
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
-from data_prep.synth.generators.tools.trial import tried
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt
+from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.virtual.expressions import FUNCTIONS
-from megatron_sov.tools.virtual.spec import Spec, problems_of, spec_of
+from megatron_sov.tools.virtual.spec import Spec, ToolSpec, problems_of, spec_of
+from megatron_sov.tools.virtual.steps import Step, Tables
+from megatron_sov.tools.worlds.virtual import Virtual
 
+DAYS = ("2026-03-02", "2026-07-15", "2027-01-31")
+"""Where an argument is a day, beside those of the tables."""
+_OF_DAYS = {"days", "is_day"}
+Places = dict[str, list[tuple[str, str]]]
+"""Argument -> tables and columns whose values it may have; no table: it is a day."""
+MAX_STATES = 24
+"""That calls begin from."""
+FITTING = 0.7
+"""Share of arguments that fit the tables."""
+LEFT_OUT = 0.4
+"""Share of optional arguments that are left out."""
+TEXTS = ("alpha", "Zz 9", "")
+NUMBERS = (0, 1, 2, 3, 7, -1, 100)
+LIES = ("failed", "result", "state")
+"""Faults that are the world's own."""
 MIN_ROWS = 6
 """Of all tables together, at the start."""
 MIN_CHANGING_TOOLS = 2
@@ -32,6 +52,160 @@ MAX_TOLD = 12
 RUBRIC = ("The material describes tools of a virtual world: what each says of itself, and the steps that it "
           "takes. Does every tool do what its name and its description say, no less and nothing else? Do the "
           "rules, the tables and the tools make sense together for the domain?")
+
+
+# A described world tried out: its tools are called with drawn arguments of the declared types, from many
+# states, and held to what they declare. Most arguments fit the tables, so that tools come through; the
+# others are anything that the schema allows, so that what it allows and the tool cannot do comes to light.
+
+
+# Which values an argument of a tool is likely to take, read from the tool's steps.
+
+
+def places_of(tool: ToolSpec) -> Places:
+    """Return where a tool's arguments take their values: keys of rows that they name, columns that they are
+    compared with or written into."""
+    places: dict[str, set[tuple[str, str]]] = {name: set() for name in tool.parameters}
+    for step in tool.steps:
+        for argument, table, column in _places(step):
+            if argument in places:
+                places[argument].add((table, column))
+    return {name: sorted(found) for name, found in places.items()}
+
+
+def values_of(spec: Spec, places: Places, tables: Tables) -> dict[str, list[Any]]:
+    """Return argument -> values of those places, in tables as they are."""
+    return {name: _unique(value for place in found for value in _found(spec, place, tables))
+            for name, found in places.items()}
+
+
+def _places(step: Step) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, table, column): the name may be the column's value; no table: it is a day."""
+    if "key" in step.values and isinstance(step.values["key"].tree, ast.Name):
+        yield step.values["key"].tree.id, step.table, "id"
+    for column, value in step.columns.items():
+        if step.table and isinstance(value.tree, ast.Name):
+            yield value.tree.id, step.table, column
+    for expression in step.expressions():
+        for node in ast.walk(expression.tree):
+            names = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+            columns = [part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _OF_DAYS:
+                yield from ((name, "", "day") for name in names)
+            elif isinstance(node, (ast.Compare, ast.Call)) and step.table and len(columns) == 1:
+                yield from ((name, step.table, columns[0]) for name in names)
+
+
+def _found(spec: Spec, place: tuple[str, str], tables: Tables) -> list[Any]:
+    table, column = place
+    if not table:
+        return list(DAYS)
+    if column == "id":
+        return list(tables[table])
+    described = spec.tables[table].columns.get(column, {})
+    other: Mapping[str, Any] = tables.get(described.get("references", ""), {})
+    return [*other, *described.get("enum", ()), *(row.get(column) for row in tables[table].values())]
+
+
+def _unique(values: Iterator[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value is not None and not any(value == one and type(value) is type(one) for one in found):
+            found.append(value)
+    return found
+
+
+@dataclass
+class Trial:
+    """What came of it."""
+
+    num_calls: int = 0
+    successes: dict[str, int] = field(default_factory=dict)
+    """Tool -> calls that gave a result."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """Tool -> calls that changed a table."""
+    lies: list[str] = field(default_factory=list)
+    """Sentences: a call that the schema allows and the tool or its world does not, an argument that nothing
+    uses, a call that cannot be made again."""
+
+
+def tried(world: Mapping[str, Any], name: str, calls_per_tool: int) -> Trial:
+    """Return what comes of calling a sound world's tools.
+
+    Args:
+        world: its description.
+        name: of the stream that arguments are drawn from.
+        calls_per_tool: to make.
+    """
+    spec, draws, trial = spec_of(world), Draws("trial", name), Trial()
+    virtual = Virtual()
+    virtual.reset({"question": "", "world": world, "goal": {}})
+    states = [virtual.snapshot()]
+    trial.lies += [f"tool {tool.name}: nothing uses its argument {argument}"
+                   for tool in spec.tools.values() for argument in sorted(_ignored(tool))]
+    places = {tool.name: places_of(tool) for tool in spec.tools.values()}
+    for _ in range(calls_per_tool):
+        for tool in spec.tools.values():
+            state = draws.one(states)
+            arguments = _arguments(tool, values_of(spec, places[tool.name], state), draws)
+            after = _call(virtual, tool, state, arguments, trial)
+            if after is not None and after != state and len(states) < MAX_STATES:
+                states.append(after)
+    return trial
+
+
+def _call(virtual: Virtual, tool: ToolSpec, state: Any, arguments: dict[str, Any], trial: Trial) -> Any:
+    """Make a call twice; returns the state behind it, or None where there was no result."""
+    virtual.restore(state)
+    trial.num_calls += 1
+    shown = json.dumps(arguments, ensure_ascii=False)[:160]
+    try:
+        result, after = virtual.call(tool.name, arguments), virtual.snapshot()
+    except ToolFault as e:
+        if e.code in LIES and not any(lie.startswith(f"tool {tool.name}: ") for lie in trial.lies):
+            trial.lies.append(f"tool {tool.name}: its schema allows {shown}, and the call {e.reason}")
+        if e.code == "arguments":
+            trial.lies.append(f"tool {tool.name}: refuses arguments of its schema: {e.reason}")
+        return None
+    virtual.restore(state)
+    if (virtual.call(tool.name, arguments), virtual.snapshot()) != (result, after):
+        trial.lies.append(f"tool {tool.name}: the same call {shown} gives something else")
+    trial.successes[tool.name] = trial.successes.get(tool.name, 0) + 1
+    if after != state:
+        trial.changes[tool.name] = trial.changes.get(tool.name, 0) + 1
+    return after
+
+
+def _ignored(tool: ToolSpec) -> set[str]:
+    used = {name for step in tool.steps for expression in step.expressions() for name in expression.names}
+    return set(tool.parameters) - used
+
+
+def _arguments(tool: ToolSpec, fitting: Mapping[str, list[Any]], draws: Draws) -> dict[str, Any]:
+    """Return arguments that the tool's schema allows, many of them from those that fit."""
+    found = {}
+    for name, schema in tool.schemas.items():
+        if not tool.is_required(name) and draws.share() < LEFT_OUT:
+            continue
+        values = [value for value in fitting[name] if not tool.held[name].problem(value)]
+        found[name] = (copy.deepcopy(draws.one(values)) if values and draws.share() < FITTING
+                       else _anything(schema, draws))
+    return found
+
+
+def _anything(schema: Mapping[str, Any], draws: Draws) -> Any:
+    """Return some value that a schema allows."""
+    if "enum" in schema:
+        return draws.one(schema["enum"])
+    named = schema["type"]
+    kind = draws.one(named) if isinstance(named, list) else named
+    if kind == "object":
+        return {name: _anything(part, draws) for name, part in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [_anything(schema["items"], draws) for _ in range(draws.below(3))]
+    simple: dict[str, tuple[Any, ...]] = {"string": TEXTS, "integer": NUMBERS, "boolean": (True, False),
+                                          "number": (*NUMBERS, 0.5), "null": (None,)}
+    return draws.one(simple[kind])
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 
 from data_prep.synth.generator import Item
-from data_prep.synth.generators.code import CodeSettings
+from data_prep.synth.generators.code import CodeSettings, agreement, fails, killed, passed, telling
 from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import Task, assertions, defines, parsed, reaches_out, read_task
-from data_prep.synth.generators.code_runs import agreement, fails, killed, passed, telling
 from megatron_sov.rewards.code import Code
 from megatron_sov.rewards.reward import Score
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.synth.generators.translation_checks import (
+from data_prep.synth.generators.translation import (
     KEPT,
     glossary_verdict,
     kept_verdicts,

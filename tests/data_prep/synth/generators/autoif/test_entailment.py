@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data_prep.synth.generators.autoif.entailment import Entailment
+from data_prep.synth.generators.autoif.constraints import Entailment
 from megatron_sov.errors import UserError
 
 WORDS = ["use", "no", "commas", "two", "lines", "write", "a", "dot", "at", "the", "end"]

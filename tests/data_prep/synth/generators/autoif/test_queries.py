@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.synth.generators.autoif.queries import queries_of, query_in
+from data_prep.synth.generators.autoif.answers import queries_of, query_in
 from megatron_sov.errors import UserError
 
 TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "first"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.synth.generators.autoif.quotes import quoted, with_quotes_of
+from data_prep.synth.generators.autoif.answers import quoted, with_quotes_of
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.synth.generators.tools.claims import unfounded
+from data_prep.synth.generators.tools.trajectories import unfounded
 
 TOLD = ["I am mina@example.com, from 2026-06-10.", '{"id": "B12", "price": 1100, "nights": 2, "fee": 0.5}']
 

@@ -18,8 +18,7 @@ from synthesis.actors import shop_clerk, tool_trajectories
 
 from data_prep.synth.generator import Item, NoReply
 from data_prep.synth.generators.tools import conversation
-from data_prep.synth.generators.tools.simulated_user import DONE
-from data_prep.synth.generators.tools.trajectories import ToolTrajectories, TrajectorySettings
+from data_prep.synth.generators.tools.trajectories import DONE, ToolTrajectories, TrajectorySettings
 from megatron_sov.documents.messages import read_messages, read_tools
 from megatron_sov.errors import UserError
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 
 from data_prep.synth.generators.tools.draws import Draws
-from data_prep.synth.generators.tools.hints import DAYS, places_of, values_of
-from data_prep.synth.generators.tools.trial import tried
+from data_prep.synth.generators.tools.worlds import DAYS, places_of, tried, values_of
 from megatron_sov.tools.virtual.spec import spec_of
 from megatron_sov.tools.worlds.virtual import Virtual
 
