@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
-from data_prep.decontamination.benchmarks import FIELDS
 from data_prep.decontamination.hits import find_hits
-from data_prep.decontamination.step import SearchSettings
+from data_prep.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings
 from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, to_json
 from megatron_sov.documents import BadRecord, Document, Reading
@@ -23,12 +22,8 @@ from megatron_sov.documents.records import parse_record
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    AtLeastOne,
     Flag,
-    SettingsError,
     add_options,
-    name_options,
-    problems_of,
     read_options,
 )
 
@@ -41,26 +36,17 @@ HITS = "hits.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecontaminateOptions:
+class DecontaminateOptions(BenchmarkSearchSettings):
     """Leave out records that hold text of benchmarks."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
     """A .jsonl file; several may follow, and it may be repeated."""
-    benchmarks: Annotated[tuple[Path, ...], Flag(many=True)]
-    """A .jsonl file, or a folder of them, with records of a benchmark."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the records that are kept, and hits.json."""
     format: Literal["text", "chat", "preference", "prompt"] = "text"
     """What the records hold."""
     text_field: Annotated[str, Flag(value="NAME")] = "text"
     """Field that holds the text."""
-    fields: Annotated[tuple[str, ...], Flag(value="NAME", many=True)] = ()
-    """Fields of a benchmark's records to look for, where they are there (default: question problem prompt
-    query instruction text)."""
-    ngram: AtLeastOne = SearchSettings.ngram
-    """Words in a row that a record may not share."""
-    min_words: AtLeastOne = SearchSettings.min_words
-    """Shorter items are not looked for."""
     overwrite: bool = False
     """Replace a corpus that is already there."""
 
@@ -74,28 +60,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(typed: argparse.Namespace) -> int:
     """Run `sov-data decontaminate`; returns 0."""
     args = read_options(DecontaminateOptions, typed)
-    settings = SearchSettings(args.benchmarks, args.fields or FIELDS, args.ngram, args.min_words)
-    decontaminate(args.input, args.output, settings, Reading(args.format, args.text_field),
+    decontaminate(args.input, args.output, args, Reading(args.format, args.text_field),
                   overwrite=args.overwrite)
     return 0
 
 
-def decontaminate(files: Sequence[Path], output: Path, settings: SearchSettings, reading: Reading, *,
+def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSettings, reading: Reading, *,
                   overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with the records that hold nothing of benchmarks, as they are.
 
     Args:
         files: of records, each with a name of its own.
         output: the artifact; has a file for each.
-        settings: what is looked for.
+        wanted: what is looked for.
         reading: what the records hold.
         overwrite: replace a corpus that is already there.
 
     Raises:
-        UserError: settings break a rule, a file cannot be read, or a record is not as it should be.
+        UserError: a file cannot be read, or a record is not as it should be.
     """
-    if problems := problems_of(settings):
-        raise SettingsError("", name_options(problems))
     for name, count in Counter(file.name for file in files).items():
         if count > 1:
             raise UserError(f"--input: {count} files are named {name}; give them names of their own, for the "
@@ -104,30 +87,32 @@ def decontaminate(files: Sequence[Path], output: Path, settings: SearchSettings,
             raise UserError(f"--input {name}: is no .jsonl file; `sov-data run` decontaminates other kinds "
                             "of files")
     refuse_existing(output, KIND, overwrite)
-    search = settings.search()
+    search = wanted.search()
     counts: dict[str, dict[str, int]] = {}
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         hits: list[dict[str, Any]] = []
         for file in files:
-            counts[file.name] = _write_kept(file, artifact, search, settings.context_chars, reading, hits)
+            counts[file.name] = _write_kept(file, artifact, search, reading, hits)
         (artifact.path / HITS).write_text(to_json(hits), encoding="utf-8")
         artifact.content = {"records": counts, "items": len(search.items),
                             "items_too_short": len(search.too_short), "hits": len(hits)}
-        artifact.settings = {**vars(settings), "inputs": files, "reading": reading}
+        artifact.settings = {"benchmarks": wanted.benchmarks, "fields": wanted.fields, "ngram": wanted.ngram,
+                             "min_words": wanted.min_words, "context_chars": CONTEXT_CHARS,
+                             "inputs": files, "reading": reading}
     for name, became in counts.items():
         print(f"{visible(name)}: {became['kept']} of {became['kept'] + became['left_out']} records kept")
     print(f"{output / HITS}: {len(hits)} places with text of benchmarks; {len(search.too_short)} of "
-          f"{len(search.items)} items are shorter than {settings.min_words} words and were not looked for")
+          f"{len(search.items)} items are shorter than {wanted.min_words} words and were not looked for")
 
 
-def _write_kept(file: Path, artifact: ArtifactWriter, search: Search, context_chars: int, reading: Reading,
+def _write_kept(file: Path, artifact: ArtifactWriter, search: Search, reading: Reading,
                 hits: list[dict[str, Any]]) -> dict[str, int]:
     """Write the records of a file that are kept, and add what was found in others to `hits`."""
     counts = {"kept": 0, "left_out": 0}
     with open(artifact.path / file.name, "w", encoding="utf-8") as kept:
         for where, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
             found = [hit for text in _texts(record, where, reading)
-                     for hit in find_hits(text, search, context_chars)]
+                     for hit in find_hits(text, search, CONTEXT_CHARS)]
             counts["left_out" if found else "kept"] += 1
             if not found:
                 kept.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -22,49 +22,55 @@ from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import PLACE, SEAL, read_lines, seal_file
-from megatron_sov.settings import AtLeastOne, Code, Problem, at_most
+from megatron_sov.settings import AtLeastOne, Code, Flag, Problem, at_most
 
 REASON = "text of a benchmark"
+CONTEXT_CHARS = 100
+"""Characters shown on either side of a place."""
 MOST_SHOWN = 50
 """Hits on the report's page."""
 
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """What is looked for."""
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSearchSettings:
+    """Which texts of benchmarks are looked for."""
 
-    benchmarks: Annotated[tuple[Path, ...], MinLen(1)]
+    benchmarks: Annotated[tuple[Path, ...], MinLen(1), Flag(many=True)]
     """.jsonl files, or folders of them; each line is a record of a benchmark."""
-    fields: Annotated[tuple[str, ...], MinLen(1)] = FIELDS
+    fields: Annotated[tuple[str, ...], MinLen(1), Flag(value="NAME", many=True)] = FIELDS
     """Fields of a record, each of which is looked for where it is there; a dot leads into an object."""
     ngram: Annotated[int, Ge(1), Le(1000)] = WORDS
     """Words in a row that a text may not share with an item; a character of Thai, Chinese or Japanese is a
     quarter of a word, a syllable of Korean a third."""
     min_words: Annotated[AtLeastOne, at_most("ngram")] = 5
     """An item that is shorter than `ngram` is found as a whole, if it has at least so many words."""
-    context_chars: Annotated[int, Ge(0), Le(10_000)] = 100
+
+    def search(self) -> Search:
+        """Read the benchmarks.
+
+        Raises:
+            UserError: a file cannot be read, or a record has none of the fields.
+        """
+        return Search(read_items(self.benchmarks, self.fields), self.ngram, self.min_words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecontaminateSettings(BenchmarkSearchSettings):
+    """What is looked for, and what is done where it is found."""
+
+    context_chars: Annotated[int, Ge(0), Le(10_000)] = CONTEXT_CHARS
     """Characters on either side of a place that the report shows."""
+    action: Literal["drop", "cut"] = "drop"
+    """"drop": the document goes; "cut": the lines that hold the place go, and the document where nothing
+    else is left."""
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
-        try:  # now, and not when all documents are parsed
+        """Return what is wrong with the benchmarks: now, and not when all documents are parsed."""
+        try:
             read_items(self.benchmarks, self.fields)
         except UserError as e:
             return [Problem(Code.FILE, "benchmarks", str(e))]
         return []
-
-    def search(self) -> Search:
-        """Read the benchmarks."""
-        return Search(read_items(self.benchmarks, self.fields), self.ngram, self.min_words)
-
-
-@dataclass(frozen=True)
-class DecontaminateSettings(SearchSettings):
-    """What is looked for, and what is done where it is found."""
-
-    action: Literal["drop", "cut"] = "drop"
-    """"drop": the document goes; "cut": the lines that hold the place go, and the document where nothing
-    else is left."""
 
 
 class Decontaminate(Step):

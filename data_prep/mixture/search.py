@@ -22,7 +22,7 @@ from data_prep.mixture.blend_file import Blend, BlendEntry, BlendPhase, blend_te
 from data_prep.mixture.found import BEST, JUDGED, NATURAL, UNIFORM, Found, Tried, summary
 from data_prep.mixture.proxies import Losses, Proxies, ProxySettings
 from data_prep.mixture.sampling import Shares, Space
-from data_prep.mixture.search_file import Cluster, SearchSettings, read_search
+from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
 from data_prep.splits import HELDOUT, TRAIN
 from data_prep.tags import SOURCE, is_chosen, tags_of
 from data_prep.token_artifact import read_tokens_manifest
@@ -45,7 +45,7 @@ NUM_CENTRES = 4
 # The page of a search: what was tried, what was predicted, what was chosen.
 
 
-def page(settings: SearchSettings, space: Space, found: Found) -> str:
+def page(settings: MixtureSearchSettings, space: Space, found: Found) -> str:
     """Return the page as HTML that loads nothing."""
     by_role = {one.role: one for one in found.tried}
     figures = [("chosen", f"{found.chosen.loss:.4f}", f"bits per byte ({found.chosen.role})"),
@@ -160,7 +160,7 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
           f"{output / 'blend.yaml'} --output DIR")
 
 
-def _proxy_settings(settings: SearchSettings, data: Sequence[Path]) -> ProxySettings:
+def _proxy_settings(settings: MixtureSearchSettings, data: Sequence[Path]) -> ProxySettings:
     files = [Path(settings.recipe.rpartition(":")[0] or settings.recipe)]
     if settings.from_:
         files += [Path(settings.from_) / name for name in ("manifest.json", "config.json")]
@@ -169,7 +169,7 @@ def _proxy_settings(settings: SearchSettings, data: Sequence[Path]) -> ProxySett
                          settings.from_, tuple(sha256_file(file) for file in files if file.is_file()))
 
 
-def clusters_of(settings: SearchSettings, sources: Sequence[dict[str, Any]]) -> list[Cluster]:
+def clusters_of(settings: MixtureSearchSettings, sources: Sequence[dict[str, Any]]) -> list[Cluster]:
     """Return what has a share of its own: each source that is mixed, or each value of a tag.
 
     Raises:
@@ -203,7 +203,7 @@ def clusters_of(settings: SearchSettings, sources: Sequence[dict[str, Any]]) -> 
             for name, counts in members.items()]
 
 
-def _cluster_name(settings: SearchSettings, source: dict[str, Any]) -> str:
+def _cluster_name(settings: MixtureSearchSettings, source: dict[str, Any]) -> str:
     if not settings.group_by:
         return str(source["name"])
     values = tags_of(source).get(settings.group_by, [])
@@ -220,7 +220,7 @@ def blend_of(shares: Shares, clusters: Sequence[Cluster]) -> dict[str, float]:
             for name, part in cluster.members.items()}
 
 
-def plan(settings: SearchSettings, clusters: Sequence[Cluster], space: Space) -> list[str]:
+def plan(settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: Space) -> list[str]:
     """Return lines that say what a search will do."""
     targets = ", ".join(f"{name} x {weight:g}" for name, weight in settings.targets.items())
     lines = [f"{settings.num_proxies} small models of {settings.recipe}, {settings.steps} steps each: rounds "
@@ -239,7 +239,7 @@ def plan(settings: SearchSettings, clusters: Sequence[Cluster], space: Space) ->
 class _Measured:
     """Mixtures with their losses, as they come."""
 
-    def __init__(self, settings: SearchSettings, space: Space) -> None:
+    def __init__(self, settings: MixtureSearchSettings, space: Space) -> None:
         self._settings = settings
         self.roles: list[str] = []
         self.shares: Shares = np.zeros((0, len(space.names)))
@@ -264,7 +264,7 @@ class _Measured:
         return np.array([role != JUDGED for role in self.roles])
 
 
-def search(settings: SearchSettings, space: Space, measure: Any) -> Found:
+def search(settings: MixtureSearchSettings, space: Space, measure: Any) -> Found:
     """Search for the mixture of lowest loss.
 
     Args:
@@ -294,7 +294,7 @@ def search(settings: SearchSettings, space: Space, measure: Any) -> Found:
     return _found(settings, space, measured)
 
 
-def _checked(settings: SearchSettings, found: Sequence[Losses]) -> list[Losses]:
+def _checked(settings: MixtureSearchSettings, found: Sequence[Losses]) -> list[Losses]:
     """Return losses that can be fitted.
 
     Raises:
@@ -309,12 +309,12 @@ def _checked(settings: SearchSettings, found: Sequence[Losses]) -> list[Losses]:
     return list(found)
 
 
-def _fit(settings: SearchSettings, measured: _Measured) -> fitting.Fitted:
+def _fit(settings: MixtureSearchSettings, measured: _Measured) -> fitting.Fitted:
     rows = measured.fitted
     return fitting.fit(measured.shares[rows], measured.totals[rows], settings.fit, settings.seed)
 
 
-def _best(settings: SearchSettings, space: Space, measured: _Measured,
+def _best(settings: MixtureSearchSettings, space: Space, measured: _Measured,
           generator: np.random.Generator) -> Shares:
     """Return the candidates of lowest predicted loss, best first."""
     rows = np.flatnonzero(measured.fitted)
@@ -327,7 +327,7 @@ def _best(settings: SearchSettings, space: Space, measured: _Measured,
     return best
 
 
-def _found(settings: SearchSettings, space: Space, measured: _Measured) -> Found:
+def _found(settings: MixtureSearchSettings, space: Space, measured: _Measured) -> Found:
     """Judge the last fit, and choose."""
     fitted = _fit(settings, measured)
     predicted, totals = fitted.predict(measured.shares), measured.totals
@@ -340,8 +340,8 @@ def _found(settings: SearchSettings, space: Space, measured: _Measured) -> Found
                  fitting.judge(predicted[apart], totals[apart]) if apart.any() else None)
 
 
-def _write(output: Path, settings: SearchSettings, clusters: Sequence[Cluster], space: Space, found: Found,
-           data: Sequence[Path], *, overwrite: bool) -> None:
+def _write(output: Path, settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: Space,
+           found: Found, data: Sequence[Path], *, overwrite: bool) -> None:
     entries = tuple(BlendEntry(cluster.where(), found.chosen.shares[cluster.name]) for cluster in clusters
                     if found.chosen.shares[cluster.name] > 0)
     blend = Blend(settings.name, (BlendPhase(settings.name, settings.tokens, entries),))

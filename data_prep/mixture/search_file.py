@@ -43,7 +43,7 @@ def _too_few(rounds: tuple[int, ...]) -> Breach | None:
 
 
 @dataclass(frozen=True)
-class SearchSettings:
+class MixtureSearchSettings:
     """How a mixture is searched for."""
 
     recipe: NotBlank
@@ -87,7 +87,7 @@ class SearchSettings:
         return sum(self.rounds) + self.judged + 1
 
 
-def read_search(file: Path) -> SearchSettings:
+def read_search(file: Path) -> MixtureSearchSettings:
     """Return what a search file says; its key `from`, which is no name in Python, is `from_`.
 
     Raises:
@@ -100,7 +100,7 @@ def read_search(file: Path) -> SearchSettings:
     if isinstance(raw, dict) and "from" in raw:
         raw = {"from_" if key == "from" else key: value for key, value in raw.items()}
         found.lines[("from_",)] = found.line(("from",))
-    return read(SearchSettings, {} if raw is None else raw, str(file), lines=found.lines)
+    return read(MixtureSearchSettings, {} if raw is None else raw, str(file), lines=found.lines)
 
 
 @dataclass(frozen=True)

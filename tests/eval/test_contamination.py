@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.decontamination.step import SearchSettings
+from data_prep.decontamination.step import BenchmarkSearchSettings
 from megatron_sov.cli import main
 from megatron_sov.documents import Reading
 from megatron_sov.documents.overlap import find_units
@@ -42,7 +42,7 @@ def test_what_the_decontamination_of_data_would_take_out_is_found(scored: Scored
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (tmp_path / "bench.jsonl").write_text("".join(json.dumps({"id": i, "question": q}) + "\n"
                                                   for i, q in enumerate(QUESTIONS)))
-    search = SearchSettings((tmp_path / "bench.jsonl",)).search()
+    search = BenchmarkSearchSettings(benchmarks=(tmp_path / "bench.jsonl",)).search()
     expected = {search.items[f.item].id for t in texts for f in search.find(find_units(t))}
     found = check(scored, [tmp_path / "train.jsonl"], Reading(), 1, shows=False)
     assert {hit.item for hit in found.hits} == expected == {"0"}

@@ -18,9 +18,9 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from annotated_types import Ge, Gt, Le
 
-from data_prep.decontamination.benchmarks import FIELDS, benchmark_files
+from data_prep.decontamination.benchmarks import benchmark_files
 from data_prep.decontamination.hits import find_hits
-from data_prep.decontamination.step import SearchSettings
+from data_prep.decontamination.step import DecontaminateSettings
 from data_prep.json_lines import read_objects
 from data_prep.synth.bounds import Temperature
 from data_prep.synth.final_answers import boxes, check, ends_in_box
@@ -29,7 +29,6 @@ from data_prep.synth.generators.code_parts import reaches_out
 from data_prep.synth.problems import line_files, stated_id
 from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.documents.item_search import Search
-from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import program_in
 from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
@@ -80,9 +79,9 @@ class ProbesSettings:
         """Return what does not fit together."""
         return rules_of(self.search_settings()) if self.benchmarks else []
 
-    def search_settings(self) -> SearchSettings:
+    def search_settings(self) -> DecontaminateSettings:
         """Return what problems are searched for."""
-        return SearchSettings(tuple(map(Path, self.benchmarks)), FIELDS, WORDS)
+        return DecontaminateSettings(benchmarks=tuple(map(Path, self.benchmarks)))
 
 
 class Probes(Generator):

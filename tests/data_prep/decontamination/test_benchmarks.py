@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.decontamination.benchmarks import FIELDS, benchmark_files, read_items
-from data_prep.decontamination.step import SearchSettings
+from data_prep.decontamination.step import DecontaminateSettings
 from megatron_sov.documents.item_search import Item
 from megatron_sov.errors import UserError
 
@@ -32,5 +32,5 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "quiz.jsonl").write_text('{"title": "x"}')
     with pytest.raises(UserError, match=r"quiz.jsonl:1: has text in none of the fields question, .*title"):
         read_items([tmp_path], FIELDS)
-    (problem,) = SearchSettings((tmp_path,)).problems()
+    (problem,) = DecontaminateSettings(benchmarks=(tmp_path,)).problems()
     assert problem.rule.startswith(f"{tmp_path / 'quiz.jsonl'}:1: has text in none of"), "before a run"

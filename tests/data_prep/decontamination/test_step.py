@@ -31,7 +31,7 @@ def bench(tmp_path: Path) -> Path:
 def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disguise: str) -> None:
     planted = docs(*(f"Some text.\n\n{DISGUISES[disguise](text)}\n\nMore of it." for text in ITEMS.values()))
     clean = docs(*CLEAN, shard=1)
-    found = outcomes(Decontaminate, DecontaminateSettings((bench,)),
+    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
                      MemoryView.of([planted, clean], tmp_path / "work", batch=9))
     assert {ITEM: found[d.id].reason for ITEM, d in zip(ITEMS, planted, strict=True)} == dict.fromkeys(
         ITEMS, "text of a benchmark")
@@ -41,7 +41,8 @@ def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disgu
 def test_what_was_found_is_listed_with_the_text_around_it(tmp_path: Path, bench: Path) -> None:
     text = f"He said:\nＮ.B. ﬁne, {ITEMS['short'].upper()} Nobody knew.\nThe end."
     view = MemoryView.of([docs("", text)], tmp_path / "work")
-    found = outcomes(Decontaminate, DecontaminateSettings((bench,), context_chars=6, action="cut"), view)
+    settings = DecontaminateSettings(benchmarks=(bench,), context_chars=6, action="cut")
+    found = outcomes(Decontaminate, settings, view)
     row, _ = map(json.loads, (view.work / "hits/web-00000.jsonl").read_text().splitlines())
     assert (row["benchmark"], row["item"], row["field"]) == ("quiz", "short", "question")
     assert (row["before"], row["found"], row["after"]) == (" ﬁne, ", ITEMS["short"].upper()[:-1], "? Nobo")
@@ -57,7 +58,7 @@ def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Pa
     shared = [" ".join(words[start:start + count]) for start, count in ((2, 11), (3, 10), (3, 9), (4, 8))]
     documents = docs(*(f"Yes, {text} no." for text in shared))
     view = MemoryView.of([documents], tmp_path / "w")
-    found = outcomes(Decontaminate, DecontaminateSettings((bench,)), view)
+    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
     # "Müller's" is two words
     assert [bool(found[d.id].reason) for d in documents] == [True, True, True, False]
 
@@ -67,19 +68,20 @@ def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
     bench.write_text('{"text": "What is it?"}\n{"text": "What is it, my dear?"}\n')
     documents = docs("What is it? Tell me.", "So what is it my dear friend?")
     view = MemoryView.of([documents], tmp_path / "w")
-    found = outcomes(Decontaminate, DecontaminateSettings((bench,)), view)
+    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
     assert [bool(found[d.id].reason) for d in documents] == [False, True]
     assert json.loads((view.work / "report.json").read_text())["tables"][0]["rows"] == [["short", 2, 1, 1, 1]]
 
 
 def test_settings_that_cannot_be_are_all_told(tmp_path: Path, bench: Path) -> None:
-    assert keys_of(DecontaminateSettings((bench,))) == []
+    assert keys_of(DecontaminateSettings(benchmarks=(bench,))) == []
     wrong: Any = "keep"
-    assert keys_of(DecontaminateSettings((), (), 0, 0, -1, action=wrong)) == [
+    assert keys_of(DecontaminateSettings(benchmarks=(), fields=(), ngram=0, min_words=0,
+                                          context_chars=-1, action=wrong)) == [
         "benchmarks", "fields", "ngram", "min_words", "context_chars", "action"]
-    assert keys_of(DecontaminateSettings((tmp_path / "none",), ngram=3, min_words=4)) == [
+    assert keys_of(DecontaminateSettings(benchmarks=(tmp_path / "none",), ngram=3, min_words=4)) == [
         "benchmarks", "min_words"]
     with new_file(tmp_path / "empty.jsonl") as file:
         file.write_text("")
-    (told,) = problems_of(DecontaminateSettings((bench, tmp_path)))
+    (told,) = problems_of(DecontaminateSettings(benchmarks=(bench, tmp_path)))
     assert told.rule.endswith("empty.jsonl: has no records; each line is a JSON object")

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from data_prep.cli import main
 from data_prep.mixture import search as search_module
 from data_prep.mixture.proxies import Losses, ProxySettings
-from data_prep.mixture.search_file import SearchSettings
+from data_prep.mixture.search_file import MixtureSearchSettings
 from megatron_sov.artifacts import read_manifest
 
 PAGE = (Path(__file__).parents[3] / "docs/mixtures.md").read_text(encoding="utf-8")
@@ -68,4 +68,4 @@ def test_what_the_page_shows_runs(tokenizers: dict[str, Path], tmp_path: Path,
 def test_every_key_of_a_search_file_is_on_the_page() -> None:
     [table] = [block for block in PAGE.split("\n\n") if block.startswith("| key |")]
     assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()[2:]))) == (
-        {f.name.rstrip("_") for f in dataclasses.fields(SearchSettings)} - {"name", "candidates"})
+        {f.name.rstrip("_") for f in dataclasses.fields(MixtureSearchSettings)} - {"name", "candidates"})

@@ -17,13 +17,13 @@ from data_prep.mixture.blend_file import read_blend
 from data_prep.mixture.proxies import Losses, ProxySettings
 from data_prep.mixture.sampling import Shares, space_of
 from data_prep.mixture.search import blend_of, clusters_of, search
-from data_prep.mixture.search_file import Cluster, SearchSettings
+from data_prep.mixture.search_file import Cluster, MixtureSearchSettings
 from data_prep.pack import PackSettings, Source, pack
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.errors import UserError
 
-SETTINGS = SearchSettings("tiny-qwen3-4b", {"clean": 1.0}, steps=10, seq_len=32, rounds=(16, 6, 4), judged=6,
-                          candidates=2000, fit="log_ridge")
+SETTINGS = MixtureSearchSettings("tiny-qwen3-4b", {"clean": 1.0}, steps=10, seq_len=32, rounds=(16, 6, 4),
+                                 judged=6, candidates=2000, fit="log_ridge")
 SPACE = space_of("abcd", [700, 200, 80, 20], 0, 4)
 WORTH = np.array([0.0, 0.1, 0.5, 0.4])
 """What makes the target's text: the best mixture of a loss -sum(worth log share)."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.mixture.search_file import SearchSettings, read_search
+from data_prep.mixture.search_file import MixtureSearchSettings, read_search
 from megatron_sov.settings import SettingsError
 
 
@@ -17,7 +17,8 @@ def written(folder: Path, text: str) -> Path:
 
 def test_a_short_file_and_a_long_one(tmp_path: Path) -> None:
     short = "recipe: tiny-qwen3-4b\ntargets: {clean: 1}\nsteps: 60\nseq_len: 128\n"
-    assert read_search(written(tmp_path, short)) == SearchSettings("tiny-qwen3-4b", {"clean": 1.0}, 60, 128)
+    assert read_search(written(tmp_path, short)) == MixtureSearchSettings(
+        "tiny-qwen3-4b", {"clean": 1.0}, 60, 128)
     found = read_search(written(tmp_path, short + """
 name: mine
 settings: [optim.lr=1e-3]
@@ -32,9 +33,9 @@ tokens: 2e9
 max_epochs: 2.5
 seed: 3
 """))
-    assert found == SearchSettings("tiny-qwen3-4b", {"clean": 1.0}, 60, 128, "mine", ("optim.lr=1e-3",),
-                                   "runs/base",
-                                   ("web-*",), "topic", (8, 2), 0, "boosting", 500, 2e9, 2.5, 3)
+    assert found == MixtureSearchSettings(
+        "tiny-qwen3-4b", {"clean": 1.0}, 60, 128, "mine", ("optim.lr=1e-3",), "runs/base",
+        ("web-*",), "topic", (8, 2), 0, "boosting", 500, 2e9, 2.5, 3)
     assert found.num_proxies == 11
 
 

@@ -6,10 +6,10 @@ import dataclasses
 
 from data_prep.mixture.sampling import space_of
 from data_prep.mixture.search import page, search
-from data_prep.mixture.search_file import SearchSettings
+from data_prep.mixture.search_file import MixtureSearchSettings
 
-SETTINGS = SearchSettings("tiny", {"clean": 1.0}, steps=1, seq_len=32, rounds=(6,), judged=3, candidates=200,
-                          fit="log_ridge")
+SETTINGS = MixtureSearchSettings("tiny", {"clean": 1.0}, steps=1, seq_len=32, rounds=(6,), judged=3,
+                                 candidates=200, fit="log_ridge")
 
 
 def test_the_page_says_what_was_found_and_runs_nothing_of_the_datas() -> None:
