@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_sov.errors import ExitCode, SilentCorruption, UserError, first_line, kept_code
 from megatron_sov.mcore.parallel import cpu_shims
 from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.mcore.parallel.rank_plan import plan_file
+from megatron_sov.mcore.parallel.rank_plan import plan_file, read_plan
 from megatron_sov.mcore.parallel.world import LOCALHOST, STORE_PORT
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
@@ -29,6 +29,10 @@ from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes of ranks after which a restart would change nothing: done, a user's mistake,
 stopped in good order."""
+_NEW_PROCESS = f"""import sys
+sys.path[:] = sys.argv[2:]
+from {__name__} import be_rank
+be_rank(int(sys.argv[1]))"""
 
 
 @dataclass(frozen=True)
@@ -171,17 +175,18 @@ def _become_new_process(plan: int) -> NoReturn:
     """Replace this process, a fork of the launcher, by a new one that does what a plan says."""
     os.set_inheritable(plan, True)
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    os.execv(sys.executable, [sys.executable, *flags, "-m", f"{__package__}.new_rank", str(plan)])
+    # -P: files of the folder that it is started in are no modules, unless they were so for the launcher
+    os.execv(sys.executable, [sys.executable, *flags, "-P", "-c", _NEW_PROCESS, str(plan), *sys.path])
 
 
-def be_rank(read: Callable[[], Callable[[], Any]]) -> NoReturn:
-    """Do what a new process was started for, as a forked rank would, and end this process.
+def be_rank(plan: int) -> NoReturn:
+    """Do what stands in a plan, as a forked rank would, and end this process.
 
     Args:
-        read: returns the work.
+        plan: descriptor of its file.
     """
     def begin() -> Any:
-        main = read()
+        main = read_plan(plan)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         return main()
 

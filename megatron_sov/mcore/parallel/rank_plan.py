@@ -11,7 +11,6 @@ import io
 import mmap
 import os
 import pickle
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +35,7 @@ def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
     """
     with tempfile.TemporaryFile() as file:
         # what the rest is found by goes first
-        pickle.dump((sys.path, num_threads, files_that_ran(), models.OWN.named()), file)
+        pickle.dump((num_threads, files_that_ran(), models.OWN.named()), file)
         _Pickler(file).dump(work)
         file.flush()
         yield file.fileno()
@@ -64,7 +63,7 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
     # all ranks share the place in the file, so none may move it
     file = io.BytesIO(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
     os.close(descriptor)
-    sys.path[:], num_threads, files, families = pickle.load(file)  # noqa: S301
+    num_threads, files, families = pickle.load(file)  # noqa: S301
     torch.set_num_threads(num_threads)
     cpu_shims.prepare_megatron()
     run_files(files)
