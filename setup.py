@@ -51,9 +51,9 @@ EXTRAS = {
     "rollout": ["vllm"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
     "judge": ["openai>=2", "httpx>=0.27"],
-    # `sov-data run`: its engine; readers of pages, books, offices, PDFs, web archives, licences, encodings;
+    # `sov-data run`: readers of pages, books, offices, PDFs, web archives, licences, encodings;
     # languages and phone numbers (their data lie in the wheels, nothing is downloaded); scorers.
-    "data": ["datatrove>=0.10,<0.11", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
+    "data": ["lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
              "ukkonen>=1.0", "charset-normalizer>=3", "py3langid>=0.4", "phonenumbers>=9",
              "scikit-learn>=1.7"],
     # `sov-data synth`: its client; graphs of facts, agreement of translations; `data` for the checks of all.

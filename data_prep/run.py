@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.libraries import require
 from data_prep.pipeline.cluster_options import ClusterOptions
 from data_prep.pipeline.known_steps import STEPS
 from data_prep.pipelines import READY
-from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
@@ -61,8 +59,6 @@ def run(typed: argparse.Namespace) -> int:
             return 0
         print(describe(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
-    if problems := require("sov-data run", "datatrove"):
-        raise UserError(problems[0])
     if args.cluster:
         from data_prep.pipeline.slurm_engine import submit_pipeline
 

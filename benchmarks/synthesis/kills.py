@@ -44,7 +44,7 @@ POLL_S = 0.02
 LIMIT_S = 240.0
 """For one command."""
 FORKS = multiprocessing.get_context("forkserver")
-MODULES = ["openai", "datatrove.executor", "data_prep.cli", "data_prep.synth.running",
+MODULES = ["openai", "data_prep.cli", "data_prep.synth.running",
            "data_prep.synth.finishing", "data_prep.pipeline.engine"]
 
 

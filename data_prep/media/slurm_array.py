@@ -1,32 +1,22 @@
 """A run as Slurm's jobs: an array of workers, each with its share of the units, and a last job that writes
-the
-artifact.  The same command, typed again, tells how far they are or goes on."""
+the artifact.  The same command, typed again, tells how far they are or goes on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from data_prep.media.finishing import KIND
 from data_prep.media.running import Order, encode_units, finished
 from data_prep.media.units import UnitEncoder, plan
-from data_prep.pipeline.engine import (
-    TaskFailed,
-    keeping_failure,
-    prepare,
-    raise_failures,
+from data_prep.pipeline.arrays import (
+    FINISH_CPUS,
+    Arrays,
+    refuse_enroot,
     refuse_many_restarts,
+    refuse_unquotable,
+    tell_failures,
 )
 from data_prep.pipeline.running import only_one
-from data_prep.pipeline.slurm_engine import (
-    FINISH_CPUS,
-    cancelled_where_one_fails,
-    outside_jobs,
-    refuse_enroot,
-    refuse_unquotable,
-    submit_array,
-)
 from data_prep.pipeline.slurm_jobs import Jobs
 from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.clusters import client, cluster
@@ -37,40 +27,31 @@ ENCODE, FINISH = "encode", "finish"
 
 
 @dataclass(frozen=True)
-class Worker:
-    """The one block of the array."""
+class EncodeShare:
+    """The work of the array: every `num_workers`-th unit."""
 
     order: Order
-    """What was asked for."""
-    logs: Path
-    """Folder of the array's logs."""
     num_workers: int
-    """Of the array."""
 
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        """Make this worker's units: every `num_workers`-th."""
-        with keeping_failure(self.logs, rank), disk_errors(self.order.work):
-            refuse_many_restarts("sov-data encode-media", "take more --workers")
-            encoder = UnitEncoder(self.order.settings, self.order.work, self.order.threads)
-            try:
-                encode_units(encoder, list(plan(self.order.files()))[rank::self.num_workers], shows=False)
-            finally:
-                encoder.close()
+    def __call__(self, task: int) -> None:
+        """Make the units of one worker."""
+        refuse_many_restarts("sov-data encode-media", "take more --workers")
+        encoder = UnitEncoder(self.order.settings, self.order.work, self.order.threads)
+        try:
+            encode_units(encoder, list(plan(self.order.files()))[task::self.num_workers], shows=False)
+        finally:
+            encoder.close()
 
 
 @dataclass(frozen=True)
-class Last:
-    """The one block of the last job."""
+class FinishMedia:
+    """The work of the last job."""
 
     order: Order
-    """What was asked for."""
-    logs: Path
-    """Folder of its logs."""
 
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+    def __call__(self, task: int) -> None:
         """Write the artifact."""
-        with keeping_failure(self.logs, rank):
-            finished(self.order, list(plan(self.order.files())), self.order.settings.identity())
+        finished(self.order, list(plan(self.order.files())), self.order.settings.identity())
 
 
 def submit_order(order: Order, name: str, num_workers: int, *, account: str | None,
@@ -109,7 +90,7 @@ def submit_order(order: Order, name: str, num_workers: int, *, account: str | No
                   f"{len(units):,} "
                   "units are done")
             return
-        _tell_failures(order.slurm)
+        tell_failures(order.slurm, (ENCODE, FINISH))
         client.check_partition(profile.partition)
         _submit(order, profile, min(num_workers, len(units) - num_done))
 
@@ -125,30 +106,10 @@ def _absolute(order: Order) -> Order:
 
 
 def _submit(order: Order, profile: ClusterProfile, num_workers: int) -> None:
-    jobs, after = Jobs("encode-media", {}), None
-    with cancelled_where_one_fails(jobs), outside_jobs():
-        logs = {name: order.slurm / "logs" / name for name in (ENCODE, FINISH)}
-        for folder in logs.values():
-            prepare(folder, [], 0)
+    with Arrays(order.slurm, "encode-media", profile) as arrays:
         if num_workers:
-            worker = Worker(order, logs[ENCODE], num_workers)
-            after = submit_array(worker, num_workers, logs[ENCODE], profile, None,
-                                 min(profile.cpus_per_node, order.threads + 1),
-                                 gpus=int(order.settings.device.startswith("cuda")))
-            jobs.numbers[ENCODE] = after
-            jobs.write(order.slurm)
-        jobs.numbers[FINISH] = submit_array(Last(order, logs[FINISH]), 1, logs[FINISH], profile, after,
-                                            min(profile.cpus_per_node, FINISH_CPUS))
-        jobs.write(order.slurm)
-    named = ", ".join(f"{what} {number}" for what, number in jobs.numbers.items())
-    print(f"{order.output}: submitted {named}; the same command tells how far they are")
-
-
-def _tell_failures(folder: Path) -> None:
-    """Print what has stopped the jobs of an earlier command."""
-    for name in (ENCODE, FINISH):
-        try:
-            raise_failures(folder / "logs" / name)
-        except (UserError, TaskFailed) as e:
-            print(f"the jobs before were stopped by: {str(e).strip()}")
-            return
+            arrays.submit(ENCODE, EncodeShare(order, num_workers), num_workers,
+                          cpus=min(profile.cpus_per_node, order.threads + 1),
+                          gpus=int(order.settings.device.startswith("cuda")))
+        arrays.submit(FINISH, FinishMedia(order), cpus=min(profile.cpus_per_node, FINISH_CPUS))
+    print(f"{order.output}: submitted {arrays.told()}; the same command tells how far they are")

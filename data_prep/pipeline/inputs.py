@@ -12,7 +12,6 @@ from data_prep.pipeline.pipeline_file import Pipeline
 from data_prep.sources.formats import reader
 from data_prep.sources.source import PASSED_OVER, Piece
 from megatron_sov.obs.figures import size
-from megatron_sov.sealed import read_json, write_json
 
 READ_HERE_BYTES = 10 * 10**9
 """So much is read where the command is typed, in some seconds; of more a cluster's jobs read all."""
@@ -81,14 +80,3 @@ def read_batch(batch: Batch, output: Path) -> None:
     known = known_file(output, batch.source)
     part = parts_of(known) / f"{address({'files': batch.files})}.json"
     hashes_of([Path(file) for file in batch.files], part)
-
-
-def write_batches(file: Path, found: Sequence[Batch]) -> None:
-    """Write batches where jobs find them."""
-    write_json(file, [[batch.source, list(batch.files)] for batch in found])
-
-
-def batch_of(file: Path, number: int) -> Batch:
-    """Return one of the batches that `write_batches` wrote."""
-    source, files = read_json(file)[number]
-    return Batch(source, tuple(files))

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.pipeline.counts import Counts
+from data_prep.pipeline.engine import tasks_here
 from data_prep.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
 from data_prep.pipeline.pipeline_file import Pipeline
 from data_prep.pipeline.plan import OUTPUT, Plan, note_reasons
@@ -126,17 +127,16 @@ def judge_documents(plan: Plan, output: Path, workers: int) -> None:
 
 def _do_stages(plan: Plan, file: Path, output: Path, workers: int, wanted: list[Stage]) -> None:
     """Do what is not done of some stages, in order."""
-    from data_prep.pipeline.engine import run_here
-
-    for stage in wanted:
-        todo = open_tasks(plan, stage, output)
-        began = time.monotonic()
-        if todo:
-            what = "tasks" if stage.index >= 0 else "shards"
-            with StageProgress(stage.name, len(todo), what,
-                               partial(_num_done, plan, stage, todo, output)) as progress:
-                run_here(file, output, stage, todo, workers, progress)
-        _tell(plan, stage, output, len(todo), time.monotonic() - began)
+    with tasks_here(file, output, workers) as do_tasks:
+        for stage in wanted:
+            todo = open_tasks(plan, stage, output)
+            began = time.monotonic()
+            if todo:
+                what = "tasks" if stage.index >= 0 else "shards"
+                with StageProgress(stage.name, len(todo), what,
+                                   partial(_num_done, plan, stage, todo, output)) as progress:
+                    do_tasks(stage, todo, progress)
+            _tell(plan, stage, output, len(todo), time.monotonic() - began)
 
 
 def _num_done(plan: Plan, stage: Stage, todo: list[Task], output: Path) -> int:

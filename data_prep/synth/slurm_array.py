@@ -15,24 +15,17 @@ import urllib.request
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from data_prep.pipeline.engine import (
+from data_prep.pipeline.arrays import (
+    FINISH_CPUS,
+    Arrays,
     TaskFailed,
-    keeping_failure,
-    prepare,
-    raise_failures,
+    refuse_enroot,
     refuse_many_restarts,
+    refuse_unquotable,
+    tell_failures,
 )
 from data_prep.pipeline.running import only_one
-from data_prep.pipeline.slurm_engine import (
-    FINISH_CPUS,
-    cancelled_where_one_fails,
-    outside_jobs,
-    refuse_enroot,
-    refuse_unquotable,
-    submit_array,
-)
 from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.synth.budget import Most
 from data_prep.synth.engine import Tally
@@ -67,37 +60,31 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Worker:
-    """The one block of the array."""
+class MakeShare:
+    """The work of the array: the items of each worker."""
 
     order: Order
     """What was asked for; its limits are those of one worker."""
-    logs: Path
-    """Folder of the array's logs."""
     num_workers: int
     """Of the array."""
     has_server: bool
     """Whether the model is served by a job beside it."""
 
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        """Make this worker's items."""
-        with keeping_failure(self.logs, rank), disk_errors(self.order.output):
-            refuse_many_restarts("sov-data synth", "take more --workers")
-            make_share(served(self.order) if self.has_server else self.order, Share(rank, self.num_workers))
+    def __call__(self, task: int) -> None:
+        """Make the items of one worker."""
+        refuse_many_restarts("sov-data synth", "take more --workers")
+        make_share(served(self.order) if self.has_server else self.order, Share(task, self.num_workers))
 
 
 @dataclass(frozen=True)
-class Last:
-    """The one block of the last job."""
+class FinishSource:
+    """The work of the last job."""
 
     order: Order
-    """What was asked for."""
-    logs: Path
-    """Folder of its logs."""
 
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+    def __call__(self, task: int) -> None:
         """Finish the source."""
-        with keeping_failure(self.logs, rank), only_one(self.order.output):
+        with only_one(self.order.output):
             merge_answers(self.order.output)
             code = finished(replace(self.order, workers=len(os.sched_getaffinity(0))), Tally())
             if code:
@@ -182,7 +169,7 @@ def submit_order(order: Order, name: str, num_workers: int, server: Server | Non
         (output / "slurm").mkdir(exist_ok=True)
         merge_answers(output)
         todo = open_items(made.generator, order, Tally())
-        _tell_failures(output)
+        tell_failures(output, (ASK, FINISH))
         order = replace(order, most=share_of(order, num_workers))
         client.check_partition(profile.partition)
         _submit(order, profile, min(num_workers, max(1, len(todo))), server if todo else None)
@@ -207,29 +194,18 @@ def share_of(order: Order, num_workers: int) -> Most:
 
 def _submit(order: Order, profile: ClusterProfile, num_workers: int, server: Server | None) -> None:
     output = order.output
-    jobs = Jobs("synth", {})
-    if server is not None:
-        os.environ[KEY_ENV] = secrets.token_urlsafe(32)  # Slurm hands the environment to its jobs
-    with cancelled_where_one_fails(jobs), outside_jobs():
+    with Arrays(output, "synth", profile) as arrays:
         (output / ARRAY).unlink(missing_ok=True)
         (output / ADDRESS).unlink(missing_ok=True)
         if server is not None:
+            os.environ[KEY_ENV] = secrets.token_urlsafe(32)  # Slurm hands the environment to its jobs
             (output / SCRIPT).write_text(server_script(server, order, profile))
             client.check_script((output / SCRIPT).read_text())
-            jobs.numbers[SERVER] = client.submit(output / SCRIPT, after=[])
-            jobs.write(output)
-        logs = {name: output / "logs" / name for name in (ASK, FINISH)}
-        for folder in logs.values():
-            prepare(folder, [], 0)
-        worker = Worker(order, logs[ASK], num_workers, server is not None)
-        jobs.numbers[ASK] = submit_array(worker, num_workers, logs[ASK], profile, None, 1)
-        jobs.write(output)
-        atomic_write(output / ARRAY, jobs.numbers[ASK])
-        jobs.numbers[FINISH] = submit_array(Last(order, logs[FINISH]), 1, logs[FINISH], profile,
-                                            jobs.numbers[ASK], min(profile.cpus_per_node, FINISH_CPUS))
-        jobs.write(output)
-    named = ", ".join(f"{what} {number}" for what, number in jobs.numbers.items())
-    print(f"{output}: submitted {named}; the same command tells how far they are")
+            arrays.note(SERVER, client.submit(output / SCRIPT, after=[]))
+        number = arrays.submit(ASK, MakeShare(order, num_workers, server is not None), num_workers)
+        atomic_write(output / ARRAY, number)
+        arrays.submit(FINISH, FinishSource(order), cpus=min(profile.cpus_per_node, FINISH_CPUS))
+    print(f"{output}: submitted {arrays.told()}; the same command tells how far they are")
 
 
 def server_script(server: Server, order: Order, profile: ClusterProfile) -> str:
@@ -247,13 +223,3 @@ def server_script(server: Server, order: Order, profile: ClusterProfile) -> str:
         # without generation-config vLLM puts the model's own top_k and penalties beside what is asked for
         command=[server.program, "serve", str(server.model.absolute()), "--host", "0.0.0.0",
                  "--served-model-name", order.writer.name, "--generation-config", "vllm", *server.arguments])
-
-
-def _tell_failures(output: Path) -> None:
-    """Print what has stopped the jobs of an earlier command."""
-    for name in (ASK, FINISH):
-        try:
-            raise_failures(output / "logs" / name)
-        except (UserError, TaskFailed) as e:
-            print(f"the jobs before were stopped by: {str(e).strip()}")
-            return

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megatron_sov.errors import ExitCode, UserError
 
@@ -22,13 +22,54 @@ _work: Callable[[Any], Any]
 """What this worker process does with each item."""
 
 
+LOST = "a worker process was ended from outside (for want of memory?)"
+
+
+class WorkerPool(Generic[Item, Result]):
+    """Processes that work on items; each is started when there is an item for it."""
+
+    def __init__(self, build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
+                 workers: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            build: a function of a module; called once in each process with `arguments`,
+                it returns what is called with each item.
+            arguments: plain values.
+            workers: processes.
+        """
+        from concurrent.futures import ProcessPoolExecutor
+
+        # Fresh processes: forking one that runs a library's threads could deadlock.
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
+                                         (build, arguments))
+
+    def submit(self, item: Item) -> Future[Result]:
+        """Have an item worked on.
+
+        Raises:
+            BrokenProcessPool: a worker was ended from outside; the result raises it as well.
+        """
+        with _without_interrupts():
+            return self._pool.submit(_do, item)
+
+    def end(self) -> None:
+        """Wait for what is under way, and end the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def kill(self) -> None:
+        """End the processes at once."""
+        for process in multiprocessing.active_children():
+            process.terminate()
+        self.end()
+
+
 def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
                  items: Sequence[Item], workers: int) -> Generator[Result, None, None]:
     """Yield the result of each item, in order.  One worker is this process.
 
     Args:
-        build: a function of a module; called once in each process with `arguments`,
-            it returns what is called with each item.
+        build: see `WorkerPool`.
         arguments: plain values.
         items: what to work on.
         workers: processes.
@@ -40,26 +81,22 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
     if workers <= 1:
         yield from map(build(*arguments), items)
         return
-    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
-    # Fresh processes: forking one that runs a library's threads could deadlock.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
-                               (build, arguments))
+    pool = WorkerPool(build, arguments, workers)
     under_way: deque[Future[Result]] = deque()
     try:
         for item in items:
-            with _without_interrupts():
-                under_way.append(pool.submit(_do, item))
+            under_way.append(pool.submit(item))
             if len(under_way) >= 4 * workers:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process was ended from outside (for want of memory?); "
-                        "run the same command again, with fewer --workers: what is done is kept") from None
+        raise UserError(f"{LOST}; run the same command again, with fewer --workers: what is done is kept"
+                        ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.end()
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
     numbers = Jobs.read(site / "there").numbers
     until(lambda: any((site / "begun").iterdir()), 600, "a task that begins")
     job = next((site / "begun").iterdir()).name
-    cluster.run("scancel", "--signal=USR1", job)  # as Slurm does before the time limit
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     until(lambda: cluster.job(job)["JobState"] != "RUNNING", 600, "a job that goes back")
     (site / "slow").unlink()
     assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"

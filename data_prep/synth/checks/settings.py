@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_prep.libraries import require
 from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.synth.checks.arguments import CheckOptions
 from data_prep.synth.checks.labels import read_labels
@@ -31,7 +30,7 @@ class CheckSettings(CheckOptions):
 
     def problems(self) -> list[Problem]:
         """Return every rule that is broken, by option; files are read."""
-        found = list(map(as_problem, require("sov-data synth", "datatrove")))
+        found: list[Problem] = []
         if self.min_kappa is not None and self.labels is None:
             found.append(Problem(Code.RULE, "--min-kappa", "there is nothing to agree with", self.min_kappa,
                                  "add --labels FILE"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from data_prep.media import slurm_array, units
+from data_prep.pipeline.arrays import WORK, keeping_failure
 from data_prep.pipeline.slurm_jobs import Jobs
 from megatron_sov.clusters import client
 from tests.data_prep.media.chats import Encode, shown
@@ -24,16 +26,16 @@ memory: 16G
 
 @pytest.fixture
 def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What is submitted: the block and its number of tasks, what it waits for, its cores and GPUs."""
+    """What is submitted: the work and its number of tasks, what it waits for, and the folder of its logs."""
     found: list[tuple[Any, ...]] = []
 
-    def submit(block: Callable[..., None], num_tasks: int, logs: Path, profile: Any, after: str | None,
-               cpus: int,
-               gpus: int = 0) -> str:
-        found.append((block, num_tasks, after, cpus, gpus))
+    def submit(script: Path, *, after: list[str]) -> str:
+        found.append((*pickle.loads((script.parent / WORK).read_bytes()), after, script.parent))
         return str(100 + len(found))
 
-    monkeypatch.setattr(slurm_array, "submit_array", submit)
+    monkeypatch.setattr(client, "submit", submit)
+    monkeypatch.setattr(client, "check_script", lambda text: None)
+    monkeypatch.setattr(client, "ask", lambda *words: SimpleNamespace(stdout=""))
     monkeypatch.setattr(client, "check_partition", lambda name: None)
     monkeypatch.setattr(client, "states", lambda numbers: {})
     monkeypatch.setattr(slurm_array, "refuse_many_restarts", lambda *words: None)
@@ -51,17 +53,18 @@ def test_an_array_and_a_last_job_leave_the_same_bytes(encode: Encode, tmp_path: 
     there = ("--cluster", str(tmp_path / "profile.yaml"), "--workers", "2")
     assert encode(chats, *there, output="there") == 0
     assert "submitted encode 101, finish 102" in capsys.readouterr().out
-    (worker, num_tasks, after, _, gpus), (last, one, behind, _, _) = noted
-    assert (num_tasks, after, gpus, one, behind) == (2, None, 0, 1, "101")
+    (work, num_tasks, after, logs), (last, one, behind, _) = noted
+    assert (num_tasks, after, one, behind) == (2, [], 1, ["101"])
+    assert "--gres" not in (logs / "job.sbatch").read_text()
     assert Jobs.read(tmp_path / ".there.slurm").numbers == {"encode": "101", "finish": "102"}
-    worker(None, rank=1)
+    work(1)
     noted.clear()
     assert encode(chats, *there, output="there") == 0  # typed again: what is not done
-    (worker, num_tasks, _, _, _), (last, _, _, _, _) = noted
+    (work, num_tasks, _, _), (last, *_) = noted
     assert num_tasks == 2
-    for rank in range(2):
-        worker(None, rank=rank)
-    last(None)
+    for task in range(2):
+        work(task)
+    last(0)
     for name in ("records.jsonl", "pictures.bin"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert not (tmp_path / ".there.work").exists()
@@ -74,7 +77,8 @@ def test_what_stops_a_job_is_told_by_the_next_command(encode: Encode, tmp_path: 
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     there = ("--cluster", str(tmp_path / "profile.yaml"))
     assert encode([shown(("image", "broken.png"))], *there) == 0
-    with pytest.raises(Exception, match=r"broken\.png is no picture"):
-        noted[0][0](None, rank=0)
+    work, _, _, logs = noted[0]
+    with pytest.raises(Exception, match=r"broken\.png is no picture"), keeping_failure(logs, 0):
+        work(0)
     assert encode([shown(("image", "broken.png"))], *there) == 0
     assert "stopped by" in capsys.readouterr().out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,16 @@ def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_engine(monkeypatch: pytest.MonkeyPatch, without_page: None) -> None:
     """Do tasks one after the other in this process: `test_engine` has the engine, and a run of
     `test_running`."""
-    def run_here(file: Path, output: Path, stage: Any, todo: Any, workers: int, progress: Any) -> None:
-        for task in todo:
-            tasks.do_task(file, output, stage, task)
-            progress()
+    @contextlib.contextmanager
+    def tasks_here(file: Path, output: Path, workers: int) -> Iterator[Any]:
+        def do_tasks(stage: Any, todo: Any, progress: Any) -> None:
+            for task in todo:
+                tasks.do_task(file, output, stage, task)
+                progress()
 
-    monkeypatch.setattr("data_prep.pipeline.engine.run_here", run_here)
+        yield do_tasks
+
+    monkeypatch.setattr("data_prep.pipeline.running.tasks_here", tasks_here)
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_is_told(own: Path, capsys: pytest.CaptureFixtur
     (own / "killed").touch()
     assert cli.main(command(own, "--workers", "2")) == 2
     said = capsys.readouterr().err
-    assert "was ended from outside while it did task" in said and "run the command again" in said
+    assert "was ended from outside" in said and " of source web" in said and "run the command again" in said
     assert cli.main(command(own, "--workers", "2")) == 0
     with_workers = contents(own / "out")
     shutil.rmtree(own / "out")
@@ -134,7 +134,7 @@ def test_a_mistake_of_the_users_code_is_a_sentence(own: Path, capsys: pytest.Cap
 
 def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.pipeline import pipeline_file
-    from data_prep.pipeline.engine import TaskFailed
+    from data_prep.pipeline.arrays import TaskFailed
 
     monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes",
                         lambda step, documents: documents[0].nothing)
@@ -144,15 +144,14 @@ def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    from data_prep.pipeline import engine, pipeline_file
+    from data_prep.pipeline import arrays, pipeline_file
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError, match="a sentence"), engine.keeping_failure(raw / "nowhere", 0):
+    with pytest.raises(UserError, match="a sentence"), arrays.keeping_failure(raw / "nowhere", 0):
         raise UserError("a sentence")
     monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes", full)
-    monkeypatch.setattr(engine, "write_json", full)
     assert cli.main(command(raw, "--workers", "1")) == 2
     said = capsys.readouterr().err
     assert "no space left on the device; free some space" in said and "Traceback" not in said

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.pipeline import addresses, inputs
-from data_prep.pipeline.inputs import Batch, batch_of, batches, is_much, read_batch, told, unknown_inputs
+from data_prep.pipeline.inputs import Batch, batches, is_much, read_batch, told, unknown_inputs
 from data_prep.pipeline.pipeline_file import load_pipeline
 from megatron_sov.digests import BLAKE3, file_digest
 from megatron_sov.errors import UserError
@@ -33,9 +33,8 @@ def test_what_a_job_has_read_the_plan_knows(raw: Path, monkeypatch: pytest.Monke
     (raw / "web/picture.png").write_bytes(b"no format reads it")
     unknown = unknown_inputs(pipeline, output)
     assert {name: len(files) for name, files in unknown.items()} == {"web": 6, "books": 4}
-    inputs.write_batches(raw / "batches.json", list(batches(unknown)))
-    for number in range(2):
-        read_batch(batch_of(raw / "batches.json", number), output)
+    for batch in batches(unknown):
+        read_batch(batch, output)
     assert not any(unknown_inputs(pipeline, output).values())
     files = [raw / f"web/{i}.txt" for i in range(6)]
     with monkeypatch.context() as planning:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_prep import cli
-from data_prep.pipeline import addresses, inputs
-from data_prep.pipeline.engine import MAX_RESTARTS, TaskList
-from data_prep.pipeline.pipeline_file import load_pipeline
-from data_prep.pipeline.slurm_engine import FinishRun, ReadInputs, SlurmArray, SubmitRest
+from data_prep.pipeline import addresses, array_job, inputs
+from data_prep.pipeline.arrays import MAX_RESTARTS, WORK
+from data_prep.pipeline.slurm_engine import DoTasks, FinishRun
 from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.pipeline.tasks import Stage
-from megatron_sov.clusters import cluster
 from megatron_sov.errors import UserError
 
 PROFILE = """description: noted, not run
@@ -31,7 +31,7 @@ SBATCH = """#!/bin/bash
 [ "$1" = --test-only ] && exit 0
 n=$(ls "$NOTED_JOBS" | wc -l)
 { echo "$@"; cat "${@: -1}"; } > "$NOTED_JOBS/$(printf %02d "$n")"
-echo "Submitted batch job $((100 + n))"
+echo "$((100 + n))"
 """
 
 
@@ -55,6 +55,14 @@ def command(raw: Path, output: str) -> list[str]:
     return ["run", str(raw / "pipeline.yaml"), "--output", output, "--cluster", str(raw / "cluster.yaml")]
 
 
+def run_job(logs: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1, tasks_per_job: int = 1) -> None:
+    """Do what the jobs of an array do."""
+    for job in range(jobs):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
+        monkeypatch.setattr(sys, "argv", ["array_job", str(logs), str(tasks_per_job)])
+        array_job.main()
+
+
 def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(raw: Path, noted: Path) -> None:
     assert cli.main(command(raw, str(raw / "out"))) == 0
     scripts = [file.read_text() for file in sorted(noted.iterdir())]
@@ -63,11 +71,10 @@ def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(raw: Path
                      "03-shorten", "04-output", "finish"]
     for number, (script, name) in enumerate(zip(scripts, names, strict=True)):
         assert (f"--dependency=afterok:{99 + number}" in script.split("\n")[0]) == (number > 0), name
-        assert f" {raw}/out/logs/{name}/bin/launch_pickled_pipeline " in script, \
-            "no PATH of a container hides it"
+        assert f"-m data_prep.pipeline.array_job {raw}/out/logs/{name} " in script
         assert "--container-image=reg/image:1 --container-mounts=/data" in script
     assert "#SBATCH --array=0-1\n" in scripts[0], "four shards, two to a job, where an array may have two"
-    assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "srun --cpus-per-task=8 " in scripts[-1]
+    assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "--cpus-per-task=8 --label" in scripts[-1]
     assert "#SBATCH --mem-per-cpu=2048M\n" in scripts[-1]
 
 
@@ -88,12 +95,10 @@ def test_large_sources_are_read_by_jobs_and_not_where_the_command_is_typed(
     assert list(Jobs.read(raw / "out").numbers) == ["inputs", "submit"]
     reading, rest = (file.read_text() for file in sorted(noted.iterdir()))
     assert "--dependency=afterok:100" in rest.split("\n")[0] and "#SBATCH --array=0-1\n" in reading
-    profile = cluster.load(str(raw / "cluster.yaml"))
-    for rank in range(4):
-        ReadInputs(raw / "out", raw / "out/logs/inputs")(None, rank)
+    run_job(raw / "out/logs/inputs", monkeypatch, jobs=2, tasks_per_job=2)
     with monkeypatch.context() as planning:
         planning.setattr(addresses, "_content_hash", never)
-        SubmitRest(load_pipeline(raw / "pipeline.yaml"), raw / "out", raw / "out/logs/submit", profile)(None)
+        run_job(raw / "out/logs/submit", planning)
     assert list(Jobs.read(raw / "out").numbers)[::6] == ["00-parse", "04-output"]
     by_jobs = sorted(folder.name for folder in (raw / "out/shards").glob("*/*"))
     assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "here"), "--workers", "1"]) == 0
@@ -109,21 +114,13 @@ def test_folders_that_scripts_cannot_name_are_refused(raw: Path, noted: Path, na
     assert not (raw / name).exists() and not list(noted.iterdir())
 
 
-def test_a_task_asks_slurm_for_nothing_for_its_container_may_have_no_client(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    array = SlurmArray([print], tasks=1, time="1:00", partition="batch", logging_dir=str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("SLURM_NODELIST", "node[1-2]")
-    assert array.get_distributed_env()["datatrove_executor"] == "SLURM"
-
-
 @pytest.mark.parametrize("is_last", [False, True])
 def test_a_job_that_is_requeued_for_ever_is_stopped_and_told(tmp_path: Path, is_last: bool,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(MAX_RESTARTS + 1))
     plan = tmp_path / "plan.json"
-    block = (FinishRun(plan, tmp_path, tmp_path) if is_last
-             else TaskList(plan, tmp_path, tmp_path, Stage(0, "parse")))
+    work = FinishRun(plan, tmp_path) if is_last else DoTasks(plan, tmp_path, Stage(0, "parse"), ())
+    (tmp_path / WORK).write_bytes(pickle.dumps((work, 1)))
     with pytest.raises(UserError, match="requeued 20 times"):
-        block(None)
+        run_job(tmp_path, monkeypatch)
     assert "requeued" in json.loads((tmp_path / "failed/00000.json").read_text())["sentence"]

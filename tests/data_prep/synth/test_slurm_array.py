@@ -27,7 +27,15 @@ from data_prep.synth.known import GENERATORS
 from data_prep.synth.models import Model
 from data_prep.synth.running import Order, ready
 from data_prep.synth.shares import Share, merge_answers
-from data_prep.synth.slurm_array import ADDRESS, ARRAY, Last, Server, Worker, make_share, server_script
+from data_prep.synth.slurm_array import (
+    ADDRESS,
+    ARRAY,
+    FinishSource,
+    MakeShare,
+    Server,
+    make_share,
+    server_script,
+)
 from data_prep.synth.work_folder import settle
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
@@ -118,7 +126,7 @@ def test_workers_share_the_items_and_what_they_paid_for_comes_together(tmp_path:
         num_asked = server.asked.total()
         make_share(order, Share(2, 3))
         assert server.asked.total() == num_asked, "another number of workers finds what was paid for"
-        Last(order, tmp_path)(None)
+        FinishSource(order)(0)
 
 
 def test_what_is_submitted(tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,5 +240,5 @@ def test_a_worker_asks_the_server_beside_it(tmp_path: Path) -> None:
         order = settled(order_at(tmp_path, str(tmp_path / "model")))
         (order.output / "slurm").mkdir()
         (order.output / ADDRESS).write_text(json.dumps({"url": server.url, "model": "scripted"}))
-        Worker(replace(order, limit=1), tmp_path / "logs", 1, has_server=True)(None)
+        MakeShare(replace(order, limit=1), 1, has_server=True)(0)
         assert len(server.requests) == 4

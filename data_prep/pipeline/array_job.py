@@ -1,0 +1,31 @@
+"""What a job of an array calls: does the tasks that are its own, `python -m data_prep.pipeline.array_job LOGS
+TASKS_PER_JOB`.
+
+The work is unpickled from LOGS, where the command that submitted the array has written it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+from data_prep.pipeline.arrays import WORK, keeping_failure
+from megatron_sov.artifacts import disk_errors
+
+
+def main() -> None:
+    """Call the work with the number of each of this job's tasks."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for the job's shell, which sends it back to the queue
+    logs, tasks_per_job = Path(sys.argv[1]), int(sys.argv[2])
+    work, num_tasks = pickle.loads((logs / WORK).read_bytes())  # noqa: S301
+    first = int(os.environ["SLURM_ARRAY_TASK_ID"]) * tasks_per_job
+    for task in range(first, min(first + tasks_per_job, num_tasks)):
+        with keeping_failure(logs, task), disk_errors(logs):
+            work(task)
+
+
+if __name__ == "__main__":
+    main()

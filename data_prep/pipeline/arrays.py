@@ -1,0 +1,213 @@
+"""Arrays of Slurm's jobs that call work of ours: what they are, how they are submitted, and what is kept of
+those that fail.
+
+Work is an object that is called with the number of a task.  It is pickled beside the logs of its array, and
+read by `array_job` in each of its jobs; nobody else should be able to write into the output folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+import data_prep
+from data_prep.pipeline.slurm_jobs import Jobs
+from megatron_sov.artifacts import disk_errors
+from megatron_sov.clusters import client
+from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.errors import UserError
+from megatron_sov.sealed import read_json, write_json
+
+WORK, FAILED, SCRIPT = "work.pickle", "failed", "job.sbatch"
+FINISH_CPUS = 16
+"""Cores of a last job, which finishes what an array has done."""
+MAX_RESTARTS = 20
+"""How often Slurm may requeue a job of an array before its time limit counts as too short."""
+DEFAULT_MAX_ARRAY = 1001
+_NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
+"""What Slurm's names of logs, or the lines of a script for it, take for something else."""
+
+
+class Work(Protocol):
+    """What the tasks of an array do."""
+
+    def __call__(self, task: int) -> None:
+        """Do the task of this number."""
+
+
+class TaskFailed(Exception):
+    """A defect in a task; what is told has its trace."""
+
+
+def refuse_unquotable(output: Path) -> None:
+    """Raise `UserError` where a run's folder cannot stand in the scripts of jobs."""
+    if found := _NOT_IN_SCRIPTS.search(str(output)):
+        raise UserError(f"--output {output}: {found[0]!r} cannot stand in the scripts of Slurm's jobs; "
+                        "choose a folder without blanks and signs of the shell")
+
+
+def refuse_enroot(profile: ClusterProfile) -> None:
+    """Raise `UserError` where a profile's container is one that jobs of `sov-data` cannot start."""
+    if profile.container.kind == "enroot":
+        raise UserError("container.kind = enroot: is not known to `sov-data`; take pyxis, apptainer or none")
+
+
+def refuse_many_restarts(what: str, way: str) -> None:
+    """Raise `UserError` where Slurm has put a job back so often that it will never be done."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > MAX_RESTARTS:
+        raise UserError(f"{what}: this job has been requeued {MAX_RESTARTS} times and is not done; give it a "
+                        f"longer time limit, or {way}")
+
+
+@contextlib.contextmanager
+def keeping_failure(logs: Path, task: int) -> Iterator[None]:
+    """Keep beside the logs what a task fails of, for the command that asks later; a disk that takes no note
+    is no reason to fail of anything else."""
+    try:
+        yield
+    except Exception as e:
+        failed = logs / FAILED / f"{task:05d}.json"
+        with contextlib.suppress(OSError, UserError):
+            failed.parent.mkdir(exist_ok=True)
+            write_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
+                                "trace": "".join(traceback.format_exception(e))})
+        raise
+
+
+def tell_failures(folder: Path, names: Sequence[str]) -> None:
+    """Print what has stopped the jobs of an earlier command.
+
+    Args:
+        folder: of the run.
+        names: of its arrays, in order; the first that has failed is told.
+    """
+    for logs in (folder / "logs" / name for name in names):
+        found = [read_json(file) for file in sorted((logs / FAILED).glob("*.json"))]
+        if found:
+            first = next((one for one in found if not one["is_user_error"]), found[0])
+            more = f" (and {len(found) - 1} other tasks: {logs / FAILED})" if len(found) > 1 else ""
+            said = first["sentence"] if first["is_user_error"] else first["trace"]
+            print(f"the jobs before were stopped by: {said.strip()}{more}")
+            return
+
+
+class Arrays:
+    """The jobs of one command, submitted in a `with` block: each array waits for the one before to end well,
+    all are on record, and what has been submitted is cancelled where the rest cannot be."""
+
+    def __init__(self, folder: Path, address: str, profile: ClusterProfile) -> None:
+        """Submit nothing yet.
+
+        Args:
+            folder: of the run; logs lie in `logs/NAME`.
+            address: of what the jobs work on, see `Jobs`.
+            profile: of the cluster.
+        """
+        self._folder, self._profile = folder, profile
+        self.jobs = Jobs(address, {})
+        self._before: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure is not None:
+            client.cancel(list(self.jobs.numbers.values()))
+
+    def note(self, name: str, number: str) -> None:
+        """Put a job on record that no array waits for."""
+        self.jobs.numbers[name] = number
+        self.jobs.write(self._folder)
+
+    def submit(self, name: str, work: Work, num_tasks: int = 1, *, cpus: int = 1, gpus: int = 0) -> str:
+        """Submit one array; returns its number.  What an earlier one has left in its logs goes.
+
+        Args:
+            name: of the array, and of the folder of its logs.
+            work: what its tasks do.
+            num_tasks: of the array.
+            cpus: cores of a job.
+            gpus: of a job.
+
+        Raises:
+            UserError: Slurm refuses it.
+        """
+        script = _written(self._folder / "logs" / name, work, num_tasks, self._profile, cpus, gpus)
+        client.check_script(script.read_text())
+        number = client.submit(script, after=[self._before] if self._before else [])
+        self.note(name, number)
+        self._before = number
+        return number
+
+    def told(self) -> str:
+        """Return the names and numbers of all jobs."""
+        return ", ".join(f"{name} {number}" for name, number in self.jobs.numbers.items())
+
+
+def _written(logs: Path, work: Work, num_tasks: int, profile: ClusterProfile, cpus: int, gpus: int) -> Path:
+    """Write what an array's jobs read into a new folder of logs; returns their script."""
+    shutil.rmtree(logs, ignore_errors=True)
+    with disk_errors(logs):
+        (logs / "slurm_logs").mkdir(parents=True)
+        (logs / WORK).write_bytes(pickle.dumps((work, num_tasks)))
+        tasks_per_job = math.ceil(num_tasks / _max_array_size())
+        memory = profile.memory_bytes // profile.cpus_per_node >> 20
+        options = {
+            "job-name": logs.name, "array": f"0-{math.ceil(num_tasks / tasks_per_job) - 1}", "nodes": "1",
+            "cpus-per-task": str(cpus), "mem-per-cpu": f"{memory}M" if memory else "",
+            "gres": f"gpu:{gpus}" if gpus else "", "partition": profile.partition, "time": profile.time_limit,
+            "account": profile.account, "qos": profile.qos, "constraint": profile.constraint,
+            "output": f"{logs}/slurm_logs/%A_%a.out", "signal": f"B:USR1@{profile.signal_lead_s}"}
+        (logs / SCRIPT).write_text("\n".join([
+            "#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items() if value),
+            "#SBATCH --requeue", *_environment(profile), *_call(profile, logs, cpus, tasks_per_job)]))
+    return logs / SCRIPT
+
+
+def _max_array_size() -> int:
+    """Return how many jobs an array may have here."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", client.ask("scontrol", "show", "config").stdout)
+    return max(1, int(found[1]) - 1 if found else DEFAULT_MAX_ARRAY - 1)
+
+
+def _environment(profile: ClusterProfile) -> Iterator[str]:
+    """Yield the shell lines that make a job's environment."""
+    yield from profile.setup
+    if profile.modules:
+        yield f"module load {shlex.join(profile.modules)}"
+    if profile.scratch:
+        yield f"export TMPDIR={shlex.quote(profile.scratch)}; mkdir -p \"$TMPDIR\""
+    for name, value in profile.environment.items():
+        yield f"export {name}={shlex.quote(value)}"
+    code = Path(data_prep.__file__).parents[1]
+    yield f"export PYTHONPATH={shlex.quote(str(code))} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1"
+
+
+def _call(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) -> Iterator[str]:
+    """Yield the shell lines that start a job's step and wait for its end; the job goes back to the queue
+    before its time limit, by the shell, for a container may lack `scontrol`."""
+    refuse_enroot(profile)
+    box = profile.container
+    # srun does not inherit the cores of its job
+    words = ["srun", "--ntasks=1", f"--cpus-per-task={cpus}", "--label"]
+    if box.kind == "pyxis":
+        words.append(f"--container-image={box.image}")
+        if box.mounts:
+            words.append(f"--container-mounts={','.join(box.mounts)}")
+    if box.kind == "apptainer":
+        words += ["apptainer", "exec", *(f"--bind={mount}" for mount in box.mounts), box.image]
+    words += [profile.python_program, "-P", "-m", "data_prep.pipeline.array_job", str(logs),
+              str(tasks_per_job)]
+    yield """trap 'scontrol requeue "$SLURM_JOB_ID"' USR1"""
+    yield f"{shlex.join(words)} &"
+    yield "until wait $!; code=$?; ! kill -0 $! 2>/dev/null; do :; done  # a signal ends `wait`, not the step"
+    yield "exit $code\n"
