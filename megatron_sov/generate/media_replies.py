@@ -1,20 +1,28 @@
-"""A model that is shown pictures and sounds, and that draws and speaks: from parts to files."""
+"""A model that is shown pictures and sounds, and that draws and speaks: from parts to files.
+
+Blocks of media that it writes are whole.  A picture is its start, its ratio, `grid` rows of `grid` entries
+with an end of line behind each, an end of frame, and its end; speech is entries between a start and an
+end.  Outside of blocks there are no entries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import check_length
-from megatron_sov.generate.block_rules import BlockRules
 from megatron_sov.generate.made_media import Made, MediaDecoders
 from megatron_sov.generate.media_prompts import Parts, blocks_of, prompts_of, refuse_unknown_kinds
 from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.generate.shown_media import ShownMedia
 from megatron_sov.generate.spoken import MarkIds
-from megatron_sov.media.vocabulary import AUDIO, IMAGE
+from megatron_sov.media import marks
+from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block
 
 if TYPE_CHECKING:
     from megatron_sov.generate.load import Loaded
@@ -101,3 +109,104 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
         made = asking.decoders.write(reply, list(blocks.values()), marks, f"{number:05d}", asking.out)
         told.append(Replied(asker.decode(made.text).strip(), made))
     return told
+
+
+@dataclass(frozen=True)
+class BlockRules:
+    """What is known of a vocabulary's blocks; a function of the tokens that were written."""
+
+    vocab_size: int
+    """Ids of the model."""
+    blocks: dict[str, Block]
+    """Kind -> its codebook's ids."""
+    ids: dict[str, int]
+    """Mark -> its id; the marks that the tokenizer has."""
+    grid: int = 0
+    """Entries of a picture's row and column; 0: it draws none."""
+    says: bool = False
+    """Whether it may speak."""
+    max_audio_tokens: int = 0
+    """Longest speech, in entries; 0: any."""
+
+    @staticmethod
+    def of(vocab_size: int, blocks: dict[str, Block], id_of: Callable[[str], int | None], *, grid: int = 0,
+           says: bool = False, max_audio_tokens: int = 0) -> BlockRules:
+        """Return the rules of a vocabulary.
+
+        Args:
+            vocab_size: ids of the model.
+            blocks: of its codebooks.
+            id_of: a token's id; None where there is no such token.
+            grid: of pictures that it may draw; 0: none.
+            says: whether it may speak.
+            max_audio_tokens: longest speech; 0: any.
+
+        Raises:
+            UserError: the vocabulary lacks what is needed for what it is to draw or say.
+        """
+        needed = {IMAGE: grid > 0, AUDIO: says}
+        for kind, names in ((IMAGE, marks.DISCRETE_IMAGE), (AUDIO, marks.DISCRETE_AUDIO)):
+            if needed[kind] and (kind not in blocks or None in map(id_of, names)):
+                raise UserError(f"the model has no discrete tokens of kind {kind}, or its tokenizer no marks "
+                                "for them; train one whose tokenizer `sov-tokenizer media` wrote, with "
+                                f"model.{kind}_tokens set")
+        known = {name: found for name in marks.MARKS if (found := id_of(name)) is not None}
+        return BlockRules(vocab_size, blocks, known, grid, says, max_audio_tokens)
+
+    def allowed(self, written: Sequence[int]) -> np.ndarray:
+        """Return whether each id may stand behind what was written, [vocab_size] bool."""
+        kind, inside = self._open(written)
+        if kind == IMAGE:
+            return self._only(self._in_picture(inside))
+        if kind == AUDIO:
+            return self._in_speech(inside)
+        found = np.ones(self.vocab_size, bool)
+        for block in self.blocks.values():
+            found[block.first:block.end] = False
+        found[list(self.ids.values())] = False
+        starts = [self._start(kind) for kind, may in ((IMAGE, self.grid), (AUDIO, self.says)) if may]
+        found[starts] = True
+        return found
+
+    def _open(self, written: Sequence[int]) -> tuple[str, Sequence[int]]:
+        """Return the kind of the block that has not ended, and what stands in it; "": none."""
+        ends = {self.ids.get(name) for name in (marks.DISCRETE_IMAGE[1], marks.DISCRETE_AUDIO[1])} - {None}
+        starts = {self.ids.get(names[0]): kind for kind, names in (
+            (IMAGE, marks.DISCRETE_IMAGE), (AUDIO, marks.DISCRETE_AUDIO))}
+        for place in range(len(written) - 1, -1, -1):
+            if written[place] in ends:
+                break
+            if written[place] in starts:
+                return starts[written[place]], written[place + 1:]
+        return "", ()
+
+    def _in_picture(self, inside: Sequence[int]) -> list[int]:
+        """Return the ids that may stand next in a picture."""
+        ratios = [self.ids[name] for name in (marks.ratio(w, h) for w, h in marks.RATIOS) if name in self.ids]
+        if ratios and not inside:
+            return ratios
+        place, row = len(inside) - bool(ratios), self.grid + (marks.END_OF_LINE in self.ids)
+        if place < row * self.grid:
+            if place % row == self.grid:
+                return [self.ids[marks.END_OF_LINE]]
+            block = self.blocks[IMAGE]
+            return list(range(block.first, block.end))
+        if place == row * self.grid and marks.END_OF_FRAME in self.ids:
+            return [self.ids[marks.END_OF_FRAME]]
+        return [self.ids[marks.DISCRETE_IMAGE[1]]]
+
+    def _in_speech(self, inside: Sequence[int]) -> np.ndarray:
+        found, block = np.zeros(self.vocab_size, bool), self.blocks[AUDIO]
+        if not self.max_audio_tokens or len(inside) < self.max_audio_tokens:
+            found[block.first:block.end] = True
+        if inside:
+            found[self.ids[marks.DISCRETE_AUDIO[1]]] = True
+        return found
+
+    def _start(self, kind: str) -> int:
+        return self.ids[{IMAGE: marks.DISCRETE_IMAGE, AUDIO: marks.DISCRETE_AUDIO}[kind][0]]
+
+    def _only(self, ids: Sequence[int]) -> np.ndarray:
+        found = np.zeros(self.vocab_size, bool)
+        found[list(ids)] = True
+        return found

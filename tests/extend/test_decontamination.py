@@ -15,8 +15,8 @@ from megatron_sov.config import ExtendStageConfig, PartConfig
 from megatron_sov.data.token_shards import Source
 from megatron_sov.documents.overlap import window_hashes
 from megatron_sov.errors import UserError
-from megatron_sov.extend.blends import stage_blend
 from megatron_sov.extend.decontamination import WINDOW_TOKENS, refuse_contaminated, search
+from megatron_sov.extend.stages import stage_blend
 
 QUESTION = [5, 6, 7]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.generate.block_rules import BlockRules
+from megatron_sov.generate.media_replies import BlockRules
 from megatron_sov.generate.spoken import Audio, Image, MarkIds, parts_of
 from megatron_sov.media.marks import MARKS, entry
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block

@@ -14,8 +14,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.config import RunConfig
@@ -23,18 +25,21 @@ from megatron_sov.data.rounds import Round
 from megatron_sov.data.routes import replayed_routes
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.models.adapters import PREFIX
 from megatron_sov.obs.warning import warn
 from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
 from megatron_sov.post.reference import files_sha256
-from megatron_sov.post.rl.start_weights import with_weights_of
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.sealed import seal_damage, write_sealed
 from megatron_sov.train.feed import FeedView
 
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds: which model `REFERENCE` is of."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -146,3 +151,32 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> T
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
                           files_sha256(start) if REFERENCE in needed else "")
+
+
+@torch.no_grad()
+def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -> Value:
+    """Return what `compute` gives while the model has a checkpoint's weights; called by all processes
+    together, between two steps.
+
+    A second model would need as much memory again; what is put aside here are the weights alone, and only
+    while the others are there.
+
+    Args:
+        start: the checkpoint.
+        view: the run, whose weights and optimizer are afterwards what they were before.
+        compute: calls the model, forward only.
+    """
+    model = view.policy.model
+    model.finish_param_gather()
+    blocks = list(local_shards(model))
+    aside, base = [block.data.clone() for block in blocks], model.adapter_base
+    try:
+        for block in blocks:
+            if block.key.startswith(PREFIX):
+                block.data.zero_()  # an adapter that is not in the checkpoint changes nothing then
+        load.load_model(start, model)
+        return compute()
+    finally:
+        for block, data in zip(blocks, aside, strict=True):
+            block.data.copy_(data)
+        model.adapter_base = base

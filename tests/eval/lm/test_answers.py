@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.eval.lm.answers import Answers, folder_of
-from megatron_sov.eval.lm.desk import ASK, DONE, STOPPED, WAIT, Desk
+from megatron_sov.eval.lm.local import ASK, DONE, STOPPED, WAIT, Desk
 from megatron_sov.eval.lm.requests import Score, Write, distinct, readings
 
 GO_ON: Any = SimpleNamespace(reason=None)
@@ -53,7 +53,7 @@ def test_the_same_request_has_one_key() -> None:
 
 
 def test_several_share_the_chunks_and_end_with_all_answers(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_sov.eval.lm.desk.WAIT_S", 0.001)
+    monkeypatch.setattr("megatron_sov.eval.lm.local.WAIT_S", 0.001)
     chunks = [[score] for score in SCORES]
     asked: list[int] = []
     lock = threading.Lock()
@@ -86,7 +86,7 @@ def test_several_share_the_chunks_and_end_with_all_answers(tmp_path: Path, monke
 
 
 def test_a_chunk_that_another_one_holds_is_waited_for(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_sov.eval.lm.desk.WAIT_S", 0.0)
+    monkeypatch.setattr("megatron_sov.eval.lm.local.WAIT_S", 0.0)
     first, second = (Desk([SCORES], Answers(tmp_path), GO_ON) for _ in range(2))
     assert first.next() == (ASK, 0, [0, 1, 2, 3, 4, 5])
     assert second.next()[0] == WAIT

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_sov.post.parts.byte_chain import NO_SYMBOL, Chain, spelling_table
+from megatron_sov.post.parts.translation import NO_SYMBOL, Chain, spelling_table
 
 TOKENS = [b"a", b"b", b"c", b"ab", b"abc", b"."]
 TEXTS = {("a", "c", "."): 0.1, ("ab", "b", "."): 0.2, ("abc", "."): 0.3, ("b", "ab", "a", "."): 0.25,

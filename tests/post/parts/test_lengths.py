@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.config import PolicyConfig
-from megatron_sov.post.parts import lengths as parts
+from megatron_sov.post.parts import advantages as parts
 from megatron_sov.post.parts.advantages import advantages
 
 GROUP = st.lists(st.tuples(st.integers(0, 4500), st.booleans()), min_size=1, max_size=9)
