@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from megatron_sov.convert.changed_values import Changed
 from megatron_sov.convert.sources import refuse_damaged_export, tensors_left_out
 from megatron_sov.errors import UserError
-from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.hf_weights import copy_changed, copy_weights
 from megatron_sov.generate.request import (
@@ -25,7 +24,7 @@ from megatron_sov.generate.request import (
     refuse_routes,
     refuse_rules,
 )
-from megatron_sov.generate.sampling import seed_of
+from megatron_sov.generate.sampling import best_words, rows_of, seed_of
 from megatron_sov.pretrained import load_pretrained
 
 PAGE_TOKENS = 16

@@ -64,7 +64,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
 
     from megatron_sov.data.token_shards import Source
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.post.policy_data import objective_of
+    from megatron_sov.post.policy import objective_of
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
