@@ -108,20 +108,17 @@ class StageGate:
             print(f"gate at step {step} {said}{early}", flush=True)
 
     def failure(self) -> str:
-        """Return what the last check found wanting."""
         last = self._checks[-1]
         lines = "\n".join(f"  {line}" for line in last["failures"])
         return (f"the gate has not passed within its {last['step']} steps; give the stage more with "
                 f"max_steps (or train.steps) and --resume, or change its data\n{lines}")
 
     def completion(self, run: GateView) -> dict[str, Any]:
-        """Return what joins the completion manifest."""
         return {"needle": self._result,
                 "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
                          "decontamination": self._clean.fields()}}
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint."""
         return {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
                 "result": self._result}
 
@@ -151,7 +148,6 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is as it should be."""
         return not self.failing_cells and not self.failing_rows and self.loss <= self.loss_limit
 
     def fields(self) -> dict[str, Any]:

@@ -23,7 +23,6 @@ class _View(torch.Tensor):
     """A tensor that stays where it is when transformers would lay a part of it out anew."""
 
     def contiguous(self, *_: Any, **__: Any) -> _View:
-        """Return the view itself."""
         return self
 
 

@@ -215,7 +215,6 @@ class PolicyObjective:
     """See `train.objective.columns_of`."""
 
     def __call__(self, context: ObjectiveContext) -> PolicyLearning:
-        """Return it."""
         return PolicyLearning(context)
 
 

@@ -42,7 +42,7 @@ class PairLearning(DataObjective):
 
     formats = ("preference",)
     columns: Mapping[str, NeededColumn] = {}
-    meters = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
+    meters: tuple[str, ...] = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
     comparable_loss = False
 
     def __init__(self, context: ObjectiveContext) -> None:
@@ -60,28 +60,36 @@ class PairLearning(DataObjective):
         hosts = [m.host for m in batch.micro_batches]
         found = [responses_of(m) for m in hosts]
         targets = {preferences.PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
-        chosen = [_only(m, r.of_side(0)) for m, r in zip(hosts, found, strict=True)]
+        chosen = [self._chosen(m, r) for m, r in zip(hosts, found, strict=True)]
         if preferences.CHOSEN in self.coefficients:
             targets[preferences.CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
         return with_denominators(batch, targets | self._mtp_targets(chosen))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed losses of a micro-batch's pairs."""
         responses = responses_of(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sums(logprobs)
         losses, scores = self._losses(sums, batch, responses)
-        whole, chosen = responses.whole_pairs(), _only(batch, responses.of_side(0))
-        terms = {preferences.PREFERENCE: (losses * whole).sum()}
+        whole = responses.whole_pairs()
+        terms = self._terms((losses * whole).sum(), logprobs, hidden, head, self._chosen(batch, responses))
+        margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
+        values = ((margins > 0).double(), margins, means[0::2], means[1::2])
+        return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
+                        meters={name: ((value * whole).sum(), whole.sum())
+                                for name, value in zip(self.meters, values, strict=True)})
+
+    def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
+        """Return the micro-batch with no other targets than those that cross-entropy learns."""
+        return _only(batch, responses.of_side(0))
+
+    def _terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor], head: Head,
+               chosen: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return the terms of a micro-batch: its preference `loss`, and what is learned of `chosen`."""
+        terms = {preferences.PREFERENCE: loss}
         if preferences.CHOSEN in self.coefficients:
             # not a product: what is not learned may be impossible
             terms[preferences.CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
-        terms |= self._mtp_sum(hidden, head, chosen)
-        margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
-        values = ((margins > 0).double(), margins, means[0::2], means[1::2])
-        return LossSums(terms, _learned_losses(logprobs, batch, self._num_sources),
-                        meters={name: ((value * whole).sum(), whole.sum())
-                                for name, value in zip(self.meters, values, strict=True)})
+        return terms | self._mtp_sum(hidden, head, chosen)
 
     def _losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +150,6 @@ class GroupLearning(DataObjective):
         return with_denominators(batch, {preferences.PREFERENCE: groups} | self._mtp_targets(learning))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed losses of a micro-batch's responses."""
         responses = responses_of(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         means = responses.means(logprobs)
@@ -150,7 +157,7 @@ class GroupLearning(DataObjective):
         terms = {preferences.PREFERENCE: (preferences.grouper(means, advantages) * shares).sum()}
         terms |= self._mtp_sum(hidden, head, _only(batch, learned(batch)))
         better, worse = ((advantages > 0).double(), (advantages < 0).double())
-        return LossSums(terms, _learned_losses(logprobs, batch, self._num_sources),
+        return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
                         meters={"better_logprob": ((means.detach() * better).sum(), better.sum()),
                                 "worse_logprob": ((means.detach() * worse).sum(), worse.sum())})
 
@@ -169,28 +176,23 @@ def _only(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
     return dataclasses.replace(batch, weights=batch.weights * labels)
 
 
-def _learned_losses(logprobs: torch.Tensor, batch: MicroBatch, num_sources: int) -> torch.Tensor:
-    """Return what a log shows of each source: the cross-entropy of learned labels, see `per_source`."""
-    counted = learned(batch)
+def _logged_losses(logprobs: torch.Tensor, batch: MicroBatch, counted: torch.Tensor,
+                   num_sources: int) -> torch.Tensor:
+    """Return what a log shows of each source: the cross-entropy of labels [T] bool, see `per_source`."""
     return per_source((-logprobs.detach()).where(counted, 0.0), counted.to(batch.weights.dtype),
                       batch.sources, num_sources)
 
 
-class UnpairedLearning(DataObjective):
-    """``sum of the responses' losses / responses + chosen_coeff * CE(good ones) / its tokens`` (+ multi-token
-    prediction on good ones)."""
+class UnpairedLearning(PairLearning):
+    """KTO: ``sum of the responses' losses / responses + chosen_coeff * CE(good ones) / its tokens`` (+
+    multi-token prediction on good ones)."""
 
-    formats = ("preference",)
     columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`"), DESIRABLE: NeededColumn(MADE_BY)}
     meters = ("desirable_reward", "undesirable_reward", "distance")
+    comparable_loss = True
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self._asked = context.config.preference
-        self.coefficients = {preferences.PREFERENCE: 1.0}
-        if self._asked.chosen_coeff > 0:
-            self.coefficients[preferences.CHOSEN] = self._asked.chosen_coeff
-        self.coefficients |= self._mtp_coefficient
         self._distance = 0.0
         """The paper's z_0 for the step that is computed."""
 
@@ -200,37 +202,26 @@ class UnpairedLearning(DataObjective):
         self._distance = _distance(policy, batch)
         return batch
 
-    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the responses of the global batch, and the good ones' tokens."""
-        hosts = [m.host for m in batch.micro_batches]
-        found = [responses_of(m) for m in hosts]
-        targets = {preferences.PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
-        good = [_good(m, r) for m, r in zip(hosts, found, strict=True)]
-        if preferences.CHOSEN in self.coefficients:
-            targets[preferences.CHOSEN] = sum(float(m.weights.double().sum()) for m in good)
-        return with_denominators(batch, targets | self._mtp_targets(good))
-
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed losses of a micro-batch's responses."""
         asked, responses = self._asked, responses_of(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         ratios = _ratios(responses, logprobs, batch)[0::2]
         desirable, whole = _desirable(responses, batch), responses.whole_pairs()
         losses = preferences.kto(ratios, desirable, self._distance, asked.strength, asked.desirable_weight,
                                  asked.undesirable_weight)
-        terms, good = {preferences.PREFERENCE: (losses * whole).sum()}, _good(batch, responses)
-        if preferences.CHOSEN in self.coefficients:
-            # not a product: what is not learned may be impossible
-            terms[preferences.CHOSEN] = -logprobs.double().where(good.weights > 0, 0.0).sum()
-        terms |= self._mtp_sum(hidden, head, good)
+        terms = self._terms((losses * whole).sum(), logprobs, hidden, head, self._chosen(batch, responses))
         rewards, sides = asked.strength * ratios.detach(), (desirable.double(), (~desirable).double())
         own = learned(batch) & responses.of_side(0)
         return LossSums(
-            terms, per_source((-logprobs.detach()).where(own, 0.0), own.to(batch.weights.dtype),
-                              batch.sources, self._num_sources),
+            terms, _logged_losses(logprobs, batch, own, self._num_sources),
             meters={name: ((rewards * side * whole).sum(), (side * whole).sum())
                     for name, side in zip(self.meters, sides, strict=False)}
             | {"distance": (self._distance * whole.sum(), whole.sum())})
+
+    def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
+        desirable = _desirable(responses, batch)
+        good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
+        return _only(batch, responses.of_side(0) & (responses.spread(good.flatten().double()) > 0))
 
 
 def _distance(policy: object, batch: GlobalBatch) -> float:
@@ -256,10 +247,3 @@ def _ratios(responses: Responses, logprobs: torch.Tensor, batch: MicroBatch) -> 
 def _desirable(responses: Responses, batch: MicroBatch) -> torch.Tensor:
     """Return [R / 2] bool: which responses were judged good."""
     return responses.means(batch.columns[DESIRABLE])[0::2] > 0.5
-
-
-def _good(batch: MicroBatch, responses: Responses) -> MicroBatch:
-    """Return the micro-batch with no other targets than those of good responses."""
-    good = torch.stack([_desirable(responses, batch), torch.zeros_like(responses.whole_pairs()).bool()], 1)
-    labels = responses.of_side(0) & (responses.spread(good.flatten().double()) > 0)
-    return dataclasses.replace(batch, weights=batch.weights * labels)

@@ -91,14 +91,12 @@ class OnMegatron:
         self.num_shares = collectives.data_place()[1]
 
     def score(self, groups: Sequence[Sequence[Score]]) -> dict[str, Answer]:
-        """Return the answers to scores, see `Model`."""
         from megatron_sov.eval.lm.likelihoods import of_forward_model
 
         return of_forward_model(self._loaded, groups)
 
     def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop,
               streams: Sequence[int], should_stop: Callable[[], bool]) -> Generated:
-        """Return continuations, see `Model`."""
         bounds = Bounds([sampling.max_new_tokens] * len(prompts), should_stop)
         return self._engine.generate(prompts, sampling, stop=stop, streams=streams, bounds=bounds)
 
@@ -112,14 +110,12 @@ class OnEngine:
         self._engine, self._model = engine, model
 
     def score(self, groups: Sequence[Sequence[Score]]) -> dict[str, Answer]:
-        """Return the answers to scores, see `Model`."""
         from megatron_sov.eval.lm.likelihoods import of_hf_model
 
         return of_hf_model(self._model, groups)
 
     def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop,
               streams: Sequence[int], should_stop: Callable[[], bool]) -> Generated:
-        """Return continuations, see `Model`."""
         return self._engine.generate(prompts, sampling, stop=stop, streams=streams)
 
 
@@ -276,7 +272,6 @@ class Desk:
         """Requests that this process has answered."""
 
     def next(self) -> Next:
-        """Return what to do next."""
         if self._flag.reason is not None:
             return STOPPED, 0, []
         self._answers.reread()
