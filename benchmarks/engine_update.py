@@ -121,8 +121,7 @@ def measure_changed(masters: dict[str, Any], loaded: Any) -> None:
     import torch
 
     from megatron_sov.convert import SentWeights
-    from megatron_sov.generate.hf import HfEngine
-    from megatron_sov.generate.hf_weights import live_views
+    from megatron_sov.generate.hf import HfEngine, live_views
 
     engine, drawn = HfEngine(loaded), torch.Generator().manual_seed(0)
     before = {name: tensor.bfloat16() for name, tensor in masters.items()}

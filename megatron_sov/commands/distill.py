@@ -74,8 +74,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.distill import Distillation
-    from megatron_sov.post.heldout_divergence import measure_heldout
+    from megatron_sov.post.distill import Distillation, measure_heldout
     from megatron_sov.post.parts.kept_teacher import KeptTeacher
     from megatron_sov.post.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder

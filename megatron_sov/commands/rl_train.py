@@ -99,7 +99,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.policy_data import check_sources, objective_of, texts_of
+    from megatron_sov.post.policy import check_sources, objective_of, texts_of
     from megatron_sov.post.rl.feed import RoundFeed
     from megatron_sov.post.rl.publish import Publisher
     from megatron_sov.post.rl.trainer_columns import columns_of_run

@@ -135,7 +135,6 @@ def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any
 
 
 def write_card(path: Path, content: dict[str, Any]) -> None:
-    """Write the card as JSON."""
     write_output(path, to_json(content))
 
 

@@ -37,7 +37,6 @@ class TaskVerdict:
         return FORGOTTEN if high < -self.tolerance else KEPT if low >= -self.tolerance else NOT_PROVEN
 
     def line(self) -> str:
-        """Return the verdict in a line."""
         d = self.difference
         figures = (f"{d.before:.4f} to {d.after:.4f}" if d.before is not None and d.after is not None
                    else "a figure is missing")

@@ -49,11 +49,9 @@ class HeldoutData:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all judged sources."""
         return sum(len(samples) for _, samples in self._cut.values())
 
     def rows(self, index: int) -> Iterator[Row]:
-        """Yield the rows of one judged source."""
         shard, samples = self._cut[index]
         for sample in samples:
             yield heldout_row(sample, shard, self.sources[index], self.seq_len)

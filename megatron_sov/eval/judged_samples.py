@@ -135,7 +135,6 @@ def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Return the figures as a person reads them."""
     majority = {e["k"]: e for e in figures.get("maj_at_k", [])}
     head = (f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}" + f"  {'maj@k':>8}" * bool(majority)
             + "  prompts")

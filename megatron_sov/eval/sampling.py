@@ -32,7 +32,6 @@ class Sampled:
 
     @property
     def num_responses(self) -> int:
-        """Responses in all."""
         return len(self.rows) * self.num_samples
 
     def responses(self, engine: Engine, num_done: int) -> Iterator[list[bytes]]:

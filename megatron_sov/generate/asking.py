@@ -46,7 +46,6 @@ class Asked:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
         return max(map(len, self.ids))
 
 

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.generate.continuation import Continuation
-from megatron_sov.generate.decoding import Decoding
-from megatron_sov.generate.piece_table import pieces_of, table_of
+from megatron_sov.generate.decoding import Decoding, pieces_of, table_of
 from megatron_sov.generate.request import LENGTH, STOP, Batching, Sampling, Stop, Tells, Written
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
 from megatron_sov.mcore.decode.forward_only import ForwardModel

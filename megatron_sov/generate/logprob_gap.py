@@ -30,7 +30,6 @@ class LogprobGap:
     """Of each token's estimate of the divergence of the trainer's distribution from the engine's."""
 
     def __add__(self, other: LogprobGap) -> LogprobGap:
-        """Return the gap over the tokens of both."""
         return LogprobGap(self.tokens + other.tokens, self.sum_nats + other.sum_nats,
                           max(self.largest_nats, other.largest_nats), self.large + other.large,
                           self.sum_kl_nats + other.sum_kl_nats)

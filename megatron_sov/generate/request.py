@@ -186,7 +186,6 @@ class Tells:
 
     @property
     def something(self) -> bool:
-        """Whether anything is."""
         return self.prompt or self.num_top > 0
 
 

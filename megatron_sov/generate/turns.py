@@ -31,7 +31,6 @@ class EnginePolicy:
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> list[Written]:
-        """Continue prompts to the end of a turn, see `Policy`."""
         found = self._engine.generate(prompts, replace(self._sampling, max_new_tokens=max_new_tokens),
                                       stop=self._stop, streams=streams)
         return [Written(ids, logprobs)

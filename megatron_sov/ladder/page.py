@@ -23,7 +23,6 @@ NUM_POINTS = 60
 
 def page(recipe: str, rates: str, members: Sequence[Member], found: Sequence[Point], law: Law,
          told: Sequence[Told]) -> str:
-    """Return the page's HTML."""
     sections = [
         Section("Loss over size", charts=[_chart(found, law, told)], tables=law_tables(law),
                 text=f"Held-out loss at the end of each run. The band is where the law lies with probability "
@@ -37,7 +36,6 @@ def page(recipe: str, rates: str, members: Sequence[Member], found: Sequence[Poi
 
 
 def member_table(members: Sequence[Member], found: Sequence[Point]) -> Table:
-    """Return one row for each model."""
     losses = {p.name: f"{p.loss:.4f}" for p in found}
     rows = []
     for m in members:
@@ -53,7 +51,6 @@ def member_table(members: Sequence[Member], found: Sequence[Point]) -> Table:
 
 
 def prediction_table(told: Sequence[Told]) -> Table:
-    """Return one row for each prediction."""
     rows = [[t.name, large(t.num_params), large(t.num_tokens), spelled(t.predicted),
              time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(t.made_s)),
              "–" if t.measured is None else f"{t.measured:.4f}",
@@ -70,7 +67,6 @@ def law_tables(law: Law) -> list[Table]:
 
 
 def spelled(value: Prediction) -> str:
-    """Return a figure with its interval."""
     return f"{value.loss:.4g} ({value.low:.4g} to {value.high:.4g})"
 
 

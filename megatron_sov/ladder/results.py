@@ -60,7 +60,6 @@ class Told:
 
 
 def is_complete(run: Path) -> bool:
-    """Return whether a run has its completion manifest."""
     return (run / COMPLETION).is_file()
 
 

@@ -8,28 +8,21 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84], [3, 1, 4, 1, 5], [2] * 17,
            [11, 12]]
-SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-            "model.init_std=0.3", "model.sliding_window_tokens=8", "model.num_layers=4",
-            "model.num_experts=4", "train.precision=fp32"]
+SETTINGS = ("model.init_std=0.3", "model.sliding_window_tokens=8", "model.num_layers=4",
+            "model.num_experts=4", "train.precision=fp32")
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_batch_of_one_three_or_eight_writes_the_same_bits() -> None:
     prepare_megatron()
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.request import Batching, Generated, Sampling
     from megatron_sov.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.parallel import world
+    from tests.tiny import tiny_model
 
-    config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
-    world.join(ParallelConfig())
+    _, model = tiny_model("tiny-k-exaone", *SETTINGS)
     try:
-        model = build(config.model, ParallelConfig(), config.train)
-        init.initialise(model, config.model, 1)
         sampling = Sampling(8, temperature=1.0, seed=3)
 
         def written(count: int, batching: Batching) -> Generated:

@@ -32,21 +32,14 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return what a drawn model writes, in several ways, on this process."""
-    from megatron_sov import recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.generate import request
     from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.request import Batching, Bounds, Sampling, Stop
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.parallel import world
+    from tests.tiny import tiny_model
 
-    parallel = ParallelConfig(**layout)
-    config = apply_settings(recipes.get(f"tiny-{family}"), [*SETTINGS, *settings])
-    world.join(parallel)
-    model = build(config.model, parallel, config.train)
-    init.initialise(model, config.model, 1)
+    config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
     policy = ForwardModel(model, 50)
     attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
     drafts = 2 if config.model.num_mtp_layers else 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_sov.generate.continuation import Continuation, RowItem
+from megatron_sov.generate.decoding import pieces_of, table_of
 from megatron_sov.generate.ranking import CHUNK_PLACES, Place, places_of, ranked
 from megatron_sov.generate.request import Sampling, Stop, Tells
 from megatron_sov.mcore.model.kv_cache import Span
@@ -54,3 +55,9 @@ def test_what_cannot_be_drawn_is_no_probable_token() -> None:
     assert found[0] == [1, 0, 1] and sum(map(torch.tensor(found[1]).exp().tolist().__getitem__, (1, 2))) == (
         pytest.approx(1))
     assert found[1][0] == found[1][2]
+
+
+def test_pieces_come_back_to_the_bit_and_an_empty_one_stays_empty() -> None:
+    pieces = [([5, 6, 7], [-0.1, -1e-300, -3.5]), ([], []), ([9], [-0.0])]
+    table = table_of(pieces, 3)
+    assert tuple(table.shape) == (3, 7) and pieces_of(table) == pieces

@@ -61,7 +61,7 @@ def curve(settings: list[str], data: list[str], states: str) -> dict[str, list[d
     """Train on two kinds; return each step's losses, meters and gradient norm, and what held-out documents
     say behind them."""
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.post.heldout_divergence import measure_heldout
+    from megatron_sov.post.distill import measure_heldout
 
     found = {}
     for kind in ("whole", "top-k", "translated"):

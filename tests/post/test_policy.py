@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sov.chat.encode import TYPE_TEXT
+from megatron_sov.config import PolicyConfig
+from megatron_sov.data.token_shards import open_sources
 from megatron_sov.documents import ROLLOUTS
 from megatron_sov.errors import UserError
+from megatron_sov.post.policy import check_sources, texts_of
+from megatron_sov.recipes import get
 
 LAYOUTS = {
     "TP2+SP x PP2 VPP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.vpp=2"]),
@@ -84,7 +90,7 @@ def _trainer(settings: list[str], run: str) -> Any:
 
     from megatron_sov.data.token_shards import Source
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.post.policy_data import check_sources, objective_of
+    from megatron_sov.post.policy import check_sources, objective_of
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
@@ -172,7 +178,7 @@ def test_it_reads_what_its_settings_need() -> None:
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
     from megatron_sov.data.token_shards import Source
-    from megatron_sov.post.policy_data import check_sources, objective_of
+    from megatron_sov.post.policy import check_sources, objective_of
     from megatron_sov.train.objective import columns_of, formats_of
 
     def made(*settings: str) -> Any:
@@ -205,3 +211,22 @@ def test_a_gap_to_the_engine_blames_precision_only_where_the_round_is_fresh(max_
     assert "staleness_steps of the round; above 0, older weights" in said
     assert "at 0 the engine's model" in said
     assert not learning.doubt(1, {"engine_kl": 0.01})
+
+
+def test_chats_are_text_of_which_the_assistants_turns_are_learned(packed_data: Any) -> None:
+    config = get("tiny-solar-open")
+    paths = {str(packed_data.chats): 1.0}
+    config = replace(config, data=replace(config.data, paths=paths), policy=PolicyConfig(method="ink_grpo"))
+    (text,) = texts_of(config)
+    check_sources(config, [text])
+    (chats,) = open_sources(paths, config.model.vocab_size)
+    ours, packed = text.shard("train"), chats.shard("train")
+    assert text.format == "text" and not text.num_tokens["heldout"] and len(ours.lengths) > 3
+    for document, count in enumerate(map(int, ours.lengths)):
+        weights = ours.loss_weights(document, 0, count)
+        assert (weights == packed.loss_weights(document, 0, count)).all() and 0 < weights.sum() < count
+        assert (ours.types(document, 0, count) == TYPE_TEXT).all()
+        assert (ours.tokens(document, 0, count) == packed.tokens(document, 0, count)).all()
+    # a method that learns no text has nothing to learn of them
+    with pytest.raises(UserError, match="holds data of format 'chat'"):
+        texts_of(replace(config, policy=PolicyConfig(method="dapo")))

@@ -107,7 +107,6 @@ def cluster_of(doc: Any, cluster_field: str | None) -> str | None:
 
 
 def doc_hash(doc: Any) -> str:
-    """Return the hash of an item's data."""
     return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -93,7 +93,6 @@ class Settings(JudgedSettings):
 
     @property
     def cache_folder(self) -> Path:
-        """Folder of answers."""
         return self.cache or self.output.with_name(f"{self.output.name.removesuffix('.json')}.cache")
 
     @property

@@ -43,7 +43,6 @@ class Subject:
 
 
 def is_endpoint(target: str) -> bool:
-    """Return whether a target is an address."""
     return target.startswith(("http://", "https://"))
 
 

@@ -51,7 +51,6 @@ class Haystack:
 
     @property
     def language(self) -> Language:
-        """Its language."""
         return self.form.language
 
     def text(self, generator: np.random.Generator, count: int) -> np.ndarray:
@@ -145,7 +144,6 @@ class DocumentsText:
     """Tokens to leave out."""
 
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """As `Text.take`."""
         lengths = self.documents.lengths
         document = int(generator.integers(len(lengths)))
         start = int(generator.integers(int(lengths[document]) or 1))
@@ -183,7 +181,6 @@ class FileText:
                             "pass a file of text")
 
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """As `Text.take`."""
         place = int(generator.integers(self.size_bytes))
         parts: list[np.ndarray] = []
         found = 0

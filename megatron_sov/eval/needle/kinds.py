@@ -51,7 +51,6 @@ class Example:
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens of the answer."""
         return PAIR_TOKENS * len(self.answer)
 
 
@@ -142,7 +141,6 @@ def make_example(kind: NeedleKind, haystack: Haystack, generator: np.random.Gene
 
 
 def needles_asked(kind: NeedleKind) -> int:
-    """Return how many needles a question of a kind asks for."""
     return 1 if kind in ("single", "multi-key") else NUM_ASKED
 
 

@@ -46,7 +46,6 @@ class Phrases:
         return is_for_tests(self.statement)
 
     def texts(self) -> dict[str, str]:
-        """Return name -> phrase."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 

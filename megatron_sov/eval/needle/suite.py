@@ -70,7 +70,6 @@ class NeedleResult:
         return float(np.mean([cell.correct / cell.samples for cell in self.cells]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
         return {"by": self.by, "seed": self.seed, "distractor_share": self.distractor_share,
                 "score": self.score,
                 "cells": [asdict(cell) | {"interval": list(cell.interval)} for cell in self.cells]}
@@ -130,7 +129,6 @@ class NeedleSuite:
 
     @property
     def num_examples(self) -> int:
-        """Examples of all cells."""
         return sum(1 for _ in self._rows()) * len(self.depths) * self.samples
 
     def questions(self) -> Iterator[list[int]]:
@@ -178,7 +176,6 @@ def answers(examples: Sequence[Example], words: tuple[int, ...], engine: Choosin
 
 
 def is_right(example: Example, given: Sequence[int], by: Way) -> bool:
-    """Return whether what the model said is the answer."""
     pairs = list(zip(given[::PAIR_TOKENS], given[1::PAIR_TOKENS], strict=True))
     if not example.in_any_order:
         return pairs == example.answer

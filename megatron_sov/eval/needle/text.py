@@ -83,7 +83,6 @@ class NeedleForm:
         return self.pairs[test][generator.choice(len(self.pairs[test]), count, replace=False)]
 
     def draw_sentences(self, generator: np.random.Generator, *, test: bool) -> Sentences:
-        """Return one of the forms of sentences."""
         return self.sentences[test][int(generator.integers(len(self.sentences[test])))]
 
 
@@ -116,7 +115,6 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids of special tokens."""
     return tuple(sorted(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special))
 
 

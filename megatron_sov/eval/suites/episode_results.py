@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_sov.artifacts import sha256_file
-from megatron_sov.eval.lm.item_metrics import judged_by, metric_of_items
 from megatron_sov.eval.lm.results import (
     EvaluatedModel,
     Item,
@@ -17,6 +16,8 @@ from megatron_sov.eval.lm.results import (
     Sample,
     TaskSampling,
     TaskScores,
+    judged_by,
+    metric_of_items,
     write_results,
 )
 from megatron_sov.eval.suites.catalogue import TaskFile

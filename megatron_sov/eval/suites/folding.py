@@ -85,7 +85,6 @@ class Judge(AbstractContextManager["Judge"]):
     """A reward that is ready to judge, whichever room it comes from."""
 
     def __init__(self, protocol: Protocol, settings: Mapping[str, Any], workers: int) -> None:
-        """Make the reward of a protocol."""
         self._own: Any = None
         if protocol.reward in OWN_SCORERS:
             try:
@@ -109,13 +108,11 @@ class Judge(AbstractContextManager["Judge"]):
                          "settings": {name: value for name, value in settings.items() if name not in hidden}}
 
     def __enter__(self) -> Self:
-        """Start what judges."""
         if self._own is None:
             self._runner.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """End what judges."""
         if self._own is None:
             self._runner.__exit__(*error)
 

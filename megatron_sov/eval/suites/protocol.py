@@ -152,12 +152,10 @@ class Protocol:
 
     @property
     def episode_limits(self) -> EpisodeLimits:
-        """Return the limits of an episode."""
         return replace(LIMITS["test"], **dict(self.limits))
 
     @property
     def sampling(self) -> Sampling:
-        """Return how tokens are chosen."""
         return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed)
 
     @property

@@ -100,7 +100,6 @@ class TaskData:
         return told if num_rows else [f"{path}: has no rows"]
 
     def group(self, row: Mapping[str, Any], path: Path) -> str:
-        """Return the group of a row."""
         return path.stem if self.group_field == "file" else str(row.get(self.group_field, ""))
 
 

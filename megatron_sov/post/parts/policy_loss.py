@@ -1,5 +1,10 @@
 """A policy's loss over the labels of a row, put together from its parts; no model is needed here.
 
+Ratios of the policy to the one that wrote a response; surrogates, which bound how far one step goes on
+responses of an older policy; what each token counts in the mean over a step; and the correction for an engine
+that computes other log-probabilities than the trainer: the ratio of the trainer's policy to the engine's,
+both as they were when a response was written.
+
 Shapes: T labels of a row, R responses.  Columns are numbers [T] of each label.
 """
 
@@ -10,7 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_sov.config.policy import Aggregation, PolicyConfig, PolicyParts, Ratio
-from megatron_sov.post.parts import kl, mismatch
+from megatron_sov.post.parts import kl
 from megatron_sov.post.parts.responses import Responses
 
 POLICY, KL = "policy", "kl"
@@ -21,91 +26,6 @@ ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
 first step, NaN of a label that the first step learns; by the model that the run starts from."""
 Columns = Mapping[str, torch.Tensor]
 Measured = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-# Surrogates of a policy's advantage, which bound how far one step goes on responses of an older policy.
-
-
-def surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
-              parts: PolicyParts) -> torch.Tensor:
-    """Return [T] float64 what each label adds to the objective, to be maximised.
-
-    Where every ratio is 1 each kind's derivative is REINFORCE's: advantage times that of log p.
-
-    Args:
-        ratios: [T] of policy to writer, differentiable.
-        logprobs: [T] of the policy, differentiable, and finite.
-        advantages: [T].
-        parts: two_sided: PPO's (arXiv 1707.06347, equation 7) with bounds of their own (arXiv 2503.14476,
-            equation 8); cispo: the ratio is a weight, bounded above (arXiv 2506.13585, equations 4 and 5,
-            without the lower bound, which its authors do not use); none: importance sampling as it is.
-    """
-    advantages = advantages.double()
-    if parts.clip == "cispo":
-        return ratios.clamp(max=1 + parts.clip_high).detach() * advantages * logprobs.double()
-    if parts.clip == "none":
-        return ratios * advantages
-    return torch.min(ratios * advantages,
-                     ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
-
-
-def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
-    """Return [T] bool: labels of which the bound has a say, so that they teach nothing (two_sided), or less
-    (cispo)."""
-    above = ratios > 1 + parts.clip_high
-    if parts.clip == "cispo":
-        return above
-    if parts.clip == "none":
-        return torch.zeros_like(above)
-    return (above & (advantages > 0)) | ((ratios < 1 - parts.clip_low) & (advantages < 0))
-
-
-# What each token counts in the mean over a step, and what that mean is divided by.
-
-
-def label_weights(responses: Responses, kind: Aggregation) -> torch.Tensor:
-    """Return [T] float64 what each label's loss is multiplied by; 0 where it is not learned."""
-    if kind == "sequence":
-        return responses.spread(1 / responses.lengths.clamp(min=1))
-    return responses.spread(torch.ones_like(responses.lengths))
-
-
-def denominator(responses: Responses, kind: Aggregation, max_new_tokens: int) -> float:
-    """Return what the sum over these responses' labels is divided by, as far as it is theirs.
-
-    Args:
-        responses: on the host.
-        kind: token: all tokens of the step (arXiv 2503.14476, equation 8); sequence: its responses, of which
-            each counts the mean over its tokens (arXiv 2402.03300, equation 3); constant: its responses, each
-            as if it were the longest (arXiv 2503.20783, section 3.2).
-        max_new_tokens: of the longest response.
-    """
-    if kind == "token":
-        return float(responses.lengths.sum())
-    count = float((responses.lengths > 0).sum())
-    return count * max_new_tokens if kind == "constant" else count
-
-
-# Ratios of the policy to the one that wrote a response, of each token or of the whole response. Shapes: T
-# labels of a row, R responses.
-
-
-def ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Responses, kind: Ratio) -> torch.Tensor:
-    """Return [T] float64 the ratio that weighs each label; 1 of labels that are not learned.
-
-    Args:
-        logprobs: [T] of the policy, differentiable.
-        old: [T] of the policy that wrote them.
-        responses: which labels are learned.
-        kind: token: of each label (arXiv 2402.03300, equation 3); sequence: the geometric mean over its
-            response (arXiv 2507.18071, equation 7).
-    """
-    learned = responses.index < len(responses)
-    # not a product: what is not learned may be impossible
-    apart = torch.where(learned, logprobs.double() - old.double(), 0.0)
-    if kind == "sequence":
-        apart = responses.spread(responses.means(apart))
-    return apart.exp()
 
 
 class PolicyLoss:
@@ -152,7 +72,7 @@ class PolicyLoss:
         # what the first step learns, it learns at the very weights that the round begins with
         old = columns[OLD].double()
         columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
-        factors = mismatch.importance(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
+        factors = importance(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
         learned = responses.index < len(responses)
         # not products: what is not learned may be impossible, and -inf times 0 is no number
         logprobs = torch.where(learned, logprobs.double(), 0.0)
@@ -176,7 +96,7 @@ class PolicyLoss:
         old, behaviour = numbers[OLD], numbers[BEHAVIOUR]
         watched = {"ratio": ratio, "clip_share": is_clipped(ratio, numbers[ADVANTAGE], self._parts),
                    "entropy_estimate": -logprobs, "engine_gap": old - behaviour,
-                   "engine_kl": mismatch.k3(old, behaviour)}
+                   "engine_kl": kl.k3(behaviour, old)}
         if self._masks:
             watched["masked_share"] = factors == 0
         if KL in self.coefficients:
@@ -188,3 +108,102 @@ def _sums(counted: torch.Tensor, watched: Columns) -> Measured:
     """Return each meter's sum over the labels that are counted, and their count."""
     return {name: (torch.where(counted, value.double(), 0.0).sum(), counted.sum())
             for name, value in watched.items()}
+
+
+def ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Responses, kind: Ratio) -> torch.Tensor:
+    """Return [T] float64 the ratio that weighs each label; 1 of labels that are not learned.
+
+    Args:
+        logprobs: [T] of the policy, differentiable.
+        old: [T] of the policy that wrote them.
+        responses: which labels are learned.
+        kind: token: of each label (arXiv 2402.03300, equation 3); sequence: the geometric mean over its
+            response (arXiv 2507.18071, equation 7).
+    """
+    learned = responses.index < len(responses)
+    # not a product: what is not learned may be impossible
+    apart = torch.where(learned, logprobs.double() - old.double(), 0.0)
+    if kind == "sequence":
+        apart = responses.spread(responses.means(apart))
+    return apart.exp()
+
+
+def label_weights(responses: Responses, kind: Aggregation) -> torch.Tensor:
+    """Return [T] float64 what each label's loss is multiplied by; 0 where it is not learned."""
+    if kind == "sequence":
+        return responses.spread(1 / responses.lengths.clamp(min=1))
+    return responses.spread(torch.ones_like(responses.lengths))
+
+
+def denominator(responses: Responses, kind: Aggregation, max_new_tokens: int) -> float:
+    """Return what the sum over these responses' labels is divided by, as far as it is theirs.
+
+    Args:
+        responses: on the host.
+        kind: token: all tokens of the step (arXiv 2503.14476, equation 8); sequence: its responses, of which
+            each counts the mean over its tokens (arXiv 2402.03300, equation 3); constant: its responses, each
+            as if it were the longest (arXiv 2503.20783, section 3.2).
+        max_new_tokens: of the longest response.
+    """
+    if kind == "token":
+        return float(responses.lengths.sum())
+    count = float((responses.lengths > 0).sum())
+    return count * max_new_tokens if kind == "constant" else count
+
+
+def surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
+              parts: PolicyParts) -> torch.Tensor:
+    """Return [T] float64 what each label adds to the objective, to be maximised.
+
+    Where every ratio is 1 each kind's derivative is REINFORCE's: advantage times that of log p.
+
+    Args:
+        ratios: [T] of policy to writer, differentiable.
+        logprobs: [T] of the policy, differentiable, and finite.
+        advantages: [T].
+        parts: two_sided: PPO's (arXiv 1707.06347, equation 7) with bounds of their own (arXiv 2503.14476,
+            equation 8); cispo: the ratio is a weight, bounded above (arXiv 2506.13585, equations 4 and 5,
+            without the lower bound, which its authors do not use); none: importance sampling as it is.
+    """
+    advantages = advantages.double()
+    if parts.clip == "cispo":
+        return ratios.clamp(max=1 + parts.clip_high).detach() * advantages * logprobs.double()
+    if parts.clip == "none":
+        return ratios * advantages
+    return torch.min(ratios * advantages,
+                     ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
+
+
+def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
+    """Return [T] bool: labels of which the bound has a say, so that they teach nothing (two_sided), or less
+    (cispo)."""
+    above = ratios > 1 + parts.clip_high
+    if parts.clip == "cispo":
+        return above
+    if parts.clip == "none":
+        return torch.zeros_like(above)
+    return (above & (advantages > 0)) | ((ratios < 1 - parts.clip_low) & (advantages < 0))
+
+
+def importance(old: torch.Tensor, behaviour: torch.Tensor, responses: Responses,
+               policy: PolicyConfig) -> torch.Tensor:
+    """Return [T] float64 what each label's loss is multiplied by; 0 of labels that are masked out.
+
+    Args:
+        old: [T] log-probabilities by the trainer.
+        behaviour: [T] by the engine, whose tokens they are.
+        responses: which labels are learned.
+        policy: `correction` and its bounds: truncated at the larger bound ("Your efficient RL framework
+            secretly brings you off-policy RL training", Yao et al. 2025), or masked outside of both (IcePop);
+            the ratio of whole responses is the product of their tokens'.
+    """
+    learned = responses.index < len(responses)
+    apart = torch.where(learned, old.double() - behaviour.double(), 0.0)
+    if policy.correction == "none":
+        return torch.ones_like(apart)
+    level, _, kind = policy.correction.partition("_")
+    ratio = (responses.spread(responses.sums(apart)) if level == "sequence" else apart).exp()
+    low, high = policy.correction_low, policy.correction_bound
+    if kind == "truncate":
+        return ratio.clamp(low, high)
+    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)

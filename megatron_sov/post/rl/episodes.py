@@ -125,7 +125,6 @@ class _OwnStreams:
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> Sequence[Written]:
-        """Continue prompts to the end of a turn, see `Policy`."""
         return self._policy.sample(prompts, max_new_tokens, [self._stream(*divmod(stream, STREAMS))
                                                              for stream in streams])
 

@@ -37,40 +37,9 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.sealed import seal_damage, write_sealed
 from megatron_sov.train.feed import FeedView
 
-Value = TypeVar("Value")
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds: which model `REFERENCE` is of."""
-
-
-# The model that a run starts from, in the place of the one that it trains: for as long as a column takes. A
-# second model would need as much memory again; what is put aside here are the weights alone, and only while
-# the others are there.
-
-
-@torch.no_grad()
-def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -> Value:
-    """Return what `compute` gives while the model has a checkpoint's weights; called by all processes
-    together, between two steps.
-
-    Args:
-        start: the checkpoint.
-        view: the run, whose weights and optimizer are afterwards what they were before.
-        compute: calls the model, forward only.
-    """
-    model = view.policy.model
-    model.finish_param_gather()
-    blocks = list(local_shards(model))
-    aside, base = [block.data.clone() for block in blocks], model.adapter_base
-    try:
-        for block in blocks:
-            if block.key.startswith(PREFIX):
-                block.data.zero_()  # an adapter that is not in the checkpoint changes nothing then
-        load.load_model(start, model)
-        return compute()
-    finally:
-        for block, data in zip(blocks, aside, strict=True):
-            block.data.copy_(data)
-        model.adapter_base = base
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -182,3 +151,32 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> T
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
                           files_sha256(start) if REFERENCE in needed else "")
+
+
+@torch.no_grad()
+def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -> Value:
+    """Return what `compute` gives while the model has a checkpoint's weights; called by all processes
+    together, between two steps.
+
+    A second model would need as much memory again; what is put aside here are the weights alone, and only
+    while the others are there.
+
+    Args:
+        start: the checkpoint.
+        view: the run, whose weights and optimizer are afterwards what they were before.
+        compute: calls the model, forward only.
+    """
+    model = view.policy.model
+    model.finish_param_gather()
+    blocks = list(local_shards(model))
+    aside, base = [block.data.clone() for block in blocks], model.adapter_base
+    try:
+        for block in blocks:
+            if block.key.startswith(PREFIX):
+                block.data.zero_()  # an adapter that is not in the checkpoint changes nothing then
+        load.load_model(start, model)
+        return compute()
+    finally:
+        for block, data in zip(blocks, aside, strict=True):
+            block.data.copy_(data)
+        model.adapter_base = base

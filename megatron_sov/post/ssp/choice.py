@@ -56,7 +56,6 @@ class Choice:
     problems reaches 0."""
 
     def row(self) -> dict[str, Any]:
-        """Return plain values."""
         return {**asdict(self), "as_good": list(self.as_good), "is_clear": not self.as_good}
 
 

@@ -52,9 +52,8 @@ def called(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def played(
-    name: str, folder: Path, turns: Sequence[Sequence[str]], **changes: Any
-) -> tuple[Protocol, Folded]:
+def played(name: str, folder: Path, turns: Sequence[Sequence[str]],
+           **changes: Any) -> tuple[Protocol, Folded]:
     write(CASES[name], folder)
     protocol = TASKS[name].protocol
     assert protocol is not None
@@ -62,24 +61,14 @@ def played(
     tasks = tasks_of(TASKS[name], folder)
     chat = chat_encoder()
     with opened(folder / "out", {"a": 1}) as journal:
-        episodes = play_tasks(
-            protocol,
-            tasks,
-            folder,
-            Script(chat, turns),
-            TurnEncoder(chat, "the test's model"),
-            journal,
-            parallel=2,
-        )
+        episodes = play_tasks(protocol, tasks, folder, Script(chat, turns),
+                              TurnEncoder(chat, "the test's model"), journal, parallel=2)
     return protocol, fold_episodes(protocol, tasks, episodes, folder, 1)
 
 
 def test_a_world_scores_its_episodes(tmp_path: Path) -> None:
-    protocol, folded = played(
-        "tau2-like-files",
-        tmp_path,
-        [[called("delete_file", path="a.txt"), "It is gone."], ["I did nothing."]],
-    )
+    protocol, folded = played("tau2-like-files", tmp_path,
+                              [[called("delete_file", path="a.txt"), "It is gone."], ["I did nothing."]])
     assert folded.items[0].scores == {"avg@2": 0.5, "pass@1": 0.5, "pass@2": 1.0}
     assert folded.items[0].sample_scores == [1.0, 0.0]
     assert folded.items[0].num_at_limit == 0
@@ -111,12 +100,9 @@ def test_an_answer_found_with_tools_is_judged(tmp_path: Path, monkeypatch: pytes
         return (2.0 if "มาตรา 1 ที่พบ" in seen[-1] else 0.0), ""
 
     monkeypatch.setattr(Judge, "_asked", SimpleNamespace(ask=ask))
-    _, folded = played(
-        "nitibench-agent",
-        tmp_path,
-        [[called("search_law", query_list=["มาตรา"]), "มาตรา 1 ที่พบ"], ["ไม่รู้"]],
-        reward_settings={"endpoint": "http://localhost:1/v1", "model": "m"},
-    )
+    _, folded = played("nitibench-agent", tmp_path,
+                       [[called("search_law", query_list=["มาตรา"]), "มาตรา 1 ที่พบ"], ["ไม่รู้"]],
+                       reward_settings={"endpoint": "http://localhost:1/v1", "model": "m"})
     assert folded.items[0].sample_scores == [1.0, 0.0]
     assert "KNOWN ANSWER" in seen[0]
 

@@ -46,11 +46,7 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
     protocol = replace(STEM, samples=len(answers), temperature=1.0, k=(k,), metrics=("avg", "pass", "cons"))
     passed, won = draws(answers, k)
     assert metrics_of(protocol, results_of(answers)) == pytest.approx(
-        {
-            f"avg@{len(answers)}": answers.count("right") / len(answers),
-            f"pass@{k}": passed,
-            f"cons@{k}": won,
-        }
+        {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won}
     )
 
 
@@ -65,9 +61,8 @@ def folded(protocol: Protocol, responses: Sequence[Sequence[str]], gold: Any = "
 def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "BATCH_ROWS", 2)  # items do not end where batches do
     protocol = replace(STEM, samples=3, temperature=1.0, metrics=("avg", "pass", "cons"), k=(3,))
-    found = folded(
-        protocol, [["The answer is 4", "The answer is 5", "answer: 4.0"], ["5", "5", "the answer is 4"], []]
-    )
+    found = folded(protocol,
+                   [["The answer is 4", "The answer is 5", "answer: 4.0"], ["5", "5", "the answer is 4"], []])
     assert [item.scores for item in found.items] == [
         {"avg@3": pytest.approx(2 / 3), "pass@3": 1.0, "cons@3": 1.0},
         {"avg@3": pytest.approx(1 / 3), "pass@3": 1.0, "cons@3": 0.0},
@@ -81,11 +76,8 @@ def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_has_no_reward_is_no_zero() -> None:
-    found = folded(
-        replace(STEM, samples=2, temperature=1.0, metrics=("avg", "pass"), k=(1, 2)),
-        [["4", "4"]],
-        gold="four",
-    )
+    found = folded(replace(STEM, samples=2, temperature=1.0, metrics=("avg", "pass"), k=(1, 2)), [["4", "4"]],
+                   gold="four")
     item = found.items[0]
     assert item.scores == {}
     assert item.sample_scores == [None, None]
@@ -125,24 +117,17 @@ def test_thoughts_are_no_answers(text: str, mode: Any, said: str) -> None:
 
 def test_an_extractor_takes_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     protocol = replace(STEM, extract=r"답:\s*(\d+)")
-    assert folded(protocol, [["답: 5 ... 답: 4"], ["답: 4 ... 답: 5"], ["4"]]).values("avg@1") == [
-        1.0,
-        0.0,
-        0.0,
-    ]
+    found = folded(protocol, [["답: 5 ... 답: 4"], ["답: 4 ... 답: 5"], ["4"]])
+    assert found.values("avg@1") == [1.0, 0.0, 0.0]
     monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
     slow = folded(replace(STEM, extract=r"((?:x+x+)+)y"), [["x" * 5000]])
     assert "takes longer than" in str(slow.items[0].failed)
 
 
 def test_shares_count_as_right_from_a_threshold() -> None:
-    protocol = Protocol(
-        "t",
-        reward="language",
-        reward_settings={"language": "ko", "also": [], "min_share": 0.95},
-        right_from=0.95,
-        counts="right",
-    )
+    protocol = Protocol("t", reward="language",
+                        reward_settings={"language": "ko", "also": [], "min_share": 0.95}, right_from=0.95,
+                        counts="right")
     texts = ["안녕하세요 " * 20 + "a", "안녕하세요 hello there"]
     rewards = replace(protocol, counts="reward", right_from=1.0)
     assert folded(protocol, [[text] for text in texts]).values("avg@1") == [1.0, 0.0]

@@ -33,11 +33,8 @@ def test_a_pickled_text_is_read_in_every_protocol(protocol: int) -> None:
 
 
 def test_tests_become_calls_or_inputs() -> None:
-    doc = {
-        "public_test_cases": json.dumps(CALLED),
-        "private_test_cases": packed(json.dumps(CALLED)),
-        "metadata": json.dumps({"func_name": "has"}),
-    }
+    doc = {"public_test_cases": json.dumps(CALLED), "private_test_cases": packed(json.dumps(CALLED)),
+           "metadata": json.dumps({"func_name": "has"})}
     call = {"function": "Solution().has", "arguments": [[1, 2], "a"], "expected": True}
     assert code_row(doc) == {"tests": [call, call]}
     assert code_row(
@@ -66,12 +63,9 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [
-        "no base64!",
-        base64.b64encode(b"no zlib").decode(),
-        base64.b64encode(zlib.compress(b"no pickle")).decode(),
-        base64.b64encode(zlib.compress(pickle.dumps("[]"))[:-3]).decode(),
-    ],
+    ["no base64!", base64.b64encode(b"no zlib").decode(),
+     base64.b64encode(zlib.compress(b"no pickle")).decode(),
+     base64.b64encode(zlib.compress(pickle.dumps("[]"))[:-3]).decode()],
 )
 def test_what_is_packed_otherwise_is_refused(value: str) -> None:
     with pytest.raises(Refused, match="private_test_cases"):
@@ -94,10 +88,8 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"public_test_cases": json.dumps(CALLED), "metadata": "{"}, "metadata is no JSON"),
         ({"public_test_cases": json.dumps(CALLED), "metadata": "[]"}, "metadata"),
         (
-            {
-                "public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
-                "metadata": '{"func_name": "f"}',
-            },
+            {"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
+             "metadata": '{"func_name": "f"}'},
             "no value",
         ),
     ],

@@ -47,32 +47,19 @@ def test_all_problems_are_told_at_once() -> None:
         ({"reward": "evil.py:Reward"}, "names code to run"),
         ({"reward": "", "environment": "evil.py:World"}, "names code to run"),
         ({"reward": "composed"}, "loads what its settings name"),
-        (
-            {"reward": "", "environment": "mcp", "environment_settings": {"command": ["sh"]}},
-            "starts a program",
-        ),
+        ({"reward": "", "environment": "mcp", "environment_settings": {"command": ["sh"]}},
+         "starts a program"),
         ({"reward": "code", "reward_settings": {"command": ["sh", "-c", "id"]}}, "reward_settings.command"),
-        (
-            {"reward": "judge", "reward_settings": {"endpoint": "http://evil/v1"}},
-            "reward_settings.endpoint",
-        ),
-        (
-            {"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}},
-            "reward_settings.api_key_env",
-        ),
+        ({"reward": "judge", "reward_settings": {"endpoint": "http://evil/v1"}}, "reward_settings.endpoint"),
+        ({"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}},
+         "reward_settings.api_key_env"),
         ({"reward": "judge", "variants": {"a": {"cache": "/etc/x"}}}, "reward_settings.cache"),
-        (
-            {"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "/etc/passwd"}},
-            "must lie in",
-        ),
-        (
-            {"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "${DATA}/../x"}},
-            "must lie in",
-        ),
-        (
-            {"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "passwd"}},
-            "must lie in",
-        ),
+        ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "/etc/passwd"}},
+         "must lie in"),
+        ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "${DATA}/../x"}},
+         "must lie in"),
+        ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "passwd"}},
+         "must lie in"),
     ],
 )
 def test_a_strangers_file_runs_nothing_and_sends_nothing(settings: dict[str, Any], said: str) -> None:
@@ -82,13 +69,8 @@ def test_a_strangers_file_runs_nothing_and_sends_nothing(settings: dict[str, Any
 
 
 def test_a_command_changes_a_protocol() -> None:
-    protocol = made(
-        samples=64,
-        temperature=1.0,
-        k=[1, 8, 64],
-        metrics=["avg", "pass"],
-        reward_settings={"marked_only": True},
-    )
+    protocol = made(samples=64, temperature=1.0, k=[1, 8, 64], metrics=["avg", "pass"],
+                    reward_settings={"marked_only": True})
     assert protocol.metric_names == ["avg@64", "pass@1", "pass@8", "pass@64"]
     fewer = changed(protocol, {"samples": 8, "mode": "thinking", "reward_settings": {"strict": False}})
     assert fewer.metric_names == ["avg@8", "pass@1", "pass@8"]
@@ -96,14 +78,8 @@ def test_a_command_changes_a_protocol() -> None:
     assert fewer.chat_template_kwargs == {"enable_thinking": True}
     assert changed(protocol, {"mode": "no-thinking"}).chat_template_kwargs == {"enable_thinking": False}
     assert protocol.chat_template_kwargs == {}
-    assert fewer.as_json()["sampling"] == {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "max_tokens": 4096,
-        "seed": 0,
-        "samples": 8,
-    }
+    assert fewer.as_json()["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 4096,
+                                           "seed": 0, "samples": 8}
     with pytest.raises(UserError, match="samples = 0"):
         changed(protocol, {"samples": 0})
 

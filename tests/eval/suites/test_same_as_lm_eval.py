@@ -69,9 +69,7 @@ def test_mmlu_pro_asks_with_the_reasoning_of_its_category(tmp_path: Path, loaded
     case = CASES["mmlu-pro"]
     write(case, tmp_path)
     splits = {split: case.files[f"mmlu-pro/{split}.jsonl"] for split in ("validation", "test")}
-    expected = [
-        context for name in ("biology", "law") for context in contexts(_of_category(name, splits), 5)
-    ]
+    expected = [context for name in ("biology", "law") for context in contexts(_of_category(name, splits), 5)]
     assert contexts(loaded("mmlu-pro"), 5) == expected
     assert "It is number 4. The answer is (B).\n\nQuestion:" in expected[-1]
 
@@ -89,17 +87,8 @@ def test_mmlu_pro_reads_answers_alike(tmp_path: Path, loaded: Loaded) -> None:
         "biology",
         {split: CASES["mmlu-pro"].files[f"mmlu-pro/{split}.jsonl"] for split in ("validation", "test")},
     )
-    answers = [
-        "So the answer is (B).",
-        "the answer is B",
-        "The answer is (C).",
-        "B",
-        "Answer: B",
-        "",
-        "the answer is **B**",
-        "the answer is (b)",
-        "answer is (Bach)",
-    ]
+    answers = ["So the answer is (B).", "the answer is B", "The answer is (C).", "B", "Answer: B", "",
+               "the answer is **B**", "the answer is (b)", "answer is (Bach)"]
     pattern = task.config.filter_list[0]["filter"][0]["regex_pattern"]
     found = get_filter("regex")(regex_pattern=pattern).apply(
         [[answer] for answer in answers], [doc] * len(answers)
@@ -134,9 +123,8 @@ def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded
     assert ours(name, mine.task_docs[0], answers, "avg@1") == scores == [1, 0, 1, 0, 0, 0]
 
 
-def test_hotpotqa_asks_and_judges_as_longbench_does(
-    tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hotpotqa_asks_and_judges_as_longbench_does(tmp_path: Path, loaded: Loaded,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     # libraries that the metric below does not ask
     for library in ("jieba", "fuzzywuzzy", "rouge"):
         monkeypatch.setitem(sys.modules, library, SimpleNamespace(fuzz=None, Rouge=None))
@@ -163,9 +151,8 @@ def test_hotpotqa_asks_and_judges_as_longbench_does(
         ("click", "click/click_lang/click_lang_text.yaml", "", 0),
     ],
 )
-def test_choices_of_korean_suites(
-    name: str, file: str, split: str, num_fewshot: int, tmp_path: Path, loaded: Loaded
-) -> None:
+def test_choices_of_korean_suites(name: str, file: str, split: str, num_fewshot: int, tmp_path: Path,
+                                  loaded: Loaded) -> None:
     case = CASES[name]
     write(case, tmp_path)
     task = loaded(name)
@@ -200,13 +187,8 @@ def test_hrm8k_asks_and_judges_alike(tmp_path: Path, loaded: Loaded) -> None:
     for part, file in (("MATH", "hrm8k_math"), ("MMMLU", "hrm8k_mmmlu")):
         task = theirs(f"hrm8k/default/{file}.yaml", {"test": rows})
         assert task.fewshot_context(task.task_docs[0], 0) == loaded("hrm8k").doc_to_text(docs[part])
-        answers = [
-            r"$\boxed{4}$",
-            r"\boxed{4.0}",
-            r"\boxed{5}",
-            r"$\boxed{2+3}$",
-            "no idea of what it could be at all",
-        ]
+        answers = [r"$\boxed{4}$", r"\boxed{4.0}", r"\boxed{5}", r"$\boxed{2+3}$",
+                   "no idea of what it could be at all"]
         expected = [task.process_results(task.task_docs[0], [answer])["exact_match"] for answer in answers]
         assert ours("hrm8k", docs[part], answers, "avg@1") == expected
         assert expected == [1, 1, 0, 0, 0]
@@ -215,16 +197,9 @@ def test_hrm8k_asks_and_judges_alike(tmp_path: Path, loaded: Loaded) -> None:
 def test_competitions_are_judged_as_aime_of_lm_eval() -> None:
     task = theirs("aime/aime24.yaml", {"train": [{"Problem": "p", "Answer": "204"}]})
     doc = task.task_docs[0]
-    answers = [
-        r"so \boxed{204}",
-        r"\boxed{ 204 }",
-        r"$\boxed{205}$",
-        "it is $204$",
-        r"\boxed{20} then \boxed{204}",
-        r"\boxed{204} but no, \boxed{7}",
-        r"\boxed{20}, after many words \boxed{204}",
-        "I have no idea of what it could be, none at all",
-    ]
+    answers = [r"so \boxed{204}", r"\boxed{ 204 }", r"$\boxed{205}$", "it is $204$",
+               r"\boxed{20} then \boxed{204}", r"\boxed{204} but no, \boxed{7}",
+               r"\boxed{20}, after many words \boxed{204}", "I have no idea of what it could be, none at all"]
     expected = [task.process_results(doc, [answer])["exact_match"] for answer in answers]
     assert ours("aime24", {"problem": "p", "answer": "204"}, answers, "avg@1") == expected
     assert expected == [1, 1, 0, 1, 1, 0, 1, 0]
@@ -235,15 +210,8 @@ def test_math500_is_judged_as_math_verify_does() -> None:
     from math_verify import parse, verify
 
     gold = r"\frac{5}{6}"
-    answers = [
-        r"\boxed{\frac{5}{6}}",
-        r"\boxed{5/6}",
-        r"\boxed{\dfrac{10}{12}}",
-        r"\boxed{0.8}",
-        r"\boxed{}",
-        r"The answer is $\frac56$.",
-        r"\boxed{x}",
-    ]
+    answers = [r"\boxed{\frac{5}{6}}", r"\boxed{5/6}", r"\boxed{\dfrac{10}{12}}", r"\boxed{0.8}", r"\boxed{}",
+               r"The answer is $\frac56$.", r"\boxed{x}"]
     expected = [float(verify(parse(f"${gold}$"), parse(answer))) for answer in answers]
     assert ours("math500", {"problem": "p", "answer": gold}, answers, "avg@1") == expected
     assert expected == [1, 1, 1, 0, 0, 1, 0]
@@ -255,18 +223,14 @@ def test_ifeval_counts_prompts_as_lm_eval_does(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(
             sys.modules,
             name,
-            SimpleNamespace(
-                immutabledict=dict, __version__="3.9.1", data=SimpleNamespace(find=lambda path: path)
-            ),
+            SimpleNamespace(immutabledict=dict, __version__="3.9.1",
+                            data=SimpleNamespace(find=lambda path: path)),
         )
     monkeypatch.setattr(metadata, "version", lambda name: "3.9.1")
     process = _load_module_with_cache(THEIRS / "ifeval/utils.py").process_results
-    doc = {
-        "key": 1,
-        "prompt": "p",
-        "instruction_id_list": ["punctuation:no_comma", "detectable_format:title", "startend:quotation"],
-        "kwargs": [{}, {}, {}],
-    }
+    doc = {"key": 1, "prompt": "p",
+           "instruction_id_list": ["punctuation:no_comma", "detectable_format:title", "startend:quotation"],
+           "kwargs": [{}, {}, {}]}
     answers = ['"<<a>> b"', '"<<a>>, b"', "<<a>>", 'Sure:\n"<<a>>"', '*"<<a>>"*', ""]
     expected = [process(doc, [answer]) for answer in answers]
     for metric, name in (
@@ -274,11 +238,4 @@ def test_ifeval_counts_prompts_as_lm_eval_does(monkeypatch: pytest.MonkeyPatch) 
         ("loose:avg@1", "prompt_level_loose_acc"),
     ):
         assert ours("ifeval", doc, answers, metric) == [float(found[name]) for found in expected]
-    assert [found["prompt_level_loose_acc"] for found in expected] == [
-        True,
-        False,
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert [found["prompt_level_loose_acc"] for found in expected] == [True, False, False, True, True, False]

@@ -47,13 +47,11 @@ def test_its_data_are_accepted_and_its_files_asked_for(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_answers_get_what_they_deserve(
-    name: str, tmp_path: Path, loaded: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_get_what_they_deserve(name: str, tmp_path: Path, loaded: Callable[[str], Any],
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
     # a judge that reads one word, in place of an endpoint
-    monkeypatch.setattr(
-        Judge, "_asked", SimpleNamespace(ask=lambda payload, read: (payload_score(payload), "said"))
-    )
+    monkeypatch.setattr(Judge, "_asked",
+                        SimpleNamespace(ask=lambda payload, read: (payload_score(payload), "said")))
     case = CASES[name]
     write(case, tmp_path)
     task = loaded(name)
@@ -84,9 +82,8 @@ def scored(name: str, doc: Any, prompt: str, answers: list[str]) -> Folded:
     assert protocol is not None
     protocol = replace(protocol, samples=1, k=())
     if protocol.reward == "judge":
-        protocol = changed(
-            protocol, {"reward_settings": {"endpoint": "http://localhost:1/v1", "model": "judge"}}
-        )
+        protocol = changed(protocol,
+                           {"reward_settings": {"endpoint": "http://localhost:1/v1", "model": "judge"}})
     return fold(protocol, [Item(doc, prompt, [Response(answer, "stop")]) for answer in answers], 1)
 
 
@@ -104,22 +101,17 @@ def test_the_most_probable_choice_counts(name: str, tmp_path: Path, loaded: Call
         assert [task.process_results(doc, found)["acc"] for found in best] == [1.0, 0.0]
 
 
-def test_questions_that_belong_together_are_one_cluster(
-    tmp_path: Path, loaded: Callable[[str], Any]
-) -> None:
+def test_questions_that_belong_together_are_one_cluster(tmp_path: Path, loaded: Callable[[str], Any]) -> None:
     write(CASES["mmmlu"], tmp_path)
     protocol = TASKS["mmmlu"].protocol
     assert isinstance(protocol, Protocol)
-    assert {protocol.cluster(doc) for doc in loaded("mmmlu").task_docs} == {
-        "1"
-    }  # one question, 14 languages
+    assert {protocol.cluster(doc) for doc in loaded("mmmlu").task_docs} == {"1"}  # one question, 14 languages
     assert TASKS["aime24"].protocol is not None
     assert TASKS["aime24"].protocol.cluster({"problem": "x"}) is None
 
 
-def test_gpqa_has_its_options_in_an_order_of_the_question(
-    tmp_path: Path, loaded: Callable[[str], Any]
-) -> None:
+def test_gpqa_has_its_options_in_an_order_of_the_question(tmp_path: Path,
+                                                          loaded: Callable[[str], Any]) -> None:
     write(CASES["gpqa-diamond"], tmp_path)
     docs, again = list(loaded("gpqa-diamond").task_docs), list(loaded("gpqa-diamond").task_docs)
     assert docs == again

@@ -63,10 +63,8 @@ def test_wrong_rows_are_named_by_file_line_and_rule(tmp_path: Path) -> None:
     del rows[2]["choices"]
     test.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = check_data(TASKS["mmlu"], tmp_path)
-    assert found.problems == (
-        f"{test}: line 2: answer = 4 must be a whole number from 0 to 3",
-        f"{test}: line 3: has no 'choices'",
-    )
+    assert found.problems == (f"{test}: line 2: answer = 4 must be a whole number from 0 to 3",
+                              f"{test}: line 3: has no 'choices'")
     with pytest.raises(UserError, match=r"line 2: answer = 4.*and 1 more problems.*check"):
         require_data(TASKS["mmlu"], tmp_path)
     with pytest.raises(UserError, match="line 2: answer = 4"):
@@ -76,9 +74,8 @@ def test_wrong_rows_are_named_by_file_line_and_rule(tmp_path: Path) -> None:
     test.write_text("")
     assert check_data(TASKS["mmlu"], tmp_path).problems == (f"{test}: has no rows",)
     test.unlink()
-    with pytest.raises(
-        UserError, match=r"has no mmlu/test.jsonl; put the rows of cais/mmlu.*question \(text\)"
-    ):
+    with pytest.raises(UserError,
+                       match=r"has no mmlu/test.jsonl; put the rows of cais/mmlu.*question \(text\)"):
         require_data(TASKS["mmlu"], tmp_path)
 
 
@@ -97,9 +94,8 @@ def test_another_number_of_items_is_told(tmp_path: Path) -> None:
     assert check_data(TASKS["aime25"], tmp_path).note == ""  # nothing is there
 
 
-def test_numbers_beside_texts_and_nested_values_come_through(
-    tmp_path: Path, loaded: Callable[[str], Any]
-) -> None:
+def test_numbers_beside_texts_and_nested_values_come_through(tmp_path: Path,
+                                                             loaded: Callable[[str], Any]) -> None:
     write(CASES["aime24"], tmp_path)
     assert [doc["answer"] for doc in loaded("aime24").task_docs] == [r"\frac{5}{6}", "204"]
     path = tmp_path / "ifeval/test.jsonl"

@@ -64,7 +64,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
 
     from megatron_sov.data.token_shards import Source
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.post.policy_data import objective_of
+    from megatron_sov.post.policy import objective_of
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
@@ -154,7 +154,7 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     import torch
 
     from megatron_sov.mcore.model.language_model import ModelInputs
-    from megatron_sov.post.parts.shared_prompts import sharing_prompts
+    from megatron_sov.post.policy import sharing_prompts
     from megatron_sov.train.microbatch import MicroBatch
 
     documents = [[7, 8, 9, 1, 4, 4], [7, 8, 9, 1, 5], [7, 8, 9, 2, 4], [7, 8], [0, 0]]
@@ -187,7 +187,7 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
 def test_where_it_would_change_something_each_has_its_own(settings: str) -> None:
     from megatron_sov import recipes
-    from megatron_sov.post.parts.shared_prompts import can_share
+    from megatron_sov.post.policy import can_share
 
     alone = recipes.get("tiny-solar-open")
     assert can_share(alone) and can_share(apply_settings(alone, ["parallel.ep=2"]))

@@ -10,7 +10,7 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.config.rounds import with_rounds
 from megatron_sov.data.rounds import rounds_of, rounds_source
 from megatron_sov.mcore.parallel import world
-from megatron_sov.post.policy_data import objective_of
+from megatron_sov.post.policy import objective_of
 from megatron_sov.post.rl.feed import RoundFeed
 from megatron_sov.post.rl.trainer_columns import columns_of_run
 from megatron_sov.runs.folder import RunFolder
