@@ -1,5 +1,5 @@
-"""From logits to tokens: truncated distributions, draws by quantile, and drafts that the
-model takes or refuses.
+"""From logits to tokens: truncated distributions, draws by quantile, drafts that the
+model takes or refuses, and which of a few given words is the most probable.
 
 Shapes: n positions, V vocabulary, k drafts.  Probabilities are float64, over token ids in their order.
 """

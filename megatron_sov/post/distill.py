@@ -1,4 +1,5 @@
-"""Learning a teacher's distribution of the next token, over the labels that the data have learned.
+"""Learning a teacher's distribution of the next token, over the labels that the data have learned; and how
+far the student is from it on held-out documents, before the first step and after the last.
 
 What the teacher says was computed before (`post.teacher`), so that nothing of it is in memory but its output
 head, on the last pipeline stage.

@@ -18,16 +18,13 @@ prepare_megatron()
 from megatron_sov import recipes  # noqa: E402
 from megatron_sov.config import RunConfig, apply_settings  # noqa: E402
 from megatron_sov.data.rows import Row, join_rows  # noqa: E402
-from megatron_sov.post.sft import check_sources  # noqa: E402
+from megatron_sov.mcore.parallel import collectives  # noqa: E402
+from megatron_sov.post.sft import SupervisedFineTuning, check_sources  # noqa: E402
+from megatron_sov.train.microbatch import from_row  # noqa: E402
+from megatron_sov.train.objective import GlobalBatch, total_loss  # noqa: E402
 from tests.head_config import head_config  # noqa: E402
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
-prepare_megatron()
-from megatron_sov.mcore.parallel import collectives  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.microbatch import from_row  # noqa: E402
-from megatron_sov.train.objective import GlobalBatch, total_loss  # noqa: E402
-
 VOCAB, ROW = 13, 24
 CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRRR")
 """Types of the labels of conversations: prompt, response; one of which nothing is learned."""
@@ -55,13 +52,8 @@ def config_of(*settings: str) -> RunConfig:
 def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Runs inside a rank: losses and gradient for one response and some copies of a text,
     through a head of 32 tokens."""
-    import torch
-
     from megatron_sov.mcore.model.logprobs import Head
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.post.sft import SupervisedFineTuning
-    from megatron_sov.train.microbatch import from_row
-    from megatron_sov.train.objective import GlobalBatch, total_loss
 
     config = config_of()
     world.join(config.parallel)
@@ -109,8 +101,6 @@ def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
 
 
 def test_without_text_there_is_no_term_for_it() -> None:
-    from megatron_sov.post.sft import SupervisedFineTuning
-
     context: Any = SimpleNamespace(config=config_of("objective.text_coeff=0"),
                                    batches=SimpleNamespace(num_sources=1))
     assert SupervisedFineTuning(context).coefficients == {
