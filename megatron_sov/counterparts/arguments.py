@@ -15,11 +15,10 @@ _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)(?::-([^}]*))?\}?")
 _OPTION = re.compile(r"--[a-z][a-z0-9_-]*\Z")
 _BOUNDS = re.compile(r"[()\[\]]")
 NEGATED = {"no_position_embedding": "add_position_embedding", "no_rope_fusion": "apply_rope_fusion",
-           "no_masked_softmax_fusion": "masked_softmax_fusion", "no_async_tensor_model_parallel_allreduce": ""
-                                                                                                            "",
+           "no_masked_softmax_fusion": "masked_softmax_fusion",
+           "no_async_tensor_model_parallel_allreduce": "",
            "no_bias_swiglu_fusion": "bias_swiglu_fusion", "no_gradient_accumulation_fusion": ""}
-SPELLED = {"fp8_format": "fp8", "init_method_std": "init_method_std", "lr_wsd_decay_style":
-"lr_wsd_decay_style"}
+SPELLED = {"fp8_format": "fp8"}
 """Arguments whose place in the Namespace is called otherwise."""
 LISTS = ("data_path", "train_data_path", "valid_data_path", "rampup_batch_size", "recompute_modules",
          "moe_aux_loss_coeff", "moe_router_load_balancing_type")
