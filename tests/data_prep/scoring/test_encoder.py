@@ -18,7 +18,6 @@ from data_prep.scoring.training import TrainSettings, train
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.errors import UserError
 from tests.data_prep.scoring.planted import BAD, BAD_KO, FILLER, FILLER_KO, GOOD, GOOD_KO
-from tests.typed_words import keys_of
 
 TEXT = "because the theorem explains the house"
 
@@ -80,8 +79,3 @@ def test_what_is_no_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_text_beyond_the_encoders_positions_is_told(folder: Path) -> None:
     with pytest.raises(UserError, match=r"the encoder fails on a text of 90 tokens .*; lower --max-tokens"):
         Encoder(folder, EncoderSettings()).embed("the " * 90)
-
-
-def test_settings_that_cannot_be_are_told() -> None:
-    assert keys_of(EncoderSettings(max_tokens=0, max_chars=1 << 30)) == ["max_tokens", "max_chars"]
-    assert keys_of(EncoderSettings()) == []

@@ -1,4 +1,7 @@
-"""Topics in a pipeline: planted ones are found, whatever the shards, and named by their words."""
+"""Topics in a pipeline: planted ones are found, whatever the shards, and named by their words.
+
+Words of a topic: those that the others lack.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from data_prep.scoring.topics import Topics, TopicsSettings
+from data_prep.scoring.ngram_settings import NgramSettings
+from data_prep.scoring.ngrams import Ngrams
+from data_prep.scoring.topics import Topics, TopicsSettings, top_words
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import read_json
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
 
+NGRAMS = Ngrams(NgramSettings())
 SUBJECTS = {"cooking": ["onion", "butter", "oven", "simmer", "garlic", "recipe", "flour", "boil"],
             "astronomy": ["orbit", "galaxy", "telescope", "planet", "comet", "nebula", "lunar", "star"],
             "sailing": ["rudder", "mast", "anchor", "harbour", "sail", "keel", "deck", "knot"],
@@ -88,3 +95,17 @@ def test_too_few_documents_are_told(tmp_path: Path, texts: list[str], said: str)
 def test_settings_that_cannot_be_are_told(settings: dict[str, Any]) -> None:
     assert keys_of(TopicsSettings(**settings)) == [next(iter(settings))]
     assert keys_of(TopicsSettings()) == []
+
+
+def test_words_that_only_one_topic_has_come_first() -> None:
+    texts = ["the comet and the moon", "the comet and a star of 1999", "the oven, the flour, oven",
+             "the oven and some flour", "nothing of this counts"]
+    found = top_words(texts, np.array([0, 0, 1, 1, -1]), 3, NGRAMS)
+    assert found == [["comet", "and", "the"], ["flour", "oven", "the"], []]
+
+
+def test_scripts_without_spaces_give_pairs_of_characters() -> None:
+    texts = ["ダムの水", "ダムと山", "ไฟฟ้า", "ไฟฟ้า"]
+    found = top_words(texts, np.array([0, 0, 1, 1]), 2, NGRAMS)
+    assert found[0] == ["ダム"]
+    assert "ฟฟ" in found[1]

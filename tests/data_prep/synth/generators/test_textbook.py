@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.settings import problems_of
-from tests.typed_words import keys_of
-
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
-
-from data_prep.synth.generators.textbook import TextbookSettings
 
 CASES = one_of_each("textbook")
 REASONS = {
@@ -46,9 +41,3 @@ def test_the_level_is_what_is_asked_for() -> None:
         asked[level] = ask.requests[0]["messages"][1]["content"]
     assert "children of ten" in asked["children"] and "secondary school" in asked["school"]
     assert "students of a university" in asked["university"]
-
-
-def test_problems_of_settings() -> None:
-    assert problems_of(TextbookSettings()) == []
-    bad = TextbookSettings(level="kings", num_exercises=0, min_agreement=-1)  # type: ignore[arg-type]
-    assert keys_of(bad) == ["level", "num_exercises", "min_agreement"]

@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.settings import problems_of
-from tests.typed_words import keys_of
-
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, made, one_of_each
 from scripted import samples_of
-
-from data_prep.synth.generators.triples import TripleSettings
 
 CASES = one_of_each("triples")
 REASONS = {
@@ -47,8 +42,3 @@ def test_the_same_fact_counts_once() -> None:
 
     samples = samples_of(made("triples"), CASES["sound facts"].item, twice)
     assert [sample.reason for sample in samples] == ["another fact", "another fact", ""]
-
-
-def test_problems_of_settings() -> None:
-    assert problems_of(TripleSettings()) == []
-    assert keys_of(TripleSettings(num_triples=0)) == ["num_triples"]

@@ -1,4 +1,7 @@
-"""The generator of conversations with tools, against scripted models."""
+"""The generator of conversations with tools, against scripted models.
+
+Numbers and codes that a model says must come from somewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,16 @@ from synthesis.actors import shop_clerk, tool_trajectories
 
 from data_prep.synth.generator import Item, NoReply
 from data_prep.synth.generators.tools import conversation
-from data_prep.synth.generators.tools.trajectories import DONE, ToolTrajectories, TrajectorySettings
+from data_prep.synth.generators.tools.trajectories import (
+    DONE,
+    ToolTrajectories,
+    TrajectorySettings,
+    unfounded,
+)
 from megatron_sov.documents.messages import read_messages, read_tools
 from megatron_sov.errors import UserError
 
+TOLD = ["I am mina@example.com, from 2026-06-10.", '{"id": "B12", "price": 1100, "nights": 2, "fee": 0.5}']
 ITEM = Item("task-0", tool_trajectories.task_fields(0))
 WHATS = {"ends another order": "end state", "wrong number": "end state", "an id that nobody gave":
          "nothing made up", "talks the judge into it": "judge", "never ends": "no loop",
@@ -146,3 +155,19 @@ def test_all_settings_that_make_no_sense_are_told() -> None:
                                temperature=9, max_turns=0)
     assert len(keys_of(wrong)) == 6 and keys_of(TrajectorySettings()) == []
     assert keys_of(TrajectorySettings(language="")) == ["language"]
+
+
+@pytest.mark.parametrize("said", [
+    "B12 is booked.", "b12 is yours.", "It costs 1,100.", "It is 2,200 for both nights.", "The fee is 0.5.",
+    "You have 3 books.", "From the 10th of June 2026.", "2026-06-10 it is.", "It is 1100.5 with the fee.",
+    "2200원입니다", "Good morning!"])
+def test_what_was_told_or_follows_from_two_numbers_is_founded(said: str) -> None:
+    assert unfounded([said], TOLD) == []
+
+
+@pytest.mark.parametrize("said, wanted", [
+    ("B13 is booked.", ["B13"]), ("Your code is V-4711.", ["V-4711"]), ("It costs 999.", ["999"]),
+    ("It costs 1,101.", ["1101"]), ("Until 2026-07-31", ["31"]), ("B12 costs 1100, B14 costs 77",
+                                                                 ["B14", "77"])])
+def test_what_nobody_told_is_not(said: str, wanted: list[str]) -> None:
+    assert unfounded([said], TOLD) == wanted
