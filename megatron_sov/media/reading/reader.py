@@ -3,14 +3,9 @@ medium and nothing else."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
 import queue
-import signal
-import socket
-import subprocess
 import threading
 import weakref
 from pathlib import Path
@@ -24,14 +19,9 @@ from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.places import place_of
 from megatron_sov.media.reading.videos import VideoFrames
 from megatron_sov.rewards.sandbox.channel import receive, send
-from megatron_sov.rewards.sandbox.reading import module_path, start_reader
+from megatron_sov.rewards.sandbox.kept_reader import KeptReader, ReaderEnded, Wording
 
-START_LIMIT_S = 120.0
-CLOCK_FACTOR = 10.0
-"""Times on the clock for the processor time that a medium may take: processes share a machine."""
-END_LIMIT_S = 120.0
-MEDIA_EACH = 2000
-"""Media that one process decodes: what decoders leak stays small."""
+WORDING = Wording("decoder", "decode", "--max-time")
 MOST_HEADER_BYTES = 1 << 16
 _DTYPES = {"picture": "uint8", "sound": "float32", "video": "uint8"}
 
@@ -113,14 +103,14 @@ class MediaReader:
                                     "it, or raise --max-file-bytes")
         child = self._free.get()
         try:
-            if child is None or child.num_media >= MEDIA_EACH:
+            if child is None or child.is_worn:
                 if child is not None:
                     child.end()
                 child = _Child(self.root, self.limits)
                 self._children.add(child)
             try:
                 facts, arrays = child.ask({**asked, "file": str(file)}, most_bytes)
-            except _Ended as e:
+            except ReaderEnded as e:
                 child.end()
                 child = None
                 raise BadRecord(e.code, e.reason) from None
@@ -130,45 +120,28 @@ class MediaReader:
                     float(facts.get("duration_s", 0.0)))
 
 
-class _Ended(BadRecord):
-    """The process is not to be asked again."""
-
-
-class _Child:
+class _Child(KeptReader):
     """One decoding process."""
 
     def __init__(self, root: Path, limits: MediaLimits) -> None:
-        self._limits, self.num_media = limits, 0
-        self._process, self._channel = start_reader("megatron_sov.media.reading.child")
-        self._end = weakref.finalize(self, _end, self._process, self._channel, os.getpid())
-        self._channel.settimeout(START_LIMIT_S)
-        send(self._channel, {"readable": [str(root), *module_path()], "limits": dataclasses.asdict(limits)})
+        super().__init__("megatron_sov.media.reading.child", str(root),
+                         {"limits": dataclasses.asdict(limits)}, limits.time_s, WORDING)
 
     def ask(self, message: dict[str, Any], most_bytes: int) -> tuple[dict[str, Any], list[np.ndarray]]:
         """Return what a medium was, and its numbers.
 
         Raises:
-            BadRecord: it cannot be decoded; `_Ended`: and the process has gone, or is not to be trusted.
+            BadRecord: it cannot be decoded; `ReaderEnded`: and the process has gone, or is not to be trusted.
         """
-        self.num_media += 1
-        try:
-            self._channel.settimeout(START_LIMIT_S + CLOCK_FACTOR * self._limits.time_s)
-            send(self._channel, message)
-            header = receive(self._channel, MOST_HEADER_BYTES)
+        with self.asking() as channel:
+            send(channel, message)
+            header = receive(channel, MOST_HEADER_BYTES)
             if "bad" in header:
                 raise BadRecord(str(header["bad"]), str(header["reason"]))
             shapes = [tuple(int(n) for n in shape) for shape, _ in header["arrays"]]
             if any(dtype != _DTYPES[message["kind"]] for _, dtype in header["arrays"]):
                 raise ValueError("numbers of another type")
             return dict(header["facts"]), self._arrays(shapes, _DTYPES[message["kind"]], most_bytes)
-        except TimeoutError:
-            raise _Ended("time", f"took longer than {CLOCK_FACTOR * self._limits.time_s:g} s to decode; "
-                                 "raise "
-                                 "--max-time, or leave it out") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise _Ended("decoder", f"made its decoder send what is no answer ({e}); leave it out") from None
-        except (EOFError, OSError):
-            raise self._gone() from None
 
     def _arrays(self, shapes: list[tuple[int, ...]], dtype: str, most_bytes: int) -> list[np.ndarray]:
         sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape in shapes]
@@ -179,34 +152,9 @@ class _Child:
             data = memoryview(bytearray(size_bytes))
             place = 0
             while place < size_bytes:
-                received = self._channel.recv_into(data[place:])
+                received = self.channel.recv_into(data[place:])
                 if not received:
                     raise EOFError
                 place += received
             found.append(np.frombuffer(data, dtype).reshape(shape))
         return found
-
-    def _gone(self) -> _Ended:
-        """Return why the process has gone."""
-        try:
-            code = self._process.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            code = 0
-        if code == -signal.SIGPROF:
-            return _Ended("time", f"took more than {self._limits.time_s:g} s of processor time to decode; "
-                                  "raise "
-                                  "--max-time, or leave it out")
-        said = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _Ended("crash", f"ended its decoder ({said}); leave it out")
-
-    def end(self) -> None:
-        """End the process."""
-        self._end()
-
-
-def _end(process: subprocess.Popen[bytes], channel: socket.socket, owner: int) -> None:
-    channel.close()
-    if os.getpid() == owner:  # not in a fork of the process that started it
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.wait()

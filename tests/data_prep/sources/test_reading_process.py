@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.sources import formats, reading_process
 from data_prep.sources.source import Broken, Raw, SourceSettings
-from megatron_sov.rewards.sandbox import reading
+from megatron_sov.rewards.sandbox import kept_reader, reading
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time
@@ -127,11 +127,11 @@ class Liar:
     b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x05" + bytes(7) + b'{"a":',
     b"\x0c" + bytes(7) + b'{"text": 12}'])
 def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(reading_process, "END_LIMIT_S", 0.05)
+    monkeypatch.setattr(kept_reader, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
     found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     list(found.read(found.pieces()[0]))
-    monkeypatch.setattr(next(iter(reading_process._kept.values())), "_channel", Liar(data).ours)
+    monkeypatch.setattr(next(iter(reading_process._kept.values())), "channel", Liar(data).ours)
     told = list(found.read(found.pieces()[0]))
     assert [one.code for one in told if isinstance(one, Broken)] in (["parser"], ["crash"])
 
