@@ -13,12 +13,9 @@ ended is replaced in a moment, and no thread of a caller's library is ever forke
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import multiprocessing
-import resource
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -30,6 +27,7 @@ from typing import Any, Self
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.environment import forget_other_variables
+from megatron_sov.rewards.forks import end_with_command, limit_memory
 from megatron_sov.rewards.registry import build
 from megatron_sov.rewards.reward import Result, Row, agreeing, judged
 from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
@@ -49,7 +47,6 @@ FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBU
 """Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
 AGAIN = None
 """What a process sends between the two times that it judges a row: each has the whole time."""
-_PR_SET_PDEATHSIG = 1
 _PRELOADED: dict[str, None] = {}
 """Modules of all runners, in order: they share one server."""
 
@@ -228,9 +225,7 @@ def _blamed(suspect: Result, control: Result) -> Result:
 def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str], cpu_limit_s: float) -> None:
     """Make the reward, then judge what comes until the pipe is closed."""
     forget_other_variables(variables)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes itself
-    if sys.platform == "linux":  # the server that forked this one ends with the command
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_command()
     try:
         reward = build(asked)
         if hasattr(reward, "prepare"):
@@ -238,7 +233,7 @@ def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str], c
     except UserError as e:
         pipe.send(str(e))
         return
-    _limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
+    limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
     with contextlib.suppress(EOFError, ConnectionError):  # the command has ended, perhaps before it read all
         pipe.send("")
         _judge_all(pipe, reward, cpu_limit_s)
@@ -269,10 +264,3 @@ def _judged_in(cpu_limit_s: float, reward: Any, row: Row) -> Result:
         return judged(reward, row)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _limit_memory(limit_bytes: int) -> None:
-    """Let this process ask for no more memory than that, where a limit of the machine's is not lower."""
-    hard_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if limit_bytes and (hard_bytes == resource.RLIM_INFINITY or hard_bytes > limit_bytes):
-        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, hard_bytes))

@@ -8,12 +8,8 @@ last call lies here as JSON; where a process had to be ended, the next one goes 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
-import resource
-import signal
-import sys
 import time
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -24,6 +20,7 @@ from typing import Any, Self
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.plugins.orders import Order
+from megatron_sov.rewards.forks import end_with_command, limit_memory
 from megatron_sov.rewards.reward import Result, checked, short
 from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
 from megatron_sov.tools.environment import Environment, Observation, Task, unknown
@@ -37,7 +34,6 @@ LOOK_EVERY_S = 0.25
 """At what a process takes that has not answered yet."""
 MAX_MEMORY_BYTES = 4 << 30
 """Of address space per process, where an environment has no `MAX_MEMORY_BYTES` of its own (0: no limit)."""
-_PR_SET_PDEATHSIG = 1
 _MORE_BYTES = 64 << 20
 """An answer's size beside the state's."""
 
@@ -197,9 +193,7 @@ class EnvironmentHost:
 
 def _serve(pipe: connection.Connection, asked: Order) -> None:
     """Make the environment, then do what is asked until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes itself
-    if sys.platform == "linux":  # the server that forked this one ends with the command
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_command()
     environment: Environment | None = None
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -210,7 +204,7 @@ def _serve(pipe: connection.Connection, asked: Order) -> None:
                 except UserError as e:
                     pipe.send_bytes(json.dumps({"problem": str(e)}).encode())
                     continue
-                _limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
+                limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
             answer = _DO[request.pop("what")](environment, request)
             pipe.send_bytes(json.dumps(answer).encode())
 
@@ -302,10 +296,3 @@ def _score(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
 
 
 _DO = {"reset": _reset, "restore": _restore, "call": _call, "score": _score}
-
-
-def _limit_memory(limit_bytes: int) -> None:
-    """Let this process ask for no more memory than that, where a limit of the machine's is not lower."""
-    hard_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if limit_bytes and (hard_bytes == resource.RLIM_INFINITY or hard_bytes > limit_bytes):
-        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, hard_bytes))
