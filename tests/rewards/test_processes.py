@@ -156,7 +156,8 @@ def test_one_server_imports_what_all_runners_need() -> None:
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("forget_other_variables", "_limit_memory", "signal", "ctypes"):  # they would change this
+    # they would change this process
+    for name in ("forget_other_variables", "limit_memory", "signal", "end_with_command"):
         monkeypatch.setattr(processes, name, Mock())
     (tmp_path / "does.py").write_text(CODE)
     command, own = Pipe()
