@@ -80,7 +80,7 @@ JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/command
   $(addprefix tests/,convert extend generate ladder post train)
 LAYERS := $(addprefix tests/,mcore layouts te_double codecs data doctor models obs runs chat config plan \
   data_prep/test_indexed.py data_prep/test_adopt.py data_prep/test_pack.py)
-TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/rewards/sandbox/ \
+TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/work/sandbox/ \
   tests/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 TESTS_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25

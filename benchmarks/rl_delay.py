@@ -48,12 +48,12 @@ from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.post.rl.responses import NO_TOKENS, Responses, key_digest
 from megatron_sov.post.rl.reward import JudgingJob
 from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.sampling import stream_of
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
+from megatron_sov.work.claims import Claims
 
 END, VOCAB, VERSION = 0, 1000, "v" * 64
 SHORT, TIMES, LONG_SHARE = (5, 16), 20, 0.1

@@ -43,11 +43,11 @@ from megatron_sov import cli
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.rollouts.checking import check
-from megatron_sov.rollouts.claims import holders
 from megatron_sov.rollouts.parts import part_name
 from megatron_sov.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import Rollout, later
 from megatron_sov.rollouts.store import Store
+from megatron_sov.work.claims import holders
 
 JOBS = ("generate", "reward", "train")
 ROLLOUT = RolloutConfig(rounds=4, prompts_per_round=16, samples_per_prompt=8, piece_prompts=8,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from data_prep.units import UnitEncoder, UnitRecord, UnitSettings
-from megatron_sov.documents import Span, in_processes
+from megatron_sov.documents import Span
+from megatron_sov.work.pool import in_processes
 
 Unit = tuple[Span, ...]
 

@@ -6,6 +6,7 @@ from here but a command, which says on stderr what it always says.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from megatron_sov.artifacts import to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.work.commands import start_command
 
 AnyPath = str | Path
 _ERRORS: dict[int, type[Exception]] = {
@@ -95,15 +97,16 @@ def _plugins(references: Sequence[str]) -> list[str]:
 
 def _run(words: list[str]) -> str:
     """Run a command, pass on what it says on stderr, and return what it prints."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed, subprocess.Popen(
-            [sys.executable, "-m", "megatron_sov", *words], stdout=printed, stderr=subprocess.PIPE,
-            text=True) as process:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed, start_command(
+            [sys.executable, "-m", "megatron_sov", *words], stdout=printed,
+            stderr=subprocess.PIPE) as process:
         assert process.stderr is not None, words
+        lines = io.TextIOWrapper(process.stderr, encoding="utf-8", errors="replace")
         try:
-            message = _passed_on(process.stderr)
+            message = _passed_on(lines)
         except KeyboardInterrupt:
             process.terminate()  # it saves, and ends with the code for that
-            message = _passed_on(process.stderr)
+            message = _passed_on(lines)
         code = process.wait()
         if code in _ERRORS:
             raise _ERRORS[code](message or f"megatron-sov {words[0]} ended with exit code {code}")

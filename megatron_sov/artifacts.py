@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -22,7 +23,6 @@ from typing import Any
 
 from megatron_sov.digests import BLAKE3, SHA256, algorithm_of, file_digest
 from megatron_sov.errors import UserError, download
-from megatron_sov.file_locks import holds, is_held
 from megatron_sov.outputs import behind_links, refuse_nowhere
 
 MANIFEST = "manifest.json"
@@ -135,6 +135,33 @@ def write_output(path: Path, data: str | bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, data)
+
+
+def holds(fd: int) -> bool | None:
+    """Return whether no other process holds an open file or folder, which is then held until it is closed.
+
+    None where that cannot be known: Lustre knows no locks unless mounted with `flock`, NFS none of folders.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_held(folder: Path) -> bool | None:
+    """Return whether a process, wherever it runs, holds a folder; None where that cannot be known."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # gone, or no folder
+        return False
+    try:
+        free = holds(fd)
+        return None if free is None else not free
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

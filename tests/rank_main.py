@@ -35,9 +35,9 @@ import tokenizer.cli
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings, layout_settings
 from megatron_sov.mcore.parallel import launcher
-from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
-from megatron_sov.runs.parent_death import die_with_parent
 from megatron_sov.version import OUR_PACKAGES
+from megatron_sov.work.children import die_with_parent
+from megatron_sov.work.watch import OwnTime, Watch
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # jobs' files import what tests share

@@ -16,6 +16,7 @@ import pytest
 import megatron_sov
 from megatron_sov import api
 from megatron_sov.errors import GateFailed, StopRequested, UserError
+from megatron_sov.work import commands
 
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
 
@@ -81,7 +82,7 @@ def test_how_a_command_ended_is_how_the_function_ends(
 ) -> None:
     program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
     real = subprocess.Popen
-    monkeypatch.setattr(api.subprocess, "Popen",
+    monkeypatch.setattr(commands.subprocess, "Popen",
                         lambda argv, **more: real([sys.executable, "-c", program], **more))
     with pytest.raises(type(error)) as e:
         api._run(["eval"])

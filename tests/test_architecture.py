@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-BASE = {"errors", "version", "command_line", "plugins", "settings", "config", "outputs", "file_locks",
-        "digests", "process_identity", "artifacts", "compiled", "pretrained", "sealed",
+BASE = {"errors", "version", "command_line", "plugins", "settings", "config", "outputs",
+        "digests", "artifacts", "compiled", "pretrained", "sealed", "work",
         "byte_bpe", "documents", "media", "codecs", "chat", "endpoints", "rewards", "obs", "pages"}
 GROUND = BASE | {"models", "counterparts", "objectives", "recipes", "plan", "runs", "clusters", "tools",
                  "rollouts"}
@@ -35,14 +35,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version", "documents"},
     "plugins": {"errors", "version", "settings"}, "settings": {"errors"},
     "config": {"errors", "plugins", "settings"}, "outputs": {"errors"},
-    "file_locks": set(), "digests": set(), "process_identity": set(), "compiled": set(),
-    "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
+    "digests": set(), "compiled": set(), "artifacts": {"errors", "version", "outputs", "digests"},
+    "work": {"errors", "outputs", "artifacts", "digests", "documents", "obs", "sealed"},
     "pretrained": {"errors"},
     # what reads pictures and sounds is enclosed as what runs programs is
-    "media": {"errors", "artifacts", "outputs", "documents", "compiled", "rewards", "settings"},
+    "media": {"errors", "artifacts", "outputs", "documents", "compiled", "work", "settings"},
     # networks: whoever needs them opens them where they are needed; pickles are bounded as templates are
-    "codecs": {"errors", "settings", "config", "artifacts", "digests", "outputs", "file_locks", "documents",
-               "media", "obs", "pages", "chat", "pretrained"},
+    "codecs": {"errors", "settings", "config", "artifacts", "digests", "outputs", "documents",
+               "media", "obs", "pages", "chat", "pretrained", "work"},
     "sealed": {"errors", "artifacts", "digests"},
     "byte_bpe": set(), "documents": {"errors", "compiled", "sealed"}, "endpoints": {"errors", "settings"},
     "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
@@ -84,6 +84,13 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "job
 MAY_UNPICKLE = {"megatron_sov/mcore/parallel/rank_plan.py", "data_prep/pipeline/array_job.py",
                 "data_prep/pipeline/arrays.py"}
 """They pass work of ours on to processes of ours."""
+STARTS = {"Popen", "Process", "Pool", "ProcessPoolExecutor", "fork", "flock", "get_context", "prctl"}
+_INSIDE = "runs inside of the sandbox"
+MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
+             "megatron_sov/artifacts.py": "holds temporary folders",
+             "megatron_sov/rewards/check_program.py": _INSIDE,
+             "megatron_sov/rewards/solution_tests.py": _INSIDE}
+"""File outside of work that starts processes or holds locks -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
 """What errors and programs say."""
@@ -91,11 +98,11 @@ _PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "a
 CUT_ANYWHERE = {
     "megatron_sov/counterparts/arguments.py": "the words of a script",
     "megatron_sov/slurm/attempts.py": _PROGRAM, "megatron_sov/slurm/submission.py": _PROGRAM,
-    "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/runs/background.py": _PROGRAM,
+    "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/work/background.py": _PROGRAM,
     "data_prep/mixture/proxies.py": _PROGRAM, "data_prep/synth/local_engine.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
-    "megatron_sov/rewards/sandbox/landlocked.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
-    "megatron_sov/rewards/sandbox/system_calls.py": _SYSTEM,
+    "megatron_sov/work/sandbox/landlocked.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
+    "megatron_sov/work/sandbox/system_calls.py": _SYSTEM,
     "data_prep/journey/changes.py": "text that is shown; ends of lines that differ are told",
     "data_prep/quality/rules/c4.py": _PUBLISHED, "data_prep/quality/rules/gopher.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
@@ -287,6 +294,18 @@ def size_problems(source: Source) -> Iterator[str]:
                        f"at most {MAX_FUNCTION_LINES}")
 
 
+def work_problems(source: Source) -> Iterator[str]:
+    """Processes are started and locks held in one room, beside the launcher of ranks."""
+    if source.name.startswith("megatron_sov/work/") or source.name in MAY_START:
+        return
+    for node in ast.walk(source.tree):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if (called.rpartition(".")[2] in STARTS and not called.startswith("psutil.")) or (
+                isinstance(node, ast.Name) and "PR_SET_PDEATHSIG" in node.id):
+            yield (f"{source.name}:{node.lineno}: {called or 'PR_SET_PDEATHSIG'}: processes and locks are "
+                   "megatron_sov.work's; use what it has")
+
+
 def data_problems(source: Source) -> Iterator[str]:
     """Code in a package that holds data alone: it would be a second place for the same."""
     package = source.path.relative_to(source.root).parts[0]
@@ -297,7 +316,7 @@ def data_problems(source: Source) -> Iterator[str]:
 
 
 RULES = (import_problems, wing_problems, room_problems, loading_problems, model_problems, line_problems,
-         size_problems, data_problems)
+         size_problems, work_problems, data_problems)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from data_prep.libraries import require
 from data_prep.media.finishing import KIND, finish
 from data_prep.media.settings import MediaSettings
 from data_prep.media.units import Unit, UnitEncoder, plan
-from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_jobs import refuse_living
 from megatron_sov.artifacts import atomic_write, disk_errors, refuse_existing
 from megatron_sov.errors import UserError
@@ -18,6 +17,7 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, as_problem
+from megatron_sov.work.locks import holding
 
 SETTINGS = "settings.json"
 SUFFIXES = (".jsonl", ".ndjson")
@@ -107,7 +107,7 @@ def run_order(order: Order) -> dict[str, Any]:
     units = order.ready()
     encoder = UnitEncoder(order.settings, order.work, order.threads)
     order.begin(encoder.identity)
-    with only_one(order.work):
+    with holding(order.work, order.output):
         refuse_living(order.slurm)
         try:
             encode_units(encoder, units, shows=True)

@@ -16,12 +16,12 @@ from data_prep.pipeline.arrays import (
     refuse_unquotable,
     tell_failures,
 )
-from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_jobs import Jobs
 from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
+from megatron_sov.work.locks import holding
 
 ENCODE, FINISH = "encode", "finish"
 
@@ -83,7 +83,7 @@ def submit_order(order: Order, name: str, num_workers: int, *, account: str | No
     order.begin(encoder.identity)
     with disk_errors(order.slurm):
         (order.slurm / "slurm").mkdir(parents=True, exist_ok=True)
-    with only_one(order.slurm), disk_errors(order.slurm):
+    with holding(order.slurm, order.output), disk_errors(order.slurm):
         num_done = sum(map(encoder.is_done, units))
         if living := Jobs.read(order.slurm).living():
             print(f"{order.output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "

@@ -3,24 +3,21 @@ its own."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.events import EVENTS, read_events
-from megatron_sov.runs.parent_death import die_with_parent
+from megatron_sov.work.commands import end_commands, start_command
 
 RESULT = "result.json"
 """What is left of a model: the losses on held-out documents."""
@@ -86,9 +83,8 @@ def command(settings: ProxySettings, blend: dict[str, float], run: Path) -> list
 def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """Start `megatron-sov` in a process that ends with this one; what it writes goes into `log`."""
     with open(log, "ab") as out:
-        return subprocess.Popen([sys.executable, "-m", "megatron_sov", *arguments], stdin=subprocess.DEVNULL,
-                                stdout=out, stderr=subprocess.STDOUT,
-                                preexec_fn=partial(die_with_parent, os.getpid()))
+        return start_command([sys.executable, "-m", "megatron_sov", *arguments], stdout=out, stderr=out,
+                             ends_with_this=True)
 
 
 Start = Callable[[Sequence[str], Path], "subprocess.Popen[bytes]"]
@@ -139,7 +135,7 @@ class Proxies:
                         done()
                 time.sleep(_POLL_S)
         finally:
-            _stop(list(running.values()))
+            end_commands(list(running.values()), _STOP_S)
         return [_result(folder) for folder in folders]
 
     def _finish(self, folder: Path, code: int) -> None:
@@ -153,19 +149,6 @@ class Proxies:
         with disk_errors(folder):
             atomic_write(folder / RESULT, to_json(losses))
             shutil.rmtree(folder / "run", ignore_errors=True)
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes: those that save themselves in time go on later from there."""
-    for process in processes:
-        process.terminate()
-    deadline_s = time.monotonic() + _STOP_S
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline_s - time.monotonic()))
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def _result(folder: Path) -> Losses:

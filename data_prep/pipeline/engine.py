@@ -15,8 +15,8 @@ from typing import Any
 from data_prep.pipeline.arrays import TaskFailed
 from data_prep.pipeline.tasks import Stage, Task, do_task
 from megatron_sov.artifacts import disk_errors
-from megatron_sov.documents.processes import LOST, WorkerPool
 from megatron_sov.errors import UserError
+from megatron_sov.work.pool import LOST, WorkerPool
 
 LOOK_EVERY_S = 0.5
 WAITING_PER_WORKER = 4

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +20,9 @@ from data_prep.pipeline.tasks import Stage, Task, done_mark, layer_of, stages, t
 from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
 from megatron_sov.errors import UserError
-from megatron_sov.file_locks import holds
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.sealed import read_json
+from megatron_sov.work.locks import holding
 
 
 def check_folder(output: Path) -> None:
@@ -46,23 +43,6 @@ def refuse_inside_sources(pipeline: Pipeline, output: Path) -> None:
             if output.resolve().is_relative_to((source.folder / path).resolve()):
                 raise UserError(f"--output {output}: lies in {path!r} of source {source.name}, and would be "
                                 "read with it; choose another output folder")
-
-
-@contextlib.contextmanager
-def only_one(output: Path) -> Iterator[None]:
-    """Hold a run's folder, so that no second command works in it.
-
-    Raises:
-        UserError: another one does.
-    """
-    fd = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if holds(fd) is False:
-            raise UserError(f"{output}: another command works in this folder; wait for it, or choose another "
-                            "output folder")
-        yield
-    finally:
-        os.close(fd)
 
 
 def begin(plan: Plan, output: Path) -> Path:
@@ -100,9 +80,7 @@ def run_pipeline(plan: Plan, output: Path, workers: int) -> None:
     Raises:
         UserError: the user's data, settings or disk are in the way; what is done stays.
     """
-    with disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    with only_one(output), disk_errors(output):
+    with holding(output, output), disk_errors(output):
         refuse_living(output)
         if is_complete(plan, output):
             print(f"{output}: complete from before")
@@ -118,9 +96,7 @@ def judge_documents(plan: Plan, output: Path, workers: int) -> None:
     Raises:
         UserError: as `run_pipeline`.
     """
-    with disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    with only_one(output), disk_errors(output):
+    with holding(output, output), disk_errors(output):
         _do_stages(plan, begin(plan, output), output, workers,
                    [stage for stage in stages(plan) if stage.kind != OUTPUT])
 

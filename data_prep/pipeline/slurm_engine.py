@@ -28,12 +28,13 @@ from data_prep.pipeline.inputs import (
 )
 from data_prep.pipeline.pipeline_file import Pipeline
 from data_prep.pipeline.plan import Plan, make_plan
-from data_prep.pipeline.running import begin, only_one, open_tasks
+from data_prep.pipeline.running import begin, open_tasks
 from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.pipeline.tasks import Stage, Task, do_task, stages, tasks
 from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
+from megatron_sov.work.locks import holding
 
 READING = "reading"
 """Stands for the address of a plan that there is not yet."""
@@ -91,7 +92,7 @@ class SubmitRest:
 
     def __call__(self, task: int) -> None:
         """Submit the run."""
-        with only_one(self.output):
+        with holding(self.output, self.output):
             plan = make_plan(self.pipeline, self.output)
             if not is_complete(plan, self.output):
                 _submit_run(plan, self.output, self.profile)
@@ -116,7 +117,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str
     refuse_unquotable(output)
     profile = cluster.load(name, account=account, partition=partition)
     (output / "inputs").mkdir(parents=True, exist_ok=True)
-    with only_one(output):
+    with holding(output, output):
         before = Jobs.read(output)
         living = before.living()
         if living and before.address == READING:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_prep.synth.stopping import Stop
 from megatron_sov.errors import UserError, download
+from megatron_sov.work.commands import end_commands, start_command
 
 KEY_ENV = "SOV_SERVE_KEY"
 """Of the server's environment alone: no other process of the run needs the key."""
@@ -61,17 +62,12 @@ def serving(folder: Path, program: list[str], stop: Stop) -> Iterator[Served]:
                    "--api-key-env", KEY_ENV, "--parent-pid", str(os.getpid())]
         with open(log, "wb") as out:
             # a group of its own: Ctrl-C is for the run, which lets it answer what is under way
-            child = subprocess.Popen(command, env=os.environ | {KEY_ENV: key}, stdin=subprocess.DEVNULL,
-                                     stdout=out, stderr=out, start_new_session=True)
+            child = start_command(command, environment=os.environ | {KEY_ENV: key}, stdout=out, stderr=out,
+                                  own_group=True)
         try:
             yield Served(*_answering(child, address, log, folder, stop), key)
         finally:
-            child.terminate()
-            try:
-                child.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            end_commands([child], STOP_S)
 
 
 def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder: Path, stop: Stop

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
-from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_jobs import refuse_living
 from data_prep.synth.budget import Budget, Most
 from data_prep.synth.checks.settings import CheckSettings
@@ -22,13 +21,13 @@ from data_prep.synth.shares import Share, merge_answers
 from data_prep.synth.stopping import Stop
 from data_prep.synth.templates import PROMPTS, Prompt, load_prompts
 from data_prep.synth.work_folder import ANSWERS, Identity, check_folder, settle
-from megatron_sov.artifacts import disk_errors
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.errors import ExitCode, StopRequested, UserError
-from megatron_sov.runs.parent_death import FORWARDED
 from megatron_sov.settings import AtLeastOne, Code, Problem, SettingsError, as_problem, problems_of, read
+from megatron_sov.work.children import FORWARDED
+from megatron_sov.work.locks import holding
 
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 
@@ -169,9 +168,7 @@ def run_order(order: Order) -> ExitCode:
         StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
     """
     made = ready(order)
-    with disk_errors(order.output):
-        order.output.mkdir(parents=True, exist_ok=True)
-    with only_one(order.output):
+    with holding(order.output, order.output):
         refuse_living(order.output)
         settle(order.output, made.identity, order.redo)
         merge_answers(order.output)

@@ -25,7 +25,6 @@ from data_prep.pipeline.arrays import (
     refuse_unquotable,
     tell_failures,
 )
-from data_prep.pipeline.running import only_one
 from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.synth.budget import Most
 from data_prep.synth.engine import Tally
@@ -38,6 +37,7 @@ from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import StopRequested, UserError
+from megatron_sov.work.locks import holding
 
 ADDRESS, ARRAY, SCRIPT = "slurm/server.json", "slurm/array.job", "slurm/server.sbatch"
 KEY_ENV = "VLLM_API_KEY"
@@ -84,7 +84,7 @@ class FinishSource:
 
     def __call__(self, task: int) -> None:
         """Finish the source."""
-        with only_one(self.order.output):
+        with holding(self.order.output, self.order.output):
             merge_answers(self.order.output)
             code = finished(replace(self.order, workers=len(os.sched_getaffinity(0))), Tally())
             if code:
@@ -158,9 +158,7 @@ def submit_order(order: Order, name: str, num_workers: int, server: Server | Non
     profile = cluster.load(name, account=account, partition=partition)
     refuse_enroot(profile)
     made = ready(order)
-    with disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    with only_one(output), disk_errors(output):
+    with holding(output, output), disk_errors(output):
         if living := Jobs.read(output).living():
             done = len(read_done(output))
             print(f"{output}: Slurm's jobs {', '.join(living)} are at work; {done:,} items are done")

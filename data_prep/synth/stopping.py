@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from megatron_sov.errors import StopRequested
-from megatron_sov.runs.parent_death import FORWARDED
+from megatron_sov.work.children import FORWARDED
 
 
 class Stop:

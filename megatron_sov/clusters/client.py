@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.runs.background import environment_outside_jobs
+from megatron_sov.work.background import environment_outside_jobs
 
 TIMEOUT_S = 60
 LIVING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}

@@ -24,11 +24,11 @@ from megatron_sov.config import RunConfig, data_paths, layout_settings
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.recipes.requested import RecipeOptions, requested
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
 from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.work.commands import run_command
 
 
 @dataclass(frozen=True, kw_only=True)

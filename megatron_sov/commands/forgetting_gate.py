@@ -22,11 +22,11 @@ from megatron_sov.eval.forgetting import FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forge
 from megatron_sov.eval.score_differences import read_scored
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import GATE
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.settings import Flag, NotNegative, add_options, read_options
 from megatron_sov.train.stage_config import StageOptions, TunedStageOptions
+from megatron_sov.work.commands import run_command
 
 if TYPE_CHECKING:
     from megatron_sov.train.gate import EndVerdict

@@ -205,9 +205,9 @@ def _read(file: Path) -> RunConfig:
 def _train(args: LadderOptions, members: Sequence[Member]) -> int:
     """Run, or submit, what is not complete; returns the exit code of the first that is not."""
     from megatron_sov.ladder.results import is_complete
-    from megatron_sov.runs.commands import run_command
     from megatron_sov.slurm.stages import SubmitOptions
     from megatron_sov.train.stage_config import StageOptions
+    from megatron_sov.work.commands import run_command
 
     for i, member in enumerate(members, 1):
         if is_complete(args.run / member.name):

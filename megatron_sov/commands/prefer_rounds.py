@@ -28,12 +28,12 @@ from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.prompts import read_prompts
 from megatron_sov.generate.request import Sampling
 from megatron_sov.rewards.registry import make, order
-from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done, keep_result
 from megatron_sov.settings import AboveZero, AtLeastOne, Code, Flag, Problem, only_with, parse_nested
 from megatron_sov.train.stage_config import stage_request
+from megatron_sov.work.commands import run_command
 
 NEEDED = ("prompts", "reward", "tokenizer")
 LINES = ".jsonl"

@@ -23,7 +23,6 @@ from megatron_sov.generate.request import Batching, BatchSize
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.orders import Order
 from megatron_sov.recipes.requested import RecipeOptions, requested
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
@@ -40,6 +39,7 @@ from megatron_sov.settings import (
 )
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.registry import BUILT_IN, make, order
+from megatron_sov.work.claims import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target

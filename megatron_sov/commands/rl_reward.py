@@ -28,8 +28,8 @@ from megatron_sov.post.rl.reward import (
     reward_version,
     second_opinions,
 )
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.settings import Flag, NotNegative, add_options, read_options
+from megatron_sov.work.claims import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import Store

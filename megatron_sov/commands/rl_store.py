@@ -103,7 +103,7 @@ def _open(args: StoreOptions) -> Store:
 
 
 def _ls(args: StoreLsOptions) -> int:
-    from megatron_sov.rollouts.claims import holders
+    from megatron_sov.work.claims import holders
 
     store = _open(args)
     judged: dict[str, list[str]] = {}

@@ -25,7 +25,6 @@ from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.rows import check_rows
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import enter_rounds
 from megatron_sov.settings import (
@@ -36,6 +35,7 @@ from megatron_sov.settings import (
     parse_nested,
     read_options,
 )
+from megatron_sov.work.commands import run_command
 
 if TYPE_CHECKING:
     from megatron_sov.post.ssp.probing import Candidate

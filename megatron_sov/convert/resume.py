@@ -29,12 +29,11 @@ from megatron_sov.artifacts import (
     refuse_existing,
     to_json,
 )
-from megatron_sov.errors import UserError
-from megatron_sov.file_locks import holds
 from megatron_sov.outputs import behind_links
 from megatron_sov.version import __version__
+from megatron_sov.work.locks import holding
 
-PLAN, FINISHED, CONTENT, LOCK = "plan.json", "finished.jsonl", "content", "lock"
+PLAN, FINISHED, CONTENT = "plan.json", "finished.jsonl", "content"
 
 
 class ResumableArtifact:
@@ -82,12 +81,11 @@ def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *, overwrite
     """
     path = behind_links(path)
     work = partial_folder(path)
-    with disk_errors(path), contextlib.ExitStack() as held:
+    with disk_errors(path), contextlib.ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
-        work.mkdir(exist_ok=True)
-        held.enter_context(_locked(work, path))
+        stack.enter_context(holding(work, path))
         try:
             _begin(work, {"kind": kind, "version": __version__, **plan})
             artifact = ResumableArtifact(ArtifactWriter(work / CONTENT, kind), work / FINISHED)
@@ -111,22 +109,6 @@ def fingerprint(folder: Path) -> list[list[Any]]:
     """Return name, size and time of every file below a folder: what a plan says about its source."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return [[p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-
-
-@contextlib.contextmanager
-def _locked(work: Path, path: Path) -> Iterator[None]:
-    """Hold the folder against other processes; the lock goes with the process, however that ends."""
-    with open(work / LOCK, "a", encoding="utf-8") as f:
-        try:
-            # else the other one has just ended
-            ours = (holds(f.fileno()) is not False
-                    and os.stat(work / LOCK).st_ino == os.fstat(f.fileno()).st_ino)
-        except FileNotFoundError:
-            ours = False
-        if not ours:
-            raise UserError(f"{path}: another process is making it; wait for it, "
-                            "or choose another output folder")
-        yield
 
 
 def _begin(work: Path, plan: dict[str, Any]) -> None:

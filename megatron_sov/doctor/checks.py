@@ -24,8 +24,8 @@ import psutil
 
 from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.units import GIB
-from megatron_sov.rewards.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES
+from megatron_sov.work.sandbox import machine_enclosure
 
 Status = Literal["ok", "missing", "warning", "broken"]
 

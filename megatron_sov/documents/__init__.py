@@ -16,10 +16,9 @@ from megatron_sov.documents.files import (
            plan_units,
 )
 from megatron_sov.documents.messages import ROLES, BadRecord, Conversation, Message
-from megatron_sov.documents.processes import in_processes
 from megatron_sov.documents.reading import read_documents, read_span
 from megatron_sov.documents.records import KINDS, ROLLOUTS, Document, LeftOut, Reading
 
 __all__ = ["DOCUMENT_BYTES", "KINDS", "ROLES", "ROLLOUTS", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord",
            "Conversation", "Document", "LeftOut", "Message", "Reading", "Span", "cut_at_blank_lines",
-           "cut_text", "in_processes", "list_files", "plan_units", "read_documents", "read_span"]
+           "cut_text", "list_files", "plan_units", "read_documents", "read_span"]

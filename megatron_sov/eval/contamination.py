@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.chat.folder import open_tokenizer
-from megatron_sov.documents import BadRecord, Reading, Span, in_processes, list_files, plan_units, read_span
+from megatron_sov.documents import BadRecord, Reading, Span, list_files, plan_units, read_span
 from megatron_sov.documents.item_search import Item, Search
 from megatron_sov.documents.overlap import WORDS, find_units
 from megatron_sov.documents.plain import forms
@@ -25,6 +25,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.results import Contamination, Results
 from megatron_sov.eval.score_differences import Scored, is_mean, values_of
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.work.pool import in_processes
 
 MIN_WORDS = 5
 """An item of fewer words is not looked for: it says too little."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.rewards import check_program
-from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox
+from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox
 
 MODULES = frozenset(("__future__", "bisect", "collections", "csv", "dataclasses", "datetime", "decimal",
                      "difflib", "fractions", "functools", "heapq", "html", "itertools", "json", "math",

@@ -16,9 +16,9 @@ from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import UserError
 from megatron_sov.rewards import solution_tests
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
-from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 from megatron_sov.rewards.version import code_of
 from megatron_sov.settings import AboveZero, AtLeastOne, NotNegative, Problem, find_broken
+from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 
 MAX_TESTS = 10_000
 _FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
@@ -56,7 +56,7 @@ class Code:
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""
-        return {"server": code_of("megatron_sov.rewards.sandbox.server"),
+        return {"server": code_of("megatron_sov.work.sandbox.server"),
                 "python": list(sys.version_info[:2])}
 
     def prepare(self) -> None:

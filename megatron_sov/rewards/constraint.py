@@ -11,10 +11,10 @@ from annotated_types import Ge, Le
 from megatron_sov.chat.marks import as_written, behind_thoughts
 from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, problem_of, verdicts
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
-from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.rewards.text_views import Segmenter, views_of
 from megatron_sov.rewards.version import code_of
 from megatron_sov.settings import Share
+from megatron_sov.work.sandbox import shared_sandbox
 
 MAX_FUNCTIONS = 20
 
@@ -45,7 +45,7 @@ class Constraint:
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""
-        return {"server": code_of("megatron_sov.rewards.sandbox.server"),
+        return {"server": code_of("megatron_sov.work.sandbox.server"),
                 "python": list(sys.version_info[:2])}
 
     def prepare(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
-from megatron_sov.rewards.held_folder import held
+from megatron_sov.work.locks import holding
 
 IDENTITY, ROWS = "identity.json", "rows.jsonl"
 
@@ -82,7 +82,7 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         UserError: another process writes it now, or nothing can be written there.
     """
     folder = folder_of(output)
-    with held(folder, output):
+    with holding(folder, f"--output {output}"):
         if not _is_of(folder, identity):
             (folder / ROWS).unlink(missing_ok=True)
             atomic_write(folder / IDENTITY, json.dumps(identity))

@@ -5,39 +5,31 @@ Whose fault it is follows from what was used. A judge that has used its time of 
 stack, where the same row with an ordinary response takes nothing of the kind, was kept busy by the response:
 that is worth 0, else a policy could escape a bad grade. A judge that the clock has run out on waits for
 something: its row is judged once more, and has no reward then. What it waits for a processor does not count.
-
-The processes are forks of a small server that has imported the rewards and nothing else, so that one that was
-ended is replaced in a moment, and no thread of a caller's library is ever forked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing
 import signal
 import time
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.orders import Order
-from megatron_sov.rewards.environment import forget_other_variables
-from megatron_sov.rewards.forks import end_with_command, limit_memory
 from megatron_sov.rewards.registry import build
 from megatron_sov.rewards.reward import Result, Row, agreeing, judged
-from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
+from megatron_sov.work.children import Fork, limit_memory, preload
+from megatron_sov.work.environment import forget_other_variables
 
 TIME_LIMIT_S = 30.0
 """Per row, where a reward has no setting `time_limit_s`."""
 START_LIMIT_S = 120.0
 """For a process to import and make its reward."""
-LOOK_EVERY_S = 0.25
-"""At what a process that judges takes."""
 MAX_MEMORY_BYTES = 4 << 30
 """Of address space per process, where a reward has no `MAX_MEMORY_BYTES`."""
 CHECKED_TWICE, EVERY = 32, 32
@@ -47,8 +39,6 @@ FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBU
 """Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
 AGAIN = None
 """What a process sends between the two times that it judges a row: each has the whole time."""
-_PRELOADED: dict[str, None] = {}
-"""Modules of all runners, in order: they share one server."""
 
 
 class ProcessRunner:
@@ -70,9 +60,7 @@ class ProcessRunner:
                  control: str | None = None) -> None:
         self._asked, self._time_limit_s, self._variables = asked, time_limit_s, tuple(variables)
         self._cpu_limit_s, self._control = cpu_limit_s, control
-        self._context = multiprocessing.get_context("forkserver")
-        _PRELOADED.update(dict.fromkeys(modules))
-        self._context.set_forkserver_preload([__name__, *_PRELOADED])
+        preload([__name__, *modules])
         self._slots: list[_Slot] = []
         self._workers, self._num_seen = workers, 0
 
@@ -82,7 +70,7 @@ class ProcessRunner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         for slot in self._slots:
-            slot.end()
+            slot.fork.end()
         self._slots.clear()
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
@@ -118,42 +106,35 @@ class ProcessRunner:
                     else:
                         results[index] = result
                 if slot.gone:
-                    slot.end()
+                    slot.fork.end()
                     self._slots[i] = self._start()
         self._num_seen += len(rows)
         return [results[i] for i in range(len(rows))]
 
     def _start(self) -> _Slot:
-        here, there = self._context.Pipe()
-        process = self._context.Process(target=_work, daemon=True, args=(
-            there, self._asked, self._variables, self._cpu_limit_s))
-        process.start()
-        there.close()
-        return _Slot(process, here, self._cpu_limit_s)
+        fork = Fork(_work, (self._asked, self._variables, self._cpu_limit_s))
+        return _Slot(fork, self._cpu_limit_s)
 
     def _give(self, slot: _Slot, index: int, row: Row, is_control: bool) -> None:
         place = self._num_seen + index
         twice = not is_control and (place < CHECKED_TWICE or place % EVERY == 0)
         slot.index, slot.limit_s = index, self._time_limit_s
-        slot.time.begin_again()
+        slot.fork.time.begin_again()
         with contextlib.suppress(OSError):  # it has just ended, which `take` finds out
-            slot.pipe.send(({**row, "response": self._control} if is_control else dict(row), twice))
+            slot.fork.pipe.send(({**row, "response": self._control} if is_control else dict(row), twice))
 
     def _wait(self) -> None:
         """Wait until a process has answered or ended, or is to be looked at."""
         busy = [slot for slot in self._slots if slot.index is not None or not slot.ready]
-        left_s = min((slot.time.look_at_s for slot in busy), default=0.0) - time.monotonic()
-        connection.wait([slot.pipe for slot in busy], timeout=max(left_s, 0.0))
+        left_s = min((slot.fork.time.look_at_s for slot in busy), default=0.0) - time.monotonic()
+        connection.wait([slot.fork.pipe for slot in busy], timeout=max(left_s, 0.0))
 
 
 class _Slot:
     """A process and what it works on."""
 
-    def __init__(self, process: BaseProcess, pipe: connection.Connection, cpu_limit_s: float) -> None:
-        self.process, self.pipe, self._cpu_limit_s = process, pipe, cpu_limit_s
-        assert process.pid is not None
-        self._watch = Watch(process.pid)
-        self.time = OwnTime(self._watch.totals, LOOK_EVERY_S)
+    def __init__(self, fork: Fork, cpu_limit_s: float) -> None:
+        self.fork, self._cpu_limit_s = fork, cpu_limit_s
         self.index: int | None = None
         self.limit_s = START_LIMIT_S
         self.ready = self.gone = self.late = False
@@ -163,28 +144,24 @@ class _Slot:
         if self.index is None and self.ready:
             return None
         try:
-            if self.pipe.poll():
-                message = self.pipe.recv()
+            if self.fork.pipe.poll():
+                message = self.fork.pipe.recv()
                 if not self.ready:
                     self._begin(message)
                 elif isinstance(message, UserError):
                     raise message
                 elif message is AGAIN:
-                    self.time.begin_again()
+                    self.fork.time.begin_again()
                 else:
                     return message
                 return None
         except (EOFError, OSError):
-            self.process.join(timeout=60)  # it is ending, for which it needs a processor
-            self.gone = True
+            self.gone, code = True, self.fork.exit_code()
             if not self.ready:
-                raise UserError(f"a process of the reward ended while it started (exit code "
-                                f"{self.process.exitcode}); see what it wrote above") from None
-            return _ended(self.process.exitcode or 0, self._cpu_limit_s)
-        now_s = time.monotonic()
-        if now_s >= self.time.look_at_s:
-            self.time.look(now_s)
-        if self.time.own_s(now_s) < self.limit_s:
+                raise UserError(f"a process of the reward ended while it started (exit code {code}); see "
+                                "what it wrote above") from None
+            return _ended(code or 0, self._cpu_limit_s)
+        if not self.fork.is_late(self.limit_s):
             return None
         self.gone = self.late = True
         if not self.ready:
@@ -196,13 +173,6 @@ class _Slot:
         if problem:
             raise UserError(problem)
         self.ready = True
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-        self._watch.close()
 
 
 def _ended(exit_code: int, cpu_limit_s: float) -> Result:
@@ -225,7 +195,6 @@ def _blamed(suspect: Result, control: Result) -> Result:
 def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str], cpu_limit_s: float) -> None:
     """Make the reward, then judge what comes until the pipe is closed."""
     forget_other_variables(variables)
-    end_with_command()
     try:
         reward = build(asked)
         if hasattr(reward, "prepare"):

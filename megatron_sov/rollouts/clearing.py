@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, disk_errors
-from megatron_sov.file_locks import is_held
+from megatron_sov.artifacts import MANIFEST, disk_errors, is_held
 from megatron_sov.rollouts.parts import REWARDS, ROLLOUTS, numbers_in
 from megatron_sov.rollouts.store import VERSION_CHARS, Store
 

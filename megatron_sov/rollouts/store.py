@@ -3,7 +3,7 @@
     STORE/store.json                      what all parts share: tokenizer and vocabulary
     STORE/rollouts/NAME/                  a part: responses to the prompts of one piece
     STORE/rewards/VERSION/NAME/           what one reward said of them
-    STORE/claims/                         who works on what, see `rollouts.claims`
+    STORE/claims/                         who works on what, see `work.claims`
 
 Parts never change, and of two of one name the first one stays: whoever reads needs no lock.
 """

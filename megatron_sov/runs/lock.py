@@ -7,22 +7,20 @@ lease has run out.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.warning import warn
-from megatron_sov.process_identity import has_ended, identity
+from megatron_sov.work.locks import in_turn
+from megatron_sov.work.process_identity import has_ended, identity
 
 LOCK = "lock.json"
 LEASE_S = 60.0
@@ -44,7 +42,7 @@ class RunLock:
         Raises:
             UserError: a living run holds it, or the folder cannot be written.
         """
-        with disk_errors(self._file), _alone(self._file.parent):
+        with disk_errors(self._file), in_turn(self._file.parent):
             record = recorded_holder(self._file.parent)
             if record is not None and _is_living(record):
                 raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on "
@@ -127,17 +125,3 @@ def _is_living(record: dict[str, Any]) -> bool:
         return False
     ended = has_ended(record)
     return bool(time.time() < record["expires_s"]) if ended is None else not ended
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time look at a folder's lock and take it, where the file system
-    knows such a thing."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # network file systems may refuse; there two runs could start in the same millisecond
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

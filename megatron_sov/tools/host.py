@@ -1,37 +1,31 @@
 """An environment in a process of its own: a tool that hangs, eats the machine or ends its process costs its
 call and nothing else.
 
-The processes are forks of a small server that has imported this room and nothing else.  The state behind the
-last call lies here as JSON; where a process had to be ended, the next one goes on from it.
+The state behind the last call lies here as JSON; where a process had to be ended, the next one goes on from
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import time
 from dataclasses import dataclass
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.plugins.orders import Order
-from megatron_sov.rewards.forks import end_with_command, limit_memory
 from megatron_sov.rewards.reward import Result, checked, short
-from megatron_sov.rewards.sandbox.watch import OwnTime, Watch
 from megatron_sov.tools.environment import Environment, Observation, Task, unknown
 from megatron_sov.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
 from megatron_sov.tools.limits import EpisodeLimits, cut
 from megatron_sov.tools.registry import BUILT_IN, make
+from megatron_sov.work.children import LOOK_EVERY_S, Fork, limit_memory, preload
 
 START_LIMIT_S = 120.0
 """For a process to import and make its environment, and for an episode to begin."""
-LOOK_EVERY_S = 0.25
-"""At what a process takes that has not answered yet."""
 MAX_MEMORY_BYTES = 4 << 30
 """Of address space per process, where an environment has no `MAX_MEMORY_BYTES` of its own (0: no limit)."""
 _MORE_BYTES = 64 << 20
@@ -79,7 +73,7 @@ class EnvironmentHost:
             limits: of calls and of what they leave.
         """
         self._asked, self._limits = asked, limits
-        self._process: BaseProcess | None = None
+        self._fork: Fork | None = None
         self._task: Task = {}
         self.state = "null"
         """Of the environment behind the last call, as JSON."""
@@ -131,8 +125,9 @@ class EnvironmentHost:
     def _begin(self, what: str, **request: Any) -> dict[str, Any]:
         """Ask for what begins an episode, of a process that is started where there is none."""
         try:
-            if self._process is None:
-                self._start()
+            if self._fork is None:  # whose sandbox is a process of its own
+                preload([__name__, *(module for module, _, _ in BUILT_IN.values())])
+                self._fork = Fork(_serve, (self._asked,), may_start_processes=True)
             answer = self._ask(what, START_LIMIT_S, **request)
         except _Gone as gone:
             raise UserError(f"tool environment {self._asked.name}: {gone.reason} while an episode began; "
@@ -142,58 +137,40 @@ class EnvironmentHost:
         self.state = answer["state"]
         return answer
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *(module for module, _, _ in BUILT_IN.values())])
-        self._pipe, there = context.Pipe()
-        # not a daemon: those may not start processes, and a sandbox does
-        self._process = context.Process(target=_serve, args=(there, self._asked))
-        self._process.start()
-        there.close()
-
     def _ask(self, what: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         """Return what the process answers; ends it where it does not."""
         limits = {"max_tool_chars": self._limits.max_tool_chars,
                   "max_state_bytes": self._limits.max_state_bytes}
+        assert self._fork is not None, "an episode begins before a call"
         try:
-            self._pipe.send_bytes(json.dumps({"what": what, **request, **limits}).encode())
-            if not self._answers(timeout_s):
+            self._fork.pipe.send_bytes(json.dumps({"what": what, **request, **limits}).encode())
+            if not _answers(self._fork, timeout_s):
                 self._end()
                 raise _Gone("timeout", f"took longer than {timeout_s:g} s")
             answer: dict[str, Any] = json.loads(
-                self._pipe.recv_bytes(self._limits.max_state_bytes + _MORE_BYTES))
+                self._fork.pipe.recv_bytes(self._limits.max_state_bytes + _MORE_BYTES))
         except (EOFError, OSError, ValueError):
             self._end()
             raise _Gone("ended", "ended its process") from None
         return answer
 
-    def _answers(self, limit_s: float) -> bool:
-        """Wait for an answer; False: its time has run out, without what it waits for a processor."""
-        assert self._process is not None and self._process.pid is not None
-        watch = Watch(self._process.pid)
-        try:
-            own = OwnTime(watch.totals, LOOK_EVERY_S)
-            own.begin_again()
-            while not self._pipe.poll(LOOK_EVERY_S):
-                own.look(now_s := time.monotonic())
-                if own.own_s(now_s) >= limit_s:
-                    return self._pipe.poll()  # one that has answered meanwhile is not late
-            return True
-        finally:
-            watch.close()
-
     def _end(self) -> None:
-        """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = None
+        if self._fork is not None:
+            self._fork.end()
+            self._fork = None
+
+
+def _answers(fork: Fork, limit_s: float) -> bool:
+    """Wait for an answer; False: its time has run out."""
+    fork.time.begin_again()
+    while not fork.pipe.poll(LOOK_EVERY_S):
+        if fork.is_late(limit_s):
+            return bool(fork.pipe.poll())  # one that has answered meanwhile is not late
+    return True
 
 
 def _serve(pipe: connection.Connection, asked: Order) -> None:
     """Make the environment, then do what is asked until the pipe is closed."""
-    end_with_command()
     environment: Environment | None = None
     with contextlib.suppress(EOFError, ConnectionError):
         while True:

@@ -17,11 +17,11 @@ from typing import Any
 
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.held_folder import held
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.episode import Episode, Turn, Written
 from megatron_sov.tools.host import Opening
+from megatron_sov.work.locks import holding
 
 LINES = "journal.jsonl"
 
@@ -104,7 +104,7 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     identity = json.loads(json.dumps(identity))  # as its first line has it: a tuple is a list there
     folder = folder_of(output)
     path = folder / LINES
-    with held(folder, output):
+    with holding(folder, f"--output {output}"):
         lines = _whole_lines(path)
         if len(lines) == 1:  # no episode had begun
             path.unlink()

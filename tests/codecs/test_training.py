@@ -105,7 +105,7 @@ def test_a_training_is_not_continued_with_other_settings_or_by_two(tmp_path: Pat
     (folder / "settings.json").unlink()
 
     def second(folder: Path) -> Any:
-        with pytest.raises(UserError, match="another process trains this codec"):
+        with pytest.raises(UserError, match="is being written by another"):
             train(plan(tmp_path / "codec", "simvq"), image_task)
         return image_task(folder)
 

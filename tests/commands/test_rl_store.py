@@ -20,10 +20,10 @@ from pyarrow import parquet
 
 from megatron_sov.cli import main
 from megatron_sov.rollouts import tables
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.parts import part_name, write_part
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Judged, Key, Rollout
 from megatron_sov.rollouts.store import Store
+from megatron_sov.work.claims import Claims
 
 PAGE = Path(__file__).parents[2] / "docs/rollout_store.md"
 VERSION = "8c1d22ab90e4f00d"

@@ -170,7 +170,7 @@ def test_a_journal_that_another_command_has_just_removed_is_not_held(
         os.rename(folder_of(Path("out.jsonl")), "published")
         return True
 
-    monkeypatch.setattr("megatron_sov.rewards.held_folder.holds", holds)
+    monkeypatch.setattr("megatron_sov.work.locks.holds", holds)
     assert score("--set", "language=ko") == 2
     assert "is being written by another process" in capsys.readouterr().err
 

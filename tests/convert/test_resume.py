@@ -132,7 +132,7 @@ def test_two_processes_do_not_make_one_artifact(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"
-        with (pytest.raises(UserError, match="another process is making it"),
+        with (pytest.raises(UserError, match="is being written by another process"),
               resumable_artifact(tmp_path / "out", "kind", {})):
             raise AssertionError("unreachable")
         assert partial_folder(tmp_path / "out").is_dir()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_sov.rewards.check_functions import Verdict, problem_of, verdicts
-from megatron_sov.rewards.sandbox import shared_sandbox
+from megatron_sov.work.sandbox import shared_sandbox
 
 TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z",
          '"in quotes"', "5 and 7", "a" * 10_000, "\U0001f600", "null\0byte"]

@@ -13,9 +13,9 @@ import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.rewards import processes
-from megatron_sov.rewards.environment import forget_other_variables
 from megatron_sov.rewards.processes import ProcessRunner
 from megatron_sov.rewards.registry import order
+from megatron_sov.work.environment import forget_other_variables
 
 CODE = '''
 import itertools, os, time
@@ -157,7 +157,7 @@ def test_one_server_imports_what_all_runners_need() -> None:
 def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # they would change this process
-    for name in ("forget_other_variables", "limit_memory", "signal", "end_with_command"):
+    for name in ("forget_other_variables", "limit_memory", "signal"):
         monkeypatch.setattr(processes, name, Mock())
     (tmp_path / "does.py").write_text(CODE)
     command, own = Pipe()

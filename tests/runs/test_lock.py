@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.process_identity import process_table
 from megatron_sov.runs.lock import LOCK, RunLock
+from megatron_sov.work.process_identity import process_table
 
 
 def write_record(run: Path, **changed: Any) -> None:

@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.runs.parent_death import FORWARDED
+from megatron_sov.work.children import FORWARDED
 from tests.pages_typed import ROOT, commands_of
 
 WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]

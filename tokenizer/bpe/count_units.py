@@ -20,13 +20,13 @@ from megatron_sov.documents import (
     Document,
     Reading,
     Span,
-    in_processes,
     list_files,
     plan_units,
     read_documents,
     read_span,
 )
 from megatron_sov.errors import UserError
+from megatron_sov.work.pool import in_processes
 from tokenizer.mixture import NUM_BUCKETS, Group, Sizes, pieces
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
-from megatron_sov.documents import in_processes
+from megatron_sov.work.pool import in_processes
 from tokenizer.bpe.count_units import Unit, UnitSizes
 from tokenizer.bpe.lowest_pieces import LowestPieces
 from tokenizer.bpe.pretokenizer import Splitter

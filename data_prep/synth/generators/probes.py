@@ -31,7 +31,6 @@ from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.documents.item_search import Search
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import program_in
-from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
 from megatron_sov.settings import (
     AtLeastOne,
     NotNegativeInt,
@@ -40,6 +39,7 @@ from megatron_sov.settings import (
     at_most,
     rules_of,
 )
+from megatron_sov.work.sandbox import Limits, Program, Sandbox
 
 TOPICS = Path(__file__).parents[1] / "taxonomies" / "mathematics.yaml"
 STEPS = (2, 4, 6)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import atomic_write, disk_errors, refuse_existing, to_json
+from megatron_sov.artifacts import atomic_write, refuse_existing, to_json
 from megatron_sov.codecs.folder import KIND, save_codec
 from megatron_sov.codecs.training.state import load_state, save_state
 from megatron_sov.codecs.training.task import Task
 from megatron_sov.errors import UserError
-from megatron_sov.file_locks import holds
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.work.locks import holding
 
 SETTINGS, CHECKPOINT = "settings.json", "checkpoint"
 
@@ -99,17 +98,9 @@ def _steps(plan: Plan, task: Task, folder: Path, events: EventLog, first: int) -
 @contextmanager
 def _own_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """Hold the folder of a training, which is made, or continued where it has the same settings."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if holds(fd) is False:
-            raise UserError(f"{folder}: another process trains this codec; wait for it, or choose another "
-                            "--output")
+    with holding(folder, folder):
         _refuse_other_settings(folder, json.loads(to_json(dict(settings))))
         yield
-    finally:
-        os.close(fd)
 
 
 def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sov.artifacts import atomic_write, disk_errors
+from megatron_sov.artifacts import atomic_write, disk_errors, holds
 from megatron_sov.errors import UserError
 from megatron_sov.eval.filling import ROW_TOKENS
 from megatron_sov.eval.lm.answers import Answers
 from megatron_sov.eval.lm.requests import Answer, Request, Score, Write, readings
-from megatron_sov.file_locks import holds
 from megatron_sov.generate.engine import MEGATRON, VLLM, Engine, run_engine
 from megatron_sov.generate.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, Stop
 from megatron_sov.generate.target import Target

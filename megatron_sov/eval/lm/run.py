@@ -34,12 +34,12 @@ from megatron_sov.eval.lm.tasks import (
 )
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.outputs import check_output
-from megatron_sov.rewards.held_folder import held
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
 from megatron_sov.settings import SettingsError, parse_nested, problems_of
 from megatron_sov.train.stopping import StopFlag, stoppable
+from megatron_sov.work.locks import holding
 
 if TYPE_CHECKING:
     from megatron_sov.eval.lm.dialogues import Dialogues
@@ -114,7 +114,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
         if not is_first():
             _run_only(target, settings, flag)
             return None
-        with held(settings.asking_folder, settings.output):
+        with holding(settings.asking_folder, f"--output {settings.output}"):
             try:
                 results, items, notes = _measured(target, tasks, settings, flag)
             except UserError:
@@ -380,7 +380,7 @@ def _joining(settings: Settings) -> Iterator[None]:
     for attempt in range(JOIN_ATTEMPTS):
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(held(settings.joining_folder, settings.output))
+                stack.enter_context(holding(settings.joining_folder, f"--output {settings.output}"))
             except UserError:
                 if attempt == JOIN_ATTEMPTS - 1:
                     raise

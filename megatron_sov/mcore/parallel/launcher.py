@@ -24,7 +24,7 @@ from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.rank_plan import plan_file, read_plan
 from megatron_sov.mcore.parallel.world import LOCALHOST, STORE_PORT
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
-from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
+from megatron_sov.work.children import FORWARDED, die_with_parent
 
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes of ranks after which a restart would change nothing: done, a user's mistake,

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.errors import UserError
 from megatron_sov.rollouts.asked import Asked
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Piece, Prompt, pieces, round_prompts
 from megatron_sov.rollouts.rows import UNFINISHED, Rollout
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
+from megatron_sov.work.claims import Claims
 
 
 @dataclass(frozen=True)

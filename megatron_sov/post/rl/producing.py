@@ -22,12 +22,12 @@ from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.rewards.opinions import Opinions
 from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.train.feed import FeedView
+from megatron_sov.work.claims import Claims
 
 
 @dataclass

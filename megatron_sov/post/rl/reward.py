@@ -22,10 +22,10 @@ from megatron_sov.rewards.running import runner
 from megatron_sov.rewards.scoring import BATCH_ROWS
 from megatron_sov.rewards.tally import Tally
 from megatron_sov.rollouts.asked import not_written
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.parts import AlreadyPublished, Part
 from megatron_sov.rollouts.rows import UNFINISHED, Judged, Rollout
 from megatron_sov.settings import parse_nested
+from megatron_sov.work.claims import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import Store

@@ -19,14 +19,14 @@ from typing import Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.environment import variables_for_foreign
 from megatron_sov.rewards.reward import short
 from megatron_sov.settings import Bound, Breach, Code
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolFault, ToolRefused
-from megatron_sov.tools.process_tree import ProcessTree
 from megatron_sov.tools.worlds.answered import AnsweredWorld
 from megatron_sov.version import __version__
+from megatron_sov.work.environment import variables_for_foreign
+from megatron_sov.work.process_tree import ProcessTree
 
 PROTOCOL = "2025-06-18"
 MAX_LINE_BYTES = 256 << 20

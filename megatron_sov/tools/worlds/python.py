@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
 from megatron_sov.settings import AboveZero, AtLeastOne
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolRefused
 from megatron_sov.tools.schema import tool
 from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.work.sandbox import Limits, Program, Sandbox
 
 
 @dataclass

@@ -15,9 +15,9 @@ from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import TrainConfig
 from megatron_sov.obs.warning import warn
-from megatron_sov.runs.background import BackgroundProcess
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, latest, step_of
 from megatron_sov.runs.folder import AVERAGE
+from megatron_sov.work.background import BackgroundProcess
 
 LOG = ".average.log"
 _WAIT_S = 0.05

@@ -24,9 +24,9 @@ from megatron_sov.config.evaluate import EvalTask, LmEvalConfig
 from megatron_sov.data.token_shards import TEXTS, Source
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.warning import warn
-from megatron_sov.runs.background import BackgroundProcess
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 from megatron_sov.runs.score_events import EVENT, score_events
+from megatron_sov.work.background import BackgroundProcess
 
 LOOK_EVERY_S = 1.0
 _WAIT_S = 0.05

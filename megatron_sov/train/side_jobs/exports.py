@@ -21,9 +21,9 @@ from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
 from megatron_sov.obs.warning import warn
-from megatron_sov.runs.background import BackgroundProcess
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
 from megatron_sov.runs.folder import EXPORTS
+from megatron_sov.work.background import BackgroundProcess
 
 _WAIT_S = 0.05
 

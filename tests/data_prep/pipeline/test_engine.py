@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from data_prep import cli
+from megatron_sov.artifacts import is_held
 from megatron_sov.errors import UserError
-from megatron_sov.file_locks import is_held
+from megatron_sov.work.locks import holding
 from tests.data_prep.pipeline.test_running import contents
 
 OWN = """import dataclasses, os, pathlib
@@ -158,9 +159,7 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
 
 
 def test_two_commands_do_not_share_a_folder(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from data_prep.pipeline.running import only_one
-
     (raw / "out/inputs").mkdir(parents=True)
-    with only_one(raw / "out"):
+    with holding(raw / "out", "out"):
         assert cli.main(command(raw)) == 2
-    assert "another command works in this folder" in capsys.readouterr().err
+    assert "is being written by another process" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.sources import formats, reading_process
 from data_prep.sources.source import Broken, Raw, SourceSettings
-from megatron_sov.rewards.sandbox import kept_reader, reading
+from megatron_sov.work.sandbox import kept_reader, reading
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time

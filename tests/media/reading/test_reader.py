@@ -16,7 +16,7 @@ from PIL import Image
 from megatron_sov.documents import BadRecord
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.reader import MediaReader
-from megatron_sov.rewards.sandbox import reading
+from megatron_sov.work.sandbox import reading
 
 HOSTILE = '''
 import os, time

@@ -22,11 +22,11 @@ from megatron_sov.post.rl.generate import Desk, write_rounds
 from megatron_sov.post.rl.missing import Attempt, Missing
 from megatron_sov.post.rl.responses import Responses, key_digest
 from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Piece, Prompt, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
+from megatron_sov.work.claims import Claims
 
 END = 5
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, piece_prompts=2,

@@ -20,9 +20,9 @@ from megatron_sov.post.rl.reward import (
 from megatron_sov.rewards.composed import SECOND
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rollouts.asked import Asked
-from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Judged, Key, Rollout
 from megatron_sov.rollouts.store import Store
+from megatron_sov.work.claims import Claims
 
 SETTINGS = ["language=ko"]
 

@@ -89,8 +89,8 @@ def test_what_a_server_starts_ends_with_it_however_that_ends(tmp_path: Path) -> 
         assert not psutil.wait_procs(daemons, timeout=600)[1]
         host.reset(TASK)
         daemons.append(started())
-        assert host._process is not None
-        host._process.kill()
+        assert host._fork is not None
+        host._fork._process.kill()
         assert not psutil.wait_procs(daemons, timeout=600)[1]
 
 
@@ -116,7 +116,7 @@ def test_a_tool_that_is_none_is_named(tool: Any) -> None:
 def test_a_command_that_ends_before_it_is_watched_is_buried() -> None:
     program = """if True:
         import os
-        from megatron_sov.tools.process_tree import _keep
+        from megatron_sov.work.process_tree import _keep
         until, wanted = os.pipe()
         pid = os.fork()
         if not pid:

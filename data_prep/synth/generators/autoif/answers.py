@@ -29,8 +29,8 @@ from megatron_sov.documents.files import PARQUET_SUFFIX, list_files, open_parque
 from megatron_sov.documents.scripts import script_of
 from megatron_sov.errors import UserError, first_line
 from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, verdicts
-from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.rewards.text_views import views_of
+from megatron_sov.work.sandbox import shared_sandbox
 
 CONVERSATIONS = ("conversation", "messages", "conversations", "prompt")
 """Fields that may hold turns, WildChat's first."""

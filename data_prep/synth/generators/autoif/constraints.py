@@ -30,8 +30,8 @@ from megatron_sov.pretrained import load_pretrained
 from megatron_sov.rewards import check_functions
 from megatron_sov.rewards.format import json_of
 from megatron_sov.rewards.reward import Refused
-from megatron_sov.rewards.sandbox import shared_sandbox
 from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of
+from megatron_sov.work.sandbox import shared_sandbox
 
 MAX_TOKENS = 512
 CONTRADICTION = "contradiction"

@@ -20,7 +20,7 @@ from synthesis.actors import probes
 from data_prep.synth.generator import Item, NoReply, Reply
 from data_prep.synth.generators.probes import ProbesSettings, read_problem, run
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.sandbox import Outcome
+from megatron_sov.work.sandbox import Outcome
 
 
 def test_planted_cases_are_told_apart() -> None:
