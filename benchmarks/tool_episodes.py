@@ -28,10 +28,11 @@ from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.tools.episode import Episode, Written, row_of
-from megatron_sov.tools.journal import opened
+from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import Policy, Table, play
 from megatron_sov.tools.registry import make, order
+from megatron_sov.work.journal import RECORDS, folder_of, open_journal
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -155,9 +156,9 @@ def played(world: str, num_episodes: int, folder: Path,
     asked = order(world, {})
     environment: Any = make(asked)[0]
     tasks = [environment.EXAMPLES[n % len(environment.EXAMPLES)] for n in range(num_episodes)]
-    with opened(folder / world, {"world": world}) as journal:
+    with open_journal(folder / world, "play", {"world": world}) as journal:
         table = Table(asked, encoder, LIMITS, parallel)
-        return play(tasks, wrapped(policy), table, journal), policy, encoder
+        return play(tasks, wrapped(policy), table, lines_in(journal)), policy, encoder
 
 
 def _killed(world: str, num_episodes: int, after_s: float) -> list[Episode]:
@@ -165,7 +166,7 @@ def _killed(world: str, num_episodes: int, after_s: float) -> list[Episode]:
     with tempfile.TemporaryDirectory() as name:
         child = subprocess.Popen([sys.executable, __file__, "--play", world, "--episodes", str(num_episodes),
                                   "--folder", name])
-        journal = Path(name) / f".{world}.playing" / "journal.jsonl"
+        journal = folder_of(Path(name) / world) / RECORDS
         while not journal.exists() or journal.stat().st_size < 1000:
             time.sleep(0.02)
         time.sleep(after_s)

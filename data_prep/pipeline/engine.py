@@ -16,11 +16,9 @@ from data_prep.pipeline.arrays import TaskFailed
 from data_prep.pipeline.tasks import Stage, Task, do_task
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import UserError
-from megatron_sov.work.pool import LOST, WorkerPool
+from megatron_sov.work.pool import LOST, WAITING_PER_WORKER, WorkerPool
 
 LOOK_EVERY_S = 0.5
-WAITING_PER_WORKER = 4
-"""Tasks that are handed out, so that no worker waits for the next one."""
 DoTasks = Callable[[Stage, Sequence[Task], Callable[[], None]], None]
 
 

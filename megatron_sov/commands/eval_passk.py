@@ -34,7 +34,6 @@ from megatron_sov.generate.request import (
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import behind_links
 from megatron_sov.plugins.orders import Order
-from megatron_sov.rewards import journal
 from megatron_sov.rewards.registry import Made, make, order
 from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rewards.scoring import score_file
@@ -49,6 +48,7 @@ from megatron_sov.settings import (
     Problem,
     parse_nested,
 )
+from megatron_sov.work.journal import Journal, done_items, folder_of, open_journal
 
 if TYPE_CHECKING:
     from megatron_sov.eval.sampling import Sampled
@@ -270,49 +270,44 @@ def _digest(value: Any) -> str:
 
 def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
-    from megatron_sov.eval.sampling import write_responses
-
     args, target, file = plan.args, plan.target, plan.sampled_file
     assert target is not None
-    num_done = journal.num_kept(file, plan.responses)
-    if file.exists():  # asked behind the count: the first process may publish in between
+    done = done_items(file, plan.responses)
+    if file.exists():  # asked behind what is done: the first process may publish in between
         return file
     sampled = _sampled(plan)
     longest = sampled.asked.longest + args.sampling.max_new_tokens
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(plan.engine, target, args.settings, args.nproc)
-    if num_done == sampled.num_responses and not is_first():
-        return file  # no process has anything to ask, the first one publishes
+    calls = sampled.calls()
+    num_done = sum(len(calls[int(number)]) for number in done) * args.samples
 
-    def work(engine: Engine) -> int:
-        if not is_first():
-            return write_responses(sampled, engine, num_done, lambda lines: None)
-        kept = journal.Journal(journal.folder_of(file), file, num_done)
-        with work_bar("sample", sampled.num_responses, "response") as bar:
+    def work(engine: Engine) -> None:
+        kept = Journal(folder_of(file)) if is_first() else None
+        with work_bar("sample", len(sampled.rows) * args.samples, "response", kept is not None) as bar:
             bar.update(num_done)
-
-            def write(lines: list[bytes]) -> None:
-                kept.add(lines)
-                bar.update(len(lines))
-
-            try:
-                return write_responses(sampled, engine, num_done, write)
-            finally:
-                kept.close()
+            for number, prompts in enumerate(calls):
+                if number not in done:
+                    rows = sampled.ask(engine, prompts)
+                    if kept is not None:
+                        kept.add([(number, rows)])
+                    bar.update(len(prompts) * args.samples)
+        if kept is not None:
+            kept.close()
 
     def ask() -> None:
-        run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
-                   settings=args.settings, nproc=args.nproc)
+        if len(done) < len(calls):  # else no process has anything to ask, and the first one publishes
+            run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
+                       settings=args.settings, nproc=args.nproc)
 
     if not is_first():
         ask()
         return file
-    with journal.opened(file, plan.responses) as kept:
+    with open_journal(file, "megatron-sov eval passk", plan.responses) as journal:
         if num_done:
             print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
-        if num_done < sampled.num_responses:
-            ask()
-        kept.publish()
+        ask()
+        journal.write_to(file)
     return file
 
 
@@ -346,7 +341,8 @@ def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
 
     scored = folder.parent / "scored.jsonl"
     with work_bar("score", check_rows(responses, "--sampled"), "row") as bar:
-        summary = score_file(plan.order, plan.reward, responses, scored, plan.args.workers, bar.update)
+        summary = score_file(plan.order, plan.reward, responses, scored, plan.args.workers, bar.update,
+                             redo=True)  # what was judged otherwise is of no use
     for told in summary.tally.told:
         print(visible(told), file=sys.stderr)
     figures = read_judged(scored, plan.group_by, plan.args.right_from).figures(plan.args.k)

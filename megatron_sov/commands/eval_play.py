@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.commands.option_words import words_of
-from megatron_sov.commands.shared_options import AnyTarget, RecordOptions
+from megatron_sov.commands.shared_options import AnyTarget, RecordOptions, RedoOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
@@ -29,10 +29,11 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.settings import AtLeastOne, Flag, parse_nested
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.journal import Journal, opened
+from megatron_sov.tools.journal import EpisodeLines, lines_in
 from megatron_sov.tools.playing import Policy, identity_of
 from megatron_sov.tools.tasks import digest_of
 from megatron_sov.train.stopping import StopFlag, stoppable
+from megatron_sov.work.journal import open_journal
 
 if TYPE_CHECKING:
     from megatron_sov.eval.lm.results import EvaluatedModel, Results
@@ -45,7 +46,7 @@ POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPlayOptions(JudgedSettings, RecordOptions):
+class EvalPlayOptions(JudgedSettings, RecordOptions, RedoOptions):
     """Have a model play a benchmark's tasks with tools, and score its episodes."""
 
     target: AnyTarget
@@ -154,7 +155,7 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
         known_by: dict[str, object] = {
             "path": str(target.path), "hash": model.hash, "engine": player.engine, "chat": player.chat}
 
-        def play(journal: Journal, **told: Any) -> list[list[Episode]]:
+        def play(journal: EpisodeLines, **told: Any) -> list[list[Episode]]:
             return play_tasks(protocol, game.tasks, args.data_dir, policy, player.encoder, journal,
                               parallel=args.parallel, **told)
 
@@ -184,7 +185,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
 
     speaker = EndpointSpeaker(args.target, endpoint, game.protocol, settings.cache_folder, sleep)
 
-    def play(journal: Journal, **told: Any) -> list[list[Episode]]:
+    def play(journal: EpisodeLines, **told: Any) -> list[list[Episode]]:
         return play_tasks_by_messages(game.protocol, game.tasks, args.data_dir, speaker, journal,
                                       parallel=args.parallel, **told)
 
@@ -213,8 +214,9 @@ def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], pla
             raise StopRequested(game.flag.reason)
 
     try:
-        with opened(args.output, identity) as journal, work_bar("play", game.num_episodes, "episode") as bar:
-            episodes = play(journal, ended=ended, check=check)
+        with (open_journal(args.output, "megatron-sov eval play", identity, redo=args.redo) as journal,
+              work_bar("play", game.num_episodes, "episode") as bar):
+            episodes = play(lines_in(journal), ended=ended, check=check)
             folded = fold_episodes(protocol, game.tasks, episodes, args.data_dir, args.workers)
             results = write_episodes(args.output, game.task, protocol, model, game.tasks, episodes, folded,
                                      args.data_dir, args.num_items)

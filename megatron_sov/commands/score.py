@@ -11,6 +11,7 @@ from typing import Annotated
 
 from megatron_sov.artifacts import write_output
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName
+from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.work_bar import work_bar
@@ -27,7 +28,7 @@ TOLD_STRINGS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(JudgeOptions):
+class ScoreOptions(JudgeOptions, RedoOptions):
     """Which rows are judged, and by what."""
 
     reward: RewardName
@@ -45,7 +46,7 @@ add_arguments = partial(add_options, cls=ScoreOptions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score all rows; the output appears when all are there; the same command continues a killed one.
+    """Score all rows; the output appears when all are there; the same command goes on behind a kill.
 
     Raises:
         UserError: no such reward or setting, bad rows, or nothing can be written there.
@@ -65,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {options.output}: is the --input; name another file")
     num_rows = check_rows(options.input)
     with work_bar("score", num_rows, "row") as bar:
-        summary = score_file(asked, made, options.input, options.output, options.workers, bar.update)
+        summary = score_file(asked, made, options.input, options.output, options.workers, bar.update,
+                             redo=options.redo)
     tell(summary, options.reward, made.version, options.output)
     if has_second:
         _tell_disagreements(options.output, made.version, options.disagreements)
-    if summary.without_any:
+    if not summary.tally.num_rewards:
         raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
                          "in their `reason`")
     return ExitCode.OK

@@ -30,6 +30,14 @@ class OverwriteOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RedoOptions:
+    """What commands take that go on behind a kill."""
+
+    redo: bool = False
+    """Begin anew where unfinished work at --output was asked for otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordOptions:
     """Where figures go beside the terminal."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
 from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.commands.shared_options import OverwriteOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import EngineOptions
@@ -35,12 +35,13 @@ from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_ha
 from megatron_sov.tools.environment import Environment, Task
 from megatron_sov.tools.episode import Episode, row_of
 from megatron_sov.tools.host import EnvironmentHost, Opening
-from megatron_sov.tools.journal import opened
+from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.playing import Policy, Table, identity_of, play
 from megatron_sov.tools.registry import BUILT_IN, OWN, make, order
 from megatron_sov.tools.tasks import digest_of, tasks_of
 from megatron_sov.tools.transcript import page_of, summary_of, transcript_of
+from megatron_sov.work.journal import open_journal
 
 KIND = "episodes"
 """Of the artifact that `run` writes."""
@@ -87,7 +88,7 @@ class TurnSampling(WholeSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolsRunOptions(EnvironmentOptions, EngineOptions, OverwriteOptions):
+class ToolsRunOptions(EnvironmentOptions, EngineOptions, RedoOptions, OverwriteOptions):
     """Have a model play the tasks of an environment."""
 
     target: Annotated[Path, Flag("TARGET")]
@@ -174,8 +175,9 @@ def _run(args: ToolsRunOptions) -> int:
     table = Table(asked, encoder, limits, args.parallel)
 
     def played(policy: Policy) -> dict[str, Any]:
-        with opened(args.output, identity) as journal, work_bar("play", len(tasks), "episode") as bar:
-            episodes = play(tasks, policy, table, journal, bar.update)
+        with (open_journal(args.output, "megatron-sov tools run", identity, redo=args.redo) as journal,
+              work_bar("play", len(tasks), "episode") as bar):
+            episodes = play(tasks, policy, table, lines_in(journal), bar.update)
             return _publish(args, episodes, encoder, limits, identity)
 
     summary = player.run(args.sampling, args.parallel, played)

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.digests import file_digest
 from megatron_sov.plugins.orders import Order
-from megatron_sov.rewards import journal
 from megatron_sov.rewards.registry import Made
+from megatron_sov.rewards.reward import Row
 from megatron_sov.rewards.rows import read_rows, written
 from megatron_sov.rewards.running import runner
 from megatron_sov.rewards.tally import Tally
+from megatron_sov.work.jobs import Job, here, run_job
 
 BATCH_ROWS = 128
 """Rows that are scored together, and lost at most when the command is killed."""
+Batch = list[tuple[int, Row]]
+"""Lines of the file, and their rows."""
 
 
 @dataclass
 class Summary:
-    """What became of the rows that this command scored."""
+    """What became of the rows."""
 
     tally: Tally = field(default_factory=Tally)
-    """Of the rows."""
+    """Of all rows."""
     num_kept: int = 0
     """Rows that an earlier, killed command had scored."""
-    kept_reward: bool = False
-    """Whether one of those has a reward."""
 
-    @property
-    def without_any(self) -> bool:
-        """Whether no row at all has a reward."""
-        return not self.tally.num_rewards and not self.kept_reward
+
+@dataclass(frozen=True)
+class _Kept:
+    """The verdict of a row that was scored before."""
+
+    reward: float | None
+    status: str
+    reason: str
 
 
 def score_file(asked: Order, made: Made, source: Path, output: Path, workers: int,
-               progress: Callable[[int], object]) -> Summary:
+               progress: Callable[[int], object], *, redo: bool = False) -> Summary:
     """Score a file that `check_rows` has passed; the output appears whole, when all rows are there.
 
     Args:
@@ -47,20 +54,33 @@ def score_file(asked: Order, made: Made, source: Path, output: Path, workers: in
         output: the file to make.
         workers: processes.
         progress: is called with a number of rows that are done.
+        redo: begin anew where rows were scored by another reward, or are of another file.
     """
-    identity = {"input": file_digest(source), "reward": asked.name, "reward_version": made.version}
     summary = Summary()
-    with journal.opened(output, identity) as kept, runner(asked, made, workers) as running:
-        summary.num_kept = kept.num_done
-        summary.kept_reward = any(row["reward"] is not None for row in kept.rows())
-        progress(kept.num_done)
-        rows = islice(read_rows(source), kept.num_done, None)
-        while batch := list(islice(rows, BATCH_ROWS)):
+    with runner(asked, made, workers) as running:
+
+        def score(batch: Batch) -> bytes:
             results = running.score([row for _, row in batch])
-            kept.add([written(row, result, made.version)
-                      for (_, row), result in zip(batch, results, strict=True)])
             for (line, _), result in zip(batch, results, strict=True):
                 summary.tally.add(result, f"line {line}")
-            progress(len(batch))
-        kept.publish()
+            return b"".join(written(row, result, made.version)
+                            for (_, row), result in zip(batch, results, strict=True))
+
+        def count(batch: Batch, record: bytes) -> None:
+            summary.num_kept += len(batch)
+            for (line, _), raw in zip(batch, record.split(b"\n")[:-1], strict=True):
+                row: dict[str, Any] = json.loads(raw)
+                summary.tally.add(_Kept(row["reward"], row["status"], row["reason"]), f"line {line}")
+
+        run_job(Job(made_by="megatron-sov score", output=output, items=_batches(source), do=here(score),
+                    identity={"input": file_digest(source), "reward": asked.name,
+                              "reward_version": made.version},
+                    sink=lambda journal: journal.write_to(output), known=count,
+                    done=lambda batch: progress(len(batch))), redo=redo)
     return summary
+
+
+def _batches(source: Path) -> Iterator[Batch]:
+    rows = read_rows(source)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch

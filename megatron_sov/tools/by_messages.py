@@ -20,7 +20,7 @@ from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode, Turn, Written, with_calls
 from megatron_sov.tools.faults import INFRASTRUCTURE
 from megatron_sov.tools.host import EnvironmentHost
-from megatron_sov.tools.journal import Journal, begin_line, result_line, turn_line
+from megatron_sov.tools.journal import EpisodeLines, begin_line, result_line, turn_line
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import STREAMS, scored
 
@@ -79,7 +79,7 @@ class MessageTable:
     """Episodes at a time, each with a process of its environment."""
 
 
-def play_by_messages(tasks: Sequence[Task], speaker: Speaker, table: MessageTable, journal: Journal,
+def play_by_messages(tasks: Sequence[Task], speaker: Speaker, table: MessageTable, journal: EpisodeLines,
                      ended: Callable[[int], object] = lambda count: None,
                      check: Callable[[], object] = lambda: None) -> list[Episode]:
     """Return the episodes of tasks, in order, each played to its end.
@@ -118,7 +118,7 @@ class _Room:
     tasks: Sequence[Task]
     speaker: Speaker
     table: MessageTable
-    journal: Journal
+    journal: EpisodeLines
     ended: Callable[[int], object]
     check: Callable[[], object]
     episodes: dict[int, Episode]

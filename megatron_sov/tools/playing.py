@@ -20,7 +20,7 @@ from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode, Written, begun, left_of, take_turn, within
 from megatron_sov.tools.host import EnvironmentHost
-from megatron_sov.tools.journal import Journal, begin_line, result_line, turn_line
+from megatron_sov.tools.journal import EpisodeLines, begin_line, result_line, turn_line
 from megatron_sov.tools.limits import EpisodeLimits
 
 STREAMS = 1 << 16
@@ -65,7 +65,7 @@ class _Seat:
     episode: Episode | None = None
 
 
-def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: Journal,
+def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: EpisodeLines,
          ended: Callable[[int], object] = lambda count: None,
          should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
     """Return the episodes of tasks, in order, each played to its end.
@@ -128,7 +128,7 @@ def _seated(seat: _Seat, number: int, task: Task, known: Episode | None, table: 
     return seat.episode
 
 
-def _round(seats: Sequence[_Seat], policy: Policy, table: Table, journal: Journal,
+def _round(seats: Sequence[_Seat], policy: Policy, table: Table, journal: EpisodeLines,
            pool: ThreadPoolExecutor) -> None:
     """Play the next turn of all episodes that go on, and score those that end."""
     playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]

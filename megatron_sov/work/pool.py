@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megatron_sov.errors import ExitCode, UserError
@@ -20,8 +21,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _work: Callable[[Any], Any]
 """What this worker process does with each item."""
-
-
+WAITING_PER_WORKER = 4
+"""Items that are handed out, so that no worker waits for the next one."""
 LOST = "a worker process was ended from outside (for want of memory?)"
 
 
@@ -65,8 +66,9 @@ class WorkerPool(Generic[Item, Result]):
 
 
 def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
-                 items: Sequence[Item], workers: int) -> Generator[Result, None, None]:
-    """Yield the result of each item, in order.  One worker is this process.
+                 items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+    """Yield the result of each item, in order; items are taken as they are needed.  This process does all
+    where there is one worker, or one item.
 
     Args:
         build: see `WorkerPool`.
@@ -77,18 +79,19 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
     Raises:
         UserError: as the work does; or a worker was ended from outside.
     """
-    workers = min(workers, len(items))
-    if workers <= 1:
-        yield from map(build(*arguments), items)
+    left = iter(items)
+    first = list(islice(left, workers))
+    if len(first) <= 1:
+        yield from map(build(*arguments), chain(first, left))
         return
     from concurrent.futures.process import BrokenProcessPool
 
-    pool = WorkerPool(build, arguments, workers)
+    pool = WorkerPool(build, arguments, len(first))
     under_way: deque[Future[Result]] = deque()
     try:
-        for item in items:
+        for item in chain(first, left):
             under_way.append(pool.submit(item))
-            if len(under_way) >= 4 * workers:
+            while under_way and (under_way[0].done() or len(under_way) >= WAITING_PER_WORKER * workers):
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()

@@ -15,7 +15,7 @@ from megatron_sov.eval.judged_samples import table
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.report.passk import passk_section
-from megatron_sov.rewards.journal import Journal
+from megatron_sov.work.journal import Journal
 
 ANSWERS = {"2+2?": ["The answer is 4", "The answer is 4", "The answer is 5", "The answer is 5"],
            "3+3?": ["The answer is 7", "The answer is 6", "The answer is 7", "The answer is 8"]}
@@ -164,7 +164,7 @@ def test_where_all_is_sampled_no_process_waits_for_the_first(
     write("prompts.jsonl", PROMPTS[:2])
     command = [str(hf_models["solar_open"]), *ASK, "--output", "out"]
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "publish", killed)  # behind the last response
+        patched.setattr(Journal, "write_to", killed)  # behind the last response
         assert main(["eval", "passk", *JUDGE, *command]) == ExitCode.INTERRUPTED
     monkeypatch.setattr("megatron_sov.commands.eval_passk.run_engine", asked)
     with monkeypatch.context() as second:

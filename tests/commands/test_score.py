@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.rewards.journal import folder_of
 from megatron_sov.rewards.registry import OWN
+from megatron_sov.work.journal import RECORDS, folder_of
 
 PAGE = Path(__file__).parents[2] / "docs/rewards.md"
 ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
@@ -134,7 +134,7 @@ class Counts:
 '''
 
 
-def test_a_killed_command_goes_on_where_it_was() -> None:
+def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.py").write_text(OWN_REWARD)
     write([{"id": i, "response": ""} for i in range(400)])
     command = ["score", "--reward", "own.py:Counts", "--input", "rows.jsonl", "--output", "out.jsonl",
@@ -144,24 +144,20 @@ def test_a_killed_command_goes_on_where_it_was() -> None:
     killed = subprocess.Popen([sys.executable, "-c", program, *command])
     assert killed.wait(timeout=600) == -signal.SIGKILL
     assert not Path("out.jsonl").exists()
-    with open(folder_of(Path("out.jsonl")) / "rows.jsonl", "ab") as f:
-        f.write(b'{"id": 256, "resp')  # the kernel may have written a part of a row
+    with open(folder_of(Path("out.jsonl")) / RECORDS, "ab") as f:
+        f.write(b'[2, 5000, 7]\n{"id": 256, "resp')  # the kernel may have written a part of a row
     time.sleep(0.1)
     Path("judged").write_text("")
+    assert score("--set", "language=ko") == 2
     assert main(command) == 0
+    said = capsys.readouterr()
+    assert 'reward was "Counts", and is "language"' in said.err
+    assert "400 scored rows, mean reward 199.5000" in said.out
+    assert "256 rows were scored by an earlier command" in said.out
     assert [row["reward"] for row in read()] == list(range(400))
     again = set(map(int, Path("judged").read_text().split()))
     assert again == set(range(256, 400))
     assert not folder_of(Path("out.jsonl")).exists()
-
-
-def test_another_setting_begins_anew() -> None:
-    folder = folder_of(Path("out.jsonl"))
-    folder.mkdir()
-    (folder / "identity.json").write_text("{}")
-    (folder / "rows.jsonl").write_text('{"id": 0, "reward": 99}\n')
-    assert score("--set", "language=ko") == 0
-    assert read()[0]["reward"] == 0.0
 
 
 def test_a_journal_that_another_command_has_just_removed_is_not_held(

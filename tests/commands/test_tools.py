@@ -15,6 +15,7 @@ from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.tools.faults import FAULTS
 from megatron_sov.tools.registry import BUILT_IN, OWN
+from megatron_sov.work.journal import open_journal
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
@@ -105,12 +106,11 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
     assert main(words) == 2 and "already exists" in capsys.readouterr().err
 
-    Path(".begun.playing").mkdir()  # as a killed command leaves it
     settings = {name: value for name, value in manifest.settings.items()
                 if name not in ("environment_name", "settings")}
-    begun = {"episode": 0, "prompt": [1], "observation": {"user": "?", "system": ""}, "tools": []}
-    Path(".begun.playing/journal.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in ({"identity": settings}, begun)))
+    with pytest.raises(KeyboardInterrupt), open_journal(Path("begun"), "tools run", settings) as journal:
+        journal.add([(0, b"{}")])
+        raise KeyboardInterrupt
     (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": BEGIN}))
     words[words.index("out")] = "begun"
-    assert main(words) == 2 and "played with another model" in capsys.readouterr().err
+    assert main(words) == 2 and "model.chat.special_tokens_map.json was" in capsys.readouterr().err

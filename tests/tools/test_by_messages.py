@@ -12,10 +12,11 @@ import pytest
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.tools.by_messages import MessageTable, NoTurn, Said, messages_of, play_by_messages
 from megatron_sov.tools.episode import Episode
-from megatron_sov.tools.journal import folder_of, opened
+from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import STREAMS
 from megatron_sov.tools.registry import order
+from megatron_sov.work.journal import folder_of, open_journal
 
 TASKS = [{"question": f"What is {i} + 2?", "answer": str(i + 2)} for i in range(4)]
 CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "1 + 2"}}</tool_call>'
@@ -41,8 +42,8 @@ class Script:
 
 def played(folder: Path, script: Script, limits: EpisodeLimits | None = None, **told: Any) -> list[Episode]:
     table = MessageTable(order("calculator", {}), limits or EpisodeLimits(), parallel=2)
-    with opened(folder / "out", {"a": 1}) as journal:
-        return play_by_messages(TASKS, script, table, journal, **told)
+    with open_journal(folder / "out", "play", {"a": 1}) as journal:
+        return play_by_messages(TASKS, script, table, lines_in(journal), **told)
 
 
 def test_calls_are_made_and_their_results_given_back(tmp_path: Path) -> None:
@@ -96,7 +97,6 @@ def test_a_play_that_was_stopped_goes_on_behind_its_turns(tmp_path: Path, stop_a
     first, second = Script(), Script()
     with pytest.raises(StopRequested):
         played(tmp_path, first, check=check)
-    assert folder_of(tmp_path / "out").is_dir()
     episodes = played(tmp_path, second)
     assert [e.answer for e in episodes] == ["3"] * 4
     asked = [stream for stream, _, _ in first.asked + second.asked]

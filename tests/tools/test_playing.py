@@ -14,11 +14,12 @@ import pytest
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.errors import UserError
 from megatron_sov.tools.episode import Episode, Written, row_of
-from megatron_sov.tools.journal import folder_of, opened
+from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 from megatron_sov.tools.registry import order
 from megatron_sov.tools.transcript import page_of, summary_of, transcript_of
+from megatron_sov.work.journal import RECORDS, folder_of, open_journal
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import tool_episodes
@@ -76,14 +77,14 @@ def _killed_at(round_: int) -> Callable[[Policy], Policy]:
     return Killing
 
 
-@pytest.mark.parametrize("round_, torn", [(1, b'{"episode": 0, "tu'), (7, b"\0" * 40 + b"\n"), (15, b"")])
+@pytest.mark.parametrize("round_, torn", [(1, b"[0, 1"), (7, b"\0" * 40 + b"\n"), (15, b'[3, 9, 1]\n{"ep')])
 def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
                                                              round_: int, torn: bytes) -> None:
     episodes, _, encoder = fuzzed["booking"]
     expected = [row_of(episode, encoder) for episode in episodes[:12]]
     with pytest.raises(_Killed):
         played("booking", 12, tmp_path, _killed_at(round_), parallel=2)
-    journal = folder_of(tmp_path / "booking") / "journal.jsonl"
+    journal = folder_of(tmp_path / "booking") / RECORDS
     kept = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
     with open(journal, "ab") as f:
         f.write(torn)
@@ -91,24 +92,6 @@ def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, A
     assert [row_of(episode, encoder) for episode in again] == expected
     assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
     assert not folder_of(tmp_path / "booking").exists()
-
-
-def test_a_journal_of_something_else_is_refused_unless_nothing_was_played(tmp_path: Path) -> None:
-    # an option that repeats is a tuple, which the journal has as a list
-    out, asked = tmp_path / "out", {"limits": 1, "seed": 1, "settings": ("a=1",)}
-    with pytest.raises(_Killed), opened(out, {**asked, "seed": 0}):
-        raise _Killed
-    with pytest.raises(_Killed), opened(out, asked) as journal:
-        journal.add([{"episode": 0, "prompt": [], "observation": {"user": ""}, "tools": []}])
-        raise _Killed
-    with pytest.raises(UserError, match="were played with another seed"), \
-            opened(out, {**asked, "seed": 2}):
-        pass
-    with opened(out, asked) as journal:
-        assert list(journal.episodes([{}])) == [0]
-        with pytest.raises(UserError, match="is being written by another process"), opened(out, {}):
-            pass
-    assert list(tmp_path.iterdir()) == []
 
 
 def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str = f"{HOSTILE}:Hostile",
@@ -121,9 +104,9 @@ def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str
                    streams: Sequence[int]) -> list[Written]:
             return [Written(encoder.encode(turns[stream % STREAMS])) for stream in streams]
 
-    with opened(tmp_path / "one", {}) as journal:
+    with open_journal(tmp_path / "one", "play", {}) as journal:
         (episode,) = play([{"question": "Try.", "answer": "1"}], Script(),
-                          Table(order(world, {}), encoder, limits), journal)
+                          Table(order(world, {}), encoder, limits), lines_in(journal))
     return episode, encoder
 
 

@@ -21,7 +21,7 @@ from megatron_sov.tools.by_messages import MessageTable, Speaker, play_by_messag
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode
 from megatron_sov.tools.faults import INFRASTRUCTURE
-from megatron_sov.tools.journal import Journal
+from megatron_sov.tools.journal import EpisodeLines
 from megatron_sov.tools.playing import Policy, Table, play
 
 
@@ -49,7 +49,7 @@ def order_of(protocol: Protocol, data_dir: Path) -> Order:
 
 
 def play_tasks(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, policy: Policy,
-               encoder: TurnEncoder, journal: Journal, *, parallel: int = 8,
+               encoder: TurnEncoder, journal: EpisodeLines, *, parallel: int = 8,
                ended: Callable[[int], object] = lambda count: None,
                check: Callable[[], object] = lambda: None) -> list[list[Episode]]:
     """Return the episodes of each task, as many as the protocol has samples.
@@ -75,7 +75,7 @@ def play_tasks(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, policy
 
 
 def play_tasks_by_messages(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, speaker: Speaker,
-                           journal: Journal, *, parallel: int = 8,
+                           journal: EpisodeLines, *, parallel: int = 8,
                            ended: Callable[[int], object] = lambda count: None,
                            check: Callable[[], object] = lambda: None) -> list[list[Episode]]:
     """Return the episodes of each task of a model that is asked with messages; see `play_tasks`."""

@@ -8,12 +8,10 @@ job needs to go on with it: its turns and the environment's state.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Key, Rollout
 from megatron_sov.rollouts.sampling import stream_of
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode, Written
-from megatron_sov.tools.journal import LINES, Journal, lines_of
+from megatron_sov.tools.journal import EpisodeLines, lines_of
 from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 
 GOES_ON = "goes_on"
@@ -76,14 +74,9 @@ class Episodes:
         asked = [one for attempt in attempts for one in self._asked(attempt)]
         known = chain.from_iterable(_lines(number, row) for number, (_, _, _, row) in enumerate(asked))
         numbered = _OwnStreams(policy, [(attempt.piece.round, key) for attempt, _, key, _ in asked])
-        with tempfile.TemporaryDirectory(prefix="sov-episodes-") as folder:
-            journal = Journal(Path(folder) / LINES, list(known))
-            try:
-                episodes = play([task for _, task, _, _ in asked], numbered, self.table, journal,
-                                should_stop=lambda: bool(deadline_s) and (
-                                    self.clock_s() >= ends_s or gives_way()))
-            finally:
-                journal.close()
+        episodes = play([task for _, task, _, _ in asked], numbered, self.table, EpisodeLines(known),
+                        should_stop=lambda: bool(deadline_s) and (
+                            self.clock_s() >= ends_s or gives_way()))
         rows = [(attempt, self._row(episode, key, before, attempt, began_s))
                 for episode, (attempt, _, key, before) in zip(episodes, asked, strict=True)]
         return [[row for its, row in rows if its is attempt] for attempt in attempts]

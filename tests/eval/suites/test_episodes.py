@@ -20,8 +20,9 @@ from megatron_sov.eval.suites.items import Folded
 from megatron_sov.eval.suites.protocol import Protocol, changed
 from megatron_sov.rewards.judge import Judge
 from megatron_sov.tools.episode import Written
-from megatron_sov.tools.journal import opened
+from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.playing import STREAMS
+from megatron_sov.work.journal import open_journal
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from tool_episodes import chat_encoder
@@ -60,9 +61,9 @@ def played(name: str, folder: Path, turns: Sequence[Sequence[str]],
     protocol = changed(protocol, {"samples": len(turns), "temperature": 1.0, **changes})
     tasks = tasks_of(TASKS[name], folder)
     chat = chat_encoder()
-    with opened(folder / "out", {"a": 1}) as journal:
+    with open_journal(folder / "out", "play", {"a": 1}) as journal:
         episodes = play_tasks(protocol, tasks, folder, Script(chat, turns),
-                              TurnEncoder(chat, "the test's model"), journal, parallel=2)
+                              TurnEncoder(chat, "the test's model"), lines_in(journal), parallel=2)
     return protocol, fold_episodes(protocol, tasks, episodes, folder, 1)
 
 

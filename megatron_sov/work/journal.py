@@ -1,0 +1,202 @@
+"""What a job has done of an output that is not there yet: records in `.OUTPUT.work` beside it.
+
+    .OUTPUT.work/job.json                 what is made, and what it depends on
+    .OUTPUT.work/records                  an item's record behind the other, each with its length and checksum
+
+A killed command leaves the folder; the same command goes on behind the last whole record, and one that would
+make something else is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path, to_json
+from megatron_sov.errors import UserError, list_problems
+from megatron_sov.work.locks import holding
+
+JOB, RECORDS = "job.json", "records"
+FORMAT_VERSION = 1
+REDO = "--redo"
+"""Flag of a command that begins anew where something else is unfinished."""
+EARLIER = ("scoring", "playing")
+"""Endings of folders that versions before this layout have left."""
+_MAX_HEADER_BYTES = 1000
+Item = int | str
+"""What a record is of: JSON keeps both as they are."""
+
+
+class Journal:
+    """Records of a folder, in the order in which they were added."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it to add more; what a kill has left of a record is cut off."""
+        self.folder = folder
+        """Where it lies; a job may keep files of its own there."""
+        self.done: set[Item] = set()
+        """Items with a record."""
+        size_bytes = 0
+        for item, _, size_bytes in _records(folder):  # noqa: B007  (where the last one ends)
+            self.done.add(item)
+        self._file = open(folder / RECORDS, "ab")  # noqa: SIM115  (closed by `close`)
+        self._file.truncate(size_bytes)
+
+    def add(self, records: Iterable[tuple[Item, bytes]]) -> None:
+        """Keep records; neither a kill nor a power cut behind this loses one of them.
+
+        Raises:
+            UserError: the disk is full, or nothing can be written there.
+        """
+        with disk_errors(self.folder):
+            for item, payload in records:
+                header = json.dumps([item, len(payload), zlib.crc32(payload)])
+                self._file.write(b"%s\n%s\n" % (header.encode(), payload))
+                self.done.add(item)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def records(self) -> Iterator[tuple[Item, bytes]]:
+        """Yield what has been added; an item may have several records."""
+        for item, payload, _ in _records(self.folder):
+            yield item, payload
+
+    def write_to(self, file: Path) -> None:
+        """Make a file of all records, one behind the other; it appears whole."""
+        temporary = self.folder / file.name
+        with disk_errors(file):
+            with open(temporary, "wb") as f:
+                for _, payload in self.records():
+                    f.write(payload)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, file)
+            fsync_path(file.parent)
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # a full disk was told by `add`
+            self._file.close()
+
+
+def folder_of(output: Path) -> Path:
+    """Return where unfinished work on an output lies."""
+    return output.with_name(f".{output.name}.work")
+
+
+@contextlib.contextmanager
+def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False
+                 ) -> Iterator[Journal]:
+    """Open the journal of an output as a context, and remove it at the end, unless an error ends it.
+
+    Args:
+        output: what is to be made.
+        made_by: the command, as it is typed.
+        identity: JSON values that records depend on.
+        redo: begin anew where there are records of something else.
+
+    Raises:
+        UserError: another process works on it, records are of something else, or nothing can be written.
+    """
+    _refuse_earlier(output)
+    folder = folder_of(output)
+    now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
+    with holding(folder, f"--output {output}"):
+        if changed := _begin(folder, made_by, now, redo):
+            raise UserError(list_problems(
+                f"--output {output}: {folder} holds unfinished work of another command", changed,
+                f"ask for the same to go on, pass {REDO} to begin anew, or name another output"))
+        journal = Journal(folder)
+        try:
+            yield journal
+        except BaseException:
+            if next(_records(folder), None) is None:  # what is refused leaves nothing
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            journal.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> list[str]:
+    """Take a folder for a job; returns in what its records differ, in which case it is left as it is."""
+    try:
+        before = json.loads((folder / JOB).read_bytes())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):  # a kill before anything was done
+        before = None
+    if before == identity:
+        return []
+    if not redo and before is not None and next(_records(folder), None) is not None:
+        return differences(before, identity)
+    with disk_errors(folder):
+        for file in folder.iterdir():
+            if file.is_file():
+                file.unlink()
+            else:
+                shutil.rmtree(file)
+        atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
+                                            "identity": identity}))
+    return []
+
+
+def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
+    """Return the items of an output that have records for this identity; changes nothing."""
+    folder = folder_of(output)
+    try:
+        before = json.loads((folder / JOB).read_bytes())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    same = before == json.loads(to_json(dict(identity)))
+    return {item for item, _, _ in _records(folder)} if same else set()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Return a line for each value in which two identities differ."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{inside}{name}.")
+        elif old != new:
+            found.append(f"{inside}{name} was {_short(old)}, and is {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _refuse_earlier(output: Path) -> None:
+    for ending in EARLIER:
+        folder = output.with_name(f".{output.name}.{ending}")
+        if folder.is_dir():
+            raise UserError(f"--output {output}: {folder} holds unfinished work of an earlier version, which "
+                            "this one does not go on with; finish it with that version, or delete it")
+
+
+def _records(folder: Path) -> Iterator[tuple[Item, bytes, int]]:
+    """Yield item, payload and end of each whole record of a folder."""
+    with contextlib.suppress(FileNotFoundError), open(folder / RECORDS, "rb") as f:
+        end = 0
+        while (record := _next_record(f)) is not None:
+            end = f.tell()
+            yield *record, end
+
+
+def _next_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
+    """Return the next record; None at the end, and where a kill or a power cut has left a part of one."""
+    header = f.readline(_MAX_HEADER_BYTES)
+    try:
+        item, size_bytes, checksum = json.loads(header)
+        payload = f.read(size_bytes + 1)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    whole = len(payload) == size_bytes + 1 and payload.endswith(b"\n")
+    return (item, payload[:-1]) if whole and zlib.crc32(payload[:-1]) == checksum else None
