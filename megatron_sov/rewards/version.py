@@ -1,9 +1,9 @@
 """The version of a reward, or of a tool environment: a hash of the code that judges and of the settings that
 it judges by.
 
-Code is read, not run: the module of the reward and what it imports from its own room and from this one,
-without comments, docstrings and layout, so that a version changes when the judgement may and stays when
-words do.
+Code is read, not run: the module of the reward and what it imports from its own room, from this one and from
+that of the sandbox, without comments, docstrings and layout, so that a version changes when the judgement may
+and stays when words do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.reward import OPERATION
 
-ROOM = __name__.rpartition(".")[0]
+ROOMS = {__name__.rpartition(".")[0], "megatron_sov.work"}
+"""Their code counts wherever it is imported."""
 DIGITS = 16
 """Of the hash; 64 bits tell versions apart."""
 
@@ -57,7 +58,7 @@ def operational(made: type) -> set[str]:
 
 @lru_cache
 def code_of(module: str) -> dict[str, str]:
-    """Return module -> hash of its code for a module of this room and all of the room that it imports."""
+    """Return module -> hash of its code for a module and all that it imports of its room and of `ROOMS`."""
     found: dict[str, str] = {}
     to_read = [module]
     while to_read:
@@ -66,7 +67,7 @@ def code_of(module: str) -> dict[str, str]:
             continue
         tree = ast.parse(_source(name))
         found[name] = hashlib.sha256(_without_words(tree).encode()).hexdigest()
-        to_read += [other for other in _imported(tree, {_room(name), ROOM}) if other not in found]
+        to_read += [other for other in _imported(tree, {_room(name), *ROOMS}) if other not in found]
     return found
 
 

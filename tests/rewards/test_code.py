@@ -9,6 +9,7 @@ import pytest
 from megatron_sov.rewards import code
 from megatron_sov.rewards.code import Code, program_in
 from megatron_sov.rewards.reward import Result, judged
+from megatron_sov.rewards.version import code_of
 from megatron_sov.work.sandbox import Outcome, Program
 from megatron_sov.work.sandbox.shared import SANDBOXES
 from tests.typed_words import keys_of
@@ -296,6 +297,12 @@ def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
     assert program_in("print(1)") == "print(1)"
     endless = "```" + " " * 300_000  # takes minutes where each blank is tried as the last one
     assert program_in(endless) == endless
+
+
+def test_the_version_tells_the_code_that_runs_programs() -> None:
+    told = code_of(Code.__module__)
+    assert {f"megatron_sov.work.{name}" for name in ("sandbox.sandbox", "sandbox.supervise", "watch")
+            } <= set(told)
 
 
 def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
