@@ -32,7 +32,8 @@ from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import Policy, Table, play
 from megatron_sov.tools.registry import make, order
-from megatron_sov.work.journal import RECORDS, folder_of, open_journal
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import RECORDS, open_journal
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -166,7 +167,7 @@ def _killed(world: str, num_episodes: int, after_s: float) -> list[Episode]:
     with tempfile.TemporaryDirectory() as name:
         child = subprocess.Popen([sys.executable, __file__, "--play", world, "--episodes", str(num_episodes),
                                   "--folder", name])
-        journal = folder_of(Path(name) / world) / RECORDS
+        journal = work_folder(Path(name) / world) / RECORDS
         while not journal.exists() or journal.stat().st_size < 1000:
             time.sleep(0.02)
         time.sleep(after_s)

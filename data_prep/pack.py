@@ -63,6 +63,7 @@ from megatron_sov.settings import (
     read_options,
 )
 from megatron_sov.settings import Code as ProblemCode
+from megatron_sov.work.folders import delete_work, work_folder
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
@@ -270,7 +271,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
         carry_tokenizer(artifact, tokenizer)
         for origin in dict.fromkeys([*origins.values(), *corpora.values()]):
             artifact.add_input(origin)
-    _delete_work(work, output)
+    delete_work(output)
     _tell(artifact.content["sources"], output, settings.heldout_share)
 
 
@@ -287,20 +288,6 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[Span, ...]]:
                   "so that some are held out")
             unit = (replace(text, document_bytes=part_bytes),)
         yield unit
-
-
-def work_folder(output: Path) -> Path:
-    """Return the hidden folder beside the output that keeps complete units until the output is."""
-    return output.with_name(f".{output.name}.work")
-
-
-def _delete_work(work: Path, output: Path) -> None:
-    """Delete the units: first their name, so that a kill on the way leaves no torn unit that a later
-    command would trust."""
-    # what `new_artifact` clears away after a kill
-    doomed = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    os.rename(work, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sample_texts(units: list[Unit], reading: Reading) -> list[str]:

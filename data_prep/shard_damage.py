@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from megatron_sov.artifacts import final_name
+
 SHARED = "shared"
 """Folder of a run with what the passes of its steps have left, a folder for each step."""
 
@@ -15,8 +17,7 @@ def place_in_run(file: Path) -> str:
     for number, folder in enumerate(file.parents):
         if folder.name == SHARED:
             names = file.parts[-number - 1:]
-            return "/".join(name[1:-4] if name.startswith(".") and name.endswith(".tmp") else name
-                            for name in names)
+            return "/".join(map(final_name, names))
     return ""
 
 

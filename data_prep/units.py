@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 from data_prep.encode import EncodedBatch, Encoder, EncodingSettings
 from data_prep.splits import document_hash
 from data_prep.steps import Steps
-from megatron_sov.artifacts import disk_errors, fsync_path, to_json
+from megatron_sov.artifacts import new_folder, to_json
 from megatron_sov.documents import BadRecord, Document, LeftOut, Reading, Span
 from megatron_sov.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.documents.reading import CountedSpan
@@ -33,6 +31,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.media.banks import MEDIA
 from megatron_sov.media.marks import SPELLED
 from megatron_sov.plugins.code import Code
+from megatron_sov.work.folders import part_folder
 
 CODE_VERSION = 4
 """Raised when the same input and settings would give another unit."""
@@ -89,11 +88,6 @@ class UnitRecord:
     """False where it was found complete."""
 
 
-def unit_folder(work: Path, key: str) -> Path:
-    """Return the place of a unit; sub-folders keep each listing short."""
-    return work / key[:2] / key
-
-
 class UnitEncoder:
     """Encodes units; one per process."""
 
@@ -110,28 +104,15 @@ class UnitEncoder:
             UserError: a file cannot be read, or the disk refuses.
         """
         key = unit_key(unit, self.settings)
-        folder = unit_folder(self.work, key)
+        folder = part_folder(self.work, key)
         if (folder / "record.json").is_file():
             raw = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": False})
         if self._encoder is None:  # loaded by the first unit that needs it
             self._encoder = Encoder(self.settings.tokenizer, self.settings.encoding)
-        temporary = folder.with_name(f"{key}.tmp-{os.getpid()}")
-        with disk_errors(self.work):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
-            temporary.mkdir(parents=True)
-            try:
-                with _UnitWriter(temporary, key, self.settings, self._encoder, self._steps) as writer:
-                    writer.read(unit)
-                for file in temporary.iterdir():
-                    fsync_path(file)
-                try:
-                    os.rename(temporary, folder)
-                except OSError:
-                    if not folder.exists():  # else an equal unit, of another file, came first
-                        raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with (new_folder(folder, first_stays=True) as temporary,
+              _UnitWriter(temporary, key, self.settings, self._encoder, self._steps) as writer):
+            writer.read(unit)
         return writer.record()
 
 
@@ -355,7 +336,7 @@ class StoredUnit:
 
 def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     """Open a complete unit by memory map."""
-    folder = unit_folder(work, key)
+    folder = part_folder(work, key)
 
     def mapped(name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return a file's items; an empty file cannot be mapped."""

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from megatron_sov.outputs import behind_links, refuse_nowhere
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 """1: files had a `sha256` in place of a `digest`."""
+_TEMPORARY_NAME = re.compile(r"\.(.+)\.tmp-.+-\d+")
 MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
            "tokens": "`sov-data pack` or `sov-data mix`",
@@ -112,18 +114,81 @@ def atomic_write(path: Path, data: str | bytes) -> None:
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with new_file(Path(path)) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, makes_parents: bool = False) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to: the file gets its own when it is whole and on the
+    disk, and takes the place of what is there.
+
+    Args:
+        path: where it comes to lie.
+        makes_parents: whether folders above it are made.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = _temporary(path)
     with disk_errors(path):
+        if makes_parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as f:
-                f.write(data.encode() if isinstance(data, str) else data)
-                f.flush()
-                os.fsync(f.fileno())
+            yield temporary
+            fsync_path(temporary)
             os.replace(temporary, path)
             fsync_path(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
+    """Give an empty temporary folder beside `path`: it gets its own name when its files are on the disk.
+
+    Args:
+        path: where it comes to lie.
+        first_stays: where there is one by then, it is an equal one, and stays; else it is replaced.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = _temporary(path)
+    with disk_errors(path):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                fsync_path(file)
+            try:
+                publish(temporary, path) if not first_stays else os.rename(temporary, path)
+            except OSError:
+                if not (first_stays and path.exists()):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def delete_folder(path: Path, hidden: Path) -> None:
+    """Delete a folder that has become `hidden` before: a kill on the way leaves no torn one under its name.
+
+    Raises:
+        FileNotFoundError: another process was faster.
+    """
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def final_name(name: str) -> str:
+    """Return the name that a file or folder of `new_file` or `new_folder` gets; of another its own."""
+    found = _TEMPORARY_NAME.fullmatch(name)
+    return found[1] if found else name
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
 
 
 def write_output(path: Path, data: str | bytes) -> None:

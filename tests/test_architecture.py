@@ -91,6 +91,13 @@ MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
              "megatron_sov/rewards/check_program.py": _INSIDE,
              "megatron_sov/rewards/solution_tests.py": _INSIDE}
 """File outside of work that starts processes or holds locks -> why."""
+_MEETS = "names that several processes want"
+MAY_RENAME = {"megatron_sov/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
+              "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
+              "megatron_sov/rollouts/parts.py": _MEETS, "megatron_sov/rollouts/store.py": _MEETS,
+              "megatron_sov/commands/eval_passk.py": "into an artifact that is made",
+              "data_prep/synth/finishing.py": "several files together"}
+"""File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
 """What errors and programs say."""
@@ -306,6 +313,16 @@ def work_problems(source: Source) -> Iterator[str]:
                    "megatron_sov.work's; use what it has")
 
 
+def rename_problems(source: Source) -> Iterator[str]:
+    """Results get their names in one place, behind their bytes."""
+    if source.name.startswith(("megatron_sov/work/", "megatron_sov/artifacts.py")) or source.name in MAY_RENAME:
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.rename", "os.replace"):
+            yield (f"{source.name}:{node.lineno}: {ast.unparse(node.func)}: use new_file, new_folder or "
+                   "delete_folder of megatron_sov.artifacts")
+
+
 def data_problems(source: Source) -> Iterator[str]:
     """Code in a package that holds data alone: it would be a second place for the same."""
     package = source.path.relative_to(source.root).parts[0]
@@ -316,7 +333,7 @@ def data_problems(source: Source) -> Iterator[str]:
 
 
 RULES = (import_problems, wing_problems, room_problems, loading_problems, model_problems, line_problems,
-         size_problems, work_problems, data_problems)
+         size_problems, work_problems, rename_problems, data_problems)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +30,7 @@ from megatron_sov.settings import (
     num_cores,
     read_options,
 )
+from megatron_sov.work.folders import delete_work, work_folder
 from tokenizer.mixture import Group, gather_groups
 from tokenizer.presets import PRESETS, Preset, load_preset
 
@@ -146,7 +145,7 @@ def make_plan(preset: Preset, args: TokenizerTrainOptions) -> Plan:
             check_coverage(pattern, preset.name)
     transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
     memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)
-    work = args.output.with_name(f".{args.output.name}.work")
+    work = work_folder(args.output)
     return Plan(preset, args.vocab_size, transition, args.transition_size is None,
                 round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
 
@@ -173,10 +172,7 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     trained = finished(plan.preset, learned.vocabulary)
     with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
         _write(artifact, trained, plan, learned)
-    # first their name, so that a kill on the way leaves no torn counts that a later command would trust
-    doomed = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    os.rename(plan.work, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete_work(output)
     print(f"wrote {output}")
 
 

@@ -15,9 +15,9 @@ from data_prep.decontamination.benchmarks import FIELDS, benchmark_files, read_i
 from data_prep.decontamination.hits import MOST_HITS, Hit, find_hits
 from data_prep.decontamination.places import whole_lines, without
 from data_prep.dedup.report import write_page
-from data_prep.dedup.work_files import new_file
 from data_prep.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
 from data_prep.shard_damage import place_in_run, way_out
+from megatron_sov.artifacts import new_file
 from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.overlap import WORDS
 from megatron_sov.errors import UserError
@@ -117,7 +117,8 @@ class Decontaminate(Step):
 
     def _search(self, view: View, task: int) -> None:
         search, shard = self.settings.search(), view.shards[task]
-        with new_file(_file(view, shard)) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        with (new_file(_file(view, shard), makes_parents=True) as temporary,
+              open(temporary, "w", encoding="utf-8") as f):
             for batch in view.documents(shard):
                 for document in batch:
                     for hit in find_hits(document.text, search, self.settings.context_chars):

@@ -27,8 +27,6 @@ from data_prep.dedup.work_files import (
     BucketWriter,
     Records,
     bucket_slice,
-    new_file,
-    new_folder,
     parts_of,
     read_array,
     save_array,
@@ -36,6 +34,7 @@ from data_prep.dedup.work_files import (
 )
 from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
 from data_prep.shard_damage import place_in_run, way_out
+from megatron_sov.artifacts import new_file, new_folder
 from megatron_sov.sealed import PLACE, check_seal, seal_file
 from megatron_sov.settings import AtLeastOne, Code, NotNegativeInt, Problem
 
@@ -95,7 +94,7 @@ class Clusters:
         """
         for rank, places, roots in self._members():
             self._choose(rank, places, roots, keep)
-        with new_file(path) as temporary:
+        with new_file(path, makes_parents=True) as temporary:
             writer = BucketWriter(temporary, len(self._numbering.shards))
             for rank, places, roots in self._members():
                 keepers = self._keepers[roots].astype(np.int64) - 1
@@ -212,7 +211,7 @@ class ShingleSets:
         """Write the sets of rows of a shard."""
         keep = set(wanted.tolist())
         begins = [0]
-        with new_file(file) as temporary, open(temporary, "wb") as f:
+        with new_file(file, makes_parents=True) as temporary, open(temporary, "wb") as f:
             for batch in documents:
                 for document in batch:
                     if document.row in keep:

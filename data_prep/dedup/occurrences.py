@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.dedup.numbering import ranks
-from data_prep.dedup.work_files import Records, Slice, bucket_slice, new_folder, parts_of, write_buckets
+from data_prep.dedup.work_files import Records, Slice, bucket_slice, parts_of, write_buckets
+from megatron_sov.artifacts import new_folder
 
 KEY_BYTES = 16
 OCCURRENCE = np.dtype([("key", f"S{KEY_BYTES}"), ("doc", "<u8")])

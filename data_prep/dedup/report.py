@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from data_prep.dedup.numbering import Numbering, ranks
-from data_prep.dedup.work_files import Records, new_file
+from data_prep.dedup.work_files import Records
 from data_prep.pipeline.step import View
-from megatron_sov.artifacts import to_json
+from megatron_sov.artifacts import new_file, to_json
 
 MOST_ROWS = 50
 
@@ -38,5 +38,5 @@ def write_report(view: View, lists: Callable[[int], Records], title: str,
 
 def write_page(view: View, page: dict[str, Any]) -> None:
     """Write what the report's page shows of a step."""
-    with new_file(view.work / "report.json") as temporary:
+    with new_file(view.work / "report.json", makes_parents=True) as temporary:
         temporary.write_text(to_json(page), encoding="utf-8")

@@ -7,10 +7,6 @@ bucket.  Arrays have a checksum behind them (`sealed`).  Either is looked at bef
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.shard_damage import place_in_run, way_out
-from megatron_sov.artifacts import disk_errors, fsync_path
+from megatron_sov.artifacts import new_file
 from megatron_sov.digests import Digest
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import check_seal, seal_file
@@ -30,39 +26,14 @@ _PLACE = np.dtype("<u8")
 _BLOCK_BYTES = 1 << 20
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; the file gets its name when it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        fsync_path(temporary)
-        os.replace(temporary, path)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`; complete, it takes the place of what is there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            fsync_path(file)
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(temporary, path)
-
-
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as .npy, on the disk behind `new_file`."""
-    with new_file(path) as temporary:
+    """Write an array as .npy, on the disk behind it."""
+    with new_file(path, makes_parents=True) as temporary:
         save_array(temporary, array)
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as .npy with its checksum; `path`: where `new_file` or `new_folder` says."""
+    """Write an array as .npy with its checksum; `path`: a temporary name."""
     with open(path, "wb") as f:
         np.save(f, array, allow_pickle=False)
     seal_file(path, place_in_run(path))
@@ -103,7 +74,7 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_
     for bucket in np.unique(buckets).tolist():
         begin, end = places[bucket:bucket + 2].tolist()
         digests[bucket] = _digest(path, bucket, begin, end, records[begin:end])
-    with new_file(path) as temporary, open(temporary, "wb") as f:
+    with new_file(path, makes_parents=True) as temporary, open(temporary, "wb") as f:
         np.array([num_buckets], _PLACE).tofile(f)
         places.tofile(f)
         digests.tofile(f)
@@ -132,7 +103,7 @@ class BucketWriter:
     """Writes the buckets of a file one after the other."""
 
     def __init__(self, path: Path, num_buckets: int) -> None:
-        """Begin a file; `path`: where `new_file` or `new_folder` says."""
+        """Begin a file; `path`: a temporary name."""
         self._path, self._file = path, open(path, "wb")  # noqa: SIM115  (closed by `close`)
         self._places, self._digests = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
         np.array([num_buckets], _PLACE).tofile(self._file)

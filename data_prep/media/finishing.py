@@ -4,8 +4,6 @@ once."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,11 +14,11 @@ import numpy as np
 
 from data_prep.media.settings import STOP, MediaSettings
 from data_prep.media.units import BAD, RECORDS, ROWS, SUMMARY, Unit, bad_medium
-from data_prep.units import unit_folder
 from megatron_sov.artifacts import manifest_sha256, new_artifact, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import KINDS, MEDIA, BankShape, open_bank
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.work.folders import delete_work, part_folder
 
 KIND = "media_corpus"
 BAD_MEDIA = "bad_media.jsonl"
@@ -98,7 +96,7 @@ def finish(settings: MediaSettings, units: list[Unit], identity: str, work: Path
         joined = _Joined(artifact.path, banks, opened(RECORDS, "w"), opened(BAD_MEDIA, "w"),
                          {kind: opened(f"{kind}.bin", "wb") for kind in banks}, settings.bad_media == STOP)
         for unit in units:
-            joined.take(unit, unit_folder(work, unit.key(identity)))
+            joined.take(unit, part_folder(work, unit.key(identity)))
         stack.close()
         if len(joined.kinds) > 1:
             raise UserError("--input: holds chats and documents; encode them on their own, as `sov-data "
@@ -117,7 +115,7 @@ def finish(settings: MediaSettings, units: list[Unit], identity: str, work: Path
             MEDIA: {kind: shape.record() for kind, shape in banks.items()},
             "num_rows": {kind: len(joined.rows[kind]) for kind in banks}}
         artifact.settings = {**vars(settings)}
-    _delete(work, output)
+    delete_work(output)
     return artifact.content
 
 
@@ -130,12 +128,3 @@ def _codecs(settings: MediaSettings, codebooks: dict[str, int]) -> dict[str, dic
                            "codec": read_manifest(folder).content.get("codec"),
                            "codebook_size": codebooks.get(kind)}
     return found
-
-
-def _delete(work: Path, output: Path) -> None:
-    """Delete the units: first their name, so that a kill on the way leaves no torn unit that a later command
-    would trust."""
-    # what `new_artifact` clears away after a kill
-    doomed = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    os.rename(work, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

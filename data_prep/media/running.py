@@ -17,6 +17,7 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, as_problem
+from megatron_sov.work.folders import work_folder
 from megatron_sov.work.locks import holding
 
 SETTINGS = "settings.json"
@@ -41,7 +42,7 @@ class Order:
     @property
     def work(self) -> Path:
         """Hidden folder beside the output that keeps complete units until the output is."""
-        return self.output.with_name(f".{self.output.name}.work")
+        return work_folder(self.output)
 
     @property
     def slurm(self) -> Path:

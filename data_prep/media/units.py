@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +19,7 @@ from typing import Any
 from data_prep.media.encoder import MediaEncoder, Medium, UnitBanks
 from data_prep.media.records import TEXT, MediaRecord, Message, Part, parse_record
 from data_prep.media.settings import CALL, STOP, MediaSettings
-from data_prep.units import unit_folder
-from megatron_sov.artifacts import disk_errors, fsync_path, to_json
+from megatron_sov.artifacts import new_folder, to_json
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
@@ -30,6 +27,7 @@ from megatron_sov.media.banks import KINDS, MEDIA, PICTURES, SOUNDS
 from megatron_sov.media.banks import KINDS as BANKS
 from megatron_sov.media.items import Item, drawing_call
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.work.folders import part_folder
 
 RECORDS_PER_UNIT = 128
 MOST_LINE_BYTES = 64 << 20
@@ -181,7 +179,7 @@ class UnitEncoder:
 
     def is_done(self, unit: Unit) -> bool:
         """Return whether a unit is complete."""
-        return (unit_folder(self._work, unit.key(self.identity)) / SUMMARY).is_file()
+        return (part_folder(self._work, unit.key(self.identity)) / SUMMARY).is_file()
 
     def encode(self, unit: Unit) -> None:
         """Make a unit, unless it is there.
@@ -189,26 +187,13 @@ class UnitEncoder:
         Raises:
             UserError: a record or a medium is bad, and that is to stop it; or the disk refuses.
         """
-        folder = unit_folder(self._work, unit.key(self.identity))
+        folder = part_folder(self._work, unit.key(self.identity))
         if (folder / SUMMARY).is_file():
             return
         if self._encoder is None:
             self._encoder = MediaEncoder(self._settings, self._threads)
-        temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        with disk_errors(self._work):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
-            temporary.mkdir(parents=True)
-            try:
-                self._write(unit, temporary)
-                for file in temporary.iterdir():
-                    fsync_path(file)
-                try:
-                    os.rename(temporary, folder)
-                except OSError:
-                    if not folder.exists():  # else an equal unit, of another file, came first
-                        raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder, first_stays=True) as temporary:
+            self._write(unit, temporary)
 
     def _write(self, unit: Unit, folder: Path) -> None:
         assert self._encoder is not None

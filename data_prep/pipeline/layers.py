@@ -6,7 +6,6 @@ All files of a shard have the same groups of rows, which are held in memory one 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from data_prep.pipeline.columns import SOURCE_COLUMNS, schema
 from data_prep.pipeline.step import ColumnType, Outcome
 from data_prep.shard_damage import way_out
-from megatron_sov.artifacts import disk_errors, fsync_path
+from megatron_sov.artifacts import disk_errors, fsync_path, new_file
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import open_parquet, seal_file, seal_parquet
 
@@ -45,12 +44,12 @@ class TableFile:
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
-        self._temporary = path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-        self._seal = ""
+        self._seal, self._new = "", new_file(path)
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = self._new.__enter__()
             self._writer = pq.ParquetWriter(self._temporary, self.columns, compression="zstd")
         return self
 
@@ -78,16 +77,16 @@ class TableFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
+        if kind is None:
+            try:
                 self.close()
-                with disk_errors(self.path):
-                    os.replace(self._temporary, self.path)
-            else:
-                with contextlib.suppress(OSError):
-                    self._writer.close()
-        finally:
-            self._temporary.unlink(missing_ok=True)
+            except BaseException as e:
+                self._new.__exit__(type(e), e, e.__traceback__)
+                raise
+        else:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+        self._new.__exit__(kind, error, trace)
 
 
 def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[Row | None]]:

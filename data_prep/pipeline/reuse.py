@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_prep.pipeline.addresses import address
 from data_prep.pipeline.plan import Layer, Plan, SourcePlan
+from megatron_sov.artifacts import new_file, new_folder
 from megatron_sov.sealed import try_read_json, write_json
 
 KEYS = "keys.json"
@@ -86,14 +87,12 @@ def _files(layer: Layer, output: Path, shard: int) -> list[Path]:
 
 def _give_name(old: Path, new: Path) -> None:
     """Let a file, or a folder of files, stand under a second name."""
-    temporary = new.with_name(f".{new.name}.tmp-{os.uname().nodename}-{os.getpid()}")
     if old.is_dir():
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(old, temporary, copy_function=link)
+        with new_folder(new) as temporary:
+            shutil.copytree(old, temporary, copy_function=link, dirs_exist_ok=True)
     else:
-        temporary.unlink(missing_ok=True)
-        link(old, temporary)
-    os.replace(temporary, new)
+        with new_file(new) as temporary:
+            link(old, temporary)
 
 
 def link(file: Path | str, name: Path | str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -41,7 +40,7 @@ from data_prep.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
 from data_prep.shard_damage import place_in_run
 from data_prep.sources.formats import reader
 from data_prep.sources.source import Broken, Raw, SourceSettings
-from megatron_sov.artifacts import disk_errors
+from megatron_sov.artifacts import disk_errors, new_file, new_folder
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import PLACE, SEAL, seal_file, seal_of, write_json
@@ -68,34 +67,30 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
     counts, group = Counts(), _Group(source.settings, shard)
     listed = layer.broken(output, shard)
     listed.parent.mkdir(parents=True, exist_ok=True)
-    temporary = listed.with_name(f".{listed.name}.tmp-{os.uname().nodename}-{os.getpid()}")
     source_reader = reader(source.settings)
-    try:
-        with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file,
-              open(temporary, "w", encoding="utf-8") as quarantine):
-            pieces, marks = pieces_of(output, layer, shard)
-            for piece in pieces:
-                for item in source_reader.read(piece):
-                    if isinstance(item, Broken):
-                        _note_broken(item, pipeline, quarantine, counts, shard)
-                        continue
-                    counts.count(group.add(item), "", item.text, None)
-                    if group.is_full:
-                        file.write(group.take())
-            file.write(group.take())
-            for name, mark in marks.items():
-                refuse_changed(source.settings.file(name), mark)
-            if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
-                quarantine.write(json.dumps({
-                    "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
-                    "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
-            quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
-            quarantine.flush()
-            counts.seals = {layer.file(output, shard).name: file.close(), listed.name: seal_file(temporary)}
-            os.replace(temporary, listed)
-            yield counts
-    finally:
-        temporary.unlink(missing_ok=True)
+    # the rows get their name last: it says that the shard is done
+    with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file, new_file(listed) as temporary,
+          open(temporary, "w", encoding="utf-8") as quarantine):
+        pieces, marks = pieces_of(output, layer, shard)
+        for piece in pieces:
+            for item in source_reader.read(piece):
+                if isinstance(item, Broken):
+                    _note_broken(item, pipeline, quarantine, counts, shard)
+                    continue
+                counts.count(group.add(item), "", item.text, None)
+                if group.is_full:
+                    file.write(group.take())
+        file.write(group.take())
+        for name, mark in marks.items():
+            refuse_changed(source.settings.file(name), mark)
+        if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
+            quarantine.write(json.dumps({
+                "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
+                "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
+        quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
+        quarantine.flush()
+        counts.seals = {layer.file(output, shard).name: file.close(), listed.name: seal_file(temporary)}
+        yield counts
 
 
 def _note_broken(item: Broken, pipeline: Pipeline, quarantine: IO[str], counts: Counts, shard: int) -> None:
@@ -166,13 +161,9 @@ def write_output_shard(plan: Plan, source: SourcePlan, layer: Layer, output: Pat
     Raises:
         UserError: documents would go to more than `MAX_NAMES` names.
     """
-    folder = layer.rows(output, shard)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     counts = Counts()
     files = [other.file(output, shard) for other in source.layers[:-1]]
-    try:
+    with new_folder(layer.rows(output, shard)) as temporary:
         with ExitStack() as stack:
             sorted_rows = _Sorter(plan, temporary, stack)
             for rows in groups(source.settings.name, files, [noted_seal(file) for file in files]):
@@ -184,9 +175,6 @@ def write_output_shard(plan: Plan, source: SourcePlan, layer: Layer, output: Pat
             write_shard_facts(file)
         counts.seals = {file.name: seal_of(file) for file in temporary.iterdir()}
         yield counts
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Sorter:

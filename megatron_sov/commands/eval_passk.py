@@ -48,7 +48,8 @@ from megatron_sov.settings import (
     Problem,
     parse_nested,
 )
-from megatron_sov.work.journal import Journal, done_items, folder_of, open_journal
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import Journal, done_items, open_journal
 
 if TYPE_CHECKING:
     from megatron_sov.eval.sampling import Sampled
@@ -283,7 +284,7 @@ def _sample(plan: _Plan) -> Path:
     num_done = sum(len(calls[int(number)]) for number in done) * args.samples
 
     def work(engine: Engine) -> None:
-        kept = Journal(folder_of(file)) if is_first() else None
+        kept = Journal(work_folder(file)) if is_first() else None
         with work_bar("sample", len(sampled.rows) * args.samples, "response", kept is not None) as bar:
             bar.update(num_done)
             for number, prompts in enumerate(calls):

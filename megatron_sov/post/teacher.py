@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +22,7 @@ from safetensors.torch import save_file
 from megatron_sov import convert
 from megatron_sov.artifacts import (
     FileRecord,
-    disk_errors,
-    fsync_path,
+    new_file,
     read_manifest,
     refuse_existing,
     to_json,
@@ -299,12 +297,6 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[Part], fo
 def _write(file: Path, states: list[torch.Tensor]) -> None:
     """Write rows of what is kept, so that the file is there whole or not at all; `UserError` where the disk
     is full."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with disk_errors(file):
-        with open(temporary, "wb") as f:
-            for row in states:
-                f.write(row.contiguous().view(torch.uint8).numpy().data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-        fsync_path(file.parent)
+    with new_file(file) as temporary, open(temporary, "wb") as f:
+        for row in states:
+            f.write(row.contiguous().view(torch.uint8).numpy().data)

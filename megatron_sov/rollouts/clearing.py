@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, disk_errors, is_held
+from megatron_sov.artifacts import MANIFEST, delete_folder, disk_errors, is_held
 from megatron_sov.rollouts.parts import REWARDS, ROLLOUTS, numbers_in
 from megatron_sov.rollouts.store import VERSION_CHARS, Store
 
@@ -74,13 +72,8 @@ def clear(found: Collection[Clearable]) -> None:
     """
     for item in found:
         hidden = item.path.with_name(f".{item.path.name}.gone-{uuid.uuid4().hex}")
-        with disk_errors(item.path):
-            try:
-                os.rename(item.path, hidden)
-            except FileNotFoundError:  # another one cleared it
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another one clears this folder too
-                shutil.rmtree(hidden)
+        with disk_errors(item.path), contextlib.suppress(FileNotFoundError):  # another one cleared it
+            delete_folder(item.path, hidden)
 
 
 def _is_left(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_sov.artifacts import (
     MANIFEST,
     atomic_write,
+    delete_folder,
     disk_errors,
     file_damage,
     fsync_path,
@@ -115,9 +116,7 @@ def drop_after(folder: Path, step: int) -> None:
 def _delete(path: Path) -> None:
     """Delete a checkpoint; it loses its name before its files, so that a kill leaves no torn one
     under a valid name."""
-    going = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
-    os.rename(path, going)
-    shutil.rmtree(going, ignore_errors=True)
+    delete_folder(path, path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_sov
-from megatron_sov.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.artifacts import atomic_write, disk_errors, new_folder, to_json
 from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile, time_limit_s
 from megatron_sov.command_line import Parser
@@ -263,14 +262,13 @@ def _copy_code(folder: Path) -> None:
     a copy of the same content is kept."""
     if folder.is_dir():
         return
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    for path, name in _sources(ROOT):
-        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, temporary / name)
-    if folder.name != _code_name(temporary):
-        shutil.rmtree(temporary)
-        raise UserError(f"{folder}: the code changed while it was copied; submit again when it stands still")
-    os.rename(temporary, folder)
+    with new_folder(folder, first_stays=True) as temporary:
+        for path, name in _sources(ROOT):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / name)
+        if folder.name != _code_name(temporary):
+            raise UserError(f"{folder}: the code changed while it was copied; submit again when it stands "
+                            "still")
 
 
 def show(prepared: Prepared) -> None:

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path, to_json
+from megatron_sov.artifacts import atomic_write, disk_errors, new_file, to_json
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.work.locks import holding
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.locks import LOCK, holding
 
 JOB, RECORDS = "job.json", "records"
 FORMAT_VERSION = 1
@@ -69,25 +70,14 @@ class Journal:
 
     def write_to(self, file: Path) -> None:
         """Make a file of all records, one behind the other; it appears whole."""
-        temporary = self.folder / file.name
-        with disk_errors(file):
-            with open(temporary, "wb") as f:
-                for _, payload in self.records():
-                    f.write(payload)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, file)
-            fsync_path(file.parent)
+        with new_file(file) as temporary, open(temporary, "wb") as f:
+            for _, payload in self.records():
+                f.write(payload)
 
     def close(self) -> None:
         """Close the file."""
         with contextlib.suppress(OSError):  # a full disk was told by `add`
             self._file.close()
-
-
-def folder_of(output: Path) -> Path:
-    """Return where unfinished work on an output lies."""
-    return output.with_name(f".{output.name}.work")
 
 
 @contextlib.contextmanager
@@ -105,7 +95,7 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
         UserError: another process works on it, records are of something else, or nothing can be written.
     """
     _refuse_earlier(output)
-    folder = folder_of(output)
+    folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
     with holding(folder, f"--output {output}"):
         if changed := _begin(folder, made_by, now, redo):
@@ -134,6 +124,8 @@ def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> 
         return []
     if not redo and before is not None and next(_records(folder), None) is not None:
         return differences(before, identity)
+    if before is None and (others := sorted({file.name for file in folder.iterdir()} - {JOB, RECORDS, LOCK})):
+        return [f"it has {others[0]!r}, which is of another command"]
     with disk_errors(folder):
         for file in folder.iterdir():
             if file.is_file():
@@ -147,7 +139,7 @@ def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> 
 
 def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items of an output that have records for this identity; changes nothing."""
-    folder = folder_of(output)
+    folder = work_folder(output)
     try:
         before = json.loads((folder / JOB).read_bytes())["identity"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_sov.artifacts import disk_errors, holds
 from megatron_sov.errors import UserError
 
-_LOCK = ".lock"
+LOCK = ".lock"
 """File that is held in place of its folder, where a file system locks files alone."""
 
 
@@ -46,7 +46,7 @@ def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
         stack.callback(os.close, fd)
         is_ours = holds(fd)
         if is_ours is None:  # NFS locks files that are open for writing, and nothing else
-            lock = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+            lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
             stack.callback(os.close, lock)
             is_ours = holds(lock)
         # one that its holder has just finished with and removed is another folder than the next one's

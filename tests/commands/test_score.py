@@ -16,7 +16,8 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.rewards.registry import OWN
-from megatron_sov.work.journal import RECORDS, folder_of
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import RECORDS
 
 PAGE = Path(__file__).parents[2] / "docs/rewards.md"
 ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
@@ -53,7 +54,7 @@ def test_rows_come_out_in_order_with_what_they_had(capsys: pytest.CaptureFixture
     assert len({row["reward_version"] for row in rows}) == 1
     assert re.search(r"out.jsonl: language [0-9a-f]{16}: 5 scored rows, mean reward 0.5300\n",
                      capsys.readouterr().out)
-    assert not folder_of(Path("out.jsonl")).exists()
+    assert not work_folder(Path("out.jsonl")).exists()
 
 
 def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +145,7 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     killed = subprocess.Popen([sys.executable, "-c", program, *command])
     assert killed.wait(timeout=600) == -signal.SIGKILL
     assert not Path("out.jsonl").exists()
-    with open(folder_of(Path("out.jsonl")) / RECORDS, "ab") as f:
+    with open(work_folder(Path("out.jsonl")) / RECORDS, "ab") as f:
         f.write(b'[2, 5000, 7]\n{"id": 256, "resp')  # the kernel may have written a part of a row
     time.sleep(0.1)
     Path("judged").write_text("")
@@ -157,13 +158,13 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     assert [row["reward"] for row in read()] == list(range(400))
     again = set(map(int, Path("judged").read_text().split()))
     assert again == set(range(256, 400))
-    assert not folder_of(Path("out.jsonl")).exists()
+    assert not work_folder(Path("out.jsonl")).exists()
 
 
 def test_a_journal_that_another_command_has_just_removed_is_not_held(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def holds(fd: int) -> bool:
-        os.rename(folder_of(Path("out.jsonl")), "published")
+        os.rename(work_folder(Path("out.jsonl")), "published")
         return True
 
     monkeypatch.setattr("megatron_sov.work.locks.holds", holds)

@@ -24,10 +24,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from data_prep import pack as pack_module
 from data_prep.cli import main
 from data_prep.indexed import open_split
 from data_prep.pack import PackSettings, Source, pack, parse_sources, work_folder
+from megatron_sov import artifacts
 from megatron_sov.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE
 from megatron_sov.documents import Reading, files
@@ -318,11 +318,12 @@ def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[st
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
 
     def killed(folder: Path, ignore_errors: bool) -> None:
-        next(folder.glob("*/*/tokens")).unlink()
-        raise KeyboardInterrupt
+        if found := next(folder.glob("*/*/tokens"), None):
+            found.unlink()
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pack_module, "shutil", SimpleNamespace(rmtree=killed, copyfile=shutil.copyfile))
+        patch.setattr(artifacts, "shutil", SimpleNamespace(rmtree=killed))
         pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out",
              PackSettings(heldout_share=0))
     assert (tmp_path / "out/manifest.json").is_file() and not work_folder(tmp_path / "out").exists()

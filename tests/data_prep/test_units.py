@@ -12,8 +12,9 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.encode import EncodingSettings
-from data_prep.units import UnitEncoder, UnitSettings, open_unit, unit_folder, unit_key
+from data_prep.units import UnitEncoder, UnitSettings, open_unit, unit_key
 from megatron_sov.documents import BadRecord, Conversation, Reading, plan_units
+from megatron_sov.work.folders import part_folder
 
 LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
 
@@ -64,7 +65,7 @@ def test_a_complete_unit_is_kept_and_a_torn_one_made_again(settings: UnitSetting
     assert first.encoded_now and first.num_sequences == 50 and first.num_lines == (50,)
     again = UnitEncoder(settings, tmp_path / "work").encode(unit)
     assert again == dataclasses.replace(first, encoded_now=False)
-    folder = unit_folder(tmp_path / "work", first.key)
+    folder = part_folder(tmp_path / "work", first.key)
     torn = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
     assert UnitEncoder(settings, tmp_path / "work").encode(unit).encoded_now
     assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()

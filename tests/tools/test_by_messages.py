@@ -16,7 +16,8 @@ from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import STREAMS
 from megatron_sov.tools.registry import order
-from megatron_sov.work.journal import folder_of, open_journal
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import open_journal
 
 TASKS = [{"question": f"What is {i} + 2?", "answer": str(i + 2)} for i in range(4)]
 CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "1 + 2"}}</tool_call>'
@@ -102,4 +103,4 @@ def test_a_play_that_was_stopped_goes_on_behind_its_turns(tmp_path: Path, stop_a
     asked = [stream for stream, _, _ in first.asked + second.asked]
     assert sorted(asked) == sorted(set(asked))  # no turn was asked for twice
     assert len(asked) == 8
-    assert not folder_of(tmp_path / "out").exists()
+    assert not work_folder(tmp_path / "out").exists()

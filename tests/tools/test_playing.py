@@ -19,7 +19,8 @@ from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 from megatron_sov.tools.registry import order
 from megatron_sov.tools.transcript import page_of, summary_of, transcript_of
-from megatron_sov.work.journal import RECORDS, folder_of, open_journal
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import RECORDS, open_journal
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import tool_episodes
@@ -84,14 +85,14 @@ def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, A
     expected = [row_of(episode, encoder) for episode in episodes[:12]]
     with pytest.raises(_Killed):
         played("booking", 12, tmp_path, _killed_at(round_), parallel=2)
-    journal = folder_of(tmp_path / "booking") / RECORDS
+    journal = work_folder(tmp_path / "booking") / RECORDS
     kept = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
     with open(journal, "ab") as f:
         f.write(torn)
     again, policy, _ = played("booking", 12, tmp_path, parallel=2)
     assert [row_of(episode, encoder) for episode in again] == expected
     assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
-    assert not folder_of(tmp_path / "booking").exists()
+    assert not work_folder(tmp_path / "booking").exists()
 
 
 def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str = f"{HOSTILE}:Hostile",

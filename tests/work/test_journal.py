@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.work.journal import JOB, RECORDS, done_items, folder_of, open_journal
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import JOB, RECORDS, done_items, open_journal
 
 ASKED = {"stop": ("\n",), "sampling": {"top_p": 1.0, "seed": 1}}
 
@@ -23,7 +24,7 @@ def begin(out: Path, *records: tuple[int | str, bytes]) -> bytes:
     with pytest.raises(_Killed), open_journal(out, "score", ASKED) as journal:
         journal.add(records)
         raise _Killed
-    return (folder_of(out) / RECORDS).read_bytes() if records else b""
+    return (work_folder(out) / RECORDS).read_bytes() if records else b""
 
 
 @pytest.mark.parametrize("torn", [b"", b"[2, 1", b"[2, 1, 1]\n{", b"[2, 2, 1]\n{}\n", b"\0" * 40 + b"\n",
@@ -31,7 +32,7 @@ def begin(out: Path, *records: tuple[int | str, bytes]) -> bytes:
 def test_whole_records_are_kept_and_what_a_kill_left_of_one_is_not(torn: bytes, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     begin(out, (0, b"a\nb\n"), ("key", b""))
-    with open(folder_of(out) / RECORDS, "ab") as f:
+    with open(work_folder(out) / RECORDS, "ab") as f:
         f.write(torn)
     assert done_items(out, ASKED) == {0, "key"}
     with open_journal(out, "score", ASKED) as journal:
@@ -47,7 +48,7 @@ def test_every_beginning_of_a_journal_is_a_journal(tmp_path: Path) -> None:
     whole = begin(tmp_path / "a", *((n, b"x" * n) for n in range(9)))
     found = []
     for size_bytes in range(len(whole) + 1):
-        (folder_of(tmp_path / "a") / RECORDS).write_bytes(whole[:size_bytes])
+        (work_folder(tmp_path / "a") / RECORDS).write_bytes(whole[:size_bytes])
         found.append(len(done_items(tmp_path / "a", ASKED)))
     assert found == sorted(found) and set(found) == set(range(10))
 
@@ -60,8 +61,9 @@ def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_be
     with pytest.raises(UserError) as raised, open_journal(out, "score", other):
         raise AssertionError("it is refused")
     assert str(raised.value) == (
-        f"--output {out}: {folder_of(out)} holds unfinished work of another command: 1 problem; ask for the "
-        "same to go on, pass --redo to begin anew, or name another output\n  sampling.seed was 1, and is 2")
+        f"--output {out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for "
+        "the same to go on, pass --redo to begin anew, or name another output\n  sampling.seed was "
+        "1, and is 2")
     assert done_items(out, ASKED) == {0}
     with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew
         assert journal.done == {0}
@@ -72,9 +74,9 @@ def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_be
 
 def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
     begin(tmp_path / "out")
-    assert not folder_of(tmp_path / "out").exists()
-    folder_of(tmp_path / "out").mkdir()
-    (folder_of(tmp_path / "out") / JOB).write_text(json.dumps({"identity": {"a": 1}}))
+    assert not work_folder(tmp_path / "out").exists()
+    work_folder(tmp_path / "out").mkdir()
+    (work_folder(tmp_path / "out") / JOB).write_text(json.dumps({"identity": {"a": 1}}))
     with open_journal(tmp_path / "out", "score", ASKED) as journal, \
             pytest.raises(UserError, match="is being written by another process"), \
             open_journal(tmp_path / "out", "score", ASKED):

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
+from megatron_sov.artifacts import atomic_write, new_file
 from megatron_sov.work.pool import in_processes
 from tokenizer.bpe.count_units import Unit, UnitSizes
 from tokenizer.bpe.lowest_pieces import LowestPieces
@@ -104,15 +103,9 @@ class _UnitCounter:
         file = self._work / f"{self._settings.key(unit)}.arrow"
         record = file.with_suffix(".json")
         if not (record.exists() and file.exists()):
-            temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-            with disk_errors(self._work):
-                try:
-                    facts = self._count(unit, temporary)
-                    fsync_path(temporary)
-                    os.replace(temporary, file)
-                finally:
-                    temporary.unlink(missing_ok=True)
-                atomic_write(record, json.dumps(facts, ensure_ascii=False))
+            with new_file(file) as temporary:
+                facts = self._count(unit, temporary)
+            atomic_write(record, json.dumps(facts, ensure_ascii=False))
         facts = json.loads(record.read_text(encoding="utf-8"))
         sizes = UnitSizes(facts["num_documents"], np.array(facts["buckets"], np.int64),
                           np.array(facts["bucket_bytes"], np.int64))

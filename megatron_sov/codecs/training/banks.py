@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import atomic_write, disk_errors
+from megatron_sov.artifacts import atomic_write, new_file
 from megatron_sov.errors import UserError
 from megatron_sov.obs.work_bar import work_bar
 
@@ -104,12 +104,12 @@ def _as_int16(sound: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _write(file: Path, names: Sequence[str], read: Read, dtype: np.dtype[Any]) -> list[int]:
     """Write what `read` returns of each path to one file, which appears when it is whole; return how many
     items each had."""
-    temporary, counts = file.with_name(f"{file.name}.tmp"), []
-    with disk_errors(file), open(temporary, "wb") as out, work_bar("reading", len(names), "file") as bar:
+    counts = []
+    with (new_file(file) as temporary, open(temporary, "wb") as out,
+          work_bar("reading", len(names), "file") as bar):
         for name in names:
             items = np.ascontiguousarray(read(name), dtype=dtype)
             out.write(items.tobytes())
             counts.append(items.size)
             bar.update(1)
-    temporary.rename(file)
     return counts
