@@ -24,7 +24,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from virtual_cluster import VirtualCluster, why_not
 
 from data_prep import cli
-from data_prep.pipeline.slurm_jobs import Jobs
+from megatron_sov.work.slurm_jobs import Jobs
 
 ROOT = Path(__file__).parents[2]
 PROFILE = """description: virtual nodes

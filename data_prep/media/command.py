@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.media.settings import MediaSettings
-from data_prep.pipeline.cluster_options import ClusterOptions
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, only_with, read_options
+from megatron_sov.work.cluster_options import ClusterOptions
 
 
 @dataclass(frozen=True, kw_only=True)

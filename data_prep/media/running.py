@@ -10,7 +10,6 @@ from data_prep.libraries import require
 from data_prep.media.finishing import KIND, finish
 from data_prep.media.settings import MediaSettings
 from data_prep.media.units import Unit, UnitEncoder, plan
-from data_prep.pipeline.slurm_jobs import refuse_living
 from megatron_sov.artifacts import atomic_write, disk_errors, refuse_existing
 from megatron_sov.errors import UserError
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
@@ -19,6 +18,7 @@ from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, as_problem
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.locks import holding
+from megatron_sov.work.slurm_jobs import refuse_living
 
 SETTINGS = "settings.json"
 SUFFIXES = (".jsonl", ".ndjson")

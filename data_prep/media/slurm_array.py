@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from data_prep.media.finishing import KIND
 from data_prep.media.running import Order, encode_units, finished
 from data_prep.media.units import UnitEncoder, plan
-from data_prep.pipeline.arrays import (
+from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
+from megatron_sov.clusters import client, cluster
+from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.errors import UserError
+from megatron_sov.work.arrays import (
     FINISH_CPUS,
     Arrays,
     refuse_enroot,
@@ -16,12 +20,8 @@ from data_prep.pipeline.arrays import (
     refuse_unquotable,
     tell_failures,
 )
-from data_prep.pipeline.slurm_jobs import Jobs
-from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
-from megatron_sov.clusters import client, cluster
-from megatron_sov.clusters.cluster import ClusterProfile
-from megatron_sov.errors import UserError
 from megatron_sov.work.locks import holding
+from megatron_sov.work.slurm_jobs import Jobs
 
 ENCODE, FINISH = "encode", "finish"
 

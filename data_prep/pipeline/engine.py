@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.pipeline.arrays import TaskFailed
 from data_prep.pipeline.tasks import Stage, Task, do_task
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import UserError
+from megatron_sov.work.arrays import TaskFailed
 from megatron_sov.work.pool import LOST, WAITING_PER_WORKER, WorkerPool
 
 LOOK_EVERY_S = 0.5

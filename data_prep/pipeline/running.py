@@ -15,7 +15,6 @@ from data_prep.pipeline.pipeline_file import Pipeline
 from data_prep.pipeline.plan import OUTPUT, Plan, note_reasons
 from data_prep.pipeline.progress import StageProgress
 from data_prep.pipeline.reuse import take_over
-from data_prep.pipeline.slurm_jobs import refuse_living
 from data_prep.pipeline.tasks import Stage, Task, done_mark, layer_of, stages, tasks
 from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
@@ -23,6 +22,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.sealed import read_json
 from megatron_sov.work.locks import holding
+from megatron_sov.work.slurm_jobs import refuse_living
 
 
 def check_folder(output: Path) -> None:

@@ -10,13 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.pipeline.arrays import (
-    FINISH_CPUS,
-    Arrays,
-    refuse_many_restarts,
-    refuse_unquotable,
-    tell_failures,
-)
 from data_prep.pipeline.finish import finish, is_complete
 from data_prep.pipeline.inputs import (
     Batch,
@@ -29,12 +22,19 @@ from data_prep.pipeline.inputs import (
 from data_prep.pipeline.pipeline_file import Pipeline
 from data_prep.pipeline.plan import Plan, make_plan
 from data_prep.pipeline.running import begin, open_tasks
-from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.pipeline.tasks import Stage, Task, do_task, stages, tasks
 from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
+from megatron_sov.work.arrays import (
+    FINISH_CPUS,
+    Arrays,
+    refuse_many_restarts,
+    refuse_unquotable,
+    tell_failures,
+)
 from megatron_sov.work.locks import holding
+from megatron_sov.work.slurm_jobs import Jobs
 
 READING = "reading"
 """Stands for the address of a plan that there is not yet."""

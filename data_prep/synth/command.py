@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from data_prep.pipeline.cluster_options import ClusterOptions
 from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
 from data_prep.synth.checks.arguments import CheckOptions
 from megatron_sov.errors import UserError
@@ -26,6 +25,7 @@ from megatron_sov.settings import (
     parse_nested,
     read_options,
 )
+from megatron_sov.work.cluster_options import ClusterOptions
 
 if TYPE_CHECKING:
     from data_prep.synth.models import Model

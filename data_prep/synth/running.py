@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
-from data_prep.pipeline.slurm_jobs import refuse_living
 from data_prep.synth.budget import Budget, Most
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.engine import Engine, Tally
@@ -28,6 +27,7 @@ from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.settings import AtLeastOne, Code, Problem, SettingsError, as_problem, problems_of, read
 from megatron_sov.work.children import FORWARDED
 from megatron_sov.work.locks import holding
+from megatron_sov.work.slurm_jobs import refuse_living
 
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 

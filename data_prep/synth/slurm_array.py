@@ -16,16 +16,6 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from data_prep.pipeline.arrays import (
-    FINISH_CPUS,
-    Arrays,
-    TaskFailed,
-    refuse_enroot,
-    refuse_many_restarts,
-    refuse_unquotable,
-    tell_failures,
-)
-from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.synth.budget import Most
 from data_prep.synth.engine import Tally
 from data_prep.synth.journal import read_done
@@ -37,7 +27,17 @@ from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import StopRequested, UserError
+from megatron_sov.work.arrays import (
+    FINISH_CPUS,
+    Arrays,
+    TaskFailed,
+    refuse_enroot,
+    refuse_many_restarts,
+    refuse_unquotable,
+    tell_failures,
+)
 from megatron_sov.work.locks import holding
+from megatron_sov.work.slurm_jobs import Jobs
 
 ADDRESS, ARRAY, SCRIPT = "slurm/server.json", "slurm/array.job", "slurm/server.sbatch"
 KEY_ENV = "VLLM_API_KEY"

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
 
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.work.background import environment_outside_jobs
 
 TIMEOUT_S = 60
 LIVING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
+OF_A_JOB = ("SLURM_", "SBATCH_")
+WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
+
+
+def environment_outside_jobs() -> dict[str, str]:
+    """Return this process's environment without its place in a job, and without what would overrule a script.
+
+    sbatch takes SBATCH_ACCOUNT before the script's account; a shell inside an allocation has
+    SLURM_MEM_PER_CPU and the like, which a job inherits and its srun refuses beside the job's own.
+    """
+    return {k: v for k, v in os.environ.items() if k in WHERE_SLURM_IS or not k.startswith(OF_A_JOB)}
 
 
 def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -13,21 +13,11 @@ from pathlib import Path
 
 import psutil
 
+from megatron_sov.clusters.client import environment_outside_jobs
 from megatron_sov.work.children import FORWARDED, die_with_parent
 
 LOWEST_PRIORITY = 19
-OF_A_JOB = ("SLURM_", "SBATCH_")
-WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def environment_outside_jobs() -> dict[str, str]:
-    """Return this process's environment without its place in a job, and without what would overrule a script.
-
-    sbatch takes SBATCH_ACCOUNT before the script's account; a shell inside an allocation has
-    SLURM_MEM_PER_CPU and the like, which a job inherits and its srun refuses beside the job's own.
-    """
-    return {k: v for k, v in os.environ.items() if k in WHERE_SLURM_IS or not k.startswith(OF_A_JOB)}
 
 
 def humble_environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep import cli
 from data_prep.pipeline import inputs
-from data_prep.pipeline.slurm_jobs import Jobs
+from megatron_sov.work.slurm_jobs import Jobs
 
 PIPELINE = """name: small
 shard_bytes: 3000

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_sov.clusters import client
+from megatron_sov.clusters.client import environment_outside_jobs
 from megatron_sov.errors import UserError
 from megatron_sov.slurm.attempts import first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
-from megatron_sov.work.background import environment_outside_jobs
 
 
 @pytest.fixture

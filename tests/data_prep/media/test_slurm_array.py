@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from data_prep.media import slurm_array, units
-from data_prep.pipeline.arrays import WORK, keeping_failure
-from data_prep.pipeline.slurm_jobs import Jobs
 from megatron_sov.clusters import client
+from megatron_sov.work.arrays import WORK, keeping_failure
+from megatron_sov.work.slurm_jobs import Jobs
 from tests.data_prep.media.chats import Encode, shown
 
 PROFILE = """description: noted, not run

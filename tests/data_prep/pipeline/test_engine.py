@@ -135,7 +135,7 @@ def test_a_mistake_of_the_users_code_is_a_sentence(own: Path, capsys: pytest.Cap
 
 def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.pipeline import pipeline_file
-    from data_prep.pipeline.arrays import TaskFailed
+    from megatron_sov.work.arrays import TaskFailed
 
     monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes",
                         lambda step, documents: documents[0].nothing)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from data_prep import cli
-from data_prep.pipeline import addresses, array_job, inputs
-from data_prep.pipeline.arrays import MAX_RESTARTS, WORK
+from data_prep.pipeline import addresses, inputs
 from data_prep.pipeline.slurm_engine import DoTasks, FinishRun
-from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.pipeline.tasks import Stage
 from megatron_sov.errors import UserError
+from megatron_sov.work import array_job
+from megatron_sov.work.arrays import MAX_RESTARTS, WORK
+from megatron_sov.work.slurm_jobs import Jobs
 
 PROFILE = """description: noted, not run
 partition: batch
@@ -71,7 +72,7 @@ def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(raw: Path
                      "03-shorten", "04-output", "finish"]
     for number, (script, name) in enumerate(zip(scripts, names, strict=True)):
         assert (f"--dependency=afterok:{99 + number}" in script.split("\n")[0]) == (number > 0), name
-        assert f"-m data_prep.pipeline.array_job {raw}/out/logs/{name} " in script
+        assert f"-m megatron_sov.work.array_job {raw}/out/logs/{name} " in script
         assert "--container-image=reg/image:1 --container-mounts=/data" in script
     assert "#SBATCH --array=0-1\n" in scripts[0], "four shards, two to a job, where an array may have two"
     assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "--cpus-per-task=8 --label" in scripts[-1]

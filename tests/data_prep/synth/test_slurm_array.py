@@ -20,7 +20,6 @@ import echoes
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from data_prep.cli import main
-from data_prep.pipeline.slurm_jobs import Jobs
 from data_prep.synth import finishing, slurm_array
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.known import GENERATORS
@@ -40,6 +39,7 @@ from data_prep.synth.work_folder import settle
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
+from megatron_sov.work.slurm_jobs import Jobs
 
 PROFILE = """description: noted, not run
 partition: gpu

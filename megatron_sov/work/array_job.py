@@ -1,4 +1,4 @@
-"""What a job of an array calls: does the tasks that are its own, `python -m data_prep.pipeline.array_job LOGS
+"""What a job of an array calls: does the tasks that are its own, `python -m megatron_sov.work.array_job LOGS
 TASKS_PER_JOB`.
 
 The work is unpickled from LOGS, where the command that submitted the array has written it.
@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from data_prep.pipeline.arrays import WORK, keeping_failure
 from megatron_sov.artifacts import disk_errors
+from megatron_sov.work.arrays import WORK, keeping_failure
 
 
 def main() -> None:

@@ -19,13 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
-import data_prep
-from data_prep.pipeline.slurm_jobs import Jobs
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.clusters import client
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import read_json, write_json
+from megatron_sov.work.slurm_jobs import Jobs
 
 WORK, FAILED, SCRIPT = "work.pickle", "failed", "job.sbatch"
 FINISH_CPUS = 16
@@ -188,7 +187,7 @@ def _environment(profile: ClusterProfile) -> Iterator[str]:
         yield f"export TMPDIR={shlex.quote(profile.scratch)}; mkdir -p \"$TMPDIR\""
     for name, value in profile.environment.items():
         yield f"export {name}={shlex.quote(value)}"
-    code = Path(data_prep.__file__).parents[1]
+    code = Path(__file__).parents[2]
     yield f"export PYTHONPATH={shlex.quote(str(code))} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1"
 
 
@@ -205,7 +204,7 @@ def _call(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) ->
             words.append(f"--container-mounts={','.join(box.mounts)}")
     if box.kind == "apptainer":
         words += ["apptainer", "exec", *(f"--bind={mount}" for mount in box.mounts), box.image]
-    words += [profile.python_program, "-P", "-m", "data_prep.pipeline.array_job", str(logs),
+    words += [profile.python_program, "-P", "-m", "megatron_sov.work.array_job", str(logs),
               str(tasks_per_job)]
     yield """trap 'scontrol requeue "$SLURM_JOB_ID"' USR1"""
     yield f"{shlex.join(words)} &"
