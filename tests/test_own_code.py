@@ -45,7 +45,7 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-SECTIONS = ("A recipe", "An objective", "A model family", "A data step")
+SECTIONS = ("A recipe", "An objective", "A model family", "A data step", "A step over rows")
 """Those whose commands a test here types."""
 
 
@@ -154,3 +154,10 @@ def test_a_data_step(site: Path, from_wheel: Run) -> None:
     short = sum(len(json.loads(line)["text"]) < 60 for line in (site / "corpus.jsonl").open())
     assert manifest["content"]["sources"][0]["num_left_out"] == ({"short": short} if short else {})
     assert [step["name"] for step in manifest["settings"]["steps"]] == ["long_enough", "one_space"]
+
+
+def test_a_step_over_rows(site: Path, from_wheel: Run) -> None:
+    done(site, from_wheel, "A step over rows")
+    texts = [json.loads(line)["text"] for line in (site / "corpus.jsonl").open()]
+    assert [json.loads(line)["text"] for line in (site / "shortened/rows.jsonl").open()] == [
+        " ".join(text.split()[:3]) for text in texts if text]

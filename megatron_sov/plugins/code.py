@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["recipe", "model family", "objective", "data step", "reward",
-               "tool environment"]
+               "tool environment", "step"]
 
 
 @dataclass(frozen=True)

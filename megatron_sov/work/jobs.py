@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from megatron_sov.work.folders import work_folder
 from megatron_sov.work.journal import Journal, open_journal
 from megatron_sov.work.pool import in_processes
 
@@ -62,6 +63,20 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
             journal.add([(number, record)])
             job.done(under_way.popleft())
         job.sink(journal)
+
+
+def run_share(job: Job[Work], share: int, num_shares: int) -> None:
+    """Do what is not done of a share of a job's items, beside other processes, on whatever machines, that do
+    theirs; who has begun the job's journal makes the output, by `run_job`."""
+    # a name for each cut, so that the items of a file rise
+    journal = Journal(work_folder(job.output), f"{share}-of-{num_shares}")
+    mine = ((number, item) for number, item in enumerate(job.items)
+            if number % num_shares == share and number not in journal.done)
+    try:
+        for number, record in job.do(mine):
+            journal.add([(number, record)])
+    finally:
+        journal.close()
 
 
 def here(do: Callable[[Work], bytes]) -> Executor[Work]:

@@ -1,7 +1,7 @@
 """What a job has done of an output that is not there yet: records in `.OUTPUT.work` beside it.
 
     .OUTPUT.work/job.json                 what is made, and what it depends on
-    .OUTPUT.work/records                  an item's record behind the other, each with its length and checksum
+    .OUTPUT.work/records[-WRITER]         an item's record behind the other, each with its length and checksum
 
 A killed command leaves the folder; the same command goes on behind the last whole record, and one that would
 make something else is refused.
@@ -10,6 +10,7 @@ make something else is refused.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import os
 import shutil
@@ -35,18 +36,27 @@ Item = int | str
 
 
 class Journal:
-    """Records of a folder, in the order in which they were added."""
+    """Records of a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open it to add more; what a kill has left of a record is cut off."""
+    def __init__(self, folder: Path, writer: str = "") -> None:
+        """Open it to add more.
+
+        Args:
+            folder: where it lies; a job may keep files of its own there.
+            writer: of several that add to it at once; what a kill has left of a record of this one is cut
+                off.
+        """
         self.folder = folder
-        """Where it lies; a job may keep files of its own there."""
+        """Where it lies."""
         self.done: set[Item] = set()
         """Items with a record."""
+        own = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
         size_bytes = 0
-        for item, _, size_bytes in _records(folder):  # noqa: B007  (where the last one ends)
-            self.done.add(item)
-        self._file = open(folder / RECORDS, "ab")  # noqa: SIM115  (closed by `close`)
+        for file in _files(folder):
+            for item, _, end in _records(file):
+                self.done.add(item)
+                size_bytes = end if file == own else size_bytes
+        self._file = open(own, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
 
     def add(self, records: Iterable[tuple[Item, bytes]]) -> None:
@@ -64,8 +74,8 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def records(self) -> Iterator[tuple[Item, bytes]]:
-        """Yield what has been added; an item may have several records."""
-        for item, payload, _ in _records(self.folder):
+        """Yield what has been added, in that order; where several writers did, by item."""
+        for item, payload, _ in heapq.merge(*map(_records, _files(self.folder)), key=_item_of):
             yield item, payload
 
     def write_to(self, file: Path) -> None:
@@ -94,6 +104,30 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
     Raises:
         UserError: another process works on it, records are of something else, or nothing can be written.
     """
+    folder = work_folder(output)
+    with _begun(output, made_by, identity, redo):
+        journal = Journal(folder)
+        try:
+            yield journal
+        except BaseException:
+            if not _has_records(folder):  # what is refused leaves nothing
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            journal.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
+    """Begin the journal of an output for jobs that do its shares; arguments and errors as of
+    `open_journal`."""
+    with _begun(output, made_by, identity, redo):
+        return
+
+
+@contextlib.contextmanager
+def _begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool) -> Iterator[None]:
+    """Hold the folder of an output's work, which is of this identity then."""
     _refuse_earlier(output)
     folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
@@ -102,16 +136,7 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
             raise UserError(list_problems(
                 f"--output {output}: {folder} holds unfinished work of another command", changed,
                 f"ask for the same to go on, pass {REDO} to begin anew, or name another output"))
-        journal = Journal(folder)
-        try:
-            yield journal
-        except BaseException:
-            if next(_records(folder), None) is None:  # what is refused leaves nothing
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            journal.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
 
 
 def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> list[str]:
@@ -122,9 +147,10 @@ def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> 
         before = None
     if before == identity:
         return []
-    if not redo and before is not None and next(_records(folder), None) is not None:
+    if not redo and before is not None and _has_records(folder):
         return differences(before, identity)
-    if before is None and (others := sorted({file.name for file in folder.iterdir()} - {JOB, RECORDS, LOCK})):
+    others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK, *(f.name for f in _files(folder))})
+    if before is None and others:
         return [f"it has {others[0]!r}, which is of another command"]
     with disk_errors(folder):
         for file in folder.iterdir():
@@ -145,7 +171,7 @@ def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     same = before == json.loads(to_json(dict(identity)))
-    return {item for item, _, _ in _records(folder)} if same else set()
+    return {item for file in _files(folder) for item, _, _ in _records(file)} if same else set()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
@@ -173,13 +199,23 @@ def _refuse_earlier(output: Path) -> None:
                             "this one does not go on with; finish it with that version, or delete it")
 
 
-def _records(folder: Path) -> Iterator[tuple[Item, bytes, int]]:
-    """Yield item, payload and end of each whole record of a folder."""
-    with contextlib.suppress(FileNotFoundError), open(folder / RECORDS, "rb") as f:
-        end = 0
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{RECORDS}*"))
+
+
+def _has_records(folder: Path) -> bool:
+    return any(next(_records(file), None) is not None for file in _files(folder))
+
+
+def _records(file: Path) -> Iterator[tuple[Item, bytes, int]]:
+    """Yield item, payload and end of each whole record of a file."""
+    with open(file, "rb") as f:
         while (record := _next_record(f)) is not None:
-            end = f.tell()
-            yield *record, end
+            yield *record, f.tell()
+
+
+def _item_of(record: tuple[Item, bytes, int]) -> Any:
+    return record[0]
 
 
 def _next_record(f: IO[bytes]) -> tuple[Item, bytes] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from data_prep import cli
 from data_prep.pipeline import inputs
+from megatron_sov.cli import main
 from megatron_sov.work.slurm_jobs import Jobs
 
 PIPELINE = """name: small
@@ -107,3 +109,27 @@ def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
     assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
     assert cluster.job(job)["Restarts"] == "1"
     assert text_hashes(site / "there") == text_hashes(site / "here") != {}
+
+
+@pytest.mark.distributed
+def test_shares_of_a_map_on_nodes_leave_what_processes_here_leave(
+        cluster: Any, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "rows.jsonl").write_text("".join(json.dumps({"n": n}) + "\n" for n in range(500)))
+    own = "class Step:\n    def do(self, row):\n        return {'n': row['n'] + 1}\n"
+    (site / "mine.py").write_text(own)
+    words = ["map", "rows.jsonl", "mine.py:Step", "--workers", "3", "--output"]
+    assert main([*words, "here"]) == 0
+    (site / "bad.jsonl").write_text('{"n": 1}\n' * 300 + '{"m": 2}\n')
+    assert main(["map", "bad.jsonl", *words[2:], "bad", "--cluster", "site.yaml"]) == 0
+    bad = Jobs.read(site / ".bad.slurm").numbers
+    assert main([*words, "there", "--cluster", "site.yaml"]) == 0
+    assert "submitted map " in capsys.readouterr().out
+    numbers = Jobs.read(site / ".there.slurm").numbers
+    assert main([*words, "there"]) == 2 and "work in this folder" in capsys.readouterr().err
+    assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
+    assert (site / "there/rows.jsonl").read_bytes() == (site / "here/rows.jsonl").read_bytes()
+    assert main([*words, "there", "--cluster", "site.yaml"]) == 0
+    assert "complete from before" in capsys.readouterr().out
+    assert cluster.wait(bad["finish"])["JobState"] == "CANCELLED"
+    assert main(["map", "bad.jsonl", *words[2:], "bad", "--skip-failures", "--redo"]) == 0
+    assert len((site / "bad/rows.jsonl").read_text().split("\n")) == 301

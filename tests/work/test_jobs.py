@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.work.jobs import Executor, Job, here, in_workers, run_job
+from megatron_sov.work.jobs import Executor, Job, here, in_workers, run_job, run_share
+from megatron_sov.work.journal import open_journal
 
 
 def squares(log: Path, until: int) -> Callable[[int], bytes]:
@@ -47,6 +49,21 @@ def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: P
     assert kept == [(n, f"{n * n}\n".encode()) for n in range(11)] and done == [*range(20)]
     assert [n for n in range(11) if log.read_text().split().count(str(n)) != 1] == []
     assert sorted(os.listdir(tmp_path)) == ["log", "out"]
+
+
+def test_shares_of_several_processes_become_one_output(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job_ = job(tmp_path, here(squares(log, 7)))
+    with pytest.raises(KeyboardInterrupt), open_journal(job_.output, "square", job_.identity):
+        for share in range(3):
+            with contextlib.suppress(UserError):  # the second fails at 7
+                run_share(job_, share, 3)
+        raise KeyboardInterrupt  # the command that submits them ends before the output is there
+    rest = job(tmp_path, here(squares(log, -1)))
+    run_share(rest, 0, 2)  # the next command cuts it otherwise
+    run_job(rest)
+    assert (tmp_path / "out").read_text() == "".join(f"{n * n}\n" for n in range(20))
+    assert sorted(map(int, log.read_text().split())) == [*range(20)]
 
 
 def test_items_are_read_as_they_are_needed(tmp_path: Path) -> None:

@@ -1,0 +1,235 @@
+"""`megatron-sov map ROWS FILE.py:STEP --output DIR`: a class of the user's own over rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+from megatron_sov.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
+from megatron_sov.digests import file_digest
+from megatron_sov.errors import ExitCode, UserError, told_in_a_line
+from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.outputs import refuse_nowhere
+from megatron_sov.plugins import orders
+from megatron_sov.plugins.loading import Loaded
+from megatron_sov.plugins.orders import Order
+from megatron_sov.plugins.registry import Registry
+from megatron_sov.plugins.signatures import check_methods
+from megatron_sov.rewards.rows import check_rows, read_rows
+from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
+from megatron_sov.work.arrays import Arrays, refuse_many_restarts, refuse_unquotable, tell_failures
+from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.jobs import Job, in_workers, run_job, run_share
+from megatron_sov.work.journal import Journal, begin_journal, done_items
+from megatron_sov.work.slurm_jobs import Jobs, refuse_living
+
+KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
+BATCH_ROWS = 64
+"""Rows that are kept together, and lost at most by each process when the command is killed."""
+SHARES, FINISH = "map", "finish"
+Batch = list[tuple[int, dict[str, Any]]]
+"""Lines of the file, and their rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
+    """Have a class of your own make rows of rows, in several processes, here or on Slurm; a killed command
+    goes on where it was."""
+
+    rows: Annotated[Path, Flag("ROWS")]
+    """A JSON object per line, or a folder that an earlier `map` has written."""
+    step: Annotated[str, Flag("FILE.py:STEP")]
+    """A class whose `do(row)` returns a row, a list of rows, or None to leave it out."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder to make: rows.jsonl, in the order of the input."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """An argument of the class; may be repeated."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes (default: one for each core); with --cluster: jobs of the array."""
+    skip_failures: bool = False
+    """List rows of which the class fails in failed.jsonl, and go on."""
+
+    @property
+    def file(self) -> Path:
+        """Return the file of rows."""
+        return self.rows / ROWS if self.rows.is_dir() else self.rows
+
+
+add_arguments = partial(add_options, cls=MapOptions)
+
+
+def _check(loaded: Loaded) -> None:
+    check_methods(loaded.value, loaded.reference, "a step", {"do": ("row",)})
+
+
+STEPS: Registry[type[Any]] = Registry("step", "megatron_sov.steps", {}, _check)
+"""Classes of the user's own."""
+
+
+@dataclass(frozen=True)
+class MapOrder:
+    """What a command was asked for: a job from which any process makes the same."""
+
+    options: MapOptions
+    step: Order
+    input_digest: str
+
+    def job(self, workers: int, done: Callable[[Batch], object] = lambda batch: None) -> Job[Batch]:
+        """Return the job, done in so many processes of this machine."""
+        options = self.options
+        return Job(made_by="megatron-sov map", output=options.output, items=_batches(options.file), done=done,
+                   identity={"rows": self.input_digest, "step": self.step.name, "code": dict(self.step.files),
+                             "settings": dict(self.step.settings), "skip_failures": options.skip_failures},
+                   do=in_workers(_stepper, (self.step, options.skip_failures), workers), sink=self.publish)
+
+    def publish(self, journal: Journal) -> None:
+        """Write the artifact, and say what it holds."""
+        options, counts = self.options, {"num_rows": 0, "num_failed": 0}
+        with new_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
+            files = {b"+": artifact.path / ROWS, b"-": artifact.path / FAILED}
+            with open(files[b"+"], "wb") as made, open(files[b"-"], "wb") as failed:
+                for _, record in journal.records():
+                    for line in record.split(b"\n")[:-1]:
+                        (made if line[:1] == b"+" else failed).write(line[1:] + b"\n")
+                        counts["num_rows" if line[:1] == b"+" else "num_failed"] += 1
+            if not options.skip_failures:
+                files[b"-"].unlink()
+            artifact.content = counts | {"num_rows_in": check_rows(options.file, "ROWS", "")}
+            artifact.settings = {"step": self.step.reference, "code": dict(self.step.files),
+                                 "settings": dict(self.step.settings), "input": str(options.rows),
+                                 "input_digest": self.input_digest}
+            if (options.rows / MANIFEST).is_file():
+                artifact.add_input(options.rows)
+        print(f"{options.output}: {artifact.content['num_rows_in']:,} rows in, {counts['num_rows']:,} out"
+              + (f"; {counts['num_failed']:,} failed, see {FAILED}" if counts["num_failed"] else ""))
+
+
+@dataclass(frozen=True)
+class MapShare:
+    """The work of an array: each task does every `num_shares`-th batch."""
+
+    order: MapOrder
+    num_shares: int
+
+    def __call__(self, task: int) -> None:
+        """Do a share."""
+        refuse_many_restarts("megatron-sov map", "take more --workers")
+        run_share(self.order.job(1), task, self.num_shares)
+
+
+@dataclass(frozen=True)
+class MapFinish:
+    """The work of the last job."""
+
+    order: MapOrder
+
+    def __call__(self, task: int) -> None:
+        """Do what is left, and write the artifact."""
+        run_job(self.order.job(1))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is not done, or submit it.
+
+    Raises:
+        UserError: bad rows, a class that is no step or fails, or nothing can be written there.
+    """
+    options = read_options(MapOptions, args)
+    if options.rows.is_dir():
+        read_manifest(options.rows, KIND)
+    asked = orders.ordered(options.step, parse_nested(options.settings), {}, STEPS)
+    orders.build(asked, {}, STEPS)
+    num_rows = check_rows(options.file, "ROWS", "")
+    if not (options.cluster and (options.output / MANIFEST).is_file()):
+        refuse_existing(options.output, KIND, options.overwrite)
+    refuse_nowhere(options.output)
+    order = MapOrder(options, asked, file_digest(options.file))
+    if options.cluster:
+        _submit(order, num_rows)
+        return ExitCode.OK
+    refuse_living(_slurm_folder(options.output))
+    with work_bar("map", num_rows, "row") as bar:
+        run_job(order.job(options.workers, lambda batch: bar.update(len(batch))), redo=options.redo)
+    return ExitCode.OK
+
+
+def _batches(file: Path) -> Iterator[Batch]:
+    rows = ((line, dict(row)) for line, row in read_rows(file, "ROWS", ""))
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+def _stepper(asked: Order, skip_failures: bool) -> Callable[[Batch], bytes]:
+    """Return what makes a record of a batch: a line for each row that came of it, behind "+", and for each
+    that failed, behind "-"."""
+    step = orders.build(asked, {}, STEPS).value
+
+    def do(batch: Batch) -> bytes:
+        lines: list[bytes] = []
+        for number, row in batch:
+            try:
+                lines += [b"+" + line for line in _lines_of(step.do(row))]
+            except UserError:
+                raise
+            except Exception as e:
+                if not skip_failures:
+                    raise UserError(f"line {number}: {asked.reference} fails ({told_in_a_line(e)}); mend it, "
+                                    "or pass --skip-failures to list such rows and go on") from None
+                lines.append(b"-" + _line({"line": number, "error": told_in_a_line(e), "row": row}))
+        return b"".join(lines)
+
+    return do
+
+
+def _lines_of(made: Any) -> list[bytes]:
+    rows = [] if made is None else made if isinstance(made, list) else [made]
+    if wrong := [row for row in rows if not isinstance(row, dict)]:
+        raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
+    return [_line(row) for row in rows]
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def _slurm_folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.slurm")
+
+
+def _submit(order: MapOrder, num_rows: int) -> None:
+    """Submit what is not done, or tell how far jobs are that work on it."""
+    from megatron_sov.clusters import client, cluster
+
+    options = replace(order.options, output=order.options.output.absolute(),
+                      rows=order.options.rows.absolute())
+    order, slurm = replace(order, options=options), _slurm_folder(options.output)
+    refuse_unquotable(options.output)
+    profile = cluster.load(options.cluster, account=options.account, partition=options.partition)
+    if (options.output / MANIFEST).is_file() and not options.overwrite:
+        print(f"{options.output}: complete from before")
+        return
+    num_batches, job = -(-num_rows // BATCH_ROWS), order.job(1)
+    if living := Jobs.read(slurm).living():
+        num_done = len(done_items(job.output, job.identity))
+        print(f"{options.output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "
+              f"{num_batches:,} batches are done")
+        return
+    begin_journal(job.output, job.made_by, job.identity, redo=options.redo)
+    tell_failures(slurm, (SHARES, FINISH))
+    client.check_partition(profile.partition)
+    (slurm / "slurm").mkdir(parents=True, exist_ok=True)
+    num_shares = min(options.workers, num_batches)
+    with Arrays(slurm, to_json(job.identity), profile) as arrays:
+        arrays.submit(SHARES, MapShare(order, num_shares), num_shares)
+        arrays.submit(FINISH, MapFinish(order))
+    print(f"{options.output}: submitted {arrays.told()}; the same command tells how far they are")

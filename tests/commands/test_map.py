@@ -1,0 +1,137 @@
+"""`megatron-sov map`: rows in order, each batch done once, whoever does it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.artifacts import damaged_files, read_manifest
+from megatron_sov.cli import main
+from megatron_sov.commands.map import STEPS
+
+STEP = """
+import os, signal, sys, time
+
+class Step:
+    def __init__(self, *, factor: int = 2):
+        self.factor = factor
+
+    def do(self, row):
+        n = row["n"]
+        with open("done", "a") as f:
+            f.write(f"{n} ")
+        if n == 300 and os.path.exists("kill"):
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+        if n == 7:
+            return None
+        if n == 8:
+            return [{"n": 8}, {"n": 8, "again": True}]
+        if n == 9 and self.factor == 9:
+            return {"n": {1, 2}}
+        if n == 10 and self.factor == 10:
+            return 3
+        return {"n": n * self.factor, "text": row["text"] + "\\u2028" + chr(0xd800)}
+
+class Other:
+    pass
+"""
+EXPECTED = [row for n in range(400) for row in (
+    [] if n == 7 else [{"n": 8}, {"n": 8, "again": True}] if n == 8 else
+    [{"n": 2 * n, "text": f"{n}\n\u2028\ud800"}])]
+
+
+@pytest.fixture(autouse=True)
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 rows and a step in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(STEPS, "_known", {})
+    Path("rows.jsonl").write_text("".join(json.dumps({"n": n, "text": f"{n}\n"}) + "\n" for n in range(400)))
+    Path("mine.py").write_text(STEP)
+
+
+def mapped(*more: str, step: str = "mine.py:Step", rows: str = "rows.jsonl", output: str = "out") -> int:
+    return main(["map", rows, step, "--output", output, "--workers", "2", *more])
+
+
+def read(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / name).read_text().split("\n")[:-1]]
+
+
+def test_rows_come_out_in_order_behind_a_manifest_with_their_origin(capsys: pytest.CaptureFixture[str]
+                                                                    ) -> None:
+    assert mapped() == 0
+    assert read() == EXPECTED and not damaged_files("out") and sorted(os.listdir("out")) == [
+        "manifest.json", "rows.jsonl"]
+    assert "out: 400 rows in, 400 out" in capsys.readouterr().out
+    manifest = read_manifest("out", "rows")
+    assert manifest.content == {"num_rows": 400, "num_failed": 0, "num_rows_in": 400}
+    assert [*manifest.settings["code"]] == ["mine.py"]
+    assert mapped("--set", "factor=3", rows="out", output="again") == 0
+    assert read_manifest("again").inputs[0]["path"] == "out"
+    assert mapped() == 2 and "already exists" in capsys.readouterr().err
+
+
+def test_a_killed_command_goes_on_behind_its_batches_with_the_same_bytes() -> None:
+    assert mapped(output="whole") == 0
+    Path("kill").touch()
+    Path("done").unlink()
+    command = [sys.executable, "-m", "megatron_sov", "map", "rows.jsonl", "mine.py:Step", "--output", "out",
+               "--workers", "2"]
+    root = str(Path(__file__).parents[2])
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, check=False)
+    assert killed.returncode == -signal.SIGKILL and not Path("out").exists()
+    Path("kill").unlink()
+    before = Path("done").read_text().split()
+    Path("done").write_text("")
+    assert mapped() == 0
+    assert Path("out/rows.jsonl").read_bytes() == Path("whole/rows.jsonl").read_bytes()
+    again = Path("done").read_text().split()
+    assert len(set(before) & set(again)) <= 4 * 64  # what two workers had under way, and in the queue
+    assert sorted(map(int, set(before) | set(again))) == [*range(400)]
+    assert sorted(p.name for p in Path().glob(".*")) == []
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--set", "factor=9"], "line 10: "), (["--set", "factor=9"], "is not JSON serializable"),
+    (["--set", "factor=10"], "it returns a int, must be a row"), (["--set", "factr=1"], "factr"),
+    (["--set", "factor=x"], "factor")])
+def test_a_step_that_fails_is_named_with_its_line(more: list[str], said: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert mapped(*more) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and not Path("out").exists()
+
+
+def test_rows_that_fail_may_be_listed() -> None:
+    assert mapped("--set", "factor=10", "--skip-failures") == 0
+    (failed,) = read(name="failed.jsonl")
+    assert failed["line"] == 11 and failed["row"]["n"] == 10 and "TypeError" in failed["error"]
+    assert len(read()) == 399
+
+
+def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text("".join(json.dumps({"n": n, "text": ""}) + "\n" for n in range(20, 90))
+                                  + '{"n": "x"}\n')
+    assert mapped("--workers", "1") == 2 and Path(".out.work").is_dir()
+    assert mapped("--set", "factor=3") == 2
+    assert "settings.factor was null, and is 3" in capsys.readouterr().err
+    assert mapped("--set", "factor=3", "--redo", "--skip-failures") == 0
+    assert [row["n"] for row in read()] == [3 * n for n in range(20, 90)]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["none.jsonl", "mine.py:Step"], "none.jsonl: cannot be read"),
+    (["rows.jsonl", "mine.py:Other"], "a step needs do(self, row)"),
+    (["rows.jsonl", "mine.py:Stp"], "did you mean 'Step'?"),
+    ([".", "mine.py:Step"], "has no manifest.json"), (["rows.jsonl", "mine"], "does not exist")])
+def test_mistakes_are_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["map", *words, "--output", "out"]) == 2
+    assert said in capsys.readouterr().err
