@@ -455,6 +455,26 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
+def origins_of(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the artifacts that one was made from, and theirs, as far as they lie where they did.
+
+    Returns:
+        kind, path, state ("here", "changed since", or "not here") and made_from of each.
+    """
+    found = []
+    for item in manifest.inputs:
+        path, made_from = Path(item.get("path", "")), []
+        try:
+            state = "here" if manifest_sha256(path) == item.get("manifest_sha256") else "changed since"
+            if state == "here":
+                made_from = origins_of(read_manifest(path))
+        except (OSError, UserError):
+            state = "not here"
+        found.append({"kind": item.get("kind", ""), "path": str(path), "state": state,
+                      "made_from": made_from})
+    return found
+
+
 def manifest_sha256(path: str | Path) -> str:
     """Return the hash of an artifact's manifest, which stands for the whole artifact."""
     return sha256_file(Path(path) / MANIFEST)

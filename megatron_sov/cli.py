@@ -71,6 +71,8 @@ COMMANDS = {
                       "reinforcement learning by one command: the model that learns writes its own rounds"),
     "rl train": Command("megatron_sov.commands.rl_train",
                         "reinforcement learning: train the rounds of responses that are written and judged"),
+    "inspect": Command("megatron_sov.commands.inspect",
+                       "what a folder or file is, made from what, how far, with some of its rows"),
     "map": Command("megatron_sov.commands.map",
                    "have a class of your own make rows of rows, here or on Slurm"),
     "score": Command("megatron_sov.commands.score",

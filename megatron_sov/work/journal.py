@@ -174,6 +174,19 @@ def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     return {item for file in _files(folder) for item, _, _ in _records(file)} if same else set()
 
 
+def read_job(folder: Path) -> dict[str, Any]:
+    """Return made_by, identity and num_done (items with a record) of a folder of unfinished work, as far as
+    it tells."""
+    try:
+        told = json.loads((folder / JOB).read_bytes())
+        made_by, identity = str(told["made_by"]), dict(told["identity"])
+    except (OSError, ValueError, KeyError, TypeError):  # of a command whose parts are folders
+        return {"made_by": "a command", "identity": {},
+                "num_done": sum(1 for _ in folder.glob("[0-9a-f][0-9a-f]/*"))}
+    return {"made_by": made_by, "identity": identity,
+            "num_done": len({item for file in _files(folder) for item, _, _ in _records(file)})}
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
     """Return a line for each value in which two identities differ."""
     found = []

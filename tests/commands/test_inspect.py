@@ -1,0 +1,80 @@
+"""`megatron-sov inspect`: what something is, from what, how far."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.artifacts import new_artifact
+from megatron_sov.cli import main
+from megatron_sov.work.folders import part_folder, work_folder
+from megatron_sov.work.journal import open_journal
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three artifacts, each made from the one before."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("a", "b", "c")):
+        with new_artifact(Path(name), "rows") as artifact:
+            (artifact.path / "rows.jsonl").write_text(f'{{"n": {number}}}\n{{"n": "\\u2028"}}\n')
+            artifact.content, artifact.settings = {"num_rows": 2}, {"step": "x" * 1000}
+            if number:
+                artifact.add_input(Path("abc"[number - 1]))
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert main(["inspect", *words]) == code
+    found = capsys.readouterr()
+    return found.err if code else found.out
+
+
+def test_an_artifact_tells_its_facts_its_origins_and_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    told = inspected(capsys, "c").split("\n")
+    assert told[0].startswith("c: artifact of kind rows, 1 files, 25 bytes, made 20")
+    assert told[1] == "  content.num_rows: 2" and told[2].endswith("xxx... (1,000 characters)")
+    assert told[3:5] == ["  made from rows b (here)", "    made from rows a (here)"]
+    assert told[5] == '  row 1: {"n": 2}' and len(told) == 8
+    os.rename("a", "moved")
+    assert "made from rows a (not here)" in inspected(capsys, "c")
+    found = json.loads(inspected(capsys, "c", "--json", "--rows", "1"))
+    assert found["made_from"][0]["made_from"][0]["state"] == "not here" and found["rows"] == [{"n": 2}]
+
+
+def test_damage_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "every file has the hash" in inspected(capsys, "a", "--verify")
+    Path("a/rows.jsonl").write_text("{}\n")
+    assert "a/rows.jsonl: has 3 bytes" in inspected(capsys, "a", "--verify", code=3)
+
+
+def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), open_journal(Path("out"), "megatron-sov score", {"reward": "x"}
+                                                        ) as journal:
+        journal.add([(0, b"a"), (1, b"b"), (1, b"c")])
+        assert "is being written by another process" in inspected(capsys, "out", "--clear", code=2)
+        raise KeyboardInterrupt
+    told = inspected(capsys, "out")
+    assert "out: unfinished work of `megatron-sov score` in .out.work: 2 pieces" in told
+    assert "identity.reward: x" in told
+    assert "is deleted" in inspected(capsys, "out", "--clear") and not work_folder(Path("out")).exists()
+    part_folder(work_folder(Path("pack")), "ab12").mkdir(parents=True)
+    assert "unfinished work of `a command` in .pack.work: 1 pieces" in inspected(capsys, "pack")
+    assert "no work on a is unfinished" in inspected(capsys, "a", "--clear", code=2)
+
+
+def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"a": 1}\n\n[' + "[" * 100_000 + '\n')
+    told = inspected(capsys, "rows.jsonl")
+    assert told.startswith("rows.jsonl: file of rows, 2 rows, ") and "100,0" in told
+    Path("run").mkdir()
+    Path("run/events.jsonl").touch()
+    assert "run: run; see `megatron-sov status run`" in inspected(capsys, "run")
+    Path("store").mkdir()
+    Path("store/store.json").write_text("{}")
+    assert "store: rollout store; see `megatron-sov rl store stats store`" in inspected(capsys, "store")
+    Path("other").mkdir()
+    assert "other: is nothing that megatron-sov has made" in inspected(capsys, "other", code=2)
+    assert "none: does not exist, and no work on it" in inspected(capsys, "none", code=2)
