@@ -81,7 +81,8 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
-                                    {"created_s": "now"}, {"created_s": 1e300}, {"files": 3}, {"kind": 7, "inputs": ["a", {}]},
+                                    {"created_s": "now"}, {"created_s": 1e300}, {"files": 3},
+                                    {"kind": 7, "inputs": ["a", {}]},
                                     {"inputs": [{"path": "a\0b", "kind": "rows"}]}])
 def test_a_hostile_manifest_is_one_sentence_or_told_as_text(change: dict[str, object],
                                                             capsys: pytest.CaptureFixture[str]) -> None:
