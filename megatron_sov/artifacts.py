@@ -41,6 +41,8 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "codec": "`megatron-sov codec train` or `megatron-sov codec import`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""
+MAX_ORIGINS = 50
+"""Levels of origins that are followed."""
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
@@ -455,22 +457,26 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def origins_of(manifest: Manifest) -> list[dict[str, Any]]:
+def origins_of(manifest: Manifest, levels: int = MAX_ORIGINS) -> list[dict[str, Any]]:
     """Return the artifacts that one was made from, and theirs, as far as they lie where they did.
+
+    Args:
+        manifest: of the artifact.
+        levels: that are followed.
 
     Returns:
         kind, path, state ("here", "changed since", or "not here") and made_from of each.
     """
     found = []
-    for item in manifest.inputs:
-        path, made_from = Path(item.get("path", "")), []
+    for item in filter(lambda item: isinstance(item, dict), manifest.inputs):
+        path, made_from = Path(str(item.get("path"))), []
         try:
             state = "here" if manifest_sha256(path) == item.get("manifest_sha256") else "changed since"
-            if state == "here":
-                made_from = origins_of(read_manifest(path))
-        except (OSError, UserError):
+            if state == "here" and levels > 1:
+                made_from = origins_of(read_manifest(path), levels - 1)
+        except (OSError, ValueError, UserError):
             state = "not here"
-        found.append({"kind": item.get("kind", ""), "path": str(path), "state": state,
+        found.append({"kind": str(item.get("kind")), "path": str(path), "state": state,
                       "made_from": made_from})
     return found
 

@@ -24,6 +24,8 @@ from megatron_sov.work.locks import holding
 
 MAX_CHARS = 160
 """Of a value, or of a row, that is shown."""
+MAX_TIME_S = 1e11
+"""No artifact is made later."""
 ROW_FILES = ("*.jsonl", "*.parquet")
 
 
@@ -81,6 +83,11 @@ def _of_artifact(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         return {}
     manifest = read_manifest(path)
+    if not (isinstance(manifest.content, dict) and isinstance(manifest.settings, dict)
+            and isinstance(manifest.inputs, list) and isinstance(manifest.created_s, int | float)
+            and 0 <= manifest.created_s < MAX_TIME_S):
+        raise UserError(f"{path / MANIFEST}: is damaged (content, settings, inputs or created_s have another "
+                        "form); make the artifact again or restore it from a copy")
     return {"kind": manifest.kind, "created_s": manifest.created_s, "num_files": len(manifest.files),
             "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
             "content": manifest.content, "settings": manifest.settings,

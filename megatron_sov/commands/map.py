@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -22,7 +22,7 @@ from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
-from megatron_sov.rewards.rows import check_rows, read_rows
+from megatron_sov.rewards.rows import check_rows, parse_row, read_lines
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
 from megatron_sov.work.arrays import Arrays, refuse_many_restarts, refuse_unquotable, tell_failures
 from megatron_sov.work.cluster_options import ClusterOptions
@@ -34,8 +34,8 @@ KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
 """Rows that are kept together, and lost at most by each process when the command is killed."""
 SHARES, FINISH = "map", "finish"
-Batch = list[tuple[int, dict[str, Any]]]
-"""Lines of the file, and their rows."""
+Batch = list[tuple[int, bytes]]
+"""Numbers of lines, and the lines: who does them parses them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ class MapOrder:
         options = self.options
         return Job(made_by="megatron-sov map", output=options.output, items=_batches(options.file), done=done,
                    identity={"rows": self.input_digest, "step": self.step.name, "code": dict(self.step.files),
-                             "settings": dict(self.step.settings), "skip_failures": options.skip_failures},
+                             "settings": dict(self.step.settings), "skip_failures": options.skip_failures,
+                             "batch_rows": BATCH_ROWS},
                    do=in_workers(_stepper, (self.step, options.skip_failures), workers), sink=self.publish)
 
     def publish(self, journal: Journal) -> None:
@@ -161,8 +162,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _batches(file: Path) -> Iterator[Batch]:
-    rows = ((line, dict(row)) for line, row in read_rows(file, "ROWS", ""))
-    while batch := list(islice(rows, BATCH_ROWS)):
+    lines = read_lines(file, "ROWS")
+    while batch := list(islice(lines, BATCH_ROWS)):
         yield batch
 
 
@@ -173,9 +174,12 @@ def _stepper(asked: Order, skip_failures: bool) -> Callable[[Batch], bytes]:
 
     def do(batch: Batch) -> bytes:
         lines: list[bytes] = []
-        for number, row in batch:
+        for number, raw in batch:
+            row = parse_row(raw, "")
+            if isinstance(row, str):
+                raise UserError(f"line {number}: {row}; the file has changed since it was checked")
             try:
-                lines += [b"+" + line for line in _lines_of(step.do(row))]
+                lines += [b"+" + line for line in _lines_of(step.do(dict(row)))]
             except UserError:
                 raise
             except Exception as e:
@@ -195,7 +199,7 @@ def _lines_of(made: Any) -> list[bytes]:
     return [_line(row) for row in rows]
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _line(row: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair

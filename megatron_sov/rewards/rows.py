@@ -36,7 +36,8 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
     """
     problems: list[str] = []
     num_rows = num_bad = 0
-    for line, row in _lines(path, option, field):
+    for line, raw in read_lines(path, option):
+        row = parse_row(raw, field)
         num_rows += 1
         if isinstance(row, str):
             num_bad += 1
@@ -54,14 +55,19 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
 
 def read_rows(path: Path, option: str = "--input", field: str = "response") -> Iterator[tuple[int, Row]]:
     """Yield (line, row) of a file that `check_rows` has passed; arguments as there."""
-    for line, row in _lines(path, option, field):
+    for line, raw in read_lines(path, option):
+        row = parse_row(raw, field)
         if isinstance(row, str):
             raise UserError(f"{option} {path}: line {line}: {row}; the file has changed since it was checked")
         yield line, row
 
 
-def _lines(path: Path, option: str, field: str) -> Iterator[tuple[int, Row | str]]:
-    """Yield (line, row) or (line, what is wrong with it) of all lines that are not blank."""
+def read_lines(path: Path, option: str = "--input") -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) of all lines that are not blank, as they stand there.
+
+    Raises:
+        UserError: it cannot be read, or has a line that is too long.
+    """
     refuse_tables(path, option)
     if path.exists() and not path.is_file():  # a pipe would be empty when it is read again
         raise UserError(f"{option} {path}: is no regular file, and it is read more than once; write the rows "
@@ -75,13 +81,14 @@ def _lines(path: Path, option: str, field: str) -> Iterator[tuple[int, Row | str
                     raise UserError(f"{option} {path}: line {number} is longer than "
                                     f"{MAX_LINE_BYTES >> 20} MiB; write each row on a line of its own")
                 if raw.strip():
-                    yield number, _parsed(raw, field)
+                    yield number, raw
     except OSError as e:
         raise UserError(f"{option} {path}: cannot be read ({e.strerror or e}); "
                         "name a file of JSON lines") from None
 
 
-def _parsed(raw: bytes, field: str) -> Row | str:
+def parse_row(raw: bytes, field: str) -> Row | str:
+    """Return a line's row, or what is wrong with it."""
     try:
         row = json.loads(raw.decode("utf-8-sig"), parse_constant=no_constant, parse_float=finite)
     except UnicodeDecodeError as e:

@@ -74,7 +74,7 @@ def score_file(asked: Order, made: Made, source: Path, output: Path, workers: in
 
         run_job(Job(made_by="megatron-sov score", output=output, items=_batches(source), do=here(score),
                     identity={"input": file_digest(source), "reward": asked.name,
-                              "reward_version": made.version},
+                              "reward_version": made.version, "batch_rows": BATCH_ROWS},
                     sink=lambda journal: journal.write_to(output), known=count,
                     done=lambda batch: progress(len(batch))), redo=redo)
     return summary

@@ -150,7 +150,7 @@ def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> 
     if not redo and before is not None and _has_records(folder):
         return differences(before, identity)
     others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK, *(f.name for f in _files(folder))})
-    if before is None and others:
+    if before is None and others and not redo:
         return [f"it has {others[0]!r}, which is of another command"]
     with disk_errors(folder):
         for file in folder.iterdir():

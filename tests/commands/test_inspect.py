@@ -78,3 +78,16 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
     Path("other").mkdir()
     assert "other: is nothing that megatron-sov has made" in inspected(capsys, "other", code=2)
     assert "none: does not exist, and no work on it" in inspected(capsys, "none", code=2)
+
+
+@pytest.mark.parametrize("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
+                                    {"created_s": "now"}, {"created_s": 1e300}, {"files": 3},
+                                    {"kind": 7, "inputs": ["a", {}]},
+                                    {"inputs": [{"path": "a\0b", "kind": "rows"}]}])
+def test_a_hostile_manifest_is_one_sentence_or_told_as_text(change: dict[str, object],
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads(Path("a/manifest.json").read_text())
+    Path("a/manifest.json").write_text(json.dumps({**manifest, "sha256": "", **change}))
+    assert main(["inspect", "a"]) in (0, 2)
+    found = capsys.readouterr()
+    assert "is damaged" in found.err or "kind" in found.out
