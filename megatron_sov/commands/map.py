@@ -32,7 +32,8 @@ from megatron_sov.work.slurm_jobs import Jobs, refuse_living
 
 KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
-"""Rows that are kept together, and lost at most by each process when the command is killed."""
+"""Rows that are kept together; at a kill each process loses at most `pool.WAITING_PER_WORKER` times as
+many."""
 SHARES, FINISH = "map", "finish"
 Batch = list[tuple[int, bytes]]
 """Numbers of lines, and the lines: who does them parses them."""

@@ -147,7 +147,7 @@ def test_a_pickle_may_not_fill_the_memory_nor_read_without_end(
     with zipfile.ZipFile(file, "w") as out:
         for name, content in members.items():
             out.writestr(name, b"\x80\x02" + opcodes if name.endswith("data.pkl") else content)
-    monkeypatch.setattr(importing, "_LOADING_S", 0.2)
+    monkeypatch.setattr(importing, "_LOADING_S", 0.05)
     with pytest.raises(UserError, match="takes more memory or time"):
         import_codec("ta-tok", file, tmp_path / "codec")
 

@@ -14,7 +14,8 @@ import pytest
 
 from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
-from megatron_sov.commands.map import STEPS
+from megatron_sov.commands.map import BATCH_ROWS, STEPS
+from megatron_sov.work.pool import WAITING_PER_WORKER
 
 STEP = """
 import os, signal, sys, time
@@ -94,7 +95,7 @@ def test_a_killed_command_goes_on_behind_its_batches_with_the_same_bytes() -> No
     assert mapped() == 0
     assert Path("out/rows.jsonl").read_bytes() == Path("whole/rows.jsonl").read_bytes()
     again = Path("done").read_text().split()
-    assert len(set(before) & set(again)) <= 4 * 64  # what two workers had under way, and in the queue
+    assert len(set(before) & set(again)) <= 2 * WAITING_PER_WORKER * BATCH_ROWS
     assert sorted(map(int, set(before) | set(again))) == [*range(400)]
     assert sorted(p.name for p in Path().glob(".*")) == []
 
