@@ -145,7 +145,8 @@ def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    from data_prep.pipeline import arrays, pipeline_file
+    from data_prep.pipeline import pipeline_file
+    from megatron_sov.work import arrays
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
