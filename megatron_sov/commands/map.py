@@ -23,10 +23,21 @@ from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
 from megatron_sov.rewards.rows import check_rows, parse_row, read_lines
-from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
+from megatron_sov.settings import (
+    AtLeastOne,
+    Code,
+    Flag,
+    NotNegative,
+    Problem,
+    add_options,
+    num_cores,
+    only_with,
+    parse_nested,
+    read_options,
+)
 from megatron_sov.work.arrays import Arrays, refuse_many_restarts, refuse_unquotable, tell_failures
 from megatron_sov.work.cluster_options import ClusterOptions
-from megatron_sov.work.jobs import Job, in_workers, run_job, run_share
+from megatron_sov.work.jobs import Executor, Job, in_workers, run_job, run_share
 from megatron_sov.work.journal import Journal, begin_journal, done_items
 from megatron_sov.work.slurm_jobs import Jobs, refuse_living
 
@@ -53,9 +64,18 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """An argument of the class; may be repeated."""
     workers: AtLeastOne = field(default_factory=num_cores)
-    """Processes (default: one for each core); with --cluster: jobs of the array."""
+    """Processes (default: one for each core); with --cluster: jobs of the array; with --ray: at most."""
+    ray: Annotated[str, Flag(value="ADDRESS")] = ""
+    """Do it on a Ray cluster: HOST:PORT of its head, or auto on one of its nodes."""
+    gpus: Annotated[NotNegative, only_with("ray")] = 0.0
+    """GPUs of each process, or a part of one."""
     skip_failures: bool = False
     """List rows of which the class fails in failed.jsonl, and go on."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return [Problem(Code.RULE, "ray", "and --cluster are two places", self.ray, "name one of them")
+                ] if self.ray and self.cluster else []
 
     @property
     def file(self) -> Path:
@@ -89,7 +109,15 @@ class MapOrder:
                    identity={"rows": self.input_digest, "step": self.step.name, "code": dict(self.step.files),
                              "settings": dict(self.step.settings), "skip_failures": options.skip_failures,
                              "batch_rows": BATCH_ROWS},
-                   do=in_workers(_stepper, (self.step, options.skip_failures), workers), sink=self.publish)
+                   do=self._executor(workers), sink=self.publish)
+
+    def _executor(self, workers: int) -> Executor[Batch]:
+        arguments = self.step, self.options.skip_failures
+        if self.options.ray:
+            from megatron_sov.work.on_ray import on_ray
+
+            return on_ray(_stepper, arguments, workers, self.options.ray, gpus=self.options.gpus)
+        return in_workers(_stepper, arguments, workers)
 
     def publish(self, journal: Journal) -> None:
         """Write the artifact, and say what it holds."""
