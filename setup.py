@@ -64,6 +64,8 @@ EXTRAS = {
     "serve": ["aiohttp>=3.11"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
                   "prometheus-client>=0.26", "nvidia-ml-py>=13"],
+    # `megatron-sov map --ray`
+    "ray": ["ray>=2.40"],
     # `obs.tensorboard`, `obs.wandb`
     "trackers": ["tensorboard", "wandb"],
     # `obs.mlflow`
@@ -83,7 +85,7 @@ EXTRAS = {
         "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
         "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
-        "nvidia-ml-py>=13", "mlflow-skinny>=3.1",
+        "nvidia-ml-py>=13", "mlflow-skinny>=3.1", "ray>=2.40",
         "pillow", "soundfile", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",

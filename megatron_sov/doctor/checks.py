@@ -36,7 +36,7 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
                      "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
                      "numba")
 OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "vllm": "rollout", "math-verify": "rl",
-                     "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow"}
+                     "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow", "ray": "ray"}
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
 """First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN as torch

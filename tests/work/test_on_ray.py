@@ -74,13 +74,13 @@ def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
     import threading
 
     node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
-    thread = threading.Timer(6.0, lambda: cluster.remove_node(node, allow_graceful=False))
+    thread = threading.Timer(4.0, lambda: cluster.remove_node(node, allow_graceful=False))
     thread.start()
-    rows = [{"n": n, "seconds": 0.02} for n in range(1300)]
+    rows = [{"n": n, "seconds": 0.02} for n in range(800)]
     assert mapped(cluster, "out", *rows, workers=3) == 0
     thread.join()
     made = Path("out/rows.jsonl").read_text().split("\n")[:-1]
-    assert [json.loads(line)["n"] for line in made] == [2 * n for n in range(1300)]
+    assert [json.loads(line)["n"] for line in made] == [2 * n for n in range(800)]
 
 
 @pytest.mark.distributed
