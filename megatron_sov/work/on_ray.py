@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.errors import UserError, how_to_install, told_in_a_line
 from megatron_sov.work.jobs import Executor, Numbered, Work
 from megatron_sov.work.pool import WAITING_PER_WORKER
 
@@ -68,8 +68,7 @@ def _connected(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError(f"--ray {address}: Ray is not installed; install it with `pip install "
-                        "megatron-sov[ray]`") from None
+        raise UserError(f"--ray {address}: Ray is not installed; install it with {how_to_install('ray')}") from None
     code = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     try:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": code}})

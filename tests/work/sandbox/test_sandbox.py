@@ -52,8 +52,9 @@ def test_an_exit_code_that_is_not_zero_is_no_success(sandbox: Sandbox, code: str
 
 def test_threads_and_exit_functions_end_with_a_program_and_its_output_is_whole(sandbox: Sandbox) -> None:
     outcome = sandbox.run(Program(
-        "import atexit, threading, time\natexit.register(lambda: print('last'))\n"
-        "threading.Thread(target=lambda: (time.sleep(0.05), print('thread'))).start()\nprint('x' * 300000)"))
+        "import atexit, threading, time\natexit.register(lambda: print('last'))\nsaid = threading.Event()\n"
+        "threading.Thread(target=lambda: (said.wait(), time.sleep(0.05), print('thread'))).start()\n"
+        "print('x' * 300000)\nsaid.set()"))
     assert outcome.status == "ok" and outcome.stdout == "x" * 300000 + "\nthread\nlast\n"
 
 
