@@ -68,7 +68,8 @@ def _connected(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError(f"--ray {address}: Ray is not installed; install it with {how_to_install('ray')}") from None
+        raise UserError(f"--ray {address}: Ray is not installed; install it with {how_to_install('ray')}"
+                        ) from None
     code = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     try:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": code}})
