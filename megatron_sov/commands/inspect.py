@@ -127,10 +127,14 @@ def _rows(path: Path, count: int) -> Iterator[Any]:
     if not inside or not inside[0].is_file() or not count:
         return
     if inside[0].suffix == ".parquet":
+        from megatron_sov.documents import BadRecord
         from megatron_sov.documents.files import open_parquet
 
-        batches = open_parquet(inside[0]).iter_batches(batch_size=count)
-        yield from next(batches).to_pylist() if path.is_dir() else []
+        try:
+            batches = open_parquet(inside[0]).iter_batches(batch_size=count)
+            yield from (row for batch in islice(batches, 1) for row in batch.to_pylist())
+        except (BadRecord, OSError, ValueError) as e:  # pyarrow's of damaged pages are of these
+            yield f"{inside[0].name} cannot be read: {e}"
         return
     if inside[0].suffix == ".jsonl":
         with open(inside[0], "rb") as f:

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_sov.artifacts import new_artifact
@@ -91,3 +93,13 @@ def test_a_hostile_manifest_is_one_sentence_or_told_as_text(change: dict[str, ob
     assert main(["inspect", "a"]) in (0, 2)
     found = capsys.readouterr()
     assert "is damaged" in found.err or "kind" in found.out
+
+
+def test_an_empty_or_damaged_table_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = pa.table({"a": pa.array([], pa.int64())})
+    for name, write in (("empty", lambda file: pq.write_table(nothing, file)),
+                        ("bad", lambda file: file.write_bytes(b"PAR1 no table PAR1"))):
+        with new_artifact(Path(name), "corpus") as artifact:
+            write(artifact.path / "rows.parquet")
+    assert "row 1" not in inspected(capsys, "empty")
+    assert "rows.parquet cannot be read" in inspected(capsys, "bad")
