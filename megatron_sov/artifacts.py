@@ -164,13 +164,24 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 fsync_path(file)
-            try:
-                publish(temporary, path) if not first_stays else os.rename(temporary, path)
-            except OSError:
-                if not (first_stays and path.exists()):
-                    raise
+            if first_stays:
+                rename_unless_taken(temporary, path)
+            else:
+                publish(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_unless_taken(built: Path, path: Path) -> bool:
+    """Give a folder its final name; returns False where there is one of that name, which stays."""
+    try:
+        os.rename(built, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        return False
+    fsync_path(path.parent)
+    return True
 
 
 def delete_folder(path: Path, hidden: Path) -> None:

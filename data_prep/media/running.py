@@ -16,7 +16,7 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, as_problem
-from megatron_sov.work.folders import work_folder
+from megatron_sov.work.folders import slurm_folder, work_folder
 from megatron_sov.work.locks import holding
 from megatron_sov.work.slurm_jobs import refuse_living
 
@@ -47,7 +47,7 @@ class Order:
     @property
     def slurm(self) -> Path:
         """Hidden folder beside the output with the logs of Slurm's jobs, which outlive the work."""
-        return self.output.with_name(f".{self.output.name}.slurm")
+        return slurm_folder(self.output)
 
     def files(self) -> list[Path]:
         """Return the files of records, in order.

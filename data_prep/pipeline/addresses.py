@@ -15,6 +15,7 @@ from typing import Any
 
 from data_prep.pipeline.progress import StageProgress
 from megatron_sov.digests import BLAKE3, file_digest
+from megatron_sov.documents.strict_json import short_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import try_read_json, write_json
 
@@ -161,9 +162,4 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in [*now, *(k for k in before if k not in now)]:
             yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
     elif before != now:
-        yield f"{name}: {_short(before)} -> {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+        yield f"{name}: {short_json(before)} -> {short_json(now)}"

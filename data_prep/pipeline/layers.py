@@ -77,16 +77,14 @@ class TableFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if kind is None:
-            try:
-                self.close()
-            except BaseException as e:
-                self._new.__exit__(type(e), e, e.__traceback__)
-                raise
-        else:
+        if kind is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
-        self._new.__exit__(kind, error, trace)
+            self._new.__exit__(kind, error, trace)
+            return
+        with contextlib.ExitStack() as stack:
+            stack.push(self._new)
+            self.close()
 
 
 def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[Row | None]]:

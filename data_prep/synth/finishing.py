@@ -29,6 +29,7 @@ from data_prep.synth.sample import Verdict
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, fsync_path, to_json
 from megatron_sov.documents.messages import BadRecord, Message
 from megatron_sov.documents.records import Reading, parse_record
+from megatron_sov.documents.strict_json import json_line
 from megatron_sov.documents.synthesis import KEPT, REJECTED
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.settings import SettingsError, problems_of
@@ -314,7 +315,7 @@ class _Files:
             self._stack.callback(temporary.unlink, missing_ok=True)
             self._files[name] = temporary, self._stack.enter_context(temporary.open("wb"))
         if row is not None:
-            self._files[name][1].write(_line(row))
+            self._files[name][1].write(json_line(row))
 
     def publish(self) -> None:
         for temporary, file in self._files.values():
@@ -325,13 +326,6 @@ class _Files:
         for stale in self._output.glob(f"{Path(KEPT).stem}-*.jsonl"):  # of an earlier state
             if stale.name not in self._files:
                 stale.unlink()
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair; such a record is never kept
-        return json.dumps(row).encode() + b"\n"
 
 
 def _kept(run: RunRecord, sample: Candidate, judged: Judged) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from data_prep.synth.models import Model
 from data_prep.synth.templates import Prompt
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.digests import file_digest
+from megatron_sov.documents.strict_json import short_json
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.outputs import refuse_nowhere
 
@@ -84,16 +85,11 @@ class Identity:
         for name in _DECIDES:
             old, new = before.get(name, _BEFORE.get(name)), now[name]
             if isinstance(old, dict) and isinstance(new, dict):
-                found += [f"{name}: {key} was {_short(old.get(key))}, and is {_short(new.get(key))}"
+                found += [f"{name}: {key} was {short_json(old.get(key))}, and is {short_json(new.get(key))}"
                           for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
             elif old != new:
-                found.append(f"{name} was {_short(old)}, and is {_short(new)}")
+                found.append(f"{name} was {short_json(old)}, and is {short_json(new)}")
         return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_folder(output: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 from megatron_sov.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.digests import file_digest
+from megatron_sov.documents.strict_json import json_line
 from megatron_sov.errors import ExitCode, UserError, told_in_a_line
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
@@ -37,6 +37,7 @@ from megatron_sov.settings import (
 )
 from megatron_sov.work.arrays import Arrays, refuse_many_restarts, refuse_unquotable, tell_failures
 from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.folders import slurm_folder
 from megatron_sov.work.jobs import Executor, Job, in_workers, run_job, run_share
 from megatron_sov.work.journal import Journal, begin_journal, done_items
 from megatron_sov.work.slurm_jobs import Jobs, refuse_living
@@ -101,6 +102,8 @@ class MapOrder:
     options: MapOptions
     step: Order
     input_digest: str
+    num_rows: int
+    """Of the input."""
 
     def job(self, workers: int, done: Callable[[Batch], object] = lambda batch: None) -> Job[Batch]:
         """Return the job, done in so many processes of this machine."""
@@ -131,7 +134,7 @@ class MapOrder:
                         counts["num_rows" if line[:1] == b"+" else "num_failed"] += 1
             if not options.skip_failures:
                 files[b"-"].unlink()
-            artifact.content = counts | {"num_rows_in": check_rows(options.file, "ROWS", "")}
+            artifact.content = counts | {"num_rows_in": self.num_rows}
             artifact.settings = {"step": self.step.reference, "code": dict(self.step.files),
                                  "settings": dict(self.step.settings), "input": str(options.rows),
                                  "input_digest": self.input_digest}
@@ -180,11 +183,11 @@ def run(args: argparse.Namespace) -> int:
     if not (options.cluster and (options.output / MANIFEST).is_file()):
         refuse_existing(options.output, KIND, options.overwrite)
     refuse_nowhere(options.output)
-    order = MapOrder(options, asked, file_digest(options.file))
+    order = MapOrder(options, asked, file_digest(options.file), num_rows)
     if options.cluster:
-        _submit(order, num_rows)
+        _submit(order)
         return ExitCode.OK
-    refuse_living(_slurm_folder(options.output))
+    refuse_living(slurm_folder(options.output))
     with work_bar("map", num_rows, "row") as bar:
         run_job(order.job(options.workers, lambda batch: bar.update(len(batch))), redo=options.redo)
     return ExitCode.OK
@@ -215,7 +218,7 @@ def _stepper(asked: Order, skip_failures: bool) -> Callable[[Batch], bytes]:
                 if not skip_failures:
                     raise UserError(f"line {number}: {asked.reference} fails ({told_in_a_line(e)}); mend it, "
                                     "or pass --skip-failures to list such rows and go on") from None
-                lines.append(b"-" + _line({"line": number, "error": told_in_a_line(e), "row": row}))
+                lines.append(b"-" + json_line({"line": number, "error": told_in_a_line(e), "row": row}))
         return b"".join(lines)
 
     return do
@@ -225,33 +228,22 @@ def _lines_of(made: Any) -> list[bytes]:
     rows = [] if made is None else made if isinstance(made, list) else [made]
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
-    return [_line(row) for row in rows]
+    return [json_line(row, allow_nan=False) for row in rows]
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return json.dumps(row, allow_nan=False).encode() + b"\n"
-
-
-def _slurm_folder(output: Path) -> Path:
-    return output.with_name(f".{output.name}.slurm")
-
-
-def _submit(order: MapOrder, num_rows: int) -> None:
+def _submit(order: MapOrder) -> None:
     """Submit what is not done, or tell how far jobs are that work on it."""
     from megatron_sov.clusters import client, cluster
 
     options = replace(order.options, output=order.options.output.absolute(),
                       rows=order.options.rows.absolute())
-    order, slurm = replace(order, options=options), _slurm_folder(options.output)
+    order, slurm = replace(order, options=options), slurm_folder(options.output)
     refuse_unquotable(options.output)
     profile = cluster.load(options.cluster, account=options.account, partition=options.partition)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: complete from before")
         return
-    num_batches, job = -(-num_rows // BATCH_ROWS), order.job(1)
+    num_batches, job = -(-order.num_rows // BATCH_ROWS), order.job(1)
     if living := Jobs.read(slurm).living():
         num_done = len(done_items(job.output, job.identity))
         print(f"{options.output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "

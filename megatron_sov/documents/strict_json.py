@@ -1,9 +1,10 @@
-"""What Python's JSON lets through and JSON does not know, for the hooks of `json.loads`."""
+"""JSON as files of rows have it: what Python's lets through and JSON does not know, and lines of text."""
 
 from __future__ import annotations
 
+import json
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def no_constant(name: str) -> NoReturn:
@@ -17,3 +18,17 @@ def finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"{text[:40]} is more than a float holds")
     return number
+
+
+def json_line(row: Any, *, allow_nan: bool = True) -> bytes:
+    """Return a value as a line of JSON; raises TypeError and ValueError where it is none."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=allow_nan).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
+        return json.dumps(row, allow_nan=allow_nan).encode() + b"\n"
+
+
+def short_json(value: Any) -> str:
+    """Return a value as JSON for a message, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

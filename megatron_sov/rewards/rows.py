@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sov.documents.files import refuse_tables
 from megatron_sov.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
-from megatron_sov.documents.strict_json import finite, no_constant
+from megatron_sov.documents.strict_json import finite, json_line, no_constant
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.rewards.reward import Result, Row
 
@@ -114,9 +114,6 @@ def parse_row(raw: bytes, field: str) -> Row | str:
 
 def written(row: Row, result: Result, version: str) -> bytes:
     """Return the line of a row with its reward: what the row had, then what became of it."""
-    out = {**row, "reward": result.reward, "status": result.status, "components": dict(result.components),
-           "reason": result.reason, "reward_version": version}
-    try:
-        return json.dumps(out, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
-        return json.dumps(out).encode() + b"\n"
+    return json_line({**row, "reward": result.reward, "status": result.status,
+                      "components": dict(result.components), "reason": result.reason,
+                      "reward_version": version})

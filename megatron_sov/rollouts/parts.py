@@ -3,7 +3,6 @@ whole, by a rename, and never changes."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import uuid
@@ -17,10 +16,10 @@ from megatron_sov.artifacts import (
     Manifest,
     disk_errors,
     file_damage,
-    fsync_path,
     manifest_sha256,
     new_artifact,
     read_manifest,
+    rename_unless_taken,
 )
 from megatron_sov.errors import UserError
 
@@ -177,20 +176,8 @@ def write_part(path: Path, kind: str, table: pa.Table, content: Mapping[str, Any
                             [leaf for leaf in here if leaf in REPEATED], [x for x in here if x in SPLIT])
                 artifact.content = {"num_rows": table.num_rows, **content}
                 artifact.settings = dict(provenance)
-            return _renamed(built, path)
+            return rename_unless_taken(built, path)
         except UserError as e:  # the name that it was built under means nothing to anyone
             raise UserError(str(e).replace(str(built), str(path))) from None
         finally:
             shutil.rmtree(built, ignore_errors=True)
-
-
-def _renamed(built: Path, path: Path) -> bool:
-    """Give a folder its final name; returns False where there is one of that name, which stays."""
-    try:
-        os.rename(built, path)
-    except OSError:
-        if not path.is_dir():
-            raise
-        return False
-    fsync_path(path.parent)
-    return True

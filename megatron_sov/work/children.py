@@ -29,10 +29,14 @@ _PRELOADED: dict[str, None] = {}
 
 def die_with_parent(parent: int) -> None:
     """Ask Linux to kill this process when its parent dies, so that a killed run leaves none behind."""
+    _be_killed_with_parent()
+    if sys.platform == "linux" and os.getppid() != parent:
+        os._exit(ExitCode.CRASH)
+
+
+def _be_killed_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(ExitCode.CRASH)
 
 
 def limit_memory(limit_bytes: int) -> None:
@@ -98,6 +102,5 @@ def _begin(pipe: object, work: Callable[..., None], arguments: tuple[object, ...
     """Work as long as the server lives, which ends with the command; Ctrl-C is left to the command, which
     ends its processes itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _be_killed_with_parent()
     work(pipe, *arguments)

@@ -19,6 +19,11 @@ def part_folder(work: Path, key: str) -> Path:
     return work / key[:2] / key
 
 
+def slurm_folder(output: Path) -> Path:
+    """Return the folder with the logs of Slurm's jobs on an output, which outlive the work."""
+    return output.with_name(f".{output.name}.slurm")
+
+
 def delete_work(output: Path) -> None:
     """Delete the work on an output that is there: first its name, so that a kill on the way leaves no torn
     part that a later command would trust."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, new_file, to_json
+from megatron_sov.documents.strict_json import short_json
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.locks import LOCK, holding
@@ -195,13 +196,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str =
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{inside}{name}.")
         elif old != new:
-            found.append(f"{inside}{name} was {_short(old)}, and is {_short(new)}")
+            found.append(f"{inside}{name} was {short_json(old)}, and is {short_json(new)}")
     return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _refuse_earlier(output: Path) -> None:

@@ -109,10 +109,9 @@ class _Processes:
         actor = self._start()
         self._starting[actor.is_there.remote()] = actor
 
-    def take(self) -> bool:
-        """Return whether a process is free for a further item; those of lost ones go first."""
-        while self._idle and self._lost:
-            self.give(self._lost.popleft())
+    @property
+    def is_free(self) -> bool:
+        """Whether a process has nothing to do."""
         return bool(self._idle)
 
     def give(self, task: _Task) -> None:
@@ -120,7 +119,7 @@ class _Processes:
         self._working[actor.do.remote(task.item)] = actor, task
 
     def wait(self) -> None:
-        """Wait until a process has started, has done its item, or is lost."""
+        """Wait until a process has started, has done its item, or is lost, whose item is given on."""
         (reference,), _ = self._ray.wait([*self._working, *self._starting], num_returns=1)
         actor, task = self._working.pop(reference, (self._starting.pop(reference, None), None))
         try:
@@ -137,10 +136,12 @@ class _Processes:
                                     f"{told_in_a_line(e)}; see Ray's logs of it") from None
                 self._lost.append(task)
             self._begin_one()
-            return
-        if task is not None:
-            task.record = bytes(record)
-        self._idle.append(actor)
+        else:
+            if task is not None:
+                task.record = bytes(record)
+            self._idle.append(actor)
+        if self._idle and self._lost:
+            self.give(self._lost.popleft())
 
 
 def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
@@ -149,13 +150,12 @@ def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, by
     order: deque[_Task] = deque()
     is_over = False
     while True:
-        while not is_over and len(order) < processes.most and processes.take():
+        while not is_over and len(order) < processes.most and processes.is_free:
             number, item = next(left, (-1, None))
             is_over = number < 0
             if not is_over:
                 order.append(_Task(number, item))
                 processes.give(order[-1])
-        processes.take()
         while order and order[0].record is not None:
             task = order.popleft()
             yield task.number, task.record or b""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import sha256_file, to_json, write_output
+from megatron_sov.documents.strict_json import json_line
 from megatron_sov.errors import UserError
 from megatron_sov.eval.statistics import mean_of
 
@@ -204,7 +205,7 @@ def write_results(output: Path, results: Results, items: Iterable[Item]) -> Resu
         UserError: nothing can be written there.
     """
     beside = items_file(output)
-    lines = b"".join(map(_line, items))
+    lines = b"".join(json_line(dataclasses.asdict(item)) for item in items)
     write_output(beside, lines)
     digest = hashlib.sha256(lines).hexdigest()
     whole = dataclasses.replace(results, items={"file": beside.name, "sha256": digest})
@@ -259,14 +260,6 @@ def read_items(output: Path, results: Results) -> Iterator[Item]:
             except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
                 raise UserError(f"{path}: line {number} is damaged ({e!r:.200}); run `megatron-sov eval lm` "
                                 "again") from None
-
-
-def _line(item: Item) -> bytes:
-    raw = dataclasses.asdict(item)
-    try:
-        return f"{json.dumps(raw, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can name and UTF-8 cannot hold
-        return f"{json.dumps(raw)}\n".encode()
 
 
 def _task(raw: Mapping[str, Any]) -> TaskScores:
