@@ -34,7 +34,8 @@ def bounded(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space_bytes() + memory_bytes
     before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s)
+    # Again and again: what is raised inside of a `__del__` or a callback of the garbage collector is lost.
+    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s, cpu_s)
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:

@@ -74,6 +74,19 @@ def test_time_and_memory_are_bounded_inside_and_free_outside() -> None:
     assert len(bytearray(64 << 20)) == 64 << 20
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_swallows_the_end_is_ended_again() -> None:
+    class Swallows:
+        def __del__(self) -> None:  # whatever is raised in here is lost, as in a callback of the collector
+            while True:
+                pass
+
+    with pytest.raises(TooLong), bounded(0.05, 1 << 30):
+        Swallows()
+        while True:
+            pass
+
+
 def test_other_threads_go_without() -> None:
     done = []
 

@@ -247,7 +247,7 @@ def _all_have_written(folder: Path, end_s: float) -> bool:
             size, grew_s = found, now_s
         if now_s - grew_s > STILL_S or now_s > end_s:
             return False
-        time.sleep(STILL_S / 10)
+        time.sleep(0.1)
     return True
 
 
