@@ -41,11 +41,13 @@ import psutil
 from kills import final, make_data
 
 from megatron_sov.artifacts import read_manifest
-from megatron_sov.convert.resume import CONTENT, FINISHED, partial_folder
 from megatron_sov.digests import file_digest
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.obs.events import read_events
 from megatron_sov.runs.checkpoints import latest, step_of
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import items_on_record
+from megatron_sov.work.resumable_artifact import CONTENT
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_layers=4", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=16", "model.expert_ffn_dim=32")
@@ -225,18 +227,14 @@ def teacher(work: Path, base: Path, nproc: int) -> Job:
     prepare("data_prep.cli", "pack", "--tokenizer", work / "tokenizer", "--heldout", "0.3", "--workers", "1",
             "--input", *(work / f"{module.__name__}.jsonl" for module in MODULES), "--output", work / "read")
 
-    def log(folder: Path) -> Path:
-        return partial_folder(folder / "states") / FINISHED
-
     def names(folder: Path) -> set[str]:
-        if log(folder).is_file():  # a torn last line is no record
-            return {json.loads(line)["name"] for line in log(folder).read_text().splitlines(True)
-                    if line.endswith("\n")}
+        if found := items_on_record(work_folder(folder / "states")):
+            return set(map(str, found))
         return {p.relative_to(folder / "states").as_posix() for p in (folder / "states/states").glob("*")}
 
     def file(folder: Path, name: str) -> Path:
         published = folder / "states" / name
-        return published if published.is_file() else partial_folder(folder / "states") / CONTENT / name
+        return published if published.is_file() else work_folder(folder / "states") / CONTENT / name
 
     return Job(
         lambda folder: ["distill", "states", str(base), "--data", str(work / "read"), "--output",

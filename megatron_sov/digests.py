@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from blake3 import blake3
 
@@ -62,3 +62,10 @@ def algorithm_of(digest: str) -> str:
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"the digest {digest!r} is none of {', '.join(_ALGORITHMS)}")
     return algorithm
+
+
+def fingerprint(folder: Path) -> list[list[Any]]:
+    """Return name, size and time of every file below a folder: what changes where it does, without reading
+    it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [[p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in files]

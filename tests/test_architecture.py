@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors", "version", "settings"}, "settings": {"errors"},
     "config": {"errors", "plugins", "settings"}, "outputs": {"errors"},
     "digests": set(), "compiled": set(), "artifacts": {"errors", "version", "outputs", "digests"},
-    "work": {"errors", "outputs", "artifacts", "documents", "obs", "sealed", "settings", "clusters"},
+    "work": {"errors", "version", "outputs", "artifacts", "documents", "obs", "sealed", "settings",
+             "clusters"},
     "pretrained": {"errors"},
     # what reads pictures and sounds is enclosed as what runs programs is
     "media": {"errors", "artifacts", "outputs", "documents", "compiled", "work", "settings"},

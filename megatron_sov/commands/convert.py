@@ -109,7 +109,8 @@ def run_from_megatron(args: FromMegatronOptions) -> int:
     from megatron_sov.convert.megatron_import import from_megatron
 
     told = from_megatron(args.megatron_dir, args.out, args.dtype, family=family, overrides=overrides,
-                         tokenizer=args.tokenizer, workers=args.workers, overwrite=args.overwrite)
+                         tokenizer=args.tokenizer, workers=args.workers, overwrite=args.overwrite,
+                         redo=args.redo)
     at = "" if told.iteration is None else f", iteration {told.iteration}"
     print(f"wrote checkpoint {args.out}: a model of family {told.model.family}{at}")
     if told.num_padded_rows:
@@ -148,7 +149,7 @@ def _from_hf(args: FromHfOptions) -> int:
     from megatron_sov import convert
 
     convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers,
-                    overwrite=args.overwrite)
+                    overwrite=args.overwrite, redo=args.redo)
     print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
@@ -158,7 +159,7 @@ def _to_hf(args: ToHfOptions) -> int:
     from megatron_sov import convert
 
     convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
-                  workers=args.workers, overwrite=args.overwrite)
+                  workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote Hugging Face folder {args.out}")
     return ExitCode.OK
 
@@ -188,7 +189,7 @@ def _average(args: AverageOptions) -> int:
 
     found = chosen(args.run, args.last, (args.from_step, args.to_step), args.weights,
                    args.decay)
-    convert.average(found, args.out, workers=args.workers, overwrite=args.overwrite)
+    convert.average(found, args.out, workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote checkpoint {args.out}, the mean of {len(found)}")
     return ExitCode.OK
 
@@ -200,7 +201,7 @@ def _upcycle(args: UpcycleOptions) -> int:
     upcycle(args.checkpoint, args.out,
             Upcycling(args.experts, args.top_k, args.granularity, args.noise, args.seed,
                       args.family),
-            workers=args.workers, overwrite=args.overwrite)
+            workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
@@ -210,7 +211,7 @@ def _deepen(args: DeepenOptions) -> int:
     from megatron_sov.convert.deepening import Deepening, deepen
 
     deepen(args.checkpoint, args.out, Deepening(args.layers, args.how, args.identity),
-           workers=args.workers, overwrite=args.overwrite)
+           workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 

@@ -14,6 +14,7 @@ from megatron_sov.commands.shared_options import (
     CheckpointPath,
     OverwriteOptions,
     RecordOptions,
+    RedoOptions,
 )
 from megatron_sov.config.train import AverageKind
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
@@ -38,7 +39,7 @@ class WorkersOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionOptions(WrittenOptions, WorkersOptions):
+class ConversionOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """What conversions of whole models take."""
 
     dtype: Annotated[DtypeName, Flag(value="D")] = "keep"
@@ -109,7 +110,7 @@ class FromPeftOptions(WrittenOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageOptions(WrittenOptions, WorkersOptions):
+class AverageOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """Write the mean of a run's newest checkpoints as a checkpoint."""
 
     run: Annotated[Path, Flag("RUN")]
@@ -130,7 +131,7 @@ class AverageOptions(WrittenOptions, WorkersOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrowingOptions(WrittenOptions, WorkersOptions):
+class GrowingOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """What a larger model begins as."""
 
     checkpoint: CheckpointPath

@@ -148,7 +148,7 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
             print(f"{args.teacher} would read {', '.join(data)} first, into {missing[0]}")
             return
         read_documents(Reading(target, data, kept=kept, digest=digest), missing[0], args.teacher_settings,
-                       args.nproc)
+                       args.nproc, redo=True)
 
 
 def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateFiles, vocab_size: int

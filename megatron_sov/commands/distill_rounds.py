@@ -123,7 +123,7 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
         yield of_data / MANIFEST, ["distill", "states", *words_of(DistillStatesOptions(
             teacher=args.teacher, data=tuple(shares), output=of_data, dtype=args.states_dtype,
             top_k=asked.top_k, temperature=asked.temperature, other_tokenizer=asked.other_tokenizer,
-            settings=args.teacher_settings, plugins=args.plugins, nproc=args.nproc))]
+            settings=args.teacher_settings, plugins=args.plugins, redo=True, nproc=args.nproc))]
     student = args.start_from
     for number in range(1, args.rounds + 1):
         folder = args.output / f"round-{number}"
@@ -131,7 +131,7 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
         yield answers / MANIFEST, ["distill", "write", *words_of(DistillWriteOptions(
             student=student, prompts=args.prompts, output=answers,
             sampling=replace(args.sampling, seed=args.sampling.seed + number),
-            settings=tuple(layout_settings(config)), plugins=args.plugins, nproc=args.nproc))]
+            settings=tuple(layout_settings(config)), plugins=args.plugins, redo=True, nproc=args.nproc))]
         # or every round would learn from the same part of --data
         seed = f"train.seed={config.train.seed + number - 1}"
         of_answers = answers.with_name(f"{answers.name}.states")

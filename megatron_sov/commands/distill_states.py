@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sov.commands.shared_options import OverwriteOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
 from megatron_sov.generate.request import RankOptions
@@ -21,7 +21,7 @@ StatesDtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions):
+class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOptions):
     """Have a teacher read token shards, and keep what it says of them."""
 
     teacher: Annotated[Path, Flag("TEACHER")]
@@ -63,7 +63,8 @@ def run(typed: argparse.Namespace) -> int:
 
     kept = Kept(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
     reading = Reading(find_target(args.teacher), data_paths(args.data), kept=kept)
-    read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite)
+    read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite,
+                   redo=args.redo)
     if is_first():
         manifest = read_manifest(args.output, KIND)
         size_bytes = sum(record.size_bytes for record in manifest.files.values())

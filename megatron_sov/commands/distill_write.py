@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.commands.shared_options import OverwriteOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
 from megatron_sov.generate.request import RankOptions, Temperature, WholeSampling
@@ -28,7 +28,7 @@ class StudentSampling(WholeSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillWriteOptions(PluginOptions, RankOptions, OverwriteOptions):
+class DistillWriteOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOptions):
     """Have a student answer prompts, as conversations that a teacher can read."""
 
     student: Annotated[Path, Flag("STUDENT")]
@@ -60,7 +60,8 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.post.student_writing import KIND, Writing, write_answers
 
     asked = Writing(find_target(args.student), data_paths(args.prompts), args.sampling)
-    write_answers(asked, args.output, args.settings, args.nproc, overwrite=args.overwrite)
+    write_answers(asked, args.output, args.settings, args.nproc, overwrite=args.overwrite,
+                  redo=args.redo)
     if is_first():
         for source in read_manifest(args.output, KIND).content["sources"]:
             split = source["splits"]["train"]

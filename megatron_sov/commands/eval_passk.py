@@ -15,8 +15,8 @@ from annotated_types import MinLen
 
 from megatron_sov.artifacts import MANIFEST, to_json
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
-from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, step_of
-from megatron_sov.digests import file_digest
+from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions, step_of
+from megatron_sov.digests import file_digest, fingerprint
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.documents.visible import visible
@@ -99,7 +99,8 @@ class JudgedSamplingOptions(JudgeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions):
+class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions,
+                       RedoOptions):
     """Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k."""
 
     target: Annotated[Path | None, Flag("TARGET")] = None
@@ -156,7 +157,6 @@ class _Plan:
         """Which responses are sampled, and how; None: they are there already."""
         if self.target is None:
             return None
-        from megatron_sov.convert.resume import fingerprint
         from megatron_sov.eval.sampling import CALL_SAMPLES
 
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
@@ -181,10 +181,8 @@ class _Plan:
     @property
     def sampled_file(self) -> Path:
         """Where responses stand until they are judged; its name tells on what they depend."""
-        from megatron_sov.convert.resume import partial_folder
-
         digest = hashlib.sha256(json.dumps(self.responses, sort_keys=True).encode()).hexdigest()[:16]
-        return partial_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
+        return work_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
 
 
 def run_passk(args: EvalPasskOptions) -> int:
@@ -201,11 +199,10 @@ def run_passk(args: EvalPasskOptions) -> int:
         if plan.target is not None:
             _sample(plan)
         return ExitCode.OK
-    from megatron_sov.convert.resume import resumable_artifact
+    from megatron_sov.work.resumable_artifact import resumable_artifact
 
-    # nothing that was paid for is lost with an error: a judge's limit of cost, an engine's lack of memory
-    with resumable_artifact(args.output, KIND, plan.whole, overwrite=args.overwrite,
-                            kills=(Exception,)) as artifact:
+    with resumable_artifact(args.output, KIND, "megatron-sov eval passk", plan.responses,
+                            overwrite=args.overwrite, redo=args.redo) as artifact:
         responses = args.source if plan.target is None else _sample(plan)
         figures = _judge(plan, responses, artifact.path)
         artifact.writer.content = figures

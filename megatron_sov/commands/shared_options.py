@@ -34,7 +34,7 @@ class RedoOptions:
     """What commands take that go on behind a kill."""
 
     redo: bool = False
-    """Begin anew where unfinished work at --output was asked for otherwise."""
+    """Begin anew where unfinished work on the output was asked for otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)

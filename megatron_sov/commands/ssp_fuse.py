@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.artifacts import MANIFEST
-from megatron_sov.commands.shared_options import OverwriteOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.config import weighted_path
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.recipes.requested import PluginOptions, load_plugins
@@ -17,7 +17,7 @@ from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class SspFuseOptions(PluginOptions, OverwriteOptions):
+class SspFuseOptions(PluginOptions, OverwriteOptions, RedoOptions):
     """Merge the best checkpoint of each domain, or any checkpoints, into one."""
 
     checkpoints: Annotated[tuple[str, ...], Flag("PROBE_DIR|CHECKPOINT[:weight]")]
@@ -55,7 +55,7 @@ def run(typed: argparse.Namespace) -> int:
         found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
     from megatron_sov import convert
 
-    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite)
+    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     total = sum(weight for _, weight in found)
     for path, weight in found:
         print(f"{weight / total:.4g} of {path}")

@@ -42,7 +42,7 @@ SLAB_ELEMENTS = 1 << 20
 
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
-            overwrite: bool = False) -> None:
+            overwrite: bool = False, redo: bool = False) -> None:
     """Write the weighted mean of checkpoints as a checkpoint (part "model"): sum w x / sum w.
 
     Args:
@@ -51,6 +51,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
             was.
         workers: files that are written at a time, each with two tensors in memory.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: there are fewer than two, a weight is not positive, they are of other architectures,
@@ -72,7 +73,8 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
         lambda spec: links[spec.name].hf_names,
         dataclasses.replace(settings_of(paths[0]), recipe=IMPORTED, lora=LoraConfig()),
         {"step": max(m["step"] for m in merged), MERGED: merged})
-    write_derived(out, "average", derived, {"merged": merged}, workers=workers, overwrite=overwrite)
+    write_derived(out, "average", derived, {"merged": merged}, workers=workers, overwrite=overwrite,
+                  redo=redo)
 
 
 def mean_block(sources: Sequence[Opened], weights: Sequence[float], link: Link,

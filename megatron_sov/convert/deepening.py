@@ -50,7 +50,7 @@ class Deepening:
 
 
 def deepen(checkpoint: Path, out: Path, asked: Deepening, *, workers: int = 1,
-           overwrite: bool = False) -> None:
+           overwrite: bool = False, redo: bool = False) -> None:
     """Write a checkpoint with more layers (part "model").
 
     Args:
@@ -60,6 +60,7 @@ def deepen(checkpoint: Path, out: Path, asked: Deepening, *, workers: int = 1,
         asked: how layers are repeated.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: layers would not be more, the family has no such model, the checkpoint is damaged, or the
@@ -69,7 +70,7 @@ def deepen(checkpoint: Path, out: Path, asked: Deepening, *, workers: int = 1,
     origins = asked.origins(source.model.num_layers)
     write_grown(source, out, deepened(source.model, asked), _Repeated(source, origins, asked.identity),
                 (DEEPENED, {**dataclasses.asdict(asked), "origins": origins}), workers=workers,
-                overwrite=overwrite)
+                overwrite=overwrite, redo=redo)
 
 
 class _Repeated:

@@ -16,7 +16,6 @@ from megatron_sov.artifacts import MANIFEST, FileRecord
 from megatron_sov.config import RunConfig
 from megatron_sov.convert.adapted_weights import AdaptedWeights, add_inputs
 from megatron_sov.convert.hf_import import index_of
-from megatron_sov.convert.resume import resumable_artifact
 from megatron_sov.convert.shard_writer import write_files
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import PART, CheckpointWeights
@@ -25,6 +24,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import write_index
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.work.resumable_artifact import resumable_artifact
 
 Opened = CheckpointWeights | AdaptedWeights
 
@@ -50,7 +50,7 @@ class Derived:
 
 
 def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any], *, workers: int,
-                  overwrite: bool) -> None:
+                  overwrite: bool, redo: bool) -> None:
     """Write a checkpoint (part "model"); it appears only when complete.
 
     Args:
@@ -60,14 +60,16 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
         plan: with the files, all that decides its bytes.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
-        UserError: a source is damaged, or the disk refuses; nothing is left then.
+        UserError: a source is damaged, other work on it is unfinished, or the disk refuses.
     """
     files, links = dict(derived.files), dict(derived.links)
     whole = {**plan, "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
-    with resumable_artifact(out, KIND, whole, overwrite=overwrite) as artifact, ExitStack() as held, \
-            tqdm(total=len(links), desc=what, unit="block", disable=None) as bar:
+    with resumable_artifact(out, KIND, f"megatron-sov convert {what}", whole, overwrite=overwrite,
+                            redo=redo) as artifact, ExitStack() as held, tqdm(
+                total=len(links), desc=what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
         bar.update(len(links) - sum(map(len, missing.values())))

@@ -56,7 +56,7 @@ def block_of(source: Opened, link: Link) -> torch.Tensor:
 
 
 def write_grown(source: Opened, out: Path, model: ModelConfig, growth: Growth,
-                told: tuple[str, Mapping[str, Any]], *, workers: int, overwrite: bool) -> None:
+                told: tuple[str, Mapping[str, Any]], *, workers: int, overwrite: bool, redo: bool) -> None:
     """Write the larger model as a checkpoint (part "model"); a killed command goes on where it was.
 
     Args:
@@ -67,6 +67,7 @@ def write_grown(source: Opened, out: Path, model: ModelConfig, growth: Growth,
         told: what the manifest's content says of it, under that name; with the source all that decides it.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: the source is damaged, or the disk is full; nothing is left then.
@@ -81,4 +82,4 @@ def write_grown(source: Opened, out: Path, model: ModelConfig, growth: Growth,
         lambda spec: growth.block(links[spec.name]).to(spec.dtype),
         lambda spec: growth.origin(links[spec.name]).hf_names,
         RunConfig(IMPORTED, model, code=settings_of(source.path).code), {"step": 0, **grown})
-    write_derived(out, name, derived, grown, workers=workers, overwrite=overwrite)
+    write_derived(out, name, derived, grown, workers=workers, overwrite=overwrite, redo=redo)

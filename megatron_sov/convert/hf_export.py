@@ -19,11 +19,11 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.copies import copies_of
-from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import Weights, check_dtypes, newest_of_run
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
+from megatron_sov.digests import fingerprint
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.media import marks
@@ -35,6 +35,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import CONFIG, INDEX, SINGLE_FILE
 from megatron_sov.runs.checkpoints import HF_MODEL, RUN, refuse_other_kind, settings_of
 from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
+from megatron_sov.work.resumable_artifact import resumable_artifact
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 BICUBIC = 3
@@ -137,7 +138,7 @@ def _added_tokens(folder: Path) -> dict[int, str]:
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
           max_shard_bytes: int = MAX_SHARD_BYTES, workers: int = DEFAULT_WORKERS,
-          overwrite: bool = False) -> None:
+          overwrite: bool = False, redo: bool = False) -> None:
     """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
 
     Args:
@@ -148,10 +149,11 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         max_shard_bytes: largest size of one safetensors file.
         workers: files that are written at a time.
         overwrite: replace an "hf_model" artifact that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
-            overflows `dtype`, the disk is full; nothing is left then.
+            overflows `dtype`, the disk is full, or other work on the output is unfinished.
     """
     _check_order(Path(checkpoint), dtype, max_shard_bytes)
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
@@ -167,7 +169,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     beside = {CONFIG: config, **_processors(source, checkpoint)}
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
             "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
-    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
+    with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
+                            redo=redo) as artifact, \
             tqdm(total=len(specs), desc="to-hf", unit="tensor", disable=None) as bar:
         missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))

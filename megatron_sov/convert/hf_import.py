@@ -18,11 +18,11 @@ from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companions import carry, ids_in
 from megatron_sov.convert.copies import check_copies
-from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
+from megatron_sov.digests import fingerprint
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.assembling import StoredBlock
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
@@ -39,10 +39,11 @@ from megatron_sov.models.weights import Link
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import CONFIG, hub_name
 from megatron_sov.runs.checkpoints import HF_MODEL, IMPORTED, KIND, SOURCE, refuse_missing, refuse_other_kind
+from megatron_sov.work.resumable_artifact import resumable_artifact
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
-            overwrite: bool = False) -> None:
+            overwrite: bool = False, redo: bool = False) -> None:
     """Write a Hugging Face folder as a checkpoint (part "model", step 0).
 
     Args:
@@ -53,10 +54,12 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
             router biases are float32 always.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: the config has fields that we do not honour, the tensors are not exactly those of its
-            model, a value is not finite, the disk is full; nothing is left then.
+            model, a value is not finite, the disk is full,
+            or other work on the output is unfinished.
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
@@ -74,7 +77,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     check_copies(source)
     content = {SOURCE: hub_name(hf_dir)}
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), content), dtype,
-                   workers=workers, overwrite=overwrite)
+                   workers=workers, overwrite=overwrite, redo=redo)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Imported:
     """Of the manifest, besides what every checkpoint has."""
 
 
-def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, overwrite: bool) -> None:
+def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, overwrite: bool,
+                   redo: bool) -> None:
     """Write a checkpoint (part "model", step 0); it appears only when complete.
 
     Args:
@@ -102,16 +106,19 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
         dtype: as of `from_hf`.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
-        UserError: a tensor is damaged, a value is not finite, the disk is full; nothing is left then.
+        UserError: a tensor is damaged, a value is not finite, the disk is full,
+            or other work on the output is unfinished.
     """
     weights, folder = source.weights, source.weights.path
     links = {block_name(link.key, link.offset): link for link in weights.links}
     files = planned_files(links, weights.dtype, dtype)
     plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
-    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
+    with resumable_artifact(out, KIND, f"megatron-sov convert {source.what}", plan, overwrite=overwrite,
+                            redo=redo) as artifact, \
             tqdm(total=len(links), desc=source.what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))

@@ -49,7 +49,7 @@ class Told:
 
 def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, family: str = "",
                   overrides: Mapping[str, Any] | None = None, tokenizer: Path | None = None,
-                  workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> Told:
+                  workers: int = DEFAULT_WORKERS, overwrite: bool = False, redo: bool = False) -> Told:
     """Write a checkpoint of Megatron-LM or Megatron-Bridge as one of ours (part "model", step 0).
 
     Args:
@@ -62,6 +62,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
         tokenizer: folder of the tokenizer to put beside the weights.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: the checkpoint is of a format that is not read, its index holds anything but tensors'
@@ -81,7 +82,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     index_sha256 = hashlib.sha256((found / METADATA).read_bytes()).hexdigest()
     write_imported(out, Imported(weights, "from-megatron", tokenizer, TokenIds(), {
         FROM_MEGATRON: {"path": str(found), "iteration": iteration, "index_sha256": index_sha256}}),
-        dtype, workers=workers, overwrite=overwrite)
+        dtype, workers=workers, overwrite=overwrite, redo=redo)
     return Told(iteration, num_padded_rows(weights), weights.tensors.num_skipped, model)
 
 

@@ -80,7 +80,7 @@ class Upcycling:
 
 
 def upcycle(checkpoint: Path, out: Path, asked: Upcycling, *, workers: int = 1,
-            overwrite: bool = False) -> None:
+            overwrite: bool = False, redo: bool = False) -> None:
     """Write a dense checkpoint as one with experts (part "model").
 
     Args:
@@ -90,6 +90,7 @@ def upcycle(checkpoint: Path, out: Path, asked: Upcycling, *, workers: int = 1,
         asked: how experts are made.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: sizes do not divide, no family has such a model, the checkpoint is damaged, or the disk is
@@ -100,7 +101,7 @@ def upcycle(checkpoint: Path, out: Path, asked: Upcycling, *, workers: int = 1,
         raise SettingsError(str(source.path), problems)
     model = upcycled(source.model, asked)
     write_grown(source, out, model, _Shards(source, model, asked), (UPCYCLED, dataclasses.asdict(asked)),
-                workers=workers, overwrite=overwrite)
+                workers=workers, overwrite=overwrite, redo=redo)
 
 
 def upcycled(dense: ModelConfig, asked: Upcycling) -> ModelConfig:

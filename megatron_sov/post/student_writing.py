@@ -19,7 +19,6 @@ import numpy as np
 from megatron_sov.artifacts import FileRecord, fsync_path, read_manifest, refuse_existing
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.folder import read_chat_encoder
-from megatron_sov.convert.resume import ResumableArtifact, resumable_artifact
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import Source, TokenShard, open_sources, provenance, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
@@ -34,6 +33,7 @@ from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.post.state_files import lengths_of
 from megatron_sov.post.teacher import weights_digest
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.work.resumable_artifact import ResumableArtifact, resumable_artifact
 
 KIND = "tokens"
 PART_PROMPTS = 1024
@@ -66,7 +66,7 @@ class _Part:
 
 
 def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int | None, *,
-                  overwrite: bool = False) -> None:
+                  overwrite: bool = False, redo: bool = False) -> None:
     """Have a student answer the training prompts once each, and keep its answers as conversations.
 
     Args:
@@ -75,6 +75,7 @@ def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int
         settings: the student's layout and precision, ``key=value``.
         nproc: local processes; under torchrun or Slurm the environment decides.
         overwrite: replace an artifact that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: the prompts' tokens mean something else to the student, or are too long for it.
@@ -99,7 +100,7 @@ def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int
 
             def begin() -> list[str]:
                 artifact.append(held.enter_context(
-                    _artifact(asked, sources, tokenizer, settings, out, overwrite)))
+                    _artifact(asked, sources, tokenizer, settings, out, overwrite, redo)))
                 return list(artifact[0].finished)
 
             def keep(part: _Part, prompts: list[list[int]], answers: list[list[int]]) -> None:
@@ -161,14 +162,14 @@ def _refuse_too_long(asked: Writing, sources: list[Source]) -> None:
 
 @contextlib.contextmanager
 def _artifact(asked: Writing, sources: list[Source], tokenizer: Path, settings: Sequence[str], out: Path,
-              overwrite: bool) -> Iterator[ResumableArtifact]:
+              overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
     """Give the artifact under construction, with all that is no answer in it."""
     plan = {"student": weights_digest(asked.student), "sampling": asdict(asked.sampling),
             "part_prompts": asked.part_prompts,
             "prompts": [i["manifest_sha256"] for i in provenance(sources)],
             "settings": [s for s in settings if not s.startswith("parallel.")]}
-    # a RuntimeError is what torch raises where another process is gone
-    with resumable_artifact(out, KIND, plan, overwrite=overwrite, kills=(RuntimeError,)) as artifact:
+    with resumable_artifact(out, KIND, "megatron-sov distill write", plan, overwrite=overwrite,
+                            redo=redo) as artifact:
         shutil.copytree(tokenizer, artifact.path / "tokenizer", dirs_exist_ok=True)
         artifact.writer.settings = plan | {"student_path": str(asked.student.path)}
         artifact.writer.content = dict(read_manifest(next(iter(asked.prompts)), KIND).content)

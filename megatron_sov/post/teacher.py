@@ -27,7 +27,6 @@ from megatron_sov.artifacts import (
     refuse_existing,
     to_json,
 )
-from megatron_sov.convert.resume import ResumableArtifact, resumable_artifact
 from megatron_sov.data.token_shards import Source, open_sources, provenance, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.digests import BLAKE3, Digest, file_digest
@@ -58,6 +57,7 @@ from megatron_sov.post.state_files import (
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL, adapter_base
 from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.work.resumable_artifact import ResumableArtifact, resumable_artifact
 
 FORMATS = ("text", "chat", "preference", "prompt")
 PART_TOKENS = 65_536
@@ -80,7 +80,7 @@ class Reading:
 
 
 def read_documents(reading: Reading, out: Path, settings: Sequence[str], nproc: int | None, *,
-                   overwrite: bool = False) -> None:
+                   overwrite: bool = False, redo: bool = False) -> None:
     """Write what a teacher says of all documents as an artifact.
 
     Args:
@@ -89,6 +89,7 @@ def read_documents(reading: Reading, out: Path, settings: Sequence[str], nproc: 
         settings: the teacher's layout and precision, ``key=value``.
         nproc: local processes; under torchrun or Slurm the environment decides.
         overwrite: replace an artifact that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
 
     Raises:
         UserError: the tokens mean something else to the teacher, a document is too long for it, the data
@@ -114,7 +115,8 @@ def read_documents(reading: Reading, out: Path, settings: Sequence[str], nproc: 
             artifact: list[ResumableArtifact] = []
 
             def begin() -> tuple[str, list[str]]:
-                artifact.append(held.enter_context(_artifact(reading, sources, plan, out, overwrite)))
+                artifact.append(held.enter_context(_artifact(reading, sources, plan, out, overwrite,
+                                                             redo)))
                 return str(artifact[0].path), list(artifact[0].finished)
 
             def note(together: list[Part]) -> None:
@@ -153,14 +155,14 @@ def weights_digest(target: Target) -> str:
 
 @contextlib.contextmanager
 def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out: Path,
-              overwrite: bool) -> Iterator[ResumableArtifact]:
+              overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
     """Give the artifact under construction, with all that is no part in it."""
     teacher = reading.digest or weights_digest(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
     plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)]}
-    # a RuntimeError is what torch raises where another process is gone: hours of parts are not lost with it
-    with resumable_artifact(out, KIND, plan, overwrite=overwrite, kills=(RuntimeError,)) as artifact:
+    with resumable_artifact(out, KIND, "megatron-sov distill states", plan, overwrite=overwrite,
+                            redo=redo) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
         if not reading.kept.top_k:
             head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")

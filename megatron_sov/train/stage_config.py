@@ -155,7 +155,7 @@ def convert_start(start: Path, run: Path) -> Path:
         return start
     out = converted(run)
     if will_convert(start, run):
-        code = launcher.apart(lambda: convert.from_hf(start, out, overwrite=True))
+        code = launcher.apart(lambda: convert.from_hf(start, out, overwrite=True, redo=True))
         if code:
             raise SystemExit(code)
     return out

@@ -29,7 +29,7 @@ JOB, RECORDS = "job.json", "records"
 FORMAT_VERSION = 1
 REDO = "--redo"
 """Flag of a command that begins anew where something else is unfinished."""
-EARLIER = ("scoring", "playing")
+EARLIER = ("scoring", "playing", "partial")
 """Endings of folders that versions before this layout have left."""
 _MAX_HEADER_BYTES = 1000
 Item = int | str
@@ -110,10 +110,6 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
         journal = Journal(folder)
         try:
             yield journal
-        except BaseException:
-            if not _has_records(folder):  # what is refused leaves nothing
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
         finally:
             journal.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,27 +128,40 @@ def _begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool) 
     _refuse_earlier(output)
     folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
-    with holding(folder, f"--output {output}"):
-        if changed := _begin(folder, made_by, now, redo):
+    with holding(folder, output):
+        before = _identity(folder)
+        if before != now and not redo and (changed := _differing_work(folder, before, now)):
             raise UserError(list_problems(
-                f"--output {output}: {folder} holds unfinished work of another command", changed,
+                f"{output}: {folder} holds unfinished work of another command", changed,
                 f"ask for the same to go on, pass {REDO} to begin anew, or name another output"))
-        yield
+        try:
+            if before != now:
+                _begin(folder, made_by, now)
+            yield
+        except BaseException:
+            if not _has_work(folder):  # what is refused leaves nothing
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> list[str]:
-    """Take a folder for a job; returns in what its records differ, in which case it is left as it is."""
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """Return what the records of a folder depend on; None behind a kill before anything was done."""
     try:
-        before = json.loads((folder / JOB).read_bytes())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):  # a kill before anything was done
-        before = None
-    if before == identity:
-        return []
-    if not redo and before is not None and _has_records(folder):
-        return differences(before, identity)
+        return dict(json.loads((folder / JOB).read_bytes())["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _differing_work(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """Return in what the work of a folder differs from what is to be made; [] where it has none."""
+    if before is not None:
+        return differences(before, now) if _has_work(folder) else []
     others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK, *(f.name for f in _files(folder))})
-    if before is None and others and not redo:
-        return [f"it has {others[0]!r}, which is of another command"]
+    return [f"it has {others[0]!r}, which is of another command"] if others else []
+
+
+def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
+    """Empty a folder for a job."""
     with disk_errors(folder):
         for file in folder.iterdir():
             if file.is_file():
@@ -161,18 +170,17 @@ def _begin(folder: Path, made_by: str, identity: dict[str, Any], redo: bool) -> 
                 shutil.rmtree(file)
         atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
                                             "identity": identity}))
-    return []
 
 
 def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items of an output that have records for this identity; changes nothing."""
     folder = work_folder(output)
-    try:
-        before = json.loads((folder / JOB).read_bytes())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    same = before == json.loads(to_json(dict(identity)))
-    return {item for file in _files(folder) for item, _, _ in _records(file)} if same else set()
+    return items_on_record(folder) if _identity(folder) == json.loads(to_json(dict(identity))) else set()
+
+
+def items_on_record(folder: Path) -> set[Item]:
+    """Return the items that a journal has records of, whoever adds to it meanwhile."""
+    return {item for file in _files(folder) for item, _, _ in _records(file)}
 
 
 def read_job(folder: Path) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def read_job(folder: Path) -> dict[str, Any]:
         return {"made_by": "a command", "identity": {},
                 "num_done": sum(1 for _ in folder.glob("[0-9a-f][0-9a-f]/*"))}
     return {"made_by": made_by, "identity": identity,
-            "num_done": len({item for file in _files(folder) for item, _, _ in _records(file)})}
+            "num_done": len(items_on_record(folder))}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
@@ -204,7 +212,7 @@ def _refuse_earlier(output: Path) -> None:
     for ending in EARLIER:
         folder = output.with_name(f".{output.name}.{ending}")
         if folder.is_dir():
-            raise UserError(f"--output {output}: {folder} holds unfinished work of an earlier version, which "
+            raise UserError(f"{output}: {folder} holds unfinished work of an earlier version, which "
                             "this one does not go on with; finish it with that version, or delete it")
 
 
@@ -212,8 +220,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{RECORDS}*"))
 
 
-def _has_records(folder: Path) -> bool:
-    return any(next(_records(file), None) is not None for file in _files(folder))
+def _has_work(folder: Path) -> bool:
+    """Return whether a job has records, files of its own, or a job inside of it that has some."""
+    own = {JOB, LOCK, *(file.name for file in _files(folder))}
+    return (any(next(_records(file), None) is not None for file in _files(folder))
+            or any(file.is_file() and file.name not in own for file in folder.iterdir())
+            or any(map(_has_work, folder.glob(".*.work"))))
 
 
 def _records(file: Path) -> Iterator[tuple[Item, bytes, int]]:

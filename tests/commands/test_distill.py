@@ -73,6 +73,6 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
 
     digest, hashed, begun = teaching.weights_digest, [], []
     monkeypatch.setattr(teaching, "weights_digest", lambda target: hashed.append(1) or digest(target))
-    monkeypatch.setattr(teaching, "read_documents", lambda reading, *rest: begun.append(reading.digest))
+    monkeypatch.setattr(teaching, "read_documents", lambda reading, *rest, redo: begun.append(reading.digest))
     assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
     assert (hashed, begun) == ([1], [made.settings["teacher"]])

@@ -78,7 +78,7 @@ def test_weights_are_shares_of_their_sum_and_a_killed_merge_goes_on(
         patched.setattr(averaging, "mean_block", killed)
         with pytest.raises(KeyboardInterrupt):
             convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
-    assert (tmp_path / ".merged.partial/finished.jsonl").read_text()
+    assert (tmp_path / ".merged.work/records").read_bytes()
     convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
     found, parts = written(tmp_path / "merged"), read_parts(experts[:2])
     for name, tensor in found.items():
@@ -104,7 +104,7 @@ def refused(said: str, *paths: Path) -> None:
     out = paths[0].with_name("never")
     with pytest.raises(UserError, match=said):
         convert.average([(path, 1.0) for path in paths], out)
-    assert not out.exists() and not out.with_name(".never.partial").exists()
+    assert not out.exists() and not out.with_name(".never.work").exists()
 
 
 def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST, FileRecord, file_damage, new_artifact
 from megatron_sov.convert import shard_writer, source_check
-from megatron_sov.convert.resume import ResumableArtifact
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.errors import UserError
+from megatron_sov.work.resumable_artifact import ResumableArtifact
 
 
 def copy_with(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

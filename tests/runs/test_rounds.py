@@ -22,8 +22,8 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
         enter_rounds(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)}, "--run")
 
     enter(4)
-    (folder / "rounds/.answers.partial").mkdir()
-    (folder / "rounds/.answers.partial/0.bin").touch()
+    (folder / "rounds/.answers.work").mkdir()
+    (folder / "rounds/.answers.work/0.bin").touch()
     enter(8)  # a mended command, before anything is done
     (folder / "rounds/answers").touch()
     enter(8)

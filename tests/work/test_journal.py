@@ -61,7 +61,7 @@ def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_be
     with pytest.raises(UserError) as raised, open_journal(out, "score", other):
         raise AssertionError("it is refused")
     assert str(raised.value) == (
-        f"--output {out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for "
+        f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for "
         "the same to go on, pass --redo to begin anew, or name another output\n  sampling.seed was "
         "1, and is 2")
     assert done_items(out, ASKED) == {0}

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_sov import artifacts
 from megatron_sov.artifacts import is_held, new_artifact
-from megatron_sov.convert.resume import resumable_artifact
 from megatron_sov.errors import UserError
 from megatron_sov.work import locks
 from megatron_sov.work.locks import holding
+from megatron_sov.work.resumable_artifact import resumable_artifact
 
 
 def test_a_folder_is_held_until_the_end(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
     assert is_held(tmp_path) is None
     with new_artifact(tmp_path / "tokens", "tokens") as writer:
         (writer.path / "data.bin").touch()
-    with resumable_artifact(tmp_path / "export", "hf_model", {}) as artifact:
+    with resumable_artifact(tmp_path / "export", "hf_model", "sov make", {}) as artifact:
         (artifact.path / "model.safetensors").touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "tokens"]
     # of a container that was killed, or of one at work that has the same number

@@ -23,8 +23,8 @@ from megatron_sov.artifacts import (
     read_manifest,
     to_json,
 )
-from megatron_sov.convert.resume import fingerprint
 from megatron_sov.convert.sources import is_hf_folder
+from megatron_sov.digests import fingerprint
 from megatron_sov.errors import UserError
 from megatron_sov.eval.judged_samples import read_judged_parts
 from megatron_sov.post.ssp.choice import Measured, choose, gain
