@@ -37,7 +37,6 @@ from data_prep.units import GROUP, UnitSettings
 from data_prep.workers import Unit, encode_units
 from megatron_sov.artifacts import (
     ArtifactWriter,
-    disk_errors,
     new_artifact,
     read_manifest,
     refuse_existing,
@@ -63,7 +62,7 @@ from megatron_sov.settings import (
     read_options,
 )
 from megatron_sov.settings import Code as ProblemCode
-from megatron_sov.work.folders import delete_work, work_folder
+from megatron_sov.work.parts import open_parts
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
@@ -255,23 +254,22 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
                                  sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
                                  settings.reading, replace(encoding, fast=fast), settings.steps)
-    work = work_folder(output)
-    encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
-    for source in encoded:
-        source.banks = banks_of(corpora, encoder.meant).get(source.name)
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
-        rule = HeldoutRule(settings.heldout_share)
-        records = _write(artifact.path, encoded, unit_settings, work, settings, rule)
-        artifact.content = {
-            "content_version": CONTENT_VERSION, "tokenizer_sha256": unit_settings.tokenizer_sha256,
-            "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod,
-            "bos_id": encoder.bos_id, "dtype": unit_settings.dtype,
-            "heldout": rule.to_dict(), "sources": records}
-        artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
-        carry_tokenizer(artifact, tokenizer)
-        for origin in dict.fromkeys([*origins.values(), *corpora.values()]):
-            artifact.add_input(origin)
-    delete_work(output)
+    with open_parts(output, "sov-data pack") as work:
+        encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
+        for source in encoded:
+            source.banks = banks_of(corpora, encoder.meant).get(source.name)
+        with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+            rule = HeldoutRule(settings.heldout_share)
+            records = _write(artifact.path, encoded, unit_settings, work, settings, rule)
+            artifact.content = {
+                "content_version": CONTENT_VERSION, "tokenizer_sha256": unit_settings.tokenizer_sha256,
+                "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod,
+                "bos_id": encoder.bos_id, "dtype": unit_settings.dtype,
+                "heldout": rule.to_dict(), "sources": records}
+            artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
+            carry_tokenizer(artifact, tokenizer)
+            for origin in dict.fromkeys([*origins.values(), *corpora.values()]):
+                artifact.add_input(origin)
     _tell(artifact.content["sources"], output, settings.heldout_share)
 
 
@@ -322,8 +320,6 @@ def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: U
                                           columns=settings.reading.columns)
                for source in sources}
     kept = 0
-    with disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(span.size_bytes for _, unit in units for span in unit)
     with tqdm(total=total_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
         records = encode_units([unit for _, unit in units], settings, work, workers)

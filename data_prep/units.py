@@ -31,7 +31,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.media.banks import MEDIA
 from megatron_sov.media.marks import SPELLED
 from megatron_sov.plugins.code import Code
-from megatron_sov.work.folders import part_folder
+from megatron_sov.work.parts import part_folder
 
 CODE_VERSION = 4
 """Raised when the same input and settings would give another unit."""

@@ -12,7 +12,6 @@ from annotated_types import Ge
 
 from megatron_sov.artifacts import (
     ArtifactWriter,
-    disk_errors,
     new_artifact,
     refuse_existing,
     sha256_file,
@@ -30,7 +29,8 @@ from megatron_sov.settings import (
     num_cores,
     read_options,
 )
-from megatron_sov.work.folders import delete_work, work_folder
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.parts import open_parts
 from tokenizer.mixture import Group, gather_groups
 from tokenizer.presets import PRESETS, Preset, load_preset
 
@@ -162,17 +162,15 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     from tokenizer.formats.round_trip import load_ahead
 
     started_s = time.monotonic()
-    with disk_errors(plan.work):
-        plan.work.mkdir(parents=True, exist_ok=True)
-    learned = learn(plan, groups, load_ahead)
-    num_superwords = learned.vocabulary.num_superwords()
-    print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s" + (
-        f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"
-        if num_superwords else ""))
-    trained = finished(plan.preset, learned.vocabulary)
-    with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
-        _write(artifact, trained, plan, learned)
-    delete_work(output)
+    with open_parts(output, "sov-tokenizer train"):
+        learned = learn(plan, groups, load_ahead)
+        num_superwords = learned.vocabulary.num_superwords()
+        print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s" + (
+            f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"
+            if num_superwords else ""))
+        trained = finished(plan.preset, learned.vocabulary)
+        with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
+            _write(artifact, trained, plan, learned)
     print(f"wrote {output}")
 
 

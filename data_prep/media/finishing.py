@@ -18,7 +18,7 @@ from megatron_sov.artifacts import manifest_sha256, new_artifact, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import KINDS, MEDIA, BankShape, open_bank
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
-from megatron_sov.work.folders import delete_work, part_folder
+from megatron_sov.work.parts import part_folder
 
 KIND = "media_corpus"
 BAD_MEDIA = "bad_media.jsonl"
@@ -115,7 +115,6 @@ def finish(settings: MediaSettings, units: list[Unit], identity: str, work: Path
             MEDIA: {kind: shape.record() for kind, shape in banks.items()},
             "num_rows": {kind: len(joined.rows[kind]) for kind in banks}}
         artifact.settings = {**vars(settings)}
-    delete_work(output)
     return artifact.content
 
 

@@ -10,17 +10,17 @@ from data_prep.libraries import require
 from data_prep.media.finishing import KIND, finish
 from data_prep.media.settings import MediaSettings
 from data_prep.media.units import Unit, UnitEncoder, plan
-from megatron_sov.artifacts import atomic_write, disk_errors, refuse_existing
+from megatron_sov.artifacts import refuse_existing
 from megatron_sov.errors import UserError
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, as_problem
 from megatron_sov.work.folders import slurm_folder, work_folder
-from megatron_sov.work.locks import holding
+from megatron_sov.work.parts import open_parts
 from megatron_sov.work.slurm_jobs import refuse_living
 
-SETTINGS = "settings.json"
+MADE_BY = "sov-data encode-media"
 SUFFIXES = (".jsonl", ".ndjson")
 
 
@@ -88,16 +88,6 @@ class Order:
             raise UserError("--input: holds no records; write one JSON object per line")
         return units
 
-    def begin(self, identity: str) -> None:
-        """Make the hidden folder, and note in it what the units are made with.
-
-        Raises:
-            UserError: it was begun with other settings.
-        """
-        with disk_errors(self.work):
-            self.work.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.work / SETTINGS, identity)
-
 
 def run_order(order: Order) -> dict[str, Any]:
     """Encode what is not encoded, and write the artifact; returns the manifest's content.
@@ -107,14 +97,13 @@ def run_order(order: Order) -> dict[str, Any]:
     """
     units = order.ready()
     encoder = UnitEncoder(order.settings, order.work, order.threads)
-    order.begin(encoder.identity)
-    with holding(order.work, order.output):
+    with open_parts(order.output, MADE_BY):
         refuse_living(order.slurm)
         try:
             encode_units(encoder, units, shows=True)
         finally:
             encoder.close()
-    return finished(order, units, encoder.identity)
+        return finished(order, units, encoder.identity)
 
 
 def encode_units(encoder: UnitEncoder, units: list[Unit], *, shows: bool) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from data_prep.media.finishing import KIND
-from data_prep.media.running import Order, encode_units, finished
+from data_prep.media.running import MADE_BY, Order, encode_units, finished
 from data_prep.media.units import UnitEncoder, plan
 from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.clusters import client, cluster
@@ -21,6 +21,7 @@ from megatron_sov.work.arrays import (
     tell_failures,
 )
 from megatron_sov.work.locks import holding
+from megatron_sov.work.parts import begin_parts, open_parts
 from megatron_sov.work.slurm_jobs import Jobs
 
 ENCODE, FINISH = "encode", "finish"
@@ -51,7 +52,8 @@ class FinishMedia:
 
     def __call__(self, task: int) -> None:
         """Write the artifact."""
-        finished(self.order, list(plan(self.order.files())), self.order.settings.identity())
+        with open_parts(self.order.output, MADE_BY):
+            finished(self.order, list(plan(self.order.files())), self.order.settings.identity())
 
 
 def submit_order(order: Order, name: str, num_workers: int, *, account: str | None,
@@ -80,7 +82,7 @@ def submit_order(order: Order, name: str, num_workers: int, *, account: str | No
         return
     units = order.ready()
     encoder = UnitEncoder(order.settings, order.work, order.threads)
-    order.begin(encoder.identity)
+    begin_parts(order.output, MADE_BY)
     with disk_errors(order.slurm):
         (order.slurm / "slurm").mkdir(parents=True, exist_ok=True)
     with holding(order.slurm, order.output), disk_errors(order.slurm):

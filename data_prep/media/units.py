@@ -27,7 +27,7 @@ from megatron_sov.media.banks import KINDS, MEDIA, PICTURES, SOUNDS
 from megatron_sov.media.banks import KINDS as BANKS
 from megatron_sov.media.items import Item, drawing_call
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
-from megatron_sov.work.folders import part_folder
+from megatron_sov.work.parts import part_folder
 
 RECORDS_PER_UNIT = 128
 MOST_LINE_BYTES = 64 << 20

@@ -18,6 +18,7 @@ from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.work.commands import end_commands, start_command
+from megatron_sov.work.parts import part_folder
 
 RESULT = "result.json"
 """What is left of a model: the losses on held-out documents."""
@@ -113,7 +114,7 @@ class Proxies:
         Raises:
             UserError: one could not be trained; those that are complete stay.
         """
-        folders = [self._work / key_of(self._settings, blend) for blend in blends]
+        folders = [part_folder(self._work, key_of(self._settings, blend)) for blend in blends]
         waiting = {folder: blend for folder, blend in zip(folders, blends, strict=True)
                    if not (folder / RESULT).is_file()}
         for _ in range(len(folders) - len(waiting)):

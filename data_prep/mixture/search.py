@@ -7,7 +7,6 @@ loss from shares is fitted, and the next round's mixtures are drawn from those t
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +32,7 @@ from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.pages.charts import Chart, chart, colour, plain
 from megatron_sov.pages.content import Chapter, Section, Table
 from megatron_sov.pages.page import render
+from megatron_sov.work.parts import open_parts
 
 KIND = "mixture"
 BEST_SHARE, MIN_BEST = 0.01, 16
@@ -148,13 +148,12 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
         return
     refuse_existing(output, KIND, overwrite)
     refuse_overlap([(path, manifest.content) for path, manifest in zip(data, manifests, strict=True)])
-    work = output.with_name(f".{output.name}.work")
-    proxies = Proxies(work, _proxy_settings(settings, data), workers)
-    with work_bar("training small models", settings.num_proxies, "model") as bar:
-        found = search(settings, space, lambda shares: proxies.losses(
-            [blend_of(row, clusters) for row in shares], lambda: bar.update(1)))
-    _write(output, settings, clusters, space, found, data, overwrite=overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    with open_parts(output, "sov-data mix --search") as work:
+        proxies = Proxies(work, _proxy_settings(settings, data), workers)
+        with work_bar("training small models", settings.num_proxies, "model") as bar:
+            found = search(settings, space, lambda shares: proxies.losses(
+                [blend_of(row, clusters) for row in shares], lambda: bar.update(1)))
+        _write(output, settings, clusters, space, found, data, overwrite=overwrite)
     print("\n".join(summary(found)))
     print(f"wrote {output}; mix by it: sov-data mix {' '.join(map(str, data))} --blend "
           f"{output / 'blend.yaml'} --output DIR")

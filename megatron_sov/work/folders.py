@@ -13,12 +13,6 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.work")
 
 
-def part_folder(work: Path, key: str) -> Path:
-    """Return the place of a part that is named by a hash of all that it depends on; sub-folders keep each
-    listing short."""
-    return work / key[:2] / key
-
-
 def slurm_folder(output: Path) -> Path:
     """Return the folder with the logs of Slurm's jobs on an output, which outlive the work."""
     return output.with_name(f".{output.name}.slurm")

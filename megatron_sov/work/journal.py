@@ -26,6 +26,8 @@ from megatron_sov.work.folders import work_folder
 from megatron_sov.work.locks import LOCK, holding
 
 JOB, RECORDS = "job.json", "records"
+PARTS = "[0-9a-f][0-9a-f]/*"
+"""Where folders lie that are named by a hash."""
 FORMAT_VERSION = 1
 REDO = "--redo"
 """Flag of a command that begins anew where something else is unfinished."""
@@ -106,7 +108,7 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
         UserError: another process works on it, records are of something else, or nothing can be written.
     """
     folder = work_folder(output)
-    with _begun(output, made_by, identity, redo):
+    with begun(output, made_by, identity, redo):
         journal = Journal(folder)
         try:
             yield journal
@@ -118,13 +120,14 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
 def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
     """Begin the journal of an output for jobs that do its shares; arguments and errors as of
     `open_journal`."""
-    with _begun(output, made_by, identity, redo):
+    with begun(output, made_by, identity, redo):
         return
 
 
 @contextlib.contextmanager
-def _begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool) -> Iterator[None]:
-    """Hold the folder of an output's work, which is of this identity then."""
+def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = False) -> Iterator[None]:
+    """Hold the folder of an output's work, which is of this identity then; arguments and errors as of
+    `open_journal`.  An error behind which there is nothing to go on with leaves no folder."""
     _refuse_earlier(output)
     folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
@@ -133,13 +136,14 @@ def _begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool) 
         if before != now and not redo and (changed := _differing_work(folder, before, now)):
             raise UserError(list_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
-                f"ask for the same to go on, pass {REDO} to begin anew, or name another output"))
+                f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect {output} --clear), "
+                "or name another output"))
         try:
             if before != now:
                 _begin(folder, made_by, now)
             yield
         except BaseException:
-            if not _has_work(folder):  # what is refused leaves nothing
+            if folder.is_dir() and not _has_work(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -189,11 +193,10 @@ def read_job(folder: Path) -> dict[str, Any]:
     try:
         told = json.loads((folder / JOB).read_bytes())
         made_by, identity = str(told["made_by"]), dict(told["identity"])
-    except (OSError, ValueError, KeyError, TypeError):  # of a command whose parts are folders
-        return {"made_by": "a command", "identity": {},
-                "num_done": sum(1 for _ in folder.glob("[0-9a-f][0-9a-f]/*"))}
+    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or a kill before all else
+        made_by, identity = "a command", {}
     return {"made_by": made_by, "identity": identity,
-            "num_done": len(items_on_record(folder))}
+            "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
@@ -221,11 +224,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _has_work(folder: Path) -> bool:
-    """Return whether a job has records, files of its own, or a job inside of it that has some."""
+    """Return whether a job has records, parts, files of its own, or a job inside of it that has some."""
     own = {JOB, LOCK, *(file.name for file in _files(folder))}
     return (any(next(_records(file), None) is not None for file in _files(folder))
             or any(file.is_file() and file.name not in own for file in folder.iterdir())
-            or any(map(_has_work, folder.glob(".*.work"))))
+            or any(folder.glob(PARTS)) or any(map(_has_work, folder.glob(".*.work"))))
 
 
 def _records(file: Path) -> Iterator[tuple[Item, bytes, int]]:

@@ -12,8 +12,9 @@ import pytest
 
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.cli import main
-from megatron_sov.work.folders import part_folder, work_folder
+from megatron_sov.work.folders import work_folder
 from megatron_sov.work.journal import open_journal
+from megatron_sov.work.parts import part_folder
 
 
 @pytest.fixture(autouse=True)

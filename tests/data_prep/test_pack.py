@@ -26,12 +26,13 @@ from transformers import AutoTokenizer
 
 from data_prep.cli import main
 from data_prep.indexed import open_split
-from data_prep.pack import PackSettings, Source, pack, parse_sources, work_folder
+from data_prep.pack import PackSettings, Source, pack, parse_sources
 from megatron_sov import artifacts
 from megatron_sov.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE
 from megatron_sov.documents import Reading, files
 from megatron_sov.errors import UserError
+from megatron_sov.work.folders import work_folder
 
 
 @pytest.fixture(scope="module")

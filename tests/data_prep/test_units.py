@@ -14,7 +14,7 @@ from pyarrow import parquet
 from data_prep.encode import EncodingSettings
 from data_prep.units import UnitEncoder, UnitSettings, open_unit, unit_key
 from megatron_sov.documents import BadRecord, Conversation, Reading, plan_units
-from megatron_sov.work.folders import part_folder
+from megatron_sov.work.parts import part_folder
 
 LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
 

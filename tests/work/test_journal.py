@@ -61,9 +61,9 @@ def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_be
     with pytest.raises(UserError) as raised, open_journal(out, "score", other):
         raise AssertionError("it is refused")
     assert str(raised.value) == (
-        f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for "
-        "the same to go on, pass --redo to begin anew, or name another output\n  sampling.seed was "
-        "1, and is 2")
+        f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for the same to "
+        f"go on, begin anew (--redo, or megatron-sov inspect {out} --clear), or name another output\n"
+        "  sampling.seed was 1, and is 2")
     assert done_items(out, ASKED) == {0}
     with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew
         assert journal.done == {0}

@@ -34,7 +34,7 @@ def test_what_is_finished_stays_for_the_same_plan(tmp_path: Path) -> None:
         return before
 
     assert (attempt(1), attempt(1), attempt(1, UserError)) == ([], ["a", "b"], ["a", "b"])
-    with pytest.raises(UserError, match=r"another command: .* pass --redo .*\n  p was 1, and is 2"), \
+    with pytest.raises(UserError, match=r"another command: .* begin anew .--redo.*\n  p was 1, and is 2"), \
             resumable_artifact(out, "kind", "sov make", {"p": 2}):
         raise AssertionError("unreachable")
     assert (attempt(1), attempt(2, redo=True), attempt(2, redo=True)) == (["a", "b"], [], ["a", "b"])

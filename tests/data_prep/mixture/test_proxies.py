@@ -18,6 +18,7 @@ import pytest
 from data_prep.mixture.proxies import LOG, RESULT, Proxies, ProxySettings, command, key_of
 from megatron_sov.errors import UserError
 from megatron_sov.train.stage_config import StageOptions, parse_stage
+from megatron_sov.work.parts import part_folder
 from tests.typed_words import typed
 
 SETTINGS = ProxySettings("tiny-qwen3-4b", ((Path("shards"), "a" * 64),), ("optim.lr=1e-3",), 7, 64, 3)
@@ -64,7 +65,7 @@ def test_the_command_is_one_that_pretrain_takes(packed_data: Any, tmp_path: Path
 def test_losses_come_in_order_and_the_rest_of_a_model_goes(tmp_path: Path) -> None:
     blends = [{"good": i / 10} for i in range(1, 6)]
     assert losses(tmp_path, blends) == [{"clean": i / 10} for i in range(1, 6)]
-    folders = [tmp_path / key_of(SETTINGS, blend) for blend in blends]
+    folders = [part_folder(tmp_path, key_of(SETTINGS, blend)) for blend in blends]
     assert all(sorted(p.name for p in folder.iterdir()) == [LOG, RESULT] for folder in folders)
     before = {folder: (folder / RESULT).stat().st_mtime_ns for folder in folders}
     assert losses(tmp_path, [*blends[::-1], {"good": 0.9}])[-1] == {"clean": 0.9}
@@ -85,12 +86,12 @@ def test_a_folder_is_named_by_all_that_losses_depend_on() -> None:
 def test_a_model_that_fails_is_told_in_its_own_words_and_others_stay(tmp_path: Path) -> None:
     with pytest.raises(UserError) as e:
         losses(tmp_path, [{"good": 0.1}, {"bad": 1.0}, {"slow": 1.0}], workers=1)
-    log = tmp_path / key_of(SETTINGS, {"bad": 1.0}) / LOG
+    log = part_folder(tmp_path, key_of(SETTINGS, {"bad": 1.0})) / LOG
     assert str(e.value) == (
         "a small model could not be trained (exit code 1): optim.lr = 9 is too high lower it; all it wrote "
         f"is in {log}")
     assert losses(tmp_path, [{"good": 0.1}]) == [{"clean": 0.1}]
-    (tmp_path / key_of(SETTINGS, {"good": 0.1}) / RESULT).write_text("{")
+    (part_folder(tmp_path, key_of(SETTINGS, {"good": 0.1})) / RESULT).write_text("{")
     with pytest.raises(UserError, match=r"cannot be read .* delete .* and run the command again"):
         losses(tmp_path, [{"good": 0.1}])
 
@@ -98,7 +99,7 @@ def test_a_model_that_fails_is_told_in_its_own_words_and_others_stay(tmp_path: P
 def test_a_failure_ends_the_models_that_still_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could not be trained"):
         losses(tmp_path, [{"slow": 1.0}, {"bad": 1.0}])
-    started = tmp_path / key_of(SETTINGS, {"slow": 1.0}) / "run/started"
+    started = part_folder(tmp_path, key_of(SETTINGS, {"slow": 1.0})) / "run/started"
     assert started.exists() or not started.parent.exists()
 
 
