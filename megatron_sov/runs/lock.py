@@ -1,12 +1,13 @@
 """A run folder's lock: one living run at a time, and a killed one can be continued.
 
-The lock is a file with a lease that its holder renews.  Where the holder's process can be looked up, a dead
-one frees it at once; from another machine, or another container of the same machine, it is free when the
-lease has run out.
+The lock is a file in which its holder counts up, as a sign of life.  Where the holder's process can be looked
+up, a dead one frees it at once; from another machine, or another container of the same machine, the file is
+watched for a lease, by this process's own clock: no two machines' clocks are compared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,14 +25,17 @@ from megatron_sov.work.process_identity import has_ended, identity
 
 LOCK = "lock.json"
 LEASE_S = 60.0
+"""Time without a sign of life after which a holder that cannot be looked up is taken to be dead."""
+RENEWALS = 4
+"""Signs of life within a lease, so that some may be late."""
 
 
 class RunLock:
-    """Holds a run folder until `release`, renewing the lease in a background thread."""
+    """Holds a run folder until `release`, showing signs of life from a background thread."""
 
     def __init__(self, run: Path, lease_s: float = LEASE_S) -> None:
         self._file = run / LOCK
-        self._lease_s = lease_s
+        self._lease_s, self._beat = lease_s, 0
         self._token = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -44,7 +48,7 @@ class RunLock:
         """
         with disk_errors(self._file), in_turn(self._file.parent):
             record = recorded_holder(self._file.parent)
-            if record is not None and _is_living(record):
+            if record is not None and self._is_held(record):
                 raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on "
                                 f"{record['host']}); wait for it, stop it, or choose another --run")
             atomic_write(self._file, self._record())
@@ -59,11 +63,26 @@ class RunLock:
                 self._file.unlink(missing_ok=True)
 
     def _record(self) -> str:
-        return json.dumps({**identity(), "expires_s": time.time() + self._lease_s, "token": self._token,
-                           **_slurm_job()})
+        self._beat += 1
+        return json.dumps({**identity(), "beat": self._beat, "token": self._token, **_slurm_job()})
+
+    def _is_held(self, record: dict[str, Any]) -> bool:
+        """Return whether the process that wrote a record works still; asks for its signs of life where it
+        cannot be looked up."""
+        if (lives := _lives(record)) is not None:
+            return lives
+        print(f"{self._file.parent}: process {record['pid']} on {record['host']} held it last, and cannot be "
+              f"looked up from here; watching for a sign of life, {self._lease_s:g} s at most",
+              file=sys.stderr, flush=True)
+        end_s = time.monotonic() + self._lease_s
+        while time.monotonic() < end_s:
+            time.sleep(self._lease_s / 100)
+            if (now := recorded_holder(self._file.parent)) != record:
+                return now is not None  # else it was given back
+        return False
 
     def _renew(self) -> None:
-        while not self._stop.wait(self._lease_s / 4):
+        while not self._stop.wait(self._lease_s / RENEWALS):
             try:
                 if self._is_lost():
                     print(f"error: {self._file.parent}: another run took this folder while this one was "
@@ -72,7 +91,7 @@ class RunLock:
                     os._exit(ExitCode.CRASH)
                 atomic_write(self._file, self._record())
             except (UserError, OSError) as e:  # the lease is good for some more attempts
-                warn(f"{self._file}: the lease could not be renewed ({e})")
+                warn(f"{self._file}: no sign of life could be written ({e})")
 
     def _is_lost(self) -> bool:
         record = recorded_holder(self._file.parent)
@@ -82,12 +101,12 @@ class RunLock:
 def recorded_holder(run: Path) -> dict[str, Any] | None:
     """Return what a run folder's lock says, None where it says nothing.
 
-    Its fields: host, pid, started_s, expires_s, token (the holder's own), process_table (where its pid means
-    something), and slurm_job (empty outside of Slurm) with slurm_restart.
+    Its fields: host, pid, started_s, beat (its signs of life so far), token (the holder's own), process_table
+    (where its pid means something), and slurm_job (empty outside of Slurm) with slurm_restart.
     """
     try:
         record = json.loads((run / LOCK).read_text(encoding="utf-8"))
-        kinds = (("host", str), ("pid", int), ("started_s", float), ("expires_s", float))
+        kinds = (("host", str), ("pid", int), ("started_s", float))
         return {"slurm_job": "", "slurm_restart": 0, "token": "", "process_table": "", **record,
                 **{name: kind(record[name]) for name, kind in kinds}}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
@@ -108,14 +127,20 @@ def _slurm_job() -> dict[str, Any]:
 
 
 def living_holder(run: Path) -> dict[str, Any] | None:
-    """Return the host, pid and lease of the living process that holds a run folder, as far as can be known
-    from here, or None."""
+    """Return host and pid of the process that seems to hold a run folder, or None; for people to read, since
+    the age of a sign of life from elsewhere is told by the clock of its disk."""
     record = recorded_holder(run)
-    return record if record is not None and _is_living(record) else None
+    if record is None:
+        return None
+    lives = _lives(record)
+    if lives is None:
+        with contextlib.suppress(FileNotFoundError):
+            lives = time.time() - (run / LOCK).stat().st_mtime < LEASE_S
+    return record if lives else None
 
 
-def _is_living(record: dict[str, Any]) -> bool:
-    """Return whether the process that wrote a record works still, as far as can be known from here.
+def _lives(record: dict[str, Any]) -> bool | None:
+    """Return whether the process that wrote a record works still; None: it cannot be looked up from here.
 
     Slurm starts a job anew when it has given up the nodes of the start before, so that one's processes need
     not be waited for.
@@ -124,4 +149,4 @@ def _is_living(record: dict[str, Any]) -> bool:
     if now and record["slurm_job"] == now["slurm_job"] and record["slurm_restart"] < now["slurm_restart"]:
         return False
     ended = has_ended(record)
-    return bool(time.time() < record["expires_s"]) if ended is None else not ended
+    return None if ended is None else not ended

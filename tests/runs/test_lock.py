@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +17,32 @@ import psutil
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.runs.lock import LOCK, RunLock
+from megatron_sov.runs import lock
+from megatron_sov.runs.lock import LOCK, RunLock, living_holder
 from megatron_sov.work.process_identity import process_table
 
 
 def write_record(run: Path, **changed: Any) -> None:
     me = psutil.Process()
     record = {"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
-              "expires_s": time.time() + 60, "process_table": process_table(), "token": "another"}
+              "beat": 1, "process_table": process_table(), "token": "another"}
     (run / LOCK).write_text(json.dumps(record | changed))
 
 
 def take(run: Path) -> None:
-    lock = RunLock(run)
-    lock.acquire()
-    lock.release()
+    held = RunLock(run)
+    held.acquire()
+    held.release()
     assert not (run / LOCK).exists()
 
 
 def test_a_living_holder_is_named(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
-    lock.acquire()
+    held = RunLock(tmp_path)
+    held.acquire()
     with pytest.raises(UserError,
                        match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
         RunLock(tmp_path).acquire()
-    lock.release()
+    held.release()
     take(tmp_path)
 
 
@@ -70,24 +73,50 @@ def test_a_clock_that_was_corrected_does_not_kill_a_living_holder(tmp_path: Path
         RunLock(tmp_path).acquire()
 
 
-def test_another_machines_lock_holds_until_its_lease_ends(tmp_path: Path) -> None:
-    write_record(tmp_path, host="elsewhere", expires_s=time.time() + 30)
-    with pytest.raises(UserError, match="on elsewhere"):
+ELSEWHERE: list[dict[str, Any]] = [
+    {"host": "elsewhere"}, {"process_table": "the same boot, another namespace"},
+    {"pid": 2 ** 22 + 1, "process_table": "the same boot, another namespace"}]
+"""Same host name, same process number, another namespace: it may live, or not."""
+
+
+@pytest.fixture
+def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """What a holder from elsewhere does while somebody watches it; a second passes at each look."""
+    now_s = itertools.count()
+    monkeypatch.setattr(lock.time, "monotonic", lambda: float(next(now_s)))
+
+    def shows(does: Callable[[], object]) -> None:
+        monkeypatch.setattr(lock.time, "sleep", lambda s: does())
+
+    shows(lambda: None)
+    return shows
+
+
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+def test_a_holder_that_cannot_be_looked_up_holds_as_long_as_it_shows_life(
+        tmp_path: Path, life: Callable[[Callable[[], object]], None], elsewhere: dict[str, Any],
+        capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(tmp_path, **elsewhere)
+    life(lambda: write_record(tmp_path, **elsewhere, beat=2))
+    with pytest.raises(UserError, match="held by a living run"):
         RunLock(tmp_path).acquire()
-    write_record(tmp_path, host="elsewhere", expires_s=time.time() - 1)
+    assert "watching for a sign of life, 60 s at most" in capsys.readouterr().err
+    life(lambda: None)
+    take(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
+
+
+def test_a_lock_that_is_given_back_meanwhile_is_taken(
+        tmp_path: Path, life: Callable[[Callable[[], object]], None]) -> None:
+    write_record(tmp_path, host="elsewhere")
+    life((tmp_path / LOCK).unlink)
     take(tmp_path)
 
 
-def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:
-    """Same host name, same process number, another namespace: it may live, or not."""
-    write_record(tmp_path, process_table="the same boot, another namespace")
-    with pytest.raises(UserError, match="held by a living run"):
-        RunLock(tmp_path).acquire()
-    write_record(tmp_path, pid=2 ** 22 + 1, process_table="the same boot, another namespace")
-    with pytest.raises(UserError, match="held by a living run"):
-        RunLock(tmp_path).acquire()
-    write_record(tmp_path, process_table="another one", expires_s=time.time() - 1)
-    take(tmp_path)
+def test_the_clock_of_the_disk_tells_people_whether_a_holder_elsewhere_lives(tmp_path: Path) -> None:
+    write_record(tmp_path, host="elsewhere")
+    assert living_holder(tmp_path) is not None
+    os.utime(tmp_path / LOCK, (1, 1))
+    assert living_holder(tmp_path) is None
 
 
 @pytest.mark.skipif(subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True,
@@ -95,7 +124,7 @@ def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> N
 def test_two_containers_of_one_host_name_are_two_holders(tmp_path: Path) -> None:
     """Both are process 1 of their own namespace."""
     code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
-            "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True)\n"
+            "lock = RunLock(Path(sys.argv[1]), 12); lock.acquire(); print('held', flush=True)\n"
             "sys.stdin.readline(); print(lock._is_lost(), flush=True)")
     command = ["unshare", "-pf", "--mount-proc", "--kill-child", sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
@@ -108,21 +137,21 @@ def test_two_containers_of_one_host_name_are_two_holders(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"host": 1}',
-                                     '{"host": "a", "pid": "x", "started_s": 1, "expires_s": 1}'])
+                                     '{"host": "a", "pid": "x", "started_s": 1}'])
 def test_a_damaged_lock_bars_nobody(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
     take(tmp_path)
 
 
-def test_the_lease_is_renewed(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path, lease_s=0.2)
-    lock.acquire()
-    first = json.loads((tmp_path / LOCK).read_text())["expires_s"]
+def test_signs_of_life_are_shown(tmp_path: Path) -> None:
+    held = RunLock(tmp_path, lease_s=0.2)
+    held.acquire()
+    first = json.loads((tmp_path / LOCK).read_text())["beat"]
     deadline = time.monotonic() + 600
-    while json.loads((tmp_path / LOCK).read_text())["expires_s"] == first:
-        assert time.monotonic() < deadline, "the lease was not renewed"
+    while json.loads((tmp_path / LOCK).read_text())["beat"] == first:
+        assert time.monotonic() < deadline, "it shows no life"
         time.sleep(0.02)
-    lock.release()
+    held.release()
 
 
 def test_a_holder_whose_folder_was_taken_ends_without_touching_it(tmp_path: Path) -> None:
@@ -167,7 +196,7 @@ def test_the_start_before_of_the_same_slurm_job_does_not_bar_the_way(tmp_path: P
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for job, restart in (("7", 1), ("7", 2), ("8", 0)):
-        write_record(tmp_path, host="elsewhere", slurm_job=job, slurm_restart=restart)
+        write_record(tmp_path, slurm_job=job, slurm_restart=restart)
         with pytest.raises(UserError, match="held by a living run"):
             RunLock(tmp_path).acquire()
     write_record(tmp_path, host="elsewhere", slurm_job="7", slurm_restart=0)

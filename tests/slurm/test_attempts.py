@@ -202,7 +202,7 @@ def test_a_job_that_is_cut_off_again_and_again_stops(question: Question) -> None
 ])
 def test_another_job_in_the_folder(question: Question, run: Path, holder: str, queue: str, answer: str,
                                    stays: bool) -> None:
-    lock: dict[str, Any] = {"host": "n9", "pid": 1, "started_s": 0.0, "expires_s": 9e9}
+    lock: dict[str, Any] = {"host": "n9", "pid": 1, "started_s": 0.0, "beat": 1}
     (run / "lock.json").write_text(
         json.dumps(lock | ({"slurm_job": holder, "slurm_restart": 0} if holder else {})))
     assert question("begin", queue=queue) == answer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def begin(ago_s: float, resumed_from: int = 0) -> tuple[float, str, dict[str, An
 def hold(path: Path) -> None:
     """Write the lock that a living process of this machine holds."""
     (path / "lock.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
-                                                "expires_s": time.time() + 60,
+                                                "beat": 1,
                                                 "started_s": psutil.Process().create_time()}))
 
 
