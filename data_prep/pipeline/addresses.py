@@ -8,14 +8,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from data_prep.pipeline.progress import StageProgress
 from megatron_sov.digests import BLAKE3, file_digest
-from megatron_sov.documents.strict_json import short_json
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import try_read_json, write_json
 
@@ -154,12 +153,3 @@ def tree_hash(path: Path) -> str:
     found = hashes_of(files)
     return address({"files": [["" if file == path else file.relative_to(path).as_posix(), found[str(file)]]
                               for file in files]})
-
-
-def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Yield what has changed between two trees of plain values, such as ``min_score: 0.5 -> 0.6``."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*now, *(k for k in before if k not in now)]:
-            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-    elif before != now:
-        yield f"{name}: {short_json(before)} -> {short_json(now)}"

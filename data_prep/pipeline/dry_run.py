@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.pipeline.addresses import REASONS_FILE, differences
+from data_prep.pipeline.addresses import REASONS_FILE
 from data_prep.pipeline.finish import is_complete
 from data_prep.pipeline.plan import Layer, Plan, SourcePlan
 from data_prep.pipeline.reuse import reusable
 from data_prep.pipeline.running import open_tasks
 from data_prep.pipeline.tasks import Stage, layer_of, stages, tasks
+from megatron_sov.documents.strict_json import changed_values
 from megatron_sov.sealed import try_read_json
 
 MAX_REASONS = 3
@@ -69,6 +70,6 @@ def _why(source: SourcePlan, layer: Layer, output: Path) -> list[str]:
     if (before := try_read_json(newest)) is None:
         return []
     now = json.loads(json.dumps(layer.reasons))
-    own = list(differences({k: v for k, v in before.items() if k != "reads"},
-                           {k: v for k, v in now.items() if k != "reads"}))
+    own = [f"{name}: {old} -> {new}" for name, old, new in changed_values(
+        {k: v for k, v in before.items() if k != "reads"}, {k: v for k, v in now.items() if k != "reads"})]
     return (own or ["what comes before it"])[:MAX_REASONS]

@@ -14,9 +14,9 @@ from data_prep.synth.models import Model
 from data_prep.synth.templates import Prompt
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.digests import file_digest
-from megatron_sov.documents.strict_json import short_json
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.outputs import refuse_nowhere
+from megatron_sov.work.journal import differences
 
 ANSWERS = "answers.sqlite"
 _DECIDES = ("generator", "version", "settings", "model", "judge", "identity", "judge_identity",
@@ -81,15 +81,8 @@ class Identity:
     def differences(self, before: Mapping[str, Any]) -> list[str]:
         """Return what differs from an earlier command's, in what samples depend on."""
         now = json.loads(to_json(asdict(self)))
-        found = []
-        for name in _DECIDES:
-            old, new = before.get(name, _BEFORE.get(name)), now[name]
-            if isinstance(old, dict) and isinstance(new, dict):
-                found += [f"{name}: {key} was {short_json(old.get(key))}, and is {short_json(new.get(key))}"
-                          for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-            elif old != new:
-                found.append(f"{name} was {short_json(old)}, and is {short_json(new)}")
-        return found
+        return differences({name: before.get(name, _BEFORE.get(name)) for name in _DECIDES},
+                           {name: now[name] for name in _DECIDES})
 
 
 def check_folder(output: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 
@@ -26,6 +27,15 @@ def json_line(row: Any, *, allow_nan: bool = True) -> bytes:
         return json.dumps(row, ensure_ascii=False, allow_nan=allow_nan).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
         return json.dumps(row, allow_nan=allow_nan).encode() + b"\n"
+
+
+def changed_values(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield dotted name, old and new value, as `short_json` has them, of all in which two trees differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*now, *(k for k in before if k not in now)]:
+            yield from changed_values(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif before != now:
+        yield name, short_json(before), short_json(now)
 
 
 def short_json(value: Any) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, new_file, to_json
-from megatron_sov.documents.strict_json import short_json
+from megatron_sov.documents.strict_json import changed_values
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.locks import LOCK, holding
@@ -199,16 +199,9 @@ def read_job(folder: Path) -> dict[str, Any]:
             "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each value in which two identities differ."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{inside}{name}.")
-        elif old != new:
-            found.append(f"{inside}{name} was {short_json(old)}, and is {short_json(new)}")
-    return found
+    return [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
 
 
 def _refuse_earlier(output: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pipeline.addresses import address, differences, hashes_of, tree_hash
+from data_prep.pipeline.addresses import address, hashes_of, tree_hash
 from megatron_sov.errors import UserError
 
 
@@ -42,12 +42,6 @@ def test_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch:
     assert hashes_of(files, known) == first and len(read) == 7
     with pytest.raises(UserError, match="gone: cannot be read"):
         hashes_of([tmp_path / "gone"])
-
-
-def test_differences_name_the_setting() -> None:
-    before = {"settings": {"min_score": 0.5, "keep": ["ko"]}, "version": 1, "old": 1}
-    now = {"settings": {"min_score": 0.6, "keep": ["ko"]}, "version": 1}
-    assert list(differences(before, now)) == ["settings.min_score: 0.5 -> 0.6", "old: 1 -> null"]
 
 
 def test_another_content_with_the_same_size_and_time_is_read(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_other_settings_on_a_folder_are_refused_by_name_and_redone_on_request(
     assert run(endpoint) == 0
     before = len(endpoint.requests)
     assert run(endpoint, *more) == 2
-    assert ("settings: tone was" if "--set" in more else "model was") in capsys.readouterr().err
+    assert ("settings.tone was" if "--set" in more else "model was") in capsys.readouterr().err
     assert len(endpoint.requests) == before
     assert run(endpoint, *more, "--redo") == 0
     assert len(run.kept()) == 6 and len(endpoint.requests) > before
