@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "codec": "`megatron-sov codec train` or `megatron-sov codec import`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""
-MAX_ORIGINS = 50
-"""Levels of origins that are followed."""
+MAX_ORIGINS = 200
+"""Artifacts whose origins are followed."""
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
@@ -468,28 +468,74 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def origins_of(manifest: Manifest, levels: int = MAX_ORIGINS) -> list[dict[str, Any]]:
-    """Return the artifacts that one was made from, and theirs, as far as they lie where they did.
+def inputs_of(path: Path, manifest: Manifest) -> list[dict[str, str]]:
+    """Return kind, path and manifest_sha256 of each artifact that one was made from.
+
+    Raises:
+        UserError: its manifest names an input without one of them.
+    """
+    inputs: list[Any] = list(manifest.inputs)
+    for item in inputs:
+        if not isinstance(item, dict) or not all(isinstance(item.get(key), str)
+                                                 for key in ("kind", "path", "manifest_sha256")):
+            raise UserError(f"{path / MANIFEST}: is damaged (an input without kind, path or hash); make "
+                            "the artifact again or restore it from a copy")
+    return inputs
+
+
+def places_of(path: str, beside: Path) -> list[Path]:
+    """Return where an input may lie now: where its path says, from here or from the artifact `beside`, or
+    next to that under its own name, where both were moved."""
+    return [Path(path), beside.parent / path, beside.parent / Path(path).name]
+
+
+def is_artifact(path: Path, sha256: str) -> bool:
+    """Return whether a folder is the artifact whose manifest has this hash."""
+    return _hash_at(path) == sha256
+
+
+def _hash_at(path: Path) -> str:
+    """Return the hash of the manifest at a place, "" where there is none."""
+    try:
+        return manifest_sha256(path) if (path / MANIFEST).is_file() else ""
+    except (OSError, ValueError):  # no path of this machine
+        return ""
+
+
+def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> list[dict[str, Any]]:
+    """Return the artifacts that one was made from, and theirs, as far as they can be found.
 
     Args:
-        manifest: of the artifact.
-        levels: that are followed.
+        path: the artifact.
+        manifest: of it.
+        seen: hashes of manifests that are not followed again.
 
     Returns:
-        kind, path, state ("here", "changed since", or "not here") and made_from of each.
+        kind, path, state ("here", "as above", "changed since", or "not here") and made_from of each.
+
+    Raises:
+        UserError: a manifest on the way is damaged.
     """
-    found = []
-    for item in filter(lambda item: isinstance(item, dict), manifest.inputs):
-        path, made_from = Path(str(item.get("path"))), []
-        try:
-            state = "here" if manifest_sha256(path) == item.get("manifest_sha256") else "changed since"
-            if state == "here" and levels > 1:
-                made_from = origins_of(read_manifest(path), levels - 1)
-        except (OSError, ValueError, UserError):
-            state = "not here"
-        found.append({"kind": str(item.get("kind")), "path": str(path), "state": state,
-                      "made_from": made_from})
+    found, seen = list[dict[str, Any]](), set(seen)
+    for item in inputs_of(path, manifest):
+        sha256, places = item["manifest_sha256"], places_of(item["path"], path)
+        place = next((p for p in places if is_artifact(p, sha256)), None)
+        state = "changed since" if _hash_at(places[0]) else "not here"
+        below: list[dict[str, Any]] = []
+        if place is not None:
+            state = "as above" if sha256 in seen else "here"
+            if sha256 not in seen and len(seen) < MAX_ORIGINS:
+                below = origins_of(place, read_manifest(place), seen | {sha256})
+        seen |= {sha256, *_hashes(below)}
+        found.append({"kind": item["kind"], "path": str(place or item["path"]), "manifest_sha256": sha256,
+                      "state": state, "made_from": below})
     return found
+
+
+def _hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
+    for origin in origins:
+        yield origin["manifest_sha256"]
+        yield from _hashes(origin["made_from"])
 
 
 def manifest_sha256(path: str | Path) -> str:

@@ -6,9 +6,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, Manifest, manifest_sha256, read_manifest
+from megatron_sov.artifacts import (
+    MANIFEST,
+    Manifest,
+    inputs_of,
+    is_artifact,
+    manifest_sha256,
+    places_of,
+    read_manifest,
+)
 from megatron_sov.card.compute import flops_per_token
 from megatron_sov.card.graph import Graph, Node
 from megatron_sov.card.run_record import RunRecord, read_run_record
@@ -157,7 +164,7 @@ class _Walk:
         manifest = read_manifest(folder)
         left = (record.path / CHECKPOINTS_OF_A_RUN).glob(f"step-*/{MANIFEST}")
         own = ({manifest_sha256(p.parent) for p in left} | {self.found.model}) - {""}
-        inputs = [item["manifest_sha256"] for item in _inputs(folder, manifest) if item["kind"] == KIND]
+        inputs = [item["manifest_sha256"] for item in inputs_of(folder, manifest) if item["kind"] == KIND]
         if manifest.kind != HF_MODEL or not own & set(inputs):
             if is_asked:
                 raise UserError(f"--hf-folder {folder}: was not made from a checkpoint of {record.path}; "
@@ -183,11 +190,11 @@ class _Walk:
 
     def _input(self, by: Path, path: str, sha256: str, kind: str, target: str, told_by: str) -> None:
         """Follow one input to where it lies now, if it is what it was."""
-        places = [Path(path), by.parent / path, by.parent / Path(path).name]
+        places = places_of(path, by)
         if kind == KIND:  # RUN/checkpoints/step-N beside this run's folder, where both were moved
             places.append(by.parent / Path(*Path(path).parts[-3:]))
         known = self.found.places.get(sha256) or self._elsewhere.get(sha256)
-        folder = next((p for p in places if _is(p, sha256)), known)
+        folder = next((p for p in places if is_artifact(p, sha256)), known)
         if folder is not None:
             self._artifact(folder, sha256)
         else:
@@ -217,7 +224,7 @@ class _Walk:
 
     def _follow(self, sha256: str) -> None:
         folder, manifest = self.found.places[sha256], self.found.manifests[sha256]
-        for item in _inputs(folder, manifest):
+        for item in inputs_of(folder, manifest):
             self._input(folder, item["path"], item["manifest_sha256"], item["kind"], sha256, MANIFEST)
         base = manifest.content.get(BASE)
         if isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("sha256", "path")):
@@ -253,29 +260,6 @@ def _is_below(folder: Path, root: Path) -> bool:
         return folder.resolve().is_relative_to(root.resolve())
     except (OSError, ValueError):  # no path of this machine
         return False
-
-
-def _is(folder: Path, sha256: str) -> bool:
-    """Return whether a folder is the artifact of that hash."""
-    try:
-        return (folder / MANIFEST).is_file() and manifest_sha256(folder) == sha256
-    except (OSError, ValueError):  # no path of this machine
-        return False
-
-
-def _inputs(folder: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """Return what an artifact was made from.
-
-    Raises:
-        UserError: its manifest names an input without kind, path or hash.
-    """
-    inputs: list[Any] = list(manifest.inputs)
-    for item in inputs:
-        if not isinstance(item, dict) or not all(isinstance(item.get(key), str)
-                                                 for key in ("kind", "path", "manifest_sha256")):
-            raise UserError(f"{folder / MANIFEST}: is damaged (an input without kind, path or hash); make "
-                            "the artifact again or restore it from a copy")
-    return inputs
 
 
 def _described(record: RunRecord) -> str:

@@ -12,8 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.artifacts import MANIFEST, damaged_files, disk_errors, read_manifest
-from megatron_sov.artifacts import origins_of as artifact_origins
+from megatron_sov.artifacts import MANIFEST, damaged_files, disk_errors, origins_of, read_manifest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.events import EVENTS
@@ -91,7 +90,7 @@ def _of_artifact(path: Path) -> dict[str, Any]:
     return {"kind": manifest.kind, "created_s": manifest.created_s, "num_files": len(manifest.files),
             "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
             "content": manifest.content, "settings": manifest.settings,
-            "made_from": artifact_origins(manifest)}
+            "made_from": origins_of(path, manifest)}
 
 
 def _unfinished(path: Path) -> dict[str, Any]:

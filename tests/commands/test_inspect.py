@@ -104,3 +104,17 @@ def test_an_empty_or_damaged_table_is_told(capsys: pytest.CaptureFixture[str]) -
             write(artifact.path / "rows.parquet")
     assert "row 1" not in inspected(capsys, "empty")
     assert "rows.parquet cannot be read" in inspected(capsys, "bad")
+
+
+def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.CaptureFixture[str]) -> None:
+    with new_artifact(Path("d"), "rows") as artifact:
+        artifact.add_input(Path("c"))
+        artifact.add_input(Path("b"))
+    told = inspected(capsys, "d").split("\n")
+    assert [line for line in told if "made from" in line] == [
+        "  made from rows c (here)", "    made from rows b (here)", "      made from rows a (here)",
+        "  made from rows b (as above)"]
+    Path("elsewhere").mkdir()
+    for name in "abcd":
+        os.rename(name, f"elsewhere/{name}")
+    assert inspected(capsys, "elsewhere/d").count("(here)") == 3

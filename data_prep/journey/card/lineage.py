@@ -17,7 +17,10 @@ from megatron_sov.artifacts import (
     MANIFEST,
     Manifest,
     damaged_files,
+    inputs_of,
+    is_artifact,
     manifest_sha256,
+    places_of,
     read_manifest,
 )
 from megatron_sov.errors import UserError
@@ -138,7 +141,7 @@ class _Walk:
             self._corpus(path, manifest, origin)
         if manifest.kind == SYNTHESIS:
             self.syntheses.append(_synthesis(path, manifest, origin))
-        inputs, around = manifest.inputs, None
+        inputs, around = inputs_of(path, manifest), None
         if manifest.kind == TOKENS:
             around = self._packed_by_around(path, sha256)
             if around is not None:
@@ -146,18 +149,13 @@ class _Walk:
             elif not any(item["kind"] in (CORPUS, TOKENS, SYNTHESIS) for item in inputs):
                 self.unknown.append(f"tokens {origin.name!r}: the manifest names no corpus")
         for item in inputs:
-            if not all(isinstance(item.get(key), str) for key in ("kind", "path", "manifest_sha256")):
-                raise UserError(f"{path / MANIFEST}: is damaged (an input without kind, path or hash); make "
-                                "the artifact again or restore it from a copy")
             self._input(path, item)
         made_from = [*([around] if around is not None else []), *(item["manifest_sha256"] for item in inputs)]
         self.origins[place] = replace(origin, made_from=tuple(made_from))
 
     def _input(self, path: Path, item: dict[str, str]) -> None:
         """Follow one input to where it lies now, if it is what it was."""
-        places = [Path(item["path"]), path.parent / item["path"], path.parent / Path(item["path"]).name]
-        found = next((p for p in places if (p / MANIFEST).is_file()
-                      and manifest_sha256(p) == item["manifest_sha256"]),
+        found = next((p for p in places_of(item["path"], path) if is_artifact(p, item["manifest_sha256"])),
                      self._elsewhere.get(item["manifest_sha256"]))
         if found is not None:
             self.visit(found, read_manifest(found))
