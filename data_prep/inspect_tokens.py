@@ -8,16 +8,6 @@ from data_prep.splits import HELDOUT, TRAIN
 from data_prep.token_artifact import read_tokens_manifest
 
 
-def show(data: Path) -> int:
-    """Print the table; returns 0.
-
-    Raises:
-        UserError: `data` is not an artifact of kind "tokens".
-    """
-    print("\n".join(table(data)))
-    return 0
-
-
 def table(data: Path) -> list[str]:
     """Return the lines of the table.
 

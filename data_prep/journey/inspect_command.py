@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data_prep import inspect_tokens
-from megatron_sov.artifacts import MANIFEST
+from data_prep.inspect_tokens import table
+from data_prep.token_artifact import KIND as TOKENS
 from megatron_sov.errors import UserError
+from megatron_sov.runs.inspecting import Kind, LookOptions, look
 from megatron_sov.settings import AtLeastOne, Code, Flag, NotNegativeInt, Problem, add_options, read_options
 
 PIPELINE_ONLY = ("id", "where", "text", "dropped", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """Look into token shards, or at a document's way through a pipeline."""
+class InspectOptions(LookOptions):
+    """Say what something is, or show a document's way through a pipeline."""
 
-    data: Annotated[Path, Flag("DIR")]
-    """Folder that `sov-data pack`, `sov-data mix` or `sov-data run` wrote."""
+    data: Annotated[Path, Flag("PATH")]
+    """Any artifact, file of rows, or the --output of a command that was killed."""
     id: Annotated[str | None, Flag(value="ID")] = None
     """Show this document at each step."""
     where: Annotated[str | None, Flag(value="FILE")] = None
@@ -37,8 +38,6 @@ class InspectOptions:
     """Bytes of shards that a search reads at most."""
     chars: NotNegativeInt = 600
     """Characters of the text that --id shows (0: all)."""
-    json: bool = False
-    """Print a document's way as JSON."""
 
     def problems(self) -> list[Problem]:
         """Return what does not fit together."""
@@ -50,9 +49,9 @@ class InspectOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = ("Of token shards: documents, tokens and bytes per token of each source. Of what "
-                          "`sov-data run` wrote: the sources, or with --id a document's way through all "
-                          "steps; --where, --text and --dropped find ids.")
+    parser.description = ("What something is, from what it was made, how far unfinished work on it is, and "
+                          "some of its rows. Of what `sov-data run` wrote: with --id a document's way "
+                          "through all steps; --where, --text and --dropped find ids.")
     add_options(parser, InspectOptions)
 
 
@@ -65,13 +64,14 @@ def run(typed: argparse.Namespace) -> int:
     _check(args)
     asked = [f"--{name}" for name in PIPELINE_ONLY if getattr(args, name) is not None]
     if not is_corpus(args.data):
-        if asked or args.json:
-            raise UserError(f"{asked[0] if asked else '--json'}: {args.data} is no output of `sov-data run`, "
-                            "which alone knows each document's way; token shards keep no ids")
-        if not (args.data / MANIFEST).is_file():
-            raise UserError(f"{args.data}: {'holds' if args.data.is_dir() else 'is'} neither a run of "
-                            "`sov-data run` that has begun nor token shards; check the path")
-        return inspect_tokens.show(args.data)
+        if asked:
+            raise UserError(f"{asked[0]}: {args.data} is no output of `sov-data run`, which alone knows each "
+                            "document's way; token shards keep no ids")
+        look(args.data, args, {TOKENS: Kind(table, _problems, _documents)})
+        return 0
+    if not asked and (args.json or args.verify or args.clear or args.page):
+        look(args.data, args, {})
+        return 0
     telling.show(Corpus.open(args.data), telling.Asked(
         args.id, args.where, args.text, args.dropped, args.source, args.count, args.scan_bytes, args.chars,
         args.json))
@@ -89,5 +89,22 @@ def _check(args: InspectOptions) -> None:
                 value.encode()
             except UnicodeEncodeError:  # bytes of the command line that are no text
                 raise UserError(f"--{name} {value!a}: is no UTF-8; nothing here is spelt so") from None
-    if args.json and args.id is None:
-        raise UserError("--json: goes with --id; name a document")
+    if args.json and args.id is None and any(getattr(args, name) is not None for name in PIPELINE_ONLY):
+        raise UserError("--json: goes with --id, or with no other question; name a document")
+
+
+def _problems(data: Path) -> list[str]:
+    from data_prep.verify import check
+
+    return check(data)[0]
+
+
+def _documents(data: Path, count: int) -> list[str]:
+    """Return some documents, decoded; none of data without any for training."""
+    from data_prep.sample import SampleOptions, sample
+    from data_prep.token_artifact import num_tokens, read_tokens_manifest
+
+    if not num_tokens(read_tokens_manifest(data).content):
+        return []
+    lines = sample(data, None, "train", count, SampleOptions.max_tokens, 0)
+    return [f"{head} {text}" for head, text in zip(lines[::3], lines[1::3], strict=True)]

@@ -23,6 +23,7 @@ from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_ac
 if TYPE_CHECKING:
     from megatron_sov.rollouts.rows import Rollout
     from megatron_sov.rollouts.store import Store
+    from megatron_sov.work.claims import Holder
 
 MAX_TOLD = 20
 """Problems that `verify` prints; `--json` has all."""
@@ -103,33 +104,49 @@ def _open(args: StoreOptions) -> Store:
 
 
 def _ls(args: StoreLsOptions) -> int:
-    from megatron_sov.work.claims import holders
-
     store = _open(args)
-    judged: dict[str, list[str]] = {}
-    for version in store.reward_versions():
-        for part in store.reward_parts(version, args.round):
-            judged.setdefault(part.name, []).append(part.reward_version)
-    parts = store.rollout_parts(args.round)
-    held = [holder for holder in holders(store.claims) if not holder.is_released]
     if args.json:
+        judged = _judged(store, args.round)
         print(json.dumps({"tokenizer": store.tokenizer_digest, "vocab_size": store.vocab_size, "parts": [
             {"name": part.name, "round": part.round, "piece": part.piece, "attempt": part.attempt,
              "rows": part.num_rows, "kept_out": part.num_kept_out, "bytes": part.file.stat().st_size,
              "created_s": part.created_s, "manifest_sha256": part.manifest_sha256,
-             "reward_versions": judged.get(part.name, []), "provenance": part.provenance} for part in parts],
-            "claims": [vars(holder) for holder in held]}))
+             "reward_versions": judged.get(part.name, []), "provenance": part.provenance} for part in
+            store.rollout_parts(args.round)], "claims": [vars(holder) for holder in _held(store)]}))
         return ExitCode.OK
+    for line in listed(store, args.round):
+        print(visible(line))
+    return ExitCode.OK
+
+
+def listed(store: Store, round_: int | None = None) -> Iterator[str]:
+    """Yield a line for each part of a store, their sum, and a line for each claim."""
+    judged = _judged(store, round_)
+    parts = store.rollout_parts(round_)
     for part in parts:
-        print(f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
-              f"{_when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
-              + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
-    print(f"{args.store}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows")
-    for holder in held:
+        yield (f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
+               f"{_when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
+               + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
+    yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
+    for holder in _held(store):
         where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
         job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
-        print(visible(f"claimed: {holder.name} by {where}{job}, last sign of life {_when(holder.changed_s)}"))
-    return ExitCode.OK
+        yield f"claimed: {holder.name} by {where}{job}, last sign of life {_when(holder.changed_s)}"
+
+
+def _judged(store: Store, round_: int | None) -> dict[str, list[str]]:
+    """Return part -> versions of the rewards that have judged it."""
+    found: dict[str, list[str]] = {}
+    for version in store.reward_versions():
+        for part in store.reward_parts(version, round_):
+            found.setdefault(part.name, []).append(part.reward_version)
+    return found
+
+
+def _held(store: Store) -> list[Holder]:
+    from megatron_sov.work.claims import holders
+
+    return [holder for holder in holders(store.claims) if not holder.is_released]
 
 
 def _when(time_s: float) -> str:

@@ -10,8 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.cli import main as data_main
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.cli import main
+from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.store import Store
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.journal import open_journal
 from megatron_sov.work.parts import part_folder
@@ -75,9 +78,12 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
     Path("run").mkdir()
     Path("run/events.jsonl").touch()
     assert "run: run; see `megatron-sov status run`" in inspected(capsys, "run")
-    Path("store").mkdir()
-    Path("store/store.json").write_text("{}")
-    assert "store: rollout store; see `megatron-sov rl store stats store`" in inspected(capsys, "store")
+    Store.create(Path("store"), "sha256:ab", 100)
+    told = inspected(capsys, "store", "--verify")
+    assert "store: rollout store; see `megatron-sov rl store stats store`" in told
+    assert "store: 0 parts, 0 rows" in told and "store: sound as rollout store" in told
+    (Path("store/rollouts") / part_name(1, 0)).mkdir()
+    assert "manifest.json" in inspected(capsys, "store", "--verify", code=3)
     Path("other").mkdir()
     assert "other: is nothing that megatron-sov has made" in inspected(capsys, "other", code=2)
     assert "none: does not exist, and no work on it" in inspected(capsys, "none", code=2)
@@ -118,3 +124,29 @@ def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.
     for name in "abcd":
         os.rename(name, f"elsewhere/{name}")
     assert inspected(capsys, "elsewhere/d").count("(here)") == 3
+
+
+def test_a_page_holds_facts_origins_and_rows_and_no_script_of_theirs(capsys: pytest.CaptureFixture[str]
+                                                                    ) -> None:
+    Path("rows.jsonl").write_text('{"a": "<script>alert(1)</script>", "b": [1]}\n{"c": null}\n')
+    inspected(capsys, "rows.jsonl", "--page", "rows.html")
+    page = Path("rows.html").read_text()
+    assert "&lt;script&gt;alert" in page and "<script>alert" not in page
+    assert all(f">{name}</th>" in page for name in "abc")
+    inspected(capsys, "c", "--page", "c.html")
+    assert "made from rows b (here)" in Path("c.html").read_text()
+    assert "--page" in inspected(capsys, "c", "--page", "a", code=2)
+
+
+def test_the_page_types_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/inspect.md").read_text()
+    os.rename("a", "shards")
+    with (pytest.raises(KeyboardInterrupt),
+          open_journal(Path("scored.jsonl"), "megatron-sov score", {}) as kept):
+        kept.add([(0, b"a")])
+        raise KeyboardInterrupt
+    lines = page.split("```sh\n")[1].split("```")[0].splitlines()
+    for program, *words in map(str.split, lines):
+        assert {"megatron-sov": main, "sov-data": data_main}[program](words) == 0, words
+    assert "scored.jsonl: its unfinished work is deleted" in capsys.readouterr().out
+    assert Path("shards.html").is_file()

@@ -18,7 +18,11 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
     pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards",
          PackSettings(heldout_share=1e-9))
     assert main(["inspect", str(tmp_path / "shards")]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == table(tmp_path / "shards")[2:]
+    told = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
+    assert [line.removeprefix("  ") for line in told[1:5]] == table(tmp_path / "shards")
+    assert told[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in told[-1]
+    assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("shards: sound as tokens\n")
     record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]
     train, heldout = (line.split() for line in table(tmp_path / "shards")[2:])
     ratio = f"{2600 / record['num_tokens']:.3f}"
@@ -26,6 +30,7 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
     assert heldout == ["one", "text", "heldout", "1", "0", "0", "0", "-"]
 
 
-def test_other_folders_are_refused(tokenizers: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(tokenizers["solar-open"])]) == 2
-    assert "is a 'tokenizer' artifact where a 'tokens' artifact is needed" in capsys.readouterr().err
+def test_other_artifacts_are_told_too(tokenizers: dict[str, Path], capsys: pytest.CaptureFixture[str]
+                                      ) -> None:
+    assert main(["inspect", str(tokenizers["solar-open"])]) == 0
+    assert "artifact of kind tokenizer" in capsys.readouterr().out

@@ -121,7 +121,7 @@ def test_without_an_id_each_source_is_shown_step_by_step(corpus: Path,
     (["--id", "web:0:0123456789abcdef"], "has no such document among its 6"),
     (["--where", ""], "--where: is empty"),
     (["--text", "x", "--count", "0"], "--count 0: must be at least 1"),
-    (["--text", "\udcff"], "is no UTF-8"), (["--json"], "goes with --id"),
+    (["--text", "\udcff"], "is no UTF-8"), (["--text", "x", "--json"], "goes with --id"),
     (["--text", "x", "--source", "none"], "has no source 'none'"),
     (["--id", "a", "--text", "b"], "--text: goes without --id"),
 ])
@@ -133,10 +133,15 @@ def test_mistakes_are_one_sentence(corpus: Path, arguments: Sequence[str], said:
 def test_token_shards_have_no_ids(token_shards: Path, tmp_path: Path,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert "token shards keep no ids" in refused(capsys, token_shards, "--id", "web:0:0123456789abcdef")
-    assert len(inspect(capsys, token_shards)) == 6
-    assert "is neither a run of `sov-data run` that has begun nor token shards" in refused(
-        capsys, tmp_path / "none")
-    assert "holds neither a run" in refused(capsys, tmp_path)
+    assert "artifact of kind tokens" in inspect(capsys, token_shards)[0]
+    assert "does not exist, and no work on it is unfinished" in refused(capsys, tmp_path / "none")
+    assert "is nothing that megatron-sov has made" in refused(capsys, tmp_path)
+
+
+def test_a_corpus_tells_what_every_artifact_tells(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads("\n".join(inspect(capsys, corpus, "--json")))
+    assert (told["kind"], told["path"]) == ("corpus", str(corpus)) and told["content"]["num_documents"]
+    assert "every file has the hash of its manifest" in inspect(capsys, corpus, "--verify")[-1]
 
 
 def test_what_does_not_fit_together_is_told(own_corpus: Path, ids: Ids,
