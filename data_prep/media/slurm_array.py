@@ -4,27 +4,16 @@ the artifact.  The same command, typed again, tells how far they are or goes on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from data_prep.media.finishing import KIND
 from data_prep.media.running import MADE_BY, Order, encode_units, finished
 from data_prep.media.units import UnitEncoder, plan
-from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
-from megatron_sov.clusters import client, cluster
-from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.clusters import cluster
 from megatron_sov.errors import UserError
-from megatron_sov.work.arrays import (
-    FINISH_CPUS,
-    Arrays,
-    refuse_enroot,
-    refuse_many_restarts,
-    refuse_unquotable,
-    tell_failures,
-)
-from megatron_sov.work.locks import holding
+from megatron_sov.work.arrays import FINISH_CPUS, SharedWork, refuse_many_restarts, submit_shares
 from megatron_sov.work.parts import begin_parts, open_parts
-from megatron_sov.work.slurm_jobs import Jobs
-
-ENCODE, FINISH = "encode", "finish"
 
 
 @dataclass(frozen=True)
@@ -71,30 +60,22 @@ def submit_order(order: Order, name: str, num_workers: int, *, account: str | No
         UserError: the profile, the order or Slurm are in the way.
     """
     order = _absolute(order)
-    refuse_unquotable(order.output)
     if num_workers < 1:
         raise UserError(f"--workers {num_workers}: must be at least 1")
     profile = cluster.load(name, account=account, partition=partition)
-    refuse_enroot(profile)
     if (order.output / MANIFEST).is_file() and not order.overwrite:
         read_manifest(order.output, KIND)
         print(f"{order.output}: complete from before")
         return
     units = order.ready()
     encoder = UnitEncoder(order.settings, order.work, order.threads)
-    begin_parts(order.output, MADE_BY)
-    with disk_errors(order.slurm):
-        (order.slurm / "slurm").mkdir(parents=True, exist_ok=True)
-    with holding(order.slurm, order.output), disk_errors(order.slurm):
-        num_done = sum(map(encoder.is_done, units))
-        if living := Jobs.read(order.slurm).living():
-            print(f"{order.output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "
-                  f"{len(units):,} "
-                  "units are done")
-            return
-        tell_failures(order.slurm, (ENCODE, FINISH))
-        client.check_partition(profile.partition)
-        _submit(order, profile, min(num_workers, len(units) - num_done))
+    submit_shares(order.output, SharedWork(
+        "encode", "encode-media", len(units), "units",
+        num_done=lambda: sum(map(encoder.is_done, units)), begin=lambda: begin_parts(order.output, MADE_BY),
+        share=partial(EncodeShare, order), finish=FinishMedia(order),
+        cpus=min(profile.cpus_per_node, order.threads + 1),
+        gpus=int(order.settings.device.startswith("cuda")),
+        finish_cpus=min(profile.cpus_per_node, FINISH_CPUS)), profile, num_workers)
 
 
 def _absolute(order: Order) -> Order:
@@ -105,13 +86,3 @@ def _absolute(order: Order) -> Order:
                        audio_tokenizer=sounds and sounds.absolute())
     return replace(order, output=order.output.absolute(), settings=settings,
                    inputs=tuple(path.absolute() for path in order.inputs))
-
-
-def _submit(order: Order, profile: ClusterProfile, num_workers: int) -> None:
-    with Arrays(order.slurm, "encode-media", profile) as arrays:
-        if num_workers:
-            arrays.submit(ENCODE, EncodeShare(order, num_workers), num_workers,
-                          cpus=min(profile.cpus_per_node, order.threads + 1),
-                          gpus=int(order.settings.device.startswith("cuda")))
-        arrays.submit(FINISH, FinishMedia(order), cpus=min(profile.cpus_per_node, FINISH_CPUS))
-    print(f"{order.output}: submitted {arrays.told()}; the same command tells how far they are")

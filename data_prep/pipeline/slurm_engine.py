@@ -27,6 +27,7 @@ from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
 from megatron_sov.work.arrays import (
+    FINISH,
     FINISH_CPUS,
     Arrays,
     refuse_many_restarts,
@@ -141,7 +142,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str
             return
         for sentence in plan.told():
             print(sentence)
-        tell_failures(output, [*READING_STAGES, *(stage.name for stage in stages(plan)), "finish"])
+        tell_failures(output, [*READING_STAGES, *(stage.name for stage in stages(plan)), FINISH])
         _submit_run(plan, output, profile)
 
 
@@ -167,7 +168,7 @@ def _submit_run(plan: Plan, output: Path, profile: ClusterProfile) -> None:
         for stage in stages(plan):
             if todo := open_tasks(plan, stage, output):
                 arrays.submit(stage.name, DoTasks(file, output, stage, tuple(todo)), len(todo))
-        arrays.submit("finish", FinishRun(file, output), cpus=min(profile.cpus_per_node, FINISH_CPUS))
+        arrays.submit(FINISH, FinishRun(file, output), cpus=min(profile.cpus_per_node, FINISH_CPUS))
     print("\n".join([*_progress(plan, output), f"{output}: submitted {len(arrays.jobs.numbers)} jobs: "
                      f"{arrays.told()}; the same command tells how far they are"]))
 

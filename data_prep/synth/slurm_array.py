@@ -28,6 +28,7 @@ from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.work.arrays import (
+    FINISH,
     FINISH_CPUS,
     Arrays,
     TaskFailed,
@@ -42,7 +43,7 @@ from megatron_sov.work.slurm_jobs import Jobs
 ADDRESS, ARRAY, SCRIPT = "slurm/server.json", "slurm/array.job", "slurm/server.sbatch"
 KEY_ENV = "VLLM_API_KEY"
 """What `vllm serve` reads its key from, and workers send it by."""
-ASK, FINISH, SERVER = "ask", "finish", "server"
+ASK, SERVER = "ask", "server"
 _NAME = re.compile(r"[A-Za-z0-9._/-]+")
 SERVER_WAIT_S, LOOK_S = 3 * 3600.0, 5.0
 

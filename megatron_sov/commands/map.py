@@ -35,18 +35,18 @@ from megatron_sov.settings import (
     parse_nested,
     read_options,
 )
-from megatron_sov.work.arrays import Arrays, refuse_many_restarts, refuse_unquotable, tell_failures
+from megatron_sov.work.arrays import SharedWork, refuse_many_restarts, submit_shares
 from megatron_sov.work.cluster_options import ClusterOptions
 from megatron_sov.work.folders import slurm_folder
 from megatron_sov.work.jobs import Executor, Job, in_workers, run_job, run_share
 from megatron_sov.work.journal import Journal, begin_journal, done_items
-from megatron_sov.work.slurm_jobs import Jobs, refuse_living
+from megatron_sov.work.slurm_jobs import refuse_living
 
 KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
 """Rows that are kept together; at a kill each process loses at most `pool.WAITING_PER_WORKER` times as
 many."""
-SHARES, FINISH = "map", "finish"
+SHARES = "map"
 Batch = list[tuple[int, bytes]]
 """Numbers of lines, and the lines: who does them parses them."""
 
@@ -233,28 +233,18 @@ def _lines_of(made: Any) -> list[bytes]:
 
 def _submit(order: MapOrder) -> None:
     """Submit what is not done, or tell how far jobs are that work on it."""
-    from megatron_sov.clusters import client, cluster
+    from megatron_sov.clusters import cluster
 
     options = replace(order.options, output=order.options.output.absolute(),
                       rows=order.options.rows.absolute())
-    order, slurm = replace(order, options=options), slurm_folder(options.output)
-    refuse_unquotable(options.output)
-    profile = cluster.load(options.cluster, account=options.account, partition=options.partition)
+    order, profile = replace(order, options=options), cluster.load(
+        options.cluster, account=options.account, partition=options.partition)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: complete from before")
         return
-    num_batches, job = -(-order.num_rows // BATCH_ROWS), order.job(1)
-    if living := Jobs.read(slurm).living():
-        num_done = len(done_items(job.output, job.identity))
-        print(f"{options.output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "
-              f"{num_batches:,} batches are done")
-        return
-    begin_journal(job.output, job.made_by, job.identity, redo=options.redo)
-    tell_failures(slurm, (SHARES, FINISH))
-    client.check_partition(profile.partition)
-    (slurm / "slurm").mkdir(parents=True, exist_ok=True)
-    num_shares = min(options.workers, num_batches)
-    with Arrays(slurm, to_json(job.identity), profile) as arrays:
-        arrays.submit(SHARES, MapShare(order, num_shares), num_shares)
-        arrays.submit(FINISH, MapFinish(order))
-    print(f"{options.output}: submitted {arrays.told()}; the same command tells how far they are")
+    job = order.job(1)
+    submit_shares(options.output, SharedWork(
+        SHARES, to_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
+        num_done=lambda: len(done_items(job.output, job.identity)),
+        begin=lambda: begin_journal(job.output, job.made_by, job.identity, redo=options.redo),
+        share=partial(MapShare, order), finish=MapFinish(order)), profile, options.workers)

@@ -15,7 +15,8 @@ import re
 import shlex
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -24,9 +25,13 @@ from megatron_sov.clusters import client
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import read_json, write_json
+from megatron_sov.work.folders import slurm_folder
+from megatron_sov.work.locks import holding
 from megatron_sov.work.slurm_jobs import Jobs
 
 WORK, FAILED, SCRIPT = "work.pickle", "failed", "job.sbatch"
+FINISH = "finish"
+"""The last job of a command."""
 FINISH_CPUS = 16
 """Cores of a last job, which finishes what an array has done."""
 MAX_RESTARTS = 20
@@ -150,6 +155,58 @@ class Arrays:
     def told(self) -> str:
         """Return the names and numbers of all jobs."""
         return ", ".join(f"{name} {number}" for name, number in self.jobs.numbers.items())
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """What an array does in shares, and a last job finishes."""
+
+    name: str
+    """Of the array."""
+    address: str
+    """Of what the jobs work on, see `Jobs`."""
+    num_items: int
+    """That are shared out."""
+    unit: str
+    """What an item is, in the plural."""
+    num_done: Callable[[], int]
+    """Items that are done."""
+    begin: Callable[[], object]
+    """Makes the folder of the work."""
+    share: Callable[[int], Work]
+    """Returns the work of an array of so many tasks."""
+    finish: Work
+    cpus: int = 1
+    """Of a job of the array."""
+    gpus: int = 0
+    finish_cpus: int = 1
+    """Of the last job."""
+
+
+def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile, most_tasks: int) -> None:
+    """Submit what is not done, or tell how far jobs are that work on it.
+
+    Raises:
+        UserError: the output, the work or Slurm are in the way.
+    """
+    refuse_unquotable(output)
+    slurm = slurm_folder(output)
+    with holding(slurm, output), disk_errors(slurm):
+        num_done = shared.num_done()
+        if living := Jobs.read(slurm).living():
+            print(f"{output}: Slurm's jobs {', '.join(living)} are at work; {num_done:,} of "
+                  f"{shared.num_items:,} {shared.unit} are done")
+            return
+        shared.begin()
+        tell_failures(slurm, (shared.name, FINISH))
+        client.check_partition(profile.partition)
+        num_tasks = min(most_tasks, shared.num_items - num_done)
+        with Arrays(slurm, shared.address, profile) as arrays:
+            if num_tasks:
+                arrays.submit(shared.name, shared.share(num_tasks), num_tasks, cpus=shared.cpus,
+                              gpus=shared.gpus)
+            arrays.submit(FINISH, shared.finish, cpus=shared.finish_cpus)
+    print(f"{output}: submitted {arrays.told()}; the same command tells how far they are")
 
 
 def _written(logs: Path, work: Work, num_tasks: int, profile: ClusterProfile, cpus: int, gpus: int) -> Path:

@@ -196,7 +196,8 @@ def read_job(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or a kill before all else
         made_by, identity = "a command", {}
     return {"made_by": made_by, "identity": identity,
-            "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))}
+            "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))
+            + sum(read_job(inside)["num_done"] for inside in folder.glob(".*.work"))}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ class Jobs:
 
     def write(self, output: Path) -> None:
         """Put it on record."""
-        (output / FILE).parent.mkdir(exist_ok=True)
+        (output / FILE).parent.mkdir(parents=True, exist_ok=True)
         write_json(output / FILE, asdict(self))
 
     def living(self) -> list[str]:
