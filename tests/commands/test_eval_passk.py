@@ -142,6 +142,9 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
     command = [str(hf_models["solar_open"]), *ASK]
     assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
     assert not Path("out").exists()
+    capsys.readouterr()
+    assert main(["eval", "passk", *JUDGE, *command, "--seed", "4", "--output", "out"]) == 2
+    assert "model.sampling.seed was 3, and is 4" in capsys.readouterr().err
     found = passk(capsys, *command, "--output", "out")
     assert calls == [8, 8, 8, 4]
     assert (found["num_prompts"], found["num_samples"], found["share_at_limit"]) == (5, 20, 1.0)
