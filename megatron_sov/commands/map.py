@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -66,6 +67,8 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     """An argument of the class; may be repeated."""
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes (default: one for each core); with --cluster: jobs of the array; with --ray: at most."""
+    threads: AtLeastOne = 1
+    """Rows at a time in each process, for a class that waits for an endpoint."""
     ray: Annotated[str, Flag(value="ADDRESS")] = ""
     """Do it on a Ray cluster: HOST:PORT of its head, or auto on one of its nodes."""
     gpus: Annotated[NotNegative, only_with("ray")] = 0.0
@@ -115,7 +118,7 @@ class MapOrder:
                    do=self._executor(workers), sink=self.publish)
 
     def _executor(self, workers: int) -> Executor[Batch]:
-        arguments = self.step, self.options.skip_failures
+        arguments = self.step, self.options.skip_failures, self.options.threads
         if self.options.ray:
             from megatron_sov.work.on_ray import on_ray
 
@@ -199,29 +202,30 @@ def _batches(file: Path) -> Iterator[Batch]:
         yield batch
 
 
-def _stepper(asked: Order, skip_failures: bool) -> Callable[[Batch], bytes]:
+def _stepper(asked: Order, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
     """Return what makes a record of a batch: a line for each row that came of it, behind "+", and for each
     that failed, behind "-"."""
     step = orders.build(asked, {}, STEPS).value
 
-    def do(batch: Batch) -> bytes:
-        lines: list[bytes] = []
-        for number, raw in batch:
-            row = parse_row(raw, "")
-            if isinstance(row, str):
-                raise UserError(f"line {number}: {row}; the file has changed since it was checked")
-            try:
-                lines += [b"+" + line for line in _lines_of(step.do(dict(row)))]
-            except UserError:
-                raise
-            except Exception as e:
-                if not skip_failures:
-                    raise UserError(f"line {number}: {asked.reference} fails ({told_in_a_line(e)}); mend it, "
-                                    "or pass --skip-failures to list such rows and go on") from None
-                lines.append(b"-" + json_line({"line": number, "error": told_in_a_line(e), "row": row}))
-        return b"".join(lines)
+    def do(line: tuple[int, bytes]) -> bytes:
+        number, raw = line
+        row = parse_row(raw, "")
+        if isinstance(row, str):
+            raise UserError(f"line {number}: {row}; the file has changed since it was checked")
+        try:
+            return b"".join(b"+" + line for line in _lines_of(step.do(dict(row))))
+        except UserError:
+            raise
+        except Exception as e:
+            if not skip_failures:
+                raise UserError(f"line {number}: {asked.reference} fails ({told_in_a_line(e)}); mend it, "
+                                "or pass --skip-failures to list such rows and go on") from None
+            return b"-" + json_line({"line": number, "error": told_in_a_line(e), "row": row})
 
-    return do
+    if threads == 1:
+        return lambda batch: b"".join(map(do, batch))
+    pool = ThreadPoolExecutor(threads)
+    return lambda batch: b"".join(pool.map(do, batch))
 
 
 def _lines_of(made: Any) -> list[bytes]:

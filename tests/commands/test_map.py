@@ -136,3 +136,15 @@ def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixt
 def test_mistakes_are_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["map", *words, "--output", "out"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_threads_do_rows_of_a_batch_at_a_time() -> None:
+    Path("waits.py").write_text("import threading\n\n"
+                                "class Step:\n"
+                                "    def __init__(self):\n"
+                                "        self.together = threading.Barrier(4, timeout=600)\n\n"
+                                "    def do(self, row):\n"
+                                "        self.together.wait()  # for three others\n"
+                                "        return {'n': row['n']}\n")
+    assert mapped("--threads", "4", step="waits.py:Step") == 0
+    assert read() == [{"n": n} for n in range(400)]
