@@ -114,6 +114,11 @@ class _Processes:
         """Whether a process has nothing to do."""
         return bool(self._idle)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way: the slowest item has held all others up, and is done."""
+        return not self._working and not self._starting
+
     def give(self, task: _Task) -> None:
         actor = self._idle.pop()
         self._working[actor.do.remote(task.item)] = actor, task
@@ -161,4 +166,5 @@ def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, by
             yield task.number, task.record or b""
         if is_over and not order:
             return
-        processes.wait()
+        if not processes.is_idle:
+            processes.wait()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from megatron_sov.cli import main
 from megatron_sov.commands.map import STEPS
+from megatron_sov.work import on_ray
 
 STEP = """
 import os, time, ray
@@ -93,3 +96,24 @@ def test_a_cluster_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtu
     assert "--ray nonsense: no Ray cluster can be joined there" in capsys.readouterr().err
     assert main([*words, "--cluster", "a"]) == 2
     assert "two places" in capsys.readouterr().err
+
+
+class SlowFirst:
+    """What is asked of Ray: of what is under way, the newest is done first."""
+
+    exceptions = ray.exceptions
+
+    def wait(self, under_way: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        *rest, newest = under_way
+        return [newest], rest
+
+    def get(self, reference: list[Any]) -> bytes:
+        return str(reference).encode()
+
+
+def test_an_item_that_holds_all_others_up_and_ends_last_is_no_end() -> None:
+    actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
+                            do=SimpleNamespace(remote=lambda item: f"done {item}"))
+    processes = on_ray._Processes(SlowFirst(), lambda: actor, 2)
+    assert list(on_ray._done(processes, enumerate(range(40)))) == [
+        (number, f"done {number}".encode()) for number in range(40)]
