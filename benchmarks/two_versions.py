@@ -89,7 +89,7 @@ def _raw(folder: Path, demo: Path, size: int) -> float:
     (folder / "raw").mkdir(exist_ok=True)
     text = (demo / "corpus/english.jsonl").read_text()
     for copy in range(size):
-        (folder / f"raw/{copy}.jsonl").write_text(text.replace("e", "eiouaeioua"[copy]))
+        (folder / f"raw/{copy}.jsonl").write_text(text.replace(" the ", f" the{copy} "))
     return size * len(text.encode()) / 1e6
 
 

@@ -100,11 +100,11 @@ def _problems(data: Path) -> list[str]:
 
 
 def _documents(data: Path, count: int) -> list[str]:
-    """Return some documents, decoded; none of data without any for training."""
+    """Return some documents, decoded, or why there are none."""
     from data_prep.sample import SampleOptions, sample
-    from data_prep.token_artifact import num_tokens, read_tokens_manifest
 
-    if not num_tokens(read_tokens_manifest(data).content):
-        return []
-    lines = sample(data, None, "train", count, SampleOptions.max_tokens, 0)
+    try:
+        lines = sample(data, None, "train", count, SampleOptions.max_tokens, 0)
+    except UserError as e:  # all are held out, or no tokenizer travels with them
+        return [f"no document can be shown: {e}"]
     return [f"{head} {text}" for head, text in zip(lines[::3], lines[1::3], strict=True)]

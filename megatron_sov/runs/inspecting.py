@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,20 +98,22 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, Kind]) -> None:
         for line in [first, *(f"  {line}" for line in held), *more,
                      *(f"  row {n}: {_short(row)}" for n, row in enumerate(rows, 1))]:
             print(visible(line))
+    said = sys.stderr if options.json else sys.stdout
     if options.clear:
-        _clear(path)
+        print(visible(_clear(path)), file=said)
     if options.verify:
-        _verify(path, found, kind)
+        print(visible(_verify(path, found, kind)), file=said)
 
 
-def _verify(path: Path, found: Mapping[str, Any], kind: Kind | None) -> None:
+def _verify(path: Path, found: Mapping[str, Any], kind: Kind | None) -> str:
+    """Return that all is well; raises `GateFailed` where it is not."""
     if kind is None and not (path / MANIFEST).is_file():
         raise UserError(f"{path}: --verify has nothing to compare it with; it has no {MANIFEST}")
     if problems := damaged_files(path) if kind is None else kind.problems(path):
         more = f"\n... and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
         raise GateFailed("\n".join(map(visible, problems[:MAX_PROBLEMS])) + more)
-    print(visible(f"{path}: " + ("every file has the hash of its manifest" if kind is None else
-                                 f"sound as {found['kind']}")))
+    return f"{path}: " + ("every file has the hash of its manifest" if kind is None else
+                          f"sound as {found['kind']}")
 
 
 def _of_artifact(path: Path) -> dict[str, Any]:
@@ -212,13 +215,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}... ({len(text):,} characters)"
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path) -> str:
     work = work_folder(path)
     if not work.is_dir():
         raise UserError(f"--clear: no work on {path} is unfinished")
     with holding(work, path), disk_errors(work):
         delete_work(path)
-    print(f"{path}: its unfinished work is deleted")
+    return f"{path}: its unfinished work is deleted"
 
 
 def page_of(path: Path, found: Mapping[str, Any], held: Iterable[str], rows: list[Any]) -> str:

@@ -14,6 +14,7 @@ import heapq
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ REDO = "--redo"
 """Flag of a command that begins anew where something else is unfinished."""
 EARLIER = ("scoring", "playing", "partial")
 """Endings of folders that versions before this layout have left."""
+SYNC_EVERY_S = 1.0
 _MAX_HEADER_BYTES = 1000
 Item = int | str
 """What a record is of: JSON keeps both as they are."""
@@ -61,9 +63,10 @@ class Journal:
                 size_bytes = end if file == own else size_bytes
         self._file = open(own, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
+        self._synced_s = time.monotonic()
 
     def add(self, records: Iterable[tuple[Item, bytes]]) -> None:
-        """Keep records; neither a kill nor a power cut behind this loses one of them.
+        """Keep records; a kill behind this loses none of them, a power cut those of the last second.
 
         Raises:
             UserError: the disk is full, or nothing can be written there.
@@ -74,7 +77,9 @@ class Journal:
                 self._file.write(b"%s\n%s\n" % (header.encode(), payload))
                 self.done.add(item)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # each costs as much as many records
+                os.fsync(self._file.fileno())
+                self._synced_s = time.monotonic()
 
     def records(self) -> Iterator[tuple[Item, bytes]]:
         """Yield what has been added, in that order; where several writers did, by item."""
@@ -88,8 +93,9 @@ class Journal:
                 f.write(payload)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, with all on the disk."""
         with contextlib.suppress(OSError):  # a full disk was told by `add`
+            os.fsync(self._file.fileno())
             self._file.close()
 
 

@@ -48,6 +48,8 @@ def test_an_artifact_tells_its_facts_its_origins_and_its_rows(capsys: pytest.Cap
     assert "made from rows a (not here)" in inspected(capsys, "c")
     found = json.loads(inspected(capsys, "c", "--json", "--rows", "1"))
     assert found["made_from"][0]["made_from"][0]["state"] == "not here" and found["rows"] == [{"n": 2}]
+    assert json.loads(inspected(capsys, "c", "--json", "--verify")) == json.loads(
+        inspected(capsys, "c", "--json"))
 
 
 def test_damage_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:

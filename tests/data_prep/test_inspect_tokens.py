@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,16 @@ def test_other_artifacts_are_told_too(tokenizers: dict[str, Path], capsys: pytes
                                       ) -> None:
     assert main(["inspect", str(tokenizers["solar-open"])]) == 0
     assert "artifact of kind tokenizer" in capsys.readouterr().out
+
+
+def test_shards_without_a_tokenizer_are_told_all_the_same(tokenizers: dict[str, Path], tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("some text of one document " * 100)
+    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards",
+         PackSettings(heldout_share=1e-9))
+    shutil.rmtree(tmp_path / "shards/tokenizer")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "shards")]) == 0
+    assert "row 1: no document can be shown: " in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 3
+    assert "shards/tokenizer/tokenizer.json: is missing" in capsys.readouterr().err
