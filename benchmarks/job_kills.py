@@ -85,6 +85,8 @@ KINDS = {
                   "--workers", "2"), "tokens"),
     "data run": Kind(("data_prep", "run", "pipeline.yaml", "--output", "OUT", "--workers", "2"), "corpus",
                      compared=(".parquet", ".jsonl", ".npy")),
+    "convert": Kind(("megatron_sov", "convert", "to-hf", "checkpoint", "OUT", "--max-shard-bytes", "2000000",
+                     "--workers", "1"), "hf-out"),
 }
 PROGRAMS = {"megatron_sov": "megatron_sov.cli", "tokenizer": "tokenizer.cli", "data_prep": "data_prep.cli"}
 
@@ -106,6 +108,20 @@ def prepare(folder: Path) -> None:
             for text in texts[number::4]:
                 f.write(json.dumps({"text": text}) + "\n")
     started(folder, KINDS["tokenizer"], "tokenizer").wait()
+    write_checkpoint(folder)
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Write a checkpoint of 80 MB, which becomes 40 files of a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=2000, hidden_size=256, intermediate_size=1024, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=2)).save_pretrained(folder / "hf")
+    from_hf = Kind(("megatron_sov", "convert", "from-hf", "hf", "OUT"), "checkpoint")
+    assert started(folder, from_hf, "checkpoint").wait() == 0, (folder / "log").read_text()[-2000:]
 
 
 def started(folder: Path, kind: Kind, output: str) -> subprocess.Popen[bytes]:

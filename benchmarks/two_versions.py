@@ -87,10 +87,12 @@ def score(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
 def _raw(folder: Path, demo: Path, size: int) -> float:
     """Put the demo's English text, so many times as other words, into `raw`; returns its MB."""
     (folder / "raw").mkdir(exist_ok=True)
-    text = (demo / "corpus/english.jsonl").read_text()
+    lines = (demo / "corpus/english.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
     for copy in range(size):
-        (folder / f"raw/{copy}.jsonl").write_text(text.replace(" the ", f" the{copy} "))
-    return size * len(text.encode()) / 1e6
+        with open(folder / f"raw/{copy}.jsonl", "w") as f:
+            f.writelines(json.dumps({"text": text.replace(" the ", f" the{copy} ")}) + "\n" for text in texts)
+    return sum(file.stat().st_size for file in folder.glob("raw/*")) / 1e6
 
 
 def pack(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
