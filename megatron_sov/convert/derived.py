@@ -16,7 +16,7 @@ from megatron_sov.artifacts import MANIFEST, FileRecord
 from megatron_sov.config import RunConfig
 from megatron_sov.convert.adapted_weights import AdaptedWeights, add_inputs
 from megatron_sov.convert.hf_import import index_of
-from megatron_sov.convert.shard_writer import write_files
+from megatron_sov.convert.shard_writer import digest_of, write_files
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import PART, CheckpointWeights
 from megatron_sov.convert.values import check_space
@@ -66,7 +66,7 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
         UserError: a source is damaged, other work on it is unfinished, or the disk refuses.
     """
     files, links = dict(derived.files), dict(derived.links)
-    whole = {**plan, "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
+    whole = {**plan, "files": digest_of(files)}
     with resumable_artifact(out, KIND, f"megatron-sov convert {what}", whole, overwrite=overwrite,
                             redo=redo) as artifact, ExitStack() as held, tqdm(
                 total=len(links), desc=what, unit="block", disable=None) as bar:

@@ -19,7 +19,7 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.copies import copies_of
-from megatron_sov.convert.shard_writer import plan_shards, write_files
+from megatron_sov.convert.shard_writer import digest_of, plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import Weights, check_dtypes, newest_of_run
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
@@ -168,7 +168,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
     beside = {CONFIG: config, **_processors(source, checkpoint)}
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
-            "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
+            "max_shard_bytes": max_shard_bytes, "files": digest_of(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
                             redo=redo) as artifact, \
             tqdm(total=len(specs), desc="to-hf", unit="tensor", disable=None) as bar:

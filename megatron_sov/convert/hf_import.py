@@ -18,7 +18,7 @@ from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companions import carry, ids_in
 from megatron_sov.convert.copies import check_copies
-from megatron_sov.convert.shard_writer import plan_shards, write_files
+from megatron_sov.convert.shard_writer import digest_of, plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
@@ -116,7 +116,7 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
     links = {block_name(link.key, link.offset): link for link in weights.links}
     files = planned_files(links, weights.dtype, dtype)
     plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
-            "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
+            "files": digest_of(files)}
     with resumable_artifact(out, KIND, f"megatron-sov convert {source.what}", plan, overwrite=overwrite,
                             redo=redo) as artifact, \
             tqdm(total=len(links), desc=source.what, unit="block", disable=None) as bar:

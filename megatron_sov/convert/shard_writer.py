@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -24,6 +26,12 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[
         shards[-1].append(spec)
         filled_bytes += spec.size_bytes
     return shards
+
+
+def digest_of(files: Mapping[str, list[TensorSpec]]) -> str:
+    """Return a hash of which file holds which tensors: what an unfinished conversion is known again by."""
+    names = json.dumps([[file, [spec.name for spec in specs]] for file, specs in files.items()])
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, workers: int,

@@ -35,6 +35,8 @@ REDO = "--redo"
 EARLIER = ("scoring", "playing", "partial")
 """Endings of folders that versions before this layout have left."""
 SYNC_EVERY_S = 1.0
+MAX_DIFFERENCES = 20
+"""That are told."""
 _MAX_HEADER_BYTES = 1000
 Item = int | str
 """What a record is of: JSON keeps both as they are."""
@@ -207,8 +209,10 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each value in which two identities differ."""
-    return [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
+    """Return a line for each value in which two identities differ, for the first of them."""
+    found = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
+    more = len(found) - MAX_DIFFERENCES
+    return [*found[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else found
 
 
 def _refuse_earlier(output: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.convert import shard_writer
+from megatron_sov.errors import UserError
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.journal import items_on_record
 from megatron_sov.work.resumable_artifact import CONTENT
@@ -88,6 +89,8 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path
         monkeypatch.setattr(shard_writer, "write_file",
                             lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
         arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
+        with pytest.raises(UserError, match=r"of another command(.|\n)*dtype was .keep., and is .float64."):
+            getattr(convert, action)(source, out, "float64", **arguments)
         getattr(convert, action)(source, out, **arguments)
         assert written and not second & {p.relative_to(work).as_posix() for p in written}
         getattr(convert, action)(source, tmp_path / "whole", **arguments)
