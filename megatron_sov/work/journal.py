@@ -38,6 +38,8 @@ SYNC_EVERY_S = 1.0
 MAX_DIFFERENCES = 20
 """That are told."""
 _MAX_HEADER_BYTES = 1000
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""What `JOB` raises where it is not there, or a disk or a stranger has damaged it."""
 Item = int | str
 """What a record is of: JSON keeps both as they are."""
 
@@ -160,7 +162,7 @@ def _identity(folder: Path) -> dict[str, Any] | None:
     """Return what the records of a folder depend on; None behind a kill before anything was done."""
     try:
         return dict(json.loads((folder / JOB).read_bytes())["identity"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except _DAMAGE:
         return None
 
 
@@ -168,14 +170,14 @@ def _differing_work(folder: Path, before: dict[str, Any] | None, now: dict[str, 
     """Return in what the work of a folder differs from what is to be made; [] where it has none."""
     if before is not None:
         return differences(before, now) if _has_work(folder) else []
-    others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK, *(f.name for f in _files(folder))})
-    return [f"it has {others[0]!r}, which is of another command"] if others else []
+    others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK})
+    return [f"it has {others[0]!r}, and no {JOB} tells of what command that is"] if others else []
 
 
 def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
     """Empty a folder for a job."""
     with disk_errors(folder):
-        for file in folder.iterdir():
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):  # last: it tells of the rest
             if file.is_file():
                 file.unlink()
             else:
@@ -201,7 +203,7 @@ def read_job(folder: Path) -> dict[str, Any]:
     try:
         told = json.loads((folder / JOB).read_bytes())
         made_by, identity = str(told["made_by"]), dict(told["identity"])
-    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or a kill before all else
+    except _DAMAGE:  # of an earlier version, or a kill before all else
         made_by, identity = "a command", {}
     return {"made_by": made_by, "identity": identity,
             "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))
@@ -252,7 +254,7 @@ def _next_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
     try:
         item, size_bytes, checksum = json.loads(header)
         payload = f.read(size_bytes + 1)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None
     whole = len(payload) == size_bytes + 1 and payload.endswith(b"\n")
     return (item, payload[:-1]) if whole and zlib.crc32(payload[:-1]) == checksum else None

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import JOB, RECORDS, done_items, open_journal
+from megatron_sov.work.journal import JOB, RECORDS, done_items, open_journal, read_job
 
 ASKED = {"stop": ("\n",), "sampling": {"top_p": 1.0, "seed": 1}}
 
@@ -97,3 +97,15 @@ def test_of_many_differences_the_first_are_told(tmp_path: Path) -> None:
             **ASKED, "files": dict.fromkeys(map(str, range(100)))}):
         raise AssertionError("it is refused")
     assert str(raised.value).count("\n") <= 21
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"identity": 3}', b"\xff", b"null"])
+def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
+    begin(tmp_path / "out", (0, b""))
+    (work_folder(tmp_path / "out") / JOB).write_bytes(content)
+    assert read_job(work_folder(tmp_path / "out"))["num_done"] == 1
+    with (pytest.raises(UserError, match=r"it has .records., and no job\.json tells of what command that is"),
+          open_journal(tmp_path / "out", "score", ASKED)):
+        raise AssertionError("unreachable")
+    with open_journal(tmp_path / "out", "score", ASKED, redo=True) as journal:
+        assert not journal.done

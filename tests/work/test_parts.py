@@ -41,7 +41,7 @@ def test_parts_of_another_command_or_of_an_earlier_version_stay(tmp_path: Path) 
           open_parts(tmp_path / "out", "sov-tokenizer train")):
         raise AssertionError("unreachable")
     (work_folder(tmp_path / "old") / "ab" / "ab1").mkdir(parents=True)
-    with (pytest.raises(UserError, match=r"it has .ab., which is of another command"),
+    with (pytest.raises(UserError, match=r"it has .ab., and no job.json tells"),
           open_parts(tmp_path / "old", "sov-data pack")):
         raise AssertionError("unreachable")
     assert make(tmp_path / "out", ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()
