@@ -29,7 +29,7 @@ from megatron_sov.generate.generator import MegatronEngine
 from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.request import Sampling, Stop
 from megatron_sov.generate.target import Target
-from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.post.artifact_on_ranks import artifact_on_ranks
 from megatron_sov.post.state_files import lengths_of
 from megatron_sov.post.teacher import weights_digest
 from megatron_sov.runs.launch_environment import is_first
@@ -95,25 +95,15 @@ def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int
 
     def work(loaded: Loaded) -> int:
         engine = MegatronEngine(loaded.policy)
-        with contextlib.ExitStack() as held:
-            artifact: list[ResumableArtifact] = []
-
-            def begin() -> list[str]:
-                artifact.append(held.enter_context(
-                    _artifact(asked, sources, tokenizer, settings, out, overwrite, redo)))
-                return list(artifact[0].finished)
-
-            def keep(part: _Part, prompts: list[list[int]], answers: list[list[int]]) -> None:
-                _write(artifact[0], _prefix(sources, part), prompts, answers)
-
-            finished = on_main(loaded.world, begin)
-            missing = [p for p in parts if f"{_prefix(sources, p)}.{FILES[-1]}" not in finished]
+        opened = partial(_artifact, asked, sources, tokenizer, settings, out, overwrite, redo)
+        with artifact_on_ranks(loaded.world, opened) as artifact:
+            missing = [p for p in parts if f"{_prefix(sources, p)}.{FILES[-1]}" not in artifact.finished]
             for part in missing:
                 prompts = _prompts(sources, part)
                 found = engine.generate(prompts, asked.sampling, stop=stop, streams=range(
                     part.first_stream, part.first_stream + part.num_documents))
-                on_main(loaded.world, partial(keep, part, prompts, found.continuations))
-            on_main(loaded.world, lambda: _describe(artifact[0], sources, parts))
+                artifact.on_main(partial(_write, _prefix(sources, part), prompts, found.continuations))
+            artifact.on_main(partial(_describe, sources, parts))
             return len(missing)
 
     run_forward_model(asked.student, settings, nproc, work)
@@ -177,7 +167,7 @@ def _artifact(asked: Writing, sources: list[Source], tokenizer: Path, settings: 
         yield artifact
 
 
-def _write(artifact: ResumableArtifact, prefix: str, prompts: list[list[int]], answers: list[list[int]]
+def _write(prefix: str, prompts: list[list[int]], answers: list[list[int]], artifact: ResumableArtifact
            ) -> None:
     """Write the shard of a part; its last file makes it a finished one."""
     dtype = artifact.writer.content["dtype"]
@@ -193,7 +183,7 @@ def _write(artifact: ResumableArtifact, prefix: str, prompts: list[list[int]], a
         artifact.finish(f"{prefix}.{ending}", FileRecord.of(file))
 
 
-def _describe(artifact: ResumableArtifact, sources: list[Source], parts: list[_Part]) -> None:
+def _describe(sources: list[Source], parts: list[_Part], artifact: ResumableArtifact) -> None:
     """Say in the manifest what the shards hold."""
     content = artifact.writer.content
     sizes_bytes = token_bytes(artifact.path / "tokenizer", content["vocab_size"])

@@ -39,7 +39,7 @@ from megatron_sov.mcore.model.language_model import states_for_head
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device, release_unused
-from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.post.artifact_on_ranks import artifact_on_ranks
 from megatron_sov.post.parts.translation import Translated, Translation
 from megatron_sov.post.state_files import (
     DTYPES,
@@ -111,25 +111,14 @@ def read_documents(reading: Reading, out: Path, settings: Sequence[str], nproc: 
         _refuse_too_long(reading, sources)
 
     def work(loaded: Loaded) -> int:
-        with contextlib.ExitStack() as held:
-            artifact: list[ResumableArtifact] = []
-
-            def begin() -> tuple[str, list[str]]:
-                artifact.append(held.enter_context(_artifact(reading, sources, plan, out, overwrite,
-                                                             redo)))
-                return str(artifact[0].path), list(artifact[0].finished)
-
-            def note(together: list[Part]) -> None:
-                for part in together:
-                    artifact[0].finish(part.file, FileRecord.of(artifact[0].path / part.file))
-
-            folder, finished = on_main(loaded.world, begin)
-            missing = [p for p in parts if p.file not in finished]
+        opened = partial(_artifact, reading, sources, plan, out, overwrite, redo)
+        with artifact_on_ranks(loaded.world, opened) as artifact:
+            missing = [p for p in parts if p.file not in artifact.finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 together = missing[first:first + loaded.world.dp_size]
-                _read_parts(loaded, _Documents(sources, reading, translation), together, Path(folder))
+                _read_parts(loaded, _Documents(sources, reading, translation), together, artifact.folder)
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))  # all files are written
-                on_main(loaded.world, partial(note, together))
+                artifact.on_main(partial(_note, together))
             return len(missing)
 
     run_forward_model(reading.target, settings, nproc, work)
@@ -173,6 +162,11 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path)}
         artifact.writer.inputs += provenance(sources)
         yield artifact
+
+
+def _note(parts: list[Part], artifact: ResumableArtifact) -> None:
+    for part in parts:
+        artifact.finish(part.file, FileRecord.of(artifact.path / part.file))
 
 
 def _check_kept(reading: Reading) -> None:
