@@ -147,7 +147,7 @@ def test_the_page_types_what_works(capsys: pytest.CaptureFixture[str]) -> None:
           open_journal(Path("scored.jsonl"), "megatron-sov score", {}) as kept):
         kept.add([(0, b"a")])
         raise KeyboardInterrupt
-    lines = page.split("```sh\n")[1].split("```")[0].splitlines()
+    lines = [line for block in page.split("```sh\n")[1:] for line in block.split("```")[0].splitlines()]
     for program, *words in map(str.split, lines):
         assert {"megatron-sov": main, "sov-data": data_main}[program](words) == 0, words
     assert "scored.jsonl: its unfinished work is deleted" in capsys.readouterr().out
