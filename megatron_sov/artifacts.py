@@ -520,11 +520,14 @@ def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> 
     for item in inputs_of(path, manifest):
         sha256, places = item["manifest_sha256"], places_of(item["path"], path)
         place = next((p for p in places if is_artifact(p, sha256)), None)
-        state = "changed since" if _hash_at(places[0]) else "not here"
         below: list[dict[str, Any]] = []
-        if place is not None:
-            state = "as above" if sha256 in seen else "here"
-            if sha256 not in seen and len(seen) < MAX_ORIGINS:
+        if place is None:
+            state = "changed since" if _hash_at(places[0]) else "not here"
+        elif sha256 in seen:
+            state = "as above"
+        else:
+            state = "here"
+            if len(seen) < MAX_ORIGINS:
                 below = origins_of(place, read_manifest(place), seen | {sha256})
         seen |= {sha256, *_hashes(below)}
         found.append({"kind": item["kind"], "path": str(place or item["path"]), "manifest_sha256": sha256,

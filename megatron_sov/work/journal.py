@@ -124,7 +124,7 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
             yield journal
         finally:
             journal.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
 
 
 def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
@@ -142,7 +142,7 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
     folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
     with holding(folder, output):
-        before = _identity(folder)
+        _, before = _told(folder)
         if before != now and not redo and (changed := _differing_work(folder, before, now)):
             raise UserError(list_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
@@ -154,16 +154,18 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
             yield
         except BaseException:
             if folder.is_dir() and not _has_work(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _delete(folder)
             raise
 
 
-def _identity(folder: Path) -> dict[str, Any] | None:
-    """Return what the records of a folder depend on; None behind a kill before anything was done."""
+def _told(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    """Return the command and what the records of a folder depend on; None behind a kill before anything was
+    done, and in a folder of an earlier version."""
     try:
-        return dict(json.loads((folder / JOB).read_bytes())["identity"])
+        told = json.loads((folder / JOB).read_bytes())
+        return str(told["made_by"]), dict(told["identity"])
     except _DAMAGE:
-        return None
+        return "a command", None
 
 
 def _differing_work(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
@@ -177,19 +179,32 @@ def _differing_work(folder: Path, before: dict[str, Any] | None, now: dict[str, 
 def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
     """Empty a folder for a job."""
     with disk_errors(folder):
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):  # last: it tells of the rest
-            if file.is_file():
-                file.unlink()
-            else:
-                shutil.rmtree(file)
+        _empty(folder)
         atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
                                             "identity": identity}))
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a folder, `JOB` last: a kill on the way leaves nothing that it does not tell of."""
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):
+        if file.is_file():
+            file.unlink()
+        else:
+            shutil.rmtree(file)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, as far as the disk lets it."""
+    with contextlib.suppress(OSError):
+        _empty(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items of an output that have records for this identity; changes nothing."""
     folder = work_folder(output)
-    return items_on_record(folder) if _identity(folder) == json.loads(to_json(dict(identity))) else set()
+    _, before = _told(folder)
+    return items_on_record(folder) if before == json.loads(to_json(dict(identity))) else set()
 
 
 def items_on_record(folder: Path) -> set[Item]:
@@ -200,12 +215,8 @@ def items_on_record(folder: Path) -> set[Item]:
 def read_job(folder: Path) -> dict[str, Any]:
     """Return made_by, identity and num_done (items with a record) of a folder of unfinished work, as far as
     it tells."""
-    try:
-        told = json.loads((folder / JOB).read_bytes())
-        made_by, identity = str(told["made_by"]), dict(told["identity"])
-    except _DAMAGE:  # of an earlier version, or a kill before all else
-        made_by, identity = "a command", {}
-    return {"made_by": made_by, "identity": identity,
+    made_by, identity = _told(folder)
+    return {"made_by": made_by, "identity": identity or {},
             "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))
             + sum(read_job(inside)["num_done"] for inside in folder.glob(".*.work"))}
 

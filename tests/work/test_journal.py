@@ -109,3 +109,20 @@ def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
         raise AssertionError("unreachable")
     with open_journal(tmp_path / "out", "score", ASKED, redo=True) as journal:
         assert not journal.done
+
+
+def test_a_kill_while_work_is_deleted_bars_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = Path.unlink
+
+    def killed(file: Path, missing_ok: bool = False) -> None:
+        unlink(file, missing_ok)
+        raise KeyboardInterrupt
+
+    for out, asked in ((tmp_path / "ended", ASKED), (tmp_path / "redone", {"another": 1})):
+        begin(out, (0, b""))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "unlink", killed)
+            with open_journal(out, "score", asked, redo=True) as journal:
+                assert journal.done == {0}, "another's is emptied before"
+        with open_journal(out, "score", {"a third": 1}) as journal:
+            assert not journal.done
