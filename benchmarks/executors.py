@@ -11,19 +11,17 @@ reading, keeping and publishing take alone.  Rows must come out equal.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "tests/slurm"))
-from virtual_cluster import VirtualCluster, why_not
+sys.path += [str(Path(__file__).parents[1] / f"tests/{room}") for room in ("slurm", "work")]
+from ray_nodes import two_nodes
+from virtual_cluster import PROFILE, VirtualCluster, why_not
 
 ROOT = Path(__file__).parents[1]
 STEP = """
@@ -39,25 +37,6 @@ class Busy:
             pass
         return {"n": row["n"] + 1}
 """
-PROFILE = """description: virtual nodes
-account: ""
-time_limit: "30"
-signal_lead_s: 60
-gpus_per_node: 0
-cpus_per_node: 1
-"""
-
-
-@contextlib.contextmanager
-def ray_cluster() -> Iterator[Any]:
-    """Give a Ray cluster of two nodes with a core each."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20})
-    made.add_node(num_cpus=1, object_store_memory=80 << 20)
-    yield made
-    made.shutdown()
 
 
 def mapped(folder: Path, seconds: float, words: list[str]) -> None:
@@ -96,7 +75,7 @@ def main() -> int:
     print(f"{'executor':<28} {'no work':>9} {'with work':>10} {'rows/s':>8} {'of two cores':>13}")
     seconds, same, code = args.busy_ms / 1e3, b"", 0
     with tempfile.TemporaryDirectory(prefix="sov-executors-") as name, \
-            VirtualCluster(Path(name) / "cluster") as slurm, ray_cluster() as ray:
+            VirtualCluster(Path(name) / "cluster") as slurm, two_nodes() as ray:
         os.environ["SLURM_CONF"] = slurm.env["SLURM_CONF"]
         folder = Path(name)
         (folder / "mine.py").write_text(STEP)

@@ -49,8 +49,8 @@ class Step:
         return {"id": row["id"], "length": len(row["response"])}
 """
 PIPELINE = """
-name: killed
-shard_bytes: 60000
+name: deduplicated
+shard_bytes: %d
 sources:
   - {name: web, path: raw, format: jsonl, kind: en}
 steps:
@@ -97,7 +97,7 @@ def prepare(folder: Path) -> None:
     syllables = [a + b for a in "bcdfgklmnprst" for b in "aeiou"]
     words = ["".join(draw.choices(syllables, k=draw.randrange(1, 5))) for _ in range(3000)]
     (folder / "own.py").write_text(OWN)
-    (folder / "pipeline.yaml").write_text(PIPELINE)
+    (folder / "pipeline.yaml").write_text(PIPELINE % 60_000)
     (folder / "raw").mkdir()
     texts = [" ".join(draw.choices(words, k=draw.randrange(20, 120))) for _ in range(NUM_ROWS)]
     with open(folder / "rows.jsonl", "w") as f:

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from job_kills import PIPELINE
+
 ROOT = Path(__file__).parents[1]
 OWN = """
 class Free:
@@ -46,16 +48,6 @@ for piece in range(count // 4096):
                     np.full(64, 1, np.int32), "stop", "text", 1.0, "transformers", 1.5, 2.5)
             for i in range(piece * 4096, piece * 4096 + 4096)]
     store.add_rollouts(part_name(1, piece), rows, {})
-"""
-PIPELINE = """
-name: compared
-shard_bytes: 2000000
-sources:
-  - {name: web, path: raw, format: jsonl, kind: en}
-steps:
-  - exact_dedup: {}
-  - minhash_dedup: {threshold: 0.8}
-output: {name: "{source}"}
 """
 TASK = """
 task: sums
@@ -104,7 +96,7 @@ def pack(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
 
 def data_run(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
     """MB of JSON lines through two kinds of deduplication."""
-    (folder / "pipeline.yaml").write_text(PIPELINE)
+    (folder / "pipeline.yaml").write_text(PIPELINE % 2_000_000)
     return _raw(folder, demo, size), [
         "data_prep", "run", "pipeline.yaml", "--output", "OUT", "--workers", "2"]
 

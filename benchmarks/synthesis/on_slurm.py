@@ -21,19 +21,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[2] / "tests/slurm"))
 from synthesis.actors import rewrite
 from synthesis.endpoint import ScriptedEndpoint, serving
-from virtual_cluster import VirtualCluster, why_not
+from virtual_cluster import PROFILE, VirtualCluster, why_not
 
 from data_prep import cli
 from megatron_sov.work.slurm_jobs import Jobs
 
 ROOT = Path(__file__).parents[2]
-PROFILE = """description: virtual nodes
-account: ""
-time_limit: "30"
-signal_lead_s: 60
-gpus_per_node: 0
-cpus_per_node: 1
-"""
 VLLM = f"""#!{sys.executable}
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]

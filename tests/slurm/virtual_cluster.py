@@ -76,6 +76,14 @@ CPUS, GPUS = 224, 8
 """What each node claims: as much as the largest of the shipped profiles asks for."""
 WIDE = 64
 """Nodes of the partition `wide`, which are never started: they are there for `sbatch --test-only`."""
+PROFILE = """description: virtual nodes
+account: ""
+time_limit: "30"
+signal_lead_s: 60
+gpus_per_node: 0
+cpus_per_node: 1
+"""
+"""A cluster profile of these nodes, for commands that submit arrays."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 

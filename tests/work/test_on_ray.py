@@ -14,6 +14,7 @@ import ray
 from megatron_sov.cli import main
 from megatron_sov.commands.map import STEPS
 from megatron_sov.work import on_ray
+from tests.work.ray_nodes import STORE_BYTES, two_nodes
 
 STEP = """
 import os, time, ray
@@ -30,14 +31,8 @@ class Step:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A cluster of two nodes with a core each."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20})
-    made.add_node(num_cpus=1, object_store_memory=80 << 20)
-    yield made
-    made.shutdown()
+    with two_nodes() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +71,7 @@ def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.Capture
 def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
     import threading
 
-    node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     thread = threading.Timer(4.0, lambda: cluster.remove_node(node, allow_graceful=False))
     thread.start()
     rows = [{"n": n, "seconds": 0.02} for n in range(800)]

@@ -1,0 +1,24 @@
+"""A Ray cluster of two nodes on this machine; benchmarks use it too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STORE_BYTES = 80 << 20
+"""Shared memory of a node."""
+
+
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """Give a cluster of two nodes with a core each."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES})
+    made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    try:
+        yield made
+    finally:
+        made.shutdown()
