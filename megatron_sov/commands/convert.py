@@ -400,7 +400,7 @@ def _average(args: AverageOptions) -> int:
 
 def _upcycle(args: UpcycleOptions) -> int:
     _begin(args, args.checkpoint)
-    from megatron_sov.convert.upcycling import Upcycling, upcycle
+    from megatron_sov.convert.growing import Upcycling, upcycle
 
     upcycle(args.checkpoint, args.out,
             Upcycling(args.experts, args.top_k, args.granularity, args.noise, args.seed,
@@ -412,7 +412,7 @@ def _upcycle(args: UpcycleOptions) -> int:
 
 def _deepen(args: DeepenOptions) -> int:
     _begin(args, args.checkpoint)
-    from megatron_sov.convert.deepening import Deepening, deepen
+    from megatron_sov.convert.growing import Deepening, deepen
 
     deepen(args.checkpoint, args.out, Deepening(args.layers, args.how, args.identity),
            workers=args.workers, overwrite=args.overwrite, redo=args.redo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sov.chat.tool_calls import ToolCall
-from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
+from megatron_sov.serving.replies import Turn, turn_so_far, whole_turn
 
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 CALL = ToolCall("add", {"a": 1})

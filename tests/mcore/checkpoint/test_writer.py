@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.artifacts import FileRecord
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint import safetensors_file, writer
-from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
-from megatron_sov.mcore.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec, write_file
+from megatron_sov.mcore.checkpoint import writer
+from megatron_sov.mcore.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile, TensorSpec, write_file
 
 
 @given(st.data(), st.lists(st.integers(0, 6), max_size=4),
@@ -35,8 +34,8 @@ def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataO
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
     block = [slice(*b) for b in bounds]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(safetensors_file, "_COVER_BYTES", cover_bytes)  # small: each row by itself
-        patch.setattr(safetensors_file, "_READ_BYTES", 7)
+        patch.setattr(writer, "_COVER_BYTES", cover_bytes)  # small: each row by itself
+        patch.setattr(writer, "_READ_BYTES", 7)
         file = TensorFile(path, "")
         assert file.read("t").equal(whole) and file.dtype("t") == dtype
         found = file.read("t", block)
