@@ -7,9 +7,11 @@ import sys
 from functools import partial
 from importlib import import_module
 
+from megatron_sov.artifacts import write_output
 from megatron_sov.clusters import cluster, kubernetes
 from megatron_sov.command_line import Parser
 from megatron_sov.errors import UserError
+from megatron_sov.outputs import check_output
 from megatron_sov.settings import add_options, read_options
 from megatron_sov.slurm import chain_file
 from megatron_sov.slurm.stages import STAGES, Commands, SubmitOptions
@@ -93,7 +95,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
 
 def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitOptions) -> int:
     """Make a manifest of a stage; returns 0 when it is where the user wants it."""
-    from megatron_sov.kubernetes import submission
+    from megatron_sov.kubernetes import Request, prepare
 
     if stage == "chain":
         raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; "
@@ -107,17 +109,18 @@ def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitO
     if options.dry_run and (options.manifest or options.apply):
         raise UserError("--dry-run: prints the manifest and does nothing else; leave it out beside "
                         "--manifest and --apply")
-    request = submission.Request(stage, tuple(argv), kubernetes.load(cluster_name), options.nodes or 1,
-                                 options.job_name, options.time_limit)
-    submission.check_manifest_path(options.manifest)
-    text = submission.prepare(request, COMMANDS)
+    profile = kubernetes.load(cluster_name)
+    check_output("--manifest", options.manifest)
+    text = prepare(Request(stage, tuple(argv), profile, options.nodes or 1, options.job_name,
+                           options.time_limit), COMMANDS)
     if options.dry_run:
         sys.stdout.write(text)
     if options.manifest:
-        submission.write(options.manifest, text)
+        write_output(options.manifest, text)
         print(options.manifest)
     if options.apply:
-        print(submission.create(text))
+        print(kubernetes.kubectl("create", "-f", "-", text=text, way_out="write the manifest with --manifest "
+                                 "FILE and create it elsewhere"))
     return 0
 
 

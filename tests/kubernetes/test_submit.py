@@ -18,7 +18,7 @@ import yaml
 
 from megatron_sov import cli
 from megatron_sov.clusters import kubernetes
-from megatron_sov.kubernetes.manifest import SCRIPT
+from megatron_sov.kubernetes import SCRIPT
 from megatron_sov.settings import SettingsError
 
 PAGE = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text()
