@@ -1,6 +1,6 @@
 """One submission to Kubernetes: everything is checked, the stage becomes a TrainJob of Kubeflow Trainer
-(trainer.kubeflow.org/v1alpha1), the operator that runs distributed training there, and `kubectl` is asked only
-where the user says so."""
+(trainer.kubeflow.org/v1alpha1), the operator that runs distributed training there.  `kubectl` is asked by the
+command alone, where the user says so."""
 
 from __future__ import annotations
 

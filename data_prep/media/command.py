@@ -10,7 +10,7 @@ from typing import Annotated
 
 from data_prep.media.settings import MediaSettings
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, only_with, read_options
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import ClusterOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from megatron_sov.settings import (
     parse_nested,
     read_options,
 )
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import ClusterOptions
 
 if TYPE_CHECKING:
     from data_prep.synth.models import Model

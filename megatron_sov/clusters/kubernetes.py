@@ -243,18 +243,24 @@ def load(name: str) -> KubernetesProfile:
     return read_yaml(KubernetesProfile, text, f"--cluster {name}")
 
 
-def load_any(name: str, *, account: str | None, partition: str | None) -> ClusterProfile | KubernetesProfile:
-    """Return the profile that --cluster names, of either kind.
+def load_for_arrays(name: str, *, account: str | None,
+                    partition: str | None) -> ClusterProfile | KubernetesProfile:
+    """Return the profile that --cluster names, of either kind, for arrays of jobs.
 
     Raises:
-        UserError: it cannot be read or breaks a rule, or an option beside it is Slurm's and it is not.
+        UserError: it cannot be read or breaks a rule, arrays cannot start its container, or an option beside
+            it is Slurm's and it is not.
     """
     if not is_kubernetes(name):
-        return cluster.load(name, account=account, partition=partition)
+        profile = cluster.load(name, account=account, partition=partition)
+        if profile.container.kind == "enroot":
+            raise UserError("container.kind = enroot: is not known to arrays of jobs; take pyxis, apptainer "
+                            "or none")
+        return profile
     for option, value in (("--account", account), ("--partition", partition)):
         if value is not None:
-            raise UserError(f"{option} {value}: belongs to Slurm; leave it out where --cluster names a profile "
-                            "of kind k8s")
+            raise UserError(f"{option} {value}: belongs to Slurm; leave it out where --cluster names a "
+                            "profile of kind k8s")
     return load(name)
 
 

@@ -39,7 +39,7 @@ from data_prep.synth.work_folder import settle
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import Jobs
 
 PROFILE = """description: noted, not run
 partition: gpu
