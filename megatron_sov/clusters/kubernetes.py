@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
 import re
 import subprocess
@@ -217,9 +216,7 @@ def _is_secret_of_key(text: str) -> bool:
 
 def names() -> list[str]:
     """Return the names of the profiles of kind k8s that come with the package."""
-    folder = importlib.resources.files("slurm").joinpath("kubernetes")
-    return sorted(entry.name.removesuffix(".yaml")
-                  for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [*cluster.shipped("kubernetes")]
 
 
 def is_kubernetes(name: str) -> bool:
@@ -235,11 +232,8 @@ def load(name: str) -> KubernetesProfile:
     Raises:
         UserError: it cannot be read, it has no such field, or it breaks a rule.
     """
-    if name in names():
-        file = importlib.resources.files("slurm").joinpath("kubernetes", f"{name}.yaml")
-        text = file.read_text(encoding="utf-8")
-    else:
-        text = read_text(Path(name), f"--cluster {name}")
+    text = (cluster.shipped("kubernetes")[name].read_text(encoding="utf-8") if name in names()
+            else read_text(Path(name), f"--cluster {name}"))
     return read_yaml(KubernetesProfile, text, f"--cluster {name}")
 
 

@@ -24,7 +24,7 @@ from megatron_sov.recipes.extension import PHASE
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, refuse_other_kind, step_of
 from megatron_sov.runs.folder import COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, RunFolder
 from megatron_sov.runs.lock import living_holder
-from megatron_sov.slurm.history import ATTEMPTS
+from megatron_sov.slurm.attempts import ATTEMPTS
 from megatron_sov.slurm.submission import JOBS as SUBMISSIONS
 from megatron_sov.slurm.submission import last_words, submitted_jobs
 
