@@ -62,7 +62,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.cluster:
         from data_prep.pipeline.slurm_engine import submit_pipeline
 
-        submit_pipeline(pipeline, args.output, args.cluster, account=args.account, partition=args.partition)
+        submit_pipeline(pipeline, args.output, args)
         return 0
     (args.output / "inputs").mkdir(parents=True, exist_ok=True)
     plan = make_plan(pipeline, args.output)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,34 +43,29 @@ LONGEST_POD = 63
 """Characters of a pod's host name."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One stage as it was asked for."""
-
-    stage: str
-    arguments: tuple[str, ...]
-    profile: KubernetesProfile
-    nodes: int = 1
-    name: str | None = None
-    """Name of the job; None: the stage's and its target's."""
-    time_limit: str | None = None
-    """As sbatch takes it; None: no limit."""
-
-
-def prepare(request: Request, commands: Commands) -> str:
+def prepare(stage: str, arguments: list[str], profile: KubernetesProfile, commands: Commands, *,
+            nodes: int = 1, name: str | None = None, time_limit: str | None = None) -> str:
     """Return a stage's manifest, as YAML; nothing is written and nobody is asked.
+
+    Args:
+        stage: name in `STAGES`.
+        arguments: as a user would type them.
+        profile: where.
+        commands: the parsers of the stages' commands.
+        nodes: pods.
+        name: of the job; None: the stage's and its target's.
+        time_limit: as sbatch takes it; None: no limit.
 
     Raises:
         UserError: the stage, its arguments, the nodes, the name or a path do not fit.
     """
-    profile = request.profile
-    work = work_of(request.stage, list(request.arguments), commands)
-    if not work.kind.ranks and request.nodes > 1:
-        raise UserError(f"--nodes {request.nodes}: {request.stage} works on one node; leave it out")
+    work = work_of(stage, arguments, commands)
+    if not work.kind.ranks and nodes > 1:
+        raise UserError(f"--nodes {nodes}: {stage} works on one node; leave it out")
     settings: tuple[str, ...] = ()
     if work.kind.ranks:
-        settings = fitting_nodes(work, profile.tasks_per_node, request.nodes, request.nodes, {},
-                                 profile.gpu if profile.gpus_per_node else "")[request.nodes]
+        settings = fitting_nodes(work, profile.tasks_per_node, nodes, nodes, {},
+                                 profile.gpu if profile.gpus_per_node else "")[nodes]
     if (work.config is not None and work.config.evaluate.background.tasks
             and work.config.evaluate.background.where == "slurm"):
         raise UserError("evaluate.background.where = slurm: there is no Slurm in a pod; set it to another "
@@ -79,29 +73,21 @@ def prepare(request: Request, commands: Commands) -> str:
     profile.refuse_elsewhere(work.target, written=work.stage != "eval")
     for path in work.inputs:
         profile.refuse_elsewhere(path)
-    return yaml.dump(_manifest(request, work, settings), Dumper=_Dumper, sort_keys=False, width=110,
-                     allow_unicode=True)
-
-
-def _job_name(request: Request, work: Work) -> str:
-    """Return what the job is called.
-
-    Raises:
-        UserError: that is no DNS label, or leaves no room for what its pods' names add.
-    """
-    name = request.name
     if name is None:
-        name = re.sub(r"[._]+", "-", f"{request.stage}-{work.target.name}".lower())
-    longest = LONGEST_POD - len(f"-node-0-{request.nodes - 1}-xxxxx")
+        name = re.sub(r"[._]+", "-", f"{stage}-{work.target.name}".lower())
+    longest = LONGEST_POD - len(f"-node-0-{nodes - 1}-xxxxx")
     if not NAME.fullmatch(name) or len(name) > longest:
         raise UserError(f"--job-name {name}: must be a DNS label of at most {longest} of a-z, 0-9 and -, "
                         "that begins with a letter and does not end with -; pass another --job-name")
-    return name
+    job = _manifest(work, profile, settings, nodes, name)
+    if time_limit is not None and (seconds := time_limit_s(time_limit)) < math.inf:
+        job["spec"]["activeDeadlineSeconds"] = int(seconds)
+    return yaml.dump(job, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
 
 
-def _manifest(request: Request, work: Work, settings: tuple[str, ...]) -> dict[str, Any]:
+def _manifest(work: Work, profile: KubernetesProfile, settings: tuple[str, ...], nodes: int,
+              name: str) -> dict[str, Any]:
     """Return the manifest's content; `settings` follow from the number of nodes."""
-    profile = request.profile
     asked = dict(profile.resources)
     if work.kind.gpus and profile.gpus_per_node:
         asked[profile.gpu_resource] = str(profile.gpus_per_node)
@@ -110,7 +96,7 @@ def _manifest(request: Request, work: Work, settings: tuple[str, ...]) -> dict[s
         "command": ["bash", "-c", SCRIPT, "megatron-sov"],
         "args": [literal(word) for word in _words(profile, work, settings)],
         "env": variables_of(profile),
-        "numNodes": request.nodes,
+        "numNodes": nodes,
         "numProcPerNode": profile.tasks_per_node if work.kind.ranks else 1,
     }
     if asked:
@@ -121,12 +107,8 @@ def _manifest(request: Request, work: Work, settings: tuple[str, ...]) -> dict[s
     spec: dict[str, Any] = {"runtimeRef": {"apiGroup": API.partition("/")[0], "kind": profile.runtime_kind,
                                            "name": profile.runtime},
                             "trainer": trainer, "runtimePatches": [patch]}
-    seconds = math.inf if request.time_limit is None else time_limit_s(request.time_limit)
-    if seconds < math.inf:
-        spec["activeDeadlineSeconds"] = int(seconds)
-    metadata: dict[str, Any] = {"name": _job_name(request, work), "namespace": profile.namespace}
-    if profile.labels:
-        metadata["labels"] = dict(profile.labels)
+    metadata = {"name": name, "namespace": profile.namespace} | (
+        {"labels": dict(profile.labels)} if profile.labels else {})
     return {"apiVersion": API, "kind": "TrainJob", "metadata": metadata, "spec": spec}
 
 

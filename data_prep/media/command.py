@@ -49,8 +49,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.cluster:
         from data_prep.media.slurm_array import submit_order
 
-        submit_order(order, args.cluster, 4 if args.workers is None else args.workers, account=args.account,
-                     partition=args.partition)
+        submit_order(order, args, args.workers or 4)
         return 0
     run_order(order)
     return 0

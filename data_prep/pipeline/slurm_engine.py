@@ -25,13 +25,15 @@ from data_prep.pipeline.plan import Plan, make_plan
 from data_prep.pipeline.running import begin, open_tasks
 from data_prep.pipeline.tasks import Stage, Task, do_task, stages, tasks
 from megatron_sov.clusters.cluster import ClusterProfile
-from megatron_sov.clusters.kubernetes import KubernetesProfile, load_for_arrays
+from megatron_sov.clusters.kubernetes import KubernetesProfile
 from megatron_sov.errors import UserError
 from megatron_sov.work.arrays import (
     FINISH,
     FINISH_CPUS,
     Arrays,
+    ClusterOptions,
     Jobs,
+    profile_of,
     refuse_many_restarts,
     refuse_unquotable,
     tell_failures,
@@ -100,16 +102,13 @@ class SubmitRest:
                 _submit_run(plan, self.output, self.profile)
 
 
-def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str | None,
-                    partition: str | None) -> None:
+def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
 
     Args:
         pipeline: the file.
         output: the run's folder, which all nodes see.
-        name: cluster profile.
-        account: Slurm account; None: the profile's.
-        partition: partition; None: the profile's.
+        where: it is submitted to.
 
     Raises:
         UserError: the profile is wrong, a path cannot stand in a script, the cluster refuses, or jobs of
@@ -117,7 +116,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str
     """
     output = output.absolute()
     refuse_unquotable(output)
-    profile = load_for_arrays(name, account=account, partition=partition)
+    profile = profile_of(where)
     (output / "inputs").mkdir(parents=True, exist_ok=True)
     with holding(output, output):
         before = Jobs.read(output)

@@ -26,15 +26,17 @@ from data_prep.synth.work_folder import ANSWERS, settle
 from megatron_sov.artifacts import atomic_write, disk_errors
 from megatron_sov.clusters import client
 from megatron_sov.clusters.cluster import ClusterProfile
-from megatron_sov.clusters.kubernetes import KubernetesProfile, load_for_arrays
+from megatron_sov.clusters.kubernetes import KubernetesProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.work.arrays import (
     FINISH,
     FINISH_CPUS,
     Arrays,
+    ClusterOptions,
     Jobs,
     TaskFailed,
+    profile_of,
     refuse_many_restarts,
     refuse_unquotable,
     tell_failures,
@@ -131,17 +133,14 @@ def served(order: Order) -> Order:
                         f"{SERVER_WAIT_S / 3600:g} h; see its log in {order.output / 'slurm'}")
 
 
-def submit_order(order: Order, name: str, num_workers: int, server: Server | None, *, account: str | None,
-                 partition: str | None) -> None:
+def submit_order(order: Order, where: ClusterOptions, num_workers: int, server: Server | None) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
 
     Args:
         order: what was asked for; its output is on a disk that all nodes see.
-        name: cluster profile.
+        where: it is submitted to.
         num_workers: jobs of the array.
         server: of the model; None: it is at an address.
-        account: Slurm account; None: the profile's.
-        partition: partition; None: the profile's.
 
     Raises:
         UserError: the profile, the order or the cluster are in the way.
@@ -157,7 +156,7 @@ def submit_order(order: Order, name: str, num_workers: int, server: Server | Non
     if server is not None and not _NAME.fullmatch(order.writer.name):
         raise UserError(f"--model {order.writer.name}: must have letters, digits and ._/- alone, to be the "
                         "name of a served model")
-    profile = load_for_arrays(name, account=account, partition=partition)
+    profile = profile_of(where)
     if server is not None and isinstance(profile, KubernetesProfile):
         raise UserError("--serve-vllm: puts a server into Slurm, and --cluster names a profile of kind k8s; "
                         "start a server there yourself, and pass its address with --engine")

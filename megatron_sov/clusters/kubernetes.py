@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from megatron_sov.clusters import cluster
-from megatron_sov.clusters.cluster import SECRET, ClusterProfile, KnownChip, VariableName
+from megatron_sov.clusters.cluster import SECRET, KnownChip, VariableName
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
     AtLeastOne,
@@ -235,27 +235,6 @@ def load(name: str) -> KubernetesProfile:
     text = (cluster.shipped("kubernetes")[name].read_text(encoding="utf-8") if name in names()
             else read_text(Path(name), f"--cluster {name}"))
     return read_yaml(KubernetesProfile, text, f"--cluster {name}")
-
-
-def load_for_arrays(name: str, *, account: str | None,
-                    partition: str | None) -> ClusterProfile | KubernetesProfile:
-    """Return the profile that --cluster names, of either kind, for arrays of jobs.
-
-    Raises:
-        UserError: it cannot be read or breaks a rule, arrays cannot start its container, or an option beside
-            it is Slurm's and it is not.
-    """
-    if not is_kubernetes(name):
-        profile = cluster.load(name, account=account, partition=partition)
-        if profile.container.kind == "enroot":
-            raise UserError("container.kind = enroot: is not known to arrays of jobs; take pyxis, apptainer "
-                            "or none")
-        return profile
-    for option, value in (("--account", account), ("--partition", partition)):
-        if value is not None:
-            raise UserError(f"{option} {value}: belongs to Slurm; leave it out where --cluster names a "
-                            "profile of kind k8s")
-    return load(name)
 
 
 def literal(word: str) -> str:

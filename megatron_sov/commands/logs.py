@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -206,16 +206,12 @@ def run(typed: argparse.Namespace) -> int:
         raise UserError(f"--rank {args.rank[0]}: no file of {args.run} is this rank's ({known}); "
                         "leave --rank out")
     try:
-        _print(_Reader(args.run, set(args.rank), args.tail).everything(args.follow), wanted)
+        for line in _Reader(args.run, set(args.rank), args.tail).everything(args.follow):
+            if wanted.search(line.text):
+                print(f"[{line.label}] {line.text}", flush=True)
     except KeyboardInterrupt:
-        return 0
+        pass
     return 0
-
-
-def _print(lines: Iterable[Line], wanted: re.Pattern[str]) -> None:
-    for line in lines:
-        if wanted.search(line.text):
-            print(f"[{line.label}] {line.text}", flush=True)
 
 
 class _Reader:
@@ -242,10 +238,8 @@ class _Reader:
         for file in log_files(self._run):
             if not self._ranks or file.rank in self._ranks:
                 tail = self._tails.setdefault(file.path, Tail(file))
-                yield from self._last(tail.lines(whole), first)
-
-    def _last(self, lines: Iterator[Line], first: bool) -> Iterable[Line]:
-        return deque(lines, self._tail_lines) if first and self._tail_lines > 0 else lines
+                lines = tail.lines(whole)
+                yield from deque(lines, self._tail_lines) if first and self._tail_lines > 0 else lines
 
     def _has_ended(self) -> bool:
         from megatron_sov.watch.state import read_state

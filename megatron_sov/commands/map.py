@@ -39,6 +39,7 @@ from megatron_sov.settings import (
 from megatron_sov.work.arrays import (
     ClusterOptions,
     SharedWork,
+    profile_of,
     refuse_living,
     refuse_many_restarts,
     submit_shares,
@@ -241,12 +242,9 @@ def _lines_of(made: Any) -> list[bytes]:
 
 def _submit(order: MapOrder) -> None:
     """Submit what is not done, or tell how far jobs are that work on it."""
-    from megatron_sov.clusters.kubernetes import load_for_arrays
-
     options = replace(order.options, output=order.options.output.absolute(),
                       rows=order.options.rows.absolute())
-    order, profile = replace(order, options=options), load_for_arrays(
-        options.cluster, account=options.account, partition=options.partition)
+    order, profile = replace(order, options=options), profile_of(options)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: complete from before")
         return

@@ -92,7 +92,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
 
 def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitOptions) -> int:
     """Make a manifest of a stage; returns 0 when it is where the user wants it."""
-    from megatron_sov.kubernetes import Request, prepare
+    from megatron_sov.kubernetes import prepare
 
     if stage == "chain":
         raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; "
@@ -108,8 +108,8 @@ def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitO
                         "--manifest and --apply")
     profile = kubernetes.load(cluster_name)
     check_output("--manifest", options.manifest)
-    text = prepare(Request(stage, tuple(argv), profile, options.nodes or 1, options.job_name,
-                           options.time_limit), COMMANDS)
+    text = prepare(stage, argv, profile, COMMANDS, nodes=options.nodes or 1, name=options.job_name,
+                   time_limit=options.time_limit)
     if options.dry_run:
         sys.stdout.write(text)
     if options.manifest:

@@ -22,10 +22,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Self
 
 from megatron_sov.artifacts import disk_errors
-from megatron_sov.clusters import client, kubernetes
+from megatron_sov.clusters import client, cluster, kubernetes
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.clusters.kubernetes import KubernetesProfile, literal, pod_of, variables_of
 from megatron_sov.errors import ExitCode, UserError
@@ -65,6 +65,27 @@ class ClusterOptions:
     """Slurm account, where the profile names none."""
     partition: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
     """Slurm partition, in place of the profile's."""
+
+
+def profile_of(options: ClusterOptions) -> ClusterProfile | KubernetesProfile:
+    """Return the profile that a command submits to.
+
+    Raises:
+        UserError: it cannot be read or breaks a rule, arrays cannot start its container, or an option beside
+            it is Slurm's and it is not.
+    """
+    name = options.cluster
+    if kubernetes.is_kubernetes(name):
+        for option, value in (("--account", options.account), ("--partition", options.partition)):
+            if value is not None:
+                raise UserError(f"{option} {value}: belongs to Slurm; leave it out where --cluster names a "
+                                "profile of kind k8s")
+        return kubernetes.load(name)
+    profile = cluster.load(name, account=options.account, partition=options.partition)
+    if profile.container.kind == "enroot":
+        raise UserError("container.kind = enroot: is not known to arrays of jobs; take pyxis, apptainer or "
+                        "none")
+    return profile
 
 
 @dataclass(frozen=True)
@@ -116,11 +137,8 @@ def refuse_living(output: Path) -> None:
                         f"they are, or {jobs.way_to_end} them")
 
 
-class Work(Protocol):
-    """What the tasks of an array do."""
-
-    def __call__(self, task: int) -> None:
-        """Do the task of this number."""
+Work = Callable[[int], object]
+"""What the tasks of an array do: is called with the number of each."""
 
 
 class TaskFailed(Exception):
