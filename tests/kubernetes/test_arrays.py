@@ -141,7 +141,7 @@ def test_the_arrays_of_a_pipeline_wait_for_each_other(
         cluster: LocalCluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And raw files are read by pods first, where they are many; then the same command submits the steps."""
     file = write_pipeline(Path.cwd())
-    assert data_cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
+    assert data_cli.main(["run", str(file), "--output", str(Path("here").absolute()), "--workers", "1"]) == 0
     monkeypatch.setattr(inputs, "READ_HERE_BYTES", 1000)
     there = ["run", str(file), "--output", "there", *THERE]
     assert data_cli.main(there) == 0
