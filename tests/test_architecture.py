@@ -54,10 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},
     "eval": SECOND, "serving": SECOND,
     "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
-    "report": GROUND, "card": GROUND, "watch": GROUND | {"slurm"}, "ladder": GROUND,
+    "report": GROUND, "card": GROUND, "ladder": GROUND,
     "kubernetes": GROUND | {"slurm"},
     "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "kubernetes",
-                                         "report", "card", "watch", "ladder", "bundle"},
+                                         "report", "card", "ladder", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
     "tokenizer": BASE, "data_prep": BASE | {"runs", "tools"},
 }
@@ -77,7 +77,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
 
 TORCH_FREE = GROUND - {"codecs"} | {
-    "doctor", "report", "card", "watch", "ladder", "bundle", "commands", "cli", "api", "__init__",
+    "doctor", "report", "card", "ladder", "bundle", "commands", "cli", "api", "__init__",
     "tokenizer", "data_prep", "slurm", "kubernetes"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
@@ -382,8 +382,8 @@ BAD = [
     ("megatron_sov/mcore/model/specs.py", "from megatron.training import get_args",
      "only megatron.core is used"),
     ("megatron_sov/mcore/model/specs.py", "import apex", "apex is not used"),
-    ("megatron_sov/watch/state.py", "from megatron_sov.train import stage",
-     "room 'watch' may not import 'train'"),
+    ("megatron_sov/ladder/state.py", "from megatron_sov.train import stage",
+     "room 'ladder' may not import 'train'"),
     ("megatron_sov/report/page.py", "def f():\n    from megatron_sov import mcore",
      "room 'report' may not import 'mcore'"),
     ("megatron_sov/data/order.py", "import pickle", "not unpickled"),
