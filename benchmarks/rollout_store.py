@@ -22,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.rollouts.parts import part_name
-from megatron_sov.rollouts.rows import Key, Rollout
+from megatron_sov.rollouts.rows import Key, Rollout, part_name
 from megatron_sov.rollouts.store import Store
 
 PIECES, SAMPLES, VOCAB_SIZE = 4, 8, 150_000
@@ -67,7 +66,7 @@ def start_round(path: Path, number: int) -> str:
     store = Store.open(path)
     keys = sum(len(heads) for _, heads in store.index(number))
     indexed_s = time.perf_counter() - began
-    rows = [row for part in store.rollout_parts(number) for row in store.read_rollouts(part.name)]
+    rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
     return (f"{len(rows):,} rows are there after {time.perf_counter() - began:.2f} s, of which the index of "
             f"its {keys:,} keys {indexed_s:.2f} s")
 

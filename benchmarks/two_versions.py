@@ -36,7 +36,7 @@ APPEND = """
 import sys
 from pathlib import Path
 import numpy as np
-from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.rows import part_name
 from megatron_sov.rollouts.rows import Key, Rollout
 from megatron_sov.rollouts.store import Store
 

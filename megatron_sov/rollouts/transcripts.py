@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sov.documents.visible import visible
 from megatron_sov.pages.content import Chapter, Section, Table
 from megatron_sov.pages.page import render
-from megatron_sov.rollouts.rows import LENGTH, Judged, Rollout, later
+from megatron_sov.rollouts.rows import LENGTH, Judged, Rollout
 from megatron_sov.rollouts.store import Store
 
 CUT_OFF = (LENGTH, "turns", "tokens", "unended")
@@ -117,13 +117,9 @@ def page_of(store: Store, rounds: Sequence[int], version: str | None, most: int,
 
 
 def _round(store: Store, number: int, version: str | None, most: int) -> _Round:
-    found, parts = _Round(number, most), store.rollout_parts(number)
-    for piece in sorted({part.piece for part in parts}):
-        names = [part.name for part in parts if part.piece == piece]
-        rows = later([row for name in names for row in store.read_rollouts(name, _COLUMNS)])
-        said = {(judged.key, judged.attempt): judged for name in names
-                if version is not None and store.has_rewards(version, name)
-                for judged in store.read_rewards(version, name)}
+    found = _Round(number, most)
+    for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
+        said = {} if version is None else store.judgements(version, parts)
         found.add([_Read(row, said.get((row.key, row.attempt))) for row in rows])
     return found
 

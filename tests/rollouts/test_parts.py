@@ -17,12 +17,11 @@ from pyarrow import parquet
 
 from megatron_sov.artifacts import Manifest, new_artifact, to_json
 from megatron_sov.errors import UserError
-from megatron_sov.rollouts import parquet as bounds
-from megatron_sov.rollouts import tables
-from megatron_sov.rollouts.asked import Asked, not_written
-from megatron_sov.rollouts.parts import ROLLOUTS, AlreadyPublished, Part, numbers_in, part_name
-from megatron_sov.rollouts.rows import Key, Rollout
+from megatron_sov.rollouts import columns
+from megatron_sov.rollouts.rows import Asked, Key, Part, Rollout, not_written, numbers_in, part_name
 from megatron_sov.rollouts.store import Store
+from megatron_sov.work.tables import parquet as bounds
+from megatron_sov.work.tables.table import AlreadyPublished
 
 NAME = part_name(1, 0)
 
@@ -82,11 +81,11 @@ def publish(number: int, path: Path) -> None:
 def test_of_many_writers_of_one_name_one_stays_whole(tmp_path: Path) -> None:
     assert in_processes(4, publish, tmp_path / "store") == [0] * 4
     store = Store.open(tmp_path / "store")
-    for part in store.rollout_parts():
+    for part in store.parts():
         rows = store.read_rollouts(part.name)
         (number,) = {int(row.response.removeprefix("of ")) for row in rows}
         assert len(rows) == part.num_rows == number + 1
-    assert [part.piece for part in store.rollout_parts()] == list(range(6))
+    assert [part.piece for part in store.parts()] == list(range(6))
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     assert len(list((tmp_path / "store/rollouts").iterdir())) == 6
 
@@ -110,7 +109,7 @@ def die(number: int, path: Path) -> None:
 @pytest.mark.parametrize("work, code", [(fill_the_disk, 0), (die, -signal.SIGKILL)])
 def test_a_writer_that_fails_leaves_no_part(work: Callable[..., None], code: int, store: Store) -> None:
     assert in_processes(1, work, store.path) == [code]
-    assert not store.has_rollouts(NAME) and store.rollout_parts() == []
+    assert not store.has(NAME) and store.parts() == []
     if not code:
         assert list((store.path / "rollouts").iterdir()) == []
     store.add_rollouts(NAME, [rollout()], {})
@@ -127,7 +126,7 @@ def foreign(store: Store, table: pa.Table, dictionary: bool = False) -> None:
 
 def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
     """Return two sound rows of which a column is another one."""
-    table = tables.rollouts_table([rollout(0), rollout(1)], 100)
+    table = columns.rollouts_table([rollout(0), rollout(1)], 100)
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values, kind))
 
 
@@ -142,7 +141,7 @@ FOREIGN = [
     (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
     (with_column("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
     (with_column("round", [1, 2], pa.int32()), "has a row of round 2"),
-    (tables.rollouts_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
+    (columns.rollouts_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
 ]
 
 
@@ -164,13 +163,13 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: Store, monkeypatch
     monkeypatch.setattr(bounds, "MAX_ROWS", 50)
     monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 20)
     zeros, text = np.zeros(300_000, np.int32), "x" * 400_000
-    big = tables.rollouts_table([rollout()], 100)
+    big = columns.rollouts_table([rollout()], 100)
     at = big.schema.get_field_index("tokens")
     lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], pa.int32()), pa.array(zeros),
                                      big.schema.field(at).type)
     routes = with_column("routes", [b"12" * 1000] * 2, pa.large_binary())
     bombs = {
-        "has 51 rows, at most 50": (tables.rollouts_table([rollout()] * 51, 100), False),
+        "has 51 rows, at most 50": (columns.rollouts_table([rollout()] * 51, 100), False),
         "takes 0.0 GiB in memory": (big.set_column(at, big.schema.field(at), lists), True),
         "repeats its values by a dictionary": (routes, True)}
     for sentence, (table, dictionary) in bombs.items():
@@ -209,10 +208,10 @@ def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
         for name, data in files.items():
             (artifact.path / name).write_bytes(data)
     for _ in range(2):
-        assert store.rollout_parts() == [] and list(store.index()) == []
+        assert store.parts() == []
     assert capsys.readouterr().err.count(f"kept out: {store.path}/rollouts/{NAME}: ") == 1
     with pytest.raises(UserError, match=sentence):
-        store.has_rollouts(NAME)
+        store.has(NAME)
 
 
 def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Store) -> None:
@@ -220,10 +219,10 @@ def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Store) 
     folder.mkdir()
     (folder / "manifest.json").write_text(to_json(Manifest("tokens", {})))
     with pytest.raises(UserError, match="is a 'tokens' artifact where a 'rollouts' artifact is needed"):
-        store.has_rollouts(NAME)
+        store.has(NAME)
     (folder / "manifest.json").unlink()
     (folder / "other").write_text("")
-    assert store.rollout_parts() == []
+    assert store.parts() == []
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         store.add_rollouts(NAME, [rollout()], {})
 
@@ -233,7 +232,7 @@ def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Store) 
 
 def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
          created_s: float = 0.0) -> Part:
-    return Part("", Path(), ROLLOUTS, round_, piece, attempt, 1, 0, "", created_s, provenance)
+    return Part("", Path(), "rollouts", (round_, piece, attempt), 1, 0, "", created_s, provenance)
 
 
 def test_the_newest_part_says_how_much_there_will_be() -> None:

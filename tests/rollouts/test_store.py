@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
-from megatron_sov.rollouts import tables
-from megatron_sov.rollouts.parquet import read_table, write_table
-from megatron_sov.rollouts.parts import AlreadyPublished, numbers_in, part_name
-from megatron_sov.rollouts.rows import NOT_WRITTEN, Judged, Key, Rollout
+from megatron_sov.rollouts import columns
+from megatron_sov.rollouts.rows import NOT_WRITTEN, Judged, Key, Rollout, numbers_in, part_name
 from megatron_sov.rollouts.store import Store
+from megatron_sov.work.tables.parquet import read_table, write_table
+from megatron_sov.work.tables.table import AlreadyPublished
 
 VOCAB_SIZE = 100
 
@@ -55,18 +55,18 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_part_is_written_and_read(store: Store) -> None:
     rows, name = [rollout(0), rollout(1, outcome={"reward": 1.0})], part_name(1, 3)
-    assert not store.has_rollouts(name)
-    path = store.add_rollouts(name, rows, {"job": 7})
-    assert path == store.path / "rollouts/round-0001-piece-0003" and store.has_rollouts(name)
+    assert not store.has(name)
+    store.add_rollouts(name, rows, {"job": 7})
+    assert store.has(name) and (store.path / "rollouts/round-0001-piece-0003").is_dir()
     assert [bits(row) for row in store.read_rollouts(name)] == [bits(row) for row in rows]
-    (part,) = store.rollout_parts()
+    (part,) = store.parts()
     assert (part.round, part.piece, part.attempt, part.num_rows, part.num_kept_out) == (1, 3, 0, 2, 0)
     assert part.provenance == {"job": 7}
     store.add_rewards("v1" * 8, name, [judged(row) for row in rows])
     assert store.read_rewards("v1" * 8, name) == [judged(row) for row in rows]
-    assert store.reward_versions() == ["v1v1v1v1v1v1"] and store.has_rewards("v1" * 8, name)
-    assert not store.has_rewards("v2" * 8, name)
-    assert [(p.name, keys) for p, keys in store.index()] == [(name, [(row.key, 0) for row in rows])]
+    assert store.versions() == ["v1v1v1v1v1v1"] and store.has(name, "v1" * 8)
+    assert not store.has(name, "v2" * 8)
+    assert store.judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}
 
 
 def arrays(dtype: Any, values: st.SearchStrategy[Any], length: st.SearchStrategy[int]) -> Any:
@@ -95,10 +95,10 @@ ROWS = st.lists(st.builds(
 def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
                                                     tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "any.parquet"
-    write_table(file, tables.rollouts_table(rows, VOCAB_SIZE), tables.REPEATED, tables.SPLIT)
-    table = read_table(file, tables.ROLLOUTS)
-    assert [bits(row) for row in tables.rollouts_of(table, tables.NAMES)] == [bits(row) for row in rows]
-    assert tables.problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
+    write_table(file, columns.rollouts_table(rows, VOCAB_SIZE), columns.REPEATED, columns.SPLIT)
+    table = read_table(file, columns.ROLLOUTS)
+    assert [bits(row) for row in columns.rollouts_of(table, columns.NAMES)] == [bits(row) for row in rows]
+    assert columns.problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
 
 
 def test_a_store_is_what_a_dictionary_would_be(store: Store) -> None:
@@ -121,12 +121,10 @@ def test_a_store_is_what_a_dictionary_would_be(store: Store) -> None:
     parts = {name: [row for row in rows if row.temperature] for name, rows in parts.items()}
     for number in (None, 1, 2):
         found = [name for name in sorted(parts, key=numbers_in) if number in (None, numbers_in(name)[0])]
-        assert [part.name for part in store.rollout_parts(number)] == found
-        assert [(part.name, heads) for part, heads in store.index(number)] == [
-            (name, [(row.key, row.attempt) for row in parts[name]]) for name in found]
+        assert [part.name for part in store.parts(number)] == found
     for name, rows in parts.items():
         assert list(map(bits, store.read_rollouts(name))) == list(map(bits, rows))
-        assert store.has_rewards("v1" * 8, name) == (name in said)
+        assert store.has(name, "v1" * 8) == (name in said)
         assert name not in said or store.read_rewards("v1" * 8, name) == said[name]
 
 
@@ -171,8 +169,7 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     store.add_rollouts(part_name(1, 0), [rollout(0), rollout(1, **changes)], {})
     for _ in range(2):
         assert [row.key.sample for row in store.read_rollouts(part_name(1, 0))] == [0]
-    assert store.rollout_parts()[0].num_kept_out == 1
-    assert [len(keys) for _, keys in store.index()] == [1]
+    assert store.parts()[0].num_kept_out == 1
     assert capsys.readouterr().err.count(f"1 of 2 rows are kept out; the first is row 1: {sentence}") == 1
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.digests import SHA256, file_digest
-from megatron_sov.rollouts.parts import part_name
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Judged, Key, Rollout
+from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Judged, Key, Rollout, part_name
 from megatron_sov.rollouts.store import Store
 from megatron_sov.rollouts.transcripts import page_of
 

@@ -54,8 +54,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
             wait_s: float = 0.0, reference: str = "") -> Any:
-    from megatron_sov.post.rl.feed import RoundFeed
-    from megatron_sov.post.rl.trainer_columns import TrainerColumns
+    from megatron_sov.post.rl.feed import RoundFeed, TrainerColumns
 
     rounds = RoundDocuments(folder, 10, names)
 

@@ -20,9 +20,8 @@ from megatron_sov.data.token_shards import open_sources
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
 from megatron_sov.post.rl.publish import Publisher
-from megatron_sov.rollouts.parts import part_name
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
-from megatron_sov.rollouts.rows import Judged
+from megatron_sov.rollouts.rows import Judged, part_name
 from megatron_sov.rollouts.store import Store
 
 VERSION = "a" * 64

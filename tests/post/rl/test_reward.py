@@ -19,8 +19,7 @@ from megatron_sov.post.rl.reward import (
 )
 from megatron_sov.rewards.composed import SECOND
 from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.asked import Asked
-from megatron_sov.rollouts.rows import STOP, UNFINISHED, Judged, Key, Rollout
+from megatron_sov.rollouts.rows import STOP, UNFINISHED, Asked, Judged, Key, Rollout
 from megatron_sov.rollouts.store import Store
 from megatron_sov.work.claims import Claims
 
@@ -72,9 +71,9 @@ def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Sto
     assert job(store, script).run().unfinished == 1
     assert script.seen == ["가나", "ab", "가a"]
     assert job(store, script).run().parts == 0 and len(script.seen) == 3
-    kept = {part.name: part.manifest_sha256 for part in store.rollout_parts()}
+    kept = {part.name: part.manifest_sha256 for part in store.parts()}
     assert job(store, script, "v2").run().tally.statuses == {"scored": 2, "failed": 1}
-    assert {part.name: part.manifest_sha256 for part in store.rollout_parts()} == kept
+    assert {part.name: part.manifest_sha256 for part in store.parts()} == kept
     first, second = store.read_rewards("v1", "round-0001-piece-0000")
     assert (first.reward, first.status, first.reward_version) == (2.0, "scored", "v1")
     assert first.components == {"n": 1.0, "part.ok": 1.0}
