@@ -202,7 +202,6 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
 
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
-    """Return the engine's name; raises where it cannot do what is asked."""
     name = args.engine or engine_for(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)

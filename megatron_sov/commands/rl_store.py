@@ -97,7 +97,6 @@ class StoreGcOptions(StoreOptions):
 
 
 def open_store(path: Path) -> Store:
-    """Return the store in a folder."""
     from megatron_sov.rollouts.store import Store
 
     return Store.open(path)
@@ -235,7 +234,6 @@ def _version(given: str | None, store: Store) -> str | None:
 
 
 def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
-    """Return what makes texts of tokens, special ones among them."""
     from megatron_sov.chat.folder import open_tokenizer
 
     file = folder / TOKENIZER_JSON

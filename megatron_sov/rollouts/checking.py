@@ -34,12 +34,7 @@ class Checked:
 
 
 def check(store: Store, done: Callable[[int], object] = lambda parts: None) -> Checked:
-    """Return what is wrong with a store.
-
-    Args:
-        store: to look at.
-        done: told the number of parts, as they are read.
-    """
+    """Return what is wrong with a store."""
     found = Checked()
     parts = store.parts(refused=found.problems.append)
     kept: list[np.ndarray] = []
@@ -137,7 +132,6 @@ class Figures:
     """By version."""
 
     def add(self, row: Rollout) -> None:
-        """Count one more row."""
         self.rows += 1
         self.prompts.add(row.key.prompt)
         self.prompt_tokens += len(row.prompt_tokens)
@@ -153,7 +147,6 @@ class Figures:
             self.version_total += int(written.sum(dtype=np.int64))
 
     def plain(self) -> dict[str, Any]:
-        """Return the figures as JSON has them."""
         mean_version = self.version_total / self.written_tokens if self.written_tokens else None
         return {
             "rows": self.rows, "prompts": len(self.prompts), "prompt_tokens": self.prompt_tokens,

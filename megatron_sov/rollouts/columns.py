@@ -134,7 +134,6 @@ def schema_for(columns: Sequence[str]) -> pa.Schema:
 
 
 def keys_of(table: pa.Table) -> list[Key]:
-    """Return the key of each row."""
     return list(map(Key, *(_values(table, name) for name in _KEY)))
 
 

@@ -70,7 +70,6 @@ class Piece:
     prompts: tuple[Prompt, ...]
 
     def part(self, attempt: int = 0) -> str:
-        """Return the name of the part in which an attempt at it is published."""
         return part_name(self.round, self.number, attempt)
 
 

@@ -231,6 +231,5 @@ def not_written(parts: Sequence[Part], rounds: range | None) -> str | None:
 
 
 def _asked_of(provenance: Mapping[str, Any]) -> Asked | None:
-    """Return what a part was written for; None: it does not say so."""
     rounds, pieces = provenance.get(ROUNDS), provenance.get(PIECES)
     return Asked(rounds, pieces) if type(rounds) is type(pieces) is int and min(rounds, pieces) > 0 else None

@@ -39,12 +39,10 @@ class Store(Table[Part]):
 
     @staticmethod
     def tell(identity: Mapping[str, Any]) -> str:
-        """Return what all parts share in words."""
         return f"tokenizer {str(identity.get('tokenizer'))[:24]}, {identity.get('vocab_size')} ids"
 
     @property
     def tokenizer_digest(self) -> str:
-        """Return the digest of the tokenizer that all rows are written with."""
         return str(self.identity["tokenizer"])
 
     @property

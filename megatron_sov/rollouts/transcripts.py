@@ -78,7 +78,6 @@ class _Round:
         return sorted(reads, key=lambda read: (sign * (read.reward or 0.0), read.place))[:most or self.most]
 
     def shown(self) -> Iterator[tuple[str, _Read]]:
-        """Yield what is shown, and why."""
         above = {read.row.key for read in self.highest}
         lowest = [read for read in self.lowest if read.row.key not in above][:self.most]
         for why, reads in (("highest reward", self.highest), ("lowest reward", lowest),
@@ -87,7 +86,6 @@ class _Round:
                 yield why, read
 
     def figures(self) -> list[str]:
-        """Return a row of the page's table."""
         mean = f"{self.total / self.rewards:.4f}" if self.rewards else ""
         return [f"{self.number}", f"{self.rows:,}", mean, f"{self.cut_off:,}",
                 f"{self.rows - self.rewards:,}"]
@@ -144,7 +142,6 @@ def _chapter(name: str, read: _Read, decode: Decode | None) -> Chapter:
 
 
 def _asked(record: Any) -> list[tuple[str, str]]:
-    """Return the prompt of a record: messages, a text, or the question of a task."""
     given = record.get("messages", record.get("prompt", record.get("question", "")))
     if isinstance(given, list):
         return [(str(message.get("role", "")), str(message.get("content", ""))) for message in given

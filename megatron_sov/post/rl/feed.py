@@ -142,7 +142,6 @@ class TrainerColumns:
 
 
 def _way_back(opened: Round) -> str:
-    """Return what to do where the weights that begin a round are gone and needed."""
     begin = (int(opened.path.name) - 1) * len(opened.steps)
     run = RunFolder(opened.path.parents[1])
     if begin and not run.checkpoint(begin).is_dir():
@@ -152,18 +151,11 @@ def _way_back(opened: Round) -> str:
 
 
 def file_of(path: Path, name: str) -> Path:
-    """Return where a column of a published round stands."""
     return path.with_name(f"{path.name}.{name}.f32")
 
 
 def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> TrainerColumns:
-    """Return the columns that a run's objective reads, and that are not published.
-
-    Args:
-        config: of the run.
-        needed: all that the objective reads.
-        start: the checkpoint that it starts from, its reference.
-    """
+    """Return the columns that a run's objective reads, and that are not published."""
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
@@ -361,7 +353,6 @@ class Producer:
         return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s}
 
     def close(self) -> None:
-        """End the processes that judge."""
         self._open.close()
 
     def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],

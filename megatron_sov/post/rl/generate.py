@@ -57,12 +57,10 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """Name of the part that it becomes."""
         return self.piece.part(self.number)
 
 
 def never() -> bool:
-    """Return that attempts are not cut off before their deadline."""
     return False
 
 
@@ -122,7 +120,6 @@ class Missing:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is missing."""
         return not self._open
 
     @property
@@ -185,14 +182,12 @@ class Missing:
         return NEWER if policy.step > known.cut_by else SAME
 
     def _ready(self) -> Iterator[tuple[int, Policy]]:
-        """Yield the rounds that are not done and can be written, with their policies."""
         for number in list(self._open):
             if (policy := self._policy_of(number)) is None:
                 return
             yield number, policy
 
     def _pieces_of(self, number: int) -> list[Piece]:
-        """Return the pieces of a round that are not done."""
         known = self._open[number]
         if known is None:
             asked = round_prompts(self._prompts, self._rollout, number)
@@ -355,18 +350,7 @@ class Desk:
 
 
 def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk: Desk) -> dict[str, Any]:
-    """Write what is missing until nothing is; called by all processes of the engine together.
-
-    Args:
-        engine: which writes.
-        take: gives it another policy.
-        held: the policy that it has.
-        writer: makes rows.
-        desk: of the first process; the others' is not asked.
-
-    Returns:
-        `Desk.summary`.
-    """
+    """Write what is missing until nothing is; called by all processes of the engine together."""
     with work_bar("write", desk.missing.num_pieces, "piece", is_first()) as bar:
         while (attempts := on_first(desk.next)) is not None:
             on_first(lambda: bar.update(desk.missing.num_done - bar.n))
@@ -437,6 +421,5 @@ def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
 
 
 def _tensors_of(policy: Policy, device: torch.device) -> NamedTensors:
-    """Yield a checkpoint's tensors under their Hugging Face names, one by one."""
     weights = convert.open_weights(policy.path)
     return ((name, weights.read(name).to(device)) for link in weights.links for name in link.hf_names)

@@ -54,7 +54,6 @@ class Response:
 
     @property
     def reward(self) -> float:
-        """Return the reward that it has."""
         assert self.judged.reward is not None, f"{self.rollout.key} has no reward"
         return self.judged.reward
 
@@ -422,7 +421,6 @@ class _Chosen:
 
 
 def _begun_by(row: Rollout) -> tuple[int, str]:
-    """Return the step and the hash of the policy that began a response."""
     written = row.written_versions
     return int(written[0]) if len(written) else 0, row.key.policy
 

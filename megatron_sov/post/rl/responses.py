@@ -96,7 +96,6 @@ class Responses:
         return [[row for its, row in longer if its is attempt] for attempt in attempts]
 
     def _begun(self, attempt: Attempt, began_s: float) -> list[Rollout]:
-        """Return rows of which no token is written."""
         piece = attempt.piece
         ids = dict(zip((prompt.id for prompt in piece.prompts), self._asked(piece.prompts), strict=True))
         return [Rollout(key, piece.round, 0, prompt.record,
@@ -149,7 +148,6 @@ class Responses:
             raise UserError(f"{OPTION}: line {prompt.line}: {e}") from None
 
     def _longer(self, row: Rollout, found: Generated, number: int, limit: int, attempt: Attempt) -> Rollout:
-        """Return a row with what was written behind it."""
         # an engine without `Bounds` is asked for the longest of all
         written, logprobs = found.continuations[number][:limit], found.logprobs[number][:limit]
         reason = STOP if found.finish_reasons[number] == STOP else LENGTH
@@ -181,13 +179,7 @@ def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarra
 
 def fresh_keys(attempt: Attempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
                ) -> list[tuple[Prompt, Key]]:
-    """Return prompt and key of each response that begins in an attempt, by prompt and sample.
-
-    Args:
-        attempt: the first at its piece.
-        rollout: the settings.
-        chosen_by: see `key_digest`.
-    """
+    """Return prompt and key of each response that begins in an attempt, by prompt and sample."""
     sampling = key_digest(rollout, attempt.piece.round, chosen_by)
     return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
             for prompt in attempt.piece.prompts for sample in range(rollout.samples_per_prompt)]
@@ -247,7 +239,6 @@ class Episodes:
 
     def played(self, policy: Policy, attempts: Sequence[Attempt],
                gives_way: Callable[[], bool] = never) -> list[list[Rollout]]:
-        """Return the rows of each attempt that a policy plays."""
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
         asked = [one for attempt in attempts for one in self._asked(attempt)]

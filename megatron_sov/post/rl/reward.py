@@ -104,7 +104,6 @@ def numbers_of(components: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 
 
 def _outcome_of(row: Rollout) -> Result:
-    """Return what the environment of an episode has said of it."""
     given = row.outcome
     if given is None or "status" not in given:
         return Result(None, "refused", {}, "was played in no environment; judge it by another reward")
@@ -112,14 +111,7 @@ def _outcome_of(row: Rollout) -> Result:
 
 
 def second_opinions(name: str, settings: Sequence[str], version: str, store: Store) -> Opinions | None:
-    """Return what a reward's second verifier has said of a store's responses so far; None: it has none.
-
-    Args:
-        name: of the reward.
-        settings: of it.
-        version: of it.
-        store: what is judged there under this version counts.
-    """
+    """Return what a reward's second verifier has said of a store's responses so far; None: it has none."""
     if name == ENVIRONMENT or getattr(make(order(name, parse_nested(settings, "--reward-set"))).reward,
                                       "second", None) is None:
         return None
@@ -207,7 +199,6 @@ class JudgingJob:
         return True
 
     def missing(self) -> list[Part]:
-        """Return the parts that the reward has not judged."""
         rounds = [None] if self.rounds is None else self.rounds
         self._parts = [part for number in rounds for part in self.store.parts(number)]
         return [part for part in self._parts if not self.store.has(part.name, self.version)]

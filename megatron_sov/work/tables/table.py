@@ -86,7 +86,6 @@ class TablePart:
 
     @property
     def file(self) -> Path:
-        """Return its Parquet file."""
         return self.path / f"{self.kind}.parquet"
 
 
@@ -214,7 +213,6 @@ class Table(Generic[P]):
 
     @property
     def claims(self) -> Path:
-        """Return the folder of `Claims`."""
         return self.path / CLAIMS
 
     def claim_of(self, name: str, version: str = "") -> str:
@@ -294,10 +292,10 @@ class Table(Generic[P]):
         if problem := self._problem(path, manifest):
             raise UserError(f"{path}: {problem}; {_MAKE_AGAIN}")
         content = manifest.content
-        part: Any = self.PART(path.name, path, kind, key, content["num_rows"], content.get(KEPT_OUT, 0),
+        part: P = self.PART(path.name, path, kind, key, content["num_rows"], content.get(KEPT_OUT, 0),
                               manifest_sha256(path), manifest.created_s, manifest.settings,
                               content.get(self.VERSION, ""))
-        return part  # type: ignore[no-any-return]
+        return part
 
     def _problem(self, path: Path, manifest: Manifest) -> str:
         """Return what is wrong with a part as far as its manifest and the sizes of its files tell."""

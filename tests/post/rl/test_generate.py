@@ -396,7 +396,7 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[Prompt
 
 def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
         tmp_path: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post.rl import producing
+    from megatron_sov.post.rl import feed
 
     @contextlib.contextmanager
     def judging() -> Iterator[Callable[[Sequence[Rollout]], list[Result]]]:
@@ -404,15 +404,15 @@ def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
 
     engine: Any = Counting()
     engine.update = lambda weights, version: None
-    monkeypatch.setattr(producing, "MegatronEngine", lambda model, batching: engine)
-    monkeypatch.setattr(producing, "on_main", lambda world, action: action())
-    monkeypatch.setattr(producing, "policy_of_round", lambda run, start, number, rollout: policy(0))
+    monkeypatch.setattr(feed, "MegatronEngine", lambda model, batching: engine)
+    monkeypatch.setattr(feed, "on_main", lambda world, action: action())
+    monkeypatch.setattr(feed, "policy_of_round", lambda run, start, number, rollout: policy(0))
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=None, step=0,
                                 checkpointer=SimpleNamespace(finish=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     rollout = replace(ROLLOUT, deadline_s=0.0)
     writer = Responses(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
-    producer = producing.Producer(
+    producer = feed.Producer(
         partial(Store.create, tmp_path / "store", "sha256:0", 1000), prompts, rollout, tmp_path / "run",
         tmp_path / "start", writer, Batching(), "v1", judging, {})
     store = producer.store()
