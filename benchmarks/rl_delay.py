@@ -51,7 +51,7 @@ from megatron_sov.rollouts.prompts import read_prompts, round_prompts, stream_of
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.claims import Claims
+from megatron_sov.work.claims import Claims, Patience
 
 END, VOCAB, VERSION = 0, 1000, "v" * 64
 SHORT, TIMES, LONG_SHARE = (5, 16), 20, 0.1
@@ -178,7 +178,8 @@ class Simulation:
         missing = Missing(self.store, self.claims, self.publisher.prompts, self.rollout,
                           range(1, self.rollout.rounds + 1), self.policy_of,
                           lambda number: key_digest(self.rollout, number, {}))
-        desk = Desk(missing, self.store, 1e9, {}, sleep=self.pass_by, clock_s=lambda: self.engine.now_s)
+        desk = Desk(missing, self.store, 1e9, {}, patience=Patience(self.pass_by),
+                    clock_s=lambda: self.engine.now_s)
         publish = desk.publish
         desk.publish = partial(self.published, publish)  # type: ignore[method-assign]
         desk.next = partial(self.asked, desk.next)  # type: ignore[method-assign]

@@ -39,7 +39,7 @@ from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.checkpoints import adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.claims import Claims
+from megatron_sov.work.claims import POLL_S, Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
 
@@ -250,8 +250,6 @@ class Missing:
         return Attempt(piece, known.number, policy, begun)
 
 
-POLL_S = 5.0
-"""Between two looks at a store where nothing can be done at this moment."""
 WAIT = "wait"
 """In the place of attempts: look again."""
 
@@ -288,7 +286,7 @@ class Desk:
     watched in any case."""
     provenance: Mapping[str, Any]
     """What stands in the parts' manifests."""
-    sleep: Callable[[float], object] = time.sleep
+    patience: Patience = field(default_factory=Patience)
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether to begin nothing more."""
     summary: dict[str, Any] = field(default_factory=lambda: {
@@ -296,7 +294,6 @@ class Desk:
     """What this job did, and why it ended before all was done."""
     clock_s: Callable[[], float] = time.monotonic
     """Which says when to look for a newer policy again."""
-    _waited_s: float = 0.0
     _policy: Policy | None = None
     _looked_s: float = 0.0
 
@@ -305,19 +302,15 @@ class Desk:
         if self.asked_to_stop():
             return None
         if attempts := self.missing.take():
-            self._waited_s = 0.0
+            self.patience.waited_s = 0.0
             self._policy, self._looked_s = attempts[0].policy, self.clock_s()
             return attempts
         if self.missing.is_done:
             return None
-        left_s = self.wait_s - self._waited_s
-        if left_s <= 0 and not self.missing.may_be_dead:
-            self.summary["waits_for"] = self.missing.waits_for
-            return None
-        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
-        self.sleep(pause_s)
-        self._waited_s += pause_s
-        return WAIT
+        if self.patience.wait(self.wait_s, self.missing.may_be_dead):
+            return WAIT
+        self.summary["waits_for"] = self.missing.waits_for
+        return None
 
     def gives_way(self) -> bool:
         """Return whether what is being written, for want of anything better, is to make way for a newer

@@ -6,7 +6,6 @@ Nothing is generated again for a reward that changed: it has another version, an
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from megatron_sov.rewards.scoring import BATCH_ROWS
 from megatron_sov.rewards.tally import Tally
 from megatron_sov.rollouts.rows import UNFINISHED, Judged, Part, Rollout, not_written
 from megatron_sov.settings import parse_nested
-from megatron_sov.work.claims import Claims
+from megatron_sov.work.claims import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ ENVIRONMENT = "environment"
 version, since the environment's own is in the rows' keys."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
 """Of rollouts, which are read."""
-POLL_S = 5.0
-"""Between two looks at a store where nothing can be judged at this moment."""
 JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
 
 
@@ -149,13 +146,12 @@ class JudgingJob:
     """Two verifiers' of all responses; None: there is no second one."""
     alarmed: Callable[[str], object] = warn
     """Is told, once, that the first verifier may be fooled."""
-    sleep: Callable[[float], object] = time.sleep
+    patience: Patience = field(default_factory=Patience)
     summary: Summary = field(default_factory=Summary)
     _parts: list[Part] = field(default_factory=list)
     _looked_at: deque[Part] | None = None
     _refused: list[str] = field(default_factory=list)
     _has_judged: bool = False
-    _waited_s: float = 0.0
 
     def run(self) -> Summary:
         """Judge until nothing is left, and nothing more has come for as long as is waited.
@@ -178,7 +174,7 @@ class JudgingJob:
         while self._looked_at:
             part = self._looked_at.popleft()
             if self._taken(part):
-                self._has_judged, self._waited_s = True, 0.0
+                self._has_judged, self.patience.waited_s = True, 0.0
                 return True
             self._refused.append(self.store.claim_of(part.name, self.version))
         self._looked_at = None
@@ -186,17 +182,13 @@ class JudgingJob:
 
     def _waits(self) -> bool:
         """Wait for a moment where nothing can be judged; returns False where it was waited long enough."""
-        left_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0) - self._waited_s
-        if left_s <= 0 and not any(map(self.claims.may_be_dead, self._refused)):
-            self.summary.left = len(self._refused)
-            self.summary.waited_for = (not_written(self._parts, self.rounds) or "") if self.wait_s else ""
-            return False
-        if self.rounds is not None and not self._refused and not_written(self._parts, self.rounds) == "":
-            return False
-        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
-        self.sleep(pause_s)
-        self._waited_s += pause_s
-        return True
+        if self._refused or self.rounds is None or not_written(self._parts, self.rounds) != "":
+            most_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0)
+            if self.patience.wait(most_s, any(map(self.claims.may_be_dead, self._refused))):
+                return True
+        self.summary.left = len(self._refused)
+        self.summary.waited_for = (not_written(self._parts, self.rounds) or "") if self.wait_s else ""
+        return False
 
     def missing(self) -> list[Part]:
         rounds = [None] if self.rounds is None else self.rounds

@@ -127,7 +127,8 @@ class Table(Generic[P]):
     """Leaves whose values repeat."""
     SPLIT: ClassVar[Collection[str]]
     """Leaves of floats whose bytes are sorted by their place."""
-    PART: ClassVar[type[TablePart]]
+    PART: ClassVar[Any]
+    """`P`."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, dict(identity)
