@@ -20,9 +20,10 @@ from pyarrow import parquet
 
 from megatron_sov.cli import main
 from megatron_sov.rollouts import columns
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Judged, Key, Rollout, part_name
+from megatron_sov.rollouts.rows import UNFINISHED, Judged, Key, Rollout, part_name
 from megatron_sov.rollouts.store import Store
 from megatron_sov.work.claims import Claims
+from tests.rollouts.test_store import rollout as sound_row
 
 PAGE = Path(__file__).parents[2] / "docs/rollout_store.md"
 VERSION = "8c1d22ab90e4f00d"
@@ -30,11 +31,9 @@ VERSION = "8c1d22ab90e4f00d"
 
 def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
     """A sound row of round 1, with a tool's result between two tokens of policies."""
-    row = Rollout(Key(prompt, sample, "f" * 64, "s" * 64), 1, 0, {"prompt": "2 + 2?", "domain": "sums"},
-                  np.array([1, 2], np.int32), np.array([5, 6, 7], np.int32),
-                  np.array([-0.5, 0, -1.5], np.float32), np.array([3, NOT_WRITTEN, 4], np.int32), "stop",
-                  "it is\x1b[2J 4", 1.0, "transformers", 10.5, 11.5)
-    return dataclasses.replace(row, **changes)
+    return sound_row(sample, **{"key": Key(prompt, sample, "f" * 64, "s" * 64), "response": "it is\x1b[2J 4",
+                                "record": {"prompt": "2 + 2?", "domain": "sums"},
+                                "logprobs": np.array([-0.5, 0, -1.5], np.float32), **changes})
 
 
 def filled(path: Path) -> Store:

@@ -23,6 +23,7 @@ MAX_BYTES = 4 << 30
 """Of one file's columns in memory: a few kilobytes on the disk can stand for any number of equal values."""
 _WIDTHS = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
 """Physical type -> bytes of a value."""
+_SMALLER = "make parts smaller (of rollouts: rollout.piece_prompts)"
 MAKE_AGAIN = "restore it from a copy, or delete its folder to have it made again"
 
 
@@ -110,10 +111,9 @@ def _bytes_of(leaf: Any) -> int:
 
 def _too_large(rows: int, size_bytes: int) -> str:
     if rows > MAX_ROWS:
-        return f"has {rows:,} rows, at most {MAX_ROWS:,}; make pieces smaller (rollout.piece_prompts)"
+        return f"has {rows:,} rows, at most {MAX_ROWS:,}; {_SMALLER}"
     if size_bytes > MAX_BYTES:
-        return (f"takes {size_bytes / 2**30:.1f} GiB in memory, at most {MAX_BYTES / 2**30:g}; make pieces "
-                "smaller (rollout.piece_prompts)")
+        return f"takes {size_bytes / 2**30:.1f} GiB in memory, at most {MAX_BYTES / 2**30:g}; {_SMALLER}"
     return ""
 
 
