@@ -19,7 +19,6 @@ from typing import Annotated, Any
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.digests import file_digest
-from megatron_sov.documents.overlap import runs
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.settings import Bound, Breach, Code, Flag, add_options, read_options
@@ -120,6 +119,8 @@ def answer_runs(files: Iterable[Path], field: str) -> tuple[set[int], Counter[st
     Raises:
         UserError: a file cannot be read, or a row has no answer.
     """
+    from megatron_sov.documents.overlap import runs
+
     found: set[int] = set()
     counts: Counter[str] = Counter()
     for file in files:
@@ -165,6 +166,8 @@ def sections(files: Iterable[Path], fields: Fields, answers: set[int], counts: C
 
 def _became(row: Mapping[str, Any], fields: Fields, text: str, key: str | None, seen: set[str],
             answers: set[int]) -> str:
+    from megatron_sov.documents.overlap import runs
+
     if fields.split is not None and str(value_at(row, fields.split[0])) != fields.split[1]:
         return OTHER_SPLIT
     if not text.strip():
