@@ -93,7 +93,6 @@ MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
 """File outside of work that starts processes or holds locks -> why."""
 MAY_RENAME = {"megatron_sov/mcore/checkpoint/sharded_tensors.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
-              "megatron_sov/rollouts/store.py": "a name that several processes want",
               "megatron_sov/commands/eval_passk.py": "into an artifact that is made",
               "data_prep/synth/finishing.py": "several files together"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_sov.rollouts.parquet import arrays_of, lists, texts_of
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Judged, Key, Rollout
+from megatron_sov.work.tables.parquet import arrays_of, lists, texts_of
 
 
 def _lists_of(element: pa.DataType) -> pa.DataType:
@@ -33,8 +33,8 @@ ROLLOUTS = _schema(
 """`problem`: what is wrong with a row, which is kept out; empty where nothing is."""
 REWARDS = _schema(("reward",), **_KEY, attempt=pa.int32(), reward_version=pa.string(), reward=pa.float64(),
                   status=pa.string(), components=pa.string(), reason=pa.string())
-REPEATED = (*(field.name for field in (*ROLLOUTS, *REWARDS)
-              if field.type == pa.string() and field.name != "response"), "versions.list.element")
+REPEATED = (*dict.fromkeys(field.name for field in (*ROLLOUTS, *REWARDS) if field.type == pa.string()
+                           and field.name != "response"), "versions.list.element")
 """Leaves that are written with a dictionary."""
 SPLIT = ("logprobs.list.element",)
 """Leaves of floats that are written byte by byte."""
@@ -104,7 +104,7 @@ def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     """Return the rows of a table that has the columns of `schema_for`.
 
     Args:
-        table: as `parquet.read_table` gives it.
+        table: as `Store.read` gives it.
         columns: fields that were read; others are empty.
 
     Raises:
@@ -134,7 +134,6 @@ def schema_for(columns: Sequence[str]) -> pa.Schema:
 
 
 def keys_of(table: pa.Table) -> list[Key]:
-    """Return the key of each row."""
     return list(map(Key, *(_values(table, name) for name in _KEY)))
 
 
