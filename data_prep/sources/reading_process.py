@@ -16,8 +16,8 @@ from data_prep.sources.job import Job, job_message
 from data_prep.sources.limits import Limits
 from data_prep.sources.source import KEPT_CHARS, Broken, Raw
 from megatron_sov.documents import BadRecord
-from megatron_sov.work.sandbox.channel import receive, send
-from megatron_sov.work.sandbox.kept_reader import KeptReader, Wording
+from megatron_sov.work.channel import receive, send
+from megatron_sov.work.sandbox.readers import KeptReader, Wording
 
 WORDING = Wording("parser", "read", "time_s")
 _MESSAGE_FACTOR = 8

@@ -18,7 +18,7 @@ from megatron_sov.convert.torch_dist.index import read_index
 from megatron_sov.convert.torch_dist.stated import read_settings
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import size
-from megatron_sov.work.sandbox.resources import limit
+from megatron_sov.work.sandbox.restrictions import limit
 
 READERS = {"index": read_index, "settings": read_settings}
 MAX_FILE_BYTES = 1 << 30

@@ -18,8 +18,8 @@ import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox
-from megatron_sov.work.sandbox.enclosure import Unavailable
-from megatron_sov.work.sandbox.worker import Worker
+from megatron_sov.work.sandbox.enclosures import Unavailable
+from megatron_sov.work.sandbox.sandbox import Worker
 
 
 def test_a_program_reads_writes_and_ends_as_it_would_alone(sandbox: Sandbox) -> None:
