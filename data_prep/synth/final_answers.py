@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from megatron_sov.rewards.answers import last_boxed, normalized
-from megatron_sov.rewards.quantities import read_quantity
+from megatron_sov.rewards.answers import last_boxed, normalized, read_quantity
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.running import Runner, runner
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.rewards.tally import Tally
+from megatron_sov.rewards.scoring import Tally
 from megatron_sov.rollouts.parts import Part
 from megatron_sov.rollouts.rows import Rollout, domain_of, later
 from megatron_sov.rollouts.store import Store

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from megatron_sov.chat.tool_calls import ToolCall
+from megatron_sov.documents.rows import read_objects
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.faults import INFRASTRUCTURE
 from megatron_sov.tools.host import EnvironmentHost, Opening
 from megatron_sov.tools.limits import EpisodeLimits
-from megatron_sov.tools.records import read_objects
 from megatron_sov.tools.transcript import Transcript
 
 HELP = ('write NAME {"argument": value} to call a tool, `tools` to see them again, `answer TEXT` to end, an '

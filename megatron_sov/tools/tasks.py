@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.documents.rows import read_objects
 from megatron_sov.errors import UserError
 from megatron_sov.tools.environment import Environment, Task
-from megatron_sov.tools.records import read_objects
 
 
 def tasks_of(environment: Environment, name: str, path: Path | None) -> list[Task]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_sov.rewards.check_functions import Verdict, problem_of, verdicts
+from megatron_sov.rewards.constraint import Verdict, problem_of, verdicts
 from megatron_sov.work.sandbox import shared_sandbox
 
 TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z",

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.rewards.constraint import Constraint
+from megatron_sov.rewards.constraint import Constraint, views_of
 from megatron_sov.rewards.reward import judged
-from megatron_sov.rewards.text_views import views_of
 from megatron_sov.settings import problems_of
 
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"

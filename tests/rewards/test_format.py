@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megatron_sov.rewards.format import MAX_JSON_CHARS, NO_JSON, Format, json_of, tagged
 from megatron_sov.rewards.reward import Refused
+from megatron_sov.rewards.surface import MAX_JSON_CHARS, NO_JSON, Format, json_of, tagged
 from megatron_sov.settings import problems_of
 
 TAGS = ("think", "answer")

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.rewards.ifbench_forms import FORM_CHECKS
-from megatron_sov.rewards.ifbench_texts import sentences, tokens
-from megatron_sov.rewards.ifbench_words import NEEDS_MORE, WORD_CHECKS
+from megatron_sov.rewards.ifbench import FORM_CHECKS, NEEDS_MORE, WORD_CHECKS, sentences, tokens
 from megatron_sov.rewards.ifeval import CHECKS, IfEval, checked
 from megatron_sov.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS
 from megatron_sov.rewards.reward import judged

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_sov.documents.scripts import letters_by_script
-from megatron_sov.rewards.language import Language, switches
 from megatron_sov.rewards.reward import Refused
+from megatron_sov.rewards.surface import Language, switches
 from megatron_sov.settings import problems_of
 
 KOREAN = "서울은 대한민국의 수도이며 약 구백만 명이 사는 도시입니다."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sov.rewards.length import Length, soft_overlong
 from megatron_sov.rewards.reward import Refused
+from megatron_sov.rewards.surface import Length, soft_overlong
 from megatron_sov.settings import problems_of
 
 

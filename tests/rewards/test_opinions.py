@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_sov.rewards.opinion_page import page_of
-from megatron_sov.rewards.opinions import read_opinions, telling_strings
+from megatron_sov.rewards.opinions import page_of, read_opinions, telling_strings
 
 
 def write(path: Path, judged: list[tuple[str, float, float | None]]) -> Path:

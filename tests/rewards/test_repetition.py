@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_sov.rewards.repetition import Repetition, loop_at_end, repeated_share, words_of
+from megatron_sov.rewards.surface import Repetition, loop_at_end, repeated_share, words_of
 from megatron_sov.settings import problems_of
 
 SOUND = ("Water boils at a lower temperature on a mountain, because the pressure of the air is lower there. "

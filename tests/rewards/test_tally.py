@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_sov.rewards.reward import Result
-from megatron_sov.rewards.tally import MAX_TOLD, Tally
+from megatron_sov.rewards.scoring import MAX_TOLD, Tally
 
 
 def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.documents.overlap import runs
+from megatron_sov.documents.rows import check_rows, read_rows
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.rows import check_rows, read_rows
 
 KEPT, REPEATED, NO_TEXT, NO_NAME, OTHER_SPLIT, IN_ANSWERS = (
     "kept", "repeated", "without_text", "without_document_or_section", "of_another_split", "in_test_answers")

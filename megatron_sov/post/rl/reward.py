@@ -19,8 +19,7 @@ from megatron_sov.rewards.opinions import Opinions, opinion_of
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rewards.running import runner
-from megatron_sov.rewards.scoring import BATCH_ROWS
-from megatron_sov.rewards.tally import Tally
+from megatron_sov.rewards.scoring import BATCH_ROWS, Tally
 from megatron_sov.rollouts.asked import not_written
 from megatron_sov.rollouts.parts import AlreadyPublished, Part
 from megatron_sov.rollouts.rows import UNFINISHED, Judged, Rollout
