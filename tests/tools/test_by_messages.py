@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_sov.errors import StopRequested, UserError
-from megatron_sov.tools.by_messages import MessageTable, NoTurn, Said, messages_of, play_by_messages
-from megatron_sov.tools.episode import Episode
-from megatron_sov.tools.journal import lines_in
+from megatron_sov.tools.episode import Episode, lines_in
 from megatron_sov.tools.limits import EpisodeLimits
-from megatron_sov.tools.playing import STREAMS
+from megatron_sov.tools.playing import STREAMS, MessageTable, NoTurn, Said, messages_of, play_by_messages
 from megatron_sov.tools.registry import order
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.journal import open_journal

@@ -13,8 +13,7 @@ import pytest
 
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.errors import UserError
-from megatron_sov.tools.episode import Episode, Written, row_of
-from megatron_sov.tools.journal import lines_in
+from megatron_sov.tools.episode import Episode, Written, lines_in, row_of
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 from megatron_sov.tools.registry import order

@@ -22,7 +22,7 @@ from megatron_sov.eval.lm.endpoint import endpoint_at
 from megatron_sov.eval.lm.settings import EndpointSettings
 from megatron_sov.eval.suites.protocol import Protocol
 from megatron_sov.rewards.judge import only
-from megatron_sov.tools.by_messages import Message, NoTurn, Said
+from megatron_sov.tools.playing import Message, NoTurn, Said
 
 CACHE = "endpoint.sqlite"
 

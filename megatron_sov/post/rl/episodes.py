@@ -25,8 +25,7 @@ from megatron_sov.post.rl.responses import fresh_keys
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Key, Rollout
 from megatron_sov.rollouts.sampling import stream_of
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.episode import Episode, Written
-from megatron_sov.tools.journal import EpisodeLines, lines_of
+from megatron_sov.tools.episode import Episode, EpisodeLines, Written, lines_of
 from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 
 GOES_ON = "goes_on"

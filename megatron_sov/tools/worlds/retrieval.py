@@ -20,7 +20,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.settings import ONCE, AtLeastOne, Bound, Breach, Code, NotNegativeInt, other_than
 from megatron_sov.tools.faults import ToolRefused
 from megatron_sov.tools.schema import Parameter, Tool
-from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.tools.worlds.goals import AnsweredWorld
 
 K1, B = 1.2, 0.75
 _WORD = re.compile(r"\w+")

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.tools.faults import ToolFault
-from megatron_sov.tools.virtual.expressions import MAX_CHARS, MAX_TEXT_CHARS, read, value_of
-from megatron_sov.tools.virtual.problems import Problems
+from megatron_sov.tools.virtual.expressions import MAX_CHARS, MAX_TEXT_CHARS, Problems, read, value_of
 
 SCOPE: dict[str, Any] = {"n": 7, "x": 2.5, "word": "Seoul", "on": True, "none": None, "list_": [3, 1, 2],
                          "row": {"id": "B1", "price": 3}, "rows": [{"id": "B1", "price": 3},
