@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.endpoints.addresses import address_problems
-from megatron_sov.endpoints.answers import BadAnswer
+from megatron_sov.endpoints.answers import BadAnswer, only
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
 from megatron_sov.endpoints.recognition import CHAT_PROBES, SCORE_PROBES, Recognition
@@ -100,14 +100,6 @@ def grade_in(content: str, low: float, high: float) -> tuple[float, str]:
 def sound(text: str) -> str:
     """Return a text as UTF-8 can hold it: half of a surrogate pair becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
-
-
-def only(answer: Any, name: str) -> dict[str, Any]:
-    """Return the only item of a list in an answer; raises BadAnswer where it is not the only one."""
-    items = answer.get(name) if isinstance(answer, dict) else None
-    if not isinstance(items, list) or len(items) != 1 or not isinstance(items[0], dict):
-        raise BadAnswer(f"the endpoint's answer must have one of {name!r}, for one was asked for")
-    return items[0]
 
 
 def is_number(value: Any) -> TypeGuard[float]:

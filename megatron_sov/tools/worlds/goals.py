@@ -1,9 +1,9 @@
 """What worlds have in common by their goals: what a model says in the end, or what it made of tables.
 
 Tables are in the style of tau-bench (arXiv 2406.12045): tools read and change them, and a goal is their
-content in the end, with what the model has to say.  It is given by calls: made on the first tables, they lead to the
-content that is wanted.  Reading more, or reading in another order, is no fault; a change that was not asked
-for is.
+content in the end, with what the model has to say.  It is given by calls: made on the first tables, they lead
+to the content that is wanted.  Reading more, or reading in another order, is no fault; a change that was not
+asked for is.
 """
 
 from __future__ import annotations
