@@ -54,10 +54,17 @@ class Child:
     """A process at the other end of a socket, which ends at the latest when nobody has this any more."""
 
     def __init__(self, channel: socket.socket, kill: Callable[[], None],
-                 wait: Callable[[float | None], int | None]) -> None:
-        """`wait` returns its exit code, or minus its signal; None: it has not ended in so many seconds."""
+                 wait: Callable[[float | None], int | None], patience_s: float = 0.0) -> None:
+        """Take it over.
+
+        Args:
+            channel: this end.
+            kill: ends it.
+            wait: returns its exit code, or minus its signal; None: it has not ended in so many seconds.
+            patience_s: in which it may end by itself, and remove what it made, when its channel is closed.
+        """
         self.channel, self._wait = channel, wait
-        self._end = weakref.finalize(self, _end, channel, kill, wait, os.getpid())
+        self._end = weakref.finalize(self, _end, channel, kill, wait, patience_s, os.getpid())
 
     def exit_code(self, within_s: float) -> int | None:
         """Return how it has ended, for which it may still need a processor; None: it has not."""
@@ -69,16 +76,18 @@ class Child:
 
 
 def _end(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float | None], int | None],
-         owner: int) -> None:
+         patience_s: float, owner: int) -> None:
     channel.close()
-    if os.getpid() == owner:  # not in a fork of the process that started it
+    if os.getpid() != owner:  # a fork of the process that started it
+        return
+    if not patience_s or wait(patience_s) is None:
         with contextlib.suppress(ProcessLookupError):
             kill()
         wait(None)
 
 
 def start_interpreter(command: Sequence[str], arguments: Sequence[str], variables: Mapping[str, str], *,
-                      errors: IO[bytes] | int = subprocess.DEVNULL) -> Child:
+                      errors: IO[bytes] | int = subprocess.DEVNULL, patience_s: float = 0.0) -> Child:
     """Start a program with nothing but a socket, whose number is its first argument.
 
     Args:
@@ -86,6 +95,7 @@ def start_interpreter(command: Sequence[str], arguments: Sequence[str], variable
         arguments: behind the socket's number.
         variables: of its environment, beside the few that every program needs.
         errors: where it writes what goes wrong.
+        patience_s: see `Child`.
     """
     ours, theirs = socket.socketpair()
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", **variables,
@@ -95,7 +105,7 @@ def start_interpreter(command: Sequence[str], arguments: Sequence[str], variable
             [*command, str(theirs.fileno()), *arguments], env=environment, cwd="/",
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=[theirs.fileno()],
             start_new_session=True)
-    return Child(ours, process.kill, partial(_waited, process))
+    return Child(ours, process.kill, partial(_waited, process), patience_s)
 
 
 def _waited(process: subprocess.Popen[bytes], within_s: float | None) -> int | None:

@@ -232,7 +232,7 @@ class Worker:
         with tempfile.TemporaryFile() as errors:
             # the hash seed is fixed, so that a program prints its sets in one order wherever it runs
             self._child = start_interpreter([python, "-s", "-S", "-c", _CODE], [_ROOT],
-                                            {"PYTHONHASHSEED": "0"}, errors=errors)
+                                            {"PYTHONHASHSEED": "0"}, errors=errors, patience_s=_END_LIMIT_S)
             self._child.channel.settimeout(START_LIMIT_S)
             try:
                 self._begin(self._child.channel)
@@ -284,9 +284,7 @@ class Worker:
     def stop(self) -> None:
         """End the server with all that it runs."""
         if self._child is not None:
-            self._child.channel.close()
-            self._child.exit_code(_END_LIMIT_S)  # it ends by itself, and removes what it made
-            self._child.end()
+            self._child.end()  # by itself, so that it removes what it made
             self._child = None
         folder = self._order["folder"]
         if folder and os.path.isdir(folder):  # the server has been killed, or never began
