@@ -15,11 +15,10 @@ import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any
 
 from megatron_sov.plugins.orders import Order
-from megatron_sov.rewards.composed import ComposedRunner
+from megatron_sov.rewards.composed import ComposedRunner, Runner
 from megatron_sov.rewards.registry import BUILT_IN, Made, build
 from megatron_sov.rewards.reward import Result, Reward, Row, agreeing, judged
 from megatron_sov.work.children import MAX_MEMORY_BYTES, limit_memory
@@ -33,19 +32,6 @@ CHECKED_TWICE, EVERY = 32, 32
 FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
                     signal.SIGILL))
 """Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
-
-
-class Runner(Protocol):
-    """Scores batches; a context, since what it started has to end."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None: ...
-
-    def score(self, rows: Sequence[Row]) -> list[Result]:
-        """Return the results of rows, in their order."""
-        ...
 
 
 def runner(asked: Order, made: Made, workers: int) -> Runner:
@@ -69,25 +55,20 @@ def runner(asked: Order, made: Made, workers: int) -> Runner:
                          cpu_limit_s=getattr(reward, "cpu_limit_s", math.inf))
 
 
-class ThreadRunner:
+class ThreadRunner(Runner):
     """A reward that waits for others, in threads of this process: they share its limits of rate and cost."""
 
     def __init__(self, reward: Reward, threads: int) -> None:
         self._reward, self._pool = reward, ThreadPoolExecutor(threads)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
-        """Return the results of rows, in their order."""
         return list(self._pool.map(lambda row: judged(self._reward, row), rows))
 
 
-class ProcessRunner:
+class ProcessRunner(Runner):
     """A reward in `workers` processes; a context, since processes have to end.
 
     Args:
@@ -109,19 +90,10 @@ class ProcessRunner:
                                 modules=modules)
         self._num_seen = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._workers.end()
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
-        """Return the results of rows, in their order.
-
-        Raises:
-            UserError: processes of this reward cannot be started.
-        """
         results: dict[int, Result] = {}
         suspects: dict[int, Result] = {}
         late: set[int] = set()

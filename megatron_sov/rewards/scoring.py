@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_sov.digests import file_digest
 from megatron_sov.documents.rows import read_rows
@@ -25,25 +25,6 @@ BATCH_ROWS = 128
 """Rows that are scored together, and lost at most when the command is killed."""
 Batch = list[tuple[int, Row]]
 """Lines of the file, and their rows."""
-
-
-class Verdict(Protocol):
-    """What a reward said of a row, as it is made (`rewards.reward.Result`) or as a store holds it."""
-
-    @property
-    def reward(self) -> float | None:
-        """None: there is none, for which `status` has the cause."""
-        ...
-
-    @property
-    def status(self) -> str:
-        """What became of the row."""
-        ...
-
-    @property
-    def reason(self) -> str:
-        """Where there is no reward: why."""
-        ...
 
 
 @dataclass
@@ -64,14 +45,14 @@ class Tally:
         """Return the mean reward; None: no row has one."""
         return self.reward_sum / self.num_rewards if self.num_rewards else None
 
-    def add(self, verdict: Verdict, where: str = "") -> None:
+    def add(self, reward: float | None, status: str, reason: str = "", where: str = "") -> None:
         """Count a row; `where` it stands is told if it has no reward."""
-        self.statuses[verdict.status] += 1
-        if verdict.reward is not None:
+        self.statuses[status] += 1
+        if reward is not None:
             self.num_rewards += 1
-            self.reward_sum += verdict.reward
+            self.reward_sum += reward
         elif where and len(self.told) < MAX_TOLD:
-            self.told.append(f"{where}: {verdict.status}: {verdict.reason}")
+            self.told.append(f"{where}: {status}: {reason}")
 
     def line(self, rows: str) -> str:
         """Return the counts as commands print them, e.g. "2 failed, 7 scored rows, mean reward 0.5000".
@@ -93,15 +74,6 @@ class Summary:
     """Rows that an earlier, killed command had scored."""
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """The verdict of a row that was scored before."""
-
-    reward: float | None
-    status: str
-    reason: str
-
-
 def score_file(asked: Order, made: Made, source: Path, output: Path, workers: int,
                progress: Callable[[int], object], *, redo: bool = False) -> Summary:
     """Score a file that `check_rows` has passed; the output appears whole, when all rows are there.
@@ -121,7 +93,7 @@ def score_file(asked: Order, made: Made, source: Path, output: Path, workers: in
         def score(batch: Batch) -> bytes:
             results = running.score([row for _, row in batch])
             for (line, _), result in zip(batch, results, strict=True):
-                summary.tally.add(result, f"line {line}")
+                summary.tally.add(result.reward, result.status, result.reason, f"line {line}")
             return b"".join(_written(row, result, made.version)
                             for (_, row), result in zip(batch, results, strict=True))
 
@@ -129,7 +101,7 @@ def score_file(asked: Order, made: Made, source: Path, output: Path, workers: in
             summary.num_kept += len(batch)
             for (line, _), raw in zip(batch, record.split(b"\n")[:-1], strict=True):
                 row: dict[str, Any] = json.loads(raw)
-                summary.tally.add(_Kept(row["reward"], row["status"], row["reason"]), f"line {line}")
+                summary.tally.add(row["reward"], row["status"], row["reason"], f"line {line}")
 
         run_job(Job(made_by="megatron-sov score", output=output, items=_batches(source), do=here(score),
                     identity={"input": file_digest(source), "reward": asked.name,

@@ -105,7 +105,8 @@ def _round(store: Store, parts: list[Part], judged: Iterable[tuple[str, str]],
             for said in store.read_rewards(version, name):
                 if (judged_row := last.get((said.key, said.attempt))) is not None:
                     for figures in (whole, domains[domain_of(judged_row.record)]):
-                        figures.rewards.setdefault(version, Tally()).add(said)
+                        tally = figures.rewards.setdefault(version, Tally())
+                        tally.add(said.reward, said.status)
         done(len(here))
     return {"parts": len(parts), "kept_out": sum(part.num_kept_out for part in parts), "replaced": replaced,
             **whole.plain(), "domains": {name: figures.plain() for name, figures in sorted(domains.items())}}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from megatron_sov.chat.tool_calls import ToolCall
@@ -81,8 +80,7 @@ class EnvironmentHost:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._workers.end()
 
     def reset(self, task: Task) -> Opening:

@@ -236,8 +236,8 @@ class JudgingJob:
             for row, result in zip(batch, self.judge(batch), strict=True):
                 judged.append(Judged(row.key, row.attempt, self.version, result.reward, result.status,
                                      dict(numbers_of(result.components)), result.reason))
-                self.summary.tally.add(
-                    result, f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
+                self.summary.tally.add(result.reward, result.status, result.reason,
+                                       f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
                 self._compare(result, row)
             self.progress(len(batch))
         self.summary.unfinished += len(rows) - len(whole)
