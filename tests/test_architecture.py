@@ -106,7 +106,7 @@ CUT_ANYWHERE = {
     "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/work/background.py": _PROGRAM,
     "data_prep/mixture/proxies.py": _PROGRAM, "data_prep/synth/local_engine.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
-    "megatron_sov/work/sandbox/landlocked.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
+    "megatron_sov/work/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
     "megatron_sov/work/sandbox/system_calls.py": _SYSTEM,
     "data_prep/journey/telling.py": "text that is shown; ends of lines that differ are told",
     "data_prep/quality/rules/step.py": _PUBLISHED}

@@ -14,8 +14,8 @@ from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.documents.messages import BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
-from megatron_sov.rewards.fenced import fenced_messages, grade_in, sound
-from megatron_sov.rewards.repetition import loop_at_end
+from megatron_sov.rewards.judge import fenced_messages, grade_in, sound
+from megatron_sov.rewards.surface import loop_at_end
 
 MIN_LOOP_REPEATS = 8
 MIN_LOOP_CHARS = 200

@@ -29,9 +29,9 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.settings import AtLeastOne, Flag, parse_nested
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.journal import EpisodeLines, lines_in
+from megatron_sov.tools.episode import EpisodeLines, lines_in
 from megatron_sov.tools.playing import Policy, identity_of
-from megatron_sov.tools.tasks import digest_of
+from megatron_sov.tools.registry import digest_of
 from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.journal import open_journal
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from megatron_sov.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.digests import file_digest
+from megatron_sov.documents.rows import check_rows, parse_row, read_lines
 from megatron_sov.documents.strict_json import json_line
 from megatron_sov.errors import ExitCode, UserError, told_in_a_line
 from megatron_sov.obs.work_bar import work_bar
@@ -23,7 +24,6 @@ from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
-from megatron_sov.rewards.rows import check_rows, parse_row, read_lines
 from megatron_sov.settings import (
     AtLeastOne,
     Code,

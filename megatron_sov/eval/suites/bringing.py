@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import write_output
+from megatron_sov.documents.rows import read_objects
 from megatron_sov.errors import UserError
 from megatron_sov.eval.suites.catalogue import TaskFile
 from megatron_sov.eval.suites.fields import renamed, rules_of
-from megatron_sov.tools.records import read_objects
 
 MAX_FIELD_CHARS = 1 << 30
 """Of a column of a CSV file; a problem's packed tests are long."""

@@ -14,15 +14,14 @@ from typing import Any
 from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.documents.messages import REASONING
-from megatron_sov.endpoints.answers import BadAnswer, told_tokens
+from megatron_sov.endpoints.answers import BadAnswer, only, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.recognition import CHAT_PROBES
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.endpoint import endpoint_at
 from megatron_sov.eval.lm.settings import EndpointSettings
 from megatron_sov.eval.suites.protocol import Protocol
-from megatron_sov.rewards.fenced import only
-from megatron_sov.tools.by_messages import Message, NoTurn, Said
+from megatron_sov.tools.playing import Message, NoTurn, Said
 
 CACHE = "endpoint.sqlite"
 

@@ -17,12 +17,10 @@ from megatron_sov.eval.suites.task_data import TaskData
 from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools import registry
-from megatron_sov.tools.by_messages import MessageTable, Speaker, play_by_messages
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.episode import Episode
+from megatron_sov.tools.episode import Episode, EpisodeLines
 from megatron_sov.tools.faults import INFRASTRUCTURE
-from megatron_sov.tools.journal import EpisodeLines
-from megatron_sov.tools.playing import Policy, Table, play
+from megatron_sov.tools.playing import MessageTable, Policy, Speaker, Table, play, play_by_messages
 
 
 def tasks_of(task: TaskFile, data_dir: Path, limit: int | None = None) -> list[Task]:

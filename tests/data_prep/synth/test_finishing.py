@@ -21,7 +21,7 @@ from megatron_sov.artifacts import damaged_files, manifest_sha256, read_manifest
 from megatron_sov.documents import Reading, list_files, read_documents
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
-from megatron_sov.tools.tasks import tasks_of
+from megatron_sov.tools.registry import tasks_of
 from megatron_sov.tools.worlds.booking import Booking
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"

@@ -19,8 +19,7 @@ from megatron_sov.eval.suites.episodes import fold_episodes, order_of, play_task
 from megatron_sov.eval.suites.items import Folded
 from megatron_sov.eval.suites.protocol import Protocol, changed
 from megatron_sov.rewards.judge import Judge
-from megatron_sov.tools.episode import Written
-from megatron_sov.tools.journal import lines_in
+from megatron_sov.tools.episode import Written, lines_in
 from megatron_sov.tools.playing import STREAMS
 from megatron_sov.work.journal import open_journal
 

@@ -28,8 +28,7 @@ from megatron_sov.documents import BadRecord
 from megatron_sov.documents.files import PARQUET_SUFFIX, list_files, open_parquet
 from megatron_sov.documents.scripts import script_of
 from megatron_sov.errors import UserError, first_line
-from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, verdicts
-from megatron_sov.rewards.text_views import views_of
+from megatron_sov.rewards.constraint import MAX_TEXT_CHARS, verdicts, views_of
 from megatron_sov.work.sandbox import shared_sandbox
 
 CONVERSATIONS = ("conversation", "messages", "conversations", "prompt")

@@ -19,7 +19,7 @@ from data_prep.synth.generators.safety.refusals import refuses
 from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
 from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.format import json_of
+from megatron_sov.rewards.patterns import json_of
 from megatron_sov.rewards.reward import Refused
 from megatron_sov.settings import ONCE, AtLeastOne, one_of
 

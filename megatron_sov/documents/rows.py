@@ -1,17 +1,19 @@
-"""Rows of answers: read from JSON lines, each checked before the work; written with their rewards."""
+"""Rows of a user's file in JSON lines: prompts, answers, tasks; each checked before the work."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.documents.files import refuse_tables
 from megatron_sov.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
-from megatron_sov.documents.strict_json import finite, json_line, no_constant
+from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.rewards.reward import Result, Row
 
+Row = Mapping[str, Any]
+"""A JSON object."""
 MAX_LINE_BYTES = 64 << 20
 """Of a row; a longer line is no answer but a file that lost its line ends."""
 MAX_TOLD = 10
@@ -112,8 +114,22 @@ def parse_row(raw: bytes, field: str) -> Row | str:
     return row
 
 
-def written(row: Row, result: Result, version: str) -> bytes:
-    """Return the line of a row with its reward: what the row had, then what became of it."""
-    return json_line({**row, "reward": result.reward, "status": result.status,
-                      "components": dict(result.components), "reason": result.reason,
-                      "reward_version": version})
+def read_objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, object) of a file; what is said is named as text that can be written.
+
+    Args:
+        path: the file.
+        what: names it in messages, e.g. "--tasks".
+
+    Raises:
+        UserError: it cannot be read, or a line is no JSON object; the first one is named.
+    """
+    for line, raw in read_lines(path, what):
+        row = parse_row(raw, "")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            row = "holds half of a surrogate pair, which is no text"
+        if isinstance(row, str):
+            raise UserError(f"{what} {path}: line {line}: {row}; each line is one JSON object")
+        yield line, dict(row)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.documents.rows import check_rows, read_rows
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.rows import check_rows, read_rows
 
 
 def test_rows_may_be_any_objects(tmp_path: Path) -> None:

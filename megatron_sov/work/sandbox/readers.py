@@ -7,18 +7,19 @@ What it sends is JSON and numbers: nothing that a file could make of it is ever 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
-import subprocess
-import weakref
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_sov.documents import BadRecord
-from megatron_sov.work.sandbox.channel import send
-from megatron_sov.work.sandbox.reading import module_path, start_reader
+from megatron_sov.work.channel import send
+from megatron_sov.work.children import start_interpreter
 
 START_LIMIT_S = 120.0
 CLOCK_FACTOR = 10.0
@@ -27,6 +28,10 @@ END_LIMIT_S = 120.0
 """For the kernel to say how a process has ended."""
 FILES_EACH = 2000
 """Files that one process reads: what parsers leak stays small."""
+_ROOT = str(Path(__file__).parents[3])
+_CODE = ("import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
+         "from {module} import main; main(int(sys.argv[1]))")
+_VARIABLES = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,12 @@ class KeptReader:
         """
         self.num_files = 0
         self._time_s, self._wording = time_s, wording
-        self._process, self.channel = start_reader(module)
-        self._end = weakref.finalize(self, _end, self._process, self.channel, os.getpid())
+        path = [_ROOT, *(p for p in map(os.path.abspath, filter(None, sys.path)) if p != _ROOT)]
+        self._child = start_interpreter([sys.executable, "-c", _CODE.format(module=module)],
+                                        [json.dumps(path)], _VARIABLES)
+        self.channel = self._child.channel
         self.channel.settimeout(START_LIMIT_S)
-        send(self.channel, {"readable": [root, *module_path()], **limits})
+        send(self.channel, {"readable": [root, *path], **limits})
 
     @property
     def is_worn(self) -> bool:
@@ -99,10 +106,7 @@ class KeptReader:
 
     def _gone(self) -> ReaderEnded:
         """Return why the process has gone."""
-        try:
-            code = self._process.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            code = 0
+        code = self._child.exit_code(END_LIMIT_S) or 0
         words = self._wording
         if code == -signal.SIGPROF:
             return ReaderEnded("time", f"took more than {self._time_s:g} s of processor time to "
@@ -112,12 +116,4 @@ class KeptReader:
 
     def end(self) -> None:
         """End the process."""
-        self._end()
-
-
-def _end(process: subprocess.Popen[bytes], channel: socket.socket, owner: int) -> None:
-    channel.close()
-    if os.getpid() == owner:  # not in a fork of the process that started it
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.wait()
+        self._child.end()

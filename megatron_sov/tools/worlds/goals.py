@@ -1,8 +1,9 @@
-"""Worlds in the style of tau-bench (arXiv 2406.12045): tables that tools read and change, and a goal that is
-the tables' content in the end, with what the model has to say.
+"""What worlds have in common by their goals: what a model says in the end, or what it made of tables.
 
-The goal is given by calls: made on the first tables, they lead to the content that is wanted.  Reading more,
-or reading in another order, is no fault; a change that was not asked for is.
+Tables are in the style of tau-bench (arXiv 2406.12045): tools read and change them, and a goal is their
+content in the end, with what the model has to say.  It is given by calls: made on the first tables, they lead
+to the content that is wanted.  Reading more, or reading in another order, is no fault; a change that was not
+asked for is.
 """
 
 from __future__ import annotations
@@ -12,9 +13,33 @@ import re
 from typing import Any
 
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.reward import Score
+from megatron_sov.rewards.reward import Refused, Score
+from megatron_sov.rewards.stem import Stem
 from megatron_sov.tools.environment import Observation, Task, World, text_in
 from megatron_sov.tools.faults import ToolFault, ToolRefused
+
+
+class AnsweredWorld(World):
+    """Gives 1 where the answer is the task's `answer` (a text, or a list of which one is enough), by the
+    rules of the reward stem, else 0."""
+
+    relative_tolerance: float = 0.01
+    """Between numbers."""
+
+    def reset(self, task: Task) -> Observation:
+        """Begin an episode of a task that has an answer."""
+        observation = super().reset(task)
+        try:
+            self.score("")
+        except Refused as e:
+            raise UserError(f"the task {e}") from None
+        return observation
+
+    def score(self, answer: str) -> Score:
+        """Return whether the answer is right."""
+        judge = Stem(relative_tolerance=self.relative_tolerance)
+        return judge.score({"response": answer, "answer": self.task["answer"]} if "answer" in self.task
+                           else {"response": answer})
 
 
 class Database(World):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
-from multiprocessing import Pipe, forkserver
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.rewards import processes
-from megatron_sov.rewards.processes import ProcessRunner
+from megatron_sov.rewards import running as room
 from megatron_sov.rewards.registry import order
+from megatron_sov.rewards.running import ProcessRunner
+from megatron_sov.work.channel import send
 from megatron_sov.work.environment import forget_other_variables
+from megatron_sov.work.workers import serve
 
 CODE = '''
 import itertools, os, time
@@ -158,16 +160,14 @@ def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # they would change this process
     for name in ("forget_other_variables", "limit_memory", "signal"):
-        monkeypatch.setattr(processes, name, Mock())
+        monkeypatch.setattr(room, name, Mock())
     (tmp_path / "does.py").write_text(CODE)
-    command, own = Pipe()
-    judge_all = processes._judge_all
-
-    def close_unread(*arguments: Any) -> None:
-        command.close()
-        judge_all(*arguments)
-
-    monkeypatch.setattr(processes, "_judge_all", close_unread)
-    if is_early:
-        command.close()
-    processes._work(own, order(f"{tmp_path}/does.py:Does", {}), (), 1.0)
+    command, own = socket.socketpair()
+    with own:
+        if is_early:
+            command.close()
+        else:
+            send(command, ({"response": "1"}, True))
+            own.shutdown(socket.SHUT_WR)
+        serve(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
+    command.close()

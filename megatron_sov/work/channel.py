@@ -1,4 +1,4 @@
-"""Messages between a process and the server of its sandbox: JSON behind its length, over a socket."""
+"""Messages between a process and its child: JSON behind its length, over a socket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LENGTH = struct.Struct("<Q")
 
 def send(channel: socket.socket, message: Any) -> None:
     """Send a message; raises OSError where the other side has gone."""
-    data = json.dumps(message).encode()
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     channel.sendall(_LENGTH.pack(len(data)) + data)
 
 
