@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from data_prep.synth.sample import Kind, Verdict
+from data_prep.synth.generator import Kind, Verdict
 from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import UserError, first_line
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
 from data_prep.synth.checks.arguments import CheckOptions
+from data_prep.synth.generator import MaxTokensField, Threads, Timeout
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
     AtLeastOne,

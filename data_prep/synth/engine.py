@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from data_prep.synth.asking import JUDGE_MAX_TOKENS, Asking, Door, Drawn
-from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Role
+from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Role, Sample, writable
 from data_prep.synth.journal import Finished, Journal
-from data_prep.synth.sample import Sample, writable
 from data_prep.synth.stopping import Stop
 from data_prep.synth.templates import Prompt
 from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable

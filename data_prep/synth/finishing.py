@@ -24,8 +24,8 @@ from data_prep.synth.checks.judging import Judged, judge_samples
 from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
+from data_prep.synth.generator import Verdict
 from data_prep.synth.page import write_page
-from data_prep.synth.sample import Verdict
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, fsync_path, to_json
 from megatron_sov.documents.messages import BadRecord, Message
 from megatron_sov.documents.records import Reading, parse_record

@@ -7,13 +7,99 @@ kept.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from data_prep.synth.sample import Kind, Sample
+from annotated_types import Ge, Le
+
+from megatron_sov.settings import AtLeastOne, NotNegative, one_of
+
+# Bounds that the settings of several generators have, as types.
+
+Temperature = Annotated[float, Ge(0), Le(2)]
+"""Of a model that writes."""
+Grade = Annotated[float, Ge(0), Le(10)]
+"""Least grade of a judge; 0: none is asked."""
+Threads = Annotated[AtLeastOne, Le(4096)]
+"""Each is a thread of this process."""
+Timeout = Annotated[NotNegative, Ge(0.1)]
+"""Seconds of an attempt."""
+MaxTokensField = Literal["max_tokens", "max_completion_tokens", "none"]
+"""max_completion_tokens: what OpenAI's reasoning models take; none: for what refuses both."""
+
+
+def _identified() -> frozenset[str]:
+    from data_prep.quality.identify import KNOWN
+
+    return KNOWN
+
+
+Identified = Annotated[str, one_of(_identified)]
+"""Language that texts are told to be in, as an ISO 639-1 code."""
+Kappa = Annotated[float, Ge(-1), Le(1)]
+"""Agreement beyond chance."""
+PairWeight = Annotated[float, Ge(0), Le(100)]
+
+# What is made: a record of an ordinary source, and what was checked of it.
+
+Kind = Literal["text", "chat", "prompt", "task"]
+"""text: a document with `text`, for pretraining; chat: a conversation with `messages` and, where it has
+tools, `tools`, for `sft`; prompt: `prompt` and what its reward needs, for `rl generate`; task: a task of a
+tool environment."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one check says of one sample."""
+
+    check: str
+    """Name of the check; the same for all samples that it refuses."""
+    passed: bool
+    """Whether the sample may be kept as far as this check is concerned."""
+    detail: str = ""
+    """What it has seen, for a reader; not needed to understand `check`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample with its checks; it is kept when all of them pass."""
+
+    record: Mapping[str, Any]
+    """In the form of the generator's `kind`, without provenance, which the run adds."""
+    verdicts: tuple[Verdict, ...] = ()
+    """Of the generator's own checks, in the order in which they ran; the first that fails is the reason."""
+    group: str = ""
+    """What it shares with others of its item, such as a problem with several solutions; empty: nothing."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Figures for the report and for difficulty, not for training: plain JSON values."""
+    kind: Kind | None = None
+    """Form of this record where it is another one than the generator's; None: the generator's."""
+
+    @property
+    def reason(self) -> str:
+        """Return the name of the first check that it does not pass; empty where it is kept."""
+        return next((verdict.check for verdict in self.verdicts if not verdict.passed), "")
+
+
+def writable(sample: Sample) -> Sample:
+    """Return a sample as it is where a line of JSON in UTF-8 can hold it; otherwise one without a record
+    that says why not: a model may write half of a character as an escape, or a number without end."""
+    try:
+        json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        why = "holds half of a surrogate pair, which is no character"
+    except (ValueError, RecursionError):  # JSON's own
+        why = "holds a number that is none, or is nested too deep"
+    else:
+        return sample
+    return Sample({}, (Verdict("form", False, why),), kind=sample.kind)
+
+
+# Who makes it, of what.
 
 MAX_ATTEMPTS = 3
 """For an answer of use; each with another seed, and kept like any answer."""

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.candidates import CANDIDATES, PARTS
-from data_prep.synth.generator import Item
-from data_prep.synth.sample import Sample
+from data_prep.synth.generator import Item, Sample
 from megatron_sov.artifacts import atomic_write, disk_errors
 from megatron_sov.errors import UserError
 

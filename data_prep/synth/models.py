@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.asking import JUDGE_MAX_TOKENS, Door
-from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
 from data_prep.synth.budget import Budget
 from data_prep.synth.engine import EndpointDoor
-from data_prep.synth.generator import Role
+from data_prep.synth.generator import MaxTokensField, Role, Threads, Timeout
 from data_prep.synth.local_engine import identity_of, serving
 from data_prep.synth.stopping import Stop
 from megatron_sov.endpoints.addresses import address_problems, is_address

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.synth.bounds import Identified, Kappa
+from data_prep.synth.generator import Identified, Kappa
 from megatron_sov.settings import Flag
 
 

@@ -28,7 +28,7 @@ from data_prep.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, asked_in, texts_of
-from data_prep.synth.sample import Verdict
+from data_prep.synth.generator import Verdict
 from megatron_sov.artifacts import disk_errors, publish
 from megatron_sov.documents import Document, Reading, list_files, read_span
 from megatron_sov.documents.files import JSONL_SUFFIXES, spans_of

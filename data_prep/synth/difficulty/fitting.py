@@ -22,7 +22,6 @@ from data_prep.scoring.fitting import library_problems
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from data_prep.scoring.training import sparse_rows
-from data_prep.synth.bounds import PairWeight
 from data_prep.synth.difficulty.estimator import (
     KIND,
     Estimator,
@@ -34,6 +33,7 @@ from data_prep.synth.difficulty.estimator import (
 from data_prep.synth.difficulty.features import form
 from data_prep.synth.difficulty.judgement import figures
 from data_prep.synth.difficulty.labels import Labels, Problem, read_labels
+from data_prep.synth.generator import PairWeight
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.errors import UserError
 from megatron_sov.settings import SettingsError, as_problem, problems_of

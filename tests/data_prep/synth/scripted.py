@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.asking import Asking, T
-from data_prep.synth.generator import Generator, Item
-from data_prep.synth.sample import Sample
+from data_prep.synth.generator import Generator, Item, Sample
 from data_prep.synth.templates import Prompt, load_prompt, load_prompts
 from megatron_sov.endpoints.cache import EndpointCache
 

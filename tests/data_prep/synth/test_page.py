@@ -14,8 +14,8 @@ from made_runs import chat, made_run, sample
 from data_prep.cli import main
 from data_prep.synth.candidates import read_made, read_run
 from data_prep.synth.finishing import MOST_KEPT, MOST_REJECTED, Shown, turns_of
+from data_prep.synth.generator import Verdict
 from data_prep.synth.page import render
-from data_prep.synth.sample import Verdict
 
 HOSTILE = "<script>alert(1)</script> \x1b[2J & {{ 7 * 7 }}"
 

@@ -25,10 +25,9 @@ from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 
 from data_prep.cli import main
 from data_prep.synth import finishing, models
-from data_prep.synth.generator import Ask, Item
+from data_prep.synth.generator import Ask, Item, Sample
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import made_generator
-from data_prep.synth.sample import Sample
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
 

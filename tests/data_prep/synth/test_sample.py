@@ -11,9 +11,8 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from scripted import ScriptedAsk
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import Item, Sample, Verdict, writable
 from data_prep.synth.journal import Finished
-from data_prep.synth.sample import Sample, Verdict, writable
 
 
 def nested(levels: int) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from data_prep.quality.forms import form_of, language_part
 from data_prep.quality.identify import KNOWN, UNKNOWN, identify
-from data_prep.synth.sample import Verdict
+from data_prep.synth.generator import Verdict
 from megatron_sov.documents.scripts import LANGUAGES, letters_by_script
 from megatron_sov.rewards.language import Language
 from megatron_sov.settings import one_of
