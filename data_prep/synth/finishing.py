@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.provenance import SYNTHESIS, artifact_of
-from data_prep.synth.candidates import Candidate, RunRecord, read_made, read_run
+from data_prep.synth.candidates import ANSWERS, Candidate, RunRecord, read_made, read_run
 from data_prep.synth.checks.judging import Judged, judge_samples
 from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
 from data_prep.synth.checks.settings import CheckSettings
@@ -38,7 +38,6 @@ MOST_KEPT, MOST_REJECTED, MOST_REASONS = 8, 3, 40
 MOST_TURNS, MOST_CHARS = 40, 4000
 MODEL = "model"
 """How a page calls who speaks, where it is a model."""
-ANSWERS = "answers*.sqlite"
 ANSWERED = "200"
 _SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(cost), sum(wall_s)
 FROM requests GROUP BY outcome ORDER BY outcome"""
@@ -165,7 +164,7 @@ def costs_of(output: Path) -> Costs:
     outcomes: Counter[str] = Counter()
     read = wrote = 0
     cost, seconds = 0.0, 0.0
-    for file in sorted(output.glob(ANSWERS)):
+    for file in sorted(output.glob(f"{Path(ANSWERS).stem}*.sqlite")):
         try:
             connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
             try:

@@ -34,6 +34,7 @@ from megatron_sov.documents import Document, Reading, list_files, read_span
 from megatron_sov.documents.files import JSONL_SUFFIXES, spans_of
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import open_parquet
+from megatron_sov.work.folders import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
 LOT_ITEMS = 2000
@@ -98,7 +99,7 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
     Raises:
         UserError: a step, an input or the disk is in the way.
     """
-    folder = output / FOLDER
+    folder = work_folder(output) / FOLDER
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         found = _write_texts(output, run, folder)
