@@ -15,7 +15,7 @@ from megatron_sov.artifacts import to_json
 from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import UserError, first_line
 from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import records_by_item
+from megatron_sov.work.journal import JOB, records_by_item
 
 RUN, ANSWERS = "run.json", "answers.sqlite"
 CANDIDATES = "candidates"
@@ -152,21 +152,22 @@ def read_run(output: Path) -> RunRecord:
 def refuse_earlier(output: Path) -> None:
     """Raise `UserError` where a folder has items of a version before the journal."""
     if (output / CANDIDATES).is_dir():
-        raise UserError(f"{output}: an earlier version has kept items in {output / CANDIDATES}, which this one "
-                        "does not go on with; delete that folder and run the same `sov-data synth` again: "
+        raise UserError(f"{output}: an earlier version has kept items in {output / CANDIDATES}, which this "
+                        "one does not go on with; delete it and run the same `sov-data synth` again: "
                         f"its items are made of the answers in {ANSWERS}, and nothing is paid twice")
 
 
-def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
-    """Yield what was made of all finished items, in the order of the input, whenever they were finished.
-
-    Raises:
-        UserError: their records are not there.
-    """
+def refuse_without_records(output: Path) -> None:
+    """Raise `UserError` where the records of a folder's items are not there: its samples would seem to be
+    none."""
     refuse_earlier(output)
-    if not work_folder(output).is_dir():
+    if not (work_folder(output) / JOB).is_file():
         raise UserError(f"{output}: the records of its items ({work_folder(output)}) are gone; run the same "
                         "`sov-data synth` again: answers are kept, nothing is paid twice")
+
+
+def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
+    """Yield what was made of all finished items, in the order of the input, whenever they were finished."""
     seen: set[str] = set()
     for _, record in records_by_item(work_folder(output)):
         told = json.loads(record)

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.provenance import SYNTHESIS, artifact_of
-from data_prep.synth.candidates import ANSWERS, Candidate, RunRecord, read_made, read_run
+from data_prep.synth.candidates import (
+    ANSWERS,
+    Candidate,
+    RunRecord,
+    read_made,
+    read_run,
+    refuse_without_records,
+)
 from data_prep.synth.checks.judging import Judged, judge_samples
 from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
 from data_prep.synth.checks.settings import CheckSettings
@@ -197,6 +204,7 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
         UserError: settings, a file of the folder, an input or the disk are in the way.
     """
     run = read_run(output)
+    refuse_without_records(output)
     if problems := problems_of(settings):
         raise SettingsError("checks", problems)
     with disk_errors(output):

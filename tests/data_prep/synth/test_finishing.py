@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from made_runs import GOOD, OTHER, chat, made_run, rows, sample
+from made_runs import GOOD, OTHER, add_records, chat, copied_run, made_run, rows, sample
 
 from data_prep.cli import main
 from data_prep.synth import finishing
@@ -23,6 +23,8 @@ from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
 from megatron_sov.tools.tasks import tasks_of
 from megatron_sov.tools.worlds.booking import Booking
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import begun, records_by_item
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
 GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen und noch mehr Unkraut stehen, "
@@ -108,22 +110,29 @@ def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
 
 
 def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:
-    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    again = copied_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
-    shutil.rmtree(again / "checks")
-    lines = [line for file in again.glob("candidates/*") for line in file.read_text().splitlines(True)]
-    shutil.rmtree(again / "candidates")
-    (again / "candidates").mkdir()
-    for number, line in enumerate(sorted(lines, reverse=True)):  # as items were finished in another run
-        (again / f"candidates/part-{number:06}.jsonl").write_text(line)
+    work = work_folder(again)
+    records = [(number, json.loads(record)) for number, record in records_by_item(work)]
+    shutil.rmtree(work)
+    with begun(again, "sov-data synth", {}):  # as items were finished by other workers
+        add_records(again, records[:4][::-1], "1")
+        add_records(again, records[4:][::-1], "0")
     (again / "kept.jsonl").write_text("half of")
     (again / "kept-chat.jsonl").write_text("from an earlier state")
     finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
 
 
+def test_a_run_without_its_records_is_not_emptied(texts: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(texts, tmp_path / "moved"))
+    with pytest.raises(UserError, match=r"the records of its items .* are gone; run the same"):
+        finish(moved, CheckSettings())
+    assert (moved / "kept.jsonl").read_bytes() == (texts / "kept.jsonl").read_bytes()
+
+
 def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    again = copied_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
 
     def killed(*_: object) -> None:
@@ -187,7 +196,7 @@ def test_kept_tasks_are_an_environments_tasks(tmp_path: Path) -> None:
 
 
 def test_people_are_a_gate(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    again = copied_run(texts, tmp_path / "again")
     labels = tmp_path / "labels.jsonl"
     labels.write_text('{"id": "i0/0", "good": false}\n{"id": "i1/1", "good": false}\n'
                       + json.dumps({"text": GERMAN, "good": True}) + "\n")
@@ -210,12 +219,12 @@ def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
-    ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "is damaged (generator"),
-    ("candidates/part-00000.jsonl", '{"item": {"id": "x"}, "samples": [{}]}\n', "00000.jsonl:1: is damaged"),
-    ("candidates/part-00000.jsonl", '{"item": NaN}\n', "part-00000.jsonl:1: is damaged"),
+    ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "run.json: is damaged"),
+    ("candidates/part-0.jsonl", "", "an earlier version has kept items in"),
     ("answers.sqlite", "no database at all" * 100, "answers.sqlite: cannot be read")])
 def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:
     output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")]])
+    (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text(text)
     with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
         finish(output, CheckSettings())

@@ -30,6 +30,8 @@ from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import made_generator
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import records_by_item
 
 KEY = "sk-very-secret-0123456789"
 
@@ -70,12 +72,11 @@ class Run:
 
     def kept(self) -> list[str]:
         """Return what passes the generator's own checks, in order."""
-        return [sample["record"]["text"] for line in sorted(self.candidates(), key=lambda one: one["number"])
+        return [sample["record"]["text"] for line in self.candidates()
                 for sample in line["samples"] if all(verdict["passed"] for verdict in sample["verdicts"])]
 
     def candidates(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for part in sorted((self.output / "candidates").glob("part-*.jsonl"))
-                for line in part.read_bytes().splitlines()]
+        return [json.loads(record) for _, record in records_by_item(work_folder(self.output))]
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsy
     with serving(ScriptedEndpoint(with_model_faults(echoes.reply, 1.0))) as server:
         assert run(server) == 0
         assert "; the answers about 3 items were of no use" in capsys.readouterr().out
-        assert {line.get("unusable", "")[:29] for line in run.candidates()} <= {
+        assert {line["unusable"][:29] for line in run.candidates()} <= {
             "3 answers were of no use, the", "the judge gave no score in 3 ", ""}
         num_asked = len(server.requests)
         assert num_asked > 3 * 3 and len(set(server.asked)) == num_asked
@@ -307,7 +308,7 @@ def test_a_command_that_stopped_at_its_input_binds_no_later_one(run: Run, endpoi
     assert run(endpoint) == 2
     run.write([{"id": "a", "text": "line a"}])
     assert run(endpoint, "--set", "tone=dry") == 0
-    assert run(endpoint, "--set", "tone=odd") == 2 and "made with other settings" in capsys.readouterr().err
+    assert run(endpoint, "--set", "tone=odd") == 2 and "settings.tone was" in capsys.readouterr().err
 
 
 def test_a_list_may_be_written_with_commas() -> None:
