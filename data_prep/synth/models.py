@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.asking import Door, T
-from data_prep.synth.generator import MaxTokensField, Role
-from data_prep.synth.options import SynthOptions
+from data_prep.synth.generator import Door, Role, T
+from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.endpoints.addresses import address_problems, is_address
 from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
 from megatron_sov.endpoints.cache import EndpointCache, Usage

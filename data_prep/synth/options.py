@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from data_prep.synth.checks.arguments import CheckOptions
-from data_prep.synth.generator import MaxTokensField, Threads, Timeout
 from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, only_with
 from megatron_sov.work.cluster_options import ClusterOptions
 
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)
+Threads = Annotated[AtLeastOne, Le(4096)]
+"""Each is a thread of this process."""
+Timeout = Annotated[NotNegative, Ge(0.1)]
+"""Seconds of an attempt."""
+MaxTokensField = Literal["max_tokens", "max_completion_tokens", "none"]
+"""max_completion_tokens: what OpenAI's reasoning models take; none: for what refuses both."""
 
 
 @dataclass(frozen=True, kw_only=True)

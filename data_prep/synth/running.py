@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
-from data_prep.synth.asking import Asking, Door, Drawn
 from data_prep.synth.candidates import (
     ANSWERS,
     RUN,
@@ -32,7 +31,18 @@ from data_prep.synth.candidates import (
     refuse_earlier,
 )
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.generator import Generator, Item, NoReply, NoUsableReply, Role, Sample, writable
+from data_prep.synth.generator import (
+    Ask,
+    Door,
+    Drawn,
+    Generator,
+    Item,
+    NoReply,
+    NoUsableReply,
+    Role,
+    Sample,
+    writable,
+)
 from data_prep.synth.known import generator_class
 from data_prep.synth.models import Budget, Model, Most, opened
 from data_prep.synth.options import SynthOptions, duration_s
@@ -482,7 +492,7 @@ class ItemMaker:
 
     def _made(self, item: Item) -> DoneItem:
         made = self.made
-        ask = Asking(item.id, made.prompts, self.doors, self._over, made.order.options.judge_max_tokens)
+        ask = Ask(item.id, made.prompts, self.doors, self._over, made.order.options.judge_max_tokens)
         samples: tuple[Sample, ...] = ()
         unusable = ""
         try:

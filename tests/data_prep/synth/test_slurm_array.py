@@ -128,7 +128,8 @@ def test_what_is_submitted(tmp_path: Path, programs: Path, capsys: pytest.Captur
     (tmp_path / "my-model" / "config.json").write_text("{}")
     words = ["synth", echoes.NAME, "--input", str(tmp_path / "lines.jsonl"), "--output", str(order.output),
              "--prompts", str(tmp_path / "prompts"), "--serve-vllm", str(tmp_path / "my-model"),
-             "--vllm-args", "--tensor-parallel-size 4", "--cluster", str(tmp_path / "cluster.yaml"), "--workers", "3"]
+             "--vllm-args", "--tensor-parallel-size 4", "--cluster", str(tmp_path / "cluster.yaml"),
+             "--workers", "3"]
     assert main(words) == 0
     told = capsys.readouterr().out
     ask, server, finish = (file.read_text() for file in sorted((tmp_path / "noted").iterdir()))
