@@ -94,8 +94,7 @@ MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
 MAY_RENAME = {"megatron_sov/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
               "megatron_sov/rollouts/store.py": "a name that several processes want",
-              "megatron_sov/commands/eval_passk.py": "into an artifact that is made",
-              "data_prep/synth/finishing.py": "several files together"}
+              "megatron_sov/commands/eval_passk.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,13 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import echoes
+from scripted import ScriptedAsk
 from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 
 from data_prep.cli import main
 from data_prep.synth import finishing, models
-from data_prep.synth.generator import Ask, Item, Sample
+from data_prep.synth.candidates import record_of
+from data_prep.synth.generator import Ask, Item, Sample, Verdict, writable
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import made_generator
 from megatron_sov.endpoints.cache import EndpointCache
@@ -140,7 +143,10 @@ def test_other_settings_on_a_folder_are_refused_by_name_and_redone_on_request(
     assert run(endpoint, *more, "--redo") == 0
     assert len(run.kept()) == 6 and len(endpoint.requests) > before
     num_asked = len(endpoint.requests)
-    assert run(endpoint, "--redo") == 0
+    assert run(endpoint, *more, "--redo") == 0
+    shutil.rmtree(work_folder(run.output))  # cleared, or not moved with it
+    assert run(endpoint) == 2 and "was made with other settings" in capsys.readouterr().err
+    assert run(endpoint, *more) == 0 and len(run.kept()) == 6
     assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
 
 
@@ -387,3 +393,31 @@ def test_a_run_that_is_asked_to_stop_waits_for_what_is_under_way(tmp_path: Path,
     assert run(endpoint) == 0
     assert max(endpoint.asked.values()) == 1, "what was under way was kept"
     assert len(run.kept()) == 24
+
+
+def nested(levels: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("sample", [
+    Sample({"text": "\ud800"}), Sample({"\udfff": 1}), Sample({"text": "a"}, (Verdict("a", True, "\ud83d"),)),
+    Sample({"score": float("inf")}), Sample({"text": "a"}, notes={"score": float("nan")}),
+    Sample({"deep": nested(5000)})], ids=["value", "name", "verdict", "infinite", "notes", "deep"])
+def test_what_cannot_be_written_is_rejected(sample: Sample) -> None:
+    found = writable(sample)
+    assert (found.reason, found.record) == ("form", {})
+    assert json.loads(record_of(Item("a"), (found,), ()))["samples"][0]["record"] == {}
+
+
+def test_what_can_be_written_stays() -> None:
+    sample = Sample({"text": "\U0001f600 \x00 \u202e"}, (Verdict("a", True),), notes={"score": 1.5})
+    assert writable(sample) is sample
+
+
+def test_what_a_model_wrote_as_half_a_character_is_asked_about_as_utf_8_can_hold_it() -> None:
+    ask = ScriptedAsk(lambda request: "yes")
+    ask.chat([{"role": "user", "content": "half \ud800"}])
+    assert ask.requests[0]["messages"] == [{"role": "user", "content": "half ?"}]

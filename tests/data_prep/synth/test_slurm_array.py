@@ -174,52 +174,37 @@ def test_what_does_not_go_together_is_told(name: str, tmp_path: Path,
     assert sentence in capsys.readouterr().err
 
 
-def test_the_servers_script_tells_where_it_answers_and_ends_with_the_array(
-        tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ends_by", ["the array", "the time limit"])
+def test_the_servers_script_tells_where_it_answers_and_ends_or_is_put_back(
+        ends_by: str, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_at(tmp_path, str(tmp_path / "programs"))
     address = slurm_folder(order.output) / ADDRESS
-    text = server_script(order, ClusterProfile("d"), "7")
+    text = server_script(order, ClusterProfile("d"), "7").replace("sleep 300", ":")
     (tmp_path / "server.sh").write_text(text.replace("sleep 10", "sleep 0.1"))
     (programs / "squeue").write_text("#!/bin/bash\necho 7\n")
+    (programs / "scontrol").write_text('#!/bin/bash\necho "$@" > "$NOTED_JOBS/requeue"\n')
     monkeypatch.setenv("VLLM_API_KEY", "k")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
     process = subprocess.Popen(["bash", str(tmp_path / "server.sh")], stderr=subprocess.PIPE)
     try:
         while not address.exists():
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.05)
-        said = json.loads(address.read_text())
-        assert said["model"] == "scripted"
-        address.write_text(json.dumps(said | {"url": said["url"].replace(
-            said["url"].split("/")[2].split(":")[0], "127.0.0.1")}))
-        monkeypatch.setattr(slurm_array, "LOOK_S", 0.05)
-        found = slurm_array.served(order)
-        assert found.writer.engine.startswith("http://127.0.0.1:") and found.writer.key_env == "VLLM_API_KEY"
-        assert found.writer.identity() == order.writer.identity(), "wherever it is, it is the model"
-        (programs / "squeue").write_text("#!/bin/bash\n")
-        assert process.wait(600) == 0
-        assert not address.exists()
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_the_server_is_put_back_before_its_time_limit(tmp_path: Path, programs: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    order = order_at(tmp_path, str(tmp_path / "programs"))
-    address = slurm_folder(order.output) / ADDRESS
-    text = server_script(order, ClusterProfile("d"), "7")
-    (tmp_path / "server.sh").write_text(text.replace("sleep 10", "sleep 0.1").replace("sleep 300", ":"))
-    (programs / "scontrol").write_text('#!/bin/bash\necho "$@" > "$NOTED_JOBS/requeue"\n')
-    monkeypatch.setenv("VLLM_API_KEY", "k")
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    process = subprocess.Popen(["bash", str(tmp_path / "server.sh")])
-    try:
-        while not address.exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(600) == 75
-        assert (tmp_path / "noted" / "requeue").read_text() == "requeue 12\n"
+        if ends_by == "the time limit":
+            process.send_signal(signal.SIGUSR1)
+            assert process.wait(600) == 75
+            assert (tmp_path / "noted" / "requeue").read_text() == "requeue 12\n"
+        else:
+            said = json.loads(address.read_text())
+            assert said["model"] == "scripted"
+            address.write_text(json.dumps(said | {"url": said["url"].replace(
+                said["url"].split("/")[2].split(":")[0], "127.0.0.1")}))
+            monkeypatch.setattr(slurm_array, "LOOK_S", 0.05)
+            writer = slurm_array.served(order).writer
+            assert writer.engine.startswith("http://127.0.0.1:") and writer.key_env == "VLLM_API_KEY"
+            assert writer.identity() == order.writer.identity(), "wherever it is, it is the model"
+            (programs / "squeue").write_text("#!/bin/bash\n")
+            assert process.wait(600) == 0
         assert not address.exists()
     finally:
         process.kill()
