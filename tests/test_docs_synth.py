@@ -41,6 +41,8 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told = capsys.readouterr().out
     assert "rewrite " in told and "rewrite (version" in told
     output = tmp_path / "work/rewritten"
+    assert main(["inspect", str(output)]) == 0
+    assert "kept work of `sov-data synth`" in capsys.readouterr().out
     (_, record), = records_by_item(work_folder(output))
     samples = json.loads(record)["samples"]
     lines = [line for name in ("kept", "rejected")
