@@ -19,12 +19,20 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Le
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.bounds import Grade
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
+from data_prep.synth.generator import (
+    Ask,
+    Generator,
+    Grade,
+    Item,
+    Kind,
+    NoReply,
+    NoUsableReply,
+    Sample,
+    Verdict,
+)
 from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
 from megatron_sov.rewards import constraint as constraint_checks
