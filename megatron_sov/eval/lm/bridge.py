@@ -21,8 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError, first_line, told_in_a_line
-from megatron_sov.eval.lm.answers import Answers
-from megatron_sov.eval.lm.requests import Answer, Request, Score, Write
+from megatron_sov.eval.lm.answers import Answer, Request, Score, Write
 
 DEFAULT_MAX_TOKENS = 256
 """Longest continuation of a task that says none, as in lm-eval."""
@@ -53,7 +52,7 @@ class Reading:
 class Bridge(TemplateLM):
     """lm-eval's model."""
 
-    def __init__(self, reading: Reading, answers: Answers) -> None:
+    def __init__(self, reading: Reading, answers: Mapping[str, Answer]) -> None:
         super().__init__()
         self._reading, self._answers = reading, answers
         self.tokenizer = reading.tokenizer

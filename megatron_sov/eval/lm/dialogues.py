@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sov.chat.marks import as_written
+from megatron_sov.eval.lm.answers import Request
 from megatron_sov.eval.lm.bridge import Bridge, NotAnswered
-from megatron_sov.eval.lm.requests import Request
 from megatron_sov.eval.lm.scoring import documents_of
 from megatron_sov.eval.suites.items import Item, Response
 from megatron_sov.eval.suites.rows import TURN, without_thoughts

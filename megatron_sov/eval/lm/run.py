@@ -20,8 +20,7 @@ import numpy as np
 
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import StopRequested, UserError, told_in_a_line
-from megatron_sov.eval.lm.answers import Answers, folder_of
-from megatron_sov.eval.lm.requests import Request, distinct
+from megatron_sov.eval.lm.answers import Answer, Answers, Request, distinct, folder_of
 from megatron_sov.eval.lm.results import DEFAULT, Item, Results, TaskSampling, TaskScores, write_results
 from megatron_sov.eval.lm.settings import Settings
 from megatron_sov.eval.lm.tasks import (
@@ -39,14 +38,14 @@ from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
 from megatron_sov.settings import SettingsError, parse_nested, problems_of
 from megatron_sov.train.stopping import StopFlag, stoppable
-from megatron_sov.work.locks import holding
+from megatron_sov.work.locks import holding, taking
 
 if TYPE_CHECKING:
     from megatron_sov.eval.lm.dialogues import Dialogues
+    from megatron_sov.eval.lm.endpoint import AsksEndpoint
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """As in lm-eval, whose examples they choose."""
-ASKED = "asked.json"
 JOIN_ATTEMPTS = 60
 """Seconds that a job waits for another one to write the same results."""
 SAMPLED = {"samples", "reward", "environment"}
@@ -139,7 +138,7 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
 
     running = subject_of(target, settings, whole=False).running
     if running is not None:
-        answer_locally(running, settings.asking_folder / ASKED, flag)
+        answer_locally(running, [], None, flag)
 
 
 def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
@@ -151,22 +150,26 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
 
     subject = subject_of(target, settings)
     loaded = load_tasks(names, settings.sources, settings.cache_folder)
-    with Answers(folder_of(settings.cache_folder, subject.identity)) as answers:
-        bridge = Bridge(subject.reading, answers)
-        tasks = [_built(name, task, loaded.files[name], bridge, settings) for name, task in
-                 loaded.tasks.items()]
-        _refuse_unused(tasks, settings)
-        requests = distinct(request for task in tasks for request in task.requests)
-        _ask(subject, target, requests, answers, settings, flag)
-        dialogues = [task.dialogues for task in tasks if task.dialogues is not None]
-        while more := distinct(request for dialogue in dialogues for request in dialogue.go_on()):
-            _ask(subject, target, more, answers, settings, flag)
-        notes: list[str] = []
-        scores: dict[str, TaskScores] = {}
-        items: list[Item] = []
-        for task in tasks:
-            scores[task.name], of_task = _scored(task, bridge, settings, notes)
-            items += of_task
+    kept = folder_of(settings.cache_folder, subject.identity)
+    answers: dict[str, Answer] = {} if subject.running is None else Answers(kept)
+    bridge = Bridge(subject.reading, answers)
+    tasks = [_built(name, task, loaded.files[name], bridge, settings) for name, task in loaded.tasks.items()]
+    _refuse_unused(tasks, settings)
+    asker: AsksEndpoint | None = None
+    if subject.running is None:
+        from megatron_sov.eval.lm.endpoint import AsksEndpoint
+
+        asker = AsksEndpoint(target, settings.endpoint, kept, answers)
+    _ask(subject, asker, distinct(request for task in tasks for request in task.requests), answers, flag)
+    dialogues = [task.dialogues for task in tasks if task.dialogues is not None]
+    while more := distinct(request for dialogue in dialogues for request in dialogue.go_on()):
+        _ask(subject, asker, more, answers, flag)
+    notes: list[str] = []
+    scores: dict[str, TaskScores] = {}
+    items: list[Item] = []
+    for task in tasks:
+        scores[task.name], of_task = _scored(task, bridge, settings, notes)
+        items += of_task
     scores |= _groups(loaded, scores)
     import lm_eval
 
@@ -264,21 +267,17 @@ def _refuse_unused(tasks: Sequence[_Task], settings: Settings) -> None:
                         "it out")
 
 
-def _ask(subject: Any, target: str, requests: Sequence[Request], answers: Answers, settings: Settings,
+def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], answers: dict[str, Answer],
          flag: StopFlag) -> None:
     """Have the model answer what is not answered yet.
 
     Raises:
         StopRequested: it was asked to stop before the end.
     """
-    from megatron_sov.eval.lm.local import answer_locally, write_asked
+    from megatron_sov.eval.lm.local import answer_locally
 
-    asker = None
-    if subject.running is None:
-        from megatron_sov.eval.lm.endpoint import AsksEndpoint
-
-        asker = AsksEndpoint(target, settings.endpoint, answers)
-        asker.refuse_other_model(requests)
+    if asker is not None:
+        asker.recall(requests)
     left = [request for request in requests if request.key not in answers]
     if left and len(left) < len(requests):
         print(f"{len(requests) - len(left):,} of {len(requests):,} requests were answered before, and are "
@@ -288,8 +287,8 @@ def _ask(subject: Any, target: str, requests: Sequence[Request], answers: Answer
         if left and not stopped:
             stopped = asker.answer(requests, flag)
     elif under_launcher() or (left and not stopped):  # other processes wait to be told
-        write_asked(settings.asking_folder / ASKED, requests, answers)
-        stopped = answer_locally(subject.running, settings.asking_folder / ASKED, flag)
+        assert isinstance(answers, Answers)
+        stopped = answer_locally(subject.running, requests, answers.folder, flag)
         answers.reread()
     if lacking := sum(request.key not in answers for request in requests):
         if not stopped:
@@ -332,7 +331,7 @@ def _scored(task: _Task, bridge: Any, settings: Settings, notes: list[str]) -> t
 
 def _sampling(requests: Sequence[Request]) -> TaskSampling:
     """Return how the answers of one of lm-eval's tasks are written."""
-    from megatron_sov.eval.lm.requests import Write
+    from megatron_sov.eval.lm.answers import Write
 
     first = next((request for request in requests if isinstance(request, Write)), None)
     if first is None:
@@ -377,17 +376,11 @@ def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
 @contextlib.contextmanager
 def _joining(settings: Settings) -> Iterator[None]:
     """Hold the output while it is written: jobs of an array all come here, in no order, with the same."""
-    for attempt in range(JOIN_ATTEMPTS):
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(holding(settings.joining_folder, f"--output {settings.output}"))
-            except UserError:
-                if attempt == JOIN_ATTEMPTS - 1:
-                    raise
-                time.sleep(1)
-                continue
-            try:
+    for _ in range(JOIN_ATTEMPTS):
+        with taking(settings.joining_folder) as is_ours:
+            if is_ours:
                 yield
-            finally:
-                shutil.rmtree(settings.joining_folder, ignore_errors=True)
-            return
+                return
+        time.sleep(1)
+    raise UserError(f"--output {settings.output}: another process writes it ({settings.joining_folder} is "
+                    "held); wait for it, or name another output")

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.errors import UserError
+from megatron_sov.eval.lm.answers import Request
 from megatron_sov.eval.lm.bridge import Bridge, NotAnswered
-from megatron_sov.eval.lm.requests import Request
 from megatron_sov.eval.lm.results import Item, Sample, TaskSampling, judged_by, metric_of_items
 from megatron_sov.eval.lm.scoring import Scored, doc_hash, documents_of, question_and_answer
 from megatron_sov.eval.suites.items import Folded

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.recognition import TEXTS
 from megatron_sov.eval.lm import endpoint
 from megatron_sov.eval.lm.results import read_items, read_results
@@ -117,12 +118,13 @@ def test_another_model_under_the_same_name_is_refused_until_the_user_decides(
     answer = {"choices": [{"text": "no", "finish_reason": "stop"}]}
     monkeypatch.setattr(Script, "answer", lambda self, payload: answer)
     before = len(script.asked)
-    kept = {file: file.read_bytes() for file in (tmp_path / "out.cache").rglob("*.jsonl")}
+    [file] = (tmp_path / "out.cache").rglob("endpoint.sqlite")
+    kept = EndpointCache(file).keys()
     assert main(sums) == 2
     said = capsys.readouterr().err
     assert "answers 4 of 4 fixed questions otherwise than the model 'm'" in said
     assert "name another --cache" in said
-    assert len(script.asked) == before and kept == {file: file.read_bytes() for file in kept} and kept
+    assert len(script.asked) == before and EndpointCache(file).keys() == kept and kept
     assert main([*sums, "--cache", str(tmp_path / "new")]) == 0
     assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 0
     before = len(script.asked)

@@ -14,9 +14,8 @@ from scipy import stats
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm import bridge as lm_bridge
 from megatron_sov.eval.lm import scoring
-from megatron_sov.eval.lm.answers import Answers
+from megatron_sov.eval.lm.answers import Answers, Score
 from megatron_sov.eval.lm.bridge import NotAnswered
-from megatron_sov.eval.lm.requests import Score
 from megatron_sov.eval.lm.results import Metric
 
 
