@@ -41,10 +41,10 @@ prepare_megatron()
 import lm_eval  # noqa: E402
 import torch  # noqa: E402
 
-import megatron_sov.eval.lm.bridge  # noqa: E402
 import megatron_sov.eval.lm.local  # noqa: E402
 import megatron_sov.eval.lm.run  # noqa: E402
 import megatron_sov.eval.lm.scoring  # noqa: E402
+import megatron_sov.eval.lm.subject  # noqa: E402
 import megatron_sov.generate.generator  # noqa: E402, F401  (forks share what is imported here)
 from megatron_sov import convert  # noqa: E402
 from megatron_sov.cli import main as megatron_sov_main  # noqa: E402

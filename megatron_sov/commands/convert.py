@@ -233,7 +233,7 @@ def _verify(args: VerifyOptions) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
-    from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
+    from megatron_sov.eval.parity import LogitsProof, card, prove_logits, write_card
 
     events = RunEvents(args.run)
     # first, since ranks are forked from this process and threads that later work starts would

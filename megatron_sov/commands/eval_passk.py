@@ -212,7 +212,7 @@ def run_passk(args: EvalPasskOptions) -> int:
     step = events.last_step() if plan.target is None else step_of(plan.target, events)
     events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
-    from megatron_sov.eval.judged_samples import table
+    from megatron_sov.eval.pass_at_k import table
 
     print(to_json(figures).rstrip() if args.json
           else f"{table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
@@ -335,7 +335,7 @@ def _prompt(value: Any) -> str | Conversation:
 
 def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     """Judge the responses into an artifact's folder, and return the figures."""
-    from megatron_sov.eval.judged_samples import read_judged
+    from megatron_sov.eval.pass_at_k import read_judged
 
     scored = folder.parent / "scored.jsonl"
     with work_bar("score", check_rows(responses, "--sampled"), "row") as bar:

@@ -167,8 +167,7 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
 def _by_endpoint(game: _Game, events: RunEvents) -> str:
     """Play with a model behind an endpoint; returns why it was stopped."""
     from megatron_sov.eval.lm.subject import subject_of
-    from megatron_sov.eval.suites.endpoint_turns import EndpointSpeaker
-    from megatron_sov.eval.suites.episodes import play_tasks_by_messages
+    from megatron_sov.eval.suites.episodes import EndpointSpeaker, play_tasks_by_messages
 
     args, flag = game.args, game.flag
     endpoint = EndpointSettings(**vars(args.endpoint), concurrent=args.parallel)
@@ -195,8 +194,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
 def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], play: Play,
             events: RunEvents) -> str:
     """Play what is left, score and write; returns why it was stopped, empty at the end."""
-    from megatron_sov.eval.suites.episode_results import write_episodes
-    from megatron_sov.eval.suites.episodes import fold_episodes, order_of
+    from megatron_sov.eval.suites.episodes import fold_episodes, order_of, write_episodes
     from megatron_sov.tools.registry import make
 
     args, protocol, num_ended = game.args, game.protocol, 0

@@ -124,7 +124,7 @@ def _remark(check: DataCheck) -> str:
 
 
 def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
-    from megatron_sov.eval.suites.bringing import Span, bring
+    from megatron_sov.eval.suites.catalogue import Span, bring
 
     if not args.tasks or len(tasks) != 1:
         raise UserError("eval suites bring needs --tasks with one task, e.g. --tasks aime24")

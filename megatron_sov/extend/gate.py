@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from megatron_sov.config import GateConfig, RunConfig
-from megatron_sov.eval.heldout import HeldoutData, open_heldout
+from megatron_sov.eval.heldout import HeldoutData, evaluate_forward_model, open_heldout
 from megatron_sov.eval.needle.suite import Cell
-from megatron_sov.eval.perplexity import evaluate_forward_model
 from megatron_sov.extend.decontamination import Decontamination
 from megatron_sov.extend.needles import Needles
 from megatron_sov.generate.load import Loaded, run_forward_model

@@ -12,8 +12,8 @@ from megatron_sov.data.token_shards import TEXTS, Source, open_sources, tokenize
 from megatron_sov.data.views import SHORT
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
-from megatron_sov.eval.needle.haystack import open_haystacks
 from megatron_sov.eval.needle.suite import NeedleResult, NeedleSuite, make_suite, run_suite, table
+from megatron_sov.eval.needle.text import open_haystacks
 from megatron_sov.generate.generator import MegatronEngine
 from megatron_sov.train.gate import GateView
 from megatron_sov.train.stage_config import tokenizer_of

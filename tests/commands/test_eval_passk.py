@@ -11,7 +11,7 @@ from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.errors import ExitCode
 from megatron_sov.eval import sampling
-from megatron_sov.eval.judged_samples import table
+from megatron_sov.eval.pass_at_k import table
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.report.passk import passk_section

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.data.token_shards import open_sources
-from megatron_sov.eval.needle.haystack import Haystack, open_haystacks
-from megatron_sov.eval.needle.text import NeedleForm
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, open_haystacks
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ prepare_megatron()
 
 from megatron_sov.data.token_shards import Source  # noqa: E402
 from megatron_sov.eval import bigram  # noqa: E402
-from megatron_sov.eval.bigram import KneserNeyBigram, token_blocks, train_bigram  # noqa: E402
+from megatron_sov.eval.heldout import KneserNeyBigram, token_blocks, train_bigram  # noqa: E402
 
 VOCAB = 7
 DOCUMENTS = [[0, 1, 0, 1, 2, 0, 1, 3], [3, 0, 1, 4, 4, 4], [5], [1, 0, 2, 2]]

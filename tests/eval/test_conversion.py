@@ -19,7 +19,7 @@ from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 
-from megatron_sov.eval.conversion import prove_logits  # noqa: E402
+from megatron_sov.eval.parity import prove_logits  # noqa: E402
 
 LENGTHS = [1, 5, 40, 100_000]
 """The last one is longer than the models can take."""

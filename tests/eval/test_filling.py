@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sov.eval.filling import rows_of
+from megatron_sov.eval.heldout import rows_of
 
 
 def test_rows_hold_documents_in_order_up_to_their_size() -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sov.eval.forgetting import FORGOTTEN, KEPT, NOT_PROVEN, Forgetting, judge
-from megatron_sov.eval.score_differences import read_scored
+from megatron_sov.eval.score_differences import FORGOTTEN, KEPT, NOT_PROVEN, Forgetting, judge, read_scored
 from megatron_sov.eval.statistics import paired_difference
 
 Written = Callable[..., Path]

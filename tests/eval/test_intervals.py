@@ -8,7 +8,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from megatron_sov.eval.intervals import (
+from megatron_sov.eval.statistics import (
     difference_interval,
     mean_interval,
     student_quantile,

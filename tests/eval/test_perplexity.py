@@ -20,8 +20,11 @@ from megatron_sov.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.data.token_shards import open_sources  # noqa: E402
-from megatron_sov.eval.bigram import evaluate_bigram  # noqa: E402
-from megatron_sov.eval.heldout import evaluate_rows, open_heldout  # noqa: E402
+from megatron_sov.eval.heldout import (  # noqa: E402
+    evaluate_bigram,
+    evaluate_rows,
+    open_heldout,
+)
 
 CUT = ["--seq-len", "100", "--max-tokens", "1500"]
 

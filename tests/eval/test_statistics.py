@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_sov.eval.intervals import wilson_interval
-from megatron_sov.eval.statistics import mean_of, paired_difference
+from megatron_sov.eval.statistics import mean_of, paired_difference, wilson_interval
 
 
 def test_without_clusters_it_is_the_error_of_every_textbook() -> None:

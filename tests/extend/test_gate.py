@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.config import GateConfig, NeedleKind
-from megatron_sov.eval.intervals import wilson_interval
 from megatron_sov.eval.needle.suite import Cell
+from megatron_sov.eval.statistics import wilson_interval
 from megatron_sov.extend.gate import decide
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, read_events

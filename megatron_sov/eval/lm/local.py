@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_sov.errors import UserError
-from megatron_sov.eval.filling import ROW_TOKENS, rows_of
+from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.eval.lm.answers import Answer, Answers, Request, Score, Write, readings
 from megatron_sov.generate.engine import MEGATRON, VLLM, run_engine
 from megatron_sov.generate.load import Loaded, run_forward_model

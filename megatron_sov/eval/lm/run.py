@@ -41,8 +41,8 @@ from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.locks import holding, taking
 
 if TYPE_CHECKING:
-    from megatron_sov.eval.lm.dialogues import Dialogues
     from megatron_sov.eval.lm.endpoint import AsksEndpoint
+    from megatron_sov.eval.lm.scoring import Dialogues
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """As in lm-eval, whose examples they choose."""
@@ -145,7 +145,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
               ) -> tuple[Results, list[Item], list[str]]:
     """Return the results, their items, and remarks."""
     with quiet():
-        from megatron_sov.eval.lm.bridge import Bridge
+        from megatron_sov.eval.lm.subject import Bridge
     from megatron_sov.eval.lm.subject import subject_of
 
     subject = subject_of(target, settings)
@@ -215,16 +215,16 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
 
     built = _Task(name, task, protocol, files, num_fewshot, prompt_hash=hash_of_prompts(task.instances))
     if protocol is not None:
-        from megatron_sov.eval.lm import sampled
+        from megatron_sov.eval.lm import scoring
 
         if protocol.turns_field:
-            from megatron_sov.eval.lm.dialogues import Dialogues
+            from megatron_sov.eval.lm.scoring import Dialogues
 
-            generation = sampled.generation_of(protocol, task, bridge)
+            generation = scoring.generation_of(protocol, task, bridge)
             built.dialogues = Dialogues(protocol, task, bridge, generation)
             built.requests = built.dialogues.requests()
         else:
-            built.requests = sampled.requests_of(protocol, task, bridge)
+            built.requests = scoring.requests_of(protocol, task, bridge)
     else:
         built.requests = [request for instance in task.instances
                           for sample in range(int(instance.repeats or 1))
@@ -299,18 +299,18 @@ def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], 
 
 def _scored(task: _Task, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores, list[Item]]:
     """Return a task's figures and items; what could not be computed joins `notes`."""
-    from megatron_sov.eval.lm import sampled, scoring
+    from megatron_sov.eval.lm import scoring
 
     judge: str | None = None
     told: dict[str, Any] = {}
     if task.protocol is not None:
         if task.dialogues is not None:
-            scored, judge = sampled.score_dialogues(task.protocol, task.task, task.dialogues,
+            scored, judge = scoring.score_dialogues(task.protocol, task.task, task.dialogues,
                                                     settings.workers)
         else:
-            scored, judge = sampled.score_sampled(task.protocol, task.task, bridge, settings.workers)
+            scored, judge = scoring.score_sampled(task.protocol, task.task, bridge, settings.workers)
         told = task.protocol.as_json()
-        sampling = sampled.sampling_of(task.protocol, task.task, bridge)
+        sampling = scoring.sampling_of(task.protocol, task.task, bridge)
     else:
         sampling = _sampling(task.requests)
         with quiet():

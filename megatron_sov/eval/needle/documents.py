@@ -18,8 +18,7 @@ import numpy as np
 from megatron_sov.config import NeedleConfig, NeedleKind
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle.haystack import Haystack, pick
-from megatron_sov.eval.needle.kinds import (
+from megatron_sov.eval.needle.suite import (
     PAIR_TOKENS,
     PHRASES_OF,
     make_plan,
@@ -27,7 +26,7 @@ from megatron_sov.eval.needle.kinds import (
     place_told,
     weave,
 )
-from megatron_sov.eval.needle.text import NeedleForm, Sentences, Slots, fill
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, Sentences, Slots, fill, pick
 
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24

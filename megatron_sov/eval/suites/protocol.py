@@ -6,19 +6,24 @@ A task without samples, reward or environment there is lm-eval's alone: its own 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal
 
 import regex
 from annotated_types import Ge, Le, MinLen
 
+from megatron_sov.chat.marks import as_written
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.eval.suites.own_scorers import OWN_SCORERS
-from megatron_sov.generate.request import SampleSeed, Sampling, Temperature, TopP
+from megatron_sov.generate.request import LENGTH, SampleSeed, Sampling, Temperature, TopP
 from megatron_sov.plugins.loading import is_reference
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.registry import BUILT_IN as REWARDS
+from megatron_sov.rewards.reward import Row, Score, text_of
 from megatron_sov.settings import (
     AtLeastOne,
     Bound,
@@ -255,3 +260,122 @@ def _made(task: str, settings: Mapping[str, Any], where: str) -> Protocol:
         raise SettingsError(where, [Problem(Code.UNKNOWN, "task", "is told by the task itself",
                                             way_out="drop it")])
     return read(Protocol, {**settings, "task": task}, where)
+
+
+Prompt = str | list[dict[str, str]]
+"""A text, or messages."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sample."""
+
+    text: str
+    """What the model wrote."""
+    finish_reason: str = ""
+    """`stop`, `length`, or how an episode ended."""
+
+
+@dataclass(frozen=True)
+class TaskItem:
+    """One question with its answers."""
+
+    doc: Mapping[str, Any]
+    """The row of the data."""
+    prompt: Prompt
+    """That the model was asked."""
+    responses: Sequence[Response]
+    """The samples."""
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """What became of an item."""
+
+    scores: Mapping[str, float]
+    """Metric -> value; a metric without enough scored samples is not there."""
+    sample_scores: Sequence[float | None]
+    """Reward of each sample; None: there is none.  With variants that of the first."""
+    answers: Sequence[str | None]
+    """Final answer of each sample, where the reward tells it."""
+    failed: str | None
+    """Why a sample has no reward; None: all have."""
+    num_at_limit: int
+    """Samples that the limit of tokens or of turns ended."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What became of all items."""
+
+    items: Sequence[ItemScores]
+    """In their order."""
+    metric_names: Sequence[str]
+    """All metrics of the protocol, those that no item has among them."""
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    """Which reward judged: name, version, settings."""
+
+    def values(self, metric: str) -> list[float]:
+        """Return a metric's values of the items that have it."""
+        return [item.scores[metric] for item in self.items if metric in item.scores]
+
+
+AT_LIMIT = frozenset((LENGTH, "tokens", "turns", "unended"))
+"""Finish reasons that are limits and no end of the model's own."""
+
+
+class Copied:
+    """OpenAI-MRCR: how much of the answer is said again, word for word, behind a mark that was asked for.
+
+    The ratio of Python's difflib, as the data's publisher computes it (openai/mrcr, `grade` of its page).
+    """
+
+    def score(self, row: Row) -> Score:
+        """Return 0 where the response does not begin with the row's `prefix`, else the ratio of what stands
+        behind it and behind the prefix of the `answer`.
+
+        Raises:
+            Refused: the row has no prefix or answer.
+        """
+        response = as_written(text_of(row, "response"))
+        answer, prefix = text_of(row, "answer"), text_of(row, "prefix")
+        if not response.startswith(prefix):
+            return Score(0.0, {"prefix": False})
+        ratio = SequenceMatcher(None, response.removeprefix(prefix), answer.removeprefix(prefix)).ratio()
+        return Score(ratio, {"prefix": True})
+
+
+@dataclass(frozen=True)
+class ShortAnswer:
+    """HotpotQA: how many words an answer shares with the known one.
+
+    As in the data's own script (hotpotqa/hotpot, hotpot_evaluate_v1.py): case, punctuation and articles do
+    not count, and `yes`, `no` and `noanswer` are right or wrong as a whole.
+    """
+
+    exact: bool = False
+    """Whether all words have to be the same; else their F1 counts."""
+
+    def score(self, row: Row) -> Score:
+        """Return F1 or equality.
+
+        Raises:
+            Refused: the row has no answer.
+        """
+        said, known = (_plain(text_of(row, name)) for name in ("response", "answer"))
+        if self.exact or (said != known and {said, known} & {"yes", "no", "noanswer"}):
+            return Score(float(said == known), {"extracted": said})
+        words, known_words = Counter(said.split()), Counter(known.split())
+        shared = (words & known_words).total()
+        total = words.total() + known_words.total()
+        return Score(2 * shared / total if shared else 0.0, {"extracted": said})
+
+
+def _plain(answer: str) -> str:
+    """Return an answer's words without case, punctuation and articles."""
+    text = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+OWN_SCORERS: dict[str, type[Any]] = {"mrcr": Copied, "short-answer": ShortAnswer}
+"""Name -> scorer."""

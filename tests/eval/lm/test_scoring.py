@@ -15,8 +15,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.eval.lm import bridge as lm_bridge
 from megatron_sov.eval.lm import scoring
 from megatron_sov.eval.lm.answers import Answers, Score
-from megatron_sov.eval.lm.bridge import NotAnswered
 from megatron_sov.eval.lm.results import Metric
+from megatron_sov.eval.lm.subject import NotAnswered
 
 
 class Instance:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.eval.lm import task_files
-from megatron_sov.eval.lm.task_files import TaskFolder
-from megatron_sov.eval.lm.tasks import TaskSources, hash_of, load_tasks
+from megatron_sov.eval.lm import tasks as task_files
+from megatron_sov.eval.lm.tasks import TaskFolder, TaskSources, hash_of, load_tasks
 
 PLAIN = ("task: plain\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
          "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.eval.media.judges import judge_of
+from megatron_sov.eval.media import judge_of
 
 FILES, LABELS = [Path("one.png"), Path("two.png")], [("a", "b"), ()]
 

@@ -8,8 +8,8 @@ import jiwer
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.eval.intervals import wilson_interval
-from megatron_sov.eval.media.pairs import PAIRS, Row, figures, normalised, read_rows
+from megatron_sov.eval.media import PAIRS, Row, figures, normalised, read_rows
+from megatron_sov.eval.statistics import wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]
 

@@ -7,9 +7,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from megatron_sov.eval.intervals import mean_interval, wilson_interval
-from megatron_sov.eval.media.pairs import Row
-from megatron_sov.eval.media.retrieval import Group, Rank, figures, grouped, ranks
+from megatron_sov.eval.media import Group, Rank, Row, grouped, rank_figures, ranks
+from megatron_sov.eval.statistics import mean_interval, wilson_interval
 
 
 def rows(*answers: str) -> list[Row]:
@@ -47,7 +46,7 @@ def test_what_is_as_good_or_no_number_stands_before(wrong: float) -> None:
 def test_figures_and_chance() -> None:
     """Chance by counting all orders of candidates."""
     found = [Rank(1, 6, 2), Rank(4, 6, 1), Rank(6, 6, 1)]
-    told = figures(found)
+    told = rank_figures(found)
     assert (told["num_questions"], told["num_candidates"], told["ranks"]) == (3, 6, [1, 4, 6])
     assert (told["recall_at_1"], told["recall_at_5"], told["mean_rank"]) == (1 / 3, 2 / 3, 11 / 3)
     assert told["recall_at_1_interval"] == list(wilson_interval(1, 3))
@@ -59,4 +58,4 @@ def test_figures_and_chance() -> None:
         by_counting = [np.mean(np.array(firsts[one.num_right]) <= k) for one in found]
         assert told[f"chance_at_{k}"] == pytest.approx(np.mean(by_counting))
     assert told["chance_mean_rank"] == pytest.approx(np.mean([np.mean(firsts[r]) for r in (2, 1, 1)]))
-    assert figures([Rank(1, 2, 1)])["recall_at_5"] == figures([Rank(1, 2, 1)])["chance_at_5"] == 1
+    assert rank_figures([Rank(1, 2, 1)])["recall_at_5"] == rank_figures([Rank(1, 2, 1)])["chance_at_5"] == 1

@@ -17,10 +17,8 @@ from megatron_sov.config import NeedleConfig, NeedleKind
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.documents import NeedleDocuments, needle_source
-from megatron_sov.eval.needle.haystack import Haystack, open_haystacks
-from megatron_sov.eval.needle.kinds import PHRASES_OF, make_example
-from megatron_sov.eval.needle.phrases import phrases
-from megatron_sov.eval.needle.text import NeedleForm, Sentences
+from megatron_sov.eval.needle.suite import PHRASES_OF, make_example
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, Sentences, open_haystacks, phrases
 
 KINDS: tuple[NeedleKind, ...] = ("multi-value", "multi-query", "variable-tracking")
 """Those whose questions ask for several needles."""

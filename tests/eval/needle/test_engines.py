@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sov.eval.needle.haystack import Haystack
-from megatron_sov.eval.needle.kinds import Example
-from megatron_sov.eval.needle.suite import NeedleSuite, Way, answers, is_right
+from megatron_sov.eval.needle.suite import Example, NeedleSuite, Way, answers, is_right
+from megatron_sov.eval.needle.text import Haystack
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
@@ -101,7 +100,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
     """What a checkpoint says at a layout, on this process, by both ways."""
     from megatron_sov.data.token_shards import open_sources
-    from megatron_sov.eval.needle.haystack import open_haystacks
+    from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.generate.load import load_forward_model
     from megatron_sov.generate.target import inference_config
     from megatron_sov.mcore.parallel import world

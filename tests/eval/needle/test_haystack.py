@@ -11,8 +11,7 @@ from tokenizers import Tokenizer
 
 from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle.haystack import Haystack, detect_language, open_haystacks
-from megatron_sov.eval.needle.text import NeedleForm
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, detect_language, open_haystacks
 
 PROSE = {
     "english": "It was a bright cold day in April, and the clocks were striking thirteen. (He said so.)\n",

@@ -8,9 +8,8 @@ import pytest
 from megatron_sov.config import NeedleConfig, NeedleKind
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.documents import NeedleDocuments
-from megatron_sov.eval.needle.haystack import Haystack
-from megatron_sov.eval.needle.kinds import PAIR_TOKENS, Example, distractors_of, make_example
-from megatron_sov.eval.needle.text import MIN_WORDS, NeedleForm, fill
+from megatron_sov.eval.needle.suite import PAIR_TOKENS, Example, distractors_of, make_example
+from megatron_sov.eval.needle.text import MIN_WORDS, Haystack, NeedleForm, fill
 
 Pair = tuple[int, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sov.config import Language
-from megatron_sov.eval.needle.phrases import LANGUAGES, is_for_tests, phrases
+from megatron_sov.eval.needle.text import LANGUAGES, is_for_tests, phrases
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

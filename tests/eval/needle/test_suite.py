@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.eval.intervals import wilson_interval
-from megatron_sov.eval.needle.haystack import Haystack
-from megatron_sov.eval.needle.kinds import Example
-from megatron_sov.eval.needle.suite import NeedleSuite, is_right, result_of, run_suite, table
-from megatron_sov.eval.needle.text import fill
+from megatron_sov.eval.needle.suite import Example, NeedleSuite, is_right, result_of, run_suite, table
+from megatron_sov.eval.needle.text import Haystack, fill
+from megatron_sov.eval.statistics import wilson_interval
 from megatron_sov.generate.request import Generated, Sampling, Stop
 
 

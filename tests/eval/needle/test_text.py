@@ -10,8 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle.phrases import LANGUAGES
-from megatron_sov.eval.needle.text import NeedleForm, fill, needle_form
+from megatron_sov.eval.needle.text import LANGUAGES, NeedleForm, fill, needle_form
 
 
 def test_words_are_rare_and_whole_and_read_as_a_sentence(form: NeedleForm, token_shards: Path) -> None:

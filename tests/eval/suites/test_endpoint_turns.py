@@ -12,7 +12,7 @@ from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.settings import EndpointSettings
-from megatron_sov.eval.suites.endpoint_turns import EndpointSpeaker, said_in
+from megatron_sov.eval.suites.episodes import EndpointSpeaker, said_in
 from megatron_sov.eval.suites.protocol import Protocol
 
 

@@ -16,8 +16,7 @@ from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.errors import UserError
 from megatron_sov.eval.suites.catalogue import suite_tasks
 from megatron_sov.eval.suites.episodes import fold_episodes, order_of, play_tasks, tasks_of
-from megatron_sov.eval.suites.items import Folded
-from megatron_sov.eval.suites.protocol import Protocol, changed
+from megatron_sov.eval.suites.protocol import Folded, Protocol, changed
 from megatron_sov.rewards.judge import Judge
 from megatron_sov.tools.episode import Written
 from megatron_sov.tools.journal import lines_in

@@ -14,10 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.eval.suites import folding
-from megatron_sov.eval.suites.folding import fold, metrics_of
-from megatron_sov.eval.suites.items import Item, Response
-from megatron_sov.eval.suites.protocol import Protocol
-from megatron_sov.eval.suites.rows import without_thoughts
+from megatron_sov.eval.suites.folding import fold, metrics_of, without_thoughts
+from megatron_sov.eval.suites.protocol import Protocol, Response, TaskItem
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.reward import Result, Score, checked
 
@@ -53,7 +51,8 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
 def folded(protocol: Protocol, responses: Sequence[Sequence[str]], gold: Any = "4") -> Any:
     return fold(
         protocol,
-        [Item({"gold": gold}, "2 + 2?", [Response(text, "stop") for text in texts]) for texts in responses],
+        [TaskItem({"gold": gold}, "2 + 2?", [Response(text, "stop") for text in texts])
+         for texts in responses],
         1,
     )
 
@@ -91,7 +90,7 @@ def test_what_has_no_reward_is_no_zero() -> None:
 
 def test_limits_are_counted() -> None:
     items = [
-        Item({"gold": "4"}, "?", [Response("4", "stop"), Response("4", "length"), Response("", "length")])
+        TaskItem({"gold": "4"}, "?", [Response("4", "stop"), Response("4", "length"), Response("", "length")])
     ]
     assert fold(replace(STEM, samples=3, temperature=1.0), items, 1).items[0].num_at_limit == 2
 
@@ -138,7 +137,8 @@ def test_mrcr_is_the_ratio_of_difflib() -> None:
     from difflib import SequenceMatcher
 
     protocol = Protocol("t", reward="mrcr", row={"answer": "gold", "prefix": "mark"})
-    item = Item({"gold": "x1A poem about tapirs.", "mark": "x1"}, "?", [Response("x1A poem about rocks.")])
+    item = TaskItem({"gold": "x1A poem about tapirs.", "mark": "x1"}, "?",
+                    [Response("x1A poem about rocks.")])
     wanted = SequenceMatcher(None, "A poem about rocks.", "A poem about tapirs.").ratio()
     assert fold(protocol, [item], 1).values("avg@1") == [wanted]
     assert 0 < wanted < 1
@@ -150,7 +150,7 @@ def test_answers_to_something_else_are_refused() -> None:
     asked = '[{"role": "user", "content": "Hi"}]'
     protocol = Protocol("t", reward="stem", row={"answer": "gold"}, messages_field="prompt")
     with pytest.raises(UserError, match="was asked as the text of its JSON"):
-        fold(protocol, [Item({"gold": "4", "prompt": asked}, f"user: {asked}", [Response("4")])], 1)
+        fold(protocol, [TaskItem({"gold": "4", "prompt": asked}, f"user: {asked}", [Response("4")])], 1)
     with pytest.raises(UserError, match="is played with tools"):
         fold(Protocol("t", environment="booking"), [], 1)
 

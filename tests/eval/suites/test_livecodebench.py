@@ -14,7 +14,7 @@ import pytest
 from suite_items import packed
 
 from megatron_sov.eval.suites import livecodebench
-from megatron_sov.eval.suites.livecodebench import code_row, unpacked
+from megatron_sov.eval.suites.folding import code_row, unpacked
 from megatron_sov.rewards.reward import Refused
 
 CALLED = [{"input": '[1, 2]\n"a"', "output": "true", "testtype": "functional"}]

@@ -20,7 +20,7 @@ from suite_items import CASES, PROX_ANSWERS, write
 
 from megatron_sov.eval.suites.catalogue import suite_tasks
 from megatron_sov.eval.suites.folding import fold
-from megatron_sov.eval.suites.items import Item, Response
+from megatron_sov.eval.suites.protocol import Response, TaskItem
 
 THEIRS = Path(lm_eval.tasks.__file__).parent
 Loaded = Callable[[str], Any]
@@ -45,7 +45,7 @@ def ours(name: str, doc: Any, answers: Sequence[str], metric: str) -> list[float
     """Return our scores of answers to one question."""
     protocol = suite_tasks()[name].protocol
     assert protocol is not None
-    items = [Item(doc, "", [Response(answer)]) for answer in answers]
+    items = [TaskItem(doc, "", [Response(answer)]) for answer in answers]
     return fold(replace(protocol, samples=1, k=(), metrics=("avg",)), items, 1).values(metric)
 
 

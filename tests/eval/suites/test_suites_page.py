@@ -13,7 +13,7 @@ from megatron_sov.cli import run_command
 from megatron_sov.commands.eval_suites import protocol_line
 from megatron_sov.eval.suites.catalogue import check_data, read_task, suite_tasks
 from megatron_sov.eval.suites.folding import fold
-from megatron_sov.eval.suites.items import Item, Response
+from megatron_sov.eval.suites.protocol import Response, TaskItem
 
 PAGE = (Path(__file__).parents[3] / "docs/eval_suites.md").read_text(encoding="utf-8")
 
@@ -63,6 +63,6 @@ def test_the_task_of_the_page_is_judged(tmp_path: Path) -> None:
     (tmp_path / "capitals/test.jsonl").write_text(json.dumps(row) + "\n")
     assert check_data(task, tmp_path).state == "ready"
     answers = ["Answer: Seoul", "Answer: seoul.", "Answer: Busan", "I do not know where on earth it could be"]
-    found = fold(task.protocol, [Item(row, "q", [Response(answer) for answer in answers])], 1)
+    found = fold(task.protocol, [TaskItem(row, "q", [Response(answer) for answer in answers])], 1)
     assert found.items[0].scores["avg@4"] == 0.5
     assert found.items[0].scores["cons@4"] == 1.0

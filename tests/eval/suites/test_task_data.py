@@ -12,8 +12,7 @@ from suite_items import CASES, write
 
 from megatron_sov.errors import UserError
 from megatron_sov.eval.suites.catalogue import check_data, chosen, read_task, require_data, suite_tasks
-from megatron_sov.eval.suites.fields import Rule, renamed
-from megatron_sov.eval.suites.task_data import load
+from megatron_sov.eval.suites.task_data import Rule, load, renamed
 
 TASKS = suite_tasks()
 

@@ -1,30 +1,160 @@
-"""Retrieval: which of many texts a model holds for the most probable behind a picture or a sound, and behind
-which of them a text is the most probable.
-
-Rows stand in groups; the candidates of a row are those of its group.  One table of log-likelihoods, of each
-text of the group behind each of its media, tells both directions.
-"""
+"""Pairs of modalities, the rows that ask for them, and figures of what was recognised."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Sequence
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.eval.intervals import mean_interval, wilson_interval
-from megatron_sov.eval.media.pairs import Row
+from megatron_sov.errors import UserError
+from megatron_sov.eval.statistics import mean_interval, wilson_interval
 from megatron_sov.generate.request import Batching
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.plugins.loading import calling, load
 from megatron_sov.runs.launch_environment import is_first
 
 if TYPE_CHECKING:
     from megatron_sov.generate.load import Loaded
     from megatron_sov.generate.shown_media import ShownMedia
     from megatron_sov.generate.target import Target
+
+TEXT, IMAGE, AUDIO = "text", "image", "audio"
+PAIRS = {f"{a}-{b}": (a, b) for a in (IMAGE, TEXT, AUDIO) for b in (TEXT, IMAGE, AUDIO)
+         if (a, b) not in ((TEXT, TEXT), (IMAGE, IMAGE))}
+"""Name -> what is shown, and what is asked for."""
+RETRIEVAL = {f"{kind}-{TEXT}": (f"{kind}-{TEXT}", f"{TEXT}-{kind}") for kind in (IMAGE, AUDIO)}
+"""Pair of rows whose texts are ranked behind media -> that, and media ranked for texts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt with what is to be recognised in the reply."""
+
+    content: list[dict[str, Any]]
+    """Parts, as `generate.media_prompts.Parts`."""
+    answer: str
+    """What a text is to be, or what a judge is to recognise."""
+    labels: tuple[str, ...] = ()
+    """What a judge chooses from; (): anything."""
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a JSONL file: `content`, `answer`, and `labels` where a judge chooses.
+
+    Raises:
+        UserError: it cannot be read, has no row, or one is malformed (named by number).
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--data {file}: cannot be read ({e}); pass a JSONL file in UTF-8") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            content, answer, labels = row["content"], row["answer"], row.get("labels", [])
+            if not (isinstance(content, list) and content and all(isinstance(p, dict) for p in content)
+                    and isinstance(answer, str) and answer and isinstance(labels, list)
+                    and all(isinstance(label, str) for label in labels)):
+                raise TypeError("content is a list of parts, answer a text that is not empty, labels texts")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{file}:{number}: is no row ({type(e).__name__}: {e}); write "
+                            '{"content": [parts], "answer": "..."}') from None
+        found.append(Row(content, answer, tuple(labels)))
+    if not found:
+        raise UserError(f"--data {file}: has no row")
+    return found
+
+
+def normalised(text: str) -> str:
+    """Return a text as words are counted: lower case, punctuation as space, one space between words."""
+    kept = "".join(c if c.isalnum() or c.isspace() else " " for c in text.casefold())
+    return " ".join(kept.split())
+
+
+def figures(rows: Sequence[Row], heard: Sequence[str]) -> dict[str, Any]:
+    """Return what was recognised against what was asked for.
+
+    `accuracy` is the share of exact matches of normalised texts with Wilson's interval; `wer` and `cer` are
+    errors of words and characters (jiwer) over all rows, `cer_interval` of the rows' own shares, each at most
+    1; `chance` is the mean of 1 / labels where every row has some.
+    """
+    import jiwer
+
+    wanted, got = [normalised(row.answer) for row in rows], [normalised(text) for text in heard]
+    right = [a == b for a, b in zip(wanted, got, strict=True)]
+    told: dict[str, Any] = {
+        "num_rows": len(rows), "accuracy": sum(right) / len(right),
+        "accuracy_interval": list(wilson_interval(sum(right), len(right)))}
+    if all(wanted):
+        shares = [min(1.0, float(jiwer.cer(a, b))) for a, b in zip(wanted, got, strict=True)]
+        told |= {"wer": float(jiwer.wer(wanted, got)), "cer": float(jiwer.cer(wanted, got)),
+                 "cer_interval": list(mean_interval(shares))}
+    if all(row.labels for row in rows):
+        told["chance"] = sum(1 / len(row.labels) for row in rows) / len(rows)
+    return told
+
+
+Judge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
+"""Files and the labels of each to choose from -> what is recognised in each, "" where nothing is."""
+JUDGE_LIMIT_S = 3600.0
+
+
+def judge_of(said: str) -> Judge:
+    """Return a judge: FILE.py:NAME is a function (files, labels) -> texts; anything else is a command that
+    reads a JSON line {"file", "labels"} for each file and prints a JSON string for each.
+
+    Raises:
+        UserError: there is no such code, or the command is none.
+    """
+    file, _, name = said.rpartition(":")
+    if file.endswith(".py") and name.isidentifier():
+        loaded = load(said)
+        if not callable(loaded.value):
+            raise UserError(f"--judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
+        return lambda files, labels: _checked(
+            said, calling(said, lambda: loaded.value(files, labels)), len(files))
+    try:
+        words = shlex.split(said)
+    except ValueError as e:
+        raise UserError(f"--judge {said!r}: is no command ({e})") from None
+    if not words:
+        raise UserError("--judge '': name code of your own, FILE.py:NAME, or a command")
+    return lambda files, labels: _checked(said, _asked(words, files, labels), len(files))
+
+
+def _asked(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
+    lines = "".join(json.dumps({"file": str(file), "labels": list(of)}, ensure_ascii=False) + "\n"
+                    for file, of in zip(files, labels, strict=True))
+    try:
+        done = subprocess.run(words, input=lines, capture_output=True, encoding="utf-8",
+                              timeout=JUDGE_LIMIT_S)
+        if done.returncode:
+            raise UserError(f"--judge {shlex.join(words)}: ended with code {done.returncode}: "
+                            f"{done.stderr.strip()[-300:]}")
+        return [json.loads(line) for line in done.stdout.split("\n") if line.strip()]
+    except (OSError, subprocess.TimeoutExpired, ValueError) as e:
+        raise UserError(f"--judge {shlex.join(words)}: {e}; it reads JSON lines and prints a JSON string for "
+                        "each") from None
+
+
+def _checked(said: str, found: object, count: int) -> list[str]:
+    if not isinstance(found, (list, tuple)) or len(found) != count \
+            or not all(isinstance(text, str) for text in found):
+        raise UserError(f"--judge {said}: gave {str(found)[:200]} for {count} files; one text is needed for "
+                        "each")
+    return list(found)
+
 
 RECALLS = (1, 5)
 
@@ -88,7 +218,7 @@ def _rank(scores: Sequence[float], right: Sequence[bool]) -> Rank:
     return Rank(1 + before, len(scores), sum(right))
 
 
-def figures(found: Sequence[Rank]) -> dict[str, Any]:
+def rank_figures(found: Sequence[Rank]) -> dict[str, Any]:
     """Return recalls and the mean rank with 95 % intervals, and what chance gives.
 
     `recall_at_k` is the share of questions with a right candidate among the k best, with Wilson's interval.
