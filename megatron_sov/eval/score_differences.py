@@ -10,18 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.eval.lm.results import Item, Metric, Results, TaskScores, read_items, read_results
 from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
-T = TypeVar("T", Results, Item)
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
 SAME = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "agent_limits", "limit")
 """What must agree of two scores of a task."""
@@ -90,37 +85,15 @@ def read_scored(path: Path) -> Scored:
     Raises:
         UserError: it cannot be read, is damaged, or its items are not those that it was computed from.
     """
-    results = _checked(path, Results, read_results(path))
+    results = read_results(path)
     items: dict[str, dict[str, Item]] = {name: {} for name in results.tasks}
-    for item in (_checked(path, Item, found) for found in read_items(path, results)):
+    for item in read_items(path, results):
         of_task = items.setdefault(item.task, {})
         if item.item in of_task:
             raise UserError(f"{path}: item {item.item} of task {item.task} stands in its items twice; run "
                             "`megatron-sov eval lm` again")
         of_task[item.item] = item
     return Scored(path, results, items)
-
-
-def _checked(path: Path, kind: type[T], found: T) -> T:
-    """Return what a file of somebody else's holds, with a value of the right type in every field."""
-    from pydantic import ValidationError
-
-    try:
-        checked: T = _adapters()[kind].validate_python(asdict(found))
-        return checked
-    except ValidationError as e:
-        error = e.errors()[0]
-        raise UserError(f"{path}: is damaged ({'.'.join(map(str, error['loc']))}: {error['msg']}); run "
-                        "`megatron-sov eval lm` again") from None
-    except (RecursionError, OverflowError) as e:
-        raise UserError(f"{path}: is damaged ({e}); run `megatron-sov eval lm` again") from None
-
-
-@lru_cache
-def _adapters() -> dict[type, TypeAdapter[Any]]:
-    from pydantic import TypeAdapter
-
-    return {kind: TypeAdapter(kind) for kind in (Results, Item)}
 
 
 def differences(before: Scored, after: Scored, tasks: Sequence[str] = (), confidence: float = CONFIDENCE

@@ -8,22 +8,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_sov.artifacts import sha256_file, to_json, write_output
 from megatron_sov.documents.strict_json import json_line
 from megatron_sov.errors import UserError
 from megatron_sov.eval.statistics import mean_of
+from megatron_sov.settings import Finite
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 FORMAT_VERSION, KIND = 1, "eval-lm"
-DEFAULT, THINKING, NO_THINKING = MODES = ("default", "thinking", "no-thinking")
-"""How a reasoning model is asked; the first leaves it to its chat template."""
+DEFAULT = "default"
+"""How a reasoning model is asked: as its chat template leaves it; others are "thinking" and "no-thinking"."""
 MAX_LINE_BYTES = 64 << 20
 """Longest line of an items file that is read."""
+T = TypeVar("T")
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Metric:
 
     name: str
     """As lm-eval names it (`acc`), or `avg@k`, `pass@k`, `cons@k`."""
-    value: float | None
+    value: Finite | None
     """None: there is no item that it can be computed from, or it divides by zero."""
     filter: str = "none"
     """lm-eval's filter that answers went through before they were judged."""
@@ -120,7 +126,7 @@ class TaskScores:
     chat_template: bool = False
     """Whether they were framed by the chat template."""
     mode: str = DEFAULT
-    """One of `MODES`."""
+    """`default`, `thinking` or `no-thinking`."""
     sampling: TaskSampling = field(default_factory=TaskSampling)
     """How answers were written."""
     judge: str | None = None
@@ -226,13 +232,12 @@ def read_results(path: Path) -> Results:
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{path}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
-        tasks = {str(name): _task(scores) for name, scores in raw.pop("tasks").items()}
-        return Results(EvaluatedModel(**raw.pop("model")), tasks, **raw)
+        return _read(Results, raw)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); pass the --output of "
                         "`megatron-sov eval lm`") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise UserError(f"{path}: is damaged ({e!r:.200}); run `megatron-sov eval lm` again") from None
+    except _DAMAGE as e:
+        raise _damaged(f"{path}:", e) from None
 
 
 def read_items(output: Path, results: Results) -> Iterator[Item]:
@@ -254,33 +259,29 @@ def read_items(output: Path, results: Results) -> Iterator[Item]:
     with open(path, "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE_BYTES), b""), start=1):
             try:
-                raw = json.loads(line)
-                samples = tuple(Sample(**sample) for sample in raw.pop("samples", []))
-                yield Item(samples=samples, **raw)
-            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-                raise UserError(f"{path}: line {number} is damaged ({e!r:.200}); run `megatron-sov eval lm` "
-                                "again") from None
+                yield _read(Item, json.loads(line))
+            except _DAMAGE as e:
+                raise _damaged(f"{path}: line {number}", e) from None
 
 
-def _task(raw: Mapping[str, Any]) -> TaskScores:
-    given = dict(raw)
-    given["metrics"] = tuple(_metric(metric) for metric in given["metrics"])
-    given["sampling"] = TaskSampling(**given["sampling"])
-    if given.get("contamination") is not None:
-        given["contamination"] = Contamination(**given["contamination"])
-    return TaskScores(**given)
+def _read(kind: type[T], raw: Any) -> T:
+    """Return what a file of somebody else's holds, with a value of the right type in every field."""
+    found: T = _adapter(kind).validate_python(raw, extra="forbid")  # type: ignore[arg-type]
+    return found
 
 
-def _metric(raw: Mapping[str, Any]) -> Metric:
-    given = dict(raw)
-    if given.get("interval") is not None:
-        low, high = given["interval"]
-        given["interval"] = (float(low), float(high))
-    metric = Metric(**given)
-    value = metric.value
-    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-        raise ValueError(f"the value of {metric.name} is {metric.value!r}")
-    return metric
+@lru_cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _damaged(place: str, error: Exception) -> UserError:
+    said = f"{error!r:.200}"
+    if errors := getattr(error, "errors", None):
+        said = f"{'.'.join(map(str, errors()[0]['loc']))}: {errors()[0]['msg']}"
+    return UserError(f"{place} is damaged ({said}); run `megatron-sov eval lm` again")
 
 
 def table(results: Results) -> str:
