@@ -212,7 +212,6 @@ def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[Row]
 
 
 def retrieval_line(name: str, told: dict[str, Any]) -> str:
-    """Return what a direction comes to."""
     shares = []
     for k in (1, 5):
         low, high = told[f"recall_at_{k}_interval"]

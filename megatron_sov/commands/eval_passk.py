@@ -94,7 +94,6 @@ class JudgedSamplingOptions(JudgeOptions):
     batch_size: BatchSize = Batching.batch_size
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
         return [] if self.samples == 1 or self.sampling.temperature else [
             Problem(Code.RULE, "samples", "are the same response again and again at --temperature 0",
                     self.samples, "raise the temperature, or take one sample")]
@@ -120,7 +119,6 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
     """Folder to make: the figures, and every response with its reward."""
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
         p = super().problems()
         if self.sampled is None and max(self.k, default=1) > self.samples:
             p.append(Problem(Code.RULE, "k", f"is more than --samples {self.samples}", max(self.k)))
@@ -139,8 +137,6 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a command was asked for, checked."""
-
     args: EvalPasskOptions
     order: Order
     reward: Made
@@ -167,7 +163,6 @@ class _Plan:
 
     @cached_property
     def responses(self) -> dict[str, Any]:
-        """What the responses depend on."""
         source = self.args.source
         return {"model": self.model, "rows": {"path": str(source), "digest": file_digest(source)}}
 

@@ -66,14 +66,11 @@ class EvalPlayOptions(JudgedSettings, RecordOptions, RedoOptions):
 
 @dataclass(frozen=True)
 class _Game:
-    """What is played, checked."""
-
     args: EvalPlayOptions
     task: TaskFile
     protocol: Protocol
     tasks: Sequence[Task]
     flag: StopFlag
-    """Says whether to stop."""
 
     @property
     def num_episodes(self) -> int:

@@ -87,7 +87,6 @@ def _items(task: TaskFile) -> str:
 
 
 def protocol_line(protocol: Protocol | None) -> str:
-    """Return a protocol in a few words."""
     if protocol is None:
         return "log-likelihood of the choices"
     how = "greedy" if not protocol.temperature else f"T {protocol.temperature:g}, top_p {protocol.top_p:g}"

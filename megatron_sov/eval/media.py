@@ -164,7 +164,6 @@ class Group:
     """Rows that are candidates for each other."""
 
     rows: list[int]
-    """Numbers of the rows."""
     answers: list[str]
     """Their answers, each once."""
 
@@ -176,9 +175,7 @@ class Rank:
     rank: int
     """From 1; wrong candidates that are as good stand before it."""
     num_candidates: int
-    """All of them."""
     num_right: int
-    """How many of them are right."""
 
 
 def grouped(rows: Sequence[Row], candidates: int, seed: int) -> list[Group]:

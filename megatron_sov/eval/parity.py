@@ -151,8 +151,6 @@ SEED = 0
 
 @dataclass(frozen=True)
 class LogitsProof:
-    """What running both sides found."""
-
     checks: list[ParityCheck]
     """Empty where the logits were not compared."""
     method: dict[str, Any] = field(default_factory=dict)

@@ -31,7 +31,6 @@ class PromptCounts:
     num_unscored: int = 0
     """Samples without a reward; they are none of the n."""
     reward_sum: float = 0.0
-    """Over the scored ones."""
 
     @property
     def num_scored(self) -> int:
@@ -45,7 +44,6 @@ class Estimate:
 
     k: int
     value: float
-    """Mean over prompts."""
     interval: tuple[float, float]
     """95 %, over prompts: what other prompts of the same kind could give."""
     num_prompts: int
@@ -136,8 +134,6 @@ EXTRACTED = "extracted"
 
 @dataclass
 class Judged:
-    """What became of all responses."""
-
     prompts: dict[str, PromptCounts] = field(default_factory=dict)
     """What tells a prompt from others -> its counts, in the order of the file."""
     statuses: Counter[str] = field(default_factory=Counter)

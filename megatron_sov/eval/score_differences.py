@@ -27,12 +27,8 @@ CLOSE = 1e-6
 
 @dataclass(frozen=True)
 class Scored:
-    """Results with the items behind them."""
-
     path: Path
-    """OUT.json."""
     results: Results
-    """What it holds."""
     items: Mapping[str, Mapping[str, Item]]
     """Task -> item -> what was found."""
 
@@ -42,7 +38,6 @@ class Difference:
     """One figure of one task, of two models."""
 
     task: str
-    """Its name."""
     metric: str
     """Its name, with k and filter."""
     higher_is_better: bool
@@ -52,7 +47,6 @@ class Difference:
     after: float | None
     """Of the second one."""
     value: float | None
-    """after - before."""
     standard_error: float | None
     """Of `value`, over clusters of items."""
     interval: tuple[float, float] | None
@@ -75,7 +69,6 @@ class Difference:
         return BETTER if low > 0 else WORSE if high < 0 else TIED
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values, for JSON and events."""
         return {**asdict(self), "verdict": self.verdict}
 
 
@@ -232,8 +225,6 @@ KEPT, NOT_PROVEN, FORGOTTEN, NOT_KNOWN = "kept", "not proven", "forgotten", "not
 
 @dataclass(frozen=True)
 class TaskVerdict:
-    """What was found on one task."""
-
     difference: Difference
     """Of its first figure."""
     tolerance: float
@@ -261,18 +252,14 @@ class TaskVerdict:
         return f"{d.task}, {d.metric}: {self.word}; {figures}, {interval}; tolerance {self.tolerance:g}"
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values for the event."""
         return {**self.difference.fields(), "verdict": self.word}
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """The verdict over all tasks."""
-
     tasks: tuple[TaskVerdict, ...]
     """In the order in which they were named."""
     tolerance: float
-    """Of each."""
 
     @property
     def passed(self) -> bool:

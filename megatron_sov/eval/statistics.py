@@ -23,13 +23,11 @@ class Mean:
     """A mean over items, with what other items of the same kind could give."""
 
     value: float
-    """The mean."""
     standard_error: float | None
     """Over clusters; None: there is only one, which tells nothing about others."""
     interval: tuple[float, float] | None
     """Holds the truth in 95 % of cases, or in as many as are asked for; None where that cannot be told."""
     num_items: int
-    """Values in the mean."""
     num_clusters: int
     """Groups of items that were drawn together; as many as items where none were."""
 

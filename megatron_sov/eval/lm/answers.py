@@ -54,14 +54,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Write:
-    """A continuation."""
-
     prompt: tuple[int, ...] | str
     """Token ids; of an endpoint the text, or messages as JSON where `chat` says so."""
     until: tuple[str, ...]
     """Texts that end it and are no part of it."""
     max_tokens: int
-    """Longest continuation."""
     temperature: float = 0.0
     """0: the most probable tokens."""
     top_k: int = 0
@@ -69,11 +66,9 @@ class Write:
     top_p: float = 1.0
     """Smallest set of tokens that holds this much probability."""
     seed: int = 0
-    """Of the samples."""
     sample: int = 0
     """Which of several continuations of one prompt; 0 at temperature 0, where all are the same."""
     chat: bool = False
-    """Whether the prompt is messages."""
 
     @property
     def sampling(self) -> tuple[int, float, int, float, int, tuple[str, ...]]:
@@ -94,7 +89,6 @@ Request = Score | Write
 
 
 def distinct(requests: Iterable[Request]) -> list[Request]:
-    """Return requests without repetitions, in their order."""
     return list({request.key: request for request in requests}.values())
 
 

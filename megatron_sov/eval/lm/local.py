@@ -45,10 +45,7 @@ Group = Sequence[Score]
 
 @dataclass(frozen=True)
 class Running:
-    """How a model is run."""
-
     target: Target
-    """The model."""
     engine: str
     """One of `generate.engine.ENGINES`."""
     settings: tuple[str, ...]
@@ -56,7 +53,6 @@ class Running:
     nproc: int | None
     """Local processes (megatron)."""
     batching: Batching
-    """What bounds memory."""
     end_ids: tuple[int, ...]
     """Tokens that end a continuation."""
     special_ids: dict[str, int]
@@ -70,7 +66,6 @@ class _Model:
     """What answers; where it runs on several processes, called by all of them together."""
 
     generate: Callable[..., Generated]
-    """An engine's."""
     score: Callable[[Sequence[Group]], dict[str, Answer]]
     """Returns the answers to groups of scores."""
     num_shares: int = 1
@@ -244,7 +239,6 @@ class _Row:
         self.inputs: ModelInputs = batch.inputs
         self.groups = groups
         self.ends: list[int] = (batch.ends + 1).tolist()
-        """Behind each document."""
 
 
 def _row_values(hidden: list[torch.Tensor], head: Head, row: _Row) -> torch.Tensor:

@@ -34,8 +34,6 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """Which model was measured."""
-
     path: str
     """Folder, or the address of an endpoint."""
     hash: str
@@ -43,7 +41,6 @@ class EvaluatedModel:
     kind: str
     """`checkpoint`, `huggingface` or `endpoint`."""
     step: int | None = None
-    """Optimizer steps of a checkpoint."""
     run: str | None = None
     """Folder of the run that the figures were added to."""
 
@@ -59,17 +56,13 @@ class TaskSampling:
     top_k: int = 0
     """Most probable tokens that were drawn from; 0: all."""
     max_tokens: int = 256
-    """Longest answer."""
     seed: int = 0
-    """Of the samples."""
     samples: int = 1
     """Answers to each item."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a task."""
-
     name: str
     """As lm-eval names it (`acc`), or `avg@k`, `pass@k`, `cons@k`."""
     value: Finite | None
@@ -107,14 +100,11 @@ class Contamination:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What was found on one task."""
-
     task_hash: str
     """Of the task's definition and its data."""
     output_type: str
     """`loglikelihood`, `loglikelihood_rolling`, `generate_until` or `multiple_choice`."""
     items: int
-    """Items that were asked."""
     metrics: tuple[Metric, ...]
     """All figures, the task's first one first."""
     dataset: dict[str, dict[str, str]] = field(default_factory=lambda: {"files": {}})
@@ -128,27 +118,22 @@ class TaskScores:
     mode: str = DEFAULT
     """`default`, `thinking` or `no-thinking`."""
     sampling: TaskSampling = field(default_factory=TaskSampling)
-    """How answers were written."""
     judge: str | None = None
     """Name and version of what judged answers in place of lm-eval's metric."""
     agent_limits: dict[str, Any] | None = None
     """Turns, tokens and seconds of a task with tools."""
     limit: int | None = None
-    """`--limit`: only so many items were asked."""
     failed: int = 0
     """Items that have no score, through no fault of the model."""
     at_limit: int = 0
     """Answers that did not end by themselves and were cut."""
     contamination: Contamination | None = None
-    """None: not checked."""
     published_as: str | None = None
     """Name of the benchmark among published figures."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer to an item."""
-
     response: str
     """As the model wrote it, before filters."""
     finish_reason: str | None = None
@@ -162,11 +147,9 @@ class Item:
     """One item of a task; a line of the items file."""
 
     task: str
-    """Name of the task."""
     item: str
     """Number or name of the item in its task's data."""
     doc_sha256: str
-    """Of the item's data."""
     cluster: str | None = None
     """What items that belong together have in common."""
     question: str = ""
@@ -183,10 +166,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Results:
-    """What `eval lm` found."""
-
     model: EvaluatedModel
-    """Which model."""
     tasks: dict[str, TaskScores]
     """Name of each task -> what was found."""
     harness: dict[str, str]
@@ -194,9 +174,7 @@ class Results:
     items: dict[str, str] = field(default_factory=dict)
     """`file`: name of the items file, beside the results; `sha256`: its hash."""
     format_version: int = FORMAT_VERSION
-    """Of this layout."""
     kind: str = KIND
-    """What the file is."""
 
 
 def items_file(output: Path) -> Path:
@@ -316,6 +294,5 @@ def metric_of_items(name: str, items: Sequence[Item], notes: list[str]) -> Metri
 
 
 def judged_by(judge: Mapping[str, Any]) -> str:
-    """Return name and version of what judged."""
     return ", ".join(f"{found['name']} {found['version']}" if isinstance(found, Mapping) else str(found)
                      for found in judge.values())

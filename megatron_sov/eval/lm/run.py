@@ -54,21 +54,15 @@ SAMPLED = {"samples", "reward", "environment"}
 
 @dataclass
 class _Task:
-    """A task on its way to scores."""
-
     name: str
     task: Any
-    """lm-eval's."""
     protocol: Any
     """Of `eval.suites`; None: the task is lm-eval's alone."""
     files: dict[str, str]
-    """Data files and their hashes."""
     num_fewshot: int
     """Examples in front of each item."""
     requests: list[Request] = field(default_factory=list)
-    """All that is asked."""
     prompt_hash: str = ""
-    """Of the instances."""
     dialogues: Dialogues | None = None
     """Of a task with several questions in one conversation."""
 
@@ -143,7 +137,6 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
 
 def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
               ) -> tuple[Results, list[Item], list[str]]:
-    """Return the results, their items, and remarks."""
     with quiet():
         from megatron_sov.eval.lm.subject import Bridge
     from megatron_sov.eval.lm.subject import subject_of

@@ -30,22 +30,15 @@ TEXT = "generate_until"
 
 @dataclass
 class Scored:
-    """One task's items and figures."""
-
     items: list[Item]
-    """In the order of the data."""
     metrics: tuple[Metric, ...]
-    """All figures."""
     at_limit: int = 0
-    """Answers that were cut."""
     notes: list[str] = field(default_factory=list)
     """What could not be computed, and why."""
 
 
 @dataclass
 class _Document:
-    """One item on the way."""
-
     doc: Any
     instances: list[Any]
     failed: str | None = None
@@ -114,7 +107,6 @@ def doc_hash(doc: Any) -> str:
 
 
 def _fill(document: _Document, bridge: Bridge) -> None:
-    """Give an item's instances their answers."""
     try:
         for instance in document.instances:
             repeated = [instance] * int(instance.repeats or 1)
@@ -306,7 +298,6 @@ def requests_of(protocol: Any, task: Any, bridge: Bridge) -> list[Request]:
 
 
 def sampling_of(protocol: Any, task: Any, bridge: Bridge) -> TaskSampling:
-    """Return how a task's answers were written."""
     generation = generation_of(protocol, task, bridge)
     return TaskSampling(protocol.temperature, protocol.top_p, protocol.top_k, generation["max_gen_toks"],
                         protocol.seed, protocol.samples)
@@ -384,7 +375,6 @@ class _Dialogue:
     """lm-eval's, one for each turn that was asked; they live as long as this, for answers are found by
     them."""
     items: list[TaskItem] = field(default_factory=list)
-    """Of the turns that are answered."""
     failed: str = ""
     """Why a turn has no answer."""
 

@@ -37,14 +37,11 @@ UNKNOWN_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and how it is asked."""
-
     model: EvaluatedModel
     """What the results say of it."""
     identity: dict[str, Any]
     """On what its answers depend beside the requests."""
     reading: Reading
-    """How it reads text."""
     running: Running | None
     """How it is run; None: an endpoint."""
 
@@ -184,25 +181,18 @@ class NotAnswered(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model reads text."""
-
     tokenizer: Any
     """transformers' tokenizer; None: an endpoint without --tokenizer, which is given text."""
     max_length_tokens: int
-    """Longest sequence."""
     chat: bool = False
-    """Whether prompts are framed as chats."""
     as_messages: bool = False
     """Whether an endpoint is given messages, and applies its chat template itself."""
     max_gen_tokens: int | None = None
     """Longest continuation, where it is to be shorter than a task's own."""
     seed: int = 0
-    """Of samples."""
 
 
 class Bridge(TemplateLM):
-    """lm-eval's model."""
-
     def __init__(self, reading: Reading, answers: Mapping[str, Answer]) -> None:
         super().__init__()
         self._reading, self._answers = reading, answers
@@ -213,7 +203,6 @@ class Bridge(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Longest sequence, in tokens."""
         return self._reading.max_length_tokens
 
     @property
@@ -223,7 +212,6 @@ class Bridge(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Token that ends a text."""
         return self._token("eos_token_id")
 
     @property
@@ -241,7 +229,6 @@ class Bridge(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name in lm-eval's records."""
         return str(getattr(self.tokenizer, "name_or_path", "endpoint")).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:

@@ -46,10 +46,7 @@ CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "doc_
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """A folder with tasks."""
-
     path: Path
-    """Where."""
     trusted: bool
     """Whether its code may run: our own, or with --allow-task-code."""
     option: str = "--task-dir"
@@ -61,17 +58,13 @@ class Definition:
     """One task, group or nothing of both, as it stands in a file."""
 
     file: Path
-    """The YAML file."""
     folder: TaskFolder
-    """That it lies in."""
     config: dict[str, Any]
     """Its content with its includes; functions as the words that name them."""
 
 
 @dataclass
 class Found:
-    """What folders define."""
-
     definitions: dict[str, Definition] = field(default_factory=dict)
     """Name of each task and group -> where it stands; of several the first folder's."""
     tags: dict[str, list[str]] = field(default_factory=dict)
@@ -313,8 +306,6 @@ class TaskSources:
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data."""
-
     tasks: dict[str, Any]
     """Name -> lm-eval's task."""
     groups: dict[str, Any]
@@ -324,7 +315,6 @@ class LoadedTasks:
 
 
 def require_harness() -> None:
-    """Raise `UserError` where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"eval lm: lm-eval is not installed; run `{how_to_install('eval')}`")
 

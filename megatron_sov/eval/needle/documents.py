@@ -45,9 +45,7 @@ class NeedleDocuments:
     """Training text, one of each language; drawn by size, needles and text of a document
     are of one language."""
     length_tokens: int
-    """Tokens of each document."""
     seed: int = 0
-    """Of everything random."""
     settings: NeedleConfig = NeedleConfig()
     """Needles, questions and loss weights of a document."""
     is_plain = False
@@ -92,15 +90,12 @@ class NeedleDocuments:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """None."""
         return ()
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Not to be called."""
         raise KeyError(name)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Not to be called."""
         raise KeyError("routes")
 
     def _make(self, document: int) -> tuple[np.ndarray, np.ndarray]:

@@ -32,9 +32,7 @@ class Cell:
     """One cell of the map.  These names are what gates and reports read."""
 
     kind: NeedleKind
-    """What was asked."""
     language: Language
-    """Of the text and the sentences."""
     length_tokens: int
     """Context, question and answer included."""
     depth: float
@@ -42,21 +40,15 @@ class Cell:
     distractors: int
     """Needles beside those that were asked for."""
     correct: int
-    """Right answers."""
     samples: int
-    """Answers."""
     interval: tuple[float, float]
     """Wilson's 95 % interval of the share of right answers."""
 
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """What a test gave."""
-
     by: Way
-    """How answers were judged."""
     seed: int
-    """Of keys, values and text."""
     distractor_share: float
     """Part of the contexts that distractors filled."""
     cells: tuple[Cell, ...]
@@ -74,7 +66,6 @@ class NeedleResult:
 
 
 def result_of(values: dict[str, Any]) -> NeedleResult:
-    """Return the result that `NeedleResult.to_dict` told of."""
     cells = tuple(Cell(**(cell | {"interval": tuple(cell["interval"])})) for cell in values["cells"])
     return NeedleResult(values["by"], values["seed"], values["distractor_share"], cells)
 
@@ -86,19 +77,15 @@ class NeedleSuite:
     haystacks: tuple[Haystack, ...]
     """Held-out text, one of each language."""
     kinds: tuple[NeedleKind, ...]
-    """What is asked."""
     lengths: tuple[int, ...]
     """Context lengths, in tokens, question and answer included."""
     depths: tuple[float, ...]
     """Where the first needle stands, 0 = start, 1 = right before the question."""
     samples: int
-    """Examples of one cell."""
     distractor_share: float = 0.0
     """Part of the context that needles with other keys fill."""
     seed: int = 0
-    """Of keys, values and text."""
     by: Way = "generation"
-    """How answers are judged."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` where the numbers make no test."""
@@ -235,14 +222,11 @@ IN_ANY_ORDER: frozenset[NeedleKind] = frozenset({"multi-value", "variable-tracki
 
 @dataclass(frozen=True)
 class Example:
-    """A question about a context."""
-
     prompt: list[int]
     """Token ids, up to where the answer has to follow."""
     answer: list[tuple[int, int]]
     """Pairs of words, in the order in which the context or the question has them."""
     in_any_order: bool
-    """Whether another order is right as well."""
 
     @property
     def answer_tokens(self) -> int:
@@ -256,7 +240,6 @@ class Plan:
     asked: list[list[list[int]]]
     """Of each question the sentences that keep their order; the first one stands at the question's depth."""
     anywhere: list[list[int]]
-    """Sentences that stand anywhere."""
     questions: list[list[int]]
     """Up to where the answer has to follow."""
     answers: list[np.ndarray]
@@ -264,7 +247,6 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sentences, questions and answers."""
         told = sum(len(sentence) for sentences in (*self.asked, self.anywhere) for sentence in sentences)
         return told + sum(map(len, self.questions)) + sum(answer.size for answer in self.answers)
 

@@ -64,7 +64,6 @@ class NeedleForm:
     sentences: dict[bool, tuple[Sentences, ...]]
     """True -> for tests, False -> for training."""
     words: tuple[int, ...]
-    """Tokens that are whole words."""
     special: tuple[int, ...] = ()
     """Special tokens, which no haystack may hold."""
 
@@ -243,8 +242,6 @@ READ_BYTES = 1 << 16
 
 
 class Text(Protocol):
-    """Text of any length."""
-
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         """Return `count` tokens [count] int64 from a random place, without special ones."""
         ...
@@ -255,9 +252,7 @@ class Haystack:
     """All text of one language."""
 
     form: NeedleForm
-    """What its needles are made of."""
     texts: tuple[Text, ...]
-    """Sources."""
     sizes: tuple[float, ...]
     """Their sizes, by which they are drawn."""
 
@@ -271,7 +266,6 @@ class Haystack:
 
 
 def pick(generator: np.random.Generator, sizes: Sequence[float]) -> int:
-    """Return an index, drawn by size."""
     reached = np.cumsum(np.asarray(sizes, np.float64) / sum(sizes))
     return min(int(np.searchsorted(reached, generator.random(), side="right")), len(sizes) - 1)
 
@@ -342,7 +336,6 @@ def _sample(documents: Documents, tokenizer: Tokenizer) -> str:
 
 
 def documents_text(documents: Documents, tokenizer: Tokenizer) -> DocumentsText:
-    """Return the text of a split."""
     return DocumentsText(documents, np.array(special_tokens(tokenizer), np.int64))
 
 
@@ -351,9 +344,7 @@ class DocumentsText:
     """A split: a document anywhere, and the ones after it, until there is enough."""
 
     documents: Documents
-    """The split."""
     special: np.ndarray
-    """Tokens to leave out."""
 
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         lengths = self.documents.lengths

@@ -27,15 +27,12 @@ class TaskFile:
     """A task, as its file says; nothing of it has been run."""
 
     name: str
-    """Of the task."""
     path: Path
-    """Of the file."""
     config: Mapping[str, Any]
     """All of the file; what `!function` names is a text."""
 
     @property
     def sov(self) -> Mapping[str, Any]:
-        """Return `metadata.sov`."""
         found = (self.config.get("metadata") or {}).get(KEY) or {}
         return found if isinstance(found, Mapping) else {}
 
@@ -109,11 +106,9 @@ class DataCheck:
     """What is there of a task's data."""
 
     task: str
-    """Its name."""
     missing: tuple[str, ...]
     """Files that are not there, below the folder of data."""
     num_items: int
-    """Questions."""
     expected_items: int | None
     """Of the release that figures are published of; None: there is no such release."""
     problems: tuple[str, ...]

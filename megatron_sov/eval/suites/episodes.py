@@ -129,7 +129,6 @@ def fold_episodes(protocol: Protocol, tasks: Sequence[Task], episodes: Sequence[
 
 
 def item_of(protocol: Protocol, task: Mapping[str, Any], episodes: Sequence[Episode]) -> TaskItem:
-    """Return a task with what was answered."""
     return TaskItem(task, str(task.get("question", "")), [
         Response(episode.answer, _finish(protocol, episode)) for episode in episodes])
 

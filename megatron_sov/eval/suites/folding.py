@@ -135,7 +135,6 @@ class Judge(AbstractContextManager["Judge"]):
 
 
 def _judged(judging: Judge, protocol: Protocol, items: Sequence[TaskItem]) -> list[list[Result]]:
-    """Return the results of each item's responses."""
     flat = ((item, response) for item in items for response in item.responses)
     results: list[Result] = []
     while batch := list(islice(flat, BATCH_ROWS)):

@@ -147,7 +147,6 @@ class Protocol:
 
     @property
     def ks(self) -> tuple[int, ...]:
-        """Return the sizes of the draws."""
         return self.k or tuple(sorted({1, self.samples}))
 
     @property
@@ -268,10 +267,7 @@ Prompt = str | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Response:
-    """One sample."""
-
     text: str
-    """What the model wrote."""
     finish_reason: str = ""
     """`stop`, `length`, or how an episode ended."""
 
@@ -281,17 +277,12 @@ class TaskItem:
     """One question with its answers."""
 
     doc: Mapping[str, Any]
-    """The row of the data."""
     prompt: Prompt
-    """That the model was asked."""
     responses: Sequence[Response]
-    """The samples."""
 
 
 @dataclass(frozen=True)
 class ItemScores:
-    """What became of an item."""
-
     scores: Mapping[str, float]
     """Metric -> value; a metric without enough scored samples is not there."""
     sample_scores: Sequence[float | None]
@@ -306,10 +297,7 @@ class ItemScores:
 
 @dataclass(frozen=True)
 class Folded:
-    """What became of all items."""
-
     items: Sequence[ItemScores]
-    """In their order."""
     metric_names: Sequence[str]
     """All metrics of the protocol, those that no item has among them."""
     judge: Mapping[str, Any] = field(default_factory=dict)
