@@ -75,8 +75,8 @@ class PplOptions(CutOptions, OutOptions, RankOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedleSuiteOptions:
-    """What the suite can be told; what is left out comes from the run's settings."""
+class NeedleOptions(OutOptions, RankOptions):
+    """Find what a context says again, at any depth of any length, among other needles."""
 
     data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
     """Token shards with held-out documents."""
@@ -100,12 +100,6 @@ class NeedleSuiteOptions:
     """Greedy decoding, or the most probable of all words."""
     seed: int = 0
     """Of keys, values and text (default 0)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeedleOptions(NeedleSuiteOptions, OutOptions, RankOptions):
-    """Find what a context says again, at any depth of any length, among other needles."""
-
     target: ModelPath
 
 
@@ -310,7 +304,7 @@ def _show(as_json: bool, values: Any, text: str) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)
 
 
-def suite_of(args: NeedleSuiteOptions, target: Target) -> NeedleSuite:
+def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     """Return the suite that the arguments and the target's settings describe.
 
     Raises:
@@ -334,7 +328,7 @@ def suite_of(args: NeedleSuiteOptions, target: Target) -> NeedleSuite:
     return make_suite(config, haystacks, seed=args.seed, by=args.by)
 
 
-def _config(args: NeedleSuiteOptions, defaults: NeedleConfig) -> NeedleConfig:
+def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:
     given: dict[str, Any] = {"kinds": args.kinds, "languages": args.languages, "lengths_tokens": args.lengths,
                              "depths": args.depths, "samples": args.samples,
                              "distractor_share": args.distractor_share}

@@ -3,7 +3,7 @@ which of many candidates is the most probable."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def run_media(args: EvalMediaOptions) -> int:
     """
     events = RunEvents(args.run)
     refuse_missing(args.target)
-    asked, ranked = [_asked(item) for item in args.data], retrieval_rows(args)
+    asked, ranked = [_rows_of("--data", item, PAIRS) for item in args.data], retrieval_rows(args)
     if not asked and not ranked:
         raise UserError("there is nothing to ask: pass --data PAIR=FILE.jsonl or --retrieval PAIR=FILE.jsonl")
     check_output("--output", args.output)
@@ -83,10 +83,12 @@ def run_media(args: EvalMediaOptions) -> int:
     return ExitCode.OK
 
 
-def _asked(item: str) -> tuple[str, list[Row]]:
+def _rows_of(option: str, item: str, pairs: Collection[str]) -> tuple[str, list[Row]]:
+    """Return the name and the rows of PAIR=FILE.jsonl."""
     name, _, file = item.partition("=")
-    if name not in PAIRS or not file:
-        raise UserError(f"--data {item}: must have the form PAIR=FILE.jsonl, with one of {', '.join(PAIRS)}")
+    if name not in pairs or not file:
+        raise UserError(f"{option} {item}: must have the form PAIR=FILE.jsonl, with one of "
+                        f"{', '.join(pairs)}")
     return name, read_rows(Path(file))
 
 
@@ -176,11 +178,7 @@ def retrieval_rows(args: EvalMediaOptions) -> list[tuple[str, list[Row]]]:
     """
     found = []
     for item in args.retrieval:
-        name, _, file = item.partition("=")
-        if name not in RETRIEVAL or not file:
-            raise UserError(f"--retrieval {item}: must have the form PAIR=FILE.jsonl, with one of "
-                            f"{', '.join(RETRIEVAL)}")
-        rows = read_rows(Path(file))
+        name, rows = _rows_of("--retrieval", item, RETRIEVAL)
         kind = RETRIEVAL[name][0].partition("-")[0]
         if bare := [n for n, row in enumerate(rows, 1) if all(part.get("type") != kind for part in
                                                              row.content)]:

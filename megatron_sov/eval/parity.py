@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from megatron_sov import convert
-from megatron_sov.artifacts import MANIFEST, manifest_sha256, to_json, write_output
+from megatron_sov.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.proof import Proof
 from megatron_sov.convert.sources import Weights
@@ -248,10 +248,6 @@ def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any
         "versions": {"megatron_sov": __version__,
                      **{name: version(name) for name in ("megatron-core", "torch", "transformers")}},
     }
-
-
-def write_card(path: Path, content: dict[str, Any]) -> None:
-    write_output(path, to_json(content))
 
 
 def _identity(path: Path) -> dict[str, str]:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.eval.lm.results import Item, Metric, Results, TaskScores, read_items, read_results
+from megatron_sov.eval.lm.results import (
+    Item,
+    Metric,
+    Results,
+    TaskScores,
+    aligned,
+    read_items,
+    read_results,
+    score_name,
+)
 from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
@@ -149,10 +158,7 @@ def _other_items(task: str, before: Scored, after: Scored) -> list[str]:
 
 def said(metric: Metric) -> str:
     """Return a metric's name with k and filter, by which items call it too."""
-    name = metric.name
-    if metric.k is not None and name.endswith("@k"):
-        name = f"{name.removesuffix('k')}{metric.k}"
-    return name if metric.filter == "none" else f"{name},{metric.filter}"
+    return score_name(metric.label, metric.filter)
 
 
 def _difference(task: str, metric: Metric, before: Scored, after: Scored, confidence: float) -> Difference:
@@ -208,10 +214,7 @@ def table(found: Sequence[Difference]) -> str:
         rows.append((d.task, d.metric, *(_cell(v) for v in (d.before, d.after)),
                      "not known" if d.value is None else f"{d.value:+.4f}", interval, f"{d.items:,}",
                      f"{d.left_out:,}", d.verdict))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) if column in (0, 1, 8) else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, left=(0, 1, 8))
 
 
 def _cell(value: float | None) -> str:

@@ -102,20 +102,17 @@ def test_a_wish_to_stop_keeps_the_turns_of_a_model_of_ours(
     assert read_results(folder / "out.json").tasks["sums"].mode == "no-thinking"
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ({"--tasks": "math500"}, "names 0 tasks with an environment"),
-        ({"--tasks": "tau2-like"}, "names 3 tasks with an environment"),
-        ({"--tasks": "sms"}, "is none of those"),
-        ({"--tasks": "no.yaml"}, "cannot be read"),
-        ({"--data-dir": "no"}, "has no sums.jsonl"),
-        ({"--samples": "0"}, "--samples 0"),
-        ({"--limit": "0"}, "--limit 0"),
-        ({"--parallel": "0"}, "--parallel 0"),
-        ({"--judge": "endpoint"}, "must have the form key=value"),
-    ],
-)
+@pytest.mark.parametrize(("words", "said"), [
+    ({"--tasks": "math500"}, "names 0 tasks with an environment"),
+    ({"--tasks": "tau2-like"}, "names 3 tasks with an environment"),
+    ({"--tasks": "sms"}, "is none of those"),
+    ({"--tasks": "no.yaml"}, "cannot be read"),
+    ({"--data-dir": "no"}, "has no sums.jsonl"),
+    ({"--samples": "0"}, "--samples 0"),
+    ({"--limit": "0"}, "--limit 0"),
+    ({"--parallel": "0"}, "--parallel 0"),
+    ({"--judge": "endpoint"}, "must have the form key=value"),
+])
 def test_mistakes_are_one_sentence(
     folder: Path, words: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

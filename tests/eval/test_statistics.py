@@ -201,9 +201,6 @@ def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile:
 def test_two_prompts_tell_little() -> None:
     low, high = mean_interval([0.5, 0.25])
     assert high - low > 0.5
-
-
-def test_equal_shares_leave_some_doubt() -> None:
     low, high = mean_interval([0.5, 0.5])
     assert low < 0.5 < high
 

@@ -47,14 +47,7 @@ def endpoint_at(url: str, settings: EndpointModel, cache: EndpointCache, probes:
 
 
 class AsksEndpoint:
-    """Asks one endpoint.
-
-    Args:
-        url: its address, up to `/v1`.
-        settings: how it is asked.
-        folder: where its answers are kept.
-        answers: of this evaluation.
-    """
+    """Asks one endpoint."""
 
     def __init__(self, url: str, settings: EndpointSettings, folder: Path, answers: dict[str, Answer]
                  ) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def of_forward_model(loaded: Loaded, groups: Sequence[Group]) -> dict[str, Answe
     dp_rank, dp_size = collectives.data_place()
     rows: list[list[Group]] = [[groups[i] for i in row] for row in rows_of([len(g[0].read) for g in groups])]
     rows += [[]] * (-len(rows) % dp_size)  # processes that share experts must run forward equally often
-    starts = _starts(rows)
+    starts = [0, *accumulate(sum(map(len, row)) for row in rows)]
     found = torch.zeros(sum(map(len, groups)), 2, dtype=torch.float64)
     # a pipeline works on several rows at a time, which then are of one length
     pipeline = loaded.config.parallel.pp
@@ -253,9 +254,7 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _Row) -> torch.Tens
     states = states_for_head(hidden[0], head.config)
     best = torch.zeros(len(row.inputs.tokens), dtype=torch.int64)
     best[places] = head.top_tokens(context.pick(states, places)).cpu()
-    number = [0]
-    for group in row.groups:
-        number.append(number[-1] + len(group))
+    number = [0, *accumulate(map(len, row.groups))]
     # documents that are judged twice and more, such as choices of one token, take the head as often
     for variant in range(max(map(len, row.groups))):
         labels = torch.zeros_like(best)
@@ -271,14 +270,6 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _Row) -> torch.Tens
                 [float(logprobs[first:end].sum()), float((best[first:end] == labels[first:end]).all())],
                 dtype=torch.float64)
     return values
-
-
-def _starts(rows: Sequence[Sequence[Group]]) -> list[int]:
-    """Return the number of scores before each row."""
-    found = [0]
-    for row in rows:
-        found.append(found[-1] + sum(map(len, row)))
-    return found
 
 
 def _lines(groups: Sequence[Group], limit_tokens: int) -> list[Sequence[Group]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -221,10 +221,6 @@ def read_results(path: Path) -> Results:
 def read_items(output: Path, results: Results) -> Iterator[Item]:
     """Yield the items behind results.
 
-    Args:
-        output: the results file, beside which they lie.
-        results: what it holds.
-
     Raises:
         UserError: they are not there, or not those that the results were computed from.
     """
@@ -262,6 +258,11 @@ def _damaged(place: str, error: Exception) -> UserError:
     return UserError(f"{place} is damaged ({said}); run `megatron-sov eval lm` again")
 
 
+def score_name(metric: str, filter_name: str) -> str:
+    """Return the name of an item's score: that of its metric, with the filter where there is one."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
 def table(results: Results) -> str:
     """Return the scores as text; what could not be computed says so."""
     rows = [("task", "metric", "value", "95 % interval", "items", "failed", "at limit")]
@@ -272,9 +273,14 @@ def table(results: Results) -> str:
                         else f"{metric.interval[0]:.4f} to {metric.interval[1]:.4f}")
             rows.append((name, said, "not known" if metric.value is None else f"{metric.value:.4f}", interval,
                          f"{task.items:,}", f"{task.failed:,}", f"{task.at_limit:,}"))
+    return aligned(rows, left=(0, 1))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
+    """Return cells in columns, of which some begin at their left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    return "\n".join("  ".join(cell.ljust(width) if column in left else cell.rjust(width)
+                               for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
                      for row in rows)
 
 

@@ -36,7 +36,7 @@ from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
-from megatron_sov.settings import SettingsError, parse_nested, problems_of
+from megatron_sov.settings import SettingsError, problems_of
 from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.locks import holding, taking
 
@@ -65,19 +65,6 @@ class _Task:
     prompt_hash: str = ""
     dialogues: Dialogues | None = None
     """Of a task with several questions in one conversation."""
-
-    @property
-    def sov(self) -> dict[str, Any]:
-        """What its definition says under `metadata.sov`."""
-        metadata = self.task.get_config("metadata")
-        given = metadata.get("sov") if isinstance(metadata, dict) else None
-        return given if isinstance(given, dict) else {}
-
-    @property
-    def published_as(self) -> str | None:
-        """Name of the benchmark among published figures."""
-        found = self.sov.get("published_as")
-        return str(found) if found else None
 
 
 def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results | None:
@@ -234,21 +221,21 @@ def _refuse_conversation(name: str, protocol: Any, settings: Settings) -> None:
                         "out, and pass --nproc N")
 
 
-def _protocol(name: str, task: Any, settings: Settings) -> Any:
-    """Return how a task samples and judges; None: it is lm-eval's alone."""
+def _sov(task: Any) -> dict[str, Any]:
+    """Return what a task's definition says under `metadata.sov`."""
     metadata = task.get_config("metadata")
     given = metadata.get("sov") if isinstance(metadata, dict) else None
-    if not isinstance(given, dict) or not SAMPLED & set(given):
-        return None
-    from megatron_sov.eval.suites.protocol import changed, protocol_of
+    return given if isinstance(given, dict) else {}
 
-    protocol = protocol_of(metadata, task=name, allow_code=settings.sources.allow_code)
-    changes: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
-    if settings.samples is not None:
-        changes["samples"] = settings.samples
-    if settings.judge:
-        changes["reward_settings"] = parse_nested(settings.judge, "--judge")
-    return changed(protocol, changes) if protocol is not None and changes else protocol
+
+def _protocol(name: str, task: Any, settings: Settings) -> Any:
+    """Return how a task samples and judges; None: it is lm-eval's alone."""
+    if not SAMPLED & set(_sov(task)):
+        return None
+    from megatron_sov.eval.suites.protocol import changed_as_asked, protocol_of
+
+    protocol = protocol_of(task.get_config("metadata"), task=name, allow_code=settings.sources.allow_code)
+    return protocol and changed_as_asked(protocol, settings)
 
 
 def _refuse_unused(tasks: Sequence[_Task], settings: Settings) -> None:
@@ -307,19 +294,20 @@ def _scored(task: _Task, bridge: Any, settings: Settings, notes: list[str]) -> t
     else:
         sampling = _sampling(task.requests)
         with quiet():
-            scored = scoring.score_task(task.task, bridge, task.sov.get("cluster_field"))
+            scored = scoring.score_task(task.task, bridge, _sov(task.task).get("cluster_field"))
     notes += [f"{task.name}: {note}" for note in scored.notes]
     failed = [item.failed for item in scored.items if item.failed]
     if failed:
         notes.append(f"{task.name}: {len(failed)} of {len(scored.items)} items have no score; of the first: "
                      f"{failed[0]}")
+    published = _sov(task.task).get("published_as") or None
     return TaskScores(
         task_hash=hash_of(task.task, task.files), output_type=task.task.OUTPUT_TYPE, items=len(scored.items),
         metrics=scored.metrics, dataset={"files": task.files}, num_fewshot=task.num_fewshot,
         prompt_hash=task.prompt_hash, chat_template=settings.chat_template,
         mode=settings.mode or told.get("mode", DEFAULT), sampling=sampling, judge=judge,
         agent_limits=told.get("agent_limits"), limit=settings.num_items, failed=len(failed),
-        at_limit=scored.at_limit, published_as=task.published_as), scored.items
+        at_limit=scored.at_limit, published_as=None if published is None else str(published)), scored.items
 
 
 def _sampling(requests: Sequence[Request]) -> TaskSampling:

@@ -16,11 +16,19 @@ from typing import Any
 from megatron_sov.chat.marks import as_written
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.eval.lm.answers import Request
-from megatron_sov.eval.lm.results import Item, Metric, Sample, TaskSampling, judged_by, metric_of_items
+from megatron_sov.eval.lm.results import (
+    Item,
+    Metric,
+    Sample,
+    TaskSampling,
+    judged_by,
+    metric_of_items,
+    score_name,
+)
 from megatron_sov.eval.lm.subject import Bridge, NotAnswered
 from megatron_sov.eval.statistics import mean_of, student_quantile
 from megatron_sov.eval.suites.folding import TURN, fold, without_thoughts
-from megatron_sov.eval.suites.protocol import Folded, Response, TaskItem
+from megatron_sov.eval.suites.protocol import Folded, Response, TaskItem, cluster_of
 from megatron_sov.generate.request import LENGTH
 
 MAX_GROUPS = 50
@@ -54,13 +62,7 @@ def documents_of(task: Any) -> dict[int, list[Any]]:
 
 
 def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> Scored:
-    """Return what a task's answers come to, as lm-eval computes it.
-
-    Args:
-        task: lm-eval's, with its requests built.
-        bridge: which has all answers.
-        cluster_field: field of the data that items which belong together share.
-    """
+    """Return what a task's answers come to, as lm-eval computes it."""
     documents = {number: _Document(instances[0].doc, instances)
                  for number, instances in documents_of(task).items()}
     for document in documents.values():
@@ -89,17 +91,6 @@ def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> Scored:
     items = [_item(task, number, d, bridge, clusters[id(d)]) for number, d in documents.items()]
     at_limit = sum(s.finish_reason == LENGTH for item in items for s in item.samples)
     return Scored(items, tuple(metrics), at_limit, notes)
-
-
-def score_name(metric: str, filter_name: str) -> str:
-    """Return the name of an item's score: that of its metric, with the filter where there is one."""
-    return metric if filter_name == "none" else f"{metric},{filter_name}"
-
-
-def cluster_of(doc: Any, cluster_field: str | None) -> str | None:
-    """Return what an item has in common with those that belong to it."""
-    value = doc.get(cluster_field) if cluster_field else None
-    return None if value is None else str(value)
 
 
 def doc_hash(doc: Any) -> str:
@@ -329,14 +320,7 @@ def _scored(items: list[Item], folded: Folded) -> tuple[Scored, str]:
 
 
 def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tuple[Scored, str]:
-    """Return what a task's answers come to, and the name and version of what judged them.
-
-    Args:
-        protocol: of `eval.suites.protocol`.
-        task: lm-eval's, with its requests built.
-        bridge: which has all answers.
-        workers: processes that judge.
-    """
+    """Return what a task's answers come to, and the name and version of what judged them."""
     generation = generation_of(protocol, task, bridge)
     asked, lacking = [], {}
     for number, instances in documents_of(task).items():
@@ -380,14 +364,7 @@ class _Dialogue:
 
 
 class Dialogues:
-    """The conversations of one task.
-
-    Args:
-        protocol: of the task, with `turns_field`.
-        task: lm-eval's, with its requests built.
-        bridge: which has all answers; its template has the task's mode now.
-        generation: how answers are written, in lm-eval's words.
-    """
+    """The conversations of one task."""
 
     def __init__(self, protocol: Any, task: Any, bridge: Bridge, generation: Mapping[str, Any]) -> None:
         self._protocol, self._bridge, self._generation = protocol, bridge, generation

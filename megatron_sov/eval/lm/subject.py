@@ -20,6 +20,7 @@ from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.marks import text_decoder
 from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
+from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import UserError, first_line, list_problems, told_in_a_line
 from megatron_sov.eval.lm.answers import Answer, Request, Score, Write
 from megatron_sov.eval.lm.local import Running
@@ -46,10 +47,6 @@ class Subject:
     """How it is run; None: an endpoint."""
 
 
-def is_endpoint(target: str) -> bool:
-    return target.startswith(("http://", "https://"))
-
-
 def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     """Return the model that a target means.
 
@@ -61,7 +58,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     Raises:
         UserError: there is no such model, or it cannot be asked like this.
     """
-    if is_endpoint(target):
+    if is_address(target):
         return _endpoint(target, settings)
     refuse_missing(Path(target))
     found = find_target(Path(target))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import get_args
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -176,18 +176,13 @@ class Phrases:
     holders: str
     """Asks for all variables that hold a value, which follow."""
 
-    @property
-    def for_tests(self) -> bool:
-        """Whether training never sees these."""
-        return is_for_tests(self.statement)
-
     def texts(self) -> dict[str, str]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def phrases(language: Language, *, test: bool) -> tuple[Phrases, ...]:
     """Return a language's phrases for tests, or those for training."""
-    return tuple(p for p in PHRASES[language] if p.for_tests == test)
+    return tuple(p for p in PHRASES[language] if is_for_tests(p.statement) == test)
 
 
 def _english(noun: str, plural: str, variable: str, place: str) -> Phrases:
@@ -241,18 +236,12 @@ SCRIPT_SHARE = 0.3
 READ_BYTES = 1 << 16
 
 
-class Text(Protocol):
-    def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Return `count` tokens [count] int64 from a random place, without special ones."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Haystack:
     """All text of one language."""
 
     form: NeedleForm
-    texts: tuple[Text, ...]
+    texts: tuple[DocumentsText | FileText, ...]
     sizes: tuple[float, ...]
     """Their sizes, by which they are drawn."""
 
@@ -296,13 +285,13 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     if not usable and not files:
         raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
                         "pack text with --heldout 0.02")
-    found: dict[Language, list[tuple[Text, float]]] = {}
+    found: dict[Language, list[tuple[DocumentsText | FileText, float]]] = {}
     for source in usable:
         documents = source.shard(split)
         named = next((name for name in LANGUAGES if name == source.name), None)
         language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
-        found.setdefault(language, []).append((documents_text(documents, tokenizer),
-                                               source.num_tokens[split]))
+        special = np.array(special_tokens(tokenizer), np.int64)
+        found.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
     for language, file in files:
         text = FileText(file, tokenizer)
         found.setdefault(language, []).append((text, text.size_bytes))
@@ -333,10 +322,6 @@ def _sample(documents: Documents, tokenizer: Tokenizer) -> str:
     each = DETECTED_TOKENS // len(chosen)
     return str(tokenizer.decode([t for i in chosen
                                  for t in documents.tokens(i, 0, min(each, int(documents.lengths[i])))]))
-
-
-def documents_text(documents: Documents, tokenizer: Tokenizer) -> DocumentsText:
-    return DocumentsText(documents, np.array(special_tokens(tokenizer), np.int64))
 
 
 @dataclass(frozen=True, eq=False)

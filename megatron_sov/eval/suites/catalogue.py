@@ -211,13 +211,6 @@ def bring(task: TaskFile, source: Path, name: str, data_dir: Path,
           spans: list[Span]) -> tuple[Path, int, int]:
     """Write a file of a task; it appears whole.
 
-    Args:
-        task: whose rules the rows must keep.
-        source: a file in JSON lines, Parquet or CSV.
-        name: of the task's files, below the folder of data.
-        data_dir: the folder.
-        spans: which rows.
-
     Returns:
         The file, rows that were written, rows of the source.
 

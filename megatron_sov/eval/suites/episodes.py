@@ -13,7 +13,6 @@ from typing import Any
 from megatron_sov.artifacts import sha256_file
 from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
-from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.documents.messages import REASONING
 from megatron_sov.endpoints.answers import BadAnswer, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache
@@ -41,12 +40,10 @@ from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.fenced import only
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools import registry
-from megatron_sov.tools.by_messages import Message, MessageTable, NoTurn, Said, Speaker, play_by_messages
+from megatron_sov.tools.by_messages import Message, NoTurn, Said
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode
 from megatron_sov.tools.faults import INFRASTRUCTURE
-from megatron_sov.tools.journal import EpisodeLines
-from megatron_sov.tools.playing import Policy, Table, play
 
 
 def tasks_of(task: TaskFile, data_dir: Path, limit: int | None = None) -> list[Task]:
@@ -70,50 +67,6 @@ def order_of(protocol: Protocol, data_dir: Path) -> Order:
     settings = {name: value.replace(DATA, str(data_dir)) if isinstance(value, str) else value
                 for name, value in protocol.environment_settings.items()}
     return registry.order(protocol.environment, settings)
-
-
-def play_tasks(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, policy: Policy,
-               encoder: TurnEncoder, journal: EpisodeLines, *, parallel: int = 8,
-               ended: Callable[[int], object] = lambda count: None,
-               check: Callable[[], object] = lambda: None) -> list[list[Episode]]:
-    """Return the episodes of each task, as many as the protocol has samples.
-
-    Args:
-        protocol: of the tasks.
-        tasks: what is to be done.
-        data_dir: the user's folder of data.
-        policy: writes the turns; made with the protocol's sampling.
-        encoder: of the model's chat template.
-        journal: what was played before, and where this is kept.
-        parallel: episodes at a time.
-        ended: is told how many more episodes have ended.
-        check: called behind each round; what it raises ends the play, and the journal keeps what was said.
-
-    Raises:
-        UserError: the environment cannot be made, or a task is none of its own.
-        Exception: what `check` raises.
-    """
-    table = Table(order_of(protocol, data_dir), encoder, protocol.episode_limits, parallel)
-    return _of_tasks(play(_repeated(protocol, tasks), policy, table, journal, ended, lambda: bool(check())),
-                     protocol)
-
-
-def play_tasks_by_messages(protocol: Protocol, tasks: Sequence[Task], data_dir: Path, speaker: Speaker,
-                           journal: EpisodeLines, *, parallel: int = 8,
-                           ended: Callable[[int], object] = lambda count: None,
-                           check: Callable[[], object] = lambda: None) -> list[list[Episode]]:
-    """Return the episodes of each task of a model that is asked with messages; see `play_tasks`."""
-    table = MessageTable(order_of(protocol, data_dir), protocol.episode_limits, parallel)
-    return _of_tasks(play_by_messages(_repeated(protocol, tasks), speaker, table, journal, ended, check),
-                     protocol)
-
-
-def _repeated(protocol: Protocol, tasks: Sequence[Task]) -> list[Task]:
-    return [task for task in tasks for _ in range(protocol.samples)]
-
-
-def _of_tasks(episodes: Sequence[Episode], protocol: Protocol) -> list[list[Episode]]:
-    return [list(episodes[i:i + protocol.samples]) for i in range(0, len(episodes), protocol.samples)]
 
 
 def fold_episodes(protocol: Protocol, tasks: Sequence[Task], episodes: Sequence[Sequence[Episode]],
@@ -164,17 +117,6 @@ def write_episodes(output: Path, task: TaskFile, protocol: Protocol, model: Eval
                    data_dir: Path, limit: int | None) -> Results:
     """Write what was found; returns it.
 
-    Args:
-        output: the file.
-        task: which.
-        protocol: as it was played.
-        model: that played.
-        tasks: what was to be done.
-        episodes: of each.
-        folded: their scores.
-        data_dir: the user's folder of data.
-        limit: items that were played at most.
-
     Raises:
         UserError: nothing can be written there.
     """
@@ -208,15 +150,7 @@ CACHE = "endpoint.sqlite"
 
 
 class EndpointSpeaker:
-    """A model behind an endpoint.
-
-    Args:
-        url: its address, up to `/v1`.
-        settings: how it is asked.
-        protocol: of the task: sampling and mode.
-        cache: folder of answers.
-        sleep: waits between attempts; may raise to end all waiting.
-    """
+    """A model behind an endpoint."""
 
     def __init__(self, url: str, settings: EndpointSettings, protocol: Protocol, cache: Path,
                  sleep: Callable[[float], object]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from statistics import fmean
-from typing import Any, Self
+from typing import Any
 
 from megatron_sov.chat.marks import plain_form
 from megatron_sov.errors import UserError
@@ -56,23 +56,16 @@ def fold(protocol: Protocol, items: Sequence[TaskItem], workers: int = 0) -> Fol
     by_variant: dict[str, list[list[Result]]] = {}
     judge: dict[str, Any] = {}
     for name, settings in (protocol.variants or {"": {}}).items():
-        every = {**protocol.reward_settings, **settings}
-        with Judge(protocol, every, workers or num_cores()) as judging:
+        judging, judge[name or "reward"] = _judge_of(protocol, {**protocol.reward_settings, **settings},
+                                                     workers or num_cores())
+        with judging:
             by_variant[name] = _judged(judging, protocol, items)
-            judge[name or "reward"] = judging.identity
     return folded_results(protocol, items, by_variant, judge)
 
 
 def folded_results(protocol: Protocol, items: Sequence[TaskItem],
                    by_variant: Mapping[str, Sequence[Sequence[Result]]], judge: Mapping[str, Any]) -> Folded:
-    """Return the scores of items whose responses have been judged.
-
-    Args:
-        protocol: of their task.
-        items: with their responses.
-        by_variant: variant (or "") -> the results of each item's responses.
-        judge: what judged, for the record.
-    """
+    """Return the scores of items whose responses have been judged."""
     scores = [_item(protocol, item, {name: found[i] for name, found in by_variant.items()})
               for i, item in enumerate(items)]
     return Folded(scores, protocol.metric_names, judge)
@@ -94,47 +87,43 @@ def _refuse_other_prompts(protocol: Protocol, items: Sequence[TaskItem]) -> None
                             "model with a chat template")
 
 
-class Judge(AbstractContextManager["Judge"]):
-    """A reward that is ready to judge, whichever room it comes from."""
+class _OwnScorer(AbstractContextManager["_OwnScorer"]):
+    """A scorer of a suite, in the place of a reward's runner."""
 
-    def __init__(self, protocol: Protocol, settings: Mapping[str, Any], workers: int) -> None:
-        self._own: Any = None
-        if protocol.reward in OWN_SCORERS:
-            try:
-                self._own = OWN_SCORERS[protocol.reward](**settings)
-            except TypeError:
-                raise UserError(f"task {protocol.task}: reward {protocol.reward} takes no settings, but "
-                                f"{', '.join(settings)} are given; leave them out") from None
-            version, hidden = version_of(self._own, settings), set()
-        else:
-            try:
-                order = registry.order(protocol.reward, settings)
-                made = registry.make(order)
-            except (UserError, TypeError) as e:
-                hint = (" (the judge's address and model are yours to give: --judge endpoint=URL model=NAME)"
-                        if protocol.reward == "judge" and "endpoint" not in settings else "")
-                raise UserError(f"task {protocol.task}: {e}{hint}") from None
-            self._runner = runner(order, made, workers)
-            version = made.version
-            hidden = operational(type(made.reward))
-        self.identity = {"name": protocol.reward, "version": version,
-                         "settings": {name: value for name, value in settings.items() if name not in hidden}}
+    def __init__(self, scorer: Any) -> None:
+        self._scorer = scorer
 
-    def __enter__(self) -> Self:
-        if self._own is None:
-            self._runner.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._own is None:
-            self._runner.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        return
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
-        """Return the results of rows, in their order."""
-        return [judged(self._own, row) for row in rows] if self._own is not None else self._runner.score(rows)
+        return [judged(self._scorer, row) for row in rows]
 
 
-def _judged(judging: Judge, protocol: Protocol, items: Sequence[TaskItem]) -> list[list[Result]]:
+def _judge_of(protocol: Protocol, settings: Mapping[str, Any], workers: int) -> tuple[Any, dict[str, Any]]:
+    """Return what judges, to be entered, and what it is, for the record."""
+    if protocol.reward in OWN_SCORERS:
+        try:
+            own = OWN_SCORERS[protocol.reward](**settings)
+        except TypeError:
+            raise UserError(f"task {protocol.task}: reward {protocol.reward} takes no settings, but "
+                            f"{', '.join(settings)} are given; leave them out") from None
+        return _OwnScorer(own), {"name": protocol.reward, "version": version_of(own, settings),
+                                 "settings": dict(settings)}
+    try:
+        order = registry.order(protocol.reward, settings)
+        made = registry.make(order)
+    except (UserError, TypeError) as e:
+        hint = (" (the judge's address and model are yours to give: --judge endpoint=URL model=NAME)"
+                if protocol.reward == "judge" and "endpoint" not in settings else "")
+        raise UserError(f"task {protocol.task}: {e}{hint}") from None
+    hidden = operational(type(made.reward))
+    return runner(order, made, workers), {
+        "name": protocol.reward, "version": made.version,
+        "settings": {name: value for name, value in settings.items() if name not in hidden}}
+
+
+def _judged(judging: Any, protocol: Protocol, items: Sequence[TaskItem]) -> list[list[Result]]:
     flat = ((item, response) for item in items for response in item.responses)
     results: list[Result] = []
     while batch := list(islice(flat, BATCH_ROWS)):
@@ -168,8 +157,7 @@ def _item(protocol: Protocol, item: TaskItem, results: Mapping[str, Sequence[Res
     elif len(first) < protocol.samples:
         failed = f"{len(first)} of {protocol.samples} samples are there"
     at_limit = sum(response.finish_reason in AT_LIMIT for response in item.responses)
-    return ItemScores(scores, [result.reward for result in first], [_answer(result) for result in first],
-                      failed, at_limit)
+    return ItemScores(scores, [result.reward for result in first], failed, at_limit)
 
 
 def metrics_of(protocol: Protocol, results: Sequence[Result]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from annotated_types import Ge, Le, MinLen
 
 from megatron_sov.chat.marks import as_written
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.eval.lm.settings import JudgedSettings
 from megatron_sov.generate.request import LENGTH, SampleSeed, Sampling, Temperature, TopP
 from megatron_sov.plugins.loading import is_reference
 from megatron_sov.rewards import patterns
@@ -36,6 +37,7 @@ from megatron_sov.settings import (
     find_broken,
     find_problems,
     one_of,
+    parse_nested,
     read,
 )
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
@@ -172,8 +174,7 @@ class Protocol:
 
     def cluster(self, doc: Mapping[str, Any]) -> str | None:
         """Return what an item's cluster is called; None: the items are independent."""
-        value = doc.get(self.cluster_field) if self.cluster_field else None
-        return None if value is None else str(value)
+        return cluster_of(doc, self.cluster_field)
 
     def as_json(self) -> dict[str, Any]:
         """Return what is stored with each score: sampling, mode, judge, limits, all that the score depends on
@@ -183,6 +184,12 @@ class Protocol:
         return {"sampling": sampling, "mode": self.mode,
                 "judge": self.reward or self.environment, "judge_settings": dict(self.reward_settings),
                 "agent_limits": asdict(self.episode_limits) if self.environment else None}
+
+
+def cluster_of(doc: Any, cluster_field: str | None) -> str | None:
+    """Return what an item has in common with those that belong to it."""
+    value = doc.get(cluster_field) if cluster_field else None
+    return None if value is None else str(value)
 
 
 def protocol_of(metadata: Any, task: str, allow_code: bool = False) -> Protocol | None:
@@ -254,6 +261,16 @@ def changed(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
     return _made(protocol.task, settings, f"task {protocol.task}")
 
 
+def changed_as_asked(protocol: Protocol, asked: JudgedSettings) -> Protocol:
+    """Return a protocol with what a command's options change."""
+    changes: dict[str, Any] = {} if asked.mode is None else {"mode": asked.mode}
+    if asked.samples is not None:
+        changes["samples"] = asked.samples
+    if asked.judge:
+        changes["reward_settings"] = parse_nested(asked.judge, "--judge")
+    return changed(protocol, changes) if changes else protocol
+
+
 def _made(task: str, settings: Mapping[str, Any], where: str) -> Protocol:
     if "task" in settings:
         raise SettingsError(where, [Problem(Code.UNKNOWN, "task", "is told by the task itself",
@@ -287,8 +304,6 @@ class ItemScores:
     """Metric -> value; a metric without enough scored samples is not there."""
     sample_scores: Sequence[float | None]
     """Reward of each sample; None: there is none.  With variants that of the first."""
-    answers: Sequence[str | None]
-    """Final answer of each sample, where the reward tells it."""
     failed: str | None
     """Why a sample has no reward; None: all have."""
     num_at_limit: int
@@ -302,10 +317,6 @@ class Folded:
     """All metrics of the protocol, those that no item has among them."""
     judge: Mapping[str, Any] = field(default_factory=dict)
     """Which reward judged: name, version, settings."""
-
-    def values(self, metric: str) -> list[float]:
-        """Return a metric's values of the items that have it."""
-        return [item.scores[metric] for item in self.items if metric in item.scores]
 
 
 AT_LIMIT = frozenset((LENGTH, "tokens", "turns", "unended"))

@@ -66,9 +66,6 @@ class TaskData:
 
     def check(self, files: Mapping[str, Sequence[Path]]) -> tuple[int, list[str]]:
         """Return how many questions there are, and all that is wrong with the files, the first rows of each.
-
-        Args:
-            files: split -> files.
         """
         groups: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
         problems: list[str] = []
@@ -176,10 +173,6 @@ class Rule:
 
     def __init__(self, name: str, rule: Any) -> None:
         """Read a rule.
-
-        Args:
-            name: of the field.
-            rule: as the task file has it.
 
         Raises:
             UserError: it is none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,6 +128,12 @@ def test_another_part_of_the_same_file_is_another_task(folder: Path) -> None:
         loaded = load(folder, text)
         hashes.append(hash_of(loaded.tasks["plain"], loaded.files["plain"]))
     assert hashes[0] != hashes[1]
+
+
+def test_a_hash_knows_no_place_in_memory() -> None:
+    made = [SimpleNamespace(dump_config=lambda place=place: {"doc_to_text": f"partial(<function f at {place}>)"},
+                            eval_docs=[]) for place in ("0x7f00", "0x7f01")]
+    assert hash_of(made[0], {}) == hash_of(made[1], {})
 
 
 def test_code_runs_where_the_user_trusts_the_folder(folder: Path) -> None:

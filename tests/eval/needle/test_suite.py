@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_sov.cli import main
 from megatron_sov.config import NeedleConfig, NeedleKind
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 
@@ -118,20 +120,18 @@ def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite, by: str) -> N
     assert "multi-key, code" in table(result) and "score 50.0% by " in table(result)
 
 
-@pytest.mark.parametrize(("given", "ordered", "free"), [
-    ([1, 2, 3, 4], True, True), ([3, 4, 1, 2], False, True), ([1, 4, 3, 2], False, False),
-    ([1, 2, 1, 2], False, False)])
-def test_an_order_counts_only_where_the_question_has_one(given: list[int], ordered: bool, free: bool) -> None:
+@pytest.mark.parametrize(("given", "ordered", "free", "likely"), [
+    ([1, 2, 3, 4], True, True, True), ([3, 4, 1, 2], False, True, False), ([1, 4, 3, 2], False, False, False),
+    ([1, 2, 1, 2], False, False, False), ([3, 2, 3, 4], False, False, True),
+    ([1, 2, 1, 4], False, False, False), ([1, 4, 3, 4], False, False, False),
+    ([5, 2, 3, 4], False, False, False)])
+def test_an_order_counts_only_where_the_question_has_one(given: list[int], ordered: bool, free: bool,
+                                                         likely: bool) -> None:
+    """By likelihood any pair that has not come may start."""
     pairs = [(1, 2), (3, 4)]
     assert is_right(Example([], pairs, False), given, "generation") == ordered
     assert is_right(Example([], pairs, True), given, "generation") == free
-
-
-@pytest.mark.parametrize(("given", "right"), [
-    ([1, 2, 3, 4], True), ([3, 2, 3, 4], True), ([1, 2, 1, 4], False), ([1, 4, 3, 4], False),
-    ([5, 2, 3, 4], False)])
-def test_by_likelihood_any_pair_that_has_not_come_may_start(given: list[int], right: bool) -> None:
-    assert is_right(Example([], [(1, 2), (3, 4)], True), given, "likelihood") == right
+    assert is_right(Example([], pairs, True), given, "likelihood") == likely
 
 
 def test_examples_are_the_same_whatever_else_is_asked(suite: NeedleSuite) -> None:
@@ -287,9 +287,6 @@ def test_distractors_grow_with_the_length_as_far_as_there_are_keys(form: NeedleF
     assert found[3] == len(form.pairs[True]) // 2 - 8
     assert distractors_of("single", form, 2048, 0.25) == 0
     assert distractors_of("multi-key", form, 128, 0.99) * size < 128 - 2 * size
-    with pytest.raises(UserError, match="needle length 60: the needles and the question of kind multi-query "
-                                        "in code alone take"):
-        distractors_of("multi-query", form, 60, 0.0)
 
 
 def test_the_longest_context_is_made_with_all_its_distractors(haystacks: dict[str, Haystack]) -> None:
@@ -409,3 +406,43 @@ def test_every_layout_says_the_same(ranks, job, imported: dict[str, Path], token
     assert len({token for batch in expected["likelihood"] for answer in batch for token in answer}) > 8
     for name, results in zip(LAYOUTS, found, strict=True):
         assert all(result == expected for result in results), name
+
+
+def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path],
+                                                          hf_models: dict[str, Path], token_shards: Path,
+                                                          tmp_path: Path, capsys) -> None:
+    EventLog(tmp_path / EVENTS).close()
+    ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
+           "--run", str(tmp_path)]
+    shown = []
+    for folder in (imported["exaone_moe"], hf_models["exaone_moe"]):
+        assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-value", "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert ({(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in shown[0]["cells"]}
+            == {(kind, length, depth, 3) for kind in ("single", "multi-value") for length in (96, 128)
+                for depth in (0.0, 0.9)})
+    events = list(read_events(tmp_path / EVENTS))
+    assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
+        == [("needle", "eval", step, shown[0]["cells"]) for step in (0, None)]
+    for more, sentence in (
+        (["--nproc", "2", "--set", "a=1"], "--set a=1, --nproc 2: is for checkpoints, and"),
+        (["--text", "latin=x"], "--text latin=x: must be LANGUAGE=FILE"),
+        (["--language", "first=perl"], "--language first=perl: must be SOURCE=LANGUAGE"),
+    ):
+        assert main(["eval", "needle", str(hf_models["exaone_moe"]), *ask, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["eval", "needle", str(hf_models["exaone_moe"])]) == 2
+    assert "pass --data DIR or --text LANGUAGE=FILE" in capsys.readouterr().err
+
+
+def test_text_files_serve_without_data(hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("The clocks were striking thirteen.\n" * 50)
+    (tmp_path / "b.txt").write_text("모든 권력은 국민으로부터 나온다.\n" * 50, encoding="utf-8")
+    assert main(["eval", "needle", str(hf_models["solar_open"]), "--text", f"english={tmp_path / 'a.txt'}",
+                 "--text", f"korean={tmp_path / 'b.txt'}", "--lengths", "200", "--depths", "0.5", "--samples",
+                 "2", "--seed", "4", "--by", "likelihood", "--distractor-share", "0.4", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["by"], shown["seed"], shown["distractor_share"]) == ("likelihood", 4, 0.4)
+    assert [(c["kind"], c["language"], c["samples"]) for c in shown["cells"]] \
+        == [("multi-key", "english", 2), ("multi-key", "korean", 2)]

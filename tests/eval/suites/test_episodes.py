@@ -18,19 +18,12 @@ from megatron_sov.endpoints.answers import BadAnswer
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.settings import EndpointSettings
 from megatron_sov.eval.suites.catalogue import suite_tasks
-from megatron_sov.eval.suites.episodes import (
-    EndpointSpeaker,
-    fold_episodes,
-    order_of,
-    play_tasks,
-    said_in,
-    tasks_of,
-)
+from megatron_sov.eval.suites.episodes import EndpointSpeaker, fold_episodes, order_of, said_in, tasks_of
 from megatron_sov.eval.suites.protocol import Folded, Protocol, changed
 from megatron_sov.rewards.judge import Judge
 from megatron_sov.tools.episode import Written
 from megatron_sov.tools.journal import lines_in
-from megatron_sov.tools.playing import STREAMS
+from megatron_sov.tools.playing import STREAMS, Table, play
 from megatron_sov.work.journal import open_journal
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -71,8 +64,10 @@ def played(name: str, folder: Path, turns: Sequence[Sequence[str]],
     tasks = tasks_of(TASKS[name], folder)
     chat = chat_encoder()
     with open_journal(folder / "out", "play", {"a": 1}) as journal:
-        episodes = play_tasks(protocol, tasks, folder, Script(chat, turns),
-                              TurnEncoder(chat, "the test's model"), lines_in(journal), parallel=2)
+        table = Table(order_of(protocol, folder), TurnEncoder(chat, "the test's model"),
+                      protocol.episode_limits, 2)
+        flat = play([task for task in tasks for _ in turns], Script(chat, turns), table, lines_in(journal))
+        episodes = [flat[i:i + len(turns)] for i in range(0, len(flat), len(turns))]
     return protocol, fold_episodes(protocol, tasks, episodes, folder, 1)
 
 

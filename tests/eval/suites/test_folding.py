@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from suite_items import packed
 
 from megatron_sov.errors import UserError
+from megatron_sov.eval.pass_at_k import majority_at_k
 from megatron_sov.eval.suites import folding
 from megatron_sov.eval.suites.folding import code_row, fold, metrics_of, unpacked, without_thoughts
 from megatron_sov.eval.suites.protocol import Protocol, Response, TaskItem, changed, protocol_of
@@ -52,6 +54,8 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
     k = data.draw(st.integers(1, len(answers)))
     protocol = replace(STEM, samples=len(answers), temperature=1.0, k=(k,), metrics=("avg", "pass", "cons"))
     passed, won = draws(answers, k)
+    counts = Counter(answer for answer in answers if answer in ("a", "b"))
+    assert majority_at_k(answers.count("right"), counts, answers.count(None), k) == pytest.approx(won)
     assert metrics_of(protocol, results_of(answers)) == pytest.approx(
         {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won}
     )
@@ -66,6 +70,10 @@ def folded(protocol: Protocol, responses: Sequence[Sequence[str]], gold: Any = "
     )
 
 
+def values(found: Any, metric: str) -> list[float]:
+    return [item.scores[metric] for item in found.items if metric in item.scores]
+
+
 def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "BATCH_ROWS", 2)  # items do not end where batches do
     protocol = replace(STEM, samples=3, temperature=1.0, metrics=("avg", "pass", "cons"), k=(3,))
@@ -77,7 +85,6 @@ def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) ->
         {},
     ]
     assert found.items[0].sample_scores == [1.0, 0.0, 1.0]
-    assert found.items[0].answers == ["4", "5", "4.0"]
     assert [item.failed for item in found.items] == [None, None, "0 of 3 samples are there"]
     assert found.judge["reward"]["name"] == "stem"
     assert len(found.judge["reward"]["version"]) == 16
@@ -91,7 +98,7 @@ def test_what_has_no_reward_is_no_zero() -> None:
     assert item.sample_scores == [None, None]
     assert item.failed is not None
     assert item.failed.startswith("2 of 2 have no reward: answer = 'four' is no number")
-    assert found.values("avg@2") == []
+    assert values(found, "avg@2") == []
     assert found.metric_names == ["avg@2", "pass@1", "pass@2"]
     missing = folded(replace(STEM, row={"answer": "solution"}), [["4"]])
     assert missing.items[0].failed == "1 of 1 have no reward: the data have no 'solution'"
@@ -104,19 +111,16 @@ def test_limits_are_counted() -> None:
     assert fold(replace(STEM, samples=3, temperature=1.0), items, 1).items[0].num_at_limit == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "mode", "said"),
-    [
-        ("<think>4?</think> 5", "default", "5"),
-        ("4? </think> 5", "thinking", "5"),
-        ("4", "thinking", ""),
-        ("4", "default", "4"),
-        ("4", "no-thinking", "4"),
-        ("<think>it is 4", "default", ""),
-        ("a</think>b</think> 5", "thinking", "5"),
-        (" <think>it is 4", "no-thinking", ""),
-    ],
-)
+@pytest.mark.parametrize(("text", "mode", "said"), [
+    ("<think>4?</think> 5", "default", "5"),
+    ("4? </think> 5", "thinking", "5"),
+    ("4", "thinking", ""),
+    ("4", "default", "4"),
+    ("4", "no-thinking", "4"),
+    ("<think>it is 4", "default", ""),
+    ("a</think>b</think> 5", "thinking", "5"),
+    (" <think>it is 4", "no-thinking", ""),
+])
 def test_thoughts_are_no_answers(text: str, mode: Any, said: str) -> None:
     assert without_thoughts(text, mode) == said
     right = folded(replace(STEM, mode=mode), [[text]], gold=said or "4").items[0].scores["avg@1"]
@@ -126,7 +130,7 @@ def test_thoughts_are_no_answers(text: str, mode: Any, said: str) -> None:
 def test_an_extractor_takes_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     protocol = replace(STEM, extract=r"답:\s*(\d+)")
     found = folded(protocol, [["답: 5 ... 답: 4"], ["답: 4 ... 답: 5"], ["4"]])
-    assert found.values("avg@1") == [1.0, 0.0, 0.0]
+    assert values(found, "avg@1") == [1.0, 0.0, 0.0]
     monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
     slow = folded(replace(STEM, extract=r"((?:x+x+)+)y"), [["x" * 5000]])
     assert "takes longer than" in str(slow.items[0].failed)
@@ -138,24 +142,20 @@ def test_shares_count_as_right_from_a_threshold() -> None:
                         counts="right")
     texts = ["안녕하세요 " * 20 + "a", "안녕하세요 hello there"]
     rewards = replace(protocol, counts="reward", right_from=1.0)
-    assert folded(protocol, [[text] for text in texts]).values("avg@1") == [1.0, 0.0]
-    assert 0.95 < folded(rewards, [[texts[0]]]).values("avg@1")[0] < 1
+    assert values(folded(protocol, [[text] for text in texts]), "avg@1") == [1.0, 0.0]
+    assert 0.95 < values(folded(rewards, [[texts[0]]]), "avg@1")[0] < 1
 
 
 def test_mrcr_is_the_ratio_of_difflib() -> None:
-    from difflib import SequenceMatcher
-
     protocol = Protocol("t", reward="mrcr", row={"answer": "gold", "prefix": "mark"})
     item = TaskItem({"gold": "x1A poem about tapirs.", "mark": "x1"}, "?",
                     [Response("x1A poem about rocks.")])
     wanted = SequenceMatcher(None, "A poem about rocks.", "A poem about tapirs.").ratio()
-    assert fold(protocol, [item], 1).values("avg@1") == [wanted]
+    assert values(fold(protocol, [item], 1), "avg@1") == [wanted]
     assert 0 < wanted < 1
 
 
 def test_answers_to_something_else_are_refused() -> None:
-    from megatron_sov.errors import UserError
-
     asked = '[{"role": "user", "content": "Hi"}]'
     protocol = Protocol("t", reward="stem", row={"answer": "gold"}, messages_field="prompt")
     with pytest.raises(UserError, match="was asked as the text of its JSON"):
@@ -165,8 +165,6 @@ def test_answers_to_something_else_are_refused() -> None:
 
 
 def test_a_reward_that_cannot_be_made_is_the_users_mistake() -> None:
-    from megatron_sov.errors import UserError
-
     for reward, settings in (("stem", {"knd": 1}), ("mrcr", {"strict": True}), ("math", {"tail_chars": 0})):
         with pytest.raises(UserError, match="task t"):
             fold(Protocol("t", reward=reward, reward_settings=settings), [], 1)
@@ -233,22 +231,19 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         unpacked(as_published("0" * (8 << 20), 4), "f")
 
 
-@pytest.mark.parametrize(
-    ("doc", "said"),
-    [
-        ({}, "no tests"),
-        ({"public_test_cases": "[1]"}, "must have the texts"),
-        ({"public_test_cases": 3}, "must be text"),
-        ({"public_test_cases": json.dumps(CALLED), "metadata": "{}"}, "func_name"),
-        ({"public_test_cases": json.dumps(CALLED), "metadata": "{"}, "metadata is no JSON"),
-        ({"public_test_cases": json.dumps(CALLED), "metadata": "[]"}, "metadata"),
-        (
-            {"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
-             "metadata": '{"func_name": "f"}'},
-            "no value",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("doc", "said"), [
+    ({}, "no tests"),
+    ({"public_test_cases": "[1]"}, "must have the texts"),
+    ({"public_test_cases": 3}, "must be text"),
+    ({"public_test_cases": json.dumps(CALLED), "metadata": "{}"}, "func_name"),
+    ({"public_test_cases": json.dumps(CALLED), "metadata": "{"}, "metadata is no JSON"),
+    ({"public_test_cases": json.dumps(CALLED), "metadata": "[]"}, "metadata"),
+    (
+        {"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
+         "metadata": '{"func_name": "f"}'},
+        "no value",
+    ),
+])
 def test_a_problem_without_tests_that_can_be_run_is_refused(doc: dict[str, Any], said: str) -> None:
     with pytest.raises(Refused, match=said):
         code_row(doc)
@@ -284,27 +279,24 @@ def test_all_problems_are_told_at_once() -> None:
         protocol_of({"sov": ["samples"]}, "t")
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"reward": "evil.py:Reward"}, "names code to run"),
-        ({"reward": "", "environment": "evil.py:World"}, "names code to run"),
-        ({"reward": "composed"}, "loads what its settings name"),
-        ({"reward": "", "environment": "mcp", "environment_settings": {"command": ["sh"]}},
-         "starts a program"),
-        ({"reward": "code", "reward_settings": {"command": ["sh", "-c", "id"]}}, "reward_settings.command"),
-        ({"reward": "judge", "reward_settings": {"endpoint": "http://evil/v1"}}, "reward_settings.endpoint"),
-        ({"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}},
-         "reward_settings.api_key_env"),
-        ({"reward": "judge", "variants": {"a": {"cache": "/etc/x"}}}, "reward_settings.cache"),
-        ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "/etc/passwd"}},
-         "must lie in"),
-        ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "${DATA}/../x"}},
-         "must lie in"),
-        ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "passwd"}},
-         "must lie in"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"reward": "evil.py:Reward"}, "names code to run"),
+    ({"reward": "", "environment": "evil.py:World"}, "names code to run"),
+    ({"reward": "composed"}, "loads what its settings name"),
+    ({"reward": "", "environment": "mcp", "environment_settings": {"command": ["sh"]}},
+     "starts a program"),
+    ({"reward": "code", "reward_settings": {"command": ["sh", "-c", "id"]}}, "reward_settings.command"),
+    ({"reward": "judge", "reward_settings": {"endpoint": "http://evil/v1"}}, "reward_settings.endpoint"),
+    ({"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}},
+     "reward_settings.api_key_env"),
+    ({"reward": "judge", "variants": {"a": {"cache": "/etc/x"}}}, "reward_settings.cache"),
+    ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "/etc/passwd"}},
+     "must lie in"),
+    ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "${DATA}/../x"}},
+     "must lie in"),
+    ({"reward": "", "environment": "retrieval", "environment_settings": {"corpus": "passwd"}},
+     "must lie in"),
+])
 def test_a_strangers_file_runs_nothing_and_sends_nothing(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         made(**settings)
