@@ -40,14 +40,7 @@ from megatron_sov.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.settings import (
-    AtLeastOne,
-    Code,
-    Finite,
-    Flag,
-    Problem,
-    parse_nested,
-)
+from megatron_sov.settings import AtLeastOne, Code, Finite, Flag, Problem, parse_nested
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.jobs import Job, here, run_job
 from megatron_sov.work.journal import done_items

@@ -16,13 +16,7 @@ from megatron_sov.commands.shared_options import AnyTarget, RecordOptions, RedoO
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
-from megatron_sov.eval.lm.settings import (
-    ENDPOINTS,
-    EndpointModel,
-    EndpointSettings,
-    JudgedSettings,
-    Settings,
-)
+from megatron_sov.eval.lm.settings import ENDPOINTS, EndpointModel, EndpointSettings, JudgedSettings, Settings
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents

@@ -1,4 +1,10 @@
-"""Pairs of modalities, the rows that ask for them, and figures of what was recognised."""
+"""How well a model gets from one modality to another: rows that ask for a pair of them, judges that recognise
+what it made, and figures; or retrieval, which of many texts it holds for the most probable behind a
+picture or a sound, and back.
+
+Rows of a retrieval stand in groups; the candidates of a row are those of its group.  One table of
+log-likelihoods, of each text of the group behind each of its media, tells both directions.
+"""
 
 from __future__ import annotations
 

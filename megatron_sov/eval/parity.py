@@ -1,5 +1,5 @@
 """The proof that our model is transformers' model: equal logits for equal tokens,
-documents packed here and alone there."""
+documents packed here and alone there; and the card that says what was compared, how, and with what result."""
 
 from __future__ import annotations
 

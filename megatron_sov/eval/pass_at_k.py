@@ -1,4 +1,5 @@
-"""pass@k and maj@k from n samples of each prompt, without bias, with intervals over prompts."""
+"""pass@k and maj@k from n samples of each prompt, without bias, with intervals over prompts; and judged
+responses, gathered by prompt into these figures."""
 
 from __future__ import annotations
 

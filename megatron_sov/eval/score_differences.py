@@ -1,8 +1,13 @@
-"""Differences of two results of `eval lm`, item by item, task by task.
+"""Differences of two results of `eval lm`, item by item, task by task, and the verdict of a forgetting gate:
+whether training has cost a model what it could do before.
 
 A score is compared with one that was measured in the same way alone: the task's definition and data, number
 of examples, prompts, mode and sampling must agree; the model, the template of its chats and the seed may
 differ.  No torch here.
+
+The gate's rule, for the first figure of each task: the model has forgotten where the whole 90 % interval of
+the paired difference lies below -tolerance, a one-sided test of 5 % that the loss is no larger than
+tolerated. What the items cannot tell is not held against the model, but it is said: "not proven".
 """
 
 from __future__ import annotations

@@ -23,14 +23,7 @@ from megatron_sov.errors import StopRequested, UserError, told_in_a_line
 from megatron_sov.eval.lm.answers import Answer, Answers, Request, distinct, folder_of
 from megatron_sov.eval.lm.results import DEFAULT, Item, Results, TaskSampling, TaskScores, write_results
 from megatron_sov.eval.lm.settings import Settings
-from megatron_sov.eval.lm.tasks import (
-    LoadedTasks,
-    hash_of,
-    load_tasks,
-    offline,
-    quiet,
-    require_harness,
-)
+from megatron_sov.eval.lm.tasks import LoadedTasks, hash_of, load_tasks, offline, quiet, require_harness
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents

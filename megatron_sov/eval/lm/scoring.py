@@ -1,4 +1,5 @@
-"""From answers to figures: each item's scores by lm-eval's own filters and metrics, and what they come to.
+"""From answers to figures: each item's scores by lm-eval's own filters and metrics, or by the reward that
+judges sampled answers and turns of conversations (`metadata.sov`), and what they come to.
 
 A metric that has no items, or divides by zero, is None and named; an item whose score cannot be computed has
 failed and says why.

@@ -1,4 +1,10 @@
-"""The model that is evaluated: a checkpoint, a Hugging Face folder, or an endpoint, and how it reads text."""
+"""The model that is evaluated: a checkpoint, a Hugging Face folder, or an endpoint; and lm-eval's model
+interface over its answers: what lm-eval asks becomes requests, and their answers what it expects.
+
+Tokens follow lm-eval's own `HFLM` to the letter (0.4.13): the pair of context and continuation is encoded
+whole and cut at the context's length, spaces move to the continuation, what is too long loses its beginning,
+and text that is judged as a whole does so in windows of the longest context.
+"""
 
 from __future__ import annotations
 

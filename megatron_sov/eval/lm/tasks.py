@@ -1,8 +1,9 @@
-"""Task folders as files: which tasks they define, and whether a foreign one can be read without running code.
+"""Tasks by name: from folders of the user's, from our own suites, and with --allow-download from lm-eval;
+which tasks a folder defines, and whether a foreign one can be read without running code.
 
 A task is a YAML file in lm-eval's form.  `!function` in it names Python code, a metric or a data set may be
-code as well; without --allow-task-code nothing of a folder is run, and nothing outside of it is read.  No
-lm_eval here.
+code as well; without --allow-task-code nothing of a folder is run, and nothing outside of it is read. 
+lm-eval reads data through `datasets`, offline unless asked, with caches in a folder of our own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 and the sentences around them.
 
 A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix
-(`needle_phrases`).
+(`is_for_tests`).  Phrases are text with places ``{}`` for keys and values; a value stands right behind its
+key, so that repeating the sentence up to the key asks for the value.  Needles are hidden in a split of packed
+sources, or in files of the user's, each source in a language of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The task files that come along, and what each needs of the user's folder of data."""
+"""The task files that come along, what each needs of the user's folder of data, and a publisher's file
+brought there in the form that its task reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Tasks that are played with tools: their files, their episodes, and the scores of these."""
+"""Tasks that are played with tools: their files, their episodes, the scores of these in the form of `eval
+lm`'s results, and turns from an OpenAI-compatible endpoint.
+
+What a model said is given back to it as it said it: its calls, and its thoughts under the name that the
+endpoint told them by, which models that think between calls were trained with.
+"""
 
 from __future__ import annotations
 

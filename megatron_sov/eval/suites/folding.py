@@ -1,4 +1,9 @@
-"""From samples to scores: each response is judged, and an item's samples give avg@k, pass@k and cons@k."""
+"""From samples to scores: each response becomes a row that a reward judges, and an item's samples give avg@k,
+pass@k and cons@k.
+
+LiveCodeBench's hidden tests are base64 of zlib of a pickled text that is JSON.  Nothing is unpickled here:
+the pickle is read opcode by opcode, and one that holds anything but a single text is refused.
+"""
 
 from __future__ import annotations
 

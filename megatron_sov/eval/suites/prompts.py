@@ -1,4 +1,5 @@
-"""Prompts that a template alone does not make; the source of each is named in its task's file."""
+"""Prompts that a template alone does not make, and shots of a question's own subject; the source of each is
+named in its task's file.  The words of MMLU-ProX in each language are lm-eval's (tasks mmlu_prox_*)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How a task's answers are sampled and judged: what stands under `metadata.sov` of its YAML file.
+"""How a task's answers are sampled and judged: what stands under `metadata.sov` of its YAML file; items of a
+task with their answers; and scorers that belong to one benchmark and are no reward of training.
 
 A task without samples, reward or environment there is lm-eval's alone: its own prompts and metrics.
 """

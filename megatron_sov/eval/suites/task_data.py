@@ -1,4 +1,5 @@
-"""The data of tasks: a user's JSON lines, checked against a task's rules, and as lm-eval takes them."""
+"""The data of tasks: a user's JSON lines, checked row by row against the short rules of a task's file, and as
+lm-eval takes them."""
 
 from __future__ import annotations
 

@@ -92,16 +92,6 @@ def test_another_model_under_the_same_name_is_refused_until_the_user_decides(
     assert len(script.asked) == before
 
 
-def test_with_a_chat_template_messages_are_sent(command: list[str], script: Any, tmp_path: Path) -> None:
-    assert main([*command, "--tasks", "sums", "--apply-chat-template", "--limit", "3", "--mode",
-                 "no-thinking"]) == 0
-    path, payload, _ = sorted(script.asked, key=str)[0]
-    assert path == "/v1/chat/completions"
-    assert payload["messages"] == [{"role": "user", "content": "0 + 1 = "}]
-    assert payload["chat_template_kwargs"] == {"enable_thinking": False}
-    assert read_results(tmp_path / "out.json").tasks["sums"].mode == "no-thinking"
-
-
 def test_likelihoods_are_those_of_the_echoed_tokens(command: list[str], script: Any, tmp_path: Path,
                                                     token_shards: Path, capsys) -> None:
     from megatron_sov.generate.load import load_tokenizer
@@ -182,7 +172,8 @@ def talk(script: Any, chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "backoff_s=0.001", "--workers", "1"]
 
 
-def test_the_second_question_stands_behind_the_first_answer(talk: list[str], chat: Chat) -> None:
+def test_the_second_question_stands_behind_the_first_answer(talk: list[str], chat: Chat, script: Any
+                                                            ) -> None:
     assert main([*talk, "--apply-chat-template", "--mode", "no-thinking"]) == 0
     asked = sorted((payload["messages"] for payload in chat.asked), key=lambda m: (len(m), str(m)))
     assert asked[:2] == [[{"role": "user", "content": f"Question {i}?"}] for i in range(2)]
@@ -190,8 +181,10 @@ def test_the_second_question_stands_behind_the_first_answer(talk: list[str], cha
                           {"role": "assistant", "content": "I read 1"},  # without its thoughts
                           {"role": "user", "content": f"And {i}?"}] for i in range(2)]
     assert all(p["chat_template_kwargs"] == {"enable_thinking": False} for p in chat.asked)
+    assert {path for path, _, _ in script.asked} == {"/v1/chat/completions"}
     results = read_results(Path("out.json"))
     scores = results.tasks["mt-bench-like"]
+    assert scores.mode == "no-thinking"
     [metric] = scores.metrics
     assert (scores.items, scores.failed, metric.value, metric.clusters) == (4, 0, 0.5, 2)
     items = {item.item: item for item in read_items(Path("out.json"), results)}

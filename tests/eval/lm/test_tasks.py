@@ -131,7 +131,7 @@ def test_another_part_of_the_same_file_is_another_task(folder: Path) -> None:
 
 
 def test_a_hash_knows_no_place_in_memory() -> None:
-    made = [SimpleNamespace(dump_config=lambda place=place: {"doc_to_text": f"partial(<function f at {place}>)"},
+    made = [SimpleNamespace(dump_config=lambda place=place: {"doc_to_text": f"partial(<f at {place}>)"},
                             eval_docs=[]) for place in ("0x7f00", "0x7f01")]
     assert hash_of(made[0], {}) == hash_of(made[1], {})
 
