@@ -10,7 +10,7 @@ from typing import Annotated
 from data_prep.pipeline.known_steps import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import ClusterOptions
 
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
 command continues at the first unfinished shard when it is run again; a changed setting redoes what depends on
@@ -62,7 +62,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.cluster:
         from data_prep.pipeline.slurm_engine import submit_pipeline
 
-        submit_pipeline(pipeline, args.output, args.cluster, account=args.account, partition=args.partition)
+        submit_pipeline(pipeline, args.output, args)
         return 0
     (args.output / "inputs").mkdir(parents=True, exist_ok=True)
     plan = make_plan(pipeline, args.output)

@@ -24,7 +24,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from virtual_cluster import PROFILE, VirtualCluster, why_not
 
 from data_prep import cli
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import Jobs
 
 ROOT = Path(__file__).parents[2]
 VLLM = f"""#!{sys.executable}

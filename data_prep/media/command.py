@@ -10,7 +10,7 @@ from typing import Annotated
 
 from data_prep.media.settings import MediaSettings
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, only_with, read_options
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import ClusterOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.cluster:
         from data_prep.media.slurm_array import submit_order
 
-        submit_order(order, args.cluster, 4 if args.workers is None else args.workers, account=args.account,
-                     partition=args.partition)
+        submit_order(order, args, args.workers or 4)
         return 0
     run_order(order)
     return 0

@@ -16,9 +16,9 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, as_problem
+from megatron_sov.work.arrays import refuse_living
 from megatron_sov.work.folders import slurm_folder, work_folder
 from megatron_sov.work.parts import open_parts
-from megatron_sov.work.slurm_jobs import refuse_living
 
 MADE_BY = "sov-data encode-media"
 SUFFIXES = (".jsonl", ".ndjson")

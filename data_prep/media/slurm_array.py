@@ -1,5 +1,5 @@
-"""A run as Slurm's jobs: an array of workers, each with its share of the units, and a last job that writes
-the artifact.  The same command, typed again, tells how far they are or goes on."""
+"""A run as a cluster's jobs: an array of workers, each with its share of the units, and a last job that
+writes the artifact.  The same command, typed again, tells how far they are or goes on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from data_prep.media.finishing import KIND
 from data_prep.media.running import MADE_BY, Order, encode_units, finished
 from data_prep.media.units import UnitEncoder, plan
 from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.clusters import cluster
-from megatron_sov.errors import UserError
-from megatron_sov.work.arrays import FINISH_CPUS, SharedWork, refuse_many_restarts, submit_shares
+from megatron_sov.work.arrays import (
+    FINISH_CPUS,
+    ClusterOptions,
+    SharedWork,
+    profile_of,
+    refuse_many_restarts,
+    submit_shares,
+)
 from megatron_sov.work.parts import begin_parts, open_parts
 
 
@@ -45,24 +50,19 @@ class FinishMedia:
             finished(self.order, list(plan(self.order.files())), self.order.settings.identity())
 
 
-def submit_order(order: Order, name: str, num_workers: int, *, account: str | None,
-                 partition: str | None) -> None:
+def submit_order(order: Order, where: ClusterOptions, num_workers: int) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
 
     Args:
         order: what was asked for; its paths are on a disk that all nodes see.
-        name: cluster profile.
+        where: it is submitted to.
         num_workers: jobs of the array.
-        account: Slurm account; None: the profile's.
-        partition: partition; None: the profile's.
 
     Raises:
-        UserError: the profile, the order or Slurm are in the way.
+        UserError: the profile, the order or the cluster are in the way.
     """
     order = _absolute(order)
-    if num_workers < 1:
-        raise UserError(f"--workers {num_workers}: must be at least 1")
-    profile = cluster.load(name, account=account, partition=partition)
+    profile = profile_of(where)
     if (order.output / MANIFEST).is_file() and not order.overwrite:
         read_manifest(order.output, KIND)
         print(f"{order.output}: complete from before")

@@ -21,8 +21,8 @@ from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_man
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.sealed import read_json
+from megatron_sov.work.arrays import refuse_living
 from megatron_sov.work.locks import holding
-from megatron_sov.work.slurm_jobs import refuse_living
 
 
 def check_folder(output: Path) -> None:

@@ -25,7 +25,7 @@ from megatron_sov.settings import (
     parse_nested,
     read_options,
 )
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import ClusterOptions
 
 if TYPE_CHECKING:
     from data_prep.synth.models import Model
@@ -157,8 +157,7 @@ def run(typed: argparse.Namespace) -> int:
     from data_prep.synth.slurm_array import Server, submit_order
 
     server = Server(args.serve_vllm, tuple(shlex.split(args.vllm_args))) if args.serve_vllm else None
-    submit_order(order, args.cluster, args.workers or 4, server, account=args.account,
-                 partition=args.partition)
+    submit_order(order, args, args.workers or 4, server)
     return 0
 
 

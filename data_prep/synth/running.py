@@ -25,9 +25,9 @@ from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.settings import AtLeastOne, Code, Problem, SettingsError, as_problem, problems_of, read
+from megatron_sov.work.arrays import refuse_living
 from megatron_sov.work.children import FORWARDED
 from megatron_sov.work.locks import holding
-from megatron_sov.work.slurm_jobs import refuse_living
 
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 

@@ -1,5 +1,6 @@
-"""A run as Slurm's jobs: an array of workers that ask, a server of the model beside it where one is wanted,
-and a last job that finishes the source.  The same command, typed again, tells how far they are or goes on."""
+"""A run as a cluster's jobs: an array of workers that ask, on Slurm a server of the model beside it where one
+is wanted, and a last job that finishes the source.  The same command, typed again, tells how far they are or
+goes on."""
 
 from __future__ import annotations
 
@@ -23,22 +24,24 @@ from data_prep.synth.running import Order, finished, items_of, make, open_items,
 from data_prep.synth.shares import Share, merge_answers
 from data_prep.synth.work_folder import ANSWERS, settle
 from megatron_sov.artifacts import atomic_write, disk_errors
-from megatron_sov.clusters import client, cluster
+from megatron_sov.clusters import client
 from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.clusters.kubernetes import KubernetesProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.work.arrays import (
     FINISH,
     FINISH_CPUS,
     Arrays,
+    ClusterOptions,
+    Jobs,
     TaskFailed,
-    refuse_enroot,
+    profile_of,
     refuse_many_restarts,
     refuse_unquotable,
     tell_failures,
 )
 from megatron_sov.work.locks import holding
-from megatron_sov.work.slurm_jobs import Jobs
 
 ADDRESS, ARRAY, SCRIPT = "slurm/server.json", "slurm/array.job", "slurm/server.sbatch"
 KEY_ENV = "VLLM_API_KEY"
@@ -130,20 +133,17 @@ def served(order: Order) -> Order:
                         f"{SERVER_WAIT_S / 3600:g} h; see its log in {order.output / 'slurm'}")
 
 
-def submit_order(order: Order, name: str, num_workers: int, server: Server | None, *, account: str | None,
-                 partition: str | None) -> None:
+def submit_order(order: Order, where: ClusterOptions, num_workers: int, server: Server | None) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
 
     Args:
         order: what was asked for; its output is on a disk that all nodes see.
-        name: cluster profile.
+        where: it is submitted to.
         num_workers: jobs of the array.
         server: of the model; None: it is at an address.
-        account: Slurm account; None: the profile's.
-        partition: partition; None: the profile's.
 
     Raises:
-        UserError: the profile, the order or Slurm are in the way.
+        UserError: the profile, the order or the cluster are in the way.
         StopRequested: the budget is used up.
     """
     output = order.output.absolute()
@@ -156,13 +156,15 @@ def submit_order(order: Order, name: str, num_workers: int, server: Server | Non
     if server is not None and not _NAME.fullmatch(order.writer.name):
         raise UserError(f"--model {order.writer.name}: must have letters, digits and ._/- alone, to be the "
                         "name of a served model")
-    profile = cluster.load(name, account=account, partition=partition)
-    refuse_enroot(profile)
+    profile = profile_of(where)
+    if server is not None and isinstance(profile, KubernetesProfile):
+        raise UserError("--serve-vllm: puts a server into Slurm, and --cluster names a profile of kind k8s; "
+                        "start a server there yourself, and pass its address with --engine")
     made = ready(order)
     with holding(output, output), disk_errors(output):
-        if living := Jobs.read(output).living():
-            done = len(read_done(output))
-            print(f"{output}: Slurm's jobs {', '.join(living)} are at work; {done:,} items are done")
+        jobs = Jobs.read(output)
+        if living := jobs.living():
+            print(f"{output}: {jobs.told(living)} are at work; {len(read_done(output)):,} items are done")
             return
         settle(output, made.identity, order.redo)
         (output / "slurm").mkdir(exist_ok=True)
@@ -170,7 +172,6 @@ def submit_order(order: Order, name: str, num_workers: int, server: Server | Non
         todo = open_items(made.generator, order, Tally())
         tell_failures(output, (ASK, FINISH))
         order = replace(order, most=share_of(order, num_workers))
-        client.check_partition(profile.partition)
         _submit(order, profile, min(num_workers, max(1, len(todo))), server if todo else None)
 
 
@@ -191,12 +192,13 @@ def share_of(order: Order, num_workers: int) -> Most:
                 most.time_s)
 
 
-def _submit(order: Order, profile: ClusterProfile, num_workers: int, server: Server | None) -> None:
+def _submit(order: Order, profile: ClusterProfile | KubernetesProfile, num_workers: int,
+            server: Server | None) -> None:
     output = order.output
     with Arrays(output, "synth", profile) as arrays:
         (output / ARRAY).unlink(missing_ok=True)
         (output / ADDRESS).unlink(missing_ok=True)
-        if server is not None:
+        if server is not None and isinstance(profile, ClusterProfile):
             os.environ[KEY_ENV] = secrets.token_urlsafe(32)  # Slurm hands the environment to its jobs
             (output / SCRIPT).write_text(server_script(server, order, profile))
             client.check_script((output / SCRIPT).read_text())

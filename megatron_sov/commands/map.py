@@ -36,12 +36,17 @@ from megatron_sov.settings import (
     parse_nested,
     read_options,
 )
-from megatron_sov.work.arrays import SharedWork, refuse_many_restarts, submit_shares
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import (
+    ClusterOptions,
+    SharedWork,
+    profile_of,
+    refuse_living,
+    refuse_many_restarts,
+    submit_shares,
+)
 from megatron_sov.work.folders import slurm_folder
 from megatron_sov.work.jobs import Executor, Job, in_workers, run_job, run_share
 from megatron_sov.work.journal import Journal, begin_journal, done_items
-from megatron_sov.work.slurm_jobs import refuse_living
 
 KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
@@ -237,12 +242,9 @@ def _lines_of(made: Any) -> list[bytes]:
 
 def _submit(order: MapOrder) -> None:
     """Submit what is not done, or tell how far jobs are that work on it."""
-    from megatron_sov.clusters import cluster
-
     options = replace(order.options, output=order.options.output.absolute(),
                       rows=order.options.rows.absolute())
-    order, profile = replace(order, options=options), cluster.load(
-        options.cluster, account=options.account, partition=options.partition)
+    order, profile = replace(order, options=options), profile_of(options)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: complete from before")
         return

@@ -12,7 +12,7 @@ from megatron_sov.errors import UserError, nearest
 from megatron_sov.outputs import check_output
 from megatron_sov.settings import AboveZero, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
-from tokenizer.report.texts import DEFAULT_MB, read_texts
+from tokenizer.report.measures import DEFAULT_MB, read_texts
 
 TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
     "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "
@@ -57,8 +57,8 @@ def run(typed: argparse.Namespace) -> int:
         UserError: the tokenizer or a text cannot be read, a check is unknown,
             or the output cannot be written.
     """
+    from tokenizer.report.charts import render
     from tokenizer.report.everything import CHECKS, check_all
-    from tokenizer.report.page import render
 
     args = read_options(TokenizerReportOptions, typed)
     for name in args.skip:

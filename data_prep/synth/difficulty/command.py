@@ -136,7 +136,7 @@ def _check(args: DifficultyCheckOptions) -> int:
 
 
 def _grade(args: DifficultyGradeOptions) -> int:
-    from data_prep.synth.difficulty.grading import GradeSettings, grade
+    from data_prep.synth.difficulty.fitting import GradeSettings, grade
 
     settings = GradeSettings(_band("--cuts", args.cuts), _band("--keep", args.keep))
     content = grade(args.input, args.output, settings, args.model, args.labels, overwrite=args.overwrite)

@@ -2,7 +2,7 @@
 which tasks a folder defines, and whether a foreign one can be read without running code.
 
 A task is a YAML file in lm-eval's form.  `!function` in it names Python code, a metric or a data set may be
-code as well; without --allow-task-code nothing of a folder is run, and nothing outside of it is read. 
+code as well; without --allow-task-code nothing of a folder is run, and nothing outside of it is read.
 lm-eval reads data through `datasets`, offline unless asked, with caches in a folder of our own.
 """
 

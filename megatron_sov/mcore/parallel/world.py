@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel import library_defects, own_gpu
-from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import on_gpu, take_gpu
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 
 _joins = itertools.count()
@@ -68,7 +68,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
     if not dist.is_initialized():
         store, device = _rendezvous(rank, size, timeout), None
         if on_gpu():
-            device = own_gpu.take(store, rank, size, needs_bytes, timeout)
+            device = take_gpu(store, rank, size, needs_bytes, timeout)
         dist.init_process_group("nccl" if device else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store, device_id=device)
     parallel_state.initialize_model_parallel(
@@ -79,7 +79,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    library_defects.mend()
+    cpu_shims.mend()
     return World(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

@@ -11,8 +11,7 @@ import pytest
 
 from data_prep.media import slurm_array, units
 from megatron_sov.clusters import client
-from megatron_sov.work.arrays import WORK, keeping_failure
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import WORK, Jobs, keeping_failure
 from tests.data_prep.media.chats import Encode, shown
 
 PROFILE = """description: noted, not run

@@ -16,8 +16,7 @@ from data_prep.pipeline.slurm_engine import DoTasks, FinishRun
 from data_prep.pipeline.tasks import Stage
 from megatron_sov.errors import UserError
 from megatron_sov.work import array_job
-from megatron_sov.work.arrays import MAX_RESTARTS, WORK
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import MAX_RESTARTS, WORK, Jobs
 
 PROFILE = """description: noted, not run
 partition: batch

@@ -39,7 +39,7 @@ from data_prep.synth.work_folder import settle
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import Jobs
 
 PROFILE = """description: noted, not run
 partition: gpu
@@ -164,6 +164,7 @@ BAD = {
              "stands in place of --engine"),
     "no cluster": (["--serve-vllm", "x"], "is only for --cluster"),
     "enroot": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/enroot.yaml"], "enroot: is not known"),
+    "a server": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/k8s.yaml"], "puts a server into Slurm"),
     "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "is only for --cluster"),
 }
 
@@ -174,6 +175,7 @@ def test_what_does_not_go_together_is_told(name: str, tmp_path: Path,
     order = order_at(tmp_path, "")
     (tmp_path / "cluster.yaml").write_text(PROFILE)
     (tmp_path / "enroot.yaml").write_text(f"{PROFILE}container: {{kind: enroot, image: x.sqsh}}\n")
+    (tmp_path / "k8s.yaml").write_text("kind: k8s\ndescription: noted, not run\nimage: none\n")
     more, sentence = BAD[name]
     assert main(["synth", echoes.NAME, "--input", str(order.inputs[0]), "--output", str(order.output),
                  *(word.format(tmp=tmp_path) for word in more)]) == 2
