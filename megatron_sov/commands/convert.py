@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import atomic_write, to_json, write_output
 from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS,
     CheckpointOut,
@@ -437,7 +437,7 @@ def _verify(args: VerifyOptions) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
-    from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
+    from megatron_sov.eval.parity import LogitsProof, card, prove_logits
 
     events = RunEvents(args.run)
     # first, since ranks are forked from this process and threads that later work starts would
@@ -450,7 +450,7 @@ def _verify(args: VerifyOptions) -> int:
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
     if args.card:
-        write_card(args.card, card(args.a, args.b, weights, logits))
+        write_output(args.card, to_json(card(args.a, args.b, weights, logits)))
     events.add("conversion", target=f"{args.a} and {args.b}",
                checks=[dataclasses.asdict(check) for check in checks])
     if args.json:

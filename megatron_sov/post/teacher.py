@@ -31,7 +31,7 @@ from megatron_sov.data.token_shards import Source, open_sources, provenance, tok
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.digests import BLAKE3, Digest, file_digest
 from megatron_sov.errors import UserError
-from megatron_sov.eval.filling import ROW_TOKENS, rows_of
+from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.decode.forward_only import Inputs

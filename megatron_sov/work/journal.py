@@ -230,6 +230,14 @@ def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
         yield record
 
 
+def later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, bytes]]:
+    """Yield what a journal's writers have added behind `ends`, each file's, which this brings up to date."""
+    for file in _files(folder):
+        for item, payload, end in _records(file, ends.get(file, 0)):
+            ends[file] = end
+            yield item, payload
+
+
 def read_job(folder: Path) -> dict[str, Any]:
     """Return made_by, identity and num_done (items with a record) of a folder of unfinished work, as far as
     it tells."""
@@ -266,9 +274,10 @@ def _has_work(folder: Path) -> bool:
             or any(folder.glob(PARTS)) or any(map(_has_work, folder.glob(".*.work"))))
 
 
-def _records(file: Path) -> Iterator[tuple[Item, bytes, int]]:
+def _records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int]]:
     """Yield item, payload and end of each whole record of a file."""
     with open(file, "rb") as f:
+        f.seek(begin)
         while (record := _next_record(f)) is not None:
             yield *record, f.tell()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.eval.lm import task_files
-from megatron_sov.eval.lm.task_files import TaskFolder
-from megatron_sov.eval.lm.tasks import TaskSources, hash_of, load_tasks
+from megatron_sov.eval.lm import tasks as task_files
+from megatron_sov.eval.lm.tasks import TaskFolder, TaskSources, hash_of, load_tasks
 
 PLAIN = ("task: plain\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
          "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
@@ -128,6 +128,12 @@ def test_another_part_of_the_same_file_is_another_task(folder: Path) -> None:
         loaded = load(folder, text)
         hashes.append(hash_of(loaded.tasks["plain"], loaded.files["plain"]))
     assert hashes[0] != hashes[1]
+
+
+def test_a_hash_knows_no_place_in_memory() -> None:
+    made = [SimpleNamespace(dump_config=lambda place=place: {"doc_to_text": f"partial(<f at {place}>)"},
+                            eval_docs=[]) for place in ("0x7f00", "0x7f01")]
+    assert hash_of(made[0], {}) == hash_of(made[1], {})
 
 
 def test_code_runs_where_the_user_trusts_the_folder(folder: Path) -> None:
