@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_sov.config import LatentAttentionConfig, ModelConfig, RunConfig
-from megatron_sov.plan.states import FLOAT32_BYTES, ITEM_BYTES
+from megatron_sov.plan.held import FLOAT32_BYTES, ITEM_BYTES
 
 INDEX_BYTES = 8
 QUERY_BLOCK = 1024

@@ -19,8 +19,7 @@ from megatron_sov.plan.activations import (
     saved,
     tokens_of,
 )
-from megatron_sov.plan.held import chunk_layers
-from megatron_sov.plan.states import FLOAT32_BYTES, ITEM_BYTES
+from megatron_sov.plan.held import FLOAT32_BYTES, ITEM_BYTES, chunk_layers
 
 
 def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_sov.plan.held import BF16_BYTES
 from megatron_sov.plan.speed.shape import ModelShape
-from megatron_sov.plan.states import BF16_BYTES
 
 
 def kv_bytes(shape: ModelShape, tokens: float, item_bytes: float = BF16_BYTES) -> float:

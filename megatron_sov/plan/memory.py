@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.config.lora import HEAD
 from megatron_sov.plan.activations import kinds, saved
+from megatron_sov.plan.held import FLOAT32_BYTES, ITEM_BYTES, quantized_weight_bytes
 from megatron_sov.plan.in_flight import head_keeps, stored
 from megatron_sov.plan.overheads import EXPECTED_IMBALANCE, FRAGMENTATION_SHARE, nccl_bytes
-from megatron_sov.plan.quantized_weights import kept_bytes
-from megatron_sov.plan.states import FLOAT32_BYTES, ITEM_BYTES, States, states_of
+from megatron_sov.plan.states import States, states_of
 
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
@@ -118,7 +118,7 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         weights=states.weights, gradients=states.gradients, optimizer=states.optimizer,
         on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
         layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
-        quantized_weights=kept_bytes(config, stage),
+        quantized_weights=quantized_weight_bytes(config, stage),
         angles=2 * row * config.model.rotated_channels() * FLOAT32_BYTES,
         nccl=nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
 

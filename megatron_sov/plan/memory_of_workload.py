@@ -12,11 +12,11 @@ from typing import Any
 from megatron_sov.config import GpuConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.config.gpu import RecomputeModule
 from megatron_sov.models.count import num_params
+from megatron_sov.plan.held import BF16_BYTES, FLOAT32_BYTES
 from megatron_sov.plan.memory import Account, account
 from megatron_sov.plan.speed.shape import ModelShape
 from megatron_sov.plan.speed.traffic import held_params
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload
-from megatron_sov.plan.states import BF16_BYTES, FLOAT32_BYTES
 
 FP8: dict[str, Any] = {precision: fp8 for fp8, precision in reversed(PRECISIONS.items())}
 """Precision of a workload -> the first `train.fp8` that computes in it."""

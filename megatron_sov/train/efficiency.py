@@ -11,7 +11,7 @@ import torch
 from megatron_sov.clusters.chips import of_device
 from megatron_sov.config import RunConfig
 from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.obs.telemetry.nvml import open_meter
 from megatron_sov.runs.launch_environment import is_first
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_sov import models
-from megatron_sov.models.count import num_params
+from megatron_sov.models.count import mean_keys, multiplied_weights, num_params, train_flops_per_token
 from megatron_sov.models.family import TokenIds
-from megatron_sov.models.flops import mean_keys, multiplied_weights, train_flops_per_token
 from megatron_sov.recipes import get
 
 SEQ_LEN = 64

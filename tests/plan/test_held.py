@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_sov import models, recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.plan.buffers import Size, laid_out
 from megatron_sov.plan.held import held
 from megatron_sov.plan.overheads import communicators, nccl_bytes
+from megatron_sov.plan.states import Size, laid_out
 
 LORA = ["lora.rank=4", "lora.targets=[\"all-linear\", \"lm_head\", \"embed_tokens\"]"]
 RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "parallel.sp=true"], 8, 7),

@@ -16,12 +16,12 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import GIB
 from megatron_sov.plan import host_memory
+from megatron_sov.plan.held import stage_params
 from megatron_sov.plan.host_memory import node_bytes, refuse_on_nodes, refuse_on_this_node
 from megatron_sov.plan.memory import account
 from megatron_sov.plan.memory_of_workload import account_of
 from megatron_sov.plan.speed.shape import ModelShape
 from megatron_sov.plan.speed.workload import Workload, of_run
-from megatron_sov.plan.stages import stage_params
 
 H100, LINKS = CHIPS["h100"], default_links(CHIPS["h100"])
 

@@ -7,9 +7,10 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.models.count import TABLES
 from megatron_sov.plan.fitting import fullest
-from megatron_sov.plan.quantized_weights import kept_bytes, weight_bytes
-from megatron_sov.plan.stages import stage_params, vocabulary_tables
+from megatron_sov.plan.held import held, stage_params, weight_bytes
+from megatron_sov.plan.held import quantized_weight_bytes as kept_bytes
 
 HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128
 """Of Solar Open: 64 heads and 8 of keys, 48 layers of experts of 1280, the shared one too."""
@@ -47,7 +48,8 @@ def test_all_but_norms_routers_and_tables_is_quantised(recipe: str) -> None:
         norms = 2 * m.hidden_size + (2 * m.head_dim if m.qk_norm else 0)
         whole = (norms * (len(layers) + predicts) + last * m.hidden_size + 3 * m.hidden_size * predicts
                  + num_moe * m.hidden_size * m.num_experts)
-        tables = vocabulary_tables(config, stage) * -(-m.vocab_size // 2) * m.hidden_size
+        tables = sum(part.numel for runs in held(config, stage) for _, parts in runs for part in parts
+                     if part.key in TABLES)
         experts = 2 * m.num_experts // 8 + 2 * (m.num_shared_experts > 0)
         weights = 2 * len(layers) + num_moe * experts + 2 * (len(layers) - num_moe) + 5 * predicts
         numbers = params.dense + params.experts - whole - tables

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sov.config import RunConfig
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 
 RECOMPUTED = 4 / 3
 """FLOPs of a step that recomputes every layer, beside one that stores: four forward passes for three."""

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from megatron_sov import models
 from megatron_sov.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from megatron_sov.models.adapters import adapted_modules
-from megatron_sov.plan.held import TABLES
-from megatron_sov.plan.stages import stage_params
-from megatron_sov.plan.states import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES
+from megatron_sov.models.count import TABLES
+from megatron_sov.plan.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_params
 
 HOST_COPY_BYTES_PER_S = 20e9
 """From a GPU to pinned host memory: PCIe 4.0 has 32 GB/s, 5.0 64, of which a copy reaches about two thirds of

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_sov.clusters.chips import Chip, Links
+from megatron_sov.plan.held import BF16_BYTES
 from megatron_sov.plan.kv_cache import kv_bytes, kv_cuts
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.plan.speed.shape import ModelShape
-from megatron_sov.plan.states import BF16_BYTES
 
 SLICES = 64
 """Stretches of a response over which the number of running ones is taken for constant."""

@@ -14,7 +14,7 @@ from megatron_sov import recipes
 from megatron_sov.clusters.chips import chip
 from megatron_sov.config import apply_settings
 from megatron_sov.errors import UserError
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.plan.calibration.calibrate import FACTORS, NOISE, fit, scaled, solved
 from megatron_sov.plan.calibration.local_machine import LocalMachine, Passes, learn, passes_of
 from megatron_sov.plan.calibration.parameters_file import Learned, as_json, read_learned, shipped

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sov import recipes
 from megatron_sov.clusters.chips import chip, default_links
-from megatron_sov.models.count import num_params
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import num_params, train_flops_per_token
 from megatron_sov.plan.speed import elementwise, work
 from megatron_sov.plan.speed.shape import ModelShape, mean_keys, of_model
 from megatron_sov.plan.speed.workload import Workload
