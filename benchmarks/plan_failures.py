@@ -22,17 +22,19 @@ from megatron_sov import recipes
 from megatron_sov.clusters import cluster
 from megatron_sov.config import apply_settings
 from megatron_sov.obs.units import SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
-from megatron_sov.plan.operation.checkpoints import checkpoint_bytes, daly_interval_s, young_interval_s
-from megatron_sov.plan.operation.failures import (
+from megatron_sov.plan.operation import (
     Conditions,
     Kind,
     Outcome,
     best_interval_s,
+    checkpoint_bytes,
     conditions,
+    daly_interval_s,
     goodput,
+    operation,
     simulate,
+    young_interval_s,
 )
-from megatron_sov.plan.operation.run import operation
 
 GOAL = 0.97
 RECIPE, NUM_GPUS, STEP_S = "k-exaone-236b", 10_240, 5.0

@@ -14,7 +14,7 @@ from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.units import JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
-from megatron_sov.plan.operation.cost import DRAWN_SHARE
+from megatron_sov.plan.operation import DRAWN_SHARE
 from megatron_sov.runs.folder import CONFIG
 
 

@@ -17,12 +17,10 @@ from megatron_sov.config import PhaseConfig, RunConfig
 from megatron_sov.config.schedules import Schedule
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import SECONDS_OF_AN_HOUR
-from megatron_sov.plan.calibration.local_machine import passes_of
-from megatron_sov.plan.calibration.parameters_file import Learned, read_learned, shipped
 from megatron_sov.plan.kept import KeptPlan, StretchPlan
+from megatron_sov.plan.learned import Learned, passes_of, read_learned, shipped
 from megatron_sov.plan.memory import account
-from megatron_sov.plan.operation.checkpoints import checkpoint_bytes, write_times
-from megatron_sov.plan.operation.failures import conditions, goodput
+from megatron_sov.plan.operation import checkpoint_bytes, conditions, goodput, write_times
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
 

@@ -252,8 +252,8 @@ def stage_params(config: RunConfig) -> list[StageParams]:
 
 
 # Quantised weights, which Transformer Engine keeps beside the bf16 ones under `train.fp8`.  It quantises a
-# weight in the first micro-batch of a step into buffers that stay (`_fp8_workspaces`, 2.20.2): rowwise for the
-# forward pass, columnwise for the gradients of inputs.  The shapes are those of its quantisers
+# weight in the first micro-batch of a step into buffers that stay (`_fp8_workspaces`, 2.20.2): rowwise for
+# the forward pass, columnwise for the gradients of inputs.  The shapes are those of its quantisers
 # (`pytorch/tensor/*_tensor.py`: data, and `get_scale_shape`).
 
 

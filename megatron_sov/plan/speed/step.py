@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
-from megatron_sov.plan.speed import elementwise, traffic, work
+from megatron_sov.plan.speed import traffic, work
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.work import Product
 from megatron_sov.plan.speed.workload import Workload
@@ -99,7 +99,7 @@ class Clock:
 
     def scan(self) -> float:
         """Return the seconds of a Mamba-2 block's scan, all passes."""
-        return (self.passes("mamba") * elementwise.mamba_scan_flops(self.w)
+        return (self.passes("mamba") * work.mamba_scan_flops(self.w)
                 / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction))
 
     def passed(self, num_bytes: float, part: str) -> float:
@@ -111,9 +111,9 @@ class Clock:
         seconds = 0.0
         if self.w.precision != "bf16":
             passes = self.p.quantize_passes[self.w.precision]
-            seconds += passes * elementwise.quantized_bytes(products, self.frozen) / self.hbm
+            seconds += passes * work.quantized_bytes(products, self.frozen) / self.hbm
         if self.frozen:
-            seconds += self.passed(elementwise.adapter_bytes(products), "")
+            seconds += self.passed(work.adapter_bytes(products), "")
         return seconds
 
 
@@ -291,7 +291,7 @@ def _head(clock: Clock) -> _MicroBatch:
     w = clock.w
     return _MicroBatch(head=(1 + w.shape.num_mtp_layers) * (
         clock.product(work.head_product(w))
-        + elementwise.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
+        + work.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
 
 
 def _stage(w: Workload, parts: Parts, messages_s: float) -> tuple[_MicroBatch, float, float]:
@@ -361,28 +361,28 @@ def _prediction_layers(clock: Clock) -> _MicroBatch:
 def _attention(clock: Clock, window: int) -> _MicroBatch:
     products = work.attention_products(clock.w)
     return _MicroBatch(dense=clock.products(products), attention=clock.attention(window),
-                       memory=clock.passed(elementwise.attention_bytes(clock.w), "") + clock.around(products))
+                       memory=clock.passed(work.attention_bytes(clock.w), "") + clock.around(products))
 
 
 def _mamba(clock: Clock) -> _MicroBatch:
     products = work.mamba_products(clock.w)
     return _MicroBatch(dense=clock.products(products), attention=clock.scan(),
-                       memory=clock.passed(elementwise.mamba_bytes(clock.w), "mamba")
+                       memory=clock.passed(work.mamba_bytes(clock.w), "mamba")
                        + clock.around(products))
 
 
 def _dense(clock: Clock) -> _MicroBatch:
     products = work.dense_products(clock.w)
     return _MicroBatch(dense=clock.products(products),
-                       memory=clock.passed(elementwise.dense_bytes(clock.w), "mlp") + clock.around(products))
+                       memory=clock.passed(work.dense_bytes(clock.w), "mlp") + clock.around(products))
 
 
 def _moe(clock: Clock) -> _MicroBatch:
     beside, experts = work.beside_experts_products(clock.w), work.expert_products(clock.w)
     activation = "moe" if clock.again("moe") else "moe_act"
-    memory = clock.passed(elementwise.moe_bytes(clock.w), "moe") + clock.around(beside)
+    memory = clock.passed(work.moe_bytes(clock.w), "moe") + clock.around(beside)
     if not clock.w.fused_experts:
-        memory += (clock.passed(elementwise.activation_bytes(clock.w), activation) + clock.around(experts))
+        memory += (clock.passed(work.activation_bytes(clock.w), activation) + clock.around(experts))
     return _MicroBatch(dense=clock.products(beside), experts=clock.products(experts),
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 
