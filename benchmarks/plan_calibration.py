@@ -24,9 +24,9 @@ from plan_fit import PRIORS, Sample, error, fit
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.plan.speed.parameters import Parameters, default
-from megatron_sov.plan.tables.cells import read_table
+from megatron_sov.plan.tables.cells import MissingInput, read_table
 from megatron_sov.plan.tables.predicted import tokens_per_s_per_gpu
-from megatron_sov.plan.tables.workloads import MissingInput, workload_of
+from megatron_sov.plan.tables.workloads import workload_of
 
 ROOT = Path(__file__).parent
 ROWS = ROOT / "data" / "throughput.csv"

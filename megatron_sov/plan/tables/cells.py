@@ -14,7 +14,6 @@ from typing import Literal
 from megatron_sov.clusters.chips import CHIPS, Chip, chip
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.plan.speed.workload import Precision
-from megatron_sov.plan.tables.workloads import MissingInput
 
 TEXTS = ("source", "source_ref", "model", "gpu", "dp_sharding", "precision", "recompute", "other", "router",
          "note")
@@ -40,6 +39,10 @@ MAX_CELL = 4096
 """Characters of a cell: words are searched for what they tell, and that takes the square of their length."""
 EMPTY = {"", "-", "n/a", "na", "none", "null", "?"}
 """What stands for a cell that nobody filled in, in columns of numbers."""
+
+
+class MissingInput(Exception):
+    """A row lacks what nothing else tells; says what."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from megatron_sov.outputs import check_output, refuse_input
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import Workload
-from megatron_sov.plan.tables.cells import PREDICTED, count, number, read_table, words
+from megatron_sov.plan.tables.cells import PREDICTED, MissingInput, count, number, read_table, words
 from megatron_sov.plan.tables.memory import peak_bytes
-from megatron_sov.plan.tables.workloads import MissingInput, workload_of
+from megatron_sov.plan.tables.workloads import workload_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron_sov.clusters.chips import Chip, Links, default_links
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.workload import ModelShape, Workload
 from megatron_sov.plan.tables import cells
-from megatron_sov.plan.tables.cells import count, number, words
+from megatron_sov.plan.tables.cells import MissingInput, count, number, words
 from megatron_sov.plan.tables.memory import peak_bytes
 
 
@@ -72,10 +72,6 @@ STATED = {"layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads",
 USUAL_VOCAB = 128_000
 CLOSE = 0.02
 """Share by which a guess's parameters may miss those that the row states before another one is tried."""
-
-
-class MissingInput(Exception):
-    """A row lacks what nothing else tells; says what."""
 
 
 def shape_of(row: Mapping[str, str]) -> tuple[ModelShape, Published | None]:
