@@ -1,4 +1,4 @@
-"""What failures cost a run: its effective training time, in closed form and by simulation.
+"""What keeps a run going and what that costs: checkpoints, failures, money.
 
 A run works for `interval_s`, is held up for `stall_s` while it copies its state, and goes on while the copy
 is written for `write_s`; the next checkpoint waits for the one before, as `mcore/checkpoint/save.py` has it.
@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import heapq
 import math
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_sov import models
@@ -28,7 +25,7 @@ from megatron_sov.plan.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_
 
 
 @dataclass(frozen=True)
-class Kind:
+class FailureKind:
     """A kind of failure."""
 
     name: str
@@ -36,8 +33,6 @@ class Kind:
     """Of all failures; those of all kinds add up to 1."""
     restart_s: float
     """From the failure to the first new step: noticed, started, checkpoint loaded."""
-    excludes_node: bool = False
-    """Whether its node is left out until it is repaired."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Conditions:
 
     failures_per_s: float
     """Of the whole run."""
-    kinds: tuple[Kind, ...]
+    kinds: tuple[FailureKind, ...]
     """What fails."""
     interval_s: float
     """Work between the beginnings of two checkpoints."""
@@ -54,11 +49,6 @@ class Conditions:
     """How long a checkpoint holds up the run."""
     write_s: float
     """How long it is written beside the training until it is there."""
-    spare_nodes: int | None = None
-    """Nodes that take the places of excluded ones; when none is left the run waits for a repair.  None:
-    always enough."""
-    repair_s: float = 86400.0
-    """Until an excluded node serves again."""
 
     @property
     def mtbf_s(self) -> float:
@@ -75,35 +65,7 @@ def conditions(profile: ClusterProfile, num_gpus: int, interval_s: float, stall_
                write_s: float) -> Conditions:
     """Return the conditions of a run on a cluster, with nodes enough."""
     return Conditions(profile.failures_per_gpu_year * num_gpus / SECONDS_OF_A_YEAR,
-                      (Kind("any", 1.0, profile.restart_s),), interval_s, stall_s, write_s)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run, in seconds that add up to `wall_s`."""
-
-    work_s: float
-    """Done for good."""
-    redone_s: float
-    """Done and lost, so done again."""
-    stalled_s: float
-    """Held up by checkpoints."""
-    restarting_s: float
-    """From failures to first new steps."""
-    waiting_s: float
-    """For nodes under repair."""
-    num_failures: int
-    """All of them, those during restarts too."""
-
-    @property
-    def wall_s(self) -> float:
-        """From beginning to end."""
-        return self.work_s + self.redone_s + self.stalled_s + self.restarting_s + self.waiting_s
-
-    @property
-    def goodput(self) -> float:
-        """Effective training time: share of the time in which work was done for good."""
-        return self.work_s / self.wall_s
+                      (FailureKind("any", 1.0, profile.restart_s),), interval_s, stall_s, write_s)
 
 
 def goodput(c: Conditions) -> float:
@@ -137,84 +99,6 @@ def best_interval_s(c: Conditions) -> float:
         of_a, of_b = (goodput(replace(c, interval_s=math.exp(x))) for x in (a, b))
         low, high = (low, b) if of_a >= of_b else (a, high)
     return math.exp((low + high) / 2)
-
-
-def simulate(c: Conditions, work_s: float, seed: int = 0, delays: Iterator[float] | None = None) -> Outcome:
-    """Return what becomes of a run that has so much to do; the same for the same seed.
-
-    Event by event: each stretch between two failures is one step of the loop, and the checkpoints in it are
-    counted, not walked through.
-
-    Args:
-        c: what the run lives with.
-        work_s: what it has to do.
-        seed: of what is drawn.
-        delays: time to the next failure, from each start of training and of a restart on, where it is known,
-            as from a cluster's own log; None: drawn.
-    """
-    drawn, repairs = random.Random(seed), list[float]()
-    delays = _delays(c, drawn) if delays is None else delays
-    done_s = redone_s = stalled_s = restarting_s = waiting_s = 0.0
-    num_failures = 0
-    while True:
-        left_s = work_s - done_s
-        ahead_s, needs_s = next(delays), wall_of(c, left_s)
-        if ahead_s >= needs_s:
-            return Outcome(work_s, redone_s, stalled_s + needs_s - left_s, restarting_s, waiting_s,
-                           num_failures)
-        worked_s, kept_s = progress(c, ahead_s)
-        done_s, redone_s, stalled_s = (done_s + kept_s, redone_s + worked_s - kept_s,
-                                       stalled_s + ahead_s - worked_s)
-        while True:
-            num_failures += 1
-            kind = drawn.choices(c.kinds, [k.share for k in c.kinds])[0]
-            if kind.excludes_node and c.spare_nodes is not None:
-                now_s = done_s + redone_s + stalled_s + restarting_s + waiting_s
-                waiting_s += _wait_for_node(repairs, now_s, c)
-            ahead_s = next(delays)
-            restarting_s += min(ahead_s, kind.restart_s)
-            if ahead_s >= kind.restart_s:
-                break
-
-
-def _delays(c: Conditions, drawn: random.Random) -> Iterator[float]:
-    """Yield the time to the next failure, from any moment on."""
-    while True:
-        yield drawn.expovariate(c.failures_per_s) if c.failures_per_s else math.inf
-
-
-def _wait_for_node(repairs: list[float], now_s: float, c: Conditions) -> float:
-    """Send a node away and return how long the run waits for one in its place.
-
-    Args:
-        repairs: when the nodes that are away come back, a heap; changed.
-        now_s: time of the failure.
-        c: spare nodes, time of a repair.
-    """
-    assert c.spare_nodes is not None
-    while repairs and repairs[0] <= now_s:
-        heapq.heappop(repairs)
-    heapq.heappush(repairs, now_s + c.repair_s)
-    # as many are away as spares served: the next one to come back is taken
-    return repairs[0] - now_s if len(repairs) > c.spare_nodes else 0.0
-
-
-def progress(c: Conditions, time_s: float) -> tuple[float, float]:
-    """Return the work done, and how much of it is in a checkpoint that is there whole, a time after the start
-    of training."""
-    if time_s < c.interval_s:
-        return time_s, 0.0
-    begun = math.floor((time_s - c.interval_s) / c.period_s)
-    since_s = time_s - c.interval_s - begun * c.period_s
-    worked_s = c.interval_s * (begun + 1) + min(max(since_s - c.stall_s, 0.0), c.interval_s)
-    return worked_s, c.interval_s * (begun + (since_s >= c.stall_s + c.write_s))
-
-
-def wall_of(c: Conditions, work_s: float) -> float:
-    """Return how long some work takes without failures, its last checkpoint not counted."""
-    begun = max(0, math.ceil(work_s / c.interval_s) - 1)
-    waits_s = max(0.0, c.write_s - c.interval_s)
-    return work_s + begun * c.stall_s + max(0, begun - 1) * waits_s
 
 
 # What a checkpoint holds, how long it takes to write, and how often it is worth it.
@@ -341,25 +225,6 @@ def write_times(config: RunConfig, num_ranks: int, storage_bytes_per_s: float) -
     if not config.train.async_save:
         return WriteTimes(background_s, 0.0)
     return WriteTimes(of_one / HOST_COPY_BYTES_PER_S, background_s)
-
-
-def young_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Return the work between checkpoints that loses least, to first order (Young, Communications of the ACM
-    17(9), 1974).
-
-    Args:
-        cost_s: how long a checkpoint holds up the run.
-        mtbf_s: mean time between failures of the whole run.
-    """
-    return math.sqrt(2 * cost_s * mtbf_s)
-
-
-def daly_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Return the same to higher order (Daly, Future Generation Computer Systems 22(3), 2006, equation 37)."""
-    if cost_s >= 2 * mtbf_s:
-        return mtbf_s
-    x = math.sqrt(cost_s / (2 * mtbf_s))
-    return young_interval_s(cost_s, mtbf_s) * (1 + x / 3 + x * x / 9) - cost_s
 
 
 # A run on a cluster: its checkpoints, how often they are worth it, and what failures leave of its time.

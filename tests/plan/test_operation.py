@@ -8,6 +8,7 @@ import json
 import math
 import random
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,29 @@ from megatron_sov.config import apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.plan.operation import (
     Conditions,
-    Kind,
+    FailureKind,
     best_interval_s,
     checkpoint_bytes,
     conditions,
     cost,
-    daly_interval_s,
     goodput,
     operation,
-    progress,
     rank_bytes,
+    write_times,
+)
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from plan_failures import (
+    Breakage,
+    RepairConditions,
+    daly_interval_s,
+    progress,
     simulate,
     wall_of,
-    write_times,
     young_interval_s,
 )
 
-ANY = (Kind("any", 1.0, 600.0),)
+ANY = (FailureKind("any", 1.0, 600.0),)
 DAY_S = 86400.0
 
 
@@ -77,7 +84,7 @@ def test_without_failures_checkpoints_alone_take_time() -> None:
 @pytest.mark.parametrize("c", [
     Conditions(1 / 18_000, ANY, 300, 2, 60),
     Conditions(1 / 3_000, ANY, 600, 30, 500),
-    Conditions(1 / 5_000, (Kind("process", 0.7, 120), Kind("hang", 0.3, 1800)), 200, 1, 300),
+    Conditions(1 / 5_000, (FailureKind("process", 0.7, 120), FailureKind("hang", 0.3, 1800)), 200, 1, 300),
     Conditions(1 / 900, ANY, 300, 60, 0),
 ], ids=["10,000 GPUs", "slow store", "two kinds", "hardly any progress"])
 def test_the_simulation_agrees_with_the_closed_form(c: Conditions) -> None:
@@ -91,7 +98,7 @@ def test_a_checkpoint_that_is_waited_for_is_dalys_model() -> None:
     """Equation 20 of his paper: T = M exp(R / M) (exp((tau + delta) / M) - 1) Ts / tau."""
     m, r, tau, delta = 9_000.0, 400.0, 1_200.0, 90.0
     daly = tau / (m * math.exp(r / m) * (math.exp((tau + delta) / m) - 1))
-    assert goodput(Conditions(1 / m, (Kind("any", 1, r),), tau, delta, 0)) == pytest.approx(daly)
+    assert goodput(Conditions(1 / m, (FailureKind("any", 1, r),), tau, delta, 0)) == pytest.approx(daly)
 
 
 @pytest.mark.parametrize(("mtbf_s", "stall_s"), [(18_000, 2), (3_600, 30), (86_400, 120)])
@@ -119,15 +126,15 @@ def test_the_same_seed_gives_the_same_run_and_parts_add_up() -> None:
 
 def test_a_failure_during_a_restart_begins_the_restart_anew() -> None:
     """Failures 150 s after the start of training, 40 s into the restart, then never."""
-    c = Conditions(1e-3, (Kind("any", 1, 100),), 60, 0, 10)
+    c = Conditions(1e-3, (FailureKind("any", 1, 100),), 60, 0, 10)
     outcome = simulate(c, 300, delays=iter((150, 40, math.inf, math.inf)))
     assert (outcome.redone_s, outcome.restarting_s, outcome.num_failures) == (30, 140, 2)
     assert outcome.wall_s == 300 + 30 + 140
 
 
 def test_without_spares_a_run_waits_for_the_first_repair() -> None:
-    broken = (Kind("node", 1, 100, excludes_node=True),)
-    c = Conditions(1e-3, broken, 1000, 0, 10, spare_nodes=1, repair_s=5000)
+    broken = (Breakage("node", 1, 100),)
+    c = RepairConditions(1e-3, broken, 1000, 0, 10, spare_nodes=1, repair_s=5000)
     log = (150, 900, 800, 900, math.inf)
     # at 150 the spare serves; 100 s of restart and 800 of training later it breaks as well, and the first
     # node is back at 5150
@@ -138,8 +145,8 @@ def test_without_spares_a_run_waits_for_the_first_repair() -> None:
 
 def test_enough_spares_come_near_the_closed_form_and_few_do_not() -> None:
     """10 breakages a day, two days of repair each: about 20 nodes are away at any time."""
-    broken = (Kind("node", 1, 60, excludes_node=True),)
-    c = Conditions(10 / DAY_S, broken, 600, 2, 60, repair_s=2 * DAY_S)
+    broken = (Breakage("node", 1, 60),)
+    c = RepairConditions(10 / DAY_S, broken, 600, 2, 60, repair_s=2 * DAY_S)
     shares = [simulate(replace(c, spare_nodes=n), 100 * DAY_S).goodput for n in (40, 20, 10)]
     assert shares[0] == pytest.approx(goodput(c), abs=2e-3)
     assert shares[0] > shares[1] > shares[2]
@@ -157,7 +164,7 @@ def test_ten_thousand_gpus() -> None:
 def test_more_of_anything_bad_is_never_better() -> None:
     base = Conditions(1 / 7_000, ANY, 500, 5, 60)
     worse = [replace(base, failures_per_s=1 / 3_500), replace(base, stall_s=20), replace(base, write_s=300),
-             replace(base, kinds=(Kind("any", 1, 1200),))]
+             replace(base, kinds=(FailureKind("any", 1, 1200),))]
     assert all(goodput(c) < goodput(base) for c in worse)
     drawn = random.Random(0)
     for _, rate in itertools.product(range(50), (1e-5, 1e-4, 1e-3)):
