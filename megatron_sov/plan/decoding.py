@@ -193,7 +193,7 @@ def touched_params(shape: ModelShape, running: float) -> float:
     share = shape.num_experts_per_token / shape.num_experts
     met = shape.num_experts * -math.expm1(running * math.log1p(-share)) if share < 1 else shape.num_experts
     beyond = max(0.0, met - shape.num_experts_per_token)
-    return everywhere + shape.num_moe_layers * beyond * shape.expert_params()
+    return everywhere + shape.num_moe_layers * beyond * shape.block_params("expert")
 
 
 def product_share(chip: Chip, parameters: Parameters) -> float:

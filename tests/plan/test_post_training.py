@@ -162,7 +162,7 @@ def test_experts_that_tokens_meet_are_read() -> None:
     drawn = random.Random(0)
     for running in (1, 8, 64):
         met = [len({e for _ in range(running) for e in drawn.sample(range(128), 8)}) for _ in range(200)]
-        expected = MOE.num_moe_layers * (sum(met) / len(met) - 8) * MOE.expert_params()
+        expected = MOE.num_moe_layers * (sum(met) / len(met) - 8) * MOE.block_params("expert")
         alone = touched_params(MOE, 1)
         assert touched_params(MOE, running) - alone == pytest.approx(expected, rel=0.05)
     everything = MOE.params() - MOE.vocab_size * MOE.hidden_size

@@ -14,7 +14,7 @@ from megatron_sov.plan.speed import work
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import beside_layers, step_time
 from megatron_sov.plan.speed.traffic import held_params, messages
-from megatron_sov.plan.speed.workload import ModelShape, Workload, of_run
+from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
 from megatron_sov.plan.tables.workloads import find, published
 
 LLAMA = next(model.shape for model in published() if "llama3-8b" in model.names)
@@ -185,20 +185,18 @@ def flops_of_all_gpus(w: Workload) -> float:
     """Return the FLOPs of a forward pass of all micro-batches that run at once, products and attention."""
     s = w.shape
 
-    def of(products: list[work.Product]) -> float:
-        return sum(product.flops for product in products)
+    def of(block: Block) -> float:
+        return sum(product.flops for product in work.products(w, block))
 
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
     dense = s.num_feed_forward_layers - s.num_moe_layers + (0 if s.mtp_moe else s.num_mtp_layers)
     layers = s.num_attention_layers + s.num_mtp_layers
     windowed = s.num_window_layers
-    one = (layers * of(work.attention_products(w)) + s.num_mamba_layers * of(work.mamba_products(w))
-           + dense * of(work.dense_products(w))
-           + (1 + s.num_mtp_layers) * work.head_product(w).flops
-           + s.num_mtp_layers * work.mtp_projection(w).flops
+    one = (layers * of("attention") + s.num_mamba_layers * of("mamba") + dense * of("dense")
+           + (1 + s.num_mtp_layers) * of("head") + s.num_mtp_layers * of("prediction")
            + (layers - windowed) * work.attention_flops(w, 0) + windowed * work.attention_flops(w, s.window))
     if s.num_experts:
-        one += moe * (of(work.beside_experts_products(w)) + of(work.expert_products(w)))
+        one += moe * (of("beside experts") + of("expert"))
     return one * w.num_gpus
 
 
@@ -217,13 +215,15 @@ def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
 
 
 def test_latent_projections_are_whole_on_every_rank() -> None:
-    one, eight = (work.attention_products(a_workload("deepseek-v3", tp=tp, sp=tp > 1)) for tp in (1, 8))
+    one, eight = (work.products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention")
+                  for tp in (1, 8))
     cut = [a.flops / b.flops for a, b in zip(one, eight, strict=True)]
     assert sorted(cut) == [1, 1, 8, 8, 8]
 
 
 def test_the_fullest_rank_has_more_rows() -> None:
-    even, uneven = (work.expert_products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i)) for i in (1.0, 1.5))
+    even, uneven = (work.products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
+                    for i in (1.0, 1.5))
     assert [b.tokens / a.tokens for a, b in zip(even, uneven, strict=True)] == [1.5, 1.5]
     assert even[0].groups == 16 and even[0].tokens == 4096 * 8
 

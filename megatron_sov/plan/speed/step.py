@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 from megatron_sov.plan.speed import traffic, work
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.work import Product
-from megatron_sov.plan.speed.workload import Workload
+from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
 EXPERT_STREAMS = 4
 """Experts whose products Transformer Engine runs beside one another."""
@@ -51,7 +52,7 @@ class Clock:
     def again(self, part: str) -> float:
         """Return how often the backward pass computes a part once more."""
         w = self.w
-        if self.forward_only or w.recompute == "none" or part == work.HEAD:
+        if self.forward_only or w.recompute == "none" or part == HEAD:
             return 0.0
         if w.recompute == "full" or (part and part in w.recompute_modules):
             return 1.0
@@ -290,7 +291,7 @@ def _head(clock: Clock) -> _MicroBatch:
     """Return the seconds of the output head and of those of prediction layers, with their losses."""
     w = clock.w
     return _MicroBatch(head=(1 + w.shape.num_mtp_layers) * (
-        clock.product(work.head_product(w))
+        clock.products(work.products(w, "head"))
         + work.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
 
 
@@ -334,51 +335,44 @@ def _stage(w: Workload, parts: Parts, messages_s: float) -> tuple[_MicroBatch, f
 def _trunk(clock: Clock) -> _MicroBatch:
     """Return the seconds of all layers but those of prediction."""
     s, trunk = clock.w.shape, _MicroBatch()
-    windowed = s.num_window_layers
-    trunk.add(_attention(clock, 0), s.num_attention_layers - windowed)
-    if windowed:
-        trunk.add(_attention(clock, s.window), windowed)
-    if s.num_mamba_layers:
-        trunk.add(_mamba(clock), s.num_mamba_layers)
-    dense = s.num_feed_forward_layers - s.num_moe_layers
-    if dense:
-        trunk.add(_dense(clock), dense)
-    if s.num_moe_layers:
-        trunk.add(_moe(clock), s.num_moe_layers)
+    for block, layers in ((lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
+                          (lambda: _attention(clock, s.window), s.num_window_layers),
+                          (lambda: _block(clock, "mamba", work.mamba_bytes, "mamba"), s.num_mamba_layers),
+                          (lambda: _block(clock, "dense", work.dense_bytes, "mlp"),
+                           s.num_feed_forward_layers - s.num_moe_layers),
+                          (lambda: _moe(clock), s.num_moe_layers)):
+        if layers:
+            trunk.add(block(), layers)
     return trunk
 
 
 def _prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds of multi-token prediction without its heads."""
-    w, s, found = clock.w, clock.w.shape, _MicroBatch()
+    s, found = clock.w.shape, _MicroBatch()
     if s.num_mtp_layers:
-        for part in (_attention(clock, 0), _moe(clock) if s.mtp_moe else _dense(clock)):
+        ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", work.dense_bytes, "mlp")
+        for part in (_attention(clock, 0), ffn):
             found.add(part, s.num_mtp_layers)
-        found.dense += s.num_mtp_layers * clock.product(work.mtp_projection(w))
+        found.dense += s.num_mtp_layers * clock.products(work.products(clock.w, "prediction"))
     return found
 
 
+def _block(clock: Clock, block: Block, passed_bytes: Callable[[Workload], float], part: str) -> _MicroBatch:
+    """Return the seconds of a block's products, and of the kernels around them, which recomputation calls
+    `part`."""
+    products = work.products(clock.w, block)
+    return _MicroBatch(dense=clock.products(products), attention=clock.scan() if block == "mamba" else 0.0,
+                       memory=clock.passed(passed_bytes(clock.w), part) + clock.around(products))
+
+
 def _attention(clock: Clock, window: int) -> _MicroBatch:
-    products = work.attention_products(clock.w)
-    return _MicroBatch(dense=clock.products(products), attention=clock.attention(window),
-                       memory=clock.passed(work.attention_bytes(clock.w), "") + clock.around(products))
-
-
-def _mamba(clock: Clock) -> _MicroBatch:
-    products = work.mamba_products(clock.w)
-    return _MicroBatch(dense=clock.products(products), attention=clock.scan(),
-                       memory=clock.passed(work.mamba_bytes(clock.w), "mamba")
-                       + clock.around(products))
-
-
-def _dense(clock: Clock) -> _MicroBatch:
-    products = work.dense_products(clock.w)
-    return _MicroBatch(dense=clock.products(products),
-                       memory=clock.passed(work.dense_bytes(clock.w), "mlp") + clock.around(products))
+    found = _block(clock, "attention", work.attention_bytes, "")
+    found.attention = clock.attention(window)
+    return found
 
 
 def _moe(clock: Clock) -> _MicroBatch:
-    beside, experts = work.beside_experts_products(clock.w), work.expert_products(clock.w)
+    beside, experts = work.products(clock.w, "beside experts"), work.products(clock.w, "expert")
     activation = "moe" if clock.again("moe") else "moe_act"
     memory = clock.passed(work.moe_bytes(clock.w), "moe") + clock.around(beside)
     if not clock.w.fused_experts:

@@ -169,7 +169,7 @@ def held_params(w: Workload) -> tuple[float, float]:
     those."""
     s = w.shape
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
-    experts = moe * s.num_experts * s.expert_params()
+    experts = moe * s.num_experts * s.block_params("expert")
     rest = s.params() + s.mtp_params(s.num_experts) - experts
     return rest / (w.tp * w.pp), experts / (w.etp * w.ep * w.pp)
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_sov.plan.speed.workload import ModelShape, Workload, mean_keys
+from megatron_sov.models.count import mean_keys
+from megatron_sov.plan.speed.workload import Block, Workload
 
 ATTENTION_BACKWARD = 2.5
 """FLOPs of flash attention's backward pass in units of its forward pass: five products for two
 (arXiv 2205.14135, appendix B)."""
-
-HEAD = "head"
-"""Part that no recomputation computes again: it goes by layers, and the head is behind them."""
 
 
 @dataclass(frozen=True)
@@ -47,74 +45,21 @@ def local_tokens(w: Workload) -> float:
     return w.micro_batch_size * w.seq_len / w.cp
 
 
-def attention_products(w: Workload) -> list[Product]:
-    """Return the projections of an attention block."""
-    s, tokens, tp = w.shape, local_tokens(w), w.tp
-    out = Product(tokens, s.hidden_size, s.num_heads * s.value_dim / tp)
-    if not s.kv_lora_rank:
-        width = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim
-        return [Product(tokens, width / tp, s.hidden_size), out]
-    queries = s.num_heads * s.query_dim / tp
-    found = [Product(tokens, s.kv_lora_rank + s.rope_head_dim, s.hidden_size),
-             Product(tokens, s.num_heads * (s.head_dim + s.value_dim) / tp, s.kv_lora_rank,
-                     part="mla_up_proj"), out]
-    if s.q_lora_rank:
-        return [*found, Product(tokens, s.q_lora_rank, s.hidden_size),
-                Product(tokens, queries, s.q_lora_rank, part="mla_up_proj")]
-    return [*found, Product(tokens, queries, s.hidden_size)]
+def products(w: Workload, block: Block) -> list[Product]:
+    """Return the products of a block of a layer on one GPU; of routed experts the grouped ones of the fullest
+    GPU."""
+    tokens, cut, groups = local_tokens(w), w.tp, 1.0
+    if block == "expert":
+        tokens, cut, groups = expert_rows(w), w.etp, w.shape.num_experts / w.ep
+    return [Product(tokens / w.tp if one.cut == "tokens" else tokens,
+                    one.rows / cut if one.cut == "rows" else one.rows,
+                    one.columns / cut if one.cut == "columns" else one.columns,
+                    groups, one.quantized, one.part) for one in w.shape.matrices(block)]
 
 
-def mamba_products(w: Workload) -> list[Product]:
-    """Return the projections of a Mamba-2 block."""
-    s, tokens = w.shape, local_tokens(w)
-    inner = s.mamba_num_heads * s.mamba_head_dim
-    width = 2 * inner + 2 * s.mamba_num_groups * s.mamba_state_dim + s.mamba_num_heads
-    return [Product(tokens, width / w.tp, s.hidden_size), Product(tokens, s.hidden_size, inner / w.tp)]
-
-
-def dense_products(w: Workload) -> list[Product]:
-    """Return the products of a dense feed-forward network."""
-    s = w.shape
-    return _ffn(s, local_tokens(w), s.dense_ffn_dim / w.tp, s.hidden_size, "mlp")
-
-
-def beside_experts_products(w: Workload) -> list[Product]:
-    """Return the products of a layer with experts that every token meets: router, shared experts and the
-    projections around the latent width."""
-    s, tokens = w.shape, local_tokens(w)
-    own = tokens / w.tp
-    found = [Product(own, s.num_experts, s.hidden_size, quantized=False)]
-    if s.num_shared_experts:
-        found += _ffn(s, tokens, s.num_shared_experts * s.expert_ffn_dim / w.tp, s.hidden_size,
-                      "shared_experts")
-    if s.expert_latent_dim:
-        found += [Product(own, s.expert_latent_dim, s.hidden_size),
-                  Product(own, s.hidden_size, s.expert_latent_dim)]
-    return found
-
-
-def expert_products(w: Workload) -> list[Product]:
-    """Return the grouped products of a layer's routed experts on the fullest GPU."""
-    s = w.shape
-    rows = local_tokens(w) / w.tp * w.etp * s.num_experts_per_token * w.imbalance
-    return _ffn(s, rows, s.expert_ffn_dim / w.etp, s.expert_width, "moe", s.num_experts / w.ep)
-
-
-def mtp_projection(w: Workload) -> Product:
-    """Return the product that joins a token's embedding to a prediction layer's input."""
-    return Product(local_tokens(w), w.shape.hidden_size / w.tp, 2 * w.shape.hidden_size)
-
-
-def head_product(w: Workload) -> Product:
-    """Return the output head, which stays in bf16."""
-    return Product(local_tokens(w), w.shape.vocab_size / w.tp, w.shape.hidden_size, quantized=False,
-                   part=HEAD)
-
-
-def _ffn(s: ModelShape, rows: float, width: float, hidden: int, part: str,
-         groups: float = 1) -> list[Product]:
-    return [Product(rows, (s.ffn_matrices - 1) * width, hidden, groups, part=part),
-            Product(rows, hidden, width, groups, part=part)]
+def expert_rows(w: Workload) -> float:
+    """Return the routed tokens of the fullest GPU."""
+    return local_tokens(w) / w.tp * w.etp * w.shape.num_experts_per_token * w.imbalance
 
 
 def attention_flops(w: Workload, window: int) -> float:
@@ -187,8 +132,7 @@ def dense_bytes(w: Workload) -> float:
 def activation_bytes(w: Workload) -> float:
     """Return the bytes of the routed experts' activation."""
     s = w.shape
-    rows = local_tokens(w) / w.tp * w.etp * s.num_experts_per_token * w.imbalance
-    return _activation(w, rows, s.expert_ffn_dim / w.etp)
+    return _activation(w, expert_rows(w), s.expert_ffn_dim / w.etp)
 
 
 def moe_bytes(w: Workload) -> float:

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_sov.clusters.chips import Chip, Links
 from megatron_sov.config import ModelConfig, PhaseConfig, RunConfig
+from megatron_sov.models.count import mean_keys
 from megatron_sov.plan.held import BF16_BYTES
+
+Block = Literal["attention", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
+HEAD = "head"
+"""Part that no recomputation computes again: it goes by layers, and the head is behind them."""
+
+
+class Matrix(NamedTuple):
+    """A weight [rows, columns] that a token is multiplied with."""
+
+    rows: float
+    columns: float
+    cut: Literal["rows", "columns", "tokens", ""]
+    """What of the product tensor parallelism shares: rows or columns of the weight, tokens, or nothing."""
+    part: str = ""
+    """What recomputation calls it: mla_up_proj, mlp, moe, shared_experts; `HEAD`; or nothing."""
+    quantized: bool = True
+    """Whether the workload's precision holds; routers and heads stay in bf16."""
 
 
 @dataclass(frozen=True)
@@ -120,37 +138,56 @@ class ModelShape:
         """Matrices of a feed-forward network."""
         return 3 if self.gated else 2
 
-    def attention_params(self) -> int:
-        """Return the weights of an attention block's projections."""
+    def matrices(self, block: Block) -> list[Matrix]:
+        """Return the weights that tokens are multiplied with in one block of a layer, in an expert, between
+        a token's embedding and a prediction layer, or in the output head."""
+        h, inner = self.hidden_size, self.mamba_num_heads * self.mamba_head_dim
+        if block == "attention":
+            return self._attention()
+        if block == "mamba":
+            width = 2 * inner + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
+            return [Matrix(width, h, "rows"), Matrix(h, inner, "columns")]
+        if block == "dense":
+            return self._feed_forward(self.dense_ffn_dim, h, "mlp")
+        if block == "expert":
+            return self._feed_forward(self.expert_ffn_dim, self.expert_width, "moe")
+        if block == "prediction":
+            return [Matrix(h, 2 * h, "rows")]
+        if block == "head":
+            return [Matrix(self.vocab_size, h, "rows", HEAD, quantized=False)]
+        found = [Matrix(self.num_experts, h, "tokens", quantized=False)]
+        if self.num_shared_experts:
+            found += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
+        if self.expert_latent_dim:
+            found += [Matrix(self.expert_latent_dim, h, "tokens"),
+                      Matrix(h, self.expert_latent_dim, "tokens")]
+        return found
+
+    def _attention(self) -> list[Matrix]:
         h, heads = self.hidden_size, self.num_heads
-        out = heads * self.value_dim * h
+        out = Matrix(h, heads * self.value_dim, "columns")
         if not self.kv_lora_rank:
-            return h * self.head_dim * (heads + 2 * self.num_kv_heads) + out
-        query = (self.q_lora_rank * (h + heads * self.query_dim) if self.q_lora_rank
-                 else h * heads * self.query_dim)
-        keys_and_values = (h * (self.kv_lora_rank + self.rope_head_dim)
-                           + self.kv_lora_rank * heads * (self.head_dim + self.value_dim))
-        return query + keys_and_values + out
+            return [Matrix((heads + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
+        both = heads * (self.head_dim + self.value_dim)
+        found = [Matrix(self.kv_lora_rank + self.rope_head_dim, h, ""),
+                 Matrix(both, self.kv_lora_rank, "rows", "mla_up_proj"), out]
+        if not self.q_lora_rank:
+            return [*found, Matrix(heads * self.query_dim, h, "rows")]
+        return [*found, Matrix(self.q_lora_rank, h, ""),
+                Matrix(heads * self.query_dim, self.q_lora_rank, "rows", "mla_up_proj")]
 
-    def mamba_params(self) -> int:
-        """Return the weights of a Mamba-2 block's two projections."""
-        inner = self.mamba_num_heads * self.mamba_head_dim
-        states = 2 * self.mamba_num_groups * self.mamba_state_dim
-        return self.hidden_size * (2 * inner + states + self.mamba_num_heads) + inner * self.hidden_size
+    def _feed_forward(self, inner: float, width: int, part: str) -> list[Matrix]:
+        """Return two matrices of a network, of which the first one has the gate, where there is one."""
+        return [Matrix((self.ffn_matrices - 1) * inner, width, "rows", part),
+                Matrix(width, inner, "columns", part)]
 
-    def dense_ffn_params(self) -> int:
-        """Return the weights of a dense feed-forward network."""
-        return self.ffn_matrices * self.hidden_size * self.dense_ffn_dim
+    def block_params(self, block: Block) -> int:
+        """Return the weights of a block."""
+        return round(sum(one.rows * one.columns for one in self.matrices(block)))
 
-    def expert_params(self) -> int:
-        """Return the weights of a routed expert."""
-        return self.ffn_matrices * self.expert_width * self.expert_ffn_dim
-
-    def beside_experts_params(self) -> int:
-        """Return the weights of a layer's router, shared experts and projections around the latent width."""
-        h = self.hidden_size
-        shared = round(self.ffn_matrices * h * self.num_shared_experts * self.expert_ffn_dim)
-        return h * self.num_experts + shared + 2 * h * self.expert_latent_dim
+    def experts_params(self, experts: int) -> int:
+        """Return the weights of a feed-forward network with so many routed experts."""
+        return experts * self.block_params("expert") + self.block_params("beside experts")
 
     def params(self) -> int:
         """Return the parameters, prediction layers left out; norms and biases, which no product has, too."""
@@ -164,18 +201,18 @@ class ModelShape:
     def mtp_params(self, experts: int) -> int:
         """Return the weights of all prediction layers (projection, attention, feed-forward network), with so
         many routed experts; their head is the trunk's."""
-        ffn = (experts * self.expert_params() + self.beside_experts_params() if self.mtp_moe
-               else self.dense_ffn_params())
-        return self.num_mtp_layers * (2 * self.hidden_size ** 2 + self.attention_params() + ffn)
+        ffn = self.experts_params(experts) if self.mtp_moe else self.block_params("dense")
+        return self.num_mtp_layers * (self.block_params("prediction") + self.block_params("attention") + ffn)
 
     def _multiplied(self, experts: int) -> int:
         """Return the weights of the trunk's products and the head, with so many experts of each layer."""
-        moe = experts * self.expert_params() + self.beside_experts_params() if self.num_experts else 0
-        dense_layers = self.num_feed_forward_layers - self.num_moe_layers
-        return (self.num_attention_layers * self.attention_params()
-                + self.num_mamba_layers * self.mamba_params()
-                + dense_layers * self.dense_ffn_params() + self.num_moe_layers * moe
-                + self.vocab_size * self.hidden_size)
+        found = self.block_params("head")
+        layers: dict[Block, int] = {"attention": self.num_attention_layers, "mamba": self.num_mamba_layers,
+                                    "dense": self.num_feed_forward_layers - self.num_moe_layers}
+        found += sum(number * self.block_params(block) for block, number in layers.items() if number)
+        if self.num_moe_layers:
+            found += self.num_moe_layers * self.experts_params(experts)
+        return found
 
     def forward_flops_per_token(self, seq_len: int) -> float:
         """Return the FLOPs of a token's forward pass, the mean over a row of one document.
@@ -213,12 +250,6 @@ class ModelShape:
     def train_flops_per_token(self, seq_len: int) -> float:
         """Return the model FLOPs of forward and backward pass of a token: three forward passes."""
         return 3 * self.forward_flops_per_token(seq_len)
-
-
-def mean_keys(seq_len: int, window: int) -> float:
-    """Return how many keys a query sees, itself included, the mean over a causal row; window 0: all."""
-    window = min(window or seq_len, seq_len)
-    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
 @cache

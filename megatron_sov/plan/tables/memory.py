@@ -119,7 +119,7 @@ def _missing_params(shape: ModelShape, model: ModelConfig) -> tuple[int, int]:
     """Return how many weights a shape has more than the model that stands for it: outside of routed experts,
     and of these, those of a prediction layer, which recipes have none in."""
     count = num_params(model)
-    experts = shape.num_mtp_layers * shape.num_experts * shape.expert_params() if shape.mtp_moe else 0
+    experts = shape.num_mtp_layers * shape.num_experts * shape.block_params("expert") if shape.mtp_moe else 0
     more = shape.params() + shape.mtp_params(shape.num_experts) - count.total - count.mtp
     return more - experts, experts
 
