@@ -91,8 +91,6 @@ def warmup(optim: OptimConfig, num_steps: int) -> OptimConfig:
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a ladder."""
-
     name: str
     """Of its folder: size and, where there are several, tokens per parameter."""
     num_params: int
@@ -100,7 +98,6 @@ class Member:
     num_tokens: int
     """D: tokens that it learns from."""
     config: RunConfig
-    """Its settings."""
 
 
 def members(base: RunConfig, sizes: Sequence[int], predicted: int, tokens_per_param: Sequence[float],

@@ -25,8 +25,6 @@ Law = PowerLaw | ParametricLaw
 
 @dataclass(frozen=True)
 class Point:
-    """A run that is complete."""
-
     name: str
     num_params: int
     num_tokens: int
@@ -49,12 +47,10 @@ class Told:
 
     @property
     def error(self) -> float | None:
-        """predicted / measured - 1."""
         return None if self.measured is None else self.predicted.loss / self.measured - 1
 
     @property
     def inside(self) -> bool | None:
-        """Whether the interval holds what was measured."""
         return (None if self.measured is None
                 else self.predicted.low <= self.measured <= self.predicted.high)
 
@@ -142,7 +138,6 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, recipe: str, rates: str, found: Sequence[Point], law: Law,
           told: Sequence[Told]) -> None:
-    """Write the file, whole or not at all."""
     atomic_write(folder / FILE, to_json({
         "format_version": FORMAT_VERSION, "kind": "ladder", "recipe": recipe, "rates": rates,
         "points": list(found),

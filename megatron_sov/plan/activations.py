@@ -28,8 +28,6 @@ loss's.  Measured."""
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes of one layer on one process."""
-
     residuals: int = 0
     """Inputs of its norms over the residual's width; unfused ones also normed."""
     qkv_input: int = 0
@@ -62,18 +60,14 @@ class Saved:
 
     @property
     def routed(self) -> int:
-        """All of the routed experts."""
         return self.expert_input + self.expert_hidden + self.expert_activated
 
     @property
     def total(self) -> int:
-        """All of it."""
         return sum(vars(self).values())
 
 
 class Kind(NamedTuple):
-    """What a layer is."""
-
     with_experts: bool
     slides: bool
     rotates: bool
@@ -81,7 +75,6 @@ class Kind(NamedTuple):
 
 @lru_cache(maxsize=64)
 def kinds(m: ModelConfig) -> tuple[Kind, ...]:
-    """Return the kind of each layer of the trunk."""
     first_moe = m.num_layers - m.num_moe_layers()
     return tuple(_kind(m, layer >= first_moe, kind) for layer, kind in enumerate(m.layer_types()))
 
@@ -102,7 +95,6 @@ class Tokens(NamedTuple):
     row: int
     """Of the row that the processes of a context-parallel group share."""
     local: int
-    """Its own."""
     share: int
     """Its own where sequence parallelism cuts them."""
 
@@ -273,8 +265,6 @@ def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int) -> list[int
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes of activations on one process."""
-
     waiting: int
     """Kept by layers, embedding and prediction layers for the backward pass, of all micro-batches under
     way."""
@@ -292,7 +282,6 @@ class Stored:
 
     @property
     def saved(self) -> int:
-        """What autograd saves at most."""
         return self.waiting + max(self.head, self.recomputed - self.norms)
 
 

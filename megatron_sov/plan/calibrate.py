@@ -59,9 +59,7 @@ class Observation:
     chip: Chip | None
     """What is known of the GPUs; None: steps on a processor."""
     threads: int
-    """CPU threads of each process."""
     step_s: float
-    """Median."""
     num_steps: int
     """Steps that it is the median of."""
 
@@ -165,8 +163,6 @@ def _merged(found: list[Observation]) -> list[Observation]:
 
 @dataclass(frozen=True)
 class Factor:
-    """One of the factors."""
-
     name: str
     meaning: str
     spread: float
@@ -267,8 +263,6 @@ def solved(matrix: list[list[float]], right: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What runs have taught."""
-
     learned: Learned
     """What explains them; what they did not show is as it was."""
     factors: dict[str, float]
@@ -300,7 +294,6 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: Learned | Non
 
 
 def calibration(observed: Sequence[Observation], base: Learned) -> Calibration:
-    """Return what some steps teach."""
     on_gpus = [(one, one.chip) for one in observed if one.chip is not None]
     parameters, factors = base.parameters, {}
     if on_gpus:
@@ -334,7 +327,6 @@ def _seconds(one: Observation, learned: Learned) -> float:
 
 
 def _provenance(found: Calibration) -> dict[str, object]:
-    """Return where the numbers come from."""
     return {"by": "megatron-sov plan --calibrate", "factors": found.factors, "from": [
         {"run": one.run, "recipe": one.config.recipe, "device": one.device, "processes": one.num_ranks,
          "seq_len": one.phase.seq_len, "global_batch_size": one.phase.global_batch_size,

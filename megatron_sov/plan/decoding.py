@@ -57,28 +57,21 @@ class Engines:
     links: Links
     num_gpus: int
     tp: int = 1
-    """GPUs of an engine."""
     weight_bytes: float = 2.0
     """Of a weight as engines hold it: 1 in FP8."""
     costs: EngineCosts = EngineCosts()
 
     @property
     def num_engines(self) -> int:
-        """Engines."""
         return max(1, self.num_gpus // self.tp)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is written."""
-
     num_responses: int
     prompt_tokens: float
-    """Mean tokens of a prompt."""
     response_tokens: float
-    """Mean tokens of a response."""
     max_tokens: int
-    """Longest response."""
     per_prompt: int = 1
     """Responses to one prompt, which is read once for all of them."""
     rounds_ahead: int = 0
@@ -99,10 +92,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Writing:
-    """How long it takes."""
-
     prefill_s: float
-    """Reading the prompts."""
     decode_s: float
     """Steps with as many responses as an engine runs at a time."""
     tail_s: float
@@ -114,12 +104,10 @@ class Writing:
 
     @property
     def total_s(self) -> float:
-        """All of it."""
         return self.prefill_s + self.decode_s + self.tail_s
 
 
 def writing(engines: Engines, asked: Asked, parameters: Parameters) -> Writing:
-    """Return how long engines write what is asked."""
     e = engines
     mine = max(1, -(-asked.num_responses // e.num_engines))
     context = asked.prompt_tokens + asked.response_tokens / 2
@@ -210,8 +198,6 @@ PACKED_SHARE = 0.95
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one round, by job."""
-
     prefill_s: float
     """Generate: reading the prompts."""
     decode_s: float
@@ -221,26 +207,21 @@ class Round:
     forward_s: float
     """Train: passes that only look, for a reference and for the trainer's own log-probabilities."""
     train_s: float
-    """Train: optimizer steps."""
     refit_s: float
     """New weights on their way into the engines."""
     other_s: float
-    """What is none of these."""
     apart: bool
     """Whether engines and trainer have GPUs of their own, and work at the same time."""
     engine_bytes: int
-    """Memory of a GPU of an engine."""
     running: int
     """Responses that an engine runs at a time."""
 
     @property
     def generate_s(self) -> float:
-        """Seconds of the engines."""
         return self.prefill_s + self.decode_s + self.tail_s
 
     @property
     def learn_s(self) -> float:
-        """Seconds of the trainer."""
         return self.forward_s + self.train_s
 
     @property

@@ -71,13 +71,10 @@ def surroundings(chip: Chip, num_ranks: int) -> Surroundings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run finds itself on."""
-
     device: str
     """What the GPUs, or the processor, call themselves."""
     on_gpu: bool
     threads: int
-    """CPU threads of each process."""
     memory_before_bytes: int
     """What a process had of the host's memory before its model was built."""
 

@@ -51,7 +51,6 @@ class Held:
 
     @cached_property
     def numel(self) -> int:
-        """Elements of one."""
         return math.prod(self.shape)
 
 
@@ -221,7 +220,6 @@ def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) ->
 
 
 def is_adapter(key: str) -> bool:
-    """Return whether a parameter is an adapter's."""
     return key.startswith(PREFIX)
 
 
@@ -294,5 +292,4 @@ def weight_bytes(fp8: str, rows: int, columns: int) -> int:
 
 
 def rounded_up(number: int, multiple: int) -> int:
-    """Return the next multiple."""
     return -(-number // multiple) * multiple

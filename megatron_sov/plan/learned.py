@@ -22,13 +22,10 @@ LEAST_SPREAD = 1.5
 
 @dataclass(frozen=True)
 class Passes:
-    """What one process computes in a step."""
-
     layers: float
     """Layers that a micro-batch goes through, forward and backward, one after the other; the head counts as
     one, and so do those in which a pipeline's stage is idle."""
     flops_per_thread: float
-    """Of all of them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,6 @@ class LocalMachine:
     """Seconds of a step are `layers` x `layer_s` + `flops_per_thread` / `flops_per_s`."""
 
     flops_per_s: float
-    """That one thread reaches."""
     layer_s: float = 0.0
     """What a layer takes for a micro-batch beside its arithmetic: starting operations, most of all."""
 
@@ -100,10 +96,7 @@ MOST_RATE = 1e18
 
 @dataclass(frozen=True)
 class Learned:
-    """What plans are made with."""
-
     parameters: Parameters
-    """Of GPUs."""
     machines: Mapping[str, LocalMachine] = field(default_factory=dict)
     """Processors, by the name that they have for themselves."""
 

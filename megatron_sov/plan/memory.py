@@ -87,7 +87,6 @@ class Account:
     gradients: int
     """The buffers in which they are summed."""
     optimizer: int
-    """Master weights and moments."""
     layer_inputs: int
     """Kept for the backward pass by each layer and micro-batch under way: its input, or more."""
     one_layer: int
@@ -108,7 +107,6 @@ class Account:
     """What routed experts keep more on the fullest expert-parallel rank than on an average one; an
     estimate."""
     angles: int = 0
-    """Tables of rotary positions."""
     nccl: int = 0
     """Buffers of the communication library; an estimate."""
     fragmentation: int = 0

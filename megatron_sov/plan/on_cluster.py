@@ -38,8 +38,6 @@ LEAST_SHOWN_BYTES = GIB // 20
 
 @dataclass(frozen=True)
 class Placed:
-    """A run with its layout on a cluster."""
-
     config: RunConfig
     machines: Machines
     quotes: list[Quote]
@@ -53,7 +51,6 @@ class Placed:
         return fullest(self.config, self.machines.num_ranks)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as plain values."""
         (stage, needs), chip = self._fullest, self.machines.chip
         found: dict[str, Any] = {
             "processes": self.machines.num_ranks, "layout": dataclasses.asdict(self.config.parallel),
@@ -80,7 +77,6 @@ class Placed:
         return "\n\n".join(parts)
 
     def _layout(self) -> str:
-        """Return layout and memory, two lines."""
         (stage, needs), chip = self._fullest, self.machines.chip
         shown = needs.components() | ({"on_host": needs.on_host} if needs.on_host else {})
         items = ", ".join(f"{item.replace('_', ' ')} {n / GIB:.1f}" for item, n in shown.items()
@@ -176,7 +172,6 @@ def _refuse_on_host(config: RunConfig, machines: Machines) -> None:
 
 
 def _unknown(machines: Machines) -> str:
-    """Tell what a profile would have to say."""
     try:
         machines.profile.chip  # noqa: B018  # raises what is to be told
     except UserError as e:

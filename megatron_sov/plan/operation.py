@@ -26,8 +26,6 @@ from megatron_sov.plan.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_
 
 @dataclass(frozen=True)
 class FailureKind:
-    """A kind of failure."""
-
     name: str
     share: float
     """Of all failures; those of all kinds add up to 1."""
@@ -37,12 +35,8 @@ class FailureKind:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run has to live with."""
-
     failures_per_s: float
-    """Of the whole run."""
     kinds: tuple[FailureKind, ...]
-    """What fails."""
     interval_s: float
     """Work between the beginnings of two checkpoints."""
     stall_s: float
@@ -114,8 +108,6 @@ what held it up there (benchmarks/results/checkpoint_speed.txt)."""
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """Bytes of a checkpoint's tensors."""
-
     weights: int
     """Of the part `model`, or of a frozen model's `adapter`."""
     optimizer: int
@@ -123,14 +115,11 @@ class CheckpointBytes:
 
     @property
     def total(self) -> int:
-        """Both."""
         return self.weights + self.optimizer
 
 
 @dataclass(frozen=True)
 class WriteTimes:
-    """Seconds that a checkpoint takes."""
-
     stall_s: float
     """In which the run stands still: the copy into host memory or, without `train.async_save`, all of it."""
     background_s: float
@@ -155,8 +144,6 @@ def _bytes(model: ModelConfig, lora: LoraConfig, optim: OptimConfig, precision: 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of a checkpoint."""
-
     key: str
     num_elements: int
     is_matrix: bool
@@ -173,7 +160,6 @@ def _tensors(model: ModelConfig) -> list[_Tensor]:
 
 
 def _adapter(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:
-    """Return the tensors of an adapter."""
     return [_Tensor(key, math.prod(shape), len(shape) == 2)
             for of in adapted_modules(model, lora) for key, shape in of.shapes(lora).items()]
 
@@ -236,10 +222,7 @@ LEAST_SHARE = 1e-3
 
 @dataclass(frozen=True)
 class Operation:
-    """What keeps a run going, and what that costs."""
-
     checkpoint_bytes: int
-    """Of one checkpoint's tensors."""
     stall_s: float
     """How long one holds up the run."""
     write_s: float
@@ -298,26 +281,20 @@ WATTS_PER_KW = 1000
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run costs."""
-
     hours: float
     """From beginning to end, failures included."""
     gpu_hours: float
-    """Of all GPUs."""
     energy_kwh: float
-    """Of the whole site."""
     usd: float
     """What it is worth at the typical price, or at the profile's own."""
     usd_low: float
     """At the lowest price that was found; the profile's own is no range."""
     usd_high: float
-    """At the highest."""
     price_note: str
     """Where the price comes from, for people."""
 
     @property
     def days(self) -> float:
-        """From beginning to end."""
         return self.hours / HOURS_OF_A_DAY
 
 

@@ -167,7 +167,6 @@ CURVE_POINTS = 400
 
 
 def schedule_table(config: RunConfig) -> Table:
-    """Return the plan for a page."""
     body = [[f"{r.step:,}", f"{r.tokens:,}", r.phase, f"{r.samples:,}", f"{r.seq_len:,}", f"{r.lr:.4g}"]
             for r in rows(config, 1)]
     return Table(["step", "tokens", "phase", "samples", "length", "learning rate"], body)

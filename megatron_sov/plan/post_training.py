@@ -39,7 +39,6 @@ class Assumed:
     judge_s: float = 0.1
     """Seconds of a processor core to judge a response by rules or tests."""
     judge_cores: int = 32
-    """Cores that judge."""
 
 
 TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
@@ -56,8 +55,6 @@ def teacher_of(config: RunConfig, assumed: Assumed) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """A published budget."""
-
     recipes: tuple[str, ...]
     """Recipes of the runs that it was spent on, together."""
     gpu: str
@@ -69,7 +66,6 @@ class Budget:
     cost_usd: float
     """Money that the authors name; 0: none."""
     told: str
-    """What they say, and where."""
 
 
 BUDGETS = (
@@ -153,7 +149,6 @@ def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
 
 
 def asked_of(config: RunConfig, assumed: Assumed) -> Asked:
-    """Return what a round asks for."""
     r = config.rollout
     return Asked(r.prompts_per_round * r.samples_per_prompt, assumed.prompt_share * r.max_prompt_tokens,
                  assumed.response_share * r.max_new_tokens, r.max_new_tokens, r.samples_per_prompt)
@@ -183,7 +178,6 @@ def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[Ro
 
 
 def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list[Quote]:
-    """Return the quotes of the three jobs over all rounds."""
     took, step, asked = one_round(config, pricing, assumed)
     rounds, phase = max(1, config.rollout.rounds), config.data.phases[0]
     engines = engines_of(step.shape, pricing)

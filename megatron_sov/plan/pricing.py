@@ -30,8 +30,6 @@ MAX_NODES = 1_000_000
 
 @dataclass(frozen=True)
 class Machines:
-    """Nodes of a cluster."""
-
     cluster: str
     """Name or file of the profile, as --cluster takes it."""
     profile: ClusterProfile
@@ -39,7 +37,6 @@ class Machines:
 
     @property
     def num_ranks(self) -> int:
-        """Processes: one for each GPU."""
         return self.nodes * self.profile.tasks_per_node
 
     @property
@@ -64,7 +61,6 @@ class Machines:
         return usable_bytes(self.chip) if self.chip else 0
 
     def with_nodes(self, nodes: int) -> Machines:
-        """Return another number of the same nodes."""
         return Machines(self.cluster, self.profile, nodes)
 
 
@@ -103,13 +99,11 @@ class RunStage:
     config: RunConfig
     """The run's settings with this phase alone."""
     steps: int
-    """Optimizer steps."""
     tokens: int
     """Tokens that they read, padding counted in."""
 
     @property
     def phase(self) -> PhaseConfig:
-        """Its samples and their length."""
         return self.config.data.phases[0]
 
     @property
@@ -118,7 +112,6 @@ class RunStage:
         return self.phase.global_batch_size or self.config.train.global_batch_size
 
     def with_config(self, config: RunConfig) -> RunStage:
-        """Return the same stage at another layout."""
         return replace(self, config=config)
 
 
@@ -187,7 +180,6 @@ class Pricing:
 
     @property
     def num_ranks(self) -> int:
-        """Processes."""
         return self.machines.num_ranks
 
     @cached_property
@@ -197,17 +189,14 @@ class Pricing:
 
     @cached_property
     def chip(self) -> Chip:
-        """The GPU."""
         assert self.machines.chip is not None, self.machines.cluster
         return self.machines.chip
 
     @cached_property
     def links(self) -> Links:
-        """What joins the GPUs."""
         return self.machines.links()
 
     def needs(self, stage: RunStage) -> int:
-        """Return the bytes of the process that needs most."""
         return fullest(stage.config, self.num_ranks)[1].total
 
     def workload(self, stage: RunStage) -> Workload:
@@ -216,7 +205,6 @@ class Pricing:
         return of_run(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
 
     def step(self, stage: RunStage) -> StepTime:
-        """Return the time of a step of a stage."""
         return step_time(self.workload(stage), self.parameters, self._known)
 
     def beside_layers(self, stage: RunStage) -> float:
@@ -224,7 +212,6 @@ class Pricing:
         return beside_layers(self.workload(stage), self.parameters)
 
     def seconds(self, stage: RunStage) -> dict[str, float]:
-        """Return component -> seconds of a step."""
         return self.step(stage).components
 
 
@@ -284,7 +271,6 @@ def quote(stage: RunStage, pricing: Pricing) -> Quote:
 
 
 def _notes(paid: Cost, kept: Operation, imbalance: float) -> tuple[str, ...]:
-    """Return what the figures assume."""
     notes = [f"Cost: {paid.price_note}."]
     if imbalance > 1:
         notes.append(f"The busiest experts are taken to meet {imbalance:.2f} times as many tokens as the "

@@ -17,8 +17,6 @@ from megatron_sov.obs.units import GIB, HOURS_OF_A_DAY
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the process that needs most."""
-
     by_component: Mapping[str, int]
     """Item -> bytes on the device; they add up to what it needs."""
     limit_bytes: int
@@ -30,7 +28,6 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
-        """All of it on the device."""
         return sum(self.by_component.values())
 
 
@@ -50,8 +47,6 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Checkpoints of a stage."""
-
     size_bytes: int
     """Of one of them, over all processes."""
     write_s: float
@@ -61,7 +56,6 @@ class Checkpoint:
     interval_s: float
     """Best time between two of them (Young 1974, Daly 2006)."""
     interval_steps: int
-    """The same in optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,6 @@ class Quote:
     """What one stage takes: a phase of a curriculum, a stage of an extension, a job of post-training."""
 
     name: str
-    """Name of the phase or stage."""
     kind: str
     """phase, extension stage, SFT, distillation, preference, RL: generate, ..."""
     gpu: str
@@ -80,9 +73,7 @@ class Quote:
     steps: int
     """Optimizer steps; of a job without an optimizer its batches."""
     seq_len: int
-    """Tokens of a sample."""
     global_batch_size: int
-    """Samples of a step."""
     layout: Mapping[str, Any]
     """Setting -> value: those of `parallel` that matter, and train.micro_batch_size, train.recompute."""
     memory: Memory
@@ -113,7 +104,6 @@ class Quote:
 
     @property
     def step_s(self) -> float:
-        """Seconds of one step."""
         return sum(self.seconds.values())
 
     @property
@@ -123,7 +113,6 @@ class Quote:
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours that are paid for."""
         return self.days * HOURS_OF_A_DAY * self.num_gpus
 
 
@@ -139,9 +128,7 @@ class Totals:
     cost_range_usd: tuple[float, float]
     """Cheapest and dearest; the same twice where the price is the cluster's own."""
     effective_share: float
-    """Of all of the time."""
     peak_memory_bytes: int
-    """Of the stage that needs most."""
 
 
 def totals(quotes: Sequence[Quote]) -> Totals:
@@ -288,7 +275,6 @@ def step(quotes: Sequence[Quote]) -> QuoteTable:
 
 
 def component(name: str) -> str:
-    """Return what a component of a step is called."""
     return COMPONENTS.get(name, _words(name))
 
 
@@ -349,12 +335,10 @@ def text(table: QuoteTable) -> str:
 
 
 def totals_json(found: Totals) -> dict[str, float]:
-    """Return the totals as plain values."""
     return dataclasses.asdict(found)
 
 
 def labels(kinds: list[list[Quote]]) -> list[str]:
-    """Return what columns of groups are called."""
     if len(kinds) == 1 and len(kinds[0]) > 1:
         return ["each stage"]
     return [", ".join(dict.fromkeys(q.name for q in same)) for same in kinds]

@@ -108,14 +108,11 @@ class Space:
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout with the settings that belong to it."""
-
     parallel: ParallelConfig
     micro_batch_size: int
     recompute: Recompute
 
     def of(self, config: RunConfig) -> RunConfig:
-        """Return a run with it."""
         recompute, modules = self.recompute
         gpu: Any = {"recompute_modules": modules}
         return replace(config, parallel=self.parallel, gpu=replace(config.gpu, **gpu), train=replace(
@@ -217,20 +214,17 @@ def layouts(config: RunConfig, space: Space) -> Iterator[ParallelConfig]:
 
 
 def _equal(config: RunConfig, space: Space) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Return pp, vpp and an empty `parallel.pipeline_layout`."""
     return [(pp, vpp, ()) for pp in space.pp for vpp in space.vpp
             if vpp == 1 or (pp > 1 and config.model.num_layers // pp % vpp == 0)]
 
 
 def choices(config: RunConfig, space: Space) -> Iterator[Choice]:
-    """Yield everything of a space; some of it breaks a rule."""
     for parallel in layouts(config, space):
         for size, recompute in itertools.product(space.micro_batch_size, space.recompute):
             yield Choice(parallel, size, recompute)
 
 
 def own_choice(config: RunConfig) -> Choice:
-    """Return a run's own layout."""
     return Choice(config.parallel, config.train.micro_batch_size,
                   (config.train.recompute, config.gpu.recompute_modules))
 

@@ -54,9 +54,7 @@ class Size(NamedTuple):
     """Parameters of one size, in the order in which they are laid out."""
 
     numel: int
-    """Elements of each."""
     number: int
-    """How many."""
     mark: int
     """What the caller knows them by."""
     is_alone: bool
@@ -67,18 +65,12 @@ class Piece(NamedTuple):
     """Parameters, or parts of parameters, of one size that a process updates."""
 
     numel: int
-    """Elements of each."""
     number: int
-    """How many."""
     mark: int
-    """As `Size.mark`."""
 
 
 class Placed(NamedTuple):
-    """Parameters of one size in a buffer."""
-
     start: int
-    """First element."""
     stride: int
     """Elements from one to the next."""
     size: Size
@@ -86,16 +78,12 @@ class Placed(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Behind the last element."""
         return self.start + (self.size.number - 1) * self.stride + self.size.numel
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Parameters end to end."""
-
     numel: int
-    """Elements, gaps included."""
     buckets: tuple[tuple[int, int, tuple[Placed, ...]], ...]
     """First element, the one behind the last, and what lies there."""
 
@@ -141,7 +129,6 @@ class _Sharded:
         self._first = self._offset = 0
 
     def of(self, sizes: Iterable[Size]) -> Buffer:
-        """Return the buffer of parameters."""
         for size in sizes:
             self._offset = rounded_up(self._offset, START_MULTIPLE)
             if size.is_alone and self._placed:
@@ -170,7 +157,6 @@ class _Sharded:
                 self._close()
 
     def _close(self) -> None:
-        """End a bucket where things stand."""
         self._offset = rounded_up(self._offset, self._multiple)
         self._buckets.append((self._first, self._offset, tuple(self._placed)))
         self._first, self._placed = self._offset, []
@@ -195,8 +181,6 @@ def _within(run: Placed, start: int, end: int) -> Iterator[Piece]:
 
 @dataclass(frozen=True)
 class States:
-    """What one process holds of the model and its training."""
-
     weights: int
     """Bytes, ZeRO-1's gaps included."""
     gradients: int
@@ -237,9 +221,7 @@ class _Updated(NamedTuple):
     """What one of the library's two optimizers holds of a process's parameters."""
 
     optimizer: int
-    """Bytes of the device."""
     on_host: int
-    """Bytes of the host."""
     updated: int
     """Elements whose masters are on the device."""
 
@@ -277,7 +259,6 @@ class StageBuffers:
         return found
 
     def _lay_out(self, marked: list[tuple[Held, int]], routed: bool, stage: int, number: int) -> None:
-        """Make one buffer of a chunk."""
         p = self._config.parallel
         mine = [(part, mark) for part, mark in reversed(marked) if part.routed == routed]
         self._frozen += sum(part.numel * part.count for part, mark in mine if self._rules[mark].frozen)
@@ -308,7 +289,6 @@ class StageBuffers:
         return Place(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
 
     def held(self, place: Place) -> States:
-        """Return what one process holds."""
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
@@ -415,7 +395,6 @@ def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
 
 
 def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
-    """Return how parameters of a layer are updated."""
     matrix = len(part.shape) == 2 and part.key not in TABLES and not is_table(part.key)
     algorithm, frozen = config.optim.name, False
     if config.optim.groups:

@@ -42,11 +42,8 @@ class Scales(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """A layout that a stage can have."""
-
     choice: Choice
     needs_bytes: int
-    """Memory of the process that needs most."""
     seconds: dict[str, float]
     """Component -> seconds of one step."""
     step_s: float
@@ -54,8 +51,6 @@ class Found:
 
 @dataclass
 class Sweep:
-    """What a search found for one stage."""
-
     stage: RunStage
     num_looked_at: int = 0
     ranked: list[Found] = field(default_factory=list)
@@ -75,7 +70,6 @@ class Sweep:
         return self.lacks.get(("", None))
 
     def breaks(self, problem: Problem, count: int) -> None:
-        """Count layouts that break a rule."""
         sentence = problem.sentence
         # the same rule with other numbers is one rule, and so are both products of sizes
         rule = (PROCESSES if PROCESSES in sentence
@@ -84,7 +78,6 @@ class Sweep:
         self.examples.setdefault(rule, sentence)
 
     def too_large(self, choice: Choice, lacks_bytes: int) -> None:
-        """Count a layout that does not fit."""
         self.num_too_large += 1
         for key in (("", None), *values(choice)):
             if key not in self.lacks or lacks_bytes < self.lacks[key][0]:
@@ -92,7 +85,6 @@ class Sweep:
 
 
 def values(choice: Choice) -> Iterator[tuple[str, object]]:
-    """Yield axis and value of a layout."""
     for axis in AXES[:6]:
         yield axis, getattr(choice.parallel, axis)
     yield "stages", "uneven" if choice.parallel.pipeline_layout else "equal"
@@ -164,15 +156,11 @@ def _of_recompute(config: RunConfig) -> list[Problem]:
 
 @dataclass(frozen=True)
 class Common:
-    """A layout that all stages of a run can have."""
-
     choice: Choice
     needs_bytes: int
-    """Of the stage that needs most."""
     by_component: dict[str, float]
     """Component -> seconds of all steps of all stages."""
     seconds: float
-    """All of them."""
 
 
 def common(sweeps: Iterable[Sweep]) -> list[Common]:
@@ -203,13 +191,10 @@ NODES_TRIED = (*range(1, EVERY_NODE + 1),
 
 @dataclass(frozen=True)
 class Search:
-    """What was found."""
-
     config: RunConfig
     sweeps: list[Sweep]
     """One for each kind of stage: stages of equal length and batch are one kind."""
     names: list[str]
-    """Stages of each kind."""
     best: list[Common]
     """Layouts that fit all stages, fastest first."""
 
@@ -267,7 +252,6 @@ def _spaces(config: RunConfig, pricing: Pricing,
 
 
 def num_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] = ()) -> int:
-    """Return how many layouts a search will look at."""
     return sum(space.variants * sum(1 for _ in layouts(stage.config, space))
                for stage, space, _ in _spaces(config, pricing, fixed))
 

@@ -27,8 +27,6 @@ FASTER_SHARE = 0.03
 
 @dataclass(frozen=True)
 class Told:
-    """A search with what is said about it."""
-
     search: Search
     machines: Machines
     recommended: Choice
@@ -83,7 +81,6 @@ class Told:
                 + (f", {100 * slower:.1f} % slower" if slower else ""))
 
     def table(self) -> QuoteTable:
-        """Return the fastest layouts."""
         several = len(self.search.sweeps) > 1
         head = ["", "layout", "GiB"]
         for stages in self.search.names:
@@ -98,7 +95,6 @@ class Told:
         return QuoteTable("Layouts, fastest first", [*head, "days"], rows)
 
     def speed(self, sweep: Sweep, found: Found) -> float:
-        """Return tokens a second of a GPU."""
         tokens = sweep.stage.global_batch_size * sweep.stage.phase.seq_len
         return tokens / found.step_s / self.machines.num_ranks
 
@@ -155,7 +151,6 @@ def name(choice: Choice) -> str:
 
 
 def recomputes(choice: Choice) -> str:
-    """Return what a layout computes again."""
     recompute, modules = choice.recompute
     if recompute == "selective":
         return f"recomputes {' + '.join(modules)}"

@@ -171,5 +171,4 @@ def _shipped() -> dict[str, Any]:
 
 @cache
 def default() -> Parameters:
-    """Return the parameters that come with the package."""
     return of_json(_shipped())

@@ -29,8 +29,6 @@ NEWTON_SCHULZ = 5 * 6
 
 
 class Clock:
-    """Turns FLOPs and bytes of a workload into seconds."""
-
     def __init__(self, w: Workload, p: Parameters) -> None:
         self.w, self.p = w, p
         self.family = w.chip.generation
@@ -68,7 +66,6 @@ class Clock:
         return 1.0 if self.forward_only else 1 + backward + self.again(part)
 
     def products(self, products: list[Product]) -> float:
-        """Return the seconds of products, all passes."""
         return sum(self.product(one) for one in products)
 
     def product(self, one: Product) -> float:
@@ -87,7 +84,6 @@ class Clock:
         return self.passes(one.part, 1.0 if self.frozen else 2.0) * once
 
     def attention(self, window: int) -> float:
-        """Return the seconds of a layer's attention, all passes."""
         w, p = self.w, self.p
         keys = min(window or w.seq_len, w.document_tokens or w.seq_len, w.seq_len)
         width = w.shape.query_dim
@@ -99,7 +95,6 @@ class Clock:
         return self.passes("core_attn", work.ATTENTION_BACKWARD) * once
 
     def scan(self) -> float:
-        """Return the seconds of a Mamba-2 block's scan, all passes."""
         return (self.passes("mamba") * work.mamba_scan_flops(self.w)
                 / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction))
 
@@ -129,7 +124,6 @@ class StepTime:
     attention_s: float
     """Queries with keys, weights with values; scans of Mamba layers."""
     head_s: float
-    """Output head and loss."""
     memory_s: float
     """Kernels without products: norms, rotation, activations, sorting of tokens, quantisation."""
     launch_s: float
@@ -147,17 +141,13 @@ class StepTime:
     bubble_s: float
     """Waiting for the pipeline to fill and to drain."""
     optimizer_s: float
-    """Update of the weights."""
     other_s: float
     """What no layer does, and what slows runs that nobody tuned."""
     tokens: int
-    """Tokens of the step."""
     num_gpus: int
-    """GPUs."""
     flops_per_token: float
     """Model FLOPs (`ModelShape.train_flops_per_token`, two thirds of it where adapters alone learn)."""
     peak_flops_per_s: float
-    """Dense bf16 peak of the chip."""
 
     @property
     def components(self) -> dict[str, float]:
@@ -166,22 +156,18 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        """Seconds of the step."""
         return sum(self.components.values())
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
-        """Throughput."""
         return self.tokens / self.num_gpus / self.total_s
 
     @property
     def tflops_per_gpu(self) -> float:
-        """Model TFLOP/s."""
         return self.tokens_per_s_per_gpu * self.flops_per_token / 1e12
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over the chip's dense bf16 peak."""
         return self.tflops_per_gpu * 1e12 / self.peak_flops_per_s
 
 
@@ -201,7 +187,6 @@ class _MicroBatch:
     memory: float = 0.0
 
     def add(self, other: _MicroBatch, times: float) -> None:
-        """Add another one, so many times."""
         self.dense += times * other.dense
         self.experts += times * other.experts
         self.attention += times * other.attention
@@ -210,7 +195,6 @@ class _MicroBatch:
 
     @property
     def total(self) -> float:
-        """All of them."""
         return self.dense + self.experts + self.attention + self.head + self.memory
 
 
@@ -333,7 +317,6 @@ def _stage(w: Workload, parts: Parts, messages_s: float) -> tuple[_MicroBatch, f
 
 
 def _trunk(clock: Clock) -> _MicroBatch:
-    """Return the seconds of all layers but those of prediction."""
     s, trunk = clock.w.shape, _MicroBatch()
     for block, layers in ((lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
                           (lambda: _attention(clock, s.window), s.num_window_layers),
@@ -423,7 +406,6 @@ def _data(w: Workload, p: Parameters, message: traffic.Message, micro_batch_s: f
 
 
 def _update(clock: Clock) -> float:
-    """Return the seconds of the optimizer."""
     w = clock.w
     if w.objective != "train":
         return 0.0

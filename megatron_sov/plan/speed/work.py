@@ -22,9 +22,7 @@ class Product:
     """A matrix product on one GPU, or one for each of several groups of rows (experts)."""
 
     tokens: float
-    """Rows, of all groups."""
     n: float
-    """Columns of the weight."""
     k: float
     """Rows of the weight, over which the sum runs."""
     groups: float = 1
@@ -36,7 +34,6 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Floating point operations of one pass."""
         return 2 * self.tokens * self.n * self.k
 
 
@@ -58,7 +55,6 @@ def products(w: Workload, block: Block) -> list[Product]:
 
 
 def expert_rows(w: Workload) -> float:
-    """Return the routed tokens of the fullest GPU."""
     return local_tokens(w) / w.tp * w.etp * w.shape.num_experts_per_token * w.imbalance
 
 
@@ -95,7 +91,6 @@ SCAN_CHUNK = 128
 
 
 def _residual(w: Workload) -> float:
-    """Return the bytes of a block's norms and residual sum."""
     tokens = local_tokens(w) / (w.tp if w.sp else 1)
     return (NORM * w.shape.norms_per_block + RESIDUAL) * tokens * w.shape.hidden_size * NUMBER_BYTES
 
@@ -111,7 +106,6 @@ def attention_bytes(w: Workload) -> float:
 
 
 def mamba_bytes(w: Workload) -> float:
-    """Return the bytes of a Mamba-2 block."""
     inner = w.shape.mamba_num_heads * w.shape.mamba_head_dim / w.tp
     return _residual(w) + MAMBA_PASSES * local_tokens(w) * inner * NUMBER_BYTES
 
@@ -130,7 +124,6 @@ def dense_bytes(w: Workload) -> float:
 
 
 def activation_bytes(w: Workload) -> float:
-    """Return the bytes of the routed experts' activation."""
     s = w.shape
     return _activation(w, expert_rows(w), s.expert_ffn_dim / w.etp)
 

@@ -34,17 +34,12 @@ class ModelShape:
     """Sizes of a decoder: layers of attention and a feed-forward network, or a hybrid with Mamba-2 layers."""
 
     num_layers: int
-    """Layers of the trunk."""
     hidden_size: int
-    """Width of the residual stream."""
     num_heads: int
-    """Query heads."""
     head_dim: int
     """Width of a head's queries and keys; under latent attention of their part without positions."""
     num_kv_heads: int
-    """Key/value heads."""
     vocab_size: int
-    """Token ids."""
     dense_ffn_dim: int = 0
     """Inner width of dense feed-forward layers."""
     gated: bool = True
@@ -59,7 +54,6 @@ class ModelShape:
     num_experts_per_token: int = 0
     """Routed experts that a token visits."""
     expert_ffn_dim: int = 0
-    """Inner width of an expert."""
     num_shared_experts: float = 0
     """Width of what every token visits beside the routed experts, in units of `expert_ffn_dim`."""
     num_dense_layers: int = 0
@@ -90,30 +84,24 @@ class ModelShape:
     mamba_num_heads: int = 0
     """Heads of a Mamba-2 block (arXiv 2405.21060)."""
     mamba_head_dim: int = 0
-    """Width of each."""
     mamba_state_dim: int = 0
-    """Width of its state."""
     mamba_num_groups: int = 0
     """Groups of heads that share input and output projections of the state."""
 
     @property
     def num_attention_layers(self) -> int:
-        """Attention blocks of the trunk."""
         return self.num_layers - self.num_mamba_layers - self.num_ffn_layers
 
     @property
     def num_feed_forward_layers(self) -> int:
-        """Feed-forward networks of the trunk, dense or with experts."""
         return self.num_ffn_layers or self.num_layers
 
     @property
     def num_moe_layers(self) -> int:
-        """Feed-forward networks of the trunk that have experts."""
         return self.num_feed_forward_layers - self.num_dense_layers if self.num_experts else 0
 
     @property
     def num_window_layers(self) -> int:
-        """Attention blocks of the trunk that see a window."""
         if not (self.window and self.global_every):
             return 0
         return self.num_attention_layers - self.num_attention_layers // self.global_every
@@ -125,17 +113,14 @@ class ModelShape:
 
     @property
     def value_dim(self) -> int:
-        """Width of a head's values."""
         return self.v_head_dim or self.head_dim
 
     @property
     def expert_width(self) -> int:
-        """Width of what routed experts take and give."""
         return self.expert_latent_dim or self.hidden_size
 
     @property
     def ffn_matrices(self) -> int:
-        """Matrices of a feed-forward network."""
         return 3 if self.gated else 2
 
     def matrices(self, block: Block) -> list[Matrix]:
@@ -182,7 +167,6 @@ class ModelShape:
                 Matrix(width, inner, "columns", part)]
 
     def block_params(self, block: Block) -> int:
-        """Return the weights of a block."""
         return round(sum(one.rows * one.columns for one in self.matrices(block)))
 
     def experts_params(self, experts: int) -> int:
@@ -288,39 +272,26 @@ PRECISIONS: dict[str, Precision] = {"none": "bf16", "tensorwise": "fp8", "delaye
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step."""
-
     shape: ModelShape
-    """The model."""
     chip: Chip
-    """The GPU."""
     links: Links
-    """What joins the GPUs."""
     num_gpus: int
-    """GPUs."""
     seq_len: int
-    """Tokens of a row."""
     micro_batch_size: int = 1
     """Rows of one forward pass of one replica."""
     global_batch_size: int = 1
-    """Rows of the step."""
     document_tokens: int = 0
     """Tokens of a document where attention does not cross documents; 0: a row is one document."""
     tp: int = 1
-    """Tensor parallel size."""
     sp: bool = False
-    """Sequence parallelism."""
     pp: int = 1
-    """Pipeline parallel size."""
     vpp: int = 1
     """Runs of layers on each pipeline stage."""
     stage_layers: tuple[int, ...] = ()
     """Trunk layers of each stage of a pipeline, prediction layers and head being on the last one; empty:
     nobody says, and stages are as even as can be."""
     cp: int = 1
-    """Context parallel size."""
     ep: int = 1
-    """Expert parallel size."""
     etp: int = 1
     """Tensor parallel size inside an expert."""
     sharding: Literal["none", "zero1", "fsdp"] = "none"
@@ -364,7 +335,6 @@ class Workload:
     grad_bytes: int = 4
     """Bytes of a gradient that is summed."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """What updates the weights."""
     offload: float = 0.0
     """Share of the optimizer that lies and runs in host memory."""
     tuned: bool = True
@@ -374,7 +344,6 @@ class Workload:
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas."""
         return max(1, self.num_gpus // (self.tp * self.pp * self.cp))
 
     @property
@@ -389,7 +358,6 @@ class Workload:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step."""
         return self.global_batch_size * self.seq_len
 
 

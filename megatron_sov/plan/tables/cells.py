@@ -47,8 +47,6 @@ class MissingInput(Exception):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a table, as they stand."""
-
     columns: list[str]
     """Their names, in the file's order."""
     rows: list[dict[str, str]]

@@ -24,16 +24,12 @@ from megatron_sov.plan.tables.workloads import workload_of
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted for a row."""
-
     tokens_per_s_per_gpu: float = 0.0
     """Throughput; 0: none."""
     tflops_per_gpu: float = 0.0
-    """Model TFLOP/s."""
     peak_mem_gb: float = 0.0
     """Memory of the fullest GPU in units of 10^9 bytes; 0: not weighed."""
     reason: str = ""
-    """Why there is no prediction."""
     error: float = 0.0
     """Predicted over stated throughput, less 1; 0 where the row states none."""
 
@@ -43,14 +39,11 @@ class Summary:
     """How the predictions of a table compare with what it states."""
 
     num_rows: int
-    """Rows."""
     num_predicted: int
-    """Those with a prediction."""
     errors: tuple[float, ...]
     """Predicted over stated throughput, less 1, of rows that state one."""
 
     def as_text(self) -> str:
-        """Return it in two lines."""
         first = f"{self.num_predicted:,} of {self.num_rows:,} rows predicted"
         if not self.errors:
             return f"{first}; none of them states a throughput"
@@ -102,7 +95,6 @@ def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) ->
 
 
 def _cell(value: float) -> str:
-    """Return a number with five digits; nothing for 0."""
     if not value:
         return ""
     return f"{value:.0f}" if value >= 10_000 else f"{value:.5g}"

@@ -23,16 +23,11 @@ from megatron_sov.plan.tables.memory import peak_bytes
 
 @dataclass(frozen=True)
 class Published:
-    """A published model."""
-
     names: tuple[str, ...]
-    """As rows may call it."""
     shape: ModelShape
-    """Its sizes."""
     seq_len: int
     """Tokens of a row in its pretraining."""
     source: str
-    """Where the sizes stand."""
     paper: dict[str, Any] = field(default_factory=dict)
     """Cells of the run that made its name known, for rows that name no layout."""
     sinks: bool = False
@@ -43,7 +38,6 @@ class Published:
 
 @cache
 def published() -> tuple[Published, ...]:
-    """Return all of them."""
     text = importlib.resources.files("megatron_sov.plan.tables").joinpath("models.yaml").read_text("utf-8")
     rows: list[dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return tuple(Published(tuple(row.pop("names")), ModelShape(**row.pop("shape")), **row) for row in rows)
@@ -191,8 +185,6 @@ PACKED_DOCUMENT_TOKENS = 512
 
 @dataclass(frozen=True)
 class _Layout:
-    """Sizes of groups of processes."""
-
     num_gpus: int
     tp: int
     pp: int
@@ -202,7 +194,6 @@ class _Layout:
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas."""
         return max(1, self.num_gpus // (self.tp * self.pp * self.cp))
 
 
@@ -361,7 +352,6 @@ def _layout(row: Mapping[str, str], shape: ModelShape, notes: str) -> _Layout:
 
 
 def _batches(row: Mapping[str, str], layout: _Layout, seq_len: int, notes: str) -> tuple[int, int]:
-    """Return rows of a micro-batch and of a step."""
     micro, batch = count(row, "micro_batch"), count(row, "global_batch")
     accumulated = cells.stated(notes, "ga") or cells.stated(notes, "grad_accum")
     local = cells.stated(notes, "local_batch")
