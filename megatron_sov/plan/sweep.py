@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from megatron_sov.config import ParallelConfig, RunConfig
 from megatron_sov.models.count import num_params
@@ -17,27 +16,6 @@ from megatron_sov.settings import Problem
 
 PROCESSES = "must divide the number of processes"
 """How rules on products of sizes end."""
-
-
-class Scales(Protocol):
-    """What a search asks of a cluster."""
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes."""
-
-    @property
-    def limit_bytes(self) -> int:
-        """What a run may take of each device; 0: whatever it wants."""
-
-    def needs(self, stage: RunStage) -> int:
-        """Return the bytes of the process that needs most."""
-
-    def beside_layers(self, stage: RunStage) -> float:
-        """Return what the last pipeline stage computes beside its layers, in units of a layer."""
-
-    def seconds(self, stage: RunStage) -> dict[str, float]:
-        """Return component -> seconds of a step, which add up to it."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +70,14 @@ def values(choice: Choice) -> Iterator[tuple[str, object]]:
     yield "recompute", choice.recompute
 
 
-def sweep(stage: RunStage, space: Space, scales: Scales,
+def sweep(stage: RunStage, space: Space, scales: Pricing,
           advance: Callable[[int], object] = lambda count: None) -> Sweep:
     """Look at every layout of a space.
 
     Args:
         stage: what is to be trained.
         space: values to combine.
-        scales: tells what a layout needs and how long its step is.
+        scales: weighs and times.
         advance: is told how many more have been looked at.
     """
     found = Sweep(stage)
@@ -115,7 +93,7 @@ def sweep(stage: RunStage, space: Space, scales: Scales,
     return found
 
 
-def _look(found: Sweep, parallel: ParallelConfig, space: Space, scales: Scales) -> None:
+def _look(found: Sweep, parallel: ParallelConfig, space: Space, scales: Pricing) -> None:
     """Weigh and time layouts that differ in micro-batch and recomputation; the smallest micro-batch first:
     where it does not fit, no larger one does."""
     lacks: dict[Recompute, int] = {}

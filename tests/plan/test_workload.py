@@ -17,8 +17,9 @@ from megatron_sov import recipes
 from megatron_sov.clusters.chips import CHIPS, chip, default_links
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import TABLES, layer_weights, mean_keys, train_flops_per_token
+from megatron_sov.plan.learned import read_learned
 from megatron_sov.plan.speed import work
-from megatron_sov.plan.speed.parameters import Parameters, default, of_json
+from megatron_sov.plan.speed.parameters import default, of_json
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model
 from megatron_sov.plan.tables.workloads import published
 
@@ -152,7 +153,7 @@ def test_a_file_may_hold_a_part(tmp_path: Path) -> None:
     file = tmp_path / "ours.json"
     file.write_text(json.dumps({"parameters": {"hbm_fraction": 0.5, "ep_fraction": {"deepep": 0.25}},
                                 "provenance": {"runs": 3}}))
-    found = Parameters.read(file)
+    found = read_learned(file).parameters
     assert found.hbm_fraction == 0.5 and found.ep_fraction["deepep"] == 0.25
     assert found.ep_fraction["alltoall"] == default().ep_fraction["alltoall"]
     assert found.product_fraction == default().product_fraction
@@ -176,12 +177,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str, said: st
     file = tmp_path / "bad.json"
     file.write_text(text)
     with pytest.raises(UserError, match=said):
-        Parameters.read(file)
+        read_learned(file).parameters
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        Parameters.read(tmp_path / "none.json")
+        read_learned(tmp_path / "none.json")
 
 
 def test_every_chip_has_shares_of_its_generation() -> None:
