@@ -107,13 +107,7 @@ def tokens_of(config: RunConfig, row_tokens: int) -> Tokens:
 
 
 def saved(config: RunConfig, row_tokens: int, kind: Kind) -> Saved:
-    """Return what a layer saves where nothing is recomputed, routing being even.
-
-    Args:
-        config: model, layout, precision.
-        row_tokens: tokens of a micro-batch, before it is cut over processes.
-        kind: of the layer.
-    """
+    """Return what a layer saves where nothing is recomputed, routing being even."""
     p = config.parallel
     return _saved(config.model, config.train.precision, tokens_of(config, row_tokens), p.tp, p.etp, p.cp,
                   kind)
@@ -286,14 +280,7 @@ class Stored:
 
 
 def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) -> Stored:
-    """Return what a process of a stage keeps.
-
-    Args:
-        config: model, layout, precision, recomputation.
-        stage: pipeline stage, 0-based.
-        seq_len: tokens of a sample.
-        num_micro_batches: of a step, on each replica.
-    """
+    """Return what a process of a stage keeps."""
     m, p = config.model, config.parallel
     row = seq_len * config.train.micro_batch_size
     of_layers = kinds(m)

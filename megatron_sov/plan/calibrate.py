@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.artifacts import to_json, write_output
@@ -243,22 +244,7 @@ def _gauss_newton(at: Sequence[float], now: Sequence[float],
                + (i == j) / FACTORS[i].spread ** 2 for j in range(n)] for i in range(n)]
     right = [-sum(w * a * r for w, a, r in zip(weights, slopes[i], now, strict=True))
              - at[i] / FACTORS[i].spread ** 2 for i in range(n)]
-    return solved(matrix, right)
-
-
-def solved(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Return x of matrix x = right, for a symmetric positive definite matrix, which the prior sees to
-    (Gaussian elimination, which needs no pivots there)."""
-    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
-    n = len(rows)
-    for i in range(n):
-        for j in range(i + 1, n):
-            share = rows[j][i] / rows[i][i]
-            rows[j] = [b - share * a for a, b in zip(rows[i], rows[j], strict=True)]
-    x = [0.0] * n
-    for i in reversed(range(n)):
-        x[i] = (rows[i][n] - sum(rows[i][j] * x[j] for j in range(i + 1, n))) / rows[i][i]
-    return x
+    return [float(x) for x in np.linalg.solve(matrix, right)]
 
 
 @dataclass(frozen=True)
@@ -275,11 +261,6 @@ class Calibration:
 
 def calibrate(runs: Sequence[Path], out: Path | None = None, base: Learned | None = None) -> str:
     """Learn parameters, write them where `out` says, and return what came of it, for a terminal.
-
-    Args:
-        runs: run folders.
-        out: file of parameters to write; None: none is written.
-        base: what is started from; None: what comes with the package.
 
     Raises:
         UserError: nothing can be learned from a folder, or the file cannot be written.

@@ -142,14 +142,7 @@ def _thinning(asked: Asked, together: int) -> Iterator[tuple[float, float, float
 
 
 def step_s(engines: Engines, running: float, context: float, parameters: Parameters) -> float:
-    """Return the seconds of a step of decoding.
-
-    Args:
-        engines: one of them.
-        running: its responses, each of which gets a token.
-        context: mean tokens before that.
-        parameters: those of the model of speed; products reach what they say.
-    """
+    """Return the seconds of a step of decoding."""
     s, chip, costs, tp = engines.shape, engines.chip, engines.costs, engines.tp
     passed = (touched_params(s, running) * engines.weight_bytes / tp
               + running * kv_bytes(s, context) / kv_cuts(s, tp))
@@ -197,13 +190,9 @@ PACKED_SHARE = 0.95
 
 
 @dataclass(frozen=True)
-class Round:
-    prefill_s: float
-    """Generate: reading the prompts."""
-    decode_s: float
-    """Generate: writing while engines are full."""
-    tail_s: float
-    """Generate: writing the last and longest responses."""
+class Round(Writing):
+    """Seconds of one round, by job: generate's are those of `Writing`."""
+
     forward_s: float
     """Train: passes that only look, for a reference and for the trainer's own log-probabilities."""
     train_s: float
@@ -212,13 +201,10 @@ class Round:
     other_s: float
     apart: bool
     """Whether engines and trainer have GPUs of their own, and work at the same time."""
-    engine_bytes: int
-    running: int
-    """Responses that an engine runs at a time."""
 
     @property
     def generate_s(self) -> float:
-        return self.prefill_s + self.decode_s + self.tail_s
+        return super().total_s
 
     @property
     def learn_s(self) -> float:
@@ -255,6 +241,5 @@ def round_of(engines: Engines, asked: Asked, step: Workload, num_forward: float,
     written = writing(engines, asked, parameters)
     weight_bytes = engines.shape.params() * engines.weight_bytes
     rate = costs.refit_apart_bytes_per_s if apart else costs.refit_bytes_per_s
-    return Round(written.prefill_s, written.decode_s, written.tail_s, forward_s,
-                 steps * step_time(one, parameters).total_s, weight_bytes / rate, costs.round_s, apart,
-                 written.memory_bytes, written.running)
+    return Round(**vars(written), forward_s=forward_s, train_s=steps * step_time(one, parameters).total_s,
+                 refit_s=weight_bytes / rate, other_s=costs.round_s, apart=apart)

@@ -49,12 +49,7 @@ class Surroundings:
 
 def surroundings(chip: Chip, num_ranks: int) -> Surroundings:
     """Return the profile that `SOV_CLUSTER` names; where it names none, or one that does not serve, the
-    defaults: a run does not fail for its plan.
-
-    Args:
-        chip: the GPU that the run has found.
-        num_ranks: processes.
-    """
+    defaults: a run does not fail for its plan."""
     name = os.environ.get(CLUSTER, "")
     told = f"servers of {chip.name} as their maker builds them, for {CLUSTER} names no profile"
     if name:

@@ -158,13 +158,7 @@ the system.  Our choice; not measured yet."""
 
 
 def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
-    """Return what some processes of a run of `count` pin together.
-
-    Args:
-        config: model, layout, share.
-        count: processes of the run.
-        ranks: of a node; pipeline stages are Megatron-Core's outermost dimension.
-    """
+    """Return what some processes of a run of `count` pin together."""
     of_stage = [StageBuffers(config, count, stage).held(Place()).on_host
                 for stage in range(config.parallel.pp)]
     return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
@@ -172,13 +166,6 @@ def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
 
 def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: int, gpu: Gpu | None) -> None:
     """Refuse a run that pins more than one of its nodes may give.
-
-    Args:
-        config: settings.
-        count: processes.
-        per_node: processes of a node.
-        memory_bytes: memory of a node.
-        gpu: what the nearest share has to fit; None: nobody looks.
 
     Raises:
         UserError: what it needs, what there is, and the nearest share that fits.

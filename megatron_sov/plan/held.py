@@ -202,14 +202,7 @@ def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[Adapted]]:
 
 def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
     """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
-    (`mcore.model.lora.Factors`).
-
-    Args:
-        of: what is adapted.
-        lora: rank and kind.
-        p: layout.
-        rows: of an embedding or head, this process's rows; 0: those of the module.
-    """
+    (`mcore.model.lora.Factors`)."""
     size = p.etp if of.num_experts else p.tp
     by_rows = of.linear.endswith(SPLIT_BY_ROWS)
     height = rows or of.out_features // (size if by_rows else 1)

@@ -43,15 +43,7 @@ class LocalMachine:
 
 
 def passes_of(config: RunConfig, num_ranks: int, threads: int, seq_len: int, batch_size: int) -> Passes:
-    """Return what a process computes in a step.
-
-    Args:
-        config: model, layout, micro-batches.
-        num_ranks: processes.
-        threads: CPU threads of each.
-        seq_len: tokens of a sample.
-        batch_size: samples of the step, over all processes.
-    """
+    """Return what a process computes in a step."""
     replicas = num_ranks // config.parallel.ranks_per_replica
     micro_batches = batch_size / replicas / config.train.micro_batch_size
     num_passes = micro_batches + config.parallel.pp - 1
@@ -109,10 +101,6 @@ def shipped() -> Learned:
 def read_learned(path: Path, option: str = "--parameters ") -> Learned:
     """Return what stands in a file.
 
-    Args:
-        path: the file.
-        option: that it was named by, for sentences.
-
     Raises:
         UserError: it cannot be read, or is no file of parameters.
     """
@@ -133,12 +121,7 @@ def read_learned(path: Path, option: str = "--parameters ") -> Learned:
 
 
 def as_json(learned: Learned, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file.
-
-    Args:
-        learned: what it holds.
-        provenance: where that comes from.
-    """
+    """Return the content of a file."""
     return {"parameters": dataclasses.asdict(learned.parameters), "provenance": dict(provenance),
             MACHINES: {name: dataclasses.asdict(machine) for name, machine in learned.machines.items()}}
 

@@ -109,12 +109,6 @@ def searched(request: Request, machines: Machines, recipe: Sequence[str],
              parameters: Parameters | None = None) -> Placed:
     """Return a run with the fastest layout that fits; what --set says of a layout stays.
 
-    Args:
-        request: what was asked for.
-        machines: where.
-        recipe: the words of the command line that name the recipe.
-        parameters: of speed; None: those of the package.
-
     Raises:
         UserError: no layout fits, or the profile does not say what GPUs it has.
     """

@@ -199,13 +199,7 @@ def rank_bytes(config: RunConfig, num_ranks: int) -> int:
 
 
 def write_times(config: RunConfig, num_ranks: int, storage_bytes_per_s: float) -> WriteTimes:
-    """Return how long a checkpoint takes.
-
-    Args:
-        config: what is saved, and whether beside the training.
-        num_ranks: processes that write.
-        storage_bytes_per_s: what all of them together can write.
-    """
+    """Return how long a checkpoint takes."""
     size_bytes, of_one = checkpoint_bytes(config).total, rank_bytes(config, num_ranks)
     background_s = max(size_bytes / storage_bytes_per_s, of_one / PROCESS_WRITE_BYTES_PER_S)
     if not config.train.async_save:
@@ -244,13 +238,6 @@ class Operation:
 def operation(config: RunConfig, profile: ClusterProfile, num_gpus: int, step_s: float,
               num_steps: int) -> Operation:
     """Return how a run is best kept going on a cluster, with nodes enough in the place of broken ones.
-
-    Args:
-        config: what is trained and saved, at its layout.
-        profile: where it runs: storage, failures, restarts.
-        num_gpus: processes of the run.
-        step_s: time of a step.
-        num_steps: steps of the run.
 
     Raises:
         UserError: it fails so often that it comes to nothing.

@@ -28,13 +28,7 @@ ROW_PX, AROUND_PX = 26, 130
 
 
 def plan_page(config: RunConfig, quotes: Sequence[Quote], told: Told | None) -> str:
-    """Return the page's HTML.
-
-    Args:
-        config: the run.
-        quotes: its stages; none where nobody knows what GPUs it has.
-        told: the search that chose its layout; None: there was none.
-    """
+    """Return the page's HTML."""
     sections = [Section("Schedule", charts=schedule_charts(config),
                         tables=[schedule_table(config)], side_by_side=True)]
     if quotes:

@@ -93,21 +93,7 @@ def told_of(recipe: str) -> tuple[str, ...]:
 def priced(pricing: Pricing, name: str, kind: str, phase: PhaseConfig, *, steps: int, tokens: int,
            seconds: Mapping[str, float], memory: Memory, flops_per_token: float = 0.0,
            notes: tuple[str, ...] = (), on_gpus: bool = True) -> Quote:
-    """Return the quote of a job.
-
-    Args:
-        pricing: GPUs, and their price.
-        name: of the stage.
-        kind: what the job is.
-        phase: length and number of its samples in a step.
-        steps: its steps, rounds or batches.
-        tokens: that it reads or writes in all of them.
-        seconds: component -> seconds of one step.
-        memory: of the GPU that needs most.
-        flops_per_token: that the model needs; 0: not counted.
-        notes: what the figures assume.
-        on_gpus: whether it holds the GPUs while it works.
-    """
+    """Return the quote of a job."""
     step_s = sum(seconds.values())
     gpus = pricing.num_ranks if on_gpus else 0
     paid = cost(steps * step_s, gpus, pricing.machines.profile)
@@ -189,7 +175,7 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
         pricing, "generate", "RL: generate", responses, steps=rounds, tokens=written,
         seconds={"prefill": took.prefill_s, "decode": took.decode_s, "last responses": took.tail_s,
                  "new weights": took.refit_s, "other": took.other_s},
-        memory=Memory({"weights": weights, "keys and values": took.engine_bytes - weights},
+        memory=Memory({"weights": weights, "keys and values": took.memory_bytes - weights},
                       int(engines.costs.memory_share * pricing.chip.memory_bytes)),
         notes=(f"generate: {engines.num_engines:,} engines of {engines.tp} "
                f"GPU{'s' if engines.tp > 1 else ''}, "
@@ -230,13 +216,7 @@ def covers(config: RunConfig) -> bool:
 
 
 def quotes(config: RunConfig, pricing: Pricing, assumed: Assumed | None = None) -> list[Quote]:
-    """Return the quotes of a run's jobs, one after the other on the same GPUs.
-
-    Args:
-        config: a run that `covers` says yes to.
-        pricing: its GPUs.
-        assumed: what its settings do not say; None: the defaults.
-    """
+    """Return the quotes of a run's jobs, one after the other on the same GPUs."""
     assumed = assumed or Assumed()
     if config.objective.name == "policy":
         found = reinforcement(config, pricing, assumed)

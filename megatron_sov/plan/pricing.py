@@ -67,10 +67,6 @@ class Machines:
 def machines(name: str, nodes: int | None) -> Machines:
     """Return nodes of a cluster.
 
-    Args:
-        name: profile, as --cluster takes it.
-        nodes: how many; None: one.
-
     Raises:
         UserError: there is no such profile, or nobody has so many nodes.
     """

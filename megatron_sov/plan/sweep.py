@@ -72,14 +72,7 @@ def values(choice: Choice) -> Iterator[tuple[str, object]]:
 
 def sweep(stage: RunStage, space: Space, scales: Pricing,
           advance: Callable[[int], object] = lambda count: None) -> Sweep:
-    """Look at every layout of a space.
-
-    Args:
-        stage: what is to be trained.
-        space: values to combine.
-        scales: weighs and times.
-        advance: is told how many more have been looked at.
-    """
+    """Look at every layout of a space."""
     found = Sweep(stage)
     for parallel in layouts(stage.config, space):
         problems = parallel.problems(stage.config.model, scales.num_ranks)
@@ -198,12 +191,6 @@ def search(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
            advance: Callable[[int], object] = lambda count: None) -> Search:
     """Look at every layout of a run.
 
-    Args:
-        config: the run.
-        pricing: weighs and times.
-        fixed: settings that stay as they are.
-        advance: is told how many more have been looked at.
-
     Raises:
         UserError: the chip has no products in the run's precision.
     """
@@ -238,13 +225,7 @@ def fewest_nodes(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (
     """Return the fewest of `NODES_TRIED`, above those that are there, on which some layout fits every stage;
     None: there is none.
 
-    Only layouts that recompute everything are tried, a sample at a time: they need least.
-
-    Args:
-        config: the run.
-        pricing: weighs; its nodes are too few.
-        fixed: settings that stay as they are.
-    """
+    Only layouts that recompute everything are tried, a sample at a time: they need least."""
     for nodes in NODES_TRIED:
         if nodes > pricing.machines.nodes:
             more = Pricing(pricing.machines.with_nodes(nodes), pricing.parameters)

@@ -247,14 +247,7 @@ def stage_of(config: RunConfig) -> str:
 
 def submit_line(config: RunConfig, machines: Machines, recipe: Sequence[str],
                 settings: Sequence[str]) -> str:
-    """Return the command that submits a run.
-
-    Args:
-        config: the run.
-        machines: where.
-        recipe: words that name it: RECIPE, or --config FILE, and --plugin.
-        settings: the user's own, and those of the layout.
-    """
+    """Return the command that submits a run."""
     stage = stage_of(config)
     account = [] if machines.profile.account is not None else ["--account", "ACCOUNT"]
     data = [] if stage == "rl-train" else ["--data", "DATA"]

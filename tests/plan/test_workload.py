@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sov import recipes
 from megatron_sov.clusters.chips import CHIPS, chip, default_links
-from megatron_sov.errors import UserError
 from megatron_sov.models.count import TABLES, layer_weights, mean_keys, train_flops_per_token
 from megatron_sov.plan.learned import read_learned
 from megatron_sov.plan.speed import work
@@ -157,32 +156,6 @@ def test_a_file_may_hold_a_part(tmp_path: Path) -> None:
     assert found.hbm_fraction == 0.5 and found.ep_fraction["deepep"] == 0.25
     assert found.ep_fraction["alltoall"] == default().ep_fraction["alltoall"]
     assert found.product_fraction == default().product_fraction
-
-
-@pytest.mark.parametrize(("text", "said"), [
-    ("{", "is no file of parameters"), ("[]", "is no file of parameters"), ("{}", "is no file of parameters"),
-    ('{"parameters": {"hbm_fractoin": 1}}', "hbm_fractoin is no parameter; did you mean 'hbm_fraction'?"),
-    ('{"parameters": {"hbm_fraction": "fast"}}', "hbm_fraction = 'fast' must be a number"),
-    ('{"parameters": {"ep_fraction": {"deepep": -1}}}', "ep_fraction.deepep = -1 must be a number"),
-    ('{"parameters": {"hbm_fraction": NaN}}', "must be a number"),
-    ('{"parameters": {"hbm_fraction": %s}}' % ("1" * 400), "must be a number"),
-    ('{"parameters": {"hbm_fraction": 0}}', "something is divided by it"),
-    ('{"parameters": {"product_fraction": {"hopper": {"fp8": 0}}}}', "something is divided by it"),
-    ('{"parameters": {"inside_fraction": 90}}', "must be a share"),
-    ('{"parameters": {"ep_fraction": 0.5}}', "must be an object with alltoall"),
-    ('{"parameters": {"step_overhead_s": {"a": 1}}}', "must be a number"),
-    ('{"parameters": {"ep_fraction": {"depep": 1}}}', "depep is no parameter; did you mean 'deepep'?"),
-])
-def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    file = tmp_path / "bad.json"
-    file.write_text(text)
-    with pytest.raises(UserError, match=said):
-        read_learned(file).parameters
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        read_learned(tmp_path / "none.json")
 
 
 def test_every_chip_has_shares_of_its_generation() -> None:

@@ -119,14 +119,7 @@ def of_json(found: dict[str, Any]) -> Parameters:
 
 
 def _checked(name: str, value: Any, shipped: Any, beside: Collection[str]) -> Any:
-    """Return a parameter's value, its table filled up with what the package has.
-
-    Args:
-        name: of the parameter, with that of its table before it.
-        value: what a file says.
-        shipped: what the package has; None: nothing of that name.
-        beside: names that the package has in its place.
-    """
+    """Return a parameter's value, its table filled up with what the package has."""
     if shipped is None:
         raise ValueError(f"{name} is no parameter{nearest(name.rpartition('.')[2], beside)}")
     if isinstance(shipped, dict):

@@ -57,12 +57,7 @@ class Clock:
         return HALF if {"layer", "op"} & set(w.recompute_modules) else 0.0
 
     def passes(self, part: str, backward: float = 2.0) -> float:
-        """Return forward passes' worth of a part in a micro-batch.
-
-        Args:
-            part: what recomputation calls it.
-            backward: forward passes' worth of its backward pass.
-        """
+        """Return forward passes' worth of a part in a micro-batch."""
         return 1.0 if self.forward_only else 1 + backward + self.again(part)
 
     def products(self, products: list[Product]) -> float:
@@ -281,13 +276,7 @@ def _head(clock: Clock) -> _MicroBatch:
 
 def _stage(w: Workload, parts: Parts, messages_s: float) -> tuple[_MicroBatch, float, float]:
     """Return the seconds of a micro-batch on the slowest stage, their mean over stages, and how many layers
-    that stage has, in units of their mean.
-
-    Args:
-        w: the step.
-        parts: of a micro-batch.
-        messages_s: seconds of layers' messages on a stage of so many as the mean.
-    """
+    that stage has, in units of their mean."""
     s, (trunk, behind, head) = w.shape, parts
     mean = (trunk.total + behind.total + head.total) / w.pp
     stage = _MicroBatch()

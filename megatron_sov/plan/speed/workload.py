@@ -363,16 +363,7 @@ class Workload:
 
 def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, links: Links,
            imbalance: float = 1.0) -> Workload:
-    """Return a step of a phase of a run.
-
-    Args:
-        config: the run.
-        phase: the phase; its length and batch size hold.
-        num_gpus: processes.
-        chip: the GPU of each.
-        links: what joins them.
-        imbalance: tokens of the fullest expert-parallel rank in units of the mean.
-    """
+    """Return a step of a phase of a run."""
     p, t, g = config.parallel, config.train, config.gpu
     recompute: Literal["none", "selective", "full"] = "none"
     if t.recompute:

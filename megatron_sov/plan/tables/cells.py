@@ -181,11 +181,6 @@ def chip_of(text: str) -> Chip:
 def precision_of(text: str, notes: str, has_fp8: bool) -> Precision:
     """Return the precision that a cell names.
 
-    Args:
-        text: the cell.
-        notes: what the row says elsewhere, in lower case; asked where the cell is empty.
-        has_fp8: whether the chip multiplies in 8 bits.
-
     Raises:
         MissingInput: nobody knows it.
     """

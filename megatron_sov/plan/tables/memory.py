@@ -30,12 +30,7 @@ STATE_BYTES = FLOAT32_BYTES * 3
 
 
 def account_of(workload: Workload, stage: int | None = None) -> Account:
-    """Return the account of the fullest process of a pipeline stage.
-
-    Args:
-        workload: the step; its imbalance holds.
-        stage: 0-based; None: the one whose processes need most.
-    """
+    """Return the account of the fullest process of a pipeline stage; None: of the stage that needs most."""
     if stage is None:
         # between the first, which has most micro-batches under way, and the last, which has the head
         return max((account_of(workload, number) for number in {0, workload.pp - 1}),

@@ -70,11 +70,6 @@ def predict(row: Mapping[str, str], parameters: Parameters | None = None) -> Pre
 def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) -> Summary:
     """Predict every row of a table, and write the table with columns of predictions behind its own.
 
-    Args:
-        rows: table in CSV.
-        out: where the predictions go; replaced as a whole, or left as it is.
-        parameters: of the model of speed; None: those of the package.
-
     Raises:
         UserError: the table cannot be read, or `out` cannot be written, or is the table itself.
     """
@@ -111,12 +106,7 @@ NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
 
 def tokens_per_s_per_gpu(row: Mapping[str, str], w: Workload) -> float:
     """Return a row's tokens/s of a GPU: stated, or from the step's time, the whole cluster's tokens, TFLOP/s
-    or utilisation; 0 where it states none of them.
-
-    Args:
-        row: the row.
-        w: its workload, which has the FLOPs of a token and the peak where they are needed.
-    """
+    or utilisation; 0 where it states none of them."""
     if number(row, "tokens_per_s_per_gpu") and "inconsistent" not in words(row, "note"):
         return number(row, "tokens_per_s_per_gpu")
     notes = words(row, "other", "note")
