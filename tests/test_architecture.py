@@ -67,7 +67,7 @@ where it is named."""
 WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
     "megatron_sov/train": ({"guards", "side_jobs"}, {""}),
-    "megatron_sov/plan": ({"speed", "operation"}, {"tables", "search", "post_training", "calibration"}),
+    "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep": ({"sources", "journey", "demo", "pipelines"}, {"pipeline"},
                   {"quality", "dedup", "scoring", "mixture"}, {"decontamination"}),
