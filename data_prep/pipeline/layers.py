@@ -15,8 +15,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.pipeline.columns import SOURCE_COLUMNS, schema
-from data_prep.pipeline.step import ColumnType, Outcome
+from data_prep.pipeline.step import SOURCE_COLUMNS, ColumnType, Outcome, schema
 from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import disk_errors, fsync_path, new_file
 from megatron_sov.errors import UserError

@@ -21,7 +21,6 @@ import psutil
 
 from data_prep.journey.facts import write_shard_facts
 from data_prep.pipeline.addresses import refuse_changed
-from data_prep.pipeline.columns import OF_A_RECORD, schema
 from data_prep.pipeline.counts import Counts, noted_seal
 from data_prep.pipeline.layers import (
     BASE_FIRST,
@@ -33,10 +32,9 @@ from data_prep.pipeline.layers import (
     TableFile,
     groups,
 )
-from data_prep.pipeline.naming import name_of
-from data_prep.pipeline.pipeline_file import Pipeline
+from data_prep.pipeline.pipeline_file import Pipeline, name_of
 from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes, pieces_of
-from data_prep.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
+from data_prep.pipeline.step import KEPT, OF_A_RECORD, Doc, Outcome, ShardRef, Step, schema
 from data_prep.shard_damage import place_in_run
 from data_prep.sources.formats import reader
 from data_prep.sources.source import Broken, Raw, SourceSettings
@@ -279,6 +277,11 @@ class Stage:
     def name(self) -> str:
         """Return what it is called in messages and folders."""
         return f"{self.number:02d}-{self.kind}" + (f"-{self.pass_name}" if self.pass_name else "")
+
+    @property
+    def what(self) -> str:
+        """Return what its tasks are, in the plural."""
+        return "tasks" if self.index >= 0 else "shards"
 
 
 def stages(plan: Plan) -> Iterator[Stage]:
