@@ -13,12 +13,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.assemble import ShardedWriter, ShardRecord
 from data_prep.encode import Encoder
-from data_prep.indexed import IndexedSplit, token_dtype
 from data_prep.pack import Source, carry_tokenizer, parse_sources
-from data_prep.sharding import ShardedWriter, ShardRecord
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule, document_hash
-from data_prep.token_artifact import CONTENT_VERSION, KIND
+from data_prep.token_artifact import CONTENT_VERSION, KIND, IndexedSplit, token_dtype
 from megatron_sov.artifacts import new_artifact, read_manifest, refuse_existing
 from megatron_sov.documents import Document
 from megatron_sov.documents.indexed_writer import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index

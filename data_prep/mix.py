@@ -18,11 +18,18 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON
-from data_prep.mixture.allotment import Missing, PhaseShares, allot, overall, refuse_many_epochs, table
-from data_prep.mixture.blend_file import find_blend, read_blend
+from data_prep.mixture.blend_file import (
+    Missing,
+    PhaseShares,
+    allot,
+    find_blend,
+    overall,
+    read_blend,
+    refuse_many_epochs,
+    table,
+)
 from data_prep.splits import TRAIN
-from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest
-from data_prep.twin_documents import refuse_overlap
+from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest, refuse_overlap
 from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
 from megatron_sov.digests import algorithm_of, file_digest
 from megatron_sov.errors import UserError

@@ -18,7 +18,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.provenance import SYNTHESIS, artifact_of
 from data_prep.synth.candidates import Candidate, RunRecord, read_made, read_run
 from data_prep.synth.checks.judging import Judged, judge_samples
 from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
@@ -26,6 +25,7 @@ from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
 from data_prep.synth.page import write_page
 from data_prep.synth.sample import Verdict
+from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, fsync_path, to_json
 from megatron_sov.documents.messages import BadRecord, Message
 from megatron_sov.documents.records import Reading, parse_record
