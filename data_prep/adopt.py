@@ -48,8 +48,6 @@ EODS = ("auto", "append", "none")
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What was found in a source."""
-
     hashes: NDArray[np.uint64]
     """Of each document's text, by which it is held out, [documents]."""
     sizes_bytes: NDArray[np.int64]
@@ -259,24 +257,18 @@ class AdoptOptions:
 
 @dataclass(frozen=True)
 class Pair:
-    """A source that is taken over."""
-
     source: Source
     """Name, and path without endings."""
     split: IndexedSplit
-    """Its documents."""
     surveyed: Surveyed
-    """What was found in them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     add_options(parser, AdoptOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data adopt`; returns 0."""
     args = read_options(AdoptOptions, typed)
     refuse_existing(args.output, KIND, args.overwrite)
     sources = parse_sources([_without_ending(given) for given in args.pairs])

@@ -37,18 +37,15 @@ class EncodedSource:
     """A source whose units are all complete."""
 
     name: str
-    """Name."""
     kind: str
     """One of `documents.KINDS`."""
     path: Path
-    """File or folder."""
     units: list[tuple[tuple[Span, ...], UnitRecord]] = field(default_factory=list)
     """The units in the order of the input, each with its record."""
     dropped: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """Unit -> sequences that are left out because their id came before."""
 
     columns: tuple[str, ...] = ()
-    """Columns of its documents."""
     banks: SourceBanks | None = None
     """Banks that its documents name; None: they have no media."""
     buckets: list[str] = field(default_factory=lambda: [""])
@@ -201,7 +198,6 @@ class ShardRecord:
     num_documents: int = 0
     """Sequences; a preference is two."""
     num_tokens: int = 0
-    """Ids."""
     num_bytes: int = 0
     """UTF-8 bytes of the text behind them."""
 

@@ -52,8 +52,6 @@ SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "d
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of a mix."""
-
     path: Path
     """Artifact of kind "tokens"."""
     weight: float | None
@@ -79,7 +77,6 @@ class BlendSettings(BlendLimits):
     """A blend, and how it becomes shares of sources."""
 
     file: Path
-    """The blend file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +121,6 @@ class MixOptions(BlendLimits):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
                           "a run relative to the others; without weights the tokens decide. "
                           "Within a folder its own weights, or tokens, decide. --blend shares each phase of "
@@ -134,7 +130,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data mix`; returns 0."""
     args = read_options(MixOptions, typed)
     parts = [parse_part(a) for a in args.data]
     _refuse_idle_options(args, parts)

@@ -87,12 +87,9 @@ OnBad = Literal["refuse", "quarantine"]
 
 @dataclass(frozen=True)
 class Source:
-    """One `--input`."""
-
     name: str
     """Name in blends, evaluations and folders."""
     path: Path
-    """File or folder."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +169,11 @@ class PackOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     add_options(parser, PackOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data pack`; returns 0."""
     args = read_options(PackOptions, typed)
     tag_fields, tags = parse_tags(args.tags)
     reading = Reading(args.format, args.text_field, args.max_document_bytes, args.columns,
@@ -319,7 +314,6 @@ def _unlearned(units: list[Unit], settings: PackSettings) -> str:
 
 def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path,
             workers: int, on_bad: str) -> list[EncodedSource]:
-    """Bring all units to completion."""
     encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path,
                                           columns=settings.reading.columns)
                for source in sources}

@@ -34,14 +34,12 @@ class DataRunOptions(ClusterOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
     add_options(parser, DataRunOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data run`; returns 0."""
     args = read_options(DataRunOptions, typed)
     from data_prep.pipeline.addresses import is_much, told, unknown_inputs
     from data_prep.pipeline.pipeline_file import load_pipeline

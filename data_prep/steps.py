@@ -145,7 +145,6 @@ class CodeSettings:
 
     @property
     def file(self) -> Path:
-        """The file."""
         return Path(str(self.function).rpartition(":")[0])
 
     def problems(self) -> list[Problem]:
@@ -175,7 +174,6 @@ class CodeStep(Step):
             if (file := Path(os.path.normpath(settings.file.parent / name))).is_file())})
 
     def start(self, view: View) -> None:
-        """Load the function."""
         self._steps = Steps([step_of_file(str(self.settings.function))])
         self._files = [file.resolve() for file in self.files()]
 

@@ -34,9 +34,7 @@ class GivenTag:
     """A tag whose value does not stand in the records."""
 
     key: str
-    """Its name."""
     value: str
-    """Its value."""
     source: str = ""
     """Name of the source that it belongs to; "": all of them."""
 

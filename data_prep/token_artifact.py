@@ -25,8 +25,6 @@ QUARANTINE = "quarantine.jsonl"
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of an artifact."""
-
     source: dict[str, Any]
     """The manifest's record of its source."""
     split: str
@@ -34,7 +32,6 @@ class Shard:
     prefix: Path
     """Its files without their endings."""
     record: dict[str, Any]
-    """The manifest's record of it."""
 
     def open(self) -> IndexedSplit:
         """Open it by memory map.
@@ -111,7 +108,6 @@ class IndexedSplit:
     """One split opened for reading by memory map."""
 
     dtype: str
-    """Dtype of the ids."""
     lengths_tokens: NDArray[np.int32]
     """Tokens of each document, [documents]."""
     starts_bytes: NDArray[np.int64]

@@ -61,11 +61,8 @@ class UnitSettings:
     config_sha256: str
     """Hash of its tokenizer_config.json, which holds the chat template."""
     dtype: str
-    """Dtype of ids."""
     reading: Reading
-    """What records hold."""
     encoding: EncodingSettings
-    """How they are encoded."""
     steps: tuple[Code, ...] = ()
     """Data steps that each document goes through before, in order."""
 
@@ -79,7 +76,6 @@ class UnitRecord:
     num_sequences: int
     """Rows of `SEQUENCE`."""
     num_tokens: int
-    """Ids in all."""
     num_lines: tuple[int, ...]
     """Lines or rows of each span."""
     num_bad: dict[str, int]
@@ -149,14 +145,12 @@ class _UnitWriter:
             (self._folder / RECORD).write_text(to_json(self.record()))
 
     def record(self) -> UnitRecord:
-        """Return what was written."""
         return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines),
                           dict(self._bad), dict(self._left_out),
                           {bucket: {tag: sorted(values) for tag, values in tags.items()}
                            for bucket, tags in self._tags.items()})
 
     def read(self, unit: Unit) -> None:
-        """Read and encode all spans."""
         batch: list[tuple[int, Document]] = []
         size_bytes = 0
         for number, span in enumerate(unit):
@@ -320,7 +314,6 @@ class StoredUnit:
     columns: NDArray[np.float32]
     """[sequences, columns] as `Reading.columns` names them."""
     folder: Path
-    """Where it lies."""
     media: NDArray[np.int64] | None = None
     """[tokens] what the sidecar of banks says; None: there are no media."""
 

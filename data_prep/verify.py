@@ -51,7 +51,6 @@ class DataVerifyOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Check token shards before a run: file hashes, indices, range of ids, "
                           "ends of documents, no document in both splits; count duplicates; "
                           "with --tokens, how often a run of that size repeats each source.")

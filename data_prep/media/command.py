@@ -160,12 +160,10 @@ class EncodeMediaOptions(ClusterOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     add_options(parser, EncodeMediaOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data encode-media`; returns 0."""
     args = read_options(EncodeMediaOptions, typed)
     from data_prep.media.running import run_here, submit
 

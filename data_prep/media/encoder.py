@@ -41,9 +41,7 @@ class Medium:
     """What stands in a text for a medium, besides its name."""
 
     mime_type: str
-    """Type of its content."""
     discrete: str = ""
-    """Its discrete block."""
     duration_s: float = 0.0
     """Length of a sound or video."""
     bank: str = ""
@@ -307,12 +305,10 @@ class MediaRecord:
     kind: str
     """`CHAT` or `TEXT`."""
     fields: dict[str, Any]
-    """Its other fields."""
     messages: tuple[Message, ...]
     """Of a document: one."""
 
     def media(self) -> Iterator[Part]:
-        """Yield its media, in order."""
         for message in self.messages:
             yield from (part for part in message.parts or () if part.kind in KINDS)
 

@@ -25,7 +25,6 @@ class SourceBanks:
     """The banks that the documents of a source name."""
 
     folder: Path
-    """The media corpus."""
     shapes: Mapping[str, BankShape]
     """Kind -> what its records are."""
 
@@ -68,7 +67,6 @@ class ShardBanks:
         return found
 
     def close(self) -> None:
-        """Close the files."""
         for file in self._files.values():
             file.close()
 

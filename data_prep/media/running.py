@@ -129,7 +129,6 @@ def _ready(asked: EncodeMediaOptions) -> list[Unit]:
 
 
 def _encode(asked: EncodeMediaOptions, units: list[Unit], *, shows: bool) -> None:
-    """Make units that are not there."""
     with (UnitEncoder(asked.settings, work_folder(asked.output), asked.threads) as encoder,
           work_bar("encoding", len(units), "unit", shows) as bar):
         for unit in units:
@@ -197,7 +196,6 @@ class _Joined:
     codebooks: dict[str, int] = field(default_factory=dict)
 
     def take(self, unit: Unit, folder: Path) -> None:
-        """Append a unit."""
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         self.counts.update(summary["counts"])
         self.kinds.update(summary["kinds"])

@@ -116,9 +116,7 @@ class Unit:
     """Some lines of a file."""
 
     file: Path
-    """The file."""
     start: int
-    """First byte."""
     stop: int
     """The byte behind the last."""
     first_line: int

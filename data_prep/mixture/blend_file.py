@@ -116,8 +116,6 @@ class BlendEntry:
 
 @dataclass(frozen=True)
 class BlendPhase:
-    """One phase of a blend."""
-
     name: str
     """Name of the curriculum's phase that reads it."""
     tokens: float
@@ -131,7 +129,6 @@ class Blend:
     """What a blend file says."""
 
     name: str
-    """Name of the blend."""
     phases: tuple[BlendPhase, ...]
     """In the order of training."""
 
@@ -211,7 +208,6 @@ def _written(value: Any) -> str:
 
 
 def _listed(file: YamlFile, place: Place, raw: Any, common: Where) -> tuple[BlendEntry, ...]:
-    """Return the entries of `shares`."""
     if not isinstance(raw, list) or not raw or len(raw) > MAX_ENTRIES:
         file.wrong(place, f"must be a list of 1 to {MAX_ENTRIES:,} shares, e.g. "
                           "- {kind: ko, level: L2, share: 3.3}")
@@ -255,7 +251,6 @@ def _refuse_twice(file: YamlFile, place: Place, own: Where, common: Where) -> No
 
 
 def _share(file: YamlFile, place: Place, raw: Any) -> float:
-    """Return percent as a share."""
     return file.number(place, raw, 0, 100) / 100
 
 
@@ -304,7 +299,6 @@ class PhaseShares:
     """One phase over named sources."""
 
     name: str
-    """Name of the phase."""
     tokens: float
     """Its budget; 0: not said."""
     shares: dict[str, float]

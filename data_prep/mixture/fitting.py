@@ -46,7 +46,6 @@ class Judgement:
     """Rank correlation of predicted and measured; None where either is constant, or of fewer than three."""
 
     def shown(self) -> str:
-        """Return both in words."""
         rank = "none (too few, or all alike)" if self.spearman is None else f"{self.spearman:.2f}"
         return f"within {self.rmse:.4f} (rmse), rank correlation {rank}"
 
@@ -67,7 +66,6 @@ def _features(shares: Shares) -> NDArray[np.float64]:
 
 
 def fit_boosting(shares: Shares, losses: NDArray[np.float64], seed: int) -> Predict:
-    """Fit gradient boosted trees."""
     from sklearn.ensemble import GradientBoostingRegressor
 
     model: Any = GradientBoostingRegressor(random_state=seed, **BOOSTING).fit(shares, losses)
@@ -81,8 +79,6 @@ FITS: dict[str, Callable[[Shares, NDArray[np.float64], int], Predict]] = {
 
 @dataclass(frozen=True)
 class Fitted:
-    """What predicts losses."""
-
     name: str
     """Which of `FITS` it is."""
     predict: Predict
@@ -146,7 +142,6 @@ class Space:
     """The mixtures that are allowed."""
 
     names: tuple[str, ...]
-    """Clusters."""
     natural: Shares
     """[clusters] shares by tokens."""
     caps: Shares
@@ -154,7 +149,6 @@ class Space:
 
     @property
     def uniform(self) -> Shares:
-        """Return equal shares."""
         return np.full(len(self.names), 1 / len(self.names))
 
     def allowed(self, shares: Shares) -> Shares:

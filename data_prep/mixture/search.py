@@ -258,7 +258,6 @@ class _Measured:
         self.losses: list[Losses] = []
 
     def add(self, role: str, shares: Shares, losses: Sequence[Losses]) -> None:
-        """Add mixtures of one role."""
         self.roles += [role] * len(shares)
         self.shares = np.concatenate([self.shares, shares])
         self.losses += losses
@@ -406,7 +405,6 @@ class ProxySettings:
     settings: tuple[str, ...]
     """key=value, as --set takes them."""
     steps: int
-    """Optimizer steps."""
     seq_len: int
     """Tokens of a sample."""
     seed: int
@@ -540,7 +538,6 @@ class Tried:
     role: str
     """natural, uniform, round 1, ..., judged, predicted best."""
     shares: dict[str, float]
-    """Cluster -> share."""
     predicted: float
     """Loss that the last fit predicts."""
     losses: Losses
@@ -551,8 +548,6 @@ class Tried:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found."""
-
     tried: tuple[Tried, ...]
     """Every mixture, in the order of training."""
     chosen: Tried

@@ -172,8 +172,6 @@ BATCH_BYTES, BATCH_FILES = 100 * 10**9, 10_000
 
 @dataclass(frozen=True)
 class Batch:
-    """Files that one job reads."""
-
     source: str
     files: tuple[str, ...]
 

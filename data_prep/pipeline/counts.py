@@ -78,7 +78,6 @@ class Counts:
             del kept[MAX_SAMPLES:]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
     @staticmethod
@@ -142,7 +141,6 @@ class StageProgress:
         self._bar.close()
 
     def __call__(self) -> None:
-        """Count a task."""
         self._num_done += 1
         self._bar.update(1)
 

@@ -70,16 +70,12 @@ class Only:
 
 @dataclass(frozen=True)
 class StepEntry:
-    """One step of the file."""
-
     number: int
     """Place in the file, from 1."""
     kind: str
-    """Name of the step."""
     written: Mapping[str, Any]
     """Its settings as they stand in the file."""
     only: Only = field(default_factory=Only)
-    """Which documents it looks at."""
 
     def build(self, folder: Path) -> Step:
         """Return the step, its relative paths starting at the pipeline file's folder."""
@@ -197,7 +193,6 @@ class _FileReader:
         self.columns: dict[str, ColumnType] = dict(SOURCE_COLUMNS)
 
     def tell(self, place: Place, sentence: str) -> None:
-        """Note a mistake."""
         self.found.append((self.located.line(place), sentence))
 
     def read(self) -> Pipeline | None:

@@ -70,8 +70,6 @@ class Layer:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source on its way."""
-
     settings: SourceSettings
     shards: dict[int, str]
     """Number of each shard, in the order of its documents -> address of what they are parsed from."""
@@ -103,8 +101,6 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run."""
-
     pipeline: Pipeline
     sources: tuple[SourcePlan, ...]
     steps: tuple[StepPlan, ...]
@@ -123,7 +119,6 @@ class Plan:
                 for sentence in source.told]
 
     def source(self, name: str) -> SourcePlan:
-        """Return a source by name."""
         return next(s for s in self.sources if s.settings.name == name)
 
     def columns(self, before: int | None = None) -> dict[str, ColumnType]:
@@ -135,12 +130,10 @@ class Plan:
         return found
 
     def write(self, file: Path) -> None:
-        """Write it where tasks find it."""
         write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)), file.name)
 
     @staticmethod
     def read(file: Path) -> Plan:
-        """Return what `write` has written."""
         return TypeAdapter(Plan).validate_json(json.dumps(read_json(file, of=file.name)))
 
 
@@ -203,7 +196,6 @@ def _with_output(source: SourcePlan, pipeline: Pipeline, number: int) -> SourceP
 
 
 def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool) -> SourcePlan:
-    """Cut a source into shards."""
     read_by = reader(source)
     pieces = read_by.pieces()
     names = input_names(pieces)

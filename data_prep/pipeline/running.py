@@ -186,7 +186,6 @@ def _doer(plan_file: Path, output: Path) -> Callable[[tuple[Stage, Task]], None]
 
 
 def _tell(plan: Plan, stage: Stage, output: Path, num_done: int, wall_s: float) -> None:
-    """Print a line about a stage."""
     total = len(tasks(plan, stage))
     kept = total - num_done
     line = f"{stage.name}: {total} {stage.what[:-1]}{'' if total == 1 else 's'}"
@@ -213,7 +212,6 @@ def stage_counts(plan: Plan, stage: Stage, output: Path) -> Counts:
 
 
 def describe(plan: Plan, output: Path) -> str:
-    """Return the plan in lines."""
     lines = [f"{plan.pipeline.name}: {_many(len(plan.sources), 'source')}, {_many(len(plan.steps), 'step')}"]
     for source in plan.sources:
         lines.append(f"  source {source.settings.name}: {_many(source.num_files, 'file')}, "
@@ -277,7 +275,6 @@ READING_STAGES = ("inputs", "submit")
 
 
 def do_share(plan_file: Path, output: Path, stage: Stage, todo: Sequence[Task], task: int) -> None:
-    """Do one task of a stage's array."""
     refuse_many_restarts(f"step {stage.kind}", "take smaller shard_bytes")
     do_task(plan_file, output, stage, todo[task])
 

@@ -33,7 +33,6 @@ class Doc:
     text: str
     """Its text as the steps before left it."""
     source: str
-    """Name of its source."""
     shard: int
     """Number of the source's shard that holds it."""
     row: int
