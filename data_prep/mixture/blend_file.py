@@ -9,94 +9,26 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Ge, Le, MaxLen, MinLen
 
 from data_prep.splits import TRAIN
-from data_prep.tags import SOURCE, is_chosen, tags_of
+from data_prep.tags import is_chosen, tags_of
 from megatron_sov.errors import UserError, list_problems, nearest
-from megatron_sov.settings import Place, read_located, read_text
+from megatron_sov.settings import Bound, Breach, Code, NotBlank, Problem, read_file
 
 SHIPPED = Path(__file__).parents[1] / "pipelines" / "blends"
 """Blends that come with the framework, one file each."""
 TOLERANCE_PCT = 0.01
 """By which the shares of a phase may miss 100, for published figures are rounded."""
-PHASE_KEYS = ("name", "tokens", "where", "shares", "product")
 MAX_ENTRIES = 10_000
 Where = dict[str, tuple[str, ...]]
 """Tag, or "source" for names, -> patterns of which one has to fit."""
-
-
-# YAML files of mixtures: every mistake is told, with the line that it stands on.
-
-
-class YamlFile:
-    """What a file holds, and the mistakes that were found in it."""
-
-    def __init__(self, file: Path) -> None:
-        """Read a file.
-
-        Raises:
-            UserError: it cannot be read, or is no YAML that is taken.
-        """
-        self.file = file
-        self._found = read_located(read_text(file))
-        self.value: Any = self._found.value
-        self.problems = [(p.line, f"{file}:{p.line}: {p.sentence}") for p in self._found.problems]
-        """Line and sentence of each mistake."""
-        self.raise_problems()
-
-    def wrong(self, place: Place, rule: str) -> None:
-        """Note a mistake.
-
-        Args:
-            place: where it is; what is missing has the line of what should hold it.
-            rule: what it should be, and what to do.
-        """
-        value: Any = self.value
-        if place in self._found.lines:
-            for key in place:
-                value = value[key]
-        else:
-            value = None
-        shown = "" if value is None or isinstance(value, (dict, list)) else f" = {str(value)[:80]!r}"
-        line = self._found.line(place)
-        self.problems.append((line, f"{self.file}:{line}: {'.'.join(map(str, place)) or 'the file'}{shown}: "
-                                    f"{rule}"))
-
-    def check_keys(self, place: Place, found: Any, allowed: Iterable[str]) -> dict[str, Any]:
-        """Return a mapping, with a mistake noted for each key that it may not have; {} of what is none."""
-        if not isinstance(found, dict):
-            self.wrong(place, f"must hold {', '.join(allowed)}")
-            return {}
-        for key in found:
-            if key not in allowed:
-                self.wrong((*place, key), f"is no key here (there are: {', '.join(allowed)})"
-                                               f"{nearest(key, allowed) or '; leave it out'}")
-        return found
-
-    def number(self, place: Place, value: Any, low: float, high: float = float("inf"), *,
-               whole: bool = False) -> float:
-        """Return a number; `low`, and a mistake noted, for what is none or lies outside of its bounds."""
-        try:
-            number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = float("nan")
-        if not (math.isfinite(number) and low <= number <= high) or (whole and number != int(number)):
-            bounds = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-            self.wrong(place, f"must be a {'whole ' if whole else ''}number, {bounds}")
-            return low
-        return number
-
-    def raise_problems(self) -> None:
-        """Raise `UserError` with all mistakes, if there are any."""
-        if self.problems:
-            in_order = [sentence for _, sentence in sorted(self.problems, key=lambda problem: problem[0])]
-            raise UserError(list_problems(str(self.file), in_order))
 
 
 @dataclass(frozen=True)
@@ -148,119 +80,122 @@ def find_blend(given: str) -> Path:
     return Path(given)
 
 
+def _no_patterns(value: Any) -> Breach | None:
+    patterns = value if isinstance(value, (list, tuple)) else [value]
+    return None if patterns and all(isinstance(p, (str, int)) and str(p) for p in patterns) else (
+        Code.BOUND, "must be a value of the tag, a pattern, or a list of them", "e.g. {level: L2}")
+
+
+Percent = Annotated[float, Ge(0), Le(100)]
+
+
+@dataclass(frozen=True)
+class BlendPhaseSettings:
+    """A phase as it stands in a file."""
+
+    name: NotBlank | int
+    """Of the recipe's phase that reads it."""
+    tokens: Annotated[float, Ge(1)] = 0.0
+    """Its budget; of several phases each needs one."""
+    where: Mapping[str, Annotated[Any, Bound(_no_patterns)]] = field(default_factory=dict)
+    """Conditions of all its shares: tag, or "source" for names -> a value, a pattern, or a list of them."""
+    shares: Annotated[tuple[Mapping[str, Any], ...], MinLen(1), MaxLen(MAX_ENTRIES)] | None = None
+    """Conditions, and a share in percent, of each entry."""
+    product: Annotated[dict[str, Annotated[dict[str, Percent], MinLen(1)]], MinLen(1)] | None = None
+    """Tag -> value -> percent: every combination of one value of each tag, its share the product."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        if (self.shares is None) == (self.product is None):
+            return [Problem(Code.RULE, "", "must have either shares or product")]
+        if self.product is None:
+            p = [problem for i, row in enumerate(self.shares or ()) for problem in self._of_row(i, row)]
+            return p or _no_whole("shares", [row["share"] for row in self.shares or ()])
+        p = [problem for tag in self.product for problem in self._twice(f"product.{tag}", [tag])]
+        p += [problem for tag, side in self.product.items()
+              for problem in _no_whole(f"product.{tag}", side.values())]
+        if math.prod(map(len, self.product.values())) > MAX_ENTRIES:
+            p.append(Problem(Code.RULE, "product", f"has more than {MAX_ENTRIES:,} combinations"))
+        return p
+
+    def _of_row(self, number: int, row: Mapping[str, Any]) -> Iterator[Problem]:
+        key, share = f"shares.{number}", row.get("share")
+        if share is None or len(row) + len(self.where) < 2:
+            yield Problem(Code.RULE, key, "must have a share in percent and at least one condition",
+                          way_out="e.g. {kind: ko, share: 3.3}")
+            return
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 100:
+            yield Problem(Code.BOUND, f"{key}.share", "must be a number, between 0 and 100", share)
+        yield from self._twice(key, row)
+        for tag, value in row.items():
+            if tag != "share" and (breach := _no_patterns(value)):
+                yield Problem(breach[0], f"{key}.{tag}", *breach[1:2], value)
+
+    def _twice(self, key: str, own: Iterable[str]) -> list[Problem]:
+        return [Problem(Code.RULE, key, f"{tag} is a condition of the whole phase already (where)",
+                        way_out="leave it out there or here") for tag in own if tag in self.where]
+
+    def read(self) -> BlendPhase:
+        """Return the phase, its shares scaled to 1 in all."""
+        common = _written(self.where)
+        if self.product is None:
+            entries = _scaled([BlendEntry(common | _written({k: v for k, v in row.items() if k != "share"}),
+                                          row["share"] / 100) for row in self.shares or ()])
+        else:
+            sides = [_scaled([BlendEntry({tag: (value,)}, share / 100) for value, share in side.items()])
+                     for tag, side in self.product.items()]
+            entries = tuple(BlendEntry(common | {k: v for part in parts for k, v in part.where.items()},
+                                       math.prod(part.share for part in parts))
+                            for parts in itertools.product(*sides))
+        return BlendPhase(str(self.name), self.tokens, entries)
+
+
+@dataclass(frozen=True)
+class BlendFile:
+    """A blend as it stands in a file."""
+
+    phases: Annotated[tuple[BlendPhaseSettings, ...], MinLen(1)]
+    """In the order of training."""
+    name: NotBlank | int = ""
+    """Of the blend; "": as the file is called."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        names = [str(phase.name) for phase in self.phases]
+        p = [Problem(Code.RULE, f"phases.{i}.name", "is the name of two phases", name, "give each its own")
+             for i, name in enumerate(names) if name in names[:i]]
+        return p + [Problem(Code.RULE, f"phases.{i}.tokens",
+                            "is missing; of several phases each needs its budget in tokens")
+                    for i, phase in enumerate(self.phases) if len(names) > 1 and not phase.tokens]
+
+
 def read_blend(file: Path) -> Blend:
     """Return what a blend file says.
 
     Raises:
-        UserError: it breaks rules; all mistakes are told, each with its line.
+        SettingsError: it breaks rules; all mistakes are told, each with its line.
     """
-    found = YamlFile(file)
-    top = found.check_keys((), found.value, ("name", "phases"))
-    raw = top.get("phases")
-    if not isinstance(raw, list) or not raw:
-        found.wrong(("phases",), "must be a list of phases, each with a name, tokens, and shares or product")
-        raw = []
-    phases = [_phase(found, ("phases", i), phase, len(raw)) for i, phase in enumerate(raw)]
-    names = [phase.name for phase in phases]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            found.wrong(("phases", i, "name"), "is the name of two phases; give each its own")
-    found.raise_problems()
-    return Blend(str(top.get("name", file.stem)), tuple(phases))
+    found = read_file(BlendFile, file)
+    return Blend(str(found.name or file.stem), tuple(phase.read() for phase in found.phases))
 
 
-def _phase(file: YamlFile, place: Place, raw: Any, num_phases: int) -> BlendPhase:
-    found = file.check_keys(place, raw, PHASE_KEYS)
-    if not str(found.get("name", "")):
-        file.wrong((*place, "name"), "is missing; name the phase as the recipe's phase is called")
-    tokens = 0.0
-    if "tokens" in found:
-        tokens = file.number((*place, "tokens"), found["tokens"], 1)
-    elif num_phases > 1:
-        file.wrong((*place, "tokens"), "is missing; of several phases each needs its budget in tokens")
-    common = _where(file, (*place, "where"), found.get("where", {}))
-    if ("shares" in found) == ("product" in found):
-        file.wrong(place, "must have either shares or product")
-        return BlendPhase(str(found.get("name", "")), tokens, ())
-    entries = (_listed(file, (*place, "shares"), found["shares"], common) if "shares" in found
-               else _product(file, (*place, "product"), found["product"], common))
-    return BlendPhase(str(found.get("name", "")), tokens, entries)
+def _written(conditions: Mapping[str, Any]) -> Where:
+    """Return conditions with values as tags are written: `True` is "true"."""
+    return {tag: tuple(str(v).lower() if isinstance(v, bool) else str(v)
+                       for v in (value if isinstance(value, (list, tuple)) else [value]))
+            for tag, value in conditions.items()}
 
 
-def _where(file: YamlFile, place: Place, raw: Any) -> Where:
-    """Return conditions: tag -> patterns."""
-    if not isinstance(raw, dict):
-        file.wrong(place, f"must be conditions, e.g. {{level: L2}} or {{{SOURCE}: 'web-*'}}")
-        return {}
-    where: Where = {}
-    for key, value in raw.items():
-        patterns = value if isinstance(value, list) else [value]
-        if not patterns or not all(isinstance(p, (str, int)) and str(p) for p in patterns):
-            file.wrong((*place, str(key)), "must be a value of the tag, a pattern, or a list of them")
-            continue
-        where[str(key)] = tuple(_written(p) for p in patterns)
-    return where
+def _no_whole(key: str, percents: Iterable[float]) -> list[Problem]:
+    total = math.fsum(percents)
+    return [] if abs(total - 100) <= TOLERANCE_PCT else [Problem(
+        Code.RULE, key, f"the shares add up to {total:.6g} %, and must to 100 %",
+        way_out=f"change them by {100 - total:+.6g}")]
 
 
-def _written(value: Any) -> str:
-    """Return a value as tags are written: `True` is "true"."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _listed(file: YamlFile, place: Place, raw: Any, common: Where) -> tuple[BlendEntry, ...]:
-    if not isinstance(raw, list) or not raw or len(raw) > MAX_ENTRIES:
-        file.wrong(place, f"must be a list of 1 to {MAX_ENTRIES:,} shares, e.g. "
-                          "- {kind: ko, level: L2, share: 3.3}")
-        return ()
-    entries = []
-    for i, row in enumerate(raw):
-        here = (*place, i)
-        if not isinstance(row, dict) or "share" not in row or len(row) + len(common) < 2:
-            file.wrong(here, "must have a share in percent and at least one condition, e.g. "
-                             "{kind: ko, share: 3.3}")
-            continue
-        own = _where(file, here, {key: value for key, value in row.items() if key != "share"})
-        _refuse_twice(file, here, own, common)
-        entries.append(BlendEntry({**common, **own}, _share(file, (*here, "share"), row["share"])))
-    return _summing_to_one(file, place, entries) if len(entries) == len(raw) else ()
-
-
-def _product(file: YamlFile, place: Place, raw: Any, common: Where) -> tuple[BlendEntry, ...]:
-    """Return the entries of `product`: every combination of one value of each tag, its share the product."""
-    sides_are_there = isinstance(raw, dict) and raw and all(isinstance(v, dict) and v for v in raw.values())
-    if not sides_are_there or math.prod(len(values) for values in raw.values()) > MAX_ENTRIES:
-        file.wrong(place, "must have for each tag its values and their shares in percent, e.g. "
-                          "synthetic: {true: 10.2, false: 89.8}")
-        return ()
-    sides = []
-    for tag, values in raw.items():
-        here = (*place, str(tag))
-        side = [BlendEntry({str(tag): (_written(value),)}, _share(file, (*here, str(value)), share))
-                for value, share in values.items()]
-        _refuse_twice(file, here, {str(tag): ()}, common)
-        sides.append(_summing_to_one(file, here, side))
-    return tuple(BlendEntry({**common, **{k: v for part in parts for k, v in part.where.items()}},
-                            math.prod(part.share for part in parts))
-                 for parts in itertools.product(*sides))
-
-
-def _refuse_twice(file: YamlFile, place: Place, own: Where, common: Where) -> None:
-    for key in own.keys() & common.keys():
-        file.wrong((*place, key) if len(place) and place[-1] != key else place,
-                   "is a condition of the whole phase already (where); leave it out there or here")
-
-
-def _share(file: YamlFile, place: Place, raw: Any) -> float:
-    return file.number(place, raw, 0, 100) / 100
-
-
-def _summing_to_one(file: YamlFile, place: Place, entries: Sequence[BlendEntry]) -> tuple[BlendEntry, ...]:
+def _scaled(entries: Sequence[BlendEntry]) -> tuple[BlendEntry, ...]:
     """Return the entries that have a share, scaled to 1 in all."""
     total = math.fsum(entry.share for entry in entries)
-    if abs(100 * total - 100) > TOLERANCE_PCT:
-        file.wrong(place, f"the shares add up to {100 * total:.6g} %, and must to 100 %; change them by "
-                          f"{100 - 100 * total:+.6g}")
-        return ()
     return tuple(BlendEntry(entry.where, entry.share / total) for entry in entries if entry.share > 0)
 
 
