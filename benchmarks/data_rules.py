@@ -21,10 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 from data_prep.pipeline.step import Doc, Step
-from data_prep.quality.forms import form_of
+from data_prep.quality.identify import form_of
 from data_prep.quality.language import Language, LanguageSettings
-from data_prep.quality.pii.finders import FINDERS
-from data_prep.quality.pii.step import Pii, PiiSettings, found_in
+from data_prep.quality.pii.step import FINDERS, Pii, PiiSettings, found_in
 from data_prep.quality.rules.step import Rules, RulesSettings
 from data_prep.quality.safety import Safety, SafetyList, SafetySettings
 

@@ -35,8 +35,8 @@ from pathlib import Path
 
 from data_prep.sources.encodings import decode_page
 from data_prep.sources.html import page_text
-from data_prep.sources.job import Job
-from data_prep.sources.pdf import PdfOptions, pdf_document
+from data_prep.sources.pdf_layout import PdfOptions, pdf_document
+from data_prep.sources.reader import Job
 from data_prep.sources.source import Piece
 
 UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")

@@ -27,8 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.quality.forms import form_of
-from data_prep.quality.identify import identify
+from data_prep.quality.identify import form_of, identify
 
 Identify = Callable[[str], str]
 Sets = dict[str, dict[str, list[str]]]

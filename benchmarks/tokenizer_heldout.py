@@ -24,13 +24,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.byte_bpe import byte_characters
 from megatron_sov.documents import cut_text
-from tokenizer.bpe.pretokenizer import Splitter
-from tokenizer.bpe.segmenting import merged
-from tokenizer.bpe.superbpe import ANYTHING
+from tokenizer.bpe.count_pipeline import ANYTHING
+from tokenizer.bpe.split_pattern import Splitter
+from tokenizer.bpe.trainer import merged
 from tokenizer.formats import tiktoken_format
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.presets import Preset
-from tokenizer.report.worst import check_worst
+from tokenizer.report.reach import check_worst
 
 PARTS = ("steps", "worst", "ratios", "paper")
 CHUNK_BYTES = 100_000

@@ -54,7 +54,7 @@ from tokenizers import Tokenizer, trainers, pre_tokenizers, models
 from megatron_sov.documents import list_files, read_documents
 from tokenizer.mixture import pieces
 from tokenizer.presets import PRESETS
-from tokenizer.bpe.pretokenizer import untrained
+from tokenizer.bpe.split_pattern import untrained
 preset = PRESETS[sys.argv[1]]
 t = untrained(preset, preset.split_pattern)
 trainer = trainers.BpeTrainer(

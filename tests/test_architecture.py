@@ -81,7 +81,7 @@ TORCH_FREE = GROUND - {"codecs"} | {
     "tokenizer", "data_prep", "slurm", "kubernetes"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-MAY_UNPICKLE = {"megatron_sov/mcore/parallel/rank_plan.py", "megatron_sov/work/array_job.py",
+MAY_UNPICKLE = {"megatron_sov/mcore/parallel/launcher.py", "megatron_sov/work/array_job.py",
                 "megatron_sov/work/arrays.py"}
 """They pass work of ours on to processes of ours."""
 STARTS = {"Popen", "Process", "Pool", "ProcessPoolExecutor", "fork", "flock", "get_context", "prctl"}
@@ -102,15 +102,15 @@ SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|wh
 """What errors and programs say."""
 _PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "as the published rule cuts it"
 CUT_ANYWHERE = {
-    "megatron_sov/counterparts/arguments.py": "the words of a script",
+    "megatron_sov/counterparts/settings.py": "the words of a script",
     "megatron_sov/slurm/attempts.py": _PROGRAM, "megatron_sov/slurm/submission.py": _PROGRAM,
     "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/work/background.py": _PROGRAM,
     "data_prep/mixture/search.py": _PROGRAM, "data_prep/synth/local_engine.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
     "megatron_sov/work/sandbox/landlocked.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
     "megatron_sov/work/sandbox/system_calls.py": _SYSTEM,
-    "data_prep/journey/changes.py": "text that is shown; ends of lines that differ are told",
-    "data_prep/quality/rules/c4.py": _PUBLISHED, "data_prep/quality/rules/gopher.py": _PUBLISHED}
+    "data_prep/journey/telling.py": "text that is shown; ends of lines that differ are told",
+    "data_prep/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 

@@ -131,7 +131,7 @@ def make_plan(preset: Preset, args: TokenizerTrainOptions) -> Plan:
         UserError: a number is out of range, or a pattern is no regular expression.
     """
     from tokenizer.bpe.count_pipeline import SMALLEST_MEMORY_GB, Plan
-    from tokenizer.bpe.pretokenizer import check_coverage, oniguruma
+    from tokenizer.bpe.split_pattern import check_coverage, oniguruma
 
     if args.vocab_size < preset.smallest_vocab:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
@@ -159,7 +159,7 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     """
     from tokenizer.bpe.count_pipeline import learn
     from tokenizer.formats.hf_files import finished
-    from tokenizer.formats.round_trip import load_ahead
+    from tokenizer.formats.loaders import load_ahead
 
     started_s = time.monotonic()
     with open_parts(output, "sov-tokenizer train"):
@@ -177,7 +177,7 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
 def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Learned) -> None:
     """Write the two Hugging Face files, check them, and state the facts in the manifest."""
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, tokenizer_config
-    from tokenizer.formats.round_trip import check
+    from tokenizer.formats.loaders import check
 
     preset = plan.preset
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)

@@ -23,7 +23,7 @@ def install() -> None:
     specs.transformer_engine_serves = lambda dtype: True
     import transformer_engine.pytorch as te
 
-    from megatron_sov.mcore.model.quantization import AVAILABLE
+    from megatron_sov.mcore.model.gpu_settings import AVAILABLE
 
     for name in AVAILABLE.values():  # as on a GPU that has every recipe
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)

@@ -35,7 +35,7 @@ from pystoi import stoi
 from megatron_sov.codecs.folder import open_codec
 from megatron_sov.codecs.images.dit import DiT
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
-from megatron_sov.codecs.training import decoders, start
+from megatron_sov.codecs.training import decoders, tokenizers
 from megatron_sov.settings import change
 
 RATE_HZ = speech.SAMPLE_RATE_HZ
@@ -74,7 +74,7 @@ def train(kind: str, media: Path, folder: Path, steps: int, seed: int, tokenizer
         decoders.train_decoder(media, output, change(decoders.SETTINGS[kind], changes),
                                folder / tokenizer)
     else:
-        start.train_tokenizer(media, output, change(start.SETTINGS[kind](), changes))
+        tokenizers.train_tokenizer(media, output, change(tokenizers.SETTINGS[kind](), changes))
     codec = open_codec(output)
     num = sum(weight.numel() for weight in codec.parameters())
     taken_s = time.process_time() - begin_s

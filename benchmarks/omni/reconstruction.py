@@ -32,8 +32,12 @@ from vector_quantize_pytorch import VectorQuantize
 
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer
-from megatron_sov.codecs.training.tokenizers import AudioTokenizerTask, ImageTokenizerTask, Learning
-from megatron_sov.codecs.usage import CodebookUsage
+from megatron_sov.codecs.training.tokenizers import (
+    AudioTokenizerTask,
+    CodebookUsage,
+    ImageTokenizerTask,
+    Learning,
+)
 
 sys.path.append(str(Path(__file__).parents[1]))
 from seeds import over_seeds

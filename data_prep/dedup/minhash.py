@@ -11,21 +11,20 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
-from data_prep.dedup.candidates import PAIR, band_dtype, blocks_of_bands, write_bands
 from data_prep.dedup.dropping import Dropped
 from data_prep.dedup.exact import Partitions
 from data_prep.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
 from data_prep.dedup.report import write_report
-from data_prep.dedup.signatures import Signature, Signer, estimated, shingles, sketches
 from data_prep.dedup.work_files import (
     BucketWriter,
     Records,
+    Slice,
     bucket_slice,
     parts_of,
     read_array,
@@ -35,8 +34,203 @@ from data_prep.dedup.work_files import (
 from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
 from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import new_file, new_folder
+from megatron_sov.documents.overlap import Units, find_units, stretch_hashes
 from megatron_sov.sealed import PLACE, check_seal, seal_file
 from megatron_sov.settings import AtLeastOne, Code, NotNegativeInt, Problem
+
+# Documents that have a band in common: found in memory that does not grow with the corpus.
+#
+# As for exact keys (`occurrences`), a shard's bands are written sorted and cut into partitions, and a
+# partition
+# is worked through in ranges of keys.  Of a band that many documents share, each is paired with the first
+# `MOST_FIRST` only: all pairs of a crowd of n would be n^2, and clusters need n - 1.
+
+MOST_FIRST = 12
+RANGE_RECORDS = 1 << 17
+PAIR = np.dtype([("own", "<u8"), ("other", "<u8")])
+"""Numbers of two documents."""
+_HALF = np.uint64(32)
+
+
+def band_dtype(sketch_bytes: int) -> np.dtype[Any]:
+    """Return the structure of a band's record: its key, the number of the document, and the document's sketch
+    where that is wanted."""
+    return np.dtype([("key", "<u8"), ("doc", "<u8"), ("sketch", "u1", (sketch_bytes,))])
+
+
+def write_bands(path: Path, records: Records, num_partitions: int) -> None:
+    """Write a shard's bands."""
+    records = records[np.argsort(records["key"], kind="stable")]
+    partitions = ((records["key"] >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
+    write_buckets(path, records, partitions, num_partitions)
+
+
+def blocks_of_bands(files: list[Path], dtype: np.dtype[Any], partition: int, num_partitions: int
+                    ) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield records of bands with the pairs among them: the places of either side in the records.
+
+    Args:
+        files: what `write_bands` wrote, by rank.
+        dtype: of the records.
+        partition: which.
+        num_partitions: of how many.
+    """
+    slices = [found for file in files
+              if (found := bucket_slice(file, dtype, partition)).num_records]
+    total = sum(found.num_records for found in slices)
+    num_ranges = max(1, -(-total // RANGE_RECORDS))
+    low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
+    starts = [0] * len(slices)
+    for number in range(1, num_ranges + 1):
+        bound = low + (high - low) * number // num_ranges
+        stops = [found.num_records if number == num_ranges else _first_from(found, bound, start)
+                 for found, start in zip(slices, starts, strict=True)]
+        firsts = np.empty(0, dtype)
+        for block in _blocks(found.part(start, stop)
+                             for found, start, stop in zip(slices, starts, stops, strict=True)):
+            records, are_new = _in_bands(firsts, block)
+            places = _places_in_band(records["key"])
+            yield (records, *_pairs(places, are_new))
+            firsts = records[places < MOST_FIRST]
+        starts = stops
+
+
+def _first_from(found: Slice, bound: int, start: int) -> int:
+    """Return the first place from `start` on whose key is not below a bound."""
+    stop = found.num_records
+    while start < stop:
+        middle = (start + stop) // 2
+        if int(found.read(middle, middle + 1)["key"][0]) < bound:
+            start = middle + 1
+        else:
+            stop = middle
+    return start
+
+
+def _blocks(parts: Iterator[Slice]) -> Iterator[Records]:
+    """Read slices, joined to blocks of about `RANGE_RECORDS`, and cut where one has more."""
+    held: list[Records] = []
+    count = 0
+    for part in parts:
+        for start in range(0, part.num_records, RANGE_RECORDS):
+            held.append(part.read(start, min(start + RANGE_RECORDS, part.num_records)))
+            count += len(held[-1])
+            if count >= RANGE_RECORDS:
+                yield np.concatenate(held)
+                held, count = [], 0
+    if count:
+        yield np.concatenate(held)
+
+
+def _in_bands(firsts: Records, block: Records) -> tuple[Records, NDArray[np.bool_]]:
+    """Return the first ones of bands seen before together with a block, by band and document, and which of
+    them are new."""
+    records = np.concatenate([firsts, block])
+    order = np.lexsort((records["doc"], records["key"]))
+    return records[order], order >= len(firsts)
+
+
+def _places_in_band(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return for each of ascending keys how many like it stand before it."""
+    here = np.arange(len(keys))
+    begins = np.concatenate([[True], keys[1:] != keys[:-1]])
+    places: NDArray[np.int64] = here - np.maximum.accumulate(np.where(begins, here, 0))
+    return places
+
+
+def _pairs(places: NDArray[np.int64], are_new: NDArray[np.bool_]
+           ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pair each new record with the first ones of its band."""
+    here = np.arange(len(places))
+    ones, others = [], []
+    for first in range(min(MOST_FIRST, int(places.max(initial=0)))):
+        later = here[(places > first) & are_new]
+        ones.append(later)
+        others.append(later - places[later] + first)
+    nothing = np.empty(0, np.int64)
+    return np.concatenate([nothing, *ones]), np.concatenate([nothing, *others])
+
+
+# MinHash signatures (Broder, 1997) and the keys of their bands (locality-sensitive hashing).
+#
+# The shingles of a text are its runs of some words (`documents.overlap`).  Each of the signature's numbers
+# is
+# the smallest of the shingles' images under a permutation of 32 bits, ``x -> a x + b`` with an odd `a`; two
+# texts agree in one of them with the probability of their Jaccard similarity.  With b bands of r numbers,
+# texts
+# of the similarity s have a band in common with the probability ``1 - (1 - s^r)^b``.
+
+Signature = NDArray[np.uint32]
+_PAIR_BLOCK = 1 << 15
+
+
+def shingles(text: str, words: int) -> NDArray[np.uint64]:
+    """Return the different shingles of a text, ascending: all runs of so many words, or the text itself
+    where it is shorter; none where it has no words."""
+    return np.unique(_shingles(find_units(text), words))
+
+
+def _shingles(units: Units, words: int) -> NDArray[np.uint64]:
+    found = units.runs(words)
+    if len(found) or not len(units.hashes):
+        return found
+    return stretch_hashes(units.hashes, np.array([0]), np.array([len(units.hashes)]))
+
+
+class Signer:
+    """Makes the signatures of texts."""
+
+    def __init__(self, num_bands: int, rows_per_band: int, words: int, seed: int) -> None:
+        """See `MinhashSettings`."""
+        draw = np.random.Generator(np.random.PCG64(seed))
+        count = num_bands * rows_per_band
+        self._factors = draw.integers(0, 1 << 32, count, np.uint32) | np.uint32(1)
+        self._terms = draw.integers(0, 1 << 32, count, np.uint32)
+        self._num_bands, self._words = num_bands, words
+
+    def sign(self, text: str) -> Signature | None:
+        """Return a text's signature [bands x rows] uint32; None: it has no words."""
+        from data_prep.dedup import minhash_loops
+
+        found = _shingles(find_units(text), self._words)
+        if not len(found):
+            return None
+        signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
+        minhash_loops.take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms,
+                                    signature)
+        return signature
+
+    def band_keys(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
+        """Return a key for each band of each signature, [n, bands] uint64, that only the same numbers of the
+        same band share."""
+        from data_prep.dedup import minhash_loops
+
+        keys = np.empty((len(signatures), self._num_bands), np.uint64)
+        minhash_loops.key_bands(signatures, keys)
+        return keys
+
+
+def sketches(signatures: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """Return eight bits of each number of signatures (Li and König, 2010, b-bit minwise hashing)."""
+    return ((signatures * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
+
+
+def estimated(made: NDArray[np.uint8], ones: NDArray[np.int64], others: NDArray[np.int64]
+              ) -> NDArray[np.float64]:
+    """Return the estimated Jaccard similarity of pairs of sketches; of two different numbers eight bits agree
+    once in 256.
+
+    Args:
+        made: sketches [n, bands x rows].
+        ones: places of one side of each pair.
+        others: places of the other.
+    """
+    agree = np.empty(len(ones))
+    for start in range(0, len(ones), _PAIR_BLOCK):
+        part = slice(start, start + _PAIR_BLOCK)
+        agree[part] = (made[ones[part]] == made[others[part]]).mean(axis=1)
+    return (agree - 1 / 256) / (1 - 1 / 256)
+
 
 DROPPED = np.dtype([("doc", "<u8"), ("keeper", "<u8")])
 """Numbers of a document that goes, and of the one that stays in its place."""

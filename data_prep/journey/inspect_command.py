@@ -59,7 +59,7 @@ def run(typed: argparse.Namespace) -> int:
     """Print what is asked for; returns 0."""
     args = read_options(InspectOptions, typed)
     from data_prep.journey import telling
-    from data_prep.journey.folder import Corpus, is_corpus
+    from data_prep.journey.facts import Corpus, is_corpus
 
     _check(args)
     asked = [f"--{name}" for name in PIPELINE_ONLY if getattr(args, name) is not None]

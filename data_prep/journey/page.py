@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_prep.journey.changes import changes, cut
 from data_prep.journey.drawings import bars, funnel, histogram, stacked
 from data_prep.journey.facts import BINS, SCORES, Facts, facts_of_output, total
 from data_prep.journey.findings import findings_sections
@@ -19,6 +18,7 @@ from data_prep.journey.summary import (
     dropped_by_reason,
     read_summary,
 )
+from data_prep.journey.telling import changes, cut
 from megatron_sov.artifacts import MANIFEST, read_manifest, write_output
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.journey.folder import Corpus, StepFolder, batches, damage, open_shard, row_of
+from data_prep.journey.facts import Corpus, StepFolder, batches, damage, open_shard, row_of
 from megatron_sov.errors import UserError
 
 _ID = re.compile(r"(.+):(\d{1,9}):([0-9a-f]{16})")

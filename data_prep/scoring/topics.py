@@ -19,9 +19,9 @@ import numpy as np
 from annotated_types import Ge, Le, Lt
 
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Pass, Step, View
-from data_prep.scoring.fitting import library_problems
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
+from data_prep.scoring.training import library_problems
 from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from data_prep.scoring.encoder import Encoder, EncoderSettings, copy_encoder
-from data_prep.scoring.fitting import fit, library_problems
 from data_prep.scoring.judgement import judge
 from data_prep.scoring.labels import MIN_LABELS, Kind, Label, read_labels, refuse_one_class, split, values
 from data_prep.scoring.ngram_settings import NgramSettings
@@ -24,9 +24,132 @@ from data_prep.scoring.scorer import (
     write_scorer,
 )
 from megatron_sov.artifacts import new_artifact, refuse_existing, sha256_file
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.settings import SettingsError, as_problem, name_options, problems_of
+
+# Fitting a linear scorer: the library does it, and what is chosen is chosen on texts that were not fitted.
+#
+# A classifier is logistic regression, calibrated as in Platt (1999): its probability is a logistic function
+# of
+# slope * z + offset, with both from texts that the weights have not seen.  A regressor is ridge regression,
+# the
+# linear probe of FineWeb-Edu (arXiv 2406.17557, section 4), whose slope and offset undo what its penalty
+# draws
+# towards the mean.
+
+INVERSE_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+"""C of logistic regression; the best one on the calibration part is taken."""
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""alpha of ridge regression."""
+MAX_ITERATIONS = 500
+_SURE = 30.0
+"""A logit beyond which a probability is 0 or 1 in single precision, near enough."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear scorer."""
+
+    weights: np.ndarray
+    """One float32 for each column of a row."""
+    bias: float
+    """Added to the product of row and weights: z."""
+    slope: float
+    """Of the calibration: z becomes slope * z + offset."""
+    offset: float
+    penalty: float
+    """The penalty that was chosen, in the words of the library: C, or alpha."""
+
+
+def library_problems() -> list[str]:
+    """Return what to install where the library that fits is not there."""
+    if importlib.util.find_spec("sklearn") is None:
+        return [f"scikit-learn is not installed; {how_to_install('data')}"]
+    return []
+
+
+def fit(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
+        calibration_labels: np.ndarray) -> Fit:
+    """Return the scorer that is best on the calibration part, calibrated there.
+
+    Args:
+        kind: what to fit.
+        rows: matrix, a row for each text: sparse, or float32 of embeddings.
+        labels: float64, one for each row.
+        calibration_rows: rows that only choose and calibrate.
+        calibration_labels: their labels.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # sums in another order would have other last bits
+        return _best(kind, rows, labels, calibration_rows, calibration_labels)
+
+
+def _best(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
+          calibration_labels: np.ndarray) -> Fit:
+    scale, shift = _standard(rows)
+    tried: list[tuple[float, int, Fit]] = []
+    for penalty in INVERSE_PENALTIES if kind == "classifier" else PENALTIES:
+        model = _model(kind, penalty)
+        model.fit(_scaled(rows, scale, shift), labels)
+        weights = (np.ravel(model.coef_) * scale).astype(np.float32)
+        bias = float(np.ravel(model.intercept_)[0] - shift @ (np.ravel(model.coef_) * scale))
+        z = np.asarray(calibration_rows @ weights, np.float64) + bias
+        slope, offset = _calibration(kind, z, calibration_labels)
+        loss = _loss(kind, slope * z + offset, calibration_labels)
+        tried.append((loss, len(tried), Fit(weights, bias, slope, offset, penalty)))
+    return min(tried, key=lambda entry: entry[:2])[2]
+
+
+def _model(kind: Kind, penalty: float) -> Any:
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    if kind == "classifier":
+        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS)
+    return Ridge(alpha=penalty, solver="sparse_cg", tol=1e-6)
+
+
+def _standard(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each column is multiplied by, and its mean: embeddings have columns of any size, while
+    n-grams have rows of length 1 and stay as they are."""
+    if not isinstance(rows, np.ndarray):
+        return np.ones(rows.shape[1], np.float64), np.zeros(rows.shape[1], np.float64)
+    spread = rows.std(axis=0, dtype=np.float64)
+    return 1.0 / np.where(spread > 0, spread, 1.0), rows.mean(axis=0, dtype=np.float64)
+
+
+def _scaled(rows: Any, scale: np.ndarray, shift: np.ndarray) -> Any:
+    return (rows - shift) * scale if isinstance(rows, np.ndarray) else rows
+
+
+def _calibration(kind: Kind, z: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Return slope and offset; a slope that would turn the order round is not taken."""
+    if kind == "regressor":
+        spread = float(z.var())
+        slope = float(np.mean((z - z.mean()) * (labels - labels.mean()))) / spread if spread > 0 else 0.0
+        if slope <= 0:
+            return 1.0, 0.0
+        return slope, float(labels.mean() - slope * z.mean())
+    from sklearn.linear_model import LogisticRegression
+
+    # Platt's targets: never quite 0 or 1, so that classes that are told apart wholly give a finite slope
+    positive, negative = float((labels == 1).sum()), float((labels == 0).sum())
+    high, low = (positive + 1) / (positive + 2), 1 / (negative + 2)
+    wanted = np.where(labels == 1, high, low)
+    model = LogisticRegression(C=1e6, max_iter=MAX_ITERATIONS)
+    model.fit(np.concatenate([z, z])[:, None], np.repeat([1, 0], len(z)),
+              sample_weight=np.concatenate([wanted, 1 - wanted]))
+    slope = float(model.coef_[0, 0])
+    return (slope, float(model.intercept_[0])) if slope > 0 else (1.0, 0.0)
+
+
+def _loss(kind: Kind, calibrated: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean cross-entropy of a classifier, or the mean square error of a regressor."""
+    if kind == "regressor":
+        return float(np.mean((calibrated - labels) ** 2))
+    signed = np.clip(np.where(labels == 1, calibrated, -calibrated), -_SURE, _SURE)
+    return float(np.mean(np.logaddexp(0.0, -signed)))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from data_prep.sources.limits import Limits
+from data_prep.sources.encodings import Limits
 from data_prep.sources.listing import refuse_nothing, shown, source_files
 from data_prep.sources.reader import FileReader
 from data_prep.sources.source import PASSED_OVER, Broken, Piece, Raw

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.sources.encodings import DETECT, decode_text
-from data_prep.sources.job import Job, kept
-from data_prep.sources.limits import Limits, read_whole
+from data_prep.sources.encodings import DETECT, Limits, decode_text, read_whole
 from data_prep.sources.listing import source_files
-from data_prep.sources.reader import FileReader
+from data_prep.sources.reader import FileReader, Job, kept
 from data_prep.sources.source import Broken, Piece, Raw
 from megatron_sov.documents import BadRecord
 

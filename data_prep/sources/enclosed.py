@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from data_prep.sources.formats import reader_class
-from data_prep.sources.job import Item, Job, job_of
+from data_prep.sources.reader import Item, Job, job_of
 from data_prep.sources.source import Broken, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError, told_in_a_line

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from data_prep.sources.encodings import decode_page
+from data_prep.sources.encodings import Limits, decode_page, read_whole
 from data_prep.sources.html import page_text
 from data_prep.sources.html_tree import licence_of
-from data_prep.sources.job import Job, kept
-from data_prep.sources.limits import Limits, read_whole
-from data_prep.sources.reader import FileReader
+from data_prep.sources.reader import FileReader, Job, kept
 from data_prep.sources.source import Broken, Raw
 from data_prep.sources.zipped import Archive, local
 from megatron_sov.documents import BadRecord

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.sources.encodings import decode_page
+from data_prep.sources.encodings import Limits, decode_page, read_whole
 from data_prep.sources.html_blocks import blocks_of, written
 from data_prep.sources.html_main import drop_around, without_menus
 from data_prep.sources.html_tree import facts_of, parse_page, remove_unseen
-from data_prep.sources.job import Job
-from data_prep.sources.limits import Limits, read_whole
-from data_prep.sources.reader import FileReader
+from data_prep.sources.reader import FileReader, Job
 from data_prep.sources.source import Broken, Raw
 from megatron_sov.documents import BadRecord
 

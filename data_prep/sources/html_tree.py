@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.sources.job import kept
+from data_prep.sources.reader import kept
 from megatron_sov.documents import BadRecord
 
 UNSEEN = frozenset(["script", "style", "noscript", "template", "svg", "canvas", "iframe", "object", "embed",

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from data_prep.sources.job import Job, kept
-from data_prep.sources.limits import read_whole
-from data_prep.sources.reader import FileReader
+from data_prep.sources.encodings import read_whole
+from data_prep.sources.reader import FileReader, Job, kept
 from data_prep.sources.source import Broken, Raw
 from data_prep.sources.zipped import Archive, local
 from megatron_sov.documents import BadRecord

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any
 
-from data_prep.sources.job import Item, Job
-from data_prep.sources.limits import COMPRESSED, Limits, blocks_within, unpacked
+from data_prep.sources.encodings import COMPRESSED, Limits, blocks_within, unpacked
 from data_prep.sources.lines import split_lines
 from data_prep.sources.listing import source_files
-from data_prep.sources.reader import FileReader
+from data_prep.sources.reader import FileReader, Item, Job
 from data_prep.sources.source import Broken, Piece, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError

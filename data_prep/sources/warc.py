@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.sources.encodings import DETECT, decode_page, decode_text
+from data_prep.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, unpacked
 from data_prep.sources.html import NO_TEXT, HtmlOptions, page
-from data_prep.sources.job import Item, Job, kept
-from data_prep.sources.limits import LimitBytes, unpacked
-from data_prep.sources.pdf import PdfOptions, pdf_document
-from data_prep.sources.reader import FileReader
+from data_prep.sources.pdf_layout import PdfOptions, pdf_document
+from data_prep.sources.reader import FileReader, Item, Job, kept
 from data_prep.sources.source import Broken, Raw
 from megatron_sov.documents import BadRecord
 

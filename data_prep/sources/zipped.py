@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from typing import Any
 
-from data_prep.sources.limits import Limits, refuse_bomb
+from data_prep.sources.encodings import Limits, refuse_bomb
 from megatron_sov.documents import BadRecord
 
 MAX_MEMBERS = 20_000

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_sov.artifacts import sha256_file
 from megatron_sov.card.answers import ANSWERS, Answers
 from megatron_sov.card.figures import Figure, Origin, unknown
-from megatron_sov.card.graph import Graph, Node
+from megatron_sov.card.picture import Graph, Node
 from megatron_sov.errors import ExitCode, UserError
 
 CARD, FORMAT, VERSION = "card.json", "megatron-sov data card", 2

@@ -17,7 +17,7 @@ from megatron_sov.artifacts import (
     read_manifest,
 )
 from megatron_sov.card.compute import flops_per_token
-from megatron_sov.card.graph import Graph, Node
+from megatron_sov.card.picture import Graph, Node
 from megatron_sov.card.run_record import RunRecord, read_run_record
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS

@@ -1,13 +1,16 @@
 """A codec on disk: an artifact of kind "codec" whose manifest has its kind and settings, and whose weights
 lie in `model.safetensors`.  Opening one runs nothing that the folder brings, and reserves no memory that its
-files do not fill."""
+files do not fill.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +18,118 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest
-from megatron_sov.codecs.known import codec_class
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.outputs import refuse_link_outside
 from megatron_sov.settings import plain, read
+
+# What all codecs do, whoever made them.
+#
+# Each is opened from a local folder; nothing is downloaded.  All are deterministic on one device, given a
+# generator where they draw.
+
+class ImageTokenizer(Protocol):
+    """Pictures as a fixed number of ids."""
+
+    side_pixels: int
+    """Height and width of what it reads."""
+    grid: int
+    """Tokens of a row and of a column: a picture has grid * grid of them, row by row."""
+    codebook_size: int
+    """Ids are below it."""
+    width: int
+    """Of its embeddings."""
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
+        ...
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [n, grid * grid, width] float32 embeddings of ids, which a decoder begins with."""
+        ...
+
+
+class AudioTokenizer(Protocol):
+    """Speech as ids at a fixed rate."""
+
+    sample_rate_hz: int
+    """Of what it hears: one channel, float32 in -1..1."""
+    samples_per_token: int
+    """A sound of s samples has ceil(s / samples_per_token) tokens."""
+    codebook_size: int
+    """Ids are below it."""
+    max_piece_s: float
+    """A longer sound is cut into pieces of this length."""
+
+    def encode(self, sound: torch.Tensor) -> torch.Tensor:
+        """Return [t] int64 ids of [s] samples; the last token's silence is filled up."""
+        ...
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [t, width] float32 embeddings of ids."""
+        ...
+
+
+class ImageDecoder(Protocol):
+    """Pictures from the ids of one image tokenizer."""
+
+    side_pixels: int
+    """Height and width of what it draws."""
+
+    def decode(self, ids: torch.Tensor, *, steps: int, seed: int) -> torch.Tensor:
+        """Return [n, 3, side, side] float32 pictures in 0..1 of [n, tokens] ids; a function of the seed."""
+        ...
+
+
+class Vocoder(Protocol):
+    """Speech from the ids of one audio tokenizer."""
+
+    sample_rate_hz: int
+    """Of what it says."""
+    speakers: tuple[str, ...]
+    """Names of the voices that it was trained with."""
+
+    def decode(self, ids: torch.Tensor, speaker: str) -> torch.Tensor:
+        """Return [samples] float32 in -1..1 of [t] ids."""
+        ...
+
+    def stream(self, ids: Iterable[torch.Tensor], speaker: str) -> Iterator[torch.Tensor]:
+        """Yield one sound for each piece of ids that has some, as soon as it is there (perhaps no sample
+        yet), and what is left at the end; together they are what `decode` returns."""
+        ...
+
+
+# The kinds of codec there are; none is imported before it is asked for.
+
+KNOWN = {
+    "simvq": "megatron_sov.codecs.images.simvq:SimVQTokenizer",
+    "ta-tok": "megatron_sov.codecs.images.ta_tok:TATok",
+    "fsq": "megatron_sov.codecs.sounds.fsq:FSQTokenizer",
+    "cosyvoice2": "megatron_sov.codecs.sounds.cosyvoice2:CosyVoice2Tokenizer",
+    "nemo-audio": "megatron_sov.codecs.sounds.nemo_audio:NemoAudioTokenizer",
+    "dit": "megatron_sov.codecs.images.dit:DiT",
+    "unit-bigvgan": "megatron_sov.codecs.sounds.bigvgan:UnitBigVGAN",
+}
+"""Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
+and keeps them as `.settings`."""
+
+
+def codec_class(kind: str, where: str) -> Any:
+    """Return the class of a kind.
+
+    Raises:
+        UserError: there is no such kind, or a package that it needs is not installed.
+    """
+    if kind not in KNOWN:
+        raise UserError(f"{where}: {kind!r} is no kind of codec; there are {', '.join(KNOWN)}")
+    module, _, name = KNOWN[kind].partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("megatron_sov"):
+            raise
+        raise UserError(f"{where}: a codec of kind {kind!r} needs the package {e.name}; install it by "
+                        f"`{how_to_install('omni')}`") from None
+
 
 KIND = "codec"
 """Of the artifact."""
@@ -135,3 +246,23 @@ def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.
             raise UserError(f"{file}: {name} has numbers of kind {dtype}, not {tensor.dtype}; {_REMEDY}")
     if extra := [name for name in found if name not in expected]:
         raise UserError(f"{file}: has {extra[0]}, which its settings do not ask for; {_REMEDY}")
+
+
+# What a codec's folder says of itself, its weights unread.
+
+def inspected(folder: Path) -> dict[str, Any]:
+    """Return kind, settings, number of parameters, and figures on held-out media where it was trained here.
+
+    Raises:
+        UserError: it is no codec, or one that no network can be made of.
+    """
+    kind, settings, _ = read_codec(folder)
+    heldout = read_manifest(folder, KIND).content.get("heldout")
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read as a safetensors file ({e}); make the codec "
+                        "again, or restore it from a copy") from None
+    return {"codec": kind, "config": plain(settings), "num_parameters": sum(sizes),
+            "heldout": heldout if isinstance(heldout, dict) else {}}

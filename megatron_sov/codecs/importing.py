@@ -19,9 +19,8 @@ from torch import nn
 
 from megatron_sov.artifacts import refuse_existing
 from megatron_sov.chat.limits import TooLong, bounded
-from megatron_sov.codecs.folder import KIND, save_codec
+from megatron_sov.codecs.folder import KIND, codec_class, save_codec
 from megatron_sov.codecs.images import ta_tok
-from megatron_sov.codecs.known import codec_class
 from megatron_sov.codecs.sounds import cosyvoice2, nemo_audio
 from megatron_sov.documents.bounded_yaml import BoundedLoader
 from megatron_sov.errors import UserError, list_problems, told_in_a_line

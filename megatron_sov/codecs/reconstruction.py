@@ -13,7 +13,7 @@ import torch
 
 from megatron_sov.artifacts import write_output
 from megatron_sov.codecs.folder import open_codec
-from megatron_sov.codecs.training.start import named
+from megatron_sov.codecs.training.tokenizers import named
 from megatron_sov.errors import UserError
 from megatron_sov.media.reading.reader import MediaReader
 from megatron_sov.outputs import refuse_input

@@ -122,7 +122,7 @@ def _train(args: CodecTrainOptions) -> int:
 
 
 def _train_tokenizer(args: CodecTrainOptions) -> dict[str, float]:
-    from megatron_sov.codecs.training.start import settings_of, train_tokenizer
+    from megatron_sov.codecs.training.tokenizers import settings_of, train_tokenizer
 
     settings = change(settings_of(args.kind, args.encoder), args.all_changes())
     return train_tokenizer(args.input, args.output, settings, encoder=args.encoder,
@@ -173,7 +173,7 @@ def _reconstruct(args: ReconstructOptions) -> int:
 
 
 def _inspect(args: CodecInspectOptions) -> int:
-    from megatron_sov.codecs.inspection import inspected
+    from megatron_sov.codecs.folder import inspected
 
     facts = inspected(args.codec)
     if args.json:

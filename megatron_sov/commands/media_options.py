@@ -15,7 +15,7 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE
 from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt
 
 if TYPE_CHECKING:
-    from megatron_sov.generate.made_media import MediaDecoders
+    from megatron_sov.generate.media_replies import MediaDecoders
     from megatron_sov.generate.shown_media import ShownMedia
 
 
@@ -50,7 +50,7 @@ def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
 
 def media_decoders(args: CodecsOptions, seed: int) -> MediaDecoders:
     """Return what draws and speaks."""
-    from megatron_sov.generate.made_media import MediaDecoders
+    from megatron_sov.generate.media_replies import MediaDecoders
 
     given = {IMAGE: args.image_decoder, AUDIO: args.vocoder}
     return MediaDecoders({kind: folder for kind, folder in given.items() if folder is not None},

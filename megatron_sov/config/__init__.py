@@ -5,20 +5,25 @@ Types and bounds are checked where a config is read from JSON or changed by `--s
 here changes a value or imports torch.
 """
 
-from megatron_sov.config.blocks import IdBlock
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
-from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig, LmEvalConfig
-from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
+from megatron_sov.config.evaluate import (
+    BackgroundEvalConfig,
+    EvaluateConfig,
+    ExtendConfig,
+    ExtendStageConfig,
+    GateConfig,
+    Language,
+    LmEvalConfig,
+    NeedleConfig,
+    NeedleKind,
+    PartConfig,
+)
 from megatron_sov.config.gpu import GpuConfig
-from megatron_sov.config.guards import GuardConfig
-from megatron_sov.config.latent import LatentAttentionConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.lora import LoraConfig
-from megatron_sov.config.model import ModelConfig, YarnConfig
-from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
-from megatron_sov.config.obs import ObsConfig
+from megatron_sov.config.model import IdBlock, LatentAttentionConfig, ModelConfig, YarnConfig
 from megatron_sov.config.optim import GroupConfig, OptimConfig
 from megatron_sov.config.policy import PolicyConfig
 from megatron_sov.config.preference import PreferenceConfig
@@ -31,7 +36,7 @@ from megatron_sov.config.reading import (
 )
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.run import ObjectiveConfig, RunConfig
-from megatron_sov.config.train import TrainConfig
+from megatron_sov.config.train import GuardConfig, ObsConfig, TrainConfig
 
 __all__ = [
     "AudioEncoderConfig", "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig",

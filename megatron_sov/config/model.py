@@ -9,10 +9,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
-from megatron_sov.config.blocks import IdBlock
 from megatron_sov.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.config.encoders import AudioEncoderConfig, VisionEncoderConfig
-from megatron_sov.config.latent import LatentAttentionConfig
 from megatron_sov.settings import (
     AboveZero,
     AtLeastOne,
@@ -23,6 +21,64 @@ from megatron_sov.settings import (
     find_broken,
 )
 from megatron_sov.settings.problem import show
+
+# Blocks of ids: where the discrete tokens of a medium stand in a vocabulary.
+
+@dataclass(frozen=True)
+class IdBlock:
+    """The ids of one codebook: token `i` of it is id `first + i`."""
+
+    first: NotNegativeInt
+    """Id of its token 0."""
+    size: AtLeastOne
+    """Tokens of the codebook."""
+
+    @property
+    def end(self) -> int:
+        """The id behind its last one."""
+        return self.first + self.size
+
+
+# Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Width = Annotated[int, Ge(1), Le(1_000_000)]
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Sizes of latent attention: keys and values of all heads are made of one narrow vector, beside which
+    a key that all heads share carries the position."""
+
+    kv_lora_rank: Width
+    """Width of the vector that keys and values are made of."""
+    qk_nope_head_dim: Width
+    """Channels of a head's queries and keys that have no position."""
+    qk_rope_head_dim: Annotated[Width, MultipleOf(2)]
+    """Channels that rotate; all heads share those of the key."""
+    v_head_dim: Width
+    """Width of a head's values."""
+    q_lora_rank: Width | None = None
+    """Width of the vector that queries are made of; None: they are made of the layer's input."""
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers that generating keeps of a token in a layer, for all heads together."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def num_params(self, hidden_size: int, num_heads: int) -> int:
+        """Return the weights of a layer's attention, the two norms of its vectors included."""
+        queries = num_heads * self.query_dim
+        whole = (hidden_size * queries if self.q_lora_rank is None
+                 else self.q_lora_rank * (hidden_size + queries + 1))
+        keys_and_values = num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return (whole + hidden_size * self.cached_dim + self.kv_lora_rank * (keys_and_values + 1)
+                + num_heads * self.v_head_dim * hidden_size)
+
 
 MAX_EXPERTS = 1_000_000
 """Experts of all layers: each has tensors of its own under Hugging Face names."""

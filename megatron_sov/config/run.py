@@ -7,25 +7,22 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.config import curriculum, quantization
+from megatron_sov.config import data as curriculum
+from megatron_sov.config import gpu as quantization
 from megatron_sov.config.bounds import MAX_STEPS
 from megatron_sov.config.data import DataConfig
 from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.config.encoders import MediaConfig
-from megatron_sov.config.evaluate import EvaluateConfig
-from megatron_sov.config.extend import ExtendConfig
+from megatron_sov.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
 from megatron_sov.config.gpu import GpuConfig
-from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.lora import LoraConfig
 from megatron_sov.config.model import ModelConfig
-from megatron_sov.config.needle import NeedleConfig
-from megatron_sov.config.obs import ObsConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.policy import PolicyConfig
 from megatron_sov.config.preference import SMOOTHED, PreferenceConfig
 from megatron_sov.config.rollout import RolloutConfig
-from megatron_sov.config.train import TrainConfig
+from megatron_sov.config.train import GuardConfig, ObsConfig, TrainConfig
 from megatron_sov.plugins.code import Code
 from megatron_sov.settings import Code as Kind
 from megatron_sov.settings import NotNegative, Problem, SettingsError, check, find_broken

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megatron_sov.config import curriculum
+from megatron_sov.config import data
 from megatron_sov.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Schedule:
             phase = bisect.bisect_right(self._starts, first) - 1
             before = self.tokens(first - 1) if first else 0
             self.stretches.append(Stretch(first, phase,
-                                          curriculum.batch_size_at(config.train, self.phases[phase], first),
+                                          data.batch_size_at(config.train, self.phases[phase], first),
                                           self.phases[phase].seq_len, before))
 
     def _changes(self) -> list[int]:
@@ -112,7 +112,7 @@ class Schedule:
         ends = [*self._starts[1:], self.num_steps]
         found = {start for start, end in zip(self._starts, ends, strict=True) if start < end}
         for phase, start, end in zip(self.phases, self._starts, ends, strict=True):
-            found |= {s for s in curriculum.ramp_changes(self._train, phase) if start < s < end}
+            found |= {s for s in data.ramp_changes(self._train, phase) if start < s < end}
         return sorted(found)
 
     def stretch(self, step: int) -> Stretch:

@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from megatron_sov.artifacts import MANIFEST, FileRecord
 from megatron_sov.config import RunConfig
-from megatron_sov.convert.adapted_weights import AdaptedWeights, add_inputs
-from megatron_sov.convert.hf_import import index_of
+from megatron_sov.convert.changed_values import check_space
+from megatron_sov.convert.hf_import import checked_source, index_of
+from megatron_sov.convert.peft import AdaptedWeights, add_inputs
 from megatron_sov.convert.shard_writer import digest_of, write_files
-from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import PART, CheckpointWeights
-from megatron_sov.convert.values import check_space
 from megatron_sov.mcore.checkpoint.sharded_tensors import write_index
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.weights import Link

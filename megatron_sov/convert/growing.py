@@ -11,10 +11,10 @@ import torch
 from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256, refuse_existing
 from megatron_sov.config import ModelConfig, RunConfig
-from megatron_sov.convert.adapted_weights import checkpoint_weights
+from megatron_sov.convert.changed_values import KEEP
 from megatron_sov.convert.derived import Derived, Opened, write_derived
 from megatron_sov.convert.hf_import import planned_files
-from megatron_sov.convert.values import KEEP
+from megatron_sov.convert.peft import checkpoint_weights
 from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of

@@ -16,13 +16,12 @@ from megatron_sov import models
 from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
 from megatron_sov.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
-from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
+from megatron_sov.convert.changed_values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.convert.copies import copies_of
+from megatron_sov.convert.hf_import import carry, checked_source, ids_beside, split_conflict, with_turn_ends
+from megatron_sov.convert.peft import add_inputs, checkpoint_weights
 from megatron_sov.convert.shard_writer import digest_of, plan_shards, write_files
-from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import Weights, check_dtypes, newest_of_run
-from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.digests import fingerprint
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec

@@ -1,11 +1,16 @@
 """A Hugging Face folder becomes a checkpoint that any layout can load; memory holds two blocks of each
-file in the making."""
+file in the making.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +18,23 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov import models
-from megatron_sov.artifacts import MANIFEST, FileRecord, refuse_existing
+from megatron_sov.artifacts import (
+    MANIFEST,
+    FileRecord,
+    atomic_write,
+    file_damage,
+    read_manifest,
+    refuse_existing,
+    to_json,
+)
+from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.companions import carry, ids_in
+from megatron_sov.convert.changed_values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.convert.copies import check_copies
+from megatron_sov.convert.peft import AdaptedWeights
 from megatron_sov.convert.shard_writer import digest_of, plan_shards, write_files
-from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
-from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.digests import fingerprint
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.assembling import StoredBlock
@@ -37,9 +50,195 @@ from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.family import TokenIds
 from megatron_sov.models.weights import Link
 from megatron_sov.obs.warning import warn
-from megatron_sov.pretrained import CONFIG, hub_name
-from megatron_sov.runs.checkpoints import HF_MODEL, IMPORTED, KIND, SOURCE, refuse_missing, refuse_other_kind
+from megatron_sov.outputs import refuse_link_outside
+from megatron_sov.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
+from megatron_sov.runs.checkpoints import (
+    ADAPTER,
+    HF_MODEL,
+    IMPORTED,
+    KIND,
+    SOURCE,
+    instead_of,
+    refuse_missing,
+    refuse_other_kind,
+)
 from megatron_sov.work.resumable_artifact import resumable_artifact
+
+# Hashes the files of a source while it is converted, so that neither waits for the other.
+#
+# Nothing that was made from a damaged file outlives the check: a written file counts as finished only when
+# those that it was made from are whole, and an artifact appears only when all are.
+
+class SourceCheck:
+    """A check under way; obtained from `checked_source`."""
+
+    def __init__(self, weights: Weights, found: dict[str, Future[str | None]], remedy: str,
+                 base: SourceCheck | None) -> None:
+        self._weights, self._found, self._remedy, self._base = weights, found, remedy, base
+
+    def require(self, names: Iterable[str]) -> None:
+        """Wait until the tensors' files have been looked at.
+
+        Args:
+            names: Hugging Face names of tensors.
+
+        Raises:
+            UserError: a file is missing or was changed since it was written; the message names it,
+                and what it holds.
+        """
+        names = list(names)
+        if self._base is not None:
+            self._base.require(names)
+        files = {file for name in names for file in self._weights.files_of(name)}
+        self._refuse_damage(file for file in self._found if file in files)
+
+    def require_all(self) -> None:
+        """Wait until every file has been looked at; `UserError` as `require`."""
+        self._refuse_damage(self._found)
+
+    def _refuse_damage(self, files: Iterable[str]) -> None:
+        for file in files:
+            if problem := self._found[file].result():
+                held = self._weights.held_in(file)
+                raise UserError(f"{problem}{f' (it holds {listed(held)})' if held else ''}; {self._remedy}")
+
+
+@contextlib.contextmanager
+def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
+    """Check the files that a conversion reads (all but other parts, as the optimizer's) against the
+    manifest, where there is one, beside what is done inside.
+
+    Args:
+        weights: the source.
+        workers: files that are hashed at a time.
+
+    Raises:
+        UserError: a file is missing or was changed since it was written; in place of any other error that
+            came up inside, which may be its consequence.
+    """
+    if isinstance(weights, AdaptedWeights):
+        with checked_source(weights.base, workers) as base, _checked(weights, workers, base) as check:
+            yield check
+    else:
+        with _checked(weights, workers, None) as check:
+            yield check
+
+
+@contextlib.contextmanager
+def _checked(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
+    """Check one folder's files; `base` is the check of what an adapter belongs to."""
+    path, pool = weights.path, ThreadPoolExecutor(workers)
+    found: dict[str, Future[str | None]] = {}
+    remedy = DAMAGED_HF
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        others = tuple(f"{part}/" for part in manifest.content.get("parts", [])
+                       if part not in (PART, ADAPTER))
+        found = {name: pool.submit(file_damage, path / name, record)
+                 for name, record in manifest.files.items() if not name.startswith(others)}
+        remedy = instead_of(path) if manifest.kind == KIND else DAMAGED_HF
+    check = SourceCheck(weights, found, remedy, base)
+    try:
+        yield check
+        check.require_all()
+    except Exception:
+        check.require_all()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# What travels with the weights: tokenizer files, chat template, generation defaults and the
+# token ids in them.
+#
+# In a checkpoint these files stand in `tokenizer/`, in a Hugging Face folder beside the weights.
+
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+                   GENERATION_CONFIG)
+"""Files that are carried along; anything else (code above all) stays behind."""
+
+
+def carry(source: Path, target: Path, tokens: TokenIds) -> None:
+    """Copy the companion files of `source` to `target`; generation defaults are made from `tokens`
+    where there are none."""
+    target.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            refuse_link_outside(source, source / name)
+            shutil.copyfile(source / name, target / name)
+    if not (target / GENERATION_CONFIG).exists() and tokens != TokenIds():
+        ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+        atomic_write(target / GENERATION_CONFIG,
+                     to_json({name: value for name, value in ids.items() if value is not None}))
+
+
+def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
+    """Return token ids whose eos is all at which generation ends: eos itself, and what ends an assistant's
+    turn in the chat template of `folder`; engines stop there."""
+    try:
+        chat = read_chat_encoder(folder)
+    except UserError as e:
+        warn(f"{e}; generation stops at eos alone")
+        chat = None
+    eos = tokens.eos
+    found = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    found += [id_ for id_ in (chat.end_ids() if chat else ()) if id_ not in found]
+    return replace(tokens, eos=found if len(found) > 1 else found[0] if found else None)
+
+
+def ids_in(config: dict[str, Any]) -> TokenIds:
+    """Return the token ids of a config.json or generation_config.json."""
+    return TokenIds(config.get("bos_token_id"), config.get("eos_token_id"), config.get("pad_token_id"))
+
+
+def ids_beside(folder: Path) -> TokenIds:
+    """Return the token ids that the files in `folder` tell: generation defaults first,
+    else the tokenizer's special tokens.
+
+    Raises:
+        UserError: a file is damaged, or names a special token that the tokenizer does not have.
+    """
+    if (folder / GENERATION_CONFIG).is_file():
+        return ids_in(_read(folder / GENERATION_CONFIG))
+    config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not (config_file.is_file() and tokenizer_file.is_file()):
+        return TokenIds()
+    config, tokenizer = _read(config_file), _read(tokenizer_file)
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    ids |= {text: number for text, number in tokenizer["model"]["vocab"].items() if text not in ids}
+
+    def id_of(field: str) -> int | None:
+        token = config.get(field)
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and text not in ids:
+            raise UserError(f"{config_file}: {field} = {text!r} is not a token of {tokenizer_file.name}; "
+                            "correct it there")
+        return None if text is None else int(ids[text])
+
+    return TokenIds(id_of("bos_token"), id_of("eos_token"), id_of("pad_token"))
+
+
+def split_conflict(folder: Path, split: str | None) -> str | None:
+    """Return what to tell a user whose tokenizer.json splits text otherwise than its reader, who uses
+    `split`; else None."""
+    tokenizer_file = folder / "tokenizer.json"
+    if split is None or not tokenizer_file.is_file():
+        return None
+    if json.dumps(split) in json.dumps(_read(tokenizer_file).get("pre_tokenizer")):
+        return None
+    return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer, "
+            "which does not read it for this model family and may give other token ids; "
+            "load it with PreTrainedTokenizerFast.from_pretrained")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: cannot be read as a JSON object ({e}); "
+                        "restore it from its source") from None
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sov.artifacts import refuse_existing
 from megatron_sov.config import ModelConfig
 from megatron_sov.convert import DEFAULT_WORKERS
+from megatron_sov.convert.changed_values import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import Imported, write_imported
 from megatron_sov.convert.sources import check_dtypes
 from megatron_sov.convert.torch_dist.apart import read_apart
@@ -22,9 +23,8 @@ from megatron_sov.convert.torch_dist.folder import (
     iteration_of,
 )
 from megatron_sov.convert.torch_dist.weights import TorchDistWeights, num_padded_rows
-from megatron_sov.convert.values import KEEP, check_dtype_name
 from megatron_sov.counterparts.architecture import architecture, of_arguments
-from megatron_sov.counterparts.bridge_yaml import read_sections
+from megatron_sov.counterparts.settings import read_sections
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
 from megatron_sov.runs.checkpoints import KIND

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sov.convert.adapted_weights import checkpoint_weights
+from megatron_sov.convert.peft import checkpoint_weights
 from megatron_sov.convert.sources import HfWeights, Weights, newest_of_run
 from megatron_sov.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND, RUN, refuse_missing, refuse_other_kind

@@ -22,8 +22,8 @@ from megatron_sov.convert.mxfp4 import packed_weights
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.models.family import TEXT_INSIDE, text_config
 from megatron_sov.models.hf_layers import MAX_LAYERS, PREDICTION_NAMES
-from megatron_sov.models.text_inside import TEXT_INSIDE, text_config
 from megatron_sov.models.weights import Link
 from megatron_sov.pretrained import CONFIG, DAMAGED_HF, listed, read_json, tensor_files
 from megatron_sov.pretrained import is_hf_folder as is_hf_folder

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sov.config import PhaseConfig, RunConfig, curriculum
+from megatron_sov.config import PhaseConfig, RunConfig, data
 from megatron_sov.data.rounds import SOURCE, rounds_of
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError, nearest
@@ -59,10 +59,10 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)
-        changes = [start, *curriculum.ramp_changes(config.train, phase), *skips]
+        changes = [start, *data.ramp_changes(config.train, phase), *skips]
         for step in sorted({s for s in changes if start <= s < end}):
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
-            size = curriculum.batch_size_at(config.train, phase, step)
+            size = data.batch_size_at(config.train, phase, step)
             entries.append(LedgerEntry(step, phase.name, phase.seq_len, size, weights, skip))
     return [e for e, before in zip(entries, [None, *entries], strict=False)
             if before is None or not e.continues(before)]

@@ -197,7 +197,7 @@ def quantization_checks() -> Iterator[Check]:
     if not _has_gpu():
         yield Check("train.fp8", "missing", "none of its recipes: there is no GPU here")
         return
-    from megatron_sov.mcore.model.quantization import lacking
+    from megatron_sov.mcore.model.gpu_settings import lacking
 
     try:
         reasons = lacking()

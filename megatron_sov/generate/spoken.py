@@ -19,7 +19,7 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block
 if TYPE_CHECKING:
     import torch
 
-    from megatron_sov.codecs.interface import Vocoder
+    from megatron_sov.codecs.folder import Vocoder
 
 _BOTH = re.compile(r"<user_transcript>.*?</user_transcript>\s*(?=.*<assistant_transcript>)", re.DOTALL)
 _TAGS = re.compile(r"</?(?:user|assistant)_transcript>|\s*<audio_decoder_call>\s*")

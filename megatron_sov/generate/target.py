@@ -18,7 +18,7 @@ from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_se
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel import launcher
 from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.models.text_inside import text_config
+from megatron_sov.models.family import text_config
 from megatron_sov.pretrained import CONFIG, weight_files
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,

@@ -7,15 +7,6 @@ copies of embedding and head.  transformers' model drops it on loading; its `Mtp
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import (
-    COPIES_BEHIND,
-    DEEPSEEK_EXPERTS,
-    DENSE_FFN,
-    EMBEDDINGS_AND_HEAD,
-    PREDICTION_BEHIND,
-    inside_prediction,
-    trunk,
-)
 from megatron_sov.models.family import (
     DECODER_CONFIG,
     DEEPSEEK_ROUTER,
@@ -24,10 +15,19 @@ from megatron_sov.models.family import (
     EXPERTS_CONFIG,
     Family,
 )
-from megatron_sov.models.hf_config import Fixed, Renamed, Unused
-from megatron_sov.models.hf_latent import LatentHeads, LatentRope
+from megatron_sov.models.hf_config import Fixed, LatentHeads, LatentRope, Renamed, Unused
 from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionBehind
-from megatron_sov.models.weights import Same, WeightEntry
+from megatron_sov.models.weights import (
+    COPIES_BEHIND,
+    DEEPSEEK_EXPERTS,
+    DENSE_FFN,
+    EMBEDDINGS_AND_HEAD,
+    PREDICTION_BEHIND,
+    Same,
+    WeightEntry,
+    inside_prediction,
+    trunk,
+)
 
 LATENT_ATTENTION: tuple[WeightEntry, ...] = (
     Same("input_layernorm.weight", "input_layernorm.weight", "H"),

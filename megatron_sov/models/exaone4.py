@@ -6,7 +6,10 @@ The 32B slides with RoPE in three layers of four and attends globally without po
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import (
+from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
+from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused, hidden_over_heads
+from megatron_sov.models.hf_layers import RotatingWindows
+from megatron_sov.models.weights import (
     EMBEDDINGS_AND_HEAD,
     PROJECTIONS,
     QK_NORM,
@@ -14,9 +17,6 @@ from megatron_sov.models.blocks import (
     norms_behind,
     trunk,
 )
-from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
-from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused, hidden_over_heads
-from megatron_sov.models.hf_layers import RotatingWindows
 
 FAMILY = Family(
     name="exaone4",

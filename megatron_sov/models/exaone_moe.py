@@ -10,17 +10,6 @@ prediction layer is dense, and attends globally without RoPE unless `mtp_layer_t
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import (
-    ATTENTION,
-    DENSE_FFN,
-    EMBEDDINGS_AND_HEAD,
-    QK_NORM,
-    ROUTED_EXPERTS,
-    SHARED_EXPERTS,
-    prediction_layer,
-    router_bias,
-    trunk,
-)
 from megatron_sov.models.family import (
     DECODER_CONFIG,
     DEEPSEEK_ROUTER,
@@ -32,6 +21,17 @@ from megatron_sov.models.family import (
 )
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, hidden_over_heads
 from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionLayer, SlidingLayers, Unclamped
+from megatron_sov.models.weights import (
+    ATTENTION,
+    DENSE_FFN,
+    EMBEDDINGS_AND_HEAD,
+    QK_NORM,
+    ROUTED_EXPERTS,
+    SHARED_EXPERTS,
+    prediction_layer,
+    router_bias,
+    trunk,
+)
 
 FAMILY = Family(
     name="exaone_moe",

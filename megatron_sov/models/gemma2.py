@@ -4,11 +4,18 @@ the head's logits."""
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import ATTENTION, EMBEDDINGS_AND_HEAD, SWIGLU, norms_behind, trunk
 from megatron_sov.models.family import COMMON_CONFIG, KV_HEADS, Family
-from megatron_sov.models.hf_config import AttentionScale, Fixed, Renamed, Rope, Unused
-from megatron_sov.models.hf_gemma import EmbeddingsByWidth, PeriodicLayers, SoftCap
-from megatron_sov.models.weights import Same
+from megatron_sov.models.hf_config import (
+    AttentionScale,
+    EmbeddingsByWidth,
+    Fixed,
+    PeriodicLayers,
+    Renamed,
+    Rope,
+    SoftCap,
+    Unused,
+)
+from megatron_sov.models.weights import ATTENTION, EMBEDDINGS_AND_HEAD, SWIGLU, Same, norms_behind, trunk
 
 FAMILY = Family(
     name="gemma2",

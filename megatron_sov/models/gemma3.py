@@ -9,11 +9,26 @@ not compute it.
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import ATTENTION, EMBEDDINGS_AND_HEAD, QK_NORM, SWIGLU, norms_behind, trunk
 from megatron_sov.models.family import COMMON_CONFIG, KV_HEADS, Family
-from megatron_sov.models.hf_config import AttentionScale, Fixed, Renamed, Unused
-from megatron_sov.models.hf_gemma import EmbeddingsByWidth, PeriodicLayers, SoftCap, TwoThetas
-from megatron_sov.models.weights import Same
+from megatron_sov.models.hf_config import (
+    AttentionScale,
+    EmbeddingsByWidth,
+    Fixed,
+    PeriodicLayers,
+    Renamed,
+    SoftCap,
+    TwoThetas,
+    Unused,
+)
+from megatron_sov.models.weights import (
+    ATTENTION,
+    EMBEDDINGS_AND_HEAD,
+    QK_NORM,
+    SWIGLU,
+    Same,
+    norms_behind,
+    trunk,
+)
 
 FAMILY = Family(
     name="gemma3_text",

@@ -7,7 +7,17 @@ copies of embedding and head.  transformers' model drops it on loading; its `Mtp
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import (
+from megatron_sov.models.family import (
+    DECODER_CONFIG,
+    DEEPSEEK_ROUTER,
+    DEEPSEEK_ROUTER_CONFIG,
+    EXPERT_GROUPS,
+    KV_HEADS,
+    Family,
+)
+from megatron_sov.models.hf_config import Fixed, Renamed, Rope, hidden_over_heads
+from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionBehind
+from megatron_sov.models.weights import (
     ATTENTION,
     COPIES_BEHIND,
     DEEPSEEK_EXPERTS,
@@ -19,16 +29,6 @@ from megatron_sov.models.blocks import (
     inside_prediction,
     trunk,
 )
-from megatron_sov.models.family import (
-    DECODER_CONFIG,
-    DEEPSEEK_ROUTER,
-    DEEPSEEK_ROUTER_CONFIG,
-    EXPERT_GROUPS,
-    KV_HEADS,
-    Family,
-)
-from megatron_sov.models.hf_config import Fixed, Renamed, Rope, hidden_over_heads
-from megatron_sov.models.hf_layers import LeadingDenseLayers, PredictionBehind
 
 FAMILY = Family(
     name="glm4_moe",

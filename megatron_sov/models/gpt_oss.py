@@ -8,12 +8,10 @@ the router's logits in the model's dtype, we in fp32.
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import ATTENTION, EMBEDDINGS_AND_HEAD, QKV_BIAS, trunk
-from megatron_sov.models.expert_stacks import ExpertStack
 from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
-from megatron_sov.models.hf_config import Fixed, Renamed, Unused
-from megatron_sov.models.hf_gpt_oss import AlternatingLayers, Quantization, SaidRope
-from megatron_sov.models.weights import Same
+from megatron_sov.models.hf_config import AlternatingLayers, Fixed, Quantization, Renamed, SaidRope, Unused
+from megatron_sov.models.hf_layers import ExpertStack
+from megatron_sov.models.weights import ATTENTION, EMBEDDINGS_AND_HEAD, QKV_BIAS, Same, trunk
 
 _FURTHER = (
     Same("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "H"),

@@ -8,10 +8,10 @@ false.
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, norms_behind, trunk
 from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import AttentionScale, Fixed, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.models.hf_layers import NormsBehind
+from megatron_sov.models.weights import ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, norms_behind, trunk
 
 FAMILY = Family(
     name="hyperclovax",

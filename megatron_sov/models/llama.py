@@ -6,10 +6,10 @@ Omni has one, is carried as K-EXAONE's is; transformers drops its tensors on loa
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, prediction_layer, trunk
 from megatron_sov.models.family import DECODER_CONFIG, Family
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.models.hf_layers import PredictionLayer
+from megatron_sov.models.weights import ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, prediction_layer, trunk
 
 FAMILY = Family(
     name="llama",

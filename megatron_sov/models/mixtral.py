@@ -6,11 +6,10 @@ transformers computes the router's logits in the model's dtype, we in fp32; they
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import ATTENTION, EMBEDDINGS_AND_HEAD, trunk
 from megatron_sov.models.family import DECODER_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.models.hf_layers import OneWindow
-from megatron_sov.models.weights import Experts, GateUp, Same
+from megatron_sov.models.weights import ATTENTION, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, trunk
 
 _EXPERTS = (
     Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),

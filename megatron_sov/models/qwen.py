@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sov.models.blocks import (
+from megatron_sov.models.family import DECODER_CONFIG, EXPERTS_CONFIG, KV_HEADS, Family
+from megatron_sov.models.hf_config import Fixed, Item, Renamed, Rope, Unused, hidden_over_heads
+from megatron_sov.models.hf_layers import SlidingSwitch, SparseSteps
+from megatron_sov.models.weights import (
     ATTENTION,
     DENSE_FFN,
     EMBEDDINGS_AND_HEAD,
@@ -19,9 +22,6 @@ from megatron_sov.models.blocks import (
     ROUTED_EXPERTS,
     trunk,
 )
-from megatron_sov.models.family import DECODER_CONFIG, EXPERTS_CONFIG, KV_HEADS, Family
-from megatron_sov.models.hf_config import Fixed, Item, Renamed, Rope, Unused, hidden_over_heads
-from megatron_sov.models.hf_layers import SlidingSwitch, SparseSteps
 
 _CONFIG: tuple[Item, ...] = (
     *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),

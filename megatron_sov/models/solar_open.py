@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import (
-    ATTENTION,
-    DEEPSEEK_EXPERTS,
-    EMBEDDINGS_AND_HEAD,
-    trunk,
-)
 from megatron_sov.models.family import (
     DECODER_CONFIG,
     DEEPSEEK_ROUTER,
@@ -18,6 +12,12 @@ from megatron_sov.models.family import (
     Family,
 )
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused
+from megatron_sov.models.weights import (
+    ATTENTION,
+    DEEPSEEK_EXPERTS,
+    EMBEDDINGS_AND_HEAD,
+    trunk,
+)
 
 FAMILY = Family(
     name="solar_open",

@@ -19,8 +19,8 @@ from megatron_sov.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_sov.config.blocks import IdBlock
 from megatron_sov.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
+from megatron_sov.config.model import IdBlock
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.recipes.sources import Sources, derive, ours, published
 

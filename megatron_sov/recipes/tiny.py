@@ -13,8 +13,7 @@ from megatron_sov.config import (
     PhaseConfig,
     RunConfig,
 )
-from megatron_sov.config.blocks import IdBlock
-from megatron_sov.config.model import ModelConfig
+from megatron_sov.config.model import IdBlock, ModelConfig
 from megatron_sov.recipes.sources import ours
 
 SEQ_LEN, WIDTH, HEAD_DIM = 256, 128, 32

@@ -21,11 +21,9 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from megatron_sov.errors import UserError
-from megatron_sov.serving.bodies import Question, chat_question, completion_question
-from megatron_sov.serving.desk import RETRY_S, Begun, Desk, Ticket, Wrote
-from megatron_sov.serving.reading import Reader
-from megatron_sov.serving.refusals import Refused
+from megatron_sov.serving.bodies import Question, Reader, Refused, chat_question, completion_question
 from megatron_sov.serving.replies import DONE, Reply, event
+from megatron_sov.serving.scheduler import RETRY_S, Begun, Desk, Ticket, Wrote
 from megatron_sov.serving.settings import ServeSettings
 
 MAX_BODY_BYTES = 8 << 20

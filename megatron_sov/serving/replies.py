@@ -11,9 +11,8 @@ from typing import Any
 
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.generate.request import STOP, Stop, Written
-from megatron_sov.serving.bodies import Question
-from megatron_sov.serving.desk import Begun
-from megatron_sov.serving.reading import Reader
+from megatron_sov.serving.bodies import Question, Reader
+from megatron_sov.serving.scheduler import Begun
 from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
 
 CUT_CHARACTER = "\ufffd"

@@ -17,10 +17,9 @@ from megatron_sov.generate.live import continue_live
 from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.serving.clerk import Clerk
-from megatron_sov.serving.desk import Desk
+from megatron_sov.serving.bodies import Reader
 from megatron_sov.serving.http_server import HttpServer
-from megatron_sov.serving.reading import Reader
+from megatron_sov.serving.scheduler import Clerk, Desk
 from megatron_sov.serving.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.process_identity import has_ended, identity

@@ -1,28 +1,6 @@
 """Settings, declared once and read in one way: frozen dataclasses whose types carry the bounds, one reader
 for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
 
-from megatron_sov.settings.bounds import (
-    ONCE,
-    RISING,
-    AboveZero,
-    AtLeastOne,
-    Bound,
-    Breach,
-    Finite,
-    Fraction,
-    NotBlank,
-    NotNegative,
-    NotNegativeInt,
-    Relation,
-    Share,
-    at_most,
-    below,
-    multiple_of,
-    not_with,
-    one_of,
-    only_with,
-    other_than,
-)
 from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.settings.options import (
     NO_FLAG,
@@ -35,7 +13,34 @@ from megatron_sov.settings.options import (
     read_options,
     run_action,
 )
-from megatron_sov.settings.problem import Code, Problem, SettingsError, as_problem, find_broken, name_options
+from megatron_sov.settings.problem import (
+    ONCE,
+    RISING,
+    AboveZero,
+    AtLeastOne,
+    Bound,
+    Breach,
+    Code,
+    Finite,
+    Fraction,
+    NotBlank,
+    NotNegative,
+    NotNegativeInt,
+    Problem,
+    Relation,
+    SettingsError,
+    Share,
+    as_problem,
+    at_most,
+    below,
+    find_broken,
+    multiple_of,
+    name_options,
+    not_with,
+    one_of,
+    only_with,
+    other_than,
+)
 from megatron_sov.settings.reading import (
     check,
     find_problems,

@@ -10,8 +10,7 @@ from functools import cache
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.errors import nearest
-from megatron_sov.settings.bounds import Relation
-from megatron_sov.settings.problem import UNSET, Code, Problem, SettingsError, as_problem
+from megatron_sov.settings.problem import UNSET, Code, Problem, Relation, SettingsError, as_problem
 
 S = TypeVar("S")
 Instead = Callable[[str], str]

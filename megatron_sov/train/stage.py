@@ -29,8 +29,8 @@ from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.mcore.model import gpu_settings, specs
-from megatron_sov.mcore.model.quantization import refuse_without_chip
-from megatron_sov.mcore.parallel import determinism, launcher, own_gpu, world
+from megatron_sov.mcore.model.gpu_settings import refuse_without_chip
+from megatron_sov.mcore.parallel import device, launcher, world
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS
@@ -296,7 +296,7 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
 def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
-        determinism.switch_on()
+        device.switch_on()
     latest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.step_of(latest) if latest else 0)
@@ -344,7 +344,7 @@ def _bytes_of_own_gpu(config: RunConfig) -> int:
     Raises:
         UserError: no such GPU has so much, or the host too little for all of its ranks.
     """
-    gpu = own_gpu.kind() if on_gpu() else None
+    gpu = device.kind() if on_gpu() else None
     refuse_on_this_node(config, gpu)
     if gpu is None:
         return 0

@@ -22,11 +22,11 @@ from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.decode.forward_only import ForwardModel
-from megatron_sov.mcore.model import init, replica_checks
+from megatron_sov.mcore.model import init, local_shards
 from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel, build
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import collectives, rng
+from megatron_sov.mcore.parallel import collectives, device
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.adapters import PREFIX
@@ -38,7 +38,6 @@ from megatron_sov.train.announcement import banner, memory_of
 from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation, StepSums
 from megatron_sov.train.data_batches import DataBatches
-from megatron_sov.train.efficiency import peak_memory
 from megatron_sov.train.encoder_weights import start_encoders
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.feed import Feed
@@ -59,7 +58,7 @@ from megatron_sov.train.objective import (
 from megatron_sov.train.objective_context import ObjectiveContext
 from megatron_sov.train.planning import keep_plan
 from megatron_sov.train.profiling import Profiling
-from megatron_sov.train.recorder import Recorder
+from megatron_sov.train.recorder import Recorder, peak_memory
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.state import StepResult, TrainState
 from megatron_sov.train.stopping import StopFlag
@@ -224,7 +223,7 @@ class Trainer:
         step, guard = self.state.step, self.guards.step_guard
         # random numbers are a function of (seed, step): a resumed run draws what the run that
         # was left alone draws
-        rng.reseed(self.config.train.seed, step)
+        device.reseed(self.config.train.seed, step)
         guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
             # drawn all the same, so that the steps behind it see what they would have seen
@@ -274,7 +273,7 @@ class Trainer:
         faults.tell(self.events)
         faults.trigger("step", step)
         if (fault := faults.due("bitflip", "step", step)) is not None:
-            replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2),
+            local_shards.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2),
                                     fault.options.get("bit"))
         if self.guards.sdc.probe_is_due(step):
             compute = partial(self.computation.own_gradients, batch, self.objective, step)
@@ -294,7 +293,7 @@ class Trainer:
                             f"new {start}, or switch on guards.skip")
         self.expert_load.undo()
         self.batches.ledger.pass_over(step - 1, step)
-        self.recorder.refused(step, refusal, replica_checks.ranks_where(not self.computation.is_finite))
+        self.recorder.refused(step, refusal, local_shards.ranks_where(not self.computation.is_finite))
         if self.config.guards.attribute:
             self.refused = batch
 

@@ -18,10 +18,9 @@ from megatron_sov.card.answers import Answers, read_answers
 from megatron_sov.card.content import card_json, make_card
 from megatron_sov.card.data_summary import add_data, data_card
 from megatron_sov.card.figures import Figure
-from megatron_sov.card.graph import Graph, Node
 from megatron_sov.card.lineage import lineage
 from megatron_sov.card.model_card import model_card
-from megatron_sov.card.picture import MAX_ROWS, picture
+from megatron_sov.card.picture import MAX_ROWS, Graph, Node, picture
 from megatron_sov.card.scores import ScoreFile
 from megatron_sov.card.wording import quantity
 

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov.artifacts import new_artifact
-from megatron_sov.codecs.folder import KIND, WEIGHTS, open_codec, save_codec
+from megatron_sov.codecs.folder import KIND, WEIGHTS, inspected, open_codec, save_codec
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.codecs.inspection import inspected
 from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer
 from megatron_sov.codecs.training.tokenizers import ImageTokenizerTraining
 from megatron_sov.errors import UserError

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from scipy.stats import entropy
 from vector_quantize_pytorch import FSQ, SimVQ
 
-from megatron_sov.codecs.images.quantiser import UnitSimVQ
-from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
+from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer, UnitSimVQ
 from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer, LevelQuantiser, LogMel
-from megatron_sov.codecs.usage import CodebookUsage
+from megatron_sov.codecs.training.tokenizers import CodebookUsage
 from megatron_sov.settings import problems_of
 
 PICTURES = SimVQSettings(side_pixels=16, grid=4, width=32, num_layers=1, num_heads=2, code_width=8,
@@ -46,7 +45,7 @@ def test_a_large_codebook_is_searched_in_parts(monkeypatch: pytest.MonkeyPatch,
     quantiser = UnitSimVQ(4, 30)
     vectors = torch.randn(5, 6, 4, generator=drawn)
     whole = quantiser.nearest(vectors)
-    monkeypatch.setattr("megatron_sov.codecs.images.quantiser._SCORES", 70)
+    monkeypatch.setattr("megatron_sov.codecs.images.simvq._SCORES", 70)
     assert torch.equal(quantiser.nearest(vectors), whole)
 
 

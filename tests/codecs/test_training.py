@@ -15,9 +15,8 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.codecs.folder import WEIGHTS, open_codec
 from megatron_sov.codecs.images.simvq import SimVQSettings
 from megatron_sov.codecs.sounds.fsq import FSQSettings
-from megatron_sov.codecs.training.banks import SoundBank, picture_bank
+from megatron_sov.codecs.training.banks import PICTURES, SoundBank, media_files, picture_bank
 from megatron_sov.codecs.training.draws import batch_rows
-from megatron_sov.codecs.training.files import PICTURES, media_files
 from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.tokenizers import (
     AudioTokenizerTask,

@@ -26,9 +26,8 @@ from megatron_sov.config import (
     data_paths,
     from_dict,
 )
-from megatron_sov.config.not_offered import NOT_OFFERED
 from megatron_sov.config.policy import METHODS
-from megatron_sov.config.reading import RENAMED
+from megatron_sov.config.reading import NOT_OFFERED, RENAMED
 from megatron_sov.errors import UserError
 from megatron_sov.settings import SettingsError
 

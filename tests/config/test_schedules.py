@@ -13,7 +13,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.config import OptimConfig, PhaseConfig, RunConfig, TrainConfig
-from megatron_sov.config.curriculum import batch_size_at
+from megatron_sov.config.data import batch_size_at
 from megatron_sov.config.schedules import Schedule, changed_schedule, decayed
 from megatron_sov.errors import UserError
 

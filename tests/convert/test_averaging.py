@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models
 
 from megatron_sov import convert
 from megatron_sov.artifacts import damaged_files, manifest_sha256, new_artifact, read_manifest
-from megatron_sov.convert import average_weights, averaging
-from megatron_sov.convert.average_weights import chosen, weights_of
+from megatron_sov.convert import averaging
+from megatron_sov.convert.averaging import chosen, weights_of
 from megatron_sov.convert.peft import from_peft
 from megatron_sov.errors import UserError
 
@@ -167,7 +167,7 @@ def test_a_moving_average_over_many_checkpoints_has_these_weights() -> None:
 
 def test_a_window_of_steps_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [tmp_path / f"step-{n}" for n in (10, 20, 30, 40)]
-    monkeypatch.setattr(average_weights, "complete", lambda folder: steps)
+    monkeypatch.setattr(averaging, "complete", lambda folder: steps)
     assert chosen(tmp_path, None, (20, None)) == [(p, 1.0) for p in steps[1:]]
     assert chosen(tmp_path, 2, (None, 30), "linear") == [(steps[1], 1.0), (steps[2], 2.0)]
     assert chosen(tmp_path, 3, kind="ema", decay=0.5) == [(steps[1], 0.25), (steps[2], 0.5), (steps[3], 1.0)]

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sov.convert.changed_values import Changed, SentWeights
-from megatron_sov.convert.values import DTYPES, check_space, converted, exported_dtype, planned_dtype
+from megatron_sov.convert.changed_values import (
+    DTYPES,
+    Changed,
+    SentWeights,
+    check_space,
+    converted,
+    exported_dtype,
+    planned_dtype,
+)
 from megatron_sov.errors import UserError
 
 Weights = dict[str, torch.Tensor]

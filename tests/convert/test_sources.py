@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST, FileRecord, file_damage, new_artifact
-from megatron_sov.convert import shard_writer, source_check
-from megatron_sov.convert.source_check import checked_source
+from megatron_sov.convert import hf_import, shard_writer
+from megatron_sov.convert.hf_import import checked_source
 from megatron_sov.errors import UserError
 from megatron_sov.work.resumable_artifact import ResumableArtifact
 
@@ -138,7 +138,7 @@ def test_what_is_inside_does_not_wait_for_the_hashes(folder: Folder, monkeypatch
         assert begun.wait(600)
         return file_damage(file, record)
 
-    monkeypatch.setattr(source_check, "file_damage", later)
+    monkeypatch.setattr(hf_import, "file_damage", later)
     with checked_source(folder, workers=1) as check:
         begun.set()
         check.require(["A"])
@@ -191,7 +191,7 @@ def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
         now(*arguments)
 
     convert.from_hf(solar_dir, tmp_path / "ckpt")
-    monkeypatch.setattr(source_check, "file_damage", after_the_writing)
+    monkeypatch.setattr(hf_import, "file_damage", after_the_writing)
     monkeypatch.setattr(shard_writer, "write_file", write)
     monkeypatch.setattr(ResumableArtifact, "finish", finish)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")

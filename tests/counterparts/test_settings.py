@@ -13,8 +13,7 @@ from megatron_sov import recipes
 from megatron_sov.cli import main
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.counterparts.architecture import architecture, model_fields, of_arguments
-from megatron_sov.counterparts.arguments import read_arguments
-from megatron_sov.counterparts.settings import translate
+from megatron_sov.counterparts.settings import read_arguments, translate
 from megatron_sov.errors import UserError
 
 SCRIPT = r"""#!/bin/bash

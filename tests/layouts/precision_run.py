@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_sov.mcore.model import logprobs
 from megatron_sov.mcore.model.router import BalancedRouter
-from megatron_sov.mcore.parallel import determinism, world
+from megatron_sov.mcore.parallel import device, world
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import _trainer, maker, small_config
 
@@ -104,7 +104,7 @@ def bits(built: Trainer) -> str:
 
 def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
     """Return losses and bits of two deterministic steps, at sizes that keep several threads busy."""
-    determinism.switch_on()
+    device.switch_on()
     torch.set_num_threads(threads)
     built = trainer("tiny-solar-open", [
         "model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",

@@ -16,9 +16,8 @@ from megatron_sov.config import ModelConfig, YarnConfig
 from megatron_sov.config.model import Llama3RopeConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
-from megatron_sov.models.family import KV_HEADS, Family, TokenIds
+from megatron_sov.models.family import KV_HEADS, Family, TokenIds, text_config
 from megatron_sov.models.hf_config import Renamed, Rope
-from megatron_sov.models.text_inside import text_config
 from megatron_sov.plugins.loading import Loaded
 
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",

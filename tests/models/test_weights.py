@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.config import ModelConfig
-from megatron_sov.models.expert_stacks import ExpertStack, StackLayout
+from megatron_sov.models.hf_layers import ExpertStack, StackLayout
 from megatron_sov.models.weights import QKV, Experts, GateUp, Link, Same, Section, links
 
 TINY = recipes.get("tiny-k-exaone").model

@@ -14,8 +14,7 @@ import pytest
 from megatron_sov import models
 from megatron_sov.config import OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.models.family import PLAIN
-from megatron_sov.models.text_inside import text_config
+from megatron_sov.models.family import PLAIN, text_config
 from megatron_sov.recipes import RECIPES, TINY, get, names, sources
 from megatron_sov.recipes.extension import extended
 from megatron_sov.recipes.sources import (

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.serving.bodies import Question, chat_question, completion_question
-from megatron_sov.serving.refusals import Refused
+from megatron_sov.serving.bodies import Question, Refused, chat_question, completion_question
 
 MANY = 20_000
 HI = '"messages": [{"role": "user", "content": "hi"}]'

@@ -25,10 +25,9 @@ from megatron_sov.generate.asking import Asker
 from megatron_sov.generate.live import Joining, News
 from megatron_sov.generate.request import STOP
 from megatron_sov.serving import http_server
-from megatron_sov.serving.clerk import Clerk
-from megatron_sov.serving.desk import Desk
+from megatron_sov.serving.bodies import Reader
 from megatron_sov.serving.http_server import HttpServer
-from megatron_sov.serving.reading import Reader
+from megatron_sov.serving.scheduler import Clerk, Desk
 from megatron_sov.serving.settings import ServeSettings
 
 SLOTS, LONGEST = 2, 400
@@ -262,7 +261,7 @@ def test_a_wish_to_stop_lets_what_is_asked_be_answered_and_nothing_more_in(opene
 
 def test_what_is_not_done_in_time_is_given_up_with_a_word(opened: Any,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.serving.clerk.DRAIN_S", 0.0)
+    monkeypatch.setattr("megatron_sov.serving.scheduler.DRAIN_S", 0.0)
     with opened() as server, ThreadPoolExecutor(2) as pool:
         server.model.rows = threading.Semaphore(0)
         asked = [pool.submit(server.chat, "long " * 70, stream=True)]

@@ -12,8 +12,8 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.mcore.optimizer.host_adamw import HostAdamW
-from megatron_sov.mcore.parallel import determinism, world
+from megatron_sov.mcore.optimizer.adamw import HostAdamW
+from megatron_sov.mcore.parallel import device, world
 from megatron_sov.train.trainer import Trainer
 from tests.layouts import layout_run
 
@@ -75,7 +75,7 @@ def _products() -> dict[str, int]:
 def losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
     """Train; return the losses, and the products of the first step."""
     if "train.deterministic=true" in settings:
-        determinism.switch_on()
+        device.switch_on()
     trainer = _trainer(recipe, settings, path)
     _products()
     first = trainer.update().loss

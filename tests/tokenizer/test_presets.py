@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
 from megatron_sov.settings import SettingsError
-from tokenizer.bpe.pretokenizer import untrained
+from tokenizer.bpe.split_pattern import untrained
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN, Preset, load_preset
 
 

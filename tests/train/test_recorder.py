@@ -1,5 +1,6 @@
 """What a run tells about itself, event by event; on other processes than the first nothing is written and
-all may be called."""
+all may be called.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +15,40 @@ from megatron_sov import recipes
 from megatron_sov.artifacts import manifest_sha256, new_artifact
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.mcore.parallel.world import World
+from megatron_sov.models.flops import train_flops_per_token
 from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.train.evaluate import HeldoutLoss
+from megatron_sov.train.guards.step_guard import Refusal
+from megatron_sov.train.recorder import Efficiency, Recorder, peak_tflops
+from megatron_sov.train.state import StepResult, TrainState
+
+# Figures of a step's efficiency.
+
+def test_figures_of_a_step() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.peak_tflops=2.0"])
+    found = Efficiency(config, num_ranks=4).figures(num_tokens=8000, seq_len=128, seconds=0.5)
+    tflops = 4000 * train_flops_per_token(config.model, 128) / 1e12
+    assert found["tokens_per_s_per_process"] == 4000 and found["tflops_per_process"] == pytest.approx(tflops)
+    assert found["mfu"] == pytest.approx(tflops / 2)
+    assert 1e7 < found["peak_memory_bytes"] < 1e11 and "reserved_memory_bytes" not in found
+
+
+def test_a_cpu_has_no_peak_unless_one_is_given() -> None:
+    assert "mfu" not in Efficiency(recipes.get("tiny-solar-open"), 1).figures(8, 8, 1.0)
+
+
+@pytest.mark.parametrize(("name", "bf16"), [
+    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4),
+    ("NVIDIA H200 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250),
+    ("NVIDIA GB200", 2500), ("NVIDIA T4", None)])
+def test_known_peaks(name: str, bf16: float | None) -> None:
+    assert peak_tflops(name) == bf16
+
 
 prepare_megatron()
-from megatron_sov.mcore.checkpoint.save import Saved  # noqa: E402
-from megatron_sov.mcore.parallel.world import World  # noqa: E402
-from megatron_sov.train.evaluate import HeldoutLoss  # noqa: E402
-from megatron_sov.train.guards.step_guard import Refusal  # noqa: E402
-from megatron_sov.train.recorder import Recorder  # noqa: E402
-from megatron_sov.train.state import StepResult, TrainState  # noqa: E402
 
 NUM_STEPS = 7
 RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3,

@@ -6,21 +6,277 @@ Weights are shares of the text's size, so weighted inputs are looked through bef
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_sov.artifacts import atomic_write, new_file
 from megatron_sov.errors import UserError
-from tokenizer.bpe import superbpe
+from megatron_sov.work.pool import in_processes
 from tokenizer.bpe.count_units import Unit, UnitSizes, group_sizes, look_through, plan
-from tokenizer.bpe.lowest_pieces import LowestPieces
-from tokenizer.bpe.pretoken_counts import SAMPLE_BYTES, CountSettings, count_units
-from tokenizer.bpe.pretoken_table import WordTable, gather_words
-from tokenizer.bpe.vocabulary import Vocabulary
-from tokenizer.mixture import Group, Share, Sizes, describe, repeats, share_bytes, share_of
+from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
+from tokenizer.bpe.merging import JoinRule, LowestPieces
+from tokenizer.bpe.split_pattern import Splitter
+from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, Vocabulary, Words, byte_ids
+from tokenizer.mixture import (
+    NUM_BUCKETS,
+    Excerpt,
+    Group,
+    Share,
+    Sizes,
+    describe,
+    pieces,
+    repeats,
+    share_bytes,
+    share_of,
+)
 from tokenizer.presets import NUM_BYTES, Preset
+
+# Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.
+#
+# A worker's table is written out as a run whenever it has grown to its limit.  Runs are cut by a hash of
+# the
+# word into `NUM_PARTS` parts; all runs of one part together are small enough to be added up in memory
+# (tokenizer/bpe/counting.py).
+
+WORD_BYTES = 120
+"""What a word takes in a worker's table: its text, the entry, and the copies while a run is written."""
+SAMPLE_BYTES = 100_000
+"""Text of each group that bytes per token are measured on and that the finished tokenizer is
+checked on, at most."""
+LEAST_WORDS = 1000
+"""Words in a worker's table before it is written out, however small the bound."""
+CODE_VERSION = 3
+"""Raise it when the same text is counted differently, so that older files are not taken for new ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CountSettings:
+    """What the counts of a unit depend on."""
+
+    preset: Preset
+    """Its normalization matters here."""
+    pattern: str
+    """What splits text into words."""
+    shares: tuple[Share, ...]
+    """How often the pieces of each group are seen."""
+
+    def key(self, unit: Unit) -> str:
+        """Return the name of a unit's files."""
+        return unit.key({"normalization": self.preset.normalization, "pattern": self.pattern,
+                         "share": dataclasses.asdict(self.shares[unit.group]), "code_version": CODE_VERSION})
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitCounts:
+    """A counted unit."""
+
+    file: Path
+    """Arrow file of `NUM_PARTS` record batches (word, count) for each run."""
+    seen_bytes: int
+    """Text counted, repetitions included."""
+    sizes: UnitSizes
+    """All text of the unit, whatever is seen of it."""
+    lowest: tuple[Excerpt, ...]
+    """The pieces that may belong to a sample of its group."""
+
+
+def count_units(units: list[Unit], settings: CountSettings, work: Path, workers: int,
+                limit_bytes: int) -> Iterator[UnitCounts]:
+    """Yield the counts of each unit, in order; what is there already is kept.
+
+    Args:
+        units: what to read.
+        settings: how.
+        work: folder for the files.
+        workers: processes.
+        limit_bytes: memory for the tables of all workers together.
+
+    Raises:
+        UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.
+    """
+    limit_words = max(limit_bytes // max(min(workers, len(units)), 1) // WORD_BYTES, LEAST_WORDS)
+    splitter = Splitter(settings.preset, settings.pattern)  # made once, not by every worker
+    yield from in_processes(_counter, (settings, splitter, work, limit_words), units, workers)
+
+
+def _counter(settings: CountSettings, splitter: Splitter, work: Path,
+             limit_words: int) -> Callable[[Unit], UnitCounts]:
+    return _UnitCounter(settings, splitter, work, limit_words).count
+
+
+class _UnitCounter:
+    """Counts units; one per process."""
+
+    def __init__(self, settings: CountSettings, splitter: Splitter, work: Path, limit_words: int) -> None:
+        self._settings, self._splitter, self._work, self._limit_words = settings, splitter, work, limit_words
+        self._limit_text_bytes = limit_words * WORD_BYTES // 2
+        self._words = WordCounter()
+
+    def count(self, unit: Unit) -> UnitCounts:
+        """Return the counts of a unit; it is read unless they are there."""
+        file = self._work / f"{self._settings.key(unit)}.arrow"
+        record = file.with_suffix(".json")
+        if not (record.exists() and file.exists()):
+            with new_file(file) as temporary:
+                facts = self._count(unit, temporary)
+            atomic_write(record, json.dumps(facts, ensure_ascii=False))
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        sizes = UnitSizes(facts["num_documents"], np.array(facts["buckets"], np.int64),
+                          np.array(facts["bucket_bytes"], np.int64))
+        lowest = tuple(Excerpt(text.encode(), bucket) for bucket, text in facts["lowest"])
+        return UnitCounts(file, facts["seen_bytes"], sizes, lowest)
+
+    def _count(self, unit: Unit, file: Path) -> dict[str, Any]:
+        share, splitter = self._settings.shares[unit.group], self._splitter
+        words, seen_bytes, num_documents, checked = self._words, 0, 0, False
+        bucket_bytes, lowest = np.zeros(NUM_BUCKETS, np.int64), LowestPieces(SAMPLE_BYTES)
+        words.clear()  # of a unit that could not be read
+        with _RunWriter(file) as runs:
+            for document in unit.documents():
+                num_documents += 1
+                for piece in pieces(document):
+                    bucket_bytes[piece.bucket] += len(piece.raw)
+                    lowest.add(piece)
+                    times = share.times(piece.bucket)
+                    if not times:
+                        continue
+                    raw = piece.raw
+                    if self._settings.preset.normalization != "none":
+                        raw = splitter.normalize(piece.text).encode()
+                    if not checked:
+                        splitter.check(raw.decode())
+                        checked = True
+                    words.add(raw, splitter.ends(raw), times)
+                    seen_bytes += times * len(piece.raw)
+                    # words of text without spaces are long: their text is bounded too
+                    if len(words) > self._limit_words or words.text_bytes() > self._limit_text_bytes:
+                        runs.write(words)
+            runs.write(words)
+        sizes = UnitSizes.of(num_documents, bucket_bytes)
+        return {"seen_bytes": seen_bytes, "num_documents": num_documents, "buckets": sizes.buckets.tolist(),
+                "bucket_bytes": sizes.bytes_.tolist(),
+                "lowest": [(piece.bucket, piece.text) for piece in lowest.found()]}
+
+
+class _RunWriter:
+    """Writes runs to one Arrow file."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as pa
+
+        self._schema = pa.schema([("word", pa.binary()), ("count", pa.int64())])
+        self._writer = pa.ipc.new_file(str(file), self._schema)
+
+    def __enter__(self) -> _RunWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def write(self, words: WordCounter) -> None:
+        """Write a table of words, cut into parts, and empty it."""
+        import pyarrow as pa
+
+        text, word_ends, counts, parts = words.words()
+        order = np.argsort(parts, kind="stable")
+        offsets = np.zeros(len(order) + 1, np.int32)
+        offsets[1:] = word_ends
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
+        column = pa.Array.from_buffers(pa.binary(), len(order), buffers)
+        batch = pa.record_batch([column, pa.array(counts)], schema=self._schema).take(pa.array(order))
+        ends = np.searchsorted(parts[order], np.arange(NUM_PARTS + 1))
+        for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            self._writer.write_batch(batch.slice(start, stop - start))
+        words.clear()
+
+
+# Byte-level BPE and SuperBPE (arXiv 2503.13423) from tables of words.
+#
+# Stage 1 merges bytes within words.  Stage 2 goes on where words are no longer split: the text is split by
+# the
+# finished tokenizer's pattern, each of its units is encoded with the merges of stage 1, and merging
+# continues
+# over those tokens.  Both stages encode by the finished pattern, so that applying all merges in their
+# order, in
+# one step, gives the same tokens as stage 1 followed by stage 2.
+
+MIN_COUNT = 2
+"""A pair that occurs less often is not merged."""
+LEARNING_BYTES_PER_BYTE = 40
+"""Memory that learning takes for each byte of distinct words (benchmarks/tokenizer_train.py measures it)."""
+BLOCK_WORDS = 10_000
+"""Words whose tokens are held as Python numbers at a time."""
+ANYTHING = r"[\s\S]+"
+"""Splits nothing."""
+Progress = Callable[[int], object]
+
+
+def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, preset: Preset,
+                progress: Progress) -> None:
+    """Merge bytes within words until there are `num_tokens` tokens, or no pair occurs often enough."""
+    words = Words(byte_ids()[table.raw], table.lengths_bytes, table.counts)
+    # A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge
+    # would join two words of the finished tokenizer by their bytes before either word is whole.
+    rule = JoinRule(vocabulary.max_token_bytes, 0, keeps_words_apart=bool(preset.superword_pattern),
+                    only_superwords=False)
+    _learn(words, rule, vocabulary, num_tokens, progress)
+
+
+def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, max_words: int, only: bool,
+                     progress: Progress) -> None:
+    """Go on merging over units that may hold several words.
+
+    Args:
+        table: units of the finished tokenizer's pattern.
+        vocabulary: what stage 1 learned.
+        num_tokens: tokens to reach; fewer where no pair occurs often enough.
+        max_words: most words in one token.
+        only: every further token is a superword, as long as the text has any, so that there are as many as
+            asked for; else merging also goes on within words, as published, and how many superwords there
+            will be depends on the text.
+        progress: told how many merges there are more.
+    """
+    for only_superwords in [True] * only + [False]:
+        if len(vocabulary.tokens) < num_tokens:
+            rule = JoinRule(vocabulary.max_token_bytes, max_words, False, only_superwords)
+            _learn(_units(table, vocabulary), rule, vocabulary, num_tokens, progress)
+
+
+def _units(table: WordTable, vocabulary: Vocabulary) -> Words:
+    """Return the units as the tokens learned so far; one of a single token has nothing to join."""
+    lengths, symbols = _encoded(table, vocabulary)
+    several = lengths > 1
+    return Words(symbols[np.repeat(several, lengths)], lengths[several], table.counts[several])
+
+
+def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Return how many tokens each word has, [words], and all tokens, one word after another."""
+    encode = vocabulary.as_tiktoken(ANYTHING).encode_ordinary
+    lengths, symbols = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    words = table.words()
+    while block := [encode(word.decode()) for word in itertools.islice(words, BLOCK_WORDS)]:
+        lengths.append(np.fromiter(map(len, block), np.int64, len(block)))
+        symbols.append(np.fromiter(itertools.chain.from_iterable(block), np.int32, int(lengths[-1].sum())))
+    return np.concatenate(lengths), np.concatenate(symbols)
+
+
+def _learn(words: Words, rule: JoinRule, vocabulary: Vocabulary, num_tokens: int, progress: Progress) -> None:
+    num_merges = max(num_tokens - len(vocabulary.tokens), 0)
+    merges = MergeLearner(words, vocabulary.tokens, rule, MIN_COUNT, num_merges).learn()
+    while some := list(itertools.islice(merges, BATCH_MERGES)):
+        for merge in some:
+            vocabulary.add(merge)
+        progress(len(some))
+    assert len(set(vocabulary.tokens)) == len(vocabulary.tokens), (
+        "two merges gave the same bytes, which exact BPE never does")
+
 
 COUNTING_BYTES = 1 << 30
 """Memory for the tables of all workers while counting; more text goes through the disk."""
@@ -111,7 +367,7 @@ def learn(plan_: Plan, groups: list[Group], before_merging: Callable[[], object]
     target = plan_.transition_size - special
     before_merging()
     with _bar("merging", target - NUM_BYTES, "merges") as progress:
-        superbpe.learn_words(table, vocabulary, target, plan_.preset, progress)
+        learn_words(table, vocabulary, target, plan_.preset, progress)
     _check_reached(plan_, vocabulary, plan_.transition_size, seen_bytes)
     if plan_.transition_size < plan_.vocab_size:
         fraction = min(1.0, plan_.superword_sample_bytes / seen_bytes)
@@ -121,7 +377,7 @@ def learn(plan_: Plan, groups: list[Group], before_merging: Callable[[], object]
         sample_bytes = sum(share_bytes(s, share) for s, share in zip(sizes, some, strict=True))
         stages.append(_stage(plan_.vocab_size, sample_bytes, table))
         with _bar("joining words", plan_.vocab_size - plan_.transition_size, "merges") as progress:
-            superbpe.learn_superwords(table, vocabulary, plan_.vocab_size - special,
+            learn_superwords(table, vocabulary, plan_.vocab_size - special,
                                       plan_.preset.max_superword_words, plan_.only_superwords, progress)
         _check_reached(plan_, vocabulary, plan_.vocab_size, sample_bytes)
     return Learned(vocabulary, target, _samples(groups, counted), facts, stages)
@@ -189,7 +445,7 @@ def _gather(plan_: Plan, counted: _Counted, what: str) -> WordTable:
     """Return the distinct words of all units."""
     max_bytes = None
     if plan_.max_memory_bytes is not None:
-        max_bytes = (plan_.max_memory_bytes - BASE_BYTES) // superbpe.LEARNING_BYTES_PER_BYTE
+        max_bytes = (plan_.max_memory_bytes - BASE_BYTES) // LEARNING_BYTES_PER_BYTE
     table = gather_words(counted.files, plan_.work, max_bytes)
     print(f"{len(table.counts):,} distinct {what}" + (
         f"; {table.dropped_words:,} that occur less than {table.min_count} times are left out for "
@@ -212,7 +468,7 @@ def _check_reached(plan_: Plan, vocabulary: Vocabulary, wanted: int, seen_bytes:
         needed_bytes = seen_bytes * ((wanted - least) / max(reached - least, 1)) ** NEEDED_POWER
         raise UserError(f"--vocab-size {plan_.vocab_size}: the text is too small for it, only {reached} "
                         f"tokens were reached from {seen_bytes / 1e6:.3g} MB (pairs must occur at least "
-                        f"{superbpe.MIN_COUNT} times); give it about "
+                        f"{MIN_COUNT} times); give it about "
                         f"{max(needed_bytes, 1.2 * seen_bytes) / 1e6:.3g} MB like it, or ask for at most "
                         f"{reached} tokens")
 

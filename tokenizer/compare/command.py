@@ -18,7 +18,7 @@ from megatron_sov.pages.content import Table
 from megatron_sov.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.command import HeldoutTextOptions, TokenizerPath
-from tokenizer.report.texts import NamedText, read_texts
+from tokenizer.report.measures import NamedText, read_texts
 
 DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
 
@@ -52,7 +52,7 @@ def run(typed: argparse.Namespace) -> int:
         UserError: fewer than two tokenizers, no text, one that cannot be read,
             or an output that cannot be written.
     """
-    from tokenizer.compare.page import overlap_table, render, text_table
+    from tokenizer.compare.measuring import overlap_table, render, text_table
 
     args = read_options(TokenizerCompareOptions, typed)
     if len(args.tokenizers) < 2:
@@ -84,8 +84,15 @@ def run(typed: argparse.Namespace) -> int:
 def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
     """Return everything that is known about some tokenizers beside each other, as plain values."""
-    from tokenizer.compare.cuts import different_lines, different_words
-    from tokenizer.compare.measuring import ModelSize, costs, names_of, overlap, speeds
+    from tokenizer.compare.measuring import (
+        ModelSize,
+        costs,
+        different_lines,
+        different_words,
+        names_of,
+        overlap,
+        speeds,
+    )
     from tokenizer.report.measures import Measured, measure
 
     opened = [open_tokenizer(path) for path in paths]

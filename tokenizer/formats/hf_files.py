@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.errors import UserError
-from tokenizer.bpe.pretokenizer import untrained
-from tokenizer.bpe.vocabulary import Vocabulary, spelled
+from tokenizer.bpe.split_pattern import untrained
+from tokenizer.bpe.trainer import Vocabulary, spelled
 from tokenizer.presets import Preset
 
 if TYPE_CHECKING:

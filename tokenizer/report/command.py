@@ -12,7 +12,7 @@ from megatron_sov.errors import UserError, nearest
 from megatron_sov.outputs import check_output
 from megatron_sov.settings import AboveZero, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
-from tokenizer.report.texts import DEFAULT_MB, read_texts
+from tokenizer.report.measures import DEFAULT_MB, read_texts
 
 TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
     "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "

@@ -12,15 +12,12 @@ from tqdm import tqdm
 from megatron_sov.pages.content import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, cut, shown
-from tokenizer.report.cutting import check_digits, check_whitespace, pieces
 from tokenizer.report.inventory import check_inventory, check_superwords
-from tokenizer.report.measures import check_texts, measure
-from tokenizer.report.reach import check_reach, check_used
+from tokenizer.report.measures import NamedText, check_digits, check_texts, check_whitespace, measure, pieces
+from tokenizer.report.reach import check_reach, check_used, check_worst, worst_inputs
 from tokenizer.report.scalars import END, check_scalars, num_blocks, try_scalars
 from tokenizer.report.scripts import check_scripts
 from tokenizer.report.streaming import check_determinism, check_streaming
-from tokenizer.report.texts import NamedText
-from tokenizer.report.worst import check_worst, worst_inputs
 
 _CONTROL = re.compile(r"\s*[<\[{|].*[>\]}|]\s*", re.DOTALL)
 """How tokens look that steer a model; other added tokens, such as runs of spaces,

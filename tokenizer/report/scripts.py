@@ -9,7 +9,7 @@ from collections import Counter
 from megatron_sov.pages.content import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, Verdict, cut
-from tokenizer.report.cutting import pieces
+from tokenizer.report.measures import pieces
 
 HANGUL_SYLLABLES = range(0xAC00, 0xD7A4)
 DEAR_DECOMPOSED = 2.0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_sov.pages.content import Table
 from tokenizer.formats.loaders import Opened, open_tokenizer
 from tokenizer.report.check import Check, Verdict, shown
-from tokenizer.report.texts import NamedText
+from tokenizer.report.measures import NamedText
 
 SAMPLE_CHARS = 300
 """Of each text, character by character."""

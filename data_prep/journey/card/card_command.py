@@ -44,9 +44,8 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(DataCardOptions, typed)
     from data_prep.journey.card.about import About, read_about
     from data_prep.journey.card.card import make_card
-    from data_prep.journey.card.dataset_card import dataset_card
+    from data_prep.journey.card.dataset_card import answers, dataset_card, training_content
     from data_prep.journey.card.lineage import lineage
-    from data_prep.journey.card.training_content import answers, training_content
 
     names = (README, CARD, TRAINING_CONTENT)
     if args.output is not None:

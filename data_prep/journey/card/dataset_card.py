@@ -2,16 +2,209 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-from data_prep.journey.card.about import CATEGORIES
+from data_prep.journey.card.about import CATEGORIES, About
 from data_prep.journey.card.card import NOT_RECORDED
 from megatron_sov.documents.visible import visible
 from megatron_sov.obs.figures import large, size
 from megatron_sov.pages.markdown import hub_languages, hub_licence, link, md, table
+
+# The European Commission's template for the public summary of training content, answered from a card.
+#
+# What a manifest knows stands there as it is; what only the team knows comes from its --about file; the
+# rest is
+# "not recorded".  The questions lie in training_content.yaml.
+
+PROTECTING = ("pii", "safety", "decontaminate")
+"""Steps that remove or mask content for other reasons than its quality."""
+MAX_HOSTS = 200
+MODALITY = "Text"
+"""What all documents of a pipeline are."""
+LARGE_SHARE = 0.03
+"""Of all publicly available data: a larger dataset is one that the template wants listed by name."""
+TOP_SHARE, SMALL_TOP_SHARE, SMALL_MOST = 0.10, 0.05, 1_000
+"""Of all domain names those that the template wants named; for small enterprises fewer."""
+
+
+def questions() -> list[dict[str, Any]]:
+    """Return the template's sections in order, with the questions of each; those at its head have no
+    number."""
+    text = importlib.resources.files("data_prep.journey.card").joinpath("training_content.yaml").read_text(
+        encoding="utf-8")
+    found: list[dict[str, Any]] = yaml.safe_load(text)
+    return found
+
+
+def answers(card: dict[str, Any], about: About) -> dict[str, str]:
+    """Return key of a question -> its answer; "" where nobody has recorded one."""
+    found = {"version": about.version, "updated": about.updated, "provider": about.provider,
+             "representative": about.representative,
+             "models": ", ".join(about.models), "dependencies": about.dependencies,
+             "market_date": about.market_date, "types_of_content": about.types_of_content,
+             "characteristics": about.characteristics, "opt_outs": about.opt_outs,
+             "illegal_content": about.illegal_content, "comments": about.comments,
+             "is_signatory": _yes_no(about.is_signatory), "modality": MODALITY, "size": _size(card),
+             "collected_until": _until(card, about), "languages": _languages(card, about),
+             "domains": _domains(card, about), "safety_steps": _steps(card, PROTECTING),
+             "processing": _steps(card)}
+    for category in filter(None, CATEGORIES):
+        found[f"has_{category}"] = _has(card, category)
+        found[f"list_{category}"] = _listed(card, category)
+        found[f"modality_{category}"] = (MODALITY if _of(card, category) else
+                                         "None" if found[f"has_{category}"] else "")
+    found["list_unsorted"] = _listed(card, "")
+    large_bytes = LARGE_SHARE * sum(s["bytes_kept"] for s in _of(card, "public"))
+    for key, category, chosen in (
+            ("large_public", "public", lambda s: s["bytes_kept"] > large_bytes),
+            ("small_public", "public", lambda s: s["bytes_kept"] <= large_bytes),
+            ("known_third_party", "third_party", lambda s: s["is_publicly_known"]),
+            ("list_third_party", "third_party", lambda s: not s["is_publicly_known"])):
+        found[key] = _listed(card, category, chosen)
+    for key, is_from_model in (("has_user_model", True), ("has_user_services", False)):
+        found[key] = _has(card, "user", is_from_model)
+    crawled, synthetic = _of(card, "crawled"), _of(card, "synthetic")
+    found["crawlers"] = ", ".join(name for s in crawled for name in s["crawlers"])
+    found["generated_by"] = ", ".join(dict.fromkeys(name for s in synthetic for name in s["generated_by"]))
+    for key, sources in (("crawler_purposes", crawled), ("crawler_behaviour", crawled),
+                         ("generated_by_others", synthetic)):
+        found[key] = "; ".join(f"{s['name']}: {s[key]}" for s in sources if s[key])
+    found |= _written(card, found)
+    found["crawl_period"] = "; ".join(f"{s['name']}: {_period(s)}" for s in crawled if _period(s))
+    return {question["key"]: found[question["key"]]
+            for section in questions() for question in section.get("questions", ())}
+
+
+def _written(card: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
+    """Return the answers that samples of `sov-data synth` change."""
+    samples = card.get("synthesis", ())
+    if not samples:
+        return {}
+    names = [s["name"] for s in (*_of(card, "synthetic"), *samples)]
+    listed = [f"{s['name']}: generator {s['generator']}, {s['samples_kept']:,} samples, licence of what they "
+              f"were made from {', '.join(one['value'] for one in s['licences']) or NOT_RECORDED}"
+              for s in samples]
+    models = [f"{s['name']}: {s['model'] or NOT_RECORDED}" for s in samples]
+    before = said["list_synthetic"] if _of(card, "synthetic") else ""
+    return {"has_synthetic": f"Yes: {', '.join(names)}", "modality_synthetic": MODALITY,
+            "list_synthetic": "; ".join(filter(None, [before, *listed])),
+            "generated_by_others": "; ".join(filter(None, [said["generated_by_others"], *models]))}
+
+
+def training_content(card: dict[str, Any], about: About) -> str:
+    """Return the summary in the template's form, as Markdown."""
+    said = answers(card, about)
+    lines = ["# Public summary of training content", "",
+             "In the form of the European Commission's template (Regulation (EU) 2024/1689, Article "
+             "53(1)(d); C(2025) 8311 of 5 December 2025).",
+             "Made from " + "; ".join(f"{md(a['kind'])} {md(a['name'])}, manifest {a['manifest_sha256']}, of "
+                                     f"{md(a['created'])}" for a in card["artifacts"]) + ".", ""]
+    for section in questions():
+        if section["number"]:
+            depth = "#" * (2 + section["number"].count("."))
+            lines += [f"{depth} {section['number']}. {section['title']}", ""]
+        for question in section.get("questions", ()):
+            answer = said[question["key"]]
+            lines += [f"**{question['ask']}** {md(answer, 20_000) if answer else NOT_RECORDED}", ""]
+    return "\n".join(lines)
+
+
+def _yes_no(value: bool | None) -> str:
+    return {None: "", True: "Yes", False: "No"}[value]
+
+
+def _of(card: dict[str, Any], category: str) -> list[dict[str, Any]]:
+    return [s for s in card["sources"] if s["category"] == category]
+
+
+def _has(card: dict[str, Any], category: str, is_from_model: bool | None = None) -> str:
+    """Return whether there are sources of a category; "" where some have none and could be of it.
+
+    Args:
+        card: the card.
+        category: one of the template's.
+        is_from_model: of user data, only what users gave to the model (or only what they did not).
+    """
+    found = _of(card, category)
+    chosen = [s for s in found if is_from_model is None or s["is_from_model"] == is_from_model]
+    if chosen:
+        return f"Yes: {', '.join(s['name'] for s in chosen)}"
+    is_unknown = is_from_model is not None and any(s["is_from_model"] is None for s in found)
+    return "No" if card["sources"] and not _of(card, "") and not is_unknown else ""
+
+
+def _listed(card: dict[str, Any], category: str, chosen: Callable[[dict[str, Any]], bool] = lambda s: True
+            ) -> str:
+    """Return the sources of a category, of those that are chosen; "" where nobody knows of one."""
+    if not (found := [s for s in _of(card, category) if chosen(s)]):
+        return "" if _of(card, "") or not card["sources"] else "None"
+    return "; ".join(
+        f"{s['name']}: {s['description'] or 'description ' + NOT_RECORDED}, "
+        f"{s['link'] or 'link ' + NOT_RECORDED}, licence {s['licence'] or NOT_RECORDED}, "
+        f"{s['documents_kept']:,} documents, {size(s['bytes_kept'])} of text"
+        + (f", collected {_period(s)}" if _period(s) else "")
+        + (f", services {s['services']}" if s["services"] else "") for s in found)
+
+
+def _period(source: dict[str, Any]) -> str:
+    if not source["collected_from"] and not source["collected_to"]:
+        return ""
+    return f"{source['collected_from'] or NOT_RECORDED} to {source['collected_to'] or NOT_RECORDED}"
+
+
+def _size(card: dict[str, Any]) -> str:
+    totals = card["totals"]
+    tokens = totals["tokens"] if totals["tokens"] is not None else totals["tokens_estimate"]
+    if tokens is None:
+        return ""
+    bin_ = ("Less than 1 billion tokens" if tokens < 10**9 else "1 billion to 10 trillion tokens"
+            if tokens <= 10**13 else "More than 10 trillion tokens")
+    how = "counted" if totals["tokens"] is not None else "assumed at 4 bytes a token"
+    text = f"; {size(totals['bytes'])} of text" if totals["bytes"] is not None else ""
+    return f"{bin_} ({large(tokens)} tokens, {how}{text})"
+
+
+def _until(card: dict[str, Any], about: About) -> str:
+    said = about.collected_until or max((s["collected_to"] for s in card["sources"]), default="")
+    parts = [said, {None: "", True: "training on new data goes on after that date",
+                    False: "no training on new data after that date"}[about.is_continuous]]
+    if card["dates"]["latest"]:
+        parts.append(f"the latest date that a document carries is {card['dates']['latest']}")
+    return "; ".join(filter(None, parts)) if said else ""
+
+
+def _languages(card: dict[str, Any], about: About) -> str:
+    whole = sum(row["bytes"] for row in card["languages"])
+    shares = [f"{row['value']} {row['bytes'] / whole:.1%}" for row in card["languages"][:40] if whole]
+    return " ".join(filter(None, [about.languages,
+                                  f"By bytes of text: {', '.join(shares)}." if shares else ""]))
+
+
+def _domains(card: dict[str, Any], about: About) -> str:
+    """Return the hosts with most text, as many as the template asks for."""
+    hosts = card["hosts"]
+    if not hosts:
+        return ""
+    most = (min(SMALL_MOST, round(len(hosts) * SMALL_TOP_SHARE)) if about.is_small
+            else round(len(hosts) * TOP_SHARE))
+    named = [row["value"] for row in hosts[:max(1, most)]]
+    more = f", and {len(named) - MAX_HOSTS:,} more in card.json" if len(named) > MAX_HOSTS else ""
+    return (f"{len(hosts):,} hosts among the documents that carry an address; those with most text: "
+            f"{', '.join(named[:MAX_HOSTS])}{more}")
+
+
+def _steps(card: dict[str, Any], only: tuple[str, ...] = ()) -> str:
+    """Return the steps with their settings, and what each dropped and changed."""
+    return "; ".join(
+        f"{s['step']} {json.dumps(s['settings'], ensure_ascii=False)}: {s['documents_in']:,} documents in, "
+        f"{s['documents_kept']:,} kept, {s['documents_changed']:,} changed"
+        for s in card["steps"] if s["number"] and (not only or s["step"] in only))
+
 
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"),
          (10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"),

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.scoring.fitting import library_problems
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
-from data_prep.scoring.training import sparse_rows
+from data_prep.scoring.training import library_problems, sparse_rows
 from data_prep.synth.bounds import PairWeight
 from data_prep.synth.difficulty.estimator import (
     KIND,

@@ -15,7 +15,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxSingleTransformerBlock
 from torch import nn
 
-from megatron_sov.codecs.images.dit_settings import NUM_AXES, DiTSettings
+from megatron_sov.codecs.decoder_settings import NUM_AXES, DiTSettings
 from megatron_sov.codecs.images.vae import new_vae
 from megatron_sov.errors import UserError
 

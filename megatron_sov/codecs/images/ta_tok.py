@@ -14,8 +14,8 @@ import torch
 from annotated_types import Ge, Le
 from torch import nn
 
-from megatron_sov.codecs.images.quantiser import UnitSimVQ
 from megatron_sov.codecs.images.siglip import SiglipFeatures, SiglipSettings, used
+from megatron_sov.codecs.images.simvq import UnitSimVQ
 from megatron_sov.errors import UserError
 from megatron_sov.settings import Problem, find_broken
 

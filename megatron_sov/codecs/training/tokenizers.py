@@ -1,24 +1,72 @@
 """Training tokenizers of pictures and of sounds as autoencoders: what the plain decoder makes of the tokens
-is to be what was seen or heard."""
+is to be what was seen or heard.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from megatron_sov.codecs.images.siglip import SiglipFeatures, load_siglip, siglip_settings
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.sounds.fsq import FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer
-from megatron_sov.codecs.training.banks import Pictures, Sounds
+from megatron_sov.codecs.training.banks import (
+    PICTURES,
+    SOUNDS,
+    MediaFiles,
+    Pictures,
+    SoundBank,
+    Sounds,
+    media_files,
+    picture_bank,
+)
 from megatron_sov.codecs.training.draws import batch_rows, generator
+from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.schedule import Schedule
-from megatron_sov.codecs.usage import CodebookUsage
+from megatron_sov.digests import file_digest
+from megatron_sov.documents import BadRecord
+from megatron_sov.errors import UserError
+from megatron_sov.media.reading.reader import MediaReader
+from megatron_sov.settings import plain
+
+# How much of a codebook is used: what says everything with a few tokens has learned a small codebook.
+
+class CodebookUsage:
+    """Counts ids as they come.
+
+    Args:
+        codebook_size: ids are below it.
+    """
+
+    def __init__(self, codebook_size: int) -> None:
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        """How often each id came."""
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Count ids of any shape."""
+        self.counts += torch.bincount(ids.detach().reshape(-1).cpu(), minlength=len(self.counts))
+
+    def figures(self) -> dict[str, float]:
+        """Return `perplexity` (e to the entropy of the ids: so many ids, equally frequent, would say as much)
+        and `used_share` (of the codebook's entries that came at all; the others are dead)."""
+        total = int(self.counts.sum())
+        if not total:
+            return {"perplexity": math.nan, "used_share": 0.0}
+        shares = self.counts[self.counts > 0].double() / total
+        return {"perplexity": float(torch.exp(-(shares * shares.log()).sum())),
+                "used_share": float((self.counts > 0).double().mean())}
+
 
 _DB = 10 / math.log(10)
 
@@ -41,7 +89,6 @@ class Learning(Schedule):
     """Tokens of a piece of sound in training."""
 
 
-
 @dataclass(frozen=True)
 class ImageTokenizerTraining:
     """Settings of `codec train image-tokenizer`."""
@@ -52,7 +99,6 @@ class ImageTokenizerTraining:
     """How it learns."""
 
 
-
 @dataclass(frozen=True)
 class AudioTokenizerTraining:
     """Settings of `codec train audio-tokenizer`."""
@@ -61,8 +107,6 @@ class AudioTokenizerTraining:
     """Sizes."""
     learning: Learning = field(default_factory=Learning)
     """How it learns."""
-
-
 
 
 class _Autoencoder:
@@ -226,3 +270,107 @@ class AudioTokenizerTask(_Autoencoder):
             error_db += _DB * F.l1_loss(again, frames).item()
             num_sounds += 1
         return {"mel_error_db": error_db / num_sounds, **usage.figures()} if num_sounds else {}
+
+
+# From media files to a trained tokenizer's folder.
+
+Training = ImageTokenizerTraining | AudioTokenizerTraining
+SETTINGS: dict[str, type[Training]] = {"image-tokenizer": ImageTokenizerTraining,
+                                       "audio-tokenizer": AudioTokenizerTraining}
+"""Kind, as `codec train` has it -> its settings."""
+
+
+def settings_of(kind: str, encoder: Path | None) -> Training:
+    """Return the default settings of a kind.
+
+    Args:
+        kind: as `codec train` has it.
+        encoder: folder of a SigLIP that is to see, frozen; its sizes are taken.
+
+    Raises:
+        UserError: it is no SigLIP, or what is trained does not see.
+    """
+    settings = SETTINGS[kind]()
+    if encoder is None:
+        return settings
+    if not isinstance(settings, ImageTokenizerTraining):
+        raise UserError(f"--encoder {encoder}: is for pictures; leave it out with {kind}")
+    siglip, side = siglip_settings(encoder)
+    return replace(settings, model=replace(settings.model, siglip=siglip, side_pixels=side,
+                                           grid=side // siglip.patch_pixels))
+
+
+def train_tokenizer(given: Path, output: Path, settings: Training, *, encoder: Path | None = None,
+                    device: str = "cpu", checkpoint_every_s: float = 60.0, look_every: int = 0,
+                    overwrite: bool = False) -> dict[str, float]:
+    """Train a tokenizer from media, or go on; return its figures on held-out ones.
+
+    Args:
+        given: a folder of media, or a list of files.
+        output: the codec's folder.
+        settings: of which kind they are says what is trained.
+        encoder: folder of the SigLIP whose sizes the settings have.
+        device: where it learns, as torch spells it.
+        checkpoint_every_s: seconds between two states that are kept.
+        look_every: steps between two looks at held-out media; 0: at the end alone.
+        overwrite: replace a codec that is already at `output`.
+
+    Raises:
+        UserError: there are no media, one of them cannot be read, or the output is taken.
+    """
+    sees = isinstance(settings, ImageTokenizerTraining)
+    files = media_files(given, PICTURES if sees else SOUNDS, settings.learning.heldout_share)
+    plan = Plan(kind="simvq" if sees else "fsq", output=output, steps=settings.learning.steps,
+                settings={**plain(settings), "media": files.digest, **digests("encoder", encoder)},
+                checkpoint_every_s=checkpoint_every_s, look_every=look_every, overwrite=overwrite)
+    with MediaReader(files.root) as reader:
+        return train(plan, lambda folder: _task(settings, files, reader, encoder, folder, device))
+
+
+def digests(part: str, folder: Path | None) -> dict[str, str]:
+    """Return what is written of the weights that a part of a codec takes from a folder."""
+    return {f"{part}/{file.name}": file_digest(file)
+            for file in sorted(folder.glob("*.safetensors") if folder is not None else [])}
+
+
+def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: Path | None,
+          folder: Path, device: str) -> ImageTokenizerTask | AudioTokenizerTask:
+    """Return what learns; media are decoded where the folder does not hold them yet."""
+    if isinstance(settings, ImageTokenizerTraining):
+        side = settings.model.side_pixels
+
+        def picture(name: str) -> np.ndarray[Any, Any]:
+            return reader.picture(name, (side,)).arrays[0]
+
+        train, heldout = (picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
+                          for part, names in (("train", files.train), ("heldout", files.heldout)))
+        task = ImageTokenizerTask.made(settings, train, heldout, device=device)
+        if encoder is not None and isinstance(sees := task.network.encoder, SiglipFeatures):
+            load_siglip(sees, encoder)
+        return task
+    rate_hz = settings.model.sample_rate_hz
+
+    def sound(name: str) -> np.ndarray[Any, Any]:
+        return reader.sound(name, rate_hz).arrays[0]
+
+    sounds, others = (SoundBank(folder / f"{part}.bin", names, said(files.root, sound))
+                      for part, names in (("train", files.train), ("heldout", files.heldout)))
+    return AudioTokenizerTask.made(settings, sounds, others, device=device)
+
+
+def said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
+    """Return a reader whose refusals are sentences for the user."""
+    def checked(name: str) -> np.ndarray[Any, Any]:
+        with named(root / name):
+            return read(name)
+
+    return checked
+
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """Turn the refusal of a medium into a sentence that begins with its name."""
+    try:
+        yield
+    except BadRecord as e:
+        raise UserError(f"{file}: {e.reason}") from None

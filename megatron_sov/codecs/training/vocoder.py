@@ -8,25 +8,182 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, NamedTuple
 
 import torch
 from annotated_types import Ge, Le, Len, MultipleOf
 from torch import nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
+from megatron_sov.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
-from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
-from megatron_sov.codecs.sounds.discriminators import (
-    PERIODS,
-    RESOLUTIONS,
-    Judges,
-    deceiving_loss,
-    judges_loss,
-)
-from megatron_sov.codecs.sounds.spectral_loss import HOPS_PER_WINDOW, SpectralLoss
 from megatron_sov.codecs.training.draws import batch_rows, generator
 from megatron_sov.codecs.training.schedule import Schedule
 from megatron_sov.settings import Bound, Breach, Code
+
+# Judges that a vocoder learns to deceive: of the samples at several periods, and of spectra at several
+# resolutions.
+#
+# The shapes are BigVGAN's multi-period and multi-resolution discriminators (NVIDIA/BigVGAN,
+# discriminators.py),
+# with their widths as a setting; the losses are its least-squares ones (loss.py).
+
+PERIODS = (2, 3, 5, 7, 11)
+"""Samples that lie side by side for each judge of the samples."""
+RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+"""Samples of each transform, between two of its frames, and of its window."""
+FEATURE_WEIGHT = 2.0
+"""Of the distance between what the judges see in real and in made sound."""
+_SLOPE = 0.1
+
+
+class Verdict(NamedTuple):
+    """What one judge says of a batch of sound."""
+
+    score: torch.Tensor
+    """Above all 1 for real, 0 for made."""
+    features: list[torch.Tensor]
+    """What its layers saw."""
+
+
+class PeriodJudge(nn.Module):
+    """Convolutions over every `period`-th sample."""
+
+    def __init__(self, period: int, width: int) -> None:
+        super().__init__()
+        self.period = period
+        widths = [1, width, 4 * width, 16 * width, 32 * width]
+        self.layers = nn.ModuleList(
+            [*(weight_norm(nn.Conv2d(a, b, (5, 1), (3, 1), padding=(2, 0)))
+               for a, b in pairwise(widths)),
+             weight_norm(nn.Conv2d(widths[-1], widths[-1], (5, 1), padding=(2, 0)))])
+        self.last = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, sound: torch.Tensor) -> Verdict:
+        """Judge [n, t] samples."""
+        missing = -sound.shape[-1] % self.period
+        padded = functional.pad(sound[:, None], (0, missing), mode="reflect")
+        return _through(padded.unflatten(-1, (-1, self.period)), self.layers, self.last)
+
+
+class SpectrumJudge(nn.Module):
+    """Convolutions over the magnitudes of a spectrum."""
+
+    def __init__(self, resolution: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.transform, self.hop, self.window = resolution
+        strides = ((1, 1), (1, 2), (1, 2), (1, 2))
+        self.layers = nn.ModuleList(
+            [*(weight_norm(nn.Conv2d(width if i else 1, width, (3, 9), stride, padding=(1, 4)))
+               for i, stride in enumerate(strides)),
+             weight_norm(nn.Conv2d(width, width, (3, 3), padding=(1, 1)))])
+        self.last = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=(1, 1)))
+
+    def forward(self, sound: torch.Tensor) -> Verdict:
+        """Judge [n, t] samples."""
+        side = (self.transform - self.hop) // 2
+        padded = functional.pad(sound[:, None], (side, side), mode="reflect").squeeze(1)
+        spectrum = torch.stft(padded, self.transform, self.hop, self.window, center=False,
+                              window=torch.ones(self.window, device=sound.device), return_complex=True)
+        return _through(spectrum.abs()[:, None], self.layers, self.last)
+
+
+class Judges(nn.Module):
+    """All of them."""
+
+    def __init__(self, width: int, periods: Sequence[int],
+                 resolutions: Sequence[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.judges = nn.ModuleList([*(PeriodJudge(period, width) for period in periods),
+                                     *(SpectrumJudge(resolution, width) for resolution in resolutions)])
+
+    def forward(self, sound: torch.Tensor) -> list[Verdict]:
+        """Return each one's verdict of [n, t] samples."""
+        return [judge(sound) for judge in self.judges]
+
+
+def judges_loss(real: list[Verdict], made: list[Verdict]) -> torch.Tensor:
+    """Return how far the judges are from saying 1 of real sound and 0 of made sound."""
+    return torch.stack([((1 - r.score)**2).mean() + (m.score**2).mean()
+                        for r, m in zip(real, made, strict=True)]).sum()
+
+
+def deceiving_loss(real: list[Verdict], made: list[Verdict]) -> torch.Tensor:
+    """Return how far made sound is from a score of 1, and from what the judges see in real sound."""
+    scores = torch.stack([((1 - m.score)**2).mean() for m in made]).sum()
+    distances = torch.stack([(a.detach() - b).abs().mean() for r, m in zip(real, made, strict=True)
+                             for a, b in zip(r.features, m.features, strict=True)]).sum()
+    return scores + FEATURE_WEIGHT * distances
+
+
+def _through(seen: torch.Tensor, layers: nn.ModuleList, last: nn.Module) -> Verdict:
+    features = []
+    for layer in layers:
+        seen = functional.leaky_relu(layer(seen), _SLOPE)
+        features.append(seen)
+    score = last(seen)
+    return Verdict(score.flatten(1), [*features, score])
+
+
+# How far one sound is from another to the ear: logarithmic mel spectra at several resolutions.
+#
+# The form is that of BigVGAN-v2's training (NVIDIA/BigVGAN, loss.py `MultiScaleMelSpectrogramLoss`, after
+# descript-audio-codec), with the linear magnitudes beside the mels ("multi-resolution STFT", arXiv
+# 1910.11480).
+
+HOPS_PER_WINDOW = 4
+"""Frames that overlap."""
+
+
+def mel_filters(sample_rate_hz: int, window: int, num_mels: int) -> torch.Tensor:
+    """Return [num_mels, window // 2 + 1] triangular filters, equally wide on Slaney's mel scale, of equal
+    area (transformers' `mel_filter_bank`); one too narrow for the window's resolution is empty."""
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(window // 2 + 1, num_mels, 0.0, sample_rate_hz / 2, sample_rate_hz,
+                              norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(filters).float().T
+
+
+class SpectralLoss(nn.Module):
+    """The mean distance of two batches of sound over all resolutions."""
+
+    def __init__(self, sample_rate_hz: int, windows: tuple[int, ...], num_mels: int,
+                 quiet: float = 1e-5) -> None:
+        """Args:
+            sample_rate_hz: of the sounds.
+            windows: samples of each resolution's window.
+            num_mels: of the largest window; a smaller window has fewer, in proportion.
+            quiet: magnitudes well below it are all silence; a tone of amplitude 1 has window / 4.
+        """
+        super().__init__()
+        self.windows, self.quiet = windows, quiet
+        for window in windows:
+            mels = max(num_mels * window // max(windows), 4)
+            self.register_buffer(f"hann{window}", torch.hann_window(window), persistent=False)
+            self.register_buffer(f"mels{window}", mel_filters(sample_rate_hz, window, mels), persistent=False)
+
+    def forward(self, made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Return the distance of [n, t] samples from [n, t] samples, 0 where they are equal."""
+        parts = []
+        for window in self.windows:
+            of_made, of_real = self._magnitudes(made, window), self._magnitudes(real, window)
+            # spectral convergence: what is loud counts as much as it is loud
+            parts.append((of_real - of_made).norm() / of_real.norm())
+            filters = self.get_buffer(f"mels{window}")
+            mels_of_made, mels_of_real = filters @ of_made + self.quiet, filters @ of_real + self.quiet
+            parts += [(of_made.log() - of_real.log()).abs().mean(),
+                      (mels_of_made.log() - mels_of_real.log()).abs().mean()]
+        return torch.stack(parts).sum() / len(self.windows)
+
+    def _magnitudes(self, sound: torch.Tensor, window: int) -> torch.Tensor:
+        spectrum = torch.stft(sound, window, window // HOPS_PER_WINDOW, pad_mode="constant",
+                              window=self.get_buffer(f"hann{window}"), return_complex=True)
+        # never 0, where neither root nor logarithm has a slope
+        return (spectrum.real**2 + spectrum.imag**2 + self.quiet**2).sqrt()
+
 
 LOOK_SOUNDS = 64
 """Held-out sounds that are looked at."""

@@ -27,8 +27,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import (
     TensorWriter,
 )
 from megatron_sov.mcore.model.local_shards import LocalShard
-from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.mcore.parallel.host_memory import Arena, num_bytes
+from megatron_sov.mcore.parallel.device import Arena, num_bytes, on_gpu
 
 MAX_WRITERS = 4
 """Threads that hash and write, at most."""

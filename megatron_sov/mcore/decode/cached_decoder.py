@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.mcore.decode.forward_only import ForwardModel
+from megatron_sov.mcore.model.gpu_settings import in_bf16
 from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, ReadRow, Span, keep, read_row
 from megatron_sov.mcore.model.language_model import gather_sequence, states_for_head
 from megatron_sov.mcore.model.logprobs import Head, head_of
-from megatron_sov.mcore.model.quantization import in_bf16
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device
 

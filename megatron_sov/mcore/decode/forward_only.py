@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.model.gpu_settings import in_bf16
 from megatron_sov.mcore.model.language_model import LanguageModel, ModelInputs, states_for_head
 from megatron_sov.mcore.model.logprobs import Head, head_of
 from megatron_sov.mcore.model.pipeline import HasInputs
-from megatron_sov.mcore.model.quantization import in_bf16
 from megatron_sov.mcore.parallel import collectives, context
 
 Outputs = Callable[[list[torch.Tensor], Head, Any], Any]

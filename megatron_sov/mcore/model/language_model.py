@@ -1,9 +1,12 @@
 """The language model: megatron-core's GPTModel that ends in hidden states,
-so that objectives apply the head in chunks."""
+so that objectives apply the head in chunks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,13 +33,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sov.config import GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
-from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.adapters import Adapters
 from megatron_sov.mcore.model.attention import PackedDocuments, SharedPrompts, pack
+from megatron_sov.mcore.model.gpu_settings import mend_extra_state
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.media_encoders import MediaEncoders
-from megatron_sov.mcore.model.placement import made_here, place
-from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.mcore.model.specs import (
     block_norm,
@@ -47,8 +48,70 @@ from megatron_sov.mcore.model.specs import (
     uses_transformer_engine,
 )
 from megatron_sov.mcore.parallel import context
+from megatron_sov.mcore.parallel.device import local_device, on_gpu
 from megatron_sov.media.placed import Media
 from megatron_sov.runs.checkpoints import AdapterBase
+
+# Where a model's weights lie: on the device of its process, every one of them.
+#
+# The library makes some of them on the CPU whatever it is told (0.16.1: the router's weight, the norms of
+# torch) and moves what it finds there with the whole model, or in the first forward pass.  By then the
+# gradient
+# hooks of its data-parallel wrapper watch a weight that is no longer used, and the weight is never learned.
+
+def made_here() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which tensors are made on this process's GPU unless they name a device; without a
+    GPU it changes nothing."""
+    return local_device() if on_gpu() else contextlib.nullcontext()
+
+
+def place(module: torch.nn.Module, device: torch.device) -> None:
+    """Move every parameter and buffer to a device, before anything else holds on to them, and check it."""
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None and parameter.device != device:
+                parameter.data = parameter.data.to(device)  # marks and ties stay
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)
+    refuse_elsewhere(module, device)
+
+
+def refuse_elsewhere(module: torch.nn.Module, device: torch.device) -> None:
+    """Raise `RuntimeError` where a parameter or buffer is not on a device; the message names it."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device != device:
+            raise RuntimeError(f"{name} is on {tensor.device} and the model on {device}: it would get no "
+                               "gradient")
+
+
+# The output head beside fused accumulation of weight gradients.
+#
+# With it, the library's own `ColumnParallelLinear` demands APEX, whatever Transformer Engine can: the
+# output
+# head is one, also in a model of Transformer Engine's modules.  Losses take the head's weight and never
+# call
+# its module, so its own configuration may say no.
+
+class OutputHead(ColumnParallelLinear):
+    """A head whose weight gradient comes from the losses."""
+
+    def __init__(self, *args: Any, config: Any, **settings: Any) -> None:
+        # not dataclasses.replace: the library's checks refuse the per-layer lists that are set behind them
+        own = copy.copy(config)
+        own.gradient_accumulation_fusion = False
+        super().__init__(*args, config=own, **settings)
+
+
+@contextlib.contextmanager
+def without_fusion() -> Iterator[None]:
+    """Have the library make the output head, which it looks up in its package, without the fusion."""
+    tensor_parallel.ColumnParallelLinear = OutputHead
+    try:
+        yield
+    finally:
+        tensor_parallel.ColumnParallelLinear = ColumnParallelLinear
+
 
 SINKS = "core_attention.softmax_offset"
 """End of the names of attention's sinks, the library's and ours."""
@@ -388,7 +451,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
     rotate_by_token()
     if not uses_transformer_engine(config.params_dtype):
         gate_without_compiler()
-    with output_head.without_fusion():
+    with without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     for chunk in chunks:
         if chunk.media is not None:

@@ -18,10 +18,11 @@ from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.mcore.model.gpu_settings import (
     Here,
     expert_settings,
+    keep_ends_in_bf16,
+    library_settings,
     own_attention_serves,
     transformer_settings,
 )
-from megatron_sov.mcore.model.quantization import keep_ends_in_bf16, library_settings
 from megatron_sov.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu

@@ -17,7 +17,7 @@ from megatron_sov.mcore.model.gpu_settings import moment_settings
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.optimizer import data_parallel, parameter_groups, state_shards
-from megatron_sov.mcore.optimizer.cpu_adamw import CpuAdamW
+from megatron_sov.mcore.optimizer.adamw import CpuAdamW
 from megatron_sov.mcore.parallel.device import local_device, on_gpu
 
 NOT_SHARDED = ParallelConfig()

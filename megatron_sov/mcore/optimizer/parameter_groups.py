@@ -13,7 +13,7 @@ from megatron_sov.config.optim import Algorithm
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
 from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
-from megatron_sov.mcore.optimizer.host_adamw import HostAdamW, split
+from megatron_sov.mcore.optimizer.adamw import HostAdamW, split
 from megatron_sov.mcore.optimizer.muon import Muon, holders
 from megatron_sov.mcore.optimizer.state_shards import Inner, Shard, shards
 from megatron_sov.mcore.parallel.object_collectives import gather_objects

@@ -21,7 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, ParameterLookup, local_shards
-from megatron_sov.mcore.optimizer.host_adamw import HostAdamW, wait
+from megatron_sov.mcore.optimizer.adamw import HostAdamW, wait
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """(first index, extent)."""

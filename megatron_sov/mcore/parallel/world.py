@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel import library_defects, own_gpu
+from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel import device as own_gpu
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 
@@ -79,7 +80,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    library_defects.mend()
+    cpu_shims.mend()
     return World(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sov.codecs.decoder_settings import DiTSettings
 from megatron_sov.codecs.folder import open_codec, save_codec
 from megatron_sov.codecs.images.dit import DiT
-from megatron_sov.codecs.images.dit_settings import DiTSettings
 from megatron_sov.codecs.images.vae import VAESettings
 from megatron_sov.errors import UserError
 from megatron_sov.settings import problems_of

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_sov.artifacts import MANIFEST
+from megatron_sov.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.codecs.folder import open_codec, save_codec
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
-from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
 from megatron_sov.errors import UserError
 from megatron_sov.settings import problems_of
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sov.codecs.decoder_settings import DiTSettings, UnitBigVGANSettings
 from megatron_sov.codecs.folder import WEIGHTS, open_codec
 from megatron_sov.codecs.images.dit import DiT
-from megatron_sov.codecs.images.dit_settings import DiTSettings
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
-from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
-from megatron_sov.codecs.training.image_decoder import Drawn, ImageDecoderTask, ImageDecoderTraining
+from megatron_sov.codecs.training.decoders import Drawn, ImageDecoderTask, ImageDecoderTraining
 from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.schedule import Schedule
 from megatron_sov.codecs.training.task import Task

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.dedup import candidates
-from data_prep.dedup.minhash import MinhashDedup, MinhashSettings
+from data_prep.dedup import minhash
+from data_prep.dedup.minhash import MinhashDedup, MinhashSettings, shingles
 from data_prep.dedup.occurrences import OCCURRENCE
-from data_prep.dedup.signatures import shingles
 from data_prep.pipeline.step import Doc
 from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
@@ -76,7 +75,7 @@ def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
     texts = planted(60, seed=1)
     results = []
     for size, records in ((60, 1 << 18), (25, 50), (7, 1 << 18)):
-        monkeypatch.setattr(candidates, "RANGE_RECORDS", records)
+        monkeypatch.setattr(minhash, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
         for verify in ("exact", "estimated"):
@@ -89,8 +88,8 @@ def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
 
 
 def test_a_crowd_of_copies_becomes_one_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "RANGE_RECORDS", 64)
-    monkeypatch.setattr(candidates, "MOST_FIRST", 3)
+    monkeypatch.setattr(minhash, "RANGE_RECORDS", 64)
+    monkeypatch.setattr(minhash, "MOST_FIRST", 3)
     shards = [docs(*["one text that everybody has copied"] * 25, shard=number) for number in range(4)]
     found = dropped(MemoryView.of(shards, tmp_path, batch=50))
     assert len(found) == 99
@@ -128,8 +127,8 @@ def test_the_page_has_the_figures_of_the_defaults() -> None:
     s = MinhashSettings()
     shares = [1 - (1 - similarity**s.rows_per_band) ** s.num_bands for similarity in (0.8, 0.5)]
     assert f"{shares[0]:.1%} at 0.8, {shares[1]:.0%} at 0.5".replace("%", " %") in page
-    assert f"paired with the first {candidates.MOST_FIRST} only" in page
-    exact, estimated = (candidates.band_dtype(size).itemsize * s.num_bands
+    assert f"paired with the first {minhash.MOST_FIRST} only" in page
+    exact, estimated = (minhash.band_dtype(size).itemsize * s.num_bands
                         for size in (0, s.num_bands * s.rows_per_band))
     assert f"{exact} bytes for `minhash_dedup` ({estimated / 1000:.1f} KB" in page
     assert f"{OCCURRENCE.itemsize} bytes for `exact_dedup`" in page

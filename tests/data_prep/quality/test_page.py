@@ -12,10 +12,8 @@ import yaml
 from pydantic import TypeAdapter
 
 from data_prep.pipeline.step import step_class
-from data_prep.quality.pii.finders import FINDERS
-from data_prep.quality.rules.language_rules import known_languages, language_rules
-from data_prep.quality.rules.step import SETS
-from data_prep.quality.rules.thresholds import Thresholds
+from data_prep.quality.pii.step import FINDERS
+from data_prep.quality.rules.step import SETS, Thresholds, known_languages, language_rules
 from megatron_sov.settings import problems_of
 
 PAGE = (Path(__file__).parents[3] / "docs/data_quality.md").read_text(encoding="utf-8")

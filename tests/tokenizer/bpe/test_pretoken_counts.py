@@ -13,12 +13,11 @@ import pytest
 
 from megatron_sov.documents import list_files
 from megatron_sov.errors import UserError
-from tokenizer.bpe import pretoken_counts
+from tokenizer.bpe import count_pipeline
+from tokenizer.bpe.count_pipeline import CountSettings, UnitCounts, count_units
 from tokenizer.bpe.count_units import plan
-from tokenizer.bpe.pretoken_counts import CountSettings, UnitCounts, count_units
-from tokenizer.bpe.pretoken_table import WordTable, gather_words
-from tokenizer.bpe.pretokenizer import Splitter
-from tokenizer.bpe.word_counter import NUM_PARTS
+from tokenizer.bpe.counting import NUM_PARTS, WordTable, gather_words
+from tokenizer.bpe.split_pattern import Splitter
 from tokenizer.mixture import Group, Share
 from tokenizer.presets import SOLAR_OPEN
 
@@ -66,7 +65,7 @@ def test_words_are_counted_as_one_table_would(corpus: Path, tmp_path: Path, work
 
 def test_a_table_that_is_written_out_many_times_gives_the_same(corpus: Path, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretoken_counts, "LEAST_WORDS", 50)
+    monkeypatch.setattr(count_pipeline, "LEAST_WORDS", 50)
     counts = count(corpus, tmp_path / "work", limit_bytes=1)
     once = count(corpus, tmp_path / "other")
     # several runs

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenizer.bpe.pretoken_table import WordTable, gather_words
-from tokenizer.bpe.word_counter import NUM_PARTS
+from tokenizer.bpe.counting import NUM_PARTS, WordTable, gather_words
 
 WORDS = Counter({f"word{i}{'가' * (i % 5)}".encode(): 1 + 1000 // (i + 1) for i in range(400)})
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
-from tokenizer.bpe.pretokenizer import Splitter, check_coverage, oniguruma
-from tokenizer.bpe.split_automaton import automaton
+from tokenizer.bpe.split_pattern import Splitter, automaton, check_coverage, oniguruma
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN
 
 PATTERNS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer.bpe import split_automaton
+from tokenizer.bpe import split_pattern
 from tokenizer.bpe.counting import split_words
-from tokenizer.bpe.pretokenizer import oniguruma
-from tokenizer.bpe.split_automaton import automaton
-from tokenizer.bpe.split_pattern import Unsupported
+from tokenizer.bpe.split_pattern import Unsupported, automaton, oniguruma
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -67,7 +65,7 @@ def test_long_runs_take_two_looks_not_many() -> None:
 
 
 def test_too_large_a_pattern_is_left_to_oniguruma(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_automaton, "MOST_STATES", 20)
+    monkeypatch.setattr(split_pattern, "MOST_STATES", 20)
     with pytest.raises(Unsupported):
         automaton("(?:a{1,9}b{1,9}){1,9}c")
     with pytest.raises(Unsupported):

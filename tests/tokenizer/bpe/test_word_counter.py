@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer.bpe import word_counter
-from tokenizer.bpe.word_counter import NUM_PARTS, WordCounter
+from tokenizer.bpe import counting
+from tokenizer.bpe.counting import NUM_PARTS, WordCounter
 
 
 def as_counter(counter: WordCounter) -> Counter[bytes]:
@@ -36,7 +36,7 @@ def test_words_are_counted_as_by_counter(texts: list[tuple[list[bytes], int]]) -
 
 
 def test_the_table_grows_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_counter, "FIRST_SLOTS", 4)
+    monkeypatch.setattr(counting, "FIRST_SLOTS", 4)
     counter = WordCounter()
     for start in range(0, 3000, 100):
         add(counter, [str(n).encode() for n in range(start, start + 150)], 1)

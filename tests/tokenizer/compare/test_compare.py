@@ -10,10 +10,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from tokenizer.cli import main
-from tokenizer.compare.cuts import different_lines, different_words
-from tokenizer.compare.measuring import ModelSize, names_of, overlap, speeds
+from tokenizer.compare.measuring import ModelSize, different_lines, different_words, names_of, overlap, speeds
 from tokenizer.formats.loaders import open_tokenizer
-from tokenizer.report.texts import read_texts
+from tokenizer.report.measures import read_texts
 
 Build = Callable[..., Path]
 

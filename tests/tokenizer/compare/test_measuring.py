@@ -11,8 +11,7 @@ import pytest
 
 from tokenizer.compare import measuring
 from tokenizer.compare.measuring import ModelSize, costs, names_of, overlap, speeds
-from tokenizer.report.measures import measure
-from tokenizer.report.texts import NamedText
+from tokenizer.report.measures import NamedText, measure
 
 Toy = Callable[..., Any]
 TEXTS = [NamedText("en", "en", ["the cat the", " hat"], True), NamedText("ko", "ko", ["한국"], True)]

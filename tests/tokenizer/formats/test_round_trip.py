@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenizer.bpe.vocabulary import Vocabulary
+from tokenizer.bpe.trainer import Vocabulary
 from tokenizer.formats.hf_files import TOKENIZER_JSON, finished
-from tokenizer.formats.round_trip import CheckFailed, check
+from tokenizer.formats.loaders import CheckFailed, check
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN, Preset
 
 TEXT = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강아지 " * 20]

@@ -15,16 +15,13 @@ import tiktoken
 from tokenizer.formats.loaders import Opened, Tiktoken, open_tokenizer
 from tokenizer.report import scalars as scalars_module
 from tokenizer.report.check import Check
-from tokenizer.report.cutting import check_digits, check_whitespace
 from tokenizer.report.everything import CHECKS, check_all, check_neutral
 from tokenizer.report.inventory import check_inventory, check_superwords
-from tokenizer.report.measures import measure
-from tokenizer.report.reach import check_reach, check_used
+from tokenizer.report.measures import check_digits, check_whitespace, measure, read_texts
+from tokenizer.report.reach import Timed, check_reach, check_used, time_input, worst_inputs
 from tokenizer.report.scalars import check_scalars, num_blocks, try_scalars
 from tokenizer.report.scripts import check_scripts
 from tokenizer.report.streaming import check_determinism, check_streaming
-from tokenizer.report.texts import read_texts
-from tokenizer.report.worst import Timed, time_input, worst_inputs
 
 Build = Callable[..., Path]
 PAIRS = [("t", "h"), ("th", "e"), ("Ġ", "the")]

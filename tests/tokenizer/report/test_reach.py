@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from tokenizer.report import reach
-from tokenizer.report.measures import Measured
+from tokenizer.report.measures import Measured, NamedText
 from tokenizer.report.reach import check_reach, check_used
-from tokenizer.report.texts import NamedText
 
 Toy = Callable[..., Any]
 HEAD, TAIL = "안".encode()[:2], "안".encode()[1:]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tokenizer.report import streaming
+from tokenizer.report.measures import NamedText
 from tokenizer.report.streaming import LONG_REWIND, check_determinism, check_streaming
-from tokenizer.report.texts import NamedText
 
 Toy = Callable[..., Any]
 

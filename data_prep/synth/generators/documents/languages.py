@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from data_prep.quality.forms import form_of, language_part
-from data_prep.quality.identify import KNOWN, UNKNOWN, identify
+from data_prep.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
 from data_prep.synth.sample import Verdict
 from megatron_sov.documents.scripts import LANGUAGES, letters_by_script
 from megatron_sov.rewards.language import Language

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from data_prep.quality.pii.finders import IBAN_CHARS, is_card, is_iban, is_korean_rrn, is_thai_id
+from data_prep.quality.pii.step import IBAN_CHARS, is_card, is_iban, is_korean_rrn, is_thai_id
 
 CARDS = ["4111111111111111", "5555555555554444", "2223003122003222", "378282246310005", "6011111111111117",
          "3530111333300000", "30569309025904", "6200000000000005"]

@@ -9,8 +9,7 @@ from itertools import pairwise
 import pytest
 
 from data_prep.pipeline.step import Doc, Outcome
-from data_prep.quality.pii.finders import FINDERS
-from data_prep.quality.pii.step import Pii, PiiSettings, found_in, masked_names
+from data_prep.quality.pii.step import FINDERS, Pii, PiiSettings, found_in, masked_names
 from megatron_sov.settings import problems_of
 
 

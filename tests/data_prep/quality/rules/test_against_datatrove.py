@@ -20,11 +20,15 @@ from datatrove.pipeline.filters import fineweb_quality_filter as theirs_fineweb
 from datatrove.pipeline.filters import gopher_quality_filter as theirs_quality
 from datatrove.pipeline.filters import gopher_repetition_filter as theirs_repetition
 
-from data_prep.quality.rules.c4 import c4
-from data_prep.quality.rules.fineweb import fineweb
-from data_prep.quality.rules.gopher import quality, repetition
-from data_prep.quality.rules.language_rules import language_rules, with_thresholds
-from data_prep.quality.rules.sentences import num_sentences
+from data_prep.quality.rules.step import (
+    c4,
+    fineweb,
+    language_rules,
+    num_sentences,
+    quality,
+    repetition,
+    with_thresholds,
+)
 from data_prep.quality.rules.words import Words, punctuation
 
 _WORDS = """the of and to in that with system installs package kernel it's user's file.txt 3.14 2024 x y z

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.quality.rules.language_rules import FOLDER, known_languages, language_rules
+from data_prep.quality.rules.step import FOLDER, known_languages, language_rules
 from tests.data_prep.quality.test_identify import SENTENCES
 from tests.typed_words import keys_of
 
