@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.media.command import MediaSettings
+from data_prep.media.settings import MediaSettings
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.messages import refuse_deep
 from megatron_sov.errors import UserError

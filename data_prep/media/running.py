@@ -1,8 +1,9 @@
-"""A run of `sov-data encode-media`: units are encoded here or by Slurm's array of workers, each with its
+"""`sov-data encode-media`: units are encoded here or by Slurm's array of workers, each with its
 share, and joined to an artifact, in the order of the input, with banks that hold each content once."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.libraries import require
-from data_prep.media.command import STOP, EncodeMediaOptions, MediaSettings
+from data_prep.media.settings import STOP, EncodeMediaOptions, MediaSettings
 from data_prep.media.units import BAD, KIND, RECORDS, ROWS, SUMMARY, Unit, UnitEncoder, bad_medium, plan
 from megatron_sov.artifacts import MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing
 from megatron_sov.clusters import cluster
@@ -23,7 +24,7 @@ from megatron_sov.media.banks import KINDS, MEDIA, BankShape, open_bank
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
-from megatron_sov.settings import Code, Problem, SettingsError, as_problem
+from megatron_sov.settings import Code, Problem, SettingsError, add_options, as_problem, read_options
 from megatron_sov.work.arrays import FINISH_CPUS, SharedWork, refuse_many_restarts, submit_shares
 from megatron_sov.work.folders import slurm_folder, work_folder
 from megatron_sov.work.parts import begin_parts, open_parts, part_folder
@@ -32,6 +33,19 @@ from megatron_sov.work.slurm_jobs import refuse_living
 BAD_MEDIA = "bad_media.jsonl"
 MADE_BY = "sov-data encode-media"
 SUFFIXES = (".jsonl", ".ndjson")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, EncodeMediaOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    args = read_options(EncodeMediaOptions, typed)
+    if args.cluster:
+        submit(args, 4 if args.workers is None else args.workers)
+    else:
+        run_here(args)
+    return 0
 
 
 def run_here(asked: EncodeMediaOptions) -> None:

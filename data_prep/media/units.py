@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from data_prep.media.command import CALL, STOP, MediaSettings
 from data_prep.media.encoder import (
     TEXT,
     MediaEncoder,
@@ -28,6 +27,7 @@ from data_prep.media.encoder import (
     UnitBanks,
     parse_record,
 )
+from data_prep.media.settings import CALL, STOP, MediaSettings
 from megatron_sov.artifacts import to_json
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.visible import visible

@@ -1,9 +1,7 @@
-"""`sov-data encode-media`: records that name pictures, sounds and videos become text that `sov-data pack`
-reads."""
+"""What `sov-data encode-media` is asked for."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -24,10 +22,8 @@ from megatron_sov.settings import (
     Code,
     Flag,
     Problem,
-    add_options,
     num_cores,
     only_with,
-    read_options,
 )
 from megatron_sov.work.cluster_options import ClusterOptions
 
@@ -157,18 +153,3 @@ class EncodeMediaOptions(ClusterOptions):
     """With --cluster: jobs that encode (default: 4)."""
     overwrite: bool = False
     """Replace what is already there."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, EncodeMediaOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
-    args = read_options(EncodeMediaOptions, typed)
-    from data_prep.media.running import run_here, submit
-
-    if args.cluster:
-        submit(args, 4 if args.workers is None else args.workers)
-    else:
-        run_here(args)
-    return 0
