@@ -90,7 +90,7 @@ Percent = Annotated[float, Ge(0), Le(100)]
 
 
 @dataclass(frozen=True)
-class BlendPhaseSettings:
+class BlendFilePhase:
     """A phase as it stands in a file."""
 
     name: NotBlank | int
@@ -154,7 +154,7 @@ class BlendPhaseSettings:
 class BlendFile:
     """A blend as it stands in a file."""
 
-    phases: Annotated[tuple[BlendPhaseSettings, ...], MinLen(1)]
+    phases: Annotated[tuple[BlendFilePhase, ...], MinLen(1)]
     """In the order of training."""
     name: NotBlank | int = ""
     """Of the blend; "": as the file is called."""
