@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.provenance import SYNTHESIS
+from data_prep.tags import SYNTHESIS
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.settings import Flag, add_options, read_options
 

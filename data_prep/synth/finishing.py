@@ -17,7 +17,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.provenance import SYNTHESIS, artifact_of
 from data_prep.synth.candidates import (
     ANSWERS,
     Candidate,
@@ -32,6 +31,7 @@ from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
 from data_prep.synth.generator import Verdict
 from data_prep.synth.page import write_page
+from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
 from megatron_sov.documents.messages import BadRecord, Message
 from megatron_sov.documents.records import Reading, parse_record
