@@ -29,9 +29,7 @@ from data_prep.twin_documents import refuse_overlap
 from megatron_sov.artifacts import manifest_sha256, new_artifact, refuse_existing, sha256_file
 from megatron_sov.errors import UserError, how_to_install, nearest
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
 from megatron_sov.work.parts import open_parts
 
 KIND = "mixture"

@@ -13,8 +13,7 @@ from megatron_sov.ladder.laws import CONFIDENCE, PowerLaw, Prediction
 from megatron_sov.ladder.members import Member
 from megatron_sov.ladder.results import Law, Point, Told
 from megatron_sov.obs.figures import large
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain
 from megatron_sov.pages.page import render as render_page
 
 NUM_POINTS = 60

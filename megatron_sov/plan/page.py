@@ -9,9 +9,7 @@ import plotly.graph_objects as go
 from megatron_sov.config import RunConfig
 from megatron_sov.obs.figures import large
 from megatron_sov.obs.units import GIB
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
 from megatron_sov.plan import quote_tables, timetable_page
 from megatron_sov.plan.amounts import dollars, energy, gib, percent, seconds
 from megatron_sov.plan.quote import Quote, totals

@@ -6,8 +6,7 @@ import plotly.graph_objects as go
 
 from megatron_sov.config import RunConfig
 from megatron_sov.config.schedules import Schedule
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Chart, Table, chart, colour, plain
 from megatron_sov.plan.timetable import rows, steps_to_show
 
 MAX_POINTS = 400

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from megatron_sov.pages.charts import Chart, chart, colour
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, render
 from megatron_sov.rewards.opinions import Opinion, Opinions
 
 MAX_POINTS, MIN_OPINIONS = 60, 10

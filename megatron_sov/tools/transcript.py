@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Section, Table, render
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.episode import Episode
 from megatron_sov.tools.faults import FAULTS

@@ -14,7 +14,7 @@ from megatron_sov.eval import sampling
 from megatron_sov.eval.judged_samples import table
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.report.passk import passk_section
+from megatron_sov.report.judgements import passk_section
 from megatron_sov.work.journal import Journal
 
 ANSWERS = {"2+2?": ["The answer is 4", "The answer is 4", "The answer is 5", "The answer is 5"],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from megatron_sov.pages.charts import Chart, chart, colour, plain
+from megatron_sov.pages.page import Chart, chart, colour, plain
 
 
 def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], axis: str, caption: str) -> Chart:

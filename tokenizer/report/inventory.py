@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars
 from tokenizer.report.check import Check, is_text, shown

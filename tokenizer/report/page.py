@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.pages.page import Chapter, Section, Table
 from megatron_sov.pages.page import render as render_page
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check

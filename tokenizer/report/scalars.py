@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check
 

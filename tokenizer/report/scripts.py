@@ -6,7 +6,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, Verdict, cut
 from tokenizer.report.measures import pieces

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Table
 from tokenizer.formats.loaders import Opened, open_tokenizer
 from tokenizer.report.check import Check, Verdict, shown
 from tokenizer.report.measures import NamedText
