@@ -53,7 +53,7 @@ EXTRAS = {
     "judge": ["openai>=2", "httpx>=0.27"],
     # `sov-data run`: readers of pages, books, offices, PDFs, web archives, licences, encodings;
     # languages and phone numbers (their data lie in the wheels, nothing is downloaded); scorers.
-    "data": ["lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
+    "data": ["resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
              "ukkonen>=1.0", "charset-normalizer>=3", "py3langid>=0.4", "phonenumbers>=9",
              "scikit-learn>=1.7"],
     # `sov-data synth`: its client; graphs of facts, agreement of translations; `data` for the checks of all.
@@ -80,7 +80,8 @@ EXTRAS = {
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
         "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
-        "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0", "charset-normalizer>=3",
+        "resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0",
+        "charset-normalizer>=3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",

@@ -9,8 +9,9 @@ by a few rules, so that no tool can reach 100 %.
 
 A unit is a word, and of Chinese and Japanese a character; recall is the share of the reference's runs of 4
 units that the output has (each as often as it occurs in both), precision the share of the output's runs that
-the reference has.  The other tools (trafilatura, resiliparse, pdfminer.six, pypdf) are no dependencies: they
-are imported from --tools-site.  Fences of code are no text, of any tool.  Times are processor seconds of one
+the reference has.  Our reader of pages stands on resiliparse, which is measured alone too.  The other tools
+(trafilatura, pdfminer.six, pypdf) are no dependencies: they are imported from --tools-site, and left out
+without it.  Fences of code are no text, of any tool.  Times are processor seconds of one
 process.
 
 With --pages N only N pages from the middle of each PDF are read; what of the reference stands on them is then
@@ -31,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from data_prep.sources.encodings import decode_page
@@ -152,17 +154,20 @@ def _ours_pdf(data: bytes) -> str:
 
 def html_tools() -> dict[str, Callable[[bytes], str]]:
     """Return tools for pages."""
-    import trafilatura
     from resiliparse.extract.html2text import extract_plain_text
 
-    return {
+    tools: dict[str, Callable[[bytes], str]] = {
         "ours": lambda raw: page_text(decode_page(raw))[0],
-        f"trafilatura {version('trafilatura')}": lambda raw: trafilatura.extract(
-            raw, output_format="markdown", include_comments=False) or "",
         f"resiliparse {version('resiliparse')}": lambda raw: extract_plain_text(
             raw.decode("utf-8", "replace"), main_content=True),
         "all text of the page": lambda raw: page_text(decode_page(raw), whole=True)[0],
     }
+    if find_spec("trafilatura"):
+        import trafilatura
+
+        tools[f"trafilatura {version('trafilatura')}"] = lambda raw: trafilatura.extract(
+            raw, output_format="markdown", include_comments=False) or ""
+    return tools
 
 
 def pdf_tools() -> dict[str, Callable[[bytes], str]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data_prep.journey.drawings import bars, funnel, histogram, stacked
+import plotly.graph_objects as go
+from pydantic import TypeAdapter, ValidationError
+
 from data_prep.journey.facts import BINS, SCORES, Facts, facts_of_output, total
-from data_prep.journey.findings import findings_sections
 from data_prep.journey.summary import (
     Dropped,
     Sample,
@@ -23,9 +26,201 @@ from megatron_sov.artifacts import MANIFEST, read_manifest, write_output
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import duration, large, size
-from megatron_sov.pages.charts import Chart
-from megatron_sov.pages.content import Chapter, Comparison, Panel, Section, Table
+from megatron_sov.pages.page import Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain
 from megatron_sov.pages.page import render as render_page
+
+# The charts of a pipeline's page.
+
+ROWS = {"autorange": "reversed", "type": "category"}
+"""Axis of bars under one another: a label such as 2021 is a name, not a number."""
+MAX_BARS = 24
+ROW_PX = 22
+LABEL_CHARS = 40
+
+
+def funnel(steps: Sequence[tuple[str, int]], caption: str) -> Chart:
+    """Return how many documents of a source each step left, as bars one under another.
+
+    Args:
+        steps: (step, documents that it left), the first of which is what was read.
+        caption: one sentence below it.
+    """
+    read = steps[0][1] or 1
+    lost = [before - left for (_, before), (_, left) in zip([steps[0], *steps], steps, strict=False)]
+    names = [short(name) for name, _ in steps]
+    figure = go.Figure([
+        _bar(names, [left for _, left in steps], "kept", colour(0),
+             [f"{left:,} ({left / read:.1%})" for _, left in steps]),
+        _bar(names, lost, "dropped by this step", colour(1), ["" for _ in steps])])
+    figure.update_layout(barmode="stack", bargap=0.25, yaxis=ROWS, legend={"traceorder": "normal"},
+                         xaxis={"title": "documents", "range": [0, 1.02 * read], "nticks": 5})
+    return chart(figure, caption, height_px=130 + ROW_PX * len(steps))
+
+
+def bars(counts: Mapping[str, float], title: str, caption: str, note: str = "",
+         order: Sequence[str] = (), said: Callable[[float], str] = lambda n: f"{n:,.6g}") -> Chart:
+    """Return one bar for each value, the largest first, or in an order of one's own.
+
+    Args:
+        counts: value -> how much of it there is.
+        title: what is counted, for the axis.
+        caption: one sentence below it.
+        note: what else is to be known.
+        order: values that stand first, in this order; the others follow by size.
+        said: how a bar's length is written on it.
+    """
+    ranked = [v for v in order if v in counts]
+    ranked += sorted((v for v in counts if v not in ranked), key=lambda v: (-counts[v], v))
+    left_out = len(ranked) - MAX_BARS
+    notes = [note, f"{left_out:,} smaller ones are not drawn." if left_out > 0 else ""]
+    shown = ranked[:MAX_BARS]
+    figure = go.Figure([_bar(_apart(shown), [counts[v] for v in shown], title, colour(0),
+                             [said(counts[v]) for v in shown])])
+    most = max((counts[v] for v in shown), default=1) or 1
+    figure.update_layout(bargap=0.25, yaxis=ROWS,
+                         xaxis={"title": plain(title), "range": [0, 1.25 * most], "nticks": 5})
+    return chart(figure, caption, notes, height_px=100 + ROW_PX * len(shown))
+
+
+def histogram(parts: Sequence[int], low: float, high: float, title: str, caption: str,
+              note: str = "") -> Chart:
+    """Return how many documents lie in each of equal parts between two values."""
+    width = (high - low) / len(parts)
+    figure = go.Figure(go.Bar(x=[low + (i + 0.5) * width for i in range(len(parts))], y=list(parts),
+                              width=width * 0.92, marker={"color": colour(0)}))
+    figure.update_layout(bargap=0, xaxis={"title": plain(title), "range": [low, high]},
+                         yaxis={"title": "documents"})
+    return chart(figure, caption, [note], height_px=240)
+
+
+def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -> Chart:
+    """Return one bar for each row, divided by its values: row -> value -> share."""
+    names = list(rows)[:MAX_BARS]
+    values = sorted({v for row in rows.values() for v in row},
+                    key=lambda v: (-sum(row.get(v, 0) for row in rows.values()), v))
+    drawn, rest = values[:7], values[7:]
+    figure = go.Figure([_bar(_apart(names), [rows[n].get(v, 0) for n in names], _named(v), colour(i),
+                             ["" for _ in names]) for i, v in enumerate(drawn)])
+    if rest:
+        figure.add_trace(_bar(_apart(names), [sum(rows[n].get(v, 0) for v in rest) for n in names],
+                              f"{len(rest)} others", colour(7), ["" for _ in names]))
+    figure.update_layout(barmode="stack", bargap=0.25, yaxis=ROWS, legend={"traceorder": "normal"},
+                         xaxis={"title": plain(title), "nticks": 5})
+    return chart(figure, caption, height_px=130 + ROW_PX * len(names))
+
+
+def short(text: object, chars: int = LABEL_CHARS) -> str:
+    """Return a label on one line, cut where it is long."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= chars else f"{line[:chars - 1]}…"
+
+
+def _bar(names: Sequence[str], values: Sequence[float], name: str, fill: str, texts: Sequence[str]) -> go.Bar:
+    style: dict[str, Any] = {"marker": {"color": fill}, "textposition": "auto", "textangle": 0,
+                             "cliponaxis": False}
+    return go.Bar(y=[plain(n) for n in names], x=list(values), orientation="h", name=plain(short(name)),
+                  text=list(texts), **style)
+
+
+def _named(value: str) -> str:
+    return value or "(none)"
+
+
+def _apart(values: Sequence[str]) -> list[str]:
+    """Return labels that differ where values do: those with the same beginning get their number."""
+    labels = [short(_named(v)) for v in values]
+    return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+
+
+# What a step that looks at all documents found, as it wrote it for the page: SHARED/report.json.
+
+REPORT = "report.json"
+MAX_BYTES = 8 * 2**20
+MAX_FINDINGS = 200
+Cell = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class FoundTable:
+    """A table of a step's findings."""
+
+    title: str
+    """What it lists."""
+    head: list[str]
+    """Names of its columns."""
+    rows: list[list[Cell]] = field(default_factory=list)
+    """Cells in the order of the columns."""
+
+
+@dataclass(frozen=True)
+class FoundBars:
+    """Counts of a step's findings, one bar each."""
+
+    title: str
+    """What is counted."""
+    labels: list[str]
+    """One for each bar, in order."""
+    counts: list[float]
+    """Length of each bar."""
+    note: str = ""
+    """What else is to be known."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A step's report.json."""
+
+    tables: list[FoundTable] = field(default_factory=list)
+    """Shown below the charts."""
+    bars: list[FoundBars] = field(default_factory=list)
+    """A chart each."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences, shown first."""
+
+
+def findings_sections(out: Path, summary: Summary) -> list[Section]:
+    """Return a section for each step that left findings; one whose file is damaged says so."""
+    found = []
+    for shared in summary.shared:
+        file, title = out / shared.folder / REPORT, f"{shared.number:02d} {shared.kind}"
+        if not file.is_file():
+            continue
+        try:
+            if file.stat().st_size > MAX_BYTES:
+                raise ValueError(f"it has {file.stat().st_size:,} bytes, at most {MAX_BYTES:,} are shown")
+            found.append(_section(title, TypeAdapter(Findings).validate_json(file.read_bytes())))
+        except ValidationError as e:
+            first = e.errors()[0]
+            found.append(Section(title, f"{file.name} cannot be shown: "
+                                        f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+        except (OSError, ValueError) as e:
+            found.append(Section(title, f"{file.name} cannot be shown: {e}"))
+    return found
+
+
+def _section(title: str, findings: Findings) -> Section:
+    charts = []
+    for one in findings.bars:
+        counts = dict(zip(map(visible, one.labels), one.counts, strict=False))
+        if counts:
+            charts.append(bars(counts, "", f"{one.title}.", one.note, order=list(counts)))
+    tables = []
+    for table in findings.tables:
+        rows = [[_cell(c) for c in row] for row in table.rows[:MAX_FINDINGS]]
+        if len(table.rows) > MAX_FINDINGS:
+            rows.append([f"… {len(table.rows) - MAX_FINDINGS:,} more rows"])
+        tables.append(Table([f"{table.title}: {table.head[0]}" if table.head else table.title,
+                             *table.head[1:]], rows))
+    return Section(title, visible(" ".join(findings.notes)), charts, tables)
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, bool) or value is None:
+        return {None: "–", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else visible(value)
+
 
 MAX_REASONS = 40
 MAX_PAIRS = 3

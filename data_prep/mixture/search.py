@@ -41,9 +41,7 @@ from megatron_sov.artifacts import (
 from megatron_sov.errors import ExitCode, UserError, how_to_install, nearest
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
 from megatron_sov.work.commands import end_commands, start_command
 from megatron_sov.work.parts import open_parts, part_folder
 

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from data_prep.sources.encodings import Limits, decode_page, read_whole
-from data_prep.sources.html import page_text
-from data_prep.sources.html_tree import licence_of
+from data_prep.sources.html import licence_of, page_text
 from data_prep.sources.reader import FileReader, Job, kept
 from data_prep.sources.source import Broken, Raw
 from data_prep.sources.zipped import Archive, local

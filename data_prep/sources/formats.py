@@ -28,11 +28,12 @@ FORMATS: dict[str, str] = {
     "parallel": "data_prep.sources.parallel:ParallelReader",
 }
 """Name in pipeline files -> module:class of its reader."""
-_PAGES = ("lxml", "charset_normalizer")
+_PAGES = ("resiliparse", "charset_normalizer")
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "html": _PAGES, "epub": _PAGES, "office": ("lxml",), "parallel": ("lxml",), "pdf": ("pypdfium2",),
-    "warc": ("warcio", "pypdfium2", *_PAGES), "code": ("identify", "ukkonen", "charset_normalizer"),
-    "auto": ("warcio", "pypdfium2", *_PAGES, "identify", "ukkonen"),
+    "html": _PAGES, "epub": ("lxml", *_PAGES), "office": ("lxml",), "parallel": ("lxml",),
+    "pdf": ("pypdfium2",), "warc": ("warcio", "pypdfium2", *_PAGES),
+    "code": ("identify", "ukkonen", "charset_normalizer"),
+    "auto": ("warcio", "pypdfium2", "lxml", *_PAGES, "identify", "ukkonen"),
 }
 """Format -> modules that the process which reads imports; without one every file would be told as broken."""
 

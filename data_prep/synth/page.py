@@ -8,12 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_prep.journey.drawings import bars
+from data_prep.journey.page import bars
 from megatron_sov.artifacts import write_output
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import duration, figure, large
-from megatron_sov.pages.content import Chapter, Panel, Section, Table
+from megatron_sov.pages.page import Chapter, Panel, Section, Table
 from megatron_sov.pages.page import render as render_page
 
 REPORT_HTML, SUMMARY = "report.html", "summary.json"

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import sha256_file
-from megatron_sov.card.answers import ANSWERS, Answers
-from megatron_sov.card.figures import Figure, Origin, unknown
-from megatron_sov.card.picture import Graph, Node
+from megatron_sov.card.lineage import Graph, Node
+from megatron_sov.card.run_record import ANSWERS, Answers, Figure, Origin, unknown
 from megatron_sov.errors import ExitCode, UserError
 
 CARD, FORMAT, VERSION = "card.json", "megatron-sov data card", 2

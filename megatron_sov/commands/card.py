@@ -16,7 +16,7 @@ from megatron_sov.outputs import check_output
 from megatron_sov.settings import Flag, add_options, read_options
 
 if TYPE_CHECKING:
-    from megatron_sov.card.scores import ScoreFile
+    from megatron_sov.card.content import ScoreFile
 
 README, CARD = "README.md", "card.json"
 MAX_README_BYTES = 16 * 2**20
@@ -59,13 +59,11 @@ def run(typed: argparse.Namespace) -> int:
         UserError: a folder is no run, a file is damaged or of another model, or nothing can be written there.
     """
     args = read_options(CardOptions, typed)
-    from megatron_sov.card.annex_xi import annex_xi
-    from megatron_sov.card.answers import Answers, read_answers
     from megatron_sov.card.content import card_json, make_card
     from megatron_sov.card.data_summary import DATA, add_data, data_card
-    from megatron_sov.card.lineage import lineage
-    from megatron_sov.card.model_card import ANNEX, PICTURE, PROVENANCE, model_card
-    from megatron_sov.card.picture import picture
+    from megatron_sov.card.lineage import lineage, picture
+    from megatron_sov.card.model_card import ANNEX, PICTURE, PROVENANCE, annex_xi, model_card
+    from megatron_sov.card.run_record import Answers, read_answers
 
     _check_places(args, (README, CARD, PROVENANCE, PICTURE, ANNEX))
     answers = Answers() if args.answers is None else read_answers(args.answers)
@@ -131,7 +129,7 @@ def _refuse_other(readme: Path, option: str, overwrite: bool) -> None:
 
 def _scores(files: Sequence[Path]) -> list[ScoreFile]:
     """Return results of `eval lm`; files that are named alike have a number in front."""
-    from megatron_sov.card.scores import ScoreFile
+    from megatron_sov.card.content import ScoreFile
 
     found: list[ScoreFile] = []
     for path in files:

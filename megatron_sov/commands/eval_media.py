@@ -25,7 +25,7 @@ from megatron_sov.eval.media import (
 )
 from megatron_sov.generate.request import Batching
 from megatron_sov.outputs import check_output
-from megatron_sov.pages.embedded import address_of
+from megatron_sov.pages.markdown import address_of
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 

@@ -27,7 +27,7 @@ from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 if TYPE_CHECKING:
     from megatron_sov.ladder.family import Member
     from megatron_sov.ladder.results import Law, Point, Told
-    from megatron_sov.pages.content import Table
+    from megatron_sov.pages.page import Table
 
 SETTINGS, PAGE = "settings", "ladder.html"
 DECIDED = ("train.tokens", "train.steps", "optim.groups", "optim.warmup_steps")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import importlib.resources
 import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from megatron_sov.documents.visible import visible
 
@@ -59,3 +61,43 @@ def hub_languages(names: Iterable[str]) -> list[str]:
 def slug(text: str) -> str:
     """Return a name as the hub takes it."""
     return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-")[:96] or "other"
+
+
+# Small pictures and sounds inside a page: addresses that hold their content, so that nothing is loaded.
+
+MOST_BYTES = 200_000
+"""Of one medium; a larger one is left out."""
+_SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
+_PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
+_SOUND = re.compile(r"data:audio/wav;base64,[A-Za-z0-9+/]+={0,2}")
+_MOST_CHARACTERS = MOST_BYTES * 4 // 3 + 100
+
+
+def address_of(file: Path) -> str:
+    """Return the content of a PNG, JPEG or WAV file as an address; "" where it is larger than `MOST_BYTES`,
+    of another type by its first bytes, or cannot be read."""
+    try:
+        with open(file, "rb") as f:
+            content = f.read(MOST_BYTES + 1)
+    except OSError:
+        return ""
+    mime = next((mime for signature, mime in _SIGNATURES if content.startswith(signature)), "")
+    if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
+        mime = "audio/wav"
+    if not mime or len(content) > MOST_BYTES:
+        return ""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def is_picture(address: object) -> bool:
+    """Return whether something is the address of a picture as `address_of` gives it, and nothing else."""
+    return _holds(_PICTURE, address)
+
+
+def is_sound(address: object) -> bool:
+    """Return whether something is the address of a sound as `address_of` gives it, and nothing else."""
+    return _holds(_SOUND, address)
+
+
+def _holds(pattern: re.Pattern[str], address: object) -> bool:
+    return isinstance(address, str) and len(address) <= _MOST_CHARACTERS and bool(pattern.fullmatch(address))

@@ -10,9 +10,7 @@ from megatron_sov.config import RunConfig
 from megatron_sov.config.schedules import Schedule
 from megatron_sov.obs.figures import large
 from megatron_sov.obs.units import GIB
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
 from megatron_sov.plan import quote as quote_tables
 from megatron_sov.plan.quote import Quote, QuoteTable, alike, dollars, energy, gib, percent, seconds, totals
 from megatron_sov.plan.sweep import Found

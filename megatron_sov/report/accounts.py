@@ -11,7 +11,7 @@ from megatron_sov.obs.attempts import COMPLETE, UNFINISHED
 from megatron_sov.obs.figures import duration, figure, number, size
 from megatron_sov.obs.stretches import MeasuredStretch
 from megatron_sov.obs.units import GIB, JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
-from megatron_sov.pages.content import Section, Table
+from megatron_sov.pages.page import Section, Table
 from megatron_sov.plan.kept import KeptPlan, StretchPlan
 from megatron_sov.report.run_data import Run
 

@@ -8,10 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import number
-from megatron_sov.pages.charts import Chart, chart, colour, colour_bar, plain
-from megatron_sov.report.evaluations import curves, needle_curves, pair_curves
+from megatron_sov.pages.page import Chart, chart, colour, colour_bar, plain
 from megatron_sov.report.run_data import ExpertLoad, Phase, Run
-from megatron_sov.report.steps import Curve, downsample, moving_mean
+from megatron_sov.report.steps import Curve, curves, downsample, moving_mean, needle_curves, pair_curves
 
 MAX_POINTS = 2000
 """Points of one drawn curve at most."""

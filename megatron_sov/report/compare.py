@@ -14,14 +14,13 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.obs.figures import duration, figure, large, number
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Panel, Section, Table
+from megatron_sov.pages.page import Chapter, Chart, Panel, Section, Table, chart, colour, plain
 from megatron_sov.pages.page import render as render_page
 from megatron_sov.report.charts import MAX_POINTS, MAX_WINDOW_STEPS, SMOOTH_FROM_STEPS
+from megatron_sov.report.judgements import verdict_table
 from megatron_sov.report.run_data import Run
 from megatron_sov.report.scores import Score, newest_scores, score_chart, scores_of
 from megatron_sov.report.steps import Curve, downsample, last_value, moving_mean
-from megatron_sov.report.verdicts import verdict_table
 
 MAX_SOURCES = 4
 """Held-out sources that have a chart of their own."""

@@ -13,14 +13,13 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import duration, figure, large, number
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Comparison, Panel, Section, Table
+from megatron_sov.pages.page import Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain
 from megatron_sov.pages.page import render as render_page
 from megatron_sov.report.charts import MAX_WINDOW_STEPS, needle_map
+from megatron_sov.report.judgements import gate, verdict_table
 from megatron_sov.report.run_data import Run
 from megatron_sov.report.sections import key_figures, measured, sections
 from megatron_sov.report.steps import Curve, downsample, last_value, moving_mean
-from megatron_sov.report.verdicts import gate, verdict_table
 
 # The first screen of a report: what was trained, on what, what was proved of it, and what it writes.
 

@@ -13,8 +13,7 @@ import plotly.graph_objects as go
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import number
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Section, Table
+from megatron_sov.pages.page import Chart, Section, Table, chart, colour, plain
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.rounds import LEARNS
 

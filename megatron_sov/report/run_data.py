@@ -24,9 +24,8 @@ from megatron_sov.obs.incidents import BY_SETTING, KINDS, is_incident
 from megatron_sov.obs.stretches import MeasuredStretch, Stretches
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.plan import kept as kept_plans
-from megatron_sov.report.evaluations import ExportEvaluation, read_evaluations, untold_scores
 from megatron_sov.report.rounds import read_rounds
-from megatron_sov.report.steps import Curve, StepTable
+from megatron_sov.report.steps import Curve, ExportEvaluation, StepTable, read_evaluations, untold_scores
 from megatron_sov.runs.checkpoints import refuse_no_run, short_name
 from megatron_sov.runs.lock import living_holder
 

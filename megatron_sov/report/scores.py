@@ -16,8 +16,7 @@ import plotly.graph_objects as go
 from annotated_types import Ge, Le
 
 from megatron_sov.obs.figures import figure, number
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Section, Table
+from megatron_sov.pages.page import Chart, Section, Table, chart, colour, plain
 from megatron_sov.settings import Code, Problem, read_file
 
 NOT_TOLD = "not told"

@@ -20,8 +20,7 @@ from megatron_sov.obs.figures import duration, figure, large, number
 from megatron_sov.obs.incidents import KINDS, describe
 from megatron_sov.obs.units import GIB
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
-from megatron_sov.pages.charts import Chart, chart, colour, colour_bar, plain
-from megatron_sov.pages.content import Section, Table
+from megatron_sov.pages.page import Chart, Section, Table, chart, colour, colour_bar, plain
 from megatron_sov.plan.page import schedule_charts, schedule_table
 from megatron_sov.report.accounts import accounts_section
 from megatron_sov.report.charts import (
@@ -34,10 +33,13 @@ from megatron_sov.report.charts import (
     plan_chart,
     scalar_charts,
 )
-from megatron_sov.report.forgetting import forgetting_section
-from megatron_sov.report.gates import VERDICTS, gate_section
-from megatron_sov.report.media import media_section
-from megatron_sov.report.passk import passk_section
+from megatron_sov.report.judgements import (
+    VERDICTS,
+    forgetting_section,
+    gate_section,
+    media_section,
+    passk_section,
+)
 from megatron_sov.report.rounds import round_section
 from megatron_sov.report.run_data import ExpertLoad, HeldoutPart, Phase, Provenance, RoutingHistory, Run
 from megatron_sov.report.scores import score_section

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.rewards.composed import SECOND
 
 if TYPE_CHECKING:
-    from megatron_sov.pages.charts import Chart
-    from megatron_sov.pages.content import Table
+    from megatron_sov.pages.page import Chart, Table
 
 LIKELY, SURE = 0.8416212335729143, 1.6448536269514722
 """Quantiles of the normal distribution: one-sided 80 % and 95 %."""
@@ -259,8 +258,7 @@ def page_of(opinions: Opinions, name: str, version: str) -> str:
         name: the file.
         version: of the reward.
     """
-    from megatron_sov.pages.content import Chapter, Section, Table
-    from megatron_sov.pages.page import render
+    from megatron_sov.pages.page import Chapter, Section, Table, render
 
     count, wrong = opinions.num_opinions, len(opinions.paid_wrongly)
     rows = [[o.text, f"{o.share_paid:.0%}", f"{o.share_other:.0%}"] for o in opinions.strings()]
@@ -285,7 +283,7 @@ def _chart(opinions: Opinions) -> Chart:
     import numpy as np
     import plotly.graph_objects as go
 
-    from megatron_sov.pages.charts import chart, colour
+    from megatron_sov.pages.page import chart, colour
 
     wrong = set(opinions.paid_wrongly)
     parts = np.array_split(np.array(opinions.lines),
@@ -308,7 +306,7 @@ def _answers(opinions: Opinions) -> list[Table]:
         return [f"{one.line:,}", f"{one.first:g}", f"{one.second:g}",
                 end if len(end) == len(one.response) else "… " + end]
 
-    from megatron_sov.pages.content import Table
+    from megatron_sov.pages.page import Table
 
     rows = [row(one) for one in list(opinions.paid)[::-1][:MAX_ROWS]]
     return [Table(["line", "first", "second", "answer"], rows)] if rows else []

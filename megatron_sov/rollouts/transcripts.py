@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.documents.visible import visible
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Section, Table, render
 from megatron_sov.rollouts.rows import LENGTH, Judged, Rollout
 from megatron_sov.rollouts.store import Store
 

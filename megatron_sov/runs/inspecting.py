@@ -228,8 +228,7 @@ def _clear(path: Path) -> str:
 
 def page_of(path: Path, found: Mapping[str, Any], held: Iterable[str], rows: list[Any]) -> str:
     """Return what is known of something as a page of HTML that loads nothing."""
-    from megatron_sov.pages.content import Chapter, Section, Table
-    from megatron_sov.pages.page import render
+    from megatron_sov.pages.page import Chapter, Section, Table, render
 
     facts = [[f"{part}.{name}", _short(value)] for part in ("content", "settings")
              for name, value in found.get(part, {}).items()]

@@ -13,8 +13,7 @@ from typing import Any
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.documents.rows import read_objects
 from megatron_sov.errors import UserError
-from megatron_sov.pages.content import Chapter, Section, Table
-from megatron_sov.pages.page import render
+from megatron_sov.pages.page import Chapter, Section, Table, render
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.episode import Episode
 from megatron_sov.tools.faults import FAULTS, INFRASTRUCTURE

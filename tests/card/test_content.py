@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from megatron_sov.artifacts import manifest_sha256, sha256_file
-from megatron_sov.card.answers import Answers, read_answers
-from megatron_sov.card.content import card_json, make_card
+from megatron_sov.card.content import ScoreFile, card_json, make_card
 from megatron_sov.card.data_summary import add_data, data_card
 from megatron_sov.card.lineage import lineage
 from megatron_sov.card.model_card import model_card
-from megatron_sov.card.scores import ScoreFile
+from megatron_sov.card.run_record import Answers, read_answers
 from megatron_sov.errors import UserError
 from tests.card.conftest import write_run
 

@@ -13,16 +13,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
 from megatron_sov.artifacts import sha256_file
-from megatron_sov.card.annex_xi import annex_xi, answers_of, items
-from megatron_sov.card.answers import Answers, read_answers
-from megatron_sov.card.content import card_json, make_card
+from megatron_sov.card.content import ScoreFile, card_json, make_card, quantity
 from megatron_sov.card.data_summary import add_data, data_card
-from megatron_sov.card.figures import Figure
-from megatron_sov.card.lineage import lineage
-from megatron_sov.card.model_card import model_card
-from megatron_sov.card.picture import MAX_ROWS, Graph, Node, picture
-from megatron_sov.card.scores import ScoreFile
-from megatron_sov.card.wording import quantity
+from megatron_sov.card.lineage import MAX_ROWS, Graph, Node, lineage, picture
+from megatron_sov.card.model_card import annex_xi, answers_of, items, model_card
+from megatron_sov.card.run_record import Answers, Figure, read_answers
 
 HOSTILE = "</title><script>alert(1)</script> [x](javascript:alert(1)) | `\x1b[2J\n# Title\n---"
 

@@ -14,7 +14,7 @@ from megatron_sov.errors import ExitCode
 from megatron_sov.eval.pass_at_k import table
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.report.passk import passk_section
+from megatron_sov.report.judgements import passk_section
 from megatron_sov.work.journal import Journal
 
 ANSWERS = {"2+2?": ["The answer is 4", "The answer is 4", "The answer is 5", "The answer is 5"],

@@ -29,7 +29,7 @@ def pages(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("library", ["lxml"])
+@pytest.mark.parametrize("library", ["resiliparse"])
 def test_without_a_library_nothing_is_begun(pages: Path, library: str, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, library, None)

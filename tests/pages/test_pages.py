@@ -12,10 +12,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from megatron_sov.pages.charts import chart
-from megatron_sov.pages.content import Chapter, Comparison, Panel, Section, Table
-from megatron_sov.pages.embedded import MOST_BYTES, address_of, is_picture, is_sound
-from megatron_sov.pages.page import render
+from megatron_sov.pages.markdown import MOST_BYTES, address_of, is_picture, is_sound
+from megatron_sov.pages.page import Chapter, Comparison, Panel, Section, Table, chart, render
 
 HOSTILE = "</script><script>window.hacked = 1</script>"
 

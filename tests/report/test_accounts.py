@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.pages.content import Section
+from megatron_sov.pages.page import Section
 from megatron_sov.plan import kept
 from megatron_sov.plan.kept import KeptPlan, StretchPlan
 from megatron_sov.report.accounts import TITLE, accounts_section

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.obs.events import EventLog, final_steps
-from megatron_sov.pages.charts import Chart
-from megatron_sov.pages.content import Section
+from megatron_sov.pages.page import Chart, Section
 from megatron_sov.report.charts import expert_chart, heldout_charts, loss_charts, needle_charts, plan_chart
 from megatron_sov.report.page import render
 from megatron_sov.report.run_data import ExpertLoad, read_run

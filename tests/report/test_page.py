@@ -14,8 +14,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from megatron_sov.obs.events import EventLog
-from megatron_sov.pages.charts import Chart
-from megatron_sov.pages.content import Panel
+from megatron_sov.pages.page import Chart, Panel
 from megatron_sov.report.page import MAX_SOURCES, opening, pictures, render
 from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import sections

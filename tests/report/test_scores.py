@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.report.evaluations import curves, needle_curves, pair_curves, read_evaluations
-from megatron_sov.report.forgetting import forgetting_section, forgetting_verdict
-from megatron_sov.report.gates import MAX_CELLS, gate_section
-from megatron_sov.report.passk import passk_section
+from megatron_sov.report.judgements import (
+    MAX_CELLS,
+    forgetting_section,
+    forgetting_verdict,
+    gate_section,
+    passk_section,
+    verdict_table,
+)
 from megatron_sov.report.run_data import read_run
 from megatron_sov.report.scores import score_section, scores_of
 from megatron_sov.report.sections import sections
-from megatron_sov.report.verdicts import verdict_table
+from megatron_sov.report.steps import curves, needle_curves, pair_curves, read_evaluations
 
 
 def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fields: Any) -> dict[str, Any]:

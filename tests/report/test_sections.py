@@ -13,8 +13,7 @@ import pytest
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.obs.events import EventLog
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
-from megatron_sov.pages.charts import Chart
-from megatron_sov.pages.content import Section
+from megatron_sov.pages.page import Chart, Section
 from megatron_sov.report.page import of_one_model, render
 from megatron_sov.report.rounds import read_rounds, round_section
 from megatron_sov.report.run_data import read_run

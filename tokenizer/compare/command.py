@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import check_output
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Table
 from megatron_sov.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.command import HeldoutTextOptions, TokenizerPath

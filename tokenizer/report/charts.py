@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain
 from megatron_sov.pages.page import render as render_page
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.pages.charts import Chart
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Chart, Table
 
 Verdict = Literal["good", "note", "bad"]
 

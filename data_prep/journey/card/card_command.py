@@ -42,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(typed: argparse.Namespace) -> int:
     """Write or print the card; returns 0."""
     args = read_options(DataCardOptions, typed)
-    from data_prep.journey.card.about import About, read_about
-    from data_prep.journey.card.card import make_card
+    from data_prep.journey.card.card import About, make_card, read_about
     from data_prep.journey.card.dataset_card import answers, dataset_card, training_content
     from data_prep.journey.card.lineage import lineage
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.journey.card.about import CATEGORIES, About
-from data_prep.journey.card.card import NOT_RECORDED
+from data_prep.journey.card.card import CATEGORIES, NOT_RECORDED, About
 from megatron_sov.documents.visible import visible
 from megatron_sov.obs.figures import large, size
 from megatron_sov.pages.markdown import hub_languages, hub_licence, link, md, table

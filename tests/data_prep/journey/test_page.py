@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.journey.page import render, write_report
-from megatron_sov.pages.content import Table
+from megatron_sov.pages.page import Table
 
 OpenPage = Callable[[Path], tuple[str, list[str]]]
 

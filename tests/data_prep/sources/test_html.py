@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.sources.encodings import decode_page
 from data_prep.sources.html import page_text
-from data_prep.sources.source import Broken, Raw
+from data_prep.sources.source import Raw
 from megatron_sov.documents import BadRecord
 
 SENTENCE = "A sentence that is long enough to be read by somebody who came here to read it. "
@@ -35,14 +35,13 @@ TEXT = f"""# Head
   - inner
 - two
 
-3. three
-4. four
+1. three
+2. four
 
-| a | b |
-| --- | --- |
-| 1 | 2 x |
+a | b
+1 | 2 x
 
-```python
+```
 def f():
     return 1
 ```"""
@@ -50,7 +49,7 @@ def f():
 
 def test_a_page_is_its_main_text_with_its_structure() -> None:
     text, facts = page_text(PAGE)
-    assert text == TEXT.replace("- two\n\n3.", "- two\n3.")
+    assert text == TEXT
     assert facts == {"title": "The title", "url": "https://a.example/page", "date": "2026-01-02",
                      "licence": "CC-BY-SA-4.0", "language_hint": "en"}
 
@@ -71,11 +70,6 @@ def test_what_stands_around_is_taken_out_without_a_main_element(around: str) -> 
         assert page_text(f"<html><body><div>{page}</div></body></html>")[0] == (SENTENCE * 4).strip()
 
 
-def test_what_is_named_like_a_menu_and_holds_the_text_is_kept() -> None:
-    page = f"<body><div class='sidebar'><p>{SENTENCE * 4}</p></div></body>"
-    assert page_text(page)[0].startswith("A sentence")
-
-
 def test_lists_with_links_in_sentences_are_text() -> None:
     items = "".join(f"<li><a href='/{n}'>Term {n}</a> is what somebody has said about this term, and it is "
                     "long enough to be read.</li>" for n in range(5))
@@ -86,14 +80,14 @@ def test_lists_with_links_in_sentences_are_text() -> None:
     ("日本語の\n  文章です", "日本語の文章です"), ("한국어\n문장입니다", "한국어 문장입니다"),
     ("two<br>lines", "two\nlines"), ("<ruby>漢字<rp>(</rp><rt>かんじ</rt><rp>)</rp></ruby>です", "漢字です"),
     ('<math><mi>x</mi><annotation encoding="application/x-tex">x^2</annotation></math>', "$x^2$"),
-    ("soft\u00adhyphen", "softhyphen")])
+    ('a <img class="math inline" alt="y^2" src="a.png"> b', "a $y^2$ b"), ("soft\u00adhyphen", "softhyphen")])
 def test_inline_text_is_what_a_browser_shows(source: str, expected: str) -> None:
     assert page_text(f"<body><p>{source}</p></body>")[0] == expected
 
 
-def test_a_table_that_lays_out_a_page_is_no_table() -> None:
-    layout = f"<table><tr><td><p>{SENTENCE}</p><ul><li>x</li></ul></td><td><h2>y</h2></td></tr></table>"
-    assert "|" not in page_text(f"<body>{layout}<p>{SENTENCE}</p></body>")[0]
+def test_elements_that_xhtml_closes_in_their_start_hold_nothing() -> None:
+    head = '<html xmlns="http://www.w3.org/1999/xhtml"><head><title/><script src="a"/></head>'
+    assert page_text(f"{head}<body><p>Text.</p></body></html>")[0] == "Text."
 
 
 KOREAN = "<html><body><p>안녕하세요 여러분, 이것은 오래된 부호로 쓰인 문장입니다.</p></body></html>"
@@ -118,14 +112,14 @@ def test_bytes_without_any_encoding_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("content", "code"), [
-    ("<div>" * 50_000 + "deep", None), ("", "no_text"), ("<html></html>", "no_text"),
+    ("<div>" * 50_000 + "deep", None), ("<ul>" * 50_000 + "deep", None), ("<pre" * 50_000, "no_text"),
+    ('<td><p class="' * 50_000, "no_text"), ("", "no_text"), ("<html></html>", "no_text"),
     ("<p>" + "&#0;&#xD800;\x00x" * 10, None), ("<!DOCTYPE x [<!ENTITY a 'b'>]><p>&a;</p>", None)])
 def test_hostile_pages_give_text_or_are_told(read, content: str, code: str | None) -> None:
     found = read({"a.html": content})
     assert len(found) == 1
-    if code is not None:
-        assert isinstance(found[0], Broken)
-    elif isinstance(found[0], Raw):
+    assert getattr(found[0], "code", None) == code
+    if isinstance(found[0], Raw):
         found[0].text.encode()
 
 

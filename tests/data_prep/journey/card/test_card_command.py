@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data_prep.cli import main
-from data_prep.journey.card.about import About
+from data_prep.journey.card.card import About
 from data_prep.journey.card.dataset_card import answers, questions
 from megatron_sov.artifacts import manifest_sha256, new_artifact, read_manifest
 

@@ -12,12 +12,19 @@ from typing import Any
 import pytest
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
-from megatron_sov.card.answers import Answers
-from megatron_sov.card.compute import Compute, compute_of, flops_per_token, total_compute
-from megatron_sov.card.figures import Figure, total, unknown
-from megatron_sov.card.lineage import lineage
-from megatron_sov.card.picture import Graph, Node
-from megatron_sov.card.run_record import RunRecord, read_run_record
+from megatron_sov.card.lineage import Graph, Node, lineage
+from megatron_sov.card.run_record import (
+    Answers,
+    Compute,
+    Figure,
+    RunRecord,
+    compute_of,
+    flops_per_token,
+    read_run_record,
+    total,
+    total_compute,
+    unknown,
+)
 from megatron_sov.config import apply_settings, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import train_flops_per_token
@@ -216,7 +223,7 @@ def test_folders_that_are_none_of_it_are_refused(world: Any, tmp_path: Path) -> 
 
 
 def test_a_graph_has_a_limit_and_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.card.picture.MAX_NODES", 3)
+    monkeypatch.setattr("megatron_sov.card.lineage.MAX_NODES", 3)
     graph = Graph()
     for name in "cab":
         assert graph.add(Node(name, "raw", name, is_proven=False))

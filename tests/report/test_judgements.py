@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sov.pages.content import Chapter
-from megatron_sov.pages.page import render
-from megatron_sov.report.media import SHOWN, media_section
+from megatron_sov.pages.page import Chapter, render
+from megatron_sov.report.judgements import SHOWN, media_section
 
 PICTURE, SOUND = "data:image/png;base64,AAAA", "data:audio/wav;base64,BBBB"
 
