@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.pipeline.known_steps import STEPS
+from data_prep.pipeline.step import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 from megatron_sov.work.arrays import ClusterOptions
@@ -34,20 +34,17 @@ class DataRunOptions(ClusterOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
     add_options(parser, DataRunOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data run`; returns 0."""
     args = read_options(DataRunOptions, typed)
-    from data_prep.pipeline.dry_run import describe
-    from data_prep.pipeline.inputs import is_much, told, unknown_inputs
+    from data_prep.pipeline.addresses import is_much, told, unknown_inputs
     from data_prep.pipeline.pipeline_file import load_pipeline
     from data_prep.pipeline.plan import make_plan
-    from data_prep.pipeline.running import check_folder, refuse_inside_sources, run_pipeline
+    from data_prep.pipeline.running import check_folder, describe, refuse_inside_sources, run_pipeline
 
     pipeline = load_pipeline(args.pipeline)
     check_folder(args.output)
@@ -60,7 +57,7 @@ def run(typed: argparse.Namespace) -> int:
         print(describe(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
     if args.cluster:
-        from data_prep.pipeline.slurm_engine import submit_pipeline
+        from data_prep.pipeline.running import submit_pipeline
 
         submit_pipeline(pipeline, args.output, args)
         return 0

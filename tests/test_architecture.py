@@ -67,7 +67,7 @@ where it is named."""
 WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
     "megatron_sov/train": ({"guards", "side_jobs"}, {""}),
-    "megatron_sov/plan": ({"speed", "operation"}, {"tables", "search", "post_training", "calibration"}),
+    "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep": ({"sources", "journey", "demo", "pipelines"}, {"pipeline"},
                   {"quality", "dedup", "scoring", "mixture"}, {"decontamination"}),
@@ -93,8 +93,7 @@ MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
 """File outside of work that starts processes or holds locks -> why."""
 MAY_RENAME = {"megatron_sov/mcore/checkpoint/sharded_tensors.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
-              "megatron_sov/commands/eval_passk.py": "into an artifact that is made",
-              "data_prep/synth/finishing.py": "several files together"}
+              "megatron_sov/commands/eval_passk.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
@@ -104,9 +103,9 @@ CUT_ANYWHERE = {
     "megatron_sov/counterparts/settings.py": "the words of a script",
     "megatron_sov/slurm/attempts.py": _PROGRAM, "megatron_sov/slurm/submission.py": _PROGRAM,
     "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/work/background.py": _PROGRAM,
-    "data_prep/mixture/proxies.py": _PROGRAM, "data_prep/synth/local_engine.py": _PROGRAM,
+    "data_prep/mixture/search.py": _PROGRAM, "data_prep/synth/models.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
-    "megatron_sov/work/sandbox/landlocked.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
+    "megatron_sov/work/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
     "megatron_sov/work/sandbox/system_calls.py": _SYSTEM,
     "data_prep/journey/telling.py": "text that is shown; ends of lines that differ are told",
     "data_prep/quality/rules/step.py": _PUBLISHED}

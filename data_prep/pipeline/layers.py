@@ -12,8 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.pipeline.columns import SOURCE_COLUMNS, schema
-from data_prep.pipeline.step import ColumnType, Outcome
+from data_prep.pipeline.step import SOURCE_COLUMNS, ColumnType, Outcome, schema
 from data_prep.shard_damage import way_out
 from megatron_sov.work.tables.parquet import TableFile, read_groups
 

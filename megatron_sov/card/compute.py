@@ -10,11 +10,11 @@ from megatron_sov.card.figures import Figure, Origin, total, unknown
 from megatron_sov.card.run_record import RunRecord
 from megatron_sov.clusters.chips import of_device
 from megatron_sov.config import RunConfig
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.units import JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
-from megatron_sov.plan.operation.cost import DRAWN_SHARE
+from megatron_sov.plan.operation import DRAWN_SHARE
 from megatron_sov.runs.folder import CONFIG
 
 
@@ -37,7 +37,7 @@ class Compute:
 
 
 def flops_per_token(config: RunConfig, seq_len: int) -> float:
-    """Return the model FLOPs of a token in training (`models.flops`)."""
+    """Return the model FLOPs of a token in training (`models.count`)."""
     return train_flops_per_token(config.model, seq_len)
 
 

@@ -35,7 +35,7 @@ class Work:
     """What the steps of a run add up to."""
 
     flops: float = 0.0
-    """Model FLOPs of the steps that led to the model; by the formula of `models.flops`."""
+    """Model FLOPs of the steps that led to the model; by the formula of `models.count`."""
     flops_again: float = 0.0
     """Of steps that were done again, after a fault or a step back."""
     tokens: int = 0

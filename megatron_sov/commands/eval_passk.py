@@ -19,6 +19,7 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions
 from megatron_sov.digests import file_digest, fingerprint
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import read_messages
+from megatron_sov.documents.rows import check_rows, read_rows
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.asking import Asked, asked_of, check_engine, check_length
@@ -35,7 +36,6 @@ from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import behind_links
 from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.registry import Made, make, order
-from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing

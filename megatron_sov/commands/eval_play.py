@@ -23,9 +23,9 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.settings import AtLeastOne, Flag
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.journal import EpisodeLines, lines_in
+from megatron_sov.tools.episode import EpisodeLines, lines_in
 from megatron_sov.tools.playing import Policy, Table, identity_of, play
-from megatron_sov.tools.tasks import digest_of
+from megatron_sov.tools.registry import digest_of
 from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.journal import open_journal
 
@@ -158,7 +158,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
     """Play with a model behind an endpoint; returns why it was stopped."""
     from megatron_sov.eval.lm.subject import subject_of
     from megatron_sov.eval.suites.episodes import EndpointSpeaker, order_of
-    from megatron_sov.tools.by_messages import MessageTable, play_by_messages
+    from megatron_sov.tools.playing import MessageTable, play_by_messages
 
     args, flag = game.args, game.flag
     endpoint = EndpointSettings(**vars(args.endpoint), concurrent=args.parallel)

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.digests import file_digest
+from megatron_sov.documents.rows import check_rows, read_rows
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.settings import Bound, Breach, Code, Flag, add_options, read_options
 
 KIND, FILE = "corpus", "knowledge.jsonl"

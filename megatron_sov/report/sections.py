@@ -22,7 +22,7 @@ from megatron_sov.obs.units import GIB
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.pages.charts import Chart, chart, colour, colour_bar, plain
 from megatron_sov.pages.content import Section, Table
-from megatron_sov.plan import timetable_page
+from megatron_sov.plan.page import schedule_charts, schedule_table
 from megatron_sov.report.accounts import accounts_section
 from megatron_sov.report.charts import (
     beside_charts,
@@ -424,7 +424,7 @@ def _plan_section(run: Run) -> Section:
         config = None
     if config is None or config.problems(run.start("num_ranks") or 1):
         return Section(title)
-    return Section(title, charts=timetable_page.charts(config), tables=[timetable_page.table(config)],
+    return Section(title, charts=schedule_charts(config), tables=[schedule_table(config)],
                    side_by_side=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.tally import Tally
+from megatron_sov.rewards.scoring import Tally
 from megatron_sov.rollouts.rows import UNFINISHED, Key, Part, Rollout, domain_of
 from megatron_sov.rollouts.store import Store
 
@@ -195,7 +195,8 @@ def _round(store: Store, parts: list[Part], judged: Mapping[str, set[str]], done
             by = store.judgements(version, [part for part in here if part.name in names])
             for head, said in by.items():
                 for figures in counted.get(head, ()):
-                    figures.rewards.setdefault(version, Tally()).add(said)
+                    tally = figures.rewards.setdefault(version, Tally())
+                    tally.add(said.reward, said.status)
         done(len(here))
     return {"parts": len(parts), "kept_out": sum(part.num_kept_out for part in parts), "replaced": replaced,
             **whole.plain(), "domains": {name: figures.plain() for name, figures in sorted(domains.items())}}

@@ -17,8 +17,8 @@ from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.digests import SHA256, Digest
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.records import Reading, parse_record
+from megatron_sov.documents.rows import check_rows, read_rows
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rollouts.rows import part_name
 
 if TYPE_CHECKING:

@@ -358,6 +358,8 @@ class SharedWork:
     gpus: int = 0
     finish_cpus: int = 1
     """Of the last job."""
+    beside: Callable[[Arrays, str], object] = lambda arrays, number: None
+    """Submits and notes jobs that live beside the array of this number."""
 
 
 def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | KubernetesProfile,
@@ -370,19 +372,18 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | Ku
     refuse_unquotable(output)
     slurm = slurm_folder(output)
     with holding(slurm, output), disk_errors(slurm):
-        num_done = shared.num_done()
         jobs = Jobs.read(slurm)
         if living := jobs.living():
-            print(f"{output}: {jobs.told(living)} are at work; {num_done:,} of {shared.num_items:,} "
-                  f"{shared.unit} are done")
+            print(f"{output}: {jobs.told(living)} are at work; {shared.num_done():,} of "
+                  f"{shared.num_items:,} {shared.unit} are done")
             return
         shared.begin()
         tell_failures(slurm, (shared.name, FINISH))
-        num_tasks = min(most_tasks, shared.num_items - num_done)
+        num_tasks = min(most_tasks, shared.num_items - shared.num_done())
         with Arrays(slurm, shared.address, profile) as arrays:
             if num_tasks:
-                arrays.submit(shared.name, shared.share(num_tasks), num_tasks, cpus=shared.cpus,
-                              gpus=shared.gpus)
+                shared.beside(arrays, arrays.submit(shared.name, shared.share(num_tasks), num_tasks,
+                                                    cpus=shared.cpus, gpus=shared.gpus))
             arrays.submit(FINISH, shared.finish, cpus=shared.finish_cpus)
     print(f"{output}: submitted {arrays.told()}; the same command tells how far they are")
 

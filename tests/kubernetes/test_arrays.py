@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from data_prep import cli as data_cli
-from data_prep.pipeline import inputs
+from data_prep.pipeline import addresses
 from megatron_sov import cli
 from megatron_sov.clusters import kubernetes
 from megatron_sov.commands.map import STEPS
@@ -142,7 +142,7 @@ def test_the_arrays_of_a_pipeline_wait_for_each_other(
     """And raw files are read by pods first, where they are many; then the same command submits the steps."""
     file = write_pipeline(Path.cwd())
     assert data_cli.main(["run", str(file), "--output", str(Path("here").absolute()), "--workers", "1"]) == 0
-    monkeypatch.setattr(inputs, "READ_HERE_BYTES", 1000)
+    monkeypatch.setattr(addresses, "READ_HERE_BYTES", 1000)
     there = ["run", str(file), "--output", "there", *THERE]
     assert data_cli.main(there) == 0
     assert "submitted 1 job: inputs-" in capsys.readouterr().out and [*numbers("there")] == ["inputs"]

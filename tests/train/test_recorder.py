@@ -18,7 +18,7 @@ from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.mcore.parallel.world import World
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.guards.step_guard import Refusal

@@ -25,7 +25,6 @@ from data_prep.json_lines import read_objects
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from data_prep.scoring.training import library_problems, sparse_rows
-from data_prep.synth.bounds import PairWeight
 from data_prep.synth.difficulty.estimator import (
     KIND,
     Estimator,
@@ -37,6 +36,7 @@ from data_prep.synth.difficulty.estimator import (
 from data_prep.synth.difficulty.features import form
 from data_prep.synth.difficulty.judgement import figures
 from data_prep.synth.difficulty.labels import Labels, Problem, read_labels
+from data_prep.synth.generator import PairWeight
 from data_prep.synth.problems import TEXT_FIELDS, problem_text
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.errors import UserError

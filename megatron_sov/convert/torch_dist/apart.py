@@ -21,7 +21,7 @@ from typing import Any
 from megatron_sov.convert.torch_dist.inert import Items, Made, Name, fields, read, text_keys
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import size
-from megatron_sov.work.sandbox.resources import limit
+from megatron_sov.work.sandbox.restrictions import limit
 
 # The names that may stand in a checkpoint's pickles.  None of them is ever imported.
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import write_output
+from megatron_sov.documents.rows import read_objects
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.eval.lm.tasks import DATA, Found, TaskFolder, find
 from megatron_sov.eval.suites.protocol import KEY, Protocol, protocol_of
 from megatron_sov.eval.suites.task_data import TaskData, renamed, rules_of
-from megatron_sov.tools.records import read_objects
 
 SUITES_FOLDER = Path(__file__).parent / "tasks"
 """For lm-eval's TaskManager, beside the user's own folders."""

@@ -19,7 +19,7 @@ from megatron_sov.artifacts import sha256_file
 from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.documents.messages import REASONING
-from megatron_sov.endpoints.answers import BadAnswer, told_tokens
+from megatron_sov.endpoints.answers import BadAnswer, only, told_tokens
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.recognition import CHAT_PROBES
 from megatron_sov.errors import UserError
@@ -42,13 +42,12 @@ from megatron_sov.eval.suites.folding import fold, folded_results
 from megatron_sov.eval.suites.protocol import Folded, Protocol, Response, TaskItem
 from megatron_sov.eval.suites.task_data import TaskData
 from megatron_sov.plugins.orders import Order
-from megatron_sov.rewards.fenced import only
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools import registry
-from megatron_sov.tools.by_messages import Message, NoTurn, Said
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode
 from megatron_sov.tools.faults import INFRASTRUCTURE
+from megatron_sov.tools.playing import Message, NoTurn, Said
 
 
 def tasks_of(task: TaskFile, data_dir: Path, limit: int | None = None) -> list[Task]:

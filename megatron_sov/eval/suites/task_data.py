@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sov.documents.rows import read_objects
 from megatron_sov.errors import UserError
-from megatron_sov.tools.records import read_objects
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

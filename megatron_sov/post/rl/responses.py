@@ -27,8 +27,7 @@ from megatron_sov.post.rl.generate import Attempt, never
 from megatron_sov.rollouts.prompts import OPTION, Prompt, budget_of, sampling_digest, stream_of
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.episode import Episode, Written
-from megatron_sov.tools.journal import EpisodeLines, lines_of
+from megatron_sov.tools.episode import Episode, EpisodeLines, Written, lines_of
 from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 
 CHUNK_PROMPTS = 1024
@@ -201,7 +200,7 @@ def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
 
 
 GOES_ON = "goes_on"
-"""In the outcome of an unfinished row: lines of `tools.journal`, as JSON."""
+"""In the outcome of an unfinished row: lines of `EpisodeLines`, as JSON."""
 
 
 @dataclass(frozen=True)

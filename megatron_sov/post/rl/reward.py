@@ -18,8 +18,7 @@ from megatron_sov.rewards.opinions import Opinions, opinion_of
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rewards.running import runner
-from megatron_sov.rewards.scoring import BATCH_ROWS
-from megatron_sov.rewards.tally import Tally
+from megatron_sov.rewards.scoring import BATCH_ROWS, Tally
 from megatron_sov.rollouts.rows import UNFINISHED, Judged, Part, Rollout, not_written
 from megatron_sov.settings import parse_nested
 from megatron_sov.work.claims import Claims, Patience
@@ -214,8 +213,8 @@ class JudgingJob:
             for row, result in zip(batch, self.judge(batch), strict=True):
                 judged.append(Judged(row.key, row.attempt, self.version, result.reward, result.status,
                                      dict(numbers_of(result.components)), result.reason))
-                self.summary.tally.add(
-                    result, f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
+                self.summary.tally.add(result.reward, result.status, result.reason,
+                                       f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
                 self._compare(result, row)
             self.progress(len(batch))
         self.summary.unfinished += len(rows) - len(whole)

@@ -21,8 +21,7 @@ from megatron_sov.eval.suites.catalogue import suite_tasks
 from megatron_sov.eval.suites.episodes import EndpointSpeaker, fold_episodes, order_of, said_in, tasks_of
 from megatron_sov.eval.suites.protocol import Folded, Protocol, changed
 from megatron_sov.rewards.judge import Judge
-from megatron_sov.tools.episode import Written
-from megatron_sov.tools.journal import lines_in
+from megatron_sov.tools.episode import Written, lines_in
 from megatron_sov.tools.playing import STREAMS, Table, play
 from megatron_sov.work.journal import open_journal
 
