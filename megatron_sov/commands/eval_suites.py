@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.eval.lm.results import aligned
 from megatron_sov.settings import Flag
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ def _list(tasks: list[TaskFile], as_json: bool) -> None:
     if as_json:
         print(json.dumps([_told(task) for task in tasks], indent=1, ensure_ascii=False))
         return
+    from megatron_sov.eval.lm.results import aligned
+
     rows = [[task.name, _items(task), protocol_line(task.protocol), str(task.sov.get("suite", ""))]
             for task in tasks]
     print(aligned([("task", "items", "protocol", "suite"), *rows], range(4)))
@@ -99,6 +100,7 @@ def protocol_line(protocol: Protocol | None) -> str:
 
 
 def _check(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
+    from megatron_sov.eval.lm.results import aligned
     from megatron_sov.eval.suites.catalogue import check_data
 
     if not folder.is_dir():

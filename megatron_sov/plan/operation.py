@@ -14,12 +14,12 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from megatron_sov import models
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.adapters import adapted_modules
-from megatron_sov.models.count import TABLES
+from megatron_sov.models.count import TABLES, layer_weights
+from megatron_sov.models.encoders import encoder_tensors
 from megatron_sov.obs.units import HOURS_OF_A_DAY, SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
 from megatron_sov.plan.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_params
 
@@ -154,9 +154,10 @@ class _Tensor:
 
 def _tensors(model: ModelConfig) -> list[_Tensor]:
     """Return the tensors of a model, by the weight map of its family."""
-    found = {link.key: link for link in models.get(model.family).links(model)}
-    return [_Tensor(key, math.prod(link.shape), len(link.block_shape) == 2, link.fp32)
-            for key, link in found.items()]
+    found = [_Tensor(weight.key.replace("{l}", str(layer)), weight.numel, len(weight.shape) == 2,
+                     weight.is_buffer) for weight in layer_weights(model) for layer in weight.layers]
+    return found + [_Tensor(key, math.prod(shape), len(shape) == 2)
+                    for key, shape in encoder_tensors(model).items()]
 
 
 def _adapter(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:

@@ -182,15 +182,12 @@ class _MicroBatch:
     memory: float = 0.0
 
     def add(self, other: _MicroBatch, times: float) -> None:
-        self.dense += times * other.dense
-        self.experts += times * other.experts
-        self.attention += times * other.attention
-        self.head += times * other.head
-        self.memory += times * other.memory
+        for name, seconds in vars(other).items():
+            setattr(self, name, getattr(self, name) + times * seconds)
 
     @property
     def total(self) -> float:
-        return self.dense + self.experts + self.attention + self.head + self.memory
+        return sum(vars(self).values())
 
 
 class Parts(NamedTuple):
