@@ -26,7 +26,7 @@ from megatron_sov.plan.operation import DRAWN_SHARE
 from megatron_sov.runs.checkpoints import refuse_no_run
 from megatron_sov.runs.folder import COMPLETION, CONFIG, FAILURE, RunFolder
 from megatron_sov.settings import read_file
-from megatron_sov.settings.reading import Text
+from megatron_sov.settings.text import Text
 
 # A figure of a card: a value with the manifest or event that it comes from, or the way to learn it.
 

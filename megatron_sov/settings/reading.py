@@ -9,20 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator
-
 from megatron_sov.errors import nearest
 from megatron_sov.settings.problem import UNSET, Code, Problem, Relation, SettingsError, as_problem
-
-# Text of people in YAML, which reads 2025-07-24 as a date and 2025 as a number.
-
-def _as_written(value: Any) -> Any:
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-Text = Annotated[str, BeforeValidator(_as_written)]
-"""A text that may look like a number or a date."""
-
 
 S = TypeVar("S")
 Instead = Callable[[str], str]
@@ -330,7 +318,7 @@ def hint_below(hint: Any, part: Any) -> Any:
 def _inside(hint: Any) -> Any:
     """Return a type without its bounds, and a choice's one part that has fields or items."""
     from types import UnionType
-    from typing import Annotated, Union
+    from typing import Union
 
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]

@@ -20,8 +20,8 @@ from megatron_sov.mcore.model.logprobs import head_of
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.compute_timer import ComputeClock
-from megatron_sov.mcore.parallel.device import reseed
 from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
+from megatron_sov.mcore.parallel.rng import reseed
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss

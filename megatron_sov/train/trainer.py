@@ -26,8 +26,9 @@ from megatron_sov.mcore.model import init, local_shards
 from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel, build
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import collectives, device
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.mcore.parallel.rng import reseed
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.adapters import PREFIX
 from megatron_sov.models.encoders import PREFIXES as ENCODERS
@@ -223,7 +224,7 @@ class Trainer:
         step, guard = self.state.step, self.guards.step_guard
         # random numbers are a function of (seed, step): a resumed run draws what the run that
         # was left alone draws
-        device.reseed(self.config.train.seed, step)
+        reseed(self.config.train.seed, step)
         guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
             # drawn all the same, so that the steps behind it see what they would have seen

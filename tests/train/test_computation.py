@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
 
 
 def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trace(make: Make) -> None:
-    from megatron_sov.mcore.parallel import device
+    from megatron_sov.mcore.parallel import rng
 
     settings = ("train.micro_batch_size=2", "train.hidden_dropout=0.2")
     probed, plain = make(*settings), make(*settings)
@@ -186,7 +186,7 @@ def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trac
         own.append(gradients(probed.model))
     assert torch.equal(own[0], own[1])
     probed_sums = flat(probed.computation.sums(probed.batch, probed.objective, 1))
-    device.reseed(plain.seed, 0)
+    rng.reseed(plain.seed, 0)
     assert torch.equal(flat(plain.computation.sums(plain.batch, plain.objective, 1)), probed_sums)
     assert torch.equal(gradients(plain.model), gradients(probed.model))
     assert torch.equal(plain.load(), probed.load()), "experts are counted once"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import datetime
 import gc
-import hashlib
 import os
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sov.clusters.chips import Gpu
 from megatron_sov.errors import UserError, first_line
-from megatron_sov.mcore.parallel import collectives
 from megatron_sov.obs.units import GIB
 from megatron_sov.runs.launch_environment import own_gpu_index
 
@@ -55,24 +52,6 @@ def switch_on() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-
-
-# Randomness inside a step as a function of (seed, step, place): nothing has to be
-# stored to go on exactly.
-
-def reseed(seed: int, step: int) -> None:
-    """Seed torch and the library's tensor-parallel generators for one optimizer step.
-
-    Processes that read the same data at the same pipeline stage share the default generator (what tensor
-    parallelism does not split is dropped alike there); the library's own generators differ
-    among them by offsets.
-    """
-    data_rank, _ = collectives.data_place()
-    place = f"{seed}:{step}:{data_rank}:{parallel_state.get_pipeline_model_parallel_rank()}"
-    # room for the offsets in 63 bits
-    drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "little")
-    torch.manual_seed(drawn)
-    tensor_parallel.model_parallel_cuda_manual_seed(drawn)
 
 
 CPU = torch.device("cpu")

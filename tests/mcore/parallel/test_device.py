@@ -139,12 +139,12 @@ def draws() -> list[Any]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.parallel import device, world
+    from megatron_sov.mcore.parallel import rng, world
 
     world.join(ParallelConfig(tp=2))
     found = []
     for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        device.reseed(seed, step)
+        rng.reseed(seed, step)
         with get_cuda_rng_tracker().fork():
             split = torch.rand(2).tolist()
         found.append([torch.rand(2).tolist(), split])
