@@ -159,7 +159,7 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     """
     from tokenizer.bpe.count_pipeline import learn
     from tokenizer.formats.hf_files import finished
-    from tokenizer.formats.loaders import load_ahead
+    from tokenizer.formats.round_trip import load_ahead
 
     started_s = time.monotonic()
     with open_parts(output, "sov-tokenizer train"):
@@ -177,7 +177,7 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
 def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Learned) -> None:
     """Write the two Hugging Face files, check them, and state the facts in the manifest."""
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, tokenizer_config
-    from tokenizer.formats.loaders import check
+    from tokenizer.formats.round_trip import check
 
     preset = plan.preset
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)

@@ -6,14 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-
-import numpy as np
 
 from megatron_sov import objectives
 from megatron_sov.clusters import client
@@ -235,7 +234,7 @@ def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, fl
     if holder is not None:
         step_times_s = [row[3] for row in recent if math.isfinite(row[3])]
         patience_s = max(SILENT_AFTER_S,
-                         SILENT_AFTER_STEPS * float(np.median(step_times_s)) if step_times_s else 0.0)
+                         SILENT_AFTER_STEPS * statistics.median(step_times_s) if step_times_s else 0.0)
         silent = state.last_event_age_s > patience_s
         state.state = "silent" if silent else "running"
         state.why = f"process {holder['pid']} on {holder['host']}" + (" lives, and writes nothing"
@@ -263,7 +262,7 @@ def _speed(state: RunState, recent: deque[tuple[int, float, float, float]],
            now_s: float) -> tuple[float, float]:
     """Return tokens a second and the seconds to the last step; NaN without enough steps."""
     speeds = [row[2] for row in recent if math.isfinite(row[2])]
-    tokens_per_s = float(np.median(speeds)) if speeds else math.nan
+    tokens_per_s = statistics.median(speeds) if speeds else math.nan
     if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
         return tokens_per_s, math.nan
     wall_s = (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])

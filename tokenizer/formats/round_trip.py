@@ -1,0 +1,143 @@
+"""What is proven about a finished tokenizer before its folder appears.
+
+- One step (all merges in their order) gives the same tokens as two (stage 1, then stage 2), by a naive loop.
+- tiktoken gives the same ids as `transformers`, which runs `tokenizers` on the files that were written.
+- Decoding gives the text back, after the normalization of the preset.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizer.bpe.split_pattern import Splitter
+from tokenizer.bpe.trainer import Vocabulary, merged
+from tokenizer.formats.hf_files import TOKENIZER_JSON
+from tokenizer.presets import Preset
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TWO_STEP_CHARS = 50_000
+"""Text of each sample that is merged by the naive loop."""
+_LOADING = threading.Lock()
+BLOCK_CHARS, BLOCK_STEP = 4096, 13
+"""Every 13th Unicode character, in blocks: another one of each block in each kind of surrounding."""
+
+
+class CheckFailed(Exception):
+    """A defect of this program, not of the user's input."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the check found."""
+
+    sentence: str
+    """What was proven, and on how much text."""
+    bytes_per_token: list[float]
+    """UTF-8 bytes of each sample divided by its tokens."""
+
+
+def load_ahead() -> None:
+    """Load `transformers` beside other work: it takes seconds."""
+    threading.Thread(target=_transformers).start()
+
+
+def _transformers() -> Any:
+    """Return the module; a thread that met it half loaded by another one would not find all of its names."""
+    with _LOADING:
+        return importlib.import_module("transformers")
+
+
+def check(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1: int, folder: Path,
+          samples: list[str]) -> Checked:
+    """Check a tokenizer on samples of its text and on Unicode.
+
+    Args:
+        tokenizer: as built; it decodes.
+        preset: its rules.
+        vocabulary: its tokens and merges.
+        stage_1: tokens of stage 1.
+        folder: holds its files.
+        samples: one text of each group.
+
+    Raises:
+        CheckFailed: a difference; it should never happen.
+    """
+    splitter = Splitter(preset, preset.final_pattern)
+    texts = [*samples, *_unicode()]
+    ids = _by_transformers(folder, texts)
+    normal = [splitter.normalize(text) for text in texts]
+    _expect("decoding does not give back", texts, tokenizer.decode_batch(ids, skip_special_tokens=False),
+            normal)
+    encoding = vocabulary.as_tiktoken(preset.final_pattern)
+    first = preset.num_special_ids
+    by_tiktoken = encoding.encode_ordinary_batch(normal, num_threads=len(os.sched_getaffinity(0)))
+    _expect("tiktoken and transformers differ on", texts,
+            [[i + first for i in found] for found in by_tiktoken], ids)
+    if stage_1 < len(vocabulary.tokens):
+        heads = [text[:TWO_STEP_CHARS] for text in normal[: len(samples)]]
+        one_step = [encoding.encode_ordinary(text) for text in heads]
+        _expect("two steps differ from one on", heads,
+                list(_in_two_steps(heads, vocabulary, stage_1, splitter)), one_step)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    sentence = (f"checked on {num_bytes / 1e6:.1f} MB: decoding gives the text back, "
+                "tiktoken and transformers give the same ids"
+                + (", two steps the same as one" if stage_1 < len(vocabulary.tokens) else ""))
+    return Checked(sentence, [len(text.encode()) / max(1, len(found))
+                              for text, found in zip(samples, ids, strict=False)])
+
+
+def _expect(message: str, texts: list[str], found: Sequence[object], expected: Sequence[object]) -> None:
+    for text, one, other in zip(texts, found, expected, strict=True):
+        if one != other:
+            raise CheckFailed(f"{message} {text[:200]!r}")
+
+
+def _by_transformers(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Return the ids of texts, by the file; special tokens in them stay text."""
+    loaded = _transformers().PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_JSON))
+    return list(loaded(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int,
+                  splitter: Splitter) -> Iterator[list[int]]:
+    """Yield the tokens of texts: each unit by the merges of stage 1, then by those of stage 2."""
+    ranks = {(vocabulary.tokens[a], vocabulary.tokens[b]): id_
+             for id_, (a, b) in enumerate(vocabulary.merges, 256)}
+    ids = {token: id_ for id_, token in enumerate(vocabulary.tokens)}
+
+    def first(left: bytes, right: bytes) -> float | None:
+        """Return the rank of a merge of stage 1."""
+        return rank if (rank := ranks.get((left, right))) is not None and rank < stage_1 else None
+
+    def second(left: bytes, right: bytes) -> float | None:
+        """Return the rank of a merge of stage 2."""
+        return rank if (rank := ranks.get((left, right))) is not None and rank >= stage_1 else None
+
+    known: dict[str, list[int]] = {}
+    for text in texts:
+        found: list[int] = []
+        for unit in splitter.split(text):
+            if unit not in known:
+                parts = merged([bytes([b]) for b in unit.encode()], first)
+                known[unit] = [ids[token] for token in merged(parts, second)]
+            found += known[unit]
+        yield found
+
+
+def _unicode() -> Iterator[str]:
+    """Yield characters of all of Unicode, in blocks: alone, behind a letter, behind a space."""
+    # the planes between have no characters
+    for start in (*range(0, 0x40000, BLOCK_CHARS), 0xE0000, 0xF0000, 0x10F000):
+        codes = [c for c in range(start, start + BLOCK_CHARS) if not 0xD800 <= c < 0xE000]
+        for offset, separator in enumerate(("", "a", " ")):
+            if codes:
+                yield separator.join(
+                    map(chr, codes[(start // BLOCK_CHARS + 4 * offset) % BLOCK_STEP :: BLOCK_STEP]))
