@@ -25,8 +25,8 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.byte_bpe import byte_characters
 from megatron_sov.documents import cut_text
 from tokenizer.bpe.count_pipeline import ANYTHING
+from tokenizer.bpe.segmenting import merged
 from tokenizer.bpe.split_pattern import Splitter
-from tokenizer.bpe.trainer import merged
 from tokenizer.formats import tiktoken_format
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.presets import Preset

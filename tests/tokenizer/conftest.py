@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizer.bpe.count_pipeline import learn_superwords, learn_words
 from tokenizer.bpe.counting import WordTable
 from tokenizer.bpe.split_pattern import Splitter
-from tokenizer.bpe.trainer import Vocabulary
+from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import finished
 from tokenizer.formats.loaders import Opened
 from tokenizer.presets import NUM_BYTES, Preset

@@ -23,7 +23,8 @@ from tokenizer.bpe.count_units import Unit, UnitSizes, group_sizes, look_through
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
 from tokenizer.bpe.merging import JoinRule, LowestPieces
 from tokenizer.bpe.split_pattern import Splitter
-from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, Vocabulary, Words, byte_ids
+from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, Words
+from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
 from tokenizer.mixture import (
     NUM_BUCKETS,
     Excerpt,

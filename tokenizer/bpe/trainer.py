@@ -13,17 +13,13 @@ bound, and a pair is counted again only when it reaches the top of the heap.  Th
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.byte_bpe import byte_characters
 from tokenizer.bpe.merging import (
     BLOCK_BITS,
     BYTES_FULL,
@@ -41,11 +37,6 @@ from tokenizer.bpe.merging import (
     describe_all,
     learn_some,
 )
-from tokenizer.presets import NUM_BYTES
-
-if TYPE_CHECKING:
-    import tiktoken
-
 
 FIRST_PLACES = 4_000_000
 """Places of single symbols that are sorted at a time."""
@@ -167,97 +158,3 @@ def _laid_out(words: Words, tokens: list[bytes], max_merges: int) -> Store:
         traits=np.zeros((num_tokens, NUM_TRAITS), np.int32), other_counts=np.zeros(num_tokens, np.int64),
         other_lengths=np.zeros(num_tokens, np.int32), other_starts=np.zeros(num_tokens, np.int64),
         sizes=sizes)
-
-
-# What is learned: tokens as bytes, and merges in their order.
-#
-# Ids here count from 0 without the special tokens: first the 256 bytes, in the order of their characters in
-# the
-# byte-level alphabet (as `tokenizers` numbers them), then one id for each merge.
-
-_JOINED = re.compile(rb"[A-Za-z\x80-\xff] [A-Za-z\x80-\xff]")
-
-
-@cache
-def _characters() -> dict[int, str]:
-    """Return the character of each byte, which is also a table for `str.translate`."""
-    return {byte: character for character, byte in byte_characters().items()}
-
-
-@cache
-def byte_ids() -> NDArray[np.uint8]:
-    """Return the id of each byte, [256]."""
-    characters = _characters()
-    ids = np.empty(NUM_BYTES, np.uint8)
-    ids[sorted(range(NUM_BYTES), key=lambda b: characters[b])] = np.arange(NUM_BYTES)
-    return ids
-
-
-def spelled(token: bytes) -> str:
-    """Return a token as tokenizer.json spells it."""
-    return token.decode("latin-1").translate(_characters())
-
-
-class Vocabulary:
-    """Tokens and merges as they are learned."""
-
-    def __init__(self, max_token_bytes: int) -> None:
-        """`max_token_bytes`: no token is longer."""
-        self.tokens: list[bytes] = [
-            b for _, b in sorted((int(i), bytes([b])) for b, i in enumerate(byte_ids()))]
-        self.merges: list[tuple[int, int]] = []
-        self.max_token_bytes = max_token_bytes
-
-    def add(self, merge: Merge) -> None:
-        """Add a merge's token."""
-        self.tokens.append(self.tokens[merge.left] + self.tokens[merge.right])
-        self.merges.append((merge.left, merge.right))
-
-    def num_superwords(self) -> int:
-        """Return how many tokens hold a space between letters."""
-        return sum(_JOINED.search(token) is not None for token in self.tokens)
-
-    def as_tiktoken(self, pattern: str) -> tiktoken.Encoding:
-        """Return the vocabulary in tiktoken's form, with the ids that it has here."""
-        import tiktoken
-
-        ranks = {token: id_ for id_, token in enumerate(self.tokens)}
-        return tiktoken.Encoding("learned", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-# Byte-pair merging of one short string, as every BPE library does it: the best pair first,
-# the leftmost of equal ones.
-
-Part = TypeVar("Part", str, bytes)
-
-
-def merged(parts: list[Part], rank: Callable[[Part, Part], float | None], at_least: int = 1) -> list[Part]:
-    """Return what is left of `parts` when no two neighbours have a rank, or `at_least` are left; the lowest
-    rank merges first."""
-    parts = list(parts)
-    ranks = [rank(a, b) for a, b in pairwise(parts)]
-    while len(parts) > at_least:
-        best = min((r for r in ranks if r is not None), default=None)
-        if best is None:
-            break
-        i = ranks.index(best)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        del ranks[i]
-        if i > 0:
-            ranks[i - 1] = rank(parts[i - 1], parts[i])
-        if i < len(ranks):
-            ranks[i] = rank(parts[i], parts[i + 1])
-    return parts
-
-
-def merge_of(symbols: list[Part], rank_of: dict[Part, float]) -> tuple[Part, Part] | None:
-    """Return the two tokens of which merging by products' ranks makes a token of `symbols`;
-    None where it cannot make it.
-
-    tiktoken and sentencepiece join the neighbours whose product ranks best, whatever the neighbours are.  As
-    long as nothing inside a token's text has joined with anything outside, they do there exactly what they do
-    to this text alone; so the token is always made of the same two, and listing this pair alone says the same
-    as listing every way to cut it in two.
-    """
-    parts = merged(symbols, lambda a, b: rank_of.get(a + b), at_least=2)
-    return (parts[0], parts[1]) if len(parts) == 2 else None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.errors import UserError
 from tokenizer.bpe.split_pattern import untrained
-from tokenizer.bpe.trainer import Vocabulary, spelled
+from tokenizer.bpe.vocabulary import Vocabulary, spelled
 from tokenizer.presets import Preset
 
 if TYPE_CHECKING:

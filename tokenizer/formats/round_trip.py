@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizer.bpe.segmenting import merged
 from tokenizer.bpe.split_pattern import Splitter
-from tokenizer.bpe.trainer import Vocabulary, merged
+from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import TOKENIZER_JSON
 from tokenizer.presets import Preset
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sov.byte_bpe import merges
 from megatron_sov.errors import UserError, how_to_install
-from tokenizer.bpe.trainer import merge_of
+from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import special_token
 
 SPACE = "▁"

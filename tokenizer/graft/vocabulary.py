@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_sov.byte_bpe import byte_characters, merges
 from megatron_sov.errors import UserError, nearest
-from tokenizer.bpe.trainer import merged
+from tokenizer.bpe.segmenting import merged
 from tokenizer.formats.hf_files import special_token
 from tokenizer.formats.reader import ids_of, opened
 from tokenizer.formats.sentencepiece_format import NEVER, SPACE, byte_piece

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tokenizer.bpe.trainer import Vocabulary
+from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import finished
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 

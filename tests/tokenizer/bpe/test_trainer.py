@@ -20,8 +20,10 @@ from tokenizers import pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer
 from tokenizer.bpe.merging import JoinRule
+from tokenizer.bpe.segmenting import merge_of, merged
 from tokenizer.bpe.split_pattern import untrained
-from tokenizer.bpe.trainer import Merge, MergeLearner, Vocabulary, Words, merge_of, merged, spelled
+from tokenizer.bpe.trainer import Merge, MergeLearner, Words
+from tokenizer.bpe.vocabulary import Vocabulary, spelled
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 # Merging by ranks, against tiktoken; and the one pair of tokens that makes a token.

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from megatron_sov.errors import UserError
-from tokenizer.bpe.trainer import Vocabulary, byte_ids, spelled
+from tokenizer.bpe.vocabulary import Vocabulary, byte_ids, spelled
 from tokenizer.formats.hf_files import finished
 from tokenizer.presets import SOLAR_OPEN
 

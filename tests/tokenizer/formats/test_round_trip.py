@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenizer.bpe.trainer import Vocabulary
+from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import TOKENIZER_JSON, finished
 from tokenizer.formats.round_trip import CheckFailed, check
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN, Preset
