@@ -10,7 +10,7 @@ from typing import Annotated
 from data_prep.pipeline.step import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import ClusterOptions
 
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
 command continues at the first unfinished shard when it is run again; a changed setting redoes what depends on
@@ -44,7 +44,13 @@ def run(typed: argparse.Namespace) -> int:
     from data_prep.pipeline.addresses import is_much, told, unknown_inputs
     from data_prep.pipeline.pipeline_file import load_pipeline
     from data_prep.pipeline.plan import make_plan
-    from data_prep.pipeline.running import check_folder, describe, refuse_inside_sources, run_pipeline
+    from data_prep.pipeline.running import (
+        check_folder,
+        describe,
+        refuse_inside_sources,
+        run_pipeline,
+        submit_pipeline,
+    )
 
     pipeline = load_pipeline(args.pipeline)
     check_folder(args.output)
@@ -57,9 +63,7 @@ def run(typed: argparse.Namespace) -> int:
         print(describe(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
     if args.cluster:
-        from data_prep.pipeline.running import submit_pipeline
-
-        submit_pipeline(pipeline, args.output, args.cluster, account=args.account, partition=args.partition)
+        submit_pipeline(pipeline, args.output, args)
         return 0
     (args.output / "inputs").mkdir(parents=True, exist_ok=True)
     plan = make_plan(pipeline, args.output)

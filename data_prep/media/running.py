@@ -1,4 +1,4 @@
-"""`sov-data encode-media`: units are encoded here or by Slurm's array of workers, each with its
+"""`sov-data encode-media`: units are encoded here or by a cluster's array of workers, each with its
 share, and joined to an artifact, in the order of the input, with banks that hold each content once."""
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from data_prep.libraries import require
 from data_prep.media.settings import STOP, EncodeMediaOptions, MediaSettings
 from data_prep.media.units import BAD, KIND, RECORDS, ROWS, SUMMARY, Unit, UnitEncoder, bad_medium, plan
 from megatron_sov.artifacts import MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing
-from megatron_sov.clusters import cluster
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import KINDS, MEDIA, BankShape, open_bank
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, add_options, as_problem, read_options
-from megatron_sov.work.arrays import FINISH_CPUS, SharedWork, refuse_many_restarts, submit_shares
+from megatron_sov.work.arrays import (
+    FINISH_CPUS,
+    SharedWork,
+    profile_of,
+    refuse_living,
+    refuse_many_restarts,
+    submit_shares,
+)
 from megatron_sov.work.folders import slurm_folder, work_folder
 from megatron_sov.work.parts import begin_parts, open_parts, part_folder
-from megatron_sov.work.slurm_jobs import refuse_living
 
 BAD_MEDIA = "bad_media.jsonl"
 MADE_BY = "sov-data encode-media"
@@ -69,7 +74,7 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
         num_workers: jobs of the array.
 
     Raises:
-        UserError: the profile, what was asked for or Slurm are in the way.
+        UserError: the profile, what was asked for or the cluster are in the way.
     """
     images, sounds = asked.settings.image_tokenizer, asked.settings.audio_tokenizer
     settings = replace(asked.settings, media_root=asked.settings.media_root.absolute(),
@@ -77,7 +82,7 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
                        audio_tokenizer=sounds and sounds.absolute())
     asked = replace(asked, output=asked.output.absolute(), settings=settings,
                     input=tuple(path.absolute() for path in asked.input))
-    profile = cluster.load(asked.cluster, account=asked.account, partition=asked.partition)
+    profile = profile_of(asked)
     if (asked.output / MANIFEST).is_file() and not asked.overwrite:
         read_manifest(asked.output, KIND)
         print(f"{asked.output}: complete from before")

@@ -1,4 +1,4 @@
-"""A run from its plan to its end, here or by Slurm: stage after stage, what is done left as it is."""
+"""A run from its plan to its end, here or by a cluster: stage after stage, what is done left as it is."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from data_prep.pipeline.plan import (
 from data_prep.pipeline.tasks import Stage, Task, do_task, done_mark, layer_of, stages, tasks
 from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
-from megatron_sov.clusters import client, cluster
 from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.clusters.kubernetes import KubernetesProfile
 from megatron_sov.documents.strict_json import changed_values
 from megatron_sov.errors import UserError
 from megatron_sov.outputs import refuse_nowhere
@@ -48,14 +48,17 @@ from megatron_sov.work.arrays import (
     FINISH,
     FINISH_CPUS,
     Arrays,
+    ClusterOptions,
+    Jobs,
     TaskFailed,
+    profile_of,
+    refuse_living,
     refuse_many_restarts,
     refuse_unquotable,
     tell_failures,
 )
 from megatron_sov.work.locks import holding
 from megatron_sov.work.pool import LOST, WorkerLost, WorkerPool
-from megatron_sov.work.slurm_jobs import Jobs, refuse_living
 
 MAX_NAMED = 8
 """Tasks that are told where a worker was lost."""
@@ -265,8 +268,8 @@ def _why(source: SourcePlan, layer: Layer, output: Path) -> list[str]:
     return (own or ["what comes before it"])[:MAX_REASONS]
 
 
-# A run as Slurm's arrays: one for each stage, each waiting for the one before; all submitted at once.  A job
-# that fails takes those behind it away; the same command, run again, submits what is not done.
+# A run as arrays of a cluster's jobs: one for each stage, each waiting for the one before; all submitted at
+# once.  A job that fails takes those behind it away; the same command, run again, submits what is not done.
 
 
 READING = "reading"
@@ -299,31 +302,28 @@ def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile, task:
             _submit_run(plan, output, profile)
 
 
-def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str | None,
-                    partition: str | None) -> None:
+def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
 
     Args:
         pipeline: the file.
         output: the run's folder, which all nodes see.
-        name: cluster profile.
-        account: Slurm account; None: the profile's.
-        partition: partition; None: the profile's.
+        where: it is submitted to.
 
     Raises:
-        UserError: the profile is wrong, a path cannot stand in a script, Slurm refuses, or jobs of another
-            plan are at work.
+        UserError: the profile is wrong, a path cannot stand in a script, the cluster refuses, or jobs of
+            another plan are at work.
     """
     output = output.absolute()
     refuse_unquotable(output)
-    profile = cluster.load(name, account=account, partition=partition)
+    profile = profile_of(where)
     (output / "inputs").mkdir(parents=True, exist_ok=True)
     with holding(output, output):
         before = Jobs.read(output)
         living = before.living()
         if living and before.address == READING:
-            print(f"{output}: Slurm's jobs {', '.join(living)} read the raw files; the last of them submits "
-                  "the steps")
+            then = "the same command then submits" if before.namespace else "the last of them submits"
+            print(f"{output}: {before.told(living)} read the raw files; {then} the steps")
             return
         unknown = unknown_inputs(pipeline, output)
         plan = None if is_much(unknown) else make_plan(pipeline, output)
@@ -332,12 +332,12 @@ def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str
             return
         if living and (plan is None or before.address != plan.address):
             raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
-                            "wait for them, or `scancel` them, and run the command again")
+                            f"wait for them, or {before.way_to_end} them, and run the command again")
         if plan is None:
             _submit_reading(pipeline, output, profile, unknown)
             return
         if living:
-            print("\n".join([f"{output}: at work in Slurm's jobs {', '.join(living)}",
+            print("\n".join([f"{output}: at work in {before.told(living)}",
                              *_progress(plan, output)]))
             return
         for sentence in plan.told():
@@ -346,24 +346,26 @@ def submit_pipeline(pipeline: Pipeline, output: Path, name: str, *, account: str
         _submit_run(plan, output, profile)
 
 
-def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile,
+def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
                     unknown: dict[str, dict[Path, int]]) -> None:
     """Submit the jobs that read raw files, and the one behind them that submits the run."""
     tell_failures(output, READING_STAGES)
-    client.check_partition(profile.partition)
     found = tuple(batches(unknown))
     reading, rest = READING_STAGES
     with Arrays(output, READING, profile) as arrays:
         first = arrays.submit(reading, partial(read_share, output, found), len(found))
-        second = arrays.submit(rest, partial(submit_rest, pipeline, output, profile))
-    print(f"{output}: the contents of {told(unknown)} are not known yet; submitted 2 jobs: "
-          f"{first} reads them, {second} then submits the steps; the same command tells how far they are")
+        if isinstance(profile, ClusterProfile):
+            second = arrays.submit(rest, partial(submit_rest, pipeline, output, profile))
+            said = (f"2 jobs: {first} reads them, {second} then submits the steps; the same command tells "
+                    "how far they are")
+        else:  # a pod has no right to make Jobs
+            said = f"1 job: {first} reads them; the same command, typed when it has ended, submits the steps"
+    print(f"{output}: the contents of {told(unknown)} are not known yet; submitted {said}")
 
 
-def _submit_run(plan: Plan, output: Path, profile: ClusterProfile) -> None:
+def _submit_run(plan: Plan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:
     """Submit the tasks of a plan that are not done, and the job that finishes the run."""
     file = begin(plan, output)
-    client.check_partition(profile.partition)
     with Arrays(output, plan.address, profile) as arrays:
         for stage in stages(plan):
             if todo := open_tasks(plan, stage, output):

@@ -29,7 +29,6 @@ from data_prep.pipeline.layers import (
     GROUP_ROWS,
     LayerFile,
     Row,
-    TableFile,
     groups,
 )
 from data_prep.pipeline.pipeline_file import Pipeline, name_of
@@ -42,6 +41,7 @@ from megatron_sov.artifacts import disk_errors, new_file, new_folder
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import PLACE, SEAL, seal_file, seal_of, write_json
+from megatron_sov.work.tables.parquet import TableFile
 
 MAX_LISTED = 10_000
 """Of what is broken in a shard; more is only counted."""

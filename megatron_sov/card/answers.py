@@ -10,7 +10,7 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from megatron_sov.settings import read_file
-from megatron_sov.settings.text import Text
+from megatron_sov.settings.reading import Text
 
 ANSWERS = "answers"
 """What the card calls the file, wherever it lies."""

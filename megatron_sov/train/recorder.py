@@ -43,7 +43,7 @@ from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.planning import device_name
-from megatron_sov.train.state import StepResult, TrainState
+from megatron_sov.train.restoring import StepResult, TrainState
 
 # How well a step used its machine: model FLOPs, their share of the GPU's peak, memory.
 

@@ -13,7 +13,7 @@ import pytest
 from data_prep import cli
 from data_prep.pipeline import addresses
 from megatron_sov.cli import main
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import Jobs
 
 PIPELINE = """name: small
 shard_bytes: 3000

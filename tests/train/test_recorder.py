@@ -23,7 +23,7 @@ from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.recorder import Efficiency, Recorder, peak_tflops
-from megatron_sov.train.state import StepResult, TrainState
+from megatron_sov.train.restoring import StepResult, TrainState
 
 # Figures of a step's efficiency.
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_sov.errors import UserError, list_problems, nearest
 from megatron_sov.settings import read_file
-from megatron_sov.settings.text import Text
+from megatron_sov.settings.reading import Text
 
 Category = Literal["public", "licensed", "third_party", "crawled", "user", "synthetic", "other", ""]
 CATEGORIES: dict[str, str] = {

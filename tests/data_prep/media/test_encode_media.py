@@ -20,8 +20,7 @@ from megatron_sov.documents import BadRecord
 from megatron_sov.errors import ExitCode
 from megatron_sov.media.banks import PICTURES, SOUNDS, open_bank, read_shapes
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
-from megatron_sov.work.arrays import WORK, keeping_failure
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import WORK, Jobs, keeping_failure
 from tests.data_prep.media.chats import Encode, shown
 
 

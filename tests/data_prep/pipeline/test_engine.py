@@ -26,9 +26,8 @@ from data_prep.pipeline.tasks import Stage
 from megatron_sov.artifacts import is_held
 from megatron_sov.errors import UserError
 from megatron_sov.work import array_job
-from megatron_sov.work.arrays import MAX_RESTARTS, WORK
+from megatron_sov.work.arrays import MAX_RESTARTS, WORK, Jobs
 from megatron_sov.work.locks import holding
-from megatron_sov.work.slurm_jobs import Jobs
 from tests.data_prep.pipeline.test_running import contents
 
 OWN = """import dataclasses, os, pathlib
