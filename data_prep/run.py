@@ -44,7 +44,13 @@ def run(typed: argparse.Namespace) -> int:
     from data_prep.pipeline.addresses import is_much, told, unknown_inputs
     from data_prep.pipeline.pipeline_file import load_pipeline
     from data_prep.pipeline.plan import make_plan
-    from data_prep.pipeline.running import check_folder, describe, refuse_inside_sources, run_pipeline
+    from data_prep.pipeline.running import (
+        check_folder,
+        describe,
+        refuse_inside_sources,
+        run_pipeline,
+        submit_pipeline,
+    )
 
     pipeline = load_pipeline(args.pipeline)
     check_folder(args.output)
@@ -57,8 +63,6 @@ def run(typed: argparse.Namespace) -> int:
         print(describe(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
     if args.cluster:
-        from data_prep.pipeline.running import submit_pipeline
-
         submit_pipeline(pipeline, args.output, args)
         return 0
     (args.output / "inputs").mkdir(parents=True, exist_ok=True)
