@@ -12,9 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
-
-import zstandard
+from typing import IO, Any, cast
 
 from megatron_sov import sealed
 from megatron_sov.documents.cutting import cut_position
@@ -22,64 +20,6 @@ from megatron_sov.documents.records import BadRecord
 from megatron_sov.documents.synthesis import KEPT, is_synthesis
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-
-# Reading `.zst` files of one or more frames, and noticing when one is cut off (the library's
-# own reader does not).
-
-_INPUT_BYTES = 1 << 10
-"""Compressed bytes taken at a time: small, since four of them can stand for a block of 128 KiB."""
-
-
-class ZstdFile(io.RawIOBase):
-    """The decompressed bytes of a file; wrap it in `io.BufferedReader`."""
-
-    def __init__(self, file: Path) -> None:
-        """Open `file`."""
-        self._file = open(file, "rb")  # noqa: SIM115  (closed in close)
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._begun = False
-        self._pending = memoryview(b"")
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill `buffer`; returns the bytes written, 0 at the end.
-
-        Raises:
-            EOFError: the file ends inside a frame, or its data are damaged.
-        """
-        while not self._pending:
-            if self._frame.eof:
-                raw = self._frame.unused_data or self._file.read(_INPUT_BYTES)
-                self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
-            else:
-                raw = self._file.read(_INPUT_BYTES)
-            if not raw:
-                if self._begun:
-                    raise EOFError("the compressed data end inside a frame")
-                return 0
-            self._begun = True
-            try:
-                self._pending = memoryview(self._frame.decompress(raw))
-            except zstandard.ZstdError as e:
-                raise EOFError(str(e)) from None
-        target = memoryview(buffer).cast("B")
-        count = min(len(target), len(self._pending))
-        target[:count] = self._pending[:count]
-        self._pending = self._pending[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
-
 
 WHOLE_FILE_BYTES = 1_000_000
 DOCUMENT_BYTES = 200_000
@@ -487,6 +427,8 @@ def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
     if compression == ".gz":
         return cast(IO[bytes], gzip.open(file, "rb"))
     if compression == ".zst":
+        from megatron_sov.documents.zstd import ZstdFile
+
         return io.BufferedReader(ZstdFile(file))
     return open(file, "rb")
 

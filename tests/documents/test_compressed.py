@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from megatron_sov.documents.files import ZstdFile
+from megatron_sov.documents.zstd import ZstdFile
 
 
 @settings(max_examples=40)
