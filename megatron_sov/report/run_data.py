@@ -24,9 +24,9 @@ from megatron_sov.obs.incidents import BY_SETTING, KINDS, is_incident
 from megatron_sov.obs.stretches import MeasuredStretch, Stretches
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.plan import kept as kept_plans
-from megatron_sov.report.rounds import read_rounds
 from megatron_sov.report.steps import Curve, ExportEvaluation, StepTable, read_evaluations, untold_scores
 from megatron_sov.runs.checkpoints import refuse_no_run, short_name
+from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
@@ -381,6 +381,20 @@ def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the newest needle test of each moment and way of judging,
     in the order of their first showing."""
     return list({(str(e.get("when", "")), str(e.get("by", ""))): e for e in events}.values())
+
+
+def read_rounds(run: Path) -> list[dict[str, Any]]:
+    """Return what the manifests of a run's published rounds say, in order; one that is damaged is left out,
+    since it is being written, or `rl train` will name it."""
+    found = []
+    for file in sorted((run / ROUNDS).glob(f"[0-9]*/{MANIFEST}")):
+        try:
+            content = read_manifest(file.parent, "tokens").content
+        except UserError:
+            continue
+        if isinstance(content.get("means"), dict) and "round" in content:
+            found.append(content)
+    return sorted(found, key=lambda content: number(content["round"]))
 
 
 def _provenance(path: Path, run: Run) -> list[Provenance]:

@@ -10,12 +10,11 @@ from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.report.judgements import (
     MAX_CELLS,
     forgetting_section,
-    forgetting_verdict,
     gate_section,
     passk_section,
     verdict_table,
 )
-from megatron_sov.report.run_data import read_run
+from megatron_sov.report.run_data import Run, read_run
 from megatron_sov.report.scores import score_section, scores_of
 from megatron_sov.report.sections import sections
 from megatron_sov.report.steps import curves, needle_curves, pair_curves, read_evaluations
@@ -83,9 +82,9 @@ def test_the_forgetting_gate_is_told_task_by_task() -> None:
     table, = forgetting_section([gate]).tables
     assert table.rows[0][4:6] == ["-0.2000", "-0.2500 to -0.1500"] and "FORGOTTEN" in table.rows[0][7]
     assert table.rows[1][2] == "–" and table.rows[1][4] == "–"
-    (row,) = forgetting_verdict("tuned", [gate])
+    (row,) = verdict_table([Run("tuned", {}, forgetting=[gate])], [])[0].rows
     assert "FAILED" in row[1] and row[2] == "tuned: worse on quiz, 1 not proven; tolerance 0.03"
-    assert forgetting_section([]).tables == [] and forgetting_verdict("tuned", []) == []
+    assert forgetting_section([]).tables == [] and verdict_table([Run("tuned", {})], []) == []
 
 
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:

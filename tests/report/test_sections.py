@@ -14,9 +14,9 @@ from megatron_sov.artifacts import new_artifact
 from megatron_sov.obs.events import EventLog
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.pages.page import Chart, Section
+from megatron_sov.report.judgements import round_section
 from megatron_sov.report.page import of_one_model, render
-from megatron_sov.report.rounds import read_rounds, round_section
-from megatron_sov.report.run_data import read_run
+from megatron_sov.report.run_data import read_rounds, read_run
 from megatron_sov.report.sections import MEANINGS, key_figures, sections, time_section
 from megatron_sov.runs.lock import RunLock
 
