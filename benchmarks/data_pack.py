@@ -71,8 +71,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from data_prep.encode import EncodingSettings
-from data_prep.units import UnitEncoder, UnitSettings
-from data_prep.workers import encode_units
+from data_prep.units import UnitEncoder, UnitSettings, encode_units
 from megatron_sov.documents import Reading, plan_units
 if __name__ == "__main__":
     units = list(plan_units([Path(sys.argv[2])]))

@@ -41,16 +41,17 @@ prepare_megatron()
 import lm_eval  # noqa: E402
 import torch  # noqa: E402
 
-import megatron_sov.eval.lm.bridge  # noqa: E402
-import megatron_sov.eval.lm.likelihoods  # noqa: E402
+import megatron_sov.eval.lm.local  # noqa: E402
 import megatron_sov.eval.lm.run  # noqa: E402
 import megatron_sov.eval.lm.scoring  # noqa: E402
+import megatron_sov.eval.lm.subject  # noqa: E402
 import megatron_sov.generate.generator  # noqa: E402, F401  (forks share what is imported here)
 from megatron_sov import convert  # noqa: E402
 from megatron_sov.cli import main as megatron_sov_main  # noqa: E402
 from megatron_sov.errors import ExitCode  # noqa: E402
 from megatron_sov.generate.hf import load_hf  # noqa: E402
 from megatron_sov.generate.load import load_tokenizer  # noqa: E402
+from megatron_sov.work.journal import later_records  # noqa: E402
 
 VOCAB_SIZE = 1024
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -268,8 +269,7 @@ def kill_again_and_again(folder: Path, argv: Sequence[str], out: Path, kills: in
 
 
 def _keys(cache: Path) -> list[str]:
-    lines = [line for file in cache.glob("*/*.jsonl") for line in file.read_bytes().split(b"\n")[:-1]]
-    return [json.loads(line)["key"] for line in lines]
+    return [str(key) for folder in cache.glob("*/") for key, _ in later_records(folder, {})]
 
 
 def main() -> int:

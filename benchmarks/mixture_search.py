@@ -26,9 +26,7 @@ from seeds import over_seeds
 
 from data_prep.cli import main as sov_data
 from data_prep.mixture.fitting import Judgement
-from data_prep.mixture.found import UNIFORM
-from data_prep.mixture.proxies import Proxies, ProxySettings
-from data_prep.mixture.search import blend_of, clusters_of
+from data_prep.mixture.search import UNIFORM, Proxies, ProxySettings, blend_of, clusters_of
 from data_prep.mixture.search_file import read_search
 from data_prep.token_artifact import read_tokens_manifest
 from megatron_sov.artifacts import manifest_sha256, read_manifest

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kills import make_data
 
-from megatron_sov.plan.calibration.calibrate import calibrate
+from megatron_sov.plan.calibrate import calibrate
 from megatron_sov.plan.expected import PARAMETERS
 from megatron_sov.report.accounts import accounts_section
 from megatron_sov.report.run_data import read_run

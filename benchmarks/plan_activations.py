@@ -7,7 +7,7 @@ autograd saves is counted by its storage, once, from when it is saved until it i
 out.
 `measured` is the most that was there at a time on the rank that `plan` is furthest off at, `said` what it
 says
-of that rank (`plan/in_flight.py`).  Routing is what an untrained router gives, so that a rank's experts can
+of that rank (`plan/activations.py`).  Routing is what an untrained router gives, so that a rank's experts can
 get more or fewer tokens than the even share that is counted.
 """
 
@@ -30,7 +30,7 @@ from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.parallel import cpu_shims, launcher, world
-from megatron_sov.plan.in_flight import stored
+from megatron_sov.plan.activations import stored
 
 COMMON = ("train.precision=fp32", "train.steps=1", "train.eval_every_steps=0", "data.prefetch_steps=0",
           "train.micro_batch_size=1", "train.global_batch_size=1")

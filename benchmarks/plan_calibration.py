@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from plan_fit import PRIORS, Sample, error, fit
+
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
-from megatron_sov.plan.speed.fit import Sample, error, fit
 from megatron_sov.plan.speed.parameters import Parameters, default
-from megatron_sov.plan.speed.priors import PRIORS
-from megatron_sov.plan.tables.columns import read_table
-from megatron_sov.plan.tables.measured import tokens_per_s_per_gpu
-from megatron_sov.plan.tables.shapes import MissingInput
+from megatron_sov.plan.tables.cells import MissingInput, read_table
+from megatron_sov.plan.tables.predicted import tokens_per_s_per_gpu
 from megatron_sov.plan.tables.workloads import workload_of
 
 ROOT = Path(__file__).parent

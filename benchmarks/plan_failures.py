@@ -8,6 +8,7 @@ A minute on one core; nothing is trained.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import platform
@@ -15,24 +16,22 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 from megatron_sov import recipes
 from megatron_sov.clusters import cluster
 from megatron_sov.config import apply_settings
 from megatron_sov.obs.units import SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
-from megatron_sov.plan.operation.checkpoints import checkpoint_bytes, daly_interval_s, young_interval_s
-from megatron_sov.plan.operation.failures import (
+from megatron_sov.plan.operation import (
     Conditions,
-    Kind,
-    Outcome,
+    FailureKind,
     best_interval_s,
+    checkpoint_bytes,
     conditions,
     goodput,
-    simulate,
+    operation,
 )
-from megatron_sov.plan.operation.run import operation
 
 GOAL = 0.97
 RECIPE, NUM_GPUS, STEP_S = "k-exaone-236b", 10_240, 5.0
@@ -42,6 +41,146 @@ DAYS = 90
 NUM_RUNS = 40
 POD_GBYTES_PER_S = 20 / 256
 """NVIDIA's standard of a SuperPOD's storage, for each GPU."""
+
+
+@dataclass(frozen=True)
+class Breakage(FailureKind):
+    """A failure whose node is left out until it is repaired."""
+
+
+@dataclass(frozen=True)
+class RepairConditions(Conditions):
+    """Conditions with few nodes that take the places of broken ones."""
+
+    spare_nodes: int | None = None
+    """When none is left the run waits for a repair.  None: always enough."""
+    repair_s: float = 86400.0
+    """Until a broken node serves again."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run, in seconds that add up to `wall_s`."""
+
+    work_s: float
+    """Done for good."""
+    redone_s: float
+    """Done and lost, so done again."""
+    stalled_s: float
+    """Held up by checkpoints."""
+    restarting_s: float
+    """From failures to first new steps."""
+    waiting_s: float
+    """For nodes under repair."""
+    num_failures: int
+    """All of them, those during restarts too."""
+
+    @property
+    def wall_s(self) -> float:
+        """From beginning to end."""
+        return self.work_s + self.redone_s + self.stalled_s + self.restarting_s + self.waiting_s
+
+    @property
+    def goodput(self) -> float:
+        """Effective training time: share of the time in which work was done for good."""
+        return self.work_s / self.wall_s
+
+
+def simulate(c: Conditions, work_s: float, seed: int = 0, delays: Iterator[float] | None = None) -> Outcome:
+    """Return what becomes of a run that has so much to do; the same for the same seed.
+
+    Event by event: each stretch between two failures is one step of the loop, and the checkpoints in it are
+    counted, not walked through.
+
+    Args:
+        c: what the run lives with.
+        work_s: what it has to do.
+        seed: of what is drawn.
+        delays: time to the next failure, from each start of training and of a restart on, where it is known,
+            as from a cluster's own log; None: drawn.
+    """
+    drawn, repairs = Random(seed), list[float]()
+    delays = _delays(c, drawn) if delays is None else delays
+    done_s = redone_s = stalled_s = restarting_s = waiting_s = 0.0
+    num_failures = 0
+    while True:
+        left_s = work_s - done_s
+        ahead_s, needs_s = next(delays), wall_of(c, left_s)
+        if ahead_s >= needs_s:
+            return Outcome(work_s, redone_s, stalled_s + needs_s - left_s, restarting_s, waiting_s,
+                           num_failures)
+        worked_s, kept_s = progress(c, ahead_s)
+        done_s, redone_s, stalled_s = (done_s + kept_s, redone_s + worked_s - kept_s,
+                                       stalled_s + ahead_s - worked_s)
+        while True:
+            num_failures += 1
+            kind = drawn.choices(c.kinds, [k.share for k in c.kinds])[0]
+            if isinstance(kind, Breakage) and isinstance(c, RepairConditions) and c.spare_nodes is not None:
+                now_s = done_s + redone_s + stalled_s + restarting_s + waiting_s
+                waiting_s += _wait_for_node(repairs, now_s, c)
+            ahead_s = next(delays)
+            restarting_s += min(ahead_s, kind.restart_s)
+            if ahead_s >= kind.restart_s:
+                break
+
+
+def _delays(c: Conditions, drawn: Random) -> Iterator[float]:
+    """Yield the time to the next failure, from any moment on."""
+    while True:
+        yield drawn.expovariate(c.failures_per_s) if c.failures_per_s else math.inf
+
+
+def _wait_for_node(repairs: list[float], now_s: float, c: RepairConditions) -> float:
+    """Send a node away and return how long the run waits for one in its place.
+
+    Args:
+        repairs: when the nodes that are away come back, a heap; changed.
+        now_s: time of the failure.
+        c: spare nodes, time of a repair.
+    """
+    assert c.spare_nodes is not None
+    while repairs and repairs[0] <= now_s:
+        heapq.heappop(repairs)
+    heapq.heappush(repairs, now_s + c.repair_s)
+    # as many are away as spares served: the next one to come back is taken
+    return repairs[0] - now_s if len(repairs) > c.spare_nodes else 0.0
+
+
+def progress(c: Conditions, time_s: float) -> tuple[float, float]:
+    """Return the work done, and how much of it is in a checkpoint that is there whole, a time after the start
+    of training."""
+    if time_s < c.interval_s:
+        return time_s, 0.0
+    begun = math.floor((time_s - c.interval_s) / c.period_s)
+    since_s = time_s - c.interval_s - begun * c.period_s
+    worked_s = c.interval_s * (begun + 1) + min(max(since_s - c.stall_s, 0.0), c.interval_s)
+    return worked_s, c.interval_s * (begun + (since_s >= c.stall_s + c.write_s))
+
+
+def wall_of(c: Conditions, work_s: float) -> float:
+    """Return how long some work takes without failures, its last checkpoint not counted."""
+    begun = max(0, math.ceil(work_s / c.interval_s) - 1)
+    waits_s = max(0.0, c.write_s - c.interval_s)
+    return work_s + begun * c.stall_s + max(0, begun - 1) * waits_s
+
+
+def young_interval_s(cost_s: float, mtbf_s: float) -> float:
+    """Return the work between checkpoints that loses least, to first order (Young, Communications of the ACM
+    17(9), 1974).
+
+    Args:
+        cost_s: how long a checkpoint holds up the run.
+        mtbf_s: mean time between failures of the whole run.
+    """
+    return math.sqrt(2 * cost_s * mtbf_s)
+
+
+def daly_interval_s(cost_s: float, mtbf_s: float) -> float:
+    """Return the same to higher order (Daly, Future Generation Computer Systems 22(3), 2006, equation 37)."""
+    if cost_s >= 2 * mtbf_s:
+        return mtbf_s
+    x = math.sqrt(cost_s / (2 * mtbf_s))
+    return young_interval_s(cost_s, mtbf_s) * (1 + x / 3 + x * x / 9) - cost_s
 
 
 def runs(c: Conditions, work_s: float) -> list[Outcome]:
@@ -57,7 +196,7 @@ def against_closed_form() -> None:
     worst = 0.0
     for mtbf_s, restart_s, interval_s, (stall_s, write_s) in itertools.product(
             (1_000, 18_000, 200_000), (60, 600), (120, 1800), ((0.1, 30), (10, 300))):
-        c = Conditions(1 / mtbf_s, (Kind("any", 1, restart_s),), interval_s, stall_s, write_s)
+        c = Conditions(1 / mtbf_s, (FailureKind("any", 1, restart_s),), interval_s, stall_s, write_s)
         found = [outcome.goodput for outcome in runs(c, 200 * mtbf_s)]
         error = statistics.stdev(found) / math.sqrt(len(found))
         off = (statistics.mean(found) - goodput(c)) / error
@@ -73,7 +212,7 @@ def intervals() -> None:
     print(f"{'mtbf':>8} {'stall':>6} {'write':>6}   {'Young':>7} {'Daly':>7} {'best':>7}   effective then")
     for mtbf_s, (stall_s, write_s) in itertools.product((3_600, 18_000, 86_400),
                                                         ((0.1, 60), (2, 60), (60, 0))):
-        c = Conditions(1 / mtbf_s, (Kind("any", 1, 600),), 1.0, stall_s, write_s)
+        c = Conditions(1 / mtbf_s, (FailureKind("any", 1, 600),), 1.0, stall_s, write_s)
         found = (young_interval_s(stall_s, mtbf_s), daly_interval_s(stall_s, mtbf_s), best_interval_s(c))
         shares = "  ".join(f"{goodput(replace(c, interval_s=s)):.4f}" for s in found)
         print(f"{mtbf_s:8,} {stall_s:6} {write_s:6}   {' '.join(f'{s:7.0f}' for s in found)}   {shares}")
@@ -94,7 +233,7 @@ def soak_of_faults() -> tuple[float, float]:
     for _ in range(40):  # the rate at which 88 come on average
         rate = math.sqrt(low * high)
         restart = -math.log(1 - during_start / restarts) / rate
-        c = Conditions(rate, (Kind("any", 1, restart),), interval, 0.0, 0.5)
+        c = Conditions(rate, (FailureKind("any", 1, restart),), interval, 0.0, 0.5)
         mean = statistics.mean(o.num_failures for o in runs(c, steps))
         low, high = (low, rate) if mean > restarts else (rate, high)
     # a step that is cut off is in no event: half of one for each failure in training
@@ -133,7 +272,7 @@ def soak_on_slurm() -> list[tuple[float, float]]:
     print("== 30 events on Slurm (benchmarks/results/slurm_events.txt)")
     told = []
     for write in (0.0, 1.0, 2.0, 5.0):
-        c = Conditions(1.0, (Kind("any", 1, restart_s / step_s),), interval, 0.0, write)
+        c = Conditions(1.0, (FailureKind("any", 1, restart_s / step_s),), interval, 0.0, write)
         found = [simulate(c, steps, delays=moments_of_the_slurm_soak(seed)) for seed in range(200)]
         redone = [(o.redone_s - 0.5 * o.num_failures) * (events - saved) / events for o in found]
         shares = [steps / (o.wall_s + restart_s / step_s) for o in found]
@@ -150,15 +289,15 @@ def soak_on_slurm() -> list[tuple[float, float]]:
 def published() -> None:
     """Print what the closed form has for runs whose effective training time was published."""
     print("== published runs, at their failure rates")
-    llama = Conditions(419 / (54 * 86400), (Kind("any", 1, 600),), 1.0, 1.0, 60.0)
+    llama = Conditions(419 / (54 * 86400), (FailureKind("any", 1, 600),), 1.0, 1.0, 60.0)
     for restart_s in (300, 600, 900):
-        c = replace(llama, kinds=(Kind("any", 1, restart_s),))
+        c = replace(llama, kinds=(FailureKind("any", 1, restart_s),))
         c = replace(c, interval_s=best_interval_s(c))
         print(f"Llama 3 405B, 16,384 H100, 419 in 54 days (arXiv 2407.21783): restart {restart_s:4} s -> "
               f"{goodput(c):.1%}; published: above 90 %")
     byte = 9600 * 0.173 / SECONDS_OF_A_YEAR
     for restart_s in (120, 300, 600):
-        c = Conditions(byte, (Kind("any", 1, restart_s),), 1.0, 0.1, 60.0)
+        c = Conditions(byte, (FailureKind("any", 1, restart_s),), 1.0, 0.1, 60.0)
         c = replace(c, interval_s=best_interval_s(c))
         print(f"ByteRobust, 9,600 GPUs at Llama 3's rate (arXiv 2509.16293): restart {restart_s:4} s -> "
               f"{goodput(c):.1%}; published: 97 % over three months")
@@ -214,8 +353,9 @@ def spares() -> None:
     """Print what nodes that are away for repair cost where few stand by."""
     h100 = cluster.load("h100", needs_account=False)
     print("== nodes that stand by for broken ones: 1,280 nodes, half of all failures break one for two days")
-    kinds = (Kind("process", 0.5, 300), Kind("node", 0.5, 300, excludes_node=True))
-    c = replace(conditions(h100, NUM_GPUS, 60, 0.1, 20), kinds=kinds, repair_s=2 * 86400)
+    kinds = (FailureKind("process", 0.5, 300), Breakage("node", 0.5, 300))
+    base = conditions(h100, NUM_GPUS, 60, 0.1, 20)
+    c = RepairConditions(**vars(base) | {"kinds": kinds, "repair_s": 2 * 86400})
     away = c.failures_per_s * 0.5 * c.repair_s
     print(f"away on average: {away:.1f}")
     for num in (0, 2, 4, 8, 12, 16):

@@ -5,7 +5,7 @@
 First the rounds of reinforcement learning that NeMo RL's pages publish (`benchmarks/data/rl_throughput.csv`):
 seconds of a round, predicted and measured, and the same for each model with the engine's costs fitted on the
 others alone.  Then the budgets that papers name.  With --fit the engine's costs are searched anew, in so many
-random steps, and printed; `plan/post_training/decoding.py` has them.
+random steps, and printed; `plan/decoding.py` has them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,13 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.clusters.chips import chip, default_links
 from megatron_sov.config import apply_settings
-from megatron_sov.plan.machines import Machines, machines
-from megatron_sov.plan.post_training.assumed import Assumed
-from megatron_sov.plan.post_training.decoding import Asked, EngineCosts, Engines
-from megatron_sov.plan.post_training.published import BUDGETS
-from megatron_sov.plan.post_training.quotes import quotes
-from megatron_sov.plan.post_training.rounds import Round, round_of
-from megatron_sov.plan.pricing import Pricing, pricing
+from megatron_sov.plan.decoding import Asked, EngineCosts, Engines, Round, round_of
+from megatron_sov.plan.post_training import BUDGETS, Assumed, quotes
+from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
 from megatron_sov.plan.quote import Quote, totals
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.workload import Workload
-from megatron_sov.plan.tables.models import find
+from megatron_sov.plan.tables.workloads import find
 
 ROWS = Path(__file__).parent / "data" / "rl_throughput.csv"
 NAMES = {"Qwen3-30B3A": "Qwen3-30B-A3B", "LLAMA3.1_8B": "Llama 3.1 8B", "DeepSeek V3": "DeepSeek-V3",

@@ -22,17 +22,12 @@ from collections.abc import Sequence
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.obs.units import GIB
-from megatron_sov.plan.machines import Machines, machines
-from megatron_sov.plan.pricing import Pricing, pricing, quote
-from megatron_sov.plan.quote import totals
-from megatron_sov.plan.quote_tables import QuoteTable, component, text
+from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing, quote, run_stages
+from megatron_sov.plan.quote import QuoteTable, component, text, totals
 from megatron_sov.plan.recommended import settings_for
-from megatron_sov.plan.run_stages import run_stages
-from megatron_sov.plan.search.advice import set_line, submit_line
-from megatron_sov.plan.search.reasons import name
-from megatron_sov.plan.search.search import Search, search
-from megatron_sov.plan.search.space import own_choice
-from megatron_sov.plan.search.telling import Told
+from megatron_sov.plan.space import own_choice
+from megatron_sov.plan.sweep import Search, search
+from megatron_sov.plan.telling import Told, name, set_line, submit_line
 
 RUNS = (("solar-open-102b", "b200", 60), ("solar-open-102b-mid", "b200", 60),
         ("solar-open-102b-extend", "b200", 60), ("k-exaone-236b", "h100", 64),

@@ -99,8 +99,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
     from megatron_sov.mcore.checkpoint import load
     from megatron_sov.mcore.parallel import world
     from megatron_sov.post.policy import objective_of
-    from megatron_sov.post.rl.feed import RoundFeed
-    from megatron_sov.post.rl.trainer_columns import columns_of_run
+    from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer

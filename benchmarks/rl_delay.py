@@ -42,18 +42,16 @@ from megatron_sov.config.rounds import with_rounds
 from megatron_sov.data.rounds import RoundDocuments
 from megatron_sov.digests import SHA256, file_digest
 from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop, Tokens
-from megatron_sov.post.rl.generate import Desk, write_rounds
-from megatron_sov.post.rl.missing import Attempt, Missing, never
+from megatron_sov.post.rl.generate import Attempt, Desk, Missing, never, write_rounds
 from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.post.rl.responses import NO_TOKENS, Responses, key_digest
 from megatron_sov.post.rl.reward import JudgingJob
 from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts, stream_of
 from megatron_sov.rollouts.rows import Rollout
-from megatron_sov.rollouts.sampling import stream_of
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.claims import Claims
+from megatron_sov.work.claims import Claims, Patience
 
 END, VOCAB, VERSION = 0, 1000, "v" * 64
 SHORT, TIMES, LONG_SHARE = (5, 16), 20, 0.1
@@ -180,7 +178,8 @@ class Simulation:
         missing = Missing(self.store, self.claims, self.publisher.prompts, self.rollout,
                           range(1, self.rollout.rounds + 1), self.policy_of,
                           lambda number: key_digest(self.rollout, number, {}))
-        desk = Desk(missing, self.store, 1e9, {}, sleep=self.pass_by, clock_s=lambda: self.engine.now_s)
+        desk = Desk(missing, self.store, 1e9, {}, patience=Patience(self.pass_by),
+                    clock_s=lambda: self.engine.now_s)
         publish = desk.publish
         desk.publish = partial(self.published, publish)  # type: ignore[method-assign]
         desk.next = partial(self.asked, desk.next)  # type: ignore[method-assign]
@@ -245,7 +244,7 @@ class Simulation:
             found = (np.diff(opened.starts) - 1).tolist()  # a prompt is one token
             lengths += found
             joined += found[:len(read_manifest(opened.path).content["late_from"])]
-        return Trained(expected, lengths, joined, self.ends_s, len(self.store.rollout_parts()))
+        return Trained(expected, lengths, joined, self.ends_s, len(self.store.parts()))
 
 
 def gap(trained: Sequence[int], expected: Sequence[int]) -> float:

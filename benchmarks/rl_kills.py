@@ -43,9 +43,8 @@ from megatron_sov import cli
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.rollouts.checking import check
-from megatron_sov.rollouts.parts import part_name
 from megatron_sov.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
-from megatron_sov.rollouts.rows import Rollout, later
+from megatron_sov.rollouts.rows import Rollout, later, part_name
 from megatron_sov.rollouts.store import Store
 from megatron_sov.work.claims import holders
 
@@ -57,8 +56,8 @@ SETTINGS = ("optim.lr=2e-3", "train.num_threads=1", "train.micro_batch_size=8", 
             "train.eval_every_steps=0", "train.keep_checkpoints=0")
 REWARD = f"{Path(__file__).with_name('rl_reward.py')}:Exact"
 HEAVY = ("generate.generator", "generate.target", "post.policy", "post.rl.feed", "post.rl.generate",
-         "post.rl.policy_weights", "post.rl.publish", "post.rl.responses", "post.rl.trainer_columns",
-         "train.stage", "commands.rl_generate", "commands.rl_reward", "commands.rl_train")
+         "post.rl.publish", "post.rl.responses", "train.stage", "commands.rl_generate", "commands.rl_reward",
+         "commands.rl_train")
 """What jobs import when they need it."""
 PATIENCE_S, LIMIT_S, POLL_S = 300, 1200, 0.05
 AT_WORK_S = 0.5
@@ -219,7 +218,7 @@ def _kill_all(pid: int) -> None:
 def responses(store: Store) -> dict[tuple[int, str, int], Rollout]:
     """Return the last attempts by round, prompt and sample."""
     columns = ("tokens", "finish_reason", "response")
-    rows = later([row for part in store.rollout_parts() for row in store.read_rollouts(part.name, columns)])
+    rows = later([row for part in store.parts() for row in store.read_rollouts(part.name, columns)])
     found = {(row.round, row.key.prompt, row.key.sample): row for row in rows}
     assert len(found) == len(rows), "a response is there twice, by two policies"
     return found
@@ -259,7 +258,7 @@ class Expected:
         """Return what is not as it should be."""
         store = Store.open(done.store)
         checked, found = check(store), responses(store)
-        rows = sum(part.num_rows for part in store.rollout_parts())
+        rows = sum(part.num_rows for part in store.parts())
         groups = [sum(read_manifest(folder).content["groups"].values())
                   for folder in sorted((done.run / "rounds").glob("[0-9]" * 4))]
         rules = [(not checked.problems, f"rl store verify: {checked.problems[:3]}"),

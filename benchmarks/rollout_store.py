@@ -22,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.rollouts.parts import part_name
-from megatron_sov.rollouts.rows import Key, Rollout
+from megatron_sov.rollouts.rows import Key, Rollout, part_name
 from megatron_sov.rollouts.store import Store
 
 PIECES, SAMPLES, VOCAB_SIZE = 4, 8, 150_000
@@ -65,9 +64,9 @@ def start_round(path: Path, number: int) -> str:
     """Begin a round as the trainer does; returns what it took."""
     began = time.perf_counter()
     store = Store.open(path)
-    keys = sum(len(heads) for _, heads in store.index(number))
+    keys = sum(len(store.read_rollouts(part.name, ())) for part in store.parts(number))
     indexed_s = time.perf_counter() - began
-    rows = [row for part in store.rollout_parts(number) for row in store.read_rollouts(part.name)]
+    rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
     return (f"{len(rows):,} rows are there after {time.perf_counter() - began:.2f} s, of which the index of "
             f"its {keys:,} keys {indexed_s:.2f} s")
 
@@ -82,7 +81,7 @@ def read_all(path: Path, rounds: int) -> None:
     """Read the rounds up to one, part by part, and print the peak memory in MB."""
     store = Store.open(path)
     for number in range(1, rounds + 1):
-        for part, _ in store.index(number):
+        for part in store.parts(number):
             store.read_rollouts(part.name)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from megatron_sov.eval.intervals import CONFIDENCE, student_quantile
+from megatron_sov.eval.statistics import CONFIDENCE, student_quantile
 
 
 def half_width(values: Sequence[float]) -> float:

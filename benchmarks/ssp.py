@@ -23,8 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.eval.judged_samples import Judged
-from megatron_sov.eval.pass_at_k import PromptCounts
+from megatron_sov.eval.pass_at_k import Judged, PromptCounts
 from megatron_sov.post.ssp.choice import Choice, Measured, choose
 
 CHECKPOINTS, DOMAINS, REPEATS = 6, 4, 20

@@ -27,8 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.tools.episode import Episode, Written, row_of
-from megatron_sov.tools.journal import lines_in
+from megatron_sov.tools.episode import Episode, Written, lines_in, row_of
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import Policy, Table, play
 from megatron_sov.tools.registry import make, order

@@ -36,7 +36,6 @@ APPEND = """
 import sys
 from pathlib import Path
 import numpy as np
-from megatron_sov.rollouts.parts import part_name
 from megatron_sov.rollouts.rows import Key, Rollout
 from megatron_sov.rollouts.store import Store
 
@@ -47,7 +46,7 @@ for piece in range(count // 4096):
                     draw.integers(0, 50_000, 64).astype(np.int32), draw.random(64).astype(np.float32) - 1,
                     np.full(64, 1, np.int32), "stop", "text", 1.0, "transformers", 1.5, 2.5)
             for i in range(piece * 4096, piece * 4096 + 4096)]
-    store.add_rollouts(part_name(1, piece), rows, {})
+    store.add_rollouts(f"round-0001-piece-{piece:04d}", rows, {})
 """
 TASK = """
 task: sums

@@ -13,12 +13,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.assemble import ShardedWriter, ShardRecord
 from data_prep.encode import Encoder
-from data_prep.indexed import IndexedSplit, token_dtype
 from data_prep.pack import Source, carry_tokenizer, parse_sources
-from data_prep.sharding import ShardedWriter, ShardRecord
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule, document_hash
-from data_prep.token_artifact import CONTENT_VERSION, KIND
+from data_prep.token_artifact import CONTENT_VERSION, KIND, IndexedSplit, token_dtype
 from megatron_sov.artifacts import new_artifact, read_manifest, refuse_existing
 from megatron_sov.documents import Document
 from megatron_sov.documents.indexed_writer import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
@@ -49,8 +48,6 @@ EODS = ("auto", "append", "none")
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What was found in a source."""
-
     hashes: NDArray[np.uint64]
     """Of each document's text, by which it is held out, [documents]."""
     sizes_bytes: NDArray[np.int64]
@@ -260,24 +257,18 @@ class AdoptOptions:
 
 @dataclass(frozen=True)
 class Pair:
-    """A source that is taken over."""
-
     source: Source
     """Name, and path without endings."""
     split: IndexedSplit
-    """Its documents."""
     surveyed: Surveyed
-    """What was found in them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     add_options(parser, AdoptOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data adopt`; returns 0."""
     args = read_options(AdoptOptions, typed)
     refuse_existing(args.output, KIND, args.overwrite)
     sources = parse_sources([_without_ending(given) for given in args.pairs])

@@ -10,7 +10,7 @@ COMMANDS = {
     "run": Command("data_prep.run", "run a pipeline from raw documents to the sources of a curriculum"),
     "synth": Command("data_prep.synth.command",
                      "make data with models: checked, with provenance, restartable"),
-    "encode-media": Command("data_prep.media.command",
+    "encode-media": Command("data_prep.media.running",
                             "turn records that name pictures, sounds and videos into text and banks to pack"),
     "pack": Command("data_prep.pack", "turn text, chats, preferences or prompts into token shards"),
     "adopt": Command("data_prep.adopt", "take over token shards that Megatron-LM's preprocess_data wrote"),

@@ -52,13 +52,11 @@ class DecontaminateOptions(BenchmarkSearchSettings):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     add_options(parser, DecontaminateOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data decontaminate`; returns 0."""
     args = read_options(DecontaminateOptions, typed)
     decontaminate(args.input, args.output, args, Reading(args.format, args.text_field),
                   overwrite=args.overwrite)

@@ -65,8 +65,6 @@ class GroupOptions:
 
 @dataclass(frozen=True)
 class Group:
-    """Responses to one prompt."""
-
     beside: dict[str, Any]
     """The record's other fields, such as tools."""
     prompt: list[dict[str, Any]]
@@ -74,13 +72,11 @@ class Group:
     responses: list[list[dict[str, Any]]]
     """The messages of each response."""
     rewards: list[float]
-    """One for each."""
     ended: list[bool]
     """Whether each ended by itself, or nothing says that it did not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = (
         "Turn groups of judged responses into chats with an advantage each, for `sov-data pack --format chat "
         "--column advantage --column group_share`.  " + INPUT)
@@ -88,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data groups`; returns 0."""
     args = read_options(GroupOptions, typed)
     write_groups(args.input, args.output, FILE, chats_of, keep_unfinished=args.keep_unfinished,
                  overwrite=args.overwrite)

@@ -18,11 +18,18 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON
-from data_prep.mixture.allotment import Missing, PhaseShares, allot, overall, refuse_many_epochs, table
-from data_prep.mixture.blend_file import find_blend, read_blend
+from data_prep.mixture.blend_file import (
+    Missing,
+    PhaseShares,
+    allot,
+    find_blend,
+    overall,
+    read_blend,
+    refuse_many_epochs,
+    table,
+)
 from data_prep.splits import TRAIN
-from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest
-from data_prep.twin_documents import refuse_overlap
+from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest, refuse_overlap
 from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
 from megatron_sov.digests import algorithm_of, file_digest
 from megatron_sov.errors import UserError
@@ -45,8 +52,6 @@ SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "d
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of a mix."""
-
     path: Path
     """Artifact of kind "tokens"."""
     weight: float | None
@@ -72,7 +77,6 @@ class BlendSettings(BlendLimits):
     """A blend, and how it becomes shares of sources."""
 
     file: Path
-    """The blend file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,6 @@ class MixOptions(BlendLimits):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
                           "a run relative to the others; without weights the tokens decide. "
                           "Within a folder its own weights, or tokens, decide. --blend shares each phase of "
@@ -127,7 +130,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data mix`; returns 0."""
     args = read_options(MixOptions, typed)
     parts = [parse_part(a) for a in args.data]
     _refuse_idle_options(args, parts)

@@ -26,15 +26,19 @@ from tqdm import tqdm
 
 from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
-from data_prep.indexed import sidecars_of, token_dtype
 from data_prep.media.packing import banks_of, check_tokenizer, described, encoding_of, media_of, records_of
-from data_prep.provenance import artifact_of
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule
 from data_prep.steps import named_steps
-from data_prep.tags import GivenTag, parse_tags, refuse_unknown_sources, source_tags, with_written
-from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE
-from data_prep.units import GROUP, UnitSettings
-from data_prep.workers import Unit, encode_units
+from data_prep.tags import (
+    GivenTag,
+    artifact_of,
+    parse_tags,
+    refuse_unknown_sources,
+    source_tags,
+    with_written,
+)
+from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE, sidecars_of, token_dtype
+from data_prep.units import GROUP, Unit, UnitSettings, encode_units
 from megatron_sov.artifacts import (
     ArtifactWriter,
     new_artifact,
@@ -83,12 +87,9 @@ OnBad = Literal["refuse", "quarantine"]
 
 @dataclass(frozen=True)
 class Source:
-    """One `--input`."""
-
     name: str
     """Name in blends, evaluations and folders."""
     path: Path
-    """File or folder."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +169,11 @@ class PackOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     add_options(parser, PackOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data pack`; returns 0."""
     args = read_options(PackOptions, typed)
     tag_fields, tags = parse_tags(args.tags)
     reading = Reading(args.format, args.text_field, args.max_document_bytes, args.columns,
@@ -238,7 +237,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
         raise UserError(f"--workers {workers}: must be at least 1")
     refuse_existing(output, KIND, overwrite)
     refuse_unknown_sources(settings.tags, [source.name for source in sources])
-    corpora = media_of(sources, settings.reading.kind)
+    corpora = media_of({source.name: source.path for source in sources}, settings.reading.kind)
     settings = replace(settings, reading=replace(settings.reading, media=bool(corpora)))
     encoding = EncodingSettings(settings.bos, settings.eod, media=encoding_of(corpora))
     encoder = Encoder(tokenizer, encoding)
@@ -315,7 +314,6 @@ def _unlearned(units: list[Unit], settings: PackSettings) -> str:
 
 def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path,
             workers: int, on_bad: str) -> list[EncodedSource]:
-    """Bring all units to completion."""
     encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path,
                                           columns=settings.reading.columns)
                for source in sources}

@@ -15,14 +15,12 @@ FILE = "pairs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Turn groups of judged responses into pairs of the best and the worst, for "
                           "`sov-data pack --format preference`.  " + INPUT)
     add_options(parser, GroupOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data pairs`; returns 0."""
     args = read_options(GroupOptions, typed)
     write_groups(args.input, args.output, FILE, pair_of, keep_unfinished=args.keep_unfinished,
                  overwrite=args.overwrite)

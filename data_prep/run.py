@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.pipeline.known_steps import STEPS
+from data_prep.pipeline.step import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import ClusterOptions
 
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
 command continues at the first unfinished shard when it is run again; a changed setting redoes what depends on
@@ -34,20 +34,17 @@ class DataRunOptions(ClusterOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
     add_options(parser, DataRunOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data run`; returns 0."""
     args = read_options(DataRunOptions, typed)
-    from data_prep.pipeline.dry_run import describe
-    from data_prep.pipeline.inputs import is_much, told, unknown_inputs
+    from data_prep.pipeline.addresses import is_much, told, unknown_inputs
     from data_prep.pipeline.pipeline_file import load_pipeline
     from data_prep.pipeline.plan import make_plan
-    from data_prep.pipeline.running import check_folder, refuse_inside_sources, run_pipeline
+    from data_prep.pipeline.running import check_folder, describe, refuse_inside_sources, run_pipeline
 
     pipeline = load_pipeline(args.pipeline)
     check_folder(args.output)
@@ -60,9 +57,9 @@ def run(typed: argparse.Namespace) -> int:
         print(describe(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
     if args.cluster:
-        from data_prep.pipeline.slurm_engine import submit_pipeline
+        from data_prep.pipeline.running import submit_pipeline
 
-        submit_pipeline(pipeline, args.output, args.cluster, account=args.account, partition=args.partition)
+        submit_pipeline(pipeline, args.output, args)
         return 0
     (args.output / "inputs").mkdir(parents=True, exist_ok=True)
     plan = make_plan(pipeline, args.output)

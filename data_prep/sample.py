@@ -41,14 +41,12 @@ class SampleOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Print documents as the model will see them; in data with a loss mask, "
                           f"what is learned stands in {' '.join(LEARNED)}.")
     add_options(parser, SampleOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Print the documents; returns 0."""
     args = read_options(SampleOptions, typed)
     for line in sample(args.data, args.source, args.split, args.count, args.max_tokens, args.seed):
         print(line)

@@ -59,13 +59,11 @@ class ScorerCheckOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = "Train a model that gives texts a score, or judge one on other labels."
     add_actions(parser, ACTIONS)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data scorer`; returns 0."""
     return run_action(ACTIONS, typed)
 
 

@@ -39,14 +39,12 @@ class DataStatsOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Show, per source: a histogram of document lengths, tokens that are learned, "
                           "special tokens, unused ids.")
     add_options(parser, DataStatsOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Print the statistics; returns 0."""
     args = read_options(DataStatsOptions, typed)
     found = statistics(args.data)
     print(to_json(found) if args.json else "\n".join(_shown(found)))

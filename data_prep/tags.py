@@ -13,8 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from data_prep.provenance import SYNTHESIS
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.documents.columns import tag_value
 from megatron_sov.errors import UserError
 
@@ -35,9 +34,7 @@ class GivenTag:
     """A tag whose value does not stand in the records."""
 
     key: str
-    """Its name."""
     value: str
-    """Its value."""
     source: str = ""
     """Name of the source that it belongs to; "": all of them."""
 
@@ -144,3 +141,19 @@ def is_chosen(where: Mapping[str, Sequence[str]], record: Mapping[str, Any]) -> 
     return all(tags.get(key) and all(any(fnmatchcase(value, pattern) for pattern in patterns)
                                      for value in tags[key])
                for key, patterns in where.items())
+
+
+CORPUS, SYNTHESIS = "corpus", "synthesis"
+"""Kinds of what `sov-data run` and `sov-data synth` write."""
+
+
+def artifact_of(path: Path) -> Path | None:
+    """Return the corpus, or the folder of synthesis, that a path is, or lies in; None where there is no
+    complete one."""
+    for folder in (path, *path.absolute().parents):
+        if (folder / MANIFEST).is_file():
+            try:
+                return folder if read_manifest(folder).kind in (CORPUS, SYNTHESIS) else None
+            except UserError:
+                return None
+    return None

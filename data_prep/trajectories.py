@@ -42,8 +42,6 @@ Think = Literal["tags", "plain", "drop"]
 
 @dataclass(frozen=True)
 class Solution:
-    """One solution of a query."""
-
     answer: str
     """What is told at the end."""
     thinking: str = ""
@@ -85,7 +83,6 @@ class TrajectoriesOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Join each query with two to five solutions that differ to one document of text, "
                           "for `sov-data pack`. "
                           'A line of the input is {"query": ..., "solutions": [...]}; '
@@ -96,7 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data trajectories`; returns 0."""
     args = read_options(TrajectoriesOptions, typed)
     write_trajectories(args.input, args.output, args.settings, overwrite=args.overwrite)
     return 0
@@ -209,7 +205,6 @@ def _jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
 
 
 def document(query: str, solutions: list[Solution], settings: TrajectorySettings) -> str:
-    """Return the text of one document."""
     parts = [query.strip()]
     for number, solution in enumerate(solutions, 1):
         parts.append(f"{settings.heading.format(number)}\n{_told(solution, settings.think)}")

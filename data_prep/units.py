@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from data_prep.encode import EncodedBatch, Encoder, EncodingSettings
 from data_prep.splits import document_hash
 from data_prep.steps import Steps
-from megatron_sov.artifacts import new_folder, to_json
+from megatron_sov.artifacts import to_json
 from megatron_sov.documents import BadRecord, Document, LeftOut, Reading, Span
 from megatron_sov.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.documents.reading import CountedSpan
@@ -31,8 +32,11 @@ from megatron_sov.errors import UserError
 from megatron_sov.media.banks import MEDIA
 from megatron_sov.media.marks import SPELLED
 from megatron_sov.plugins.code import Code
-from megatron_sov.work.parts import part_folder
+from megatron_sov.work.parts import make_part, part_folder
+from megatron_sov.work.pool import in_processes
 
+Unit = tuple[Span, ...]
+RECORD = "record.json"
 CODE_VERSION = 4
 """Raised when the same input and settings would give another unit."""
 BATCH_BYTES = 1_000_000
@@ -57,11 +61,8 @@ class UnitSettings:
     config_sha256: str
     """Hash of its tokenizer_config.json, which holds the chat template."""
     dtype: str
-    """Dtype of ids."""
     reading: Reading
-    """What records hold."""
     encoding: EncodingSettings
-    """How they are encoded."""
     steps: tuple[Code, ...] = ()
     """Data steps that each document goes through before, in order."""
 
@@ -75,7 +76,6 @@ class UnitRecord:
     num_sequences: int
     """Rows of `SEQUENCE`."""
     num_tokens: int
-    """Ids in all."""
     num_lines: tuple[int, ...]
     """Lines or rows of each span."""
     num_bad: dict[str, int]
@@ -97,23 +97,22 @@ class UnitEncoder:
         self._steps = Steps(settings.steps)
         self._encoder: Encoder | None = None
 
-    def encode(self, unit: tuple[Span, ...]) -> UnitRecord:
+    def encode(self, unit: Unit) -> UnitRecord:
         """Return the unit's record; it is encoded unless it is there already.
 
         Raises:
             UserError: a file cannot be read, or the disk refuses.
         """
         key = unit_key(unit, self.settings)
-        folder = part_folder(self.work, key)
-        if (folder / "record.json").is_file():
-            raw = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": False})
+        folder, is_new = make_part(self.work, key, RECORD, partial(self._write, unit, key))
+        raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
+
+    def _write(self, unit: Unit, key: str, folder: Path) -> None:
         if self._encoder is None:  # loaded by the first unit that needs it
             self._encoder = Encoder(self.settings.tokenizer, self.settings.encoding)
-        with (new_folder(folder, first_stays=True) as temporary,
-              _UnitWriter(temporary, key, self.settings, self._encoder, self._steps) as writer):
+        with _UnitWriter(folder, key, self.settings, self._encoder, self._steps) as writer:
             writer.read(unit)
-        return writer.record()
 
 
 class _UnitWriter:
@@ -143,17 +142,15 @@ class _UnitWriter:
         for file in self._files.values():
             file.close()
         if kind is None:
-            (self._folder / "record.json").write_text(to_json(self.record()))
+            (self._folder / RECORD).write_text(to_json(self.record()))
 
     def record(self) -> UnitRecord:
-        """Return what was written."""
         return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines),
                           dict(self._bad), dict(self._left_out),
                           {bucket: {tag: sorted(values) for tag, values in tags.items()}
                            for bucket, tags in self._tags.items()})
 
-    def read(self, unit: tuple[Span, ...]) -> None:
-        """Read and encode all spans."""
+    def read(self, unit: Unit) -> None:
         batch: list[tuple[int, Document]] = []
         size_bytes = 0
         for number, span in enumerate(unit):
@@ -254,7 +251,7 @@ def _id_hash(id_: str | None) -> int:
             or 1)
 
 
-def unit_key(unit: tuple[Span, ...], settings: UnitSettings) -> str:
+def unit_key(unit: Unit, settings: UnitSettings) -> str:
     """Return the hash of a unit's input and settings; paths are no part of it, so moved input is known again.
 
     Raises:
@@ -317,7 +314,6 @@ class StoredUnit:
     columns: NDArray[np.float32]
     """[sequences, columns] as `Reading.columns` names them."""
     folder: Path
-    """Where it lies."""
     media: NDArray[np.int64] | None = None
     """[tokens] what the sidecar of banks says; None: there are no media."""
 
@@ -349,3 +345,22 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     return StoredUnit(sequences, mapped("tokens", np.dtype(dtype).newbyteorder("<")), kinds,
                       columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder,
                       mapped(MEDIA, np.dtype("<i8")) if (folder / MEDIA).exists() else None)
+
+
+
+
+def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
+                 workers: int) -> Generator[UnitRecord, None, None]:
+    """Yield the record of each unit, in order; what is there already is kept.
+
+    Processes and not threads: two threads are as quick (benchmarks/data_pack.py), but about a third of the
+    work, reading JSON and making arrays, holds Python's lock, so more than three would wait for one another.
+
+    Raises:
+        UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.
+    """
+    yield from in_processes(_unit_encoder, (settings, work), units, workers)
+
+
+def _unit_encoder(settings: UnitSettings, work: Path) -> Callable[[Unit], UnitRecord]:
+    return UnitEncoder(settings, work).encode

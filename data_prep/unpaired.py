@@ -36,14 +36,12 @@ class UnpairedOptions(GroupOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Turn judged responses into the pairs that KTO learns from, for `sov-data pack "
                           "--format preference --column desirable`.  " + INPUT)
     add_options(parser, UnpairedOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data unpaired`; returns 0."""
     args = read_options(UnpairedOptions, typed)
     write_unpaired(args.input, args.output, args.good_from, keep_unfinished=args.keep_unfinished,
                    overwrite=args.overwrite)

@@ -12,11 +12,18 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.indexed import COLUMN_DTYPE, SIDECARS, IndexedSplit
-from data_prep.media.verifying import media_problems
+from data_prep.media.packing import media_problems
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
-from data_prep.token_artifact import Shard, num_tokens, read_tokens_manifest, shards_of
-from data_prep.twin_documents import document_hashes
+from data_prep.token_artifact import (
+    COLUMN_DTYPE,
+    SIDECARS,
+    IndexedSplit,
+    Shard,
+    document_hashes,
+    num_tokens,
+    read_tokens_manifest,
+    shards_of,
+)
 from megatron_sov.artifacts import damaged_files
 from megatron_sov.chat.kinds import KIND_NONE, KINDS
 from megatron_sov.documents.routes import ROUTES, RouteShape
@@ -44,7 +51,6 @@ class DataVerifyOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Check token shards before a run: file hashes, indices, range of ids, "
                           "ends of documents, no document in both splits; count duplicates; "
                           "with --tokens, how often a run of that size repeats each source.")

@@ -32,7 +32,7 @@ SAYS = {
     "convert": "Hugging Face folders", "generate": "text from a model", "eval": "needles, loss, pass@k",
     "serving": "an OpenAI-compatible address",
     "extend": "longer contexts, gates", "post": "SFT, distillation, RL", "report": "the report of a run",
-    "watch": "how runs stand", "slurm": "jobs on a cluster", "doctor": "what a machine has",
+    "slurm": "jobs on a cluster", "doctor": "what a machine has",
     "bundle": "a cluster without a network", "commands": "one file for each command",
     "cli": "the door: megatron-sov", "__main__": "python -m megatron_sov", "api": "the door from Python",
     "__init__": "import megatron_sov", "tokenizer": "sov-tokenizer", "data_prep": "sov-data",

@@ -9,9 +9,8 @@ from megatron_sov import recipes
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.obs.units import GIB
-from megatron_sov.plan.kv_cache import kv_bytes
 from megatron_sov.plan.memory import account
-from megatron_sov.plan.speed.shape import of_model
+from megatron_sov.plan.speed.workload import kv_bytes, of_model
 
 PAGE = Path(__file__).parent / "memory.md"
 SEQ_LEN = 262_144
@@ -41,7 +40,7 @@ the account that `megatron-sov plan` prices a run with (`megatron_sov/plan/memor
   inside of one layer with its gradients, the logits of one chunk and the gradients that the head's loss
   leaves; of one layer and head the larger counts, for the head's part is gone when a layer's backward pass
   begins. `benchmarks/results/plan_activations.txt` compares them with what autograd saves in whole steps.
-- **Imbalance, NCCL, gaps** are estimates (`megatron_sov/plan/overheads.py`): a fullest expert-parallel rank
+- **Imbalance, NCCL, gaps** are estimates (`megatron_sov/plan/memory.py`): a fullest expert-parallel rank
   with a fifth more tokens than the mean, a ring's buffers for each communicator, and the allocator's gaps.
 
 The CUDA context and the workspaces of libraries come on top: a run may plan with 95 % of a GPU's memory.
@@ -58,7 +57,7 @@ CACHES = f"""
 ## Keys and values of a response
 
 Generating keeps keys and values of every token in global layers, and of a window in sliding ones
-(`megatron_sov/plan/kv_cache.py`).  GiB of one sequence in bf16 over all processes that share it:
+(`megatron_sov/plan/speed/workload.py`).  GiB of one sequence in bf16 over all processes that share it:
 
 | recipe | {" | ".join(f"{tokens:,} tokens" for tokens in CACHED)} |
 |---|{"---|" * len(CACHED)}

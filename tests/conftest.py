@@ -589,9 +589,8 @@ def write_round() -> Callable[..., None]:
     """
     import numpy as np
 
-    from megatron_sov.rollouts.parts import part_name
     from megatron_sov.rollouts.prompts import pieces, round_prompts
-    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Judged, Key, Rollout
+    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Judged, Key, Rollout, part_name
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
         random = np.random.default_rng([int(prompt.id, 16), number, sample])

@@ -54,10 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},
     "eval": SECOND, "serving": SECOND,
     "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
-    "report": GROUND, "card": GROUND, "watch": GROUND | {"slurm"}, "ladder": GROUND,
+    "report": GROUND, "card": GROUND, "ladder": GROUND,
     "kubernetes": GROUND | {"slurm"},
     "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "kubernetes",
-                                         "report", "card", "watch", "ladder", "bundle"},
+                                         "report", "card", "ladder", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
     "tokenizer": BASE, "data_prep": BASE | {"runs", "tools"},
 }
@@ -67,7 +67,7 @@ where it is named."""
 WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
     "megatron_sov/train": ({"guards", "side_jobs"}, {""}),
-    "megatron_sov/plan": ({"speed", "operation"}, {"tables", "search", "post_training", "calibration"}),
+    "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep": ({"sources", "journey", "demo", "pipelines"}, {"pipeline"},
                   {"quality", "dedup", "scoring", "mixture"}, {"decontamination"}),
@@ -77,7 +77,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
 
 TORCH_FREE = GROUND - {"codecs"} | {
-    "doctor", "report", "card", "watch", "ladder", "bundle", "commands", "cli", "api", "__init__",
+    "doctor", "report", "card", "ladder", "bundle", "commands", "cli", "api", "__init__",
     "tokenizer", "data_prep", "slurm", "kubernetes"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
@@ -91,11 +91,9 @@ MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
              "megatron_sov/rewards/check_program.py": _INSIDE,
              "megatron_sov/rewards/solution_tests.py": _INSIDE}
 """File outside of work that starts processes or holds locks -> why."""
-MAY_RENAME = {"megatron_sov/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
+MAY_RENAME = {"megatron_sov/mcore/checkpoint/sharded_tensors.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
-              "megatron_sov/rollouts/store.py": "a name that several processes want",
-              "megatron_sov/commands/eval_passk.py": "into an artifact that is made",
-              "data_prep/synth/finishing.py": "several files together"}
+              "megatron_sov/commands/eval_passk.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
@@ -105,9 +103,9 @@ CUT_ANYWHERE = {
     "megatron_sov/counterparts/settings.py": "the words of a script",
     "megatron_sov/slurm/attempts.py": _PROGRAM, "megatron_sov/slurm/submission.py": _PROGRAM,
     "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/work/background.py": _PROGRAM,
-    "data_prep/mixture/proxies.py": _PROGRAM, "data_prep/synth/local_engine.py": _PROGRAM,
+    "data_prep/mixture/search.py": _PROGRAM, "data_prep/synth/models.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
-    "megatron_sov/work/sandbox/landlocked.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
+    "megatron_sov/work/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
     "megatron_sov/work/sandbox/system_calls.py": _SYSTEM,
     "data_prep/journey/telling.py": "text that is shown; ends of lines that differ are told",
     "data_prep/quality/rules/step.py": _PUBLISHED}
@@ -382,8 +380,8 @@ BAD = [
     ("megatron_sov/mcore/model/specs.py", "from megatron.training import get_args",
      "only megatron.core is used"),
     ("megatron_sov/mcore/model/specs.py", "import apex", "apex is not used"),
-    ("megatron_sov/watch/state.py", "from megatron_sov.train import stage",
-     "room 'watch' may not import 'train'"),
+    ("megatron_sov/ladder/state.py", "from megatron_sov.train import stage",
+     "room 'ladder' may not import 'train'"),
     ("megatron_sov/report/page.py", "def f():\n    from megatron_sov import mcore",
      "room 'report' may not import 'mcore'"),
     ("megatron_sov/data/order.py", "import pickle", "not unpickled"),

@@ -12,7 +12,7 @@ from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli, recipes
 from megatron_sov.command_line import Parser
 from megatron_sov.config import apply_settings
-from megatron_sov.rewards.format import Format
+from megatron_sov.rewards.surface import Format
 from megatron_sov.settings import options_of
 from tokenizer.cli import build_parser as sov_tokenizer
 

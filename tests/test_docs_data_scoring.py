@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from data_prep.cli import main
-from data_prep.pipeline.known_steps import STEPS, step_class
+from data_prep.pipeline.step import STEPS, step_class
 from data_prep.scoring.labels import HIGHEST
 from megatron_sov.settings import problems_of
 from tests.data_prep.scoring.planted import planted, write_lines

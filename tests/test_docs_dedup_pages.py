@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import data_prep.cli
-from data_prep.pipeline.known_steps import step_class
+from data_prep.pipeline.step import step_class
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.settings import problems_of
 

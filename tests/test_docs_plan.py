@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.plan.search import space
+from megatron_sov.plan import space
 
 PAGE = (Path(__file__).parents[1] / "docs/plan.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 OF_FILES = ("--table", "--calibrate", "--parameters")
-"""Commands that read what a user has; `tests/plan/tables` and `tests/plan/calibration` run them."""
+"""Commands that read what a user has; `tests/plan/test_tables.py` and `test_calibrate.py` run them."""
 
 
 @pytest.fixture

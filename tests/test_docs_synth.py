@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import records_by_item
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
@@ -39,14 +41,17 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told = capsys.readouterr().out
     assert "rewrite " in told and "rewrite (version" in told
     output = tmp_path / "work/rewritten"
-    (part,) = (output / "candidates").iterdir()
-    samples = json.loads(part.read_text())["samples"]
+    assert main(["inspect", str(output)]) == 0
+    assert "kept work of `sov-data synth`" in capsys.readouterr().out
+    (_, record), = records_by_item(work_folder(output))
+    samples = json.loads(record)["samples"]
     lines = [line for name in ("kept", "rejected")
              for line in (output / f"{name}.jsonl").read_text().splitlines()]
     assert len(lines) == len(samples) > 0
-    promised = re.findall(r"^\| `([\w.*/-]+)`", PAGE[PAGE.index("## What lies in the folder"):PAGE.index(
+    promised = re.findall(r"^\| `([\w.*/-]+)`", PAGE[PAGE.index("## What comes out"):PAGE.index(
         "## It goes on")], re.MULTILINE)
-    assert len(promised) == 6 and all(list(output.glob(name)) for name in promised)
+    assert len(promised) == 6 and all(
+        (output.parent / name if name.startswith(".") else output / name).exists() for name in promised)
 
 
 def test_the_template_of_the_page_is_one(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def one(words: list[str], dry: bool, trace: str) -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.models.flops import train_flops_per_token
+    from megatron_sov.models.count import train_flops_per_token
     from megatron_sov.train.announcement import memory_of
 
     config = apply_settings(recipes.get(recipe), [*layout, *words])

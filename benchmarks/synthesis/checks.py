@@ -31,9 +31,8 @@ from synthesis.for_all import row_for_all
 from synthesis.written_runs import fates, write_run
 
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.generator import Generator, NoReply, NoUsableReply
+from data_prep.synth.generator import Generator, NoReply, NoUsableReply, Sample, Verdict
 from data_prep.synth.known import GENERATORS, generator_class
-from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.artifacts import atomic_write
 from tests.data_prep.synth.scripted import ScriptedAsk
 

@@ -45,7 +45,7 @@ LIMIT_S = 240.0
 """For one command."""
 FORKS = multiprocessing.get_context("forkserver")
 MODULES = ["openai", "data_prep.cli", "data_prep.synth.running",
-           "data_prep.synth.finishing", "data_prep.pipeline.engine"]
+           "data_prep.synth.finishing", "data_prep.pipeline.running"]
 
 
 @dataclass(frozen=True)

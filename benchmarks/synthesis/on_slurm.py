@@ -24,7 +24,8 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from virtual_cluster import PROFILE, VirtualCluster, why_not
 
 from data_prep import cli
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import Jobs
+from megatron_sov.work.folders import slurm_folder, work_folder
 
 ROOT = Path(__file__).parents[2]
 VLLM = f"""#!{sys.executable}
@@ -64,13 +65,13 @@ def main() -> int:
         began_s = time.monotonic()
         assert cli.main([*words, "--serve-vllm", "model", "--cluster", "site.yaml", "--workers", "2",
                          "--output", "jobs"]) == 0
-        numbers = Jobs.read(here / "jobs").numbers
+        numbers = Jobs.read(slurm_folder(here / "jobs")).numbers
         state = cluster.wait(numbers["finish"])["JobState"]
         took_s = time.monotonic() - began_s
         is_same = state == "COMPLETED" and kept(here / "jobs") == kept(here / "alone") != []
         print(f"the last job: {state} after {took_s:.0f} s; kept as by one process: {is_same} "
               f"({len(kept(here / 'alone'))} samples, "
-              f"{len(list((here / 'jobs/candidates').iterdir()))} parts)", flush=True)
+              f"{len(list(work_folder(here / 'jobs').glob('records-*')))} workers)", flush=True)
         began_s = time.monotonic()
         while cluster.job(numbers["server"])["JobState"] == "RUNNING":
             if time.monotonic() - began_s > SERVER_ENDS_S:

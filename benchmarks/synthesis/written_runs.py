@@ -11,17 +11,25 @@ from typing import Any
 
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.finishing import finish
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import Journal, begun
+
+LIKE_ANY = {"verdicts": [], "group": "", "notes": {}, "kind": None}
 
 
 def write_run(folder: Path, generator: str, kind: str,
               samples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """Write samples, as candidates hold them; the item of place i is called i."""
-    (folder / "candidates").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({
         "generator": generator, "version": 1, "kind": kind, "model": "scripted"}))
-    with open(folder / "candidates/part-000000.jsonl", "w", encoding="utf-8") as f:
+    with begun(folder, "sov-data synth", {}):
+        journal = Journal(work_folder(folder))
         for number, some in enumerate(samples):
-            f.write(json.dumps({"number": number, "item": {"id": str(number)}, "samples": list(some)}) + "\n")
+            journal.add([(number, json.dumps({
+                "item": {"id": str(number), "source": "", "licence": "", "digest": ""}, "asked": [],
+                "unusable": "", "samples": [{**LIKE_ANY, **one} for one in some]}).encode())])
+        journal.close()
 
 
 def fates(folder: Path, settings: CheckSettings) -> dict[int, str]:

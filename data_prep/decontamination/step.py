@@ -14,7 +14,7 @@ from annotated_types import Ge, Le, MinLen
 from data_prep.decontamination.benchmarks import FIELDS, benchmark_files, read_items
 from data_prep.decontamination.hits import MOST_HITS, Hit, find_hits
 from data_prep.decontamination.places import whole_lines, without
-from data_prep.dedup.report import write_page
+from data_prep.dedup.exact import write_page
 from data_prep.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
 from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import new_file

@@ -3,19 +3,88 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from blake3 import blake3
 
-from data_prep.dedup.dropping import Dropped
-from data_prep.dedup.numbering import Numbering, Register, registered
+from data_prep.dedup.numbering import Numbering, Register, ranks, registered
 from data_prep.dedup.occurrences import KEY_BYTES, Rule, read_surplus, write_occurrences, write_surplus
-from data_prep.dedup.report import write_report
-from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
+from data_prep.dedup.work_files import Records
+from data_prep.pipeline.step import KEPT, Doc, Outcome, Pass, ShardRef, Step, View
+from megatron_sov.artifacts import new_file, to_json
 from megatron_sov.documents.overlap import find_units
+
+# Outcomes from a list of documents that go, each because of another one that stays.
+
+class Dropped:
+    """Which documents go; the list of one shard is in memory at a time."""
+
+    def __init__(self, numbering: Numbering, register: Register, reason: str,
+                 lists: Callable[[int], Records]) -> None:
+        """`lists`: rank -> records with `doc` and `keeper` of what goes from a shard."""
+        self._numbering, self._register, self._reason, self._lists = numbering, register, reason, lists
+        self._rank = -1
+        self._keeper_ids: dict[int, str] = {}
+
+    def outcomes(self, documents: Sequence[Doc]) -> list[Outcome]:
+        """Return the outcomes of documents."""
+        return [self._outcome(d) for d in documents]
+
+    def _outcome(self, document: Doc) -> Outcome:
+        rank = self._numbering.rank_of[ShardRef(document.source, document.shard)]
+        if rank != self._rank:
+            self._load(rank)
+        keeper = self._keeper_ids.get(document.row)
+        return KEPT if keeper is None else Outcome(self._reason, values={"duplicate_of": keeper})
+
+    def _load(self, rank: int) -> None:
+        """Read a shard's list, and the ids of those that stay, by the shards that hold them."""
+        records = self._lists(rank)
+        self._keeper_ids = {}
+        keepers = records["keeper"]
+        for number in records[keepers.argsort(kind="stable")]:
+            row, keeper = int(number["doc"]) & 0xFFFFFFFF, int(number["keeper"])
+            self._keeper_ids[row] = self._register.id_of(keeper)
+        assert (ranks(records["doc"]) == rank).all()
+        self._rank = rank
+
+
+# What the report's page shows of a search for duplicates: between which sources they lie.
+
+MOST_ROWS = 50
+
+
+def write_report(view: View, lists: Callable[[int], Records], title: str,
+                 bars: list[dict[str, Any]] | None = None) -> None:
+    """Write `report.json` into a step's work folder.
+
+    Args:
+        view: the pipeline.
+        lists: rank -> records with `doc` and `keeper` of what goes from a shard.
+        title: of the table.
+        bars: charts beside it.
+    """
+    numbering = Numbering(view)
+    between: Counter[tuple[str, str]] = Counter()
+    for rank, shard in enumerate(numbering.shards):
+        kept_by = Counter(ranks(lists(rank)["keeper"]).tolist())
+        for keeper_rank, count in kept_by.items():
+            between[shard.source, numbering.shards[keeper_rank].source] += count
+    rows = [[dropped, kept, count] for (dropped, kept), count in
+            sorted(between.items(), key=lambda item: (-item[1], item[0]))[:MOST_ROWS]]
+    write_page(view, {"tables": [{"title": title, "head": ["dropped from", "kept in", "documents"],
+                                  "rows": rows}], "bars": bars or [], "notes": []})
+
+
+def write_page(view: View, page: dict[str, Any]) -> None:
+    """Write what the report's page shows of a step."""
+    with new_file(view.work / "report.json", makes_parents=True) as temporary:
+        temporary.write_text(to_json(page), encoding="utf-8")
+
 
 REASON = "exact duplicate"
 

@@ -17,10 +17,8 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
-from data_prep.dedup.dropping import Dropped
-from data_prep.dedup.exact import Partitions
+from data_prep.dedup.exact import Dropped, Partitions, write_report
 from data_prep.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
-from data_prep.dedup.report import write_report
 from data_prep.dedup.work_files import (
     BucketWriter,
     Records,

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from data_prep.dedup.exact import Partitions
+from data_prep.dedup.exact import Partitions, write_page
 from data_prep.dedup.numbering import Numbering
 from data_prep.dedup.occurrences import KEY_BYTES, Rule, read_surplus, write_occurrences, write_surplus
-from data_prep.dedup.report import write_page
 from data_prep.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
 from megatron_sov.documents.overlap import fold
 from megatron_sov.settings import AtLeastOne, Share

@@ -1,32 +1,335 @@
 """`sov-data demo-corpus`: real text that is present on any fresh machine,
-or one's own files, as JSONL sources."""
+or one's own files, as JSONL sources.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
+import io
 import json
-from collections.abc import Iterable
+import os
+import re
+import subprocess
+import sysconfig
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from html.parser import HTMLParser
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from data_prep.demo.korean import Unavailable, korean_pages
-from data_prep.demo.python import (
-    Docstring,
-    docstrings,
-    documentation,
-    order_key,
-    package_files,
-    question_and_answer,
-    read_source,
-    readmes,
-    stdlib_files,
-    topics,
-)
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import cut_text, list_files, read_documents
 from megatron_sov.errors import UserError
 from megatron_sov.settings import Flag, add_options, read_options
+
+# Korean text from Debian documentation packages, where this machine can fetch them.
+
+KOREAN_PACKAGES = ("libreoffice-help-ko", "gnome-user-docs", "debian-faq-ko")
+"""12 MB to download; what a distribution does not have is passed over."""
+TIMEOUT_S = 150
+"""Time for everything: package lists, downloads, unpacking."""
+MIN_HANGUL_SHARE = 0.3
+"""A line counts as Korean where at least this part of its letters is Hangul (names of menus and
+keys stay English)."""
+MIN_REPEATED_CHARS = 30
+"""Lines of this length or more are kept once over the whole package: notes that stand on every page."""
+_SKIPPED_TAGS = frozenset([
+    "script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info",
+])
+_BLOCK_TAGS = frozenset([
+    "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "td", "th", "dt", "dd", "pre", "table", "ul",
+    "ol", "section", "br", "title", "blockquote",
+])
+
+
+class Unavailable(Exception):
+    """Korean text cannot be fetched here; the message is the reason in a few words."""
+
+
+def korean_pages() -> dict[str, str]:
+    """Download, unpack and read the packages.
+
+    Returns:
+        Page inside the package -> its Korean text, sorted by page.
+
+    Raises:
+        Unavailable: there is no apt-get or dpkg-deb, no network, or none of the packages.
+    """
+    with tempfile.TemporaryDirectory(prefix="korean-") as name:
+        folder = Path(name)
+        runner = _Runner(folder, time.monotonic() + TIMEOUT_S)
+        try:
+            _download(runner)
+        except Unavailable:
+            if os.geteuid() != 0:
+                raise
+            runner.call(["apt-get", "-q", "update"])  # a fresh container has no package lists
+            _download(runner)
+        pages: dict[str, str] = {}
+        for package in sorted(folder.glob("*.deb")):
+            pages |= _pages(runner.call(["dpkg-deb", "--fsys-tarfile", str(package)]))
+    return korean_only(dict(sorted(pages.items())))
+
+
+def _pages(archive: bytes) -> dict[str, str]:
+    """Return the text of the pages in a package's archive that lie in a folder `ko`;
+    nothing is written to disk."""
+    texts = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+        for member in members:
+            path = PurePosixPath(member.name)
+            wanted = member.isfile() and path.suffix in (".html", ".page") and "ko" in path.parts
+            if wanted and (file := members.extractfile(member)):
+                texts[path.as_posix()] = html_text(file.read().decode("utf-8", "replace"))
+    return texts
+
+
+class _Runner:
+    """Runs commands in a folder until a deadline."""
+
+    def __init__(self, folder: Path, deadline_s: float) -> None:
+        self.folder, self.deadline_s = folder, deadline_s
+
+    def call(self, command: list[str]) -> bytes:
+        """Run a command and return its output; raises `Unavailable` with its last line where it fails."""
+        left_s = max(0.1, self.deadline_s - time.monotonic())
+        try:
+            done = subprocess.run(command, cwd=self.folder, timeout=left_s, capture_output=True, check=False)
+        except FileNotFoundError:
+            raise Unavailable(f"{command[0]} is not on this machine") from None
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"{command[0]} did not finish within {TIMEOUT_S} s") from None
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or b"no message").splitlines()[-1]
+            raise Unavailable(f"{command[0]} failed: {last.decode(errors='replace')}")
+        return done.stdout
+
+
+def _download(runner: _Runner) -> None:
+    """Download the packages one by one; raises the first reason where none comes."""
+    options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::http::Timeout=15"]
+    reasons = []
+    for package in KOREAN_PACKAGES:
+        try:
+            runner.call(["apt-get", *options, "download", package])
+        except Unavailable as e:
+            reasons.append(e)
+    if len(reasons) == len(KOREAN_PACKAGES):
+        raise reasons[0]
+
+
+class _TextParser(HTMLParser):
+    """Collects the text of a page's body, a line per block."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self._skipping: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Begin a line at a block, and silence at what a reader does not see."""
+        if tag in _SKIPPED_TAGS:
+            self._skipping.append(tag)
+        elif tag in _BLOCK_TAGS:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        """End the line, or the silence."""
+        if self._skipping and tag == self._skipping[-1]:
+            self._skipping.pop()
+        elif tag in _BLOCK_TAGS:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        """Collect text with its white space as a browser shows it."""
+        if not self._skipping:
+            self.parts.append(re.sub(r"\s+", " ", data))
+
+
+def html_text(page: str) -> str:
+    """Return the visible text of an HTML page, one block a line."""
+    parser = _TextParser()
+    parser.feed(page)
+    parser.close()
+    return "\n".join(line.strip() for line in "".join(parser.parts).split("\n") if line.strip())
+
+
+def is_korean(line: str) -> bool:
+    """Tell whether enough of a line's letters are Hangul."""
+    letters = sum(c.isalpha() for c in line)
+    hangul = sum("\uac00" <= c <= "\ud7a3" for c in line)
+    return hangul > 0 and hangul >= MIN_HANGUL_SHARE * letters
+
+
+def korean_only(pages: dict[str, str]) -> dict[str, str]:
+    """Return the pages with only their Korean lines, long repeated lines once;
+    pages without any are left out."""
+    seen: set[str] = set()
+    result = {}
+    for name, text in pages.items():
+        kept = []
+        for line in text.split("\n"):
+            if is_korean(line) and line not in seen:
+                kept.append(line)
+                if len(line) >= MIN_REPEATED_CHARS:
+                    seen.add(line)
+        if kept:
+            result[name] = "\n".join(kept)
+    return result
+
+
+# Text that comes with every Python: sources, docstrings, documentation topics,
+# and questions made from docstrings.
+
+PYTHON_PACKAGES = ("numpy", "networkx", "sympy", "jinja2", "pydantic", "torch/nn", "torch/optim",
+                   "torch/utils", "torch/distributions")
+"""Installed packages (or folders of them) whose docstrings are read where they are present."""
+SKIPPED_FOLDERS = frozenset([
+    "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings",
+    "lib2to3", "_vendor", "licenses", "turtledemo",
+])
+"""Tests, other people's packages, and folders that are tables rather than text."""
+_ROLE = re.compile(r":[a-zA-Z:+-]+:`[~!]?([^`<]+?)(?:\s*<[^>`]*>)?`")
+_NOISE_LINE = re.compile(r"^\s*(\.\. [\w:-]+::.*|\.\. _.*|([=\-~^\"*#+`_.])\2{2,}|<[^>]*>.*"
+                         r"|.*!\[.*|\[!?\[.*)$", re.MULTILINE)
+_ANSWER_CHARS = (40, 600)
+QUESTIONS = (
+    "What does `{}` do?",
+    "What is `{}` for?",
+    "Explain `{}` in Python.",
+    "Can you tell me what `{}` does?",
+    "I found `{}` in some code. What is it?",
+    "Describe `{}` briefly.",
+)
+
+
+@dataclass(frozen=True)
+class Docstring:
+    """One documented thing."""
+
+    module: str
+    """Dotted module."""
+    name: str
+    """Qualified name inside the module; empty for the module itself."""
+    text: str
+    """The docstring without its indentation."""
+
+
+def order_key(identity: str) -> bytes:
+    """Return a key that shuffles identities the same way everywhere."""
+    return hashlib.blake2b(identity.encode(), digest_size=8).digest()
+
+
+def stdlib_files() -> list[tuple[str, Path]]:
+    """Return (path inside the library, file) of the running Python's own sources, sorted;
+    tests are left out."""
+    return _python_files(Path(sysconfig.get_path("stdlib")), "")
+
+
+def package_files() -> list[tuple[str, Path]]:
+    """Return the same for `PACKAGES`, those that are installed."""
+    site = Path(sysconfig.get_path("purelib"))
+    return [entry for package in PYTHON_PACKAGES for entry in _python_files(site / package, package + "/")]
+
+
+def _python_files(folder: Path, prefix: str) -> list[tuple[str, Path]]:
+    return [(prefix + p.relative_to(folder).as_posix(), p) for p in _files(folder) if p.suffix == ".py"]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted, without going into `SKIPPED_FOLDERS`."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        found += [Path(place, name) for name in names]
+    return sorted(found)
+
+
+def read_source(file: Path) -> str:
+    """Return a source file's text, or "" where it is no UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def docstrings(name: str, source: str) -> list[Docstring]:
+    """Return the docstrings of a source file in order; nothing where it does not parse."""
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes that a later Python refuses
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    return [Docstring(module, inner, text) for inner, text in _walk(tree, "")]
+
+
+def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    if (isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and (text := ast.get_docstring(node))):
+        yield name, text
+    if isinstance(node, (ast.Module, ast.ClassDef)):
+        for child in node.body:
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from _walk(child, f"{name}.{child.name}" if name else child.name)
+
+
+def clean(text: str) -> str:
+    """Return documentation without markup noise: roles, directives, underlines,
+    badges and interactive sessions."""
+    text = _ROLE.sub(r"\1", text).replace("``", "`")
+    text = _NOISE_LINE.sub("", text).replace("::\n", ":\n")
+    paragraphs = [p.rstrip() for p in re.split(r"\n(?:[ \t]*\n)+", text.expandtabs())]
+    return "\n\n".join(p for p in paragraphs if p.strip() and not p.lstrip().startswith(">>>"))
+
+
+def documentation(found: list[Docstring]) -> dict[str, str]:
+    """Return one text per module: its docstrings, each under its name."""
+    parts: dict[str, list[str]] = {}
+    for d in found:
+        if text := clean(d.text):
+            parts.setdefault(d.module, []).append(f"{d.module}.{d.name}\n\n{text}" if d.name
+                                                  else f"{d.module}\n\n{text}")
+    return {module: "\n\n".join(texts) for module, texts in parts.items()}
+
+
+def topics() -> dict[str, str]:
+    """Return Python's language reference by topic, as `help()` shows it."""
+    from pydoc_data.topics import topics as texts
+
+    return {f"topic {name}": clean(text) for name, text in sorted(texts.items())}
+
+
+def readmes() -> dict[str, str]:
+    """Return the documentation files (.rst, .md and descriptions) that lie beside installed packages."""
+    site = Path(sysconfig.get_path("purelib"))
+    files = [p for p in _files(site)
+             if p.suffix in (".rst", ".md") or (p.name == "METADATA" and p.parent.suffix == ".dist-info")]
+    texts = {p.relative_to(site).as_posix(): read_source(p) for p in files}
+    # what precedes the first blank line of METADATA are mail-like headers
+    return {name: clean(text.partition("\n\n")[2] if name.endswith("METADATA") else text)
+            for name, text in texts.items()}
+
+
+def question_and_answer(found: Docstring) -> tuple[str, str] | None:
+    """Return a question about a public name and the first paragraph of its docstring,
+    or None where it makes no answer."""
+    name = f"{found.module}.{found.name}" if found.name else found.module
+    if any(part.startswith("_") for part in name.split(".")):
+        return None
+    answer = " ".join(clean(found.text).partition("\n\n")[0].split())
+    if (not _ANSWER_CHARS[0] <= len(answer) <= _ANSWER_CHARS[1] or not answer.endswith(".")
+            or not answer[0].isupper()):
+        return None
+    return QUESTIONS[order_key(name)[0] % len(QUESTIONS)].format(name), answer
+
 
 KIND = "corpus"
 ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.provenance import SYNTHESIS
+from data_prep.tags import SYNTHESIS
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.settings import Flag, add_options, read_options
 
@@ -47,7 +47,7 @@ def run(typed: argparse.Namespace) -> int:
 
 def _writer(folder: Path) -> Callable[[Path, Path], Path]:
     """Return what writes the page of a folder; by name, since rooms above this one know their own."""
-    is_synthesis = (folder / "candidates").is_dir() or (
+    is_synthesis = (folder / "answers.sqlite").is_file() or (
         (folder / MANIFEST).is_file() and read_manifest(folder).kind == SYNTHESIS)
     module, name = (("data_prep.synth.page", "write_page") if is_synthesis
                     else ("data_prep.journey.page", "write_report"))

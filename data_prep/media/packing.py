@@ -1,34 +1,23 @@
 """What `sov-data pack` does with a media corpus: each shard gets banks of its own, which hold what its
-documents
-name."""
+documents name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.media.finishing import KIND
-from data_prep.media.units import RECORDS
+from data_prep.media.units import KIND, RECORDS
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.errors import UserError
-from megatron_sov.media.banks import MEDIA, BankShape, open_bank, read_shapes
+from megatron_sov.media.banks import MEDIA, NONE, SIDECAR_DTYPE, BankShape, open_bank, read_shapes
 from megatron_sov.media.meant import MeantTokens, MediaEncoding
 from megatron_sov.media.vocabulary import MEDIA as BLOCKS
 from megatron_sov.media.vocabulary import read_blocks
-
-
-class _Named(Protocol):
-    """A source of `sov-data pack`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def path(self) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -36,13 +25,8 @@ class SourceBanks:
     """The banks that the documents of a source name."""
 
     folder: Path
-    """The media corpus."""
     shapes: Mapping[str, BankShape]
     """Kind -> what its records are."""
-
-    def opened(self, prefix: Path) -> ShardBanks:
-        """Begin the banks of a shard."""
-        return ShardBanks(self, prefix)
 
 
 class ShardBanks:
@@ -76,15 +60,13 @@ class ShardBanks:
                 if row not in known:
                     if row >= len(self._from[kind]):
                         raise UserError(f"{kind}: a document names record {row} of "
-                                        f"{len(self._from[kind])}; encode "
-                                        "the media again")
+                                        f"{len(self._from[kind])}; encode the media again")
                     known[row] = len(known)
                     self._files[kind].write(self._from[kind][row].tobytes())
             found[places] = np.array([known[row] for row in rows.tolist()], np.int64) * shape.slots + slots
         return found
 
     def close(self) -> None:
-        """Close the files."""
         for file in self._files.values():
             file.close()
 
@@ -104,32 +86,28 @@ def records_of(path: Path) -> Path:
     return path / RECORDS if path.is_dir() and corpus_of(path) else path
 
 
-def media_of(sources: Iterable[_Named], kind: str | None) -> dict[str, Path]:
+def media_of(sources: Mapping[str, Path], kind: str | None) -> dict[str, Path]:
     """Return source -> its media corpus; nothing where none is one.
 
     Args:
-        sources: what is packed together.
+        sources: name -> path of what is packed together.
         kind: the format that was asked for.
 
     Raises:
         UserError: one is a part of a media corpus, others are none, or they hold records of another format.
     """
-    found = {source.name: (source.path, corpus_of(source.path)) for source in sources}
-    corpora = {name: folder for name, (_, folder) in found.items() if folder is not None}
+    corpora = {name: folder for name, path in sources.items() if (folder := corpus_of(path)) is not None}
     for name, folder in corpora.items():
-        if found[name][0].is_file():
-            raise UserError(f"--input {found[name][0]}: belongs to the media corpus {folder}, and its "
-                            "media would be "
-                            "lost; pass the folder")
+        if sources[name].is_file():
+            raise UserError(f"--input {sources[name]}: belongs to the media corpus {folder}, and its media "
+                            "would be lost; pass the folder")
         if (holds := read_manifest(folder, KIND).content["format"]) != kind:
             raise UserError(f"--input {folder}: holds media in records of format {holds}; pack it with "
-                            "--format "
-                            f"{holds}")
-    if corpora and len(corpora) < len(found):
-        other = next(path for path, folder in found.values() if folder is None)
+                            f"--format {holds}")
+    if corpora and len(corpora) < len(sources):
+        other = next(path for name, path in sources.items() if name not in corpora)
         raise UserError(f"--input {other}: is no media corpus, and {next(iter(corpora.values()))} is one; "
-                        "pack each "
-                        "on its own (training takes several --data, and `sov-data mix` joins them)")
+                        "pack each on its own (training takes several --data, and `sov-data mix` joins them)")
     return corpora
 
 
@@ -146,8 +124,7 @@ def encoding_of(corpora: Mapping[str, Path]) -> MediaEncoding | None:
         for kind, shape in _shapes(folder).items():
             if slots.setdefault(kind, shape.slots) != shape.slots:
                 raise UserError(f"--input {folder}: has {shape.slots} slots of {kind}, another one "
-                                f"{slots[kind]}; "
-                                "pack each on its own")
+                                f"{slots[kind]}; pack each on its own")
     return MediaEncoding(tuple(sorted(slots.items())))
 
 
@@ -181,10 +158,41 @@ def check_tokenizer(tokenizer: Path, corpora: Mapping[str, Path]) -> None:
             have = blocks[kind].size if kind in blocks else 0
             if (needed := codec["codebook_size"] or 0) > have:
                 raise UserError(f"--tokenizer {tokenizer}: has {have} tokens of {kind}, and {folder} was "
-                                "encoded "
-                                f"with a codebook of {needed}; make one with `sov-tokenizer media "
-                                f"{tokenizer} "
-                                f"--{kind}-tokens {needed} ...`")
+                                f"encoded with a codebook of {needed}; make one with `sov-tokenizer media "
+                                f"{tokenizer} --{kind}-tokens {needed} ...`")
     if corpora and not blocks:
         raise UserError(f"--tokenizer {tokenizer}: has no tokens of media; make one with `sov-tokenizer "
                         "media`")
+
+
+# Whether the banks of a shard are whole, and what its sidecar names is in them.
+
+
+def media_problems(prefix: Path, source: dict[str, Any], tokens: NDArray[np.generic]) -> list[str]:
+    """Return a sentence for each thing that is wrong with the media of a shard.
+
+    Args:
+        prefix: its files without their endings.
+        source: the manifest's record of its source.
+        tokens: its ids.
+    """
+    file = Path(f"{prefix}.{MEDIA}")
+    try:
+        shapes = read_shapes(source.get(MEDIA), f"source {source['name']!r}")
+        rows = {kind: len(open_bank(Path(f"{prefix}.{kind}"), shape)) for kind, shape in shapes.items()}
+    except UserError as e:
+        return [str(e)]
+    if not file.is_file():
+        return []  # a missing file is reported with the hashes
+    numbers = np.fromfile(file, np.dtype(SIDECAR_DTYPE).newbyteorder("<"))
+    if len(numbers) != len(tokens):
+        return [f"{file}: has {len(numbers)} numbers, and the shard {len(tokens)} tokens"]
+    problems, stands = [], np.zeros(len(tokens), bool)
+    for kind, shape in shapes.items():
+        here = np.isin(tokens, shape.placeholder_ids)
+        stands |= here
+        if wrong := int(((numbers < 0) | (numbers >= rows[kind] * shape.slots))[here].sum()):
+            problems.append(f"{file}: {wrong} placeholders of {kind} name none of its {rows[kind]} records")
+    if wrong := int((numbers[~stands] != NONE).sum()):
+        problems.append(f"{file}: {wrong} tokens that are no placeholders name a record")
+    return problems

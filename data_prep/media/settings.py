@@ -14,7 +14,18 @@ from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
-from megatron_sov.settings import AboveZero, AtLeastOne, Bound, Breach, Code, Flag, Problem
+from megatron_sov.settings import (
+    AboveZero,
+    AtLeastOne,
+    Bound,
+    Breach,
+    Code,
+    Flag,
+    Problem,
+    num_cores,
+    only_with,
+)
+from megatron_sov.work.arrays import ClusterOptions
 
 CODE_VERSION = 1
 """Raised when the same input and settings would give another unit."""
@@ -120,3 +131,25 @@ class MediaSettings:
             codecs[name] = None if path is None else manifest_sha256(path)
         return json.dumps({**facts, **codecs, "limits": dataclasses.asdict(self.limits),
                            "code": CODE_VERSION}, sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeMediaOptions(ClusterOptions):
+    """Turn records that name pictures, sounds and videos into text in which discrete tokens stand in their
+    place, and into banks of what continuous encoders will see; `sov-data pack` reads both.
+
+    A killed command continues where it was when it is run again."""
+
+    input: Annotated[tuple[Path, ...], Flag(many=True)]
+    """JSONL files, or folders of them: chats ("messages") or documents ("content") whose parts are {"type":
+    "text" | "image" | "audio" | "video", ...}."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for what is written."""
+    settings: MediaSettings
+    threads: AtLeastOne = field(default_factory=num_cores)
+    """Media that are decoded at a time, each by a process of its own; the output does not depend on it
+    (default: this machine's cores)."""
+    workers: Annotated[AtLeastOne | None, only_with("cluster")] = None
+    """With --cluster: jobs that encode (default: 4)."""
+    overwrite: bool = False
+    """Replace what is already there."""

@@ -2,8 +2,8 @@
 complete.
 
 A unit's folder is named by a hash of its records and of every setting.  A command that was killed
-continues with
-the units that are there.  Media themselves are not looked at again: who changes one starts anew.
+continues with the units that are there.  Media themselves are not looked at again: who changes one starts
+anew.
 """
 
 from __future__ import annotations
@@ -13,22 +13,31 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
-from data_prep.media.encoder import MediaEncoder, Medium, UnitBanks
-from data_prep.media.records import TEXT, MediaRecord, Message, Part, parse_record
+from data_prep.media.encoder import (
+    TEXT,
+    MediaEncoder,
+    MediaRecord,
+    Medium,
+    Message,
+    Part,
+    UnitBanks,
+    parse_record,
+)
 from data_prep.media.settings import CALL, STOP, MediaSettings
-from megatron_sov.artifacts import new_folder, to_json
+from megatron_sov.artifacts import to_json
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import KINDS, MEDIA, PICTURES, SOUNDS
-from megatron_sov.media.banks import KINDS as BANKS
 from megatron_sov.media.items import Item, drawing_call
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
-from megatron_sov.work.parts import part_folder
+from megatron_sov.work.parts import make_part, part_folder
 
+KIND = "media_corpus"
 RECORDS_PER_UNIT = 128
 MOST_LINE_BYTES = 64 << 20
 RECORDS, BAD, ROWS, SUMMARY = "records.jsonl", "bad.jsonl", "rows.json", "unit.json"
@@ -98,7 +107,7 @@ def encoded(record: MediaRecord, media: Mapping[Part, Medium], drawn: str = CALL
         found: dict[str, Any] = {"text": writer.shown(record.messages[0].parts or ())}
     else:
         found = {"messages": [writer.message(message) for message in record.messages]}
-    rows = {kind: writer.rows[kind] for kind in BANKS if kind in writer.rows}
+    rows = {kind: writer.rows[kind] for kind in KINDS if kind in writer.rows}
     return {**record.fields, **found, MEDIA: rows}
 
 
@@ -107,9 +116,7 @@ class Unit:
     """Some lines of a file."""
 
     file: Path
-    """The file."""
     start: int
-    """First byte."""
     stop: int
     """The byte behind the last."""
     first_line: int
@@ -153,8 +160,7 @@ def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[Unit]:
     for number, line in enumerate(f, 1):
         if len(line) > MOST_LINE_BYTES:
             raise UserError(f"{file}:{number}: has {len(line):,} bytes, at most {MOST_LINE_BYTES:,} are "
-                            "read; name "
-                            "media by their paths")
+                            "read; name media by their paths")
         stop += len(line)
         if number - first + 1 == RECORDS_PER_UNIT:
             yield Unit(file, start, stop, first)
@@ -164,7 +170,7 @@ def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[Unit]:
 
 
 class UnitEncoder:
-    """Encodes units; one per process."""
+    """Encodes units; one per process, and a context that ends the processes that read."""
 
     def __init__(self, settings: MediaSettings, work: Path, threads: int) -> None:
         """Take the order; codecs are opened by the first unit that needs them."""
@@ -172,8 +178,10 @@ class UnitEncoder:
         self.identity = settings.identity()
         self._encoder: MediaEncoder | None = None
 
-    def close(self) -> None:
-        """End the processes that read."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._encoder is not None:
             self._encoder.close()
 
@@ -187,16 +195,11 @@ class UnitEncoder:
         Raises:
             UserError: a record or a medium is bad, and that is to stop it; or the disk refuses.
         """
-        folder = part_folder(self._work, unit.key(self.identity))
-        if (folder / SUMMARY).is_file():
-            return
-        if self._encoder is None:
-            self._encoder = MediaEncoder(self._settings, self._threads)
-        with new_folder(folder, first_stays=True) as temporary:
-            self._write(unit, temporary)
+        make_part(self._work, unit.key(self.identity), SUMMARY, partial(self._write, unit))
 
     def _write(self, unit: Unit, folder: Path) -> None:
-        assert self._encoder is not None
+        if self._encoder is None:
+            self._encoder = MediaEncoder(self._settings, self._threads)
         bad: list[dict[str, object]] = []
         records: list[tuple[int, MediaRecord]] = []
         for number, line in unit.lines():

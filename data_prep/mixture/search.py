@@ -6,8 +6,14 @@ loss from shares is fitted, and the next round's mixtures are drawn from those t
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,21 +22,28 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from data_prep.mixture import fitting, sampling
+from data_prep.mixture import fitting
 from data_prep.mixture.blend_file import Blend, BlendEntry, BlendPhase, blend_text
-from data_prep.mixture.found import BEST, JUDGED, NATURAL, UNIFORM, Found, Tried, summary
-from data_prep.mixture.proxies import Losses, Proxies, ProxySettings
-from data_prep.mixture.sampling import Shares, Space
+from data_prep.mixture.fitting import Judgement, Shares, Space
 from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
 from data_prep.splits import HELDOUT, TRAIN
 from data_prep.tags import SOURCE, is_chosen, tags_of
-from data_prep.token_artifact import read_tokens_manifest
-from data_prep.twin_documents import refuse_overlap
-from megatron_sov.artifacts import manifest_sha256, new_artifact, refuse_existing, sha256_file
-from megatron_sov.errors import UserError, how_to_install, nearest
+from data_prep.token_artifact import read_tokens_manifest, refuse_overlap
+from megatron_sov.artifacts import (
+    atomic_write,
+    disk_errors,
+    manifest_sha256,
+    new_artifact,
+    refuse_existing,
+    sha256_file,
+    to_json,
+)
+from megatron_sov.errors import ExitCode, UserError, how_to_install, nearest
+from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
-from megatron_sov.work.parts import open_parts
+from megatron_sov.work.commands import end_commands, start_command
+from megatron_sov.work.parts import open_parts, part_folder
 
 KIND = "mixture"
 BEST_SHARE, MIN_BEST = 0.01, 16
@@ -139,7 +152,7 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
     manifests = [read_tokens_manifest(path) for path in data]
     sources = [s for m in manifests for s in m.content["sources"]]
     clusters = clusters_of(settings, sources)
-    space = sampling.space_of([c.name for c in clusters], [c.num_tokens for c in clusters], settings.tokens,
+    space = fitting.space_of([c.name for c in clusters], [c.num_tokens for c in clusters], settings.tokens,
                               settings.max_epochs)
     print("\n".join(plan(settings, clusters, space)))
     if dry_run or output is None:
@@ -243,7 +256,6 @@ class _Measured:
         self.losses: list[Losses] = []
 
     def add(self, role: str, shares: Shares, losses: Sequence[Losses]) -> None:
-        """Add mixtures of one role."""
         self.roles += [role] * len(shares)
         self.shares = np.concatenate([self.shares, shares])
         self.losses += losses
@@ -271,7 +283,7 @@ def search(settings: MixtureSearchSettings, space: Space, measure: Any) -> Found
     """
     generator = np.random.default_rng(settings.seed)
     anchors = space.allowed(np.stack([space.natural, space.uniform]))
-    drawn = sampling.distinct(sampling.draw(space, 4 * (settings.rounds[0] + settings.judged), generator),
+    drawn = fitting.distinct(fitting.draw(space, 4 * (settings.rounds[0] + settings.judged), generator),
                               anchors)
     if len(drawn) < settings.rounds[0] - 2 + settings.judged:
         raise UserError(f"rounds[0] = {settings.rounds[0]} and judged = {settings.judged}: the caps leave "
@@ -284,7 +296,7 @@ def search(settings: MixtureSearchSettings, space: Space, measure: Any) -> Found
         measured.add(role, rows, found[done : done + len(rows)])
     for number, count in enumerate(settings.rounds[1:], 2):
         best = _best(settings, space, measured, generator)
-        fresh = sampling.distinct(best[generator.permutation(len(best))], measured.shares)[:count]
+        fresh = fitting.distinct(best[generator.permutation(len(best))], measured.shares)[:count]
         measured.add(f"round {number}", fresh, _checked(settings, measure(fresh)))
     best = space.allowed(_best(settings, space, measured, generator).mean(axis=0))
     measured.add(BEST, best, _checked(settings, measure(best)))
@@ -317,8 +329,8 @@ def _best(settings: MixtureSearchSettings, space: Space, measured: _Measured,
     rows = np.flatnonzero(measured.fitted)
     centres = measured.shares[rows[np.argsort(measured.totals[rows], kind="stable")[:NUM_CENTRES]]]
     half = settings.candidates // 2
-    candidates = np.concatenate([sampling.draw(space, half, generator),
-                                 sampling.draw_near(space, centres, settings.candidates - half, generator)])
+    candidates = np.concatenate([fitting.draw(space, half, generator),
+                                 fitting.draw_near(space, centres, settings.candidates - half, generator)])
     order = np.argsort(_fit(settings, measured).predict(candidates), kind="stable")
     best: Shares = candidates[order[: max(MIN_BEST, round(BEST_SHARE * len(candidates)))]]
     return best
@@ -356,3 +368,209 @@ def _write(output: Path, settings: MixtureSearchSettings, clusters: Sequence[Clu
                             "kept_apart": vars(found.kept_apart) if found.kept_apart else None,
                             "num_tried": len(found.tried)}
         artifact.settings = {**vars(settings), "targets": dict(settings.targets)}
+
+
+# Small models that are trained, each on a mixture.
+
+
+RESULT = "result.json"
+"""What is left of a model: the losses on held-out documents."""
+LOG = "log.txt"
+PHASE = "proxy"
+CODE_VERSION = 1
+"""Raised when the same mixture and settings would give another loss."""
+DEFAULTS = ("train.num_threads=1", "train.eval_every_steps=0", "train.keep_checkpoints=1",
+            "train.checkpoint_every_steps=1000000", "data.max_epochs=0")
+"""Settings that the search's own go before: one thread each, so that losses do not depend on the machine's
+cores, and nothing written on the way."""
+SHOWN_LINES = 8
+_POLL_S = 0.05
+_STOP_S = 20.0
+"""For a model that was asked to stop to save itself."""
+
+Losses = dict[str, float]
+"""Source -> bits per byte of its held-out documents."""
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """What all small models of a search have in common."""
+
+    recipe: str
+    """Recipe, or FILE.py:NAME."""
+    data: tuple[tuple[Path, str], ...]
+    """Folders of token shards, each with the hash of its manifest."""
+    settings: tuple[str, ...]
+    """key=value, as --set takes them."""
+    steps: int
+    seq_len: int
+    """Tokens of a sample."""
+    seed: int
+    """Seed of weights and order."""
+    start_from: str = ""
+    """What each starts from; "": initial weights."""
+    files_sha256: tuple[str, ...] = ()
+    """Hashes of the recipe's own file, and of the manifest of what each starts from."""
+
+
+def key_of(settings: ProxySettings, blend: dict[str, float]) -> str:
+    """Return the name of a model's folder: a hash of everything that its losses depend on; where data lies is
+    no part of it."""
+    facts = {**vars(settings), "data": [sha256 for _, sha256 in settings.data], "blend": blend,
+             "code_version": CODE_VERSION}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def command(settings: ProxySettings, blend: dict[str, float], run: Path) -> list[str]:
+    """Return the arguments of `megatron-sov` that train one model, or go on with it."""
+    phase = {"name": PHASE, "seq_len": settings.seq_len,
+             "blend": {name: share for name, share in blend.items() if share > 0}}
+    chosen = (*DEFAULTS, f"train.seed={settings.seed}", *settings.settings, f"train.steps={settings.steps}",
+              f"data.phases={json.dumps([phase])}")
+    return ["pretrain", settings.recipe, "--run", str(run), "--resume",
+            *(["--from", settings.start_from] if settings.start_from else []),
+            *(part for path, _ in settings.data for part in ("--data", str(path))),
+            *(part for setting in chosen for part in ("--set", setting))]
+
+
+def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start `megatron-sov` in a process that ends with this one; what it writes goes into `log`."""
+    with open(log, "ab") as out:
+        return start_command([sys.executable, "-m", "megatron_sov", *arguments], stdout=out, stderr=out,
+                             ends_with_this=True)
+
+
+Start = Callable[[Sequence[str], Path], "subprocess.Popen[bytes]"]
+
+
+class Proxies:
+    """Trains models, and remembers those that are trained.
+
+    Args:
+        work: folder that keeps one folder for each model; a killed search finds them again.
+        settings: what they have in common.
+        workers: how many are trained at a time.
+        start: starts one.
+    """
+
+    def __init__(self, work: Path, settings: ProxySettings, workers: int, start: Start = start) -> None:
+        self._work, self._settings, self._workers, self._start = work, settings, workers, start
+
+    def losses(self, blends: Sequence[dict[str, float]], done: Callable[[], object]) -> list[Losses]:
+        """Return the losses of a model trained on each blend, source -> share.
+
+        Args:
+            blends: what they are trained on.
+            done: called as each is there.
+
+        Raises:
+            UserError: one could not be trained; those that are complete stay.
+        """
+        folders = [part_folder(self._work, key_of(self._settings, blend)) for blend in blends]
+        waiting = {folder: blend for folder, blend in zip(folders, blends, strict=True)
+                   if not (folder / RESULT).is_file()}
+        for _ in range(len(folders) - len(waiting)):
+            done()
+        running: dict[Path, subprocess.Popen[bytes]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self._workers:
+                    folder, blend = next(iter(waiting.items()))
+                    del waiting[folder]
+                    with disk_errors(folder):
+                        folder.mkdir(parents=True, exist_ok=True)
+                        running[folder] = self._start(command(self._settings, blend, folder / "run"),
+                                                      folder / LOG)
+                for folder, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[folder]
+                        self._finish(folder, process.returncode)
+                        done()
+                time.sleep(_POLL_S)
+        finally:
+            end_commands(list(running.values()), _STOP_S)
+        return [_result(folder) for folder in folders]
+
+    def _finish(self, folder: Path, code: int) -> None:
+        """Keep the losses of a model that has ended, and delete the rest of it."""
+        if code != ExitCode.OK:
+            raise UserError(f"a small model could not be trained (exit code {code}): "
+                            f"{_last_words(folder / LOG)}; all it wrote is in {folder / LOG}")
+        evaluated = [e for e in read_events(folder / "run" / EVENTS) if e["event"] == "eval"]
+        losses = {name: float(found["bits_per_byte"]) for name, found in evaluated[-1]["heldout"].items()
+                  } if evaluated else {}
+        with disk_errors(folder):
+            atomic_write(folder / RESULT, to_json(losses))
+            shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+def _result(folder: Path) -> Losses:
+    try:
+        raw: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return {str(name): float(loss) for name, loss in raw.items()}
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{folder / RESULT}: cannot be read ({e}); delete {folder}, and run the command "
+                        "again") from None
+
+
+def _last_words(log: Path) -> str:
+    """Return what a command said of its end: its error, or the last line."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError as e:
+        return f"its log cannot be read ({e.strerror})"
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"]
+    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    said = lines[errors[-1]:][:SHOWN_LINES] if errors else lines[-1:]
+    return " ".join(said)[:1000].removeprefix("error: ")
+
+
+NATURAL, UNIFORM, JUDGED, BEST = "natural", "uniform", "judged", "predicted best"
+"""Roles of mixtures beside those of the rounds."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A mixture that a small model was trained on."""
+
+    role: str
+    """natural, uniform, round 1, ..., judged, predicted best."""
+    shares: dict[str, float]
+    predicted: float
+    """Loss that the last fit predicts."""
+    losses: Losses
+    """Bits per byte of each target's held-out documents."""
+    loss: float
+    """Their mean, by the targets' weights."""
+
+
+@dataclass(frozen=True)
+class Found:
+    tried: tuple[Tried, ...]
+    """Every mixture, in the order of training."""
+    chosen: Tried
+    """The one of lowest measured loss."""
+    fitted: str
+    """What predicted losses."""
+    judged: dict[str, Judgement]
+    """Fit -> its error on mixtures that it was not fitted to (cross-validation)."""
+    kept_apart: Judgement | None
+    """The same of the mixtures that were drawn for judging and never fitted; None: there are none."""
+
+
+def summary(found: Found) -> list[str]:
+    """Return lines that say what was found."""
+    by_role = {one.role: one for one in found.tried}
+    lines = [f"{role}: {by_role[role].loss:.4f} bits per byte" for role in (NATURAL, UNIFORM, BEST)]
+    width = max(map(len, found.chosen.shares))
+    lines.append(f"chosen ({found.chosen.role}): {found.chosen.loss:.4f} bits per byte, predicted "
+                 f"{found.chosen.predicted:.4f}")
+    lines += [f"  {name:<{width}} {100 * share:>7.2f} %  (natural {100 * by_role[NATURAL].shares[name]:.2f} "
+              "%)"
+              for name, share in found.chosen.shares.items()]
+    lines += [f"{name}{' (used)' if name == found.fitted else ''}: predicts mixtures that it was not fitted "
+              f"to {judgement.shown()}" for name, judgement in found.judged.items()]
+    if found.kept_apart:
+        count = sum(one.role == JUDGED for one in found.tried)
+        lines.append(f"{count} mixtures kept apart: predicted {found.kept_apart.shown()}")
+    return lines

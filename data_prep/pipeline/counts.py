@@ -1,19 +1,25 @@
-"""What a step did to a shard: counts, drops by reason, and a few documents as samples."""
+"""What a step did to a shard: counts, drops by reason, a few documents as samples; and how far a stage is."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from tqdm import tqdm
 
 from data_prep.shard_damage import way_out
 from megatron_sov.errors import UserError
+from megatron_sov.obs.figures import duration
 from megatron_sov.sealed import read_json
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
+LINE_EVERY_S = 60.0
 WAYS = ("kept", "dropped", "changed")
 
 
@@ -72,7 +78,6 @@ class Counts:
             del kept[MAX_SAMPLES:]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
     @staticmethod
@@ -113,3 +118,38 @@ def sample_order(identifier: str) -> bytes:
     """Return what decides which documents are samples: the same in every step, so that a document can be
     followed."""
     return hashlib.blake2b(identifier.encode(), digest_size=8).digest()
+
+
+class StageProgress:
+    """How far a stage is, for who looks on: a bar on a terminal, a line every minute in a log; `with
+    StageProgress(name, total, what) as progress: ...progress()` for each of `total` tasks, called `what`."""
+
+    def __init__(self, name: str, total: int, what: str) -> None:
+        self._name, self._total, self._what, self._num_done = name, total, what, 0
+        self._began_s = time.monotonic()
+        self._is_over = threading.Event()
+        self._teller = threading.Thread(target=self._tell, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._bar: Any = tqdm(total=self._total, desc=self._name, unit="task", disable=None, leave=False)
+        if self._bar.disable:
+            self._teller.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._bar.close()
+
+    def __call__(self) -> None:
+        self._num_done += 1
+        self._bar.update(1)
+
+    def _tell(self) -> None:
+        while not self._is_over.wait(LINE_EVERY_S):
+            print(self.line(time.monotonic() - self._began_s), flush=True)
+
+    def line(self, wall_s: float) -> str:
+        """Return how far the stage is after so many seconds."""
+        done = self._num_done
+        left = f", about {duration(wall_s / done * (self._total - done))} left" if done else ""
+        return f"  {self._name}: {done:,} of {self._total:,} {self._what} after {duration(wall_s)}{left}"

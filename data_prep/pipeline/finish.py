@@ -4,8 +4,6 @@ stands."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +13,8 @@ from data_prep.journey.facts import counted_beside, facts_of_output
 from data_prep.journey.page import REPORT_HTML, write_report
 from data_prep.pack import PackSettings, Source, pack
 from data_prep.pipeline.counts import Counts, noted_seal
-from data_prep.pipeline.naming import named_columns
-from data_prep.pipeline.plan import OUTPUT, Layer, Plan, SourcePlan
-from data_prep.pipeline.reuse import link
+from data_prep.pipeline.pipeline_file import named_columns
+from data_prep.pipeline.plan import OUTPUT, Layer, Plan, SourcePlan, link
 from data_prep.pipeline.tasks import pass_marks
 from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import (
@@ -28,7 +25,7 @@ from megatron_sov.artifacts import (
     disk_errors,
     file_damage,
     manifest_sha256,
-    publish,
+    new_folder,
     read_manifest,
 )
 from megatron_sov.documents import Reading
@@ -147,11 +144,8 @@ def finish(plan: Plan, output: Path, workers: int) -> str:
 
 def _publish_text(plan: Plan, output: Path) -> dict[str, int]:
     """Gather the files of all shards by name; returns name -> number of files."""
-    temporary = output / f".{TEXT}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     named: dict[str, int] = {}
-    try:
+    with new_folder(output / TEXT) as temporary:
         for source in plan.sources:
             for shard in source.shards:
                 for file in _output_files(source.layers[-1], output, shard):
@@ -161,9 +155,6 @@ def _publish_text(plan: Plan, output: Path) -> dict[str, int]:
                     shard_file = temporary / file.stem / f"{number:05d}{file.suffix}"
                     link(file, shard_file)
                     link(counted_beside(file), counted_beside(shard_file))
-        publish(temporary, output / TEXT)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return named
 
 
@@ -182,19 +173,13 @@ def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
 
 
 def _write_quarantine(plan: Plan, output: Path) -> None:
-    """List what was broken, a file for each source."""
-    temporary = output / f".{QUARANTINE}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    """List what was broken, a file for each source, without the lists of sources that the file had before."""
+    with new_folder(output / QUARANTINE) as temporary:
         for source in plan.sources:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
                 for shard in source.shards:
                     file = source.layers[0].broken(output, shard)
                     whole.writelines(read_lines(file, way_out(file), seal=noted_seal(file)))
-        publish(temporary, output / QUARANTINE)  # without the lists of sources that the file had before
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def summary_of(plan: Plan, output: Path) -> dict[str, Any]:

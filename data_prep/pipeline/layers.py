@@ -5,22 +5,16 @@ All files of a shard have the same groups of rows, which are held in memory one 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data_prep.pipeline.columns import SOURCE_COLUMNS, schema
-from data_prep.pipeline.step import ColumnType, Outcome
+from data_prep.pipeline.step import SOURCE_COLUMNS, ColumnType, Outcome, schema
 from data_prep.shard_damage import way_out
-from megatron_sov.artifacts import disk_errors, fsync_path, new_file
-from megatron_sov.errors import UserError
-from megatron_sov.sealed import open_parquet, seal_file, seal_parquet
+from megatron_sov.work.tables.parquet import TableFile, read_groups
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
 """A group of rows is closed when its text, or its rows, have become so many."""
@@ -38,55 +32,6 @@ class Row:
     columns: dict[str, Any]
 
 
-class TableFile:
-    """A Parquet file under construction: `with TableFile(path, schema) as file: file.write(...)`; it appears
-    under its name when it is complete, with a checksum of its own, and on the disk."""
-
-    def __init__(self, path: Path, columns: pa.Schema) -> None:
-        self.path, self.columns = path, columns
-        self._seal, self._new = "", new_file(path)
-
-    def __enter__(self) -> Self:
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = self._new.__enter__()
-            self._writer = pq.ParquetWriter(self._temporary, self.columns, compression="zstd")
-        return self
-
-    def write(self, columns: dict[str, list[Any]]) -> None:
-        """Write one group of rows.
-
-        Raises:
-            UserError: the disk is full.
-            pa.ArrowInvalid, pa.ArrowTypeError: a value is not of its column's type.
-        """
-        table = pa.table([pa.array(columns[f.name], f.type) for f in self.columns], self.columns)
-        if table.num_rows:
-            with disk_errors(self.path):
-                self._writer.write_table(table, row_group_size=table.num_rows)
-
-    def close(self) -> str:
-        """Bring all of it to the disk, still under its temporary name; returns its checksum."""
-        if not self._seal:
-            with disk_errors(self.path):
-                seal_parquet(self._writer)
-                self._writer.close()
-                self._seal = seal_file(self._temporary)
-                fsync_path(self._temporary)
-        return self._seal
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if kind is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-            self._new.__exit__(kind, error, trace)
-            return
-        with contextlib.ExitStack() as stack:
-            stack.push(self._new)
-            self.close()
-
-
 def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[Row | None]]:
     """Yield the groups of rows of a shard: documents as they are behind the last layer, None where one is
     dropped.
@@ -99,35 +44,11 @@ def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Ite
     Raises:
         UserError: a file is missing, damaged, or of another shard.
     """
-    noted: Sequence[str | None] = seals or [None] * len(files)
-    opened = [_opened(file, seal) for file, seal in zip(files, noted, strict=True)]
-    for i in range(opened[0].num_row_groups):
-        yield _group(source, [_read(file, parquet, i) for file, parquet in zip(files, opened, strict=True)],
-                     files)
+    yield from (_rows(source, tables) for tables in read_groups(files, seals or [None] * len(files), way_out))
 
 
-def _opened(file: Path, seal: str | None) -> pq.ParquetFile:
-    try:
-        return open_parquet(file, way_out(file), is_required=True, seal=seal)
-    except (OSError, pa.ArrowException) as e:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
-                        f"{way_out(file)}") from None
-
-
-def _read(file: Path, parquet: pq.ParquetFile, group: int) -> pa.Table:
-    try:
-        return parquet.read_row_group(group, use_threads=False)
-    except (OSError, pa.ArrowException, IndexError) as e:
-        raise UserError(f"{file}: is damaged ({' '.join(str(e).split())[:200]}); "
-                        f"{way_out(file)}") from None
-
-
-def _group(source: str, tables: list[pa.Table], files: Sequence[Path]) -> list[Row | None]:
+def _rows(source: str, tables: list[pa.Table]) -> list[Row | None]:
     base = tables[0]
-    for table, file in zip(tables, files, strict=True):
-        if table.num_rows != base.num_rows:
-            raise UserError(f"{file}: has {table.num_rows} rows where {files[0]} has {base.num_rows}; "
-                            f"{way_out(file)}")
     alive = [True] * base.num_rows
     texts: list[str] = base.column("text").to_pylist()
     columns = {name: base.column(name).to_pylist() for name in base.column_names[2:]}

@@ -4,24 +4,32 @@ everything; a plain file that tasks read wherever they run."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_prep.pipeline.addresses import REASONS_FILE, Mark, address, entries_of, tree_hash
-from data_prep.pipeline.columns import SOURCE_COLUMNS
-from data_prep.pipeline.cutting import shards_of
-from data_prep.pipeline.inputs import input_names, known_file
+from data_prep.pipeline.addresses import (
+    REASONS_FILE,
+    Mark,
+    address,
+    entries_of,
+    input_names,
+    known_file,
+    tree_hash,
+)
 from data_prep.pipeline.pipeline_file import Pipeline, StepEntry
-from data_prep.pipeline.step import ColumnType, Step
+from data_prep.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
 from data_prep.sources.formats import reader
 from data_prep.sources.source import Piece, SourceSettings
-from megatron_sov.artifacts import MANIFEST, atomic_write
-from megatron_sov.sealed import PLACE, SEAL, read_json, read_lines, sealed, write_json
+from megatron_sov.artifacts import MANIFEST, atomic_write, new_file, new_folder
+from megatron_sov.sealed import PLACE, SEAL, read_json, read_lines, sealed, try_read_json, write_json
 
 PARSE, OUTPUT = "parse", "output"
 PIECES = "pieces.jsonl"
@@ -62,8 +70,6 @@ class Layer:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source on its way."""
-
     settings: SourceSettings
     shards: dict[int, str]
     """Number of each shard, in the order of its documents -> address of what they are parsed from."""
@@ -95,8 +101,6 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run."""
-
     pipeline: Pipeline
     sources: tuple[SourcePlan, ...]
     steps: tuple[StepPlan, ...]
@@ -115,7 +119,6 @@ class Plan:
                 for sentence in source.told]
 
     def source(self, name: str) -> SourcePlan:
-        """Return a source by name."""
         return next(s for s in self.sources if s.settings.name == name)
 
     def columns(self, before: int | None = None) -> dict[str, ColumnType]:
@@ -127,12 +130,10 @@ class Plan:
         return found
 
     def write(self, file: Path) -> None:
-        """Write it where tasks find it."""
         write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)), file.name)
 
     @staticmethod
     def read(file: Path) -> Plan:
-        """Return what `write` has written."""
         return TypeAdapter(Plan).validate_json(json.dumps(read_json(file, of=file.name)))
 
 
@@ -195,7 +196,6 @@ def _with_output(source: SourcePlan, pipeline: Pipeline, number: int) -> SourceP
 
 
 def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool) -> SourcePlan:
-    """Cut a source into shards."""
     read_by = reader(source)
     pieces = read_by.pieces()
     names = input_names(pieces)
@@ -250,3 +250,135 @@ def note_reasons(output: Path, plan: Plan) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / REASONS_FILE).is_file():
                 write_json(folder / REASONS_FILE, layer.reasons)
+
+
+# Where a source is cut into shards, and which numbers they have: so that a file that comes, goes or changes
+# leaves the shards of the other files as they are, with their numbers, which stand in documents' ids.
+
+NUMBERS = 1_000_000_000
+"""Numbers of shards lie below it."""
+MAX_PIECES = 100_000
+"""About so many pieces make a shard too, however small they are: of empty files, or of no format."""
+_HASHES = 1 << 64
+
+
+def shards_of(pieces: Sequence[Piece], shard_bytes: int) -> dict[int, list[Piece]]:
+    """Return number -> pieces of each shard, in the order of the pieces.
+
+    Args:
+        pieces: of a source.
+        shard_bytes: about so many bytes make a shard.
+    """
+    found: dict[int, list[Piece]] = {}
+    for group in _groups(pieces, shard_bytes):
+        number = _hash(group[0]) % NUMBERS
+        while number in found:
+            number = (number + 1) % NUMBERS
+        found[number] = group
+    return found
+
+
+def _groups(pieces: Sequence[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
+    """Yield the pieces of each shard.
+
+    From half of the asked size on a shard ends before a piece whose name hashes low, at the latest at one and
+    a half of it (content-defined chunking, as in Muthitacharoen, Chen and Mazieres, SOSP 2001, of names):
+    cuts do not depend on how many files stand before, and behind a change they soon are where they were.
+    """
+    group: list[Piece] = []
+    size_bytes = 0.0
+    for piece in pieces:
+        piece_bytes = max(piece.size_bytes, shard_bytes / MAX_PIECES)
+        is_low = _hash(piece) / _HASHES < piece_bytes / (shard_bytes / 2)
+        is_too_much = size_bytes + piece_bytes > 1.5 * shard_bytes and (
+            piece.size_bytes > 0 or len(group) >= MAX_PIECES)  # empty files go along with a large one
+        if group and (is_too_much or (is_low and size_bytes >= shard_bytes / 2)):
+            yield group
+            group, size_bytes = [], 0.0
+        group.append(piece)
+        size_bytes += piece_bytes
+    if group:
+        yield group
+
+
+def _hash(piece: Piece) -> int:
+    """Return 64 bits of where a piece lies."""
+    place = f"{piece.file}:{piece.start}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
+
+
+# What an earlier plan of the same run's folder has made of a shard, taken over into the folder of a new one.
+
+KEYS = "keys.json"
+"""Number of each shard -> address of what stands in its files."""
+
+
+def reusable(plan: Plan, output: Path) -> Iterator[tuple[Layer, int, Path]]:
+    """Yield what the folders of earlier plans have of a plan's shards that are not done: the layer whose
+    folder it shall be in, the shard, and where it is."""
+    for source in plan.sources:
+        for layer, keys in zip(source.layers, _keys(source), strict=True):
+            open_shards = {shard: keys[shard] for shard in source.shards
+                           if not layer.rows(output, shard).exists()}
+            for folder, known in _others(output / layer.folder, layer) if open_shards else ():
+                for shard in [s for s, key in open_shards.items() if known.get(str(s)) == key]:
+                    if all((folder / file.name).exists() for file in _files(layer, output, shard)):
+                        del open_shards[shard]
+                        yield layer, shard, folder
+
+
+def take_over(plan: Plan, output: Path) -> None:
+    """Give what can be reused its place in the plan's folders, and write down what these will hold."""
+    for layer, shard, folder in list(reusable(plan, output)):
+        for file in _files(layer, output, shard):
+            _give_name(folder / file.name, file)
+    for source in plan.sources:
+        for layer, keys in zip(source.layers, _keys(source), strict=True):
+            if not (output / layer.folder / KEYS).is_file():
+                write_json(output / layer.folder / KEYS, keys, Path(layer.folder).name)
+
+
+def _keys(source: SourcePlan) -> Iterator[dict[int, str]]:
+    """Yield shard -> address of what stands in its files, for each layer of a source."""
+    keys = source.shards
+    for i, layer in enumerate(source.layers):
+        if layer.shared:  # it follows from all documents, and its folder's address with it
+            keys = {shard: address({"folder": layer.folder, "shard": shard}) for shard in keys}
+        elif i:
+            how = {name: reason for name, reason in layer.reasons.items() if name != "reads"}
+            keys = {shard: address(how | {"reads": key}) for shard, key in keys.items()}
+        yield keys
+
+
+def _others(folder: Path, layer: Layer) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield the folders of a step that other plans have made, and what they hold."""
+    if layer.shared:
+        return
+    pattern = f"{layer.number:02d}-{layer.kind}-*/{KEYS}"
+    for file in sorted(folder.parent.glob(pattern), key=lambda file: -file.stat().st_mtime_ns):
+        if file.parent != folder and (known := try_read_json(file, file.parent.name)):  # only a shortcut
+            yield file.parent, known
+
+
+def _files(layer: Layer, output: Path, shard: int) -> list[Path]:
+    """Return what a shard's task leaves, last what says that it is done."""
+    broken = [] if layer.number else [layer.broken(output, shard)]
+    return [*broken, layer.counts(output, shard), layer.rows(output, shard)]
+
+
+def _give_name(old: Path, new: Path) -> None:
+    """Let a file, or a folder of files, stand under a second name."""
+    if old.is_dir():
+        with new_folder(new) as temporary:
+            shutil.copytree(old, temporary, copy_function=link, dirs_exist_ok=True)
+    else:
+        with new_file(new) as temporary:
+            link(old, temporary)
+
+
+def link(file: Path | str, name: Path | str) -> None:
+    """Give a file a second name; where the disk cannot, copy it."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)

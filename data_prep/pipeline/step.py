@@ -11,8 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from megatron_sov.errors import UserError, how_to_install
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ColumnType = Literal["string", "float32", "int64", "bool", "list<string>"]
 """What the values of a column may be; each may also be null."""
@@ -27,7 +33,6 @@ class Doc:
     text: str
     """Its text as the steps before left it."""
     source: str
-    """Name of its source."""
     shard: int
     """Number of the source's shard that holds it."""
     row: int
@@ -133,3 +138,57 @@ class Step(ABC):
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
         """Return one outcome for each document, in order; the same ones however documents are cut into
         batches."""
+
+
+SOURCE_COLUMNS: dict[str, ColumnType] = {
+    "source": "string", "where": "string", "kind": "string", "licence": "string", "synthetic": "bool",
+    "url": "string", "title": "string", "date": "string", "language_hint": "string", "own_id": "string",
+    "extra": "string",
+}
+"""Column -> type of what is known of a document before the first step; `extra` is JSON of whatever else its
+format tells."""
+OF_A_RECORD = ("licence", "url", "title", "date", "language_hint", "own_id")
+"""Those that a document says of itself."""
+
+
+def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> pa.Schema:
+    """Return the schema of columns behind some that come first."""
+    import pyarrow as pa
+
+    types = {"string": pa.string(), "float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(),
+             "list<string>": pa.list_(pa.string())}
+    return pa.schema([*first, *((name, types[kind]) for name, kind in columns.items())])
+
+
+STEPS: dict[str, str] = {
+    "code": "data_prep.steps:CodeStep",
+    "language": "data_prep.quality.language:Language",
+    "rules": "data_prep.quality.rules.step:Rules",
+    "pii": "data_prep.quality.pii.step:Pii",
+    "safety": "data_prep.quality.safety:Safety",
+    "exact_dedup": "data_prep.dedup.exact:ExactDedup",
+    "minhash_dedup": "data_prep.dedup.minhash:MinhashDedup",
+    "paragraph_dedup": "data_prep.dedup.paragraphs:ParagraphDedup",
+    "decontaminate": "data_prep.decontamination.step:Decontaminate",
+    "quality": "data_prep.scoring.grades:Quality",
+    "education": "data_prep.scoring.grades:Education",
+    "topics": "data_prep.scoring.topics:Topics",
+    "level": "data_prep.scoring.levels:Level",
+    "kind": "data_prep.scoring.kinds:Kind",
+}
+"""Name in pipeline files -> module:class."""
+
+
+def step_class(kind: str) -> type[Step]:
+    """Return the class of a step that `STEPS` has.
+
+    Raises:
+        UserError: a library that it needs is not installed.
+    """
+    module, _, name = STEPS[kind].partition(":")
+    try:
+        found: type[Step] = getattr(import_module(module), name)
+    except ModuleNotFoundError as e:
+        raise UserError(f"step {kind}: needs {e.name}, which is not installed; "
+                        f"{how_to_install('data')}") from None
+    return found

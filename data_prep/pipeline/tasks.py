@@ -21,7 +21,6 @@ import psutil
 
 from data_prep.journey.facts import write_shard_facts
 from data_prep.pipeline.addresses import refuse_changed
-from data_prep.pipeline.columns import OF_A_RECORD, schema
 from data_prep.pipeline.counts import Counts, noted_seal
 from data_prep.pipeline.layers import (
     BASE_FIRST,
@@ -30,13 +29,11 @@ from data_prep.pipeline.layers import (
     GROUP_ROWS,
     LayerFile,
     Row,
-    TableFile,
     groups,
 )
-from data_prep.pipeline.naming import name_of
-from data_prep.pipeline.pipeline_file import Pipeline
+from data_prep.pipeline.pipeline_file import Pipeline, name_of
 from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes, pieces_of
-from data_prep.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
+from data_prep.pipeline.step import KEPT, OF_A_RECORD, Doc, Outcome, ShardRef, Step, schema
 from data_prep.shard_damage import place_in_run
 from data_prep.sources.formats import reader
 from data_prep.sources.source import Broken, Raw, SourceSettings
@@ -44,6 +41,7 @@ from megatron_sov.artifacts import disk_errors, new_file, new_folder
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import PLACE, SEAL, seal_file, seal_of, write_json
+from megatron_sov.work.tables.parquet import TableFile
 
 MAX_LISTED = 10_000
 """Of what is broken in a shard; more is only counted."""
@@ -116,7 +114,6 @@ class _Group:
 
     @property
     def is_full(self) -> bool:
-        """Whether it has to be written."""
         return self._size_bytes >= GROUP_BYTES or len(self._columns["id"]) >= GROUP_ROWS
 
     def add(self, raw: Raw) -> str:
@@ -138,7 +135,6 @@ class _Group:
         return identifier
 
     def take(self) -> dict[str, list[Any]]:
-        """Return the rows, and begin anew."""
         taken, self._columns = self._columns, {name: [] for name in BASE_SCHEMA.names}
         self._size_bytes = 0
         return taken
@@ -178,8 +174,6 @@ def write_output_shard(plan: Plan, source: SourcePlan, layer: Layer, output: Pat
 
 
 class _Sorter:
-    """Files of one shard, by name."""
-
     def __init__(self, plan: Plan, folder: Path, stack: ExitStack) -> None:
         self.pattern, self.folder, self.stack = plan.pipeline.output.name, folder, stack
         self.schema = schema(plan.columns(), *BASE_FIRST)
@@ -188,7 +182,6 @@ class _Sorter:
         self.waiting_bytes = 0
 
     def add(self, source: str, row: Row) -> None:
-        """Take a document."""
         name = name_of(self.pattern, source, row.columns)
         if name not in self.files:
             if len(self.files) >= MAX_NAMES:
@@ -203,7 +196,6 @@ class _Sorter:
             self.finish()
 
     def finish(self) -> None:
-        """Write what waits."""
         for name, rows in self.waiting.items():
             made: dict[str, list[Any]] = {"id": [row.id for row in rows], "text": [row.text for row in rows]}
             for column in self.schema.names[2:]:
@@ -223,25 +215,21 @@ class LayerView:
 
     @cached_property
     def shards(self) -> Sequence[ShardRef]:
-        """See `View`."""
         return [ShardRef(name, number)
                 for name in self.step.sources for number in self.plan.source(name).shards]
 
     @property
     def work(self) -> Path:
-        """See `View`."""
         shared = next((layer.shared for name in self.step.sources for layer in self.plan.source(name).layers
                        if layer.number == self.step.entry.number), "")
         return self.output / shared
 
     def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        """See `View`."""
         for group in self.groups(shard):
             if batch := [found for _, found in self.looked_at(shard, group)]:
                 yield batch
 
     def priority(self, source: str) -> int:
-        """See `View`."""
         return self.plan.source(source).settings.priority
 
     def groups(self, shard: ShardRef) -> Iterator[tuple[int, list[Row | None]]]:
@@ -273,12 +261,16 @@ class Stage:
     index: int = -1
     """Number of the pass; -1: the step's outcomes, or no step."""
     pass_name: str = ""
-    """Name of the pass."""
 
     @property
     def name(self) -> str:
         """Return what it is called in messages and folders."""
         return f"{self.number:02d}-{self.kind}" + (f"-{self.pass_name}" if self.pass_name else "")
+
+    @property
+    def what(self) -> str:
+        """Return what its tasks are, in the plural."""
+        return "tasks" if self.index >= 0 else "shards"
 
 
 def stages(plan: Plan) -> Iterator[Stage]:
@@ -293,7 +285,6 @@ def stages(plan: Plan) -> Iterator[Stage]:
 
 
 def tasks(plan: Plan, stage: Stage) -> list[Task]:
-    """Return all tasks of a stage."""
     if stage.index >= 0:
         return [("", task) for task in range(_step(plan, stage).passes[stage.index].num_tasks)]
     return [(source.settings.name, shard) for source in plan.sources if layer_of(source, stage)

@@ -15,8 +15,8 @@ from data_prep.sources.reader import Item, Job, job_of
 from data_prep.sources.source import Broken, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError, told_in_a_line
-from megatron_sov.work.sandbox.channel import receive, send
-from megatron_sov.work.sandbox.reading import enclose_reader
+from megatron_sov.work.channel import receive, send
+from megatron_sov.work.sandbox.restrictions import enclose_reader
 
 MAX_ERROR_CHARS = 300
 MAX_DEPTH = 2000

@@ -15,8 +15,8 @@ from data_prep.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Piece, Raw
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.files import why_left_out
 from megatron_sov.settings import read
-from megatron_sov.work.sandbox.channel import receive, send
-from megatron_sov.work.sandbox.kept_reader import KeptReader, Wording
+from megatron_sov.work.channel import receive, send
+from megatron_sov.work.sandbox.readers import KeptReader, Wording
 
 # A piece of a source as the process that reads it gets it, and what it is cut into there.
 

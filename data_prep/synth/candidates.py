@@ -1,25 +1,26 @@
-"""What a run has made so far: its record, and the samples of the items that are done, with their verdicts."""
+"""What a run has made so far: what made it, in `OUTPUT/run.json`, and a record of each item that is done,
+with samples and verdicts, in the output's journal (`megatron_sov.work.journal`)."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
-
-from data_prep.synth.sample import Kind, Verdict
+from data_prep.synth.generator import Item, Kind, Sample, Verdict
+from megatron_sov.artifacts import to_json
 from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import UserError, first_line
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import JOB, records_by_item
 
-RUN, CANDIDATES, PARTS = "run.json", "candidates", "part-*.jsonl"
-_NUMBER = re.compile(rb'\{"number": ?(\d{1,18}),')
-"""What a line begins with: the place of its item in the input."""
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+RUN, ANSWERS = "run.json", "answers.sqlite"
+CANDIDATES = "candidates"
+"""Where versions before the journal kept items."""
+_NOT_DECIDING = ("kind", "engine", "judge_engine", "templates", "inputs", "input_price", "output_price")
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,35 @@ class RunRecord:
     """Form of its records, unless a sample says otherwise."""
     model: str
     """Of the writer, as its endpoint calls it."""
+    engine: str = ""
+    """Its address, or its folder."""
+    identity: str = ""
+    """What stands for it in what answers are kept by."""
     judge: str = ""
-    """Of the judge; empty: none of its own."""
+    """As `model`, of the judge; empty: none of its own."""
+    judge_engine: str = ""
+    judge_identity: str = ""
+    judge_max_tokens: int = 1024
+    """Of a judge's answer."""
     templates: Mapping[str, int] = field(default_factory=dict)
     """Name -> version."""
+    template_digests: Mapping[str, str] = field(default_factory=dict)
+    """Name -> hash of its text."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the generator, defaults filled in."""
-    inputs: tuple[str, ...] = ()
-    """Files and folders that items were made from."""
-    input_price: Price = 0.0
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File beside the input -> hash."""
+    inputs: Sequence[str] = ()
+    """Files and folders that items were made from, as they were given."""
+    input_price: float = 0.0
     """Of a million tokens that the writer reads; 0: not stated."""
-    output_price: Price = 0.0
+    output_price: float = 0.0
     """Of a million tokens that it writes; 0: not stated."""
+
+    def deciding(self) -> dict[str, Any]:
+        """Return what samples depend on, besides items and answers."""
+        told: dict[str, Any] = json.loads(to_json(asdict(self)))
+        return {name: value for name, value in told.items() if name not in _NOT_DECIDING}
 
 
 @dataclass(frozen=True)
@@ -89,34 +107,29 @@ class Made:
     """In order."""
     unusable: str = ""
     """Why no answer was of use; empty: some were."""
+    digest: str = ""
+    """Of the item when it was made."""
 
 
-@dataclass(frozen=True)
-class _Item:
-    id: str
-    source: str = ""
-    licence: str = ""
+def record_of(item: Item, samples: Sequence[Sample], asked: Sequence[str], unusable: str = "") -> bytes:
+    """Return the record of an item that is done.
+
+    Args:
+        item: the item.
+        samples: what was made of it.
+        asked: hashes of what models were asked for it, in order.
+        unusable: why models' answers were of no use; empty: they were.
+    """
+    said: dict[str, Any] = {
+        "item": {"id": item.id, "source": item.source, "licence": item.licence, "digest": digest_of(item)},
+        "asked": asked, "samples": [asdict(sample) for sample in samples], "unusable": unusable}
+    return json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
 
 
-@dataclass(frozen=True)
-class _Sample:
-    record: Mapping[str, Any]
-    verdicts: tuple[Verdict, ...] = ()
-    kind: Kind | None = None
-    group: str = ""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    asked: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Line:
-    item: _Item
-    samples: tuple[_Sample, ...] = ()
-    asked: tuple[str, ...] = ()
-    unusable: str = ""
-
-
-_RUN, _LINE = TypeAdapter(RunRecord), TypeAdapter(_Line)
+def digest_of(item: Item) -> str:
+    """Return a hash of what an item holds."""
+    text = json.dumps([item.fields, item.source, item.licence], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_run(output: Path) -> RunRecord:
@@ -127,60 +140,44 @@ def read_run(output: Path) -> RunRecord:
     """
     file = output / RUN
     try:
-        return _RUN.validate_python(_object(file.read_bytes()))
+        told = json.loads(file.read_bytes().decode(), parse_constant=no_constant, parse_float=finite)
+        return RunRecord(**{name: told[name] for name in RunRecord.__dataclass_fields__ if name in told})
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: does not exist; pass a folder that `sov-data synth` wrote") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: is damaged ({_told(e)}); run the same `sov-data synth` again") from None
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{file}: is damaged ({first_line(e)[:200]}); run the same `sov-data synth` again"
+                        ) from None
+
+
+def refuse_earlier(output: Path) -> None:
+    """Raise `UserError` where a folder has items of a version before the journal."""
+    if (output / CANDIDATES).is_dir():
+        raise UserError(f"{output}: an earlier version has kept items in {output / CANDIDATES}, which this "
+                        "one does not go on with; delete it and run the same `sov-data synth` again: "
+                        f"its items are made of the answers in {ANSWERS}, and nothing is paid twice")
+
+
+def refuse_without_records(output: Path) -> None:
+    """Raise `UserError` where the records of a folder's items are not there: its samples would seem to be
+    none."""
+    refuse_earlier(output)
+    if not (work_folder(output) / JOB).is_file():
+        raise UserError(f"{output}: the records of its items ({work_folder(output)}) are gone; run the same "
+                        "`sov-data synth` again: answers are kept, nothing is paid twice")
 
 
 def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
-    """Yield what was made of all finished items, in the order of the input: in which part an item stands, and
-    where, depends on when it was finished.
-
-    Raises:
-        UserError: a line is damaged.
-    """
+    """Yield what was made of all finished items, in the order of the input, whenever they were finished."""
     seen: set[str] = set()
-    parts = sorted((output / CANDIDATES).glob(PARTS))
-    for _, file, start, line in sorted(chain.from_iterable(map(_places, parts))):
-        with open(file, "rb") as f:  # anew for each: a long run has more parts than files may be open
-            f.seek(start)
-            made = _made(f.readline(), f"{file}:{line}", run)
-        if made.item not in seen:
-            seen.add(made.item)
-            yield made
-
-
-def _places(file: Path) -> Iterator[tuple[int, Path, int, int]]:
-    """Yield the item's number, the file, the place in it and the line's number of each line."""
-    start = 0
-    with open(file, "rb") as f:
-        for number, line in enumerate(f, 1):
-            found = _NUMBER.match(line)
-            yield int(found[1]) if found else 0, file, start, number
-            start += len(line)
-
-
-def _made(raw: bytes, where: str, run: RunRecord) -> Made:
-    try:
-        line = _LINE.validate_python(_object(raw))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: is damaged ({_told(e)}); delete this file and run the same command again: "
-                        "answers are kept, nothing is asked twice") from None
-    return Made(line.item.id, tuple(
-        Candidate(f"{line.item.id}/{i}", line.item.id, line.item.source, line.item.licence,
-                  one.kind or run.kind, one.record, one.verdicts, one.group, one.notes,
-                  one.asked or line.asked)
-        for i, one in enumerate(line.samples)), line.unusable)
-
-
-def _object(raw: bytes) -> Any:
-    return json.loads(raw.decode(), parse_constant=no_constant, parse_float=finite)
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"
-    return first_line(error)[:200]
+    for _, record in records_by_item(work_folder(output)):
+        told = json.loads(record)
+        item = told["item"]
+        if item["id"] in seen:
+            continue
+        seen.add(item["id"])
+        yield Made(item["id"], tuple(
+            Candidate(f"{item['id']}/{i}", item["id"], item["source"], item["licence"],
+                      one["kind"] or run.kind, one["record"],
+                      tuple(Verdict(**verdict) for verdict in one["verdicts"]), one["group"], one["notes"],
+                      tuple(told["asked"]))
+            for i, one in enumerate(told["samples"])), told["unusable"], item["digest"])

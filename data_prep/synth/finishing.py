@@ -5,28 +5,34 @@ May be called at any time, also while items are left; nothing that it writes is 
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import heapq
 import json
 import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.provenance import SYNTHESIS, artifact_of
-from data_prep.synth.candidates import Candidate, RunRecord, read_made, read_run
+from data_prep.synth.candidates import (
+    ANSWERS,
+    Candidate,
+    RunRecord,
+    read_made,
+    read_run,
+    refuse_without_records,
+)
 from data_prep.synth.checks.judging import Judged, judge_samples
 from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
+from data_prep.synth.generator import Verdict
 from data_prep.synth.page import write_page
-from data_prep.synth.sample import Verdict
-from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, fsync_path, to_json
+from data_prep.tags import SYNTHESIS, artifact_of
+from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
 from megatron_sov.documents.messages import BadRecord, Message
 from megatron_sov.documents.records import Reading, parse_record
 from megatron_sov.documents.strict_json import json_line
@@ -38,10 +44,11 @@ MOST_KEPT, MOST_REJECTED, MOST_REASONS = 8, 3, 40
 MOST_TURNS, MOST_CHARS = 40, 4000
 MODEL = "model"
 """How a page calls who speaks, where it is a model."""
-ANSWERS = "answers*.sqlite"
 ANSWERED = "200"
 _SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(cost), sum(wall_s)
 FROM requests GROUP BY outcome ORDER BY outcome"""
+_EACH = ("num_requests", "input_tokens", "output_tokens", "cost", "seconds")
+"""What each kept sample has cost."""
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
 """Field of a kept record that says how it was made."""
@@ -128,58 +135,30 @@ def _small(notes: Mapping[str, Any]) -> dict[str, Any]:
 # What the samples of a folder have cost: requests, tokens, seconds and money, by the answers' record.
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Sums over all requests of a run, those that failed too."""
-
-    num_requests: int = 0
-    """Sent, each attempt."""
-    num_answered: int = 0
-    """Of them, those that an answer came to."""
-    outcomes: dict[str, int] = field(default_factory=dict)
-    """Status, or what happened instead -> requests."""
-    input_tokens: int = 0
-    """Tokens that were read, as the endpoint has billed them."""
-    output_tokens: int = 0
-    """Tokens that were written."""
-    cost: float = 0.0
-    """In the currency of the prices; 0 where none was given."""
-    seconds: float = 0.0
-    """Of all requests, one after the other; several run at a time."""
-
-    def per(self, num: int) -> dict[str, float] | None:
-        """Return the cost of each of so many samples; None: there are none."""
-        if not num:
-            return None
-        return {"requests": self.num_requests / num, "input_tokens": self.input_tokens / num,
-                "output_tokens": self.output_tokens / num, "cost": self.cost / num,
-                "seconds": self.seconds / num}
-
-
-def costs_of(output: Path) -> Costs:
-    """Return what is on record in a folder.
+def costs_of(output: Path) -> dict[str, Any]:
+    """Return sums over all requests on record in a folder, those that failed too: how many were sent and
+    answered, status (or what happened instead) -> requests, tokens that were read and written, cost in the
+    currency of the prices, and seconds, one request after the other.
 
     Raises:
         UserError: a file of answers is damaged.
     """
     outcomes: Counter[str] = Counter()
-    read = wrote = 0
-    cost, seconds = 0.0, 0.0
-    for file in sorted(output.glob(ANSWERS)):
+    sums = [0, 0, 0.0, 0.0]
+    for file in sorted(output.glob(f"{Path(ANSWERS).stem}*.sqlite")):
         try:
-            connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
-            try:
-                for outcome, num, *sums in connection.execute(_SUMS):
+            with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True,
+                                                    timeout=60)) as connection:
+                for outcome, num, *more in connection.execute(_SUMS):
                     outcomes[str(outcome)] += num
-                    read, wrote = read + (sums[0] or 0), wrote + (sums[1] or 0)
-                    cost, seconds = cost + (sums[2] or 0.0), seconds + (sums[3] or 0.0)
-            finally:
-                connection.close()
+                    sums = [total + (one or 0) for total, one in zip(sums, more, strict=True)]
         except sqlite3.Error as e:
             raise UserError(f"{file}: cannot be read ({e}); restore it from a copy, or delete it: then its "
                             "answers are asked, and paid, again") from None
-    return Costs(outcomes.total(), outcomes[ANSWERED], dict(sorted(outcomes.items())), read, wrote, cost,
-                 seconds)
+    return {"num_requests": outcomes.total(), "num_answered": outcomes[ANSWERED],
+            "outcomes": dict(sorted(outcomes.items())),
+            **dict(zip(("input_tokens", "output_tokens", "cost", "seconds"), sums, strict=True))}
+
 
 
 def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> ExitCode:
@@ -198,6 +177,7 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
         UserError: settings, a file of the folder, an input or the disk are in the way.
     """
     run = read_run(output)
+    refuse_without_records(output)
     if problems := problems_of(settings):
         raise SettingsError("checks", problems)
     with disk_errors(output):
@@ -216,8 +196,9 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
             "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
             "model": run.model, "judge": run.judge, "templates": dict(run.templates),
             "settings": dict(run.settings), "is_complete": is_complete, **tally.to_dict(),
-            "steps": list(judged.steps), "costs": dataclasses.asdict(costs),
-            "per_kept": costs.per(tally.num_kept), "agreement": list(described(agreements)),
+            "steps": list(judged.steps), "costs": costs,
+            "per_kept": {name.removeprefix("num_"): costs[name] / tally.num_kept for name in _EACH}
+            if tally.num_kept else None, "agreement": list(described(agreements)),
             "min_kappa": settings.min_kappa, "gate_passed": None if settings.min_kappa is None else passed,
             "shown": shown.to_list()}
         atomic_write(output / SUMMARY, to_json(summary))
@@ -228,23 +209,23 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
     return ExitCode.OK if passed else ExitCode.GATE_FAILED
 
 
-@dataclasses.dataclass
+@dataclass
 class Tally:
     """Counts of samples."""
 
     num_items: int = 0
     """Items that are done."""
-    unusable: Counter[str] = dataclasses.field(default_factory=Counter)
+    unusable: Counter[str] = field(default_factory=Counter)
     """Why no answer was of use -> items."""
     num_samples: int = 0
     num_kept: int = 0
-    kept: Counter[str] = dataclasses.field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
     """File of kept records -> records."""
-    rejected: Counter[str] = dataclasses.field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
     """Reason -> samples."""
-    licences: Counter[str] = dataclasses.field(default_factory=Counter)
+    licences: Counter[str] = field(default_factory=Counter)
     """Licence of what a kept sample was made from -> samples; empty: not stated."""
-    sources: Counter[str] = dataclasses.field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
     """Source that a kept sample was made from -> samples."""
 
     def count(self, sample: Candidate, reason: str, file: str) -> None:
@@ -277,11 +258,18 @@ def kept_file(run: RunRecord, kind: str) -> str:
 
 def _write_rows(output: Path, run: RunRecord, judged: Judged, tally: Tally, shown: Shown,
                 comparison: Comparison | None) -> None:
-    """Write kept and rejected samples, each file complete or as it was."""
-    with ExitStack() as stack:
-        files = _Files(output, stack)
-        files.write(KEPT)
-        files.write(REJECTED)
+    """Write kept and rejected samples; the files get their names together, when all are on the disk."""
+    for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
+        leftover.unlink(missing_ok=True)
+    files: dict[str, IO[bytes]] = {}
+    with contextlib.ExitStack() as stack:
+        def rows_of(name: str) -> IO[bytes]:
+            if name not in files:
+                files[name] = stack.enter_context(open(stack.enter_context(new_file(output / name)), "wb"))
+            return files[name]
+
+        for name in (KEPT, REJECTED):  # be they empty
+            rows_of(name)
         for made in read_made(output, run):
             tally.num_items += 1
             if made.unusable:
@@ -295,37 +283,14 @@ def _write_rows(output: Path, run: RunRecord, judged: Judged, tally: Tally, show
                 shown.take(sample, failed)
                 if comparison is not None:
                     comparison.add(sample.id, _text(sample), verdicts)
-                files.write(REJECTED if failed else file,
-                            _rejected(run, sample, verdicts) if failed else _kept(run, sample, judged))
-        files.publish()
-
-
-class _Files:
-    """Files of JSON lines that get their names together, when all are written."""
-
-    def __init__(self, output: Path, stack: ExitStack) -> None:
-        self._output, self._stack = output, stack
-        self._files: dict[str, tuple[Path, IO[bytes]]] = {}
-        for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
-            leftover.unlink(missing_ok=True)
-
-    def write(self, name: str, row: Mapping[str, Any] | None = None) -> None:
-        if name not in self._files:
-            temporary = self._output / f".{name}.tmp-{os.getpid()}"
-            self._stack.callback(temporary.unlink, missing_ok=True)
-            self._files[name] = temporary, self._stack.enter_context(temporary.open("wb"))
-        if row is not None:
-            self._files[name][1].write(json_line(row))
-
-    def publish(self) -> None:
-        for temporary, file in self._files.values():
-            file.close()
-            fsync_path(temporary)
-        for name, (temporary, _) in self._files.items():
-            os.replace(temporary, self._output / name)
-        for stale in self._output.glob(f"{Path(KEPT).stem}-*.jsonl"):  # of an earlier state
-            if stale.name not in self._files:
-                stale.unlink()
+                row = _rejected(run, sample, verdicts) if failed else _kept(run, sample, judged)
+                rows_of(REJECTED if failed else file).write(json_line(row))
+        for rows in files.values():
+            rows.flush()
+            os.fsync(rows.fileno())
+    for stale in output.glob(f"{Path(KEPT).stem}-*.jsonl"):  # of an earlier state
+        if stale.name not in files:
+            stale.unlink()
 
 
 def _kept(run: RunRecord, sample: Candidate, judged: Judged) -> dict[str, Any]:

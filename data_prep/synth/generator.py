@@ -7,13 +7,88 @@ kept.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
-from data_prep.synth.sample import Kind, Sample
+from annotated_types import Ge, Le
+
+from data_prep.synth.templates import Prompt
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
+from megatron_sov.chat.tool_calls import BadCall, parse_turn
+from megatron_sov.documents.messages import BadRecord, refuse_deep
+from megatron_sov.documents.strict_json import finite, no_constant
+from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
+from megatron_sov.rewards.judge import fenced_messages, grade_in, sound
+from megatron_sov.rewards.surface import loop_at_end
+
+Temperature = Annotated[float, Ge(0), Le(2)]
+"""Of a model that writes."""
+Grade = Annotated[float, Ge(0), Le(10)]
+"""Least grade of a judge; 0: none is asked."""
+PairWeight = Annotated[float, Ge(0), Le(100)]
+T = TypeVar("T")
+
+# What is made: a record of an ordinary source, and what was checked of it.
+
+Kind = Literal["text", "chat", "prompt", "task"]
+"""text: a document with `text`, for pretraining; chat: a conversation with `messages` and, where it has
+tools, `tools`, for `sft`; prompt: `prompt` and what its reward needs, for `rl generate`; task: a task of a
+tool environment."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one check says of one sample."""
+
+    check: str
+    """Name of the check; the same for all samples that it refuses."""
+    passed: bool
+    """Whether the sample may be kept as far as this check is concerned."""
+    detail: str = ""
+    """What it has seen, for a reader; not needed to understand `check`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample with its checks; it is kept when all of them pass."""
+
+    record: Mapping[str, Any]
+    """In the form of the generator's `kind`, without provenance, which the run adds."""
+    verdicts: tuple[Verdict, ...] = ()
+    """Of the generator's own checks, in the order in which they ran; the first that fails is the reason."""
+    group: str = ""
+    """What it shares with others of its item, such as a problem with several solutions; empty: nothing."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Figures for the report and for difficulty, not for training: plain JSON values."""
+    kind: Kind | None = None
+    """Form of this record where it is another one than the generator's; None: the generator's."""
+
+    @property
+    def reason(self) -> str:
+        """Return the name of the first check that it does not pass; empty where it is kept."""
+        return next((verdict.check for verdict in self.verdicts if not verdict.passed), "")
+
+
+def writable(sample: Sample) -> Sample:
+    """Return a sample as it is where a line of JSON in UTF-8 can hold it; otherwise one without a record
+    that says why not: a model may write half of a character as an escape, or a number without end."""
+    try:
+        json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        why = "holds half of a surrogate pair, which is no character"
+    except (ValueError, RecursionError):  # JSON's own
+        why = "holds a number that is none, or is nested too deep"
+    else:
+        return sample
+    return Sample({}, (Verdict("form", False, why),), kind=sample.kind)
+
+
+# Who makes it, of what.
 
 MAX_ATTEMPTS = 3
 """For an answer of use; each with another seed, and kept like any answer."""
@@ -61,8 +136,140 @@ class NoUsableReply(NoReply):
     the item is done and has no samples."""
 
 
-class Ask(Protocol):
-    """The door to models, for one item; any method may raise `NoReply`."""
+MIN_LOOP_REPEATS = 8
+MIN_LOOP_CHARS = 200
+"""What a text must repeat at its end to count as a loop: more than any verse or table does."""
+Drawn = Reply | NoUsableReply
+"""What comes of one draw."""
+JUDGE_MAX_TOKENS = 1024
+"""Of a judge's answer, unless told."""
+JUDGE_RETRY_TEMPERATURE = 0.5
+"""The likeliest answer stays what it is; another one is wanted."""
+
+
+# What a chat completion says: text, thoughts and calls of tools, read strictly, and whether it is of use.
+
+
+def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
+    """Return the one choice of a chat completion.
+
+    Args:
+        answer: decoded JSON.
+        key: hash of what was asked.
+        has_tools: whether tools were offered, so that calls may stand in the text.
+
+    Raises:
+        BadAnswer: it is no chat completion of one choice.
+    """
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadAnswer("the endpoint's answer must have one of 'choices', for one was asked for")
+    message = choices[0].get("message")
+    if not isinstance(message, dict):
+        raise BadAnswer("the endpoint's answer has no message")
+    content = message.get("content")
+    if content is not None and not isinstance(content, str):
+        raise BadAnswer("the endpoint's message has a content that is no text")
+    said = message.get("tool_calls") or []
+    if not isinstance(said, list):
+        raise BadAnswer("the endpoint's tool_calls are no list")
+    text, thinking = _split(content or "")
+    told = message.get("reasoning_content") or message.get("reasoning")
+    thinking = told.strip() if isinstance(told, str) and told.strip() else thinking
+    calls = [_call(one) for one in said]
+    if has_tools and not calls:  # a server without a parser of calls leaves them in the text
+        turn = parse_turn(text)
+        text = turn.content
+        calls = [_malformed("", call.reason) if isinstance(call, BadCall)
+                 else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
+    return Reply(text, thinking, tuple(calls), choices[0].get("finish_reason") == "length", key)
+
+
+def fault_of(reply: Reply) -> str:
+    """Return why an answer is of no use to any generator, in a word; empty where it may be.
+
+    One that was cut off in its thoughts says nothing and is no empty one: another would end there as well.
+    """
+    if not reply.text and not reply.tool_calls and not reply.is_cut:
+        return "empty"
+    try:
+        json.dumps([reply.text, reply.thinking, reply.tool_calls], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "half a character"
+    _, repeats = loop_at_end(reply.text, MIN_LOOP_CHARS)
+    return "loop" if repeats >= MIN_LOOP_REPEATS else ""
+
+
+def _split(content: str) -> tuple[str, str]:
+    """Return text and thoughts: thoughts end at the first end tag; without one they reach to the end."""
+    text = plain_form(content).strip()
+    begins = text.startswith(BEGIN_THOUGHTS)
+    before, end, behind = text.partition(END_THOUGHTS)
+    if end and (begins or BEGIN_THOUGHTS not in before):
+        return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
+    if begins:
+        return "", as_written(text.removeprefix(BEGIN_THOUGHTS)).strip()
+    return as_written(text), ""
+
+
+def _call(said: Any) -> dict[str, Any]:
+    """Return a call's name and arguments, or what is wrong with it."""
+    function = said.get("function") if isinstance(said, dict) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return _malformed("", "a tool call must have a function with a name")
+    name, arguments = function["name"], function.get("arguments")
+    try:
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments or "{}", parse_constant=no_constant, parse_float=finite)
+        refuse_deep(arguments)
+    except (ValueError, RecursionError, BadRecord) as e:
+        return _malformed(name, f"the arguments of a tool call are no JSON ({str(e)[:100]})")
+    if not isinstance(arguments, dict):
+        return _malformed(name, "the arguments of a tool call must be an object")
+    return {"name": name, "arguments": arguments}
+
+
+def _malformed(name: str, error: str) -> dict[str, Any]:
+    return {"name": name, "arguments": {}, "error": error}
+
+
+class Door(Protocol):
+    """One model behind an endpoint, or behind a test's."""
+
+    @property
+    def model(self) -> str:
+        """Return the model's name, as the endpoint calls it."""
+        ...
+
+    def key(self, payload: Mapping[str, Any]) -> str:
+        """Return the hash of a request."""
+        ...
+
+    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """Return what `read` makes of the answer; raises as `Endpoint.ask` does."""
+        ...
+
+
+class Ask:
+    """The door to models, for one item; any method may raise `NoReply`.
+
+    Args:
+        item_id: of the item; part of every seed.
+        prompts: templates by name.
+        doors: role -> model.
+        over: maps a function over draws; a run gives one that asks several at a time.
+        judge_max_tokens: of a judge's answer.
+    """
+
+    def __init__(self, item_id: str, prompts: Mapping[str, Prompt], doors: Mapping[Role, Door],
+                 over: Callable[[Callable[[int], Drawn], Iterable[int]], Iterator[Drawn]] = map,
+                 judge_max_tokens: int = JUDGE_MAX_TOKENS) -> None:
+        self._judge_max_tokens = judge_max_tokens
+        self._item_id, self._prompts, self._doors, self._over = item_id, prompts, doors, over
+        self.asked: dict[str, None] = {}
+        """Keys of all answers that were used, in the order in which they were."""
+        self.failure: Exception | None = None
+        """What kept a question from being answered; its item is not done, whatever is made of it."""
 
     def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
@@ -84,18 +291,106 @@ class Ask(Protocol):
                 no use is an answer too, as in a measurement.
             fields: what the template names; exactly these.
         """
-        ...
+        messages = self._prompts[template].messages(fields)
+        request = _request(messages, temperature, top_p, max_tokens, thinking)
+
+        def drawn(draw: int) -> Drawn:
+            try:
+                return self._reply(role, request, template, draw, attempts)
+            except NoUsableReply as e:  # one draw, not the others of its question
+                return e
+
+        found = list(self._over(drawn, range(first, first + count)))
+        replies = [one for one in found if isinstance(one, Reply)]
+        if not replies and found and isinstance(found[-1], NoUsableReply):
+            raise found[-1]
+        self.asked |= dict.fromkeys(reply.key for reply in replies)
+        return replies
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = (),
              role: Role = "writer", draw: int = 0, temperature: float = 0.7, top_p: float = 1.0,
              max_tokens: int = 1024, thinking: bool | None = None) -> Reply:
         """Return the next message of a conversation; `draw` tells equal requests apart."""
-        ...
+        request = _request(messages, temperature, top_p, max_tokens, thinking)
+        if tools:
+            request["tools"] = [dict(tool) for tool in tools]
+        reply = self._reply(role, request, "", draw, MAX_ATTEMPTS)
+        self.asked[reply.key] = None
+        return reply
 
     def judge(self, rubric: str, material: Mapping[str, str], *, low: float = 0.0,
               high: float = 10.0) -> float:
-        """Return the judge's score between `low` and `high` of texts that it is told not to obey."""
-        ...
+        """Return the judge's score between `low` and `high` of texts that it is told not to obey.  An answer
+        without a sound score is none, and not 0: another one is asked for."""
+        door = self._doors["judge"]
+        messages = fenced_messages(door.model, sound(rubric),
+                                   {name: sound(text) for name, text in material.items()}, low, high)
+        num_cut = 0
+        for attempt in range(MAX_ATTEMPTS):
+            request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0,
+                               self._judge_max_tokens, None)
+            reply = self._one("judge", request, "", 0, attempt)
+            num_cut += reply.is_cut
+            if not reply.is_cut:
+                try:
+                    score, _ = grade_in(reply.text, low, high)
+                except BadAnswer:
+                    continue
+                self.asked[reply.key] = None
+                return score
+        cut = (f", {num_cut} of them cut off at {self._judge_max_tokens:,} tokens; raise --judge-max-tokens, "
+               "or take a judge that does not think first" if num_cut else "")
+        raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")
+
+    def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int,
+               attempts: int) -> Reply:
+        """Return the first answer that is of use."""
+        fault = ""
+        for attempt in range(attempts):
+            reply = self._one(role, request, template, draw, attempt)
+            if not (fault := fault_of(reply)):
+                return reply
+        raise NoUsableReply(f"{attempts} answers were of no use, the last: {fault}")
+
+    def _one(self, role: Role, request: Mapping[str, Any], template: str, draw: int, attempt: int) -> Reply:
+        door = self._doors[role]
+        payload = {"model": door.model, **request,
+                   "seed": _seed(self._item_id, template, draw, attempt)}
+        key = door.key(payload)
+        try:
+            return door.ask(payload, lambda raw: read_reply(raw, key, "tools" in request))
+        except NeverAnswered as e:
+            raise NoUsableReply(str(e)) from None
+        except Exception as e:
+            is_wanting = isinstance(e, (BadAnswer, TimeoutError)) and not isinstance(e, Unavailable)
+            self.failure = NoReply(str(e)) if is_wanting else e
+            raise self.failure from None
+
+
+def _request(messages: Sequence[Mapping[str, Any]], temperature: float, top_p: float, max_tokens: int,
+             thinking: bool | None) -> dict[str, Any]:
+    request: dict[str, Any] = {"messages": _sound([dict(message) for message in messages]),
+                               "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    if thinking is not None:  # as vLLM, SGLang and ours take it
+        request["chat_template_kwargs"] = {"enable_thinking": thinking}
+    return request
+
+
+def _sound(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as UTF-8 can hold them: half of a surrogate pair becomes a question mark."""
+    text = json.dumps(messages, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        found: list[dict[str, Any]] = json.loads(sound(text))
+        return found
+    return messages
+
+
+def _seed(*parts: object) -> int:
+    """Return a seed from 0 to 2**31 - 1 that follows from what is asked."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 class Generator(ABC):

@@ -1,29 +1,46 @@
-"""The models of a run: where each is, what it is called, and how it is asked."""
+"""The models of a run: where each is, what it is called, how it is asked, and what may be used up of it."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.asking import JUDGE_MAX_TOKENS, Door
-from data_prep.synth.bounds import MaxTokensField, Threads, Timeout
-from data_prep.synth.budget import Budget
-from data_prep.synth.engine import EndpointDoor
-from data_prep.synth.generator import Role
-from data_prep.synth.local_engine import identity_of, serving
-from data_prep.synth.stopping import Stop
+from data_prep.synth.generator import Door, Role, T
+from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.endpoints.addresses import address_problems, is_address
-from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
+from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
 from megatron_sov.endpoints.recognition import CHAT_PROBES, Recognition
-from megatron_sov.settings import AtLeastOne, Code, NotNegative, Problem
+from megatron_sov.errors import StopRequested, UserError, download
+from megatron_sov.settings import Code, NotNegative, NotNegativeInt, Problem
+from megatron_sov.work.commands import end_commands, start_command
+from megatron_sov.work.threads import Stop
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
+OTHER_MODEL = ("name another --output, or pass --same-model if only the engine changed; then the kept "
+               "answers are used")
+KEY_ENV = "SOV_SERVE_KEY"
+"""Of the server's environment alone: no other process of the run needs the key."""
+STOP_S = 30.0
+"""For the answers that it still gives; then it is killed."""
+_LOOK_S, _BUDGET_LOOK_S = 0.05, 0.5
+_WHOLE_BYTES = 1 << 24
+_ENDS_BYTES = 1 << 20
+"""Of larger files, begin and end stand for what lies between."""
 
 
 @dataclass(frozen=True)
@@ -92,50 +109,221 @@ class Model:
         return f"endpoint:{self.model}"
 
 
-OTHER_MODEL = ("name another --output, or pass --same-model if only the engine changed; then the kept "
-               "answers are used")
-
-
 @dataclass(frozen=True)
-class Asked:
-    """How endpoints are asked."""
+class Most:
+    """Limits of a run; 0: none."""
 
-    threads: Threads
-    """Requests at a time."""
-    timeout_s: Timeout
-    """For an attempt."""
-    max_attempts: AtLeastOne
-    """For a request."""
-    patience_s: NotNegative
-    """How long an endpoint that is full or away is waited for."""
-    judge_max_tokens: AtLeastOne = JUDGE_MAX_TOKENS
-    """Of a judge's answer, with its thoughts."""
-    same_model: bool = False
-    """Whether endpoints' models are those whose answers are kept though they answer fixed questions
-    otherwise."""
+    tokens: NotNegativeInt = 0
+    """Read and written, by all commands on a folder."""
+    cost: NotNegative = 0.0
+    """In the currency of the prices, by all commands on a folder."""
+    time_s: NotNegative = 0.0
+    """Of one command."""
+
+
+class Budget:
+    """Lets requests pass, from any thread, while the most that they can take is there beside what was used by
+    earlier commands.  While others are under way, one that does not fit waits for what they leave."""
+
+    def __init__(self, most: Most, used: Usage, stop: Stop) -> None:
+        self._most, self._stop = most, stop
+        self._tokens, self._cost = used.input_tokens + used.output_tokens, used.cost
+        self._held_tokens, self._held_cost, self._num_held = 0, 0.0, 0
+        self._longest_s = 0.0
+        self._began_s: dict[int, float] = {}
+        self._end_s = time.monotonic() + most.time_s if most.time_s else float("inf")
+        self._changed = threading.Condition()
+
+    def enter(self, most: Usage) -> None:
+        """Let a request pass that may take as much as `most`.
+
+        Raises:
+            StopRequested: it would break a limit, or the run was asked to stop.
+        """
+        tokens = most.input_tokens + most.output_tokens
+        with self._changed:
+            while True:
+                self._stop.check()
+                self._check_time()
+                broken = self._broken(tokens, most.cost)
+                if not broken:
+                    break
+                if not self._num_held:
+                    raise StopRequested(broken)
+                self._changed.wait(_BUDGET_LOOK_S)
+            self._held_tokens += tokens
+            self._held_cost += most.cost
+            self._num_held += 1
+            self._began_s[threading.get_ident()] = time.monotonic()
+
+    def leave(self, most: Usage, billed: Usage) -> None:
+        """Note what a request that has passed took."""
+        with self._changed:
+            self._held_tokens -= most.input_tokens + most.output_tokens
+            self._held_cost -= most.cost
+            self._num_held -= 1
+            if not self._num_held:  # sums of floats leave crumbs
+                self._held_cost = 0.0
+            self._tokens += billed.input_tokens + billed.output_tokens
+            self._cost += billed.cost
+            took_s = time.monotonic() - self._began_s.pop(threading.get_ident())
+            self._longest_s = max(self._longest_s, took_s)
+            self._changed.notify_all()
+
+    def _check_time(self) -> None:
+        left_s = self._end_s - time.monotonic()
+        if left_s < self._longest_s or left_s <= 0:
+            raise StopRequested(f"--max-time {self._most.time_s:g} s: {max(left_s, 0):.0f} s are left, and a "
+                                f"request has taken {self._longest_s:.0f} s; the same command goes on")
+
+    def _broken(self, tokens: int, cost: float) -> str:
+        """Return which limit a request would break."""
+        most = self._most
+        if most.tokens and self._tokens + self._held_tokens + tokens > most.tokens:
+            return (f"--max-tokens-total {most.tokens}: {self._tokens:,} tokens are used, and the next "
+                    f"request may take {tokens:,}; raise it, and the same command goes on")
+        if most.cost and self._cost + self._held_cost + cost > most.cost:
+            return (f"--max-cost {most.cost:g}: {self._cost:.4f} is spent, and the next request may cost "
+                    f"{cost:.4f}; raise it, and the same command goes on")
+        return ""
+
+
+class EndpointDoor:
+    """One model behind an endpoint, asked as often at once as the run has slots, until it is asked to stop;
+    `patience_s`: how long the endpoint may answer nobody."""
+
+    def __init__(self, endpoint: Endpoint, model: str, slots: threading.Semaphore, stop: Stop,
+                 patience_s: float) -> None:
+        self._endpoint, self._slots, self._stop, self._patience_s = endpoint, slots, stop, patience_s
+        self.model = model
+        self.key = endpoint.key
+
+    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """Return what `read` makes of the answer; raises as `Endpoint.ask` does, and `Unavailable` where the
+        endpoint has long answered nobody."""
+        with self._slots:
+            self._stop.check()
+            began_s = time.monotonic()
+            try:
+                return self._endpoint.ask(payload, read)
+            except NeverAnswered:
+                raise
+            except (BadAnswer, TimeoutError) as e:
+                silent_s = time.monotonic() - max(began_s, self._endpoint.answered_s)
+                if silent_s >= self._patience_s and not isinstance(e, Unavailable):
+                    raise Unavailable(f"{e}; it has answered nobody for {silent_s:.0f} s") from None
+                raise
 
 
 @contextlib.contextmanager
-def opened(writer: Model, judge: Model, asked: Asked, cache: EndpointCache, budget: Budget, stop: Stop,
-           program: Sequence[str] = ()) -> Iterator[dict[Role, Door]]:
+def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache, budget: Budget,
+           stop: Stop) -> Iterator[dict[Role, Door]]:
     """Yield the doors to both models; a folder is served as long as the context is open."""
-    slots = threading.Semaphore(asked.threads)
-    limits = (asked.timeout_s, asked.max_attempts, BACKOFF_S, 0.0, 0.0)
+    slots = threading.Semaphore(options.threads)
+    limits = (options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0)
     with contextlib.ExitStack() as stack:
         doors: dict[Model, Door] = {}
         for model in dict.fromkeys((writer, judge)):
             url, name, key = model.engine.rstrip("/"), model.name, ""
             if model.is_local:
-                served = stack.enter_context(serving(Path(model.engine), list(program), stop))
+                served = stack.enter_context(serving(Path(model.engine), stop))
                 url, name, key = served.url, served.model, served.key
             # a server of this machine that answers nobody has ended, and nobody starts it again
-            patience_s = min(asked.patience_s, LOCAL_PATIENCE_S) if model.is_local else asked.patience_s
+            patience_s = min(options.patience_s, LOCAL_PATIENCE_S) if model.is_local else options.patience_s
             endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
                                 Limits(*limits, model.input_price, model.output_price, patience_s),
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
                                 told=lambda sentence: print(sentence, flush=True), key=key,
                                 sent=model.sent,
                                 recognition=None if model.is_local else Recognition(
-                                    name, CHAT_PROBES, OTHER_MODEL, asked.same_model))
+                                    name, CHAT_PROBES, OTHER_MODEL, options.same_model))
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}
+
+
+# A model of this machine.
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is being served."""
+
+    url: str
+    """Up to `/v1`."""
+    model: str
+    """As it is called there."""
+    key: str = field(repr=False)
+    """That it wants."""
+
+
+@contextlib.contextmanager
+def serving(folder: Path, stop: Stop, program: Sequence[str] = ()) -> Iterator[Served]:
+    """Serve a checkpoint or Hugging Face folder while the context is open, by a child that lives no longer
+    than the run: `megatron-sov serve`, or another program.
+
+    Raises:
+        UserError: it does not start; its own sentence says why.
+        StopRequested: the run was asked to stop before it answered.
+    """
+    key = secrets.token_urlsafe(32)
+    with tempfile.TemporaryDirectory(prefix="sov-synth-") as work:
+        address, log = Path(work) / "address.json", Path(work) / "serve.log"
+        command = [*(program or [sys.executable, "-m", "megatron_sov", "serve"]), str(folder), "--port", "0",
+                   "--name", folder.resolve().name, "--address-file", str(address),
+                   "--api-key-env", KEY_ENV, "--parent-pid", str(os.getpid())]
+        with open(log, "wb") as out:
+            # a group of its own: Ctrl-C is for the run, which lets it answer what is under way
+            child = start_command(command, environment=os.environ | {KEY_ENV: key}, stdout=out, stderr=out,
+                                  own_group=True)
+        try:
+            yield Served(*_answering(child, address, log, folder, stop), key)
+        finally:
+            end_commands([child], STOP_S)
+
+
+def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder: Path, stop: Stop
+               ) -> tuple[str, str]:
+    """Return where it answers, when it does, and what the model is called there."""
+    began_s = time.monotonic()
+    told = False
+    while not address.exists():
+        if child.poll() is not None:
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            words = said[-1].removeprefix("error: ") if said else f"it ended with {child.returncode}"
+            raise UserError(f"--engine {folder}: `megatron-sov serve` did not start: {words}")
+        if not told and time.monotonic() - began_s > 10:
+            print(f"{folder}: being loaded", flush=True)
+            told = True
+        stop.sleep(_LOOK_S)
+    said = json.loads(address.read_text(encoding="utf-8"))
+    return said["url"], said["model"]
+
+
+def identity_of(folder: Path, option: str = "--engine") -> str:
+    """Return a hash that stands for a model's files: small ones whole, of large ones size, begin and end.
+
+    Args:
+        folder: of the model.
+        option: that names it, for sentences.
+
+    Raises:
+        UserError: there is no such folder, or nothing in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
+                        f"{download(folder)}")
+    digest = hashlib.sha256()
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if not files:
+        raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
+    for file in files:
+        size_bytes = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}\0{size_bytes}\0".encode())
+        with open(file, "rb") as f:
+            if size_bytes <= _WHOLE_BYTES:
+                digest.update(f.read())
+            else:
+                digest.update(f.read(_ENDS_BYTES))
+                f.seek(-_ENDS_BYTES, os.SEEK_END)
+                digest.update(f.read())
+    return digest.hexdigest()

@@ -1,36 +1,82 @@
-"""A run of `sov-data synth` from what was asked for to the finished source."""
+"""A run of `sov-data synth` from what was asked for to the finished source.
+
+What is done of items lies in `.OUTPUT.work`, as of every job, and stays there when the source is finished, so
+that more input or other checks go on with it; answers lie in OUTPUT.  Each item is code that asks, waits, and
+goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
-from data_prep.synth.budget import Budget, Most
+from data_prep.synth.candidates import (
+    ANSWERS,
+    RUN,
+    RunRecord,
+    digest_of,
+    read_made,
+    read_run,
+    record_of,
+    refuse_earlier,
+)
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.engine import Engine, Tally
-from data_prep.synth.generator import Generator, Item
-from data_prep.synth.journal import Done, Journal, digest_of, read_done
+from data_prep.synth.generator import (
+    Ask,
+    Door,
+    Drawn,
+    Generator,
+    Item,
+    NoReply,
+    NoUsableReply,
+    Role,
+    Sample,
+    writable,
+)
 from data_prep.synth.known import generator_class
-from data_prep.synth.models import Asked, Model, opened
-from data_prep.synth.shares import Share, merge_answers
-from data_prep.synth.stopping import Stop
+from data_prep.synth.models import Budget, Model, Most, opened
+from data_prep.synth.options import SynthOptions, duration_s
 from data_prep.synth.templates import PROMPTS, Prompt, load_prompts
-from data_prep.synth.work_folder import ANSWERS, Identity, check_folder, settle
+from megatron_sov.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
+from megatron_sov.endpoints.answers import Unavailable
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.transport import missing_libraries
-from megatron_sov.errors import ExitCode, StopRequested, UserError
-from megatron_sov.settings import AtLeastOne, Code, Problem, SettingsError, as_problem, problems_of, read
-from megatron_sov.work.children import FORWARDED
+from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems, told_in_a_line
+from megatron_sov.outputs import refuse_nowhere
+from megatron_sov.settings import (
+    Code,
+    Problem,
+    SettingsError,
+    as_problem,
+    num_cores,
+    parse_nested,
+    problems_of,
+    read,
+)
+from megatron_sov.work.arrays import refuse_living
+from megatron_sov.work.folders import delete_work, slurm_folder, work_folder
+from megatron_sov.work.journal import Journal, begun, differences
 from megatron_sov.work.locks import holding
-from megatron_sov.work.slurm_jobs import refuse_living
+from megatron_sov.work.threads import Stop, in_threads
 
+MADE_BY = "sov-data synth"
+MIN_TOLD_S, MAX_TOLD_S = 10.0, 900.0
+"""Between two lines that say how far a run is."""
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
-
+_OF_A_JUDGE = ("--judge-api-key-env", "--judge-input-price", "--judge-output-price",
+               "--judge-max-tokens-field")
 FIXED = {"back_temperature": 0.7, "copied_words": 8, "function_temperature": 0.2, "idea_temperature": 0.7,
          "max_untranslated_share": 0.1, "min_changing_tools": 2, "min_language_score": 0.5, "min_lead": 0.5,
          "min_rows": 6, "min_tools": 4, "request_temperature": 1.0, "sandbox_workers": 2,
@@ -42,46 +88,96 @@ FIXED = {"back_temperature": 0.7, "copied_words": 8, "function_temperature": 0.2
 class Order:
     """What a command was asked for."""
 
-    generator: str
-    """Its name."""
-    output: Path
-    """The run's folder."""
+    options: SynthOptions
+    """As they were typed."""
     writer: Model
     """What writes."""
     judge: Model
     """What judges."""
-    inputs: tuple[Path, ...] = ()
-    """Files and folders that items are made from."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the generator, as they were given."""
-    prompts: Path | None = None
-    """Folder whose templates go before those of the package."""
-    asked: Asked = field(default_factory=lambda: Asked(16, 600.0, 5, 600.0))
-    """How endpoints are asked."""
-    most: Most = field(default_factory=Most)
-    """Limits."""
-    limit: AtLeastOne | None = None
-    """First items alone; None: all."""
-    checks: CheckSettings = field(default_factory=CheckSettings)
+    most: Most
+    """Limits of this process."""
+    checks: CheckSettings
     """What samples go through when all are made."""
-    workers: int = 1
-    """Processes of those."""
-    redo: bool = False
-    """Whether a folder that was made with other settings is made again."""
+
+    @property
+    def output(self) -> Path:
+        """Return the run's folder."""
+        assert self.options.output is not None
+        return self.options.output
 
     def problems(self) -> list[Problem]:
         """Return every rule that is broken, by option."""
+        options, writer, judge = self.options, self.writer, self.judge
         p = [*map(as_problem, missing_libraries())]
         p += [Problem(Code.FILE, "--input", "does not exist", path, "check the path")
-              for path in self.inputs if not path.exists()]
-        prices = (self.writer.input_price, self.writer.output_price, self.judge.input_price,
-                  self.judge.output_price)
-        if self.most.cost and not any(prices):
+              for path in options.input if not path.exists()]
+        if self.most.cost and not any((writer.input_price, writer.output_price, judge.input_price,
+                                       judge.output_price)):
             p.append(Problem(Code.RULE, "--max-cost", "no cost is known without --input-price and "
                              "--output-price", self.most.cost))
-        if self.prompts is not None and not self.prompts.is_dir():
-            p.append(Problem(Code.FILE, "--prompts", "is no folder", self.prompts))
+        if options.prompts is not None and not options.prompts.is_dir():
+            p.append(Problem(Code.FILE, "--prompts", "is no folder", options.prompts))
         return p
+
+
+def order_of(options: SynthOptions) -> Order:
+    """Return what a command was asked for.
+
+    Raises:
+        UserError: something is missing, or is no time.
+    """
+    if options.serve_vllm is not None:
+        if options.engine:
+            raise UserError("--serve-vllm: stands in place of --engine; leave one of them out")
+        options = replace(options, engine=str(options.serve_vllm))
+    if not options.generator:
+        raise UserError("sov-data synth: say which generator; --list lists them")
+    missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
+    if missing:
+        raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
+                        f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
+    writer, judge = models_of(options)
+    time_s = duration_s("--max-time", options.max_time) if options.max_time else 0.0
+    if options.max_time and not time_s:
+        raise UserError(f"--max-time {options.max_time}: leaves no time; leave it out for no limit")
+    assert options.patience_s >= 0  # that it is a time
+    return Order(options, writer, judge, Most(options.max_tokens_total, options.max_cost, time_s),
+                 CheckSettings.of(options))
+
+
+def models_of(args: SynthOptions) -> tuple[Model, Model]:
+    """Return the model that writes and the one that judges.  A key is sent to another address only where its
+    variable is named for it.
+
+    Raises:
+        UserError: a limit of money cannot be kept, since a price is not known; a variable has no key; an
+            option is a judge's, and there is none of its own.
+    """
+    for option, variable in (("--api-key-env", args.api_key_env),
+                             ("--judge-api-key-env", args.judge_api_key_env)):
+        if variable and not os.environ.get(variable):
+            raise UserError(f"{option} {variable}: the environment has no key there; set it, or leave the "
+                            "option out where none is needed")
+    key_env = "OPENAI_API_KEY" if args.api_key_env is None else args.api_key_env
+    length = args.max_tokens_field or "max_tokens"
+    writer = Model(args.engine, args.model, key_env, args.input_price or 0.0, args.output_price or 0.0,
+                   max_tokens_field=length)
+    if not args.judge_engine and not args.judge_model:
+        if alone := [option for option in _OF_A_JUDGE
+                     if getattr(args, option[2:].replace("-", "_")) is not None]:
+            raise UserError(f"{', '.join(alone)}: there is no judge of its own; add --judge-engine or "
+                            "--judge-model, or leave it out")
+        return writer, writer
+    if args.max_cost and args.judge_input_price is None and args.judge_output_price is None:
+        raise UserError(f"--max-cost {args.max_cost:g}: what the judge costs is not known; pass "
+                        "--judge-input-price and --judge-output-price, 0 where it costs nothing")
+    engine = args.judge_engine or args.engine
+    own = "" if args.judge_engine and args.judge_engine != args.engine else key_env
+    judge = Model(engine, args.judge_model, own if args.judge_api_key_env is None else args.judge_api_key_env,
+                  args.judge_input_price or 0.0, args.judge_output_price or 0.0,
+                  max_tokens_field=args.judge_max_tokens_field or length,
+                  options=("--judge-engine", "--judge-model"))
+    return writer, judge
 
 
 def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
@@ -103,43 +199,39 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
                     instead=lambda key: f"it is always {FIXED[key]}; leave it out" if key in FIXED else ""))
 
 
-def items_of(generator: Generator, inputs: Sequence[Path], limit: int | None,
-             passed_over: Callable[[Item], object] = lambda item: None) -> Iterator[tuple[int, Item]]:
-    """Yield the items of a run with their numbers.
-
-    Args:
-        generator: that reads them.
-        inputs: what it reads.
-        limit: first items alone; None: all.
-        passed_over: told of an item whose id came before: it is none.
-
-    Raises:
-        UserError: the input is not what the generator starts from, or an id cannot be one.
-    """
-    seen: set[str] = set()
-    for item in generator.items(inputs):
-        if limit is not None and len(seen) >= limit:
-            return
-        if not _ID.fullmatch(item.id):
-            raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and :._/-; "
-                            "mend the input")
-        if item.id in seen:
-            passed_over(item)
-        else:
-            yield len(seen), item
-            seen.add(item.id)
-
-
 @dataclass(frozen=True)
 class Ready:
     """An order that can be carried out."""
 
+    order: Order
+    """What was asked for."""
     generator: Generator
     """With its settings."""
     prompts: Mapping[str, Prompt]
     """Its templates."""
-    identity: Identity
+    record: RunRecord
     """What the run is made with."""
+
+    def items(self, passed_over: Callable[[Item], object] = lambda item: None
+              ) -> Iterator[tuple[int, Item]]:
+        """Yield the items with their numbers; `passed_over` is told of those whose id came before: they are
+        none.
+
+        Raises:
+            UserError: the input is not what the generator starts from, or an id cannot be one.
+        """
+        seen: set[str] = set()
+        for item in self.generator.items(self.order.options.input):
+            if self.order.options.limit is not None and len(seen) >= self.order.options.limit:
+                return
+            if not _ID.fullmatch(item.id):
+                raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and "
+                                ":._/-; mend the input")
+            if item.id in seen:
+                passed_over(item)
+            else:
+                yield len(seen), item
+                seen.add(item.id)
 
 
 def ready(order: Order) -> Ready:
@@ -150,14 +242,42 @@ def ready(order: Order) -> Ready:
     """
     if problems := problems_of(order):
         raise SettingsError("sov-data synth", problems)
-    generator = made_generator(order.generator, order.settings)
-    if generator.needs_input and not order.inputs:
-        raise UserError(f"--input: generator {order.generator} needs one")
-    prompts = load_prompts(generator.templates, [*([order.prompts] if order.prompts else []), PROMPTS])
-    identity = Identity.of(generator, prompts, order.writer, order.judge, order.inputs,
-                           order.asked.judge_max_tokens)
-    check_folder(order.output)
-    return Ready(generator, prompts, identity)
+    options, writer, judge = order.options, order.writer, order.judge
+    generator = made_generator(options.generator, parse_nested(options.changes))
+    if generator.needs_input and not options.input:
+        raise UserError(f"--input: generator {options.generator} needs one")
+    prompts = load_prompts(generator.templates, [*([options.prompts] if options.prompts else []), PROMPTS])
+    record = RunRecord(
+        generator=generator.name, version=generator.version, kind=generator.kind,
+        settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
+        model=writer.name, engine=writer.told, identity=writer.identity(),
+        judge=judge.name, judge_engine=judge.told, judge_identity=judge.identity(),
+        judge_max_tokens=options.judge_max_tokens,
+        templates={name: prompt.version for name, prompt in prompts.items()},
+        template_digests={name: prompt.digest for name, prompt in prompts.items()},
+        files={str(file): file_digest(file) for file in generator.files()},
+        input_price=writer.input_price, output_price=writer.output_price)
+    _check_folder(order.output, record, options.redo)
+    return Ready(order, generator, prompts, record)
+
+
+def _check_folder(output: Path, record: RunRecord, redo: bool) -> None:
+    """Raise `UserError` where a run cannot have its folder."""
+    refuse_nowhere(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    refuse_earlier(output)
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / RUN).is_file():
+        raise UserError(f"--output {output}: exists and is no folder of `sov-data synth`; choose another one")
+    # where the records were cleared, or the folder was moved without them
+    if not redo and not work_folder(output).is_dir() and (
+            changed := differences(read_run(output).deciding(), record.deciding())):
+        raise UserError(list_problems(
+            f"--output {output}: was made with other settings", changed,
+            "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
+            "nothing"))
 
 
 def run_order(order: Order) -> ExitCode:
@@ -168,33 +288,99 @@ def run_order(order: Order) -> ExitCode:
         StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
     """
     made = ready(order)
-    with holding(order.output, order.output):
-        refuse_living(order.output)
-        settle(order.output, made.identity, order.redo)
-        merge_answers(order.output)
-        tally = Tally()
-        if todo := open_items(made.generator, order, tally):
-            make(made, order, todo, tally)
-        return finished(order, tally)
+    refuse_living(slurm_folder(order.output))
+    with begun_run(made) as tally:
+        if tally.todo:
+            make(made, tally)
+        return finished(made, tally, order.options.workers or num_cores())
 
 
-def open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
-    """Return the ids of items that are not done, having read all of the input: it is sound, or nothing is
-    paid."""
-    done = read_done(order.output)
-    todo, changed, twice, num_items = set(), [], list[Item](), 0
-    for _, item in items_of(generator, order.inputs, order.limit, twice.append):
+@contextlib.contextmanager
+def begun_run(made: Ready) -> Iterator[Tally]:
+    """Hold the work on a run, which is of its settings then, with the answers of earlier workers in one file;
+    gives what is done and what is not.
+
+    Raises:
+        UserError: its items were made with something else, or the input is not sound: nothing is paid then.
+    """
+    output, work = made.order.output, work_folder(made.order.output)
+    if made.order.options.redo and work.is_dir():
+        with holding(work, output):
+            delete_work(output)
+    with begun(output, MADE_BY, made.record.deciding()):
+        tally = open_items(made)
+        with disk_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+            atomic_write(output / RUN, to_json(asdict(made.record)))
+        merge_answers(output)
+        yield tally
+
+
+def merge_answers(output: Path) -> None:
+    """Move what earlier workers have left into the run's file of answers: each has had one of its own, since
+    SQLite on a shared disk is for one machine at a time."""
+    if files := sorted(output.glob("answers-*.sqlite")):
+        cache = EndpointCache(output / ANSWERS)
+        for file in files:
+            cache.take_over(file)
+        cache.close()
+
+
+@dataclass
+class Tally:
+    """How far a run is."""
+
+    todo: set[str] = field(default_factory=set)
+    """Ids of items that are not done when the command begins."""
+    num_items: int = 0
+    """Done, those of earlier commands too."""
+    num_passed: int = 0
+    """Samples that pass their own checks."""
+    num_failed: int = 0
+    """Samples that do not."""
+    num_unusable: int = 0
+    """Items whose answers were of no use."""
+    num_unanswered: int = 0
+    """Items that got no answer, or met a defect, and are tried again by the next command."""
+    why: str = ""
+    """Of the last of them."""
+    defects: list[str] = field(default_factory=list)
+    """Items that ended in an error of the program, with it."""
+
+    def add(self, num_passed: int, num_failed: int, is_unusable: bool) -> None:
+        """Count an item that is done."""
+        self.num_items += 1
+        self.num_passed += num_passed
+        self.num_failed += num_failed
+        self.num_unusable += is_unusable
+
+    def refuse_unanswered(self) -> None:
+        """Raise `StopRequested` where items got no answer."""
+        if self.num_unanswered:
+            raise StopRequested(f"{self.num_unanswered:,} items got no answer, the last: {self.why}; the "
+                                "same command tries them again")
+
+
+def open_items(made: Ready) -> Tally:
+    """Return what is done and what is not, having read all of the input: it is sound, or nothing is paid."""
+    options, tally = made.order.options, Tally()
+    known = {}
+    for one in read_made(made.order.output, made.record):
+        num_failed = sum(sample.failed is not None for sample in one.samples)
+        known[one.item] = one.digest, (len(one.samples) - num_failed, num_failed, bool(one.unusable))
+    changed, twice, num_items = [], list[Item](), 0
+    for _, item in made.items(twice.append):
         num_items += 1
-        known = done.get(item.id)
-        if known is None:
-            todo.add(item.id)
-        elif known.digest != digest_of(item):
+        digest, counts = known.get(item.id, ("", (0, 0, False)))
+        if item.id not in known:
+            tally.todo.add(item.id)
+        elif digest != digest_of(item):
             changed.append(item.id)
         else:
-            _count(tally, known)
+            tally.add(*counts)
     if not num_items:
-        raise UserError(f"--input {' '.join(map(str, order.inputs))}: holds nothing for generator "
-                        f"{order.generator} to start from; name another one")
+        raise UserError(f"--input {' '.join(map(str, options.input))}: holds nothing for generator "
+                        f"{options.generator} to start from; name another one")
     if changed:
         raise UserError(f"--input: {len(changed)} items are not what they were when they were made, such as "
                         f"{changed[0]}; name another output folder, or pass --redo: answers that still "
@@ -202,77 +388,145 @@ def open_items(generator: Generator, order: Order, tally: Tally) -> set[str]:
     if twice:
         print(f"{len(twice):,} items have the id of an earlier one and are passed over, such as "
               f"{visible(twice[0].id)} of {visible(twice[0].source)}", flush=True)
-    print(f"{order.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
-          f"{order.writer.name}", flush=True)
-    return todo
+    print(f"{options.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
+          f"{made.order.writer.name}", flush=True)
+    return tally
 
 
-def _count(tally: Tally, known: Done) -> None:
-    tally.num_items += 1
-    tally.num_passed += known.num_passed
-    tally.num_failed += known.num_failed
-    tally.num_unusable += known.is_unusable
-
-
-def make(made: Ready, order: Order, todo: set[str], tally: Tally, share: Share | None = None) -> None:
-    """Make items that are not done.
+def make(made: Ready, tally: Tally, worker: str = "") -> None:
+    """Make the items of a tally that are not done; each is on disk as soon as it is.
 
     Args:
-        made: the order's.
-        order: what was asked for.
-        todo: ids of the items.
+        made: what was asked for.
         tally: is counted up.
-        share: of one of several workers; None: this process is the only one.
+        worker: name of one of several that work beside each other; empty: this process is the only one.
     """
-    stop = Stop()
-    stop.on_signals(share.signals if share else FORWARDED)
-    cache = EndpointCache(order.output / (share.answers if share else ANSWERS),
-                          [order.output / ANSWERS] if share else [])
-    budget = Budget(order.most, cache.usage(), stop)
-    total = tally.num_items + len(todo)
+    order, options, stop = made.order, made.order.options, Stop()
+    cache = EndpointCache(order.output / (f"answers-{worker}.sqlite" if worker else ANSWERS),
+                          [order.output / ANSWERS] if worker else [])
+    journal = Journal(work_folder(order.output), worker)
+    total, began_s = tally.num_items + len(tally.todo), time.monotonic()
 
-    def told() -> None:
+    def tell() -> None:
         usage = cache.usage()
         spent = f", cost {usage.cost:.4f}" if usage.cost else ""
         useless = (f"; the answers about {tally.num_unusable:,} items were of no use" if tally.num_unusable
                    else "")
-        print(f"{order.generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples pass "
-              f"their own checks, {tally.num_failed:,} do not; {usage.input_tokens + usage.output_tokens:,} "
-              f"tokens{spent}{useless}", flush=True)
+        print(f"{options.generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples "
+              f"pass their own checks, {tally.num_failed:,} do not; "
+              f"{usage.input_tokens + usage.output_tokens:,} tokens{spent}{useless}", flush=True)
 
+    told_s = began_s
     try:
-        with opened(order.writer, order.judge, order.asked, cache, budget, stop) as doors:
-            engine = Engine(made.generator, made.prompts, doors, order.asked.threads, stop,
-                            order.asked.judge_max_tokens)
-            items = ((number, item) for number, item in items_of(made.generator, order.inputs, order.limit)
-                     if item.id in todo)
-            engine.run(items, Journal(order.output, share.prefix if share else ""), tally, told)
+        with (stop.at_signals(), ThreadPoolExecutor(options.threads) as drawers,
+              opened(order.writer, order.judge, options, cache, Budget(order.most, cache.usage(), stop), stop
+                     ) as doors):
+            maker = ItemMaker(made, doors, drawers, stop)
+            items = ((number, item) for number, item in made.items() if item.id in tally.todo)
+            with contextlib.closing(in_threads(maker.make, items, options.threads, stop)) as outcomes:
+                for number, item, outcome in outcomes:
+                    if isinstance(outcome, Exception):
+                        _note_failure(item, outcome, tally)
+                        continue
+                    journal.add([(number, outcome.record)])
+                    tally.add(*outcome.counts)
+                    now_s = time.monotonic()
+                    if now_s - told_s >= min(max(MIN_TOLD_S, (now_s - began_s) / 20), MAX_TOLD_S):
+                        told_s = now_s
+                        tell()
     finally:
-        told()
+        tell()
+        journal.close()
         cache.close()
-        stop.off_signals()
 
 
-def finished(order: Order, tally: Tally) -> ExitCode:
+def _note_failure(item: Item, error: Exception, tally: Tally) -> None:
+    if isinstance(error, NoReply):
+        tally.num_unanswered += 1
+        tally.why = f"{item.id}: {error}"
+        return
+    # one odd item does not take down what others have cost; the command says so, and ends with 1
+    if not tally.defects:
+        traceback.print_exception(error)
+    tally.defects.append(f"{item.id}: {told_in_a_line(error)}")
+
+
+@dataclass(frozen=True)
+class DoneItem:
+    """What has come of an item."""
+
+    record: bytes
+    """As the journal keeps it."""
+    counts: tuple[int, int, bool]
+    """Samples that pass, those that do not, and whether answers were of no use."""
+
+
+@dataclass(frozen=True)
+class ItemMaker:
+    """Makes items, in any thread."""
+
+    made: Ready
+    doors: Mapping[Role, Door]
+    """Role -> model."""
+    drawers: ThreadPoolExecutor
+    """Asks for several draws of one question at a time."""
+    stop: Stop
+
+    def make(self, numbered: tuple[int, Item]) -> tuple[int, Item, DoneItem | Exception]:
+        """Return number, item, and what has come of it, be it what went wrong with this one alone.
+
+        Raises:
+            UserError: no request can succeed.
+            StopRequested: the run was asked to stop, its budget is used up, or the endpoint is away.
+        """
+        self.stop.check()
+        number, item = numbered
+        try:
+            return number, item, self._made(item)
+        except (UserError, StopRequested):
+            raise
+        except Unavailable as e:
+            raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
+        except Exception as e:
+            return number, item, e
+
+    def _made(self, item: Item) -> DoneItem:
+        made = self.made
+        ask = Ask(item.id, made.prompts, self.doors, self._over, made.order.options.judge_max_tokens)
+        samples: tuple[Sample, ...] = ()
+        unusable = ""
+        try:
+            samples = tuple(map(writable, made.generator.make(item, ask)))
+        except NoUsableReply as e:
+            unusable = str(e)
+        if ask.failure is not None:  # which the generator went on without
+            raise ask.failure
+        num_failed = sum(bool(sample.reason) for sample in samples)
+        return DoneItem(record_of(item, samples, tuple(ask.asked), unusable),
+                        (len(samples) - num_failed, num_failed, bool(unusable)))
+
+    def _over(self, draw: Callable[[int], Drawn], draws: Iterable[int]) -> Iterator[Drawn]:
+        numbers = list(draws)
+        if len(numbers) == 1:
+            return map(draw, numbers)
+        futures = [self.drawers.submit(draw, number) for number in numbers]
+        wait(futures)  # where one fails too, so that nothing asks unheard
+        return iter([future.result() for future in futures])
+
+
+def finished(made: Ready, tally: Tally, workers: int) -> ExitCode:
     """Make the source of what is there; says what is missing.
 
     Raises:
         StopRequested: items got no answer.
     """
-    from data_prep.synth.finishing import finish
+    from data_prep.synth import finishing
 
-    code = finish(order.output, order.checks, order.workers,
-                  is_complete=not tally.num_unanswered and not tally.defects)
+    code = finishing.finish(made.order.output, made.order.checks, workers,
+                            is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
               f"not there: {'; '.join(tally.defects[:3])}", flush=True)
         return ExitCode.CRASH
-    refuse_unanswered(tally)
+    tally.refuse_unanswered()
     return code
-
-
-def refuse_unanswered(tally: Tally) -> None:
-    """Raise `StopRequested` where items got no answer."""
-    if tally.num_unanswered:
-        raise StopRequested(f"{tally.num_unanswered:,} items got no answer, the last: {tally.why}; the same "
-                            "command tries them again")

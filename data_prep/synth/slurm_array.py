@@ -16,65 +16,59 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from data_prep.synth.budget import Most
-from data_prep.synth.engine import Tally
-from data_prep.synth.journal import read_done
-from data_prep.synth.running import Order, finished, items_of, make, open_items, ready, refuse_unanswered
-from data_prep.synth.shares import Share, merge_answers
-from data_prep.synth.work_folder import ANSWERS, settle
-from megatron_sov.artifacts import atomic_write, disk_errors
-from megatron_sov.clusters import client, cluster
+from data_prep.synth.candidates import ANSWERS
+from data_prep.synth.models import Most
+from data_prep.synth.options import SynthOptions
+from data_prep.synth.running import Order, begun_run, finished, make, open_items, order_of, ready
+from megatron_sov.clusters import client
 from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.clusters.kubernetes import KubernetesProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.work.arrays import (
-    FINISH,
     FINISH_CPUS,
     Arrays,
+    SharedWork,
     TaskFailed,
-    refuse_enroot,
+    profile_of,
     refuse_many_restarts,
-    refuse_unquotable,
-    tell_failures,
+    submit_shares,
 )
-from megatron_sov.work.locks import holding
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.folders import slurm_folder, work_folder
+from megatron_sov.work.journal import items_on_record
 
-ADDRESS, ARRAY, SCRIPT = "slurm/server.json", "slurm/array.job", "slurm/server.sbatch"
+ADDRESS, SCRIPT = "server.json", "server.sbatch"
 KEY_ENV = "VLLM_API_KEY"
 """What `vllm serve` reads its key from, and workers send it by."""
 ASK, SERVER = "ask", "server"
+DEFAULT_WORKERS = 4
 _NAME = re.compile(r"[A-Za-z0-9._/-]+")
 SERVER_WAIT_S, LOOK_S = 3 * 3600.0, 5.0
 
 
 @dataclass(frozen=True)
-class Server:
-    """A server of the model, as a job beside the array."""
-
-    model: Path
-    """Folder that `vllm serve` takes."""
-    arguments: tuple[str, ...] = ()
-    """More of its arguments."""
-    program: str = "vllm"
-    """What is called."""
-
-
-@dataclass(frozen=True)
 class MakeShare:
-    """The work of the array: the items of each worker."""
+    """The work of the array: each worker makes every `num_workers`-th item."""
 
     order: Order
     """What was asked for; its limits are those of one worker."""
     num_workers: int
-    """Of the array."""
-    has_server: bool
-    """Whether the model is served by a job beside it."""
 
     def __call__(self, task: int) -> None:
-        """Make the items of one worker."""
+        """Make the items of one worker that are not done.
+
+        Raises:
+            StopRequested: a limit, a signal, an endpoint that is away, or items without an answer.
+        """
         refuse_many_restarts("sov-data synth", "take more --workers")
-        make_share(served(self.order) if self.has_server else self.order, Share(task, self.num_workers))
+        made = ready(self.order if self.order.options.serve_vllm is None else served(self.order))
+        tally = open_items(made)
+        tally.todo &= {item.id for number, item in made.items() if number % self.num_workers == task}
+        if tally.todo:
+            make(made, tally, f"{task:04}")
+        if tally.defects:
+            raise TaskFailed("; ".join(tally.defects[:3]))
+        tally.refuse_unanswered()
 
 
 @dataclass(frozen=True)
@@ -85,28 +79,10 @@ class FinishSource:
 
     def __call__(self, task: int) -> None:
         """Finish the source."""
-        with holding(self.order.output, self.order.output):
-            merge_answers(self.order.output)
-            code = finished(replace(self.order, workers=len(os.sched_getaffinity(0))), Tally())
-            if code:
+        made = ready(self.order)
+        with begun_run(made) as tally:
+            if code := finished(made, tally, len(os.sched_getaffinity(0))):
                 raise UserError(f"{self.order.output}: the checks end with {int(code)}; see its report.html")
-
-
-def make_share(order: Order, share: Share) -> None:
-    """Make the items of one worker that are not done.
-
-    Raises:
-        StopRequested: a limit, a signal, an endpoint that is away, or items without an answer.
-    """
-    made, done = ready(order), read_done(order.output)
-    todo = {item.id for number, item in items_of(made.generator, order.inputs, order.limit)
-            if share.holds(number) and item.id not in done}
-    tally = Tally()
-    if todo:
-        make(made, order, todo, tally, share)
-    if tally.defects:
-        raise TaskFailed("; ".join(tally.defects[:3]))
-    refuse_unanswered(tally)
 
 
 def served(order: Order) -> Order:
@@ -115,10 +91,11 @@ def served(order: Order) -> Order:
     Raises:
         StopRequested: it has not answered for long.
     """
+    address = slurm_folder(order.output) / ADDRESS
     began_s = time.monotonic()
     while time.monotonic() - began_s < SERVER_WAIT_S:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            said = json.loads((order.output / ADDRESS).read_text(encoding="utf-8"))
+            said = json.loads(address.read_text(encoding="utf-8"))
             with contextlib.suppress(urllib.error.HTTPError):  # it answers, be it with a refusal
                 urllib.request.urlopen(said["url"].removesuffix("/v1") + "/health", timeout=10).close()
             was = order.writer
@@ -126,52 +103,55 @@ def served(order: Order) -> Order:
                              known_as=was.identity())
             return replace(order, writer=writer, judge=writer if order.judge == was else order.judge)
         time.sleep(LOOK_S)
-    raise StopRequested(f"{order.output / ADDRESS}: the server of the model has not answered for "
-                        f"{SERVER_WAIT_S / 3600:g} h; see its log in {order.output / 'slurm'}")
+    raise StopRequested(f"{address}: the server of the model has not answered for "
+                        f"{SERVER_WAIT_S / 3600:g} h; see its log in {address.parent}")
 
 
-def submit_order(order: Order, name: str, num_workers: int, server: Server | None, *, account: str | None,
-                 partition: str | None) -> None:
-    """Submit what is not done, or tell how far jobs are that work on it.
-
-    Args:
-        order: what was asked for; its output is on a disk that all nodes see.
-        name: cluster profile.
-        num_workers: jobs of the array.
-        server: of the model; None: it is at an address.
-        account: Slurm account; None: the profile's.
-        partition: partition; None: the profile's.
+def submit_order(options: SynthOptions) -> None:
+    """Submit what is not done, or tell how far jobs are that work on it.  All nodes see the output's disk.
 
     Raises:
-        UserError: the profile, the order or Slurm are in the way.
+        UserError: the profile, what was asked for or Slurm are in the way.
         StopRequested: the budget is used up.
     """
-    output = order.output.absolute()
-    refuse_unquotable(output)
-    order = replace(order, output=output, inputs=tuple(path.absolute() for path in order.inputs),
-                    prompts=order.prompts.absolute() if order.prompts else None)
-    if order.writer.is_local and server is None:
+    assert options.output is not None
+    order = order_of(replace(
+        options, redo=False, output=options.output.absolute(),
+        input=tuple(path.absolute() for path in options.input),
+        prompts=options.prompts.absolute() if options.prompts else None))
+    if order.writer.is_local and options.serve_vllm is None:
         raise UserError("--engine: with --cluster a folder is served by --serve-vllm, or by a server of your "
                         "own whose address you pass")
-    if server is not None and not _NAME.fullmatch(order.writer.name):
+    if options.serve_vllm is not None and not _NAME.fullmatch(order.writer.name):
         raise UserError(f"--model {order.writer.name}: must have letters, digits and ._/- alone, to be the "
                         "name of a served model")
-    profile = cluster.load(name, account=account, partition=partition)
-    refuse_enroot(profile)
-    made = ready(order)
-    with holding(output, output), disk_errors(output):
-        if living := Jobs.read(output).living():
-            done = len(read_done(output))
-            print(f"{output}: Slurm's jobs {', '.join(living)} are at work; {done:,} items are done")
+    profile = profile_of(options)
+    if options.serve_vllm is not None and isinstance(profile, KubernetesProfile):
+        raise UserError("--serve-vllm: puts a server into Slurm, and --cluster names a profile of kind k8s; "
+                        "start a server there yourself, and pass its address with --engine")
+    first = replace(order, options=replace(order.options, redo=options.redo))
+    made = ready(first)
+
+    def begin() -> None:
+        if options.serve_vllm is not None:
+            os.environ[KEY_ENV] = secrets.token_urlsafe(32)  # Slurm hands the environment to its jobs
+            (slurm_folder(order.output) / ADDRESS).unlink(missing_ok=True)
+        with begun_run(made):
             return
-        settle(output, made.identity, order.redo)
-        (output / "slurm").mkdir(exist_ok=True)
-        merge_answers(output)
-        todo = open_items(made.generator, order, Tally())
-        tell_failures(output, (ASK, FINISH))
-        order = replace(order, most=share_of(order, num_workers))
-        client.check_partition(profile.partition)
-        _submit(order, profile, min(num_workers, max(1, len(todo))), server if todo else None)
+
+    def serve(arrays: Arrays, array: str) -> None:
+        if isinstance(profile, ClusterProfile) and options.serve_vllm is not None:
+            folder = slurm_folder(order.output)
+            (folder / SCRIPT).write_text(server_script(order, profile, array))
+            client.check_script((folder / SCRIPT).read_text())
+            arrays.note(SERVER, client.submit(folder / SCRIPT, after=[]))
+
+    submit_shares(order.output, SharedWork(
+        ASK, "synth", sum(1 for _ in made.items()), "items",
+        num_done=lambda: len(items_on_record(work_folder(order.output))), begin=begin,
+        share=lambda num: MakeShare(replace(order, most=share_of(order, num)), num),
+        finish=FinishSource(order), finish_cpus=min(profile.cpus_per_node, FINISH_CPUS), beside=serve),
+        profile, options.workers or DEFAULT_WORKERS)
 
 
 def share_of(order: Order, num_workers: int) -> Most:
@@ -191,24 +171,8 @@ def share_of(order: Order, num_workers: int) -> Most:
                 most.time_s)
 
 
-def _submit(order: Order, profile: ClusterProfile, num_workers: int, server: Server | None) -> None:
-    output = order.output
-    with Arrays(output, "synth", profile) as arrays:
-        (output / ARRAY).unlink(missing_ok=True)
-        (output / ADDRESS).unlink(missing_ok=True)
-        if server is not None:
-            os.environ[KEY_ENV] = secrets.token_urlsafe(32)  # Slurm hands the environment to its jobs
-            (output / SCRIPT).write_text(server_script(server, order, profile))
-            client.check_script((output / SCRIPT).read_text())
-            arrays.note(SERVER, client.submit(output / SCRIPT, after=[]))
-        number = arrays.submit(ASK, MakeShare(order, num_workers, server is not None), num_workers)
-        atomic_write(output / ARRAY, number)
-        arrays.submit(FINISH, FinishSource(order), cpus=min(profile.cpus_per_node, FINISH_CPUS))
-    print(f"{output}: submitted {arrays.told()}; the same command tells how far they are")
-
-
-def server_script(server: Server, order: Order, profile: ClusterProfile) -> str:
-    """Return the script of the server's job."""
+def server_script(order: Order, profile: ClusterProfile, array: str, program: str = "vllm") -> str:
+    """Return the script of the job that serves the model as long as an array of that number lives."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -216,9 +180,11 @@ def server_script(server: Server, order: Order, profile: ClusterProfile) -> str:
                                                 lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["sh"] = shlex.quote
     text = (files("slurm") / "templates" / "vllm.sbatch.j2").read_text(encoding="utf-8")
+    folder = slurm_folder(order.output)
     return environment.from_string(text).render(
-        profile=profile, output=str(order.output), address=str(order.output / ADDRESS),
-        array=str(order.output / ARRAY), name=order.writer.name, key_env=KEY_ENV,
+        profile=profile, logs=str(folder), address=str(folder / ADDRESS), array=array,
+        name=order.writer.name, key_env=KEY_ENV,
         # without generation-config vLLM puts the model's own top_k and penalties beside what is asked for
-        command=[server.program, "serve", str(server.model.absolute()), "--host", "0.0.0.0",
-                 "--served-model-name", order.writer.name, "--generation-config", "vllm", *server.arguments])
+        command=[program, "serve", str(Path(order.writer.engine).absolute()), "--host", "0.0.0.0",
+                 "--served-model-name", order.writer.name, "--generation-config", "vllm",
+                 *shlex.split(order.options.vllm_args)])

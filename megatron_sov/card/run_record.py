@@ -16,17 +16,17 @@ from megatron_sov.artifacts import sha256_file
 from megatron_sov.clusters.chips import of_device
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.obs.attempts import COMPLETE, Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import KINDS, is_incident
 from megatron_sov.obs.units import JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
-from megatron_sov.plan.operation.cost import DRAWN_SHARE
+from megatron_sov.plan.operation import DRAWN_SHARE
 from megatron_sov.runs.checkpoints import refuse_no_run
 from megatron_sov.runs.folder import COMPLETION, CONFIG, FAILURE, RunFolder
 from megatron_sov.settings import read_file
-from megatron_sov.settings.text import Text
+from megatron_sov.settings.reading import Text
 
 # A figure of a card: a value with the manifest or event that it comes from, or the way to learn it.
 
@@ -214,7 +214,7 @@ class Work:
     """What the steps of a run add up to."""
 
     flops: float = 0.0
-    """Model FLOPs of the steps that led to the model; by the formula of `models.flops`."""
+    """Model FLOPs of the steps that led to the model; by the formula of `models.count`."""
     flops_again: float = 0.0
     """Of steps that were done again, after a fault or a step back."""
     tokens: int = 0

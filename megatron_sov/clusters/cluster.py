@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -267,11 +268,16 @@ def links(profile: ClusterProfile, num_gpus: int) -> Links:
                  profile.network_latency_us * 1e-6)
 
 
+def shipped(folder: str) -> dict[str, Traversable]:
+    """Return name -> file of what comes with the package: `clusters`, `kubernetes` or `chains`."""
+    files = importlib.resources.files("slurm").joinpath(folder).iterdir()
+    return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda file: file.name)
+            if file.name.endswith(".yaml")}
+
+
 def names() -> list[str]:
     """Return the names of the profiles that come with the package."""
-    folder = importlib.resources.files("slurm").joinpath("clusters")
-    return sorted(entry.name.removesuffix(".yaml")
-                  for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [*shipped("clusters")]
 
 
 def time_limit_s(text: str) -> float:
@@ -324,8 +330,7 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
             raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
         text = read_text(file, f"--cluster {name}")
     elif name in names():
-        text = importlib.resources.files("slurm").joinpath("clusters", f"{name}.yaml").read_text(
-            encoding="utf-8")
+        text = shipped("clusters")[name].read_text(encoding="utf-8")
     else:
         raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: "
                         f"{', '.join(names())}; your own: a path that ends with .yaml)")

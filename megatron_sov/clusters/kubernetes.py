@@ -1,15 +1,19 @@
-"""Profiles of kind k8s: what a job has to know about a Kubernetes cluster, read from YAML."""
+"""Kubernetes: profiles of kind k8s, read from YAML, what the pods of a job have by them, and `kubectl`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
+import json
 import re
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from megatron_sov.clusters import cluster
 from megatron_sov.clusters.cluster import SECRET, KnownChip, VariableName
+from megatron_sov.errors import UserError
 from megatron_sov.settings import (
     AtLeastOne,
     Bound,
@@ -26,8 +30,10 @@ LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 """A DNS label (RFC 1123): a namespace."""
 SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 """DNS labels joined by dots: runtimes, claims, secrets."""
-QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([KMGTPE]i|[mkMGTPE])?")
+QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[mkMGTPE])?")
 """How Kubernetes writes amounts, without its rarer forms."""
+UNITS = {"m": 1e-3, "k": 1e3} | {f"{unit}{binary}": (1024.0 if binary else 1000.0) ** power
+                                 for power, unit in enumerate("KMGTPE", 1) for binary in ("", "i")}
 SECRET_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 QUALIFIED = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 """Names of resources and of labels, with or without a domain before them."""
@@ -38,6 +44,7 @@ OF_ITS_OWN = "/dev/shm"
 """Where the shared memory of processes lies; its volume is `shm_size`."""
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 MOUNT = re.compile(r"(/(?!\.\.?(/|$))[^/:\0]+)+")
+TIMEOUT_S = 60
 
 
 def _form(pattern: str | re.Pattern[str], rule: str, way_out: str = "") -> Bound:
@@ -155,11 +162,31 @@ class KubernetesProfile:
         """Ranks of a pod."""
         return self.gpus_per_node or self.ranks_per_node
 
+    def amount(self, resource: str) -> float:
+        """Return how much a pod of a whole node asks for of a resource; 0: nobody has said."""
+        found = QUANTITY.fullmatch(self.resources.get(resource, "0"))
+        return float(found[1]) * UNITS.get(found[2] or "", 1.0) if found else 0.0
+
+    @property
+    def cpus_per_node(self) -> int:
+        """Cores of a node, as far as `resources` says."""
+        return max(1, int(self.amount("cpu")))
+
     def holds(self, path: Path, *, written: bool = False) -> bool:
         """Return whether a path lies on a volume, the innermost one, and may be written to if asked."""
         mounts = [v for v in self.volumes if PurePosixPath(path).is_relative_to(v.mount)]
         innermost = max(mounts, key=lambda v: len(PurePosixPath(v.mount).parts), default=None)
         return innermost is not None and not (written and innermost.read_only)
+
+    def refuse_elsewhere(self, path: Path, *, written: bool = False) -> None:
+        """Raise `UserError` where a path lies on no volume, or on none that may be written to if asked."""
+        parts: list[str] = []
+        for part in path.parts:  # as a pod would walk it where nothing is a link
+            parts = parts[:-1] if part == ".." and len(parts) > 1 else [*parts, part]
+        if not self.holds(Path(*parts), written=written):
+            mounts = ", ".join(v.mount for v in self.volumes) or "none"
+            raise UserError(f"{path}: lies on no volume of the profile{' that may be written to' * written} "
+                            f"(mounts: {mounts}); name it as the pods see it, or add its claim to volumes")
 
     def problems(self) -> list[Problem]:
         """Return every rule between settings that the profile breaks."""
@@ -189,9 +216,7 @@ def _is_secret_of_key(text: str) -> bool:
 
 def names() -> list[str]:
     """Return the names of the profiles of kind k8s that come with the package."""
-    folder = importlib.resources.files("slurm").joinpath("kubernetes")
-    return sorted(entry.name.removesuffix(".yaml")
-                  for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [*cluster.shipped("kubernetes")]
 
 
 def is_kubernetes(name: str) -> bool:
@@ -207,9 +232,100 @@ def load(name: str) -> KubernetesProfile:
     Raises:
         UserError: it cannot be read, it has no such field, or it breaks a rule.
     """
-    if name in names():
-        file = importlib.resources.files("slurm").joinpath("kubernetes", f"{name}.yaml")
-        text = file.read_text(encoding="utf-8")
-    else:
-        text = read_text(Path(name), f"--cluster {name}")
+    text = (cluster.shipped("kubernetes")[name].read_text(encoding="utf-8") if name in names()
+            else read_text(Path(name), f"--cluster {name}"))
     return read_yaml(KubernetesProfile, text, f"--cluster {name}")
+
+
+def literal(word: str) -> str:
+    """Return a word that Kubernetes leaves as it is: it replaces $(NAME), and takes $$ for $."""
+    return word.replace("$", "$$")
+
+
+def variables_of(profile: KubernetesProfile, **more: str) -> list[dict[str, Any]]:
+    """Return a container's environment; what a secret holds is named, not written."""
+    plain = {"PYTHONSAFEPATH": "1"} | more | profile.environment
+    found: list[dict[str, Any]] = [{"name": name, "value": literal(value)} for name, value in plain.items()]
+    for name, text in profile.secrets.items():
+        secret, _, key = text.partition("/")
+        found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
+    return found
+
+
+def pod_of(profile: KubernetesProfile, container: dict[str, Any]) -> dict[str, Any]:
+    """Return a pod's specification: its container with the volumes, where it runs, how long a stop may
+    take."""
+    volumes: list[dict[str, Any]] = [
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm_size}}]
+    mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": OF_ITS_OWN}]
+    for i, v in enumerate(profile.volumes):  # one for each place of a claim: a patch takes each name once
+        volumes.append({"name": f"volume-{i}", "persistentVolumeClaim": {"claimName": v.claim}})
+        mounts.append({"name": f"volume-{i}", "mountPath": v.mount}
+                      | ({"readOnly": True} if v.read_only else {}))
+    container = container | {"volumeMounts": mounts}
+    if profile.capabilities:
+        container["securityContext"] = {"capabilities": {"add": list(profile.capabilities)}}
+    pod: dict[str, Any] = {"volumes": volumes, "containers": [container],
+                           "terminationGracePeriodSeconds": profile.stop_grace_s}
+    if profile.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in profile.image_pull_secrets]
+    if profile.node_selector:
+        pod["nodeSelector"] = dict(profile.node_selector)
+    if profile.tolerations:
+        pod["tolerations"] = [{name: value for name, value in dataclasses.asdict(t).items() if value}
+                              for t in profile.tolerations]
+    return pod
+
+
+def kubectl(*words: str, text: str = "", way_out: str = "type the command where it is") -> str:
+    """Return what `kubectl` prints.
+
+    Args:
+        words: what follows its name.
+        text: its standard input.
+        way_out: what to do where it cannot be had here.
+
+    Raises:
+        UserError: it is not installed, does not answer, or refuses.
+    """
+    try:
+        done = subprocess.run(["kubectl", *words], input=text, capture_output=True, text=True,
+                              timeout=TIMEOUT_S, check=False)
+    except FileNotFoundError:
+        raise UserError(f"kubectl: is not on PATH; install it, or {way_out}") from None
+    except OSError as e:
+        raise UserError(f"kubectl: cannot be run ({e.strerror}); mend it, or {way_out}") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"kubectl {words[0]}: has not answered for {TIMEOUT_S} s; what has been made tells "
+                        "`kubectl get jobs,trainjobs`") from None
+    if done.returncode:
+        what = "refuses the job" if words[0] == "create" else f"{words[0]} fails"
+        raise UserError(f"kubectl {what}: {' '.join(done.stderr.split()) or 'it gives no reason'}")
+    return done.stdout.strip()
+
+
+def living_jobs(namespace: str, names: Sequence[str]) -> list[str]:
+    """Return which Jobs of a command wait or run.  Those behind one that has failed, or was deleted, would
+    wait for ever, and are deleted, as Slurm takes them away.
+
+    Args:
+        namespace: of the Jobs.
+        names: in the order in which they wait for one another.
+    """
+    said = kubectl("get", "jobs", *names, "--namespace", namespace, "--ignore-not-found", "--output", "json"
+                   ) if names else ""
+    found = json.loads(said or '{"items": []}')
+    ends = {job["metadata"]["name"]: {c["type"] for c in job.get("status", {}).get("conditions", ())
+                                      if c["status"] == "True"}
+            for job in found.get("items", [found])}  # of a single name it prints the Job alone
+    living = [name for name in names if name in ends and not ends[name] & {"Complete", "Failed"}]
+    failed = [i for i, name in enumerate(names) if "Failed" in ends.get(name, {"Failed"})]
+    if failed and (behind := [name for name in living if name in names[failed[0]:]]):
+        delete_jobs(namespace, behind)
+    return [name for name in living if not failed or name in names[:failed[0]]]
+
+
+def delete_jobs(namespace: str, names: Sequence[str]) -> None:
+    """Delete Jobs with their pods."""
+    if names:
+        kubectl("delete", "jobs", *names, "--namespace", namespace, "--ignore-not-found", "--wait=false")

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import atomic_write, to_json, write_output
 from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS,
     CheckpointOut,
@@ -400,7 +400,7 @@ def _average(args: AverageOptions) -> int:
 
 def _upcycle(args: UpcycleOptions) -> int:
     _begin(args, args.checkpoint)
-    from megatron_sov.convert.upcycling import Upcycling, upcycle
+    from megatron_sov.convert.growing import Upcycling, upcycle
 
     upcycle(args.checkpoint, args.out,
             Upcycling(args.experts, args.top_k, args.granularity, args.noise, args.seed,
@@ -412,7 +412,7 @@ def _upcycle(args: UpcycleOptions) -> int:
 
 def _deepen(args: DeepenOptions) -> int:
     _begin(args, args.checkpoint)
-    from megatron_sov.convert.deepening import Deepening, deepen
+    from megatron_sov.convert.growing import Deepening, deepen
 
     deepen(args.checkpoint, args.out, Deepening(args.layers, args.how, args.identity),
            workers=args.workers, overwrite=args.overwrite, redo=args.redo)
@@ -437,7 +437,7 @@ def _verify(args: VerifyOptions) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
-    from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
+    from megatron_sov.eval.parity import LogitsProof, card, prove_logits
 
     events = RunEvents(args.run)
     # first, since ranks are forked from this process and threads that later work starts would
@@ -450,7 +450,7 @@ def _verify(args: VerifyOptions) -> int:
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
     if args.card:
-        write_card(args.card, card(args.a, args.b, weights, logits))
+        write_output(args.card, to_json(card(args.a, args.b, weights, logits)))
     events.add("conversion", target=f"{args.a} and {args.b}",
                checks=[dataclasses.asdict(check) for check in checks])
     if args.json:

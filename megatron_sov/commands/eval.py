@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.commands.eval_media import EvalMediaOptions, run_media
-from megatron_sov.commands.eval_needle import NeedleSuiteOptions, suite_of
 from megatron_sov.commands.eval_passk import EvalPasskOptions, run_passk
 from megatron_sov.commands.eval_play import EvalPlayOptions, run_play
 from megatron_sov.commands.eval_suites import EvalSuitesOptions, run_suites
@@ -23,7 +23,7 @@ from megatron_sov.commands.shared_options import (
     RecordOptions,
     step_of,
 )
-from megatron_sov.config import data_paths
+from megatron_sov.config import Language, NeedleConfig, NeedleKind, data_paths
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.request import RankOptions
 from megatron_sov.obs.work_bar import work_bar
@@ -34,9 +34,11 @@ from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
 if TYPE_CHECKING:
+    from megatron_sov.eval.needle.suite import NeedleSuite
     from megatron_sov.generate.engine import ChoosingEngine
     from megatron_sov.generate.target import Target
 
+LANGUAGES: tuple[Language, ...] = get_args(Language)
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,31 @@ class PplOptions(CutOptions, OutOptions, RankOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedleOptions(NeedleSuiteOptions, OutOptions, RankOptions):
+class NeedleOptions(OutOptions, RankOptions):
     """Find what a context says again, at any depth of any length, among other needles."""
 
+    data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
+    """Token shards with held-out documents."""
+    text: Annotated[tuple[str, ...], Flag(value="LANGUAGE=FILE")] = ()
+    """A text file that needles are hidden in; languages: english, korean, thai, code."""
+    language: Annotated[tuple[str, ...], Flag(value="SOURCE=LANGUAGE")] = ()
+    """A source's language, where its text does not show it."""
+    kinds: Annotated[tuple[NeedleKind, ...], Flag(many=True)] = ()
+    """What is asked (default: the setting)."""
+    languages: Annotated[tuple[Language, ...], Flag(many=True)] = ()
+    """Languages of the text (default: all that there is)."""
+    lengths: Annotated[tuple[int, ...], Flag(many=True)] = ()
+    """Context lengths in tokens (default: the setting)."""
+    depths: Annotated[tuple[float, ...], Flag(value="D", many=True)] = ()
+    """Places of the first needle, 0 = start, 1 = end."""
+    samples: int | None = None
+    """Examples of a cell (default: the setting)."""
+    distractor_share: Annotated[float | None, Flag(value="S")] = None
+    """Part of each context that needles with other keys fill (default: the setting)."""
+    by: Literal["generation", "likelihood"] = "generation"
+    """Greedy decoding, or the most probable of all words."""
+    seed: int = 0
+    """Of keys, values and text (default 0)."""
     target: ModelPath
 
 
@@ -120,8 +144,7 @@ def _begin(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEv
 
 def _ppl(args: PplOptions) -> int:
     events = _begin(args, args.target, out=args.out)
-    from megatron_sov.eval.heldout import open_heldout
-    from megatron_sov.eval.perplexity import evaluate_forward_model, evaluate_hf
+    from megatron_sov.eval.heldout import evaluate_forward_model, evaluate_hf, open_heldout
     from megatron_sov.generate.target import find_target
 
     target = find_target(args.target)
@@ -190,7 +213,7 @@ def _pairs(args: PairsOptions) -> int:
     events = _begin(args, args.target, out=args.out)
     from megatron_sov.data.token_shards import open_sources, tokenizer_folder
     from megatron_sov.data.vocabulary import refuse_other_tokens
-    from megatron_sov.eval.perplexity import rows_per_batch
+    from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.generate.target import find_target
     from megatron_sov.post.document_logprobs import document_logprobs, document_logprobs_hf
     from megatron_sov.post.ranking import ranked
@@ -247,8 +270,7 @@ def _logits(args: LogitsOptions) -> int:
 
 def _bigram(args: BigramOptions) -> int:
     events = _begin(args)
-    from megatron_sov.eval.bigram import evaluate_bigram
-    from megatron_sov.eval.heldout import open_heldout
+    from megatron_sov.eval.heldout import evaluate_bigram, open_heldout
     from megatron_sov.runs.folder import RunFolder
 
     config = RunFolder(args.run).config() if args.run else None
@@ -280,6 +302,46 @@ def _write(out: Path | None, values: Any) -> None:
 
 def _show(as_json: bool, values: Any, text: str) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)
+
+
+def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
+    """Return the suite that the arguments and the target's settings describe.
+
+    Raises:
+        UserError: there is no text, it does not fit the model, or the numbers make no test.
+    """
+    from megatron_sov.data.token_shards import open_sources, tokenizer_folder
+    from megatron_sov.data.vocabulary import refuse_other_tokens
+    from megatron_sov.eval.needle.suite import make_suite
+    from megatron_sov.eval.needle.text import open_haystacks
+
+    if not args.data and not args.text:
+        raise UserError("there is no text to hide needles in: pass --data DIR or --text LANGUAGE=FILE")
+    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize) if args.data else []
+    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    config = _config(args, target.config.needle if target.config else NeedleConfig())
+    told = {name: language for language, name in (_named(word, "--language", True) for word in args.language)}
+    files = [(language, Path(name))
+             for language, name in (_named(word, "--text", False) for word in args.text)]
+    haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
+                               told=told, files=files)
+    return make_suite(config, haystacks, seed=args.seed, by=args.by)
+
+
+def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:
+    given: dict[str, Any] = {"kinds": args.kinds, "languages": args.languages, "lengths_tokens": args.lengths,
+                             "depths": args.depths, "samples": args.samples,
+                             "distractor_share": args.distractor_share}
+    return replace(defaults, **{k: v for k, v in given.items() if v not in (None, ())})
+
+
+def _named(word: str, option: str, language_last: bool) -> tuple[Language, str]:
+    """Return language and name of LANGUAGE=NAME or NAME=LANGUAGE."""
+    name, found, language = word.rpartition("=") if language_last else word.partition("=")[::-1]
+    if not found or language not in LANGUAGES or not name:
+        form = "SOURCE=LANGUAGE" if language_last else "LANGUAGE=FILE"
+        raise UserError(f"{option} {word}: must be {form}; languages are {', '.join(LANGUAGES)}")
+    return next(known for known in LANGUAGES if known == language), name
 
 
 ACTIONS: Actions = {

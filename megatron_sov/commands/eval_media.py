@@ -3,17 +3,26 @@ which of many candidates is the most probable."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.commands.eval_retrieval import retrieval_line, retrieval_rows, retrieved
 from megatron_sov.commands.media_options import EvalMediaOptions, check_media, media_decoders, shown_media
 from megatron_sov.commands.shared_options import step_of
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.eval.media.judges import Judge, judge_of
-from megatron_sov.eval.media.pairs import AUDIO, IMAGE, PAIRS, TEXT, Row, figures, read_rows
+from megatron_sov.eval.media import (
+    AUDIO,
+    IMAGE,
+    PAIRS,
+    RETRIEVAL,
+    TEXT,
+    Judge,
+    Row,
+    figures,
+    judge_of,
+    read_rows,
+)
 from megatron_sov.generate.request import Batching
 from megatron_sov.outputs import check_output
 from megatron_sov.pages.markdown import address_of
@@ -22,6 +31,7 @@ from megatron_sov.runs.checkpoints import refuse_missing
 
 if TYPE_CHECKING:
     from megatron_sov.generate.media_replies import Replied
+    from megatron_sov.generate.target import Target
 
 SHOWN_SAMPLES = 8
 """Of each pair, in the run's events; the file has all."""
@@ -35,7 +45,7 @@ def run_media(args: EvalMediaOptions) -> int:
     """
     events = RunEvents(args.run)
     refuse_missing(args.target)
-    asked, ranked = [_asked(item) for item in args.data], retrieval_rows(args)
+    asked, ranked = [_rows_of("--data", item, PAIRS) for item in args.data], retrieval_rows(args)
     if not asked and not ranked:
         raise UserError("there is nothing to ask: pass --data PAIR=FILE.jsonl or --retrieval PAIR=FILE.jsonl")
     check_output("--output", args.output)
@@ -73,10 +83,12 @@ def run_media(args: EvalMediaOptions) -> int:
     return ExitCode.OK
 
 
-def _asked(item: str) -> tuple[str, list[Row]]:
+def _rows_of(option: str, item: str, pairs: Collection[str]) -> tuple[str, list[Row]]:
+    """Return the name and the rows of PAIR=FILE.jsonl."""
     name, _, file = item.partition("=")
-    if name not in PAIRS or not file:
-        raise UserError(f"--data {item}: must have the form PAIR=FILE.jsonl, with one of {', '.join(PAIRS)}")
+    if name not in pairs or not file:
+        raise UserError(f"{option} {item}: must have the form PAIR=FILE.jsonl, with one of "
+                        f"{', '.join(pairs)}")
     return name, read_rows(Path(file))
 
 
@@ -153,3 +165,55 @@ def _line(name: str, told: dict[str, Any]) -> str:
     errors = f", WER {told['wer']:.3f}, CER {told['cer']:.3f}" if "wer" in told else ""
     return (f"{name:<12} {told['num_rows']:>5} rows: right {told['accuracy']:.1%} "
             f"({low:.1%} to {high:.1%}){chance}{errors}")
+
+
+EVENT = "media_retrieval"
+
+
+def retrieval_rows(args: EvalMediaOptions) -> list[tuple[str, list[Row]]]:
+    """Return the pairs that are asked for, with their rows.
+
+    Raises:
+        UserError: there is no such pair, or rows are malformed.
+    """
+    found = []
+    for item in args.retrieval:
+        name, rows = _rows_of("--retrieval", item, RETRIEVAL)
+        kind = RETRIEVAL[name][0].partition("-")[0]
+        if bare := [n for n, row in enumerate(rows, 1) if all(part.get("type") != kind for part in
+                                                             row.content)]:
+            raise UserError(f"--retrieval {item}: row {bare[0]} shows no {kind}; each shows one to be found")
+        if len({row.answer for row in rows}) < 2:
+            raise UserError(f"--retrieval {item}: all rows have one answer, so there is nothing to choose "
+                            "from; pass rows of several")
+        found.append((name, rows))
+    return found
+
+
+def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[Row],
+              events: RunEvents) -> dict[str, Any]:
+    """Return direction -> figures of a pair; {} on other processes than the first."""
+    from megatron_sov.eval.media import grouped, likelihoods, rank_figures, ranks
+
+    groups = grouped(rows, args.candidates, args.sampling.seed)
+    scores = likelihoods(target, rows, groups, shown_media(args, args.media_root), chat=not args.no_chat,
+                         with_features=not args.no_features, batching=Batching(args.batch_size),
+                         settings=args.settings, nproc=args.nproc)
+    if scores is None:
+        return {}
+    found = {way: rank_figures(of) for way, of in zip(RETRIEVAL[name], ranks(rows, groups, scores),
+                                                      strict=True)}
+    step = step_of(target, events)
+    for way, told in found.items():
+        events.add(EVENT, step=step, pair=way, **{k: v for k, v in told.items() if k != "ranks"})
+    return {f"retrieval/{way}": told for way, told in found.items()}
+
+
+def retrieval_line(name: str, told: dict[str, Any]) -> str:
+    shares = []
+    for k in (1, 5):
+        low, high = told[f"recall_at_{k}_interval"]
+        shares.append(f"recall@{k} {told[f'recall_at_{k}']:.1%} ({low:.1%} to {high:.1%}; chance "
+                      f"{told[f'chance_at_{k}']:.1%})")
+    return (f"{name:<22} {told['num_questions']:>5} questions, {told['num_candidates']:.0f} candidates: "
+            f"{', '.join(shares)}, mean rank {told['mean_rank']:.2f} (chance {told['chance_mean_rank']:.2f})")

@@ -19,9 +19,10 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions
 from megatron_sov.digests import file_digest, fingerprint
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.messages import read_messages
+from megatron_sov.documents.rows import check_rows, read_rows
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.generate.asking import asked_of, check_engine, check_length
+from megatron_sov.generate.asking import Asked, asked_of, check_engine, check_length
 from megatron_sov.generate.engine import ChosenEngine, Engine, engine_for, run_engine
 from megatron_sov.generate.request import (
     Batching,
@@ -35,24 +36,16 @@ from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import behind_links
 from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.registry import Made, make, order
-from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.settings import (
-    AtLeastOne,
-    Code,
-    Finite,
-    Flag,
-    Problem,
-    parse_nested,
-)
+from megatron_sov.settings import AtLeastOne, Code, Finite, Flag, Problem, parse_nested
 from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import Journal, done_items, open_journal
+from megatron_sov.work.jobs import Job, here, run_job
+from megatron_sov.work.journal import done_items
 
 if TYPE_CHECKING:
-    from megatron_sov.eval.sampling import Sampled
     from megatron_sov.generate.target import Target
 
 KIND = "passk"
@@ -62,6 +55,8 @@ PROMPT, PROMPT_INDEX = "prompt", "prompt_index"
 OF_A_PROBLEM = (PROMPT, "answer", "choices", "tests", "entry_point", "instructions", "instruction_id_list",
                 "kwargs", "rubric")
 """Fields in which the responses to one problem do not differ: what is asked, and what rewards read of it."""
+CALL_SAMPLES = 1024
+"""Responses that an engine is asked for at a time, and lost at most when the command is killed."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,6 @@ class JudgedSamplingOptions(JudgeOptions):
     batch_size: BatchSize = Batching.batch_size
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
         return [] if self.samples == 1 or self.sampling.temperature else [
             Problem(Code.RULE, "samples", "are the same response again and again at --temperature 0",
                     self.samples, "raise the temperature, or take one sample")]
@@ -118,7 +112,6 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
     """Folder to make: the figures, and every response with its reward."""
 
     def problems(self) -> list[Problem]:
-        """Return what does not fit together."""
         p = super().problems()
         if self.sampled is None and max(self.k, default=1) > self.samples:
             p.append(Problem(Code.RULE, "k", f"is more than --samples {self.samples}", max(self.k)))
@@ -137,8 +130,6 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a command was asked for, checked."""
-
     args: EvalPasskOptions
     order: Order
     reward: Made
@@ -157,8 +148,6 @@ class _Plan:
         """Which responses are sampled, and how; None: they are there already."""
         if self.target is None:
             return None
-        from megatron_sov.eval.sampling import CALL_SAMPLES
-
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
                 "settings": list(self.args.settings), "chat": self.args.chat, "stop": list(self.args.stop),
                 "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
@@ -167,7 +156,6 @@ class _Plan:
 
     @cached_property
     def responses(self) -> dict[str, Any]:
-        """What the responses depend on."""
         source = self.args.source
         return {"model": self.model, "rows": {"path": str(source), "digest": file_digest(source)}}
 
@@ -212,7 +200,7 @@ def run_passk(args: EvalPasskOptions) -> int:
     step = events.last_step() if plan.target is None else step_of(plan.target, events)
     events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
-    from megatron_sov.eval.judged_samples import table
+    from megatron_sov.eval.pass_at_k import table
 
     print(to_json(figures).rstrip() if args.json
           else f"{table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
@@ -268,60 +256,60 @@ def _digest(value: Any) -> str:
 
 def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
-    args, target, file = plan.args, plan.target, plan.sampled_file
+    args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
     assert target is not None
-    done = done_items(file, plan.responses)
+    done = done_items(file, identity)
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
-    sampled = _sampled(plan)
-    longest = sampled.asked.longest + args.sampling.max_new_tokens
+    rows = [dict(row) for _, row in read_rows(args.source, field=PROMPT)]
+    asked = asked_of(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
+    if empty := [i for i, ids in enumerate(asked.ids, 1) if not ids]:
+        raise UserError(f"--input {args.input}: prompt {empty[0]} is empty; write at least one character")
+    longest = asked.longest + args.sampling.max_new_tokens
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(plan.engine, target, args.settings, args.nproc)
-    calls = sampled.calls()
-    num_done = sum(len(calls[int(number)]) for number in done) * args.samples
+    # an engine whose samples depend on their batch meets the same batches behind a kill
+    size = max(1, CALL_SAMPLES // args.samples)
+    calls = [range(len(rows))[begin:begin + size] for begin in range(0, len(rows), size)]
 
-    def work(engine: Engine) -> None:
-        kept = Journal(work_folder(file)) if is_first() else None
-        with work_bar("sample", len(sampled.rows) * args.samples, "response", kept is not None) as bar:
-            bar.update(num_done)
-            for number, prompts in enumerate(calls):
-                if number not in done:
-                    rows = sampled.ask(engine, prompts)
-                    if kept is not None:
-                        kept.add([(number, rows)])
-                    bar.update(len(prompts) * args.samples)
-        if kept is not None:
-            kept.close()
+    def work(engine: Engine | None) -> None:
+        def ask(prompts: range) -> bytes:
+            assert engine is not None
+            return _responses(args, rows, asked, prompts, engine)
 
-    def ask() -> None:
-        if len(done) < len(calls):  # else no process has anything to ask, and the first one publishes
-            run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
-                       settings=args.settings, nproc=args.nproc)
+        if not is_first():  # of the ranks of a model: the first one keeps what all say
+            for prompts in (prompts for number, prompts in enumerate(calls) if number not in done):
+                ask(prompts)
+            return
+        with work_bar("sample", len(rows) * args.samples, "response") as bar:
+            run_job(Job(made_by="megatron-sov eval passk", output=file, identity=identity, items=calls,
+                        do=here(ask), sink=lambda journal: journal.write_to(file),
+                        done=lambda prompts: bar.update(len(prompts) * args.samples)))
 
-    if not is_first():
-        ask()
-        return file
-    with open_journal(file, "megatron-sov eval passk", plan.responses) as journal:
-        if num_done:
-            print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
-        ask()
-        journal.write_to(file)
+    if done and is_first():
+        num_done = sum(len(calls[int(number)]) for number in done) * args.samples
+        print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
+    if len(done) < len(calls):
+        run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
+                   settings=args.settings, nproc=args.nproc)
+    elif is_first():  # else no process has anything to ask, and the first one publishes
+        work(None)
     return file
 
 
-def _sampled(plan: _Plan) -> Sampled:
-    """Return what an engine is asked for."""
-    from megatron_sov.eval.sampling import Sampled
-
-    assert plan.target is not None
-    rows = [dict(row) for _, row in read_rows(plan.args.source, field=PROMPT)]
-    asked = asked_of(plan.target, [_prompt(row[PROMPT]) for row in rows], plan.args.chat)
-    empty = [i for i, ids in enumerate(asked.ids) if not ids]
-    if empty:
-        raise UserError(f"--input {plan.args.input}: prompt {empty[0] + 1} is empty; write at least one "
-                        "character")
-    return Sampled(rows, asked, plan.args.samples, plan.args.sampling,
-                   Stop(asked.end_ids, tuple(plan.args.stop), asked.decode))
+def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Asked, prompts: range,
+               engine: Engine) -> bytes:
+    """Return the rows of all responses to some prompts, those to one together.  Each has random numbers of
+    its own, by its place among all."""
+    stop = Stop(asked.end_ids, tuple(args.stop), asked.decode)
+    places = [(i, sample) for i in prompts for sample in range(args.samples)]
+    found = engine.generate([asked.ids[i] for i, _ in places], args.sampling, stop=stop,
+                            streams=[i * args.samples + sample for i, sample in places])
+    made = [{**rows[i], PROMPT_INDEX: i, "sample": sample, "response": stop.cut_text(asked.decode(tokens)),
+             "num_tokens": len(tokens), "finish_reason": reason}
+            for (i, sample), tokens, reason in zip(places, found.continuations, found.finish_reasons,
+                                                   strict=True)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in made)
 
 
 def _prompt(value: Any) -> str | Conversation:
@@ -335,7 +323,7 @@ def _prompt(value: Any) -> str | Conversation:
 
 def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     """Judge the responses into an artifact's folder, and return the figures."""
-    from megatron_sov.eval.judged_samples import read_judged
+    from megatron_sov.eval.pass_at_k import read_judged
 
     scored = folder.parent / "scored.jsonl"
     with work_bar("score", check_rows(responses, "--sampled"), "row") as bar:

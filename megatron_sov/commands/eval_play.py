@@ -9,29 +9,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.commands.option_words import words_of
 from megatron_sov.commands.shared_options import AnyTarget, RecordOptions, RedoOptions
 from megatron_sov.documents.visible import visible
 from megatron_sov.endpoints.addresses import is_address
 from megatron_sov.errors import ExitCode, StopRequested, UserError
-from megatron_sov.eval.lm.settings import (
-    ENDPOINTS,
-    EndpointModel,
-    EndpointSettings,
-    JudgedSettings,
-    Settings,
-)
+from megatron_sov.eval.lm.settings import ENDPOINTS, EndpointModel, EndpointSettings, JudgedSettings, Settings
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.settings import AtLeastOne, Flag, parse_nested
+from megatron_sov.settings import AtLeastOne, Flag
 from megatron_sov.tools.environment import Task
-from megatron_sov.tools.journal import EpisodeLines, lines_in
-from megatron_sov.tools.playing import Policy, identity_of
-from megatron_sov.tools.tasks import digest_of
+from megatron_sov.tools.episode import EpisodeLines, lines_in
+from megatron_sov.tools.playing import Policy, Table, identity_of, play
+from megatron_sov.tools.registry import digest_of
 from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.journal import open_journal
 
@@ -66,14 +60,11 @@ class EvalPlayOptions(JudgedSettings, RecordOptions, RedoOptions):
 
 @dataclass(frozen=True)
 class _Game:
-    """What is played, checked."""
-
     args: EvalPlayOptions
     task: TaskFile
     protocol: Protocol
     tasks: Sequence[Task]
     flag: StopFlag
-    """Says whether to stop."""
 
     @property
     def num_episodes(self) -> int:
@@ -81,8 +72,11 @@ class _Game:
         return len(self.tasks) * self.protocol.samples
 
 
-Play = Callable[..., "list[list[Episode]]"]
-"""Plays with a journal, `ended` and `check`."""
+Ended = Callable[[int], object]
+"""Is told how many more episodes have ended."""
+Check = Callable[[], object]
+"""Raises to end the play; the journal keeps what was said."""
+Play = Callable[[list[Task], EpisodeLines, Ended, Check], "list[Episode]"]
 
 
 def run_play(args: EvalPlayOptions) -> int:
@@ -115,7 +109,7 @@ def _refuse_of_endpoints(args: EvalPlayOptions) -> None:
 def _checked(args: EvalPlayOptions, flag: StopFlag) -> _Game:
     from megatron_sov.eval.suites.catalogue import chosen, read_task, require_data
     from megatron_sov.eval.suites.episodes import order_of, tasks_of
-    from megatron_sov.eval.suites.protocol import changed
+    from megatron_sov.eval.suites.protocol import changed_as_asked
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
     from megatron_sov.tools.registry import make
 
@@ -126,11 +120,7 @@ def _checked(args: EvalPlayOptions, flag: StopFlag) -> _Game:
                         "`megatron-sov eval suites` lists them, and `eval lm` asks the others")
     task, protocol = played[0], played[0].protocol
     assert protocol is not None
-    changes: dict[str, Any] = {"samples": args.samples} if args.samples is not None else {}
-    changes |= {"mode": args.mode} if args.mode else {}
-    if args.judge:
-        changes["reward_settings"] = parse_nested(args.judge, "--judge")
-    protocol = changed(protocol, changes)
+    protocol = changed_as_asked(protocol, args)
     require_data(task, args.data_dir)
     make(order_of(protocol, args.data_dir))
     prepare_megatron()
@@ -141,13 +131,14 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
     """Play with a model of a folder; returns why it was stopped."""
     from megatron_sov.eval.lm.results import EvaluatedModel
     from megatron_sov.eval.lm.subject import content_hash
-    from megatron_sov.eval.suites.episodes import play_tasks
+    from megatron_sov.eval.suites.episodes import order_of
     from megatron_sov.generate.player import Player, Runs
 
     args, protocol = game.args, game.protocol
     player = Player(Path(args.target), Runs(args.engine, args.settings, args.nproc), protocol.episode_limits,
                     "lower `limits` in a task file of your own", protocol.chat_template_kwargs)
     target = player.target
+    table = Table(order_of(protocol, args.data_dir), player.encoder, protocol.episode_limits, args.parallel)
 
     def played(policy: Policy) -> str:
         model = EvaluatedModel(str(target.path), content_hash(target),
@@ -155,11 +146,10 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
         known_by: dict[str, object] = {
             "path": str(target.path), "hash": model.hash, "engine": player.engine, "chat": player.chat}
 
-        def play(journal: EpisodeLines, **told: Any) -> list[list[Episode]]:
-            return play_tasks(protocol, game.tasks, args.data_dir, policy, player.encoder, journal,
-                              parallel=args.parallel, **told)
+        def play_on(tasks: list[Task], lines: EpisodeLines, ended: Ended, check: Check) -> list[Episode]:
+            return play(tasks, policy, table, lines, ended, lambda: bool(check()))
 
-        return _played(game, model, known_by, play, events)
+        return _played(game, model, known_by, play_on, events)
 
     return str(player.run(protocol.sampling, args.parallel, played) or "")
 
@@ -167,8 +157,8 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
 def _by_endpoint(game: _Game, events: RunEvents) -> str:
     """Play with a model behind an endpoint; returns why it was stopped."""
     from megatron_sov.eval.lm.subject import subject_of
-    from megatron_sov.eval.suites.endpoint_turns import EndpointSpeaker
-    from megatron_sov.eval.suites.episodes import play_tasks_by_messages
+    from megatron_sov.eval.suites.episodes import EndpointSpeaker, order_of
+    from megatron_sov.tools.playing import MessageTable, play_by_messages
 
     args, flag = game.args, game.flag
     endpoint = EndpointSettings(**vars(args.endpoint), concurrent=args.parallel)
@@ -185,18 +175,18 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
 
     speaker = EndpointSpeaker(args.target, endpoint, game.protocol, settings.cache_folder, sleep)
 
-    def play(journal: EpisodeLines, **told: Any) -> list[list[Episode]]:
-        return play_tasks_by_messages(game.protocol, game.tasks, args.data_dir, speaker, journal,
-                                      parallel=args.parallel, **told)
+    table = MessageTable(order_of(game.protocol, args.data_dir), game.protocol.episode_limits, args.parallel)
 
-    return _played(game, subject.model, subject.identity, play, events)
+    def play_on(tasks: list[Task], lines: EpisodeLines, ended: Ended, check: Check) -> list[Episode]:
+        return play_by_messages(tasks, speaker, table, lines, ended, check)
+
+    return _played(game, subject.model, subject.identity, play_on, events)
 
 
-def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], play: Play,
+def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], play_on: Play,
             events: RunEvents) -> str:
     """Play what is left, score and write; returns why it was stopped, empty at the end."""
-    from megatron_sov.eval.suites.episode_results import write_episodes
-    from megatron_sov.eval.suites.episodes import fold_episodes, order_of
+    from megatron_sov.eval.suites.episodes import fold_episodes, order_of, write_episodes
     from megatron_sov.tools.registry import make
 
     args, protocol, num_ended = game.args, game.protocol, 0
@@ -216,7 +206,9 @@ def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], pla
     try:
         with (open_journal(args.output, "megatron-sov eval play", identity, redo=args.redo) as journal,
               work_bar("play", game.num_episodes, "episode") as bar):
-            episodes = play(lines_in(journal), ended=ended, check=check)
+            flat = play_on([task for task in game.tasks for _ in range(protocol.samples)], lines_in(journal),
+                           ended, check)
+            episodes = [flat[i:i + protocol.samples] for i in range(0, len(flat), protocol.samples)]
             folded = fold_episodes(protocol, game.tasks, episodes, args.data_dir, args.workers)
             results = write_episodes(args.output, game.task, protocol, model, game.tasks, episodes, folded,
                                      args.data_dir, args.num_items)

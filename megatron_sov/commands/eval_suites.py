@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.eval.lm.results import aligned
 from megatron_sov.settings import Flag
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _list(tasks: list[TaskFile], as_json: bool) -> None:
         return
     rows = [[task.name, _items(task), protocol_line(task.protocol), str(task.sov.get("suite", ""))]
             for task in tasks]
-    print(_table(["task", "items", "protocol", "suite"], rows))
+    print(aligned([("task", "items", "protocol", "suite"), *rows], range(4)))
     print("\n--json tells each task's data, prompt and source; `check --data-dir DIR` what of them is there")
 
 
@@ -87,7 +88,6 @@ def _items(task: TaskFile) -> str:
 
 
 def protocol_line(protocol: Protocol | None) -> str:
-    """Return a protocol in a few words."""
     if protocol is None:
         return "log-likelihood of the choices"
     how = "greedy" if not protocol.temperature else f"T {protocol.temperature:g}, top_p {protocol.top_p:g}"
@@ -108,8 +108,8 @@ def _check(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
         print(json.dumps([{**asdict(check), "state": check.state, "note": check.note} for check in found],
                          indent=1, ensure_ascii=False))
     else:
-        print(_table(["task", "data", "items", ""], [
-            [check.task, check.state, f"{check.num_items:,}", _remark(check)] for check in found]))
+        print(aligned([("task", "data", "items", ""), *(
+            (check.task, check.state, f"{check.num_items:,}", _remark(check)) for check in found)], range(4)))
         for check in found:
             for problem in check.problems:
                 print(visible(problem))
@@ -124,7 +124,7 @@ def _remark(check: DataCheck) -> str:
 
 
 def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
-    from megatron_sov.eval.suites.bringing import Span, bring
+    from megatron_sov.eval.suites.catalogue import Span, bring
 
     if not args.tasks or len(tasks) != 1:
         raise UserError("eval suites bring needs --tasks with one task, e.g. --tasks aime24")
@@ -145,9 +145,3 @@ def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     else:
         print(f"{path}: {num_kept:,} of {num_rows:,} rows")
     return ExitCode.OK
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in [head, *rows])

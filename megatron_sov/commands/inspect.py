@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from megatron_sov.commands.rl_store import KIND
 from megatron_sov.errors import ExitCode
-from megatron_sov.runs.inspecting import STORE, Kind, LookOptions, look
+from megatron_sov.runs.inspecting import STORE, LookOptions, look
 from megatron_sov.settings import Flag, add_options, read_options
 
 
@@ -29,19 +29,5 @@ add_arguments = partial(add_options, cls=InspectOptions)
 def run(args: argparse.Namespace) -> int:
     """Print what is known."""
     options = read_options(InspectOptions, args)
-    look(options.path, options, {STORE: Kind(_store_lines, _store_problems)})
+    look(options.path, options, {STORE: KIND})
     return ExitCode.OK
-
-
-def _store_lines(path: Path) -> Iterator[str]:
-    from megatron_sov.commands.rl_store import listed
-    from megatron_sov.rollouts.store import Store
-
-    return listed(Store.open(path))
-
-
-def _store_problems(path: Path) -> list[str]:
-    from megatron_sov.rollouts.checking import check
-    from megatron_sov.rollouts.store import Store
-
-    return check(Store.open(path), lambda parts: None).problems

@@ -25,7 +25,7 @@ from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
 
 if TYPE_CHECKING:
-    from megatron_sov.ladder.members import Member
+    from megatron_sov.ladder.family import Member
     from megatron_sov.ladder.results import Law, Point, Told
     from megatron_sov.pages.page import Table
 
@@ -80,7 +80,7 @@ def run(typed: argparse.Namespace) -> int:
     request = requested(args)
     members, predicted = _members(args, request)
     _check(args, [*members, predicted])
-    from megatron_sov.ladder.page import member_table
+    from megatron_sov.ladder.results import member_table
 
     if args.dry_run:
         _print(member_table([*members, predicted], []))
@@ -94,9 +94,8 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _members(args: LadderOptions, request: Request) -> tuple[list[Member], Member]:
-    from megatron_sov.ladder.family import parse_size, parse_sizes
+    from megatron_sov.ladder.family import members, parse_size, parse_sizes
     from megatron_sov.ladder.laws import LEAST_POINTS
-    from megatron_sov.ladder.members import members
 
     sizes = parse_sizes(args.sizes, "--sizes")
     ratios = _ratios(args.tokens_per_param)
@@ -250,7 +249,7 @@ def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> i
             return code
         told = results.tell(law, predicted, args.run)
         _write(args, members, found, law, told, predicted)
-    from megatron_sov.ladder.page import law_tables, member_table, prediction_table
+    from megatron_sov.ladder.results import law_tables, member_table, prediction_table
 
     for table in (member_table(members, found), *law_tables(law), prediction_table([told])):
         _print(table)
@@ -262,7 +261,7 @@ def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point
            told: Told, predicted: Member) -> None:
     """Write ladder.json and the page."""
     from megatron_sov.ladder import results
-    from megatron_sov.ladder.page import page
+    from megatron_sov.ladder.results import page
 
     recipe = predicted.config.recipe
     results.write(args.run, recipe, args.rates, found, law, [told])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 from megatron_sov.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.digests import file_digest
+from megatron_sov.documents.rows import check_rows, parse_row, read_lines
 from megatron_sov.documents.strict_json import json_line
 from megatron_sov.errors import ExitCode, UserError, told_in_a_line
 from megatron_sov.obs.work_bar import work_bar
@@ -23,7 +23,6 @@ from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
-from megatron_sov.rewards.rows import check_rows, parse_row, read_lines
 from megatron_sov.settings import (
     AtLeastOne,
     Code,
@@ -36,12 +35,18 @@ from megatron_sov.settings import (
     parse_nested,
     read_options,
 )
-from megatron_sov.work.arrays import SharedWork, refuse_many_restarts, submit_shares
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.work.arrays import (
+    ClusterOptions,
+    SharedWork,
+    profile_of,
+    refuse_living,
+    refuse_many_restarts,
+    submit_shares,
+)
 from megatron_sov.work.folders import slurm_folder
 from megatron_sov.work.jobs import Executor, Job, in_workers, run_job, run_share
 from megatron_sov.work.journal import Journal, begin_journal, done_items
-from megatron_sov.work.slurm_jobs import refuse_living
+from megatron_sov.work.threads import in_threads
 
 KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
@@ -224,8 +229,8 @@ def _stepper(asked: Order, skip_failures: bool, threads: int) -> Callable[[Batch
 
     if threads == 1:
         return lambda batch: b"".join(map(do, batch))
-    pool = ThreadPoolExecutor(threads)
-    return lambda batch: b"".join(pool.map(do, batch))
+    return lambda batch: b"".join(record for _, record in sorted(
+        in_threads(lambda line: (line[0], do(line)), batch, threads)))
 
 
 def _lines_of(made: Any) -> list[bytes]:
@@ -237,12 +242,9 @@ def _lines_of(made: Any) -> list[bytes]:
 
 def _submit(order: MapOrder) -> None:
     """Submit what is not done, or tell how far jobs are that work on it."""
-    from megatron_sov.clusters import cluster
-
     options = replace(order.options, output=order.options.output.absolute(),
                       rows=order.options.rows.absolute())
-    order, profile = replace(order, options=options), cluster.load(
-        options.cluster, account=options.account, partition=options.partition)
+    order, profile = replace(order, options=options), profile_of(options)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: complete from before")
         return

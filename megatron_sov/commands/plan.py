@@ -104,8 +104,8 @@ def _on_cluster(args: PlanOptions, request: Request) -> int:
     """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
     from megatron_sov.artifacts import to_json
     from megatron_sov.plan import timetable
-    from megatron_sov.plan.machines import machines
     from megatron_sov.plan.on_cluster import placed, searched
+    from megatron_sov.plan.pricing import machines
 
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
@@ -147,7 +147,7 @@ def _of_files(args: PlanOptions) -> int:
         raise UserError(f"{doing}: looks at runs that are written down, and {given[0]} belongs to one that "
                         "is planned; leave one of them out")
     if args.calibrate:
-        from megatron_sov.plan.calibration.calibrate import calibrate
+        from megatron_sov.plan.calibrate import calibrate
 
         if args.parameters is not None:
             raise UserError(f"--parameters {args.parameters}: --calibrate begins with those of the package; "
@@ -167,7 +167,7 @@ def _parameters(file: Path | None) -> Parameters | None:
     """Return the parameters of a file; None: those of the package."""
     if file is None:
         return None
-    from megatron_sov.plan.calibration.parameters_file import read_learned
+    from megatron_sov.plan.learned import read_learned
 
     return read_learned(file).parameters
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
-from megatron_sov.commands.rounds_option import rounds_between
 from megatron_sov.commands.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.config import RunConfig
 from megatron_sov.config.rollout import RolloutConfig
@@ -23,7 +22,13 @@ from megatron_sov.generate.request import Batching, BatchSize
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.orders import Order
 from megatron_sov.recipes.requested import RecipeOptions, requested
-from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
+from megatron_sov.rollouts.prompts import (
+    Prompt,
+    read_prompts,
+    refuse_unaskable,
+    round_prompts,
+    rounds_between,
+)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
@@ -197,7 +202,6 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
 
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
-    """Return the engine's name; raises where it cannot do what is asked."""
     name = args.engine or engine_for(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
@@ -229,9 +233,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.mcore.parallel.world import on_first
-    from megatron_sov.post.rl.generate import Desk, write_rounds
-    from megatron_sov.post.rl.missing import Missing
-    from megatron_sov.post.rl.policy_weights import Take, run_policies
+    from megatron_sov.post.rl.generate import Desk, Missing, Take, run_policies, write_rounds
     from megatron_sov.post.rl.responses import key_digest
     from megatron_sov.rollouts.store import Store
 
@@ -265,8 +267,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[Prompt], sta
     """
     from megatron_sov.chat.turns import TurnEncoder
     from megatron_sov.generate.asking import Asker
-    from megatron_sov.post.rl.episodes import Episodes
-    from megatron_sov.post.rl.responses import Responses
+    from megatron_sov.post.rl.responses import Episodes, Responses
     from megatron_sov.tools.playing import Table
 
     folder, rollout = start.tokenizer_folder, config.rollout

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Ge, Lt
 
 from megatron_sov.commands.reward_options import REWARDS, JudgeOptions, RewardSet
-from megatron_sov.commands.rounds_option import rounds_between
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested
@@ -28,6 +27,7 @@ from megatron_sov.post.rl.reward import (
     reward_version,
     second_opinions,
 )
+from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.settings import Flag, NotNegative, add_options, read_options
 from megatron_sov.work.claims import Claims
 

@@ -54,7 +54,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
 
     prepare_megatron()
     from megatron_sov.generate.target import find_target
-    from megatron_sov.post.rl.producing import Producer
+    from megatron_sov.post.rl.feed import Producer
     from megatron_sov.rollouts.store import Store
 
     assert parsed.stage.start is not None, "--from is required"

@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import write_output
-from megatron_sov.commands.rounds_option import rounds_between
 from megatron_sov.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.figures import size
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
+from megatron_sov.rollouts.prompts import rounds_between
+from megatron_sov.runs.inspecting import MAX_PROBLEMS, Kind
 from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
 if TYPE_CHECKING:
+    from megatron_sov.rollouts.checking import Checked
     from megatron_sov.rollouts.rows import Rollout
     from megatron_sov.rollouts.store import Store
     from megatron_sov.work.claims import Holder
-
-MAX_TOLD = 20
-"""Problems that `verify` prints; `--json` has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +96,14 @@ class StoreGcOptions(StoreOptions):
     """--rounds deletes nothing without it."""
 
 
-def _open(args: StoreOptions) -> Store:
+def open_store(path: Path) -> Store:
     from megatron_sov.rollouts.store import Store
 
-    return Store.open(args.store)
+    return Store.open(path)
 
 
 def _ls(args: StoreLsOptions) -> int:
-    store = _open(args)
+    store = open_store(args.store)
     if args.json:
         judged = _judged(store, args.round)
         print(json.dumps({"tokenizer": store.tokenizer_digest, "vocab_size": store.vocab_size, "parts": [
@@ -112,7 +111,7 @@ def _ls(args: StoreLsOptions) -> int:
              "rows": part.num_rows, "kept_out": part.num_kept_out, "bytes": part.file.stat().st_size,
              "created_s": part.created_s, "manifest_sha256": part.manifest_sha256,
              "reward_versions": judged.get(part.name, []), "provenance": part.provenance} for part in
-            store.rollout_parts(args.round)], "claims": [vars(holder) for holder in _held(store)]}))
+            store.parts(args.round)], "claims": [vars(holder) for holder in _held(store)]}))
         return ExitCode.OK
     for line in listed(store, args.round):
         print(visible(line))
@@ -122,7 +121,7 @@ def _ls(args: StoreLsOptions) -> int:
 def listed(store: Store, round_: int | None = None) -> Iterator[str]:
     """Yield a line for each part of a store, their sum, and a line for each claim."""
     judged = _judged(store, round_)
-    parts = store.rollout_parts(round_)
+    parts = store.parts(round_)
     for part in parts:
         yield (f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
                f"{_when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
@@ -134,12 +133,12 @@ def listed(store: Store, round_: int | None = None) -> Iterator[str]:
         yield f"claimed: {holder.name} by {where}{job}, last sign of life {_when(holder.changed_s)}"
 
 
-def _judged(store: Store, round_: int | None) -> dict[str, list[str]]:
+def _judged(store: Store, round_: int | None = None) -> dict[str, list[str]]:
     """Return part -> versions of the rewards that have judged it."""
     found: dict[str, list[str]] = {}
-    for version in store.reward_versions():
-        for part in store.reward_parts(version, round_):
-            found.setdefault(part.name, []).append(part.reward_version)
+    for version in store.versions():
+        for part in store.parts(round_, version):
+            found.setdefault(part.name, []).append(part.version)
     return found
 
 
@@ -157,18 +156,16 @@ def _when(time_s: float) -> str:
 
 
 def _show(args: StoreShowOptions) -> int:
-    from megatron_sov.rollouts.parts import numbers_in
-
-    store = _open(args)
-    if numbers_in(args.part) is None or not store.has_rollouts(args.part):
+    store = open_store(args.store)
+    if store.key_of(args.part) is None or not store.has(args.part):
         raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov rl store ls` "
                         "lists them)")
     rows, problems = store.read_all(args.part)
     if not 0 <= args.row < len(rows):
         raise UserError(f"ROW {args.row}: {args.part} has {len(rows):,} rows, which are numbered from 0")
     row = rows[args.row]
-    said = [judged for version in store.reward_versions() for part in store.reward_parts(version)
-            if part.name == args.part for judged in store.read_rewards(part.reward_version, part.name)
+    said = [judged for version in _judged(store, row.round).get(args.part, ())
+            for judged in store.read_rewards(version, args.part)
             if (judged.key, judged.attempt) == (row.key, row.attempt)]
     turns = [_turn(row, *span) for span in row.spans]
     found = {**row.key._asdict(), "round": row.round, "attempt": row.attempt, "problem": problems[args.row],
@@ -209,9 +206,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 def _page(args: StorePageOptions) -> int:
     from megatron_sov.rollouts.transcripts import page_of
 
-    store = _open(args)
+    store = open_store(args.store)
     check_output("--output", args.output)
-    there = sorted({part.round for part in store.rollout_parts()})
+    there = sorted({part.round for part in store.parts()})
     rounds = sorted(set(args.round or there[-1:]))
     if missing := [number for number in rounds if number not in there]:
         raise UserError(f"--round {missing[0]}: {args.store} has no parts of it (`megatron-sov rl store ls` "
@@ -228,7 +225,7 @@ def _page(args: StorePageOptions) -> int:
 
 def _version(given: str | None, store: Store) -> str | None:
     """Return the whole version of the reward that is asked for, or of the only one; None: there is none."""
-    there = {part.reward_version for folder in store.reward_versions() for part in store.reward_parts(folder)}
+    there = {version for versions in _judged(store).values() for version in versions}
     found = sorted(version for version in there if given is None or version.startswith(given))
     if len(found) > 1 or (given is not None and not found):
         raise UserError(f"--version {given or 'is missing'}: {store.path} has rewards of "
@@ -237,7 +234,6 @@ def _version(given: str | None, store: Store) -> str | None:
 
 
 def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
-    """Return what makes texts of tokens, special ones among them."""
     from megatron_sov.chat.folder import open_tokenizer
 
     file = folder / TOKENIZER_JSON
@@ -251,10 +247,10 @@ def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
 
 
 def _stats(args: StoreStatsOptions) -> int:
-    from megatron_sov.rollouts.figures import figures_of
+    from megatron_sov.rollouts.checking import figures_of
 
-    store = _open(args)
-    with work_bar("read", len(store.rollout_parts(args.round)), "part") as bar:
+    store = open_store(args.store)
+    with work_bar("read", len(store.parts(args.round)), "part") as bar:
         found = figures_of(store, args.round, bar.update)
     if args.json:
         print(json.dumps(found))
@@ -288,18 +284,24 @@ def _tell(name: str, figures: dict[str, Any]) -> None:
         print(visible(f"    reward {version}: mean {mean} ({statuses})"))
 
 
-def _verify(args: StoreVerifyOptions) -> int:
+def checked(store: Store) -> Checked:
+    """Return what is wrong with a store, behind a bar."""
     from megatron_sov.rollouts.checking import check
 
-    store = _open(args)
-    with work_bar("read", len(list((store.path / "rollouts").iterdir())), "part") as bar:
-        found = check(store, bar.update)
+    with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
+        return check(store, bar.update)
+
+
+KIND = Kind(lambda path: listed(open_store(path)), lambda path: checked(open_store(path)).problems)
+"""How `inspect` looks into a store."""
+
+
+def _verify(args: StoreVerifyOptions) -> int:
+    found = checked(open_store(args.store))
     if args.json:
-        print(json.dumps({"parts": found.parts, "rows": found.rows, "rewards": found.rewards,
-                          "problems": found.problems}))
-    elif found.problems:
-        for problem in found.problems[:MAX_TOLD]:
-            print(visible(problem))
+        print(json.dumps(vars(found)))
+    for problem in found.problems[:0 if args.json else MAX_PROBLEMS]:
+        print(visible(problem))
     if found.problems:
         raise GateFailed(f"{args.store}: {len(found.problems):,} problems in {found.parts:,} parts")
     if not args.json:
@@ -309,16 +311,15 @@ def _verify(args: StoreVerifyOptions) -> int:
 
 
 def _gc(args: StoreGcOptions) -> int:
-    from megatron_sov.rollouts.clearing import clear, clearable
+    from megatron_sov.work.tables.table import clear
 
-    store = _open(args)
-    folders = store.reward_versions()
+    store = open_store(args.store)
+    folders = store.versions()
     for version in args.version:
         if not any(version.startswith(folder) for folder in folders):
             raise UserError(f"--version {version}: {args.store} has no rewards of it (there are: "
                             f"{', '.join(folders) or 'none'})")
-    rounds = () if args.rounds is None else rounds_between(args.rounds)
-    found = clearable(store, args.version, rounds)
+    found = store.clearable(args.version, () if args.rounds is None else rounds_between(args.rounds))
     waits = args.rounds is not None and not args.yes
     if not waits:
         clear(found)

@@ -100,9 +100,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
 
     prepare_megatron()
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
-    from megatron_sov.post.rl.feed import RoundFeed
+    from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.post.rl.publish import Publisher
-    from megatron_sov.post.rl.trainer_columns import columns_of_run
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 

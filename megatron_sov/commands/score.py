@@ -12,15 +12,14 @@ from typing import Annotated
 from megatron_sov.artifacts import write_output
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName
 from megatron_sov.commands.shared_options import RedoOptions
+from megatron_sov.documents.rows import check_rows
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.rewards.opinions import read_opinions
 from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.rows import check_rows
-from megatron_sov.rewards.scoring import Summary, score_file
-from megatron_sov.rewards.tally import MAX_TOLD
+from megatron_sov.rewards.scoring import MAX_TOLD, Summary, score_file
 from megatron_sov.settings import Flag, add_options, parse_nested, read_options
 
 TOLD_STRINGS = 3
@@ -89,7 +88,7 @@ def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
         print(visible(f"ALARM {opinions.told()}" + (f"; look at answers with {strings}" if strings else "")),
               file=sys.stderr)
     if page is not None:
-        from megatron_sov.rewards.opinion_page import page_of
+        from megatron_sov.rewards.opinions import page_of
 
         write_output(page, page_of(opinions, output.name, version))
 

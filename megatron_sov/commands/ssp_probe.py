@@ -18,11 +18,11 @@ from megatron_sov.artifacts import damaged_files, disk_errors, read_manifest
 from megatron_sov.commands.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
 from megatron_sov.commands.option_words import words_of
 from megatron_sov.digests import file_digest
+from megatron_sov.documents.rows import check_rows
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.request import RankOptions
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.rows import check_rows
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import under_launcher

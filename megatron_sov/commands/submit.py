@@ -7,12 +7,14 @@ import sys
 from functools import partial
 from importlib import import_module
 
+from megatron_sov.artifacts import write_output
 from megatron_sov.clusters import cluster, kubernetes
 from megatron_sov.command_line import Parser
 from megatron_sov.errors import UserError
+from megatron_sov.outputs import check_output
 from megatron_sov.settings import add_options, read_options
-from megatron_sov.slurm import chain_file
-from megatron_sov.slurm.stages import STAGES, Commands, SubmitOptions
+from megatron_sov.slurm import chain, submission
+from megatron_sov.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs
 
 OF_SLURM = ("min_nodes", "nodes_set", "array", "account", "partition", "scripts", "continue_chain")
 """Options that mean nothing on Kubernetes."""
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
                      "sft, prefer, distill, convert, eval, eval lm, rl run, rl train, rl generate, rl "
                      "reward; sov-tokenizer; sov-data.  Chains that come "
-                     f"with the package, besides files of your own: {', '.join(chain_file.names())}.")
+                     f"with the package, besides files of your own: {', '.join(chain.names())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
                         help="the stage's own, or the chain's file")
@@ -66,9 +68,6 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
-    from megatron_sov.slurm import submission
-    from megatron_sov.slurm.stages import check_inputs
-
     if options.continue_chain:
         raise UserError("--continue: belongs to a chain; a stage continues by itself when it is "
                         "submitted again")
@@ -93,7 +92,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
 
 def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitOptions) -> int:
     """Make a manifest of a stage; returns 0 when it is where the user wants it."""
-    from megatron_sov.kubernetes import submission
+    from megatron_sov.kubernetes import prepare
 
     if stage == "chain":
         raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; "
@@ -107,17 +106,18 @@ def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitO
     if options.dry_run and (options.manifest or options.apply):
         raise UserError("--dry-run: prints the manifest and does nothing else; leave it out beside "
                         "--manifest and --apply")
-    request = submission.Request(stage, tuple(argv), kubernetes.load(cluster_name), options.nodes or 1,
-                                 options.job_name, options.time_limit)
-    submission.check_manifest_path(options.manifest)
-    text = submission.prepare(request, COMMANDS)
+    profile = kubernetes.load(cluster_name)
+    check_output("--manifest", options.manifest)
+    text = prepare(stage, argv, profile, COMMANDS, nodes=options.nodes or 1, name=options.job_name,
+                   time_limit=options.time_limit)
     if options.dry_run:
         sys.stdout.write(text)
     if options.manifest:
-        submission.write(options.manifest, text)
+        write_output(options.manifest, text)
         print(options.manifest)
     if options.apply:
-        print(submission.create(text))
+        print(kubernetes.kubectl("create", "-f", "-", text=text, way_out="write the manifest with --manifest "
+                                 "FILE and create it elsewhere"))
     return 0
 
 
@@ -126,12 +126,9 @@ def _option(name: str) -> str:
 
 
 def _chain(argv: list[str], options: SubmitOptions) -> int:
-    from megatron_sov.slurm import chain
-    from megatron_sov.slurm.ready_scripts import write_scripts
-
     if len(argv) != 1:
         raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their "
-                        f"arguments stand in it (chains of the package: {', '.join(chain_file.names())})")
+                        f"arguments stand in it (chains of the package: {', '.join(chain.names())})")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(options, name)]
     if given:
         raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; "
@@ -140,7 +137,7 @@ def _chain(argv: list[str], options: SubmitOptions) -> int:
         raise UserError(f"--scripts {options.scripts}: submits nothing; leave out --dry-run and --continue")
     if options.scripts is None:
         return chain.run(argv[0], options, COMMANDS)
-    for script in write_scripts(argv[0], options.scripts, options, COMMANDS):
+    for script in chain.write_scripts(argv[0], options.scripts, options, COMMANDS):
         print(script)
     return 0
 

@@ -31,16 +31,20 @@ from megatron_sov.settings import (
     parse_nested,
     run_action,
 )
-from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
 from megatron_sov.tools.environment import Environment, Task
-from megatron_sov.tools.episode import Episode, row_of
+from megatron_sov.tools.episode import Episode, lines_in, row_of
 from megatron_sov.tools.host import EnvironmentHost, Opening
-from megatron_sov.tools.journal import lines_in
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.playing import Policy, Table, identity_of, play
-from megatron_sov.tools.registry import BUILT_IN, OWN, make, order
-from megatron_sov.tools.tasks import digest_of, tasks_of
-from megatron_sov.tools.transcript import page_of, summary_of, transcript_of
+from megatron_sov.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
+from megatron_sov.tools.transcript import (
+    moves_of_file,
+    moves_of_lines,
+    page_of,
+    play_by_hand,
+    summary_of,
+    transcript_of,
+)
 from megatron_sov.work.journal import open_journal
 
 KIND = "episodes"

@@ -46,8 +46,8 @@ def fp8_format(train: TrainConfig) -> str:
     return RECIPES[train.fp8].auto_format if train.fp8_format == "auto" else train.fp8_format
 
 
-def problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
-             phases: Sequence[PhaseConfig]) -> list[Problem]:
+def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
+                          phases: Sequence[PhaseConfig]) -> list[Problem]:
     """Return every rule that `train.fp8` breaks with what it meets."""
     if train.fp8 == "none":
         defaults = TrainConfig()

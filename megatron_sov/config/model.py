@@ -70,15 +70,6 @@ class LatentAttentionConfig:
         """Numbers that generating keeps of a token in a layer, for all heads together."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def num_params(self, hidden_size: int, num_heads: int) -> int:
-        """Return the weights of a layer's attention, the two norms of its vectors included."""
-        queries = num_heads * self.query_dim
-        whole = (hidden_size * queries if self.q_lora_rank is None
-                 else self.q_lora_rank * (hidden_size + queries + 1))
-        keys_and_values = num_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return (whole + hidden_size * self.cached_dim + self.kv_lora_rank * (keys_and_values + 1)
-                + num_heads * self.v_head_dim * hidden_size)
-
 
 MAX_EXPERTS = 1_000_000
 """Experts of all layers: each has tensors of its own under Hugging Face names."""

@@ -7,14 +7,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.config import data as curriculum
-from megatron_sov.config import gpu as quantization
 from megatron_sov.config.bounds import MAX_STEPS
-from megatron_sov.config.data import DataConfig
+from megatron_sov.config.data import DataConfig, batch_size_at, phase_steps, ramp_changes
 from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.config.encoders import MediaConfig
 from megatron_sov.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
-from megatron_sov.config.gpu import GpuConfig
+from megatron_sov.config.gpu import GpuConfig, quantization_problems
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.lora import LoraConfig
 from megatron_sov.config.model import ModelConfig
@@ -104,7 +102,7 @@ class RunConfig:
         p += self.rollout.problems() + self.policy.problems(self.rollout)
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self._watching_problems()
-        p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
+        p += quantization_problems(self.train, self.model, self.parallel, self.data.phases)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(
             self, "",
@@ -202,8 +200,8 @@ class RunConfig:
         t = self.train
         dp = num_ranks // self.parallel.ranks_per_replica
         unit = t.micro_batch_size * dp
-        sizes = {curriculum.batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
-                 for step in [t.ramp_steps, 0, *curriculum.ramp_changes(t, phase)]}
+        sizes = {batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
+                 for step in [t.ramp_steps, 0, *ramp_changes(t, phase)]}
         interleaved = self.parallel.vpp > 1
         unit *= self.parallel.pp if interleaved else 1
         pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
@@ -224,11 +222,11 @@ class RunConfig:
 
     def num_steps(self) -> int:
         """Return the run's optimizer steps."""
-        return sum(curriculum.phase_steps(self.data, self.train))
+        return sum(phase_steps(self.data, self.train))
 
     def phase_starts(self) -> list[int]:
         """Return the first step (0-based) of each phase."""
-        steps = curriculum.phase_steps(self.data, self.train)
+        steps = phase_steps(self.data, self.train)
         return [sum(steps[:i]) for i in range(len(steps))]
 
     def to_dict(self) -> dict[str, Any]:

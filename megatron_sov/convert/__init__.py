@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_sov.convert.averaging import average
     from megatron_sov.convert.changed_values import SentWeights
+    from megatron_sov.convert.growing import open_weights
     from megatron_sov.convert.hf_export import to_hf
     from megatron_sov.convert.hf_import import from_hf
     from megatron_sov.convert.live_import import export_weights, import_weights
-    from megatron_sov.convert.opening import open_weights
     from megatron_sov.convert.proof import ParityCheck, verify
     from megatron_sov.convert.sources import is_hf_folder
 

@@ -19,7 +19,7 @@ from megatron_sov.artifacts import manifest_sha256, read_manifest, refuse_existi
 from megatron_sov.config import LoraConfig, ModelConfig
 from megatron_sov.config.train import AVERAGES
 from megatron_sov.convert.changed_values import KEEP, converted
-from megatron_sov.convert.derived import Derived, Opened, write_derived
+from megatron_sov.convert.growing import Derived, Opened, write_derived
 from megatron_sov.convert.hf_import import planned_files
 from megatron_sov.convert.peft import AdaptedWeights, checkpoint_weights
 from megatron_sov.convert.sources import CheckpointWeights

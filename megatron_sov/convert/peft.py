@@ -26,9 +26,8 @@ from megatron_sov.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TAR
 from megatron_sov.convert.changed_values import converted
 from megatron_sov.convert.sources import FLOATS, CheckpointWeights, check_exact, newest_of_run
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
-from megatron_sov.mcore.checkpoint.writer import TensorSpec, write_file
+from megatron_sov.mcore.checkpoint.writer import TensorFile, TensorSpec, write_file
 from megatron_sov.models.adapters import MAGNITUDE, A, Adapted, B, Place, adapted_modules, places
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import DAMAGED_HF, read_json

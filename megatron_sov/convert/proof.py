@@ -19,7 +19,7 @@ from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, damaged_files
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.copies import differing_copies
-from megatron_sov.convert.opening import open_weights
+from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.sources import HfWeights, Weights, tensors_left_out
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
+from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.data.packing import Segment
 from megatron_sov.data.token_shards import Documents, Source, open_sources
 from megatron_sov.documents import ROLLOUTS
@@ -81,10 +81,6 @@ class RoundDocuments:
         self.columns = (BEHAVIOUR, ADVANTAGE, *columns)
         self._rounds: dict[int, Round] = {}
         self.lengths = _Lengths(self)
-
-    def is_published(self, number: int) -> bool:
-        """Return whether a round can be opened."""
-        return (folder_of_round(self.folder, number) / MANIFEST).is_file()
 
     def is_open(self, number: int) -> bool:
         """Return whether a round's documents are there."""

@@ -104,3 +104,11 @@ def told_tokens(answer: Any) -> tuple[int, int] | None:
 
 def _is_count(said: Any) -> TypeGuard[int]:
     return isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 10**9
+
+
+def only(answer: Any, name: str) -> dict[str, Any]:
+    """Return the only item of a list in an answer; raises BadAnswer where it is not the only one."""
+    items = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(items, list) or len(items) != 1 or not isinstance(items[0], dict):
+        raise BadAnswer(f"the endpoint's answer must have one of {name!r}, for one was asked for")
+    return items[0]

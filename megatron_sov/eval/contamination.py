@@ -43,7 +43,6 @@ class ItemHit:
     """A place in a training document that an item has too."""
 
     task: str
-    """Name of the task."""
     item: str
     """Number or name of the item."""
     field: str
@@ -56,8 +55,6 @@ class ItemHit:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a search found."""
-
     results: Results
     """With `contamination` in each task."""
     hits: tuple[ItemHit, ...]
@@ -65,7 +62,6 @@ class Checked:
     too_short: Mapping[str, int]
     """Task -> items that are too short to be looked for, of which nothing is known."""
     num_documents: int
-    """Training documents that were searched."""
 
 
 def check(scored: Scored, data: Sequence[Path], reading: Reading, workers: int, shows: bool = True

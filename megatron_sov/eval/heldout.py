@@ -1,25 +1,46 @@
-"""Held-out documents as every judge reads them: the trainer, transformers and the bigram baseline
-see the same pairs."""
+"""Loss on held-out documents, which every judge reads alike: the trainer, a checkpoint at any layout,
+transformers, and the baseline that every language model must beat, interpolated Kneser-Ney over pairs of
+tokens.
+
+With c(v w) how often w follows v in the training text, N(v .) the number of different tokens after v, N(. w)
+that of different tokens before w, and N(. .) the number of different pairs:
+
+    p(w | v)  = max(c(v w) - D, 0) / c(v .)  +  D N(v .) / c(v .) q(w)
+    q(w)      = max(N(. w) - E, 0) / N(. .)  +  E |{w : N(. w) > 0}| / N(. .) / V
+
+Kneser and Ney (ICASSP 1995) in the interpolated form of Chen and Goodman (Computer Speech and Language 13,
+1999, eq. 25-29), with their estimate of the discounts: D = n1 / (n1 + 2 n2), where n1 and n2 pairs occur once
+and twice; E the same from N(. w).  The uniform part of q gives tokens a chance that never occurred.  A
+context that never occurred has p = q.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.data.media_shards import check_encoders
 from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import UserError
+from megatron_sov.generate.load import Loaded
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.train.evaluate import PARTS, SUMS, HeldoutLoss, heldout_row, result_of
+from megatron_sov.train.evaluate import PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of
+
+ROW_TOKENS = 8192
+"""Tokens of a row, unless one document alone is longer."""
 
 
 @dataclass(frozen=True)
@@ -117,3 +138,173 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> 
             if sums["tokens"]:
                 results[source.name] = result_of(sums)
     return results
+
+
+def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
+    """Return the loss per source of a running policy; called by all processes together."""
+    check_encoders(loaded.config.model, data.sources)
+    rows = rows_per_batch(loaded, data.seq_len, data.max_tokens)
+    sizes = data.bytes_of_token(loaded.config.model.vocab_size)
+    evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
+    shows = loaded.world.rank == loaded.world.size - 1  # of the last pipeline stage, whatever the layout
+    with work_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
+        return evaluator.run(loaded.policy, done=bar.update)
+
+
+def rows_per_batch(loaded: Loaded, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:
+    """Return how many rows of `seq_len` tokens are passed through a model at a time."""
+    multiple = loaded.config.parallel.row_multiple
+    step = multiple // math.gcd(multiple, seq_len)  # so many samples in a row that the layout can cut it
+    return -(-max(1, min(ROW_TOKENS, max_tokens) // seq_len) // step) * step
+
+
+def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
+    """Return the loss per source of transformers' model on the same targets in the same contexts.
+
+    Raises:
+        UserError: the data have pictures or sounds, which that model does not read.
+    """
+    if read := [f"{s.name} ({', '.join(s.banks)})" for s in data.sources if s.banks]:
+        raise UserError(f"sources {'; '.join(read)}: transformers' model reads text alone; judge the "
+                        "checkpoint itself, or data of text")
+    return evaluate_rows(data, lambda row: row_losses(model, row))
+
+
+@torch.no_grad()
+def row_losses(model: Any, row: Row) -> np.ndarray:
+    """Return [n] nats; each segment stands in a line of its own, so that documents do not see one another.
+
+    Lines are padded at their end, which no token before can see.
+    """
+    lengths = np.diff(row.bounds)
+    inside = np.arange(lengths.max()) < lengths[:, None]
+    lines = np.zeros(inside.shape, np.int64)
+    lines[inside] = row.tokens
+    logits = model(input_ids=torch.from_numpy(lines).to(model.device),
+                   use_cache=False).logits[torch.from_numpy(inside)]
+    labels = torch.from_numpy(row.labels).to(model.device)
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
+
+
+
+
+def rows_of(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
+    """Return the documents (by index, in order) of each row; a row ends where the next
+    document would not fit."""
+    rows: list[list[int]] = []
+    filled = 0
+    for index, length in enumerate(lengths):
+        if not rows or filled + length > row_tokens:
+            rows.append([])
+            filled = 0
+        rows[-1].append(index)
+        filled += length
+    return rows
+
+
+BLOCK_TOKENS = 1 << 22
+"""Tokens that are counted at a time."""
+
+
+class KneserNeyBigram:
+    """Probabilities of a token given the one before it; memory grows with the number of different pairs."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._pairs = np.zeros(0, np.int64)
+        """Sorted keys ``v * vocab_size + w`` of the pairs that occur."""
+        self._counts = np.zeros(0, np.int64)
+
+    def count(self, contexts: np.ndarray, targets: np.ndarray) -> None:
+        """Add pairs of token ids [n] to the counts."""
+        keys, counts = np.unique(contexts.astype(np.int64) * self.vocab_size + targets, return_counts=True)
+        both = np.concatenate([self._pairs, keys])
+        order = np.argsort(both, kind="stable")
+        both, numbers = both[order], np.concatenate([self._counts, counts])[order]
+        first = np.flatnonzero(np.diff(both, prepend=-1))
+        self._pairs = both[first]
+        self._counts = np.add.reduceat(numbers, first) if len(first) else numbers
+
+    def fit(self) -> None:
+        """Work out discounts and the lower-order distribution from the counts."""
+        v, w = np.divmod(self._pairs, self.vocab_size)
+        size = self.vocab_size
+        self._context_count = np.bincount(v, weights=self._counts, minlength=size)
+        self._followers = np.bincount(v, minlength=size)
+        predecessors = np.bincount(w, minlength=size)
+        self._discount = _discount(self._counts)
+        lower = _discount(predecessors[predecessors > 0])
+        num_pairs = max(len(self._pairs), 1)
+        left = lower * np.count_nonzero(predecessors) if len(self._pairs) else 1.0
+        self._continuation = np.maximum(predecessors - lower, 0) / num_pairs + left / num_pairs / size
+
+    def logprobs(self, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return log p(target | context) [n] float64, after `fit`."""
+        keys = contexts.astype(np.int64) * self.vocab_size + targets
+        seen = np.zeros(len(keys))
+        if len(self._pairs):
+            place = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
+            seen = np.where(self._pairs[place] == keys, self._counts[place] - self._discount, 0.0)
+        total = self._context_count[contexts]
+        known = total > 0
+        weight = np.where(known, self._discount * self._followers[contexts] / np.maximum(total, 1), 1.0)
+        return np.log(np.where(known, seen / np.maximum(total, 1), 0.0)
+                      + weight * self._continuation[targets])
+
+
+def _discount(counts: np.ndarray) -> float:
+    """Return n1 / (n1 + 2 n2); 0.5 where nothing occurs once, since a discount of 0 would leave
+    unseen pairs impossible."""
+    once, twice = int((counts == 1).sum()), int((counts == 2).sum())
+    return once / (once + 2 * twice) if once else 0.5
+
+
+def token_blocks(documents: Documents, max_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield neighbouring pairs (contexts, targets) inside documents, a few million at a time, from
+    `max_tokens` tokens."""
+    pending: list[np.ndarray] = []
+    size = 0
+    for document, length in enumerate(documents.lengths):
+        count = min(int(length), max_tokens)
+        max_tokens -= count
+        if count:
+            pending.append(documents.tokens(document, 0, count))
+            size += count
+        if size >= BLOCK_TOKENS:
+            yield _pairs_inside(pending)
+            pending, size = [], 0
+        if max_tokens <= 0:
+            break
+    if pending:
+        yield _pairs_inside(pending)
+
+
+def _pairs_inside(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    flat = np.concatenate(documents)
+    starts = np.cumsum([len(d) for d in documents])[:-1]
+    inside = np.ones(max(len(flat) - 1, 0), bool)
+    inside[starts - 1] = False
+    return flat[:-1][inside], flat[1:][inside]
+
+
+def train_bigram(sources: list[Source], vocab_size: int, max_tokens: int) -> KneserNeyBigram:
+    """Return a bigram fitted to the training splits of all sources together,
+    to `max_tokens` tokens of each at most."""
+    bigram = KneserNeyBigram(vocab_size)
+    for source in sources:
+        if source.num_tokens["train"]:
+            for contexts, targets in token_blocks(source.shard("train"), max_tokens):
+                bigram.count(contexts, targets)
+    bigram.fit()
+    return bigram
+
+
+def evaluate_bigram(data: HeldoutData, max_train_tokens: int) -> dict[str, HeldoutLoss]:
+    """Return the baseline's loss per source on the pairs (token,
+    following token) that models are judged on."""
+    bigram = train_bigram(data.sources, data.vocab_size, max_train_tokens)
+
+    def losses_of(row: Row) -> np.ndarray:
+        return -bigram.logprobs(row.tokens, row.labels)
+
+    return evaluate_rows(data, losses_of)

@@ -1,8 +1,13 @@
-"""Differences of two results of `eval lm`, item by item, task by task.
+"""Differences of two results of `eval lm`, item by item, task by task, and the verdict of a forgetting gate:
+whether training has cost a model what it could do before.
 
 A score is compared with one that was measured in the same way alone: the task's definition and data, number
 of examples, prompts, mode and sampling must agree; the model, the template of its chats and the seed may
 differ.  No torch here.
+
+The gate's rule, for the first figure of each task: the model has forgotten where the whole 90 % interval of
+the paired difference lies below -tolerance, a one-sided test of 5 % that the loss is no larger than
+tolerated. What the items cannot tell is not held against the model, but it is said: "not proven".
 """
 
 from __future__ import annotations
@@ -10,19 +15,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.eval.intervals import CONFIDENCE
-from megatron_sov.eval.lm.results import Item, Metric, Results, TaskScores, read_items, read_results
-from megatron_sov.eval.statistics import paired_difference
+from megatron_sov.eval.lm.results import (
+    Item,
+    Metric,
+    Results,
+    TaskScores,
+    aligned,
+    read_items,
+    read_results,
+    score_name,
+)
+from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
-T = TypeVar("T", Results, Item)
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
 SAME = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "agent_limits", "limit")
 """What must agree of two scores of a task."""
@@ -33,12 +41,8 @@ CLOSE = 1e-6
 
 @dataclass(frozen=True)
 class Scored:
-    """Results with the items behind them."""
-
     path: Path
-    """OUT.json."""
     results: Results
-    """What it holds."""
     items: Mapping[str, Mapping[str, Item]]
     """Task -> item -> what was found."""
 
@@ -48,7 +52,6 @@ class Difference:
     """One figure of one task, of two models."""
 
     task: str
-    """Its name."""
     metric: str
     """Its name, with k and filter."""
     higher_is_better: bool
@@ -58,7 +61,6 @@ class Difference:
     after: float | None
     """Of the second one."""
     value: float | None
-    """after - before."""
     standard_error: float | None
     """Of `value`, over clusters of items."""
     interval: tuple[float, float] | None
@@ -81,7 +83,6 @@ class Difference:
         return BETTER if low > 0 else WORSE if high < 0 else TIED
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values, for JSON and events."""
         return {**asdict(self), "verdict": self.verdict}
 
 
@@ -91,37 +92,15 @@ def read_scored(path: Path) -> Scored:
     Raises:
         UserError: it cannot be read, is damaged, or its items are not those that it was computed from.
     """
-    results = _checked(path, Results, read_results(path))
+    results = read_results(path)
     items: dict[str, dict[str, Item]] = {name: {} for name in results.tasks}
-    for item in (_checked(path, Item, found) for found in read_items(path, results)):
+    for item in read_items(path, results):
         of_task = items.setdefault(item.task, {})
         if item.item in of_task:
             raise UserError(f"{path}: item {item.item} of task {item.task} stands in its items twice; run "
                             "`megatron-sov eval lm` again")
         of_task[item.item] = item
     return Scored(path, results, items)
-
-
-def _checked(path: Path, kind: type[T], found: T) -> T:
-    """Return what a file of somebody else's holds, with a value of the right type in every field."""
-    from pydantic import ValidationError
-
-    try:
-        checked: T = _adapters()[kind].validate_python(asdict(found))
-        return checked
-    except ValidationError as e:
-        error = e.errors()[0]
-        raise UserError(f"{path}: is damaged ({'.'.join(map(str, error['loc']))}: {error['msg']}); run "
-                        "`megatron-sov eval lm` again") from None
-    except (RecursionError, OverflowError) as e:
-        raise UserError(f"{path}: is damaged ({e}); run `megatron-sov eval lm` again") from None
-
-
-@lru_cache
-def _adapters() -> dict[type, TypeAdapter[Any]]:
-    from pydantic import TypeAdapter
-
-    return {kind: TypeAdapter(kind) for kind in (Results, Item)}
 
 
 def differences(before: Scored, after: Scored, tasks: Sequence[str] = (), confidence: float = CONFIDENCE
@@ -184,10 +163,7 @@ def _other_items(task: str, before: Scored, after: Scored) -> list[str]:
 
 def said(metric: Metric) -> str:
     """Return a metric's name with k and filter, by which items call it too."""
-    name = metric.name
-    if metric.k is not None and name.endswith("@k"):
-        name = f"{name.removesuffix('k')}{metric.k}"
-    return name if metric.filter == "none" else f"{name},{metric.filter}"
+    return score_name(metric.label, metric.filter)
 
 
 def _difference(task: str, metric: Metric, before: Scored, after: Scored, confidence: float) -> Difference:
@@ -243,11 +219,86 @@ def table(found: Sequence[Difference]) -> str:
         rows.append((d.task, d.metric, *(_cell(v) for v in (d.before, d.after)),
                      "not known" if d.value is None else f"{d.value:+.4f}", interval, f"{d.items:,}",
                      f"{d.left_out:,}", d.verdict))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) if column in (0, 1, 8) else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, left=(0, 1, 8))
 
 
 def _cell(value: float | None) -> str:
     return "not known" if value is None else f"{value:.4f}"
+
+
+GATE_CONFIDENCE = 0.90
+"""Of the two-sided interval; 5 % lie on either side."""
+KEPT, NOT_PROVEN, FORGOTTEN, NOT_KNOWN = "kept", "not proven", "forgotten", "not known"
+
+
+@dataclass(frozen=True)
+class TaskVerdict:
+    difference: Difference
+    """Of its first figure."""
+    tolerance: float
+    """How much worse it may be, in the figure's own unit."""
+
+    @property
+    def word(self) -> str:
+        """`kept`: the loss is below the tolerance for sure; `forgotten`: above it for sure; `not proven`:
+        items do not tell; `not known`: there is no figure, which does not pass."""
+        interval = self.difference.interval
+        if interval is None:
+            return NOT_KNOWN
+        low, high = interval if self.difference.higher_is_better else (-interval[1], -interval[0])
+        return FORGOTTEN if high < -self.tolerance else KEPT if low >= -self.tolerance else NOT_PROVEN
+
+    def line(self) -> str:
+        d = self.difference
+        figures = (f"{d.before:.4f} to {d.after:.4f}" if d.before is not None and d.after is not None
+                   else "a figure is missing")
+        interval = f"no interval: {d.note}"
+        if d.interval is not None and d.value is not None:
+            interval = (f"difference {d.value:+.4f}, 90 % interval {d.interval[0]:+.4f} to "
+                        f"{d.interval[1]:+.4f} over {d.items:,} items"
+                        + (f" ({d.left_out:,} left out)" if d.left_out else ""))
+        return f"{d.task}, {d.metric}: {self.word}; {figures}, {interval}; tolerance {self.tolerance:g}"
+
+    def fields(self) -> dict[str, Any]:
+        return {**self.difference.fields(), "verdict": self.word}
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    tasks: tuple[TaskVerdict, ...]
+    """In the order in which they were named."""
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether no task is forgotten, and each has a figure."""
+        return all(task.word in (KEPT, NOT_PROVEN) for task in self.tasks)
+
+    def lines(self, *words: str) -> list[str]:
+        """Return the lines of the tasks whose verdict is one of `words`; of all without words."""
+        return [task.line() for task in self.tasks if not words or task.word in words]
+
+    def fields(self) -> dict[str, Any]:
+        """Return plain values for the event and the completion manifest."""
+        return {"passed": self.passed, "tolerance": self.tolerance, "confidence": GATE_CONFIDENCE,
+                "tasks": [task.fields() for task in self.tasks]}
+
+
+def judge(start: Scored, last: Scored, tolerance: float) -> Forgetting:
+    """Return whether the last model has forgotten what the start could do.
+
+    Args:
+        start: results of the model that training began with.
+        last: of the one that it made.
+        tolerance: how much worse a task's first figure may be.
+
+    Raises:
+        UserError: the two cannot be compared.
+    """
+    # a group's figure has no items of its own, and its tasks are judged
+    judged = [name for name, task in start.results.tasks.items()
+              if not task.items or start.items[name] or last.items.get(name)]
+    found = differences(start, last, judged, GATE_CONFIDENCE)
+    firsts = {d.task: d for d in reversed(found)}
+    names = dict.fromkeys(d.task for d in found)
+    return Forgetting(tuple(TaskVerdict(firsts[name], tolerance) for name in names), tolerance)

@@ -17,11 +17,10 @@ from megatron_sov.config import GateConfig, RunConfig
 from megatron_sov.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import SHORT
 from megatron_sov.errors import UserError
-from megatron_sov.eval.heldout import HeldoutData, open_heldout
+from megatron_sov.eval.heldout import HeldoutData, evaluate_forward_model, open_heldout
 from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
-from megatron_sov.eval.needle.haystack import open_haystacks
 from megatron_sov.eval.needle.suite import Cell, NeedleResult, NeedleSuite, make_suite, run_suite, table
-from megatron_sov.eval.perplexity import evaluate_forward_model
+from megatron_sov.eval.needle.text import open_haystacks
 from megatron_sov.extend.stages import Decontamination, PlannedStage, refuse_contaminated, search
 from megatron_sov.generate.generator import MegatronEngine
 from megatron_sov.generate.load import Loaded, run_forward_model

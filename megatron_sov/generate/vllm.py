@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from megatron_sov.convert.opening import open_weights
+from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.sources import HfWeights
 from megatron_sov.convert.whole_model import checked
 from megatron_sov.data.routes import shape_of

@@ -48,11 +48,9 @@ class Prediction:
     """What a law says of a model that was not trained."""
 
     loss: float
-    """Median."""
     low: float
     """Lower end of the interval in which the loss of one run lies with probability `CONFIDENCE`."""
     high: float
-    """Upper end."""
 
 
 class PowerLaw:

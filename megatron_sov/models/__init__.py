@@ -7,29 +7,25 @@ from collections.abc import Sequence
 
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.models import (
-    deepseek_v3,
-    exaone4,
-    exaone_moe,
-    gemma2,
-    gemma3,
-    glm4_moe,
-    gpt_oss,
-    hyperclovax,
-    llama,
-    mixtral,
-    qwen,
-    solar_open,
+from megatron_sov.models.dense_families import (
+    EXAONE4,
+    GEMMA2,
+    GEMMA3,
+    HYPERCLOVAX,
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
 )
 from megatron_sov.models.family import Family
+from megatron_sov.models.moe_families import DEEPSEEK_V3, EXAONE_MOE, GLM4_MOE, GPT_OSS, MIXTRAL, SOLAR_OPEN
 from megatron_sov.plugins.code import Code
 from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.registry import Registry
 
 FAMILIES = {family.name: family for family in (
-    solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE,
-    llama.FAMILY, mixtral.FAMILY, exaone4.FAMILY, hyperclovax.FAMILY, glm4_moe.FAMILY,
-    gemma2.FAMILY, gemma3.FAMILY, gpt_oss.FAMILY, deepseek_v3.FAMILY)}
+    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MIXTRAL, EXAONE4, HYPERCLOVAX, GLM4_MOE,
+    GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3)}
 WITHOUT_LAYER = {
     "qwen3_next": "its gated delta net is a layer of Megatron-Core that refuses packed rows and inference, "
                   "and has no context parallelism; a Qwen3-MoE model (family 'qwen3_moe') can be converted"}

@@ -495,3 +495,9 @@ def inside_prediction(*parts: tuple[WeightEntry, ...], when: str = "") -> Sectio
     `Section` has it."""
     return Section("mtp layer behind", "mtp.layers.0.transformer_layer.", "model.layers.{l}.",
                    tuple(entry for part in parts for entry in part), when)
+
+
+PLAIN_DECODER = (
+    *EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION), trunk("dense layers", DENSE_FFN),
+    trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS), *prediction_layer(ATTENTION, DENSE_FFN))
+"""A model of no family, as tables of published runs describe them."""

@@ -17,12 +17,10 @@ from megatron_sov.config import PhaseConfig, RunConfig
 from megatron_sov.config.schedules import Schedule
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import SECONDS_OF_AN_HOUR
-from megatron_sov.plan.calibration.local_machine import passes_of
-from megatron_sov.plan.calibration.parameters_file import Learned, read_learned, shipped
 from megatron_sov.plan.kept import KeptPlan, StretchPlan
+from megatron_sov.plan.learned import Learned, passes_of, read_learned, shipped
 from megatron_sov.plan.memory import account
-from megatron_sov.plan.operation.checkpoints import checkpoint_bytes, write_times
-from megatron_sov.plan.operation.failures import conditions, goodput
+from megatron_sov.plan.operation import checkpoint_bytes, conditions, goodput, write_times
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
 
@@ -51,12 +49,7 @@ class Surroundings:
 
 def surroundings(chip: Chip, num_ranks: int) -> Surroundings:
     """Return the profile that `SOV_CLUSTER` names; where it names none, or one that does not serve, the
-    defaults: a run does not fail for its plan.
-
-    Args:
-        chip: the GPU that the run has found.
-        num_ranks: processes.
-    """
+    defaults: a run does not fail for its plan."""
     name = os.environ.get(CLUSTER, "")
     told = f"servers of {chip.name} as their maker builds them, for {CLUSTER} names no profile"
     if name:
@@ -73,13 +66,10 @@ def surroundings(chip: Chip, num_ranks: int) -> Surroundings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run finds itself on."""
-
     device: str
     """What the GPUs, or the processor, call themselves."""
     on_gpu: bool
     threads: int
-    """CPU threads of each process."""
     memory_before_bytes: int
     """What a process had of the host's memory before its model was built."""
 

@@ -1,28 +1,37 @@
 """The parameters that a process of a pipeline stage holds, one by one, in the order in which the library
 registers them: of it ZeRO-1's buffers are made (`buffers`).
 
-Names are those of checkpoints.  Shapes are cut as megatron-core cuts them: matrices of attention, dense
-layers,
-shared experts and vocabulary over `tp`, experts over `ep` and their matrices over `etp`, layers over stages.
-Norms and routers are whole on every process.
+Names and global shapes are those of the family's weight map.  Shapes are cut as megatron-core cuts them:
+matrices of attention, dense layers, shared experts and vocabulary over `tp`, experts over `ep` and their
+matrices over `etp`, layers over stages.  Norms and routers are whole on every process.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from megatron_sov.config import LatentAttentionConfig, LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.models.adapters import PREFIX, Adapted, adapted_modules
+from megatron_sov.models.count import EMBEDDING, HEAD, layer_weights
 from megatron_sov.models.encoders import encoder_tensors
 
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-TABLES = (EMBEDDING, HEAD)
-"""Names of the weights with a row for each token id."""
-SPLIT_BY_ROWS = ("linear_qkv", "linear_fc1", "output_layer", "word_embeddings")
-"""Linear layers that tensor parallelism cuts by rows of their weight; the others it cuts by columns."""
+ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+"""Bytes of a weight or an activation, by `train.precision`."""
+FLOAT32_BYTES = 4
+BF16_BYTES = 2
+BLOCK = 128
+"""Rows and columns of a weight with one scale under `train.fp8=blockwise`."""
+MX_VALUES, NVFP4_VALUES = 32, 16
+"""Values with one scale of a byte."""
+SPLIT_BY_ROWS = ("linear_qkv", "linear_fc1", "linear_q_proj", "_up_proj", "eh_proj", "output_layer",
+                 "word_embeddings")
+"""Linear layers that tensor parallelism cuts by rows of their weight and bias."""
+SPLIT_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+"""Weights that it cuts by columns."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,6 @@ class Held:
 
     @cached_property
     def numel(self) -> int:
-        """Elements of one."""
         return math.prod(self.shape)
 
 
@@ -64,11 +72,13 @@ def held(config: RunConfig, stage: int) -> list[list[Run]]:
         runs: list[Run] = []
         if first or (last and m.num_mtp_layers):
             runs.append((None, (_table(m, p, EMBEDDING),)))
-        kinds = {kind: _layer(*sizes, kind) for kind in {layer >= first_moe for layer in layers}}
+        # layers with experts are the last ones, and the same by themselves
+        kinds = {kind: _layer(*sizes, m.num_layers - 1 if kind else 0)
+                 for kind in {layer >= first_moe for layer in layers}}
         runs += [(layer, kinds[layer >= first_moe]) for layer in layers]
         if last:
             runs.append((None, (Held("decoder.final_layernorm.weight", (m.hidden_size,)),)))
-            runs += [(i, _prediction_layer(*sizes)) for i in range(m.num_mtp_layers)]
+            runs += [(i, _layer(*sizes, None)) for i in range(m.num_mtp_layers)]
             if not (first and m.tied_embeddings):
                 runs.append((None, (_table(m, p, EMBEDDING if m.tied_embeddings else HEAD),)))
         if first:
@@ -99,9 +109,32 @@ def _table(m: ModelConfig, p: ParallelConfig, key: str) -> Held:
     return Held(key, (-(-m.vocab_size // p.tp), m.hidden_size), is_copied=copied)
 
 
+_ORDER = (
+    "enorm", "hnorm", "eh_proj", "input_layernorm", "softmax_offset", "linear_proj.weight",
+    "linear_proj.bias", "linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_qkv.bias",
+    "q_layernorm", "k_layernorm", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj.layer_norm_weight",
+    "linear_q_up_proj.weight", "linear_kv_down_proj", "linear_kv_up_proj.layer_norm_weight",
+    "linear_kv_up_proj.weight", "self_attn_bda", "pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight",
+    "router.weight", "router.bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc1.bias",
+    "experts.experts.linear_fc2.weight", "experts.experts.linear_fc2.bias", "linear_fc1", "linear_fc2",
+    "mlp_bda", "final_layernorm")
+"""Parts of names, in the order in which Transformer Engine's modules register the parameters of a layer."""
+
+
+def _place(key: str, fused: bool) -> tuple[int, int]:
+    """Return where in its layer a parameter is registered."""
+    at = next((i for i, name in enumerate(_ORDER) if name in key), len(_ORDER))
+    if fused or ".linear_" not in key or not key.endswith(".layer_norm_weight"):
+        return at, 0
+    # without Transformer Engine a norm is a module of its own, before attention or behind its projections
+    beside = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+    module = next((other for linear, other in beside.items() if linear in key), "self_attn_bda")
+    return _ORDER.index(module), at - len(_ORDER)
+
+
 @lru_cache(maxsize=256)
-def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts: bool) -> tuple[Held, ...]:
-    """Return a layer of the trunk.
+def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: int | None) -> tuple[Held, ...]:
+    """Return the parameters of a layer in their order.
 
     Args:
         m: model.
@@ -110,125 +143,35 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, with_experts
         etp: tensor parallel size of experts.
         fused: whether Transformer Engine's modules make it, which have norms inside the linear layers behind
             them, and the first matrices of all experts before the second ones.
-        with_experts: whether it has experts.
+        layer: one of the trunk; None: a prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2).
     """
-    prefix = "decoder.layers.{l}."
-    return _block(m, tp, ep, etp, fused, prefix, with_experts)
+    weights = sorted((w for w in layer_weights(m) if not w.is_buffer and (
+        w.predicts if layer is None else layer in w.layers)), key=lambda w: _place(w.key, fused))
+    found: list[Held] = []
+    for routed, group in itertools.groupby(weights, key=lambda w: w.num_experts > 0):
+        parts = [Held(w.key, _cut(w.key, w.shape, etp if routed else tp), routed=routed) for w in group]
+        found += _experts(parts, m.num_experts // ep, fused) if routed else parts
+    return tuple(found)
 
 
-def _block(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, prefix: str,
-           with_experts: bool) -> tuple[Held, ...]:
-    """Return a transformer layer whose parameters have a prefix; the rest as `_layer` has it."""
-    before = (*_attention(m, tp, fused, prefix), *_norm_behind("self_attn_bda", m, prefix))
-    last = _norm_behind("mlp_bda", m, prefix)
-    if not with_experts:
-        return (*before, *_dense(m, tp, fused, prefix), *last)
-    shared = m.num_shared_experts * m.expert_ffn_dim
-    between = () if m.block_norms == "post" else (_norm("pre_mlp_layernorm", m, prefix),)
-    router = (Held(prefix + "mlp.router.weight", (m.num_experts, m.hidden_size)),
-              *_bias(prefix + "mlp.router", m.num_experts, m))
-    return (*before, *between, *router,
-            *_experts(m, m.num_experts // ep, m.expert_ffn_dim // etp, fused, prefix),
-            *(_swiglu(prefix + "mlp.shared_experts.", m.hidden_size, shared // tp) if shared else ()), *last)
+def _experts(parts: list[Held], count: int, fused: bool) -> list[Held]:
+    """Return the parameters of so many routed experts, of which one has these."""
+    if not fused:
+        return parts * count
+    half = len(parts) // 2
+    if half == 1:
+        return [replace(part, count=count) for part in parts]
+    return parts[:half] * count + parts[half:] * count
 
 
-def _bias(name: str, width: int, m: ModelConfig, *, routed: bool = False) -> tuple[Held, ...]:
-    """Return a bias that has the place of `ModelConfig.linear_bias`."""
-    return (Held(name + ".bias", (width,), routed=routed),) if m.linear_bias else ()
-
-
-def _norm(name: str, m: ModelConfig, prefix: str) -> Held:
-    return Held(f"{prefix}{name}.weight", (m.hidden_size,))
-
-
-def _norm_behind(name: str, m: ModelConfig, prefix: str) -> tuple[Held, ...]:
-    """Return the norm of a block's output, where there is one."""
-    return () if m.block_norms == "pre" else (_norm(f"{name}.norm", m, prefix),)
-
-
-def _attention(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:
-    """Yield attention, with the norm before it where there is one."""
-    if m.latent_attention is not None:
-        yield from _latent_attention(m, m.latent_attention, tp, fused, prefix)
-        return
-    heads = m.num_heads * m.head_dim // tp
-    rows = heads + 2 * m.num_kv_heads * m.head_dim // tp
-    norm = Held(prefix + "self_attention.linear_qkv.layer_norm_weight", (m.hidden_size,))
-    prefix += "self_attention."
-    if not fused and m.block_norms != "post":
-        yield norm
-    if m.attention_sinks:
-        yield Held(prefix + "core_attention.softmax_offset", (m.num_heads // tp,))
-    yield Held(prefix + "linear_proj.weight", (m.hidden_size, heads))
-    yield from _bias(prefix + "linear_proj", m.hidden_size, m)
-    if fused and m.block_norms != "post":
-        yield norm
-    yield Held(prefix + "linear_qkv.weight", (rows, m.hidden_size))
-    if m.qkv_bias:
-        yield Held(prefix + "linear_qkv.bias", (rows,))
-    if m.qk_norm:
-        yield Held(prefix + "q_layernorm.weight", (m.head_dim,))
-        yield Held(prefix + "k_layernorm.weight", (m.head_dim,))
-
-
-def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, tp: int, fused: bool,
-                      prefix: str) -> Iterator[Held]:
-    """Yield latent attention and the norm before it; projections to narrow vectors are whole on every
-    process."""
-    yield _norm("input_layernorm", m, prefix)
-    prefix += "self_attention."
-    queries = m.num_heads * latent.query_dim // tp
-    both = m.num_heads * (latent.qk_nope_head_dim + latent.v_head_dim) // tp
-    yield Held(prefix + "linear_proj.weight", (m.hidden_size, m.num_heads * latent.v_head_dim // tp))
-    norms = []
-    for letter, rank, down, up in (("q", latent.q_lora_rank, latent.q_lora_rank or 0, queries),
-                                   ("kv", latent.kv_lora_rank, latent.cached_dim, both)):
-        if rank is None:
-            yield Held(prefix + "linear_q_proj.weight", (queries, m.hidden_size))
-            continue
-        yield Held(f"{prefix}linear_{letter}_down_proj.weight", (down, m.hidden_size))
-        norm = Held(f"{prefix}linear_{letter}_up_proj.layer_norm_weight", (rank,))
-        if fused:
-            yield norm
-        else:
-            norms.append(norm)
-        yield Held(f"{prefix}linear_{letter}_up_proj.weight", (up, rank))
-    yield from norms
-
-
-def _dense(m: ModelConfig, tp: int, fused: bool, prefix: str) -> Iterator[Held]:
-    """Yield a dense feed-forward network, with the norm before it where there is one: the same order,
-    wherever that is."""
-    if m.block_norms != "post":
-        yield Held(prefix + "mlp.linear_fc1.layer_norm_weight", (m.hidden_size,))
-    yield from _swiglu(prefix + "mlp.", m.hidden_size, m.dense_ffn_dim // tp)
-
-
-def _swiglu(prefix: str, hidden: int, ffn: int, count: int = 1, *, routed: bool = False) -> tuple[Held, Held]:
-    """Return gate and up projection, which are one weight, and the down projection."""
-    return (Held(prefix + "linear_fc1.weight", (2 * ffn, hidden), count, routed),
-            Held(prefix + "linear_fc2.weight", (hidden, ffn), count, routed))
-
-
-def _experts(m: ModelConfig, count: int, ffn: int, fused: bool, prefix: str) -> tuple[Held, ...]:
-    """Return so many routed experts."""
-    prefix += "mlp.experts.experts."
-    if fused and not m.linear_bias:
-        return _swiglu(prefix, m.hidden_size, ffn, count, routed=True)
-    first, second = _swiglu(prefix, m.hidden_size, ffn, routed=True)
-    firsts = (first, *_bias(prefix + "linear_fc1", 2 * ffn, m, routed=True))
-    seconds = (second, *_bias(prefix + "linear_fc2", m.hidden_size, m, routed=True))
-    return (*firsts * count, *seconds * count) if fused else (*firsts, *seconds) * count
-
-
-@lru_cache(maxsize=256)
-def _prediction_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool) -> tuple[Held, ...]:
-    """Return a multi-token prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
-    prefix = "mtp.layers.{l}."
-    return (_norm("enorm", m, prefix), _norm("hnorm", m, prefix),
-            Held(prefix + "eh_proj.weight", (m.hidden_size // tp, 2 * m.hidden_size)),
-            *_block(m, tp, ep, etp, fused, prefix + "transformer_layer.", m.mtp_experts),
-            _norm("final_layernorm", m, prefix))
+def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Return the part of a parameter that one of so many tensor-parallel processes holds."""
+    linear, _, name = key.rpartition(".")
+    if name == "layer_norm_weight":
+        return shape
+    if linear.endswith(SPLIT_BY_ROWS) or name == "softmax_offset":
+        return (shape[0] // size, *shape[1:])
+    return (shape[0], shape[1] // size) if key.endswith(SPLIT_BY_COLUMNS) else shape
 
 
 def _adapters(config: RunConfig, layers: list[int], first: bool, last: bool) -> Iterator[Run]:
@@ -259,14 +202,7 @@ def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[Adapted]]:
 
 def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
     """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
-    (`mcore.model.lora.Factors`).
-
-    Args:
-        of: what is adapted.
-        lora: rank and kind.
-        p: layout.
-        rows: of an embedding or head, this process's rows; 0: those of the module.
-    """
+    (`mcore.model.lora.Factors`)."""
     size = p.etp if of.num_experts else p.tp
     by_rows = of.linear.endswith(SPLIT_BY_ROWS)
     height = rows or of.out_features // (size if by_rows else 1)
@@ -277,5 +213,76 @@ def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) ->
 
 
 def is_adapter(key: str) -> bool:
-    """Return whether a parameter is an adapter's."""
     return key.startswith(PREFIX)
+
+
+@dataclass(frozen=True)
+class StageParams:
+    """Parameters that one process of a pipeline stage holds, adapters included."""
+
+    dense: int
+    """Those that every data-parallel process has: attention, norms, routers, shared experts, embeddings."""
+    experts: int
+    """Those of its routed experts."""
+    layers: int
+    """Layers of the trunk on it, and multi-token prediction layers."""
+
+
+def stage_params(config: RunConfig) -> list[StageParams]:
+    """Return what a process of each stage holds; the layout has to fit the model."""
+    found = []
+    for stage in range(config.parallel.pp):
+        parts = [part for runs in held(config, stage) for _, here in runs for part in here]
+        dense, experts = (sum(part.numel * part.count for part in parts if part.routed == routed)
+                          for routed in (False, True))
+        layers = len(config.parallel.layers_of_stage(stage, config.model.num_layers))
+        if stage == config.parallel.pp - 1:
+            layers += config.model.num_mtp_layers
+        found.append(StageParams(dense, experts, layers))
+    return found
+
+
+# Quantised weights, which Transformer Engine keeps beside the bf16 ones under `train.fp8`.  It quantises a
+# weight in the first micro-batch of a step into buffers that stay (`_fp8_workspaces`, 2.20.2): rowwise for
+# the forward pass, columnwise for the gradients of inputs.  The shapes are those of its quantisers
+# (`pytorch/tensor/*_tensor.py`: data, and `get_scale_shape`).
+
+
+def quantized_weight_bytes(config: RunConfig, stage: int) -> int:
+    """Return the bytes on a process of pipeline stage `stage` (0-based); 0 where nothing is quantised."""
+    m, train = config.model, config.train
+    if train.fp8 == "none":
+        return 0
+    in_8_bits = range(train.fp8_bf16_layers_at_start, m.num_layers - train.fp8_bf16_layers_at_end)
+    total = 0
+    for layer, parts in (run for runs in held(config, stage) for run in runs):
+        if layer is None or is_adapter(parts[0].key):
+            continue
+        # nvfp4 leaves the prediction layers in bf16
+        if train.fp8 != "nvfp4" if parts[0].key.startswith("mtp.") else layer in in_8_bits:
+            total += sum(part.count * weight_bytes(train.fp8, *part.shape) for part in parts
+                         if len(part.shape) == 2 and not part.key.endswith("router.weight"))
+    return total
+
+
+def weight_bytes(fp8: str, rows: int, columns: int) -> int:
+    """Return what is kept of one weight [rows, columns] under a recipe, both of its forms.
+
+    `tensorwise` is counted as on a Hopper, whose products want a transposed copy; Blackwell has none of it.
+    """
+    numbers = rows * columns
+    if fp8 == "tensorwise":
+        return 2 * numbers + FLOAT32_BYTES
+    if fp8 == "blockwise":
+        down, across = -(-rows // BLOCK), -(-columns // BLOCK)
+        return 2 * numbers + FLOAT32_BYTES * (down * rounded_up(across, 4) + across * rounded_up(down, 4))
+    if fp8 == "mxfp8":
+        return (2 * numbers + rounded_up(rows, 128) * rounded_up(columns // MX_VALUES, 4)
+                + rounded_up(rows // MX_VALUES, 4) * rounded_up(columns, 128))
+    # nvfp4: two values in a byte, and the largest value of the tensor for either form
+    return (numbers + 2 * FLOAT32_BYTES + rounded_up(rows, 128) * rounded_up(-(-columns // NVFP4_VALUES), 4)
+            + rounded_up(columns, 128) * rounded_up(-(-rows // NVFP4_VALUES), 4))
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

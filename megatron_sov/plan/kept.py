@@ -39,9 +39,7 @@ class StretchPlan:
     """1-based, as in events."""
     last_step: Count
     seq_len: Count
-    """Tokens of a sample."""
     global_batch_size: Count
-    """Samples of a step."""
     seconds: dict[str, Amount]
     """Component -> seconds of one step; they add up to the step; empty: no speed is predicted."""
 
@@ -65,13 +63,11 @@ class KeptPlan:
     recipe: str
     num_ranks: Count
     layout: dict[str, Any]
-    """The settings of `parallel`."""
     device: str
     """What the GPUs, or the processor, call themselves."""
     chip: str
     """Key of the chip whose figures were taken; empty: a processor, or a GPU that is in no table."""
     threads: Count
-    """CPU threads of each process."""
     no_speed: str
     """Why no speed is predicted; empty: it is."""
     parameters: str
@@ -112,8 +108,6 @@ class KeptPlan:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the file holds."""
-
     format_version: Literal[1]
     plans: tuple[KeptPlan, ...]
 

@@ -9,11 +9,56 @@ from dataclasses import dataclass
 
 from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.config.lora import HEAD
-from megatron_sov.plan.activations import kinds, saved
-from megatron_sov.plan.in_flight import head_keeps, stored
-from megatron_sov.plan.overheads import EXPECTED_IMBALANCE, FRAGMENTATION_SHARE, nccl_bytes
-from megatron_sov.plan.quantized_weights import kept_bytes
-from megatron_sov.plan.states import FLOAT32_BYTES, ITEM_BYTES, States, states_of
+from megatron_sov.plan.activations import head_keeps, kinds, saved, stored
+from megatron_sov.plan.held import FLOAT32_BYTES, ITEM_BYTES, quantized_weight_bytes
+from megatron_sov.plan.states import States, states_of
+
+# What a process's GPU holds beside a model, its training and its activations: estimates, each by a
+# formula with its source.
+
+
+SIMPLE_BYTES = 4 << 20
+"""Buffer of a channel to one peer: NCCL_BUFFSIZE (NCCL's user guide, "Environment variables")."""
+LL_BYTES = 8 * 512 * 8 * 16
+"""The same of its protocol LL: 8 lines of 16 bytes for each of 512 threads, 8 steps (NCCL 2.2x,
+`src/include/device.h`: NCCL_LL_LINES_PER_THREAD, NCCL_LL_MAX_NTHREADS, NCCL_STEPS)."""
+LL128_BYTES = 120 * 640 * 8 * 8
+"""And of LL128: 120 numbers of 8 bytes for each of 640 threads, 8 steps (the same file)."""
+CHANNELS = 16
+"""Channels of a communicator's ring.  NCCL opens 16 to 32 over NVLink and fewer over a network; the smaller
+number for all.  Ours."""
+EXPECTED_IMBALANCE = 1.2
+"""Tokens of the fullest expert-parallel rank in units of the mean, where a bias balances experts: they are
+seldom further off than that behind the first hundreds of steps.  Ours; `plan` takes another one."""
+FRAGMENTATION_SHARE = 0.05
+"""Part of what comes and goes in a micro-batch that torch's allocator holds in gaps besides.  Ours: with
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; without it gaps of a tenth and more are common
+(GMLake, arXiv 2401.08156, figure 4)."""
+
+
+def communicators(config: RunConfig, num_ranks: int) -> int:
+    """Return how many NCCL communicators of more than one process a process is in.
+
+    Those that a step uses (`megatron.core.parallel_state`, 0.16.1): of all processes, tensor, context,
+    pipeline
+    and expert parallelism, tensor parallelism inside experts, both data-parallel groups, the one of gradient
+    norms, and that of embeddings that two stages hold.
+    """
+    p, m = config.parallel, config.model
+    experts = m.num_moe_layers() > 0
+    sizes = [num_ranks, p.tp, p.cp, p.pp, p.tp * p.pp, num_ranks // (p.tp * p.pp)]
+    if experts:
+        sizes += [p.ep, p.etp, p.ep * p.etp * p.pp, num_ranks // (p.etp * p.ep * p.pp)]
+    if p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers):
+        sizes.append(2)
+    return sum(size > 1 for size in sizes)
+
+
+def nccl_bytes(config: RunConfig, num_ranks: int) -> int:
+    """Return the bytes of NCCL's buffers: of each communicator a ring's channels, each with buffers of three
+    protocols from the peer before."""
+    return communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
+
 
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
@@ -42,7 +87,6 @@ class Account:
     gradients: int
     """The buffers in which they are summed."""
     optimizer: int
-    """Master weights and moments."""
     layer_inputs: int
     """Kept for the backward pass by each layer and micro-batch under way: its input, or more."""
     one_layer: int
@@ -63,7 +107,6 @@ class Account:
     """What routed experts keep more on the fullest expert-parallel rank than on an average one; an
     estimate."""
     angles: int = 0
-    """Tables of rotary positions."""
     nccl: int = 0
     """Buffers of the communication library; an estimate."""
     fragmentation: int = 0
@@ -118,7 +161,7 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         weights=states.weights, gradients=states.gradients, optimizer=states.optimizer,
         on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
         layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
-        quantized_weights=kept_bytes(config, stage),
+        quantized_weights=quantized_weight_bytes(config, stage),
         angles=2 * row * config.model.rotated_channels() * FLOAT32_BYTES,
         nccl=nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
 

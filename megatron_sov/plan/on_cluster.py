@@ -12,20 +12,16 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import GIB
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.plan import quote_tables
-from megatron_sov.plan.amounts import gib
-from megatron_sov.plan.fitting import fullest, nearest, refuse_too_large
-from megatron_sov.plan.host_memory import refuse_on_nodes
-from megatron_sov.plan.machines import Machines
+from megatron_sov.plan import post_training
+from megatron_sov.plan import quote as quote_tables
+from megatron_sov.plan.fitting import fullest, nearest, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.memory import Account
-from megatron_sov.plan.post_training import quotes as post_training
-from megatron_sov.plan.pricing import Pricing, pricing, quote, refuse_precision
-from megatron_sov.plan.quote import Quote, as_json, totals
+from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
+from megatron_sov.plan.quote import Quote, as_json, gib, totals
 from megatron_sov.plan.recommended import leaves_layout_open, settings_for
-from megatron_sov.plan.run_stages import run_stages
-from megatron_sov.plan.search.advice import set_line, submit_line
-from megatron_sov.plan.search.reasons import name, sizes
-from megatron_sov.plan.search.search import (
+from megatron_sov.plan.space import own_choice
+from megatron_sov.plan.speed.parameters import Parameters
+from megatron_sov.plan.sweep import (
     Search,
     fewest_nodes,
     fits_somehow,
@@ -33,9 +29,7 @@ from megatron_sov.plan.search.search import (
     search,
     told_nodes,
 )
-from megatron_sov.plan.search.space import own_choice
-from megatron_sov.plan.search.telling import Told
-from megatron_sov.plan.speed.parameters import Parameters
+from megatron_sov.plan.telling import Told, name, set_line, sizes, submit_line
 from megatron_sov.recipes.requested import Request
 
 LEAST_SHOWN_BYTES = GIB // 20
@@ -44,8 +38,6 @@ LEAST_SHOWN_BYTES = GIB // 20
 
 @dataclass(frozen=True)
 class Placed:
-    """A run with its layout on a cluster."""
-
     config: RunConfig
     machines: Machines
     quotes: list[Quote]
@@ -59,7 +51,6 @@ class Placed:
         return fullest(self.config, self.machines.num_ranks)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as plain values."""
         (stage, needs), chip = self._fullest, self.machines.chip
         found: dict[str, Any] = {
             "processes": self.machines.num_ranks, "layout": dataclasses.asdict(self.config.parallel),
@@ -86,7 +77,6 @@ class Placed:
         return "\n\n".join(parts)
 
     def _layout(self) -> str:
-        """Return layout and memory, two lines."""
         (stage, needs), chip = self._fullest, self.machines.chip
         shown = needs.components() | ({"on_host": needs.on_host} if needs.on_host else {})
         items = ", ".join(f"{item.replace('_', ' ')} {n / GIB:.1f}" for item, n in shown.items()
@@ -118,12 +108,6 @@ def placed(request: Request, machines: Machines, parameters: Parameters | None =
 def searched(request: Request, machines: Machines, recipe: Sequence[str],
              parameters: Parameters | None = None) -> Placed:
     """Return a run with the fastest layout that fits; what --set says of a layout stays.
-
-    Args:
-        request: what was asked for.
-        machines: where.
-        recipe: the words of the command line that name the recipe.
-        parameters: of speed; None: those of the package.
 
     Raises:
         UserError: no layout fits, or the profile does not say what GPUs it has.
@@ -182,7 +166,6 @@ def _refuse_on_host(config: RunConfig, machines: Machines) -> None:
 
 
 def _unknown(machines: Machines) -> str:
-    """Tell what a profile would have to say."""
     try:
         machines.profile.chip  # noqa: B018  # raises what is to be told
     except UserError as e:

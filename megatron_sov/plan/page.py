@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from megatron_sov.config import RunConfig
+from megatron_sov.config.schedules import Schedule
 from megatron_sov.obs.figures import large
 from megatron_sov.obs.units import GIB
 from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
-from megatron_sov.plan import quote_tables, timetable_page
-from megatron_sov.plan.amounts import dollars, energy, gib, percent, seconds
-from megatron_sov.plan.quote import Quote, totals
-from megatron_sov.plan.quote_tables import QuoteTable, alike
-from megatron_sov.plan.search.reasons import name, sizes
-from megatron_sov.plan.search.sweep import Found
-from megatron_sov.plan.search.telling import Told
+from megatron_sov.plan import quote as quote_tables
+from megatron_sov.plan.quote import Quote, QuoteTable, alike, dollars, energy, gib, percent, seconds, totals
+from megatron_sov.plan.sweep import Found
+from megatron_sov.plan.telling import Told, name, sizes
+from megatron_sov.plan.timetable import rows, steps_to_show
 
 MAX_POINTS = 2000
 """Layouts of a kind of stage that are drawn: the fastest, and some of the others."""
@@ -27,15 +26,9 @@ ROW_PX, AROUND_PX = 26, 130
 
 
 def plan_page(config: RunConfig, quotes: Sequence[Quote], told: Told | None) -> str:
-    """Return the page's HTML.
-
-    Args:
-        config: the run.
-        quotes: its stages; none where nobody knows what GPUs it has.
-        told: the search that chose its layout; None: there was none.
-    """
-    sections = [Section("Schedule", charts=timetable_page.charts(config),
-                        tables=[timetable_page.table(config)], side_by_side=True)]
+    """Return the page's HTML."""
+    sections = [Section("Schedule", charts=schedule_charts(config),
+                        tables=[schedule_table(config)], side_by_side=True)]
     if quotes:
         sections = [*_priced(quotes), *(_searched(told) if told else []), *sections]
     where = f"{quotes[0].num_gpus:,} x {quotes[0].gpu}: {sizes(config.parallel)}" if quotes else ""
@@ -156,3 +149,58 @@ def _scatter(told: Told, kind: int, found: list[Found], words: str, marker: dict
         x=[round(f.needs_bytes / GIB, 1) for f in found], y=[round(told.speed(sweep, f)) for f in found],
         mode="markers", name=plain(words), marker=marker, text=[plain(name(f.choice)) for f in found],
         hovertemplate="%{text}<br>%{x} GiB, %{y} tokens/s/GPU<extra></extra>")
+
+
+# The schedule of a run on a page: its schedule_table and its schedule_charts.
+
+
+CURVE_POINTS = 400
+"""Points of a drawn curve, beside those at which something changes."""
+
+
+def schedule_table(config: RunConfig) -> Table:
+    body = [[f"{r.step:,}", f"{r.tokens:,}", r.phase, f"{r.samples:,}", f"{r.seq_len:,}", f"{r.lr:.4g}"]
+            for r in rows(config, 1)]
+    return Table(["step", "tokens", "phase", "samples", "length", "learning rate"], body)
+
+
+def schedule_charts(config: RunConfig) -> list[Chart]:
+    """Return learning rate and tokens of a step over the run, and the blends where phases name them."""
+    schedule = Schedule(config)
+    steps = steps_to_show(schedule, CURVE_POINTS)
+    x = [step + 1 for step in steps]
+    rate, size = go.Figure(), go.Figure()
+    rate.add_trace(go.Scatter(x=x, y=[schedule.learning_rate(s) for s in steps], name="rate",
+                              line={"color": colour(0)}))
+    size.add_trace(go.Scatter(x=x, y=[schedule.stretch(s).tokens_per_step for s in steps], name="tokens",
+                              line={"color": colour(0), "shape": "hv"}))
+    for figure, title in ((rate, "learning rate"), (size, "tokens of a step")):
+        figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": title, "rangemode": "tozero"})
+        _mark_phases(figure, config, schedule.num_steps)
+    found = [chart(rate, "Planned learning rate."),
+             chart(size, "Planned tokens of a step: samples times their length.")]
+    return found + ([_blend_chart(config)] if any(p.blend for p in config.data.phases) else [])
+
+
+def _mark_phases(figure: go.Figure, config: RunConfig, num_steps: int) -> None:
+    """Shade every second phase and write its name above."""
+    starts = [*config.phase_starts(), num_steps]
+    for i, phase in enumerate(config.data.phases if len(config.data.phases) > 1 else ()):
+        if i % 2:
+            figure.add_shape(type="rect", x0=starts[i], x1=starts[i + 1], y0=0, y1=1, yref="paper",
+                             fillcolor="var(--band)", line={"width": 0}, layer="below")
+        figure.add_annotation(x=(starts[i] + starts[i + 1]) / 2, y=1, yref="paper", yanchor="bottom",
+                              text=plain(phase.name), showarrow=False,
+                              font={"size": 11, "color": "var(--muted)"})
+
+
+def _blend_chart(config: RunConfig) -> Chart:
+    phases = [p for p in config.data.phases if p.blend]
+    figure = go.Figure()
+    for i, source in enumerate(dict.fromkeys(source for p in phases for source in p.blend)):
+        shares = [100 * p.blend.get(source, 0.0) / sum(p.blend.values()) for p in phases]
+        figure.add_trace(go.Bar(y=[plain(p.name) for p in phases], x=shares, name=plain(source),
+                                orientation="h", marker={"color": colour(i)}))
+    figure.update_layout(barmode="stack", xaxis={"title": "% of samples"},
+                         yaxis={"autorange": "reversed", "type": "category"})
+    return chart(figure, "Planned blend of each phase.", height_px=150 + 34 * len(phases))

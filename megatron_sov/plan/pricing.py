@@ -1,25 +1,168 @@
-"""What each stage of a run takes on a cluster: memory, time, messages, checkpoints, failures, cost."""
+"""The machines that a plan is for: nodes of a cluster profile, their GPUs, and what joins them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from megatron_sov.clusters import cluster
 from megatron_sov.clusters.chips import CHIPS, Chip, Links
-from megatron_sov.config import RunConfig
+from megatron_sov.clusters.cluster import ClusterProfile
+from megatron_sov.config import ExtendStageConfig, PhaseConfig, RunConfig
+from megatron_sov.config.schedules import Schedule
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import SECONDS_OF_AN_HOUR
-from megatron_sov.plan.fitting import fullest
-from megatron_sov.plan.machines import Machines
-from megatron_sov.plan.operation.cost import Cost, cost
-from megatron_sov.plan.operation.run import Operation, operation
+from megatron_sov.plan.fitting import fullest, usable_bytes
+from megatron_sov.plan.operation import Cost, Operation, cost, operation
 from megatron_sov.plan.quote import Checkpoint, Memory, Quote, Traffic
-from megatron_sov.plan.run_stages import RunStage
-from megatron_sov.plan.search.space import as_dict, own_choice
+from megatron_sov.plan.space import as_dict, own_choice
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, step_time
 from megatron_sov.plan.speed.traffic import messages
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, of_run
+from megatron_sov.recipes.extension import micro_batch_size
+
+MAX_NODES = 1_000_000
+"""More than anybody has; a number beyond is a slip of the finger."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    cluster: str
+    """Name or file of the profile, as --cluster takes it."""
+    profile: ClusterProfile
+    nodes: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.nodes * self.profile.tasks_per_node
+
+    @property
+    def chip(self) -> Chip | None:
+        """The GPU; None: the profile names none."""
+        return self.profile.chip if self.profile.gpus_per_node and self.profile.gpu else None
+
+    def links(self) -> Links:
+        """Return what joins the GPUs.
+
+        Raises:
+            UserError: the profile does not say it.
+        """
+        try:
+            return cluster.links(self.profile, self.num_ranks)
+        except UserError as e:
+            raise UserError(f"--cluster {self.cluster}: {e}") from None
+
+    @property
+    def limit_bytes(self) -> int:
+        """What a run may take of each GPU; 0: nobody knows."""
+        return usable_bytes(self.chip) if self.chip else 0
+
+    def with_nodes(self, nodes: int) -> Machines:
+        return Machines(self.cluster, self.profile, nodes)
+
+
+def machines(name: str, nodes: int | None) -> Machines:
+    """Return nodes of a cluster.
+
+    Raises:
+        UserError: there is no such profile, or nobody has so many nodes.
+    """
+    number = 1 if nodes is None else nodes
+    if not 1 <= number <= MAX_NODES:
+        raise UserError(f"--nodes {number}: must be at least 1"
+                        + (f" and at most {MAX_NODES:,}" if number > 1 else ""))
+    return Machines(name, cluster.load(name, needs_account=False), number)
+
+
+# The stages of a run that are priced apart: phases of its curriculum, or the stages of its extension.
+
+
+PHASE = "phase"
+KINDS = {"extension": "extension stage", "midtraining": "mid-training stage"}
+"""`extend.stages.N.kind` -> what it is called beside other stages."""
+
+
+@dataclass(frozen=True)
+class RunStage:
+    """A part of a run whose steps are all alike."""
+
+    name: str
+    kind: str
+    """phase, extension stage, mid-training stage."""
+    config: RunConfig
+    """The run's settings with this phase alone."""
+    steps: int
+    tokens: int
+    """Tokens that they read, padding counted in."""
+
+    @property
+    def phase(self) -> PhaseConfig:
+        return self.config.data.phases[0]
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a step, behind any ramp."""
+        return self.phase.global_batch_size or self.config.train.global_batch_size
+
+    def with_config(self, config: RunConfig) -> RunStage:
+        return replace(self, config=config)
+
+
+def run_stages(config: RunConfig, num_ranks: int, *, micro_batch_set: bool = False) -> list[RunStage]:
+    """Return the stages of a run, in order.
+
+    Args:
+        config: the run; where it has `extend.stages` these are the stages, as `extend` trains them.
+        num_ranks: processes.
+        micro_batch_set: whether somebody has chosen `train.micro_batch_size`; otherwise `extend` fills the
+            row of a shorter stage with more samples.
+    """
+    if config.extend.stages:
+        return [_of_extension(config, stage, num_ranks, micro_batch_set) for stage in config.extend.stages]
+    schedule, starts = Schedule(config), [*config.phase_starts(), config.num_steps()]
+    read = [schedule.tokens(step - 1) if step else 0 for step in starts]
+    return [RunStage(phase.name, PHASE, _alone(config, phase, ramps=i == 0),
+                     starts[i + 1] - starts[i], read[i + 1] - read[i])
+            for i, phase in enumerate(config.data.phases) if starts[i + 1] > starts[i]]
+
+
+def group_stages(stages: Sequence[RunStage]) -> list[tuple[RunStage, list[RunStage]]]:
+    """Return stages by what a step of theirs computes: the first of each kind, with all of that kind."""
+    kinds: dict[tuple[int, int, int], list[RunStage]] = {}
+    for stage in stages:
+        size = stage.config.train.micro_batch_size
+        kinds.setdefault((stage.phase.seq_len, stage.global_batch_size, size), []).append(stage)
+    return [(same[0], same) for same in kinds.values()]
+
+
+def _alone(config: RunConfig, phase: PhaseConfig, *, ramps: bool) -> RunConfig:
+    """Return a run's settings with one of its phases; the batch ramps up in the first one alone."""
+    train = config.train if ramps else replace(config.train, ramp_from_batch_size=0)
+    return replace(config, data=replace(config.data, phases=(phase,)), train=train)
+
+
+def _of_extension(config: RunConfig, stage: ExtendStageConfig, num_ranks: int,
+                  micro_batch_set: bool) -> RunStage:
+    """Return a stage as `extend` trains it if its gate takes all its steps."""
+    size = stage.global_batch_size or config.train.global_batch_size
+    steps = max(stage.max_steps, stage.steps or math.ceil(stage.tokens / (size * stage.seq_len))
+                or config.train.steps or config.num_steps())
+    train = replace(config.train, global_batch_size=size, ramp_from_batch_size=0)
+    if not micro_batch_set:
+        per_rank = max(1, size // max(1, num_ranks // max(1, config.parallel.ranks_per_replica)))
+        limit_tokens = config.train.micro_batch_size * config.data.max_seq_len()
+        train = replace(train, micro_batch_size=micro_batch_size(limit_tokens, stage.seq_len, per_rank))
+    tokens = steps * size * stage.seq_len
+    phase = PhaseConfig(stage.name, tokens=tokens, seq_len=stage.seq_len, global_batch_size=size)
+    model = replace(config.model, max_position_tokens=max(config.model.max_position_tokens, stage.seq_len))
+    return RunStage(stage.name, KINDS[stage.kind], replace(
+        config, model=model, train=train, data=replace(config.data, phases=(phase,))), steps, tokens)
+
+
+# What each stage of a run takes on a cluster: memory, time, messages, checkpoints, failures, cost.
 
 
 @dataclass(frozen=True)
@@ -33,7 +176,6 @@ class Pricing:
 
     @property
     def num_ranks(self) -> int:
-        """Processes."""
         return self.machines.num_ranks
 
     @cached_property
@@ -43,17 +185,14 @@ class Pricing:
 
     @cached_property
     def chip(self) -> Chip:
-        """The GPU."""
         assert self.machines.chip is not None, self.machines.cluster
         return self.machines.chip
 
     @cached_property
     def links(self) -> Links:
-        """What joins the GPUs."""
         return self.machines.links()
 
     def needs(self, stage: RunStage) -> int:
-        """Return the bytes of the process that needs most."""
         return fullest(stage.config, self.num_ranks)[1].total
 
     def workload(self, stage: RunStage) -> Workload:
@@ -62,7 +201,6 @@ class Pricing:
         return of_run(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
 
     def step(self, stage: RunStage) -> StepTime:
-        """Return the time of a step of a stage."""
         return step_time(self.workload(stage), self.parameters, self._known)
 
     def beside_layers(self, stage: RunStage) -> float:
@@ -70,7 +208,6 @@ class Pricing:
         return beside_layers(self.workload(stage), self.parameters)
 
     def seconds(self, stage: RunStage) -> dict[str, float]:
-        """Return component -> seconds of a step."""
         return self.step(stage).components
 
 
@@ -130,7 +267,6 @@ def quote(stage: RunStage, pricing: Pricing) -> Quote:
 
 
 def _notes(paid: Cost, kept: Operation, imbalance: float) -> tuple[str, ...]:
-    """Return what the figures assume."""
     notes = [f"Cost: {paid.price_note}."]
     if imbalance > 1:
         notes.append(f"The busiest experts are taken to meet {imbalance:.2f} times as many tokens as the "

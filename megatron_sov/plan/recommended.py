@@ -26,13 +26,7 @@ def layouts(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
 
 def recommended(config: RunConfig, num_ranks: int, gpu: str) -> Layout | None:
     """Return the first recommended layout that so many processes can have and that fits; None: there is
-    none.
-
-    Args:
-        config: the run.
-        num_ranks: processes.
-        gpu: name in `CHIPS`; empty: another one.
-    """
+    none."""
     for layout in layouts(config, gpu):
         changed = apply_settings(config, list(layout))
         if not changed.problems(num_ranks) and fits(changed, num_ranks, CHIPS[gpu]):

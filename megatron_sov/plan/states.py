@@ -8,32 +8,179 @@ tensors in a fake group of all processes.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_sov.config import ModelConfig, RunConfig
+from megatron_sov.models.count import TABLES
 from megatron_sov.models.encoders import encoder_buffer_bytes, is_frozen, is_table
-from megatron_sov.plan.buffers import END_MULTIPLE, FAST_END_MULTIPLE, Buffer, Piece, Size, laid_out
-from megatron_sov.plan.held import TABLES, Held, Run, chunk_layers, held, is_adapter
+from megatron_sov.plan.held import (
+    BF16_BYTES,
+    FLOAT32_BYTES,
+    ITEM_BYTES,
+    Held,
+    chunk_layers,
+    held,
+    is_adapter,
+    rounded_up,
+)
 
-ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-"""Bytes of a weight or an activation, by `train.precision`."""
-FLOAT32_BYTES = 4
-BF16_BYTES = 2
 HOST = 4 * FLOAT32_BYTES
 """Bytes of the host for a parameter whose AdamW is there (`mcore/optimizer/host_adamw.py`): master weight,
 two moments and gradient."""
 DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
 """Elements of a bucket under `parallel.overlap_grad_reduce`: the larger one of the first and as many times
 the second as there are data-parallel processes (`DistributedDataParallel`, 0.16.1)."""
+START_MULTIPLE = 64
+"""Elements; a parameter's beginning, under ZeRO-1."""
+END_MULTIPLE = 128
+"""Elements; a bucket's end."""
+FAST_END_MULTIPLE = 1 << 16
+"""The same under `gpu.pad_buckets`."""
+
+
+# The buffers in which the library lays parameters and gradients end to end, and what of them each
+# data-parallel process updates: the arithmetic of `_ParamAndGradBuffer` in `param_and_grad_buffer.py`
+# (0.16.1) over runs of parameters of one size, of which a stage has hundreds where it has ten thousands of
+# parameters.  Parameters lie in the reverse order of their registration.  Under ZeRO-1 each begins at a
+# multiple of 64 elements, and each bucket, which all processes of the data-parallel group share in equal
+# stretches, ends at a multiple of their number and of 128.
+
+
+class Size(NamedTuple):
+    """Parameters of one size, in the order in which they are laid out."""
+
+    numel: int
+    number: int
+    mark: int
+    """What the caller knows them by."""
+    is_alone: bool
+    """Whether each has a bucket of its own (tables that two pipeline stages hold)."""
+
+
+class Piece(NamedTuple):
+    """Parameters, or parts of parameters, of one size that a process updates."""
+
+    numel: int
+    number: int
+    mark: int
+
+
+class Placed(NamedTuple):
+    start: int
+    stride: int
+    """Elements from one to the next."""
+    size: Size
+    """What they are, as far as they lie in one bucket."""
+
+    @property
+    def end(self) -> int:
+        return self.start + (self.size.number - 1) * self.stride + self.size.numel
+
+
+@dataclass(frozen=True)
+class Buffer:
+    numel: int
+    buckets: tuple[tuple[int, int, tuple[Placed, ...]], ...]
+    """First element, the one behind the last, and what lies there."""
+
+    def updated(self, rank: int, num_ranks: int) -> Iterator[Piece]:
+        """Yield what one of the processes updates that share the buffer under ZeRO-1."""
+        for first, end, placed in self.buckets:
+            share = (end - first) // num_ranks
+            start = first + rank * share
+            for run in placed:
+                if run.start >= start + share:
+                    break
+                if run.end > start:
+                    yield from _within(run, start, start + share)
+
+
+def laid_out(sizes: Iterable[Size], *, sharded: bool, num_ranks: int, bucket_numel: int | None,
+             end_multiple: int) -> Buffer:
+    """Return the buffer of parameters.
+
+    Args:
+        sizes: in the order in which they are laid out.
+        sharded: whether ZeRO-1 shares it, and there are gaps.
+        num_ranks: processes that share it.
+        bucket_numel: elements from which on a bucket is full; None: all are in one.
+        end_multiple: what a bucket's end is a multiple of, beside the number of processes.
+    """
+    if not sharded:
+        placed, offset = [], 0
+        for size in sizes:
+            placed.append(Placed(offset, size.numel, size))
+            offset += size.numel * size.number
+        return Buffer(offset, ((0, offset, tuple(placed)),) if placed else ())
+    return _Sharded(math.lcm(num_ranks, end_multiple), bucket_numel).of(sizes)
+
+
+class _Sharded:
+    """A buffer under ZeRO-1, while it is laid out."""
+
+    def __init__(self, end_multiple: int, bucket_numel: int | None) -> None:
+        self._multiple, self._full = end_multiple, bucket_numel
+        self._buckets: list[tuple[int, int, tuple[Placed, ...]]] = []
+        self._placed: list[Placed] = []
+        self._first = self._offset = 0
+
+    def of(self, sizes: Iterable[Size]) -> Buffer:
+        for size in sizes:
+            self._offset = rounded_up(self._offset, START_MULTIPLE)
+            if size.is_alone and self._placed:
+                self._close()
+            self._place(size)
+        if self._placed:
+            self._close()
+        return Buffer(self._offset, tuple(self._buckets))
+
+    def _place(self, size: Size) -> None:
+        stride, left = rounded_up(size.numel, START_MULTIPLE), size.number
+        while left:
+            self._offset = rounded_up(self._offset, START_MULTIPLE)
+            taken, closes = left, size.is_alone
+            if size.is_alone:
+                taken = 1
+            elif self._full is not None:
+                missing = self._full - (self._offset - self._first) - size.numel
+                until_full = max(1, -(-missing // stride) + 1)
+                taken, closes = min(left, until_full), until_full <= left
+            placed = size if taken == size.number else size._replace(number=taken)
+            self._placed.append(Placed(self._offset, stride, placed))
+            self._offset = self._placed[-1].end
+            left -= taken
+            if closes:
+                self._close()
+
+    def _close(self) -> None:
+        self._offset = rounded_up(self._offset, self._multiple)
+        self._buckets.append((self._first, self._offset, tuple(self._placed)))
+        self._first, self._placed = self._offset, []
+
+
+def _within(run: Placed, start: int, end: int) -> Iterator[Piece]:
+    """Yield the parts of a run between two elements of the buffer: whole parameters together."""
+    numel, count, mark, _ = run.size
+
+    def part(place: int) -> int:
+        begins = run.start + place * run.stride
+        return max(0, min(end, begins + numel) - max(start, begins))
+
+    first = max(0, (start - run.start) // run.stride)
+    last = min(count - 1, (end - 1 - run.start) // run.stride)
+    # whole ones can only be missing at the ends
+    between = [(first + 1, last - first - 1)] if last - first > 1 else []
+    for place, number in [(first, 1), *between, *([(last, 1)] if last > first else [])]:
+        if elements := part(place):
+            yield Piece(elements, number, mark)
 
 
 @dataclass(frozen=True)
 class States:
-    """What one process holds of the model and its training."""
-
     weights: int
     """Bytes, ZeRO-1's gaps included."""
     gradients: int
@@ -74,9 +221,7 @@ class _Updated(NamedTuple):
     """What one of the library's two optimizers holds of a process's parameters."""
 
     optimizer: int
-    """Bytes of the device."""
     on_host: int
-    """Bytes of the host."""
     updated: int
     """Elements whose masters are on the device."""
 
@@ -114,7 +259,6 @@ class StageBuffers:
         return found
 
     def _lay_out(self, marked: list[tuple[Held, int]], routed: bool, stage: int, number: int) -> None:
-        """Make one buffer of a chunk."""
         p = self._config.parallel
         mine = [(part, mark) for part, mark in reversed(marked) if part.routed == routed]
         self._frozen += sum(part.numel * part.count for part, mark in mine if self._rules[mark].frozen)
@@ -145,7 +289,6 @@ class StageBuffers:
         return Place(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
 
     def held(self, place: Place) -> States:
-        """Return what one process holds."""
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
@@ -252,7 +395,6 @@ def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
 
 
 def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
-    """Return how parameters of a layer are updated."""
     matrix = len(part.shape) == 2 and part.key not in TABLES and not is_table(part.key)
     algorithm, frozen = config.optim.name, False
     if config.optim.groups:
@@ -275,8 +417,3 @@ def _moved(pieces: list[Piece], rules: list[_Rule], share: float) -> int:
         if wanted > moved:
             moved += piece.numel * min(piece.number, -int((moved - wanted) // piece.numel))
     return moved
-
-
-def elements(runs: Iterable[Run], *, routed: bool) -> int:
-    """Return the elements of a chunk's dense parameters, or of its routed experts'."""
-    return sum(part.numel * part.count for _, parts in runs for part in parts if part.routed == routed)

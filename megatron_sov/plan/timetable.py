@@ -18,8 +18,6 @@ BAR_CHARACTERS = 32
 
 @dataclass(frozen=True)
 class TimetableRow:
-    """One step of the plan."""
-
     step: int
     """1-based, as in events."""
     tokens: int
@@ -44,7 +42,6 @@ def steps_to_show(schedule: Schedule, evenly: int) -> list[int]:
 
 
 def rows(config: RunConfig, evenly: int = EVENLY) -> list[TimetableRow]:
-    """Return the plan's table."""
     schedule = Schedule(config)
     steps = steps_to_show(schedule, evenly)
     rates = [schedule.learning_rate(step) for step in steps]
@@ -78,7 +75,6 @@ def _blend(blend: dict[str, float]) -> str:
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """Return the plan as plain values."""
     schedule = Schedule(config)
     return {"recipe": config.recipe, "steps": schedule.num_steps,
             "tokens": schedule.tokens(schedule.num_steps - 1),

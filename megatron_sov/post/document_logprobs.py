@@ -14,7 +14,7 @@ from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Row, Segment, best_fit
 from megatron_sov.data.rows import join_rows, sample_row
 from megatron_sov.documents.routes import RouteShape
-from megatron_sov.eval.perplexity import row_losses
+from megatron_sov.eval.heldout import row_losses
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives

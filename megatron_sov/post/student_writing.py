@@ -29,9 +29,8 @@ from megatron_sov.generate.generator import MegatronEngine
 from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.request import Sampling, Stop
 from megatron_sov.generate.target import Target
-from megatron_sov.post.artifact_on_ranks import artifact_on_ranks
 from megatron_sov.post.state_files import lengths_of
-from megatron_sov.post.teacher import weights_digest
+from megatron_sov.post.teacher import artifact_on_ranks, weights_digest
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.resumable_artifact import ResumableArtifact, resumable_artifact
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from megatron_sov.data.token_shards import Source, open_sources, provenance, tok
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.digests import BLAKE3, Digest, file_digest
 from megatron_sov.errors import UserError
-from megatron_sov.eval.filling import ROW_TOKENS, rows_of
+from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.decode.forward_only import Inputs
@@ -39,7 +39,7 @@ from megatron_sov.mcore.model.language_model import states_for_head
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device, release_unused
-from megatron_sov.post.artifact_on_ranks import artifact_on_ranks
+from megatron_sov.mcore.parallel.world import World, on_main
 from megatron_sov.post.parts.translation import Translated, Translation
 from megatron_sov.post.state_files import (
     DTYPES,
@@ -58,6 +58,35 @@ from megatron_sov.runs.checkpoints import ADAPTER, MODEL, adapter_base
 from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.resumable_artifact import ResumableArtifact, resumable_artifact
+
+
+@dataclass(frozen=True)
+class ArtifactOnRanks:
+    """The artifact as every rank sees it."""
+
+    folder: Path
+    """Where its files are written, by whichever rank."""
+    finished: frozenset[str]
+    """Files that an earlier command has finished."""
+    on_main: Callable[[Callable[[ResumableArtifact], None]], None]
+    """Has the first rank do something with the artifact; called by all together."""
+
+
+@contextlib.contextmanager
+def artifact_on_ranks(world: World, opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
+                      ) -> Iterator[ArtifactOnRanks]:
+    """Give an artifact that the first rank opens; called by all together."""
+    with contextlib.ExitStack() as held:
+        own: list[ResumableArtifact] = []
+
+        def begin() -> tuple[str, list[str]]:
+            own.append(held.enter_context(opened()))
+            return str(own[0].path), list(own[0].finished)
+
+        folder, finished = on_main(world, begin)
+        yield ArtifactOnRanks(Path(folder), frozenset(finished),
+                              lambda do: on_main(world, lambda: do(own[0])))
+
 
 FORMATS = ("text", "chat", "preference", "prompt")
 PART_TOKENS = 65_536

@@ -15,16 +15,10 @@ from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
 from megatron_sov.recipes import (
-    deepseek,
-    gemma,
-    glm,
-    gpt_oss,
     hyperclova_omni,
     k_exaone,
-    korean,
-    llama,
+    open_models,
     policies,
-    qwen,
     solar_open,
     typhoon_s,
     vibethinker,
@@ -64,31 +58,32 @@ RECIPES: dict[str, Recipe] = {
     "vibethinker-1.5b-math-16k": Recipe(policies.vibethinker_1_5b_math_16k, policies.MATH_16K_SOURCES),
     "vibethinker-1.5b-math-32k": Recipe(policies.vibethinker_1_5b_math_32k, policies.MATH_32K_SOURCES),
     "vibethinker-1.5b-code": Recipe(policies.vibethinker_1_5b_code, policies.CODE_SOURCES),
-    "qwen2-1.5b": Recipe(qwen.qwen2_1_5b, qwen.dense_sources("Qwen/Qwen2.5-Math-1.5B")),
-    "qwen3-4b": Recipe(qwen.qwen3_4b, qwen.dense_sources("Qwen/Qwen3-4B")),
-    "qwen3-4b-2507": Recipe(qwen.qwen3_4b_2507, qwen.dense_sources("Qwen/Qwen3-4B-Instruct-2507")),
-    "qwen3-8b": Recipe(qwen.qwen3_8b, qwen.dense_sources("Qwen/Qwen3-8B")),
-    "qwen3-moe-30b": Recipe(qwen.qwen3_moe_30b, qwen.moe_sources("Qwen/Qwen3-30B-A3B")),
-    "qwen3-30b-a3b-2507": Recipe(qwen.qwen3_30b_a3b_2507,
-                                 qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
-    "llama-3.1-8b": Recipe(llama.llama_3_1_8b, qwen.dense_sources("meta-llama/Llama-3.1-8B")),
-    "mixtral-8x7b": Recipe(llama.mixtral_8x7b, llama.MIXTRAL_SOURCES),
-    "glm-4.5-air": Recipe(glm.glm_4_5_air, glm.SOURCES),
-    "deepseek-v3": Recipe(deepseek.deepseek_v3, deepseek.SOURCES),
-    "kimi-k2": Recipe(deepseek.kimi_k2, deepseek.KIMI_SOURCES),
-    "gemma-3-1b": Recipe(gemma.gemma_3_1b, qwen.dense_sources(
+    "qwen2-1.5b": Recipe(open_models.qwen2_1_5b, open_models.dense_sources("Qwen/Qwen2.5-Math-1.5B")),
+    "qwen3-4b": Recipe(open_models.qwen3_4b, open_models.dense_sources("Qwen/Qwen3-4B")),
+    "qwen3-4b-2507": Recipe(open_models.qwen3_4b_2507,
+                            open_models.dense_sources("Qwen/Qwen3-4B-Instruct-2507")),
+    "qwen3-8b": Recipe(open_models.qwen3_8b, open_models.dense_sources("Qwen/Qwen3-8B")),
+    "qwen3-moe-30b": Recipe(open_models.qwen3_moe_30b, open_models.moe_sources("Qwen/Qwen3-30B-A3B")),
+    "qwen3-30b-a3b-2507": Recipe(open_models.qwen3_30b_a3b_2507,
+                                 open_models.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
+    "llama-3.1-8b": Recipe(open_models.llama_3_1_8b, open_models.dense_sources("meta-llama/Llama-3.1-8B")),
+    "mixtral-8x7b": Recipe(open_models.mixtral_8x7b, open_models.MIXTRAL_SOURCES),
+    "glm-4.5-air": Recipe(open_models.glm_4_5_air, open_models.GLM_SOURCES),
+    "deepseek-v3": Recipe(open_models.deepseek_v3, open_models.DEEPSEEK_SOURCES),
+    "kimi-k2": Recipe(open_models.kimi_k2, open_models.KIMI_SOURCES),
+    "gemma-3-1b": Recipe(open_models.gemma_3_1b, open_models.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
-    "gemma3-27b": Recipe(gemma.gemma3_27b, qwen.dense_sources(
+    "gemma3-27b": Recipe(open_models.gemma3_27b, open_models.dense_sources(
         "google/gemma-3-27b-it, compared with NeMo's Gemma3Config27B")),
-    "gemma2-9b": Recipe(gemma.gemma2_9b, qwen.dense_sources(
+    "gemma2-9b": Recipe(open_models.gemma2_9b, open_models.dense_sources(
         "google/gemma-2-9b, compared with NeMo's Gemma2Config9B")),
-    "gpt-oss-20b": Recipe(gpt_oss.gpt_oss_20b, gpt_oss.SOURCES_20B),
-    "gpt-oss-120b": Recipe(gpt_oss.gpt_oss_120b, gpt_oss.SOURCES_120B),
-    "exaone-4.0-32b": Recipe(korean.exaone_4_32b, qwen.dense_sources(
+    "gpt-oss-20b": Recipe(open_models.gpt_oss_20b, open_models.SOURCES_20B),
+    "gpt-oss-120b": Recipe(open_models.gpt_oss_120b, open_models.SOURCES_120B),
+    "exaone-4.0-32b": Recipe(open_models.exaone_4_32b, open_models.dense_sources(
         f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
-    "exaone-4.0-1.2b": Recipe(korean.exaone_4_1_2b, qwen.dense_sources(
+    "exaone-4.0-1.2b": Recipe(open_models.exaone_4_1_2b, open_models.dense_sources(
         "LGAI-EXAONE/EXAONE-4.0-1.2B, compared with Megatron-Bridge's test_exaone4_provider.py")),
-    "hyperclovax-14b": Recipe(korean.hyperclovax_14b, qwen.dense_sources(
+    "hyperclovax-14b": Recipe(open_models.hyperclovax_14b, open_models.dense_sources(
         f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}")),
 }
 TINY = {

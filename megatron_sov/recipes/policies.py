@@ -20,7 +20,7 @@ from megatron_sov.config import (
 )
 from megatron_sov.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES
 from megatron_sov.recipes.k_exaone import k_exaone_236b
-from megatron_sov.recipes.qwen import dense_sources, qwen3_4b_2507
+from megatron_sov.recipes.open_models import dense_sources, qwen3_4b_2507
 from megatron_sov.recipes.solar_open import DPO_SOURCES, solar_open_102b_dpo
 from megatron_sov.recipes.sources import DEFAULT, Source, Sources, derive, ours, published
 from megatron_sov.recipes.vibethinker import SOURCES as VIBETHINKER_SOURCES

@@ -15,7 +15,7 @@ from megatron_sov.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_sov.recipes.qwen import dense_sources, qwen3_8b
+from megatron_sov.recipes.open_models import dense_sources, qwen3_8b
 from megatron_sov.recipes.sources import Sources, derive, ours, published
 
 SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"

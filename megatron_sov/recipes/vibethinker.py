@@ -23,7 +23,7 @@ from megatron_sov.config import (
     TrainConfig,
 )
 from megatron_sov.recipes.extension import SET_IN_A_STAGE
-from megatron_sov.recipes.qwen import dense_sources, qwen2_1_5b
+from megatron_sov.recipes.open_models import dense_sources, qwen2_1_5b
 from megatron_sov.recipes.sources import Sources, derive, ours, published
 
 REPORT = "arXiv 2511.06221"

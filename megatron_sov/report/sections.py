@@ -31,7 +31,7 @@ from megatron_sov.pages.page import (
     plain,
     tables,
 )
-from megatron_sov.plan import timetable_page
+from megatron_sov.plan.page import schedule_charts, schedule_table
 from megatron_sov.report.accounts import accounts_section
 from megatron_sov.report.charts import (
     beside_charts,
@@ -419,7 +419,7 @@ def _plan_section(run: Run) -> Section:
         config = None
     if config is None or config.problems(run.start("num_ranks") or 1):
         return Section(title)
-    return Section(title, charts=timetable_page.charts(config), tables=[timetable_page.table(config)],
+    return Section(title, charts=schedule_charts(config), tables=[schedule_table(config)],
                    side_by_side=True)
 
 

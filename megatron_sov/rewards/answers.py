@@ -1,9 +1,12 @@
-"""The final answer of a response: what stands in a box, in answer tags, behind "the answer is"."""
+"""The final answer of a response: what stands in a box, in answer tags, behind "the answer is"; and numbers
+with units: read, brought to SI units, compared."""
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
+from dataclasses import dataclass
 
 MAX_CHARS = 100_000
 """Of a longer response the end is read."""
@@ -14,6 +17,52 @@ _SAID = re.compile(r"(?:\banswer\b(?:[\s*]{0,6}is\b|(?=[ \t*]{0,6}\n|\W{0,6}(?:[
                    r"정답(?:은|:)?|답(?:은|:)|คำตอบ(?:คือ)?|答案(?:是)?|答え(?:は)?)"
                    r"[\s:：*]{0,6}", re.IGNORECASE)
 _TAG = re.compile(r"<answer>([^<]{1,500})</answer>")
+Dimension = tuple[float, float, float, float, float, float]
+"""Exponents of metre, kilogram, second, ampere, kelvin, mole."""
+_BASE: dict[str, tuple[float, Dimension]] = {
+    "m": (1, (1, 0, 0, 0, 0, 0)), "g": (1e-3, (0, 1, 0, 0, 0, 0)), "s": (1, (0, 0, 1, 0, 0, 0)),
+    "A": (1, (0, 0, 0, 1, 0, 0)), "K": (1, (0, 0, 0, 0, 1, 0)), "mol": (1, (0, 0, 0, 0, 0, 1)),
+    "N": (1, (1, 1, -2, 0, 0, 0)), "J": (1, (2, 1, -2, 0, 0, 0)), "W": (1, (2, 1, -3, 0, 0, 0)),
+    "Pa": (1, (-1, 1, -2, 0, 0, 0)), "Hz": (1, (0, 0, -1, 0, 0, 0)), "C": (1, (0, 0, 1, 1, 0, 0)),
+    "V": (1, (2, 1, -3, -1, 0, 0)), "Ω": (1, (2, 1, -3, -2, 0, 0)), "F": (1, (-2, -1, 4, 2, 0, 0)),
+    "T": (1, (0, 1, -2, -1, 0, 0)), "H": (1, (2, 1, -2, -2, 0, 0)), "Wb": (1, (2, 1, -2, -1, 0, 0)),
+    "S": (1, (-2, -1, 3, 2, 0, 0)), "L": (1e-3, (3, 0, 0, 0, 0, 0)), "l": (1e-3, (3, 0, 0, 0, 0, 0)),
+    "eV": (1.602176634e-19, (2, 1, -2, 0, 0, 0)), "cal": (4.184, (2, 1, -2, 0, 0, 0)),
+    "bar": (1e5, (-1, 1, -2, 0, 0, 0)), "M": (1e3, (-3, 0, 0, 0, 0, 1)),
+}
+"""Units that take prefixes: factor to SI, dimension (SI brochure, 9th edition)."""
+_WHOLE: dict[str, tuple[float, Dimension]] = {
+    "min": (60, (0, 0, 1, 0, 0, 0)), "h": (3600, (0, 0, 1, 0, 0, 0)), "hr": (3600, (0, 0, 1, 0, 0, 0)),
+    "day": (86400, (0, 0, 1, 0, 0, 0)), "atm": (101325, (-1, 1, -2, 0, 0, 0)),
+    "Å": (1e-10, (1, 0, 0, 0, 0, 0)), "rad": (1, (0,) * 6), "°": (math.pi / 180, (0,) * 6),
+    "deg": (math.pi / 180, (0,) * 6), "%": (0.01, (0,) * 6), "u": (1.66053906660e-27, (0, 1, 0, 0, 0, 0)),
+    "ft": (0.3048, (1, 0, 0, 0, 0, 0)), "in": (0.0254, (1, 0, 0, 0, 0, 0)),
+    "mi": (1609.344, (1, 0, 0, 0, 0, 0)),
+    "lb": (0.45359237, (0, 1, 0, 0, 0, 0)),
+}
+"""Units that take none."""
+_PREFIXES = {"": 1, "f": 1e-15, "p": 1e-12, "n": 1e-9, "µ": 1e-6, "u": 1e-6, "m": 1e-3, "c": 1e-2, "d": 1e-1,
+             "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_NAMES = {"meters": "m", "meter": "m", "metres": "m", "metre": "m", "seconds": "s", "second": "s", "sec": "s",
+          "grams": "g", "gram": "g", "kilograms": "kg", "kilogram": "kg", "newtons": "N", "newton": "N",
+          "joules": "J", "joule": "J", "watts": "W", "watt": "W", "volts": "V", "volt": "V", "ohms": "Ω",
+          "ohm": "Ω", "kelvin": "K", "kelvins": "K", "moles": "mol", "mole": "mol", "hours": "h", "hour": "h",
+          "minutes": "min", "minute": "min", "days": "day", "degrees": "°", "degree": "°", "percent": "%",
+          "kilometers": "km", "kilometres": "km", "kilometer": "km", "centimeters": "cm", "liters": "L",
+          "litres": "L", "liter": "L", "hertz": "Hz", "pascals": "Pa", "pascal": "Pa", "amperes": "A",
+          "amps": "A"}
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?", re.ASCII)
+_POWER = re.compile(r"\s*(?:[eE]([+-]?\d{1,4})\b|"
+                    r"(?:x|×|\*|·)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?)",
+                     re.ASCII)
+_BELOW = re.compile(r"\s*/\s*(\d{1,400}(?:\.\d{1,400})?)", re.ASCII)
+# beside a digit it is a part of a mixed number, which is not read: two and a half is not 21/2
+_FRACTION = re.compile(r"(?<![\d.])\\[dt]?frac\s*\{\s*([+-]?[\d.,]+)\s*\}\s*\{\s*([\d.]+)\s*\}(?!\.?\d)",
+                       re.ASCII)
+_FACTOR = re.compile(r"([*/]?)([^\d\s*/^+-]+)(?:\^?\(?([+-]?\d{1,2}(?:\.5)?)\)?)?", re.ASCII)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_RAISED = re.compile(r"(?<=[0-9])(?=[⁰¹²³⁴⁵⁶⁷⁸⁹⁻])")
+"""Between a number and its exponent: 10² is not 102."""
 
 
 def final_answer(response: str) -> str | None:
@@ -65,3 +114,107 @@ def normalized(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:the|an?)\s+", "", text.strip().strip("$").strip())
     return re.sub(r"\s+", " ", text).strip(" .,;:!?'\"`*()[]。、$")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number in SI units."""
+
+    value: float
+    """In SI units."""
+    dimension: Dimension | None
+    """None: no unit was given."""
+    plain: float
+    """The number as it was written."""
+    is_whole: bool = False
+    """Whether it was written as a whole number: digits, and no power of ten."""
+
+
+def read_quantity(text: str) -> Quantity | None:
+    """Return the number that a short text is, with its unit; None where it is none, has a unit that is not
+    known, or a number that no float holds."""
+    text = _simplified(text)
+    number = _NUMBER.match(text)
+    if number is None or not any(char.isdigit() for char in number[0]):
+        return None
+    plain, rest = float(number[0].replace(",", "")), text[number.end():]
+    is_whole = "." not in number[0]
+    below = _BELOW.match(rest)
+    if below:
+        divisor = float(below[1])
+        plain, rest, is_whole = plain / divisor if divisor else math.inf, rest[below.end():], False
+    power = _POWER.match(rest)
+    if power:
+        exponent = int(power[1] or power[2])
+        plain, rest = (plain * 10.0 ** exponent if abs(exponent) <= 300 else math.inf), rest[power.end():]
+        is_whole = False
+    if not math.isfinite(plain):
+        return None
+    unit = rest.strip(" .;")
+    if not unit:
+        return Quantity(plain, None, plain, is_whole)
+    read = _unit(unit)
+    return None if read is None else Quantity(plain * read[0], read[1], plain, is_whole)
+
+
+def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
+    """Return whether two quantities are equal within a tolerance; one without a unit is taken to have the
+    other's."""
+    if first.dimension is None or second.dimension is None:
+        return math.isclose(first.plain, second.plain, rel_tol=relative_tolerance)
+    return (first.dimension == second.dimension
+            and math.isclose(first.value, second.value, rel_tol=relative_tolerance))
+
+
+def _simplified(text: str) -> str:
+    """Return a quantity without LaTeX's dress: $9.8\\,\\mathrm{m/s^{2}}$ is 9.8 m/s^2."""
+    text = _RAISED.sub("^", text[:500]).translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
+    text = _FRACTION.sub(r"\1/\2", text)
+    text = re.sub(r"\^\{\s*([+-]?[\d.]+)\s*\}", r"^\1", text)
+    text = re.sub(r"\\(?:text|mathrm|unit|si|rm)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\s+\^", "^", text)  # \text{s}^2
+    text = text.replace("\\%", "%").replace("^\\circ", "°").replace("\\Omega", "Ω").replace("\\mu", "µ")
+    text = re.sub(r"\\[,;!: ]|~", " ", text).replace("\\times", "*").replace("\\cdot", "*")
+    text = unicodedata.normalize("NFC", text).replace("−", "-").replace("μ", "µ").replace("\u2126", "Ω")
+    return re.sub(r"^(?:=|≈|~|about|approximately)\s*", "", text.strip())
+
+
+def _unit(text: str) -> tuple[float, Dimension] | None:
+    """Return factor and dimension of a compound unit such as kg m/s^2; None where a part is not known."""
+    if len(text) > 40:
+        return None
+    text = re.sub(r"\s*([*/])\s*", r"\1", text.replace("·", "*"))
+    text = re.sub(r"/\(([^()]*)\)", lambda below: "/" + re.sub(r"[\s*]+", "/", below[1].strip()), text)
+    text = text.replace("(", "").replace(")", "")
+    factor, dimension, place = 1.0, [0.0] * 6, 0
+    while place < len(text):
+        part = _FACTOR.match(text, place)
+        if part is None:
+            if text[place] == " ":
+                place += 1
+                continue
+            return None
+        single = _single(part[2])
+        if single is None:
+            return None
+        exponent = float(part[3] or 1) * (-1 if part[1] == "/" else 1)
+        try:
+            factor *= single[0] ** exponent
+        except OverflowError:
+            return None
+        dimension = [a + b * exponent for a, b in zip(dimension, single[1], strict=True)]
+        place = part.end()
+    a, b, c, d, e, f = dimension
+    return factor, (a, b, c, d, e, f)
+
+
+def _single(name: str) -> tuple[float, Dimension] | None:
+    name = _NAMES.get(name.lower(), name) if len(name) > 2 else name
+    if name in _WHOLE:
+        return _WHOLE[name]
+    for prefix, scale in _PREFIXES.items():
+        rest = name.removeprefix(prefix)
+        if name.startswith(prefix) and rest in _BASE:
+            factor, dimension = _BASE[rest]
+            return factor * scale, dimension
+    return None

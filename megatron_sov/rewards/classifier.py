@@ -15,8 +15,7 @@ from typing import Any
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
-from megatron_sov.rewards.conversation import messages_of
-from megatron_sov.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.rewards.reward import Refused, Row, Score, messages_of, text_of
 from megatron_sov.settings import AboveZero, AtLeastOne, Problem, find_broken
 
 _LOADED: dict[tuple[str, str], Any] = {}

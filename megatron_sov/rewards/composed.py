@@ -7,8 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Self
 
 from annotated_types import Gt, MinLen
 
@@ -125,18 +124,15 @@ class Composed:
         return self.second is not None and place < self.second.share
 
 
-class Scores(Protocol):
-    """What runs a part: `running.Runner`."""
+class Runner(contextlib.AbstractContextManager["Runner"]):
+    """Scores batches; a context, since what it started has to end."""
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None: ...
-
-    def score(self, rows: Sequence[Row]) -> list[Result]: ...
+    def score(self, rows: Sequence[Row]) -> list[Result]:
+        """Return the results of rows, in their order."""
+        raise NotImplementedError
 
 
-class ComposedRunner:
+class ComposedRunner(Runner):
     """A composition over batches of rows; each part is asked for the rows that it judges alone.
 
     Args:
@@ -144,7 +140,7 @@ class ComposedRunner:
         runners: name -> what runs a part.
     """
 
-    def __init__(self, composed: Composed, runners: Mapping[str, Scores]) -> None:
+    def __init__(self, composed: Composed, runners: Mapping[str, Runner]) -> None:
         self._composed, self._runners = composed, runners
         self._stack = contextlib.ExitStack()
 
@@ -153,12 +149,10 @@ class ComposedRunner:
             self._stack.enter_context(running)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
-        """Return the results of rows, in their order."""
         composed = self._composed
         found: list[dict[str, Result]] = [{} for _ in rows]
         going_on = list(range(len(rows)))

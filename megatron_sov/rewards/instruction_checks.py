@@ -161,10 +161,8 @@ def quotation(response: str) -> bool:
 
 
 CHECKS: Mapping[str, Check] = {
-    "keywords:existence": keywords_exist,
-    "keywords:frequency": keyword_frequency,
-    "keywords:forbidden_words": forbidden_words,
-    "keywords:letter_frequency": letter_frequency,
+    "keywords:existence": keywords_exist, "keywords:frequency": keyword_frequency,
+    "keywords:forbidden_words": forbidden_words, "keywords:letter_frequency": letter_frequency,
     "language:response_language": response_language,
     "length_constraints:number_sentences": number_sentences,
     "length_constraints:number_paragraphs": number_paragraphs,
@@ -175,17 +173,12 @@ CHECKS: Mapping[str, Check] = {
     "detectable_format:number_bullet_lists": number_bullet_lists,
     "detectable_format:constrained_response": constrained_response,
     "detectable_format:number_highlighted_sections": number_highlighted_sections,
-    "detectable_format:multiple_sections": multiple_sections,
-    "detectable_format:json_format": json_format,
-    "detectable_format:title": title,
-    "combination:two_responses": two_responses,
-    "combination:repeat_prompt": repeat_prompt,
-    "startend:end_checker": end_checker,
+    "detectable_format:multiple_sections": multiple_sections, "detectable_format:json_format": json_format,
+    "detectable_format:title": title, "combination:two_responses": two_responses,
+    "combination:repeat_prompt": repeat_prompt, "startend:end_checker": end_checker,
     "change_case:capital_word_frequency": capital_word_frequency,
-    "change_case:english_capital": english_capital,
-    "change_case:english_lowercase": english_lowercase,
-    "punctuation:no_comma": no_comma,
-    "startend:quotation": quotation,
+    "change_case:english_capital": english_capital, "change_case:english_lowercase": english_lowercase,
+    "punctuation:no_comma": no_comma, "startend:quotation": quotation,
 }
 """Name of an instruction, as the data set google/IFEval has it -> its check."""
 

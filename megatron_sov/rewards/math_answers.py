@@ -15,8 +15,7 @@ from typing import Any
 
 from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.errors import how_to_install
-from megatron_sov.rewards.answers import final_answer, last_box, last_boxed
-from megatron_sov.rewards.quantities import read_quantity, same
+from megatron_sov.rewards.answers import final_answer, last_box, last_boxed, read_quantity, same
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 from megatron_sov.settings import AboveZero, AtLeastOne, Problem, as_problem
 

@@ -1,4 +1,5 @@
-"""What a second opinion said of judged rows: how often the two disagree, since when, on which answers."""
+"""What a second opinion said of judged rows: how often the two disagree, since when, on which answers; and
+the page of it."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.rewards.composed import SECOND
+
+if TYPE_CHECKING:
+    from megatron_sov.pages.page import Chart, Table
 
 LIKELY, SURE = 0.8416212335729143, 1.6448536269514722
 """Quantiles of the normal distribution: one-sided 80 % and 95 %."""
@@ -25,6 +29,10 @@ MAX_WORDS = 4
 MIN_SHARE = 0.2
 """Of the wrongly paid answers that have such a string."""
 MAX_STRINGS = 8
+MAX_POINTS, MIN_OPINIONS = 60, 10
+"""Points of the curve at most, and opinions in each at least."""
+MAX_ROWS, MAX_CHARS = 40, 300
+"""Answers that are shown, and how much of their end."""
 
 
 # When a second opinion says that the first verifier is being fooled: Page's test over the disagreements.
@@ -240,3 +248,65 @@ def _counts(texts: Iterable[str]) -> Counter[str]:
         counts.update({" ".join(words[i:i + n]) for n in range(1, MAX_WORDS + 1)
                        for i in range(len(words) - n + 1)})
     return counts
+
+
+def page_of(opinions: Opinions, name: str, version: str) -> str:
+    """Return the page's HTML.
+
+    Args:
+        opinions: of a file of judged rows.
+        name: the file.
+        version: of the reward.
+    """
+    from megatron_sov.pages.page import Chapter, Section, Table, render
+
+    count, wrong = opinions.num_opinions, len(opinions.paid_wrongly)
+    rows = [[o.text, f"{o.share_paid:.0%}", f"{o.share_other:.0%}"] for o in opinions.strings()]
+    sections = [
+        Section("Disagreement along the rows", charts=[_chart(opinions)] if count else [],
+                text="Share of answers that the first verifier pays and the second one would not."),
+        Section("What gives them away", text="Words that stand in such answers more often than in others.",
+                tables=[Table(["words", "in wrongly paid answers", "in others"], rows)] if rows else []),
+        Section("Wrongly paid answers", text="The newest ones, by their end.", tables=_answers(opinions))]
+    figures = [("Verdict", "ALARM" if opinions.alarm else "no alarm", opinions.told()),
+               ("Second opinions", f"{count:,}", ""),
+               ("Disagree", f"{len(opinions.disagreeing) / max(1, count):.1%}",
+                f"{len(opinions.disagreeing):,} rows"),
+               ("Wrongly paid", f"{wrong / max(1, count):.1%}", f"{wrong:,} rows")]
+    chapter = Chapter(name, f"reward {version}", figures,
+                      [s for s in sections if s.charts or s.tables])
+    return render("second opinion", "Where two verifiers disagree", name, [chapter],
+                  nothing="No row has a second opinion.")
+
+
+def _chart(opinions: Opinions) -> Chart:
+    import numpy as np
+    import plotly.graph_objects as go
+
+    from megatron_sov.pages.page import chart, colour
+
+    wrong = set(opinions.paid_wrongly)
+    parts = np.array_split(np.array(opinions.lines),
+                           max(1, min(MAX_POINTS, opinions.num_opinions // MIN_OPINIONS)))
+    figure = go.Figure(go.Scatter(
+        x=[int(part[-1]) for part in parts], mode="lines+markers", name="paid wrongly",
+        y=np.array([np.mean([line in wrong for line in part.tolist()]) for part in parts], np.float32),
+        line={"color": colour(0), "width": 1.8}))
+    if opinions.alarm:
+        figure.add_vline(x=opinions.alarm_line, line={"color": colour(1), "dash": "dot"},
+                         annotation_text="alarm")
+    figure.update_layout(xaxis={"title": "row"}, yaxis={"title": "share", "tickformat": ".0%",
+                                                        "rangemode": "tozero"})
+    return chart(figure, f"Mean of about {len(parts[0])} opinions at each point.")
+
+
+def _answers(opinions: Opinions) -> list[Table]:
+    def row(one: Opinion) -> list[str]:
+        end = one.response[-MAX_CHARS:]
+        return [f"{one.line:,}", f"{one.first:g}", f"{one.second:g}",
+                end if len(end) == len(one.response) else "… " + end]
+
+    from megatron_sov.pages.page import Table
+
+    rows = [row(one) for one in list(opinions.paid)[::-1][:MAX_ROWS]]
+    return [Table(["line", "first", "second", "answer"], rows)] if rows else []

@@ -1,19 +1,27 @@
-"""Regular expressions with a limit of time: a user's pattern over a model's response may take for ever.
+"""What is looked for in a response: JSON, and regular expressions with a limit of time, since a user's
+pattern over a model's response may take for ever.
 
 `regex` stops in the middle of a match, which the standard library's `re` cannot.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from functools import lru_cache
 from typing import Any
 
 import regex
 
-from megatron_sov.rewards.reward import TooLong
+from megatron_sov.documents.strict_json import no_constant
+from megatron_sov.rewards.reward import Refused, TooLong
 
 TIME_LIMIT_S = 2.0
 """Of a processor, per search, as `regex` counts it; a sound pattern takes milliseconds over a megabyte."""
+MAX_JSON_CHARS = 1_000_000
+NO_JSON = object()
+"""What `json_of` returns for a text that is none."""
+_FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
 
 
 @lru_cache(maxsize=4096)
@@ -56,3 +64,20 @@ def _limited(action: Any, pattern: str, text: str) -> Any:
         shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
         raise TooLong(f"the pattern {shown!r} takes longer than {TIME_LIMIT_S:g} s of a processor over this "
                       "response; write it without nested repetitions") from None
+
+
+def json_of(text: str) -> Any:
+    """Return the JSON value that a whole text is, without a Markdown fence around it; `NO_JSON` for none.
+
+    NaN and Infinity are no JSON (RFC 8259); what is nested deeper than Python reads is none either.
+
+    Raises:
+        Refused: the text is longer than `MAX_JSON_CHARS`.
+    """
+    if len(text) > MAX_JSON_CHARS:
+        raise Refused(f"has {len(text):,} characters; JSON is looked for in at most {MAX_JSON_CHARS:,}")
+    fenced = _FENCE.fullmatch(text.strip())
+    try:
+        return json.loads(fenced[1] if fenced else text, parse_constant=no_constant)
+    except (ValueError, RecursionError):
+        return NO_JSON

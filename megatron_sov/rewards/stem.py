@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sov.rewards.answers import final_answer, normalized
-from megatron_sov.rewards.quantities import Quantity, read_quantity, same
+from megatron_sov.rewards.answers import Quantity, final_answer, normalized, read_quantity, same
 from megatron_sov.rewards.reward import Refused, Row, Score, told_short
 from megatron_sov.settings import Fraction
 

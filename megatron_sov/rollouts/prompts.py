@@ -1,9 +1,13 @@
 """The prompts of a run: read from a file, in an order that is a function of seed and round, cut into pieces
-of work."""
+of work; and by which settings and random numbers responses to them are written.
+
+All of it is a function of what was asked, so that a piece that is written again is the same piece.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +17,19 @@ from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.digests import SHA256, Digest
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.records import Reading, parse_record
+from megatron_sov.documents.rows import check_rows, read_rows
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.rewards.rows import check_rows, read_rows
-from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.rows import part_name
 
 if TYPE_CHECKING:
     import numpy as np
 
 OPTION = "--prompts"
-ID_DIGITS = 16
-"""Of the hash that a prompt is known by."""
+TARGET = "target_tokens"
+"""Field of a prompt's record."""
+HASH_DIGITS, STREAM_DIGITS = 16, 15
+"""Of the hash that a prompt, or settings, are known by, and of a stream's: 60 bits, by which streams of all
+responses of a run differ, and an engine may take them as int64."""
 MAX_TOLD = 10
 """Bad prompts that are named."""
 
@@ -63,7 +70,6 @@ class Piece:
     prompts: tuple[Prompt, ...]
 
     def part(self, attempt: int = 0) -> str:
-        """Return the name of the part in which an attempt at it is published."""
         return part_name(self.round, self.number, attempt)
 
 
@@ -78,7 +84,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     problems: list[str] = []
     for line, record in read_rows(path, OPTION, ""):
         try:
-            prompt = Prompt(_id(record), record, line)
+            prompt = Prompt(_hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":")),
+                            record, line)
         except UnicodeEncodeError:
             problems.append(f"line {line}: holds half of a surrogate pair, which is no text")
             continue
@@ -163,14 +170,75 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def _id(record: Mapping[str, Any]) -> str:
-    digest = Digest(SHA256)
-    digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
-    return digest.text().partition(":")[2][:ID_DIGITS]
-
-
 def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
         raise UserError(list_problems(f"{OPTION} {path}", [*problems[:MAX_TOLD], *more],
                                       "mend or remove these lines"))
+
+
+def rounds_between(given: str) -> range:
+    """Return the rounds that --rounds names.
+
+    Raises:
+        UserError: it has another form.
+    """
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", given)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"--rounds {given}: must be a round, or the first and the last one, from 1, e.g. "
+                        "--rounds 2 or --rounds 3-7")
+    return range(first, last + 1)
+
+
+def budget_of(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:
+    """Return the tokens that a response is asked to have; None: it may have any number.
+
+    Args:
+        rollout: whose `budgets_tokens` divide a group into equal parts, in order of samples.
+        prompt: its id, for sentences.
+        record: the prompt's, whose field `target_tokens` counts where there are no budgets.
+        sample: number of the response in its group.
+
+    Raises:
+        UserError: the record's is no number of tokens.
+    """
+    budgets = rollout.budgets_tokens
+    if budgets:
+        return budgets[sample * len(budgets) // rollout.samples_per_prompt]
+    target = record.get(TARGET)
+    if target is None:
+        return None
+    if not isinstance(target, int) or isinstance(target, bool) or target < 1:
+        raise UserError(f"--prompts: prompt {prompt} has {TARGET} = {target!r}; write a whole number from 1, "
+                        "or leave it out")
+    return target
+
+
+def sampling_digest(settings: Mapping[str, Any]) -> str:
+    """Return what stands in a response's key for the settings that its tokens were chosen by.
+
+    Args:
+        settings: JSON values: temperature, limits, seed, chat template, environment; and the round, since one
+            policy may be asked the same prompt in two rounds.
+    """
+    return _hash(settings, HASH_DIGITS)
+
+
+def stream_of(round: int, prompt: str, sample: int, attempt: int = 0, turn: int = 0) -> int:
+    """Return the number of a response's stream of random numbers, which with the seed decides its samples.
+
+    Args:
+        round: that it is written for.
+        prompt: its id.
+        sample: number in its group.
+        attempt: how often it was gone on with.
+        turn: of an episode.
+    """
+    return int(_hash([round, prompt, sample, attempt, turn], STREAM_DIGITS), 16)
+
+
+def _hash(value: Any, digits: int, **form: Any) -> str:
+    digest = Digest(SHA256)
+    digest.update(json.dumps(value, sort_keys=True, **form).encode())
+    return digest.text().partition(":")[2][:digits]

@@ -1,10 +1,15 @@
-"""What the store holds: a row for each response, and a row for each reward of it."""
+"""What the store holds: a row for each response, and a row for each reward of it, in parts that say what they
+were written for."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_sov.work.tables.table import TablePart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,6 +20,7 @@ of the next attempt goes on behind it."""
 NOT_WRITTEN = -1
 """Version of a token that no policy wrote: a tool's result, or the opening of a turn."""
 _DOMAIN = "domain"
+_NAME = re.compile(r"round-([1-9]\d{4,}|\d{4})-piece-([1-9]\d{4,}|\d{4})(?:-attempt-([1-9]\d*))?")
 
 
 class Key(NamedTuple):
@@ -151,3 +157,79 @@ def later(rows: Sequence[Rollout]) -> list[Rollout]:
         if row.key not in found or row.attempt > found[row.key].attempt:
             found[row.key] = row
     return list(found.values())
+
+
+class Part(TablePart):
+    """One part of a store."""
+
+    @property
+    def round(self) -> int:
+        """Return its round, from 1."""
+        return self.key[0]
+
+    @property
+    def piece(self) -> int:
+        """Return its piece, from 0."""
+        return self.key[1]
+
+    @property
+    def attempt(self) -> int:
+        """Return 0, or which continuation of the piece's unfinished rows it is."""
+        return self.key[2]
+
+
+def part_name(round: int, piece: int, attempt: int = 0) -> str:
+    """Return the name of a piece's part: of a round from 1, a piece from 0, and an attempt from 0."""
+    return f"round-{round:04d}-piece-{piece:04d}" + (f"-attempt-{attempt}" if attempt else "")
+
+
+def numbers_in(name: str) -> tuple[int, int, int] | None:
+    """Return the round, piece and attempt of a part's name; None where it is the name of none."""
+    found = _NAME.fullmatch(name)
+    return None if found is None or not int(found[1]) else (int(found[1]), int(found[2]), int(found[3] or 0))
+
+
+ROUNDS, PIECES, UNFINISHED_ROWS = "asked_rounds", "pieces_per_round", "unfinished"
+"""In the provenance of a part of rollouts: the last round that is asked for, the pieces of each, and how many
+of its own rows an attempt behind it goes on with."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a store is written for."""
+
+    rounds: int
+    """The last one, from 1."""
+    pieces: int
+    """Of each round."""
+
+    def told(self, unfinished: int) -> dict[str, int]:
+        """Return what stands in the provenance of a part with so many unfinished rows."""
+        return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
+
+
+def not_written(parts: Sequence[Part], rounds: range | None) -> str | None:
+    """Return what is still to be written, as the end of a sentence; "": nothing is; None: no part tells.
+
+    Args:
+        parts: of rollouts, all that there are of these rounds.
+        rounds: those that are meant; None: all that the newest part tells of.
+    """
+    newest = max(parts, key=lambda part: part.created_s, default=None)
+    asked = None if newest is None else _asked_of(newest.provenance)
+    if asked is None:
+        return None
+    last = {(part.round, part.piece): part for part in sorted(parts, key=lambda part: part.attempt)}
+    written = Counter(number for number, _ in last)
+    begun = Counter(number for (number, _), part in last.items() if part.provenance.get(UNFINISHED_ROWS))
+    for number in rounds or range(1, asked.rounds + 1):
+        if written[number] < asked.pieces:
+            return f"{asked.pieces - written[number]:,} of {asked.pieces:,} pieces of round {number}"
+        if begun[number]:
+            return f"the ends of responses in {begun[number]:,} of {asked.pieces:,} pieces of round {number}"
+    return ""
+
+
+def _asked_of(provenance: Mapping[str, Any]) -> Asked | None:
+    rounds, pieces = provenance.get(ROUNDS), provenance.get(PIECES)
+    return Asked(rounds, pieces) if type(rounds) is type(pieces) is int and min(rounds, pieces) > 0 else None

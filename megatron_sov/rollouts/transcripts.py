@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_sov.documents.visible import visible
 from megatron_sov.pages.page import Chapter, Section, Table, render
-from megatron_sov.rollouts.rows import LENGTH, Judged, Rollout, later
+from megatron_sov.rollouts.rows import LENGTH, Judged, Rollout
 from megatron_sov.rollouts.store import Store
 
 CUT_OFF = (LENGTH, "turns", "tokens", "unended")
@@ -77,7 +77,6 @@ class _Round:
         return sorted(reads, key=lambda read: (sign * (read.reward or 0.0), read.place))[:most or self.most]
 
     def shown(self) -> Iterator[tuple[str, _Read]]:
-        """Yield what is shown, and why."""
         above = {read.row.key for read in self.highest}
         lowest = [read for read in self.lowest if read.row.key not in above][:self.most]
         for why, reads in (("highest reward", self.highest), ("lowest reward", lowest),
@@ -86,7 +85,6 @@ class _Round:
                 yield why, read
 
     def figures(self) -> list[str]:
-        """Return a row of the page's table."""
         mean = f"{self.total / self.rewards:.4f}" if self.rewards else ""
         return [f"{self.number}", f"{self.rows:,}", mean, f"{self.cut_off:,}",
                 f"{self.rows - self.rewards:,}"]
@@ -116,13 +114,9 @@ def page_of(store: Store, rounds: Sequence[int], version: str | None, most: int,
 
 
 def _round(store: Store, number: int, version: str | None, most: int) -> _Round:
-    found, parts = _Round(number, most), store.rollout_parts(number)
-    for piece in sorted({part.piece for part in parts}):
-        names = [part.name for part in parts if part.piece == piece]
-        rows = later([row for name in names for row in store.read_rollouts(name, _COLUMNS)])
-        said = {(judged.key, judged.attempt): judged for name in names
-                if version is not None and store.has_rewards(version, name)
-                for judged in store.read_rewards(version, name)}
+    found = _Round(number, most)
+    for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
+        said = {} if version is None else store.judgements(version, parts)
         found.add([_Read(row, said.get((row.key, row.attempt))) for row in rows])
     return found
 
@@ -147,7 +141,6 @@ def _chapter(name: str, read: _Read, decode: Decode | None) -> Chapter:
 
 
 def _asked(record: Any) -> list[tuple[str, str]]:
-    """Return the prompt of a record: messages, a text, or the question of a task."""
     given = record.get("messages", record.get("prompt", record.get("question", "")))
     if isinstance(given, list):
         return [(str(message.get("role", "")), str(message.get("content", ""))) for message in given

@@ -197,7 +197,9 @@ def _lines(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
     yield from _tree(found.get("made_from", []), 1)
     if work := found.get("unfinished"):
         changed = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(work["changed_s"]))
-        yield (f"{path}: unfinished work of `{work['made_by']}` in {work['folder']}: {work['num_done']:,} "
+        # an artifact that was made after it may go on with it
+        state = "kept" if found.get("created_s", 0.0) >= work["changed_s"] else "unfinished"
+        yield (f"{path}: {state} work of `{work['made_by']}` in {work['folder']}: {work['num_done']:,} "
                f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command goes on, "
                "--clear deletes it")
         for name, value in work["identity"].items():

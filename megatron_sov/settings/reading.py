@@ -7,10 +7,22 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from pydantic import BeforeValidator
 
 from megatron_sov.errors import nearest
 from megatron_sov.settings.problem import UNSET, Code, Problem, Relation, SettingsError, as_problem
+
+# Text of people in YAML, which reads 2025-07-24 as a date and 2025 as a number.
+
+def _as_written(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_written)]
+"""A text that may look like a number or a date."""
+
 
 S = TypeVar("S")
 Instead = Callable[[str], str]

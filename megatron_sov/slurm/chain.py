@@ -1,23 +1,137 @@
-"""Chains of stages from one file: each starts when those before it are complete,
-and a failed one stops what follows."""
+"""Chains of stages from one YAML file, of the package by name or a user's own by path: each starts when those
+before it are complete, and a failed one stops what follows; or their scripts as files for `sbatch`, which any
+folder and any Python with the package will do for.
+
+`$WORK` in the arguments of a stage stands for the folder that the variable of that name holds.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.clusters import client, cluster
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, nearest
 from megatron_sov.obs.events import read_events
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, read_text, read_yaml
 from megatron_sov.slurm import submission
-from megatron_sov.slurm.chain_file import ChainConfig, ChainStage, names, read_chain, work_folder
-from megatron_sov.slurm.history import ATTEMPTS
-from megatron_sov.slurm.script import READY_ROOT, Ready
+from megatron_sov.slurm.attempts import ATTEMPTS
 from megatron_sov.slurm.stages import Commands, SubmitOptions, check_inputs
+from megatron_sov.slurm.submission import READY_ROOT, Ready
+
+WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
+
+
+@dataclass(frozen=True)
+class ChainStage:
+    """One stage of a chain file."""
+
+    stage: str
+    """Which stage."""
+    arguments: str
+    """What follows its command, quoted as in a shell."""
+    name: str = ""
+    """Its name in the chain; empty: the stage's."""
+    after: tuple[str, ...] | None = None
+    """Names of the stages that have to be complete; null: the one before."""
+    cluster: str = ""
+    """Profile; empty: the chain's."""
+    nodes: AtLeastOne = 1
+    """Nodes of a training stage."""
+    min_nodes: NotNegativeInt = 0
+    """Fewest nodes to go on with; 0: all."""
+    nodes_set: tuple[str, ...] = ()
+    """N:key=value: settings that change when there are N nodes."""
+    array: NotNegativeInt = 0
+    """data pack: tasks that share the inputs."""
+    time_limit: str | None = None
+    """Time limit instead of the profile's."""
+    note: str = ""
+    """What people should know before they submit its ready script."""
+
+    @property
+    def label(self) -> str:
+        """Its name in the chain."""
+        return self.name or self.stage
+
+    def argv(self, work: str | None) -> tuple[str, ...]:
+        """Return the arguments as a shell would split them.
+
+        Args:
+            work: what `$WORK` stands for; None: what the environment says.
+
+        Raises:
+            UserError: quotes do not match, or $WORK is used and not set.
+        """
+        try:
+            argv = shlex.split(self.arguments, comments=True)
+        except ValueError as e:
+            raise UserError(f"arguments = {self.arguments!r}: cannot be read as a shell would ({e}); "
+                            "mend its quotes") from None
+        return tuple(WORK.sub(lambda found: work_folder() if work is None else work, word) for word in argv)
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """A chain file."""
+
+    stages: tuple[ChainStage, ...]
+    """In order."""
+    cluster: str = ""
+    """Profile of all stages; empty: --cluster."""
+    description: str = ""
+    """One line for people."""
+
+
+def work_folder() -> str:
+    """Return the folder of $WORK, absolute.
+
+    Raises:
+        UserError: it is not set.
+    """
+    if not os.environ.get("WORK"):
+        raise UserError("$WORK is not set; export WORK=FOLDER, a folder on a disk that all nodes see")
+    return str(Path(os.environ["WORK"]).absolute())
+
+
+def names() -> list[str]:
+    """Return the names of the chains that come with the package."""
+    return [*cluster.shipped("chains")]
+
+
+def read_chain(name: str) -> ChainConfig:
+    """Read a chain: one that comes with the package, or a YAML file of the user's.
+
+    Raises:
+        UserError: it is not there, is no YAML, has other fields, or stages that cannot be
+            one after the other.
+    """
+    if name in names():
+        text = cluster.shipped("chains")[name].read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = read_text(Path(name), name)
+    else:
+        raise UserError(f"{name}: does not exist{nearest(name, names())} (chains: {', '.join(names())}; "
+                        "your own: a YAML file with `stages`, docs/slurm.md)")
+    config = read_yaml(ChainConfig, text, name, rules=False)
+    if not config.stages:
+        raise UserError(f"{name}: has no stages")
+    labels = [stage.label for stage in config.stages]
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise UserError(f"{name}: {twice[0]!r} names two stages; give one of them another `name`")
+    for number, stage in enumerate(config.stages):
+        for before in stage.after or ():
+            if before not in labels[:number]:
+                raise UserError(f"{name}: {stage.label} comes after {before!r}, which is no stage before it"
+                                f"{nearest(before, labels[:number])}")
+    return config
 
 
 @dataclass(frozen=True)
@@ -182,3 +296,29 @@ def _ready(chain: str, number: int, stage: ChainStage, options: SubmitOptions) -
     chosen = f" --cluster {options.cluster}" if options.cluster else ""
     return Ready(name, options.scripts / f"{number + 1:02}-{stage.label}.sbatch",
                  f"megatron-sov submit chain {chain}{chosen} --scripts {options.scripts}", stage.note)
+
+
+def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Commands) -> list[Path]:
+    """Write the scripts of a chain; returns them in the order in which they are submitted.
+
+    Args:
+        chain: name of one that comes with the package, or a file.
+        folder: where they go; as it is given it stands in their comments.
+        options: the command line's, which name the folder too.
+        commands: the parsers of the stages' commands.
+
+    Raises:
+        UserError: something about the chain does not fit, or a script of that name, which may have been
+            changed, is there.
+    """
+    links = links_of(chain, options, commands)
+    scripts = {job.script: text for link in links
+               for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}
+    if there := [path for path in scripts if path.exists()]:
+        raise UserError(f"{there[0]}: is there already, and may have been changed; "
+                        "remove it, or choose another --scripts folder")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, text in scripts.items():
+        atomic_write(path, text)
+    return list(scripts)

@@ -88,7 +88,10 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
     except OSError as e:
         report.disk_error = f"{scratch}: {e.strerror}"
     if transformer_engine:
-        report.transformer_engine_error = _import_error("transformer_engine.pytorch")
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
+            report.transformer_engine_error = told_in_a_line(e)
     device = torch.device("cuda", own_gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -126,14 +129,6 @@ def _look_at_gpu(report: Report) -> None:
         gpu = seen[own_gpu_index(report.num_gpus)]
         report.gpu_uuid, report.gpu_used_bytes = gpu.uuid, gpu.used_bytes
         report.gpu_illness = illness(gpu.uuid)
-
-
-def _import_error(module: str) -> str:
-    try:
-        importlib.import_module(module)
-    except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
-        return told_in_a_line(e)
-    return ""
 
 
 def look_together(report: Report, timeout_s: float) -> None:

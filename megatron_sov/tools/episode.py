@@ -2,12 +2,16 @@
 
 Ids are appended and never encoded again: what a model sampled is trained on as it was sampled, and what tools
 and the template say is not.
+
+What has been played is kept as lines, one for each turn, before the next round begins.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
@@ -15,10 +19,11 @@ from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.documents import BadRecord, Conversation, Message
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.reward import Result
-from megatron_sov.tools.environment import Task
+from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.faults import INFRASTRUCTURE
 from megatron_sov.tools.host import CallResult, EnvironmentHost, Opening
 from megatron_sov.tools.limits import EpisodeLimits, cut
+from megatron_sov.work.journal import Journal
 
 ENDS = ("answered", "turns", "tokens", "unended", "infrastructure")
 """How an episode ends: with an answer; at the limit of turns or of tokens; in a turn that the model did not
@@ -227,3 +232,59 @@ def within(written: Written, most: int) -> Written:
     """Return what a model wrote up to its limit; engines are asked for several episodes at a time."""
     logprobs = written.logprobs
     return Written(written.ids[:most], None if logprobs is None else logprobs[:most])
+
+
+class EpisodeLines:
+    """Lines of episodes: those that were kept before, and where more are kept."""
+
+    def __init__(self, lines: Iterable[dict[str, Any]],
+                 keep: Callable[[Sequence[dict[str, Any]]], object] = lambda lines: None) -> None:
+        """`keep`: is given the lines of each round."""
+        self._lines, self.add = lines, keep
+
+    def episodes(self, tasks: Sequence[Task]) -> dict[int, Episode]:
+        """Return number -> the episodes that had begun, as far as they had come."""
+        found: dict[int, Episode] = {}
+        for line in self._lines:
+            number = line["episode"]
+            if "prompt" in line:
+                opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
+                found[number] = Episode(number, tasks[number], opening, line["prompt"])
+            elif "turn" in line:
+                turn = line["turn"]
+                found[number].turns.append(Turn(**turn | {"written": Written(**turn["written"])}))
+            else:
+                found[number].result = Result(**line["result"])
+        return found
+
+
+def begin_line(episode: Episode) -> dict[str, Any]:
+    """Return the line of an episode that has begun."""
+    return {"episode": episode.number, "prompt": episode.prompt,
+            "observation": asdict(episode.opening.observation), "tools": list(episode.opening.tools)}
+
+
+def turn_line(episode: Episode) -> dict[str, Any]:
+    """Return the line of an episode's last turn."""
+    return {"episode": episode.number, "turn": asdict(episode.turns[-1])}
+
+
+def lines_of(episode: Episode) -> list[dict[str, Any]]:
+    """Return all lines of an episode that goes on: what another process needs to go on with it."""
+    return [begin_line(episode), *({"episode": episode.number, "turn": asdict(turn)}
+                                   for turn in episode.turns)]
+
+
+def result_line(episode: Episode) -> dict[str, Any]:
+    """Return the line of an episode's reward."""
+    assert episode.result is not None
+    return {"episode": episode.number, "result": asdict(episode.result)}
+
+
+def lines_in(journal: Journal) -> EpisodeLines:
+    """Return the lines of a journal, which keeps more."""
+    def keep(lines: Sequence[dict[str, Any]]) -> None:
+        journal.add([(line["episode"], json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                     for line in lines])
+
+    return EpisodeLines((json.loads(record) for _, record in journal.records()), keep)

@@ -7,11 +7,9 @@ it.
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections import deque
 from dataclasses import dataclass
-from multiprocessing import connection
-from types import TracebackType
 from typing import Any, Self
 
 from megatron_sov.chat.tool_calls import ToolCall
@@ -22,12 +20,9 @@ from megatron_sov.tools.environment import Environment, Observation, Task, unkno
 from megatron_sov.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
 from megatron_sov.tools.limits import EpisodeLimits, cut
 from megatron_sov.tools.registry import BUILT_IN, make
-from megatron_sov.work.children import LOOK_EVERY_S, Fork, limit_memory, preload
+from megatron_sov.work.children import MAX_MEMORY_BYTES, limit_memory
+from megatron_sov.work.workers import START_LIMIT_S, Answer, Lost, Workers
 
-START_LIMIT_S = 120.0
-"""For a process to import and make its environment, and for an episode to begin."""
-MAX_MEMORY_BYTES = 4 << 30
-"""Of address space per process, where an environment has no `MAX_MEMORY_BYTES` of its own (0: no limit)."""
 _MORE_BYTES = 64 << 20
 """An answer's size beside the state's."""
 
@@ -73,7 +68,11 @@ class EnvironmentHost:
             limits: of calls and of what they leave.
         """
         self._asked, self._limits = asked, limits
-        self._fork: Fork | None = None
+        self._workers = Workers(  # whose sandbox is a process of its own
+            f"tool environment {asked.name}", _serve,
+            (asked, {"max_tool_chars": limits.max_tool_chars, "max_state_bytes": limits.max_state_bytes}),
+            modules=[module for module, _, _ in BUILT_IN.values()], may_start_processes=True,
+            most_bytes=limits.max_state_bytes + _MORE_BYTES)
         self._task: Task = {}
         self.state = "null"
         """Of the environment behind the last call, as JSON."""
@@ -81,9 +80,8 @@ class EnvironmentHost:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self._end()
+    def __exit__(self, *error: object) -> None:
+        self._workers.end()
 
     def reset(self, task: Task) -> Opening:
         """Begin an episode.
@@ -125,9 +123,6 @@ class EnvironmentHost:
     def _begin(self, what: str, **request: Any) -> dict[str, Any]:
         """Ask for what begins an episode, of a process that is started where there is none."""
         try:
-            if self._fork is None:  # whose sandbox is a process of its own
-                preload([__name__, *(module for module, _, _ in BUILT_IN.values())])
-                self._fork = Fork(_serve, (self._asked,), may_start_processes=True)
             answer = self._ask(what, START_LIMIT_S, **request)
         except _Gone as gone:
             raise UserError(f"tool environment {self._asked.name}: {gone.reason} while an episode began; "
@@ -138,52 +133,19 @@ class EnvironmentHost:
         return answer
 
     def _ask(self, what: str, timeout_s: float, **request: Any) -> dict[str, Any]:
-        """Return what the process answers; ends it where it does not."""
-        limits = {"max_tool_chars": self._limits.max_tool_chars,
-                  "max_state_bytes": self._limits.max_state_bytes}
-        assert self._fork is not None, "an episode begins before a call"
-        try:
-            self._fork.pipe.send_bytes(json.dumps({"what": what, **request, **limits}).encode())
-            if not _answers(self._fork, timeout_s):
-                self._end()
-                raise _Gone("timeout", f"took longer than {timeout_s:g} s")
-            answer: dict[str, Any] = json.loads(
-                self._fork.pipe.recv_bytes(self._limits.max_state_bytes + _MORE_BYTES))
-        except (EOFError, OSError, ValueError):
-            self._end()
-            raise _Gone("ended", "ended its process") from None
-        return answer
-
-    def _end(self) -> None:
-        if self._fork is not None:
-            self._fork.end()
-            self._fork = None
+        """Return what the process answers; it is ended where it does not."""
+        ((_, answer),) = self._workers.answers(deque([(what, {"what": what, **request})]), timeout_s)
+        if isinstance(answer, Lost):
+            raise (_Gone("timeout", f"took longer than {timeout_s:g} s") if answer.exit_code is None
+                   else _Gone("ended", "ended its process"))
+        return dict(answer)
 
 
-def _answers(fork: Fork, limit_s: float) -> bool:
-    """Wait for an answer; False: its time has run out."""
-    fork.time.begin_again()
-    while not fork.pipe.poll(LOOK_EVERY_S):
-        if fork.is_late(limit_s):
-            return bool(fork.pipe.poll())  # one that has answered meanwhile is not late
-    return True
-
-
-def _serve(pipe: connection.Connection, asked: Order) -> None:
-    """Make the environment, then do what is asked until the pipe is closed."""
-    environment: Environment | None = None
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            request = json.loads(pipe.recv_bytes())
-            if environment is None:
-                try:
-                    environment, _ = make(asked)
-                except UserError as e:
-                    pipe.send_bytes(json.dumps({"problem": str(e)}).encode())
-                    continue
-                limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
-            answer = _DO[request.pop("what")](environment, request)
-            pipe.send_bytes(json.dumps(answer).encode())
+def _serve(asked: Order, limits: dict[str, int]) -> Answer:
+    """Return what does as it is asked, in the environment's process."""
+    environment, _ = make(asked)
+    limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
+    return lambda request, again: _DO[request.pop("what")](environment, request | limits)
 
 
 def _reset(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,22 @@
-"""Which tool environments there are, by name, and how one is made from settings."""
+"""Which tool environments there are, by name, how one is made from settings, and the tasks that it gets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
+from megatron_sov.documents.rows import read_objects
+from megatron_sov.errors import UserError
 from megatron_sov.plugins import orders
 from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
 from megatron_sov.rewards.version import settings_of, version_of
-from megatron_sov.tools.environment import Environment
+from megatron_sov.tools.environment import Environment, Task
 
 BUILT_IN: dict[str, tuple[str, str, str]] = {
     "calculator": ("megatron_sov.tools.worlds.calculator", "Calculator", "arithmetic, exact where it can be"),
@@ -59,3 +64,26 @@ def make(asked: Order) -> tuple[Environment, str]:
     built = orders.build(asked, BUILT_IN, OWN)
     return (cast(Environment, built.value),
             version_of(built.value, settings_of(built.value, built.settings), built.files))
+
+
+def tasks_of(environment: Environment, name: str, path: Path | None) -> list[Task]:
+    """Return the tasks of a file in JSON lines, or without one an environment's examples.
+
+    Raises:
+        UserError: there are none, or a line is no JSON object.
+    """
+    if path is None:
+        examples: Sequence[Task] = getattr(environment, "EXAMPLES", ())
+        if not examples:
+            raise UserError(f"tool environment {name}: brings no examples; write tasks into a file in JSON "
+                            "lines and name it with --tasks")
+        return list(examples)
+    found: list[Task] = [task for _, task in read_objects(path, "--tasks")]
+    if not found:
+        raise UserError(f"--tasks {path}: has no tasks; each line is a JSON object")
+    return found
+
+
+def digest_of(tasks: Sequence[Any]) -> str:
+    """Return a hash of tasks."""
+    return hashlib.sha256(json.dumps(tasks, sort_keys=True, default=dict).encode()).hexdigest()[:16]

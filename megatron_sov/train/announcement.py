@@ -14,7 +14,7 @@ from megatron_sov.models.count import num_params
 from megatron_sov.obs.units import GIB
 from megatron_sov.plan.memory import Account, account
 from megatron_sov.train.evaluate import HeldoutLoss
-from megatron_sov.train.state import TrainState
+from megatron_sov.train.restoring import TrainState
 
 CHATTING = ("sft", "preference", "policy")
 """Objectives that train on chats, mostly: what they make is asked in that form."""

@@ -19,7 +19,7 @@ from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.state import TrainState
+from megatron_sov.train.restoring import TrainState
 from megatron_sov.train.stopping import StopFlag
 
 STOP = "asked to stop"

@@ -19,8 +19,8 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.logprobs import head_of
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel import device as rng
 from megatron_sov.mcore.parallel.compute_timer import ComputeClock
+from megatron_sov.mcore.parallel.device import reseed
 from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
@@ -109,16 +109,16 @@ class Computation:
         """Leave only this process's gradients of the first micro-batches in the model;
         each turn draws the same dropout."""
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
-        rng.reseed(self._config.train.seed, step - 1)
+        reseed(self._config.train.seed, step - 1)
         self._unsynced(batch, batch.micro_batches[:count], objective)
         if turn:
             self._miscompute(step)
         self._expert_load.forget()
-        rng.reseed(self._config.train.seed, step - 1)
+        reseed(self._config.train.seed, step - 1)
 
     def own_part(self, batch: GlobalBatch, objective: Objective, step: int) -> OwnPart:
         """Return what this process computes of a step (1-based), which is drawn as it was the first time."""
-        rng.reseed(self._config.train.seed, step - 1)
+        reseed(self._config.train.seed, step - 1)
         parts = self._unsynced(batch, batch.micro_batches, objective)
         own = self._own(parts, objective, self._checksum())
         self._expert_load.forget()

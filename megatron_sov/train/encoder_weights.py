@@ -12,7 +12,7 @@ from megatron_sov.config import AudioEncoderConfig, ModelConfig, RunConfig, Visi
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.load import agreement
-from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
+from megatron_sov.mcore.checkpoint.writer import TensorFile
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.models.encoders import AUDIO, ENCODER, VISION, encoder_tensors

@@ -28,8 +28,7 @@ from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.model import gpu_settings, specs
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import World
-from megatron_sov.models.count import num_params
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import num_params, train_flops_per_token
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.incidents import BY_SETTING
 from megatron_sov.obs.progress_bar import ProgressBar
@@ -43,7 +42,7 @@ from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.planning import device_name
-from megatron_sov.train.state import StepResult, TrainState
+from megatron_sov.train.restoring import StepResult, TrainState
 
 # How well a step used its machine: model FLOPs, their share of the GPU's peak, memory.
 

@@ -35,8 +35,7 @@ from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.warning import warn
-from megatron_sov.plan.fitting import fullest, refuse_too_large
-from megatron_sov.plan.host_memory import refuse_on_this_node
+from megatron_sov.plan.fitting import fullest, refuse_on_this_node, refuse_too_large
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder

@@ -59,8 +59,8 @@ from megatron_sov.train.objective_context import ObjectiveContext
 from megatron_sov.train.planning import keep_plan
 from megatron_sov.train.profiling import Profiling
 from megatron_sov.train.recorder import Recorder, peak_memory
+from megatron_sov.train.restoring import StepResult, TrainState
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
-from megatron_sov.train.state import StepResult, TrainState
 from megatron_sov.train.stopping import StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]

@@ -1,45 +1,48 @@
-"""Child processes: how they end with their parent, what they may take, and forks that answer over a pipe.
+"""Child processes: how they end with their parent, what they may take, and how they are talked to.
 
-No torch here.
+A child has a socket to this process, for messages of JSON (`work.channel`): nothing that it sends is ever
+unpickled.  It is an interpreter of its own, or a fork of a small server (`work.workers`).  No torch here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import multiprocessing
 import os
 import resource
 import signal
+import socket
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import IO
 
 from megatron_sov.errors import ExitCode
-from megatron_sov.work.watch import OwnTime, Watch
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that ask for a stop; the launcher passes them on to its ranks.  SIGUSR1 is what Slurm is asked to
 send before the time limit."""
-LOOK_EVERY_S = 0.25
-"""At what a fork takes that has not answered yet."""
+MAX_MEMORY_BYTES = 4 << 30
+"""Of address space, for a process that works with what names no `MAX_MEMORY_BYTES` of its own."""
 _PR_SET_PDEATHSIG = 1
-_PRELOADED: dict[str, None] = {}
-"""Modules of all forks, in order: they share one server."""
 
 
 def die_with_parent(parent: int) -> None:
     """Ask Linux to kill this process when its parent dies, so that a killed run leaves none behind."""
-    _be_killed_with_parent()
+    be_killed_with_parent()
     if sys.platform == "linux" and os.getppid() != parent:
         os._exit(ExitCode.CRASH)
 
 
-def _be_killed_with_parent() -> None:
+def be_killed_with_parent() -> None:
+    """Ask Linux for that of a fork whose parent is alive."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def limit_memory(limit_bytes: int) -> None:
+def limit_memory(limit_bytes: int = MAX_MEMORY_BYTES) -> None:
     """Let this process ask for no more memory than that, where a limit of the machine's is not lower; 0: no
     limit."""
     hard_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -47,60 +50,65 @@ def limit_memory(limit_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, hard_bytes))
 
 
-def preload(modules: Iterable[str]) -> None:
-    """Have the server of forks import modules, once for all that it forks, unless it has been started."""
-    _PRELOADED.update(dict.fromkeys([__name__, *modules]))
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED])
+class Child:
+    """A process at the other end of a socket, which ends at the latest when nobody has this any more."""
 
-
-class Fork:
-    """A fork of a small server that has imported what such processes need and nothing else: one that was
-    ended is replaced in a moment, and no thread of a caller's library is ever forked."""
-
-    def __init__(self, work: Callable[..., None], arguments: tuple[object, ...], *,
-                 may_start_processes: bool = False) -> None:
-        """Start it.
+    def __init__(self, channel: socket.socket, kill: Callable[[], None],
+                 wait: Callable[[float | None], int | None], patience_s: float = 0.0) -> None:
+        """Take it over.
 
         Args:
-            work: a function of a module; called there with its end of the pipe and `arguments`.
-            arguments: plain values.
-            may_start_processes: False: of those that this process forgets to end, none outlives it.
+            channel: this end.
+            kill: ends it.
+            wait: returns its exit code, or minus its signal; None: it has not ended in so many seconds.
+            patience_s: in which it may end by itself, and remove what it made, when its channel is closed.
         """
-        context = multiprocessing.get_context("forkserver")
-        self.pipe, there = context.Pipe()
-        """This process's end."""
-        self._process = context.Process(target=_begin, args=(there, work, arguments),
-                                        daemon=not may_start_processes)
-        self._process.start()
-        there.close()
-        assert self._process.pid is not None
-        self._watch = Watch(self._process.pid)
-        self.time = OwnTime(self._watch.totals, LOOK_EVERY_S)
-        """Of its work, without what it waits for a processor."""
+        self.channel, self._wait = channel, wait
+        self._end = weakref.finalize(self, _end, channel, kill, wait, patience_s, os.getpid())
 
-    def is_late(self, limit_s: float) -> bool:
-        """Return whether it has taken that long since its time was begun."""
-        now_s = time.monotonic()
-        if now_s >= self.time.look_at_s:
-            self.time.look(now_s)
-        return self.time.own_s(now_s) >= limit_s
-
-    def exit_code(self) -> int | None:
-        """Return how it has ended, for which it may still need a processor."""
-        self._process.join(timeout=60)
-        return self._process.exitcode
+    def exit_code(self, within_s: float) -> int | None:
+        """Return how it has ended, for which it may still need a processor; None: it has not."""
+        return self._wait(within_s)
 
     def end(self) -> None:
         """End it, whatever it does."""
-        self._process.kill()
-        self._process.join()
-        self.pipe.close()
-        self._watch.close()
+        self._end()
 
 
-def _begin(pipe: object, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    """Work as long as the server lives, which ends with the command; Ctrl-C is left to the command, which
-    ends its processes itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _be_killed_with_parent()
-    work(pipe, *arguments)
+def _end(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float | None], int | None],
+         patience_s: float, owner: int) -> None:
+    channel.close()
+    if os.getpid() != owner:  # a fork of the process that started it
+        return
+    if not patience_s or wait(patience_s) is None:
+        with contextlib.suppress(ProcessLookupError):
+            kill()
+        wait(None)
+
+
+def start_interpreter(command: Sequence[str], arguments: Sequence[str], variables: Mapping[str, str], *,
+                      errors: IO[bytes] | int = subprocess.DEVNULL, patience_s: float = 0.0) -> Child:
+    """Start a program with nothing but a socket, whose number is its first argument.
+
+    Args:
+        command: an interpreter and what it runs.
+        arguments: behind the socket's number.
+        variables: of its environment, beside the few that every program needs.
+        errors: where it writes what goes wrong.
+        patience_s: see `Child`.
+    """
+    ours, theirs = socket.socketpair()
+    environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", **variables,
+                   **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}}
+    with theirs:
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno()), *arguments], env=environment, cwd="/",
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=[theirs.fileno()],
+            start_new_session=True)
+    return Child(ours, process.kill, partial(_waited, process), patience_s)
+
+
+def _waited(process: subprocess.Popen[bytes], within_s: float | None) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(within_s)
+    return process.returncode

@@ -26,6 +26,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.work.process_identity import has_ended, identity
 
+POLL_S = 5.0
+"""Between two looks at what can be done, where nothing can at this moment."""
 RENEWALS = 4
 """Signs of life within a lease, so that some may be late."""
 
@@ -46,6 +48,30 @@ class Holder:
     """It has given the claim back."""
     changed_s: float
     """Unix time of the last sign of life, by the clock of the disk."""
+
+
+@dataclass
+class Patience:
+    """How a job waits where nothing can be done at this moment."""
+
+    sleep: Callable[[float], object] = time.sleep
+    waited_s: float = 0.0
+    """Since something could be done."""
+
+    def wait(self, most_s: float, watches: bool) -> bool:
+        """Wait for a moment; returns False where that was done long enough.
+
+        Args:
+            most_s: how long to wait at most.
+            watches: whether to wait longer, since a claim may be a dead job's.
+        """
+        left_s = most_s - self.waited_s
+        if left_s <= 0 and not watches:
+            return False
+        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
+        self.sleep(pause_s)
+        self.waited_s += pause_s
+        return True
 
 
 class Claims:

@@ -212,6 +212,32 @@ def items_on_record(folder: Path) -> set[Item]:
     return {item for file in _files(folder) for item, _, _ in _records(file)}
 
 
+def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
+    """Yield the records of a journal by item, whoever has added them in whatever order; one at a time is in
+    memory."""
+    places: list[tuple[Any, int, int]] = []
+    files = _files(folder)
+    for number, file in enumerate(files):
+        start = 0
+        for item, _, end in _records(file):
+            places.append((item, number, start))
+            start = end
+    for _, number, start in sorted(places):
+        with open(files[number], "rb") as f:  # anew for each: of many writers not all files may be open
+            f.seek(start)
+            record = _next_record(f)
+        assert record is not None, f"{files[number]} has changed"
+        yield record
+
+
+def later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, bytes]]:
+    """Yield what a journal's writers have added behind `ends`, each file's, which this brings up to date."""
+    for file in _files(folder):
+        for item, payload, end in _records(file, ends.get(file, 0)):
+            ends[file] = end
+            yield item, payload
+
+
 def read_job(folder: Path) -> dict[str, Any]:
     """Return made_by, identity and num_done (items with a record) of a folder of unfinished work, as far as
     it tells."""
@@ -248,9 +274,10 @@ def _has_work(folder: Path) -> bool:
             or any(folder.glob(PARTS)) or any(map(_has_work, folder.glob(".*.work"))))
 
 
-def _records(file: Path) -> Iterator[tuple[Item, bytes, int]]:
+def _records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int]]:
     """Yield item, payload and end of each whole record of a file."""
     with open(file, "rb") as f:
+        f.seek(begin)
         while (record := _next_record(f)) is not None:
             yield *record, f.tell()
 

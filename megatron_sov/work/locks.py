@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,13 +31,35 @@ def holding(folder: Path, said: str | Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or it cannot be made.
     """
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if not _hold(folder, stack):
+    with _trying(folder) as is_ours:
+        if not is_ours:
             raise UserError(f"{said}: is being written by another process ({folder} is held); wait for it, "
                             "or name another output")
         yield
+
+
+@contextlib.contextmanager
+def taking(folder: Path) -> Iterator[bool]:
+    """Hold a folder that is there only as long as somebody holds it; gives whether it is held by this block,
+    and not by another one, of whatever process.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    with _trying(folder) as is_ours:
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _trying(folder: Path) -> Iterator[bool]:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        yield _hold(folder, stack)
 
 
 def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:

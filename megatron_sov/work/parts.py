@@ -7,9 +7,10 @@ them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_sov.artifacts import new_folder
 from megatron_sov.work.folders import delete_work, work_folder
 from megatron_sov.work.journal import begin_journal, begun
 
@@ -17,6 +18,23 @@ from megatron_sov.work.journal import begin_journal, begun
 def part_folder(work: Path, key: str) -> Path:
     """Return the place of a part; sub-folders keep each listing short."""
     return work / key[:2] / key
+
+
+def make_part(work: Path, key: str, told_in: str, make: Callable[[Path], object]) -> tuple[Path, bool]:
+    """Return the folder of a part, and whether it was made now and not complete from before.
+
+    Args:
+        work: folder of all parts.
+        key: hash of all that the part depends on.
+        told_in: a file that a complete part has.
+        make: fills the folder that it is called with.
+    """
+    folder = part_folder(work, key)
+    if (folder / told_in).is_file():
+        return folder, False
+    with new_folder(folder, first_stays=True) as temporary:
+        make(temporary)
+    return folder, True
 
 
 @contextlib.contextmanager

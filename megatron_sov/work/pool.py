@@ -10,12 +10,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from megatron_sov.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from concurrent.futures import Future, ProcessPoolExecutor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,6 +24,10 @@ _work: Callable[[Any], Any]
 WAITING_PER_WORKER = 4
 """Items that are handed out, so that no worker waits for the next one."""
 LOST = "a worker process was ended from outside (for want of memory?)"
+
+
+class WorkerLost(UserError):
+    """A worker was ended from outside."""
 
 
 class WorkerPool(Generic[Item, Result]):
@@ -39,65 +43,66 @@ class WorkerPool(Generic[Item, Result]):
             arguments: plain values.
             workers: processes.
         """
-        from concurrent.futures import ProcessPoolExecutor
+        self._build, self._arguments, self._workers = build, arguments, workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._here: Callable[[Item], Result] | None = None
 
-        # Fresh processes: forking one that runs a library's threads could deadlock.
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
-                                         (build, arguments))
+    def __enter__(self) -> Self:
+        return self
 
-    def submit(self, item: Item) -> Future[Result]:
-        """Have an item worked on.
-
-        Raises:
-            BrokenProcessPool: a worker was ended from outside; the result raises it as well.
-        """
-        with _without_interrupts():
-            return self._pool.submit(_do, item)
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Wait for what is under way, or end the processes at once behind an error."""
+        if failure is not None:
+            for process in multiprocessing.active_children():
+                process.terminate()
+        self.end()
 
     def end(self) -> None:
         """Wait for what is under way, and end the processes."""
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
-    def kill(self) -> None:
-        """End the processes at once."""
-        for process in multiprocessing.active_children():
-            process.terminate()
-        self.end()
+    def each(self, items: Iterable[Item]) -> Iterator[Result]:
+        """Yield the result of each item, in order; items are taken as they are needed.  This process does
+        all where there is one worker, or one item for the first time.
+
+        Raises:
+            WorkerLost: a worker was ended from outside.
+        """
+        left = iter(items)
+        first = list(islice(left, self._workers)) if self._pool is None else []
+        if self._pool is None and len(first) <= 1:
+            self._here = self._here or self._build(*self._arguments)
+            yield from map(self._here, chain(first, left))
+            return
+        from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
+
+        # Fresh processes: forking one that runs a library's threads could deadlock.
+        self._pool = self._pool or ProcessPoolExecutor(
+            self._workers, multiprocessing.get_context("spawn"), _start_worker,
+            (self._build, self._arguments))
+        under_way: deque[Future[Result]] = deque()
+        try:
+            for item in chain(first, left):
+                with _without_interrupts():
+                    under_way.append(self._pool.submit(_do, item))
+                while under_way and (under_way[0].done()
+                                     or len(under_way) >= WAITING_PER_WORKER * self._workers):
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool:
+            raise WorkerLost(f"{LOST}; run the same command again, with fewer --workers: what is done is kept"
+                             ) from None
 
 
 def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
                  items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """Yield the result of each item, in order; items are taken as they are needed.  This process does all
-    where there is one worker, or one item.
-
-    Args:
-        build: see `WorkerPool`.
-        arguments: plain values.
-        items: what to work on.
-        workers: processes.
-
-    Raises:
-        UserError: as the work does; or a worker was ended from outside.
-    """
-    left = iter(items)
-    first = list(islice(left, workers))
-    if len(first) <= 1:
-        yield from map(build(*arguments), chain(first, left))
-        return
-    from concurrent.futures.process import BrokenProcessPool
-
-    pool = WorkerPool(build, arguments, len(first))
-    under_way: deque[Future[Result]] = deque()
+    """Yield the result of each item, in order; arguments and errors as of `WorkerPool`."""
+    pool = WorkerPool(build, arguments, workers)
     try:
-        for item in chain(first, left):
-            under_way.append(pool.submit(item))
-            while under_way and (under_way[0].done() or len(under_way) >= WAITING_PER_WORKER * workers):
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(f"{LOST}; run the same command again, with fewer --workers: what is done is kept"
-                        ) from None
+        yield from pool.each(items)
     finally:
         pool.end()
 

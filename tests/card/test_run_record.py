@@ -27,7 +27,7 @@ from megatron_sov.card.run_record import (
 )
 from megatron_sov.config import apply_settings, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.obs.events import EventLog
 from megatron_sov.recipes import get
 

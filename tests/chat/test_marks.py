@@ -24,7 +24,7 @@ from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_t
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.reward import text_of
-from megatron_sov.serving.turn import Turn, turn_so_far, whole_turn
+from megatron_sov.serving.replies import Turn, turn_so_far, whole_turn
 from tokenizer.presets import PRESETS
 
 NOW = ToolCall("now", {})

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
+from megatron_sov.commands import eval_passk
 from megatron_sov.errors import ExitCode
-from megatron_sov.eval import sampling
-from megatron_sov.eval.judged_samples import table
+from megatron_sov.eval.pass_at_k import table
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.report.judgements import passk_section
@@ -128,7 +128,7 @@ def responses(folder: str) -> list[dict]:
 def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)
-    monkeypatch.setattr(sampling, "CALL_SAMPLES", 8)  # two prompts
+    monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
     calls: list[int] = []
     generate = HfEngine.generate
 

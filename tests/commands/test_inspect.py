@@ -13,7 +13,7 @@ import pytest
 from data_prep.cli import main as data_main
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.cli import main
-from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.rows import part_name
 from megatron_sov.rollouts.store import Store
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.journal import open_journal

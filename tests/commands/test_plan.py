@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.plan.search import space
+from megatron_sov.plan import space
 
 
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFixture[str]) -> None:

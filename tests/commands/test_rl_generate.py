@@ -53,7 +53,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
     store = Store.open(tmp_path / "store")
     prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
     for number, checkpoint in ((1, first), (2, second)):
-        rows = [row for part in store.rollout_parts(number) for row in store.read_rollouts(part.name)]
+        rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
         assert len(rows) == 4 and {row.key.policy for row in rows} == {manifest_sha256(checkpoint)}
         assert {int(v) for row in rows for v in row.versions} == {number - 1}
         greedy = _greedy(run_command, checkpoint, tmp_path / "asked.jsonl")

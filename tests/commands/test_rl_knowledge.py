@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main as sov_data
-from data_prep.indexed import open_split
+from data_prep.token_artifact import open_split
 from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
 

@@ -13,8 +13,7 @@ from megatron_sov.cli import main
 from megatron_sov.commands.rl_reward import opened_store
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.post.rl.reward import ENVIRONMENT
-from megatron_sov.rollouts.asked import Asked
-from megatron_sov.rollouts.rows import STOP, Key, Rollout
+from megatron_sov.rollouts.rows import STOP, Asked, Key, Rollout
 from megatron_sov.rollouts.store import Store
 
 

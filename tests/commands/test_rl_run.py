@@ -74,7 +74,7 @@ def weights(run: Path) -> dict[str, str]:
 
 def rows(store: Path) -> list[Rollout]:
     opened = Store.open(store)
-    return [row for part in opened.rollout_parts() for row in opened.read_rollouts(part.name)]
+    return [row for part in opened.parts() for row in opened.read_rollouts(part.name)]
 
 
 @contextmanager
@@ -131,14 +131,14 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
 
     def parts() -> dict[str, str]:
         return {part.name: manifest_sha256(store.path / "rollouts" / part.name)
-                for part in store.rollout_parts()}
+                for part in store.parts()}
 
-    before, (first,) = parts(), store.reward_versions()
+    before, (first,) = parts(), store.versions()
     assert len(before) == 6
     done = run_command(*command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
     assert done.returncode == 0, done.stderr
     assert parts() == before, "nothing was generated"
-    (second,) = set(store.reward_versions()) - {first}
+    (second,) = set(store.versions()) - {first}
     assert [e["reward_version"][:len(second)] for e in events(folder / "other", "round")] == [second] * 3
     assert losses(folder / "other") != losses(whole)
     # a run that writes nothing itself makes the same of the same rounds

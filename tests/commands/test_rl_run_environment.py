@@ -62,7 +62,7 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     done = run_command(*asked, "--limit", "max_turn_tokens=12")
     assert done.returncode == 0, done.stderr
     store = Store.open(tmp_path / "store")
-    (part,) = store.rollout_parts()
+    (part,) = store.parts()
     rows = {row.key: row for row in store.read_rollouts(part.name)}
     assert len(rows) == 4
     for judged in store.read_rewards("environment", part.name):

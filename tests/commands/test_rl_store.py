@@ -19,11 +19,11 @@ import pytest
 from pyarrow import parquet
 
 from megatron_sov.cli import main
-from megatron_sov.rollouts import tables
-from megatron_sov.rollouts.parts import part_name, write_part
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Judged, Key, Rollout
+from megatron_sov.rollouts import columns
+from megatron_sov.rollouts.rows import UNFINISHED, Judged, Key, Rollout, part_name
 from megatron_sov.rollouts.store import Store
 from megatron_sov.work.claims import Claims
+from tests.rollouts.test_store import rollout as sound_row
 
 PAGE = Path(__file__).parents[2] / "docs/rollout_store.md"
 VERSION = "8c1d22ab90e4f00d"
@@ -31,11 +31,9 @@ VERSION = "8c1d22ab90e4f00d"
 
 def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
     """A sound row of round 1, with a tool's result between two tokens of policies."""
-    row = Rollout(Key(prompt, sample, "f" * 64, "s" * 64), 1, 0, {"prompt": "2 + 2?", "domain": "sums"},
-                  np.array([1, 2], np.int32), np.array([5, 6, 7], np.int32),
-                  np.array([-0.5, 0, -1.5], np.float32), np.array([3, NOT_WRITTEN, 4], np.int32), "stop",
-                  "it is\x1b[2J 4", 1.0, "transformers", 10.5, 11.5)
-    return dataclasses.replace(row, **changes)
+    return sound_row(sample, **{"key": Key(prompt, sample, "f" * 64, "s" * 64), "response": "it is\x1b[2J 4",
+                                "record": {"prompt": "2 + 2?", "domain": "sums"},
+                                "logprobs": np.array([-0.5, 0, -1.5], np.float32), **changes})
 
 
 def filled(path: Path) -> Store:
@@ -88,7 +86,7 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for line in "".join(blocks).splitlines():
         assert main(shlex.split(line)[1:]) == 0, line
     assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
-    for kind, schema in (("rollouts", tables.ROLLOUTS), ("rewards", tables.REWARDS)):
+    for kind, schema in (("rollouts", columns.ROLLOUTS), ("rewards", columns.REWARDS)):
         table = text.partition(f"`{kind}.parquet`:")[2].partition("\n## ")[0].partition("\n`rewards")[0]
         named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
                  for name in re.findall(r"`(\w+)`", row)]
@@ -203,15 +201,15 @@ def test_gc_takes_what_nobody_needs_and_no_more(store: Store) -> None:
     assert code == 0 and "deleted 5 folders" in out and not any(map(Path.exists, half))
     assert (old.exists(), new.exists()) == (False, True)
     assert sorted(path.name for path in store.claims.iterdir()) == sorted(open_ones)
-    assert len(store.rollout_parts()) == 3 and len(store.reward_parts(VERSION)) == 3
+    assert len(store.parts()) == 3 and len(store.parts(version=VERSION)) == 3
 
     code, out, err = told("gc", str(store.path), "--rounds", "1")
     assert code == 2 and out.count("would delete") == 6 and "nothing is deleted" in err
-    assert len(store.rollout_parts()) == 3
+    assert len(store.parts()) == 3
     code, out, err = told("gc", str(store.path), "--version", "nonsense")
     assert code == 2 and f"no rewards of it (there are: {VERSION[:12]})" in err
     assert told("gc", str(store.path), "--version", VERSION)[0] == 0
-    assert store.reward_versions() == [] and len(store.rollout_parts()) == 3
+    assert store.versions() == [] and len(store.parts()) == 3
     assert told("gc", str(store.path), "--rounds", "1-4", "--yes")[0] == 0
     assert [path.name for path in (store.path / "rollouts").iterdir()] == [new.name]
 
@@ -227,10 +225,11 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path)
     assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
 
 
-def test_a_strangers_part_is_kept_out(store: Store) -> None:
-    path = store.path / "rollouts" / part_name(1, 7)
-    write_part(path, "rollouts", tables.rollouts_table([rollout("p7", 0)], 100),
-               {"store": {"tokenizer": "sha256:cd", "vocab_size": 100}}, {})
+def test_a_strangers_part_is_kept_out(store: Store, tmp_path: Path) -> None:
+    other = Store.create(tmp_path / "other", "sha256:cd", 100)
+    other.add_rollouts(part_name(1, 7), [rollout("p7", 0)], {})
+    path = store.part_path(part_name(1, 7))
+    shutil.copytree(other.part_path(part_name(1, 7)), path)
     code, out, err = told("ls", str(store.path))
     assert code == 0 and "3 parts" in out
     assert f"kept out: {path}: belongs to another store (tokenizer sha256:cd, 100 ids; this one:" in err

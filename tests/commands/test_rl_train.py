@@ -191,7 +191,7 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
     prompts = read_prompts(rounds.folder / "prompts.jsonl")
     version = make(order("repetition", {})).version
     rounds.write(store, prompts, ROLLOUT, 1, version, judge=False)
-    for part in store.rollout_parts(1):
+    for part in store.parts(1):
         store.add_rewards(version, part.name, [
             Judged(row.key, 0, version, float(part.piece and row.key.sample), "scored")
             for row in store.read_rollouts(part.name)])

@@ -72,7 +72,7 @@ def test_a_person_plays_and_is_told_what_is_no_move(capsys: pytest.CaptureFixtur
     (["play", "calculator", "--limit", "max_turn=1"], "did you mean 'max_turns'"),
     (["play", "retrieval"], "corpus: is missing; it has no default; set it"),
     (["play", "calculator", "--tasks", "none.jsonl"], "--tasks none.jsonl: cannot be read"),
-    (["play", "calculator", "--tasks", "tasks.jsonl"], "--tasks tasks.jsonl: line 2: is no JSON in UTF-8"),
+    (["play", "calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl: line 2: is no JSON (NaN is no JSON)"),
     (["play", "calculator", "--calls", "tasks.jsonl"], "--calls tasks.jsonl: line 1: must be"),
     (["run", "calculator", "nowhere", "--output", "out"], "nowhere")])
 def test_mistakes_are_one_sentence(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from megatron_sov import convert
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.config import LoraConfig, apply_settings
-from megatron_sov.convert.opening import open_weights
+from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.peft import (
     CONFIG,
     WEIGHTS,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert, models, recipes
 from megatron_sov.config import LatentAttentionConfig, ModelConfig, apply_settings
-from megatron_sov.convert.mxfp4 import unpacked
+from megatron_sov.convert.sources import unpacked
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep import assemble
-from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
+from data_prep.assemble import EncodedSource, ShardedWriter, bad_rows, survey, write_quarantine, write_shards
 from data_prep.encode import Encoder, EncodingSettings
-from data_prep.indexed import open_split
 from data_prep.splits import HeldoutRule, document_hash
+from data_prep.token_artifact import open_split
 from data_prep.units import UnitEncoder, UnitSettings
 from megatron_sov.documents import Document, Reading, files, plan_units
 
@@ -84,3 +87,50 @@ def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Pat
     encoded.units += [(unit, encoder.encode(unit)) for unit in plan_units([tmp_path / "a.jsonl"], 700)]
     assert len(encoded.units) > 5
     assert [r["line"] for r in bad_rows(encoded, tmp_path / "work", "uint16")] == list(range(40, 400, 40))
+
+
+def write(folder: Path, lengths: list[int], shard_tokens: int, group: int, batch: int) -> ShardedWriter:
+    with ShardedWriter(folder, "s/train", "uint16", False, True, group, shard_tokens) as writer:
+        for i in range(0, len(lengths), batch * group):
+            part = np.array(lengths[i : i + batch * group], np.int32)
+            ids = np.concatenate([np.full(n, i + k) for k, n in enumerate(part)])
+            writer.write(part, part.astype(np.int64) * 3, {"bin": ids},
+                         [b"%d\n" % (i + k) for k in range(len(part))])
+    return writer
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=40), st.integers(1, 60), st.sampled_from([1, 2]),
+       st.integers(1, 7))
+def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: int, group: int,
+                                            batch: int) -> None:
+    lengths = lengths[: len(lengths) // group * group]
+    with tempfile.TemporaryDirectory() as folder:
+        writer = write(Path(folder), lengths, shard_tokens, group, batch)
+        found, lines = [], []
+        for number, shard in enumerate(writer.shards):
+            assert shard.prefix == f"s/train-{number:05d}"
+            documents = [d.tolist() for d in open_split(Path(folder) / shard.prefix).documents()]
+            assert len(documents) == shard.num_documents > 0 and len(documents) % group == 0
+            assert sum(map(len, documents)) == shard.num_tokens == shard.num_bytes // 3
+            assert shard.num_tokens <= shard_tokens or len(documents) == group
+            found += documents
+            lines += Path(f"{folder}/{shard.prefix}.extra.jsonl").read_text().split()
+        assert (found == [[i] * n for i, n in enumerate(lengths)]
+                and lines == [str(i) for i in range(len(lengths))])
+        # none was closed with room for the next
+        for shard, following in zip(writer.shards, writer.shards[1:], strict=False):
+            first = open_split(Path(folder) / following.prefix).lengths_tokens[:group].sum()
+            assert shard.num_tokens + first > shard_tokens
+
+
+def test_batches_do_not_move_the_limits(tmp_path: Path) -> None:
+    lengths = [(i * 7) % 11 + 1 for i in range(200)]
+    one, other = (write(tmp_path / str(batch), lengths, 50, 2, batch) for batch in (1, 60))
+    assert one.shards == other.shards
+
+
+def test_an_empty_split_has_one_empty_shard(tmp_path: Path) -> None:
+    record = write(tmp_path, [], 10, 1, 1).record()
+    assert record == {"shards": [{"prefix": "s/train-00000", "num_documents": 0, "num_tokens": 0,
+                                  "num_bytes": 0}], "num_documents": 0, "num_tokens": 0, "num_bytes": 0}

@@ -25,8 +25,8 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.indexed import open_split
 from data_prep.pack import PackSettings, Source, pack, parse_sources
+from data_prep.token_artifact import open_split
 from megatron_sov import artifacts
 from megatron_sov.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_NONE

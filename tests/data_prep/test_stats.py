@@ -1,4 +1,4 @@
-"""`sov-data stats`: the numbers are those of what was packed."""
+"""`sov-data stats` and `sample`: the numbers and the texts are those of what was packed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from data_prep.cli import main
 from data_prep.pack import PackSettings, Source, pack
+from data_prep.sample import sample
 from data_prep.stats import statistics
 from megatron_sov.documents import Reading
 
@@ -57,3 +58,29 @@ def test_statistics_are_those_of_transformers_rendering(chats: Path,
     assert "chat: 40 documents" in capsys.readouterr().out
     assert main(["stats", str(chats), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sources"]["chat"]["num_tokens"] == s["num_tokens"]
+
+
+def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = sample(chats, "chat", "train", 100, 1000, seed=0)
+    headings, texts = lines[::3], lines[1::3]
+    assert headings[0].startswith("== chat/train, document 0, ")
+    begin = "<|begin|>user<|content|>Go on?<|end|><|begin|>assistant<|content|>"
+    assert set(texts) < {f"{begin}⟦{a}<|end|>⟧<|endoftext|>" for a in ANSWERS}
+    assert len(set(texts)) == len(texts) > 20
+    few = sample(chats, None, "train", 2, 5, seed=1)
+    assert len(few) == 6 and all("tokens, the first 5" in h for h in few[::3])
+    assert few == sample(chats, None, "train", 2, 5, seed=1)
+    assert main(["sample", str(chats), "--source", "none"]) == 2
+    assert "has no such source (sources: chat)" in capsys.readouterr().err
+    for wrong in (["--count", "-1"], ["--max-tokens", "0"]):
+        assert main(["sample", str(chats), *wrong]) == 2
+        assert f"{wrong[0]} {wrong[1]}: must be at least 1" in capsys.readouterr().err
+
+
+def test_both_sides_of_a_preference_are_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
+    pack(tokenizers["k-exaone"], [Source("p", tmp_path / "p.jsonl")], tmp_path / "out",
+         PackSettings(0, Reading("preference")))
+    shown = sample(tmp_path / "out", None, "train", 9, 100, seed=0)
+    assert "document 0, chosen" in shown[0] and "⟦Blue.<|endofturn|>⟧" in shown[1]
+    assert "document 1, rejected" in shown[3] and "⟦Green.<|endofturn|>⟧" in shown[4]

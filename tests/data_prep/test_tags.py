@@ -10,8 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.cli import main
-from data_prep.tags import GivenTag, is_chosen, parse_tags, source_tags, tags_of
-from megatron_sov.artifacts import read_manifest
+from data_prep.tags import GivenTag, artifact_of, is_chosen, parse_tags, source_tags, tags_of
+from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.errors import UserError
 
 
@@ -90,3 +90,16 @@ def test_what_is_given_stands_above_what_is_read() -> None:
     found = [{"kind": ["ja"], "level": ["L2"]}, {"kind": ["en"], "level": ["L1", "L2"]}]
     assert source_tags("web", found, given) == {"kind": ["ko"], "level": ["L1", "L2"], "year": ["1"]}
     assert source_tags("code", [], given) == {"kind": ["en"], "year": ["1"]}
+
+
+def test_the_nearest_complete_artifact_counts(tmp_path: Path) -> None:
+    for name, kind in (("corpus", "corpus"), ("other", "tokenizer")):
+        with new_artifact(tmp_path / name, kind) as artifact:
+            (artifact.path / "text/web").mkdir(parents=True)
+            (artifact.path / "text/web/a.txt").write_text("a")
+    corpus = tmp_path / "corpus"
+    for inside in (corpus / "text/web/a.txt", corpus / "text", corpus):
+        assert artifact_of(inside) == corpus
+    assert artifact_of(tmp_path / "other/text/web/a.txt") is None and artifact_of(tmp_path / "none") is None
+    (corpus / "manifest.json").write_text("{")
+    assert artifact_of(corpus / "text") is None

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from data_prep import stats, verify
 from data_prep.cli import main
-from data_prep.indexed import SIDECARS
 from data_prep.pack import PackSettings, Source, pack
+from data_prep.token_artifact import SIDECARS
 from data_prep.verify import check
 from megatron_sov.artifacts import FileRecord, read_manifest, to_json
 from megatron_sov.documents import Reading

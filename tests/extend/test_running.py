@@ -20,8 +20,8 @@ from megatron_sov import recipes
 from megatron_sov.config import GateConfig, NeedleConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
-from megatron_sov.eval.intervals import wilson_interval
 from megatron_sov.eval.needle.suite import Cell, make_suite
+from megatron_sov.eval.statistics import wilson_interval
 from megatron_sov.extend import running
 from megatron_sov.extend import running as gate_module
 from megatron_sov.extend.running import (

@@ -18,8 +18,9 @@ import yaml
 
 from megatron_sov import cli
 from megatron_sov.clusters import kubernetes
-from megatron_sov.kubernetes.manifest import SCRIPT
+from megatron_sov.kubernetes import SCRIPT
 from megatron_sov.settings import SettingsError
+from tests.kubernetes.local_cluster import expanded
 
 PAGE = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text()
 PROFILE, RUNTIME = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -66,13 +67,6 @@ def refused(value: Any, schema: dict[str, Any], where: str = "") -> Iterator[str
         yield f"{where}: {value!r} does not fit"
     if isinstance(value, int) and value < schema.get("minimum", value):
         yield f"{where}: {value} is too small"
-
-
-def expanded(text: str, known: dict[str, str]) -> str:
-    """Return a container's word as Kubernetes makes it (third_party/forked/golang/expansion)."""
-    def one(found: re.Match[str]) -> str:
-        return "$" if found[0] == "$$" else known.get(found[1], found[0])
-    return re.sub(r"\$\$|\$\(([^)]*)\)", one, text)
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ from scipy.optimize import curve_fit
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.ladder.family import TOLERANCE, family, parse_size, parse_sizes, size_of
+from megatron_sov.ladder.family import TOLERANCE, family, members, parse_size, parse_sizes, size_of
 from megatron_sov.ladder.laws import ParametricLaw, PowerLaw, _objective
-from megatron_sov.ladder.members import members
 from megatron_sov.ladder.results import FILE, read
 from megatron_sov.models.count import num_params
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.ladder.members import mup_model, mup_optim, step_law_batch, step_law_optim, warmup
+from megatron_sov.ladder.family import mup_model, mup_optim, step_law_batch, step_law_optim, warmup
 from megatron_sov.mcore.optimizer.newton_schulz import update_scale
 
 WIDTHS = (32, 128)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from megatron_sov import models
 from megatron_sov.config import LoraConfig
 from megatron_sov.models.adapters import adapted_modules, places
-from megatron_sov.models.count import num_params
+from megatron_sov.models.count import (
+    layer_weights,
+    mean_keys,
+    multiplied_weights,
+    num_params,
+    train_flops_per_token,
+)
 from megatron_sov.models.family import TokenIds
 from megatron_sov.recipes import get, names
 
@@ -47,6 +54,14 @@ def test_the_4b_without_its_embeddings_as_published() -> None:
     assert round((num_params(model).total - model.vocab_size * model.hidden_size) / 1e9, 1) == 3.6
 
 
+def test_latent_attention_is_counted_matrix_by_matrix() -> None:
+    """With the sizes of DeepSeek-V3 (arXiv 2412.19437, section 4.2)."""
+    v3 = get("deepseek-v3").model
+    found = sum(w.numel for w in layer_weights(v3) if ".self_attention." in w.key and not w.predicts)
+    down, up = 7168 * (1536 + 576), 1536 * 128 * 192 + 512 * 128 * 256
+    assert found == down + up + 128 * 128 * 7168 + 1536 + 512
+
+
 ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
 """Architecture -> a recipe that has it: stages of one model share theirs."""
 
@@ -78,3 +93,53 @@ def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> N
     numbers = {int(found[1]) for name in names if (found := re.match(r"model\.layers\.(\d+)\.", name))}
     assert numbers == set(range(model.num_layers))
     assert not any(name.startswith("mtp.") for name in names)
+
+
+# Training FLOPs against what torch counts in transformers' own model classes.
+
+SEQ_LEN = 64
+
+
+@pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3",
+                                    "tiny-deepseek-v3"])
+def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
+    """Eager attention multiplies every query with every key, which the formula is asked for as well."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = replace(get(recipe).model, num_mtp_layers=0)
+    config = AutoConfig.for_model(**models.get(model.family).to_hf_config(model, "float32", TokenIds()))
+    config._attn_implementation = config._experts_implementation = "eager"
+    reference = AutoModelForCausalLM.from_config(config)
+    tokens = torch.arange(SEQ_LEN)[None] % model.vocab_size
+    with FlopCounterMode(display=False) as counter:
+        reference(input_ids=tokens, labels=tokens).loss.backward()
+    latent = model.latent_attention
+    widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
+    unmasked = 6 * model.num_layers * model.num_heads * widths * SEQ_LEN
+    expected = 6 * multiplied_weights(model) + unmasked
+    assert counter.get_total_flops() / SEQ_LEN == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(("seq_len", "window"), [(1, 0), (7, 0), (7, 3), (7, 7), (7, 100)])
+def test_keys_that_a_query_sees(seq_len: int, window: int) -> None:
+    seen = [min(i + 1, window or seq_len) for i in range(seq_len)]
+    assert mean_keys(seq_len, window) == pytest.approx(sum(seen) / seq_len)
+
+
+def test_windows_cap_the_keys_and_prediction_layers_run_a_head_of_their_own() -> None:
+    model = get("k-exaone-236b").model  # 36 sliding layers of 128, 12 global ones, a global prediction layer
+    keys = 36 * mean_keys(8192, 128) + 13 * mean_keys(8192, 0)
+    assert train_flops_per_token(model, 8192) == pytest.approx(
+        6 * multiplied_weights(model) + 12 * model.num_heads * model.head_dim * keys)
+    norms = 5 * model.hidden_size + 2 * model.head_dim
+    more = multiplied_weights(model) - multiplied_weights(replace(model, num_mtp_layers=0))
+    assert more == num_params(model).mtp - norms + model.vocab_size * model.hidden_size
+
+
+def test_the_published_rule_of_six_per_active_parameter() -> None:
+    """Active parameters count the embedding, which is looked up; norms are all that is left."""
+    model = get("solar-open-102b").model
+    active = num_params(model).active - model.vocab_size * model.hidden_size
+    assert multiplied_weights(model) == pytest.approx(active, rel=1e-4)

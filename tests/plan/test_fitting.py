@@ -13,11 +13,12 @@ from megatron_sov import recipes
 from megatron_sov.clusters.chips import CHIPS, Gpu
 from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.errors import UserError
-from megatron_sov.models.count import num_params
+from megatron_sov.models.count import TABLES, num_params
 from megatron_sov.obs.units import GIB
 from megatron_sov.plan.fitting import changes, fits, fullest, nearest, refuse_too_large
+from megatron_sov.plan.held import held as held_by
+from megatron_sov.plan.held import stage_params
 from megatron_sov.plan.recommended import leaves_layout_open, recommended, says_layout, settings_for, table
-from megatron_sov.plan.stages import stage_params, vocabulary_tables
 from megatron_sov.recipes.layouts import RECOMMENDED
 from megatron_sov.recipes.requested import Request
 
@@ -151,7 +152,8 @@ def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any) -> N
         assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
         whole = {kind_of(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
         # stages that embed or predict beside the first one hold copies of its table
-        tables = sum(vocabulary_tables(run, stage) for stage in range(p.pp)) - 2 + run.model.tied_embeddings
+        tables = sum(part.key in TABLES for stage in range(p.pp) for runs in held_by(run, stage)
+                     for _, parts in runs for part in parts) - 2 + run.model.tied_embeddings
         copies = tables * run.model.vocab_size * run.model.hidden_size
         assert sum(whole[kind_of(run, stage)] for stage in range(p.pp)) == (
             count.total + count.mtp + copies), p

@@ -1,5 +1,4 @@
-"""Parameters one by one, against those of the library's modules in their order, and names against the weight
-map."""
+"""Parameters one by one, against those of the library's modules in their order."""
 
 from __future__ import annotations
 
@@ -11,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sov import models, recipes
+from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.plan.buffers import Size, laid_out
-from megatron_sov.plan.held import held
-from megatron_sov.plan.overheads import communicators, nccl_bytes
+from megatron_sov.plan.fitting import fullest
+from megatron_sov.plan.held import held, weight_bytes
+from megatron_sov.plan.held import quantized_weight_bytes as kept_bytes
+from megatron_sov.plan.memory import communicators, nccl_bytes
+from megatron_sov.plan.states import Size, laid_out
 
 LORA = ["lora.rank=4", "lora.targets=[\"all-linear\", \"lm_head\", \"embed_tokens\"]"]
 RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "parallel.sp=true"], 8, 7),
@@ -53,18 +54,6 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
             said = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
                     for runs in held(config_of(recipe, settings, precision), stage)]
             assert said == shapes, (recipe, precision)
-
-
-@pytest.mark.parametrize("recipe", ["tiny-k-exaone", "tiny-solar-open", "tiny-qwen2", "tiny-qwen3-moe",
-                                    "tiny-exaone4", "tiny-hyperclovax", "tiny-glm4-moe",
-                                    "tiny-gemma3", "tiny-gemma2", "tiny-gpt-oss", "tiny-deepseek-v3"])
-def test_names_are_those_of_checkpoints(recipe: str) -> None:
-    config = config_of(recipe, [], "bf16")
-    named = {part.key.replace("{l}", str(layer)) for runs in held(config, 0) for layer, parts in runs
-             for part in parts}
-    # a router's selection bias is a buffer
-    assert named == {link.key for link in models.get(config.model.family).links(config.model)
-                     if not link.key.endswith("expert_bias")}
 
 
 # Buffers by runs of parameters, against laying every parameter by itself.
@@ -151,3 +140,56 @@ def test_communicators_are_those_of_a_step(recipe: str, settings: list[str], num
     assert communicators(config, num_ranks) == count
     # 4 MiB, 512 KiB and 4,800 KiB for each of 16 channels
     assert nccl_bytes(config, num_ranks) == count * 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
+
+
+# What Transformer Engine keeps of quantised weights, against sizes counted by hand, and which weights
+# those are, against the model's parameters.
+
+
+HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128
+"""Of Solar Open: 64 heads and 8 of keys, 48 layers of experts of 1280, the shared one too."""
+
+
+def solar(*changes: str) -> RunConfig:
+    return apply_settings(recipes.get("solar-open-102b"), ["parallel.pp=4", "parallel.ep=8", *changes])
+
+
+@pytest.mark.parametrize(("fp8", "rows", "columns", "by_hand"), [
+    # a byte for each value and one for each of the transposed copy, one float32 scale
+    ("tensorwise", 300, 200, 60_000 + 60_000 + 4),
+    # 3 x 2 blocks of 128: scales [3, 4] rowwise, the blocks of a row filled up to 4; [2, 4] columnwise
+    ("blockwise", 300, 200, 120_000 + 4 * (12 + 8)),
+    ("blockwise", 2560, 4096, 2 * 2560 * 4096 + 4 * (20 * 32 + 32 * 20)),
+    # 192 / 32 = 6 scales of a row, filled up to 8, for 384 rows; 320 / 32 = 10, up to 12, for 256 columns
+    ("mxfp8", 320, 192, 2 * 320 * 192 + 384 * 8 + 12 * 256),
+    # half a byte for a value; 192 / 16 = 12 scales of each of 384 rows, 320 / 16 = 20 of each of 256 columns;
+    # two float32
+    ("nvfp4", 320, 192, 320 * 192 + 384 * 12 + 256 * 20 + 8)])
+def test_a_weight_takes_what_is_counted_by_hand(fp8: str, rows: int, columns: int, by_hand: int) -> None:
+    assert weight_bytes(fp8, rows, columns) == by_hand
+
+
+def test_layers_in_bf16_keep_nothing_beside_their_weights() -> None:
+    """Half of the first of four stages, and of the last one."""
+    sums = [[kept_bytes(solar("train.fp8=mxfp8", *changes), stage) for stage in range(4)] for changes in (
+        (), ("train.fp8_bf16_layers_at_start=6", "train.fp8_bf16_layers_at_end=6"))]
+    whole = sums[0][0]
+    assert sums == [[whole] * 4, [whole // 2, whole, whole, whole // 2]]
+    assert kept_bytes(solar(), 0) == 0
+
+
+def test_the_prediction_layer_is_quantised_in_8_bits_alone() -> None:
+    config = recipes.get("k-exaone-236b")
+    without = apply_settings(config, ["model.num_mtp_layers=0"])
+    for fp8, counts in (("mxfp8", True), ("nvfp4", False)):
+        one, other = (kept_bytes(apply_settings(c, [f"train.fp8={fp8}"]), 0) for c in (config, without))
+        assert (one > other) is counts
+
+
+def test_the_account_of_a_process_has_them() -> None:
+    """By hand: 9.2 GiB of weights in bf16 are 2.17 GiB of vocabulary and what is twice a byte."""
+    (_, before), (_, after) = (fullest(solar(*changes), 512) for changes in ((), ("train.fp8=tensorwise",)))
+    assert after.total - before.total == after.quantized_weights
+    attention = HIDDEN * HEAD_DIM * (64 + 2 * 8 + 64)
+    experts = (NUM_EXPERTS // 8 + 1) * 3 * HIDDEN * 1280
+    assert after.quantized_weights == 12 * (2 * (attention + experts) + 4 * (2 + 2 * 17))

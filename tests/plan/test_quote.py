@@ -6,23 +6,51 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.cli import main
 from megatron_sov.config import apply_settings
+from megatron_sov.config.schedules import Schedule
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import GIB
-from megatron_sov.plan import quote_tables
-from megatron_sov.plan.amounts import dollars, energy, gib, percent, seconds
+from megatron_sov.plan import quote as quote_tables
+from megatron_sov.plan import timetable
 from megatron_sov.plan.fitting import fullest
-from megatron_sov.plan.machines import Machines, machines
-from megatron_sov.plan.pricing import Pricing, pricing, quote, refuse_precision
-from megatron_sov.plan.quote import Memory, Quote, Traffic, as_json, totals
-from megatron_sov.plan.quote_tables import alike, labels, tables, text
-from megatron_sov.plan.run_stages import RunStage, run_stages
+from megatron_sov.plan.on_cluster import placed, searched
+from megatron_sov.plan.pricing import (
+    MAX_NODES,
+    Machines,
+    Pricing,
+    RunStage,
+    group_stages,
+    machines,
+    pricing,
+    quote,
+    refuse_precision,
+    run_stages,
+)
+from megatron_sov.plan.quote import (
+    Memory,
+    Quote,
+    Traffic,
+    alike,
+    as_json,
+    dollars,
+    energy,
+    gib,
+    labels,
+    percent,
+    seconds,
+    tables,
+    text,
+    totals,
+)
 from megatron_sov.plan.speed.parameters import default
+from megatron_sov.recipes.requested import Request
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +235,156 @@ def test_products_that_a_chip_has_none_of(cluster: str, asked: str, works: str) 
     refuse_precision(replace(config, train=replace(config.train, fp8=works)), chip)
     with pytest.raises(UserError, match=f"^train.fp8 = {asked}: .* --set train.fp8={works}"):
         refuse_precision(fp8, chip)
+
+
+# What `megatron-sov plan` says of a run before it runs.
+
+
+RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_steps=40"]
+
+
+def test_the_table_shows_every_place_at_which_something_changes() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"),
+                            ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
+    found = {row.step: row for row in timetable.rows(config)}
+    # warm-up over, ramp over, re-warmed, decay begins; then the four phases' first steps
+    assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(found)
+    assert {start + 1 for start in config.phase_starts()} <= set(found)
+    assert found[40].samples == 8 and found[41].samples == 16 and found[1].tokens == 8 * 256
+    assert found[200].tokens == 40 * 8 * 256 + 160 * 16 * 256
+    assert found[20].lr == found[160].lr == pytest.approx(4e-3) and found[200].lr == pytest.approx(2e-4)
+    for step, row in found.items():
+        assert row.lr == Schedule(config).learning_rate(step - 1)
+
+
+def test_a_ramp_of_many_stretches_does_not_fill_the_page() -> None:
+    config = apply_settings(recipes.get("solar-open-102b"), [
+        "train.ramp_from_batch_size=480", "train.ramp_increment=480", "train.ramp_steps=20000"])
+    assert 30 < len(timetable.rows(config)) < 100
+    assert len(Schedule(config).stretches) == 27 + 4
+
+
+def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "plan.html"
+    assert main(["plan", "k-exaone-236b", "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    others = "spanish 2.5 %, german 2.5 %, japanese 2.5 %, vietnamese 2.5 %"
+    assert f"foundation: web 70 %, korean 10 %, {others}, code 10 %" in printed
+    assert "#" * timetable.BAR_CHARACTERS in printed
+    html = page.read_text()
+    assert ("Planned learning rate." in html and "Planned blend of each phase." in html
+            and "reasoning-trajectories" in html)
+    assert main(["plan", "k-exaone-236b", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["tokens"] == pytest.approx(11e12, rel=1e-4) and plan["schedule"][-1]["step"] == plan["steps"]
+    assert main(["plan", "k-exaone-236b", "--set", "optim.decay_share=2"]) == 2
+    assert "optim.decay_share = 2 must be at most 1" in capsys.readouterr().err
+    assert main(["plan", "k-exaone-236b", "--nproc", "24"]) == 2
+    assert "must divide the number of processes, 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("recipe", "lengths"), [
+    ("solar-open-102b-extend", [32768, 102400]), ("k-exaone-236b-extend", [32768, 262144]),
+    ("tiny-solar-open-extend", [512, 1024])])
+def test_the_stages_of_an_extension_are_planned_as_phases(recipe: str, lengths: list[int],
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in plan["phases"]] == [s.name for s in recipes.get(recipe).extend.stages]
+    assert sorted({row["seq_len"] for row in plan["schedule"]}) == lengths
+
+
+# A run is priced in stages: phases of a curriculum, or what `extend` trains one after the other.
+
+
+@pytest.mark.parametrize("recipe", ["solar-open-102b", "k-exaone-236b", "tiny-solar-open", "qwen3-8b"])
+def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
+    config = apply_settings(recipes.get(recipe), ["train.ramp_from_batch_size=8", "train.ramp_increment=8",
+                                                  "train.ramp_steps=30", "train.tokens=10000000000"])
+    schedule, stages = Schedule(config), run_stages(config, 8)
+    assert [s.name for s in stages] == [p.name for p in config.data.phases]
+    assert sum(s.steps for s in stages) == schedule.num_steps
+    assert sum(s.tokens for s in stages) == schedule.tokens(schedule.num_steps - 1)
+    assert {s.kind for s in stages} == {"phase"}
+    # the batch size ramps up in the first phase alone, and no later one is judged by its ramp
+    assert [s.config.train.ramp_from_batch_size for s in stages] == [8] + [0] * (len(stages) - 1)
+
+
+def test_stages_of_an_extension_are_those_that_extend_trains() -> None:
+    config = recipes.get("k-exaone-236b-extend")
+    stages = run_stages(config, 512)
+    assert [(s.name, s.kind, s.phase.seq_len, s.global_batch_size, s.steps) for s in stages] == [
+        ("32k", "extension stage", 32768, 1024, 2000), ("256k", "extension stage", 262144, 128, 2000)]
+    assert [s.tokens for s in stages] == [2000 * 1024 * 32768] * 2
+    # `extend` fills a row of the longest stage with samples of a shorter one, unless somebody chose
+    assert [s.config.train.micro_batch_size for s in stages] == [8, 1]
+    assert [s.config.train.micro_batch_size
+            for s in run_stages(config, 512, micro_batch_set=True)] == [1, 1]
+    for stage in stages:
+        stage.config.check(512)
+
+
+def test_stages_whose_steps_are_alike_are_one_kind() -> None:
+    stages = run_stages(recipes.get("solar-open-102b"), 480)
+    assert [(first.name, len(same)) for first, same in group_stages(stages)] == [("1", 4)]
+    assert len(group_stages(run_stages(recipes.get("solar-open-102b-extend"), 480))) == 2
+
+
+# Nodes of a profile: their number, their GPUs, what a run may take, and numbers that nobody means.
+
+
+def test_nodes_of_gpus() -> None:
+    found = machines("b200", 60)
+    assert found.num_ranks == 480 and found.chip is not None
+    assert 0.94 < found.limit_bytes / found.chip.memory_bytes < 0.96
+    assert found.with_nodes(3).num_ranks == 24 and machines("b200", None).nodes == 1
+
+
+def test_nodes_without_gpus_weigh_nothing() -> None:
+    found = machines("local", 1)
+    assert found.chip is None and found.limit_bytes == 0 and found.num_ranks == 2
+
+
+def test_links_that_nobody_has_said_are_missed_where_they_are_needed(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.yaml").write_text("description: no network\ngpu: h100\n")
+    one = machines(str(file), 1)
+    assert one.links().domain == 8
+    with pytest.raises(UserError, match=r"--cluster .*mine.yaml: network_gbits_per_gpu is missing"):
+        one.with_nodes(2).links()
+
+
+@pytest.mark.parametrize("nodes", [0, -3, MAX_NODES + 1])
+def test_a_number_of_nodes_that_nobody_has(nodes: int) -> None:
+    with pytest.raises(UserError, match=f"--nodes {nodes}: must be at least 1"):
+        machines("h100", nodes)
+
+
+# A run on a cluster: whose layout it takes, and what a script reads of it.
+
+
+def of(recipe: str, *settings: str) -> Request:
+    return Request(recipes.get(recipe), settings, from_file=False)
+
+
+def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None:
+    where = machines("h100", 64)
+    open_, own = placed(of("k-exaone-236b"), where), placed(of("k-exaone-236b", "parallel.pp=16"), where)
+    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (8, 8)
+    assert own.config.parallel.pp == 16
+    assert own.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
+
+
+def test_a_script_reads_what_people_read() -> None:
+    found = placed(of("k-exaone-236b"), machines("h100", 64))
+    plan = found.as_json()
+    total = sum(n for item, n in plan["memory_bytes"].items() if item != "total")
+    assert plan["memory_bytes"]["total"] == total == plan["totals"]["peak_memory_bytes"]
+    first, second = found.as_text().splitlines()[:2]
+    assert first == "512 processes of H100-80GB: pp 8, cp 4, ep 8, ZeRO-1"
+    assert second.startswith(f"{total / (1 << 30):.1f} GiB on each of stage {plan['fullest_stage']}: ")
+    assert plan["totals"]["days"] == pytest.approx(sum(stage["days"] for stage in plan["stages"]))
+
+
+def test_a_search_needs_gpus_that_are_known() -> None:
+    with pytest.raises(UserError, match="--sweep with --cluster one-node: gpu is empty in the profile"):
+        searched(of("tiny-solar-open"), machines("one-node", 1), ["tiny-solar-open"])

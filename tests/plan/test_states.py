@@ -14,7 +14,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
-from megatron_sov.plan.search.space import layouts, space_of
+from megatron_sov.plan.space import layouts, space_of
 from megatron_sov.plan.states import Place, StageBuffers, states_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

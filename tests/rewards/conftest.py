@@ -9,7 +9,7 @@ import pytest
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.registry import OWN
 from megatron_sov.work.sandbox import Sandbox
-from megatron_sov.work.sandbox.shared import SANDBOXES
+from megatron_sov.work.sandbox.sandbox import SANDBOXES
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from megatron_sov.rewards.code import Code, program_in
 from megatron_sov.rewards.reward import Result, judged
 from megatron_sov.rewards.version import code_of
 from megatron_sov.work.sandbox import Outcome, Program
-from megatron_sov.work.sandbox.shared import SANDBOXES
+from megatron_sov.work.sandbox.sandbox import SANDBOXES
 from tests.typed_words import keys_of
 
 
@@ -307,4 +307,4 @@ def test_the_version_tells_the_code_that_runs_programs() -> None:
 
 def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
     told = Code().inputs()["server"]
-    assert {f"megatron_sov.work.sandbox.{name}" for name in ("server", "child", "landlocked")} <= set(told)
+    assert {f"megatron_sov.work.sandbox.{name}" for name in ("server", "child", "enclosures")} <= set(told)

@@ -3,6 +3,7 @@
 `ifeval_verdicts.json` holds what lm-eval's own code (commit 4e7e0d47, lm_eval/tasks/ifeval) said of each
 text, strict and loose: N no, L loosely alone, B both.  Sentences are not among them: lm-eval cuts them with a
 model.
+`ifbench_verdicts.json` is the same of IFBench.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.rewards.ifeval import IfEval, checked, instructions_of, loosened
-from megatron_sov.rewards.instruction_checks import CHECKS, sentences
+from megatron_sov.rewards.ifbench import FORM_CHECKS, NEEDS_MORE, WORD_CHECKS, sentences, tokens
+from megatron_sov.rewards.ifeval import CHECKS, IfEval, checked, instructions_of, loosened
+from megatron_sov.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS
+from megatron_sov.rewards.instruction_checks import sentences as counted_sentences
 from megatron_sov.rewards.reward import Refused, judged
 
 NEEDS_LANGUAGE = {"language:response_language", "change_case:english_capital",
@@ -34,9 +37,9 @@ def test_verdicts_are_those_of_lm_eval(name: str, arguments: dict, verdicts: str
 
 
 def test_all_25_are_there() -> None:
-    assert len(CHECKS) == 25
+    assert len(IFEVAL_CHECKS) == 25
     recorded = {name for name, *_ in RECORDED["verdicts"]}
-    assert set(CHECKS) - recorded == {"length_constraints:number_sentences"}
+    assert set(IFEVAL_CHECKS) - recorded == {"length_constraints:number_sentences"}
 
 
 @pytest.mark.parametrize(("text", "count"), [
@@ -45,7 +48,7 @@ def test_all_25_are_there() -> None:
     ('He said "Stop." Then he left.', 2), ("", 0), ("...", 0), ("하나입니다. 둘입니다.", 2),
     ("First line\nsame sentence.", 1)])
 def test_sentences_are_counted_by_rules(text: str, count: int) -> None:
-    assert len(sentences(text)) == count
+    assert len(counted_sentences(text)) == count
 
 
 ASKED = [{"id": "punctuation:no_comma"}, {"id": "length_constraints:number_words", "num_words": 3,
@@ -105,5 +108,67 @@ def test_hostile_responses_end_soon(text: str, monkeypatch: pytest.MonkeyPatch) 
             assert judged(IfEval(), {"response": text, "instructions": [{"id": name,
                                                                          **arguments}]}).status in (
                 "scored", "timeout")
-    sentences(text)
+    counted_sentences(text)
     assert time.process_time() - begin_s < 60
+
+
+IFBENCH = json.loads(Path(__file__).with_name("ifbench_verdicts.json").read_text(encoding="utf-8"))
+OURS = {**WORD_CHECKS, **FORM_CHECKS}
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_verdicts_are_those_of_ifbench(name: str) -> None:
+    cases = IFBENCH[name]
+    assert {followed for *_, followed in cases} == {True, False}
+    wrong = [(arguments, response, followed) for arguments, response, followed in cases
+             if (bool(response.strip()) and checked(name, response, arguments)) != followed]
+    assert wrong == []
+
+
+def test_all_58_are_known_beside_ifevals_25() -> None:
+    assert len(OURS) + len(NEEDS_MORE) == 58 and len(CHECKS) == len(OURS) + 25
+    assert not set(OURS) & set(IFEVAL_CHECKS)
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_MORE))
+def test_what_would_need_a_download_is_refused_and_says_so(name: str) -> None:
+    found = judged(IfEval(), {"response": "a", "instructions": [{"id": name}]})
+    assert found.status == "refused" and NEEDS_MORE[name] in found.reason
+
+
+def test_a_row_of_the_data_set_is_read_as_it_is() -> None:
+    row = {"instruction_id_list": ["count:numbers", "format:output_template"],
+           "kwargs": [{"N": 2, "keyword1": None}, {"N": None, "keyword1": None}]}
+    text = "My Answer: 1,000 My Conclusion: {} Future Outlook: good"
+    found = [judged(IfEval(), {**row, "response": response}).reward
+             for response in (text.format("2.5"), text.format("none"), "1,000 and 2")]
+    assert found == [1.0, 0.0, 0.0]
+
+
+def test_an_instruction_without_its_argument_is_refused() -> None:
+    found = judged(IfEval(), {"response": "a", "instructions": [{"id": "count:numbers"}]})
+    assert found.status == "refused" and "takes other arguments" in found.reason
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ('He said "Stop!" Then he left.', ['He said "Stop!"', "Then he left."]),
+    ("Dr. No paid 3.50 e.g. for tea. Why? So.", ["Dr. No paid 3.50 e.g. for tea.", "Why?", "So."]),
+    ("Well... maybe. Well... No.", ["Well... maybe.", "Well...", "No."]),
+    ("1. One\n2. Two", ["1.", "One\n2.", "Two"]), ("", [])])
+def test_sentences_keep_their_marks(text: str, parts: list[str]) -> None:
+    assert sentences(text) == parts
+
+
+def test_words_are_cut_as_a_treebank_has_them() -> None:
+    assert tokens("I can't, it's (well-known) 1,000... \"so\"") == [
+        "I", "ca", "n't", ",", "it", "'s", "(", "well-known", ")", "1,000", "...", '"', "so", '"']
+
+
+@pytest.mark.parametrize("text", ['"(' * 10_000, "a\n" * 10_000, ".?" * 10_000, "Question 1 " * 2_000])
+def test_hostile_responses_end_soon_of_ifbench(text: str) -> None:
+    begin_s = time.process_time()
+    for name in sorted(OURS):
+        for arguments, *_ in IFBENCH[name][:1]:
+            asked = [{"id": name, **arguments}]
+            assert judged(IfEval(), {"response": text, "instructions": asked}).status in ("scored", "timeout")
+    assert time.process_time() - begin_s < 30

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from fractions import Fraction
+from importlib import import_module
 
 import pytest
 
+from megatron_sov.eval.suites.protocol import Protocol
+from megatron_sov.rewards.registry import BUILT_IN as REWARDS
 from megatron_sov.rewards.reward import Refused, Result, Score, agreeing, checked, judged, text_of
+from megatron_sov.rewards.scoring import MAX_TOLD, Tally
+from megatron_sov.tools.registry import BUILT_IN as ENVIRONMENTS
+from tests.settings.every_field import find_wrongs
 
 
 class Gives:
@@ -78,3 +84,27 @@ def test_two_rewards_for_one_row_are_a_failure() -> None:
 def test_a_row_without_its_field_is_refused(row: dict, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         text_of(row, "answer")
+
+
+def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None:
+    tally = Tally()
+    assert tally.mean is None and tally.line("rows") == "0 rows"
+    for i in range(1, 4):
+        tally.add(i / 2, "scored", "", f"line {i}")
+    for i in range(4, 2004):
+        tally.add(None, "failed", "no judge", f"line {i}")
+    assert tally.mean == 1.0 and tally.told[0] == "line 4: failed: no judge" and len(tally.told) == MAX_TOLD
+    assert tally.line("rows") == "2,000 failed, 3 scored rows, mean reward 1.0000"
+
+
+def test_rows_without_a_place_are_counted_alone() -> None:
+    tally = Tally()
+    tally.add(None, "timeout")
+    assert tally.statuses == {"timeout": 1} and tally.told == []
+
+
+@pytest.mark.parametrize("place", [*REWARDS.values(), *ENVIRONMENTS.values(),
+                                   (Protocol.__module__, Protocol.__name__)], ids=lambda place: place[1])
+def test_each_setting_is_told_by_its_code(place: tuple[str, ...]) -> None:
+    module, name, *_ = place
+    assert not find_wrongs(getattr(import_module(module), name))

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from megatron_sov.rewards.answers import final_answer, last_boxed, normalized
-from megatron_sov.rewards.quantities import read_quantity
+from megatron_sov.rewards.answers import final_answer, last_boxed, normalized, read_quantity
 from megatron_sov.rewards.reward import Refused
 from megatron_sov.rewards.stem import Stem
 

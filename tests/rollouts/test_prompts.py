@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.errors import UserError
-from megatron_sov.rollouts.budgets import budget_of
-from megatron_sov.rollouts.prompts import Prompt, pieces, read_prompts, refuse_unaskable, round_prompts
+from megatron_sov.rollouts.prompts import (
+    Prompt,
+    budget_of,
+    pieces,
+    read_prompts,
+    refuse_unaskable,
+    round_prompts,
+)
 
 
 def made(count: int) -> list[Prompt]:

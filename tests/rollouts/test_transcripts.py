@@ -7,15 +7,14 @@ import html
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.digests import SHA256, file_digest
-from megatron_sov.rollouts.parts import part_name
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Judged, Key, Rollout
+from megatron_sov.rollouts.rows import UNFINISHED, Judged, Key, Rollout, part_name
 from megatron_sov.rollouts.store import Store
 from megatron_sov.rollouts.transcripts import page_of
+from tests.rollouts.test_store import rollout as sound_row
 
 VERSION = "8c1d22ab90e4f00d"
 HOSTILE = "</pre><script>alert(1)</script>\x1b[2J"
@@ -23,11 +22,9 @@ HOSTILE = "</pre><script>alert(1)</script>\x1b[2J"
 
 def rollout(prompt: str, sample: int, end: str = "stop") -> Rollout:
     """A row of round 1, with a tool's result between two turns."""
-    return Rollout(Key(prompt, sample, "f" * 64, "s" * 64), 1, 0,
-                   {"question": f"{prompt}? \ud800 {HOSTILE}"}, np.array([1, 2], np.int32),
-                   np.array([5, 6, 7], np.int32), np.array([-0.5, 0, -1.5], np.float32),
-                   np.array([3, NOT_WRITTEN, 4], np.int32), end, f"said {prompt} {sample} {HOSTILE}", 1.0,
-                   "megatron", 10.5, 11.5)
+    return sound_row(key=Key(prompt, sample, "f" * 64, "s" * 64), finish_reason=end,
+                     record={"question": f"{prompt}? \ud800 {HOSTILE}"},
+                     response=f"said {prompt} {sample} {HOSTILE}")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_sov import convert, recipes
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.card.run_record import read_run_record
-from megatron_sov.convert.opening import open_weights
+from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.peft import from_peft, to_peft
 from megatron_sov.errors import UserError
 from megatron_sov.generate.target import find_target

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.commands.logs import log_files
 from megatron_sov.config import apply_settings
 from megatron_sov.train.side_jobs.evaluations import Evaluations
-from megatron_sov.watch.logs import log_files
 
 
 @pytest.mark.distributed

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from data_prep import cli
-from data_prep.pipeline import inputs
+from data_prep.pipeline import addresses
 from megatron_sov.cli import main
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import Jobs
 
 PIPELINE = """name: small
 shard_bytes: 3000
@@ -96,7 +96,7 @@ def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
     assert cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
     (site / "slow").touch()
     (site / "begun").mkdir()
-    monkeypatch.setattr(inputs, "READ_HERE_BYTES", 1000)
+    monkeypatch.setattr(addresses, "READ_HERE_BYTES", 1000)
     assert cli.main(["run", str(file), "--output", "there", "--cluster", "site.yaml"]) == 0
     assert list(Jobs.read(site / "there").numbers) == ["inputs", "submit"]
     until(lambda: "finish" in Jobs.read(site / "there").numbers, 600, "a job that submits the steps")

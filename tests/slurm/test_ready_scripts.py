@@ -21,7 +21,7 @@ from megatron_sov.commands.submit import COMMANDS
 from megatron_sov.obs.events import final_steps, read_events
 from megatron_sov.obs.units import GIB
 from megatron_sov.plan.fitting import fullest
-from megatron_sov.slurm import chain_file
+from megatron_sov.slurm.chain import names, read_chain
 from megatron_sov.slurm.stages import STAGES, work_of
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +32,10 @@ TINY = ("tiny-k-exaone", "tiny-solar-open")
 
 
 def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> None:
-    assert chain_file.names() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
-    assert set(chain_file.names()) <= set(recipes.names())
-    for name in chain_file.names():
-        stages = [stage.stage for stage in chain_file.read_chain(name).stages]
+    assert names() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
+    assert set(names()) <= set(recipes.names())
+    for name in names():
+        stages = [stage.stage for stage in read_chain(name).stages]
         assert {"tokenizer", "data", "pretrain", "extend", "sft", "convert", "eval"} == set(stages), name
 
 
@@ -54,7 +54,7 @@ def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path,
 
 @pytest.mark.parametrize("name", BIG)
 def test_notes_tell_the_memory_of_the_account(name: str) -> None:
-    chain = chain_file.read_chain(name)
+    chain = read_chain(name)
     profile = cluster_profiles.load(chain.cluster, needs_account=False)
     for stage in chain.stages:
         if STAGES[stage.stage].ranks:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.clusters import client, cluster
+from megatron_sov.clusters import client
+from megatron_sov.clusters.client import environment_outside_jobs
+from megatron_sov.clusters.cluster import load
 from megatron_sov.commands.submit import COMMANDS
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import submission
@@ -24,7 +26,7 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
 def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2),
+    parts, join = submission.prepare(submission.Request("data", PACK, load("local"), array=2),
                                      COMMANDS).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
@@ -38,7 +40,7 @@ SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
 
 def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
     """Return the settings by number of nodes that a submission to H100s gets."""
-    profile = cluster.load("h100", account="me")
+    profile = load("h100", account="me")
     asked = submission.Request("pretrain", (*SOLAR, *more), profile, nodes, **request)
     return submission.prepare(asked, COMMANDS).jobs[0].layouts
 
@@ -53,7 +55,7 @@ def test_a_run_gets_the_layout_that_is_recommended_for_its_gpus() -> None:
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
-    script = submission.prepare(submission.Request("pretrain", SOLAR, cluster.load("h100", account="me"), 64),
+    script = submission.prepare(submission.Request("pretrain", SOLAR, load("h100", account="me"), 64),
                                 COMMANDS).jobs[0]
     assert script.asks_for == ("Asks for 64 x 8 GPUs; layout: tp 2, sp, pp 4, ep 8, zero1, "
                                "overlap_grad_reduce, overlap_param_gather, pipeline_layout (12, 12, 13, 11), "
@@ -64,14 +66,14 @@ def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> 
     with pytest.raises(UserError, match=r"needs 111\.6 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
         layouts("--set", "parallel.ep=8", nodes=60)
-    other = dataclasses.replace(cluster.load("h100", account="me"), gpu="")
+    other = dataclasses.replace(load("h100", account="me"), gpu="")
     asked = submission.Request("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
     assert submission.prepare(asked, COMMANDS).jobs[0].layouts == {60: ()}
 
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2),
+    text = submission.prepare(submission.Request("data", PACK, load("local"), array=2),
                               COMMANDS).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
@@ -87,7 +89,7 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "submit", lambda script, after: "17")
     words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.Request("convert", words, cluster.load("local")), COMMANDS)
+    prepared = submission.prepare(submission.Request("convert", words, load("local")), COMMANDS)
     assert submission.submit(prepared, []) == ["17"]
     assert submission.submit(prepared, []) == ["17"], "the same code is not copied twice"
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
@@ -105,7 +107,7 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("to-hf", "run", str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.Request("convert", words, cluster.load("local")), COMMANDS)
+    prepared = submission.prepare(submission.Request("convert", words, load("local")), COMMANDS)
     copies = submission.shutil.copyfile
     monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
                         if b.name == "cli.py" else copies(a, b))
@@ -138,3 +140,47 @@ def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="runs/other does not exist; make it before"):
         check_inputs(work, set())
     check_inputs(work, {tmp_path / "runs/other"})
+
+
+# What Slurm's programs say, in one line, and the jobs that are still in its hands.
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("sbatch: error: invalid partition specified: x\n"
+     "sbatch: error: Batch job submission failed: Invalid partition\n",
+     "invalid partition specified: x; Batch job submission failed: Invalid partition"),
+    ("allocation failure: Requested node configuration is not available\n",
+     "allocation failure: Requested node configuration is not available"),
+    ("sbatch: error: a\nsbatch: error: a\n", "a"),
+    ("", "it gives no reason"),
+])
+def test_the_reason_is_one_line(text: str, said: str) -> None:
+    assert client.reason(text) == said
+
+
+def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "x")
+    kept = environment_outside_jobs()
+    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(kept)
+    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(kept)
+
+
+def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:
+    held = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true")
+    ended = cluster.sbatch("--output=/dev/null", "--wrap=true")
+    cluster.wait(ended)
+    assert client.states([held, ended, "999999"]) == {held: "PENDING"}
+    client.cancel([held])
+    assert client.states([held]) == {}
+    assert client.states([]) == {}
+
+
+def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> None:
+    failing = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=exit 3")
+    (site / "next.sh").write_text("#!/bin/bash\n#SBATCH --output=/dev/null\ntrue\n")
+    follower = client.submit(site / "next.sh", after=[failing])
+    cluster.run("scontrol", "release", failing)
+    assert cluster.wait(follower)["JobState"] == "CANCELLED"
+    with pytest.raises(UserError, match=r"Slurm refuses .*: Unable to open file"):
+        client.submit(site / "none.sh", after=[])

@@ -21,7 +21,7 @@ from megatron_sov.train.planning import device_name, keep_plan
 prepare_megatron()
 from megatron_sov.train.announcement import banner, memory_of, planned_tokens, short, summary  # noqa: E402
 from megatron_sov.train.evaluate import HeldoutLoss  # noqa: E402
-from megatron_sov.train.state import TrainState  # noqa: E402
+from megatron_sov.train.restoring import TrainState  # noqa: E402
 
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))

@@ -18,12 +18,12 @@ from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.mcore.parallel.world import World
-from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.models.count import train_flops_per_token
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.recorder import Efficiency, Recorder, peak_tflops
-from megatron_sov.train.state import StepResult, TrainState
+from megatron_sov.train.restoring import StepResult, TrainState
 
 # Figures of a step's efficiency.
 

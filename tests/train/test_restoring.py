@@ -18,7 +18,7 @@ from megatron_sov.runs.folder import RunFolder
 from tests.tiny import tiny_model
 
 prepare_megatron()
-from megatron_sov.train import rollback  # noqa: E402
+from megatron_sov.train import loop  # noqa: E402
 from megatron_sov.train.guards.step_guard import Refusal, StepGuard  # noqa: E402
 
 
@@ -102,7 +102,7 @@ def synced(run: str) -> dict[str, Any]:
     from megatron_sov.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.checkpointer import Checkpointer
-    from megatron_sov.train.state import TrainState
+    from megatron_sov.train.restoring import TrainState
 
     config, model = tiny_model("tiny-solar-open", "model.num_layers=1")
     folder, optimizer = RunFolder(Path(run)), Optimizer(model, config.optim)
@@ -186,9 +186,9 @@ class Run:
         self.told: list[dict[str, Any]] = []
         self.events = SimpleNamespace(
             write=lambda event, **fields: self.told.append({"event": event, **fields}))
-        monkeypatch.setattr(rollback, "newest_sound", self.newest_sound)
-        monkeypatch.setattr(rollback, "on_main", lambda place, action: action())
-        monkeypatch.setattr(rollback.checkpoints, "drop_after", self.drop_after)
+        monkeypatch.setattr(loop, "newest_sound", self.newest_sound)
+        monkeypatch.setattr(loop, "on_main", lambda place, action: action())
+        monkeypatch.setattr(loop.checkpoints, "drop_after", self.drop_after)
 
     def newest_sound(self, folder: Any, place: Any, not_after: int) -> Path | None:
         found = [step for step in self.checkpoints if step <= not_after]
@@ -204,7 +204,7 @@ class Run:
 
 def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [10, 20, 30], now=33, refused=4, rollbacks=[])
-    rollback.rollback(run)  # type: ignore[arg-type]
+    loop.rollback(run)  # type: ignore[arg-type]
     assert run.checkpoints == [10, 20], "step 30 was taken when step 30 was refused"
     assert run.guard.rollbacks == [{"at": 33, "to": 20}] and run.guard.in_a_row == 0
     assert [(e.first_step, e.skip) for e in run.batches.ledger.entries] == [
@@ -216,17 +216,17 @@ def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_second_time_it_goes_further_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [5, 10, 20, 33], now=37, refused=4, rollbacks=[{"at": 33, "to": 20}])
-    rollback.rollback(run)  # type: ignore[arg-type]
+    loop.rollback(run)  # type: ignore[arg-type]
     assert run.guard.rollbacks == [{"at": 33, "to": 20}, {"at": 37, "to": 10}]
     again = Run(monkeypatch, [5, 10, 37], now=41, refused=4, rollbacks=run.guard.rollbacks)
-    rollback.rollback(again)  # type: ignore[arg-type]
+    loop.rollback(again)  # type: ignore[arg-type]
     assert again.guard.rollbacks[-1] == {"at": 41, "to": 5}
 
 
 def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
         monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [10, 20, 33, 40], now=47, refused=4, rollbacks=[{"at": 33, "to": 20}])
-    rollback.rollback(run)  # type: ignore[arg-type]
+    loop.rollback(run)  # type: ignore[arg-type]
     assert run.guard.rollbacks[-1] == {"at": 47, "to": 40}
 
 
@@ -237,7 +237,7 @@ def test_where_nothing_is_left_to_try_the_run_ends(monkeypatch: pytest.MonkeyPat
                                                    rollbacks: list[dict[str, int]], said: str) -> None:
     run = Run(monkeypatch, checkpoints, now=37, refused=4, rollbacks=rollbacks)
     with pytest.raises(UserError) as e:
-        rollback.rollback(run)  # type: ignore[arg-type]
+        loop.rollback(run)  # type: ignore[arg-type]
     assert str(e.value).startswith("steps 34 to 37 were refused in a row (the last one: the loss is nan)")
     assert said in str(e.value)
     assert run.checkpoints == checkpoints and run.told == [], "nothing was changed"

@@ -23,7 +23,7 @@ from megatron_sov.data.views import with_views
 from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, read_events
-from megatron_sov.plan import host_memory
+from megatron_sov.plan import fitting
 from megatron_sov.plan.fitting import USABLE_SHARE, fullest
 from megatron_sov.runs.folder import PLAN, RunFolder
 from megatron_sov.runs.nvidia_smi import SeenGpu
@@ -118,7 +118,7 @@ def test_a_rank_refuses_what_its_own_gpu_has_no_room_for(
     assert stage_module._bytes_of_own_gpu(config) == 0
     offloaded = apply_settings(config, ["gpu.optimizer_offload=1", "parallel.zero1=true"])
     with monkeypatch.context() as patched, pytest.raises(UserError, match="that it has available"):
-        patched.setattr(host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+        patched.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
         stage_module._bytes_of_own_gpu(offloaded)
     monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
     monkeypatch.setattr(stage_module.own_gpu, "kind", lambda: Gpu("Tiny", 20 << 20))

@@ -57,8 +57,8 @@ def run(typed: argparse.Namespace) -> int:
         UserError: the tokenizer or a text cannot be read, a check is unknown,
             or the output cannot be written.
     """
+    from tokenizer.report.charts import render
     from tokenizer.report.everything import CHECKS, check_all
-    from tokenizer.report.page import render
 
     args = read_options(TokenizerReportOptions, typed)
     for name in args.skip:

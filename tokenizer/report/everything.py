@@ -12,12 +12,19 @@ from tqdm import tqdm
 from megatron_sov.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, cut, shown
-from tokenizer.report.inventory import check_inventory, check_superwords
+from tokenizer.report.coverage import (
+    END,
+    check_determinism,
+    check_inventory,
+    check_scalars,
+    check_scripts,
+    check_streaming,
+    check_superwords,
+    num_blocks,
+    try_scalars,
+)
 from tokenizer.report.measures import NamedText, check_digits, check_texts, check_whitespace, measure, pieces
 from tokenizer.report.reach import check_reach, check_used, check_worst, worst_inputs
-from tokenizer.report.scalars import END, check_scalars, num_blocks, try_scalars
-from tokenizer.report.scripts import check_scripts
-from tokenizer.report.streaming import check_determinism, check_streaming
 
 _CONTROL = re.compile(r"\s*[<\[{|].*[>\]}|]\s*", re.DOTALL)
 """How tokens look that steer a model; other added tokens, such as runs of spaces,

@@ -22,7 +22,7 @@ from data_prep.journey.summary import SourceSummary
 from data_prep.tags import SYNTHETIC
 from megatron_sov.errors import UserError, list_problems, nearest
 from megatron_sov.settings import read_file
-from megatron_sov.settings.text import Text
+from megatron_sov.settings.reading import Text
 from megatron_sov.version import __version__
 
 # What a team says of its data that no manifest knows: a YAML file, each mistake in which is told at once.

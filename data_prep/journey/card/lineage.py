@@ -11,8 +11,7 @@ from typing import Any
 
 from data_prep.journey.facts import TEXT, Facts, facts_of_output
 from data_prep.journey.summary import SUMMARY, Summary, read_summary
-from data_prep.provenance import CORPUS, SYNTHESIS
-from data_prep.tags import Tags, tags_of
+from data_prep.tags import CORPUS, SYNTHESIS, Tags, tags_of
 from data_prep.token_artifact import KIND as TOKENS
 from data_prep.token_artifact import read_tokens_manifest
 from megatron_sov.artifacts import (

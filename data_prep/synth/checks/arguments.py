@@ -6,8 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.synth.bounds import Identified, Kappa
-from megatron_sov.settings import Flag
+from annotated_types import Ge, Le
+
+from megatron_sov.settings import Flag, one_of
+
+
+def _identified() -> frozenset[str]:
+    from data_prep.quality.identify import KNOWN
+
+    return KNOWN
+
+
+Identified = Annotated[str, one_of(_identified)]
+"""Language that texts are told to be in, as an ISO 639-1 code."""
+Kappa = Annotated[float, Ge(-1), Le(1)]
+"""Agreement beyond chance."""
 
 
 @dataclass(frozen=True)

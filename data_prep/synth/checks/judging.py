@@ -28,12 +28,13 @@ from data_prep.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, asked_in, texts_of
-from data_prep.synth.sample import Verdict
+from data_prep.synth.generator import Verdict
 from megatron_sov.artifacts import disk_errors, publish
 from megatron_sov.documents import Document, Reading, list_files, read_span
 from megatron_sov.documents.files import JSONL_SUFFIXES, spans_of
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import open_parquet
+from megatron_sov.work.folders import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
 LOT_ITEMS = 2000
@@ -98,7 +99,7 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
     Raises:
         UserError: a step, an input or the disk is in the way.
     """
-    folder = output / FOLDER
+    folder = work_folder(output) / FOLDER
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         found = _write_texts(output, run, folder)

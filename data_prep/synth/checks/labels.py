@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.json_lines import read_objects
 from data_prep.libraries import require
-from data_prep.synth.sample import Verdict
+from data_prep.synth.generator import Verdict
 from megatron_sov.errors import UserError
 
 ALL_CHECKS, JUDGE = "all checks", "judge"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_prep.decontamination.benchmarks import text_in
-from data_prep.synth.sample import Kind
+from data_prep.synth.generator import Kind
 from megatron_sov.documents.messages import BadRecord, Messages
 from megatron_sov.documents.records import Reading, parse_record
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.scoring.ngram_settings import NgramSettings
-from data_prep.synth.bounds import PairWeight
+from data_prep.synth.generator import PairWeight
 from megatron_sov.errors import UserError
 from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
@@ -136,7 +136,7 @@ def _check(args: DifficultyCheckOptions) -> int:
 
 
 def _grade(args: DifficultyGradeOptions) -> int:
-    from data_prep.synth.difficulty.grading import GradeSettings, grade
+    from data_prep.synth.difficulty.fitting import GradeSettings, grade
 
     settings = GradeSettings(_band("--cuts", args.cuts), _band("--keep", args.keep))
     content = grade(args.input, args.output, settings, args.model, args.labels, overwrite=args.overwrite)

@@ -13,11 +13,9 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Le
 
-from data_prep.synth.bounds import Temperature
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box
-from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply
+from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply, Sample, Temperature, Verdict
 from data_prep.synth.problems import read_problems
-from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.settings import AtLeastOne
 
 

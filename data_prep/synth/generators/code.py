@@ -17,12 +17,10 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Le
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.bounds import Temperature
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply
+from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply, Sample, Temperature, Verdict
 from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import MAX_CHARS, Task, assertions, defines, reaches_out, read_task
 from data_prep.synth.problems import line_files, problem_text, stated_id
-from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import Code, program_in

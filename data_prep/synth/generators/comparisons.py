@@ -14,9 +14,8 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Le
 
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask, Generator, Item, Sample, Verdict
 from data_prep.synth.problems import read_problems
-from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne
 

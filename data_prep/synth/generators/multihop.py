@@ -16,8 +16,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from data_prep.synth.bounds import Grade, Temperature
-from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply
+from data_prep.synth.generator import (
+    Ask,
+    Generator,
+    Grade,
+    Item,
+    Kind,
+    NoUsableReply,
+    Sample,
+    Temperature,
+    Verdict,
+)
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import agreed
@@ -27,7 +36,6 @@ from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import complete, until_failed
 from data_prep.synth.generators.multihop_graph import Facts, chain_id, chains, read_facts
 from data_prep.synth.generators.triples import PARTS
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.settings import AtLeastOne, NotNegativeInt, at_most
 
 _ANSWER_TAGS = re.compile(r"</?answer>")

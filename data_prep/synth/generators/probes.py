@@ -22,12 +22,20 @@ from data_prep.decontamination.benchmarks import benchmark_files
 from data_prep.decontamination.hits import find_hits
 from data_prep.decontamination.step import DecontaminateSettings
 from data_prep.json_lines import read_objects
-from data_prep.synth.bounds import Temperature
 from data_prep.synth.final_answers import boxes, check, ends_in_box
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply, Reply
+from data_prep.synth.generator import (
+    Ask,
+    Generator,
+    Item,
+    NoReply,
+    NoUsableReply,
+    Reply,
+    Sample,
+    Temperature,
+    Verdict,
+)
 from data_prep.synth.generators.code_parts import reaches_out
 from data_prep.synth.problems import line_files, stated_id
-from data_prep.synth.sample import Sample, Verdict
 from megatron_sov.documents.item_search import Search
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import program_in

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from data_prep.synth.bounds import Grade
-from data_prep.synth.generator import Ask
+from data_prep.synth.generator import Ask, Grade, Kind, Sample, Verdict
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
@@ -26,7 +25,6 @@ from data_prep.synth.generators.documents.pieces import (
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.settings import AtLeastOne, Share, at_most, only_with
 
 Form = Literal["text", "chat", "prompt"]

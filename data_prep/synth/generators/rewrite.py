@@ -14,8 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import MinLen
 
-from data_prep.synth.bounds import Grade
-from data_prep.synth.generator import Ask
+from data_prep.synth.generator import Ask, Grade, Kind, Sample, Verdict
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
 from data_prep.synth.generators.documents.judging import FAITHFUL, graded
@@ -28,7 +27,6 @@ from data_prep.synth.generators.documents.pieces import (
 )
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.settings import ONCE, NotNegative, Share, below
 
 Style = Literal["clearer", "encyclopedic", "dialogue"]

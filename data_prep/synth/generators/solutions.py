@@ -13,11 +13,9 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt, Le
 
-from data_prep.synth.bounds import Grade, Temperature
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box, groups
-from data_prep.synth.generator import Ask, Generator, Item, Reply
+from data_prep.synth.generator import Ask, Generator, Grade, Item, Reply, Sample, Temperature, Verdict
 from data_prep.synth.problems import read_problems
-from data_prep.synth.sample import Sample, Verdict
 from data_prep.trajectories import Solution, diverse
 from megatron_sov.settings import AtLeastOne, Share, at_most
 

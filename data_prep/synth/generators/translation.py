@@ -19,8 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from data_prep.libraries import require
-from data_prep.synth.bounds import Grade
-from data_prep.synth.generator import Ask, Generator, Item, Reply
+from data_prep.synth.generator import Ask, Generator, Grade, Item, Kind, Reply, Sample, Verdict
 from data_prep.synth.generators.documents.answers import stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import quotes_of
@@ -37,7 +36,6 @@ from data_prep.synth.generators.documents.verdicts import (
     until_failed,
     within,
 )
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.documents import Reading, list_files, read_documents
 from megatron_sov.documents.overlap import fold
 from megatron_sov.errors import UserError

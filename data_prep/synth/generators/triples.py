@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask, Generator, Item, Kind, Sample, Verdict
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import customs_of, name_of
 from data_prep.synth.generators.documents.languages import language_of
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.rewards.answers import normalized
 from megatron_sov.settings import AtLeastOne
 

@@ -2,16 +2,18 @@
 
 Texts come from `/completions`, with a chat template from `/chat/completions`; likelihoods from `/completions`
 with `echo` and `logprobs`, which not every endpoint has.  Requests, retries and the key are those of room
-`rewards`.
+`endpoints`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 from megatron_sov.endpoints.answers import BadAnswer
@@ -19,8 +21,7 @@ from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.endpoints.endpoint import Endpoint, Limits
 from megatron_sov.endpoints.recognition import CHAT_PROBES, TEXT_PROBES, Recognition
 from megatron_sov.errors import UserError
-from megatron_sov.eval.lm.answers import Answers
-from megatron_sov.eval.lm.requests import Answer, Request, Score, Write
+from megatron_sov.eval.lm.answers import Answer, Request, Score, Write
 from megatron_sov.eval.lm.settings import OTHER_MODEL, EndpointModel, EndpointSettings
 from megatron_sov.generate.request import LENGTH, STOP
 from megatron_sov.obs.warning import warn
@@ -31,6 +32,7 @@ LIMITS = Limits(timeout_s=600.0, max_attempts=5, backoff_s=1.0, requests_per_min
                 input_price=0.0, output_price=0.0)
 """Ten minutes are enough for an answer of a reasoning model; an item whose request has failed five times has
 failed, and the same command asks it again."""
+CACHE = "endpoint.sqlite"
 MAX_STOPS = 4
 """Stop strings that endpoints take; what comes behind others is cut here."""
 NO_ECHO = ("tells no likelihoods of what it is given (echo with logprobs), as many do not; evaluate a "
@@ -45,27 +47,28 @@ def endpoint_at(url: str, settings: EndpointModel, cache: EndpointCache, probes:
 
 
 class AsksEndpoint:
-    """Asks one endpoint.
+    """Asks one endpoint."""
 
-    Args:
-        url: its address, up to `/v1`.
-        settings: how it is asked.
-        answers: where answers are kept.
-    """
-
-    def __init__(self, url: str, settings: EndpointSettings, answers: Answers) -> None:
-        cache = EndpointCache(answers.folder / "endpoint.sqlite")
+    def __init__(self, url: str, settings: EndpointSettings, folder: Path, answers: dict[str, Answer]
+                 ) -> None:
+        self._cache = EndpointCache(folder / CACHE)
         base = url.rstrip("/")
         self._settings, self._answers = settings, answers
         self._texts, self._chats = (
-            endpoint_at(f"{base}/{path}", settings, cache, probes)
+            endpoint_at(f"{base}/{path}", settings, self._cache, probes)
             for path, probes in (("completions", TEXT_PROBES), ("chat/completions", CHAT_PROBES)))
 
-    def refuse_other_model(self, requests: Sequence[Request]) -> None:
-        """Refuse a model that is not the one whose answers are kept, under the same address and name."""
-        if any(request.key in self._answers for request in requests):
-            for chat in {isinstance(request, Write) and request.chat for request in requests}:
-                (self._chats if chat else self._texts).recognise()
+    def recall(self, requests: Sequence[Request]) -> None:
+        """Take in what was answered before.
+
+        Raises:
+            UserError: the model is not the one whose answers are kept, under the same address and name.
+        """
+        for request in requests:
+            endpoint, payload, read = self._asking(request)
+            if (kept := self._cache.get(endpoint.key(payload))) is not None:
+                with contextlib.suppress(BadAnswer):  # kept by other code
+                    self._answers[request.key] = read(kept)
 
     def answer(self, requests: Sequence[Request], flag: StopFlag) -> bool:
         """Answer requests; returns whether it was asked to stop before the end.
@@ -82,11 +85,11 @@ class AsksEndpoint:
             under_way = {pool.submit(self._ask, request): request for request in left}
             try:
                 for future in as_completed(under_way):
-                    request = under_way[future]
                     try:
-                        self._answers.add({request.key: future.result()})
+                        found = future.result()
                     except (BadAnswer, TimeoutError) as e:
-                        self._answers.note(request.key, {"failed": str(e)})
+                        found = {"failed": str(e)}
+                    self._answers[under_way[future].key] = found
                     bar.update(1)
                     if flag.reason is not None:
                         return True
@@ -95,11 +98,16 @@ class AsksEndpoint:
         return False
 
     def _ask(self, request: Request) -> Answer:
+        endpoint, payload, read = self._asking(request)
+        return endpoint.ask(payload, read)
+
+    def _asking(self, request: Request) -> tuple[Endpoint, dict[str, Any], Callable[[Any], Answer]]:
+        """Return who is asked what, and what reads the answer."""
         if isinstance(request, Score):
             tokens = [*request.context, *request.continuation]
-            return self._texts.ask({"model": self._settings.model, "prompt": tokens, "max_tokens": 1,
-                                    "temperature": 0, "logprobs": 1, "echo": True},
-                                   lambda raw: _likelihood(raw, len(request.context), len(tokens)))
+            return (self._texts, {"model": self._settings.model, "prompt": tokens, "max_tokens": 1,
+                                  "temperature": 0, "logprobs": 1, "echo": True},
+                    lambda raw: _likelihood(raw, len(request.context), len(tokens)))
         payload: dict[str, Any] = {"model": self._settings.model, "max_tokens": request.max_tokens,
                                    "temperature": request.temperature}
         if request.until:
@@ -108,10 +116,11 @@ class AsksEndpoint:
             payload |= {"top_p": request.top_p, "seed": (request.seed + request.stream) % 2**31}
             payload |= {"top_k": request.top_k} if request.top_k else {}
         if request.chat:
-            return self._chats.ask(payload | json.loads(str(request.prompt)),
-                                   lambda raw: _text(raw, request, chat=True))
-        prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
-        return self._texts.ask(payload | {"prompt": prompt}, lambda raw: _text(raw, request, chat=False))
+            payload |= json.loads(str(request.prompt))
+        else:
+            payload["prompt"] = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+        return (self._chats if request.chat else self._texts, payload,
+                lambda raw: _text(raw, request, request.chat))
 
 
 def _choice(raw: Any) -> dict[str, Any]:

@@ -1,52 +1,52 @@
-"""Requests answered by a model in this process, or on processes that are started for it, chunk by chunk.
+"""Requests answered by a model in this process, or on processes that are started for it, chunk by chunk: by
+one on Megatron-Core at any layout, by transformers' model, or by vLLM's.
 
 Chunks follow from the requests alone, so that an evaluation that goes on behind a kill asks the engine for
-the same batches.  Each chunk's answers are on disk before the next one is asked for.
-
-Several evaluations of one model with one cache share its requests: each begins at another place and goes once
-around.  A chunk is held while it is asked, so that nobody else asks it; where a process ends, so does its
-hold. At the end every one of them has all answers.
+the same batches.  Each chunk's answers are on disk before the next one is asked for.  Several evaluations of
+one model with one cache share its chunks (`Answers.deal`); at the end every one of them has all answers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from megatron_sov.artifacts import atomic_write, disk_errors, holds
+import torch
+
 from megatron_sov.errors import UserError
-from megatron_sov.eval.filling import ROW_TOKENS
-from megatron_sov.eval.lm.answers import Answers
-from megatron_sov.eval.lm.requests import Answer, Request, Score, Write, readings
-from megatron_sov.generate.engine import MEGATRON, VLLM, Engine, run_engine
-from megatron_sov.generate.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, Stop
+from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
+from megatron_sov.eval.lm.answers import Answer, Answers, Request, Score, Write, readings
+from megatron_sov.generate.engine import MEGATRON, VLLM, run_engine
+from megatron_sov.generate.load import Loaded, run_forward_model
+from megatron_sov.generate.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, Stop, Tokens
 from megatron_sov.generate.target import Target
+from megatron_sov.mcore.decode.forward_only import Inputs
+from megatron_sov.mcore.model.language_model import ModelInputs, states_for_head
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import collectives, context
+from megatron_sov.mcore.parallel.device import local_device
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.train.stopping import StopFlag
 
 CHUNK_ROWS, CHUNK_BATCHES = 4, 4
 """Rows of tokens that are read for likelihoods, and batches of sequences, that a chunk has at most for each
 process with data of its own."""
-ASK, WAIT, STOPPED, DONE = "ask", "wait", "stopped", "done"
-WAIT_S = 1.0
-Next = tuple[str, int, list[int]]
-"""What to do next, number of the chunk, places in it of what has no answer."""
+LOGITS_BYTES = 1 << 29
+"""Logits that transformers' model is asked for at a time, unless one document alone has more."""
+Group = Sequence[Score]
+"""Scores for which the same tokens are read."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """How a model is run."""
-
     target: Target
-    """The model."""
     engine: str
     """One of `generate.engine.ENGINES`."""
     settings: tuple[str, ...]
@@ -54,7 +54,6 @@ class Running:
     nproc: int | None
     """Local processes (megatron)."""
     batching: Batching
-    """What bounds memory."""
     end_ids: tuple[int, ...]
     """Tokens that end a continuation."""
     special_ids: dict[str, int]
@@ -63,111 +62,57 @@ class Running:
     """From token ids to text, without special tokens."""
 
 
-class Model(Protocol):
+@dataclass(frozen=True)
+class _Model:
     """What answers; where it runs on several processes, called by all of them together."""
 
-    num_shares: int
+    generate: Callable[..., Generated]
+    score: Callable[[Sequence[Group]], dict[str, Answer]]
+    """Returns the answers to groups of scores."""
+    num_shares: int = 1
     """Processes with sequences of their own."""
 
-    def score(self, groups: Sequence[Sequence[Score]]) -> dict[str, Answer]:
-        """Return the answers to scores."""
-        ...
 
-    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop,
-              streams: Sequence[int], should_stop: Callable[[], bool]) -> Generated:
-        """Return continuations; where `should_stop` says so those that are not whole may be cut off."""
-        ...
+def answer_locally(running: Running, requests: Sequence[Request], kept: Path | None, flag: StopFlag) -> bool:
+    """Have a model answer what is not answered yet; returns whether it was asked to stop early.
 
-
-class OnMegatron:
-    """A model on Megatron-Core."""
-
-    def __init__(self, loaded: Any, batching: Batching) -> None:
-        from megatron_sov.generate.generator import MegatronEngine
-        from megatron_sov.mcore.parallel import collectives
-
-        self._loaded, self._engine = loaded, MegatronEngine(loaded.policy, batching)
-        self.num_shares = collectives.data_place()[1]
-
-    def score(self, groups: Sequence[Sequence[Score]]) -> dict[str, Answer]:
-        from megatron_sov.eval.lm.likelihoods import of_forward_model
-
-        return of_forward_model(self._loaded, groups)
-
-    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop,
-              streams: Sequence[int], should_stop: Callable[[], bool]) -> Generated:
-        bounds = Bounds([sampling.max_new_tokens] * len(prompts), should_stop)
-        return self._engine.generate(prompts, sampling, stop=stop, streams=streams, bounds=bounds)
-
-
-class OnEngine:
-    """transformers' model, or vLLM, which tells no likelihoods."""
-
-    num_shares = 1
-
-    def __init__(self, engine: Engine, model: Any) -> None:
-        self._engine, self._model = engine, model
-
-    def score(self, groups: Sequence[Sequence[Score]]) -> dict[str, Answer]:
-        from megatron_sov.eval.lm.likelihoods import of_hf_model
-
-        return of_hf_model(self._model, groups)
-
-    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop,
-              streams: Sequence[int], should_stop: Callable[[], bool]) -> Generated:
-        return self._engine.generate(prompts, sampling, stop=stop, streams=streams)
-
-
-def answer_locally(running: Running, asked: Path, flag: StopFlag) -> bool:
-    """Have a model answer what `write_asked` has written; returns whether it was asked to stop early.
-
-    Every process of a torchrun or Slurm job calls it; only the first one reads and writes.
+    Every process of a torchrun or Slurm job calls it; only the first one has requests and the folder in which
+    answers are kept.
     """
     if running.engine == MEGATRON:
-        from megatron_sov.generate.load import run_forward_model
+        from megatron_sov.generate.generator import MegatronEngine
         from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 
-        def on_ranks(loaded: Any) -> bool:
-            requests, answers = _read_asked(asked) if loaded.world.is_main else ([], None)
-            return _answer(OnMegatron(loaded, running.batching), running, broadcast_object(requests), answers,
-                           flag)
+        def on_ranks(loaded: Loaded) -> bool:
+            engine = MegatronEngine(loaded.policy, running.batching)
+
+            def generate(prompts: Sequence[Tokens], sampling: Sampling, **more: Any) -> Generated:
+                # those that are not whole may be cut off
+                bounds = Bounds([sampling.max_new_tokens] * len(prompts), lambda: flag.reason is not None)
+                return engine.generate(prompts, sampling, bounds=bounds, **more)
+
+            model = _Model(generate, partial(of_forward_model, loaded), collectives.data_place()[1])
+            return _answer(model, running, broadcast_object(requests),
+                           kept if loaded.world.is_main else None, flag)
 
         return bool(run_forward_model(running.target, list(running.settings), running.nproc, on_ranks))
-    requests, answers = _read_asked(asked)
     if running.engine == VLLM:
         if any(isinstance(request, Score) for request in requests):
             raise UserError("--engine vllm: tells no likelihoods, which these tasks compare; leave it out")
         longest = max(len(r.prompt) + r.max_tokens for r in requests if isinstance(r, Write))
         return bool(run_engine(VLLM, running.target, lambda engine: _answer(
-            OnEngine(engine, None), running, requests, answers, flag), longest=longest,
+            _Model(engine.generate, lambda groups: {}), running, requests, kept, flag), longest=longest,
             batching=running.batching))
     from megatron_sov.generate.hf import HfEngine, load_hf
 
-    model = load_hf(running.target.path)
-    return _answer(OnEngine(HfEngine(model, running.batching), model), running, requests, answers, flag)
+    hf = load_hf(running.target.path)
+    model = _Model(HfEngine(hf, running.batching).generate, partial(of_hf_model, hf))
+    return _answer(model, running, requests, kept, flag)
 
 
-def write_asked(asked: Path, requests: Sequence[Request], answers: Answers) -> None:
-    """Write down what is asked and where its answers are kept, for the process that asks the model."""
-    rows = [{"kind": type(request).__name__, **asdict(request)} for request in requests]
-    atomic_write(asked, json.dumps({"answers": str(answers.folder), "requests": rows}))
-
-
-def _read_asked(asked: Path) -> tuple[list[Request], Answers]:
-    raw = json.loads(asked.read_bytes())
-    return [_request(row) for row in raw["requests"]], Answers(Path(raw["answers"]))
-
-
-def _request(row: dict[str, Any]) -> Request:
-    kind = row.pop("kind")
-    tuples: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value
-                              for name, value in row.items()}
-    return Score(**tuples) if kind == Score.__name__ else Write(**tuples)
-
-
-def _answer(model: Model, running: Running, requests: Sequence[Request], answers: Answers | None,
+def _answer(model: _Model, running: Running, requests: Sequence[Request], kept: Path | None,
             flag: StopFlag) -> bool:
-    """Answer requests that are not answered yet, on all processes; the one with `answers` keeps them.
+    """Answer requests that are not answered yet, on all processes; the one with a folder keeps them.
 
     Returns:
         Whether it was asked to stop before all were answered.
@@ -175,31 +120,25 @@ def _answer(model: Model, running: Running, requests: Sequence[Request], answers
     from megatron_sov.mcore.parallel.world import on_first
 
     chunks = list(chunks_of(requests, model.num_shares, running.batching))
-    desk = None if answers is None else Desk(chunks, answers, flag)
-    begin_s, num_read = time.monotonic(), 0
-    with (contextlib.closing(desk) if desk is not None else contextlib.nullcontext(),
-          work_bar("ask", len(requests), "request", desk is not None) as bar):
-        while True:
-            action, number, places = on_first(desk.next if desk is not None else _nothing)
-            if action in (DONE, STOPPED):
-                break
-            if action == WAIT:
-                continue
-            asked = [chunks[number][i] for i in places]
-            found = _chunk_answers(model, running, asked, flag)
-            num_read += sum(map(num_tokens, asked))
-            if desk is not None:
-                desk.answered(number, found)
+    begin_s, num_read, num_answered = time.monotonic(), 0, 0
+    deal: Iterator[tuple[int, list[int]]] = iter(())
+    with contextlib.ExitStack() as stack:
+        if kept is not None:
+            answers = stack.enter_context(contextlib.closing(Answers(kept)))
+            deal = stack.enter_context(contextlib.closing(
+                answers.deal(chunks, lambda: flag.reason is not None)))
+        bar = stack.enter_context(work_bar("ask", len(requests), "request", kept is not None))
+        while (step := on_first(lambda: next(deal, None))) is not None:
+            asked = [chunks[step[0]][i] for i in step[1]]
+            found = _chunk_answers(model, running, asked, flag) if asked else {}
+            num_read, num_answered = num_read + sum(map(num_tokens, asked)), num_answered + len(found)
+            if kept is not None:
+                answers.keep(found)
             bar.update(len(found))
-    if desk is not None:
-        print(f"asked {desk.num_answered:,} requests with {num_read:,} tokens in "
+    if kept is not None:
+        print(f"asked {num_answered:,} requests with {num_read:,} tokens in "
               f"{time.monotonic() - begin_s:.1f} s", file=sys.stderr)
-    return bool(action == STOPPED)
-
-
-def _nothing() -> Next:
-    """Stand for the first process's desk where there is none: its answer counts."""
-    return DONE, 0, []
+    return bool(on_first(lambda: flag.reason is not None))
 
 
 def num_tokens(request: Request) -> int:
@@ -229,7 +168,7 @@ def chunks_of(requests: Sequence[Request], num_shares: int, batching: Batching) 
         yield from (group_[begin:begin + size] for begin in range(0, len(group_), size))
 
 
-def _chunk_answers(model: Model, running: Running, chunk: Sequence[Request],
+def _chunk_answers(model: _Model, running: Running, chunk: Sequence[Request],
                    flag: StopFlag) -> dict[str, Answer]:
     scores = [r for r in chunk if isinstance(r, Score)]
     if scores:
@@ -241,7 +180,7 @@ def _chunk_answers(model: Model, running: Running, chunk: Sequence[Request],
                 tuple(text for text in first.until if text not in running.special_ids), running.decode)
     sampling = Sampling(first.max_tokens, first.temperature, first.top_k, first.top_p, first.seed)
     prompts = [[int(token) for token in write.prompt] for write in writes]
-    found = model.write(prompts, sampling, stop, [w.stream for w in writes], lambda: flag.reason is not None)
+    found = model.generate(prompts, sampling, stop=stop, streams=[w.stream for w in writes])
     answers: dict[str, Answer] = {}
     for write, tokens, reason in zip(writes, found.continuations, found.finish_reasons, strict=True):
         # others were cut off by a wish to stop
@@ -251,92 +190,101 @@ def _chunk_answers(model: Model, running: Running, chunk: Sequence[Request],
     return answers
 
 
-class Desk:
-    """Deals out chunks to this process.
-
-    Args:
-        chunks: all of them.
-        answers: what is there already, and where more is kept.
-        flag: says whether to stop.
-    """
-
-    def __init__(self, chunks: Sequence[Sequence[Request]], answers: Answers, flag: StopFlag) -> None:
-        self._chunks, self._answers, self._flag = chunks, answers, flag
-        index, count = _place_in_array()
-        begin = index * len(chunks) // count
-        self._left = [*range(begin, len(chunks)), *range(begin)]
-        self._held = -1
-        self.num_answered = 0
-        """Requests that this process has answered."""
-
-    def next(self) -> Next:
-        if self._flag.reason is not None:
-            return STOPPED, 0, []
-        self._answers.reread()
-        postponed: list[int] = []
-        while self._left:
-            number = self._left.pop(0)
-            if not self._open(number):
-                continue
-            if self._hold(number):
-                self._answers.reread()  # whoever held it before may have answered
-                if open_ := self._open(number):
-                    self._left = [*postponed, *self._left]
-                    return ASK, number, open_
-                self._release(number)
-                continue
-            postponed.append(number)
-        self._left = postponed
-        if not postponed:
-            return DONE, 0, []
-        time.sleep(WAIT_S)
-        return WAIT, 0, []
-
-    def answered(self, number: int, found: dict[str, Answer]) -> None:
-        """Keep the answers of the chunk that is held, and let it go."""
-        self._answers.add(found)
-        self.num_answered += len(found)
-        if len(found) < len(self._open(number)):
-            self._left.append(number)  # cut off by a wish to stop
-        self._release(number)
-
-    def close(self) -> None:
-        """Let go of the chunk that is held, if any."""
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
-
-    def _open(self, number: int) -> list[int]:
-        return [i for i, request in enumerate(self._chunks[number]) if request.key not in self._answers]
-
-    def _hold(self, number: int) -> bool:
-        """Return whether the chunk is this process's now; where the disk knows no locks, all are."""
-        with disk_errors(self._answers.folder):
-            self._answers.folder.mkdir(parents=True, exist_ok=True)
-            self._held = os.open(self._file(number), os.O_RDWR | os.O_CREAT, 0o666)
-        if holds(self._held) is not False:
-            return True
-        self.close()
-        return False
-
-    def _release(self, number: int) -> None:
-        self._file(number).unlink(missing_ok=True)
-        self.close()
-
-    def _file(self, number: int) -> Path:
-        return self._answers.folder / f"{_name(self._chunks[number])}.held"
+def of_forward_model(loaded: Loaded, groups: Sequence[Group]) -> dict[str, Answer]:
+    """Return the answers to groups of scores, on every process; called by all of them together."""
+    dp_rank, dp_size = collectives.data_place()
+    rows: list[list[Group]] = [[groups[i] for i in row] for row in rows_of([len(g[0].read) for g in groups])]
+    rows += [[]] * (-len(rows) % dp_size)  # processes that share experts must run forward equally often
+    starts = [0, *accumulate(sum(map(len, row)) for row in rows)]
+    found = torch.zeros(sum(map(len, groups)), 2, dtype=torch.float64)
+    # a pipeline works on several rows at a time, which then are of one length
+    pipeline = loaded.config.parallel.pp
+    at_a_time = 1 if pipeline == 1 else 2 * pipeline
+    own = range(dp_rank, len(rows), dp_size)
+    for begin in range(0, len(own), at_a_time):
+        numbers = own[begin:begin + at_a_time]
+        longest = max(sum(len(g[0].read) for g in rows[i]) for i in numbers)
+        batches = [_Row(rows[i], longest) for i in numbers]
+        for i, values in zip(numbers, loaded.policy.map(batches, _row_values), strict=False):
+            found[starts[i]:starts[i] + len(values)] = values
+    total = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(found))
+    return _answers(groups, total)
 
 
-def _name(chunk: Sequence[Request]) -> str:
-    return hashlib.sha256("".join(request.key for request in chunk).encode()).hexdigest()[:24]
+@torch.no_grad()
+def of_hf_model(model: Any, groups: Sequence[Group]) -> dict[str, Answer]:
+    """Return the answers of transformers' model to groups of scores."""
+    limit_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
+    parts = []
+    for lines in _lines(groups, limit_tokens):
+        # padded at the end, which no token before can see
+        ids = torch.zeros(len(lines), max(len(g[0].read) for g in lines), dtype=torch.int64)
+        for line, group in enumerate(lines):
+            ids[line, :len(group[0].read)] = torch.tensor(group[0].read)
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        for line, group in enumerate(lines):
+            end = len(group[0].read)
+            for score in group:
+                asked = logits[line, end - len(score.continuation):end].float()
+                labels = torch.tensor(score.continuation, device=asked.device)
+                logprobs = asked.log_softmax(-1).gather(1, labels[:, None])
+                parts.append([float(logprobs.sum()), float((asked.argmax(-1) == labels).all())])
+    return _answers(groups, torch.tensor(parts, dtype=torch.float64).reshape(-1, 2))
 
 
-def _place_in_array() -> tuple[int, int]:
-    """Return which job of a Slurm array this is, and of how many."""
-    try:
-        count = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - first
-    except ValueError:
-        return 0, 1
-    return (index, count) if 0 <= index < count else (0, 1)
+class _Row:
+    """A row of documents with what is asked at their ends."""
+
+    def __init__(self, groups: Sequence[Group], min_tokens: int) -> None:
+        batch = Inputs([group[0].read for group in groups] or [[0]], local_device(), min_tokens)
+        self.inputs: ModelInputs = batch.inputs
+        self.groups = groups
+        self.ends: list[int] = (batch.ends + 1).tolist()
+
+
+def _row_values(hidden: list[torch.Tensor], head: Head, row: _Row) -> torch.Tensor:
+    """Return [scores of the row, 2]: the sum of log-probabilities, and whether each token is the best one."""
+    count = sum(map(len, row.groups))
+    values = torch.zeros(count, 2, dtype=torch.float64)
+    if not count:
+        return values
+    ends = row.ends[:len(row.groups)]
+    places = torch.cat([torch.arange(end - max(len(s.continuation) for s in group), end)
+                        for group, end in zip(row.groups, ends, strict=True)])
+    states = states_for_head(hidden[0], head.config)
+    best = torch.zeros(len(row.inputs.tokens), dtype=torch.int64)
+    best[places] = head.top_tokens(context.pick(states, places)).cpu()
+    number = [0, *accumulate(map(len, row.groups))]
+    # documents that are judged twice and more, such as choices of one token, take the head as often
+    for variant in range(max(map(len, row.groups))):
+        labels = torch.zeros_like(best)
+        wanted = torch.zeros(len(best), dtype=torch.bool)
+        judged = [(i, end - len(group[variant].continuation), end) for i, (group, end)
+                  in enumerate(zip(row.groups, ends, strict=True)) if variant < len(group)]
+        for i, first, end in judged:
+            labels[first:end] = torch.tensor(row.groups[i][variant].continuation)
+            wanted[first:end] = True
+        logprobs = head.logprobs(hidden[0], labels.to(states.device), wanted=wanted).double().cpu()
+        for i, first, end in judged:
+            values[number[i] + variant] = torch.tensor(
+                [float(logprobs[first:end].sum()), float((best[first:end] == labels[first:end]).all())],
+                dtype=torch.float64)
+    return values
+
+
+def _lines(groups: Sequence[Group], limit_tokens: int) -> list[Sequence[Group]]:
+    """Return the documents that go through a model together, as lines of one length."""
+    found: list[Sequence[Group]] = []
+    begin = 0
+    for end in range(1, len(groups) + 1):
+        longest = max(len(g[0].read) for g in groups[begin:end + 1])
+        if end == len(groups) or longest * (end + 1 - begin) > limit_tokens:
+            found.append(groups[begin:end])
+            begin = end
+    return found
+
+
+def _answers(groups: Sequence[Group], values: torch.Tensor) -> dict[str, Answer]:
+    scores = [score for group in groups for score in group]
+    return {score.key: {"logprob": logprob, "greedy": greedy == 1}
+            for score, (logprob, greedy) in zip(scores, values.tolist(), strict=True)}

@@ -8,28 +8,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_sov.artifacts import sha256_file, to_json, write_output
 from megatron_sov.documents.strict_json import json_line
 from megatron_sov.errors import UserError
 from megatron_sov.eval.statistics import mean_of
+from megatron_sov.settings import Finite
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 FORMAT_VERSION, KIND = 1, "eval-lm"
-DEFAULT, THINKING, NO_THINKING = MODES = ("default", "thinking", "no-thinking")
-"""How a reasoning model is asked; the first leaves it to its chat template."""
+DEFAULT = "default"
+"""How a reasoning model is asked: as its chat template leaves it; others are "thinking" and "no-thinking"."""
 MAX_LINE_BYTES = 64 << 20
 """Longest line of an items file that is read."""
+T = TypeVar("T")
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """Which model was measured."""
-
     path: str
     """Folder, or the address of an endpoint."""
     hash: str
@@ -37,7 +41,6 @@ class EvaluatedModel:
     kind: str
     """`checkpoint`, `huggingface` or `endpoint`."""
     step: int | None = None
-    """Optimizer steps of a checkpoint."""
     run: str | None = None
     """Folder of the run that the figures were added to."""
 
@@ -53,20 +56,16 @@ class TaskSampling:
     top_k: int = 0
     """Most probable tokens that were drawn from; 0: all."""
     max_tokens: int = 256
-    """Longest answer."""
     seed: int = 0
-    """Of the samples."""
     samples: int = 1
     """Answers to each item."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a task."""
-
     name: str
     """As lm-eval names it (`acc`), or `avg@k`, `pass@k`, `cons@k`."""
-    value: float | None
+    value: Finite | None
     """None: there is no item that it can be computed from, or it divides by zero."""
     filter: str = "none"
     """lm-eval's filter that answers went through before they were judged."""
@@ -101,14 +100,11 @@ class Contamination:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What was found on one task."""
-
     task_hash: str
     """Of the task's definition and its data."""
     output_type: str
     """`loglikelihood`, `loglikelihood_rolling`, `generate_until` or `multiple_choice`."""
     items: int
-    """Items that were asked."""
     metrics: tuple[Metric, ...]
     """All figures, the task's first one first."""
     dataset: dict[str, dict[str, str]] = field(default_factory=lambda: {"files": {}})
@@ -120,29 +116,24 @@ class TaskScores:
     chat_template: bool = False
     """Whether they were framed by the chat template."""
     mode: str = DEFAULT
-    """One of `MODES`."""
+    """`default`, `thinking` or `no-thinking`."""
     sampling: TaskSampling = field(default_factory=TaskSampling)
-    """How answers were written."""
     judge: str | None = None
     """Name and version of what judged answers in place of lm-eval's metric."""
     agent_limits: dict[str, Any] | None = None
     """Turns, tokens and seconds of a task with tools."""
     limit: int | None = None
-    """`--limit`: only so many items were asked."""
     failed: int = 0
     """Items that have no score, through no fault of the model."""
     at_limit: int = 0
     """Answers that did not end by themselves and were cut."""
     contamination: Contamination | None = None
-    """None: not checked."""
     published_as: str | None = None
     """Name of the benchmark among published figures."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer to an item."""
-
     response: str
     """As the model wrote it, before filters."""
     finish_reason: str | None = None
@@ -156,11 +147,9 @@ class Item:
     """One item of a task; a line of the items file."""
 
     task: str
-    """Name of the task."""
     item: str
     """Number or name of the item in its task's data."""
     doc_sha256: str
-    """Of the item's data."""
     cluster: str | None = None
     """What items that belong together have in common."""
     question: str = ""
@@ -177,10 +166,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Results:
-    """What `eval lm` found."""
-
     model: EvaluatedModel
-    """Which model."""
     tasks: dict[str, TaskScores]
     """Name of each task -> what was found."""
     harness: dict[str, str]
@@ -188,9 +174,7 @@ class Results:
     items: dict[str, str] = field(default_factory=dict)
     """`file`: name of the items file, beside the results; `sha256`: its hash."""
     format_version: int = FORMAT_VERSION
-    """Of this layout."""
     kind: str = KIND
-    """What the file is."""
 
 
 def items_file(output: Path) -> Path:
@@ -226,21 +210,16 @@ def read_results(path: Path) -> Results:
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{path}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
-        tasks = {str(name): _task(scores) for name, scores in raw.pop("tasks").items()}
-        return Results(EvaluatedModel(**raw.pop("model")), tasks, **raw)
+        return _read(Results, raw)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); pass the --output of "
                         "`megatron-sov eval lm`") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise UserError(f"{path}: is damaged ({e!r:.200}); run `megatron-sov eval lm` again") from None
+    except _DAMAGE as e:
+        raise _damaged(f"{path}:", e) from None
 
 
 def read_items(output: Path, results: Results) -> Iterator[Item]:
     """Yield the items behind results.
-
-    Args:
-        output: the results file, beside which they lie.
-        results: what it holds.
 
     Raises:
         UserError: they are not there, or not those that the results were computed from.
@@ -254,33 +233,34 @@ def read_items(output: Path, results: Results) -> Iterator[Item]:
     with open(path, "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE_BYTES), b""), start=1):
             try:
-                raw = json.loads(line)
-                samples = tuple(Sample(**sample) for sample in raw.pop("samples", []))
-                yield Item(samples=samples, **raw)
-            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-                raise UserError(f"{path}: line {number} is damaged ({e!r:.200}); run `megatron-sov eval lm` "
-                                "again") from None
+                yield _read(Item, json.loads(line))
+            except _DAMAGE as e:
+                raise _damaged(f"{path}: line {number}", e) from None
 
 
-def _task(raw: Mapping[str, Any]) -> TaskScores:
-    given = dict(raw)
-    given["metrics"] = tuple(_metric(metric) for metric in given["metrics"])
-    given["sampling"] = TaskSampling(**given["sampling"])
-    if given.get("contamination") is not None:
-        given["contamination"] = Contamination(**given["contamination"])
-    return TaskScores(**given)
+def _read(kind: type[T], raw: Any) -> T:
+    """Return what a file of somebody else's holds, with a value of the right type in every field."""
+    found: T = _adapter(kind).validate_python(raw, extra="forbid")  # type: ignore[arg-type]
+    return found
 
 
-def _metric(raw: Mapping[str, Any]) -> Metric:
-    given = dict(raw)
-    if given.get("interval") is not None:
-        low, high = given["interval"]
-        given["interval"] = (float(low), float(high))
-    metric = Metric(**given)
-    value = metric.value
-    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-        raise ValueError(f"the value of {metric.name} is {metric.value!r}")
-    return metric
+@lru_cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _damaged(place: str, error: Exception) -> UserError:
+    said = f"{error!r:.200}"
+    if errors := getattr(error, "errors", None):
+        said = f"{'.'.join(map(str, errors()[0]['loc']))}: {errors()[0]['msg']}"
+    return UserError(f"{place} is damaged ({said}); run `megatron-sov eval lm` again")
+
+
+def score_name(metric: str, filter_name: str) -> str:
+    """Return the name of an item's score: that of its metric, with the filter where there is one."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def table(results: Results) -> str:
@@ -293,9 +273,14 @@ def table(results: Results) -> str:
                         else f"{metric.interval[0]:.4f} to {metric.interval[1]:.4f}")
             rows.append((name, said, "not known" if metric.value is None else f"{metric.value:.4f}", interval,
                          f"{task.items:,}", f"{task.failed:,}", f"{task.at_limit:,}"))
+    return aligned(rows, left=(0, 1))
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
+    """Return cells in columns, of which some begin at their left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    return "\n".join("  ".join(cell.ljust(width) if column in left else cell.rjust(width)
+                               for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
                      for row in rows)
 
 
@@ -315,6 +300,5 @@ def metric_of_items(name: str, items: Sequence[Item], notes: list[str]) -> Metri
 
 
 def judged_by(judge: Mapping[str, Any]) -> str:
-    """Return name and version of what judged."""
     return ", ".join(f"{found['name']} {found['version']}" if isinstance(found, Mapping) else str(found)
                      for found in judge.values())

@@ -20,33 +20,25 @@ import numpy as np
 
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import StopRequested, UserError, told_in_a_line
-from megatron_sov.eval.lm.answers import Answers, folder_of
-from megatron_sov.eval.lm.requests import Request, distinct
+from megatron_sov.eval.lm.answers import Answer, Answers, Request, distinct, folder_of
 from megatron_sov.eval.lm.results import DEFAULT, Item, Results, TaskSampling, TaskScores, write_results
 from megatron_sov.eval.lm.settings import Settings
-from megatron_sov.eval.lm.tasks import (
-    LoadedTasks,
-    hash_of,
-    load_tasks,
-    offline,
-    quiet,
-    require_harness,
-)
+from megatron_sov.eval.lm.tasks import LoadedTasks, hash_of, load_tasks, offline, quiet, require_harness
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.score_events import EVENT, is_told, score_events
-from megatron_sov.settings import SettingsError, parse_nested, problems_of
+from megatron_sov.settings import SettingsError, problems_of
 from megatron_sov.train.stopping import StopFlag, stoppable
-from megatron_sov.work.locks import holding
+from megatron_sov.work.locks import holding, taking
 
 if TYPE_CHECKING:
-    from megatron_sov.eval.lm.dialogues import Dialogues
+    from megatron_sov.eval.lm.endpoint import AsksEndpoint
+    from megatron_sov.eval.lm.scoring import Dialogues
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """As in lm-eval, whose examples they choose."""
-ASKED = "asked.json"
 JOIN_ATTEMPTS = 60
 """Seconds that a job waits for another one to write the same results."""
 SAMPLED = {"samples", "reward", "environment"}
@@ -55,36 +47,17 @@ SAMPLED = {"samples", "reward", "environment"}
 
 @dataclass
 class _Task:
-    """A task on its way to scores."""
-
     name: str
     task: Any
-    """lm-eval's."""
     protocol: Any
     """Of `eval.suites`; None: the task is lm-eval's alone."""
     files: dict[str, str]
-    """Data files and their hashes."""
     num_fewshot: int
     """Examples in front of each item."""
     requests: list[Request] = field(default_factory=list)
-    """All that is asked."""
     prompt_hash: str = ""
-    """Of the instances."""
     dialogues: Dialogues | None = None
     """Of a task with several questions in one conversation."""
-
-    @property
-    def sov(self) -> dict[str, Any]:
-        """What its definition says under `metadata.sov`."""
-        metadata = self.task.get_config("metadata")
-        given = metadata.get("sov") if isinstance(metadata, dict) else None
-        return given if isinstance(given, dict) else {}
-
-    @property
-    def published_as(self) -> str | None:
-        """Name of the benchmark among published figures."""
-        found = self.sov.get("published_as")
-        return str(found) if found else None
 
 
 def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results | None:
@@ -139,34 +112,37 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
 
     running = subject_of(target, settings, whole=False).running
     if running is not None:
-        answer_locally(running, settings.asking_folder / ASKED, flag)
+        answer_locally(running, [], None, flag)
 
 
 def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
               ) -> tuple[Results, list[Item], list[str]]:
-    """Return the results, their items, and remarks."""
     with quiet():
-        from megatron_sov.eval.lm.bridge import Bridge
+        from megatron_sov.eval.lm.subject import Bridge
     from megatron_sov.eval.lm.subject import subject_of
 
     subject = subject_of(target, settings)
     loaded = load_tasks(names, settings.sources, settings.cache_folder)
-    with Answers(folder_of(settings.cache_folder, subject.identity)) as answers:
-        bridge = Bridge(subject.reading, answers)
-        tasks = [_built(name, task, loaded.files[name], bridge, settings) for name, task in
-                 loaded.tasks.items()]
-        _refuse_unused(tasks, settings)
-        requests = distinct(request for task in tasks for request in task.requests)
-        _ask(subject, target, requests, answers, settings, flag)
-        dialogues = [task.dialogues for task in tasks if task.dialogues is not None]
-        while more := distinct(request for dialogue in dialogues for request in dialogue.go_on()):
-            _ask(subject, target, more, answers, settings, flag)
-        notes: list[str] = []
-        scores: dict[str, TaskScores] = {}
-        items: list[Item] = []
-        for task in tasks:
-            scores[task.name], of_task = _scored(task, bridge, settings, notes)
-            items += of_task
+    kept = folder_of(settings.cache_folder, subject.identity)
+    answers: dict[str, Answer] = {} if subject.running is None else Answers(kept)
+    bridge = Bridge(subject.reading, answers)
+    tasks = [_built(name, task, loaded.files[name], bridge, settings) for name, task in loaded.tasks.items()]
+    _refuse_unused(tasks, settings)
+    asker: AsksEndpoint | None = None
+    if subject.running is None:
+        from megatron_sov.eval.lm.endpoint import AsksEndpoint
+
+        asker = AsksEndpoint(target, settings.endpoint, kept, answers)
+    _ask(subject, asker, distinct(request for task in tasks for request in task.requests), answers, flag)
+    dialogues = [task.dialogues for task in tasks if task.dialogues is not None]
+    while more := distinct(request for dialogue in dialogues for request in dialogue.go_on()):
+        _ask(subject, asker, more, answers, flag)
+    notes: list[str] = []
+    scores: dict[str, TaskScores] = {}
+    items: list[Item] = []
+    for task in tasks:
+        scores[task.name], of_task = _scored(task, bridge, settings, notes)
+        items += of_task
     scores |= _groups(loaded, scores)
     import lm_eval
 
@@ -212,16 +188,16 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
 
     built = _Task(name, task, protocol, files, num_fewshot, prompt_hash=hash_of_prompts(task.instances))
     if protocol is not None:
-        from megatron_sov.eval.lm import sampled
+        from megatron_sov.eval.lm import scoring
 
         if protocol.turns_field:
-            from megatron_sov.eval.lm.dialogues import Dialogues
+            from megatron_sov.eval.lm.scoring import Dialogues
 
-            generation = sampled.generation_of(protocol, task, bridge)
+            generation = scoring.generation_of(protocol, task, bridge)
             built.dialogues = Dialogues(protocol, task, bridge, generation)
             built.requests = built.dialogues.requests()
         else:
-            built.requests = sampled.requests_of(protocol, task, bridge)
+            built.requests = scoring.requests_of(protocol, task, bridge)
     else:
         built.requests = [request for instance in task.instances
                           for sample in range(int(instance.repeats or 1))
@@ -238,21 +214,21 @@ def _refuse_conversation(name: str, protocol: Any, settings: Settings) -> None:
                         "out, and pass --nproc N")
 
 
-def _protocol(name: str, task: Any, settings: Settings) -> Any:
-    """Return how a task samples and judges; None: it is lm-eval's alone."""
+def _sov(task: Any) -> dict[str, Any]:
+    """Return what a task's definition says under `metadata.sov`."""
     metadata = task.get_config("metadata")
     given = metadata.get("sov") if isinstance(metadata, dict) else None
-    if not isinstance(given, dict) or not SAMPLED & set(given):
-        return None
-    from megatron_sov.eval.suites.protocol import changed, protocol_of
+    return given if isinstance(given, dict) else {}
 
-    protocol = protocol_of(metadata, task=name, allow_code=settings.sources.allow_code)
-    changes: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
-    if settings.samples is not None:
-        changes["samples"] = settings.samples
-    if settings.judge:
-        changes["reward_settings"] = parse_nested(settings.judge, "--judge")
-    return changed(protocol, changes) if protocol is not None and changes else protocol
+
+def _protocol(name: str, task: Any, settings: Settings) -> Any:
+    """Return how a task samples and judges; None: it is lm-eval's alone."""
+    if not SAMPLED & set(_sov(task)):
+        return None
+    from megatron_sov.eval.suites.protocol import changed_as_asked, protocol_of
+
+    protocol = protocol_of(task.get_config("metadata"), task=name, allow_code=settings.sources.allow_code)
+    return protocol and changed_as_asked(protocol, settings)
 
 
 def _refuse_unused(tasks: Sequence[_Task], settings: Settings) -> None:
@@ -264,21 +240,17 @@ def _refuse_unused(tasks: Sequence[_Task], settings: Settings) -> None:
                         "it out")
 
 
-def _ask(subject: Any, target: str, requests: Sequence[Request], answers: Answers, settings: Settings,
+def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], answers: dict[str, Answer],
          flag: StopFlag) -> None:
     """Have the model answer what is not answered yet.
 
     Raises:
         StopRequested: it was asked to stop before the end.
     """
-    from megatron_sov.eval.lm.local import answer_locally, write_asked
+    from megatron_sov.eval.lm.local import answer_locally
 
-    asker = None
-    if subject.running is None:
-        from megatron_sov.eval.lm.endpoint import AsksEndpoint
-
-        asker = AsksEndpoint(target, settings.endpoint, answers)
-        asker.refuse_other_model(requests)
+    if asker is not None:
+        asker.recall(requests)
     left = [request for request in requests if request.key not in answers]
     if left and len(left) < len(requests):
         print(f"{len(requests) - len(left):,} of {len(requests):,} requests were answered before, and are "
@@ -288,8 +260,8 @@ def _ask(subject: Any, target: str, requests: Sequence[Request], answers: Answer
         if left and not stopped:
             stopped = asker.answer(requests, flag)
     elif under_launcher() or (left and not stopped):  # other processes wait to be told
-        write_asked(settings.asking_folder / ASKED, requests, answers)
-        stopped = answer_locally(subject.running, settings.asking_folder / ASKED, flag)
+        assert isinstance(answers, Answers)
+        stopped = answer_locally(subject.running, requests, answers.folder, flag)
         answers.reread()
     if lacking := sum(request.key not in answers for request in requests):
         if not stopped:
@@ -300,39 +272,40 @@ def _ask(subject: Any, target: str, requests: Sequence[Request], answers: Answer
 
 def _scored(task: _Task, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores, list[Item]]:
     """Return a task's figures and items; what could not be computed joins `notes`."""
-    from megatron_sov.eval.lm import sampled, scoring
+    from megatron_sov.eval.lm import scoring
 
     judge: str | None = None
     told: dict[str, Any] = {}
     if task.protocol is not None:
         if task.dialogues is not None:
-            scored, judge = sampled.score_dialogues(task.protocol, task.task, task.dialogues,
+            scored, judge = scoring.score_dialogues(task.protocol, task.task, task.dialogues,
                                                     settings.workers)
         else:
-            scored, judge = sampled.score_sampled(task.protocol, task.task, bridge, settings.workers)
+            scored, judge = scoring.score_sampled(task.protocol, task.task, bridge, settings.workers)
         told = task.protocol.as_json()
-        sampling = sampled.sampling_of(task.protocol, task.task, bridge)
+        sampling = scoring.sampling_of(task.protocol, task.task, bridge)
     else:
         sampling = _sampling(task.requests)
         with quiet():
-            scored = scoring.score_task(task.task, bridge, task.sov.get("cluster_field"))
+            scored = scoring.score_task(task.task, bridge, _sov(task.task).get("cluster_field"))
     notes += [f"{task.name}: {note}" for note in scored.notes]
     failed = [item.failed for item in scored.items if item.failed]
     if failed:
         notes.append(f"{task.name}: {len(failed)} of {len(scored.items)} items have no score; of the first: "
                      f"{failed[0]}")
+    published = _sov(task.task).get("published_as") or None
     return TaskScores(
         task_hash=hash_of(task.task, task.files), output_type=task.task.OUTPUT_TYPE, items=len(scored.items),
         metrics=scored.metrics, dataset={"files": task.files}, num_fewshot=task.num_fewshot,
         prompt_hash=task.prompt_hash, chat_template=settings.chat_template,
         mode=settings.mode or told.get("mode", DEFAULT), sampling=sampling, judge=judge,
         agent_limits=told.get("agent_limits"), limit=settings.num_items, failed=len(failed),
-        at_limit=scored.at_limit, published_as=task.published_as), scored.items
+        at_limit=scored.at_limit, published_as=None if published is None else str(published)), scored.items
 
 
 def _sampling(requests: Sequence[Request]) -> TaskSampling:
     """Return how the answers of one of lm-eval's tasks are written."""
-    from megatron_sov.eval.lm.requests import Write
+    from megatron_sov.eval.lm.answers import Write
 
     first = next((request for request in requests if isinstance(request, Write)), None)
     if first is None:
@@ -377,17 +350,11 @@ def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
 @contextlib.contextmanager
 def _joining(settings: Settings) -> Iterator[None]:
     """Hold the output while it is written: jobs of an array all come here, in no order, with the same."""
-    for attempt in range(JOIN_ATTEMPTS):
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(holding(settings.joining_folder, f"--output {settings.output}"))
-            except UserError:
-                if attempt == JOIN_ATTEMPTS - 1:
-                    raise
-                time.sleep(1)
-                continue
-            try:
+    for _ in range(JOIN_ATTEMPTS):
+        with taking(settings.joining_folder) as is_ours:
+            if is_ours:
                 yield
-            finally:
-                shutil.rmtree(settings.joining_folder, ignore_errors=True)
-            return
+                return
+        time.sleep(1)
+    raise UserError(f"--output {settings.output}: another process writes it ({settings.joining_folder} is "
+                    "held); wait for it, or name another output")

@@ -1,4 +1,5 @@
-"""From answers to figures: each item's scores by lm-eval's own filters and metrics, and what they come to.
+"""From answers to figures: each item's scores by lm-eval's own filters and metrics, or by the reward that
+judges sampled answers and turns of conversations (`metadata.sov`), and what they come to.
 
 A metric that has no items, or divides by zero, is None and named; an item whose score cannot be computed has
 failed and says why.
@@ -10,14 +11,25 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_sov.errors import told_in_a_line
-from megatron_sov.eval.intervals import student_quantile
-from megatron_sov.eval.lm.bridge import Bridge, NotAnswered
-from megatron_sov.eval.lm.results import Item, Metric, Sample
-from megatron_sov.eval.statistics import mean_of
+from megatron_sov.chat.marks import as_written
+from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.eval.lm.answers import Request
+from megatron_sov.eval.lm.results import (
+    Item,
+    Metric,
+    Sample,
+    TaskSampling,
+    judged_by,
+    metric_of_items,
+    score_name,
+)
+from megatron_sov.eval.lm.subject import Bridge, NotAnswered
+from megatron_sov.eval.statistics import mean_of, student_quantile
+from megatron_sov.eval.suites.folding import TURN, fold, without_thoughts
+from megatron_sov.eval.suites.protocol import Folded, Response, TaskItem, cluster_of
 from megatron_sov.generate.request import LENGTH
 
 MAX_GROUPS = 50
@@ -27,22 +39,15 @@ TEXT = "generate_until"
 
 @dataclass
 class Scored:
-    """One task's items and figures."""
-
     items: list[Item]
-    """In the order of the data."""
     metrics: tuple[Metric, ...]
-    """All figures."""
     at_limit: int = 0
-    """Answers that were cut."""
     notes: list[str] = field(default_factory=list)
     """What could not be computed, and why."""
 
 
 @dataclass
 class _Document:
-    """One item on the way."""
-
     doc: Any
     instances: list[Any]
     failed: str | None = None
@@ -58,13 +63,7 @@ def documents_of(task: Any) -> dict[int, list[Any]]:
 
 
 def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> Scored:
-    """Return what a task's answers come to, as lm-eval computes it.
-
-    Args:
-        task: lm-eval's, with its requests built.
-        bridge: which has all answers.
-        cluster_field: field of the data that items which belong together share.
-    """
+    """Return what a task's answers come to, as lm-eval computes it."""
     documents = {number: _Document(instances[0].doc, instances)
                  for number, instances in documents_of(task).items()}
     for document in documents.values():
@@ -95,23 +94,11 @@ def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> Scored:
     return Scored(items, tuple(metrics), at_limit, notes)
 
 
-def score_name(metric: str, filter_name: str) -> str:
-    """Return the name of an item's score: that of its metric, with the filter where there is one."""
-    return metric if filter_name == "none" else f"{metric},{filter_name}"
-
-
-def cluster_of(doc: Any, cluster_field: str | None) -> str | None:
-    """Return what an item has in common with those that belong to it."""
-    value = doc.get(cluster_field) if cluster_field else None
-    return None if value is None else str(value)
-
-
 def doc_hash(doc: Any) -> str:
     return hashlib.sha256(json.dumps(doc, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _fill(document: _Document, bridge: Bridge) -> None:
-    """Give an item's instances their answers."""
     try:
         for instance in document.instances:
             repeated = [instance] * int(instance.repeats or 1)
@@ -277,3 +264,165 @@ def group_metrics(group: Any, metrics: Mapping[str, Sequence[Metric]], sizes: Ma
             told.append(Metric(metric, None if name in unknown else float(value), filter_name,
                                higher_is_better=better.get(name, True)))
     return tuple(told)
+
+
+def generation_of(protocol: Any, task: Any, bridge: Bridge) -> dict[str, Any]:
+    """Return how a task's answers are written, in lm-eval's words."""
+    until = (task.get_config("generation_kwargs") or {}).get("until") or []
+    most = bridge.max_gen_tokens or protocol.max_tokens
+    return {"until": until, "do_sample": protocol.temperature > 0, "temperature": protocol.temperature,
+            "top_p": protocol.top_p, "top_k": protocol.top_k, "seed": protocol.seed,
+            "max_gen_toks": min(protocol.max_tokens, most)}
+
+
+def requests_of(protocol: Any, task: Any, bridge: Bridge) -> list[Request]:
+    """Return all that is asked of a model for a task.
+
+    Raises:
+        UserError: the task is none of answers in text.
+    """
+    generation = generation_of(protocol, task, bridge)
+    if any(instance.request_type != "generate_until" for instance in task.instances):
+        raise UserError(f"task {task.task_name}: metadata.sov samples answers, and its output_type is "
+                        f"{task.OUTPUT_TYPE}; write generate_until")
+    return [request for instance in task.instances for sample in range(protocol.samples)
+            for request in bridge.requests_of(instance, sample, generation)]
+
+
+def sampling_of(protocol: Any, task: Any, bridge: Bridge) -> TaskSampling:
+    generation = generation_of(protocol, task, bridge)
+    return TaskSampling(protocol.temperature, protocol.top_p, protocol.top_k, generation["max_gen_toks"],
+                        protocol.seed, protocol.samples)
+
+
+def score_dialogues(protocol: Any, task: Any, dialogues: Dialogues, workers: int) -> tuple[Scored, str]:
+    """Return what the turns of conversations come to, see `score_sampled`; the turns of one are a cluster."""
+    asked = dialogues.items()
+    folded = fold(protocol, [item for _, item, _ in asked], workers)
+    items = []
+    for (name, made, lacking), scores in zip(asked, folded.items, strict=True):
+        samples = tuple(Sample(response.text, response.finish_reason, score) for response, score in
+                        zip(made.responses, scores.sample_scores, strict=True))
+        known = made.doc.get("reference") or []
+        turn = made.doc[TURN]
+        values = {metric: scores.scores.get(metric) for metric in folded.metric_names}
+        items.append(Item(task.task_name, name, doc_hash(made.doc),
+                          protocol.cluster(made.doc) or name.partition("/")[0],
+                          made.doc[protocol.turns_field][turn], known[turn] if turn < len(known) else "",
+                          values, samples, lacking or scores.failed))
+    return _scored(items, folded)
+
+
+def _scored(items: list[Item], folded: Folded) -> tuple[Scored, str]:
+    notes: list[str] = []
+    metrics = tuple(metric_of_items(name, items, notes) for name in folded.metric_names)
+    at_limit = sum(scores.num_at_limit for scores in folded.items)
+    return Scored(items, metrics, at_limit, notes), judged_by(folded.judge)
+
+
+def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tuple[Scored, str]:
+    """Return what a task's answers come to, and the name and version of what judged them."""
+    generation = generation_of(protocol, task, bridge)
+    asked, lacking = [], {}
+    for number, instances in documents_of(task).items():
+        instance = instances[0]
+        responses = []
+        try:
+            for sample in range(protocol.samples):
+                found = bridge.answer(bridge.requests_of(instance, sample, generation)[0])
+                responses.append(Response(str(found["text"]), str(found["finish_reason"])))
+        except NotAnswered as e:
+            lacking[number] = str(e)
+        asked.append(TaskItem(instance.doc, str(instance.args[0]), responses))
+    folded = fold(protocol, asked, workers)
+    items = []
+    for number, (made, scores) in enumerate(zip(asked, folded.items, strict=True)):
+        question, answer = question_and_answer(task, made.doc)
+        samples = tuple(Sample(response.text, response.finish_reason, score) for response, score in
+                        zip(made.responses, scores.sample_scores, strict=False))
+        values = {name: scores.scores.get(name) for name in folded.metric_names}
+        items.append(Item(task.task_name, str(number), doc_hash(made.doc), protocol.cluster(made.doc),
+                          question, answer, values, samples, lacking.get(number, scores.failed)))
+    return _scored(items, folded)
+
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class _Dialogue:
+    """One conversation as far as it has come."""
+
+    doc: Mapping[str, Any]
+    messages: Messages
+    """Up to the last question."""
+    instances: list[Any]
+    """lm-eval's, one for each turn that was asked; they live as long as this, for answers are found by
+    them."""
+    items: list[TaskItem] = field(default_factory=list)
+    failed: str = ""
+    """Why a turn has no answer."""
+
+
+class Dialogues:
+    """The conversations of one task."""
+
+    def __init__(self, protocol: Any, task: Any, bridge: Bridge, generation: Mapping[str, Any]) -> None:
+        self._protocol, self._bridge, self._generation = protocol, bridge, generation
+        self._template_kwargs = dict(bridge.template_kwargs)
+        self.dialogues: dict[int, _Dialogue] = {}
+        """Number of the item -> its conversation."""
+        for number, instances in documents_of(task).items():
+            doc = instances[0].doc
+            self.dialogues[number] = self._dialogue(doc, instances[0])
+
+    def _dialogue(self, doc: Mapping[str, Any], instance: Any) -> _Dialogue:
+        messages: Messages = [{"role": "user", "content": doc[self._protocol.turns_field][0]}]
+        return _Dialogue(doc, messages, [self._asking(instance, messages)])
+
+    def _asking(self, instance: Any, messages: Messages) -> Any:
+        self._bridge.template_kwargs = self._template_kwargs
+        prompt = self._bridge.apply_chat_template(messages)
+        return replace(instance, arguments=(prompt, instance.args[1]))
+
+    def requests(self) -> list[Request]:
+        """Return what has to be asked now: the last question of each conversation."""
+        return [self._request(dialogue) for dialogue in self.dialogues.values() if not dialogue.failed]
+
+    def _request(self, dialogue: _Dialogue) -> Request:
+        return self._bridge.requests_of(dialogue.instances[-1], 0, self._generation)[0]
+
+    def go_on(self) -> list[Request]:
+        """Take the answers to what was asked, and return what has to be asked behind them; nothing at the
+        end."""
+        asked: list[Request] = []
+        for dialogue in self.dialogues.values():
+            questions, turn = dialogue.doc[self._protocol.turns_field], len(dialogue.items)
+            if dialogue.failed or turn == len(questions):
+                continue
+            try:
+                found = self._bridge.answer(self._request(dialogue))
+            except NotAnswered as e:
+                dialogue.failed = str(e)
+                continue
+            text = str(found["text"])
+            dialogue.items.append(TaskItem({**dialogue.doc, TURN: turn}, list(dialogue.messages),
+                                       [Response(text, str(found["finish_reason"]))]))
+            if turn + 1 < len(questions):
+                dialogue.messages += [
+                    {"role": "assistant", "content": as_written(without_thoughts(text, self._protocol.mode))},
+                    {"role": "user", "content": questions[turn + 1]}]
+                dialogue.instances.append(self._asking(dialogue.instances[0], dialogue.messages))
+                asked.append(self._request(dialogue))
+        return asked
+
+    def items(self) -> list[tuple[str, TaskItem, str | None]]:
+        """Return (number and turn, item, why it has no answer) of every turn, asked or not."""
+        found: list[tuple[str, TaskItem, str | None]] = []
+        for number, dialogue in self.dialogues.items():
+            for turn in range(len(dialogue.doc[self._protocol.turns_field])):
+                is_there = turn < len(dialogue.items)
+                item = dialogue.items[turn] if is_there else TaskItem({**dialogue.doc, TURN: turn},
+                                                                  list(dialogue.messages), [])
+                found.append((f"{number}/{turn + 1}", item, None if is_there else dialogue.failed))
+        return found

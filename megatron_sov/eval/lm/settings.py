@@ -12,12 +12,7 @@ from annotated_types import Ge
 from megatron_sov.eval.lm.tasks import TaskSources
 from megatron_sov.generate.engine import ChosenEngine
 from megatron_sov.generate.request import Batching, BatchSize, RankOptions
-from megatron_sov.settings import (
-    AtLeastOne,
-    Flag,
-    NotNegativeInt,
-    only_with,
-)
+from megatron_sov.settings import AtLeastOne, Flag, NotNegativeInt, only_with
 
 ThinkingMode = Literal["thinking", "no-thinking"]
 ENDPOINTS, DEFAULT_KEY_ENV = "endpoints", "OPENAI_API_KEY"

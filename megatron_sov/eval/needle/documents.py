@@ -18,8 +18,7 @@ import numpy as np
 from megatron_sov.config import NeedleConfig, NeedleKind
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle.haystack import Haystack, pick
-from megatron_sov.eval.needle.kinds import (
+from megatron_sov.eval.needle.suite import (
     PAIR_TOKENS,
     PHRASES_OF,
     make_plan,
@@ -27,7 +26,7 @@ from megatron_sov.eval.needle.kinds import (
     place_told,
     weave,
 )
-from megatron_sov.eval.needle.text import NeedleForm, Sentences, Slots, fill
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, Sentences, Slots, fill, pick
 
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24
@@ -46,9 +45,7 @@ class NeedleDocuments:
     """Training text, one of each language; drawn by size, needles and text of a document
     are of one language."""
     length_tokens: int
-    """Tokens of each document."""
     seed: int = 0
-    """Of everything random."""
     settings: NeedleConfig = NeedleConfig()
     """Needles, questions and loss weights of a document."""
     is_plain = False
@@ -93,15 +90,12 @@ class NeedleDocuments:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """None."""
         return ()
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Not to be called."""
         raise KeyError(name)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Not to be called."""
         raise KeyError("routes")
 
     def _make(self, document: int) -> tuple[np.ndarray, np.ndarray]:

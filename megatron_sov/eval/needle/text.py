@@ -2,23 +2,30 @@
 and the sentences around them.
 
 A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix
-(`needle_phrases`).
+(`is_for_tests`).  Phrases are text with places ``{}`` for keys and values; a value stands right behind its
+key, so that repeating the sentence up to the key asks for the value.  Needles are hidden in a split of packed
+sources, or in files of the user's, each source in a language of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_sov.chat.folder import open_tokenizer
+from megatron_sov.config import Language
+from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle.phrases import Language, Phrases, is_for_tests, phrases
 
 NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
 TOKENS_PER_WORD = 64
@@ -59,7 +66,6 @@ class NeedleForm:
     sentences: dict[bool, tuple[Sentences, ...]]
     """True -> for tests, False -> for training."""
     words: tuple[int, ...]
-    """Tokens that are whole words."""
     special: tuple[int, ...] = ()
     """Special tokens, which no haystack may hold."""
 
@@ -144,3 +150,242 @@ def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], 
             and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
             and all(unicodedata.category(letter)[0] in "LM" and of_script(letter) for letter in word)
             and tokenizer.encode(text, add_special_tokens=False).ids == [token])
+
+
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+TEST_PART = 5
+"""One pair of words, or phrase, in this many is kept for tests."""
+
+
+def is_for_tests(*parts: object) -> bool:
+    """Return whether something, told by its parts, is for tests alone, at whatever run and data."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % TEST_PART == 0
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """The sentences of one form of test; the hash of `statement` decides for all of them."""
+
+    statement: str
+    """Key, value."""
+    all_values: str
+    """Asks for all values of a key, which follow."""
+    values_of: str
+    """Asks for the values of four keys, which follow in this order."""
+    assignment: str
+    """Variable, then a value or a variable that was assigned before."""
+    holders: str
+    """Asks for all variables that hold a value, which follow."""
+
+    def texts(self) -> dict[str, str]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def phrases(language: Language, *, test: bool) -> tuple[Phrases, ...]:
+    """Return a language's phrases for tests, or those for training."""
+    return tuple(p for p in PHRASES[language] if is_for_tests(p.statement) == test)
+
+
+def _english(noun: str, plural: str, variable: str, place: str) -> Phrases:
+    return Phrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:",
+                   f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.",
+                   f"\nEvery {variable} that is{{}}:")
+
+
+def _korean(noun: str, variable: str) -> Phrases:
+    return Phrases(f"\n{noun}{{}}{{}}.", f"\n모든 {noun}{{}}:", f"\n차례대로 {noun}{{}},{{}},{{}},{{}}:",
+                   f"\n{variable}{{}} ={{}}.", f"\n값이 같은 모든 {variable}{{}}:")
+
+
+def _thai(noun: str, variable: str) -> Phrases:
+    return Phrases(f"\n{noun}{{}}{{}}.", f"\n{noun}ทั้งหมด{{}}:", f"\n{noun}ตามลำดับ{{}},{{}},{{}},{{}}:",
+                   f"\n{variable}{{}} ={{}}.", f"\n{variable}ทุกตัวที่มีค่า{{}}:")
+
+
+def _code(name: str, variable: str) -> Phrases:
+    return Phrases(f"\n{name}.add({{}}{{}})", f"\n{name}.all({{}}):", f"\n{name}.get({{}},{{}},{{}},{{}}):",
+                   f"\n{variable}{{}} ={{}};", f"\n{variable}.holders({{}}):")
+
+
+PHRASES: dict[Language, tuple[Phrases, ...]] = {
+    "english": (
+        _english("value", "values", "field", "of"), _english("code", "codes", "variable", "of"),
+        _english("number", "numbers", "name", "for"), _english("label", "labels", "letter", "on"),
+        _english("price", "prices", "unit", "of"), _english("owner", "owners", "entry", "of"),
+    ),
+    "korean": tuple(_korean(n, v) for n, v in (("암호는", "변수"), ("번호는", "이름"), ("주소는", "항목"),
+                                               ("비밀은", "기호"), ("색깔은", "표시"), ("가격은", "단위"),
+                                               ("주인은", "문자"), ("열쇠는", "상자"))),
+    "thai": tuple(_thai(n, v) for n, v in (
+        ("รหัสของ", "ตัวแปร"), ("หมายเลขของ", "ชื่อ"), ("ที่อยู่ของ", "รายการ"), ("ความลับของ", "สัญลักษณ์"),
+        ("สีของ", "เครื่องหมาย"), ("ราคาของ", "หน่วย"), ("เจ้าของ", "ตัวอักษร"), ("กุญแจของ", "กล่อง"))),
+    "code": tuple(_code(n, v) for n, v in (("codes", "var"), ("table", "let"), ("registry", "auto"),
+                                           ("cache", "val"), ("lookup", "const"), ("index", "set"),
+                                           ("store", "def"), ("mapping", "local"))),
+}
+"""Enough forms in each language that the hash gives some to both sides."""
+
+
+DETECTED_TOKENS = 4096
+"""Text of a source that decides on its language."""
+CODE_SIGNS = set("(){}[]=<>_;\"'#*/\\&|+:")
+CODE_SHARE = 0.06
+"""Part of a text's characters that are such signs, from which on it counts as code; prose has 2 %,
+code 8 % and more."""
+SCRIPT_SHARE = 0.3
+"""Part of the letters that are Hangul or Thai, from which on a text counts as Korean or Thai."""
+READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Haystack:
+    """All text of one language."""
+
+    form: NeedleForm
+    texts: tuple[DocumentsText | FileText, ...]
+    sizes: tuple[float, ...]
+    """Their sizes, by which they are drawn."""
+
+    @property
+    def language(self) -> Language:
+        return self.form.language
+
+    def text(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """Return `count` tokens [count] int64 of one source, without special ones."""
+        return self.texts[pick(generator, self.sizes)].take(generator, count)
+
+
+def pick(generator: np.random.Generator, sizes: Sequence[float]) -> int:
+    reached = np.cumsum(np.asarray(sizes, np.float64) / sum(sizes))
+    return min(int(np.searchsorted(reached, generator.random(), side="right")), len(sizes) - 1)
+
+
+def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *,
+                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None,
+                   files: Sequence[tuple[Language, Path]] = ()) -> tuple[Haystack, ...]:
+    """Return a haystack for each language that there is text of, in the order of `LANGUAGES`.
+
+    Args:
+        sources: of token artifacts; chats are left out.
+        split: "train" or "heldout".
+        tokenizer_folder: what packed the sources, and packs the files.
+        languages: these only; all by default.
+        told: source -> its language, where neither its name is one nor the text itself shows it well.
+        files: language, UTF-8 text file.
+
+    Raises:
+        UserError: there is no text, or none of a language that is asked for, or `told` names no source.
+    """
+    told = told or {}
+    tokenizer = open_tokenizer(tokenizer_folder)
+    usable = [s for s in sources if not s.is_chat and s.num_tokens.get(split, 0) > 0]
+    unknown = sorted(set(told) - {s.name for s in usable})
+    if unknown:
+        raise UserError(f"--language {unknown[0]}={told[unknown[0]]}: the data has no such source with "
+                        f"'{split}' text (sources: {', '.join(s.name for s in usable)})")
+    if not usable and not files:
+        raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
+                        "pack text with --heldout 0.02")
+    found: dict[Language, list[tuple[DocumentsText | FileText, float]]] = {}
+    for source in usable:
+        documents = source.shard(split)
+        named = next((name for name in LANGUAGES if name == source.name), None)
+        language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
+        special = np.array(special_tokens(tokenizer), np.int64)
+        found.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
+    for language, file in files:
+        text = FileText(file, tokenizer)
+        found.setdefault(language, []).append((text, text.size_bytes))
+    for language in languages:
+        if language not in found:
+            raise UserError(f"needle languages {list(languages)}: no '{split}' text is {language} (there is "
+                            f"{', '.join(sorted(found))}); add such text, "
+                            "or name a source's language with --language")
+    return tuple(Haystack(needle_form(tokenizer_folder, name), *zip(*found[name], strict=True))
+                 for name in LANGUAGES if name in found and (not languages or name in languages))
+
+
+def detect_language(text: str) -> Language:
+    """Return the language of a text, by its letters and signs."""
+    signs = Counter("korean" if "\uac00" <= c <= "\ud7a3" else "thai" if "\u0e00" <= c <= "\u0e7f"
+                    else "letter" if c.isalpha() else "sign" if c in CODE_SIGNS else "other"
+                    for c in text if not c.isspace())
+    letters = max(1, signs["korean"] + signs["thai"] + signs["letter"])
+    if max(signs["korean"], signs["thai"]) >= SCRIPT_SHARE * letters:
+        return "korean" if signs["korean"] >= signs["thai"] else "thai"
+    return "code" if signs["sign"] >= CODE_SHARE * max(1, signs.total()) else "english"
+
+
+def _sample(documents: Documents, tokenizer: Tokenizer) -> str:
+    """Return text from documents all over a split, which may be sorted."""
+    num = len(documents.lengths)
+    chosen = np.unique(np.linspace(0, num - 1, 32).astype(np.int64)).tolist()
+    each = DETECTED_TOKENS // len(chosen)
+    return str(tokenizer.decode([t for i in chosen
+                                 for t in documents.tokens(i, 0, min(each, int(documents.lengths[i])))]))
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentsText:
+    """A split: a document anywhere, and the ones after it, until there is enough."""
+
+    documents: Documents
+    special: np.ndarray
+
+    def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        lengths = self.documents.lengths
+        document = int(generator.integers(len(lengths)))
+        start = int(generator.integers(int(lengths[document]) or 1))
+        parts: list[np.ndarray] = []
+        found = 0
+        while found < count:
+            ids = self.documents.tokens(document, start, min(int(lengths[document]) - start, count - found))
+            ids = ids[~np.isin(ids, self.special)]
+            parts.append(ids)
+            found += len(ids)
+            document, start = (document + 1) % len(lengths), 0
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+class FileText:
+    """A text file: a line anywhere, and the ones after it, until there is enough;
+    no more than that is ever read."""
+
+    def __init__(self, file: Path, tokenizer: Tokenizer) -> None:
+        """Look at the file.
+
+        Raises:
+            UserError: it cannot be read as UTF-8, or holds no text.
+        """
+        self._file, self._tokenizer = file, tokenizer
+        self._special = special_tokens(tokenizer)
+        try:
+            self.size_bytes = os.path.getsize(file)
+            with open(file, encoding="utf-8") as f:
+                start = f.read(READ_BYTES)
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--text {file}: cannot be read as UTF-8 text ({e})") from None
+        if not len(self._ids(start)) or not start.strip():
+            raise UserError(f"--text {file}: starts with {len(start)} characters that are no text; "
+                            "pass a file of text")
+
+    def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        place = int(generator.integers(self.size_bytes))
+        parts: list[np.ndarray] = []
+        found = 0
+        with open(self._file, "rb") as f:
+            f.seek(place)
+            f.readline()  # the rest of a line that was cut
+            while found < count:
+                text = f.read(READ_BYTES) + f.readline()
+                if not text:
+                    f.seek(0)
+                    continue
+                parts.append(self._ids(text.decode("utf-8", "replace"))[:count - found])
+                found += len(parts[-1])
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _ids(self, text: str) -> np.ndarray:
+        ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        return ids[~np.isin(ids, self._special)]

@@ -1,4 +1,5 @@
-"""How a task's answers are sampled and judged: what stands under `metadata.sov` of its YAML file.
+"""How a task's answers are sampled and judged: what stands under `metadata.sov` of its YAML file; items of a
+task with their answers; and scorers that belong to one benchmark and are no reward of training.
 
 A task without samples, reward or environment there is lm-eval's alone: its own prompts and metrics.
 """
@@ -6,19 +7,25 @@ A task without samples, reward or environment there is lm-eval's alone: its own 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal
 
 import regex
 from annotated_types import Ge, Le, MinLen
 
+from megatron_sov.chat.marks import as_written
 from megatron_sov.errors import UserError, list_problems
-from megatron_sov.eval.suites.own_scorers import OWN_SCORERS
-from megatron_sov.generate.request import SampleSeed, Sampling, Temperature, TopP
+from megatron_sov.eval.lm.settings import JudgedSettings
+from megatron_sov.generate.request import LENGTH, SampleSeed, Sampling, Temperature, TopP
 from megatron_sov.plugins.loading import is_reference
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.registry import BUILT_IN as REWARDS
+from megatron_sov.rewards.reward import Row, Score, text_of
 from megatron_sov.settings import (
     AtLeastOne,
     Bound,
@@ -31,6 +38,7 @@ from megatron_sov.settings import (
     find_broken,
     find_problems,
     one_of,
+    parse_nested,
     read,
 )
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
@@ -142,7 +150,6 @@ class Protocol:
 
     @property
     def ks(self) -> tuple[int, ...]:
-        """Return the sizes of the draws."""
         return self.k or tuple(sorted({1, self.samples}))
 
     @property
@@ -168,8 +175,7 @@ class Protocol:
 
     def cluster(self, doc: Mapping[str, Any]) -> str | None:
         """Return what an item's cluster is called; None: the items are independent."""
-        value = doc.get(self.cluster_field) if self.cluster_field else None
-        return None if value is None else str(value)
+        return cluster_of(doc, self.cluster_field)
 
     def as_json(self) -> dict[str, Any]:
         """Return what is stored with each score: sampling, mode, judge, limits, all that the score depends on
@@ -179,6 +185,12 @@ class Protocol:
         return {"sampling": sampling, "mode": self.mode,
                 "judge": self.reward or self.environment, "judge_settings": dict(self.reward_settings),
                 "agent_limits": asdict(self.episode_limits) if self.environment else None}
+
+
+def cluster_of(doc: Any, cluster_field: str | None) -> str | None:
+    """Return what an item has in common with those that belong to it."""
+    value = doc.get(cluster_field) if cluster_field else None
+    return None if value is None else str(value)
 
 
 def protocol_of(metadata: Any, task: str, allow_code: bool = False) -> Protocol | None:
@@ -250,8 +262,120 @@ def changed(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
     return _made(protocol.task, settings, f"task {protocol.task}")
 
 
+def changed_as_asked(protocol: Protocol, asked: JudgedSettings) -> Protocol:
+    """Return a protocol with what a command's options change."""
+    changes: dict[str, Any] = {} if asked.mode is None else {"mode": asked.mode}
+    if asked.samples is not None:
+        changes["samples"] = asked.samples
+    if asked.judge:
+        changes["reward_settings"] = parse_nested(asked.judge, "--judge")
+    return changed(protocol, changes) if changes else protocol
+
+
 def _made(task: str, settings: Mapping[str, Any], where: str) -> Protocol:
     if "task" in settings:
         raise SettingsError(where, [Problem(Code.UNKNOWN, "task", "is told by the task itself",
                                             way_out="drop it")])
     return read(Protocol, {**settings, "task": task}, where)
+
+
+Prompt = str | list[dict[str, str]]
+"""A text, or messages."""
+
+
+@dataclass(frozen=True)
+class Response:
+    text: str
+    finish_reason: str = ""
+    """`stop`, `length`, or how an episode ended."""
+
+
+@dataclass(frozen=True)
+class TaskItem:
+    """One question with its answers."""
+
+    doc: Mapping[str, Any]
+    prompt: Prompt
+    responses: Sequence[Response]
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    scores: Mapping[str, float]
+    """Metric -> value; a metric without enough scored samples is not there."""
+    sample_scores: Sequence[float | None]
+    """Reward of each sample; None: there is none.  With variants that of the first."""
+    failed: str | None
+    """Why a sample has no reward; None: all have."""
+    num_at_limit: int
+    """Samples that the limit of tokens or of turns ended."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    items: Sequence[ItemScores]
+    metric_names: Sequence[str]
+    """All metrics of the protocol, those that no item has among them."""
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    """Which reward judged: name, version, settings."""
+
+
+AT_LIMIT = frozenset((LENGTH, "tokens", "turns", "unended"))
+"""Finish reasons that are limits and no end of the model's own."""
+
+
+class Copied:
+    """OpenAI-MRCR: how much of the answer is said again, word for word, behind a mark that was asked for.
+
+    The ratio of Python's difflib, as the data's publisher computes it (openai/mrcr, `grade` of its page).
+    """
+
+    def score(self, row: Row) -> Score:
+        """Return 0 where the response does not begin with the row's `prefix`, else the ratio of what stands
+        behind it and behind the prefix of the `answer`.
+
+        Raises:
+            Refused: the row has no prefix or answer.
+        """
+        response = as_written(text_of(row, "response"))
+        answer, prefix = text_of(row, "answer"), text_of(row, "prefix")
+        if not response.startswith(prefix):
+            return Score(0.0, {"prefix": False})
+        ratio = SequenceMatcher(None, response.removeprefix(prefix), answer.removeprefix(prefix)).ratio()
+        return Score(ratio, {"prefix": True})
+
+
+@dataclass(frozen=True)
+class ShortAnswer:
+    """HotpotQA: how many words an answer shares with the known one.
+
+    As in the data's own script (hotpotqa/hotpot, hotpot_evaluate_v1.py): case, punctuation and articles do
+    not count, and `yes`, `no` and `noanswer` are right or wrong as a whole.
+    """
+
+    exact: bool = False
+    """Whether all words have to be the same; else their F1 counts."""
+
+    def score(self, row: Row) -> Score:
+        """Return F1 or equality.
+
+        Raises:
+            Refused: the row has no answer.
+        """
+        said, known = (_plain(text_of(row, name)) for name in ("response", "answer"))
+        if self.exact or (said != known and {said, known} & {"yes", "no", "noanswer"}):
+            return Score(float(said == known), {"extracted": said})
+        words, known_words = Counter(said.split()), Counter(known.split())
+        shared = (words & known_words).total()
+        total = words.total() + known_words.total()
+        return Score(2 * shared / total if shared else 0.0, {"extracted": said})
+
+
+def _plain(answer: str) -> str:
+    """Return an answer's words without case, punctuation and articles."""
+    text = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+OWN_SCORERS: dict[str, type[Any]] = {"mrcr": Copied, "short-answer": ShortAnswer}
+"""Name -> scorer."""

@@ -15,7 +15,7 @@ import torch
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.config.gpu import fp8_format
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.model import fused_routing
+from megatron_sov.mcore.model import router
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.settings import SettingsError, find_broken
 
@@ -278,7 +278,7 @@ def refuse(config: RunConfig, te: bool) -> None:
     gpu, here = config.gpu, Here(te, config.model, config.parallel)
     dispatcher = config.parallel.expert_dispatcher
     routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
-    why_not = fused_routing.problem(config.model) if routes else ""
+    why_not = router.problem(config.model) if routes else ""
     problems = find_broken(
         gpu, "gpu",
         *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,

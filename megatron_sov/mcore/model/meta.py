@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sov.config import ParallelConfig, RunConfig
 from megatron_sov.mcore.parallel import cpu_shims
-from megatron_sov.plan.stages import StageParams
+from megatron_sov.plan.held import StageParams
 
 if TYPE_CHECKING:
     from megatron_sov.mcore.model.language_model import LanguageModel

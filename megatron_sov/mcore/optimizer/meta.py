@@ -78,7 +78,7 @@ def _nothing_has_memory() -> Iterator[None]:
     ranks, which are not there, for their parameters."""
     import torch
 
-    from megatron_sov.mcore.optimizer import data_parallel, matrix_exchange, parameter_groups
+    from megatron_sov.mcore.optimizer import matrix_exchange, parameter_groups
 
     named = torch.Tensor.type
 
@@ -90,7 +90,7 @@ def _nothing_has_memory() -> Iterator[None]:
           mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
           mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),
           mock.patch.object(parameter_groups, "HostAdamW", _HostDouble),
-          mock.patch.object(data_parallel, "deferred_gather", lambda wrapped: None),
+          mock.patch.object(parameter_groups, "deferred_gather", lambda wrapped: None),
           mock.patch.object(matrix_exchange, "gather_objects", lambda value, group: [value])):
         yield
 

@@ -16,7 +16,7 @@ from megatron_sov.config.gpu import AUTO
 from megatron_sov.mcore.model.gpu_settings import moment_settings
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard
-from megatron_sov.mcore.optimizer import data_parallel, parameter_groups, state_shards
+from megatron_sov.mcore.optimizer import parameter_groups, state_shards
 from megatron_sov.mcore.optimizer.adamw import CpuAdamW
 from megatron_sov.mcore.parallel.device import local_device, on_gpu
 
@@ -54,8 +54,8 @@ class Optimizer:
         self.model = model
         rules = parameter_groups.rules(model, config)
         parameter_groups.freeze(model, rules)
-        self.wrapped = data_parallel.wrap(model, parallel, gpu)
-        self._gather = model.pending_gather = data_parallel.deferred_gather(self.wrapped)
+        self.wrapped = parameter_groups.wrap(model, parallel, gpu)
+        self._gather = model.pending_gather = parameter_groups.deferred_gather(self.wrapped)
         settings = OptimizerConfig(
             optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
             adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,

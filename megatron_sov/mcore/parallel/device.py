@@ -156,8 +156,8 @@ def kind() -> Gpu:
     return Gpu(found.name, found.total_memory)
 
 
-def take(store: dist.Store, rank: int, size: int, needs_bytes: int,
-         timeout: datetime.timedelta) -> torch.device:
+def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
+             timeout: datetime.timedelta) -> torch.device:
     """Make this process's GPU the current one; called by every rank.
 
     Args:

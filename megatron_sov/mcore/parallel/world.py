@@ -16,8 +16,7 @@ import torch.distributed as dist
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel import cpu_shims
-from megatron_sov.mcore.parallel import device as own_gpu
-from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.mcore.parallel.device import on_gpu, take_gpu
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 
 _joins = itertools.count()
@@ -69,7 +68,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
     if not dist.is_initialized():
         store, device = _rendezvous(rank, size, timeout), None
         if on_gpu():
-            device = own_gpu.take(store, rank, size, needs_bytes, timeout)
+            device = take_gpu(store, rank, size, needs_bytes, timeout)
         dist.init_process_group("nccl" if device else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store, device_id=device)
     parallel_state.initialize_model_parallel(

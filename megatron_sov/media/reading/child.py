@@ -16,8 +16,8 @@ from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.pictures import Asked, read_picture
 from megatron_sov.media.reading.sounds import read_sound
 from megatron_sov.media.reading.videos import VideoFrames, read_video
-from megatron_sov.work.sandbox.channel import receive, send
-from megatron_sov.work.sandbox.reading import enclose_reader
+from megatron_sov.work.channel import receive, send
+from megatron_sov.work.sandbox.restrictions import enclose_reader
 
 MAX_ERROR_CHARS = 300
 

@@ -18,8 +18,8 @@ from megatron_sov.documents import BadRecord
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.places import place_of
 from megatron_sov.media.reading.videos import VideoFrames
-from megatron_sov.work.sandbox.channel import receive, send
-from megatron_sov.work.sandbox.kept_reader import KeptReader, ReaderEnded, Wording
+from megatron_sov.work.channel import receive, send
+from megatron_sov.work.sandbox.readers import KeptReader, ReaderEnded, Wording
 
 WORDING = Wording("decoder", "decode", "--max-time")
 MOST_HEADER_BYTES = 1 << 16

@@ -18,9 +18,7 @@ from megatron_sov.config import ObsConfig
 from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import is_incident
-from megatron_sov.obs.telemetry.alerts import Webhook, body_of, webhook_of
-from megatron_sov.obs.telemetry.metrics import METRICS, Board
-from megatron_sov.obs.telemetry.otlp import Otlp
+from megatron_sov.obs.telemetry.metrics import METRICS, Board, Otlp, Webhook, body_of, webhook_of
 from megatron_sov.obs.warning import warn
 from megatron_sov.version import __version__
 

@@ -7,10 +7,9 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import nearest
 
 UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 """Precision -> the tensor cores' peak that counts."""
@@ -107,21 +106,6 @@ class Parameters:
     step_overhead_s: float
     """Seconds of a step for what no layer does: reading data, norms of gradients, synchronisation."""
 
-    @staticmethod
-    def read(file: Path) -> Parameters:
-        """Return the parameters that stand in a file, such as `plan --calibrate` writes.
-
-        Raises:
-            UserError: it cannot be read, or is no file of parameters.
-        """
-        try:
-            return of_json(json.loads(file.read_text("utf-8"))["parameters"])
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}); pass a file of parameters") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: is no file of parameters ({error}); write one by "
-                            "megatron-sov plan --calibrate") from None
-
 
 def of_json(found: dict[str, Any]) -> Parameters:
     """Return the parameters of a file's content; what the file leaves out is as in the package.
@@ -135,14 +119,7 @@ def of_json(found: dict[str, Any]) -> Parameters:
 
 
 def _checked(name: str, value: Any, shipped: Any, beside: Collection[str]) -> Any:
-    """Return a parameter's value, its table filled up with what the package has.
-
-    Args:
-        name: of the parameter, with that of its table before it.
-        value: what a file says.
-        shipped: what the package has; None: nothing of that name.
-        beside: names that the package has in its place.
-    """
+    """Return a parameter's value, its table filled up with what the package has."""
     if shipped is None:
         raise ValueError(f"{name} is no parameter{nearest(name.rpartition('.')[2], beside)}")
     if isinstance(shipped, dict):
@@ -171,5 +148,4 @@ def _shipped() -> dict[str, Any]:
 
 @cache
 def default() -> Parameters:
-    """Return the parameters that come with the package."""
     return of_json(_shipped())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
-from megatron_sov.plan.speed import elementwise, traffic, work
+from megatron_sov.plan.speed import traffic, work
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.work import Product
-from megatron_sov.plan.speed.workload import Workload
+from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
 EXPERT_STREAMS = 4
 """Experts whose products Transformer Engine runs beside one another."""
@@ -28,8 +29,6 @@ NEWTON_SCHULZ = 5 * 6
 
 
 class Clock:
-    """Turns FLOPs and bytes of a workload into seconds."""
-
     def __init__(self, w: Workload, p: Parameters) -> None:
         self.w, self.p = w, p
         self.family = w.chip.generation
@@ -51,23 +50,17 @@ class Clock:
     def again(self, part: str) -> float:
         """Return how often the backward pass computes a part once more."""
         w = self.w
-        if self.forward_only or w.recompute == "none" or part == work.HEAD:
+        if self.forward_only or w.recompute == "none" or part == HEAD:
             return 0.0
         if w.recompute == "full" or (part and part in w.recompute_modules):
             return 1.0
         return HALF if {"layer", "op"} & set(w.recompute_modules) else 0.0
 
     def passes(self, part: str, backward: float = 2.0) -> float:
-        """Return forward passes' worth of a part in a micro-batch.
-
-        Args:
-            part: what recomputation calls it.
-            backward: forward passes' worth of its backward pass.
-        """
+        """Return forward passes' worth of a part in a micro-batch."""
         return 1.0 if self.forward_only else 1 + backward + self.again(part)
 
     def products(self, products: list[Product]) -> float:
-        """Return the seconds of products, all passes."""
         return sum(self.product(one) for one in products)
 
     def product(self, one: Product) -> float:
@@ -86,7 +79,6 @@ class Clock:
         return self.passes(one.part, 1.0 if self.frozen else 2.0) * once
 
     def attention(self, window: int) -> float:
-        """Return the seconds of a layer's attention, all passes."""
         w, p = self.w, self.p
         keys = min(window or w.seq_len, w.document_tokens or w.seq_len, w.seq_len)
         width = w.shape.query_dim
@@ -98,8 +90,7 @@ class Clock:
         return self.passes("core_attn", work.ATTENTION_BACKWARD) * once
 
     def scan(self) -> float:
-        """Return the seconds of a Mamba-2 block's scan, all passes."""
-        return (self.passes("mamba") * elementwise.mamba_scan_flops(self.w)
+        return (self.passes("mamba") * work.mamba_scan_flops(self.w)
                 / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction))
 
     def passed(self, num_bytes: float, part: str) -> float:
@@ -111,9 +102,9 @@ class Clock:
         seconds = 0.0
         if self.w.precision != "bf16":
             passes = self.p.quantize_passes[self.w.precision]
-            seconds += passes * elementwise.quantized_bytes(products, self.frozen) / self.hbm
+            seconds += passes * work.quantized_bytes(products, self.frozen) / self.hbm
         if self.frozen:
-            seconds += self.passed(elementwise.adapter_bytes(products), "")
+            seconds += self.passed(work.adapter_bytes(products), "")
         return seconds
 
 
@@ -128,7 +119,6 @@ class StepTime:
     attention_s: float
     """Queries with keys, weights with values; scans of Mamba layers."""
     head_s: float
-    """Output head and loss."""
     memory_s: float
     """Kernels without products: norms, rotation, activations, sorting of tokens, quantisation."""
     launch_s: float
@@ -146,17 +136,13 @@ class StepTime:
     bubble_s: float
     """Waiting for the pipeline to fill and to drain."""
     optimizer_s: float
-    """Update of the weights."""
     other_s: float
     """What no layer does, and what slows runs that nobody tuned."""
     tokens: int
-    """Tokens of the step."""
     num_gpus: int
-    """GPUs."""
     flops_per_token: float
     """Model FLOPs (`ModelShape.train_flops_per_token`, two thirds of it where adapters alone learn)."""
     peak_flops_per_s: float
-    """Dense bf16 peak of the chip."""
 
     @property
     def components(self) -> dict[str, float]:
@@ -165,22 +151,18 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        """Seconds of the step."""
         return sum(self.components.values())
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
-        """Throughput."""
         return self.tokens / self.num_gpus / self.total_s
 
     @property
     def tflops_per_gpu(self) -> float:
-        """Model TFLOP/s."""
         return self.tokens_per_s_per_gpu * self.flops_per_token / 1e12
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over the chip's dense bf16 peak."""
         return self.tflops_per_gpu * 1e12 / self.peak_flops_per_s
 
 
@@ -200,7 +182,6 @@ class _MicroBatch:
     memory: float = 0.0
 
     def add(self, other: _MicroBatch, times: float) -> None:
-        """Add another one, so many times."""
         self.dense += times * other.dense
         self.experts += times * other.experts
         self.attention += times * other.attention
@@ -209,7 +190,6 @@ class _MicroBatch:
 
     @property
     def total(self) -> float:
-        """All of them."""
         return self.dense + self.experts + self.attention + self.head + self.memory
 
 
@@ -290,19 +270,13 @@ def _head(clock: Clock) -> _MicroBatch:
     """Return the seconds of the output head and of those of prediction layers, with their losses."""
     w = clock.w
     return _MicroBatch(head=(1 + w.shape.num_mtp_layers) * (
-        clock.product(work.head_product(w))
-        + elementwise.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
+        clock.products(work.products(w, "head"))
+        + work.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
 
 
 def _stage(w: Workload, parts: Parts, messages_s: float) -> tuple[_MicroBatch, float, float]:
     """Return the seconds of a micro-batch on the slowest stage, their mean over stages, and how many layers
-    that stage has, in units of their mean.
-
-    Args:
-        w: the step.
-        parts: of a micro-batch.
-        messages_s: seconds of layers' messages on a stage of so many as the mean.
-    """
+    that stage has, in units of their mean."""
     s, (trunk, behind, head) = w.shape, parts
     mean = (trunk.total + behind.total + head.total) / w.pp
     stage = _MicroBatch()
@@ -332,57 +306,49 @@ def _stage(w: Workload, parts: Parts, messages_s: float) -> tuple[_MicroBatch, f
 
 
 def _trunk(clock: Clock) -> _MicroBatch:
-    """Return the seconds of all layers but those of prediction."""
     s, trunk = clock.w.shape, _MicroBatch()
-    windowed = s.num_window_layers
-    trunk.add(_attention(clock, 0), s.num_attention_layers - windowed)
-    if windowed:
-        trunk.add(_attention(clock, s.window), windowed)
-    if s.num_mamba_layers:
-        trunk.add(_mamba(clock), s.num_mamba_layers)
-    dense = s.num_feed_forward_layers - s.num_moe_layers
-    if dense:
-        trunk.add(_dense(clock), dense)
-    if s.num_moe_layers:
-        trunk.add(_moe(clock), s.num_moe_layers)
+    for block, layers in ((lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
+                          (lambda: _attention(clock, s.window), s.num_window_layers),
+                          (lambda: _block(clock, "mamba", work.mamba_bytes, "mamba"), s.num_mamba_layers),
+                          (lambda: _block(clock, "dense", work.dense_bytes, "mlp"),
+                           s.num_feed_forward_layers - s.num_moe_layers),
+                          (lambda: _moe(clock), s.num_moe_layers)):
+        if layers:
+            trunk.add(block(), layers)
     return trunk
 
 
 def _prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds of multi-token prediction without its heads."""
-    w, s, found = clock.w, clock.w.shape, _MicroBatch()
+    s, found = clock.w.shape, _MicroBatch()
     if s.num_mtp_layers:
-        for part in (_attention(clock, 0), _moe(clock) if s.mtp_moe else _dense(clock)):
+        ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", work.dense_bytes, "mlp")
+        for part in (_attention(clock, 0), ffn):
             found.add(part, s.num_mtp_layers)
-        found.dense += s.num_mtp_layers * clock.product(work.mtp_projection(w))
+        found.dense += s.num_mtp_layers * clock.products(work.products(clock.w, "prediction"))
     return found
 
 
+def _block(clock: Clock, block: Block, passed_bytes: Callable[[Workload], float], part: str) -> _MicroBatch:
+    """Return the seconds of a block's products, and of the kernels around them, which recomputation calls
+    `part`."""
+    products = work.products(clock.w, block)
+    return _MicroBatch(dense=clock.products(products), attention=clock.scan() if block == "mamba" else 0.0,
+                       memory=clock.passed(passed_bytes(clock.w), part) + clock.around(products))
+
+
 def _attention(clock: Clock, window: int) -> _MicroBatch:
-    products = work.attention_products(clock.w)
-    return _MicroBatch(dense=clock.products(products), attention=clock.attention(window),
-                       memory=clock.passed(elementwise.attention_bytes(clock.w), "") + clock.around(products))
-
-
-def _mamba(clock: Clock) -> _MicroBatch:
-    products = work.mamba_products(clock.w)
-    return _MicroBatch(dense=clock.products(products), attention=clock.scan(),
-                       memory=clock.passed(elementwise.mamba_bytes(clock.w), "mamba")
-                       + clock.around(products))
-
-
-def _dense(clock: Clock) -> _MicroBatch:
-    products = work.dense_products(clock.w)
-    return _MicroBatch(dense=clock.products(products),
-                       memory=clock.passed(elementwise.dense_bytes(clock.w), "mlp") + clock.around(products))
+    found = _block(clock, "attention", work.attention_bytes, "")
+    found.attention = clock.attention(window)
+    return found
 
 
 def _moe(clock: Clock) -> _MicroBatch:
-    beside, experts = work.beside_experts_products(clock.w), work.expert_products(clock.w)
+    beside, experts = work.products(clock.w, "beside experts"), work.products(clock.w, "expert")
     activation = "moe" if clock.again("moe") else "moe_act"
-    memory = clock.passed(elementwise.moe_bytes(clock.w), "moe") + clock.around(beside)
+    memory = clock.passed(work.moe_bytes(clock.w), "moe") + clock.around(beside)
     if not clock.w.fused_experts:
-        memory += (clock.passed(elementwise.activation_bytes(clock.w), activation) + clock.around(experts))
+        memory += (clock.passed(work.activation_bytes(clock.w), activation) + clock.around(experts))
     return _MicroBatch(dense=clock.products(beside), experts=clock.products(experts),
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 
@@ -429,7 +395,6 @@ def _data(w: Workload, p: Parameters, message: traffic.Message, micro_batch_s: f
 
 
 def _update(clock: Clock) -> float:
-    """Return the seconds of the optimizer."""
     w = clock.w
     if w.objective != "train":
         return 0.0

@@ -20,8 +20,6 @@ WEIGHT_BYTES = 2
 
 @dataclass(frozen=True)
 class Message:
-    """What one GPU sends in a step for one purpose."""
-
     group: Group
     """Tensor, expert, context, pipeline or data parallelism (edp: of routed experts)."""
     num_bytes: float
@@ -33,16 +31,13 @@ class Message:
     count: float
     """Messages, each of which costs a latency."""
     latency_s: float
-    """Seconds of an empty one."""
 
     @property
     def link(self) -> Literal["inside", "between"]:
-        """Where the slower part goes."""
         return "inside" if self.inside_share >= 1 else "between"
 
     @property
     def ideal_s(self) -> float:
-        """Seconds at the links' full rate."""
         return self.num_bytes / self.bytes_per_s + self.count * self.latency_s
 
 
@@ -53,7 +48,6 @@ def messages(w: Workload) -> tuple[Message, ...]:
 
 
 def layers_per_gpu(w: Workload) -> float:
-    """Return the trunk's layers of a GPU, the mean over stages."""
     return w.shape.num_layers / w.pp
 
 
@@ -169,7 +163,7 @@ def held_params(w: Workload) -> tuple[float, float]:
     those."""
     s = w.shape
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
-    experts = moe * s.num_experts * s.expert_params()
+    experts = moe * s.num_experts * s.block_params("expert")
     rest = s.params() + s.mtp_params(s.num_experts) - experts
     return rest / (w.tp * w.pp), experts / (w.etp * w.ep * w.pp)
 

@@ -6,17 +6,15 @@ gradient of the input and one for that of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_sov.plan.speed.shape import ModelShape, mean_keys
-from megatron_sov.plan.speed.workload import Workload
+from megatron_sov.models.count import mean_keys
+from megatron_sov.plan.speed.workload import Block, Workload
 
 ATTENTION_BACKWARD = 2.5
 """FLOPs of flash attention's backward pass in units of its forward pass: five products for two
 (arXiv 2205.14135, appendix B)."""
-
-HEAD = "head"
-"""Part that no recomputation computes again: it goes by layers, and the head is behind them."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,7 @@ class Product:
     """A matrix product on one GPU, or one for each of several groups of rows (experts)."""
 
     tokens: float
-    """Rows, of all groups."""
     n: float
-    """Columns of the weight."""
     k: float
     """Rows of the weight, over which the sum runs."""
     groups: float = 1
@@ -38,7 +34,6 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Floating point operations of one pass."""
         return 2 * self.tokens * self.n * self.k
 
 
@@ -47,74 +42,20 @@ def local_tokens(w: Workload) -> float:
     return w.micro_batch_size * w.seq_len / w.cp
 
 
-def attention_products(w: Workload) -> list[Product]:
-    """Return the projections of an attention block."""
-    s, tokens, tp = w.shape, local_tokens(w), w.tp
-    out = Product(tokens, s.hidden_size, s.num_heads * s.value_dim / tp)
-    if not s.kv_lora_rank:
-        width = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim
-        return [Product(tokens, width / tp, s.hidden_size), out]
-    queries = s.num_heads * s.query_dim / tp
-    found = [Product(tokens, s.kv_lora_rank + s.rope_head_dim, s.hidden_size),
-             Product(tokens, s.num_heads * (s.head_dim + s.value_dim) / tp, s.kv_lora_rank,
-                     part="mla_up_proj"), out]
-    if s.q_lora_rank:
-        return [*found, Product(tokens, s.q_lora_rank, s.hidden_size),
-                Product(tokens, queries, s.q_lora_rank, part="mla_up_proj")]
-    return [*found, Product(tokens, queries, s.hidden_size)]
+def products(w: Workload, block: Block) -> list[Product]:
+    """Return the products of a block of a layer on one GPU; of routed experts the grouped ones of the fullest
+    GPU."""
+    tokens, cut, groups = local_tokens(w), w.tp, 1.0
+    if block == "expert":
+        tokens, cut, groups = expert_rows(w), w.etp, w.shape.num_experts / w.ep
+    return [Product(tokens / w.tp if one.cut == "tokens" else tokens,
+                    one.rows / cut if one.cut == "rows" else one.rows,
+                    one.columns / cut if one.cut == "columns" else one.columns,
+                    groups, one.quantized, one.part) for one in w.shape.matrices(block)]
 
 
-def mamba_products(w: Workload) -> list[Product]:
-    """Return the projections of a Mamba-2 block."""
-    s, tokens = w.shape, local_tokens(w)
-    inner = s.mamba_num_heads * s.mamba_head_dim
-    width = 2 * inner + 2 * s.mamba_num_groups * s.mamba_state_dim + s.mamba_num_heads
-    return [Product(tokens, width / w.tp, s.hidden_size), Product(tokens, s.hidden_size, inner / w.tp)]
-
-
-def dense_products(w: Workload) -> list[Product]:
-    """Return the products of a dense feed-forward network."""
-    s = w.shape
-    return _ffn(s, local_tokens(w), s.dense_ffn_dim / w.tp, s.hidden_size, "mlp")
-
-
-def beside_experts_products(w: Workload) -> list[Product]:
-    """Return the products of a layer with experts that every token meets: router, shared experts and the
-    projections around the latent width."""
-    s, tokens = w.shape, local_tokens(w)
-    own = tokens / w.tp
-    found = [Product(own, s.num_experts, s.hidden_size, quantized=False)]
-    if s.num_shared_experts:
-        found += _ffn(s, tokens, s.num_shared_experts * s.expert_ffn_dim / w.tp, s.hidden_size,
-                      "shared_experts")
-    if s.expert_latent_dim:
-        found += [Product(own, s.expert_latent_dim, s.hidden_size),
-                  Product(own, s.hidden_size, s.expert_latent_dim)]
-    return found
-
-
-def expert_products(w: Workload) -> list[Product]:
-    """Return the grouped products of a layer's routed experts on the fullest GPU."""
-    s = w.shape
-    rows = local_tokens(w) / w.tp * w.etp * s.num_experts_per_token * w.imbalance
-    return _ffn(s, rows, s.expert_ffn_dim / w.etp, s.expert_width, "moe", s.num_experts / w.ep)
-
-
-def mtp_projection(w: Workload) -> Product:
-    """Return the product that joins a token's embedding to a prediction layer's input."""
-    return Product(local_tokens(w), w.shape.hidden_size / w.tp, 2 * w.shape.hidden_size)
-
-
-def head_product(w: Workload) -> Product:
-    """Return the output head, which stays in bf16."""
-    return Product(local_tokens(w), w.shape.vocab_size / w.tp, w.shape.hidden_size, quantized=False,
-                   part=HEAD)
-
-
-def _ffn(s: ModelShape, rows: float, width: float, hidden: int, part: str,
-         groups: float = 1) -> list[Product]:
-    return [Product(rows, (s.ffn_matrices - 1) * width, hidden, groups, part=part),
-            Product(rows, hidden, width, groups, part=part)]
+def expert_rows(w: Workload) -> float:
+    return local_tokens(w) / w.tp * w.etp * w.shape.num_experts_per_token * w.imbalance
 
 
 def attention_flops(w: Workload, window: int) -> float:
@@ -127,3 +68,95 @@ def attention_flops(w: Workload, window: int) -> float:
     s = w.shape
     keys = mean_keys(min(w.document_tokens or w.seq_len, w.seq_len), window)
     return 2 * local_tokens(w) * keys * s.num_heads / w.tp * (s.query_dim + s.value_dim)
+
+
+# Bytes that kernels without matrix products pass through a GPU's memory in a forward pass of a micro-
+# batch.
+
+
+NUMBER_BYTES = 2
+NORM, RESIDUAL = 2, 3
+"""A norm reads and writes, a residual sum reads two and writes one."""
+LOGIT_BYTES = 14
+"""Of each logit, both passes: written in bf16, read for the largest, read and written for the sum's
+exponentials, read and written for the gradient in 4 or 2 bytes."""
+SCORE_BYTES = 24
+"""Of each router score: logits, scores, chosen ones and map, in 4 bytes."""
+PERMUTED = {"alltoall": 8, "allgather": 6, "deepep": 4, "hybridep": 4}
+"""Dispatcher -> how often a routed token's numbers are read or written around its expert's products."""
+MAMBA_PASSES = 20
+"""Of the inner width: convolution (in, out), scan (in, out, states of chunks in 4 bytes), gate and norm."""
+SCAN_CHUNK = 128
+"""Tokens of a chunk of the scan (arXiv 2405.21060, section 6)."""
+
+
+def _residual(w: Workload) -> float:
+    tokens = local_tokens(w) / (w.tp if w.sp else 1)
+    return (NORM * w.shape.norms_per_block + RESIDUAL) * tokens * w.shape.hidden_size * NUMBER_BYTES
+
+
+def attention_bytes(w: Workload) -> float:
+    """Return the bytes of an attention block: norm, rotation of queries and keys, residual."""
+    s = w.shape
+    kv_heads = s.num_heads if s.kv_lora_rank else s.num_kv_heads
+    rotated = (s.num_heads + kv_heads) * s.query_dim / w.tp
+    # under latent attention the parts of queries and keys are put together in one more copy
+    copies = 4 if s.kv_lora_rank else 2
+    return _residual(w) + copies * local_tokens(w) * rotated * NUMBER_BYTES
+
+
+def mamba_bytes(w: Workload) -> float:
+    inner = w.shape.mamba_num_heads * w.shape.mamba_head_dim / w.tp
+    return _residual(w) + MAMBA_PASSES * local_tokens(w) * inner * NUMBER_BYTES
+
+
+def mamba_scan_flops(w: Workload) -> float:
+    """Return the FLOPs of a Mamba-2 block's chunked scan, forward (arXiv 2405.21060, section 6)."""
+    s = w.shape
+    inner = s.mamba_num_heads * s.mamba_head_dim
+    per_token = 2 * SCAN_CHUNK * (s.mamba_num_groups * s.mamba_state_dim + inner)
+    return local_tokens(w) / w.tp * (per_token + 4 * inner * s.mamba_state_dim)
+
+
+def dense_bytes(w: Workload) -> float:
+    """Return the bytes of a dense feed-forward network: norm, activation, residual."""
+    return _residual(w) + _activation(w, local_tokens(w), w.shape.dense_ffn_dim / w.tp)
+
+
+def activation_bytes(w: Workload) -> float:
+    s = w.shape
+    return _activation(w, expert_rows(w), s.expert_ffn_dim / w.etp)
+
+
+def moe_bytes(w: Workload) -> float:
+    """Return the bytes of a layer with experts, their activation left out: norm, router, sorting tokens by
+    expert and back, shared experts' activation, residual."""
+    s, own = w.shape, local_tokens(w) / w.tp
+    sorted_bytes = (PERMUTED[w.dispatcher] * own * w.etp * s.num_experts_per_token * w.imbalance
+                    * s.expert_width * NUMBER_BYTES)
+    shared = _activation(w, local_tokens(w), s.num_shared_experts * s.expert_ffn_dim / w.tp)
+    return _residual(w) + own * s.num_experts * SCORE_BYTES + sorted_bytes + shared
+
+
+def head_bytes(w: Workload) -> float:
+    """Return the bytes of the logits, both passes together."""
+    return local_tokens(w) * w.shape.vocab_size / w.tp * LOGIT_BYTES
+
+
+def quantized_bytes(products: Iterable[Product], frozen: bool) -> float:
+    """Return the bytes of quantising the operands of products in 8 or 4 bits, both passes: inputs and
+    gradients of outputs are read in bf16 and written along their rows and their columns; along rows alone
+    where the weights are frozen."""
+    each = 3 if frozen else 4
+    return sum(each * (p.tokens * p.k + p.tokens * p.n) for p in products if p.quantized)
+
+
+def adapter_bytes(products: Iterable[Product]) -> float:
+    """Return the bytes of adapters beside frozen products, forward: their input is read once more, what they
+    add is written into the product's output."""
+    return sum((p.tokens * p.k + 2 * p.tokens * p.n) * NUMBER_BYTES for p in products)
+
+
+def _activation(w: Workload, rows: float, width: float) -> float:
+    """Return the bytes of a gate or another activation: all inputs read, one product written."""
+    return w.shape.ffn_matrices * rows * width * NUMBER_BYTES

@@ -1,13 +1,267 @@
-"""One optimizer step of one stage on a number of GPUs: what is computed, where, and how it is cut."""
+"""What the arithmetic of speed needs of a model: sizes, whether they come from a recipe or from a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 from megatron_sov.clusters.chips import Chip, Links
-from megatron_sov.config import PhaseConfig, RunConfig
-from megatron_sov.plan.speed.shape import ModelShape, of_model
+from megatron_sov.config import ModelConfig, PhaseConfig, RunConfig
+from megatron_sov.models.count import mean_keys
+from megatron_sov.plan.held import BF16_BYTES
+
+Block = Literal["attention", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
+HEAD = "head"
+"""Part that no recomputation computes again: it goes by layers, and the head is behind them."""
+
+
+class Matrix(NamedTuple):
+    """A weight [rows, columns] that a token is multiplied with."""
+
+    rows: float
+    columns: float
+    cut: Literal["rows", "columns", "tokens", ""]
+    """What of the product tensor parallelism shares: rows or columns of the weight, tokens, or nothing."""
+    part: str = ""
+    """What recomputation calls it: mla_up_proj, mlp, moe, shared_experts; `HEAD`; or nothing."""
+    quantized: bool = True
+    """Whether the workload's precision holds; routers and heads stay in bf16."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder: layers of attention and a feed-forward network, or a hybrid with Mamba-2 layers."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    """Width of a head's queries and keys; under latent attention of their part without positions."""
+    num_kv_heads: int
+    vocab_size: int
+    dense_ffn_dim: int = 0
+    """Inner width of dense feed-forward layers."""
+    gated: bool = True
+    """Whether feed-forward networks have a gate (three matrices, SwiGLU) or not (two)."""
+    norms_per_block: int = 1
+    """Norms of an attention block or feed-forward network over the residual's width: before it, or behind it
+    too."""
+    tied: bool = False
+    """Whether the output head is the embedding."""
+    num_experts: int = 0
+    """Routed experts of a layer; 0: all layers are dense."""
+    num_experts_per_token: int = 0
+    """Routed experts that a token visits."""
+    expert_ffn_dim: int = 0
+    num_shared_experts: float = 0
+    """Width of what every token visits beside the routed experts, in units of `expert_ffn_dim`."""
+    num_dense_layers: int = 0
+    """Layers whose feed-forward network is dense, in a model with experts."""
+    num_mtp_layers: int = 0
+    """Multi-token prediction layers."""
+    mtp_moe: bool = False
+    """Whether those have experts (DeepSeek-V3) or are dense."""
+    window: int = 0
+    """Keys that a query of a windowed layer sees, itself included; 0: no such layers."""
+    global_every: int = 0
+    """One in so many attention layers sees everything, the others `window` keys; 0: all see everything."""
+    q_lora_rank: int = 0
+    """Rank of the queries of latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); 0: in full."""
+    kv_lora_rank: int = 0
+    """Rank of its keys and values; 0: the attention is not latent."""
+    rope_head_dim: int = 0
+    """Width of the part of its heads that is rotated, beside `head_dim`."""
+    v_head_dim: int = 0
+    """Width of its values; 0: `head_dim`."""
+    expert_latent_dim: int = 0
+    """Width that routed experts work in, between two projections (LatentMoE); 0: `hidden_size`."""
+    num_mamba_layers: int = 0
+    """Layers with a Mamba-2 block in the place of attention."""
+    num_ffn_layers: int = 0
+    """Layers that are feed-forward networks alone, in models whose layers are one block each (Nemotron-H);
+    0: every layer has one behind its attention or Mamba block."""
+    mamba_num_heads: int = 0
+    """Heads of a Mamba-2 block (arXiv 2405.21060)."""
+    mamba_head_dim: int = 0
+    mamba_state_dim: int = 0
+    mamba_num_groups: int = 0
+    """Groups of heads that share input and output projections of the state."""
+
+    @property
+    def num_attention_layers(self) -> int:
+        return self.num_layers - self.num_mamba_layers - self.num_ffn_layers
+
+    @property
+    def num_feed_forward_layers(self) -> int:
+        return self.num_ffn_layers or self.num_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_feed_forward_layers - self.num_dense_layers if self.num_experts else 0
+
+    @property
+    def num_window_layers(self) -> int:
+        if not (self.window and self.global_every):
+            return 0
+        return self.num_attention_layers - self.num_attention_layers // self.global_every
+
+    @property
+    def query_dim(self) -> int:
+        """Width of queries and keys of a head, the rotated part of latent attention included."""
+        return self.head_dim + (self.rope_head_dim if self.kv_lora_rank else 0)
+
+    @property
+    def value_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def expert_width(self) -> int:
+        return self.expert_latent_dim or self.hidden_size
+
+    @property
+    def ffn_matrices(self) -> int:
+        return 3 if self.gated else 2
+
+    def matrices(self, block: Block) -> list[Matrix]:
+        """Return the weights that tokens are multiplied with in one block of a layer, in an expert, between
+        a token's embedding and a prediction layer, or in the output head."""
+        h, inner = self.hidden_size, self.mamba_num_heads * self.mamba_head_dim
+        if block == "attention":
+            return self._attention()
+        if block == "mamba":
+            width = 2 * inner + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
+            return [Matrix(width, h, "rows"), Matrix(h, inner, "columns")]
+        if block == "dense":
+            return self._feed_forward(self.dense_ffn_dim, h, "mlp")
+        if block == "expert":
+            return self._feed_forward(self.expert_ffn_dim, self.expert_width, "moe")
+        if block == "prediction":
+            return [Matrix(h, 2 * h, "rows")]
+        if block == "head":
+            return [Matrix(self.vocab_size, h, "rows", HEAD, quantized=False)]
+        found = [Matrix(self.num_experts, h, "tokens", quantized=False)]
+        if self.num_shared_experts:
+            found += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
+        if self.expert_latent_dim:
+            found += [Matrix(self.expert_latent_dim, h, "tokens"),
+                      Matrix(h, self.expert_latent_dim, "tokens")]
+        return found
+
+    def _attention(self) -> list[Matrix]:
+        h, heads = self.hidden_size, self.num_heads
+        out = Matrix(h, heads * self.value_dim, "columns")
+        if not self.kv_lora_rank:
+            return [Matrix((heads + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
+        both = heads * (self.head_dim + self.value_dim)
+        found = [Matrix(self.kv_lora_rank + self.rope_head_dim, h, ""),
+                 Matrix(both, self.kv_lora_rank, "rows", "mla_up_proj"), out]
+        if not self.q_lora_rank:
+            return [*found, Matrix(heads * self.query_dim, h, "rows")]
+        return [*found, Matrix(self.q_lora_rank, h, ""),
+                Matrix(heads * self.query_dim, self.q_lora_rank, "rows", "mla_up_proj")]
+
+    def _feed_forward(self, inner: float, width: int, part: str) -> list[Matrix]:
+        """Return two matrices of a network, of which the first one has the gate, where there is one."""
+        return [Matrix((self.ffn_matrices - 1) * inner, width, "rows", part),
+                Matrix(width, inner, "columns", part)]
+
+    def block_params(self, block: Block) -> int:
+        return round(sum(one.rows * one.columns for one in self.matrices(block)))
+
+    def experts_params(self, experts: int) -> int:
+        """Return the weights of a feed-forward network with so many routed experts."""
+        return experts * self.block_params("expert") + self.block_params("beside experts")
+
+    def params(self) -> int:
+        """Return the parameters, prediction layers left out; norms and biases, which no product has, too."""
+        return self._multiplied(self.num_experts) + (0 if self.tied else self.vocab_size * self.hidden_size)
+
+    def active_params(self) -> int:
+        """Return those that a token meets: `params` without the experts that it is not routed to."""
+        return (self._multiplied(self.num_experts_per_token)
+                + (0 if self.tied else self.vocab_size * self.hidden_size))
+
+    def mtp_params(self, experts: int) -> int:
+        """Return the weights of all prediction layers (projection, attention, feed-forward network), with so
+        many routed experts; their head is the trunk's."""
+        ffn = self.experts_params(experts) if self.mtp_moe else self.block_params("dense")
+        return self.num_mtp_layers * (self.block_params("prediction") + self.block_params("attention") + ffn)
+
+    def _multiplied(self, experts: int) -> int:
+        """Return the weights of the trunk's products and the head, with so many experts of each layer."""
+        found = self.block_params("head")
+        layers: dict[Block, int] = {"attention": self.num_attention_layers, "mamba": self.num_mamba_layers,
+                                    "dense": self.num_feed_forward_layers - self.num_moe_layers}
+        found += sum(number * self.block_params(block) for block, number in layers.items() if number)
+        if self.num_moe_layers:
+            found += self.num_moe_layers * self.experts_params(experts)
+        return found
+
+    def forward_flops_per_token(self, seq_len: int) -> float:
+        """Return the FLOPs of a token's forward pass, the mean over a row of one document.
+
+        Counted as in `models.count`: two for each weight of a product, prediction layers and their heads
+        included, and of attention the causal half.
+        """
+        predicting = (self.mtp_params(self.num_experts_per_token)
+                      + self.num_mtp_layers * (self.vocab_size * self.hidden_size))
+        keys = mean_keys(seq_len, 0)
+        return (self._token_flops(keys, mean_keys(seq_len, self.window))
+                + 2 * predicting + self.num_mtp_layers * self._key_flops() * keys)
+
+    def decode_flops_per_token(self, context: float) -> float:
+        """Return the FLOPs of one more token behind so many: its query sees all of them, or its window, where
+        a row's mean query sees half.  Prediction layers, which do not draft, have no part in it."""
+        return self._token_flops(context, min(context, self.window or context))
+
+    def _token_flops(self, keys: float, window_keys: float) -> float:
+        """Return the FLOPs of a token in the trunk and the head, whose query sees so many keys."""
+        windowed = self.num_window_layers
+        seen = (self.num_attention_layers - windowed) * keys + windowed * window_keys
+        return (2 * self._multiplied(self.num_experts_per_token) + self._key_flops() * seen
+                + self.num_mamba_layers * self.mamba_scan_flops())
+
+    def _key_flops(self) -> int:
+        """Return the FLOPs of all heads of a layer for a query and a key: their product, and the value's."""
+        return 2 * self.num_heads * (self.query_dim + self.value_dim)
+
+    def mamba_scan_flops(self) -> float:
+        """Return the FLOPs of a Mamba-2 block's state for a token, as a recurrence: it is written and read
+        (`megatron.core`'s count: 7 for each element of the state)."""
+        return 7 * self.mamba_num_heads * self.mamba_head_dim * self.mamba_state_dim
+
+    def train_flops_per_token(self, seq_len: int) -> float:
+        """Return the model FLOPs of forward and backward pass of a token: three forward passes."""
+        return 3 * self.forward_flops_per_token(seq_len)
+
+
+@cache
+def of_model(model: ModelConfig) -> ModelShape:
+    """Return the shape of a recipe's model."""
+    latent = model.latent_attention
+    windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
+    every = model.num_layers // max(1, model.num_layers - windowed) + (windowed == model.num_layers)
+    return ModelShape(
+        num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
+        head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
+        num_kv_heads=model.num_kv_heads, vocab_size=model.vocab_size,
+        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_layer() // 2,
+        tied=model.tied_embeddings, num_experts=model.num_experts,
+        num_experts_per_token=model.num_experts_per_token if model.num_experts else 0,
+        expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,
+        num_shared_experts=model.num_shared_experts if model.num_experts else 0,
+        num_dense_layers=model.num_layers - model.num_moe_layers() if model.num_experts else 0,
+        num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts,
+        window=model.sliding_window_tokens if windowed else 0, global_every=every if windowed else 0,
+        q_lora_rank=(latent.q_lora_rank or 0) if latent is not None else 0,
+        kv_lora_rank=latent.kv_lora_rank if latent is not None else 0,
+        rope_head_dim=latent.qk_rope_head_dim if latent is not None else 0,
+        v_head_dim=latent.v_head_dim if latent is not None else 0)
+
+
+# One optimizer step of one stage on a number of GPUs: what is computed, where, and how it is cut.
+
 
 Precision = Literal["bf16", "fp8", "fp8_blockwise", "mxfp8", "nvfp4"]
 """Of the matrix products of layers: as `train.fp8` names them, fp8 being tensorwise or rowwise scales."""
@@ -18,39 +272,26 @@ PRECISIONS: dict[str, Precision] = {"none": "bf16", "tensorwise": "fp8", "delaye
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step."""
-
     shape: ModelShape
-    """The model."""
     chip: Chip
-    """The GPU."""
     links: Links
-    """What joins the GPUs."""
     num_gpus: int
-    """GPUs."""
     seq_len: int
-    """Tokens of a row."""
     micro_batch_size: int = 1
     """Rows of one forward pass of one replica."""
     global_batch_size: int = 1
-    """Rows of the step."""
     document_tokens: int = 0
     """Tokens of a document where attention does not cross documents; 0: a row is one document."""
     tp: int = 1
-    """Tensor parallel size."""
     sp: bool = False
-    """Sequence parallelism."""
     pp: int = 1
-    """Pipeline parallel size."""
     vpp: int = 1
     """Runs of layers on each pipeline stage."""
     stage_layers: tuple[int, ...] = ()
     """Trunk layers of each stage of a pipeline, prediction layers and head being on the last one; empty:
     nobody says, and stages are as even as can be."""
     cp: int = 1
-    """Context parallel size."""
     ep: int = 1
-    """Expert parallel size."""
     etp: int = 1
     """Tensor parallel size inside an expert."""
     sharding: Literal["none", "zero1", "fsdp"] = "none"
@@ -94,7 +335,6 @@ class Workload:
     grad_bytes: int = 4
     """Bytes of a gradient that is summed."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """What updates the weights."""
     offload: float = 0.0
     """Share of the optimizer that lies and runs in host memory."""
     tuned: bool = True
@@ -104,7 +344,6 @@ class Workload:
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas."""
         return max(1, self.num_gpus // (self.tp * self.pp * self.cp))
 
     @property
@@ -119,22 +358,12 @@ class Workload:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step."""
         return self.global_batch_size * self.seq_len
 
 
 def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, links: Links,
            imbalance: float = 1.0) -> Workload:
-    """Return a step of a phase of a run.
-
-    Args:
-        config: the run.
-        phase: the phase; its length and batch size hold.
-        num_gpus: processes.
-        chip: the GPU of each.
-        links: what joins them.
-        imbalance: tokens of the fullest expert-parallel rank in units of the mean.
-    """
+    """Return a step of a phase of a run."""
     p, t, g = config.parallel, config.train, config.gpu
     recompute: Literal["none", "selective", "full"] = "none"
     if t.recompute:
@@ -151,3 +380,28 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
         overlap_param_gather=p.overlap_param_gather, imbalance=imbalance,
         grad_bytes=2 if g.grad_dtype == "bf16" else 4, optimizer="muon" if muon else "adam",
         offload=g.optimizer_offload, objective="lora" if config.lora.on else "train")
+
+
+# Bytes of keys and values that generating keeps of a sequence.
+
+
+def kv_bytes(shape: ModelShape, tokens: float, item_bytes: float = BF16_BYTES) -> float:
+    """Return what a sequence keeps over all layers: global ones every token, sliding ones their window
+    (`mcore.model.kv_cache`), latent attention one vector for all heads.
+
+    Args:
+        shape: of the model.
+        tokens: of the sequence, prompt and response.
+        item_bytes: of a number: 2 in bf16, 1 in FP8.
+    """
+    width = (shape.kv_lora_rank + shape.rope_head_dim if shape.kv_lora_rank
+             else 2 * shape.num_kv_heads * shape.head_dim)
+    windowed = shape.num_window_layers
+    kept = (shape.num_attention_layers - windowed) * tokens + windowed * min(tokens, shape.window or tokens)
+    return kept * width * item_bytes
+
+
+def kv_cuts(shape: ModelShape, tp: int) -> int:
+    """Return into how many parts tensor parallelism cuts them: by heads, of which latent attention has one;
+    beyond the number of heads each process keeps a whole one."""
+    return 1 if shape.kv_lora_rank else min(tp, shape.num_kv_heads)

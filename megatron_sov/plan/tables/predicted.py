@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,28 +12,24 @@ from pathlib import Path
 
 from megatron_sov.artifacts import write_output
 from megatron_sov.errors import UserError
+from megatron_sov.obs.units import SECONDS_OF_AN_HOUR
 from megatron_sov.outputs import check_output, refuse_input
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
-from megatron_sov.plan.tables.columns import PREDICTED, read_table
-from megatron_sov.plan.tables.measured import tokens_per_s_per_gpu
-from megatron_sov.plan.tables.peak_memory import peak_bytes
-from megatron_sov.plan.tables.shapes import MissingInput
+from megatron_sov.plan.speed.workload import Workload
+from megatron_sov.plan.tables.cells import PREDICTED, MissingInput, count, number, read_table, words
+from megatron_sov.plan.tables.memory import peak_bytes
 from megatron_sov.plan.tables.workloads import workload_of
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted for a row."""
-
     tokens_per_s_per_gpu: float = 0.0
     """Throughput; 0: none."""
     tflops_per_gpu: float = 0.0
-    """Model TFLOP/s."""
     peak_mem_gb: float = 0.0
     """Memory of the fullest GPU in units of 10^9 bytes; 0: not weighed."""
     reason: str = ""
-    """Why there is no prediction."""
     error: float = 0.0
     """Predicted over stated throughput, less 1; 0 where the row states none."""
 
@@ -42,14 +39,11 @@ class Summary:
     """How the predictions of a table compare with what it states."""
 
     num_rows: int
-    """Rows."""
     num_predicted: int
-    """Those with a prediction."""
     errors: tuple[float, ...]
     """Predicted over stated throughput, less 1, of rows that state one."""
 
     def as_text(self) -> str:
-        """Return it in two lines."""
         first = f"{self.num_predicted:,} of {self.num_rows:,} rows predicted"
         if not self.errors:
             return f"{first}; none of them states a throughput"
@@ -76,11 +70,6 @@ def predict(row: Mapping[str, str], parameters: Parameters | None = None) -> Pre
 def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) -> Summary:
     """Predict every row of a table, and write the table with columns of predictions behind its own.
 
-    Args:
-        rows: table in CSV.
-        out: where the predictions go; replaced as a whole, or left as it is.
-        parameters: of the model of speed; None: those of the package.
-
     Raises:
         UserError: the table cannot be read, or `out` cannot be written, or is the table itself.
     """
@@ -101,7 +90,41 @@ def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) ->
 
 
 def _cell(value: float) -> str:
-    """Return a number with five digits; nothing for 0."""
     if not value:
         return ""
     return f"{value:.0f}" if value >= 10_000 else f"{value:.5g}"
+
+
+# The throughput that a row of a table states, directly or by what it follows from.
+
+
+PERCENT_FROM = 1.5
+"""Utilisations above this are percents, below it fractions."""
+NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
+"""How notes write numbers."""
+
+
+def tokens_per_s_per_gpu(row: Mapping[str, str], w: Workload) -> float:
+    """Return a row's tokens/s of a GPU: stated, or from the step's time, the whole cluster's tokens, TFLOP/s
+    or utilisation; 0 where it states none of them."""
+    if number(row, "tokens_per_s_per_gpu") and "inconsistent" not in words(row, "note"):
+        return number(row, "tokens_per_s_per_gpu")
+    notes = words(row, "other", "note")
+    seconds = number(row, "step_time_s")
+    if seconds and count(row, "global_batch") and count(row, "num_gpus"):
+        return w.global_batch_size * w.seq_len / w.num_gpus / seconds
+    whole = re.search(rf"aggregate_tokens_per_s={NUMBER}k", notes)
+    if whole and w.num_gpus:
+        return float(whole[1]) * 1e3 / w.num_gpus
+    budget = re.search(rf"{NUMBER}m \w+ gpu-hours for {NUMBER}t tokens", notes)
+    if budget and float(budget[1]):
+        return float(budget[2]) * 1e12 / (float(budget[1]) * 1e6 * SECONDS_OF_AN_HOUR)
+    share = {"train": 1.0, "lora": 2 / 3, "forward": 1 / 3}[w.objective]
+    flops = share * w.shape.train_flops_per_token(w.seq_len)
+    if number(row, "tflops_per_gpu_model"):
+        return number(row, "tflops_per_gpu_model") * 1e12 / flops
+    if number(row, "mfu"):
+        used = number(row, "mfu") / (100 if number(row, "mfu") > PERCENT_FROM else 1)
+        peak = re.search(r"peak_tflops=(\d{1,9})(?!\d)", notes)
+        return used * (float(peak[1]) * 1e12 if peak else w.chip.bf16_flops_per_s) / flops
+    return 0.0

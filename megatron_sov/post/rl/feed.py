@@ -1,22 +1,195 @@
-"""Brings the rounds that a run trains: waits for each, publishes it, adds what the trainer says of it."""
+"""Brings the rounds that a run trains: waits for each, or writes and judges it by the model as it stands;
+publishes it, and adds what the trainer says of it.
+
+What the trainer says stands in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a checksum of them
+all, which is checked when they are read.  The policy's are computed anew whenever a run stands before the
+round's first step; later its weights are others, and the file is what is read.  Of what the first step learns
+the policy's are those that the step computes itself: there they are NaN.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.config import RolloutConfig
+import numpy as np
+import torch
+
+from megatron_sov.artifacts import atomic_write, read_manifest, to_json
+from megatron_sov.config import RolloutConfig, RunConfig
 from megatron_sov.data.rounds import Round, RoundDocuments
+from megatron_sov.data.routes import replayed_routes
+from megatron_sov.documents.routes import RouteShape
+from megatron_sov.errors import UserError
+from megatron_sov.generate.generator import MegatronEngine
+from megatron_sov.generate.request import Batching
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.models.adapters import PREFIX
 from megatron_sov.obs.warning import warn
-from megatron_sov.post.rl.trainer_columns import TrainerColumns
+from megatron_sov.post.document_logprobs import document_logprobs
+from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
+from megatron_sov.post.reference import files_sha256
+from megatron_sov.post.rl.generate import Desk, Missing, Writer, write_rounds
+from megatron_sov.post.rl.responses import key_digest
+from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
+from megatron_sov.rewards.opinions import Opinions
+from megatron_sov.rewards.reward import Result
+from megatron_sov.rollouts.prompts import Prompt
+from megatron_sov.rollouts.rows import Rollout
+from megatron_sov.rollouts.store import Store
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.sealed import seal_damage, write_sealed
 from megatron_sov.train.feed import FeedView
+from megatron_sov.work.claims import Claims
+
+REFERENCE_NOTE = "reference.json"
+"""File of RUN/rounds: which model `REFERENCE` is of."""
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class TrainerColumns:
+    """The columns of a run."""
+
+    names: tuple[str, ...]
+    """`OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the model that the run starts
+    from; those that are needed."""
+    temperature: float
+    """Of samples, and so of these."""
+    routes: RouteShape | None
+    """Of routes that are replayed, by the policy alone: the reference routes as it does; None: none are."""
+    with_reference: Callable[[FeedView, Callable[[], np.ndarray]], np.ndarray]
+    """(run, compute) -> what `compute` returns where the model has the reference's weights."""
+    reference_sha256: str = ""
+    """What stands for the reference's weights."""
+
+    def of_round(self, view: FeedView, number: int, opened: Round, *, is_first: bool
+                 ) -> dict[str, np.ndarray]:
+        """Return column -> a number for each token of a round; called by all processes together.
+
+        Args:
+            view: the run.
+            number: of the round.
+            opened: as `RoundDocuments.read` gives it.
+            is_first: whether the next step is its first.
+
+        Raises:
+            UserError: the run stands inside of a round, and a column of it is not there; or its reference is
+                another one than that of the rounds before.
+        """
+        if opened.documents is None:
+            return {}
+        if REFERENCE in self.names:
+            on_main(view.world, partial(self._refuse_other_reference, opened.path.with_name(REFERENCE_NOTE)))
+        return {name: self._column(view, name, opened, is_first=is_first) for name in self.names}
+
+    def _refuse_other_reference(self, file: Path) -> None:
+        if not file.is_file():
+            atomic_write(file, to_json({"sha256": self.reference_sha256}))
+            return
+        try:
+            begun = str(json.loads(file.read_text(encoding="utf-8"))["sha256"])
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
+        if begun != self.reference_sha256:
+            raise UserError(f"{file}: the run's divergence is from a model of sha256 {begun[:12]}, and "
+                            f"--from is {self.reference_sha256[:12]}; resume --from the one that it began "
+                            "with")
+
+    def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
+        file, count = file_of(opened.path, name), int(opened.starts[-1])
+        # documents of which the step itself tells what is needed
+        passed = len(opened.steps[0]) if name == OLD else 0
+        if passed == len(opened.starts) - 1:
+            return np.full(count, np.nan, np.float32)
+        is_anew = is_first and name == OLD
+        of = on_main(view.world, partial(self._of, opened, name))
+        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))
+        if is_anew or damage:
+            if damage and name == OLD:
+                raise UserError(f"{damage}; the run stands inside of the round: {_way_back(opened)}")
+            if damage and view.world.is_main and file.exists():
+                warn(f"{damage}; it is computed anew", view.events.write, step=view.step)
+            compute = partial(self._compute, view, opened, passed, self.routes if name == OLD else None)
+            found = compute() if name == OLD else self.with_reference(view, compute)
+            on_main(view.world, partial(write_sealed, file, found.tobytes(), of))
+        return np.memmap(file, np.float32, "r", shape=(count,))
+
+    def _of(self, opened: Round, name: str) -> str:
+        """Return what a column's checksum is bound to: the documents, and the reference where it is that
+        one's."""
+        return f"{files_sha256(opened.path)} {name} {self.reference_sha256 if name == REFERENCE else ''}"
+
+    def _compute(self, view: FeedView, opened: Round, passed: int, routes: RouteShape | None) -> np.ndarray:
+        """Return the numbers of a round's documents, NaN for those of the first `passed` ones."""
+        assert opened.documents is not None, f"{opened.path} has no documents"
+        found = document_logprobs(view, opened.documents, range(passed, len(opened.starts) - 1),
+                                  view.config.data.phases[0].seq_len, view.config.train.micro_batch_size,
+                                  self.temperature, routes)
+        return np.concatenate([np.full(opened.starts[passed], np.nan, np.float32), found])
+
+
+def _way_back(opened: Round) -> str:
+    begin = (int(opened.path.name) - 1) * len(opened.steps)
+    run = RunFolder(opened.path.parents[1])
+    if begin and not run.checkpoint(begin).is_dir():
+        return "restore the file from a copy, or start a new --run --from the last checkpoint"
+    return (f"delete the checkpoints behind step-{begin} in {run.checkpoints}, and give the same command "
+            "with --resume")
+
+
+def file_of(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.name}.{name}.f32")
+
+
+def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> TrainerColumns:
+    """Return the columns that a run's objective reads, and that are not published."""
+    return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
+                          config.rollout.temperature, replayed_routes(config),
+                          partial(with_weights_of, start),
+                          files_sha256(start) if REFERENCE in needed else "")
+
+
+@torch.no_grad()
+def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -> Value:
+    """Return what `compute` gives while the model has a checkpoint's weights; called by all processes
+    together, between two steps.
+
+    A second model would need as much memory again; what is put aside here are the weights alone, and only
+    while the others are there.
+
+    Args:
+        start: the checkpoint.
+        view: the run, whose weights and optimizer are afterwards what they were before.
+        compute: calls the model, forward only.
+    """
+    model = view.policy.model
+    model.finish_param_gather()
+    blocks = list(local_shards(model))
+    aside, base = [block.data.clone() for block in blocks], model.adapter_base
+    try:
+        for block in blocks:
+            if block.key.startswith(PREFIX):
+                block.data.zero_()  # an adapter that is not in the checkpoint changes nothing then
+        load.load_model(start, model)
+        return compute()
+    finally:
+        for block, data in zip(blocks, aside, strict=True):
+            block.data.copy_(data)
+        model.adapter_base = base
+
 
 POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
@@ -119,3 +292,96 @@ class RoundFeed:
                 groups = read_manifest(opened.path).content.get("groups")
                 warn(f"round {number}: no group of step {step + 1} learns (groups of the round: {groups}), "
                      "it is passed over", view.events.write, step=step + 1)
+
+
+@dataclass
+class Producer:
+    """Makes rounds; one object on each process of a run, all of which call it together."""
+
+    store: Callable[[], Store]
+    """Opens the store, or makes it."""
+    prompts: Sequence[Prompt]
+    """All of them."""
+    rollout: RolloutConfig
+    run: Path
+    """The run's folder."""
+    start: Path
+    """Checkpoint that it starts from."""
+    writer: Writer
+    """Makes rows."""
+    batching: Batching
+    """What bounds the memory of generation."""
+    version: str
+    """Of the reward."""
+    judging: Callable[[], contextlib.AbstractContextManager[JudgeRows]]
+    """The reward at work; begun on rank 0, with the first round."""
+    provenance: Mapping[str, Any]
+    """What stands in the manifests of parts."""
+    opinions: Callable[[Store], Opinions | None] = lambda store: None
+    """What a second verifier has said so far, see `reward.second_opinions`."""
+    _opinions: Opinions | None = None
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _judge: JudgeRows | None = None
+    _job: JudgingJob | None = None
+
+    def produce(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> dict[str, float]:
+        """Write and judge what is missing of a round, and of those that its policy may write besides
+        (`rollout.max_staleness`).
+
+        Args:
+            view: the run, whose model is the policy.
+            number: of the round, from 1.
+            asked_to_stop: looked at behind each piece and each part that is judged; rank 0's counts.
+
+        Returns:
+            Seconds of writing and of judging.
+        """
+        begin_s = time.monotonic()
+        view.checkpointer.finish()  # responses are known by its hash
+        policy_of = partial(policy_of_round, self.run, self.start, rollout=self.rollout)
+        policy: Policy = on_main(view.world, lambda: policy_of(number))
+        rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
+        engine = MegatronEngine(view.policy, self.batching)
+        engine.update(None, policy.step)
+        on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
+        write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
+        written_s = time.monotonic()
+        on_main(view.world, lambda: self._begin_judging(rounds, view))
+        # part by part: there is a limit to how long the others wait for a message
+        while on_main(view.world, lambda: not asked_to_stop() and self._judge_part()):
+            pass
+        return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s}
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],
+              asked_to_stop: Callable[[], bool]) -> Desk:
+        store = self.store()
+        missing = Missing(store, Claims(store.claims, self.rollout.lease_s), self.prompts, self.rollout,
+                          rounds, policy_of,
+                          lambda number: key_digest(self.rollout, number, self.writer.chosen_by))
+        # pieces that another job is at are waited for until it is taken for dead
+        return Desk(missing, store, 2 * self.rollout.lease_s, self.provenance, asked_to_stop=asked_to_stop)
+
+    def _begin_judging(self, rounds: range, view: FeedView) -> None:
+        store = self.store()
+        if self._opinions is None:
+            self._opinions = self.opinions(store)
+        alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
+        self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judged,
+                               rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s,
+                               opinions=self._opinions, alarmed=alarmed)
+
+    def _judge_part(self) -> bool:
+        assert self._job is not None, "nothing is begun"
+        return self._job.step()
+
+    def _judged(self, rows: Sequence[Rollout]) -> Sequence[Result]:
+        if self._judge is None:
+            self._judge = self._open.enter_context(self.judging())
+        return self._judge(rows)
+
+
+def _take_none(policy: Policy) -> None:
+    raise AssertionError(f"the model is its own policy, and {policy.path} is another")

@@ -1,10 +1,17 @@
-"""Responses to prompts, token for token as an engine wrote them: begun, or gone on with behind a deadline."""
+"""What an engine wrote, token for token, as rows: responses to prompts, and episodes with the tools of an
+environment.
+
+A deadline cuts off plain responses anywhere, and episodes between turns; these keep, in their row's outcome,
+what another job needs to go on with them: their turns and the environment's state.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,12 +21,14 @@ from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.errors import UserError
 from megatron_sov.generate.asking import Asker
 from megatron_sov.generate.engine import Engine
-from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop
-from megatron_sov.post.rl.missing import Attempt, never
-from megatron_sov.rollouts.budgets import budget_of
-from megatron_sov.rollouts.prompts import OPTION, Prompt
-from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
-from megatron_sov.rollouts.sampling import sampling_digest, stream_of
+from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.generate.turns import EnginePolicy, with_policy
+from megatron_sov.post.rl.generate import Attempt, never
+from megatron_sov.rollouts.prompts import OPTION, Prompt, budget_of, sampling_digest, stream_of
+from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
+from megatron_sov.tools.environment import Task
+from megatron_sov.tools.episode import Episode, EpisodeLines, Written, lines_of
+from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 
 CHUNK_PROMPTS = 1024
 """Whose token ids are in memory at a time when all prompts are looked at."""
@@ -86,7 +95,6 @@ class Responses:
         return [[row for its, row in longer if its is attempt] for attempt in attempts]
 
     def _begun(self, attempt: Attempt, began_s: float) -> list[Rollout]:
-        """Return rows of which no token is written."""
         piece = attempt.piece
         ids = dict(zip((prompt.id for prompt in piece.prompts), self._asked(piece.prompts), strict=True))
         return [Rollout(key, piece.round, 0, prompt.record,
@@ -139,7 +147,6 @@ class Responses:
             raise UserError(f"{OPTION}: line {prompt.line}: {e}") from None
 
     def _longer(self, row: Rollout, found: Generated, number: int, limit: int, attempt: Attempt) -> Rollout:
-        """Return a row with what was written behind it."""
         # an engine without `Bounds` is asked for the longest of all
         written, logprobs = found.continuations[number][:limit], found.logprobs[number][:limit]
         reason = STOP if found.finish_reasons[number] == STOP else LENGTH
@@ -171,13 +178,7 @@ def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarra
 
 def fresh_keys(attempt: Attempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
                ) -> list[tuple[Prompt, Key]]:
-    """Return prompt and key of each response that begins in an attempt, by prompt and sample.
-
-    Args:
-        attempt: the first at its piece.
-        rollout: the settings.
-        chosen_by: see `key_digest`.
-    """
+    """Return prompt and key of each response that begins in an attempt, by prompt and sample."""
     sampling = key_digest(rollout, attempt.piece.round, chosen_by)
     return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
             for prompt in attempt.piece.prompts for sample in range(rollout.samples_per_prompt)]
@@ -196,3 +197,107 @@ def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
         **more, **(told if rollout.budget_text else {}), "round": round, "seed": rollout.seed,
         "temperature": rollout.temperature, "max_new_tokens": rollout.max_new_tokens,
         "max_prompt_tokens": rollout.max_prompt_tokens})
+
+
+GOES_ON = "goes_on"
+"""In the outcome of an unfinished row: lines of `EpisodeLines`, as JSON."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Writes attempts; called by all processes of an engine together, of which the first gets the rows."""
+
+    table: Table
+    """The environment, the limits, and the policies' tokenizer."""
+    version: str
+    """Of the environment: its rewards'."""
+    decode: Callable[[list[int]], str]
+    """From token ids to text."""
+    end_ids: tuple[int, ...]
+    """Tokens that end a turn."""
+    rollout: RolloutConfig
+    engine_name: str
+    """Told in the rows."""
+    chosen_by: dict[str, Any]
+    """What tokens are chosen by beside the settings of `rollout`, for the key."""
+    clock_s: Callable[[], float] = time.monotonic
+    """Which the deadline is on."""
+
+    def write(self, engine: Engine, attempts: Sequence[Attempt],
+              gives_way: Callable[[], bool] = never) -> list[list[Rollout]] | None:
+        """Return the rows of attempts that are played together, see `generate.Writer`.
+
+        Raises:
+            UserError: a task is none of the environment's, or too long.
+        """
+        sampling = Sampling(1, self.rollout.temperature, seed=self.rollout.seed, for_training=True)
+        policy = EnginePolicy(engine, sampling, Stop(self.end_ids))
+        rows: list[list[Rollout]] | None = with_policy(
+            policy, lambda sampler: self.played(sampler, attempts, gives_way))
+        return rows
+
+    def played(self, policy: Policy, attempts: Sequence[Attempt],
+               gives_way: Callable[[], bool] = never) -> list[list[Rollout]]:
+        began_s, deadline_s = time.time(), self.rollout.deadline_s
+        ends_s = self.clock_s() + deadline_s
+        asked = [one for attempt in attempts for one in self._asked(attempt)]
+        known = chain.from_iterable(_lines(number, row) for number, (_, _, _, row) in enumerate(asked))
+        numbered = _OwnStreams(policy, [(attempt.piece.round, key) for attempt, _, key, _ in asked])
+        episodes = play([task for _, task, _, _ in asked], numbered, self.table, EpisodeLines(known),
+                        should_stop=lambda: bool(deadline_s) and (
+                            self.clock_s() >= ends_s or gives_way()))
+        rows = [(attempt, self._row(episode, key, before, attempt, began_s))
+                for episode, (attempt, _, key, before) in zip(episodes, asked, strict=True)]
+        return [[row for its, row in rows if its is attempt] for attempt in attempts]
+
+    def _asked(self, attempt: Attempt) -> list[tuple[Attempt, Task, Key, Rollout | None]]:
+        """Return the tasks of an attempt, with key and row of those that go on."""
+        if attempt.begun:
+            return [(attempt, row.record, row.key, row) for row in attempt.begun]
+        return [(attempt, prompt.record, key, None)
+                for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by)]
+
+    def _row(self, episode: Episode, key: Key, before: Rollout | None, attempt: Attempt,
+             began_s: float) -> Rollout:
+        """Return an episode as a row; `before`: as the attempt before left it."""
+        first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
+        versions = np.full(len(ids), NOT_WRITTEN, np.int32)
+        logprobs = np.zeros(len(ids), np.float32)
+        for (start, end), turn in zip(episode.spans, episode.turns, strict=True):
+            versions[start:end] = attempt.policy.step
+            logprobs[start:end] = np.minimum(np.array(turn.written.logprobs, np.float32), 0)
+        if before is not None:
+            versions[first:first + len(before.versions)] = before.versions
+        result = episode.result
+        outcome = {GOES_ON: json.dumps(lines_of(episode))} if result is None else {
+            "reward": result.reward, "status": result.status, "components": dict(result.components),
+            "reason": result.reason, "reward_version": self.version}
+        return Rollout(
+            key, attempt.piece.round, attempt.number, episode.task, ids[:first], ids[first:],
+            logprobs[first:], versions[first:], UNFINISHED if result is None else episode.end,
+            self.decode(ids[first:].tolist()), self.rollout.temperature, self.engine_name,
+            began_s if before is None else before.began_s, time.time(), outcome)
+
+
+class _OwnStreams:
+    """A policy that gives a turn a stream of its response's, whatever place its episode has among others."""
+
+    def __init__(self, policy: Policy, keys: Sequence[tuple[int, Key]]) -> None:
+        self._policy, self._keys = policy, keys
+
+    def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
+               streams: Sequence[int]) -> Sequence[Written]:
+        return self._policy.sample(prompts, max_new_tokens, [self._stream(*divmod(stream, STREAMS))
+                                                             for stream in streams])
+
+    def _stream(self, number: int, turn: int) -> int:
+        round_, key = self._keys[number]
+        # no turn is sampled twice, so that the attempt changes nothing
+        return stream_of(round_, key.prompt, key.sample, turn=turn)
+
+
+def _lines(number: int, row: Rollout | None) -> list[dict[str, Any]]:
+    """Return the journal of an episode that goes on, under its place in this attempt."""
+    if row is None or not row.outcome or GOES_ON not in row.outcome:
+        return []
+    return [{**line, "episode": number} for line in json.loads(row.outcome[GOES_ON])]

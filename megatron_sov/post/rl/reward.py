@@ -6,7 +6,6 @@ Nothing is generated again for a reward that changed: it has another version, an
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +18,11 @@ from megatron_sov.rewards.opinions import Opinions, opinion_of
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rewards.running import runner
-from megatron_sov.rewards.scoring import BATCH_ROWS
-from megatron_sov.rewards.tally import Tally
-from megatron_sov.rollouts.asked import not_written
-from megatron_sov.rollouts.parts import AlreadyPublished, Part
-from megatron_sov.rollouts.rows import UNFINISHED, Judged, Rollout
+from megatron_sov.rewards.scoring import BATCH_ROWS, Tally
+from megatron_sov.rollouts.rows import UNFINISHED, Judged, Part, Rollout, not_written
 from megatron_sov.settings import parse_nested
-from megatron_sov.work.claims import Claims
+from megatron_sov.work.claims import Claims, Patience
+from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import Store
@@ -35,8 +32,6 @@ ENVIRONMENT = "environment"
 version, since the environment's own is in the rows' keys."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
 """Of rollouts, which are read."""
-POLL_S = 5.0
-"""Between two looks at a store where nothing can be judged at this moment."""
 JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
 
 
@@ -105,7 +100,6 @@ def numbers_of(components: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 
 
 def _outcome_of(row: Rollout) -> Result:
-    """Return what the environment of an episode has said of it."""
     given = row.outcome
     if given is None or "status" not in given:
         return Result(None, "refused", {}, "was played in no environment; judge it by another reward")
@@ -113,20 +107,13 @@ def _outcome_of(row: Rollout) -> Result:
 
 
 def second_opinions(name: str, settings: Sequence[str], version: str, store: Store) -> Opinions | None:
-    """Return what a reward's second verifier has said of a store's responses so far; None: it has none.
-
-    Args:
-        name: of the reward.
-        settings: of it.
-        version: of it.
-        store: what is judged there under this version counts.
-    """
+    """Return what a reward's second verifier has said of a store's responses so far; None: it has none."""
     if name == ENVIRONMENT or getattr(make(order(name, parse_nested(settings, "--reward-set"))).reward,
                                       "second", None) is None:
         return None
     found = Opinions()
-    for part in store.rollout_parts():
-        for row in (store.read_rewards(version, part.name) if store.has_rewards(version, part.name) else ()):
+    for part in store.parts():
+        for row in (store.read_rewards(version, part.name) if store.has(part.name, version) else ()):
             said = {key.removeprefix(f"{SECOND}."): value for key, value in row.components.items()
                     if key.startswith(f"{SECOND}.")}
             if opinion := opinion_of(found.num_opinions + 1, {SECOND: said}, ""):
@@ -158,13 +145,12 @@ class JudgingJob:
     """Two verifiers' of all responses; None: there is no second one."""
     alarmed: Callable[[str], object] = warn
     """Is told, once, that the first verifier may be fooled."""
-    sleep: Callable[[float], object] = time.sleep
+    patience: Patience = field(default_factory=Patience)
     summary: Summary = field(default_factory=Summary)
     _parts: list[Part] = field(default_factory=list)
     _looked_at: deque[Part] | None = None
-    _refused: list[Part] = field(default_factory=list)
+    _refused: list[str] = field(default_factory=list)
     _has_judged: bool = False
-    _waited_s: float = 0.0
 
     def run(self) -> Summary:
         """Judge until nothing is left, and nothing more has come for as long as is waited.
@@ -187,44 +173,34 @@ class JudgingJob:
         while self._looked_at:
             part = self._looked_at.popleft()
             if self._taken(part):
-                self._has_judged, self._waited_s = True, 0.0
+                self._has_judged, self.patience.waited_s = True, 0.0
                 return True
-            self._refused.append(part)
+            self._refused.append(self.store.claim_of(part.name, self.version))
         self._looked_at = None
         return self._has_judged or self._waits()
 
     def _waits(self) -> bool:
         """Wait for a moment where nothing can be judged; returns False where it was waited long enough."""
-        left_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0) - self._waited_s
-        if left_s <= 0 and not any(self.claims.may_be_dead(self._claim_of(part)) for part in self._refused):
-            self.summary.left = len(self._refused)
-            self.summary.waited_for = (not_written(self._parts, self.rounds) or "") if self.wait_s else ""
-            return False
-        if self.rounds is not None and not self._refused and not_written(self._parts, self.rounds) == "":
-            return False
-        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
-        self.sleep(pause_s)
-        self._waited_s += pause_s
-        return True
-
-    def _claim_of(self, part: Part) -> str:
-        from megatron_sov.rollouts.store import VERSION_CHARS
-
-        return f"reward-{self.version[:VERSION_CHARS]}-{part.name}"
+        if self._refused or self.rounds is None or not_written(self._parts, self.rounds) != "":
+            most_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0)
+            if self.patience.wait(most_s, any(map(self.claims.may_be_dead, self._refused))):
+                return True
+        self.summary.left = len(self._refused)
+        self.summary.waited_for = (not_written(self._parts, self.rounds) or "") if self.wait_s else ""
+        return False
 
     def missing(self) -> list[Part]:
-        """Return the parts that the reward has not judged."""
         rounds = [None] if self.rounds is None else self.rounds
-        self._parts = [part for number in rounds for part in self.store.rollout_parts(number)]
-        return [part for part in self._parts if not self.store.has_rewards(self.version, part.name)]
+        self._parts = [part for number in rounds for part in self.store.parts(number)]
+        return [part for part in self._parts if not self.store.has(part.name, self.version)]
 
     def _taken(self, part: Part) -> bool:
         """Judge a part, unless another job is at it; returns whether this one was."""
-        claim = self.claims.take(self._claim_of(part))
+        claim = self.claims.take(self.store.claim_of(part.name, self.version))
         if claim is None:
             return False
         with claim.renewing():
-            if not self.store.has_rewards(self.version, part.name):
+            if not self.store.has(part.name, self.version):
                 self._judge(part)
         return True
 
@@ -237,8 +213,8 @@ class JudgingJob:
             for row, result in zip(batch, self.judge(batch), strict=True):
                 judged.append(Judged(row.key, row.attempt, self.version, result.reward, result.status,
                                      dict(numbers_of(result.components)), result.reason))
-                self.summary.tally.add(
-                    result, f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
+                self.summary.tally.add(result.reward, result.status, result.reason,
+                                       f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
                 self._compare(result, row)
             self.progress(len(batch))
         self.summary.unfinished += len(rows) - len(whole)

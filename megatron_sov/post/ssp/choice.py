@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from megatron_sov.eval.intervals import difference_interval
-from megatron_sov.eval.judged_samples import Judged
-from megatron_sov.eval.pass_at_k import pass_at_k
+from megatron_sov.eval.pass_at_k import Judged, pass_at_k
+from megatron_sov.eval.statistics import difference_interval
 
 
 @dataclass(frozen=True)

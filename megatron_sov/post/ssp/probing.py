@@ -25,10 +25,10 @@ from megatron_sov.artifacts import (
 )
 from megatron_sov.convert.sources import is_hf_folder
 from megatron_sov.digests import fingerprint
+from megatron_sov.documents.rows import read_rows
 from megatron_sov.errors import UserError
-from megatron_sov.eval.judged_samples import read_judged_parts
+from megatron_sov.eval.pass_at_k import read_judged_parts
 from megatron_sov.post.ssp.choice import Measured, choose, gain
-from megatron_sov.rewards.rows import read_rows
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,
     KIND,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.tools.faults import ToolFault
-from megatron_sov.tools.virtual.problems import Problems, shown
 
 MAX_CHARS, MAX_NODES = 600, 150
 """Of an expression, and of its parts."""
@@ -35,6 +34,8 @@ _HELD: dict[type[ast.AST], bool] = {ast.In: True, ast.NotIn: False}
 _PARTS = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add,
           ast.BoolOp, ast.And, ast.Or, ast.Compare, ast.IfExp, ast.Call, ast.List, ast.Dict, ast.Load,
           *_ARITHMETIC, *_ORDER, *_SAME, *_HELD)
+MAX_PROBLEMS = 40
+"""Told of one world; more of them say no more."""
 
 
 @dataclass(frozen=True)
@@ -324,3 +325,21 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "contains": (_contains, (2,)), "days": (_days, (2,)), "is_day": (_is_day, (1,)),
 }
 """Name -> function, and how many values it takes."""
+
+
+class Problems:
+    """Sentences, each with the place that it is about."""
+
+    def __init__(self) -> None:
+        """Nothing is wrong yet."""
+        self.told: list[str] = []
+
+    def add(self, where: str, what: str) -> None:
+        """Note one, unless there are `MAX_PROBLEMS`."""
+        if len(self.told) < MAX_PROBLEMS:
+            self.told.append(f"{where}: {what}")
+
+
+def shown(value: object) -> str:
+    """Return a value as a sentence may hold it."""
+    return repr(str(value)[:60])

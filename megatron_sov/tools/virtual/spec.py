@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.tools.schema import Parameter
-from megatron_sov.tools.virtual.problems import Problems, shown
+from megatron_sov.tools.virtual.expressions import Problems, shown
 from megatron_sov.tools.virtual.steps import CHANGING, RESERVED, Reader, Step, Tables
 
 PLAIN: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": None}

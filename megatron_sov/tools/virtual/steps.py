@@ -24,8 +24,7 @@ from typing import Any
 
 from megatron_sov.tools.faults import ToolFault, ToolRefused
 from megatron_sov.tools.virtual import expressions
-from megatron_sov.tools.virtual.expressions import Expression, value_of
-from megatron_sov.tools.virtual.problems import Problems, shown
+from megatron_sov.tools.virtual.expressions import Expression, Problems, shown, value_of
 
 MAX_STEPS = 20
 """Of a tool."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_sov.tools.faults import ToolRefused
 from megatron_sov.tools.schema import tool
-from megatron_sov.tools.worlds.database import Database
+from megatron_sov.tools.worlds.goals import Database
 
 _ROOMS = {"R1": {"city": "Seoul", "beds": 1, "price": 90}, "R2": {"city": "Seoul", "beds": 2, "price": 140},
           "R3": {"city": "Busan", "beds": 2, "price": 110}}

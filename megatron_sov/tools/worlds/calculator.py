@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sov.tools.faults import ToolRefused
 from megatron_sov.tools.schema import tool
-from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.tools.worlds.goals import AnsweredWorld
 
 MAX_CHARS, MAX_NODES, MAX_BITS = 1000, 200, 4096
 """Of an expression, of its parts, and of the whole numbers that it may come to."""

@@ -23,7 +23,7 @@ from megatron_sov.rewards.reward import short
 from megatron_sov.settings import Bound, Breach, Code
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolFault, ToolRefused
-from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.tools.worlds.goals import AnsweredWorld
 from megatron_sov.version import __version__
 from megatron_sov.work.environment import variables_for_foreign
 from megatron_sov.work.process_tree import ProcessTree

@@ -10,7 +10,7 @@ from megatron_sov.settings import AboveZero, AtLeastOne
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolRefused
 from megatron_sov.tools.schema import tool
-from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.tools.worlds.goals import AnsweredWorld
 from megatron_sov.work.sandbox import Limits, Program, Sandbox
 
 

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen
 
 from megatron_sov.digests import file_digest
+from megatron_sov.documents.rows import read_objects
 from megatron_sov.documents.scripts import script_of
 from megatron_sov.errors import UserError
 from megatron_sov.settings import ONCE, AtLeastOne, Bound, Breach, Code, NotNegativeInt, other_than
 from megatron_sov.tools.faults import ToolRefused
-from megatron_sov.tools.records import read_objects
 from megatron_sov.tools.schema import Parameter, Tool
-from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.tools.worlds.goals import AnsweredWorld
 
 K1, B = 1.2, 0.75
 _WORD = re.compile(r"\w+")

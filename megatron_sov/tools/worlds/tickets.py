@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron_sov.tools.faults import ToolRefused
 from megatron_sov.tools.schema import tool
-from megatron_sov.tools.worlds.database import Database
+from megatron_sov.tools.worlds.goals import Database
 
 Status = Literal["open", "waiting", "closed"]
 _TABLES = {

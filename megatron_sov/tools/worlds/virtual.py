@@ -18,7 +18,7 @@ from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.schema import Tool
 from megatron_sov.tools.virtual.spec import Spec, ToolSpec, spec_of
 from megatron_sov.tools.virtual.steps import run
-from megatron_sov.tools.worlds.database import Database
+from megatron_sov.tools.worlds.goals import Database
 
 _EXAMPLES = Path(__file__).with_name("virtual_examples.json")
 

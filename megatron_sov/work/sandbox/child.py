@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from megatron_sov.work.sandbox import system_calls as sc
-from megatron_sov.work.sandbox.enclosure import Enclosure
+from megatron_sov.work.sandbox.enclosures import Enclosure
 from megatron_sov.work.sandbox.program import Limits
-from megatron_sov.work.sandbox.resources import limit
+from megatron_sov.work.sandbox.restrictions import limit
 
 READY = b"."
 """What is told before the program begins; anything else is why it cannot."""

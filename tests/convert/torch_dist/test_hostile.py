@@ -21,9 +21,7 @@ import torch
 from megatron_sov import convert
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
-from megatron_sov.convert.torch_dist.apart import read_apart
-from megatron_sov.convert.torch_dist.index import read_index
-from megatron_sov.convert.torch_dist.stated import read_settings
+from megatron_sov.convert.torch_dist.apart import read_apart, read_index, read_settings
 from megatron_sov.convert.torch_dist.weights import find_tensor
 from megatron_sov.errors import UserError
 from tests.convert.torch_dist import made_by_hand

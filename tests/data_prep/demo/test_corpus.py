@@ -2,17 +2,173 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
+import tarfile
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from data_prep.cli import main
 from data_prep.demo import corpus
-from data_prep.demo.corpus import select
-from data_prep.demo.korean import Unavailable
+from data_prep.demo.corpus import (
+    Docstring,
+    Unavailable,
+    clean,
+    docstrings,
+    documentation,
+    html_text,
+    is_korean,
+    korean_only,
+    korean_pages,
+    question_and_answer,
+    select,
+    stdlib_files,
+    topics,
+)
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.documents import list_files, read_documents
+
+# Korean text out of pages, and machines that have none.
+
+PAGE = """<html><head><title>제목</title><script>var 가 = 1;</script></head><body><aside>차례</aside>
+<h1>파일 &amp; 폴더</h1><p>파일을
+<b>열려면</b> 누르십시오.</p><ul><li>하나<li>둘</ul></body></html>"""
+
+
+def test_visible_text_of_a_page_one_block_a_line() -> None:
+    assert html_text(PAGE) == "파일 & 폴더\n파일을 열려면 누르십시오.\n하나\n둘"
+
+
+def test_lines_count_as_korean_by_their_letters() -> None:
+    assert is_korean("LibreOffice Writer 문서를 열고 저장할 수 있습니다")
+    assert not is_korean("Click the button named 확인 to go on")
+    assert not is_korean("1234 --")
+
+
+def test_notes_that_stand_on_every_page_are_kept_once() -> None:
+    note = "이 안내문은 모든 쪽에 똑같이 나오는 아주 긴 문장입니다. 한 번이면 됩니다."
+    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예", "c": note, "d": "English only"}
+    assert korean_only(pages) == {"a": f"{note}\n예", "b": "예"}
+
+
+def fake_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Put scripts in place of system commands, as the only ones on PATH."""
+    for name, body in scripts.items():
+        file = folder / name.replace("_", "-")
+        file.write_text(f"#!{sys.executable}\nimport os, pathlib, sys\n{body}\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_packages_are_downloaded_unpacked_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "usr/share/help/ko/a.html"
+    with tarfile.open(tmp_path / "package.tar", "w") as archive:
+        files = {f"./{page}": PAGE, "./usr/share/help/ko/a.png": "그림",
+                 "./usr/share/help/de/b.html": "한국어가 아닌 곳"}
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    fake_commands(tmp_path, monkeypatch, apt_get="sys.exit(1) if 'gnome' in sys.argv[-1] else "
+                                                 "pathlib.Path(sys.argv[-1] + '.deb').touch()",
+                  dpkg_deb="sys.stdout.buffer.write(pathlib.Path("
+                           f"{str(tmp_path / 'package.tar')!r}).read_bytes())")
+    assert korean_pages() == {page: "파일 & 폴더\n파일을 열려면 누르십시오.\n하나\n둘"}
+
+
+def test_fresh_package_lists_are_fetched_once_by_root_only(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    fake_commands(tmp_path, monkeypatch, apt_get=f"open({str(log)!r}, 'a').write(sys.argv[-1] + '\\n'); "
+                                                 "print('E: no lists'); sys.exit(100)")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(Unavailable, match="apt-get failed: E: no lists"):
+        korean_pages()
+    assert "update" not in log.read_text()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(Unavailable, match="apt-get failed"):
+        korean_pages()
+    assert log.read_text().count("update") == 1
+
+
+def test_a_missing_command_or_a_dead_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="apt-get is not on this machine"):
+        korean_pages()
+
+    def hang(command: list[str], **settings: object) -> None:
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(corpus.subprocess, "run", hang)
+    with pytest.raises(Unavailable, match="did not finish within"):
+        korean_pages()
+
+
+# Docstrings, cleaning and questions.
+
+SOURCE = '''
+"""Module words."""
+class A:
+    """Class words."""
+    def f(self):
+        """Function words."""
+        def inner():
+            """Not documented from outside."""
+'''
+
+
+def test_docstrings_are_read_with_their_names() -> None:
+    found = docstrings("pkg/mod.py", SOURCE)
+    assert [(d.module, d.name, d.text) for d in found] == [
+        ("pkg.mod", "", "Module words."), ("pkg.mod", "A", "Class words."),
+        ("pkg.mod", "A.f", "Function words.")]
+    assert docstrings("pkg/__init__.py", SOURCE)[0].module == "pkg"
+    assert docstrings("bad.py", "def (") == []
+    assert documentation(found) == {
+        "pkg.mod": "pkg.mod\n\nModule words.\n\npkg.mod.A\n\nClass words.\n\npkg.mod.A.f\n\nFunction words."}
+
+
+def test_markup_noise_goes_and_words_stay() -> None:
+    text = textwrap.dedent("""\
+        Title
+        =====
+
+        Use :func:`~os.walk` and ``x``::
+
+        .. versionadded:: 3.1
+
+        >>> 1 + 1
+        2
+
+        [![badge](u)](v)
+
+        See :ref:`the guide <guide>`.""")
+    assert clean(text) == "Title\n\nUse os.walk and `x`:\n\nSee the guide."
+
+
+def test_questions_are_about_public_names_and_answers_are_sentences() -> None:
+    text = "Remove any common leading whitespace\nfrom every line in text.\n\nMore."
+    question, answer = question_and_answer(Docstring("textwrap", "dedent", text)) or ("", "")
+    assert ("`textwrap.dedent`" in question
+            and answer == "Remove any common leading whitespace from every line in text.")
+    assert question_and_answer(Docstring("textwrap", "dedent", text)) == (question, answer)
+    assert question_and_answer(Docstring("textwrap", "_private", text)) is None
+    assert question_and_answer(Docstring("_collections", "f", text)) is None
+    assert question_and_answer(Docstring("m", "f", "Too short.")) is None
+    assert question_and_answer(Docstring("m", "f",
+                                         "no capital letter stands at the beginning of this one.")) is None
+
+
+def test_this_python_brings_text() -> None:
+    names = [name for name, _ in stdlib_files()]
+    assert "textwrap.py" in names and "json/decoder.py" in names and names == sorted(names)
+    assert not any("/test/" in f"/{name}" or "site-packages" in name for name in names)
+    assert "lambda" in topics()["topic lambda"]
 
 
 @pytest.fixture(autouse=True)

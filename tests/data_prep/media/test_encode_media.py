@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_prep.media import units
-from data_prep.media.encoder import MediaEncoder
+from data_prep.media import running, units
+from data_prep.media.encoder import CHAT, TEXT, MediaEncoder, parse_record
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.clusters import client
+from megatron_sov.documents import BadRecord
 from megatron_sov.errors import ExitCode
 from megatron_sov.media.banks import PICTURES, SOUNDS, open_bank, read_shapes
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
+from megatron_sov.work.arrays import WORK, Jobs, keeping_failure
 from tests.data_prep.media.chats import Encode, shown
 
 
@@ -146,3 +151,116 @@ def test_chats_and_documents_are_not_mixed(encode: Encode, tmp_path: Path,
     shutil.rmtree(tmp_path / ".corpus.work")
     assert encode([shown(("text", "a"), ("image", "broken.png"))], "--bad-media", "skip") == 2
     assert "no record is left (1 are bad" in capsys.readouterr().err
+
+
+def parsed(record: Any) -> Any:
+    return parse_record(json.dumps(record).encode())
+
+
+def test_chats_and_documents_keep_their_fields() -> None:
+    chat = parsed({"id": "a", "messages": [{"role": "user", "name": "bo", "content": [
+        {"type": "text", "text": "See"}, {"type": "image", "path": "a.png"}]}, {"role": "assistant",
+                                                                                "content": "Ok"}]})
+    assert (chat.kind, chat.fields, chat.messages[0].fields) == (CHAT, {"id": "a"},
+                                                                 {"role": "user", "name": "bo"})
+    assert [p.value for p in chat.media()] == ["a.png"]
+    assert [m.is_drawn for m in chat.messages] == [False, True]
+    document = parsed({"content": [{"type": "video", "path": "v", "frames_per_s": 2}]})
+    assert document.kind == TEXT and next(document.media()).frames_per_s == 2.0
+
+
+@pytest.mark.parametrize(("record", "words"), [
+    ([], "an object with either"), ({}, "an object with either"), ({"messages": [], "content": "a"},
+                                                                   "either"),
+    ({"messages": []}, "non-empty list"), ({"messages": ["a"]}, "non-empty list"),
+    ({"content": 3}, "must be a string or a list"), ({"content": []}, "must be a string or a list"),
+    ({"content": [{"type": "image"}]}, "must be"), ({"content": [{"type": "image_url", "path": "a"}]},
+                                                    "must be"),
+    ({"content": [{"type": "video", "path": "a", "frames_per_s": 0}]}, "positive number"),
+    ({"content": "a", "media": {}}, "which this step writes"), ({"content": "a", "text": "b"}, "both"),
+    ({"content": "see <|vision00003|>"}, "spells '<|vision00003|>'"),
+    ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells"),
+    ({"content": "a", "tools": [{"x": "<|mime_start|>"}]}, "spells '<|mime_start|>'")])
+def test_what_is_no_record_is_told(record: Any, words: str) -> None:
+    with pytest.raises(BadRecord) as found:
+        parsed(record)
+    assert words in found.value.reason
+
+
+def test_escapes_of_json_hide_no_mark() -> None:
+    with pytest.raises(BadRecord, match="spells"):
+        parse_record(b'{"content": "\\u003c|vision00003|\\u003e"}')
+    with pytest.raises(BadRecord, match="not valid JSON"):
+        parse_record(b"{" + b"[" * 100_000)
+
+
+# A run as Slurm's jobs: what is submitted, and that its blocks leave the bytes of a run on one machine.
+
+
+PROFILE = """description: noted, not run
+partition: cpu
+account: lab
+cpus_per_node: 8
+gpus_per_node: 0
+memory: 16G
+"""
+
+
+@pytest.fixture
+def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is submitted: the work and its number of tasks, what it waits for, and the folder of its logs."""
+    found: list[tuple[Any, ...]] = []
+
+    def submit(script: Path, *, after: list[str]) -> str:
+        found.append((*pickle.loads((script.parent / WORK).read_bytes()), after, script.parent))
+        return str(100 + len(found))
+
+    monkeypatch.setattr(client, "submit", submit)
+    monkeypatch.setattr(client, "check_script", lambda text: None)
+    monkeypatch.setattr(client, "ask", lambda *words: SimpleNamespace(stdout=""))
+    monkeypatch.setattr(client, "check_partition", lambda name: None)
+    monkeypatch.setattr(client, "states", lambda numbers: {})
+    monkeypatch.setattr(running, "refuse_many_restarts", lambda *words: None)
+    (tmp_path / "profile.yaml").write_text(PROFILE)
+    return found
+
+
+def test_an_array_and_a_last_job_leave_the_same_bytes(encode: Encode, tmp_path: Path,
+                                                      noted: list[tuple[Any, ...]],
+                                                      monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(units, "RECORDS_PER_UNIT", 1)
+    chats = [shown(("image", name)) for name in ("light.png", "dark.png", "twin.png")]
+    assert encode(chats, output="here") == 0
+    there = ("--cluster", str(tmp_path / "profile.yaml"), "--workers", "2")
+    assert encode(chats, *there, output="there") == 0
+    assert "submitted encode 101, finish 102" in capsys.readouterr().out
+    (work, num_tasks, after, logs), (last, one, behind, _) = noted
+    assert (num_tasks, after, one, behind) == (2, [], 1, ["101"])
+    assert "--gres" not in (logs / "job.sbatch").read_text()
+    assert Jobs.read(tmp_path / ".there.slurm").numbers == {"encode": "101", "finish": "102"}
+    work(1)
+    noted.clear()
+    assert encode(chats, *there, output="there") == 0  # typed again: what is not done
+    (work, num_tasks, _, _), (last, *_) = noted
+    assert num_tasks == 2
+    for task in range(2):
+        work(task)
+    last(0)
+    for name in ("records.jsonl", "pictures.bin"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    assert not (tmp_path / ".there.work").exists()
+    assert encode(chats, *there, output="there") == 0
+    assert "complete from before" in capsys.readouterr().out
+
+
+def test_what_stops_a_job_is_told_by_the_next_command(encode: Encode, tmp_path: Path,
+                                                      noted: list[tuple[Any, ...]],
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    there = ("--cluster", str(tmp_path / "profile.yaml"))
+    assert encode([shown(("image", "broken.png"))], *there) == 0
+    work, _, _, logs = noted[0]
+    with pytest.raises(Exception, match=r"broken\.png is no picture"), keeping_failure(logs, 0):
+        work(0)
+    assert encode([shown(("image", "broken.png"))], *there) == 0
+    assert "stopped by" in capsys.readouterr().out

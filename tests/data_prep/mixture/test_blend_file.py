@@ -1,21 +1,30 @@
 """Blend files: shares that add up, products of tags, Solar's table, every mistake at once.
-
-YAML with line numbers: equal to PyYAML's values, every mistake with its line, hostile files refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
-from data_prep.mixture.blend_file import Blend, YamlFile, blend_text, find_blend, read_blend
+from data_prep.mixture.blend_file import (
+    Blend,
+    BlendEntry,
+    BlendPhase,
+    allot,
+    blend_text,
+    epochs,
+    find_blend,
+    overall,
+    read_blend,
+    refuse_many_epochs,
+    table,
+)
 from megatron_sov import recipes
 from megatron_sov.errors import UserError
-
-TEXT = "a: 1\nb:\n  - x\n  - {c: true, 3: 'no', d: null}\ne: 1.5e+3\n"
 
 
 def written(folder: Path, text: str) -> Path:
@@ -97,40 +106,48 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
         assert [e.share for e in one.entries] == pytest.approx([e.share for e in other.entries], abs=1e-12)
 
 
-def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
-    file = written(tmp_path, """name: x
+@pytest.mark.parametrize(("text", "said"), [
+    ("""name: x
 phase: 3
 phases:
   - name: a
     tokens: lots
+  - {tokens: 1, shares: []}
+  - {name: b, where: {kind: []}, product: {level: {L2: 120}}}
+""", ["2: phase: no such setting; did you mean 'phases'?",
+      "5: phases.0.tokens = \"lots\" must be a number",
+      "6: phases.1.name: is missing",
+      "6: phases.1.shares = [] must have at least 1 items",
+      "7: phases.2.where.kind = [] must be a value of the tag",
+      "7: phases.2.product.level.L2 = 120 must be at most 100"]),
+    ("""phases:
+  - name: a
+    tokens: 5
     shares:
       - {kind: en, share: 50}
       - {kind: ko, share: 49}
   - name: a
     where: {level: L2}
     product: {level: {L2: 100}, synthetic: {true: 10, false: 80}}
-  - {tokens: 1, shares: [{share: 100}]}
+  - {name: x, tokens: 1, shares: [{share: 100}]}
   - {name: b, tokens: 1, shares: [{kind: [], share: 100}]}
   - {name: c, tokens: 1}
-  - {name: d, tokens: 1, shares: [{kind: en, share: 120}, {kind: ko, share: -20}]}
-""")
+  - {name: d, tokens: 1, shares: [{kind: en, share: 120}, {kind: ko, share: lots}]}
+""", ["4: phases.0.shares: the shares add up to 99 %, and must to 100 %; change them by +1",
+      "7: phases.1.name = \"a\" is the name of two phases",
+      "7: phases.1.tokens: is missing; of several phases each needs its budget",
+      "9: phases.1.product.level: level is a condition of the whole phase already",
+      "9: phases.1.product.synthetic: the shares add up to 90 %, and must to 100 %",
+      "10: phases.2.shares.0: must have a share in percent and at least",
+      "11: phases.3.shares.0.kind = [] must be a value of the tag",
+      "12: phases.4: must have either shares or product",
+      "13: phases.5.shares.0.share = 120 must be a number, between 0 and 100",
+      "13: phases.5.shares.1.share = \"lots\" must be a number, between 0 and 100"])])
+def test_every_mistake_is_told_with_its_line(tmp_path: Path, text: str, said: list[str]) -> None:
     with pytest.raises(UserError) as e:
-        read_blend(file)
-    said = str(e.value).replace(f"{file}:", "")
-    for line in ("2: phase = '3': is no key here (there are: name, phases); did you mean 'phases'?",
-                 "5: phases.0.tokens = 'lots': must be a number, at least 1",
-                 "6: phases.0.shares: the shares add up to 99 %, and must to 100 %; change them by +1",
-                 "9: phases.1.name = 'a': is the name of two phases",
-                 "9: phases.1.tokens: is missing; of several phases each needs its budget",
-                 "11: phases.1.product.level: is a condition of the whole phase already",
-                 "11: phases.1.product.synthetic: the shares add up to 90 %, and must to 100 %",
-                 "12: phases.2.name: is missing",
-                 "12: phases.2.shares.0: must have a share in percent and at least",
-                 "13: phases.3.shares.0.kind: must be a value of the tag",
-                 "14: phases.4: must have either shares or product",
-                 "15: phases.5.shares.0.share = '120': must be a number, between 0 and 100",
-                 "15: phases.5.shares.1.share = '-20': must be a number, between 0 and 100"):
-        assert f"  {line}" in said, line
+        read_blend(written(tmp_path, text))
+    for line in said:
+        assert line in str(e.value), line
 
 
 def test_a_blend_that_is_not_there(tmp_path: Path) -> None:
@@ -138,53 +155,107 @@ def test_a_blend_that_is_not_there(tmp_path: Path) -> None:
                                         r"you mean 'solar-open'\? \(shipped: k-exaone, solar-open\)"):
         find_blend("solar-opn")
     for text in ("", "- 1", "phases: {}", "phases: [3]"):
-        with pytest.raises(UserError, match="problem"):
+        with pytest.raises(UserError, match=r"blend\.yaml"):
             read_blend(written(tmp_path, text))
 
 
-def write(folder: Path, text: str | bytes) -> Path:
-    file = folder / "f.yaml"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return file
+def source(name: str, tokens: int, **tags: str) -> dict[str, Any]:
+    return {"name": name, "splits": {"train": {"num_tokens": tokens}, "heldout": {"num_tokens": 1}},
+            "tags": {key: [value] for key, value in tags.items()}}
 
 
-def test_values_are_those_of_pyyaml(tmp_path: Path) -> None:
-    for text in ("", "just a word", "- 1\n- [2, 3]\n", "a: 1\nb: [x, {c: null, d: 1.5e+3}]\n"):
-        assert YamlFile(write(tmp_path, text)).value == yaml.safe_load(text)
-    assert YamlFile(write(tmp_path, "{true: 1, 3: 2}")).value == {"true": 1, "3": 2}, "keys are words"
+SOURCES = [source("ko-basic", 100, kind="ko", level="basic"), source("ko-L3", 300, kind="ko", level="L3"),
+           source("en-L3", 600, kind="en", level="L3"), source("code", 1000)]
 
 
-def test_mistakes_stand_in_order_of_their_lines(tmp_path: Path) -> None:
-    file = YamlFile(write(tmp_path, TEXT))
-    file.number(("e",), file.value["e"], 0, 100)
-    file.wrong(("b", 1, "c"), "must be false")
-    file.wrong(("b", 1, "missing"), "is missing")
-    file.check_keys((), file.value, ("a", "b", "ee"))
+def phase(name: str, tokens: float, *entries: tuple[dict[str, str], float]) -> BlendPhase:
+    return BlendPhase(name, tokens, tuple(BlendEntry({k: (v,) for k, v in where.items()}, share)
+                                          for where, share in entries))
+
+
+def blend(*phases: BlendPhase) -> Blend:
+    return Blend("test", phases)
+
+
+TWO = blend(phase("1", 800, ({"kind": "ko"}, 0.5), ({"kind": "en"}, 0.5)),
+            phase("2", 200, ({"level": "L3", "kind": "ko"}, 0.25), ({"source": "c*"}, 0.75)))
+
+
+def test_sources_of_an_entry_share_by_their_tokens() -> None:
+    first, second = allot(TWO, SOURCES)
+    assert first.shares == {"ko-basic": 0.125, "ko-L3": 0.375, "en-L3": 0.5} and first.tokens == 800
+    assert second.shares == {"ko-L3": 0.25, "code": 0.75}
+    assert overall([first, second]) == pytest.approx({"ko-basic": 0.1, "ko-L3": 0.35, "en-L3": 0.4,
+                                                      "code": 0.15})
+    assert epochs([first, second], SOURCES) == pytest.approx({
+        "ko-basic": 1.0, "ko-L3": 350 / 300, "en-L3": 400 / 600, "code": 0.15})
+
+
+def test_tokens_scale_all_phases_alike() -> None:
+    assert [p.tokens for p in allot(TWO, SOURCES, num_tokens=1e6)] == [8e5, 2e5]
+    [alone] = allot(blend(phase("main", 0, ({"kind": "ko"}, 1.0))), SOURCES, num_tokens=1e6)
+    assert alone.tokens == 1e6
+    assert overall([alone]) == {"ko-basic": 0.25, "ko-L3": 0.75}
+
+
+def said(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> str:
     with pytest.raises(UserError) as e:
-        file.raise_problems()
-    where = tmp_path / "f.yaml"
-    assert str(e.value).splitlines() == [
-        f"{where}: 4 problems", f"  {where}:4: b.1.c = 'True': must be false",
-        f"  {where}:4: b.1.missing: is missing",
-        f"  {where}:5: e = '1500': must be a number, between 0 and 100",
-        f"  {where}:5: e = '1500': is no key here (there are: a, b, ee); did you mean 'ee'?"]
+        allot(refused, sources)
+    return str(e.value)
 
 
-@pytest.mark.parametrize("value", [True, "x", None, [1], float("nan"), float("inf"), 10**400, -1, 1.5])
-def test_what_is_no_whole_number_in_bounds(tmp_path: Path, value: object) -> None:
-    file = YamlFile(write(tmp_path, "n: 1"))
-    assert file.number(("n",), value, 0, whole=True) == 0 and len(file.problems) == 1
+def test_what_no_source_is_for_is_named_all_at_once() -> None:
+    wanted = blend(phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
+                         ({"kind": "en"}, 0.7)),
+                   phase("2", 1, ({"kind": "math_code"}, 1.0)))
+    lines = said(wanted).splitlines()
+    assert lines[1:] == ["  phase 1: no source is kind=ja (10 %)", "  phase 1: no source is kind=ko level=L1 "
+                                                                   "(20 %)",
+                         "  phase 2: no source is kind=math_code (100 %)"]
+    assert lines[0] == (
+        "blend test: 3 problems; the sources are ko-basic, ko-L3, en-L3, code, their tags kind: en, ko; "
+        "level: L3, basic; pack what is missing, change the blend, or give missing shares to the others of "
+        "their phase with --missing spread")
+    assert "their tags none (pack them with --tag)" in said(wanted, [source("web", 5)])
+    assert "no source is kind=ko" in said(TWO, [source("ko", 0, kind="ko"), source("code", 1), *SOURCES[2:3]])
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("a: &x [*x]\n", "f.yaml:1: is no YAML (it is nested more than 20 deep)"),
-    ("a: 1\nb: 2\na: 3\n", "f.yaml:3: a: is set twice"), ("a: [1\n", "is no YAML"),
-    (b"a: \xff\n", "f.yaml: is no text in UTF-8"), ("? [a]\n: 1\n", "f.yaml:1: a key must be a word"),
-    ("a: !!python/name:os.system ''\n", "f.yaml:1: "),
-    ("x" * ((1 << 20) + 1), "a file of settings at most 1,048,576"),
-    ("[" * 5000, "f.yaml:1: is nested more than 20 deep"), ("a: 1\n--- \nb: 2\n", "is no YAML"),
-])
-def test_hostile_files(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_a_source_meant_twice_is_named() -> None:
+    twice = blend(phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
+    assert ("phase 1: source ko-L3 is meant by two entries, kind=ko (50 %) and level=L3 (50 %); tell them "
+            "apart"
+            in said(twice))
+
+
+def test_missing_shares_may_be_spread() -> None:
+    wanted = blend(phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6), ({"source": "code"}, 0.2)))
+    [found] = allot(wanted, SOURCES, "spread")
+    assert found.shares == pytest.approx({"en-L3": 0.75, "code": 0.25})
+    assert "  nothing for kind=ja (20 %): its share is spread over the others" in table([found], SOURCES)
+    with pytest.raises(UserError, match="phase 1: no source is kind=ja"):
+        allot(blend(phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
+
+
+def test_the_table_says_how_often_each_source_is_read() -> None:
+    lines = table(allot(TWO, SOURCES), SOURCES)
+    assert lines == [
+        "phase 1, 800 tokens",
+        "  ko-basic  12.5000 %                    100 tokens         1 epochs",
+        "  ko-L3     37.5000 %                    300 tokens         1 epochs",
+        "  en-L3     50.0000 %                    400 tokens     0.667 epochs",
+        "phase 2, 200 tokens",
+        "  ko-L3     25.0000 %                     50 tokens     0.167 epochs",
+        "  code      75.0000 %                    150 tokens      0.15 epochs",
+        "all phases",
+        "  ko-basic                    100 tokens available, 1 epochs",
+        "  ko-L3                       300 tokens available, 1.17 epochs",
+        "  en-L3                       600 tokens available, 0.667 epochs",
+        "  code                      1,000 tokens available, 0.15 epochs"]
+
+
+def test_what_would_be_read_too_often_is_refused_by_name() -> None:
+    phases = allot(TWO, SOURCES, num_tokens=4000)
     with pytest.raises(UserError) as e:
-        YamlFile(write(tmp_path, text))
-    assert said in str(e.value)
+        refuse_many_epochs(phases, SOURCES, 4)
+    assert str(e.value).splitlines()[1:] == ["  source ko-L3: 4.667 epochs of its 300 tokens"]
+    refuse_many_epochs(phases, SOURCES, 4.7)

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from data_prep.cli import main
 from data_prep.mixture import search as search_module
-from data_prep.mixture.proxies import Losses, ProxySettings
+from data_prep.mixture.search import Losses, ProxySettings
 from data_prep.mixture.search_file import MixtureSearchSettings
 from megatron_sov.artifacts import read_manifest
 

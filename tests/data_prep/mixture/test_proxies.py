@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.mixture.proxies import LOG, RESULT, Proxies, ProxySettings, command, key_of
+from data_prep.mixture.search import LOG, RESULT, Proxies, ProxySettings, command, key_of
 from megatron_sov.errors import UserError
 from megatron_sov.train.stage_config import StageOptions, parse_stage
 from megatron_sov.work.parts import part_folder
@@ -108,8 +108,8 @@ def test_models_end_with_a_killed_search(tmp_path: Path) -> None:
     program = f"""
 import os, sys
 from pathlib import Path
-from data_prep.mixture.proxies import Proxies, start
-import data_prep.mixture.proxies as proxies
+from data_prep.mixture.search import Proxies, start
+import data_prep.mixture.search as proxies
 proxies.command = lambda settings, blend, run: ["{tmp_path}/pid"]
 proxies.key_of = lambda *facts: "k"
 proxies.sys.executable = "{tmp_path}/model"

@@ -14,13 +14,27 @@ import pytest
 from data_prep.cli import main
 from data_prep.mixture import search as search_module
 from data_prep.mixture.blend_file import read_blend
-from data_prep.mixture.proxies import Losses, ProxySettings
-from data_prep.mixture.sampling import Shares, space_of
-from data_prep.mixture.search import blend_of, clusters_of, search
-from data_prep.mixture.search_file import Cluster, MixtureSearchSettings
+from data_prep.mixture.fitting import Judgement, Shares, space_of
+from data_prep.mixture.search import (
+    BEST,
+    JUDGED,
+    NATURAL,
+    UNIFORM,
+    Found,
+    Losses,
+    ProxySettings,
+    Tried,
+    blend_of,
+    clusters_of,
+    page,
+    search,
+    summary,
+)
+from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
 from data_prep.pack import PackSettings, Source, pack
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.errors import UserError
+from megatron_sov.settings import SettingsError
 
 SETTINGS = MixtureSearchSettings("tiny-qwen3-4b", {"clean": 1.0}, steps=10, seq_len=32, rounds=(16, 6, 4),
                                  judged=6, candidates=2000, fit="log_ridge")
@@ -196,3 +210,94 @@ def test_a_killed_search_goes_on_and_finds_the_same(shards: Path) -> None:
     assert len(Pretend.trained) == 2 * num_trained, "nothing was trained twice"
     for name in ("blend.yaml", "tried.jsonl"):
         assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
+
+
+def test_the_page_says_what_was_found_and_runs_nothing_of_the_datas() -> None:
+    hostile = "<script>alert(1)</script>"
+    settings = dataclasses.replace(SETTINGS, name=hostile, rounds=(6,), judged=3, candidates=200)
+    space = space_of([hostile, "b"], [3, 1], 0, 4)
+    found = search(settings, space, lambda shares: [{"clean": 1 + float(row[0])} for row in shares])
+    html = page(settings, space, found)
+    assert hostile not in html and "&lt;script&gt;alert(1)" in html
+    assert f"{found.chosen.loss:.4f}" in html and "kept apart" in html
+    assert html.count("predicted best") >= 1 and "cross-validation" in html
+
+
+def tried(role: str, good: float, predicted: float, loss: float) -> Tried:
+    return Tried(role, {"good": good, "bad": 1 - good}, predicted, {"clean": loss}, loss)
+
+
+def test_the_summary_compares_and_judges_the_predictions() -> None:
+    best = tried(BEST, 0.9, 1.0, 1.05)
+    everything = (tried(NATURAL, 0.1, 2.0, 2.1), tried(UNIFORM, 0.5, 1.5, 1.45),
+                  tried(JUDGED, 0.6, 1.4, 1.41), best)
+    found = Found(everything, best, "log_ridge",
+                  {"log_ridge": Judgement(0.1, 0.9), "boosting": Judgement(0.3, None)},
+                  Judgement(0.01, 0.5))
+    assert summary(found) == [
+        "natural: 2.1000 bits per byte", "uniform: 1.4500 bits per byte",
+        "predicted best: 1.0500 bits per byte",
+        "chosen (predicted best): 1.0500 bits per byte, predicted 1.0000",
+        "  good   90.00 %  (natural 10.00 %)", "  bad    10.00 %  (natural 90.00 %)",
+        "log_ridge (used): predicts mixtures that it was not fitted to "
+        "within 0.1000 (rmse), rank correlation 0.90",
+        "boosting: predicts mixtures that it was not fitted to "
+        "within 0.3000 (rmse), rank correlation none (too few, or all alike)",
+        "1 mixtures kept apart: predicted within 0.0100 (rmse), rank correlation 0.50"]
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "search.yaml").write_text(text)
+    return folder / "search.yaml"
+
+
+def test_a_short_file_and_a_long_one(tmp_path: Path) -> None:
+    short = "recipe: tiny-qwen3-4b\ntargets: {clean: 1}\nsteps: 60\nseq_len: 128\n"
+    assert read_search(written(tmp_path, short)) == MixtureSearchSettings(
+        "tiny-qwen3-4b", {"clean": 1.0}, 60, 128)
+    found = read_search(written(tmp_path, short + """
+name: mine
+settings: [optim.lr=1e-3]
+from: runs/base
+sources: ["web-*"]
+group_by: topic
+rounds: [8, 2]
+judged: 0
+fit: boosting
+candidates: 500
+tokens: 2e9
+max_epochs: 2.5
+seed: 3
+"""))
+    assert found == MixtureSearchSettings(
+        "tiny-qwen3-4b", {"clean": 1.0}, 60, 128, "mine", ("optim.lr=1e-3",), "runs/base",
+        ("web-*",), "topic", (8, 2), 0, "boosting", 500, 2e9, 2.5, 3)
+    assert found.num_proxies == 11
+
+
+def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
+    file = written(tmp_path, """recipe: 3
+targets: {clean: 0, other: x}
+step: 5
+seq_len: 1
+rounds: [2, 0]
+judged: -1
+fit: forest
+settings: train.steps=3
+tokens: many
+sources: [1]
+seed: 1.5
+""")
+    with pytest.raises(SettingsError) as e:
+        read_search(file)
+    assert [(p.line, p.key) for p in e.value.problems] == [
+        (1, "recipe"), (2, "targets.clean"), (2, "targets.other"), (4, "seq_len"),
+        (8, "settings"), (10, "sources.0"), (5, "rounds.1"), (6, "judged"), (7, "fit"), (9, "tokens"),
+        (11, "seed"), (3, "step")]  # which explains that there is no steps
+    rest = "recipe: r\ntargets: {clean: 1}\nsteps: 6\nseq_len: 8\n"
+    for wrong in ("rounds: [5, 6]", "settings: [train.seed=3]", "from: 3"):
+        with pytest.raises(SettingsError) as e:
+            read_search(written(tmp_path, rest + wrong))
+        assert [p.line for p in e.value.problems] == [5], wrong
+    with pytest.raises(SettingsError, match="recipe: is missing"):
+        read_search(written(tmp_path, ""))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from data_prep.pipeline.counts import MAX_SAMPLES, Counts, sample_order
+import pytest
+
+from data_prep.pipeline import counts as counts_module
+from data_prep.pipeline.counts import MAX_SAMPLES, Counts, StageProgress, sample_order
 
 
 def counted(identifiers: list[int]) -> Counts:
@@ -27,3 +30,15 @@ def test_samples_are_those_whose_identifiers_hash_lowest() -> None:
     samples = counted(list(range(1, 100))).samples["kept"]
     assert [s["id"] for s in samples] == sorted(kept, key=sample_order)[:MAX_SAMPLES]
     assert samples[0]["before"] == samples[0]["after"] and samples[0]["reason"] == ""
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+                                        ) -> None:
+    monkeypatch.setattr(counts_module, "LINE_EVERY_S", 0.001)
+    said = ""
+    with StageProgress("00-parse", 12, "shards") as progress:
+        while "0 of 12 shards after " not in said:
+            said += capsys.readouterr().out
+        for _ in range(3):
+            progress()
+        assert progress.line(150) == "  00-parse: 3 of 12 shards after 2 min 30 s, about 7 min 30 s left"

@@ -140,8 +140,8 @@ def _flip(file: Path, at: int = -1) -> None:
     file.write_bytes(content)
 
 
-def test_a_run_names_a_damaged_layer_or_mends_what_it_can(raw: Path, without_engine: None,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_names_a_damaged_layer_or_mends_what_it_can(raw: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
     before = texts(output)
     for pattern in ("shards/web/01-shorten-*/*.parquet", "shards/web/04-output-*/*/*.parquet",
@@ -166,8 +166,8 @@ def test_a_run_names_a_damaged_layer_or_mends_what_it_can(raw: Path, without_eng
     assert texts(output) == before
 
 
-def test_a_complete_run_whose_text_changed_is_not_complete(raw: Path, without_engine: None,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_whose_text_changed_is_not_complete(raw: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
     _flip(output / "text/web-long/00000.parquet")
     run(raw, code=2)
@@ -177,8 +177,8 @@ def test_a_complete_run_whose_text_changed_is_not_complete(raw: Path, without_en
     assert texts(run(raw))
 
 
-def test_a_file_of_an_output_shard_that_is_gone_is_missed(raw: Path, without_engine: None,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_an_output_shard_that_is_gone_is_missed(raw: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
     (output / "manifest.json").unlink()
     next(output.glob("shards/web/*-output-*/*/web-long.parquet")).unlink()
@@ -195,8 +195,8 @@ def test_a_raw_file_that_changes_between_plan_and_reading_is_refused(tmp_path: P
         refuse_changed(tmp_path / "a", mark)
 
 
-def test_a_sound_file_of_another_place_or_time_is_not_believed(raw: Path, without_engine: None,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_file_of_another_place_or_time_is_not_believed(raw: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
     (output / "manifest.json").unlink()
     for folder in output.glob("shards/*/0[34]-*"):

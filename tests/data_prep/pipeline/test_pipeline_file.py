@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pipeline.pipeline_file import Only, load_pipeline
+from data_prep import cli
+from data_prep.pipeline.pipeline_file import Only, check_name_pattern, load_pipeline, name_of
+from data_prep.pipeline.step import SOURCE_COLUMNS
 from megatron_sov.errors import UserError
 
 WRONG = """nmae: x
@@ -136,3 +138,54 @@ def test_a_step_that_would_look_at_nothing_is_told(raw: Path, kind: str, first: 
             load_pipeline(file)
     else:
         assert load_pipeline(file).steps[-1].only == Only(kinds=("en",))
+
+
+@pytest.mark.parametrize(("pattern", "columns", "name"), [
+    ("{source}", {}, "web"), ("{kind}-x", {"kind": "domain:law"}, "domain-law-x"), ("{kind}", {}, "none"),
+    ("{kind}", {"kind": ""}, "none"), ("{synthetic}", {"synthetic": True}, "yes"),
+    ("{kind}", {"kind": "../../etc"}, "x..-..-etc"), ("all", {}, "all"),
+    ("{kind}", {"kind": "한국어"}, "한국어"),
+])
+def test_values_become_names(pattern: str, columns: dict[str, object], name: str) -> None:
+    assert name_of(pattern, "web", columns) == name
+
+
+@pytest.mark.parametrize(("pattern", "sentence"), [
+    ("", "must be letters"), ("a/{kind}", "must be letters"), (".{kind}", "must be letters"),
+    ("{kind", "write columns in braces"), ("{knd}", "did you mean 'kind'?"), ("{url}", "is no column"),
+    ("{kind!r}", "take columns as they are"), ("{kind:>10}", "take columns as they are"),
+    ("{}", "is no column"), ("{kind.x}", "is no column"),
+])
+def test_patterns_that_make_no_names(pattern: str, sentence: str) -> None:
+    assert any(sentence in found for found in check_name_pattern(pattern, SOURCE_COLUMNS))
+
+
+def test_patterns_of_columns_are_fine() -> None:
+    assert check_name_pattern("{kind}-{source}.{synthetic}", SOURCE_COLUMNS) == []
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["gone.yaml", "--output", "out"], "gone.yaml: does not exist; pass a pipeline file"),
+    (["p.yaml", "--output", "out", "--workers", "0"], "--workers 0: must be at least 1"),
+    (["p.yaml", "--output", "out", "--account", "me"], "is only for --cluster"),
+    (["p.yaml", "--output", "full"], "full: exists and is no folder of a pipeline"),
+    (["p.yaml", "--output", "full/x.txt"], "x.txt"),
+    (["p.yaml", "--output", "out", "--cluster", "h1000"], "there is no such profile; did you mean"),
+    (["p.yaml"], "--output"),
+    (["p.yaml", "--output", "raw/out"], "lies in 'raw' of source raw"),
+    (["raw", "--output", "out"], "raw: is a folder; pass a pipeline file"),
+    (["full/x.txt", "--output", "out"], "full/x.txt:1: holds no mapping"),
+    (["p.yaml", "--output", "out", "--set", "a=b"], "--set a=b: nothing takes this"),
+])
+def test_a_wrong_command_line_is_a_sentence(tmp_path: Path, words: list[str], sentence: str,
+                                            monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("words")
+    (tmp_path / "p.yaml").write_text("name: p\nsources: [{name: raw, path: raw}]\n")
+    assert cli.main(["run", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+    assert not (tmp_path / "out/manifest.json").exists()

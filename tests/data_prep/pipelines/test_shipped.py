@@ -12,8 +12,7 @@ import pytest
 from data_prep import cli
 from data_prep.mixture.blend_file import SHIPPED as BLENDS
 from data_prep.mixture.blend_file import read_blend
-from data_prep.pipeline.naming import named_columns
-from data_prep.pipeline.pipeline_file import load_pipeline
+from data_prep.pipeline.pipeline_file import load_pipeline, named_columns
 from data_prep.tags import SOURCE
 from megatron_sov.settings import read_located
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from data_prep.pipeline.known_steps import step_class
+from data_prep.pipeline.step import step_class
 from data_prep.quality.pii.step import FINDERS
 from data_prep.quality.rules.step import SETS, Thresholds, known_languages, language_rules
 from megatron_sov.settings import problems_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pipeline.known_steps import step_class
+from data_prep.pipeline.step import step_class
 from data_prep.scoring.grades import Education, EducationSettings, Quality, QualitySettings
 from data_prep.scoring.scorer import load_scorer
 from megatron_sov.settings import problems_of

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.sources import formats, reader
 from data_prep.sources.source import Broken, Raw, SourceSettings
-from megatron_sov.work.sandbox import kept_reader, reading
+from megatron_sov.work.sandbox import readers
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time
@@ -68,8 +68,8 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(formats.FORMATS, "text", "hostile_reader:Reader")
     replaced = "from data_prep.sources import formats; formats.FORMATS['text'] = 'hostile_reader:Reader'; "
     main = "from {module}"
-    assert main in reading._CODE
-    monkeypatch.setattr(reading, "_CODE", reading._CODE.replace(main, replaced + main))
+    assert main in readers._CODE
+    monkeypatch.setattr(readers, "_CODE", readers._CODE.replace(main, replaced + main))
     monkeypatch.setattr(reader, "_kept", {})
 
     def read(words: str, **options: object) -> list[Raw | Broken]:
@@ -111,7 +111,7 @@ def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path)
     next(documents)
     process = next(iter(reader._kept.values()))
     documents.close()
-    assert not reader._kept and process._process.returncode == -signal.SIGKILL
+    assert not reader._kept and process._child.exit_code(0) == -signal.SIGKILL
 
 
 class Liar:
@@ -127,7 +127,7 @@ class Liar:
     b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x05" + bytes(7) + b'{"a":',
     b"\x0c" + bytes(7) + b'{"text": 12}'])
 def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(kept_reader, "END_LIMIT_S", 0.05)
+    monkeypatch.setattr(readers, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
     found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     list(found.read(found.pieces()[0]))

@@ -11,10 +11,8 @@ from typing import Any
 
 from data_prep.cli import main
 from data_prep.json_lines import read_objects
-from data_prep.synth.bounds import Grade
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask, Generator, Grade, Item, Sample, Verdict
 from data_prep.synth.known import GENERATORS
-from data_prep.synth.sample import Sample, Verdict
 
 NAME, REFERENCE = "echoes", f"{Path(__file__).stem}:Echoes"
 PROMPT = """{# version: 7 #}

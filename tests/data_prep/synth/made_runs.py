@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.endpoints.cache import EndpointCache, Usage
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import Journal, begun
 
 RUN = {"generator": "facts", "version": 2, "kind": "text", "model": "writer-7b", "judge": "judge-70b",
        "templates": {"facts/write": 3}, "settings": {"count": 1}, "inputs": [], "input_price": 1.0,
@@ -21,7 +24,8 @@ OTHER = ("In winter the potter fires her kiln with birch, since oak burns too sl
 def sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
     """Return a sample as candidates hold it; `failed`: the check of its generator that it does not pass."""
     verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
-    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "", **more}
+    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "",
+            "kind": None, **more}
 
 
 def chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:
@@ -30,23 +34,34 @@ def chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, An
                          {"role": "assistant", "content": answer}]}
 
 
-def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], *, per_part: int = 2,
-             **run: Any) -> Path:
+def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], **run: Any
+             ) -> Path:
     """Write a folder whose items have these samples; item i is called i0, i1, ..."""
-    (output / "candidates").mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "run.json").write_text(json.dumps({**RUN, **run}))
-    lines = [json.dumps({"number": i, "item": {"id": f"i{i}", "source": "notes",
-                                               "licence": "CC-BY-4.0" if i else ""},
-                         "samples": list(samples), "asked": [f"key{i}"]})
-             for i, samples in enumerate(items)]
-    for number, first in enumerate(range(0, len(lines), per_part)):
-        text = "".join(f"{line}\n" for line in lines[first:first + per_part])
-        (output / f"candidates/part-{number:05d}.jsonl").write_text(text)
+    with begun(output, "sov-data synth", {}):
+        add_records(output, [(i, {
+            "item": {"id": f"i{i}", "source": "notes", "licence": "CC-BY-4.0" if i else "", "digest": ""},
+            "samples": list(samples), "asked": [f"key{i}"], "unusable": ""})
+            for i, samples in enumerate(items)])
     cache = EndpointCache(output / "answers.sqlite")
     for i in range(len(items)):
         cache.note(f"key{i}", "429", Usage(0, 0, 0.0), 0.25)
         cache.note(f"key{i}", "200", Usage(100, 50, 0.5), 1.0)
     return output
+
+
+def add_records(output: Path, records: Sequence[tuple[int, Mapping[str, Any]]], writer: str = "") -> None:
+    """Keep records of items, in this order."""
+    journal = Journal(work_folder(output), writer)
+    journal.add((number, json.dumps(record).encode()) for number, record in records)
+    journal.close()
+
+
+def copied_run(run: Path, folder: Path) -> Path:
+    """Return a copy of a run, records and all."""
+    shutil.copytree(work_folder(run), work_folder(folder))
+    return Path(shutil.copytree(run, folder))
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

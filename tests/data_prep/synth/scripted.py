@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.asking import Asking, T
-from data_prep.synth.generator import Generator, Item
-from data_prep.synth.sample import Sample
+from data_prep.synth.generator import Ask, Generator, Item, Sample, T
 from data_prep.synth.templates import Prompt, load_prompt, load_prompts
 from megatron_sov.endpoints.cache import EndpointCache
 
@@ -36,7 +34,7 @@ class ScriptedDoor:
         return read(json.loads(json.dumps(completion(self._reply(payload)))))
 
 
-class ScriptedAsk(Asking):
+class ScriptedAsk(Ask):
     """Asks a function, with the real templates.
 
     Args:

@@ -11,18 +11,23 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from made_runs import GOOD, OTHER, chat, made_run, rows, sample
+from made_runs import GOOD, OTHER, add_records, chat, copied_run, made_run, rows, sample
 
 from data_prep.cli import main
 from data_prep.synth import finishing
+from data_prep.synth.candidates import read_made, read_run
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.finishing import finish
+from data_prep.synth.finishing import MOST_KEPT, MOST_REJECTED, Shown, finish, turns_of
+from data_prep.synth.generator import Verdict
+from data_prep.synth.page import render
 from megatron_sov.artifacts import damaged_files, manifest_sha256, read_manifest
 from megatron_sov.documents import Reading, list_files, read_documents
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
-from megatron_sov.tools.tasks import tasks_of
+from megatron_sov.tools.registry import tasks_of
 from megatron_sov.tools.worlds.booking import Booking
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import begun, records_by_item
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
 GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen und noch mehr Unkraut stehen, "
@@ -108,28 +113,35 @@ def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
 
 
 def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:
-    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    again = copied_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
-    shutil.rmtree(again / "checks")
-    lines = [line for file in again.glob("candidates/*") for line in file.read_text().splitlines(True)]
-    shutil.rmtree(again / "candidates")
-    (again / "candidates").mkdir()
-    for number, line in enumerate(sorted(lines, reverse=True)):  # as items were finished in another run
-        (again / f"candidates/part-{number:06}.jsonl").write_text(line)
+    work = work_folder(again)
+    records = [(number, json.loads(record)) for number, record in records_by_item(work)]
+    shutil.rmtree(work)
+    with begun(again, "sov-data synth", {}):  # as items were finished by other workers
+        add_records(again, records[:4][::-1], "1")
+        add_records(again, records[4:][::-1], "0")
     (again / "kept.jsonl").write_text("half of")
     (again / "kept-chat.jsonl").write_text("from an earlier state")
     finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
 
 
+def test_a_run_without_its_records_is_not_emptied(texts: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(texts, tmp_path / "moved"))
+    with pytest.raises(UserError, match=r"the records of its items .* are gone; run the same"):
+        finish(moved, CheckSettings())
+    assert (moved / "kept.jsonl").read_bytes() == (texts / "kept.jsonl").read_bytes()
+
+
 def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    again = copied_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finishing._Files, "publish", killed)
+    monkeypatch.setattr(finishing, "json_line", killed)
     with pytest.raises(KeyboardInterrupt):
         finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
@@ -187,7 +199,7 @@ def test_kept_tasks_are_an_environments_tasks(tmp_path: Path) -> None:
 
 
 def test_people_are_a_gate(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = Path(shutil.copytree(texts, tmp_path / "again"))
+    again = copied_run(texts, tmp_path / "again")
     labels = tmp_path / "labels.jsonl"
     labels.write_text('{"id": "i0/0", "good": false}\n{"id": "i1/1", "good": false}\n'
                       + json.dumps({"text": GERMAN, "good": True}) + "\n")
@@ -210,12 +222,12 @@ def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
-    ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "is damaged (generator"),
-    ("candidates/part-00000.jsonl", '{"item": {"id": "x"}, "samples": [{}]}\n', "00000.jsonl:1: is damaged"),
-    ("candidates/part-00000.jsonl", '{"item": NaN}\n', "part-00000.jsonl:1: is damaged"),
+    ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "run.json: is damaged"),
+    ("candidates/part-0.jsonl", "", "an earlier version has kept items in"),
     ("answers.sqlite", "no database at all" * 100, "answers.sqlite: cannot be read")])
 def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:
     output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")]])
+    (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text(text)
     with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
         finish(output, CheckSettings())
@@ -224,3 +236,74 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, 
 def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:
     kept, = read_documents([texts / "kept.jsonl"], Reading("text", tags=("synthetic",)))
     assert kept.tags == ("true",)
+
+
+# The page: everything that models wrote is text on it.
+
+HOSTILE = "<script>alert(1)</script> \x1b[2J & {{ 7 * 7 }}"
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> dict[str, object]:
+    output = made_run(tmp_path / "out", [[sample(chat("Q", HOSTILE)), sample(chat("Q", "A"), HOSTILE)]],
+                      kind="chat", model=HOSTILE)
+    shown = Shown()
+    for made in read_made(output, read_run(output)):
+        for one in made.samples:
+            shown.take(one, one.failed)
+    per = {"requests": 2.0, "input_tokens": 100.0, "output_tokens": 50.0, "cost": 0.5, "seconds": 1.25}
+    return {"format": 1, "generator": "facts", "version": 1, "kind": "chat", "model": HOSTILE, "judge": "",
+            "templates": {"facts/write": 3}, "settings": {"count": HOSTILE}, "is_complete": False,
+            "num_items": 1, "num_unusable_items": 0, "num_samples": 2, "num_kept": 1, "num_rejected": 1,
+            "kept": {"kept.jsonl": 1}, "rejected": {HOSTILE: 1}, "licences": {"": 1}, "sources": {"notes": 1},
+            "steps": [], "per_kept": per, "agreement": [], "min_kappa": None, "gate_passed": None,
+            "costs": {"num_requests": 2, "num_answered": 1, "outcomes": {"200": 1, "429": 1},
+                      "input_tokens": 100, "output_tokens": 50, "cost": 0.5, "seconds": 1.25},
+            "shown": shown.to_list()}
+
+
+def test_what_models_wrote_is_text_on_the_page(summary: dict[str, object]) -> None:
+    html = render(summary, now_s=0)
+    assert "<script>alert" not in html and "\x1b" not in html and "{{ 7 * 7 }}" in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4, "model, reason, sample, settings"
+    for told in ("1 of 2 samples kept", "Items are left", "not stated (1)", "seconds of requests", "1.25"):
+        assert told in html
+
+
+def test_the_report_command_knows_the_folder(summary: dict[str, object], tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "run `sov-data synth` to its end first" in capsys.readouterr().err
+    (tmp_path / "out/summary.json").write_text(json.dumps(summary))
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 0
+    assert "facts" in (tmp_path / "page.html").read_text()
+    (tmp_path / "out/summary.json").write_text('{"format": 2}')
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 2
+
+
+def test_a_few_of_each_reason_are_shown_whatever_the_order(tmp_path: Path) -> None:
+    output = made_run(tmp_path / "out", [[sample({"text": f"text {i}"})] for i in range(26)])
+    made = [one for item in read_made(output, read_run(output)) for one in item.samples]
+    ways = []
+    for order in (made, made[::-1]):
+        shown = Shown()
+        for number, one in sorted(enumerate(made), key=lambda pair: order.index(pair[1])):
+            shown.take(one, Verdict("odd", False, "x") if number % 2 else None)
+        ways.append(shown.to_list())
+    assert ways[0] == ways[1] and [bool(one["reason"]) for one in ways[0]] == [False] * MOST_KEPT + [
+        True] * MOST_REJECTED
+
+
+def test_a_conversation_with_tools_is_told_turn_by_turn(tmp_path: Path) -> None:
+    record = {"messages": [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "", "reasoning_content": "I ask.", "tool_calls": [
+            {"function": {"name": "find", "arguments": {"id": 3}}}]},
+        {"role": "tool", "name": "find", "content": "Busan"}, {"role": "assistant", "content": "In Busan."}]}
+    output = made_run(tmp_path / "out", [[sample(record), sample({"question": "Mend."}, kind="task"),
+                                          sample({"no": "chat"})]], kind="chat")
+    made, = read_made(output, read_run(output))
+    assert turns_of(made.samples[0]) == [
+        ("user", "Where?"), ("model, thinking", "I ask."), ("model calls find", '{\n "id": 3\n}'),
+        ("tool find", "Busan"), ("model", "In Busan.")]
+    assert [turns_of(one)[0][0] for one in made.samples[1:]] == ["task", "record"]

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,16 +22,19 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import echoes
+from scripted import ScriptedAsk
 from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 
 from data_prep.cli import main
 from data_prep.synth import finishing, models
-from data_prep.synth.generator import Ask, Item
+from data_prep.synth.candidates import record_of
+from data_prep.synth.generator import Ask, Item, Sample, Verdict, writable
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import made_generator
-from data_prep.synth.sample import Sample
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
+from megatron_sov.work.folders import work_folder
+from megatron_sov.work.journal import records_by_item
 
 KEY = "sk-very-secret-0123456789"
 
@@ -71,12 +75,11 @@ class Run:
 
     def kept(self) -> list[str]:
         """Return what passes the generator's own checks, in order."""
-        return [sample["record"]["text"] for line in sorted(self.candidates(), key=lambda one: one["number"])
+        return [sample["record"]["text"] for line in self.candidates()
                 for sample in line["samples"] if all(verdict["passed"] for verdict in sample["verdicts"])]
 
     def candidates(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for part in sorted((self.output / "candidates").glob("part-*.jsonl"))
-                for line in part.read_bytes().splitlines()]
+        return [json.loads(record) for _, record in records_by_item(work_folder(self.output))]
 
 
 @pytest.fixture
@@ -140,7 +143,10 @@ def test_other_settings_on_a_folder_are_refused_by_name_and_redone_on_request(
     assert run(endpoint, *more, "--redo") == 0
     assert len(run.kept()) == 6 and len(endpoint.requests) > before
     num_asked = len(endpoint.requests)
-    assert run(endpoint, "--redo") == 0
+    assert run(endpoint, *more, "--redo") == 0
+    shutil.rmtree(work_folder(run.output))  # cleared, or not moved with it
+    assert run(endpoint) == 2 and "was made with other settings" in capsys.readouterr().err
+    assert run(endpoint, *more) == 0 and len(run.kept()) == 6
     assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
 
 
@@ -188,7 +194,7 @@ def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsy
     with serving(ScriptedEndpoint(with_model_faults(echoes.reply, 1.0))) as server:
         assert run(server) == 0
         assert "; the answers about 3 items were of no use" in capsys.readouterr().out
-        assert {line.get("unusable", "")[:29] for line in run.candidates()} <= {
+        assert {line["unusable"][:29] for line in run.candidates()} <= {
             "3 answers were of no use, the", "the judge gave no score in 3 ", ""}
         num_asked = len(server.requests)
         assert num_asked > 3 * 3 and len(set(server.asked)) == num_asked
@@ -308,7 +314,7 @@ def test_a_command_that_stopped_at_its_input_binds_no_later_one(run: Run, endpoi
     assert run(endpoint) == 2
     run.write([{"id": "a", "text": "line a"}])
     assert run(endpoint, "--set", "tone=dry") == 0
-    assert run(endpoint, "--set", "tone=odd") == 2 and "made with other settings" in capsys.readouterr().err
+    assert run(endpoint, "--set", "tone=odd") == 2 and "settings.tone was" in capsys.readouterr().err
 
 
 def test_a_list_may_be_written_with_commas() -> None:
@@ -387,3 +393,31 @@ def test_a_run_that_is_asked_to_stop_waits_for_what_is_under_way(tmp_path: Path,
     assert run(endpoint) == 0
     assert max(endpoint.asked.values()) == 1, "what was under way was kept"
     assert len(run.kept()) == 24
+
+
+def nested(levels: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("sample", [
+    Sample({"text": "\ud800"}), Sample({"\udfff": 1}), Sample({"text": "a"}, (Verdict("a", True, "\ud83d"),)),
+    Sample({"score": float("inf")}), Sample({"text": "a"}, notes={"score": float("nan")}),
+    Sample({"deep": nested(5000)})], ids=["value", "name", "verdict", "infinite", "notes", "deep"])
+def test_what_cannot_be_written_is_rejected(sample: Sample) -> None:
+    found = writable(sample)
+    assert (found.reason, found.record) == ("form", {})
+    assert json.loads(record_of(Item("a"), (found,), ()))["samples"][0]["record"] == {}
+
+
+def test_what_can_be_written_stays() -> None:
+    sample = Sample({"text": "\U0001f600 \x00 \u202e"}, (Verdict("a", True),), notes={"score": 1.5})
+    assert writable(sample) is sample
+
+
+def test_what_a_model_wrote_as_half_a_character_is_asked_about_as_utf_8_can_hold_it() -> None:
+    ask = ScriptedAsk(lambda request: "yes")
+    ask.chat([{"role": "user", "content": "half \ud800"}])
+    assert ask.requests[0]["messages"] == [{"role": "user", "content": "half ?"}]

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,25 +21,16 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 
 from data_prep.cli import main
 from data_prep.synth import finishing, slurm_array
-from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.known import GENERATORS
-from data_prep.synth.models import Model
-from data_prep.synth.running import Order, ready
-from data_prep.synth.shares import Share, merge_answers
-from data_prep.synth.slurm_array import (
-    ADDRESS,
-    ARRAY,
-    FinishSource,
-    MakeShare,
-    Server,
-    make_share,
-    server_script,
-)
-from data_prep.synth.work_folder import settle
+from data_prep.synth.options import SynthOptions
+from data_prep.synth.running import Order, begun_run, merge_answers, order_of, ready
+from data_prep.synth.slurm_array import ADDRESS, FinishSource, MakeShare, server_script
 from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import ExitCode
-from megatron_sov.work.slurm_jobs import Jobs
+from megatron_sov.work.arrays import Jobs
+from megatron_sov.work.folders import slurm_folder, work_folder
+from megatron_sov.work.journal import records_by_item
 
 PROFILE = """description: noted, not run
 partition: gpu
@@ -91,29 +82,30 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def order_at(folder: Path, engine: str, num_lines: int = 5) -> Order:
-    """Return an order over lines."""
+def order_at(folder: Path, engine: str, num_lines: int = 5, **more: Any) -> Order:
+    """Return an order over lines, and the folder where its jobs tell of themselves."""
     (folder / "lines.jsonl").write_text("".join(
         json.dumps({"id": f"i{n}", "text": f"line {n}"}) + "\n" for n in range(num_lines)))
-    model = Model(engine, "scripted")
-    return Order(echoes.NAME, folder / "out", model, model, (folder / "lines.jsonl",),
-                 prompts=echoes.write_prompts(folder / "prompts"), checks=CheckSettings())
+    slurm_folder(folder / "out").mkdir()
+    return order_of(SynthOptions(
+        generator=echoes.NAME, output=folder / "out", engine=engine, model="scripted",
+        input=(folder / "lines.jsonl",), prompts=echoes.write_prompts(folder / "prompts"), **more))
 
 
 def settled(order: Order) -> Order:
-    order.output.mkdir()
-    settle(order.output, ready(order).identity, redo=False)
-    return order
+    with begun_run(ready(order)):
+        return order
 
 
 def test_workers_share_the_items_and_what_they_paid_for_comes_together(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(echoes.reply)) as server:
         order = settled(order_at(tmp_path, server.url))
-        make_share(order, Share(0, 2))
-        make_share(order, Share(1, 2))
-        parts = {file.name: [json.loads(line)["number"] for line in file.read_bytes().splitlines()]
-                 for file in sorted((order.output / "candidates").iterdir())}
-        assert parts == {"part-w0000-000000.jsonl": [0, 2, 4], "part-w0001-000000.jsonl": [1, 3]}
+        MakeShare(order, 2)(0)
+        MakeShare(order, 2)(1)
+        work = work_folder(order.output)
+        assert {file.name: len(file.read_bytes().splitlines()) // 2 for file in work.glob("records-*")} == {
+            "records-0000": 3, "records-0001": 2}
+        assert [number for number, _ in records_by_item(work)] == [0, 1, 2, 3, 4]
         assert len(list(order.output.glob("answers-*.sqlite"))) == 2
         merge_answers(order.output)
         assert list(order.output.glob("answers*.sqlite")) == [order.output / "answers.sqlite"]
@@ -121,38 +113,40 @@ def test_workers_share_the_items_and_what_they_paid_for_comes_together(tmp_path:
         # each worker has asked four times more, to recognise the model
         assert (cache.keys(), cache.num_requests()) == (set(server.answered), server.asked.total() + 8)
         cache.close()
-        for part in (order.output / "candidates").iterdir():
-            part.unlink()
+        for records in work.glob("records-*"):
+            records.unlink()
         num_asked = server.asked.total()
-        make_share(order, Share(2, 3))
+        MakeShare(order, 3)(2)
         assert server.asked.total() == num_asked, "another number of workers finds what was paid for"
         FinishSource(order)(0)
 
 
 def test_what_is_submitted(tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    order = order_at(tmp_path, "")
+    order = order_at(tmp_path, "http://h/v1")
     (tmp_path / "cluster.yaml").write_text(PROFILE)
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").write_text("{}")
-    words = ["synth", echoes.NAME, "--input", str(order.inputs[0]), "--output", str(order.output),
-             "--prompts", str(order.prompts), "--serve-vllm", str(tmp_path / "my-model"), "--vllm-args",
-             "--tensor-parallel-size 4", "--cluster", str(tmp_path / "cluster.yaml"), "--workers", "3"]
+    words = ["synth", echoes.NAME, "--input", str(tmp_path / "lines.jsonl"), "--output", str(order.output),
+             "--prompts", str(tmp_path / "prompts"), "--serve-vllm", str(tmp_path / "my-model"),
+             "--vllm-args", "--tensor-parallel-size 4", "--cluster", str(tmp_path / "cluster.yaml"),
+             "--workers", "3"]
     assert main(words) == 0
     told = capsys.readouterr().out
-    server, ask, finish = (file.read_text() for file in sorted((tmp_path / "noted").iterdir()))
+    ask, server, finish = (file.read_text() for file in sorted((tmp_path / "noted").iterdir()))
     assert f"vllm serve {tmp_path}/my-model --host 0.0.0.0 --served-model-name my-model" in server
     assert "--generation-config vllm --tensor-parallel-size 4 --port" in server
     assert "#SBATCH --gpus-per-node=4\n" in server
     assert "#SBATCH --exclusive\n" in server and 'export TMPDIR=/scratch/"${USER' in server
     assert "#SBATCH --array=0-2\n" in ask and "gpus" not in ask
-    assert "--dependency=afterok:101" in finish.split("\n")[0]
+    assert "--dependency=afterok:100" in finish.split("\n")[0]
     keys = {script.split("\n")[1] for script in (server, ask, finish)}
     assert len(keys) == 1 and int(keys.pop().split()[1]) > 40, "one key, by the environment alone"
-    assert Jobs.read(order.output).numbers == {"server": "100", "ask": "101", "finish": "102"}
-    assert (order.output / ARRAY).read_text() == "101" and "submitted server 100, ask 101" in told
-    (programs / "squeue").write_text("#!/bin/bash\necho '101 RUNNING'\n")
+    slurm = slurm_folder(order.output)
+    assert Jobs.read(slurm).numbers == {"ask": "100", "server": "101", "finish": "102"}
+    assert "array=100\n" in server and "submitted ask 100, server 101" in told
+    (programs / "squeue").write_text("#!/bin/bash\necho '100 RUNNING'\n")
     assert main(words) == 0
-    assert "jobs 101 are at work; 0 items are done" in capsys.readouterr().out
+    assert "jobs 100 are at work; 0 of 5 items are done" in capsys.readouterr().out
     here = [*words[:words.index("--serve-vllm")], "--engine", "http://h/v1", "--model", "m"]
     assert main(here) == 2
     assert "work in this folder" in capsys.readouterr().err
@@ -164,6 +158,7 @@ BAD = {
              "stands in place of --engine"),
     "no cluster": (["--serve-vllm", "x"], "is only for --cluster"),
     "enroot": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/enroot.yaml"], "enroot: is not known"),
+    "a server": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/k8s.yaml"], "puts a server into Slurm"),
     "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "is only for --cluster"),
 }
 
@@ -171,63 +166,48 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_go_together_is_told(name: str, tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
-    order = order_at(tmp_path, "")
+    order = order_at(tmp_path, "http://h/v1")
     (tmp_path / "cluster.yaml").write_text(PROFILE)
     (tmp_path / "enroot.yaml").write_text(f"{PROFILE}container: {{kind: enroot, image: x.sqsh}}\n")
+    (tmp_path / "k8s.yaml").write_text("kind: k8s\ndescription: noted, not run\nimage: none\n")
     more, sentence = BAD[name]
-    assert main(["synth", echoes.NAME, "--input", str(order.inputs[0]), "--output", str(order.output),
-                 *(word.format(tmp=tmp_path) for word in more)]) == 2
+    assert main(["synth", echoes.NAME, "--input", str(tmp_path / "lines.jsonl"), "--output",
+                 str(order.output), *(word.format(tmp=tmp_path) for word in more)]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_the_servers_script_tells_where_it_answers_and_ends_with_the_array(
-        tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ends_by", ["the array", "the time limit"])
+def test_the_servers_script_tells_where_it_answers_and_ends_or_is_put_back(
+        ends_by: str, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_at(tmp_path, str(tmp_path / "programs"))
-    (order.output / "slurm").mkdir(parents=True)
-    text = server_script(Server(tmp_path / "programs"), order, ClusterProfile("d"))
+    address = slurm_folder(order.output) / ADDRESS
+    text = server_script(order, ClusterProfile("d"), "7").replace("sleep 300", ":")
     (tmp_path / "server.sh").write_text(text.replace("sleep 10", "sleep 0.1"))
     (programs / "squeue").write_text("#!/bin/bash\necho 7\n")
-    (order.output / ARRAY).write_text("7")
-    monkeypatch.setenv("VLLM_API_KEY", "k")
-    process = subprocess.Popen(["bash", str(tmp_path / "server.sh")], stderr=subprocess.PIPE)
-    try:
-        while not (order.output / ADDRESS).exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.05)
-        said = json.loads((order.output / ADDRESS).read_text())
-        assert said["model"] == "scripted"
-        (order.output / ADDRESS).write_text(json.dumps(said | {"url": said["url"].replace(
-            said["url"].split("/")[2].split(":")[0], "127.0.0.1")}))
-        monkeypatch.setattr(slurm_array, "LOOK_S", 0.05)
-        found = slurm_array.served(order)
-        assert found.writer.engine.startswith("http://127.0.0.1:") and found.writer.key_env == "VLLM_API_KEY"
-        assert found.writer.identity() == order.writer.identity(), "wherever it is, it is the model"
-        (programs / "squeue").write_text("#!/bin/bash\n")
-        assert process.wait(600) == 0
-        assert not (order.output / ADDRESS).exists()
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_the_server_is_put_back_before_its_time_limit(tmp_path: Path, programs: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    order = order_at(tmp_path, str(tmp_path / "programs"))
-    (order.output / "slurm").mkdir(parents=True)
-    text = server_script(Server(tmp_path / "programs"), order, ClusterProfile("d"))
-    (tmp_path / "server.sh").write_text(text.replace("sleep 10", "sleep 0.1").replace("sleep 300", ":"))
     (programs / "scontrol").write_text('#!/bin/bash\necho "$@" > "$NOTED_JOBS/requeue"\n')
     monkeypatch.setenv("VLLM_API_KEY", "k")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    process = subprocess.Popen(["bash", str(tmp_path / "server.sh")])
+    process = subprocess.Popen(["bash", str(tmp_path / "server.sh")], stderr=subprocess.PIPE)
     try:
-        while not (order.output / ADDRESS).exists():
-            assert process.poll() is None
+        while not address.exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(600) == 75
-        assert (tmp_path / "noted" / "requeue").read_text() == "requeue 12\n"
-        assert not (order.output / ADDRESS).exists()
+        if ends_by == "the time limit":
+            process.send_signal(signal.SIGUSR1)
+            assert process.wait(600) == 75
+            assert (tmp_path / "noted" / "requeue").read_text() == "requeue 12\n"
+        else:
+            said = json.loads(address.read_text())
+            assert said["model"] == "scripted"
+            address.write_text(json.dumps(said | {"url": said["url"].replace(
+                said["url"].split("/")[2].split(":")[0], "127.0.0.1")}))
+            monkeypatch.setattr(slurm_array, "LOOK_S", 0.05)
+            writer = slurm_array.served(order).writer
+            assert writer.engine.startswith("http://127.0.0.1:") and writer.key_env == "VLLM_API_KEY"
+            assert writer.identity() == order.writer.identity(), "wherever it is, it is the model"
+            (programs / "squeue").write_text("#!/bin/bash\n")
+            assert process.wait(600) == 0
+        assert not address.exists()
     finally:
         process.kill()
         process.wait()
@@ -237,8 +217,9 @@ def test_a_worker_asks_the_server_beside_it(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(echoes.reply)) as server:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text("{}")
-        order = settled(order_at(tmp_path, str(tmp_path / "model")))
-        (order.output / "slurm").mkdir()
-        (order.output / ADDRESS).write_text(json.dumps({"url": server.url, "model": "scripted"}))
-        MakeShare(replace(order, limit=1), 1, has_server=True)(0)
+        order = settled(order_at(tmp_path, "", cluster="c", serve_vllm=tmp_path / "model",
+                                 limit=1))
+        (slurm_folder(order.output) / ADDRESS).write_text(
+            json.dumps({"url": server.url, "model": "scripted"}))
+        MakeShare(order, 1)(0)
         assert len(server.requests) == 4

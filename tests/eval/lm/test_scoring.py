@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from megatron_sov.artifacts import MANIFEST, new_artifact
 from megatron_sov.errors import UserError
-from megatron_sov.eval.lm import bridge as lm_bridge
 from megatron_sov.eval.lm import scoring
-from megatron_sov.eval.lm.answers import Answers
-from megatron_sov.eval.lm.bridge import NotAnswered
-from megatron_sov.eval.lm.requests import Score
-from megatron_sov.eval.lm.results import Metric
+from megatron_sov.eval.lm import subject as lm_subject
+from megatron_sov.eval.lm.answers import Answers, Score
+from megatron_sov.eval.lm.results import (
+    Contamination,
+    EvaluatedModel,
+    Item,
+    Metric,
+    Results,
+    Sample,
+    TaskScores,
+    items_file,
+    read_items,
+    read_results,
+    table,
+    write_results,
+)
+from megatron_sov.eval.lm.subject import NotAnswered, content_hash
 
 
 class Instance:
@@ -143,7 +159,7 @@ def test_a_likelihood_that_is_nan_is_no_score() -> None:
     asked, other = Score((1,), (2,)), Score((1,), (3,))
     answers: Any = {asked.key: {"logprob": math.nan, "greedy": False},
                     other.key: {"logprob": -math.inf, "greedy": False}}
-    model = lm_bridge.Bridge(lm_bridge.Reading(None, 8), answers)
+    model = lm_subject.Bridge(lm_subject.Reading(None, 8), answers)
     with pytest.raises(NotAnswered, match="NaN"):
         model.answer(asked)
     assert model.answer(other)["logprob"] == -math.inf
@@ -168,4 +184,89 @@ def test_generation_settings_that_are_no_numbers_are_told(given: dict[str, Any],
     instance: Any = Instance(0, {})
     instance.request_type, instance.task_name, instance.args = "generate_until", "t", ("?", given)
     with pytest.raises(UserError, match=r"task t: generation_kwargs .* cannot be used"):
-        lm_bridge.Bridge(lm_bridge.Reading(None, 64), Answers(tmp_path)).requests_of(instance)
+        lm_subject.Bridge(lm_subject.Reading(None, 64), Answers(tmp_path)).requests_of(instance)
+
+
+FOUND = Results(EvaluatedModel("model", "abc", "huggingface"), {"t": TaskScores(
+    "h", "generate_until", 2,
+    (Metric("pass@k", 0.1 + 0.2, k=8, stderr=0.1, interval=(0.1, 0.5), clusters=2),
+     Metric("f1", None, "strict")),
+    failed=1, at_limit=1, contamination=Contamination("shards", 1, None))}, {"lm_eval": "0.4.13"})
+ITEMS = [Item("t", "0", "d", "page", "Q", "A", {"pass@8": 1 / 3}, (Sample("한국어\ud800", "length", 0.5),)),
+         Item("t", "1", "e", failed="no answer")]
+
+
+def test_results_and_items_are_read_back_to_the_bit(tmp_path: Path) -> None:
+    written = write_results(tmp_path / "out.json", FOUND, ITEMS)
+    assert read_results(tmp_path / "out.json") == written
+    assert list(read_items(tmp_path / "out.json", written)) == ITEMS
+    assert items_file(tmp_path / "out.json").name == written.items["file"] == "out.items.jsonl"
+
+
+def test_the_table_says_what_is_not_known() -> None:
+    assert [line.split() for line in table(FOUND).splitlines()[1:]] == [
+        ["t", "pass@8", "0.3000", "0.1000", "to", "0.5000", "2", "1", "1"],
+        ["t", "f1", "(strict)", "not", "known", "2", "1", "1"]]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "is damaged"), ("[1]", "is no result of"), ('{"kind": "other"}', "is no result of"),
+    ('{"kind": "eval-lm", "format_version": 2}', "update megatron-sov"),
+    ('{"kind": "eval-lm", "format_version": 1}', "is damaged (model: Field required"),
+    ("[" * 100_000, "is damaged (RecursionError"),
+])
+def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "out.json").write_text(text)
+    with pytest.raises(UserError) as told:
+        read_results(tmp_path / "out.json")
+    assert said in str(told.value)
+
+
+def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    write_results(tmp_path / "out.json", FOUND, ITEMS)
+    text = (tmp_path / "out.json").read_text().replace(str(0.1 + 0.2), "NaN")
+    (tmp_path / "out.json").write_text(text)
+    with pytest.raises(UserError, match=r"tasks.t.metrics.0.value: Input should be"):
+        read_results(tmp_path / "out.json")
+
+
+def test_a_figure_that_is_too_large_for_a_number_is_refused(tmp_path: Path) -> None:
+    write_results(tmp_path / "out.json", FOUND, ITEMS)
+    text = (tmp_path / "out.json").read_text().replace(str(0.1 + 0.2), "1" + "0" * 400)
+    (tmp_path / "out.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        read_results(tmp_path / "out.json")
+
+
+def test_items_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+    written = write_results(tmp_path / "out.json", FOUND, ITEMS)
+    file = tmp_path / "out.items.jsonl"
+    file.write_text(json.dumps({"task": "t"}) + "\n")
+    with pytest.raises(UserError, match="differs from the hash"):
+        next(read_items(tmp_path / "out.json", written))
+    file.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        next(read_items(tmp_path / "out.json", written))
+
+
+WEIGHTS = "model.safetensors"
+
+
+def test_weights_that_were_saved_over_an_artifact_are_found(tmp_path: Path) -> None:
+    with new_artifact(tmp_path / "hf", "hf_model") as artifact:
+        (artifact.path / "config.json").write_bytes(b"{}")
+        (artifact.path / WEIGHTS).write_bytes(b"12345678")
+    target: Any = SimpleNamespace(path=tmp_path / "hf")
+    whole = content_hash(target)
+    file = tmp_path / "hf" / WEIGHTS
+    written_s = (tmp_path / "hf" / MANIFEST).stat().st_mtime
+    os.utime(file, (written_s + 9, written_s + 9))  # a copy may be younger
+    assert content_hash(target) == whole
+    file.write_bytes(b"87654321")
+    os.utime(file, (written_s + 9, written_s + 9))
+    with pytest.raises(UserError, match=WEIGHTS):
+        content_hash(target)
+    file.write_bytes(b"1234")
+    os.utime(file, (written_s - 9, written_s - 9))
+    with pytest.raises(UserError, match=WEIGHTS):
+        content_hash(target)

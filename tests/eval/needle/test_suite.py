@@ -5,17 +5,43 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_sov.cli import main
+from megatron_sov.config import NeedleConfig, NeedleKind
 from megatron_sov.errors import UserError
-from megatron_sov.eval.intervals import wilson_interval
-from megatron_sov.eval.needle.haystack import Haystack
-from megatron_sov.eval.needle.kinds import Example
-from megatron_sov.eval.needle.suite import NeedleSuite, is_right, result_of, run_suite, table
-from megatron_sov.eval.needle.text import fill
-from megatron_sov.generate.request import Generated, Sampling, Stop
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.obs.events import EVENTS, EventLog, read_events
+
+prepare_megatron()
+
+from megatron_sov.eval.needle.documents import NeedleDocuments  # noqa: E402
+from megatron_sov.eval.needle.suite import (  # noqa: E402
+    PAIR_TOKENS,
+    Example,
+    NeedleSuite,
+    Way,
+    answers,
+    distractors_of,
+    is_right,
+    make_example,
+    result_of,
+    run_suite,
+    table,
+)
+from megatron_sov.eval.needle.text import MIN_WORDS, Haystack, NeedleForm, fill  # noqa: E402
+from megatron_sov.eval.statistics import wilson_interval  # noqa: E402
+from megatron_sov.generate.generator import MegatronEngine  # noqa: E402
+from megatron_sov.generate.hf import HfEngine, load_hf  # noqa: E402
+from megatron_sov.generate.load import run_forward_model  # noqa: E402
+from megatron_sov.generate.request import Generated, Sampling, Stop  # noqa: E402
+from megatron_sov.generate.target import Target  # noqa: E402
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -94,20 +120,18 @@ def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite, by: str) -> N
     assert "multi-key, code" in table(result) and "score 50.0% by " in table(result)
 
 
-@pytest.mark.parametrize(("given", "ordered", "free"), [
-    ([1, 2, 3, 4], True, True), ([3, 4, 1, 2], False, True), ([1, 4, 3, 2], False, False),
-    ([1, 2, 1, 2], False, False)])
-def test_an_order_counts_only_where_the_question_has_one(given: list[int], ordered: bool, free: bool) -> None:
+@pytest.mark.parametrize(("given", "ordered", "free", "likely"), [
+    ([1, 2, 3, 4], True, True, True), ([3, 4, 1, 2], False, True, False), ([1, 4, 3, 2], False, False, False),
+    ([1, 2, 1, 2], False, False, False), ([3, 2, 3, 4], False, False, True),
+    ([1, 2, 1, 4], False, False, False), ([1, 4, 3, 4], False, False, False),
+    ([5, 2, 3, 4], False, False, False)])
+def test_an_order_counts_only_where_the_question_has_one(given: list[int], ordered: bool, free: bool,
+                                                         likely: bool) -> None:
+    """By likelihood any pair that has not come may start."""
     pairs = [(1, 2), (3, 4)]
     assert is_right(Example([], pairs, False), given, "generation") == ordered
     assert is_right(Example([], pairs, True), given, "generation") == free
-
-
-@pytest.mark.parametrize(("given", "right"), [
-    ([1, 2, 3, 4], True), ([3, 2, 3, 4], True), ([1, 2, 1, 4], False), ([1, 4, 3, 4], False),
-    ([5, 2, 3, 4], False)])
-def test_by_likelihood_any_pair_that_has_not_come_may_start(given: list[int], right: bool) -> None:
-    assert is_right(Example([], [(1, 2), (3, 4)], True), given, "likelihood") == right
+    assert is_right(Example([], pairs, True), given, "likelihood") == likely
 
 
 def test_examples_are_the_same_whatever_else_is_asked(suite: NeedleSuite) -> None:
@@ -155,3 +179,270 @@ def test_questions_are_all_that_a_test_may_tell_or_ask(haystacks: dict[str, Hays
     train = haystacks["train"].form
     told = {tuple(fill(s.statement, pair)) for s in train.sentences[False] for pair in train.pairs[False]}
     assert not told & asked
+
+
+Pair = tuple[int, int]
+
+
+def example_of(haystack: Haystack, kind: NeedleKind, depth: float = 0.5, distractors: int = 5, seed: int = 1,
+               length: int = 300
+               ) -> Example:
+    return make_example(kind, haystack, np.random.default_rng(seed), length, depth, distractors)
+
+
+def told(form: NeedleForm, ids: list[int], phrase: str) -> list[tuple[int, Pair, Pair]]:
+    """Return (place, key, value) of all sentences of a kind in a text."""
+    found = []
+    for sentences in form.sentences[True]:
+        opening, between, closing = getattr(sentences, phrase)
+        width = len(opening) + len(between) + len(closing) + 4
+        for i in range(len(ids) - width + 1):
+            key = ids[i + len(opening):][:2]
+            rest = ids[i + len(opening) + 2 + len(between):]
+            value = rest[:2]
+            if ids[i:i + width] == fill((opening, between, closing), np.array(key), np.array(value)):
+                found.append((i, (key[0], key[1]), (value[0], value[1])))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "distractors"), [("single", 0), ("multi-key", 5)])
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_one_of_the_needles_is_asked_for(kind: NeedleKind, distractors: int, depth: float,
+                                         haystacks: dict[str, Haystack]) -> None:
+    haystack = haystacks["heldout"]
+    example = example_of(haystack, kind, depth, distractors)
+    needles = told(haystack.form, example.prompt, "statement")
+    keys = [key for _, key, _ in needles]
+    assert len(set(keys)) == len(keys) == 1 + distractors
+    (value,) = example.answer
+    asked = example.prompt[-2:]
+    (place,) = [p for p, key, v in needles if list(key) == asked and v == value]
+    if not distractors:
+        room = len(example.prompt) - 2 * haystack.form.phrase_tokens("statement", test=True)
+        assert place == pytest.approx(depth * room, abs=4)
+    assert len(example.prompt) + example.answer_tokens == 300
+
+
+def test_all_values_of_a_key_are_asked_for(haystacks: dict[str, Haystack]) -> None:
+    haystack = haystacks["heldout"]
+    example = example_of(haystack, "multi-value")
+    needles = told(haystack.form, example.prompt, "statement")
+    key = tuple(example.prompt[-2 - len(haystack.form.sentences[True][0].all_values[1]):][:2])
+    assert [value for _, k, value in needles if k == key] == example.answer, "in the order of the text"
+    assert len(example.answer) == 4 and example.in_any_order
+    assert len({k for _, k, _ in needles if k != key}) == 5
+
+
+def test_four_keys_are_asked_for_in_the_order_of_the_question(haystacks: dict[str, Haystack]) -> None:
+    haystack = haystacks["heldout"]
+    orders = set()
+    for seed in range(4):
+        example = example_of(haystack, "multi-query", seed=seed)
+        values = {key: value for _, key, value in told(haystack.form, example.prompt, "statement")}
+        keys = {value: key for key, value in values.items()}
+        asked = fill(haystack.form.sentences[True][0].values_of, *(np.array(keys[v]) for v in example.answer))
+        assert example.prompt[-len(asked):] == asked
+        orders.add(tuple(list(values.values()).index(v) for v in example.answer))
+        assert len(values) == 9 and not example.in_any_order
+    assert len(orders) > 1
+
+
+def test_variables_are_followed_from_one_to_the_next(haystacks: dict[str, Haystack]) -> None:
+    haystack = haystacks["heldout"]
+    example = example_of(haystack, "variable-tracking", depth=0.2, distractors=8)
+    assignments = told(haystack.form, example.prompt, "assignment")
+    _, closing = haystack.form.sentences[True][0].holders
+    asked = tuple(example.prompt[-2 - len(closing):][:2])
+    holds: dict[Pair, Pair] = {variable: value for _, variable, value in assignments}
+    assert len(holds) == 12
+
+    def root(variable: Pair) -> Pair:
+        while variable in holds:
+            variable = holds[variable]
+        return variable
+
+    assert [v for _, v, _ in assignments if root(v) == asked] == example.answer
+    assert len(example.answer) == 4 and len({root(v) for v in holds}) == 3
+
+
+@pytest.mark.parametrize("kind", ["multi-key", "multi-value", "multi-query", "variable-tracking"])
+def test_training_documents_tell_nothing_as_a_test_does(kind: NeedleKind,
+                                                        haystacks: dict[str, Haystack]) -> None:
+    haystack = haystacks["train"]
+    phrase = "assignment" if kind == "variable-tracking" else "statement"
+    documents = NeedleDocuments((haystack,), 400, settings=NeedleConfig(kinds=(kind,)))
+    seen: set[Pair] = set()
+    for seed in range(12):
+        assert not told(haystack.form, documents.tokens(seed, 0, 400).tolist(), phrase)
+        for _, key, value in told(haystack.form, example_of(haystack, kind, seed=seed, length=400).prompt,
+                                  phrase):
+            seen |= {key, value}
+    assert len(seen) > 50 and not seen & {(a, b) for a, b in haystack.form.pairs[False].tolist()}
+
+
+def test_distractors_grow_with_the_length_as_far_as_there_are_keys(form: NeedleForm) -> None:
+    size = form.phrase_tokens("statement", test=True)
+    found = [distractors_of("multi-key", form, length, 0.25) for length in (128, 512, 2048, 262144)]
+    assert found[:3] == [3, 512 // 4 // size, 2048 // 4 // size]
+    assert found[3] == len(form.pairs[True]) // 2 - 8
+    assert distractors_of("single", form, 2048, 0.25) == 0
+    assert distractors_of("multi-key", form, 128, 0.99) * size < 128 - 2 * size
+
+
+def test_the_longest_context_is_made_with_all_its_distractors(haystacks: dict[str, Haystack]) -> None:
+    haystack = haystacks["heldout"]
+    for kind in ("multi-key", "variable-tracking"):
+        count = distractors_of(kind, haystack.form, 262144, 0.5)
+        assert len(example_of(haystack, kind, 0.5, count, length=262144).prompt) > 262100
+
+
+def test_blind_choices_pass_less_than_once_in_a_hundred() -> None:
+    assert 1 / MIN_WORDS**PAIR_TOKENS < 0.01
+
+
+KINDS = ("multi-key", "multi-value")
+
+
+def batches(haystack: Haystack) -> list[list[Example]]:
+    """Examples with and without an order; longer than K-EXAONE's window (8) and Solar's
+    original context (256)."""
+    suite = NeedleSuite((haystack,), KINDS, (140, 300), (0.4,), 2, 0.2)
+    return [examples for _, _, examples in suite.examples()]
+
+
+@torch.no_grad()
+def plain_answer(model: Any, example: Example, words: tuple[int, ...], by: Way) -> list[int]:
+    """What transformers says to one prompt, without any of our code."""
+    if by == "generation":
+        ids = torch.tensor([example.prompt])
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                               max_new_tokens=example.answer_tokens, do_sample=False, eos_token_id=None,
+                               pad_token_id=0)
+        return found[0, len(example.prompt):].tolist()
+    said = []
+    ids = list(example.prompt)
+    for token in (t for pair in example.answer for t in pair):
+        logprobs = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        said.append(max(words, key=lambda word: float(logprobs[word])))
+        ids.append(token)
+    return said
+
+
+def plain_verdict(example: Example, said: list[int], by: Way) -> bool:
+    """Whether that is right, told from the strings of words alone."""
+    wanted = [f"{a}+{b}" for a, b in example.answer]
+    given = [f"{said[i]}+{said[i + 1]}" for i in range(0, len(said), 2)]
+    if by == "generation" and example.in_any_order:
+        return len(given) == len(wanted) and set(given) == set(wanted)
+    if by == "generation" or not example.in_any_order:
+        return given == wanted
+    return all(said[2 * i] in [first for first, _ in example.answer[i:]]
+               and said[2 * i + 1] == example.answer[i][1] for i in range(len(wanted)))
+
+
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, imported: dict[str, Path],
+                                                    hf_models: dict[str, Path],
+                                                    haystacks: dict[str, Haystack], one_rank: None) -> None:
+    haystack = haystacks["heldout"]
+    words = haystack.form.words
+    model = AutoModelForCausalLM.from_pretrained(hf_models[family]).eval()
+    reference = [[plain_answer(model, e, words, by) for e in examples] for examples in batches(haystack)]
+    engine = HfEngine(load_hf(hf_models[family]))
+    ours = [answers(examples, words, engine, by) for examples in batches(haystack)]
+    assert ours == reference
+    target = Target(imported[family], False)
+    assert (run_forward_model(target, [], None, lambda loaded: [
+        answers(examples, words, MegatronEngine(loaded.policy), by) for examples in batches(haystack)])
+            == reference)
+    if by == "likelihood":
+        assert all(token in words for rows in reference for row in rows for token in row)
+
+    verdicts = []
+    for examples, said in zip(batches(haystack), reference, strict=True):
+        for number, (example, tokens) in enumerate(zip(examples, said, strict=True)):
+            # an untrained model says nothing right: ask for what it says
+            if number % 2 and by == "generation":
+                pairs = [(a, b) for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
+                example = dataclasses.replace(example, answer=pairs[::-1] if example.in_any_order else pairs)
+            verdicts.append((is_right(example, tokens, by), plain_verdict(example, tokens, by)))
+    assert all(ours == theirs for ours, theirs in verdicts)
+    assert by == "likelihood" or {ours for ours, _ in verdicts} == {True, False}
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}), "tp sp": (2, {"tp": 2, "sp": True}), "dp ep": (2, {"ep": 2}), "pp": (2, {"pp": 2}),
+    "cp": (2, {"cp": 2})}
+
+
+def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
+    """What a checkpoint says at a layout, on this process, by both ways."""
+    from megatron_sov.data.token_shards import open_sources
+    from megatron_sov.eval.needle.text import open_haystacks
+    from megatron_sov.generate.load import load_forward_model
+    from megatron_sov.generate.target import inference_config
+    from megatron_sov.mcore.parallel import world
+
+    path = Path(checkpoint)
+    size = layout.get("tp", 1) * layout.get("ep", 1) * layout.get("pp", 1) * layout.get("cp", 1)
+    settings = [f"parallel.{name}={str(value).lower()}" for name, value in layout.items()]
+    config = inference_config(path, [*settings, "train.precision=fp64"], size)
+    (haystack,) = open_haystacks(open_sources({shards: 1.0}, 1024), "heldout", Path(shards) / "tokenizer")
+    world.join(config.parallel)
+    engine = MegatronEngine(load_forward_model(path, config))
+    suite = NeedleSuite((haystack,), ("multi-key", "multi-query"), (130,), (0.1, 0.8), 2, 0.2)
+    found = {by: [answers(e, haystack.form.words, engine, by) for _, _, e in suite.examples()]
+             for by in ("generation", "likelihood")}
+    world.leave()
+    return found
+
+
+def test_every_layout_says_the_same(ranks, job, imported: dict[str, Path], token_shards: Path) -> None:
+    paths = {"checkpoint": str(imported["solar_open"]), "shards": str(token_shards)}
+    found = ranks(*(job(__file__, "sharded_answers", n, {**paths, "layout": layout})
+                    for n, layout in LAYOUTS.values()))
+    expected = found[0][0]
+    assert len({token for batch in expected["likelihood"] for answer in batch for token in answer}) > 8
+    for name, results in zip(LAYOUTS, found, strict=True):
+        assert all(result == expected for result in results), name
+
+
+def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path],
+                                                          hf_models: dict[str, Path], token_shards: Path,
+                                                          tmp_path: Path, capsys) -> None:
+    EventLog(tmp_path / EVENTS).close()
+    ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
+           "--run", str(tmp_path)]
+    shown = []
+    for folder in (imported["exaone_moe"], hf_models["exaone_moe"]):
+        assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-value", "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert ({(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in shown[0]["cells"]}
+            == {(kind, length, depth, 3) for kind in ("single", "multi-value") for length in (96, 128)
+                for depth in (0.0, 0.9)})
+    events = list(read_events(tmp_path / EVENTS))
+    assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
+        == [("needle", "eval", step, shown[0]["cells"]) for step in (0, None)]
+    for more, sentence in (
+        (["--nproc", "2", "--set", "a=1"], "--set a=1, --nproc 2: is for checkpoints, and"),
+        (["--text", "latin=x"], "--text latin=x: must be LANGUAGE=FILE"),
+        (["--language", "first=perl"], "--language first=perl: must be SOURCE=LANGUAGE"),
+    ):
+        assert main(["eval", "needle", str(hf_models["exaone_moe"]), *ask, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["eval", "needle", str(hf_models["exaone_moe"])]) == 2
+    assert "pass --data DIR or --text LANGUAGE=FILE" in capsys.readouterr().err
+
+
+def test_text_files_serve_without_data(hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("The clocks were striking thirteen.\n" * 50)
+    (tmp_path / "b.txt").write_text("모든 권력은 국민으로부터 나온다.\n" * 50, encoding="utf-8")
+    assert main(["eval", "needle", str(hf_models["solar_open"]), "--text", f"english={tmp_path / 'a.txt'}",
+                 "--text", f"korean={tmp_path / 'b.txt'}", "--lengths", "200", "--depths", "0.5", "--samples",
+                 "2", "--seed", "4", "--by", "likelihood", "--distractor-share", "0.4", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["by"], shown["seed"], shown["distractor_share"]) == ("likelihood", 4, 0.4)
+    assert [(c["kind"], c["language"], c["samples"]) for c in shown["cells"]] \
+        == [("multi-key", "english", 2), ("multi-key", "korean", 2)]

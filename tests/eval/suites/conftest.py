@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.eval.lm.task_files import DATA
+from megatron_sov.eval.lm.tasks import DATA
 from megatron_sov.eval.suites import folding
 from megatron_sov.eval.suites.catalogue import SUITES_FOLDER, suite_tasks
 from megatron_sov.rewards.reward import Result, Row, judged

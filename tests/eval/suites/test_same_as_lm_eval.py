@@ -20,7 +20,7 @@ from suite_items import CASES, PROX_ANSWERS, write
 
 from megatron_sov.eval.suites.catalogue import suite_tasks
 from megatron_sov.eval.suites.folding import fold
-from megatron_sov.eval.suites.items import Item, Response
+from megatron_sov.eval.suites.protocol import Response, TaskItem
 
 THEIRS = Path(lm_eval.tasks.__file__).parent
 Loaded = Callable[[str], Any]
@@ -45,8 +45,9 @@ def ours(name: str, doc: Any, answers: Sequence[str], metric: str) -> list[float
     """Return our scores of answers to one question."""
     protocol = suite_tasks()[name].protocol
     assert protocol is not None
-    items = [Item(doc, "", [Response(answer)]) for answer in answers]
-    return fold(replace(protocol, samples=1, k=(), metrics=("avg",)), items, 1).values(metric)
+    items = [TaskItem(doc, "", [Response(answer)]) for answer in answers]
+    found = fold(replace(protocol, samples=1, k=(), metrics=("avg",)), items, 1).items
+    return [item.scores[metric] for item in found]
 
 
 def test_mmlu_asks_with_five_shots_of_the_subject(tmp_path: Path, loaded: Loaded) -> None:
@@ -143,14 +144,11 @@ def test_hotpotqa_asks_and_judges_as_longbench_does(tmp_path: Path, loaded: Load
     assert ours("hotpotqa", known, ["Yes.", "yes it is", "no"], "f1:avg@1") == [1, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "split", "num_fewshot"),
-    [
-        ("kmmlu", "kmmlu/default/kmmlu_accounting.yaml", "dev", 5),
-        ("haerae", "haerae/haerae_lw.yaml", "", 0),
-        ("click", "click/click_lang/click_lang_text.yaml", "", 0),
-    ],
-)
+@pytest.mark.parametrize(("name", "file", "split", "num_fewshot"), [
+    ("kmmlu", "kmmlu/default/kmmlu_accounting.yaml", "dev", 5),
+    ("haerae", "haerae/haerae_lw.yaml", "", 0),
+    ("click", "click/click_lang/click_lang_text.yaml", "", 0),
+])
 def test_choices_of_korean_suites(name: str, file: str, split: str, num_fewshot: int, tmp_path: Path,
                                   loaded: Loaded) -> None:
     case = CASES[name]

@@ -13,11 +13,9 @@ import pytest
 from suite_items import CASES, write
 
 from megatron_sov.eval.suites.catalogue import check_data, require_data, suite_tasks
-from megatron_sov.eval.suites.folding import fold
-from megatron_sov.eval.suites.items import Folded, Item, Response
+from megatron_sov.eval.suites.folding import TURN, fold
 from megatron_sov.eval.suites.prompts import LETTERS
-from megatron_sov.eval.suites.protocol import Protocol, changed
-from megatron_sov.eval.suites.rows import TURN
+from megatron_sov.eval.suites.protocol import Folded, Protocol, Response, TaskItem, changed
 from megatron_sov.rewards.judge import Judge
 
 TASKS = suite_tasks()
@@ -65,7 +63,7 @@ def test_answers_get_what_they_deserve(name: str, tmp_path: Path, loaded: Callab
     doc = {**doc, TURN: 0} if name == "mt-bench-like" else doc
     folded = scored(name, doc, "framed by a chat template" if name == "mrcr" else prompt, answers)
     for metric in folded.metric_names:
-        assert folded.values(metric) == [1.0, 0.0, 0.0], (metric, folded.items)
+        assert [item.scores[metric] for item in folded.items] == [1.0, 0.0, 0.0], (metric, folded.items)
     assert [item.failed for item in folded.items] == [None] * 3
 
 
@@ -84,7 +82,7 @@ def scored(name: str, doc: Any, prompt: str, answers: list[str]) -> Folded:
     if protocol.reward == "judge":
         protocol = changed(protocol,
                            {"reward_settings": {"endpoint": "http://localhost:1/v1", "model": "judge"}})
-    return fold(protocol, [Item(doc, prompt, [Response(answer, "stop")]) for answer in answers], 1)
+    return fold(protocol, [TaskItem(doc, prompt, [Response(answer, "stop")]) for answer in answers], 1)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -126,4 +124,4 @@ def test_a_judge_without_an_address_is_asked_for() -> None:
     protocol = TASKS["nitibench"].protocol
     assert protocol is not None
     with pytest.raises(UserError, match="--judge endpoint=URL model=NAME"):
-        fold(protocol, [Item({"question": "q", "answer": "a"}, "q", [Response("r")])], 1)
+        fold(protocol, [TaskItem({"question": "q", "answer": "a"}, "q", [Response("r")])], 1)

@@ -75,7 +75,7 @@ torch.cuda.is_available = lambda: True
 torch.cuda._lazy_init = starts
 from megatron_sov import recipes
 from megatron_sov.mcore.model.meta import built_stage
-from megatron_sov.plan.stages import stage_params
+from megatron_sov.plan.held import stage_params
 
 config = recipes.get("tiny-k-exaone")
 assert [built_stage(config, 8, 0).params] == stage_params(config)

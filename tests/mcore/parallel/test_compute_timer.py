@@ -21,7 +21,7 @@ def measured(folder: str) -> list[Any]:
 
     from megatron_sov.config import GuardConfig, ParallelConfig
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.train.guards.stragglers import Stragglers
+    from megatron_sov.train.guards.guards import Stragglers
 
     class Events:
         def write(self, event: str, **fields: Any) -> None:

@@ -203,10 +203,10 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 79 * GIB))
-    device = own_gpu.take(dist.HashStore(), 0, 1, 60 * GIB, SOON)
+    device = own_gpu.take_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
     assert taken == [device] == [torch.device("cuda", index)]
     with pytest.raises(UserError, match=r"^rank 0: its GPU has 70\.0 of 79\.0 GiB free, and the run takes"):
-        own_gpu.take(dist.HashStore(), 0, 1, 75 * GIB, SOON)
+        own_gpu.take_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
 
     def busy(device: torch.device) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
@@ -214,7 +214,7 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
     monkeypatch.setattr(torch.cuda, "set_device", busy)
     with pytest.raises(UserError, match=r"^rank 0: its GPU cannot be used \(CUDA error: CUDA-capable "
                                         r"device\(s\) is/are busy or unavailable\); `nvidia-smi`"):
-        own_gpu.take(dist.HashStore(), 0, 1, 0, SOON)
+        own_gpu.take_gpu(dist.HashStore(), 0, 1, 0, SOON)
 
 
 def test_its_kind_is_what_cuda_reports(monkeypatch: pytest.MonkeyPatch) -> None:

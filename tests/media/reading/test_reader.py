@@ -16,7 +16,7 @@ from PIL import Image
 from megatron_sov.documents import BadRecord
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.reading.reader import MediaReader
-from megatron_sov.work.sandbox import reading
+from megatron_sov.work.sandbox import readers
 
 HOSTILE = '''
 import os, time
@@ -93,7 +93,7 @@ def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     (tmp_path / "code").mkdir()
     (tmp_path / "code/hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
-    monkeypatch.setattr(reading, "_CODE", reading._CODE.replace("from {", "import hostile; from {"))
+    monkeypatch.setattr(readers, "_CODE", readers._CODE.replace("from {", "import hostile; from {"))
     reader = MediaReader(root, MediaLimits(time_s=0.5))
 
     def read(name: str) -> str:

@@ -15,10 +15,8 @@ import pytest
 
 from megatron_sov.config import ObsConfig
 from megatron_sov.errors import UserError
-from megatron_sov.obs.telemetry import otlp, telemetry
-from megatron_sov.obs.telemetry.alerts import Webhook
-from megatron_sov.obs.telemetry.metrics import METRICS, Board
-from megatron_sov.obs.telemetry.otlp import Otlp
+from megatron_sov.obs.telemetry import metrics, telemetry
+from megatron_sov.obs.telemetry.metrics import METRICS, Board, Otlp, Webhook
 from megatron_sov.obs.telemetry.telemetry import Port, Telemetry
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.settings import problems_of
@@ -135,9 +133,9 @@ def test_opentelemetrys_own_reader_sees_the_same() -> None:
 
     board = Board()
     board.add("sov.train.incidents", 2.0, "hang")
-    otlp = Otlp("", board, RESOURCE, Exporter())
-    otlp.send()
-    otlp.close()
+    metrics = Otlp("", board, RESOURCE, Exporter())
+    metrics.send()
+    metrics.close()
     (metric,) = kept[0].resource_metrics[0].scope_metrics[0].metrics
     (point,) = metric.data.data_points
     assert (metric.name, point.value, dict(point.attributes)) == (
@@ -162,7 +160,7 @@ def test_a_collector_that_refuses_is_told_of_once(receiver: Any, tmp_path: Path,
 def test_a_collector_that_hangs_is_waited_for_a_little(receiver: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "CLOSE_S", 0.1)
-    monkeypatch.setattr(otlp, "TIMEOUT_S", 600.0)
+    monkeypatch.setattr(metrics, "TIMEOUT_S", 600.0)
     receiver.hangs.set()
     told(ObsConfig(otlp_endpoint=receiver.url), tmp_path)
     assert len(receiver.requests) <= 1, "nobody has waited for its answer"

@@ -11,8 +11,7 @@ from megatron_sov.config.rounds import with_rounds
 from megatron_sov.data.rounds import rounds_of, rounds_source
 from megatron_sov.mcore.parallel import world
 from megatron_sov.post.policy import objective_of
-from megatron_sov.post.rl.feed import RoundFeed
-from megatron_sov.post.rl.trainer_columns import columns_of_run
+from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import Trainer

@@ -13,8 +13,8 @@ import numpy as np
 
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.config.rollout import RolloutConfig
-from megatron_sov.post.rl.episodes import Episodes
-from megatron_sov.post.rl.missing import Attempt
+from megatron_sov.post.rl.generate import Attempt
+from megatron_sov.post.rl.responses import Episodes
 from megatron_sov.rollouts.prompts import Piece, Prompt
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import Store

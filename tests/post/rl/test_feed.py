@@ -31,15 +31,14 @@ class Told:
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that stands before its first step, on one process."""
-    from megatron_sov.post.rl import feed, trainer_columns
+    from megatron_sov.post.rl import feed
 
     monkeypatch.setattr(feed, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(feed, "sum_dict", lambda values, over: values)
-    for module in (feed, trainer_columns):
-        monkeypatch.setattr(module, "on_main", lambda world, action: action())
-    monkeypatch.setattr(trainer_columns, "document_logprobs", lambda model, documents, chosen, *_: np.full(
+    monkeypatch.setattr(feed, "on_main", lambda world, action: action())
+    monkeypatch.setattr(feed, "document_logprobs", lambda model, documents, chosen, *_: np.full(
         4 * len(chosen), -model.step, np.float32))
-    monkeypatch.setattr(trainer_columns, "files_sha256", lambda path: path.name)
+    monkeypatch.setattr(feed, "files_sha256", lambda path: path.name)
     manifest = SimpleNamespace(content={"groups": {"learns": 1}})
     monkeypatch.setattr(feed, "read_manifest", lambda path: manifest)
     events: list[tuple[str, dict[str, Any]]] = []
@@ -54,8 +53,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
             wait_s: float = 0.0, reference: str = "") -> Any:
-    from megatron_sov.post.rl.feed import RoundFeed
-    from megatron_sov.post.rl.trainer_columns import TrainerColumns
+    from megatron_sov.post.rl.feed import RoundFeed, TrainerColumns
 
     rounds = RoundDocuments(folder, 10, names)
 

@@ -18,15 +18,14 @@ import pytest
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.errors import UserError
 from megatron_sov.generate.request import Batching, Bounds, Generated, Sampling, Stop, Tokens
-from megatron_sov.post.rl.generate import Desk, write_rounds
-from megatron_sov.post.rl.missing import Attempt, Missing
+from megatron_sov.post.rl.generate import Attempt, Desk, Missing, write_rounds
 from megatron_sov.post.rl.responses import Responses, key_digest
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rollouts.prompts import Piece, Prompt, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.claims import Claims
+from megatron_sov.work.claims import Claims, Patience
 
 END = 5
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, piece_prompts=2,
@@ -117,7 +116,7 @@ class Job:
 
 
 def rows_of(store: Store) -> list[Rollout]:
-    return [row for part in store.rollout_parts() for row in store.read_rollouts(part.name)]
+    return [row for part in store.parts() for row in store.read_rollouts(part.name)]
 
 
 def check_whole(store: Store, prompts: list[Prompt], rounds: Sequence[int]) -> list[Rollout]:
@@ -159,7 +158,7 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, pr
     assert again.taken == [0, 2], "each policy is loaded once"
     streams = job.engine.streams[1:] + again.engine.streams[1:]
     assert len(set(streams)) == len(streams) == 24
-    parts = job.store.rollout_parts(2)
+    parts = job.store.parts(2)
     assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
 
 
@@ -182,7 +181,7 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, p
     found = check_whole(job.store, prompts, (1, 2, 3))
     assert any(len(set(r.versions)) > 1 for r in found), "no response was written by two policies"
     assert {r.attempt for r in found} == {0, 1}
-    written = sorted(job.store.rollout_parts(), key=lambda part: part.created_s)
+    written = sorted(job.store.parts(), key=lambda part: part.created_s)
     for later_part in (part for part in written if part.attempt):
         place = (later_part.round, later_part.piece, later_part.attempt - 1)
         (cut,) = [part for part in written if (part.round, part.piece, part.attempt) == place]
@@ -343,11 +342,11 @@ def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[Pro
     job.engine.generate = dies  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         job.run()
-    kept = {part.name: part.manifest_sha256 for part in job.store.rollout_parts()}
+    kept = {part.name: part.manifest_sha256 for part in job.store.parts()}
     again = Job(tmp_path / "store", prompts, lambda: 2)
     assert again.run()["parts"] > 0
     check_whole(again.store, prompts, (1, 2, 3))
-    now = {part.name: part.manifest_sha256 for part in again.store.rollout_parts()}
+    now = {part.name: part.manifest_sha256 for part in again.store.parts()}
     assert len(kept) == 2 and kept.items() <= now.items()
 
 
@@ -360,7 +359,8 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
         for claim in (tmp_path / "store/claims").glob("*/1.json"):  # a sign of life
             claim.write_text(json.dumps({"beat": len(slept)}))
 
-    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, sleep=sleep) for _ in range(2))
+    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=Patience(sleep))
+                for _ in range(2))
     [attempt] = one.missing.take()
     assert attempt.name == "round-0001-piece-0000"
     assert two.run()["waits_for"] == "round 1 waits for pieces that other jobs have claimed"
@@ -397,7 +397,7 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[Prompt
 
 def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
         tmp_path: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post.rl import producing
+    from megatron_sov.post.rl import feed
 
     @contextlib.contextmanager
     def judging() -> Iterator[Callable[[Sequence[Rollout]], list[Result]]]:
@@ -405,23 +405,23 @@ def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
 
     engine: Any = Counting()
     engine.update = lambda weights, version: None
-    monkeypatch.setattr(producing, "MegatronEngine", lambda model, batching: engine)
-    monkeypatch.setattr(producing, "on_main", lambda world, action: action())
-    monkeypatch.setattr(producing, "policy_of_round", lambda run, start, number, rollout: policy(0))
+    monkeypatch.setattr(feed, "MegatronEngine", lambda model, batching: engine)
+    monkeypatch.setattr(feed, "on_main", lambda world, action: action())
+    monkeypatch.setattr(feed, "policy_of_round", lambda run, start, number, rollout: policy(0))
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=None, step=0,
                                 checkpointer=SimpleNamespace(finish=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     rollout = replace(ROLLOUT, deadline_s=0.0)
     writer = Responses(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
-    producer = producing.Producer(
+    producer = feed.Producer(
         partial(Store.create, tmp_path / "store", "sha256:0", 1000), prompts, rollout, tmp_path / "run",
         tmp_path / "start", writer, Batching(), "v1", judging, {})
     store = producer.store()
-    producer.produce(view, 1, lambda: bool(store.rollout_parts()))
-    assert (len(store.rollout_parts()), len(store.reward_parts("v1"))) == (1, 0)
-    producer.produce(view, 1, lambda: bool(store.reward_parts("v1")))
-    assert (len(store.rollout_parts()), len(store.reward_parts("v1"))) == (2, 1)
+    producer.produce(view, 1, lambda: bool(store.parts()))
+    assert (len(store.parts()), len(store.parts(version="v1"))) == (1, 0)
+    producer.produce(view, 1, lambda: bool(store.parts(version="v1")))
+    assert (len(store.parts()), len(store.parts(version="v1"))) == (2, 1)
     assert set(producer.produce(view, 1, lambda: False)) == {"write_s", "judge_s"}
-    assert len(store.reward_parts("v1")) == 2
+    assert len(store.parts(version="v1")) == 2
     check_whole(store, prompts, (1,))
     producer.close()

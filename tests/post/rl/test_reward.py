@@ -19,10 +19,9 @@ from megatron_sov.post.rl.reward import (
 )
 from megatron_sov.rewards.composed import SECOND
 from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.asked import Asked
-from megatron_sov.rollouts.rows import STOP, UNFINISHED, Judged, Key, Rollout
+from megatron_sov.rollouts.rows import STOP, UNFINISHED, Asked, Judged, Key, Rollout
 from megatron_sov.rollouts.store import Store
-from megatron_sov.work.claims import Claims
+from megatron_sov.work.claims import Claims, Patience
 
 SETTINGS = ["language=ko"]
 
@@ -72,9 +71,9 @@ def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Sto
     assert job(store, script).run().unfinished == 1
     assert script.seen == ["가나", "ab", "가a"]
     assert job(store, script).run().parts == 0 and len(script.seen) == 3
-    kept = {part.name: part.manifest_sha256 for part in store.rollout_parts()}
+    kept = {part.name: part.manifest_sha256 for part in store.parts()}
     assert job(store, script, "v2").run().tally.statuses == {"scored": 2, "failed": 1}
-    assert {part.name: part.manifest_sha256 for part in store.rollout_parts()} == kept
+    assert {part.name: part.manifest_sha256 for part in store.parts()} == kept
     first, second = store.read_rewards("v1", "round-0001-piece-0000")
     assert (first.reward, first.status, first.reward_version) == (2.0, "scored", "v1")
     assert first.components == {"n": 1.0, "part.ok": 1.0}
@@ -93,10 +92,10 @@ def test_what_another_job_has_claimed_is_waited_for(store: Store) -> None:
         assert claim.renew()
 
     script = Script()
-    assert job(store, script, wait_s=6.0, sleep=sleep).run().left == 1
+    assert job(store, script, wait_s=6.0, patience=Patience(sleep)).run().left == 1
     assert slept == [5.0, 1.0] and script.seen == ["가a"]
-    assert job(store, script, sleep=sleep).run().left == 1
-    assert job(store, script, claimed_wait_s=3.0, sleep=sleep).run().left == 1
+    assert job(store, script, patience=Patience(sleep)).run().left == 1
+    assert job(store, script, claimed_wait_s=3.0, patience=Patience(sleep)).run().left == 1
     assert slept[2:] == [5.0, 3.0], "until a sign of life is seen, and as long as it was told"
     claim.release()
     assert job(store, script).run().left == 0
@@ -111,7 +110,7 @@ def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: Store) -> No
         now_s += pause_s
 
     claims = Claims(store.claims, 60, lambda: now_s)
-    summary = job(store, Script(), claims=claims, sleep=sleep).run()
+    summary = job(store, Script(), claims=claims, patience=Patience(sleep)).run()
     assert (summary.parts, summary.left, now_s) == (2, 0, 60.0)
 
 
@@ -124,7 +123,7 @@ def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp
 
     def waited(rounds: range | None = None, wait_s: float = 12.0) -> tuple[str, list[float]]:
         slept: list[float] = []
-        summary = job(store, Script(), rounds=rounds, wait_s=wait_s, sleep=slept.append).run()
+        summary = job(store, Script(), rounds=rounds, wait_s=wait_s, patience=Patience(slept.append)).run()
         return summary.waited_for, slept
 
     whole = [5.0, 5.0, 2.0]

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from megatron_sov.eval.judged_samples import Judged
+from megatron_sov.eval.pass_at_k import Judged
 from megatron_sov.post.ssp.choice import Measured, choose, gain
 
 SAMPLES, K = 6, 3

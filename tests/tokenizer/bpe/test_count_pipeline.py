@@ -56,7 +56,7 @@ def test_superwords_come_from_a_sample(corpus: Path, tmp_path: Path) -> None:
 def test_memory_bounds_the_words_and_the_stages_say_so(corpus: Path, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(count_pipeline, "BASE_BYTES", 0)
-    monkeypatch.setattr(count_pipeline.superbpe, "LEARNING_BYTES_PER_BYTE", 1)
+    monkeypatch.setattr(count_pipeline, "LEARNING_BYTES_PER_BYTE", 1)
     [stage] = learn(replace(make_plan(tmp_path), vocab_size=340, transition_size=340, max_memory_bytes=300),
                     groups_of(corpus, None, None)).stages
     assert stage["dropped_words"] > 20 and stage["least_count"] > 1 and 0 < stage["dropped_share"] < 1

@@ -66,7 +66,7 @@ def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tm
 
 def test_what_is_loaded_ahead_is_whole_when_it_is_used() -> None:
     """In a fresh process, since a module is loaded once; a tiny training is done long before its import."""
-    script = ("from tokenizer.formats import round_trip; round_trip.load_ahead(); "
-              "print(callable(round_trip._transformers().PreTrainedTokenizerFast))")
+    script = ("from tokenizer.formats import loaders; loaders.load_ahead(); "
+              "print(callable(loaders._transformers().PreTrainedTokenizerFast))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr

@@ -10,9 +10,9 @@ import pytest
 
 from tokenizer.report import everything
 from tokenizer.report.check import Check
+from tokenizer.report.coverage import Scalars, num_blocks
 from tokenizer.report.everything import CHECKS, NEED_TEXT, check_all
 from tokenizer.report.measures import NamedText
-from tokenizer.report.scalars import Scalars, num_blocks
 
 Toy = Callable[..., Any]
 TEXTS = [NamedText(name, name, ["the cat"], True) for name in ("a", "b")]

@@ -89,8 +89,7 @@ def test_what_a_server_starts_ends_with_it_however_that_ends(tmp_path: Path) -> 
         assert not psutil.wait_procs(daemons, timeout=600)[1]
         host.reset(TASK)
         daemons.append(started())
-        assert host._fork is not None
-        host._fork._process.kill()
+        host._workers.end()
         assert not psutil.wait_procs(daemons, timeout=600)[1]
 
 

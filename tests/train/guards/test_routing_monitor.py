@@ -14,9 +14,12 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EventLog, read_events
 
 prepare_megatron()
-from megatron_sov.train.guards import stragglers  # noqa: E402
-from megatron_sov.train.guards.guards import RoutingMonitor  # noqa: E402
-from megatron_sov.train.guards.stragglers import MAX_SHOWN, Stragglers  # noqa: E402
+from megatron_sov.train.guards import guards  # noqa: E402
+from megatron_sov.train.guards.guards import (  # noqa: E402
+    MAX_SHOWN_RANKS,
+    RoutingMonitor,
+    Stragglers,
+)
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
@@ -68,7 +71,7 @@ def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[flo
              ratio: float = 1.5) -> list[dict[str, Any]]:
     """Report this process's times beside the averages of others; it is rank 0.  Returns the events."""
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(stragglers.collectives, "of_all_ranks", lambda mine: [mine, *others])
+    monkeypatch.setattr(guards.collectives, "of_all_ranks", lambda mine: [mine, *others])
     watch = Stragglers(GuardConfig(straggler_every_steps=4, straggler_ratio=ratio))
     events: Any = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
     for step, seconds in enumerate(own, start=3):
@@ -94,7 +97,7 @@ def test_the_slow_are_those_far_above_the_median(monkeypatch: pytest.MonkeyPatch
 
 def test_of_many_processes_the_slowest_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     (measured,) = reported(monkeypatch, [0.2 + 0.0001 * i for i in range(200)], [0.1, 0.1])
-    assert [int(rank) for rank in measured["seconds"]] == list(range(201 - MAX_SHOWN, 201))
+    assert [int(rank) for rank in measured["seconds"]] == list(range(201 - MAX_SHOWN_RANKS, 201))
 
 
 def test_switched_off_nothing_is_measured() -> None:

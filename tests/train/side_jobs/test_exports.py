@@ -22,8 +22,8 @@ from megatron_sov.cli import main
 from megatron_sov.config import TrainConfig
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.folder import EXPORTS
-from megatron_sov.train.side_jobs import exports as exports_module
-from megatron_sov.train.side_jobs.exports import Exports
+from megatron_sov.train.side_jobs import side_jobs as exports_module
+from megatron_sov.train.side_jobs.side_jobs import Exports
 
 TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
 
@@ -100,7 +100,7 @@ def test_the_process_is_given_the_family_that_the_command_line_named(
     monkeypatch.setattr(models.OWN, "_known", {})
     run.exports().offer(20, run.checkpoint(20), False)
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import replace\nfrom megatron_sov.models.qwen import QWEN3\n"
+        "from dataclasses import replace\nfrom megatron_sov.models.dense_families import QWEN3\n"
         "MINE = replace(QWEN3, name='mine')\n")
     models.OWN.load(f"{tmp_path}/mine.py:MINE")
     run.exports().offer(40, run.checkpoint(40), False)

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov.rewards.code import Code
 from megatron_sov.rewards.reward import judged
 from megatron_sov.work.sandbox import Program, Sandbox
-from megatron_sov.work.sandbox.shared import SANDBOXES
+from megatron_sov.work.sandbox.sandbox import SANDBOXES
 
 SEARCH = r'''
 import ctypes, gc, os, re, sys

@@ -17,19 +17,27 @@ from typing import Any, ClassVar
 
 from data_prep.json_lines import read_objects
 from data_prep.quality.identify import identify
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply, Reply
+from data_prep.synth.generator import (
+    Ask,
+    Generator,
+    Item,
+    Kind,
+    NoReply,
+    NoUsableReply,
+    Reply,
+    Sample,
+    Verdict,
+)
 from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constraints
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
 from data_prep.synth.generators.autoif.texts import Texts, texts_of
 from data_prep.synth.generators.autoif.turns import in_system_turn, in_user_turn
 from data_prep.synth.generators.drawing import one_of, share_of
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.files import PARQUET_SUFFIX, list_files, open_parquet
 from megatron_sov.documents.scripts import script_of
 from megatron_sov.errors import UserError, first_line
-from megatron_sov.rewards.check_functions import MAX_TEXT_CHARS, verdicts
-from megatron_sov.rewards.text_views import views_of
+from megatron_sov.rewards.constraint import MAX_TEXT_CHARS, verdicts, views_of
 from megatron_sov.work.sandbox import shared_sandbox
 
 CONVERSATIONS = ("conversation", "messages", "conversations", "prompt")

@@ -19,16 +19,24 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Le
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.bounds import Grade
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
+from data_prep.synth.generator import (
+    Ask,
+    Generator,
+    Grade,
+    Item,
+    Kind,
+    NoReply,
+    NoUsableReply,
+    Sample,
+    Verdict,
+)
 from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.pretrained import load_pretrained
-from megatron_sov.rewards import check_functions
-from megatron_sov.rewards.format import json_of
+from megatron_sov.rewards import constraint as constraint_checks
+from megatron_sov.rewards.patterns import json_of
 from megatron_sov.rewards.reward import Refused
 from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of
 from megatron_sov.work.sandbox import shared_sandbox
@@ -203,7 +211,7 @@ class Constraints(Generator):
             replies = ask("constraints/check", count=self.settings.num_functions, max_tokens=2048,
                           temperature=FUNCTION_TEMPERATURE, constraint=constraint,
                           language=self._language, num_cases=self.settings.num_cases,
-                          modules=", ".join(sorted(check_functions.MODULES - {"__future__"})),
+                          modules=", ".join(sorted(constraint_checks.MODULES - {"__future__"})),
                           spaceless=self.settings.language in SPACELESS)
         except NoUsableReply as e:  # one instruction, not the fifty of its round
             return [f"was no answer ({e})"]
@@ -239,9 +247,9 @@ class Constraints(Generator):
         plain = texts_of(self.settings.language).plain
         return [*plain, *shuffled(list(dict.fromkeys(written)), item_id, constraint)[:MAX_OTHERS]]
 
-    def _judging(self, source: str, texts: Sequence[str]) -> Sequence[check_functions.Verdict]:
+    def _judging(self, source: str, texts: Sequence[str]) -> Sequence[constraint_checks.Verdict]:
         try:
-            return check_functions.verdicts(shared_sandbox(workers=SANDBOX_WORKERS), source,
+            return constraint_checks.verdicts(shared_sandbox(workers=SANDBOX_WORKERS), source,
                                             texts, call_s=self.settings.call_time_s)
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the function
             raise NoReply(str(e)) from None

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from data_prep.synth.bounds import Grade, Temperature
+from data_prep.synth.generator import Grade, Temperature
 from data_prep.synth.generators.autoif.constraints import SPACELESS, Named
 from data_prep.synth.generators.autoif.kept_constraints import FILE
 from megatron_sov.documents.scripts import LANGUAGES
-from megatron_sov.rewards.text_views import INSTALLED, Segmenter
+from megatron_sov.rewards.constraint import INSTALLED, Segmenter
 from megatron_sov.settings import AtLeastOne, Problem, Share, at_most, find_broken, one_of
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from data_prep.synth.generator import Verdict
 from data_prep.synth.generators.documents.customs import customs_of
 from data_prep.synth.generators.documents.numbers import Numbers, numbers_of
-from data_prep.synth.sample import Verdict
 from megatron_sov.documents.overlap import fold
 from megatron_sov.documents.scripts import LANGUAGES
 

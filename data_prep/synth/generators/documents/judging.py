@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_prep.synth.generator import Ask, NoUsableReply
+from data_prep.synth.generator import Ask, NoUsableReply, Verdict
 from data_prep.synth.generators.documents.answers import same_answer
-from data_prep.synth.sample import Verdict
 from megatron_sov.rewards.answers import normalized
 
 FAITHFUL = (

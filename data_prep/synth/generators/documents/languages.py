@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from data_prep.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
-from data_prep.synth.sample import Verdict
+from data_prep.synth.generator import Verdict
 from megatron_sov.documents.scripts import LANGUAGES, letters_by_script
-from megatron_sov.rewards.language import Language
+from megatron_sov.rewards.surface import Language
 from megatron_sov.settings import one_of
 
 MIN_SCORE = 0.5

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask, Generator, Item, Kind, Sample
 from data_prep.synth.generators.documents.languages import language_of
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items
 from data_prep.synth.generators.documents.verdicts import unknown_language
-from data_prep.synth.sample import Kind, Sample
 
 
 class OfDocuments(Generator):

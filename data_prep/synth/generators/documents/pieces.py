@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.synth.bounds import Temperature
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import Item, Temperature
 from data_prep.synth.generators.documents.languages import ToldApart
 from megatron_sov.documents import Document, Reading, list_files, read_documents
 from megatron_sov.documents.cutting import cut_text

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from data_prep.synth.generator import Reply
+from data_prep.synth.generator import Reply, Sample, Verdict
 from data_prep.synth.generators.documents.verdicts import complete
-from data_prep.synth.sample import Sample, Verdict
 
 MAX_KEPT_CHARS = 2000
 """What is kept of an answer that has not the form that was asked for."""

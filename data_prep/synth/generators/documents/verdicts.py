@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from data_prep.synth.generator import Reply
-from data_prep.synth.sample import Sample, Verdict
+from data_prep.synth.generator import Reply, Sample, Verdict
 
 MAX_TOLD_CHARS = 200
 """Of an input that nothing is asked about."""

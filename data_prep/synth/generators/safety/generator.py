@@ -11,15 +11,24 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, MinLen
 
 from data_prep.quality.identify import identify
-from data_prep.synth.bounds import Grade, Temperature
-from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply, Reply
+from data_prep.synth.generator import (
+    Ask,
+    Generator,
+    Grade,
+    Item,
+    Kind,
+    NoUsableReply,
+    Reply,
+    Sample,
+    Temperature,
+    Verdict,
+)
 from data_prep.synth.generators.autoif.texts import languages as named
 from data_prep.synth.generators.safety.refusals import languages as refusing
 from data_prep.synth.generators.safety.refusals import refuses
 from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.format import json_of
+from megatron_sov.rewards.patterns import json_of
 from megatron_sov.rewards.reward import Refused
 from megatron_sov.settings import ONCE, AtLeastOne, one_of
 

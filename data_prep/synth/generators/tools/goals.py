@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data_prep.synth.bounds import Temperature
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask, Generator, Item, Kind, Sample, Temperature, Verdict
 from data_prep.synth.generators.tools.conversation import Manner, Table, play, scored
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.reference import Reference, reference_of
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Problem, at_most, find_broken
 from megatron_sov.tools.host import EnvironmentHost

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.synth.sample import Verdict
+from data_prep.synth.generator import Verdict
 from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.virtual.spec import Spec, ToolSpec, spec_of
-from megatron_sov.tools.worlds.database import plain, says
+from megatron_sov.tools.worlds.goals import plain, says
 from megatron_sov.tools.worlds.virtual import Virtual
 
 SMALL = 20

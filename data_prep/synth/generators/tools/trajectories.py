@@ -16,12 +16,21 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Le
 
-from data_prep.synth.bounds import Grade, Temperature
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, NoUsableReply
+from data_prep.synth.generator import (
+    Ask,
+    Generator,
+    Grade,
+    Item,
+    Kind,
+    NoReply,
+    NoUsableReply,
+    Sample,
+    Temperature,
+    Verdict,
+)
 from data_prep.synth.generators.tools.conversation import Manner, Message, Played, Table, play, scored
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.chat.marks import BEGIN_CALL
 from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Share

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.synth.bounds import Grade, Temperature
-from data_prep.synth.generator import Ask, Generator, Item
+from data_prep.synth.generator import Ask, Generator, Grade, Item, Kind, Sample, Temperature, Verdict
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
-from data_prep.synth.sample import Kind, Sample, Verdict
 from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt
 from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.virtual.expressions import FUNCTIONS

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix
 
 from data_prep.synth.checks.labels import ALL_CHECKS, Comparison, Labels, gate_of, read_labels
-from data_prep.synth.sample import Verdict
+from data_prep.synth.generator import Verdict
 from megatron_sov.errors import UserError
 
 

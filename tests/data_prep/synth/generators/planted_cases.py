@@ -14,9 +14,8 @@ sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
 from scripted import samples_of
 from synthesis.cases import Case
 
-from data_prep.synth.generator import Generator
+from data_prep.synth.generator import Generator, Sample
 from data_prep.synth.known import generator_class
-from data_prep.synth.sample import Sample
 
 
 def actor(name: str) -> Any:

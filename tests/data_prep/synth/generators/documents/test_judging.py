@@ -11,9 +11,9 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))
 from scripted import ScriptedAsk
 
+from data_prep.synth.generator import Verdict
 from data_prep.synth.generators.documents.judging import agreed, graded
 from data_prep.synth.generators.documents.verdicts import until_failed
-from data_prep.synth.sample import Verdict
 
 
 @pytest.mark.parametrize(("said", "passed"), [

@@ -1,0 +1,217 @@
+"""Fitting the parameters of the model of speed to measured runs: few numbers, each near what is physical.
+
+Least squares of the logarithm of predicted over measured throughput, with a soft loss (a row that lies far
+off counts little) and a prior for each number: how far it may go from where vendors and papers have it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.plan.speed.parameters import Parameters
+from megatron_sov.plan.speed.step import step_time
+from megatron_sov.plan.speed.workload import Workload
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Where a number is expected before any run is seen."""
+
+    value: float
+    """The middle."""
+    spread: float
+    """Half width of what is likely: as a share of the value."""
+    low: float
+    """Least that is possible."""
+    high: float
+    """Most that is possible."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A measured run."""
+
+    workload: Workload
+    """What ran."""
+    tokens_per_s_per_gpu: float
+    """How fast."""
+    weight: float = 1.0
+    """How much it counts."""
+
+
+SOFT = 0.1
+"""Error (a share) from which on a row's weight fades: it has a cause that the model does not know."""
+STEP = 1e-2
+"""Step of the slopes, in units of a prior's spread."""
+PRIOR_WEIGHT = 0.25
+"""Weight of a number's distance from its prior, in units of a row that is off by `SOFT`."""
+
+
+def error(sample: Sample, parameters: Parameters) -> float:
+    """Return the logarithm of predicted over measured throughput."""
+    return math.log(step_time(sample.workload, parameters).tokens_per_s_per_gpu
+                    / sample.tokens_per_s_per_gpu)
+
+
+def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, max_rounds: int = 40,
+        progress: Callable[[str], None] = lambda line: None) -> Parameters:
+    """Return the parameters that fit best; numbers without a prior stay.
+
+    Args:
+        samples: measured runs.
+        priors: path of a number (`product_fraction.hopper.bf16`) -> prior.
+        start: where to begin.
+        max_rounds: evaluations of the slopes.
+        progress: told what happens.
+    """
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    paths = list(priors)
+    table = deepcopy(vars(start))
+    low, high = (np.array([_to_line(getattr(priors[path], end), priors[path]) for path in paths])
+                 for end in ("low", "high"))
+    first = np.clip(np.array([_to_line(_get(table, path), priors[path]) for path in paths]),
+                    low + 1e-9, high - 1e-9)
+    middle = np.array([_to_line(priors[path].value, priors[path]) for path in paths])
+    spread = np.array([_spread(priors[path]) for path in paths])
+
+    def parameters(x: Any) -> Parameters:
+        found = deepcopy(table)
+        for path, value in zip(paths, x, strict=True):
+            _set(found, path, _from_line(float(value), priors[path]))
+        return Parameters(**found)
+
+    def one(row: int, p: Parameters) -> float:
+        return _soft(error(samples[row], p)) * math.sqrt(samples[row].weight)
+
+    def residuals(x: Any) -> Any:
+        p = parameters(x)
+        rows = [one(row, p) for row in range(len(samples))]
+        return np.array([*rows, *(PRIOR_WEIGHT * (x - middle) / spread)])
+
+    touched: list[list[int]] = []
+
+    def slopes(x: Any) -> Any:
+        base = residuals(x)
+        table = np.zeros((len(base), len(paths)))
+        for column in range(len(paths)):
+            step = STEP * spread[column] * (1 if x[column] + STEP * spread[column] < high[column] else -1)
+            moved = x.copy()
+            moved[column] += step
+            p = parameters(moved)
+            if len(touched) <= column:  # most numbers matter to few rows, always the same
+                rows = range(len(samples))
+                touched.append([row for row in rows if one(row, p) != base[row]])
+            for row in touched[column]:
+                table[row, column] = (one(row, p) - base[row]) / step
+            table[len(samples) + column, column] = PRIOR_WEIGHT / spread[column]
+        return table
+
+    found = least_squares(residuals, first, slopes, bounds=(low, high), max_nfev=max_rounds, xtol=1e-4,
+                          ftol=1e-4, x_scale=spread)
+    progress(f"{found.nfev} rounds, cost {found.cost:.2f}")
+    return parameters(found.x)
+
+
+def _soft(deviation: float) -> float:
+    """Return a deviation in units of `SOFT` whose square grows as a logarithm from there (Cauchy's loss)."""
+    ratio = deviation / SOFT
+    return math.copysign(math.sqrt(math.log1p(ratio * ratio)), ratio)
+
+
+def _is_share(prior: Prior) -> bool:
+    """Return whether a number may be zero, and is fitted as it stands, not by its logarithm."""
+    return prior.low <= 0
+
+
+def _to_line(value: float, prior: Prior) -> float:
+    return value if _is_share(prior) else math.log(value)
+
+
+def _from_line(value: float, prior: Prior) -> float:
+    return value if _is_share(prior) else math.exp(value)
+
+
+def _spread(prior: Prior) -> float:
+    return prior.spread * (max(prior.value, 0.1 * prior.high) if _is_share(prior) else 1)
+
+
+def _get(table: dict[str, Any], path: str) -> float:
+    for name in path.split("."):
+        table = table[name]
+    return float(table)  # type: ignore[arg-type]
+
+
+def _set(table: dict[str, Any], path: str, value: float) -> None:
+    *folders, name = path.split(".")
+    for folder in folders:
+        table = table[folder]
+    table[name] = value
+
+
+# What vendors, papers and kernels' own timings say of the parameters before any run is seen.
+
+PRIORS = {
+    # cuBLAS on large shapes: 250 to 280 of an A100's 312 TFLOP/s, 600 to 750 of an H100's 989, 1,500 to 1,800
+    # of a B200's 2,250; in FP8 1,100 to 1,400 of 1,979 and 2,800 to 3,500 of 4,500
+    # (an MI300X, which is not fitted: 620 of 1,307 and 990 of 2,615, SemiAnalysis, December 2024)
+    "product_fraction.ampere.bf16": Prior(0.80, 0.15, 0.5, 0.95),
+    "product_fraction.hopper.bf16": Prior(0.70, 0.15, 0.4, 0.9),
+    "product_fraction.hopper.fp8": Prior(0.62, 0.15, 0.35, 0.9),
+    "product_fraction.blackwell.bf16": Prior(0.72, 0.15, 0.4, 0.95),
+    "product_fraction.blackwell.fp8": Prior(0.68, 0.15, 0.4, 0.95),
+    "product_fraction.blackwell.fp4": Prior(0.45, 0.25, 0.2, 0.9),
+    "power_exponent": Prior(0.5, 0.5, 0.0, 1.5),
+    "product_half_depth": Prior(200.0, 0.5, 20.0, 800.0),
+    "product_fill_s": Prior(5e-6, 0.5, 1e-6, 1.5e-5),
+    # FlashAttention 3 (arXiv 2407.08608, figures 5 and 6): 500 to 700 TFLOP/s of an H100;
+    # 2 (arXiv 2307.08691): 180 to 220 of an A100 and 300 to 400 of an H100
+    "attention_fraction.ampere": Prior(0.60, 0.15, 0.3, 0.85),
+    "attention_fraction.hopper": Prior(0.55, 0.15, 0.3, 0.85),
+    "attention_fraction.blackwell": Prior(0.50, 0.2, 0.25, 0.85),
+    "attention_portable.ampere": Prior(0.80, 0.2, 0.4, 1.0),
+    "attention_portable.hopper": Prior(0.55, 0.2, 0.25, 1.0),
+    "attention_half_tokens": Prior(300.0, 0.7, 20.0, 3000.0),
+    "attention_half_width": Prior(10.0, 0.7, 1.0, 60.0),
+    "scan_fraction": Prior(0.08, 0.4, 0.01, 0.5),
+    "expert_fraction": Prior(0.85, 0.15, 0.4, 1.0),
+    "fused_expert_fraction": Prior(0.95, 0.1, 0.6, 1.15),
+    "expert_half_tokens": Prior(150.0, 0.5, 10.0, 800.0),
+    "hbm_fraction": Prior(0.80, 0.08, 0.4, 0.92),
+    "unfused_passes": Prior(1.8, 0.3, 1.2, 6.0),
+    "moe_passes": Prior(1.3, 0.4, 1.0, 5.0),
+    "quantize_passes.fp8": Prior(1.0, 0.5, 0.2, 4.0),
+    "quantize_passes.mxfp8": Prior(1.2, 0.5, 0.2, 4.0),
+    "quantize_passes.nvfp4": Prior(1.5, 0.5, 0.2, 6.0),
+    # a layer has about 60 kernels in both passes, one with experts 200 more, at 5 to 10 us each
+    "layer_launch_s": Prior(1.5e-3, 0.5, 2e-4, 6e-3),
+    "moe_launch_s": Prior(5e-3, 0.6, 5e-4, 1.5e-2),
+    "moe_stall_s": Prior(1e-3, 0.8, 1e-4, 8e-3),
+    "dropping_launch_share": Prior(0.4, 0.8, 0.05, 1.0),
+    "quantized_launch.fp8": Prior(1.2, 0.15, 1.0, 2.5),
+    "quantized_launch.mxfp8": Prior(1.2, 0.15, 1.0, 2.5),
+    "graph_launch_share": Prior(0.5, 0.5, 0.1, 1.0),
+    "moe_ageing": Prior(1.2, 0.15, 1.0, 2.5),
+    "dense_ageing": Prior(1.05, 0.05, 1.0, 1.4),
+    "inside_fraction": Prior(0.75, 0.12, 0.3, 0.92),
+    "between_fraction": Prior(0.75, 0.15, 0.2, 0.92),
+    "ep_fraction.alltoall": Prior(0.60, 0.3, 0.1, 1.0),
+    "ep_fraction.deepep": Prior(0.80, 0.2, 0.1, 1.0),
+    "ep_fraction.hybridep": Prior(0.80, 0.2, 0.1, 1.0),
+    "tp_exposed": Prior(0.9, 0.15, 0.3, 1.2),
+    "tp_exposed_overlapped": Prior(0.4, 0.5, 0.05, 1.0),
+    "ep_exposed_overlapped": Prior(0.3, 0.5, 0.05, 1.0),
+    "dp_exposed": Prior(0.1, 0.6, 0.01, 0.6),
+    "fsdp_exposed": Prior(0.3, 0.5, 0.02, 1.0),
+    "cp_exposed": Prior(0.3, 0.6, 0.02, 1.5),
+    "pp_exposed": Prior(0.3, 0.6, 0.02, 1.0),
+    "untuned_slowdown": Prior(1.3, 0.3, 1.0, 4.0),
+    "host_bytes_per_s": Prior(15e9, 0.5, 3e9, 6e10),
+    "step_overhead_s": Prior(0.02, 0.8, 1e-3, 0.1),
+}
+"""Path of a number in `Parameters` -> what is expected of it; the others stay as they are."""

@@ -1,0 +1,137 @@
+"""What `sov-data synth` is asked for, as it is typed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from data_prep.synth.checks.arguments import CheckOptions
+from megatron_sov.errors import UserError
+from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, only_with
+from megatron_sov.work.arrays import ClusterOptions
+
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+_SECONDS = (86400.0, 3600.0, 60.0, 1.0)
+Threads = Annotated[AtLeastOne, Le(4096)]
+"""Each is a thread of this process."""
+Timeout = Annotated[NotNegative, Ge(0.1)]
+"""Seconds of an attempt."""
+MaxTokensField = Literal["max_tokens", "max_completion_tokens", "none"]
+"""max_completion_tokens: what OpenAI's reasoning models take; none: for what refuses both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthModelOptions:
+    """Who writes, and who judges."""
+
+    engine: Annotated[str, Flag(value="URL|DIR")] = ""
+    """The model that writes: an OpenAI-compatible address up to /v1, or a checkpoint or Hugging Face
+    folder."""
+    model: Annotated[str, Flag(value="NAME")] = ""
+    """Its name at the address."""
+    api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
+    """Variable of the environment with the key of the address (default: OPENAI_API_KEY)."""
+    input_price: NotNegative | None = None
+    """Of a million tokens that it reads."""
+    output_price: NotNegative | None = None
+    """Of a million tokens that it writes."""
+    max_tokens_field: Annotated[MaxTokensField | None, Flag(value="NAME")] = None
+    """What it is told the longest answer by: max_tokens, max_completion_tokens, or none (default:
+    max_tokens)."""
+    judge_engine: Annotated[str, Flag(value="URL|DIR")] = ""
+    """The model that judges, likewise (default: that which writes)."""
+    judge_model: Annotated[str, Flag(value="NAME")] = ""
+    """Its name at the address."""
+    judge_api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
+    """Variable of the environment with the key of the judge's address."""
+    judge_input_price: NotNegative | None = None
+    """Of a million tokens that the judge reads."""
+    judge_output_price: NotNegative | None = None
+    """Of a million tokens that the judge writes."""
+    judge_max_tokens_field: Annotated[MaxTokensField | None, Flag(value="NAME")] = None
+    """What the judge is told the longest answer by (default: that of the model that writes)."""
+    judge_max_tokens: AtLeastOne = 1024
+    """Longest answer of whoever judges, with its thoughts."""
+    same_model: bool = False
+    """Endpoints' models are those whose answers are kept, though they answer fixed questions otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthLimitOptions:
+    """What a run may take."""
+
+    threads: Threads = 16
+    """Requests at a time."""
+    timeout: Annotated[Timeout, Flag(value="S")] = 600.0
+    """Seconds for one request."""
+    max_attempts: AtLeastOne = 5
+    """For one request."""
+    patience: Annotated[str, Flag(value="TIME")] = "10m"
+    """How long an endpoint that is full or away is waited for."""
+    max_tokens_total: NotNegativeInt = 0
+    """End with 75 before all commands on this folder have used more tokens (0: no limit)."""
+    max_cost: NotNegative = 0.0
+    """End with 75 before they have cost more (0: no limit)."""
+    max_time: Annotated[str, Flag(value="TIME")] = ""
+    """End with 75 before this command has taken longer, e.g. 2h or 1h30m."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthClusterOptions(ClusterOptions):
+    """Where a run is submitted to."""
+
+    serve_vllm: Annotated[Path | None, Flag(value="DIR"), only_with("cluster")] = None
+    """With --cluster: submit a vLLM server of this model beside the workers, in place of --engine."""
+    vllm_args: Annotated[str, Flag(value="WORDS"), only_with("cluster")] = ""
+    """More arguments of `vllm serve`, in quotes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, CheckOptions):
+    """Make data with a model: a generator asks, checks what comes back, and keeps what passes.
+
+    A killed command goes on when it is run again, and pays for no answer twice; one that has used up a limit
+    ends with 75 and goes on when the limit is raised."""
+
+    generator: Annotated[str, Flag("GENERATOR")] = ""
+    """What is made."""
+    list: bool = False
+    """List the generators, or the settings of GENERATOR, and end."""
+    input: Annotated[tuple[Path, ...], Flag(many=True)] = ()
+    """What items are made from: files, or folders of them."""
+    output: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder of the run."""
+    changes: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """Setting of the generator."""
+    prompts: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder of templates that go before the packaged ones of the same name."""
+    limit: AtLeastOne | None = None
+    """First N items alone."""
+    redo: bool = False
+    """Make all items again, with other settings, templates or models, or a changed input; answers that still
+    fit cost nothing."""
+    workers: AtLeastOne | None = None
+    """Processes of the checks (default: this machine's cores); with --cluster, jobs that ask (default: 4)."""
+
+    @property
+    def patience_s(self) -> float:
+        """Return how long an endpoint is waited for."""
+        return duration_s("--patience", self.patience)
+
+
+def duration_s(option: str, text: str) -> float:
+    """Return the seconds of a time such as 2h, 1h30m, 90s or 90.
+
+    Raises:
+        UserError: it is none.
+    """
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    found = _TIME.fullmatch(text)
+    if not found or not text:
+        raise UserError(f"{option} {text}: must be a time such as 2h, 1h30m or 90s")
+    return sum(float(part) * seconds for part, seconds in zip(found.groups(), _SECONDS, strict=True) if part)

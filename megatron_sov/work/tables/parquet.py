@@ -1,0 +1,229 @@
+"""Parquet files that appear whole, and are read within bounds, whoever has written them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from megatron_sov.artifacts import disk_errors, fsync_path, new_file
+from megatron_sov.errors import UserError, first_line
+from megatron_sov.sealed import open_parquet, seal_file, seal_parquet
+
+MAX_ROWS = 1 << 20
+"""Of one file."""
+MAX_BYTES = 4 << 30
+"""Of one file's columns in memory: a few kilobytes on the disk can stand for any number of equal values."""
+_WIDTHS = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
+"""Physical type -> bytes of a value."""
+_SMALLER = "make parts smaller (of rollouts: rollout.piece_prompts)"
+MAKE_AGAIN = "restore it from a copy, or delete its folder to have it made again"
+
+
+@contextlib.contextmanager
+def refused_damage(file: Path, way: str) -> Iterator[None]:
+    """Turn what pyarrow says of a file that is none of its own into a `UserError` with the way out."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{file}: cannot be read (it is not there); {way}") from None
+    except (pa.ArrowException, OSError, ValueError, IndexError) as e:
+        raise UserError(f"{file}: is damaged, or no Parquet file ({first_line(e)}); {way}") from None
+
+
+def write_table(file: Path, table: pa.Table, dictionary: Sequence[str], split: Sequence[str]) -> None:
+    """Write a table as a new file.
+
+    Args:
+        file: to write.
+        table: its rows.
+        dictionary: leaves whose values repeat, each of which is written once.
+        split: leaves of floats, whose bytes are sorted by their place, since exponents are much alike.
+    """
+    with open(file, "wb") as f:  # ours and not Arrow's: what the disk refuses keeps its number
+        parquet.write_table(table, f, compression="zstd", use_dictionary=list(dictionary),
+                            column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+                            write_statistics=False, store_schema=True)
+
+
+def table_problem(table: pa.Table) -> str:
+    """Return a sentence where a table is larger than what is read again, else an empty text."""
+    return _too_large(table.num_rows, table.nbytes)
+
+
+def read_table(file: Path, schema: pa.Schema) -> pa.Table:
+    """Return the rows of a file; its texts are dictionaries, which hold each value once.
+
+    Args:
+        file: to read.
+        schema: columns to read, and the types that they must have; the file may have more.
+
+    Raises:
+        UserError: it is no Parquet file, a damaged one, lacks a column, or is too large.
+    """
+    texts = [field.name for field in schema if field.type == pa.string()]
+    with refused_damage(file, MAKE_AGAIN):
+        with parquet.ParquetFile(file) as plain:
+            _check(file, plain, schema)
+            with parquet.ParquetFile(file, metadata=plain.metadata, read_dictionary=texts) as opened:
+                table = opened.read(schema.names, use_threads=False)
+        table.validate(full=True)
+    empty = [field.name for field in schema if not field.nullable and table[field.name].null_count]
+    if empty:
+        raise UserError(f"{file}: column {empty[0]!r} has places without a value; the store did not write it")
+    return table
+
+
+def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
+    """Raise `UserError` where a file has other columns, or more in them than may be read."""
+    found = opened.schema_arrow
+    for field in schema:
+        if field.name not in found.names:
+            raise UserError(f"{file}: has no column {field.name!r} (columns: {', '.join(found.names)}); the "
+                            "store did not write it")
+        if found.field(field.name).type != field.type:
+            raise UserError(f"{file}: column {field.name!r} is {found.field(field.name).type}, must be "
+                            f"{field.type}; the store did not write it")
+    leaves = [group.column(k) for group in map(opened.metadata.row_group, range(opened.num_row_groups))
+              for k in range(group.num_columns)]
+    size_bytes = sum(_bytes_of(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in schema.names)
+    if problem := _too_large(opened.metadata.num_rows, size_bytes):
+        raise UserError(f"{file}: {problem}")
+    for leaf in leaves:
+        if (leaf.path_in_schema in schema.names and schema.field(leaf.path_in_schema).type != pa.string()
+                and leaf.physical_type == "BYTE_ARRAY" and leaf.has_dictionary_page):
+            raise UserError(f"{file}: column {leaf.path_in_schema!r} repeats its values by a dictionary, in "
+                            "which little stands for much; the store did not write it")
+
+
+def _bytes_of(leaf: Any) -> int:
+    """Return what a column of a row group takes in memory, texts once for each that differs."""
+    width = _WIDTHS.get(leaf.physical_type)
+    return int(leaf.total_uncompressed_size if width is None else leaf.num_values * width)
+
+
+def _too_large(rows: int, size_bytes: int) -> str:
+    if rows > MAX_ROWS:
+        return f"has {rows:,} rows, at most {MAX_ROWS:,}; {_SMALLER}"
+    if size_bytes > MAX_BYTES:
+        return f"takes {size_bytes / 2**30:.1f} GiB in memory, at most {MAX_BYTES / 2**30:g}; {_SMALLER}"
+    return ""
+
+
+def texts_of(column: pa.ChunkedArray) -> list[str | None]:
+    """Return the texts of a column; equal ones of it are one object.
+
+    Raises:
+        ValueError: one is no UTF-8.
+    """
+    found: list[str | None] = []
+    for chunk in column.chunks:
+        values = [*chunk.dictionary.to_pylist(), None]
+        found += [values[i] for i in chunk.indices.fill_null(len(values) - 1).to_numpy().tolist()]
+    return found
+
+
+def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Return the list of each row as a view that nobody may write to."""
+    found: list[np.ndarray] = []
+    for chunk in column.chunks:
+        values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy().tolist()
+        found += [values[start:end] for start, end in itertools.pairwise(ends)]
+    return found
+
+
+def lists(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
+    """Return a column with an array in each row.
+
+    Raises:
+        ValueError: all together are more than one file may hold.
+    """
+    ends = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
+    if problem := _too_large(0, int(ends[-1]) * np.dtype(dtype).itemsize):
+        raise ValueError(problem)
+    flat = (np.concatenate(values, dtype=dtype, casting="unsafe") if len(values) else np.zeros(0, dtype))
+    field = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat), type=pa.list_(field))
+
+
+class TableFile:
+    """A Parquet file under construction: `with TableFile(path, schema) as file: file.write(...)`; it appears
+    under its name when it is complete, with a checksum of its own, and on the disk."""
+
+    def __init__(self, path: Path, columns: pa.Schema) -> None:
+        self.path, self.columns = path, columns
+        self._seal, self._new = "", new_file(path, makes_parents=True)
+
+    def __enter__(self) -> Self:
+        self._temporary = self._new.__enter__()
+        with disk_errors(self.path):
+            self._writer = parquet.ParquetWriter(self._temporary, self.columns, compression="zstd")
+        return self
+
+    def write(self, columns: dict[str, list[Any]]) -> None:
+        """Write one group of rows.
+
+        Raises:
+            UserError: the disk is full.
+            pa.ArrowInvalid, pa.ArrowTypeError: a value is not of its column's type.
+        """
+        table = pa.table([pa.array(columns[f.name], f.type) for f in self.columns], self.columns)
+        if table.num_rows:
+            with disk_errors(self.path):
+                self._writer.write_table(table, row_group_size=table.num_rows)
+
+    def close(self) -> str:
+        """Bring all of it to the disk, still under its temporary name; returns its checksum."""
+        if not self._seal:
+            with disk_errors(self.path):
+                seal_parquet(self._writer)
+                self._writer.close()
+                self._seal = seal_file(self._temporary)
+                fsync_path(self._temporary)
+        return self._seal
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._new.__exit__(kind, error, trace)
+            return
+        with contextlib.ExitStack() as stack:
+            stack.push(self._new)
+            self.close()
+
+
+def read_groups(files: Sequence[Path], seals: Sequence[str | None], way: Callable[[Path], str]
+                ) -> Iterator[list[pa.Table]]:
+    """Yield the groups of rows of a file beside those of the columns that later jobs have added to it.
+
+    Args:
+        files: of `TableFile`: the first one, and those with more columns of the same rows, in order.
+        seals: the checksum that each must have; None: any of its own.
+        way: what to do where a file is damaged.
+
+    Raises:
+        UserError: a file is missing, damaged, or has other rows.
+    """
+    opened = []
+    for file, seal in zip(files, seals, strict=True):
+        with refused_damage(file, way(file)):
+            opened.append(open_parquet(file, way(file), is_required=True, seal=seal))
+    for i in range(opened[0].num_row_groups):
+        group: list[pa.Table] = []
+        for file, whole in zip(files, opened, strict=True):
+            with refused_damage(file, way(file)):
+                group.append(whole.read_row_group(i, use_threads=False))
+            if group[-1].num_rows != group[0].num_rows:
+                raise UserError(f"{file}: has {group[-1].num_rows} rows where {files[0]} has "
+                                f"{group[0].num_rows}; {way(file)}")
+        yield group

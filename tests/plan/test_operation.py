@@ -1,0 +1,344 @@
+"""Effective training time: the simulation against the closed form, that against Daly's, and both against
+brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.clusters import cluster
+from megatron_sov.config import apply_settings
+from megatron_sov.errors import UserError
+from megatron_sov.plan.operation import (
+    Conditions,
+    FailureKind,
+    best_interval_s,
+    checkpoint_bytes,
+    conditions,
+    cost,
+    goodput,
+    operation,
+    rank_bytes,
+    write_times,
+)
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from plan_failures import (
+    Breakage,
+    RepairConditions,
+    daly_interval_s,
+    progress,
+    simulate,
+    wall_of,
+    young_interval_s,
+)
+
+ANY = (FailureKind("any", 1.0, 600.0),)
+DAY_S = 86400.0
+
+
+def by_brute_force(c: Conditions, time_s: float, step_s: float = 0.25) -> tuple[float, float]:
+    """Walk through a stretch of training in small steps; returns (work, work in a whole checkpoint)."""
+    worked, kept, since = 0.0, 0.0, 0.0
+    stall, write, waiting = 0.0, math.inf, 0.0  # left of the copy; until it is there; work in the copy
+    for _ in range(round(time_s / step_s)):
+        if stall > 0:
+            stall -= step_s
+        elif since < c.interval_s:
+            worked, since = worked + step_s, since + step_s
+        write -= step_s
+        if write <= 0:
+            kept, write = waiting, math.inf
+        if stall <= 0 and since >= c.interval_s and write == math.inf:
+            stall, write, waiting, since = c.stall_s, c.stall_s + c.write_s, worked, 0.0
+    return worked, kept
+
+
+@pytest.mark.parametrize(("interval_s", "stall_s", "write_s"), [
+    (10, 0, 0.25), (10, 2, 3), (10, 2, 15), (4, 1, 4), (7, 3, 0.25)])
+def test_progress_is_what_a_walk_through_it_gives(interval_s: float, stall_s: float, write_s: float) -> None:
+    c = Conditions(1e-3, ANY, interval_s, stall_s, write_s)
+    for time_s in (1.0, 9.5, 10.5, 12.5, 15.5, 30.5, 47.5, 101.5):
+        assert progress(c, time_s) == pytest.approx(by_brute_force(c, time_s), abs=0.51)
+
+
+def test_without_failures_checkpoints_alone_take_time() -> None:
+    c = Conditions(0.0, ANY, 100, 5, 20)
+    outcome = simulate(c, 1000)
+    assert (outcome.wall_s, outcome.stalled_s, outcome.num_failures) == (1000 + 9 * 5, 45, 0)
+    assert goodput(c) == pytest.approx(100 / 105) and math.isinf(best_interval_s(c))
+    slow = replace(c, write_s=150)  # the second and every later one waits for the one before
+    assert wall_of(slow, 1000) == 1000 + 9 * 5 + 8 * 50 and goodput(slow) == pytest.approx(100 / 155)
+
+
+@pytest.mark.parametrize("c", [
+    Conditions(1 / 18_000, ANY, 300, 2, 60),
+    Conditions(1 / 3_000, ANY, 600, 30, 500),
+    Conditions(1 / 5_000, (FailureKind("process", 0.7, 120), FailureKind("hang", 0.3, 1800)), 200, 1, 300),
+    Conditions(1 / 900, ANY, 300, 60, 0),
+], ids=["10,000 GPUs", "slow store", "two kinds", "hardly any progress"])
+def test_the_simulation_agrees_with_the_closed_form(c: Conditions) -> None:
+    """Within three standard errors, and those are below half a per cent."""
+    found = [simulate(c, 200 * c.mtbf_s, seed).goodput for seed in range(60)]
+    error = statistics.stdev(found) / math.sqrt(len(found))
+    assert abs(statistics.mean(found) - goodput(c)) < 3 * error < 0.01
+
+
+def test_a_checkpoint_that_is_waited_for_is_dalys_model() -> None:
+    """Equation 20 of his paper: T = M exp(R / M) (exp((tau + delta) / M) - 1) Ts / tau."""
+    m, r, tau, delta = 9_000.0, 400.0, 1_200.0, 90.0
+    daly = tau / (m * math.exp(r / m) * (math.exp((tau + delta) / m) - 1))
+    assert goodput(Conditions(1 / m, (FailureKind("any", 1, r),), tau, delta, 0)) == pytest.approx(daly)
+
+
+@pytest.mark.parametrize(("mtbf_s", "stall_s"), [(18_000, 2), (3_600, 30), (86_400, 120)])
+def test_the_best_interval_is_dalys_and_nearly_youngs(mtbf_s: float, stall_s: float) -> None:
+    c = Conditions(1 / mtbf_s, ANY, 1.0, stall_s, 0)
+    best = best_interval_s(c)
+    assert best == pytest.approx(daly_interval_s(stall_s, mtbf_s), rel=2e-3)
+    assert best == pytest.approx(young_interval_s(stall_s, mtbf_s), rel=0.1)
+    around = [goodput(replace(c, interval_s=best * factor)) for factor in (0.8, 1, 1.25)]
+    assert max(around) == around[1]
+
+
+def test_no_checkpoint_begins_before_the_last_is_written() -> None:
+    c = Conditions(1 / 18_000, ANY, 1.0, 0.1, 400)
+    assert best_interval_s(c) == pytest.approx(400, rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_run_and_parts_add_up() -> None:
+    c = Conditions(1 / 4_000, ANY, 300, 5, 30)
+    first, again, other = (simulate(c, 10 * DAY_S, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first.wall_s > first.work_s == 10 * DAY_S
+    assert first.num_failures == pytest.approx(first.wall_s / 4_000, rel=0.25)
+
+
+def test_a_failure_during_a_restart_begins_the_restart_anew() -> None:
+    """Failures 150 s after the start of training, 40 s into the restart, then never."""
+    c = Conditions(1e-3, (FailureKind("any", 1, 100),), 60, 0, 10)
+    outcome = simulate(c, 300, delays=iter((150, 40, math.inf, math.inf)))
+    assert (outcome.redone_s, outcome.restarting_s, outcome.num_failures) == (30, 140, 2)
+    assert outcome.wall_s == 300 + 30 + 140
+
+
+def test_without_spares_a_run_waits_for_the_first_repair() -> None:
+    broken = (Breakage("node", 1, 100),)
+    c = RepairConditions(1e-3, broken, 1000, 0, 10, spare_nodes=1, repair_s=5000)
+    log = (150, 900, 800, 900, math.inf)
+    # at 150 the spare serves; 100 s of restart and 800 of training later it breaks as well, and the first
+    # node is back at 5150
+    outcome = simulate(c, 900, delays=iter(log))
+    assert outcome.waiting_s == 5150 - 1050 and outcome.num_failures == 2
+    assert simulate(replace(c, spare_nodes=None), 900, delays=iter(log)).waiting_s == 0
+
+
+def test_enough_spares_come_near_the_closed_form_and_few_do_not() -> None:
+    """10 breakages a day, two days of repair each: about 20 nodes are away at any time."""
+    broken = (Breakage("node", 1, 60),)
+    c = RepairConditions(10 / DAY_S, broken, 600, 2, 60, repair_s=2 * DAY_S)
+    shares = [simulate(replace(c, spare_nodes=n), 100 * DAY_S).goodput for n in (40, 20, 10)]
+    assert shares[0] == pytest.approx(goodput(c), abs=2e-3)
+    assert shares[0] > shares[1] > shares[2]
+
+
+def test_ten_thousand_gpus() -> None:
+    """At Llama 3's rate the effective training time is below 97 % with restarts of ten minutes, which alone
+    take 3.2 %, and above it with five."""
+    h100 = cluster.load("h100", needs_account=False)
+    slow = conditions(h100, 10_000, 300, 1, 100)
+    assert slow.mtbf_s / 3600 == pytest.approx(5.2, abs=0.1)
+    assert goodput(slow) < 0.97 < goodput(conditions(replace(h100, restart_s=300), 10_000, 180, 0.5, 30))
+
+
+def test_more_of_anything_bad_is_never_better() -> None:
+    base = Conditions(1 / 7_000, ANY, 500, 5, 60)
+    worse = [replace(base, failures_per_s=1 / 3_500), replace(base, stall_s=20), replace(base, write_s=300),
+             replace(base, kinds=(FailureKind("any", 1, 1200),))]
+    assert all(goodput(c) < goodput(base) for c in worse)
+    drawn = random.Random(0)
+    for _, rate in itertools.product(range(50), (1e-5, 1e-4, 1e-3)):
+        c = Conditions(rate, ANY, drawn.uniform(1, 5000), drawn.uniform(0, 100), drawn.uniform(0, 3000))
+        assert 0 <= goodput(c) <= c.interval_s / c.period_s
+
+
+# How a run of a recipe is kept going on a profile.
+
+
+H100 = cluster.load("h100", needs_account=False)
+SOLAR = recipes.get("solar-open-102b")
+
+
+def test_a_run_is_saved_as_often_as_daly_says() -> None:
+    told = operation(SOLAR, H100, 512, 10.0, 100_000)
+    assert told.checkpoint_bytes == checkpoint_bytes(SOLAR).total
+    assert told.interval_s == 10 * told.interval_steps == pytest.approx(
+        daly_interval_s(told.stall_s, told.mtbf_s), abs=5)
+    assert told.mtbf_s / 86400 == pytest.approx(365.25 / (512 * 0.17)) and told.storage_known
+    assert 0.99 < told.effective_share < 1
+
+
+def test_a_slow_store_sets_the_interval() -> None:
+    slow = replace(H100, storage_write_gbytes_per_s=1.0)
+    told = operation(SOLAR, slow, 8192, 10.0, 100_000)
+    assert told.interval_steps == math.ceil(told.write_s / 10) == math.ceil(told.checkpoint_bytes / 1e10)
+
+
+def test_a_store_that_nobody_knows_and_a_cluster_that_never_fails() -> None:
+    silent = replace(H100, storage_write_gbytes_per_s=0, failures_per_gpu_year=0)
+    told = operation(SOLAR, silent, 512, 10.0, 777)
+    assert not told.storage_known and told.interval_steps == 777 and math.isinf(told.mtbf_s)
+    assert told.write_s > 10 and told.effective_share > 0.999
+
+
+@pytest.mark.parametrize("rate", [100.0, 1e7])
+def test_a_cluster_that_always_fails_is_refused(rate: float) -> None:
+    with pytest.raises(UserError, match=r"leave 8,192 GPUs no time to train: something fails every \S+ s, "
+                                        r"and a checkpoint takes 7\S+ s; plan with fewer GPUs"):
+        operation(SOLAR, replace(H100, failures_per_gpu_year=rate), 8192, 10.0, 1000)
+
+
+# Days, energy and money of runs whose figures were published.
+
+
+def test_deepseek_v3() -> None:
+    """2.788 M hours of an H800 at 2 dollars: 5.576 M dollars (its report, table 1)."""
+    h800 = replace(H100, gpu="h800", price_per_gpu_hour=2.0)
+    told = cost(2.788e6 / 2048 * 3600, 2048, h800)
+    assert told.gpu_hours == pytest.approx(2.788e6) and told.usd == pytest.approx(5.576e6)
+    assert told.usd_low == told.usd == told.usd_high and told.price_note.startswith("2.00 USD for")
+    assert told.days == pytest.approx(56.7, abs=0.1)
+
+
+def test_energy_of_a_node_for_an_hour() -> None:
+    """8 H100 may draw 10.2 kW and draw 8.4; the site takes 1.3 times as much."""
+    told = cost(3600, 8, H100)
+    assert told.energy_kwh == pytest.approx(8.4 * 1.3, rel=5e-3)
+    assert cost(3600, 8, replace(H100, node_power_w=12_000)).energy_kwh == pytest.approx(
+        told.energy_kwh * 12_000 / 10_200)
+
+
+def test_a_price_that_nobody_has_said_is_a_range() -> None:
+    told = cost(3600, 1, H100)
+    assert told.usd_low < told.usd < told.usd_high and told.price_note.startswith(
+        "2.95 USD for a GPU and hour, typical price of 20")
+    assert cost(3600, 1, replace(H100, gpu="gb300")).price_note.startswith("a guess: ")
+
+
+def test_failures_make_it_dearer() -> None:
+    assert cost(3600, 8, H100, effective_share=0.5).usd == 2 * cost(3600, 8, H100).usd
+
+
+def test_a_profile_without_gpus_has_no_price() -> None:
+    with pytest.raises(UserError, match="gpu is empty in the profile"):
+        cost(3600, 8, cluster.load("one-node", needs_account=False))
+
+
+# The bytes of a checkpoint are those of real ones on disk; Young's and Daly's intervals are those of their
+# papers.
+
+
+SMALL = ("model.vocab_size=97", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
+         "train.precision=fp32")
+MOE = (*SMALL, "model.expert_ffn_dim=16", "model.dense_ffn_dim=48")
+CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "experts": ("tiny-solar-open", MOE, {}),
+    "rows of the vocabulary that fill it up": ("tiny-solar-open", MOE, {"tp": 2, "sp": True}),
+    "ZeRO-1, bf16 with masters": ("tiny-solar-open", (*MOE, "train.precision=bf16"),
+                                  {"ep": 2, "zero1": True}),
+    "Muon, prediction layer, windows": ("tiny-k-exaone", (*MOE, "train.precision=bf16"), {}),
+    "a frozen router": ("tiny-k-exaone", (
+        *MOE, 'optim.groups=[{"pattern": "*router.weight", "frozen": true},'
+        ' {"pattern": "decoder.layers.1.*", "optimizer": "adamw"}]'), {}),
+    "tied embeddings, biases": ("tiny-qwen2-1.5b", (*SMALL, "model.dense_ffn_dim=48"), {}),
+    "an adapter of experts": ("tiny-solar-open", (*MOE, "lora.rank=4"), {}),
+    "an adapter with magnitudes": ("tiny-qwen2-1.5b", (
+        *SMALL, "model.dense_ffn_dim=48", "lora.rank=4", "lora.dora=true"), {}),
+}
+
+
+def written(folder: str, case: str) -> dict[str, Any]:
+    """Write a checkpoint of a case as a run does; returns (rank 0) its bytes as the indices, the headers of
+    its files and the manifest have them."""
+    import torch.distributed as dist
+
+    from megatron_sov.artifacts import read_manifest
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.checkpoint import load
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.runs.checkpoints import AdapterBase
+
+    recipe, settings, layout = CASES[case]
+    config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
+    world.join(parallel)
+    model = build(config.model, parallel, config.train, config.gpu, lora=config.lora)
+    init.initialise(model, config.model, 1)
+    if config.lora.on:
+        model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)
+    path = Path(folder) / "step-1"
+    load.save(path, model, Optimizer(model, config.optim, parallel, config.gpu), {"step": 1, "tokens": 1}, {},
+              None)
+    if dist.get_rank():
+        return {}
+    sizes = {"float32": 4, "bfloat16": 2}
+    parts = {index.name.removesuffix(".index.json"):
+             sum(sizes[e["dtype"]] * math.prod(e["shape"]) for e in json.loads(index.read_text()).values())
+             for index in path.glob("*.index.json")}
+    files = {name: record.size_bytes for name, record in read_manifest(path).files.items()
+             if name.endswith(".safetensors")}
+    headers = sum(8 + int.from_bytes((path / name).read_bytes()[:8], "little") for name in files)
+    return {"parts": parts, "tensors": sum(files.values()) - headers}
+
+
+def test_a_real_checkpoint_has_these_bytes_whatever_its_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
+    jobs = {case: job(__file__, "written", 2 if layout else 1, {"folder": str(tmp_path / case), "case": case})
+            for case, (_, _, layout) in CASES.items()}
+    for case, (found, *_) in zip(jobs, ranks(*jobs.values()), strict=True):
+        recipe, settings, _ = CASES[case]
+        told = checkpoint_bytes(apply_settings(recipes.get(recipe), list(settings)))
+        weights = found["parts"].get("model", found["parts"].get("adapter"))
+        assert (weights, found["parts"]["optimizer"]) == (told.weights, told.optimizer), case
+        # files hold nothing but these, and their headers
+        assert found["tensors"] == told.total, case
+
+
+def test_checkpoints_of_the_big_recipes() -> None:
+    """102.6 G parameters with AdamW under bf16: 2 + 4 + 4 + 4 bytes each; Muon keeps one moment."""
+    solar = checkpoint_bytes(recipes.get("solar-open-102b"))
+    assert solar.total / 14 == pytest.approx(102.6e9, rel=2e-3)
+    exaone = checkpoint_bytes(recipes.get("k-exaone-236b"))
+    assert exaone.weights == pytest.approx(2 * 237.1e9, rel=2e-3)
+    assert 4 * exaone.weights < exaone.optimizer < 4.1 * exaone.weights
+
+
+def test_a_process_writes_the_more_the_fewer_there_are_and_a_slow_store_decides() -> None:
+    config = recipes.get("solar-open-102b")
+    total = checkpoint_bytes(config).total
+    assert rank_bytes(config, 64) > rank_bytes(config, 512) > total / 512
+    slow, fast = (write_times(config, 512, rate) for rate in (20e9, 1e15))
+    assert slow.background_s == total / 20e9 and slow.stall_s == fast.stall_s < 5
+    assert fast.background_s < slow.background_s
+    waits = apply_settings(config, ["train.async_save=false"])
+    assert write_times(waits, 512, 20e9).stall_s == total / 20e9
+
+
+def test_youngs_and_dalys_intervals() -> None:
+    """Five minutes for a checkpoint, a day between failures: two hours; Daly's is a little shorter
+    than Young's where a checkpoint is short, and no longer than the mean time between failures."""
+    assert young_interval_s(300, 86400) == pytest.approx(7200)
+    assert 6900 < daly_interval_s(300, 86400) < 7200
+    assert daly_interval_s(1, 1e9) == pytest.approx(young_interval_s(1, 1e9), rel=1e-4)
+    assert daly_interval_s(500, 100) == 100

@@ -1,0 +1,470 @@
+"""What a search says where nothing fits: how many nodes would do."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.commands.submit import COMMANDS
+from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.obs.units import GIB
+from megatron_sov.plan.pricing import Pricing, RunStage, machines, pricing, run_stages
+from megatron_sov.plan.space import LEAST_GAIN, Choice, Space, choices, layouts, own_choice, space_of, uneven
+from megatron_sov.plan.speed.parameters import default
+from megatron_sov.plan.sweep import (
+    NODES_TRIED,
+    Common,
+    Found,
+    Search,
+    Sweep,
+    common,
+    fewest_nodes,
+    fits_somehow,
+    kinds,
+    search,
+    sweep,
+    told_nodes,
+)
+from megatron_sov.plan.telling import (
+    SHOWN_RULES,
+    Told,
+    broken,
+    name,
+    recomputes,
+    set_line,
+    sizes,
+    submit_line,
+    too_large,
+    why,
+)
+from megatron_sov.settings import Code, Problem
+from megatron_sov.slurm.stages import work_of
+
+
+def prices(nodes: int) -> Pricing:
+    return Pricing(machines("h100", nodes), default())
+
+
+def test_numbers_of_nodes_grow_to_what_clusters_have() -> None:
+    assert NODES_TRIED[:33] == (*range(1, 33), 40) and NODES_TRIED[-1] == 4096
+    assert sorted(set(NODES_TRIED)) == list(NODES_TRIED)
+
+
+@pytest.mark.parametrize(("nodes", "said"), [
+    (6, "the fewest nodes that it fits are 6: --nodes 6"), (48, "48 nodes are enough: --nodes 48"),
+    (None, "no number of nodes up to 4,096 is enough")])
+def test_nodes_in_words(nodes: int | None, said: str) -> None:
+    assert told_nodes(nodes).startswith(said)
+
+
+def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
+    config = recipes.get("k-exaone-236b")
+    assert fewest_nodes(config, prices(2)) == 6
+    assert fits_somehow(config, prices(6)) and not fits_somehow(config, prices(2))
+
+
+def test_stages_of_equal_length_and_batch_are_searched_once() -> None:
+    alike = kinds(recipes.get("solar-open-102b"), 512)
+    ((first, same),) = alike
+    assert len(same) == 4 and first.tokens == sum(stage.tokens for stage in same)
+    assert [s.phase.seq_len for s, _ in kinds(recipes.get("k-exaone-236b-extend"), 512)] == [32768, 262144]
+
+
+# What a plan tells to type is a command that `submit` takes.
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [
+    ("tiny-solar-open", "pretrain"), ("tiny-k-exaone-extend", "extend"), ("tiny-typhoon-s", "sft"),
+    ("tiny-solar-open-dpo", "prefer"), ("tiny-typhoon-s-opd", "distill"),
+    ("tiny-solar-open-rl", "rl-train")])
+def test_submit_takes_the_line_of_every_objective(recipe: str, stage: str) -> None:
+    config = apply_settings(recipes.get(recipe), ["parallel.tp=2"])
+    line = submit_line(config, machines("b200", 2), [recipe], ["parallel.tp=2", "parallel.sp=true"])
+    program, command, said, *words = shlex.split(line)
+    assert (program, command, said) == ("megatron-sov", "submit", stage)
+    assert words[:6] == ["--cluster", "b200", "--nodes", "2", "--account", "ACCOUNT"]
+    work = work_of(stage, words[6:], COMMANDS)
+    assert work.config is not None and work.config.parallel.tp == 2
+
+
+def test_settings_are_quoted_for_a_shell() -> None:
+    said = set_line(['gpu.recompute_modules=["moe"]', "parallel.tp=2"])
+    assert shlex.split(said) == ["--set", 'gpu.recompute_modules=["moe"]', "--set", "parallel.tp=2"]
+    assert set_line([]) == ""
+
+
+# What is said of a search: the place of the layout that a plan takes otherwise, and roomier ones.
+
+
+CONFIG = recipes.get("qwen3-8b")
+FAST, ROOMY, SLOW = (Choice(ParallelConfig(tp=tp, zero1=True), 1, (False, ())) for tp in (1, 2, 4))
+
+
+def told(recommended: Choice, *found: tuple[Choice, int, float]) -> Told:
+    """Return a search of one stage that found layouts of so many bytes and seconds."""
+    sweep = Sweep(run_stages(CONFIG, 8)[0], num_looked_at=9,
+                  ranked=[Found(choice, needs, {"dense": s}, s) for choice, needs, s in found])
+    of = Search(CONFIG, [sweep], ["pretrain"], common([sweep]))
+    return Told(of, machines("h100", 1), recommended, [], "megatron-sov submit")
+
+
+def test_the_layout_that_is_taken_otherwise_has_its_place() -> None:
+    found = (FAST, 60 * GIB, 1.0), (SLOW, 60 * GIB, 1.5)
+    assert told(FAST, *found).lines()[:2] == [
+        "looked at 9 layouts on 8 GPUs: 2 fit",
+        "without --sweep: data parallel alone, micro-batch 1, recomputes nothing; number 1 of 2"]
+    assert told(SLOW, *found).lines()[1].endswith("number 2 of 2, 50.0 % slower")
+    assert told(ROOMY, *found).lines()[1].endswith("does not fit, or breaks a rule")
+
+
+def test_a_layout_that_spares_memory_is_told_where_it_is_hardly_slower() -> None:
+    said = "20.0 GiB less, 1.0 % slower: tp 2, micro-batch 1, recomputes nothing"
+    assert said in told(FAST, (FAST, 60 * GIB, 1.0), (ROOMY, 40 * GIB, 1.01)).lines()
+    for needs, seconds in ((58 * GIB, 1.01), (40 * GIB, 1.1)):
+        lines = told(FAST, (FAST, 60 * GIB, 1.0), (ROOMY, needs, seconds)).lines()
+        assert not any("GiB less" in line for line in lines)
+
+
+def test_speed_follows_from_the_step_and_scripts_read_the_same() -> None:
+    one = told(FAST, (FAST, 60 * GIB, 2.0))
+    (sweep,) = one.search.sweeps
+    tokens = sweep.stage.global_batch_size * sweep.stage.phase.seq_len
+    assert one.speed(sweep, sweep.ranked[0]) == tokens / 2.0 / 8
+    plain = one.as_json()
+    assert plain["kinds"][0]["fastest"][0]["tokens_per_s_per_gpu"] == tokens / 16
+    assert plain["best"][0]["seconds"] == 2.0 * sweep.stage.steps
+    assert f"{tokens / 16:,.0f}" in one.table().rows[0]
+    assert replace(one, recommended=SLOW).as_json()["recommended"]["tp"] == 4
+
+
+# Layouts in words, and why the others were not taken.
+
+
+PLAIN = Choice(ParallelConfig(zero1=True), 1, (False, ()))
+STAGE = run_stages(recipes.get("qwen3-8b"), 8)[0]
+
+
+def at(**changes: int) -> Choice:
+    return replace(PLAIN, parallel=replace(PLAIN.parallel, **changes))
+
+
+def took(choice: Choice, **seconds: float) -> Common:
+    return Common(choice, GIB, seconds, sum(seconds.values()))
+
+
+def test_a_layout_in_words() -> None:
+    assert sizes(PLAIN.parallel) == "data parallel alone, ZeRO-1"
+    assert sizes(at(tp=4, pp=2).parallel) == "tp 4, pp 2, ZeRO-1"
+    assert name(PLAIN) == "data parallel alone, micro-batch 1, recomputes nothing"
+    assert name(Choice(ParallelConfig(tp=2), 4, (True, ()))) == ("tp 2, no ZeRO-1, micro-batch 4, "
+                                                                 "recomputes layers")
+    uneven = ParallelConfig(pp=2, vpp=2, zero1=True, pipeline_layout=(3, 3, 3, 1))
+    assert name(Choice(uneven, 1, (False, ()))).startswith("pp 2, vpp 2, 4 layers on the last stage, micro-")
+    assert recomputes(replace(PLAIN, recompute=("selective", ("moe", "layernorm")))) == (
+        "recomputes moe + layernorm")
+
+
+def test_another_value_is_slower_by_what_grew_most_or_as_fast_or_too_large() -> None:
+    fastest = took(PLAIN, dense=90.0, dp=10.0)
+    sweep = Sweep(STAGE)
+    sweep.too_large(at(tp=1, pp=4), 3 * GIB)
+    lines = why([fastest, took(at(tp=2), dense=90.1, dp=10.0), took(at(tp=4), dense=91.0, dp=10.0, tp=19.0)],
+                [sweep])
+    assert lines == ["tp 1: 2 is as fast; 4 is 20 % slower (tp messages +19 %)", "pp 1: 4 lacks 3.0 GiB"]
+
+
+def test_parts_are_called_as_the_table_of_a_step_calls_them() -> None:
+    lines = why([took(PLAIN, dense=90.0), took(at(tp=2), dense=90.0, memory=10.0)], [])
+    assert lines == ["tp 1: 2 is 11 % slower (memory-bound +11 %)"]
+
+
+def test_of_several_stages_the_one_that_lacks_most_counts() -> None:
+    sweeps = [Sweep(STAGE), Sweep(STAGE)]
+    for one, lacks in zip(sweeps, (GIB, 5 * GIB), strict=True):
+        one.too_large(at(cp=2), lacks)
+    assert why([took(PLAIN, dense=1.0)], sweeps) == ["cp 1: 2 lacks 5.0 GiB"]
+
+
+def test_what_does_not_fit_is_told_by_the_nearest() -> None:
+    sweep = Sweep(STAGE)
+    assert too_large(sweep) == []
+    sweep.too_large(at(tp=2), 3 * GIB)
+    sweep.too_large(at(tp=4), GIB)
+    assert too_large(sweep) == ["2 do not fit: the nearest lacks 1.0 GiB (tp 4, micro-batch 1, "
+                                "recomputes nothing)"]
+
+
+def test_rare_rules_are_counted_together() -> None:
+    sweep = Sweep(STAGE)
+    for letter, count in zip("abcdefgh", range(80, 0, -10), strict=True):
+        sweep.breaks(Problem(Code.RULE, "", f"rule {letter} is broken", way_out="mend it"), count)
+    lines = broken([sweep])
+    assert lines[0] == "80 break a rule, as: rule a is broken"
+    assert len(lines) == SHOWN_RULES + 1 and lines[-1] == "30 break one of 2 other rules"
+    assert sweep.broken == Counter({f"rule {c} is broken": n for c, n in zip("abcdefgh", range(80, 0, -10),
+                                                                             strict=True)})
+
+
+# The grid holds the run's own layout, and what --set is told makes the very layout that was looked at.
+
+
+@pytest.mark.parametrize("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
+def test_settings_make_the_layout(recipe: str) -> None:
+    config = recipes.get(recipe)
+    every = list(choices(config, space_of(config, 512, 8)))
+    assert len(every) == len(set(every)) > 500
+    for choice in random.Random(recipe).sample(every, 12):
+        assert apply_settings(config, choice.settings(config)) == choice.of(config)
+
+
+def test_a_runs_own_layout_is_among_those_looked_at() -> None:
+    for recipe in ("solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "solar-open-102b-dpo"):
+        config = recipes.get(recipe)
+        assert own_choice(config) in set(choices(config, space_of(config, 512, 8))), recipe
+    uneven = apply_settings(recipes.get("k-exaone-236b"), [
+        "parallel.pp=4", "parallel.pipeline_layout=[13,12,12,11]"])
+    found = list(layouts(uneven, space_of(uneven, 512, 8)))
+    assert uneven.parallel in found
+    assert {p.pipeline_layout for p in found if p.pp == 4} == {(), (13, 12, 12, 11)}
+
+
+def test_uneven_pipelines_are_looked_at_where_the_last_stage_has_more_to_do() -> None:
+    config = recipes.get("k-exaone-236b")
+    proposed = {p.pipeline_layout for p in layouts(config, space_of(config, 512, 8, beside=(3.2,)))}
+    assert (6, 6, 6, 6, 7, 7, 7, 3) in proposed and (13, 13, 13, 9) in proposed and () in proposed
+    fixed = ("parallel.pipeline_layout",)
+    assert {p.pipeline_layout for p in layouts(config, space_of(config, 512, 8, fixed, (3.2,)))} == {()}
+    # 36 layers do not divide by 8 stages, but for uneven ones
+    dense = recipes.get("qwen3-8b")
+    assert {p.pipeline_layout for p in layouts(dense, space_of(dense, 64, 8, beside=(2.0,)))
+            if (p.pp, p.vpp) == (8, 1)} == {(4, 4, 5, 5, 5, 5, 5, 3)}
+
+
+def test_tensor_parallelism_stays_inside_a_domain_and_rows_are_not_cut_too_fine() -> None:
+    config = recipes.get("solar-open-102b")
+    space = space_of(config, 512, 4)
+    assert space.tp == (1, 2, 4) and space.cp == (1, 2)
+    longer = apply_settings(config, ['data.phases=[{"name": "long", "seq_len": 131072, "tokens": 1000000}]'])
+    assert space_of(longer, 512, 8).cp == (1, 2, 4, 8, 16, 32, 64)
+
+
+# Uneven pipelines against every way to cut some layers.
+
+
+MODEL = recipes.get("k-exaone-236b").model
+
+
+def slowest(stages: Sequence[int], beside: float) -> float:
+    return max(*stages[:-1], stages[-1] + beside)
+
+
+@pytest.mark.parametrize("beside", [0.0, 0.4, 1.7, 3.0, 6.5])
+def test_no_other_cut_has_a_faster_slowest_stage(beside: float) -> None:
+    for layers, pp in itertools.product(range(2, 11), (2, 3, 4)):
+        every = [cut for cut in itertools.product(range(1, layers + 1), repeat=pp) if sum(cut) == layers]
+        found = uneven(layers, pp, 1, beside)
+        if found:
+            assert slowest(found, beside) == min(slowest(cut, beside) for cut in every)
+            assert sorted(found[:-1]) == list(found[:-1]), "larger stages come late"
+        elif every:  # equal stages, which are as good but for little
+            assert min(slowest(cut, beside) for cut in every) >= (1 - LEAST_GAIN) * (layers // pp + beside)
+
+
+def played(pp: int, vpp: int, runs: Sequence[int], beside: float, num_micro_batches: int) -> float:
+    """Return the length of a step, a layer's forward pass being 1 and its backward pass 2: the
+    library's order of passes (`megatron.core.pipeline_parallel.schedules`, 0.16.1), each begun when its input
+    is there."""
+    total, length = num_micro_batches * vpp, list(runs)
+    orders: list[Iterator[tuple[int, int, int]]] = []
+    done: dict[tuple[int, int, int], float] = {}
+    for stage in range(pp):
+        ahead = min(pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp, total)
+        forward = [(0, run, mb) for group in range(0, num_micro_batches, pp) for run in range(vpp)
+                   for mb in range(group, group + pp)]
+        backward = [(1, vpp - 1 - run, mb) for _, run, mb in forward]
+        pairs = [one for pair in zip(forward[ahead:], backward, strict=False) for one in pair]
+        orders.append(iter([*forward[:ahead], *pairs, *backward[total - ahead:]]))
+    now, waiting = [0.0] * pp, [next(order, None) for order in orders]
+    while any(waiting):
+        for stage in range(pp):
+            while (one := waiting[stage]) is not None:
+                back, run, mb = one
+                place = run * pp + stage
+                before = (0, place - 1, mb) if not back else (1, place + 1, mb)
+                if back and place == pp * vpp - 1:
+                    before = (0, place, mb)
+                if before[1] >= 0 and before not in done:
+                    break
+                work = (1 + back) * (length[place] + beside * (place == pp * vpp - 1))
+                now[stage] = done[back, place, mb] = max(now[stage], done.get(before, 0.0)) + work
+                waiting[stage] = next(orders[stage], None)
+    return max(now)
+
+
+@pytest.mark.parametrize(("pp", "vpp", "beside"), [(8, 1, 3.2), (8, 2, 3.2), (4, 2, 3.2), (4, 4, 3.2),
+                                                   (2, 4, 2.2), (16, 1, 2.0)])
+def test_a_schedule_that_is_played_takes_what_a_plan_says(pp: int, vpp: int, beside: float) -> None:
+    """The slowest stage for each micro-batch, and the bubble: (pp - 1) / vpp of what a mean stage takes."""
+    runs = uneven(48, pp, vpp, beside)
+    for layers in filter(None, (runs, (48 // pp // vpp,) * (pp * vpp))):
+        stages = [sum(layers[stage::pp]) + beside * (stage == pp - 1) for stage in range(pp)]
+        planned = 3 * (64 * max(stages) + (pp - 1) / vpp * sum(stages) / pp)
+        assert played(pp, vpp, layers, beside, 64) == pytest.approx(planned, rel=0.015)
+
+
+def test_runs_of_very_different_lengths_are_not_proposed() -> None:
+    """Runs of one layer and of two: a fifth longer than planned."""
+    assert uneven(48, 16, 2, 2.0) == () and uneven(48, 8, 4, 3.2) == ()
+    runs, stages = (1,) * 15 + (1,) + (2,) * 14 + (3, 1), [3.0] * 14 + [4.0, 4.0]
+    assert played(16, 2, runs, 2.0, 64) > 1.1 * 3 * (64 * max(stages) + 15 / 2 * sum(stages) / 16)
+
+
+@pytest.mark.parametrize(("pp", "vpp", "beside"), [(8, 1, 4.5), (4, 2, 2.2), (5, 1, 0.0), (4, 4, 3.0)])
+def test_training_takes_what_is_proposed(pp: int, vpp: int, beside: float) -> None:
+    parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=uneven(48, pp, vpp, beside))
+    assert parallel.pipeline_layout and parallel.problems(replace(MODEL, num_layers=48), pp) == []
+    of_stages = [len(parallel.layers_of_stage(stage, 48)) for stage in range(pp)]
+    assert slowest(of_stages, beside) <= -(-48 // pp) + beside
+
+
+def test_the_head_is_on_the_last_run_of_the_last_stage() -> None:
+    # 10 layers and 2.2 layers' worth beside: 6, and 4 with the head
+    assert uneven(48, 4, 2, 2.2) == (6, 6, 6, 6, 6, 7, 7, 4)
+
+
+def test_where_there_is_nothing_to_gain_stages_stay_equal() -> None:
+    assert uneven(48, 4, 1, 0.0) == () and uneven(48, 4, 2, 0.05) == ()
+    assert uneven(4, 8, 1, 1.0) == (), "fewer layers than stages"
+
+
+# A search finds what trying every combination finds, proposes nothing that training would refuse, and
+# counts what it leaves out.
+
+
+SMALL = Space(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2), zero1=(False, True),
+              micro_batch_size=(1, 3), recompute=((False, ()), (True, ()), ("selective", ("moe",))))
+
+
+def prices_of_sweep(cluster: str, nodes: int) -> Pricing:
+    found = pricing(machines(cluster, nodes))
+    assert found is not None
+    return found
+
+
+def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
+    """Return layout -> seconds of a step and bytes, for every combination of `SMALL` that training takes and
+    that fits; written apart from the search."""
+    found = {}
+    for tp, pp, vpp, cp, ep, etp, zero1, size, (recompute, modules) in itertools.product(
+            *(getattr(SMALL, field.name) for field in dataclasses.fields(SMALL) if field.name != "uneven")):
+        if (pp == 1 and vpp > 1) or etp not in (1, tp):
+            continue
+        own = stage.config.parallel
+        parallel = dataclasses.replace(own, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp,
+                                       zero1=zero1, overlap_param_gather=zero1)
+        gpu = dataclasses.replace(stage.config.gpu, recompute_modules=modules)
+        config = dataclasses.replace(
+            stage.config, parallel=parallel, gpu=gpu,
+            train=dataclasses.replace(stage.config.train, micro_batch_size=size, recompute=recompute))
+        at = stage.with_config(config)
+        if not config.problems(of.num_ranks) and of.needs(at) <= of.limit_bytes:
+            found[config.parallel, size, recompute] = (of.step(at).total_s, of.needs(at))
+    return found
+
+
+@pytest.mark.parametrize(("cluster", "nodes"), [("h100", 12), ("b200", 4)])
+def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> None:
+    of = prices_of_sweep(cluster, nodes)
+    stage = run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0]
+    found, every = sweep(stage, SMALL, of), tried(stage, of)
+    assert len(every) > 20
+    ranked = {(f.choice.parallel, f.choice.micro_batch_size, f.choice.recompute[0]): f for f in found.ranked}
+    assert set(ranked) == set(every)
+    first = found.ranked[0]
+    assert (first.step_s, first.needs_bytes) == pytest.approx(min(every.values()))
+    assert [f.step_s for f in found.ranked] == sorted(f.step_s for f in found.ranked)
+    assert found.num_looked_at == len(found.ranked) + found.num_too_large + sum(found.broken.values())
+    assert found.nearest is not None
+    lacks, nearest = found.nearest
+    assert of.needs(stage.with_config(nearest.of(stage.config))) == lacks + of.limit_bytes
+
+
+@pytest.mark.parametrize(("recipe", "cluster", "nodes"), [
+    ("tiny-k-exaone-extend", "h100", 1), ("qwen3-8b", "h100", 2), ("tiny-solar-open", "gb200", 2),
+    ("qwen3-moe-30b", "b200", 1)])
+def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
+    of, config = prices_of_sweep(cluster, nodes), recipes.get(recipe)
+    found = search(config, of)
+    assert found.best
+    for one in found.best[::max(1, len(found.best) // 10)]:
+        said = apply_settings(config, one.choice.settings(config))
+        said.check(of.num_ranks)
+        for stage in run_stages(said, of.num_ranks, micro_batch_set=True):
+            stage.config.check(of.num_ranks)
+            assert of.needs(stage) <= one.needs_bytes <= of.limit_bytes
+
+
+def test_what_all_stages_can_have_is_ranked_by_all_of_their_steps() -> None:
+    of, config = prices_of_sweep("b200", 2), recipes.get("tiny-k-exaone-extend")
+    sweeps = [sweep(stage, space_of(stage.config, of.num_ranks, 8), of)
+              for stage, _ in kinds(config, of.num_ranks)]
+    assert len(sweeps) == 2
+    best, by_choice = common(sweeps), [{f.choice: f.step_s for f in s.ranked} for s in sweeps]
+    both = set(by_choice[0]) & set(by_choice[1])
+    assert {c.choice for c in best} == both
+    seconds = {choice: sum(steps[choice] * s.stage.steps for steps, s in zip(by_choice, sweeps, strict=True))
+               for choice in both}
+    assert best[0].seconds == pytest.approx(min(seconds.values()))
+
+
+def test_broken_rules_are_told_once_each() -> None:
+    of = prices_of_sweep("h100", 12)
+    found = sweep(run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
+    assert sum(found.broken.values()) > 100
+    lines = broken([found, found])
+    assert len(lines) == len(found.broken)
+    assert len([line for line in lines if "number of processes" in line]) == 1
+    assert f"{2 * found.broken.most_common()[0][1]:,} break a rule" in lines[0]
+
+
+def test_what_is_set_stays() -> None:
+    of = prices_of_sweep("h100", 2)
+    config = apply_settings(recipes.get("qwen3-8b"), ["parallel.tp=4", "parallel.sp=true",
+                                                      "train.recompute=true"])
+    found = search(config, of, {"parallel.tp", "train.recompute"})
+    assert {c.choice.parallel.tp for c in found.best} == {4}
+    assert {c.choice.recompute for c in found.best} == {(True, ())}
+    assert len({c.choice.parallel.pp for c in found.best}) > 1
+
+
+def built(config: dict[str, Any], num_ranks: int) -> list[int]:
+    """Build the stages of a run on meta tensors, as one rank after the other; returns their layers."""
+    from megatron_sov.config import from_dict
+    from megatron_sov.mcore.model.meta import built_stage
+
+    run: RunConfig = from_dict(config)
+    return [built_stage(run, num_ranks, stage).params.layers for stage in range(run.parallel.pp)]
+
+
+@pytest.mark.distributed
+def test_proposed_layouts_can_be_built(ranks: Any, job: Any) -> None:
+    """The fastest of each pipeline size, by the modules that training builds."""
+    of, config = prices_of_sweep("h100", 1), recipes.get("tiny-k-exaone")
+    fastest = {}
+    for one in search(config, of).best:
+        if one.choice.parallel.tp * one.choice.parallel.ep > 1:
+            fastest.setdefault((one.choice.parallel.pp, one.choice.parallel.vpp), one.choice.of(config))
+    assert len(fastest) >= 3
+    jobs = [job(__file__, "built", 1, {"config": run.to_dict(), "num_ranks": of.num_ranks})
+            for run in fastest.values()]
+    layers = config.model.num_layers + config.model.num_mtp_layers
+    assert [sum(found) for (found,) in ranks(*jobs)] == [layers] * len(jobs)

@@ -1,0 +1,380 @@
+"""The time of a step: by hand where one thing bounds it, and how it changes with each setting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.clusters.chips import CHIPS, chip, default_links
+from megatron_sov.config import PhaseConfig, apply_settings
+from megatron_sov.errors import UserError
+from megatron_sov.plan.speed import work
+from megatron_sov.plan.speed.parameters import default
+from megatron_sov.plan.speed.step import beside_layers, step_time
+from megatron_sov.plan.speed.traffic import held_params, messages
+from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
+from megatron_sov.plan.tables.workloads import find, published
+
+LLAMA = next(model.shape for model in published() if "llama3-8b" in model.names)
+QWEN = next(model.shape for model in published() if "qwen3-30b-a3b" in model.names)
+H100 = chip("h100")
+
+
+def workload(**settings: object) -> Workload:
+    """Return 64 H100 that train Llama 3 8B."""
+    return replace(Workload(LLAMA, H100, default_links(H100), num_gpus=64, seq_len=8192, micro_batch_size=1,
+                            global_batch_size=512, sharding="zero1"), **settings)  # type: ignore[arg-type]
+
+
+def experts(**settings: object) -> Workload:
+    """Return 64 H100 that train Qwen3 30B."""
+    return replace(workload(shape=QWEN, ep=8, seq_len=4096), **settings)  # type: ignore[arg-type]
+
+
+def seconds(w: Workload) -> float:
+    """Return the seconds of a step."""
+    return step_time(w).total_s
+
+
+def test_the_head_is_never_computed_again() -> None:
+    plain, full, half = (step_time(workload(recompute=recompute, recompute_modules=modules))
+                         for recompute, modules in (("none", ()), ("full", ()), ("selective", ("layer",))))
+    assert plain.head_s == full.head_s == half.head_s > 0
+    assert plain.dense_s < half.dense_s < full.dense_s == pytest.approx(plain.dense_s * 4 / 3)
+
+
+def test_components_add_up() -> None:
+    for w in (workload(), workload(pp=4, tp=2, sp=True), experts(), experts(recompute="full")):
+        time = step_time(w)
+        assert sum(time.components.values()) == pytest.approx(time.total_s)
+        assert min(time.components.values()) >= 0
+        assert time.tokens_per_s_per_gpu == pytest.approx(512 * w.seq_len / 64 / time.total_s)
+        assert time.mfu == pytest.approx(
+            time.tokens_per_s_per_gpu * w.shape.train_flops_per_token(w.seq_len) / H100.bf16_flops_per_s)
+
+
+def test_products_take_their_flops_over_what_the_chip_reaches() -> None:
+    time, p = step_time(workload()), default()
+    flops = 6 * (LLAMA.params() - 2 * LLAMA.vocab_size * LLAMA.hidden_size) * 8 * 8192
+    peak = H100.bf16_flops_per_s * p.product_fraction["hopper"]["bf16"]
+    # fills of kernels and the finite length of sums cost some percent more
+    assert 1 < time.dense_s / (flops / peak) < 1.12
+
+
+def test_no_run_is_faster_than_its_peak() -> None:
+    for key, found in CHIPS.items():
+        for precision in ("bf16", "fp8", "mxfp8"):
+            if precision != "bf16" and not found.fp8_flops_per_s:
+                continue
+            time = step_time(workload(chip=found, links=default_links(found), precision=precision))
+            assert time.mfu < (1 if precision == "bf16" else 2), key
+
+
+@pytest.mark.parametrize(("slower", "faster"), [
+    (workload(recompute="full"), workload(recompute="selective", recompute_modules=("core_attn",))),
+    (workload(recompute="selective", recompute_modules=("core_attn",)), workload()),
+    (workload(fused_kernels=False), workload()),
+    (workload(attention_kernel="portable"), workload()),
+    (workload(software_age_years=2), workload()),
+    (workload(tuned=False), workload()),
+    (workload(overlap_grad_reduce=False), workload()),
+    (workload(), workload(precision="fp8")),
+    (workload(), workload(chip=chip("b200"))),
+    (workload(), workload(document_tokens=512)),
+    (workload(), workload(objective="lora")),
+    (workload(objective="lora"), workload(objective="forward")),
+    (workload(tp=16, sp=True), workload(tp=8, sp=True)),
+    (workload(pp=8), workload(pp=8, vpp=4)),
+    (workload(optimizer="muon"), workload()),
+    (workload(offload=1.0), workload()),
+    (experts(imbalance=2.0), experts()),
+    (experts(cuda_graphs="full"), experts(cuda_graphs="full", overlap_ep=True)),
+    (experts(), experts(cuda_graphs="partial")),
+    (experts(cuda_graphs="partial"), experts(cuda_graphs="full")),
+    (experts(ep=64), experts(ep=8)),
+    (experts(ep=64), experts(ep=64, dispatcher="deepep")),
+])
+def test_what_costs_time(slower: Workload, faster: Workload) -> None:
+    assert seconds(slower) > seconds(faster) * 1.0001
+
+
+def test_messages_beside_products_are_no_slower() -> None:
+    assert seconds(workload(tp=8, sp=True)) >= seconds(workload(tp=8, sp=True, overlap_tp=True))
+    few = replace(default(), tp_exposed_overlapped=0.1)
+    assert (step_time(workload(tp=8, sp=True, overlap_tp=True), few).total_s
+            < step_time(workload(tp=8, sp=True), few).total_s)
+
+
+def test_a_bubble_is_that_of_the_formula() -> None:
+    """(pp - 1) / (micro-batches x vpp) of the time without it, arXiv 2104.04473, section 2.2."""
+    time = step_time(workload(pp=4, vpp=2, global_batch_size=64))
+    w = workload(pp=4, vpp=2, global_batch_size=64)
+    parts = time.components
+    without = sum(parts[name] for name in ("dense", "attention", "memory", "launch", "pp"))
+    assert time.bubble_s / (without + parts["head"] / 4) == pytest.approx(3 / (w.num_micro_batches * 2))
+
+
+def test_the_slowest_stage_of_a_pipeline_whose_layers_are_known() -> None:
+    """Prediction layers and head are on the last stage, which an uneven pipeline may relieve."""
+    shape = replace(LLAMA, num_mtp_layers=1)
+    even, uneven = (step_time(workload(shape=shape, pp=2, stage_layers=layers))
+                    for layers in ((16, 16), (20, 12)))
+    alone = step_time(workload(shape=replace(shape, num_mtp_layers=0), pp=2, stage_layers=(16, 16)))
+    assert even.attention_s == pytest.approx(alone.attention_s * 17 / 16)
+    assert even.head_s == pytest.approx(2 * alone.head_s) and even.dense_s > alone.dense_s * 17 / 16
+    assert uneven.head_s == 0 and uneven.attention_s == pytest.approx(alone.attention_s * 20 / 16)
+    assert uneven.total_s < even.total_s
+    # equal stages of a model without prediction layers are the same, whether or not somebody says so
+    assert step_time(workload(pp=2)) == step_time(workload(pp=2, stage_layers=(16, 16)))
+
+
+def test_twice_the_batch_is_nearly_twice_the_time() -> None:
+    assert 1.9 < seconds(workload(global_batch_size=1024)) / seconds(workload()) < 2
+
+
+def test_a_chip_without_the_precision_is_refused() -> None:
+    with pytest.raises(UserError, match="fp8 on A100-80GB: its tensor cores have none"):
+        step_time(workload(chip=chip("a100"), precision="fp8"))
+
+
+def test_a_recipe_becomes_a_workload() -> None:
+    config = recipes.get("k-exaone-236b")
+    phase = PhaseConfig("long", seq_len=32768, global_batch_size=256)
+    w = of_run(config, phase, 512, H100, default_links(H100))
+    p = config.parallel
+    assert (w.seq_len, w.global_batch_size, w.tp, w.pp, w.ep) == (32768, 256, p.tp, p.pp, p.ep)
+    assert w.precision == ("fp8" if config.train.fp8 == "tensorwise" else w.precision)
+    assert w.shape.num_window_layers == 36 and w.shape.num_mtp_layers == 1
+    assert step_time(w).tokens == 256 * 32768
+
+
+def test_what_stands_beside_layers_is_what_an_uneven_pipeline_makes_up_for() -> None:
+    """A last stage with so many layers fewer takes as long as the others."""
+    shape = replace(LLAMA, num_mtp_layers=1)
+    base = workload(shape=shape, pp=2, vpp=1)
+    beside = beside_layers(base)
+    assert beside > beside_layers(replace(base, shape=LLAMA)) > 0
+    fewer = round(beside / 2)
+    times = {last: step_time(replace(base, stage_layers=(32 - last, last))).total_s
+             for last in (16 - fewer - 3, 16 - fewer, 16 - fewer + 3, 16)}
+    assert min(times, key=lambda last: times[last]) == 16 - fewer
+
+
+def test_a_stage_with_more_layers_sends_more() -> None:
+    base = workload(pp=2, vpp=1, tp=8, sp=True)
+    even, uneven = (step_time(replace(base, stage_layers=layers)) for layers in ((16, 16), (24, 8)))
+    assert uneven.tp_s == pytest.approx(even.tp_s * 24 / 16)
+
+
+# Products of one GPU: those of all GPUs together are the model's, however it is cut.
+
+
+
+
+def a_workload(name: str, **settings: object) -> Workload:
+    """Return a micro-batch of 4,096 tokens of a published model on 16 GPUs."""
+    known = find(name)
+    assert known is not None
+    return replace(Workload(known.shape, H100, default_links(H100), num_gpus=16, seq_len=4096,
+                            global_batch_size=16), **settings)  # type: ignore[arg-type]
+
+
+def flops_of_all_gpus(w: Workload) -> float:
+    """Return the FLOPs of a forward pass of all micro-batches that run at once, products and attention."""
+    s = w.shape
+
+    def of(block: Block) -> float:
+        return sum(product.flops for product in work.products(w, block))
+
+    moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
+    dense = s.num_feed_forward_layers - s.num_moe_layers + (0 if s.mtp_moe else s.num_mtp_layers)
+    layers = s.num_attention_layers + s.num_mtp_layers
+    windowed = s.num_window_layers
+    one = (layers * of("attention") + s.num_mamba_layers * of("mamba") + dense * of("dense")
+           + (1 + s.num_mtp_layers) * of("head") + s.num_mtp_layers * of("prediction")
+           + (layers - windowed) * work.attention_flops(w, 0) + windowed * work.attention_flops(w, s.window))
+    if s.num_experts:
+        one += moe * (of("beside experts") + of("expert"))
+    return one * w.num_gpus
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "qwen3-30b-a3b", "deepseek-v3", "k-exaone-236b", "kimi-k2",
+                                  "nemotron-3-nano", "nemotron-3-super", "gpt-oss-20b"])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sp": True}, {"tp": 2, "sp": True, "cp": 2}, {"ep": 8},
+                                    {"tp": 4, "sp": True, "ep": 4, "etp": 2}])
+def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
+    w = a_workload(name, **layout)
+    if w.shape.kv_lora_rank and w.tp > 1:
+        return  # the projections down to the ranks are whole on each rank; told apart below
+    at_once = w.num_gpus // (w.tp * w.cp) * w.seq_len * w.micro_batch_size
+    expected = w.shape.forward_flops_per_token(w.seq_len) * at_once
+    scan = w.shape.num_mamba_layers * w.shape.mamba_scan_flops() * at_once
+    assert flops_of_all_gpus(w) == pytest.approx(expected - scan, rel=1e-9)
+
+
+def test_latent_projections_are_whole_on_every_rank() -> None:
+    one, eight = (work.products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention")
+                  for tp in (1, 8))
+    cut = [a.flops / b.flops for a, b in zip(one, eight, strict=True)]
+    assert sorted(cut) == [1, 1, 8, 8, 8]
+
+
+def test_the_fullest_rank_has_more_rows() -> None:
+    even, uneven = (work.products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
+                    for i in (1.0, 1.5))
+    assert [b.tokens / a.tokens for a, b in zip(even, uneven, strict=True)] == [1.5, 1.5]
+    assert even[0].groups == 16 and even[0].tokens == 4096 * 8
+
+
+# Sizes that follow from a a_workload's settings, and recipes as workloads.
+
+
+LINKS = default_links(H100)
+W = Workload(ModelShape(2, 64, 4, 16, 2, 100), H100, LINKS, 64, 4096, 2, 128, tp=2, pp=4, cp=2, ep=4)
+
+
+def test_groups_and_micro_batches() -> None:
+    assert (W.dp, W.expert_dp, W.num_micro_batches, W.step_tokens) == (4, 4, 16, 128 * 4096)
+    assert replace(W, global_batch_size=1).num_micro_batches == 1
+
+
+def test_a_run_s_settings_arrive() -> None:
+    config = apply_settings(recipes.get("solar-open-102b"), [
+        "train.fp8=mxfp8", "train.recompute=selective", 'gpu.recompute_modules=["moe_act"]',
+        "parallel.expert_dispatcher=hybridep", "gpu.grad_dtype=bf16", "train.micro_batch_size=2",
+        "optim.name=muon", "parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false"])
+    w = of_run(config, PhaseConfig("one", seq_len=8192), 480, H100, LINKS, imbalance=1.3)
+    assert (w.precision, w.recompute, w.recompute_modules) == ("mxfp8", "selective", ("moe_act",))
+    assert (w.dispatcher, w.grad_bytes, w.micro_batch_size, w.optimizer) == ("hybridep", 2, 2, "muon")
+    assert (w.seq_len, w.global_batch_size, w.imbalance) == (8192, config.train.global_batch_size, 1.3)
+    assert not w.overlap_grad_reduce and w.objective == "train"
+    pipeline = apply_settings(config, ["parallel.pp=2", "parallel.vpp=2",
+                                       "parallel.pipeline_layout=[13, 12, 12, 11]"])
+    assert w.stage_layers == (48,)
+    assert of_run(pipeline, PhaseConfig("one"), 480, H100, LINKS).stage_layers == (25, 23)
+    adapters = apply_settings(recipes.get("typhoon-s-8b"), ["lora.rank=8"])
+    assert of_run(adapters, PhaseConfig("one"), 8, H100, LINKS).objective == "lora"
+
+
+# Communication volumes against the papers' formulas.
+
+
+DENSE = ModelShape(num_layers=4, hidden_size=1024, num_heads=8, head_dim=128, num_kv_heads=8,
+                   vocab_size=1000, dense_ffn_dim=4096)
+MOE = replace(DENSE, num_experts=64, num_experts_per_token=4, expert_ffn_dim=512)
+
+
+def step_of(shape: ModelShape = DENSE, **settings: object) -> Workload:
+    """Return a step of 8 GPUs, one row of 2,048 tokens each."""
+    return replace(Workload(shape, H100, default_links(H100), num_gpus=8, seq_len=2048, global_batch_size=8),
+                   **settings)  # type: ignore[arg-type]
+
+
+def sent(w: Workload) -> dict[str, float]:
+    """Return group -> bytes."""
+    return {message.group: message.num_bytes for message in messages(w)}
+
+
+def test_one_gpu_sends_nothing() -> None:
+    assert not messages(step_of(num_gpus=1, global_batch_size=1))
+
+
+def test_tensor_parallelism_sends_what_the_paper_says() -> None:
+    """arXiv 2205.05198, section 4.2.2: four all-gathers and four reduce-scatters of s b h a layer, in both
+    passes, one of each backward gathered again for the weights' gradients."""
+    activations = 2048 * 1024 * 2
+    ring = 7 / 8 * activations
+    assert sent(step_of(tp=8, sp=False, global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 2 * 2 * ring)
+    assert sent(step_of(tp=8, sp=True, global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 5 * ring)
+
+
+def test_recomputing_everything_sends_a_forward_pass_more() -> None:
+    once, twice = (sent(step_of(tp=8, recompute=how, global_batch_size=1))["tp"] for how in ("none", "full"))
+    assert twice == pytest.approx(once * 3 / 2)
+
+
+@pytest.mark.parametrize(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
+                                                            ("fsdp", 4 + 2 * 2)])
+def test_data_parallelism_sends_what_zero_says(sharding: str, bytes_per_weight: int) -> None:
+    """arXiv 1910.02054, section 7: an all-reduce is two of a ring's halves; stage 1 replaces one of them by
+    gathering weights, stage 3 gathers them in both passes."""
+    w = step_of(sharding=sharding)
+    params = held_params(w)[0]
+    assert sent(w)["dp"] == pytest.approx(7 / 8 * params * bytes_per_weight)
+
+
+def test_sharded_weights_are_gathered_for_each_micro_batch() -> None:
+    one, four = (sent(step_of(sharding="fsdp", global_batch_size=batch))["dp"] for batch in (8, 32))
+    assert four == pytest.approx(4 * one)
+    # a layer that is computed again has been gathered for its backward pass
+    assert sent(step_of(sharding="fsdp", global_batch_size=8, recompute="full"))["dp"] == one
+
+
+def test_held_weights_are_cut_over_their_groups() -> None:
+    whole, experts = held_params(step_of(MOE))
+    cut, cut_experts = held_params(step_of(MOE, tp=2, sp=True, ep=4))
+    assert cut == pytest.approx(whole / 2) and cut_experts == pytest.approx(experts / 4)
+    assert whole + experts == pytest.approx(MOE.params())
+
+
+def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:
+    """All-to-all sends one for each choice; DeepEP one for each rank: 8 (1 - (7/8)^4) of 8 ranks."""
+    token = 1024 * 2
+    passes = 4 * 2 * 2  # layers, dispatch and combination, both passes
+    assert sent(step_of(MOE, ep=8))["ep"] == pytest.approx(passes * 2048 * token * 4 * 7 / 8)
+    visited = 8 * (1 - (7 / 8) ** 4) * 7 / 8
+    assert sent(step_of(MOE, ep=8, dispatcher="deepep"))["ep"] == pytest.approx(
+        passes * 2048 * token * visited)
+
+
+def test_processes_that_share_a_cut_expert_all_get_its_tokens() -> None:
+    """All-to-all gathers what arrived, 4 rows for each token, among the 2 processes of an expert."""
+    unit = 4 * 2 * 2 * 2048 * 1024 * 2
+    assert sent(step_of(MOE, ep=4, etp=2))["ep"] == pytest.approx(unit * (4 * 3 / 4 + 4))
+    assert sent(step_of(MOE, ep=1, etp=2))["ep"] == pytest.approx(unit * 4)
+    # the other dispatchers: each rank that a token visits is two processes, less the token's own
+    visited = 4 * (1 - (3 / 4) ** 4)
+    assert sent(step_of(MOE, ep=4, etp=2, dispatcher="deepep"))["ep"] == pytest.approx(
+        unit * visited * 2 * 7 / 8)
+    assert sent(step_of(MOE, ep=4, etp=2, dispatcher="allgather"))["ep"] == pytest.approx(unit * 7)
+
+
+def test_context_parallelism_passes_keys_and_values_round_the_ring() -> None:
+    w = step_of(cp=8, global_batch_size=1)
+    keys_and_values = 2048 / 8 * 2 * 1024 * 2
+    # one round forward, two backward
+    assert sent(w)["cp"] == pytest.approx(4 * 7 * 3 * keys_and_values)
+
+
+def test_layers_with_a_window_pass_the_ends_of_pieces_alone() -> None:
+    """Two pieces of 256 tokens on each of 4 processes, the last 127 of each; three layers of four slide."""
+    windowed = replace(DENSE, window=128, global_every=4)
+    token = 2 * 1024 * 2
+    assert sent(step_of(windowed, cp=4, global_batch_size=2))["cp"] == pytest.approx(
+        3 * 3 * (1 * 512 + 3 * 2 * 127) * token)
+    wide = replace(windowed, window=2048)
+    assert sent(step_of(wide, cp=4, global_batch_size=2))["cp"] == pytest.approx(3 * 3 * 4 * 512 * token)
+
+
+def test_copies_of_sharded_weights_are_fewer_of_experts() -> None:
+    """HSDP over 4 of 8 processes: with ep 2 each expert is on 4, shared by 2 of them."""
+    w = step_of(MOE, sharding="fsdp", sharding_group=4, ep=2)
+    dense, experts = held_params(w)
+    assert sent(w)["dp"] == pytest.approx(dense * ((4 + 2 * 2) * 3 / 4 + 4 / 4 * 2 * 1 / 2))
+    assert sent(w)["edp"] == pytest.approx(experts * ((4 + 2 * 2) * 1 / 2 + 4 / 2 * 2 * 1 / 2))
+
+
+def test_pipelines_pass_hidden_states_both_ways() -> None:
+    w = step_of(pp=4, vpp=1, global_batch_size=16)
+    assert sent(w)["pp"] == pytest.approx(2 * w.num_micro_batches * 2048 * 1024 * 2)
+
+
+def test_rings_that_leave_a_domain_use_all_its_adapters() -> None:
+    inside = {message.group: message for message in messages(step_of(sharding="zero1"))}["dp"]
+    spread = {m.group: m for m in messages(step_of(sharding="zero1", num_gpus=16, global_batch_size=16))}
+    strided = {m.group: m for m in messages(step_of(sharding="zero1", tp=8, num_gpus=16,
+                                                     global_batch_size=16))}
+    assert (inside.link, spread["dp"].link) == ("inside", "between")
+    assert spread["dp"].bytes_per_s == 8 * 50e9 and strided["dp"].bytes_per_s == 50e9

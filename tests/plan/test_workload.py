@@ -1,0 +1,168 @@
+"""Sizes and FLOPs of models against counts made elsewhere: the recipes, makers' tables, torch's counter."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_sov import recipes
+from megatron_sov.clusters.chips import CHIPS, chip, default_links
+from megatron_sov.models.count import TABLES, layer_weights, mean_keys, train_flops_per_token
+from megatron_sov.plan.learned import read_learned
+from megatron_sov.plan.speed import work
+from megatron_sov.plan.speed.parameters import default, of_json
+from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model
+from megatron_sov.plan.tables.workloads import published
+
+ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not name.startswith("tiny-")}
+"""Architecture -> a recipe that has it."""
+
+
+@pytest.mark.parametrize("name", sorted(ONE_OF_EACH.values()))
+def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
+    model = recipes.get(name).model
+    shape, said, mapped = of_model(model), Counter[Any](), Counter[Any]()
+    predicted = model.num_mtp_moe_layers()
+    moe, dense = shape.num_moe_layers + predicted, model.num_mtp_layers - predicted
+    blocks: dict[Block, int] = {
+        "attention": model.num_layers + model.num_mtp_layers, "prediction": model.num_mtp_layers,
+        "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "beside experts": moe,
+        "expert": moe * model.num_experts}
+    for block, number in blocks.items():
+        for one in shape.matrices(block):
+            said[one.rows, one.columns] += number
+    for weight in layer_weights(model):
+        if len(weight.shape) == 2 and weight.key not in TABLES:
+            mapped[weight.shape] += max(1, weight.num_experts) * (
+                model.num_mtp_layers if weight.predicts else len(weight.layers))
+    assert +said == mapped
+    for seq_len in (128, 4096, 262_144):
+        assert shape.train_flops_per_token(seq_len) == pytest.approx(train_flops_per_token(model, seq_len))
+
+
+@pytest.mark.parametrize(("name", "seq_len", "gflops"), [
+    # model TFLOP/s over tokens/s of Megatron-Bridge's tables, whose counter is megatron-core's
+    ("llama3-8b", 8192, 1933e3 / 37556), ("llama3.1-405b", 8192, 2646e3 / 1048),
+    ("qwen3-30b-a3b", 4096, 1041e3 / 45275), ("qwen3-235b-a22b", 4096, 1092e3 / 7376),
+    ("deepseek-v3", 4096, 1648e3 / 6338), ("kimi-k2", 4096, 1099e3 / 5372),
+    ("moonlight-16b", 4096, 386.59e3 / 22528.026), ("nemotron-3-super", 8192, 817e3 / 9652)])
+def test_flops_are_those_of_published_tables(name: str, seq_len: int, gflops: float) -> None:
+    shape = next(model.shape for model in published() if name in model.names)
+    assert shape.train_flops_per_token(seq_len) / 1e9 == pytest.approx(gflops, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "billions", "active"), [
+    ("deepseek-v3", 671, 37.6), ("deepseek-v2", 236, 21.4), ("mixtral-8x22b", 140.6, 39.1),
+    ("gpt-oss-120b", 116.8, 5.7), ("llama3-70b", 70.6, 70.6), ("nemotron-4-340b", 341, 341),
+    ("nemotron-3-super", 120.6, 12.7), ("glm-4.5", 353, 33.6), ("qwen3-235b-a22b", 235, 22.2)])
+def test_published_models_have_the_parameters_of_their_names(name: str, billions: float,
+                                                             active: float) -> None:
+    shape = next(model.shape for model in published() if name in model.names)
+    assert shape.params() / 1e9 == pytest.approx(billions, rel=0.01)
+    assert shape.active_params() / 1e9 == pytest.approx(active, rel=0.015)
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "k-exaone-236b", "nemotron-3-super"])
+def test_a_row_written_token_by_token_has_the_flops_of_its_forward_pass(name: str) -> None:
+    """Each query sees what stands before it and itself; prediction layers aside, which do not write."""
+    found = next((model.shape for model in published() if name in model.names), None)
+    shape = replace(found or of_model(recipes.get(name).model), num_mtp_layers=0)
+    written = sum(shape.decode_flops_per_token(context) for context in range(1, 301))
+    assert written == pytest.approx(300 * shape.forward_flops_per_token(300))
+
+
+def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
+    """Products alone, attention in full: torch's counter knows no causal half."""
+    s = ModelShape(num_layers=2, hidden_size=64, num_heads=4, head_dim=32, num_kv_heads=2, vocab_size=96,
+                   dense_ffn_dim=80, num_experts=4, num_experts_per_token=2, expert_ffn_dim=48,
+                   num_shared_experts=1, num_dense_layers=1)
+    tokens = 16
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        x = torch.empty(tokens, s.hidden_size)
+        for layer in range(s.num_layers):
+            q = functional.linear(x, torch.empty(s.num_heads * s.head_dim, s.hidden_size))
+            functional.linear(x, torch.empty(2 * s.num_kv_heads * s.head_dim, s.hidden_size))
+            heads = q.view(tokens, s.num_heads, s.head_dim).transpose(0, 1)
+            torch.bmm(torch.bmm(heads, heads.transpose(1, 2)), heads)
+            functional.linear(q, torch.empty(s.hidden_size, s.num_heads * s.head_dim))
+            experts = [(s.dense_ffn_dim, 1)] if layer == 0 else [(s.expert_ffn_dim, 3), ]
+            if layer:
+                functional.linear(x, torch.empty(s.num_experts, s.hidden_size))
+            for width, visits in experts:
+                for _ in range(visits):
+                    inner = functional.linear(x, torch.empty(2 * width, s.hidden_size))
+                    functional.linear(inner[:, :width], torch.empty(s.hidden_size, width))
+        functional.linear(x, torch.empty(s.vocab_size, s.hidden_size))
+    in_full = tokens - mean_keys(tokens, 0)
+    attention = s.num_layers * 4 * s.num_heads * s.head_dim * in_full
+    assert (s.forward_flops_per_token(tokens) + attention) * tokens == counter.get_total_flops()
+
+
+def test_layers_of_hybrids_add_up() -> None:
+    nano = next(model.shape for model in published() if "nemotron-3-nano" in model.names)
+    # MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME
+    assert (nano.num_mamba_layers, nano.num_attention_layers, nano.num_moe_layers) == (23, 6, 23)
+
+
+# Bytes of kernels without products, counted by hand.
+
+
+H100 = chip("h100")
+W = Workload(ModelShape(2, 64, 4, 16, 2, 100, dense_ffn_dim=128, num_experts=8, num_experts_per_token=2,
+                        expert_ffn_dim=32, num_shared_experts=1), H100, default_links(H100), 4, seq_len=10)
+RESIDUAL = 5 * 10 * 64 * 2
+
+
+def test_blocks() -> None:
+    assert work.attention_bytes(W) == RESIDUAL + 2 * 10 * (4 + 2) * 16 * 2
+    assert work.dense_bytes(W) == RESIDUAL + 3 * 10 * 128 * 2
+    assert work.activation_bytes(W) == 3 * 20 * 32 * 2
+    sort, router, shared = 8 * 20 * 64 * 2, 10 * 8 * 24, 3 * 10 * 32 * 2
+    assert work.moe_bytes(W) == RESIDUAL + sort + router + shared
+    assert work.head_bytes(W) == 10 * 100 * 14
+
+
+def test_cut_over_tensor_parallel_ranks() -> None:
+    cut = replace(W, tp=2, sp=True)
+    for count in (work.attention_bytes, work.dense_bytes, work.moe_bytes,
+                  work.head_bytes):
+        assert count(cut) == count(W) / 2
+    assert work.dense_bytes(replace(W, tp=2)) > work.dense_bytes(cut)
+
+
+def test_quantised_operands_and_adapters() -> None:
+    products = [work.Product(10, 30, 20), work.Product(10, 5, 7, quantized=False)]
+    assert work.quantized_bytes(products, frozen=False) == 4 * (10 * 20 + 10 * 30)
+    assert work.quantized_bytes(products, frozen=True) == 3 * (10 * 20 + 10 * 30)
+    assert work.adapter_bytes(products[:1]) == 2 * (10 * 20 + 2 * 10 * 30)
+
+
+# Parameters in files: the package's, and those that a team has learnt from its own runs.
+
+
+def test_a_file_may_hold_a_part(tmp_path: Path) -> None:
+    file = tmp_path / "ours.json"
+    file.write_text(json.dumps({"parameters": {"hbm_fraction": 0.5, "ep_fraction": {"deepep": 0.25}},
+                                "provenance": {"runs": 3}}))
+    found = read_learned(file).parameters
+    assert found.hbm_fraction == 0.5 and found.ep_fraction["deepep"] == 0.25
+    assert found.ep_fraction["alltoall"] == default().ep_fraction["alltoall"]
+    assert found.product_fraction == default().product_fraction
+
+
+def test_every_chip_has_shares_of_its_generation() -> None:
+    p = default()
+    tables = (p.product_fraction, p.attention_fraction, p.attention_portable, p.reference_power_w)
+    assert all(one.generation in table for one in CHIPS.values() for table in tables)
+
+
+def test_parameters_are_read_as_they_are_written() -> None:
+    assert of_json(dict(vars(default()))).hbm_fraction == default().hbm_fraction
