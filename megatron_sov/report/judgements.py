@@ -150,9 +150,9 @@ def gate(run: Run) -> list[list[str]]:
 
 def _forgetting(run: Run) -> list[list[str]]:
     """Return what the forgetting gate found."""
-    if not run.forgetting:
+    if not run.of("forgetting_gate"):
         return []
-    event = run.forgetting[-1]
+    event = run.of("forgetting_gate")[-1]
     tasks = event.get("tasks") or []
     lost = [str(task.get("task")) for task in tasks if task.get("verdict") in ("forgotten", "not known")]
     unproven = sum(task.get("verdict") == "not proven" for task in tasks)
@@ -199,7 +199,7 @@ def _baseline(run: Run) -> list[list[str]]:
 
 def _exports(run: Run) -> list[list[str]]:
     """Return the last proof of an export."""
-    proofs = [c for c in run.conversions if c.get("checks")]
+    proofs = [c for c in run.of("conversion") if c.get("checks")]
     if not proofs:
         return []
     passed = [bool(check.get("passed")) for check in proofs[-1]["checks"]]

@@ -181,7 +181,7 @@ def incident_section(run: Run) -> Section:
 
 def _warning_tables(run: Run) -> list[Table]:
     """Return what the run warned of, and the stretches of steps that it passed over as the settings asked."""
-    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.warnings]
+    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.of("warning")]
     skipped = np.array(run.skipped_steps, dtype=np.int64)
     for stretch in np.split(skipped, np.flatnonzero(np.diff(skipped) > 1) + 1) if len(skipped) else []:
         first, last = int(stretch[0]), int(stretch[-1])
@@ -361,10 +361,10 @@ def sections(run: Run) -> list[Section]:
                 text="What the objective measures beside its loss."),
         Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run) + turn_tables(run),
                 side_by_side=True),
-        pair_section(run.heldout_pairs),
-        divergence_section(run.heldout_divergence),
-        score_section(run.scores, run.score_checks),
-        forgetting_section(run.forgetting),
+        pair_section(run.of("heldout_pairs")),
+        divergence_section(run.of("heldout_divergence")),
+        score_section(run.scores, run.of("eval_contamination")),
+        forgetting_section(run.of("forgetting_gate")),
         round_section(run.rounds),
         Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
                 side_by_side=True),
@@ -391,13 +391,13 @@ def sections(run: Run) -> list[Section]:
                 charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
                 text="Share of questions about hidden facts that the model answers, by the length of the "
                      "context and their depth in it."),
-        passk_section(run.passk),
-        media_section(run.media, run.media_retrieval),
-        spectrum_section(run.ssp_probes),
-        gate_section(run.gate_checks, run.searches),
+        passk_section(run.of("passk")),
+        media_section(run.of("media"), run.of("media_retrieval")),
+        spectrum_section(run.of("ssp_probe")),
+        gate_section(run.gate_checks, run.of("decontamination")),
         _sample_section(run),
         Section("Proof of the conversion",
-                tables=[t for c in run.conversions if c.get("checks") for t in _conversion_table(c)],
+                tables=[t for c in run.of("conversion") if c.get("checks") for t in _conversion_table(c)],
                 text="The exported model against the trained one."),
         time_section(run.wall_time),
         Section("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
