@@ -18,7 +18,6 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from megatron_sov.obs.figures import number
 from megatron_sov.version import __version__
 
 # Plotly figures on a page.  Colours are names of CSS variables, so that the page's light and dark themes
@@ -116,17 +115,6 @@ def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -
     """
     rows = [[cell(thing) for cell in columns.values()] for thing in things]
     return [Table(list(columns), rows)] if rows else []
-
-
-def of_field(name: str, form: str = "", none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
-    """Return what gives a field's cell: its text, or its number in a format; `none` where it is absent."""
-    def cell(event: Mapping[str, Any]) -> str:
-        value = event.get(name)
-        if value is None and none is not None:
-            return none
-        return format(number(value), form) if form else str(value)
-
-    return cell
 
 
 @dataclass(frozen=True)

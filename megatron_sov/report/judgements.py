@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.obs.attempts import COMPLETE
-from megatron_sov.obs.figures import figure, number
+from megatron_sov.obs.figures import figure, number, of_field
 from megatron_sov.pages.markdown import is_picture, is_sound
 from megatron_sov.pages.page import (
     Chart,
@@ -22,7 +22,6 @@ from megatron_sov.pages.page import (
     chart,
     colour,
     line_with_intervals,
-    of_field,
     plain,
     tables,
 )

@@ -16,7 +16,7 @@ from megatron_sov.config import from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.obs import routing
 from megatron_sov.obs.attempts import Attempt
-from megatron_sov.obs.figures import duration, figure, large, number
+from megatron_sov.obs.figures import duration, figure, large, number, of_field
 from megatron_sov.obs.incidents import KINDS, describe
 from megatron_sov.obs.units import GIB
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
@@ -27,7 +27,6 @@ from megatron_sov.pages.page import (
     chart,
     colour,
     colour_bar,
-    of_field,
     plain,
     tables,
 )
