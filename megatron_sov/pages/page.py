@@ -130,7 +130,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What was shown and what was made of it; media are addresses of `pages/embedded.py`."""
+    """What was shown and what was made of it; media are addresses of `pages/markdown.py`."""
 
     title: str
     """What it is; stands above it."""
