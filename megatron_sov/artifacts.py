@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -483,15 +483,24 @@ def inputs_of(path: Path, manifest: Manifest) -> list[dict[str, str]]:
     return inputs
 
 
-def places_of(path: str, beside: Path) -> list[Path]:
-    """Return where an input may lie now: where its path says, from here or from the artifact `beside`, or
-    next to that under its own name, where both were moved."""
-    return [Path(path), beside.parent / path, beside.parent / Path(path).name]
+def places_of(path: str, by: Path) -> list[Path]:
+    """Return where an input may lie now: where its path says, from here or from the artifact or run `by`, or
+    next to that under its own name, or in a run beside it (RUN/checkpoints/step-N), where both were moved."""
+    return [Path(path), by.parent / path, by.parent / Path(path).name,
+            by.parent / Path(*Path(path).parts[-3:])]
 
 
-def is_artifact(path: Path, sha256: str) -> bool:
-    """Return whether a folder is the artifact whose manifest has this hash."""
-    return _hash_at(path) == sha256
+def find_input(path: str, sha256: str, by: Path, elsewhere: Mapping[str, Path] | None = None) -> Path | None:
+    """Return where an input lies now, if it is what it was.
+
+    Args:
+        path: where it lay.
+        sha256: of its manifest.
+        by: the artifact or run that was made from it.
+        elsewhere: hash of a manifest -> folder, of what lies at none of `places_of`.
+    """
+    return next((place for place in places_of(path, by) if _hash_at(place) == sha256),
+                (elsewhere or {}).get(sha256))
 
 
 def _hash_at(path: Path) -> str:
@@ -518,11 +527,11 @@ def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> 
     """
     found, seen = list[dict[str, Any]](), set(seen)
     for item in inputs_of(path, manifest):
-        sha256, places = item["manifest_sha256"], places_of(item["path"], path)
-        place = next((p for p in places if is_artifact(p, sha256)), None)
+        sha256 = item["manifest_sha256"]
+        place = find_input(item["path"], sha256, path)
         below: list[dict[str, Any]] = []
         if place is None:
-            state = "changed since" if _hash_at(places[0]) else "not here"
+            state = "changed since" if _hash_at(Path(item["path"])) else "not here"
         elif sha256 in seen:
             state = "as above"
         else:

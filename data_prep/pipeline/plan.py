@@ -26,7 +26,7 @@ from data_prep.pipeline.addresses import (
 )
 from data_prep.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
-from data_prep.sources.formats import reader
+from data_prep.sources.formats import reader, reader_class
 from data_prep.sources.source import Piece, SourceSettings
 from megatron_sov.artifacts import MANIFEST, atomic_write, new_file, new_folder
 from megatron_sov.sealed import PLACE, SEAL, read_json, read_lines, sealed, try_read_json, write_json
@@ -205,7 +205,9 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     settings = json.loads(TypeAdapter(SourceSettings).dump_json(source))
     for outside in ("priority", "folder", "path"):  # what is read says it better
         del settings[outside]
-    how = {"step": PARSE, "settings": settings, "on_bad": pipeline.on_bad}
+    version = reader_class(source.format).version
+    how = {"step": PARSE, "settings": settings, "on_bad": pipeline.on_bad,
+           **({"version": version} if version > 1 else {})}
     groups = shards_of(pieces, pipeline.shard_bytes)
     shards = {number: address(how | {"shard": number, "pieces": [
         [dataclasses.astuple(piece), [contents.get(name, "") for name in (piece.file, *piece.beside)]]

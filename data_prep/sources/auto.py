@@ -21,6 +21,7 @@ class AutoReader(FileReader):
     """Files of several formats, with each format's own options at their defaults."""
 
     format = "auto"
+    version = 2  # text of pages by resiliparse
     Options = Limits
 
     def pieces(self) -> list[Piece]:

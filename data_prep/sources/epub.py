@@ -34,6 +34,7 @@ class EpubReader(FileReader):
     """Files of EPUB 2 and 3."""
 
     format = "epub"
+    version = 2  # text of pages by resiliparse
     suffixes = frozenset([".epub"])
     compressed = False
     Options = EpubOptions

@@ -62,6 +62,7 @@ class HtmlReader(FileReader):
     """Files of HTML."""
 
     format = "html"
+    version = 2  # text of pages by resiliparse
     suffixes = frozenset([".html", ".htm", ".xhtml", ".shtml"])
     Options = HtmlOptions
 

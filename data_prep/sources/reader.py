@@ -208,6 +208,8 @@ class FileReader:
 
     format: ClassVar[str]
     """Its name."""
+    version: ClassVar[int] = 1
+    """Raised where it gives another text of the same file: what an earlier one has parsed is parsed again."""
     suffixes: ClassVar[frozenset[str]] = frozenset()
     """Endings of the files that are read from folders, with small letters."""
     compressed: ClassVar[bool] = True

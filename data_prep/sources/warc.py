@@ -34,6 +34,7 @@ class WarcReader(FileReader):
     """Files of WARC 1.0 and 1.1, as a whole or record by record compressed, and WET files."""
 
     format = "warc"
+    version = 2  # text of pages by resiliparse
     suffixes = frozenset([".warc", ".wet", ".wat"])
     Options = WarcOptions
 

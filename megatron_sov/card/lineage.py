@@ -14,8 +14,8 @@ from typing import Any
 from megatron_sov.artifacts import (
     MANIFEST,
     Manifest,
+    find_input,
     inputs_of,
-    is_artifact,
     manifest_sha256,
     places_of,
     read_manifest,
@@ -393,16 +393,12 @@ class _Walk:
 
     def _input(self, by: Path, path: str, sha256: str, kind: str, target: str, told_by: str) -> None:
         """Follow one input to where it lies now, if it is what it was."""
-        places = places_of(path, by)
-        if kind == KIND:  # RUN/checkpoints/step-N beside this run's folder, where both were moved
-            places.append(by.parent / Path(*Path(path).parts[-3:]))
-        known = self.found.places.get(sha256) or self._elsewhere.get(sha256)
-        folder = next((p for p in places if is_artifact(p, sha256)), known)
+        folder = find_input(path, sha256, by, self._elsewhere | self.found.places)
         if folder is not None:
             self._artifact(folder, sha256)
         else:
             self._missing(kind, short_name(Path(path)), sha256)
-            self._run_that_left(places, sha256)
+            self._run_that_left(places_of(path, by), sha256)
         self.found.graph.join(sha256, target, told_by)
 
     def _artifact(self, folder: Path, sha256: str) -> None:

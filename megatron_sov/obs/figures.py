@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -44,3 +45,14 @@ def duration(seconds: float) -> str:
 def figure(value: float, digits: int = 4) -> str:
     """Return a measured value with so many significant digits; a dash where there is none."""
     return "–" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def of_field(name: str, form: str = "", none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
+    """Return what gives a field's cell: its text, or its number in a format; `none` where it is absent."""
+    def cell(event: Mapping[str, Any]) -> str:
+        value = event.get(name)
+        if value is None and none is not None:
+            return none
+        return format(number(value), form) if form else str(value)
+
+    return cell

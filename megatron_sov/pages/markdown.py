@@ -1,4 +1,4 @@
-"""Text of strangers in Markdown, and the words of the Hugging Face hub for the metadata above it."""
+"""Text of strangers in Markdown, their media as addresses, and the hub's words for metadata."""
 
 from __future__ import annotations
 

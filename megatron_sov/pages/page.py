@@ -8,10 +8,13 @@ import html
 import importlib.resources
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -83,6 +86,16 @@ def colour(i: int) -> str:
     return f"var(--c{i % NUM_COLOURS + 1})"
 
 
+def line_with_intervals(name: str, i: int, x: npt.NDArray[Any], value: npt.NDArray[np.float64],
+                        low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> go.Scatter:
+    """Return the i-th line of a chart, its points with their intervals."""
+    return go.Scatter(x=x, y=value.astype(np.float32), name=name, mode="lines+markers",
+                      line={"color": colour(i), "width": 1.8},
+                      error_y={"type": "data", "symmetric": False, "thickness": 1,
+                               "array": (high - value).astype(np.float32),
+                               "arrayminus": (value - low).astype(np.float32)})
+
+
 # What a page holds: chapters of sections of text, charts and tables.
 
 @dataclass(frozen=True)
@@ -91,6 +104,17 @@ class Table:
 
     head: list[str]
     rows: list[list[str]]
+
+
+def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[Table]:
+    """Return the table of some things, a row for each; of nothing there is none.
+
+    Args:
+        things: events, or whatever the columns look at.
+        columns: heading -> what gives the cell of one thing.
+    """
+    rows = [[cell(thing) for cell in columns.values()] for thing in things]
+    return [Table(list(columns), rows)] if rows else []
 
 
 @dataclass(frozen=True)
@@ -106,7 +130,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What was shown and what was made of it; media are addresses of `pages/embedded.py`."""
+    """What was shown and what was made of it; media are addresses of `pages/markdown.py`."""
 
     title: str
     """What it is; stands above it."""

@@ -111,7 +111,7 @@ def _memory_tables(run: Run) -> list[Table]:
 def _peaks(run: Run, plan: KeptPlan, starts: set[int]) -> dict[int, float]:
     """Return pipeline stage -> most memory of one of its processes, over some starts (1-based)."""
     found: dict[int, float] = {}
-    for event in run.memory:
+    for event in run.of("memory"):
         if event["attempt"] in starts:
             for stage, peak in enumerate(event.get("peak_memory_bytes") or []):
                 found[stage] = max(found.get(stage, 0.0), number(peak))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,146 +12,113 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.obs.attempts import COMPLETE
-from megatron_sov.obs.figures import figure, number
+from megatron_sov.obs.figures import figure, number, of_field
 from megatron_sov.pages.markdown import is_picture, is_sound
-from megatron_sov.pages.page import Chart, Exhibit, Section, Table, chart, colour
+from megatron_sov.pages.page import (
+    Chart,
+    Exhibit,
+    Section,
+    Table,
+    chart,
+    colour,
+    line_with_intervals,
+    plain,
+    tables,
+)
 from megatron_sov.report.run_data import Run
 from megatron_sov.report.steps import last_value
-
-# The gate of an extension in the report: every check with what failed, and the search that
-# proves the test clean.
+from megatron_sov.runs.rounds import LEARNS
 
 MAX_CELLS = 40
+MAX_CURVES = 12
+"""Curves of a chart of rounds at most, those with the most responses."""
+MAX_ROUNDS = 40
+"""Rounds in the table at most, the newest ones."""
+SHOWN = 8
+"""Samples of each pair of modalities."""
 VERDICTS = {True: Markup('<span class="good">passed</span>'),
             False: Markup('<span class="bad">FAILED</span>')}
+WORDS = {"kept": Markup('<span class="good">kept</span>'),
+         "forgotten": Markup('<span class="bad">FORGOTTEN</span>'),
+         "not known": Markup('<span class="bad">not known</span>')}
+Event = dict[str, Any]
+_STEP = of_field("step", ",.0f", "–")
 
 
-def gate_section(checks: list[dict[str, Any]], searches: list[dict[str, Any]]) -> Section:
-    """Return the section; without checks it has no content, and is left out.
+def gate_section(checks: list[Event], searches: list[Event]) -> Section:
+    """Return every check of an extension's gate with what failed, and the search that proves the test clean.
 
     Args:
         checks: `gate` events in the order of steps.
         searches: `decontamination` events.
     """
-    tables = [_checks(checks)] if checks else []
     failing = (checks[-1].get("failing_cells") or []) if checks else []
-    if failing:
-        tables.append(_cells(failing))
-    tables += [_search(s) for s in searches[-1:]]
-    return Section("Gate", tables=tables, text=(
+    below = tables(failing[:MAX_CELLS], {
+        "cells below at the last check": of_field("kind"), "language": of_field("language"),
+        "tokens": lambda c: f"{int(c['length_tokens']):,}", "depth": of_field("depth", ".0%"),
+        "right": lambda c: f"{c['correct']} of {c['samples']}",
+        "95 % interval": lambda c: f"{number(c['interval'][0]):.1%} to {number(c['interval'][1]):.1%}"})
+    if len(failing) > MAX_CELLS:
+        below[0].rows.append([f"and {len(failing) - MAX_CELLS:,} more", "", "", "", "", ""])
+    return Section("Gate", tables=[*tables(checks, {
+        "step": lambda c: f"{int(c.get('step') or 0):,}",
+        "worst row": lambda c: f"{min(worst):.1%}" if (worst := _accuracies(c)) else "–",
+        "threshold": of_field("threshold", ".0%"),
+        "rows below": lambda c: str(len(c.get("failing_rows") or [])),
+        "cells below for sure": lambda c: str(len(c.get("failing_cells") or [])),
+        "short-context loss": of_field("loss", ".4f"), "at the start": of_field("start_loss", ".4f"),
+        "limit": of_field("loss_limit", ".4f"), "verdict": verdict,
+    }), *below, *map(_search, searches[-1:])], text=(
         "A stage is complete when every row of needles (kind, language, length) reaches the threshold, "
         "no single cell lies below it with its whole confidence interval, and the loss on the short context "
         "is within its tolerance."))
 
 
-def verdict(check: dict[str, Any]) -> Markup:
+def verdict(check: Event) -> Markup:
     """Return what a check found, in one word or two."""
     if check.get("judged") and not check.get("passed"):
         return Markup("good, before step {}").format(check.get("min_steps"))
     return VERDICTS[bool(check.get("passed"))]
 
 
-def _checks(checks: list[dict[str, Any]]) -> Table:
-    rows = []
-    for check in checks:
-        accuracies = [number(r.get("accuracy")) for r in check.get("rows") or []]
-        rows.append([
-            f"{int(check.get('step') or 0):,}", f"{min(accuracies):.1%}" if accuracies else "–",
-            f"{number(check.get('threshold')):.0%}", str(len(check.get("failing_rows") or [])),
-            str(len(check.get("failing_cells") or [])), f"{number(check.get('loss')):.4f}",
-            f"{number(check.get('start_loss')):.4f}", f"{number(check.get('loss_limit')):.4f}",
-            verdict(check)])
-    return Table(["step", "worst row", "threshold", "rows below", "cells below for sure",
-                  "short-context loss", "at the start", "limit", "verdict"], rows)
+def _accuracies(check: Event) -> list[float]:
+    return [number(row.get("accuracy")) for row in check.get("rows") or []]
 
 
-def _cells(cells: list[dict[str, Any]]) -> Table:
-    rows = [[str(c.get("kind")), str(c.get("language")), f"{int(c['length_tokens']):,}",
-             f"{number(c['depth']):.0%}", f"{c['correct']} of {c['samples']}",
-             f"{number(c['interval'][0]):.1%} to {number(c['interval'][1]):.1%}"]
-            for c in cells[:MAX_CELLS]]
-    if len(cells) > MAX_CELLS:
-        rows.append([f"and {len(cells) - MAX_CELLS:,} more", "", "", "", "", ""])
-    return Table(["cells below at the last check", "language", "tokens", "depth", "right", "95 % interval"],
-                 rows)
-
-
-def _search(found: dict[str, Any]) -> Table:
-    scanned, held = found.get("scanned_tokens") or {}, found.get("train_tokens") or {}
+def _search(found: Event) -> Table:
+    held = found.get("train_tokens") or {}
     rows = [
         ["questions of the test in the training text",
          f"{found.get('questions_found')} of {found.get('questions'):,}"],
         [f"windows of {found.get('window_tokens')} held-out tokens in the training text",
          f"{found.get('windows_found'):,} of {found.get('windows'):,} ({number(found.get('overlap')):.2%})"]]
     rows += [[f"tokens searched of {name}", f"{count:,} of {held.get(name, 0):,}"]
-             for name, count in scanned.items()]
+             for name, count in (found.get("scanned_tokens") or {}).items()]
     return Table(["search for the test in the training data", "found"], rows)
 
 
-# The forgetting gate in the report: each task before and after, with the paired difference.
-
-WORDS = {"kept": Markup('<span class="good">kept</span>'),
-         "forgotten": Markup('<span class="bad">FORGOTTEN</span>'),
-         "not known": Markup('<span class="bad">not known</span>')}
-
-
-def forgetting_section(events: list[dict[str, Any]]) -> Section:
-    """Return the section of the newest `forgetting_gate` event; without one it has no content."""
-    title = "Forgetting gate"
-    if not events:
-        return Section(title)
-    event = events[-1]
-    rows = []
-    for task in event.get("tasks") or []:
-        word = str(task.get("verdict"))
-        rows.append([str(task.get("task")), str(task.get("metric")), figure(number(task.get("before"))),
-                     figure(number(task.get("after"))), _signed(task.get("value")),
-                     _interval(task.get("interval")), f"{number(task.get('items')):,.0f}",
-                     WORDS.get(word, word)])
-    return Section(title, tables=[Table(
-        ["task", "metric", "at the start", "at the end", "difference", "90 % interval", "items", "verdict"],
-        rows)], text=(
-        f"What the stage started from against its last checkpoint (step {_step(event)}), on the same items. "
+def forgetting_section(events: list[Event]) -> Section:
+    """Return each task of the newest `forgetting_gate` event before and after, with the paired difference."""
+    event = events[-1] if events else {}
+    step = number(event.get("step"))
+    return Section("Forgetting gate", tables=tables(event.get("tasks") or [], {
+        "task": of_field("task"), "metric": of_field("metric"),
+        "at the start": lambda t: figure(number(t.get("before"))),
+        "at the end": lambda t: figure(number(t.get("after"))),
+        "difference": lambda t: _signed(t.get("value")),
+        "90 % interval": lambda t: " to ".join(map(_signed, ends)) if len(
+            ends := _list(t.get("interval"))) == 2 else "–",
+        "items": of_field("items", ",.0f"),
+        "verdict": lambda t: WORDS.get(str(t.get("verdict")), str(t.get("verdict")))}), text=(
+        "What the stage started from against its last checkpoint (step "
+        f"{'not known' if math.isnan(step) else f'{step:,.0f}'}), on the same items. "
         f"Forgotten: the whole interval lies below -{number(event.get('tolerance')):g}; not proven: too few "
         "items to tell."))
 
 
-def forgetting_verdict(name: str, events: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the row of the table of verdicts, or nothing.
-
-    Args:
-        name: of the run.
-        events: `forgetting_gate` events.
-    """
-    if not events:
-        return []
-    tasks = events[-1].get("tasks") or []
-    lost = [str(task.get("task")) for task in tasks if task.get("verdict") in ("forgotten", "not known")]
-    unproven = sum(task.get("verdict") == "not proven" for task in tasks)
-    found = f"worse on {', '.join(lost)}" if lost else f"{len(tasks) - unproven} of {len(tasks)} tasks kept"
-    if unproven:
-        found += f", {unproven} not proven"
-    return [["Forgetting", VERDICTS[bool(events[-1].get("passed"))],
-             f"{name}: {found}; tolerance {number(events[-1].get('tolerance')):g}"]]
-
-
 def _signed(value: Any) -> str:
-    found = number(value)
-    return "–" if math.isnan(found) else f"{found:+.4f}"
+    return "–" if math.isnan(found := number(value)) else f"{found:+.4f}"
 
-
-def _interval(value: Any) -> str:
-    if not isinstance(value, list) or len(value) != 2:
-        return "–"
-    return f"{_signed(value[0])} to {_signed(value[1])}"
-
-
-def _step(event: dict[str, Any]) -> str:
-    step = number(event.get("step"))
-    return "not known" if math.isnan(step) else f"{step:,.0f}"
-
-
-# What was judged of a model, one row each: its stages, gates, baselines and exports.
 
 def verdict_table(runs: list[Run], others: list[Run]) -> list[Table]:
     """Return the table, or nothing where nothing was judged.
@@ -161,7 +128,7 @@ def verdict_table(runs: list[Run], others: list[Run]) -> list[Table]:
         others: runs of other models; of these the gates alone are named, as another model's.
     """
     rows = [*_stages(runs), *(row for run in runs for row in (
-        *gate(run), *forgetting_verdict(run.name, run.forgetting), *_needle_row(run), *_baseline(run))),
+        *gate(run), *_forgetting(run), *_needle_row(run), *_baseline(run))),
             *(row for run in runs for row in _exports(run))]
     for other in others:
         rows += [["Other's gate", word, f"another model, {found}"] for _, word, found in gate(other)]
@@ -175,10 +142,24 @@ def gate(run: Run) -> list[list[str]]:
     check = run.gate_checks[-1]
     loss, limit = number(check.get("loss")), number(check.get("loss_limit"))
     found = f"short-context loss {loss:.3f}, limit {limit:.3f}; step {int(check.get('step') or 0):,}"
-    accuracies = [number(row.get("accuracy")) for row in check.get("rows") or []]
-    if accuracies:
+    if accuracies := _accuracies(check):
         found = f"needles {min(accuracies):.0%}, {number(check.get('threshold')):.0%} needed; {found}"
     return [["Gate", verdict(check), f"{run.name}: {found}"]]
+
+
+def _forgetting(run: Run) -> list[list[str]]:
+    """Return what the forgetting gate found."""
+    if not run.of("forgetting_gate"):
+        return []
+    event = run.of("forgetting_gate")[-1]
+    tasks = event.get("tasks") or []
+    lost = [str(task.get("task")) for task in tasks if task.get("verdict") in ("forgotten", "not known")]
+    unproven = sum(task.get("verdict") == "not proven" for task in tasks)
+    found = f"worse on {', '.join(lost)}" if lost else f"{len(tasks) - unproven} of {len(tasks)} tasks kept"
+    if unproven:
+        found += f", {unproven} not proven"
+    return [["Forgetting", VERDICTS[bool(event.get("passed"))],
+             f"{run.name}: {found}; tolerance {number(event.get('tolerance')):g}"]]
 
 
 def _stages(runs: list[Run]) -> list[list[str]]:
@@ -217,137 +198,91 @@ def _baseline(run: Run) -> list[list[str]]:
 
 def _exports(run: Run) -> list[list[str]]:
     """Return the last proof of an export."""
-    proofs = [c for c in run.conversions if c.get("checks")]
+    proofs = [c for c in run.of("conversion") if c.get("checks")]
     if not proofs:
         return []
     passed = [bool(check.get("passed")) for check in proofs[-1]["checks"]]
     return [["Export", VERDICTS[all(passed)], f"{run.name}: {sum(passed)} of {len(passed)} checks"]]
 
 
-# pass@k in the report: a curve over k for each set of prompts, and what the responses were.
-
-def passk_section(events: list[dict[str, Any]]) -> Section:
-    """Return the section; without events it has no content, and is left out.
+def passk_section(events: list[Event]) -> Section:
+    """Return a curve over k for each set of prompts, and what the responses were.
 
     Args:
         events: `passk` events; of one set of prompts, reward and step the newest counts.
     """
-    found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in events
-             if e.get("pass_at_k")}
-    files = {file for file, *_ in found}
-    shared = Counter(map(_file_name, files))
-    newest = [{**e, "name": _name(e, shared)} for e in found.values()]
-    return Section("pass@k", charts=[_passk_chart(e) for e in newest],
-                   tables=[_passk_table(newest)] if newest else [],
-                   side_by_side=True, text="The probability that of k responses to a prompt one at least is "
-                                           "right (pass@k), or the most frequent answer (maj@k).")
+    found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in events if e.get("pass_at_k")}
+    shared = Counter(file.rpartition("/")[2] for file in {file for file, *_ in found})
+
+    def name(event: Event) -> str:  # the path where several files have one name
+        file = str(event.get("input"))
+        last = file.rpartition("/")[2]
+        return f"{file if shared[last] > 1 else last}, {event.get('reward')}"
+
+    def share(event: Event, at: int) -> str:
+        return f"{number(event['pass_at_k'][at]['value']):.1%} (k = {event['pass_at_k'][at]['k']})"
+
+    return Section("pass@k", side_by_side=True, charts=[_passk_chart(e, name(e)) for e in found.values()],
+                   tables=tables(found.values(), {
+        "prompts, reward": name, "step": _STEP, "prompts": of_field("num_prompts", ",.0f"),
+        "responses": of_field("num_samples", ",.0f"), "without a reward": of_field("num_unscored", ",.0f"),
+        "pass@k": lambda e: share(e, 0), "at most": lambda e: share(e, -1),
+        "mean reward": of_field("mean_reward", ".4f"),
+        "sampling": lambda e: "temperature {temperature}, top-p {top_p}, seed {seed}".format_map(
+            e["sampling"]) if e.get("sampling") else "sampled elsewhere",
+    }), text="The probability that of k responses to a prompt one at least is right (pass@k), or the most "
+             "frequent answer (maj@k).")
 
 
-def _file_name(file: str) -> str:
-    return file.rpartition("/")[2]
-
-
-def _name(event: dict[str, Any], shared: Counter[str]) -> str:
-    """Return what tells prompts and reward from others: the path where files have one name."""
-    file = str(event.get("input"))
-    return f"{file if shared[_file_name(file)] > 1 else _file_name(file)}, {event.get('reward')}"
-
-
-def _step_of(event: dict[str, Any]) -> str:
-    return "–" if event.get("step") is None else f"{int(event['step']):,}"
-
-
-def _passk_chart(event: dict[str, Any]) -> Chart:
-    figure = go.Figure()
-    for i, (field, name) in enumerate((("pass_at_k", "pass@k"), ("maj_at_k", "maj@k"))):
+def _passk_chart(event: Event, name: str) -> Chart:
+    lines = {}
+    for field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
         rows = [r for r in event.get(field) or [] if len(r["interval"]) == 2]
-        values = np.array([[number(r["k"]), number(r["value"]), *map(number, r["interval"])] for r in rows])
-        if not len(values):
-            continue
-        k, value, low, high = values.T
-        figure.add_trace(go.Scatter(
-            x=k.astype(np.int32), y=value.astype(np.float32), name=name, mode="lines+markers",
-            line={"color": colour(i), "width": 1.8},
-            error_y={"type": "data", "symmetric": False, "array": (high - value).astype(np.float32),
-                     "arrayminus": (value - low).astype(np.float32), "thickness": 1}))
-    figure.update_layout(xaxis={"title": "k", "type": "log", "dtick": "D1"},
-                         yaxis={"title": "share of prompts", "tickformat": ".0%", "rangemode": "tozero"})
-    return chart(figure, f"{event['name']}, step {_step_of(event)}: 95 % intervals over "
-                         f"{int(number(event.get('num_prompts'))):,} prompts.")
+        if rows:
+            lines[label] = np.array([[number(r["k"]), number(r["value"]), *map(number, r["interval"])]
+                                     for r in rows]).T
+    drawn = go.Figure()
+    for i, (label, (k, value, low, high)) in enumerate(lines.items()):
+        drawn.add_trace(line_with_intervals(label, i, k.astype(np.int32), value, low, high))
+    drawn.update_layout(xaxis={"title": "k", "type": "log", "dtick": "D1"},
+                        yaxis={"title": "share of prompts", "tickformat": ".0%", "rangemode": "tozero"})
+    return chart(drawn, f"{name}, step {_STEP(event)}: 95 % intervals over "
+                        f"{int(number(event.get('num_prompts'))):,} prompts.")
 
 
-def _passk_table(events: list[dict[str, Any]]) -> Table:
-    rows = []
-    for event in events:
-        first, last = event["pass_at_k"][0], event["pass_at_k"][-1]
-        sampling = event.get("sampling") or {}
-        rows.append([event["name"], _step_of(event), f"{int(number(event.get('num_prompts'))):,}",
-                     f"{int(number(event.get('num_samples'))):,}",
-                     f"{int(number(event.get('num_unscored'))):,}",
-                     f"{number(first['value']):.1%} (k = {first['k']})",
-                     f"{number(last['value']):.1%} (k = {last['k']})",
-                     f"{number(event.get('mean_reward')):.4f}",
-                     f"temperature {sampling['temperature']}, top-p {sampling['top_p']}, "
-                     f"seed {sampling['seed']}" if sampling else "sampled elsewhere"])
-    return Table(["prompts, reward", "step", "prompts", "responses", "without a reward", "pass@k", "at most",
-                  "mean reward", "sampling"], rows)
-
-
-# Pictures and speech in the report: what a model was shown, what it made of it, what others recognised.
-
-SHOWN = 8
-"""Samples of each pair."""
-
-
-def media_section(events: list[dict[str, Any]], retrieval: Sequence[dict[str, Any]] = ()) -> Section:
-    """Return the section; without events it has no content, and is left out.
+def media_section(events: list[Event], retrieval: Sequence[Event] = ()) -> Section:
+    """Return what a model was shown of pictures and speech, what it made of it, what others recognised.
 
     Args:
         events: `media` events; of one pair and step the newest counts.
         retrieval: `media_retrieval` events, likewise.
     """
-    found, ranked = _newest_of(events, "num_rows"), _newest_of(retrieval, "num_questions")
-    exhibits = [_exhibit(e, sample) for e in found.values() for sample in _list(e.get("samples"))[:SHOWN]
-                if isinstance(sample, dict)]
-    tables = [table(list(of.values())) for table, of in ((_media_table, found), (_ranks, ranked)) if of]
-    return Section("From one modality to another", tables=tables, exhibits=exhibits,
-                   text="What was recognised in what the model wrote, drew or said, and samples of it; and "
-                        "how often a right candidate is among those that it holds for the most probable.")
+    def newest(of: Sequence[Event], count: str) -> list[Event]:
+        return list({(str(e.get("pair")), str(e.get("step"))): e for e in of
+                     if number(e.get(count)) > 0}.values())
 
+    def share(event: Event, name: str, more: str = "") -> str:
+        low, high = (*_list(event.get(f"{name}_interval")), 0, 0)[:2]
+        return f"{number(event.get(name)):.1%} ({number(low):.1%} to {number(high):.1%}{more})"
 
-def _newest_of(events: Sequence[dict[str, Any]], count: str) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(str(e.get("pair")), str(e.get("step"))): e for e in events if number(e.get(count)) > 0}
+    def recall(event: Event, k: int) -> str:
+        return share(event, f"recall_at_{k}", f"; {number(event.get(f'chance_at_{k}')):.1%}")
 
-
-def _media_table(events: list[dict[str, Any]]) -> Table:
-    rows = []
-    for e in events:
-        low, high = (*_list(e.get("accuracy_interval")), 0, 0)[:2]
-        rows.append([str(e.get("pair")), _step_of_medium(e),
-                     f"{number(e.get('num_rows')):,.0f}",
-                     f"{number(e.get('accuracy')):.1%} ({number(low):.1%} to {number(high):.1%})",
-                     f"{number(e['chance']):.1%}" if "chance" in e else "–",
-                     f"{number(e['wer']):.3f}" if "wer" in e else "–",
-                     f"{number(e['cer']):.3f}" if "cer" in e else "–"])
-    return Table(["pair", "step", "rows", "right (95 %)", "chance", "words wrong", "characters wrong"], rows)
-
-
-def _ranks(events: list[dict[str, Any]]) -> Table:
-    def recall(e: dict[str, Any], k: int) -> str:
-        low, high = (*_list(e.get(f"recall_at_{k}_interval")), 0, 0)[:2]
-        return (f"{number(e.get(f'recall_at_{k}')):.1%} ({number(low):.1%} to {number(high):.1%}; "
-                f"{number(e.get(f'chance_at_{k}')):.1%})")
-
-    return Table(["retrieval", "step", "questions", "candidates", "right first (95 %; chance)",
-                  "among the first 5", "mean rank (chance)"],
-                 [[str(e.get("pair")), _step_of_medium(e), f"{number(e.get('num_questions')):,.0f}",
-                   f"{number(e.get('num_candidates')):,.0f}", recall(e, 1), recall(e, 5),
-                   f"{number(e.get('mean_rank')):.2f} ({number(e.get('chance_mean_rank')):.2f})"]
-                  for e in events])
-
-
-def _step_of_medium(event: dict[str, Any]) -> str:
-    return "–" if event.get("step") is None else f"{number(event['step']):,.0f}"
+    found = newest(events, "num_rows")
+    return Section("From one modality to another", tables=[*tables(found, {
+        "pair": of_field("pair"), "step": _STEP, "rows": of_field("num_rows", ",.0f"),
+        "right (95 %)": lambda e: share(e, "accuracy"), "chance": of_field("chance", ".1%", "–"),
+        "words wrong": of_field("wer", ".3f", "–"), "characters wrong": of_field("cer", ".3f", "–"),
+    }), *tables(newest(retrieval, "num_questions"), {
+        "retrieval": of_field("pair"), "step": _STEP, "questions": of_field("num_questions", ",.0f"),
+        "candidates": of_field("num_candidates", ",.0f"),
+        "right first (95 %; chance)": lambda e: recall(e, 1), "among the first 5": lambda e: recall(e, 5),
+        "mean rank (chance)": lambda e: f"{number(e.get('mean_rank')):.2f} "
+                                        f"({number(e.get('chance_mean_rank')):.2f})",
+    })], exhibits=[_exhibit(e, sample) for e in found for sample in _list(e.get("samples"))[:SHOWN]
+                   if isinstance(sample, dict)],
+        text="What was recognised in what the model wrote, drew or said, and samples of it; and how often a "
+             "right candidate is among those that it holds for the most probable.")
 
 
 def _exhibit(event: dict[str, Any], sample: dict[str, Any]) -> Exhibit:
@@ -363,3 +298,83 @@ def _exhibit(event: dict[str, Any], sample: dict[str, Any]) -> Exhibit:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def round_section(rounds: Sequence[dict[str, Any]]) -> Section:
+    """Return the section; of a run without rounds it has no content, and is left out."""
+    means = [content["means"] for content in rounds]
+    charts = [
+        _round_chart(rounds, {"reward": _values(means, "reward"), **_of_names(means, "components")}, "reward",
+               "Mean reward of a round's responses, and the parts that it is made of."),
+        _round_chart(rounds, _of_domains(means), "reward", "Mean reward by domain of the prompts."),
+        _round_chart(rounds, {"tokens": _values(means, "response_tokens")}, "tokens",
+               "Mean length of responses, in tokens that the policy wrote."),
+        _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
+               "Share of responses that were as long as allowed and did not end."),
+        _round_chart(rounds, {"staleness": _values(means, "staleness_steps")}, "optimizer steps",
+               "Age of the policy that wrote a token, when its round began to be trained."),
+        _round_chart(rounds, {reason: np.array([number(c.get("groups", {}).get(reason, 0)) for c in rounds])
+                        for reason in _reasons(rounds)}, "groups", "What became of each group of responses.")]
+    return Section("Rounds", charts=[c for c in charts if c is not None],
+                   tables=_round_tables(rounds[-MAX_ROUNDS:]), side_by_side=True,
+                   text="A round is written by a policy, judged, and trained; a group is the responses to "
+                        "one prompt.")
+
+
+def _values(means: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([number(m.get(name)) for m in means])
+
+
+def _of_names(means: Sequence[dict[str, Any]], field: str,
+              of: Callable[[Any], Any] = lambda value: value) -> dict[str, np.ndarray]:
+    """Return a curve for each name of a field, those that most rounds have first."""
+    counts: dict[str, int] = {}
+    for m in means:
+        for name in m.get(field) or {}:
+            counts[name] = counts.get(name, 0) + 1
+    kept = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CURVES]
+    return {name: np.array([number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
+
+
+def _of_domains(means: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return _of_names(means, "domains", lambda found: found.get("reward") if isinstance(found, dict) else None)
+
+
+def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
+    return sorted({reason for content in rounds for reason in content.get("groups") or {}})
+
+
+def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray], title: str,
+           caption: str) -> Chart | None:
+    """Draw curves over rounds; None where there is nothing to draw."""
+    at = np.array([int(number(content["round"])) for content in rounds], np.int32)
+    figure = go.Figure()
+    for i, (name, values) in enumerate(curves.items()):
+        known = np.isfinite(values)
+        if known.any():
+            figure.add_trace(go.Scatter(
+                x=at[known], y=values[known].astype(np.float32), name=plain(name),
+                mode="lines+markers" if len(at) <= 20 else "lines", line={"color": colour(i), "width": 1.8}))
+    if not figure.data:
+        return None
+    figure.update_layout(xaxis={"title": "round"}, yaxis={"title": title})
+    return chart(figure, caption)
+
+
+def _round_tables(rounds: Sequence[Event]) -> list[Table]:
+    def counts(of: Event | None, *, but: str = "") -> str:
+        return ", ".join(f"{name} {number(count):,.0f}" for name, count in sorted((of or {}).items())
+                         if name != but) or "–"
+
+    def mean(name: str, form: str) -> Callable[[Event], str]:
+        return lambda c: of_field(name, form)(c["means"])
+
+    return tables(rounds, {
+        "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
+        "mean reward": mean("reward", ".4f"), "mean tokens": mean("response_tokens", ",.1f"),
+        "did not end": mean("truncated", ".1%"),
+        "groups trained": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
+        "groups not trained": lambda c: counts(c.get("groups"), but=LEARNS),
+        "without a reward": lambda c: counts(c.get("unjudged")),
+        "left out as late": lambda c: f"{len(c.get('late') or []):,}",
+        "late ones joined": lambda c: f"{len(c.get('late_from') or []):,}"})

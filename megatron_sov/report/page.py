@@ -240,7 +240,7 @@ def _proof_tables(run: Run) -> list[Table]:
     return [Table(["check", "measured", "limit"],
                   [[str(c.get("name", "")), _with_detail(c), measured(c.get("limit"))]
                    for c in conversion["checks"]])
-            for conversion in run.conversions if conversion.get("checks")]
+            for conversion in run.of("conversion") if conversion.get("checks")]
 
 
 def _with_detail(check: dict[str, Any]) -> str:

@@ -24,9 +24,9 @@ from megatron_sov.obs.incidents import BY_SETTING, KINDS, is_incident
 from megatron_sov.obs.stretches import MeasuredStretch, Stretches
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.plan import kept as kept_plans
-from megatron_sov.report.rounds import read_rounds
 from megatron_sov.report.steps import Curve, ExportEvaluation, StepTable, read_evaluations, untold_scores
 from megatron_sov.runs.checkpoints import refuse_no_run, short_name
+from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
@@ -127,10 +127,6 @@ class Run:
     heldout: dict[str, Heldout] = field(default_factory=dict)
     overall_bits_per_byte: Curve | None = None
     """Bits per byte over all held-out sources together, each weighted by its bytes."""
-    heldout_pairs: list[dict[str, Any]] = field(default_factory=list)
-    """How held-out pairs were ranked, in the order of time."""
-    heldout_divergence: list[dict[str, Any]] = field(default_factory=list)
-    """How far the run was from its teacher on held-out documents, in the order of time."""
     expert_load: ExpertLoad | None = None
     expert_load_by_source: dict[str, ExpertLoad] = field(default_factory=dict)
     """Source -> load of its held-out documents at the last evaluation."""
@@ -141,35 +137,20 @@ class Run:
     """What went wrong and what the run did, in the order of time; steps left out by the
     settings are not among it."""
     data_consumed: dict[str, Any] | None = None
-    warnings: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: list[int] = field(default_factory=list)
     """Steps whose samples were passed over as the settings asked, ascending."""
     gate_checks: list[dict[str, Any]] = field(default_factory=list)
     """Checks of the gate, the last one of each step, in the order of steps."""
-    searches: list[dict[str, Any]] = field(default_factory=list)
-    """Searches of the training data for what the gate asks."""
+    events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Kind of `KEPT` -> its events, in the order in which they were written."""
     needles: list[dict[str, Any]] = field(default_factory=list)
-    passk: list[dict[str, Any]] = field(default_factory=list)
-    """Estimates of pass@k, in the order in which they were made."""
-    media: list[dict[str, Any]] = field(default_factory=list)
-    """What was recognised in what the model made of media, in the order in which it was asked."""
-    media_retrieval: list[dict[str, Any]] = field(default_factory=list)
-    """Ranks of right texts behind media, and of media for texts, in the order in which they were asked
-    for."""
-    ssp_probes: list[dict[str, Any]] = field(default_factory=list)
-    """Tables of checkpoints by domains, in the order in which they were made."""
     rounds: list[dict[str, Any]] = field(default_factory=list)
     """What the manifests of its rounds of reinforcement learning say, in order."""
     scores: list[dict[str, Any]] = field(default_factory=list)
     """Figures of `eval lm`, in the order in which they were measured."""
-    score_checks: list[dict[str, Any]] = field(default_factory=list)
-    """Searches of training data for the items of tasks."""
-    forgetting: list[dict[str, Any]] = field(default_factory=list)
-    """Verdicts of the forgetting gate."""
     evaluations: list[ExportEvaluation] = field(default_factory=list)
     """Evaluations of exports beside training."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    conversions: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     checkpoint_bytes: int = 0
     """Size of the newest checkpoint; 0: there is none."""
@@ -177,15 +158,15 @@ class Run:
     """What the run kept of what its settings predicted; a start names its own by number."""
     stretches: list[MeasuredStretch] = field(default_factory=list)
     """How long steps took, by start and stretch of the curriculum."""
-    memory: list[dict[str, Any]] = field(default_factory=list)
-    """Most memory of the processes of each pipeline stage, in the order of time."""
-    energy: list[dict[str, Any]] = field(default_factory=list)
-    """Energy of all GPUs since each start, in the order of time."""
     provenance: list[Provenance] = field(default_factory=list)
 
     def curve(self, name: str) -> Curve | None:
         """Return a plain step curve (loss, lr, grad_norm, ...), or None where no step has it."""
         return self.curves.get("", {}).get(name)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """Return the events of a kind of `KEPT`."""
+        return self.events.get(kind, [])
 
     def start(self, name: str) -> Any:
         """Return a field of the newest `run_start` that has it, or None."""
@@ -203,9 +184,9 @@ class Run:
     def energy_j(self) -> float:
         """Return the energy of all GPUs up to the last checkpoint of each start, in joules; NaN: no driver
         told, or not every one."""
-        of_starts = {event["attempt"]: number(event.get("energy_j")) for event in self.energy}
+        of_starts = {event["attempt"]: number(event.get("energy_j")) for event in self.of("energy")}
         ranks = [math.nan, *(number(attempt.start.get("num_ranks")) for attempt in self.attempts)]
-        partly = any(number(event.get("num_gpus")) < ranks[event["attempt"]] for event in self.energy)
+        partly = any(number(event.get("num_gpus")) < ranks[event["attempt"]] for event in self.of("energy"))
         return sum(of_starts.values()) if of_starts and not partly else math.nan
 
     def recipe(self) -> str:
@@ -258,29 +239,18 @@ def read_run(path: Path) -> Run:
                                  for name, e in by_source.items() if (load := _expert_load(e)) is not None}
     run.routing = _routing(final_steps(kept["routing"], "routing"))
     run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
-    run.gate_checks, run.searches = final_steps(kept["gate"], "gate"), kept["decontamination"]
-    run.warnings, run.conversions = kept["warning"], kept["conversion"]
+    run.events, run.gate_checks = kept, final_steps(kept["gate"], "gate")
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
-    run.plans, run.stretches, run.memory = kept_plans.read(path), stretches.all, kept["memory"]
+    run.plans, run.stretches = kept_plans.read(path), stretches.all
     run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
                          if e.get("reason") == BY_SETTING]
     run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
                            key=lambda e: number(e.get("time_s")))
-    run.evaluations, run.rounds, run.energy = read_evaluations(path), read_rounds(path), kept["energy"]
-    _add_judgements(run, kept)
+    run.evaluations, run.rounds = read_evaluations(path), read_rounds(path)
+    run.needles = _last_of_each_when(kept["needle"])
+    run.scores = kept["eval_lm"] + untold_scores(run.evaluations, kept["eval_lm"])
     run.provenance = _provenance(path, run)
     return run
-
-
-def _add_judgements(run: Run, kept: dict[str, list[dict[str, Any]]]) -> None:
-    """Give a run what was judged of it."""
-    run.passk, run.media, run.ssp_probes = kept["passk"], kept["media"], kept["ssp_probe"]
-    run.media_retrieval = kept["media_retrieval"]
-    run.needles = _last_of_each_when(kept["needle"])
-    run.heldout_pairs, run.heldout_divergence = kept["heldout_pairs"], kept["heldout_divergence"]
-    run.scores = kept["eval_lm"] + untold_scores(run.evaluations, kept["eval_lm"])
-    run.score_checks = kept["eval_contamination"]
-    run.forgetting = kept["forgetting_gate"]
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -381,6 +351,20 @@ def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the newest needle test of each moment and way of judging,
     in the order of their first showing."""
     return list({(str(e.get("when", "")), str(e.get("by", ""))): e for e in events}.values())
+
+
+def read_rounds(run: Path) -> list[dict[str, Any]]:
+    """Return what the manifests of a run's published rounds say, in order; one that is damaged is left out,
+    since it is being written, or `rl train` will name it."""
+    found = []
+    for file in sorted((run / ROUNDS).glob(f"[0-9]*/{MANIFEST}")):
+        try:
+            content = read_manifest(file.parent, "tokens").content
+        except UserError:
+            continue
+        if isinstance(content.get("means"), dict) and "round" in content:
+            found.append(content)
+    return sorted(found, key=lambda content: number(content["round"]))
 
 
 def _provenance(path: Path, run: Run) -> list[Provenance]:

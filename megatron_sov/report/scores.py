@@ -4,7 +4,7 @@ task in the training data, and published figures of other models beside them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from annotated_types import Ge, Le
 
 from megatron_sov.obs.figures import figure, number
-from megatron_sov.pages.page import Chart, Section, Table, chart, colour, plain
+from megatron_sov.pages.page import Chart, Section, Table, chart, line_with_intervals, plain, tables
 from megatron_sov.settings import Code, Problem, read_file
 
 NOT_TOLD = "not told"
@@ -158,8 +158,8 @@ def score_section(events: list[dict[str, Any]], checks: list[dict[str, Any]]) ->
     if not scores:
         return Section("Scores")
     newest = newest_scores(scores)
-    tables = [_table(newest, checks), *_published(newest), *_protocols(newest)]
-    return Section("Scores", charts=_charts(scores), tables=tables, side_by_side=True, text=(
+    found = [*_table(newest, checks), *_published(newest), *_protocols(newest)]
+    return Section("Scores", charts=_charts(scores), tables=found, side_by_side=True, text=(
         "Tasks of eval lm with 95 % intervals over clusters of items. A published figure stands beside a "
         "score by the benchmark's name alone: its prompts, examples and sampling are its authors', so that a "
         "difference is no comparison of models unless both were measured in the same way."))
@@ -172,20 +172,16 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def _table(newest: list[Score], checks: list[dict[str, Any]]) -> Table:
-    rows = []
-    for s in newest:
-        interval = "–" if s.interval is None else f"{s.shown(s.interval[0])} to {s.shown(s.interval[1])}"
-        rows.append([s.task, s.metric, "–" if s.step is None else f"{s.step:,}", s.shown(s.value), interval,
-                     _count(s, "items"), _count(s, "failed"), _count(s, "at_limit"),
-                     _contamination(s, checks)])
-    return Table(["task", "metric", "step", "value", "95 % interval", "items", "failed", "cut at the limit",
-                  "found in training data"], rows)
+def _table(newest: list[Score], checks: list[dict[str, Any]]) -> list[Table]:
+    def count(name: str) -> Callable[[Score], str]:
+        return lambda s: "–" if math.isnan(n := number(s.event.get(name))) else f"{n:,.0f}"
 
-
-def _count(score: Score, name: str) -> str:
-    value = number(score.event.get(name))
-    return "–" if math.isnan(value) else f"{value:,.0f}"
+    return tables(newest, {
+        "task": lambda s: s.task, "metric": lambda s: s.metric,
+        "step": lambda s: "–" if s.step is None else f"{s.step:,}", "value": lambda s: s.shown(s.value),
+        "95 % interval": lambda s: " to ".join(map(s.shown, s.interval)) if s.interval else "–",
+        "items": count("items"), "failed": count("failed"), "cut at the limit": count("at_limit"),
+        "found in training data": lambda s: _contamination(s, checks)})
 
 
 def _contamination(score: Score, checks: list[dict[str, Any]]) -> str:
@@ -261,13 +257,9 @@ def score_chart(lines: dict[str, list[Score]], caption: str, notes: Iterable[str
     for i, (name, points) in enumerate(lines.items()):
         by_step = {s.step: s for s in points}  # the newest of a step
         value = np.array([s.value for s in by_step.values()])
-        ends = np.array([s.interval or (s.value, s.value) for s in by_step.values()])
-        drawn.add_trace(go.Scatter(
-            x=np.array(list(by_step), dtype=np.float64), y=value.astype(np.float32), name=plain(_short(name)),
-            mode="lines+markers", line={"color": colour(i), "width": 1.8},
-            error_y={"type": "data", "symmetric": False, "thickness": 1,
-                     "array": (ends[:, 1] - value).astype(np.float32),
-                     "arrayminus": (value - ends[:, 0]).astype(np.float32)}))
+        low, high = np.array([s.interval or (s.value, s.value) for s in by_step.values()]).T
+        drawn.add_trace(line_with_intervals(plain(_short(name)), i, np.array(list(by_step), dtype=np.float64),
+                                            value, low, high))
     shares = all(s.is_share for points in lines.values() for s in points)
     drawn.update_layout(xaxis={"title": "optimizer step"},
                         yaxis={"title": "score", **({"tickformat": ".0%"} if shares else {})})

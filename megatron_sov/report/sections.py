@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,20 @@ from megatron_sov.config import from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.obs import routing
 from megatron_sov.obs.attempts import Attempt
-from megatron_sov.obs.figures import duration, figure, large, number
+from megatron_sov.obs.figures import duration, figure, large, number, of_field
 from megatron_sov.obs.incidents import KINDS, describe
 from megatron_sov.obs.units import GIB
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
-from megatron_sov.pages.page import Chart, Section, Table, chart, colour, colour_bar, plain
+from megatron_sov.pages.page import (
+    Chart,
+    Section,
+    Table,
+    chart,
+    colour,
+    colour_bar,
+    plain,
+    tables,
+)
 from megatron_sov.plan.page import schedule_charts, schedule_table
 from megatron_sov.report.accounts import accounts_section
 from megatron_sov.report.charts import (
@@ -39,9 +48,9 @@ from megatron_sov.report.judgements import (
     gate_section,
     media_section,
     passk_section,
+    round_section,
 )
-from megatron_sov.report.rounds import round_section
-from megatron_sov.report.run_data import ExpertLoad, HeldoutPart, Phase, Provenance, RoutingHistory, Run
+from megatron_sov.report.run_data import ExpertLoad, Heldout, Phase, Provenance, RoutingHistory, Run
 from megatron_sov.report.scores import score_section
 from megatron_sov.report.steps import last_value
 
@@ -108,19 +117,14 @@ def _history_chart(history: RoutingHistory, name: str, title: str, best: float, 
 def _source_tables(loads: dict[str, ExpertLoad]) -> list[Table]:
     """Return for each source how its tokens spread over experts, and how far that is from the
     spread of all sources."""
-    if not loads:
-        return []
-    rows = []
-    common = np.mean([load.load for load in loads.values()], axis=0)
-    for name, load in loads.items():
-        own = np.abs(load.load - common).sum(axis=1) / 2
-        rows.append([plain(name), f"{routing.max_violation(load.load).max():.3g}",
-                     f"{routing.load_entropy(load.load).min():.3f}",
-                     f"{int(routing.num_dead(load.load).sum()):,}", f"{own.mean():.1%}",
-                     f"{load.layers[int(own.argmax())]}"])
-    return [Table(["source", "MaxVio, worst layer", "entropy, worst layer",
-                   "experts without a token, all layers", "tokens that other sources would send elsewhere",
-                   "most so in layer"], rows)]
+    common = np.mean([load.load for load in loads.values()], axis=0) if loads else 0
+    own = {name: np.abs(load.load - common).sum(axis=1) / 2 for name, load in loads.items()}
+    return tables(loads, {
+        "source": plain, "MaxVio, worst layer": lambda n: f"{routing.max_violation(loads[n].load).max():.3g}",
+        "entropy, worst layer": lambda n: f"{routing.load_entropy(loads[n].load).min():.3f}",
+        "experts without a token, all layers": lambda n: f"{int(routing.num_dead(loads[n].load).sum()):,}",
+        "tokens that other sources would send elsewhere": lambda n: f"{own[n].mean():.1%}",
+        "most so in layer": lambda n: f"{loads[n].layers[int(own[n].argmax())]}"})
 
 
 # The spectrum of a run's checkpoints in the report: pass@k of each in each domain, and the best ones.
@@ -133,45 +137,36 @@ def spectrum_section(events: list[dict[str, Any]]) -> Section:
         events: `ssp_probe` events; of one probe's folder the newest counts.
     """
     newest = {str(e.get("output")): e for e in events if e.get("table")}.values()
-    tables = [table for e in newest for table in (_figures(e), _choices(e), *_gains(e))]
-    return Section("Spectrum of the checkpoints", tables=tables,
+    return Section("Spectrum of the checkpoints", tables=[t for e in newest for t in _spectrum_tables(e)],
                    text="pass@k of each checkpoint in each domain, with 95 % intervals over problems; the "
                         "best single checkpoint of a domain is bold.")
 
 
-def _figures(event: dict[str, Any]) -> Table:
+def _spectrum_tables(event: dict[str, Any]) -> list[Table]:
     k, domains = event["k"], event["domains"]
     found = {(row["checkpoint"], row["domain"]): row for row in event["table"]}
     best = {(c["checkpoint"], c["domain"]) for c in event["choice"]}
-    rows = []
-    for checkpoint in event["checkpoints"]:
-        name = checkpoint["name"]
-        cells = [_cell(found[name, domain], k, (name, domain) in best) for domain in domains]
-        rows.append([f"{name} (merged)" if checkpoint["is_merged"] else name, *cells])
     sizes = {row["domain"]: row["num_prompts"] for row in event["table"]}
-    return Table([f"pass@{k}, {event.get('reward')}, {event.get('samples')} samples",
-                  *(f"{domain} ({int(number(sizes[domain])):,} problems)" for domain in domains)], rows)
 
+    def cell(checkpoint: str, domain: str) -> str:
+        estimate = next(e for e in found[checkpoint, domain]["pass_at_k"] if e["k"] == k)
+        low, high = map(number, estimate["interval"])
+        text = f"{number(estimate['value']):.1%} ({low:.1%} to {high:.1%})"
+        return Markup("<strong>{}, best</strong>").format(text) if (checkpoint, domain) in best else text
 
-def _cell(row: dict[str, Any], k: int, is_best: bool) -> str:
-    estimate = next(e for e in row["pass_at_k"] if e["k"] == k)
-    low, high = map(number, estimate["interval"])
-    text = f"{number(estimate['value']):.1%} ({low:.1%} to {high:.1%})"
-    return Markup("<strong>{}, best</strong>").format(text) if is_best else text
-
-
-def _choices(event: dict[str, Any]) -> Table:
-    return Table(["domain", "best checkpoint", f"pass@{event['k']}", "not told from it by these problems"],
-                 [[c["domain"], c["checkpoint"], f"{number(c['value']):.1%}",
-                   ", ".join(c["as_good"]) or "none: the choice is clear"] for c in event["choice"]])
-
-
-def _gains(event: dict[str, Any]) -> list[Table]:
-    rows = [[g["checkpoint"], g["domain"], g["expert"], f"pass@{g['k']}", f"{number(g['gain']):+.1%}",
-             f"{number(g['interval'][0]):+.1%} to {number(g['interval'][1]):+.1%}"]
-            for g in event.get("merged") or []]
-    head = ["merged checkpoint", "domain", "against its expert", "figure", "gain", "95 % interval"]
-    return [Table(head, rows)] if rows else []
+    return [
+        Table([f"pass@{k}, {event.get('reward')}, {event.get('samples')} samples",
+               *(f"{domain} ({int(number(sizes[domain])):,} problems)" for domain in domains)],
+              [[f"{c['name']} (merged)" if c["is_merged"] else c["name"],
+                *(cell(c["name"], domain) for domain in domains)] for c in event["checkpoints"]]),
+        Table(["domain", "best checkpoint", f"pass@{k}", "not told from it by these problems"],
+              [[c["domain"], c["checkpoint"], f"{number(c['value']):.1%}",
+                ", ".join(c["as_good"]) or "none: the choice is clear"] for c in event["choice"]]),
+        *tables(event.get("merged") or [], {
+            "merged checkpoint": of_field("checkpoint"), "domain": of_field("domain"),
+            "against its expert": of_field("expert"), "figure": lambda g: f"pass@{g['k']}",
+            "gain": of_field("gain", "+.1%"), "95 % interval": lambda g: " to ".join(
+                f"{number(end):+.1%}" for end in g["interval"][:2])})]
 
 
 # The report's section on what went wrong, and what the run did about it.
@@ -185,7 +180,7 @@ def incident_section(run: Run) -> Section:
 
 def _warning_tables(run: Run) -> list[Table]:
     """Return what the run warned of, and the stretches of steps that it passed over as the settings asked."""
-    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.warnings]
+    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.of("warning")]
     skipped = np.array(run.skipped_steps, dtype=np.int64)
     for stretch in np.split(skipped, np.flatnonzero(np.diff(skipped) > 1) + 1) if len(skipped) else []:
         first, last = int(stretch[0]), int(stretch[-1])
@@ -250,61 +245,58 @@ def _bar(time: WallTime) -> Chart:
 
 def turn_tables(run: Run) -> list[Table]:
     """Return a table of the sources whose conversations have more than one learned turn, and one of those
-    whose turns are more than answers."""
-    return [*_table("turns of the conversations", {name: h.turns for name, h in run.heldout.items()}),
-            *_table("what a turn says", {name: h.kinds for name, h in run.heldout.items()})]
+    whose turns are more than answers; of one part alone it would say the same again."""
+    of = {"turns of the conversations": {name: h.turns for name, h in run.heldout.items()},
+          "what a turn says": {name: h.kinds for name, h in run.heldout.items()}}
+    return [table for title, parts in of.items() for table in tables(
+        [(name, part, found) for name, of_source in parts.items() if len(of_source) > 1
+         for part, found in of_source.items()],
+        {"source": lambda row: row[0], title: lambda row: row[1],
+         "tokens": lambda row: f"{row[2].num_tokens:,}",
+         "first loss": lambda row: figure(float(row[2].loss.values[0])),
+         "last loss": lambda row: figure(last_value(row[2].loss))})]
 
 
-def _table(of: str, parts: Mapping[str, Mapping[str, HeldoutPart]]) -> list[Table]:
-    """Return the table of the sources that have several parts; of one alone it would say the same again."""
-    rows = [[name, part, f"{found.num_tokens:,}", figure(float(found.loss.values[0])),
-             figure(last_value(found.loss))]
-            for name, of_source in parts.items() if len(of_source) > 1
-            for part, found in of_source.items()]
-    return [Table(["source", of, "tokens", "first loss", "last loss"], rows)] if rows else []
-
-
-# How far a run that learns from a teacher is from it on held-out documents, before and after.
+# Held-out figures of runs that learn from a teacher or from preferences, before and after.
 
 
 def divergence_section(events: list[dict[str, Any]]) -> Section:
     """Return the section of `heldout_divergence` events, in the order in which they were written."""
-    by_source: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
-        by_source.setdefault(str(event.get("source")), []).append(event)
-    rows = [[source, f"{number(found[-1].get('tokens')):,.0f}",
-             *(_measured(event, name) for name in ("kl", "divergence") for event in (found[0], found[-1]))]
-            for source, found in by_source.items()]
-    head = ["source", "tokens", "KL before", "KL after", "learned divergence before",
-            "learned divergence after"]
-    return Section("Distance from the teacher", tables=[Table(head, rows)] if rows else [],
+    return Section("Distance from the teacher", tables=_before_and_after(events, "tokens", {
+        "KL": ("kl", ".4g"), "learned divergence": ("divergence", ".4g")}),
                    text="On held-out documents, means over the tokens that are learned, in nats: "
                         "KL(teacher || student), and the divergence that the run learns.")
-
-
-def _measured(event: dict[str, Any], name: str) -> str:
-    return f"{figure(number(event.get(name)))} (step {number(event.get('step')):,.0f})"
-
-
-# Held-out pairs of a run that learns from preferences: how many it ranks right before and after.
 
 
 def pair_section(events: list[dict[str, Any]]) -> Section:
     """Return the section of `heldout_pairs` events, in the order in which they were written; of an older
     step one may come later, by `megatron-sov eval pairs --run`."""
-    by_source: dict[str, list[dict[str, Any]]] = {}
-    for event in sorted(events, key=lambda event: number(event.get("step"))):
-        by_source.setdefault(str(event.get("source")), []).append(event)
-    rows = [[source, f"{number(found[-1].get('pairs')):,.0f}", *map(_ranked, (found[0], found[-1]))]
-            for source, found in by_source.items()]
-    head = ["source", "pairs", "ranked right before", "ranked right after"]
-    return Section("Held-out pairs", tables=[Table(head, rows)] if rows else [],
+    in_order = sorted(events, key=lambda event: number(event.get("step")))
+    return Section("Held-out pairs", tables=_before_and_after(in_order, "pairs", {
+        "ranked right": ("right", ".1%")}),
                    text="The share of pairs whose chosen answer the model would rather write than the "
                         "rejected one: greater log-probability per token.")
 
 
-def _ranked(event: dict[str, Any]) -> str:
-    return f"{number(event.get('right')):.1%} (step {number(event.get('step')):,.0f})"
+def _before_and_after(events: list[dict[str, Any]], count: str,
+                      figures: Mapping[str, tuple[str, str]]) -> list[Table]:
+    """Return each source's first and last figures: title -> field and format."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        by_source.setdefault(str(event.get("source")), []).append(event)
+
+    def cell(name: str, form: str, at: int) -> Callable[[list[dict[str, Any]]], str]:
+        def text(found: list[dict[str, Any]]) -> str:
+            value = number(found[at].get(name))
+            shown = "–" if math.isnan(value) and form == ".4g" else format(value, form)
+            return f"{shown} (step {number(found[at].get('step')):,.0f})"
+        return text
+
+    return tables(by_source.values(), {
+        "source": lambda found: str(found[0].get("source")),
+        count: lambda found: of_field(count, ",.0f")(found[-1]),
+        **{f"{title} {when}": cell(*of, at) for title, of in figures.items()
+           for when, at in (("before", 0), ("after", -1))}})
 
 
 def key_figures(run: Run) -> list[tuple[str, str, str]]:
@@ -368,10 +360,10 @@ def sections(run: Run) -> list[Section]:
                 text="What the objective measures beside its loss."),
         Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run) + turn_tables(run),
                 side_by_side=True),
-        pair_section(run.heldout_pairs),
-        divergence_section(run.heldout_divergence),
-        score_section(run.scores, run.score_checks),
-        forgetting_section(run.forgetting),
+        pair_section(run.of("heldout_pairs")),
+        divergence_section(run.of("heldout_divergence")),
+        score_section(run.scores, run.of("eval_contamination")),
+        forgetting_section(run.of("forgetting_gate")),
         round_section(run.rounds),
         Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
                 side_by_side=True),
@@ -398,13 +390,13 @@ def sections(run: Run) -> list[Section]:
                 charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
                 text="Share of questions about hidden facts that the model answers, by the length of the "
                      "context and their depth in it."),
-        passk_section(run.passk),
-        media_section(run.media, run.media_retrieval),
-        spectrum_section(run.ssp_probes),
-        gate_section(run.gate_checks, run.searches),
+        passk_section(run.of("passk")),
+        media_section(run.of("media"), run.of("media_retrieval")),
+        spectrum_section(run.of("ssp_probe")),
+        gate_section(run.gate_checks, run.of("decontamination")),
         _sample_section(run),
         Section("Proof of the conversion",
-                tables=[_conversion_table(c) for c in run.conversions if c.get("checks")],
+                tables=[t for c in run.of("conversion") if c.get("checks") for t in _conversion_table(c)],
                 text="The exported model against the trained one."),
         time_section(run.wall_time),
         Section("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
@@ -431,13 +423,15 @@ def _plan_section(run: Run) -> Section:
 
 
 def _beside_tables(run: Run) -> list[Table]:
-    rows = [[f"{b.step:,}", b.task, b.failure] for b in run.evaluations if b.failure]
-    return [Table(["step", "task", "why there is no figure"], rows)] if rows else []
+    return tables([b for b in run.evaluations if b.failure], {
+        "step": lambda b: f"{b.step:,}", "task": lambda b: b.task,
+        "why there is no figure": lambda b: b.failure})
 
 
 def _provenance_tables(provenance: list[Provenance]) -> list[Table]:
-    rows = [[p.role, p.kind, p.path, Markup("<code>{}</code>").format(p.manifest_sha256)] for p in provenance]
-    return [Table(["", "kind", "artifact", "SHA-256 of the manifest"], rows)] if rows else []
+    return tables(provenance, {
+        "": lambda p: p.role, "kind": lambda p: p.kind, "artifact": lambda p: p.path,
+        "SHA-256 of the manifest": lambda p: Markup("<code>{}</code>").format(p.manifest_sha256)})
 
 
 def _phase_tables(run: Run) -> list[Table]:
@@ -471,15 +465,17 @@ def _batch_sizes(phase: Phase) -> str:
 
 
 def _heldout_tables(run: Run) -> list[Table]:
-    rows = []
-    for name, h in run.heldout.items():
+    def gain(h: Heldout) -> str:
         bits, baseline = last_value(h.bits_per_byte), h.baseline_bits_per_byte
-        gain = f"{1 - bits / baseline:.1%} fewer" if baseline and math.isfinite(bits) else "–"
-        rows.append([name, f"{h.num_tokens:,}", figure(float(h.loss.values[0])), figure(last_value(h.loss)),
-                     figure(bits), figure(baseline if baseline is not None else math.nan), gain])
-    head = ["source", "tokens", "first loss", "last loss", "bits per byte", "bigram's bits per byte",
-            "bits against the bigram"]
-    return [Table(head, rows)] if rows else []
+        return f"{1 - bits / baseline:.1%} fewer" if baseline and math.isfinite(bits) else "–"
+
+    return tables(run.heldout.items(), {
+        "source": lambda item: item[0], "tokens": lambda item: f"{item[1].num_tokens:,}",
+        "first loss": lambda item: figure(float(item[1].loss.values[0])),
+        "last loss": lambda item: figure(last_value(item[1].loss)),
+        "bits per byte": lambda item: figure(last_value(item[1].bits_per_byte)),
+        "bigram's bits per byte": lambda item: figure(number(item[1].baseline_bits_per_byte)),
+        "bits against the bigram": lambda item: gain(item[1])})
 
 
 def _checkpoint_tables(run: Run) -> list[Table]:
@@ -529,12 +525,11 @@ def _cut(text: Any) -> str:
     return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out:,} more characters)"
 
 
-def _conversion_table(conversion: dict[str, Any]) -> Table:
-    rows = [[str(c.get("name", "")), measured(c.get("value")), measured(c.get("limit")),
-             VERDICTS[bool(c.get("passed"))]]
-            for c in conversion["checks"]]
-    return Table([f"check of {conversion.get('target') or 'the export'}", "measured", "limit", "result"],
-                 rows)
+def _conversion_table(conversion: dict[str, Any]) -> list[Table]:
+    return tables(conversion["checks"], {
+        f"check of {conversion.get('target') or 'the export'}": of_field("name", none=""),
+        "measured": lambda c: measured(c.get("value")), "limit": lambda c: measured(c.get("limit")),
+        "result": lambda c: VERDICTS[bool(c.get("passed"))]})
 
 
 def measured(value: Any) -> str:
@@ -545,21 +540,23 @@ def measured(value: Any) -> str:
 
 
 def _attempt_tables(attempts: list[Attempt]) -> list[Table]:
-    rows = []
-    for i, attempt in enumerate(attempts, 1):
-        start = attempt.start
-        began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(number(start.get("time_s"))))
-        resumed = start.get("resumed_from")
-        origin = f"from step {resumed}" if resumed else "from the beginning"
-        if attempt.resume_reason:
-            origin += f" ({attempt.resume_reason})"
-        layout = ", ".join(f"{k} {v}" for k, v in (start.get("layout") or {}).items())
-        processes = f"{start.get('num_ranks', '–')}" + (f" ({layout})" if layout else "")
-        rows.append([str(i), began, origin, processes, machine(start.get("machine")),
-                     "–" if attempt.last_step is None else f"{attempt.last_step:,}",
-                     duration(attempt.wall_s()), attempt.outcome])
-    head = ["", "started", "resumed", "processes (layout)", "machine", "last step", "time", "outcome"]
-    return [Table(head, rows)] if rows else []
+    def origin(attempt: Attempt) -> str:
+        resumed = attempt.start.get("resumed_from")
+        why = f" ({attempt.resume_reason})" if attempt.resume_reason else ""
+        return f"{f'from step {resumed}' if resumed else 'from the beginning'}{why}"
+
+    def processes(attempt: Attempt) -> str:
+        layout = ", ".join(f"{k} {v}" for k, v in (attempt.start.get("layout") or {}).items())
+        return f"{attempt.start.get('num_ranks', '–')}" + (f" ({layout})" if layout else "")
+
+    return tables(enumerate(attempts, 1), {
+        "": lambda one: str(one[0]),
+        "started": lambda one: time.strftime("%Y-%m-%d %H:%M:%S UTC",
+                                             time.gmtime(number(one[1].start.get("time_s")))),
+        "resumed": lambda one: origin(one[1]), "processes (layout)": lambda one: processes(one[1]),
+        "machine": lambda one: machine(one[1].start.get("machine")),
+        "last step": lambda one: "–" if one[1].last_step is None else f"{one[1].last_step:,}",
+        "time": lambda one: duration(one[1].wall_s()), "outcome": lambda one: one[1].outcome})
 
 
 def machine(value: Any) -> str:

@@ -161,14 +161,6 @@ def test_sources_are_compared_with_one_another(tmp_path: Path) -> None:
     assert {row[4] for row in table.rows} == {f"{elsewhere:.1%}"} and {row[5] for row in table.rows} == {"2"}
 
 
-def test_a_dense_model_has_no_such_section(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
-    log.write("step", step=1, loss=1.0)
-    log.close()
-    section = expert_section(read_run(tmp_path))
-    assert section.charts == [] and section.tables == []
-
-
 @pytest.mark.parametrize("sources", [0, 1])
 def test_one_source_needs_no_comparison(tmp_path: Path, sources: int) -> None:
     log = EventLog(tmp_path / "events.jsonl")

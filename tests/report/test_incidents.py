@@ -69,8 +69,3 @@ def test_a_long_list_is_cut_and_the_reader_is_told(tmp_path: Path) -> None:
     log.close()
     (table,) = incident_section(read_run(tmp_path)).tables
     assert len(table.rows) == MAX_ROWS + 1 and table.rows[-1][2] == "… and 30 more in the run's events"
-
-
-def test_a_run_without_incidents_has_no_such_section(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").touch()
-    assert incident_section(read_run(tmp_path)).tables == []

@@ -89,10 +89,6 @@ def test_settings_of_another_version_are_passed_over(tmp_path: Path) -> None:
         assert panels(tmp_path) == {}
 
 
-def test_a_run_that_has_just_begun_has_no_first_screen(tmp_path: Path) -> None:
-    assert panels(write(tmp_path)) == {}
-
-
 # The first screen's pictures: one line through all stages.
 
 

@@ -10,12 +10,11 @@ from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.report.judgements import (
     MAX_CELLS,
     forgetting_section,
-    forgetting_verdict,
     gate_section,
     passk_section,
     verdict_table,
 )
-from megatron_sov.report.run_data import read_run
+from megatron_sov.report.run_data import Run, read_run
 from megatron_sov.report.scores import score_section, scores_of
 from megatron_sov.report.sections import sections
 from megatron_sov.report.steps import curves, needle_curves, pair_curves, read_evaluations
@@ -83,9 +82,9 @@ def test_the_forgetting_gate_is_told_task_by_task() -> None:
     table, = forgetting_section([gate]).tables
     assert table.rows[0][4:6] == ["-0.2000", "-0.2500 to -0.1500"] and "FORGOTTEN" in table.rows[0][7]
     assert table.rows[1][2] == "–" and table.rows[1][4] == "–"
-    (row,) = forgetting_verdict("tuned", [gate])
+    (row,) = verdict_table([Run("tuned", {}, events={"forgetting_gate": [gate]})], [])[0].rows
     assert "FAILED" in row[1] and row[2] == "tuned: worse on quiz, 1 not proven; tolerance 0.03"
-    assert forgetting_section([]).tables == [] and forgetting_verdict("tuned", []) == []
+    assert forgetting_section([]).tables == [] and verdict_table([Run("tuned", {})], []) == []
 
 
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
@@ -142,10 +141,6 @@ def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp
                         for title in ("Evaluation beside training", "Scores"))
     assert len(scores.charts) == 1 and scores.tables[0].rows[0][:4] == ["quiz", "acc", "40", "100.0%"]
     assert failures.tables[0].rows[0][:2] == ["60", "lm"]
-
-
-def test_a_run_without_them_has_no_section(tmp_path: Path) -> None:
-    assert read_evaluations(tmp_path) == []
 
 
 # pass@k of a run's models in its report.
@@ -222,11 +217,6 @@ def test_what_failed_is_named(tmp_path: Path) -> None:
         ["Gate", "FAILED", f"{name}: short-context loss 2.500, limit 2.100; step 7"],
         ["Bigram model", "FAILED", f"{name}: bits per byte, more on ko"],
         ["Export", "FAILED", f"{name}: 1 of 2 checks"]]
-
-
-def test_nothing_judged_gives_no_table(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").touch()
-    assert rows([tmp_path]) == []
 
 
 # The gate's section: every check, the cells that failed last, and the search.

@@ -14,9 +14,9 @@ from megatron_sov.artifacts import new_artifact
 from megatron_sov.obs.events import EventLog
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.pages.page import Chart, Section
-from megatron_sov.report.page import of_one_model, render
-from megatron_sov.report.rounds import read_rounds, round_section
-from megatron_sov.report.run_data import read_run
+from megatron_sov.report.judgements import round_section
+from megatron_sov.report.page import of_one_model, opening, render
+from megatron_sov.report.run_data import Run, read_rounds, read_run
 from megatron_sov.report.sections import MEANINGS, key_figures, sections, time_section
 from megatron_sov.runs.lock import RunLock
 
@@ -31,6 +31,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
               checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
     run = read_run(tmp_path)
     assert [s.title for s in sections(run)] == ["Proof of the conversion"]
+    assert {p.title for p in opening([Run("a", {})], [])} == set()
     assert key_figures(run) == []
     assert '<span class="bad">FAILED</span>' in render([run])
 
@@ -115,31 +116,27 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
     assert shown.samples[0]["text"] == "x" * 4000 + " … (100 more characters)"
 
 
-# The distance from a teacher in the report.
+# The distance from a teacher, and held-out pairs: first and last of each source side by side.
 
 
-def test_the_first_and_the_last_distance_of_each_source_stand_side_by_side(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("title", "kind", "events", "rows"), [
+    ("Distance from the teacher", "heldout_divergence",
+     [{"step": step, "source": "chat", "tokens": 1200, "divergence": kl / 2, "kl": kl}
+      for step, kl in ((0, 2.5), (40, 0.25))],
+     [["chat", "1,200", "2.5 (step 0)", "0.25 (step 40)", "1.25 (step 0)", "0.125 (step 40)"]]),
+    ("Held-out pairs", "heldout_pairs",
+     [{"step": step, "source": source, "pairs": pairs, "right": right if source == "pairs" else 0.5}
+      for step, right in ((0, 0.25), (40, 0.875), (20, 0.5))  # the last one by `eval pairs --run`, later
+      for source, pairs in (("pairs", 1200), ("others", 8))],
+     [["pairs", "1,200", "25.0% (step 0)", "87.5% (step 40)"],
+      ["others", "8", "50.0% (step 0)", "50.0% (step 40)"]])])
+def test_the_first_and_the_last_figures_of_each_source_stand_side_by_side(
+        tmp_path: Path, title: str, kind: str, events: list[dict], rows: list[list[str]]) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    for step, kl in ((0, 2.5), (40, 0.25)):
-        log.write("heldout_divergence", step=step, source="chat", tokens=1200, divergence=kl / 2, kl=kl)
+    for event in events:
+        log.write(kind, **event)
     log.close()
-    (section,) = [s for s in sections(read_run(tmp_path)) if s.title == "Distance from the teacher"]
-    assert section.tables[0].rows == [["chat", "1,200", "2.5 (step 0)", "0.25 (step 40)", "1.25 (step 0)",
-                                       "0.125 (step 40)"]]
-
-
-# Held-out pairs in the report.
-
-
-def test_the_first_and_the_last_ranking_of_each_source_stand_side_by_side(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
-    for step, right in ((0, 0.25), (40, 0.875), (20, 0.5)):  # the last one by `eval pairs --run`, later
-        log.write("heldout_pairs", step=step, source="pairs", pairs=1200, right=right)
-        log.write("heldout_pairs", step=step, source="others", pairs=8, right=0.5)
-    log.close()
-    (section,) = [s for s in sections(read_run(tmp_path)) if s.title == "Held-out pairs"]
-    assert section.tables[0].rows == [["pairs", "1,200", "25.0% (step 0)", "87.5% (step 40)"],
-                                      ["others", "8", "50.0% (step 0)", "50.0% (step 40)"]]
+    assert section(tmp_path, title).tables[0].rows == rows
 
 
 # Turns of held-out conversations, and what they say, in the report.
@@ -205,11 +202,6 @@ def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_p
     assert [row[0] for row in rows] == ["1"] and rows[0][-3] == "failed 9"
 
 
-def test_a_run_without_rounds_has_no_section(tmp_path: Path) -> None:
-    section = round_section(read_rounds(tmp_path))
-    assert not (section.charts or section.tables)
-
-
 # Which runs trained one model.
 
 
@@ -248,11 +240,6 @@ def test_the_bar_and_the_table_say_the_same() -> None:
     assert table.rows[1][:3] == ["lost steps", "10 min 0 s", "15.0%"]
     assert chart.caption == "Of 1 h 6 min since the first start, 75.0% moved the model forward."
     assert set(MEANINGS) == set(CATEGORIES)
-
-
-def test_without_a_start_there_is_nothing() -> None:
-    assert (not time_section(None).charts
-            and not time_section(WallTime(0.0, dict.fromkeys(CATEGORIES, 0.0))).tables)
 
 
 def test_a_living_run_keeps_its_steps_after_the_last_checkpoint(tmp_path: Path) -> None:

@@ -18,10 +18,9 @@ from megatron_sov.artifacts import (
     MANIFEST,
     Manifest,
     damaged_files,
+    find_input,
     inputs_of,
-    is_artifact,
     manifest_sha256,
-    places_of,
     read_manifest,
 )
 from megatron_sov.digests import BLAKE3
@@ -223,8 +222,7 @@ class _Walk:
 
     def _input(self, path: Path, item: dict[str, str]) -> None:
         """Follow one input to where it lies now, if it is what it was."""
-        found = next((p for p in places_of(item["path"], path) if is_artifact(p, item["manifest_sha256"])),
-                     self._elsewhere.get(item["manifest_sha256"]))
+        found = find_input(item["path"], item["manifest_sha256"], path, self._elsewhere)
         if found is not None:
             self.visit(found, read_manifest(found))
             return
