@@ -10,7 +10,7 @@ from typing import Annotated
 from data_prep.pipeline.step import STEPS
 from data_prep.pipelines import READY
 from megatron_sov.settings import AtLeastOne, Flag, add_options, num_cores, read_options
-from megatron_sov.work.arrays import ClusterOptions
+from megatron_sov.work.cluster_options import ClusterOptions
 
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
 command continues at the first unfinished shard when it is run again; a changed setting redoes what depends on

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.media.packing import media_problems
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.token_artifact import (
     COLUMN_DTYPE,
@@ -133,6 +132,8 @@ def _shard_problems(shard: Shard, split: IndexedSplit, content: dict[str, Any]) 
         if suffix == ROUTES:
             problems += _routes_problems(file, shard.source, len(split.tokens))
         elif suffix == MEDIA:
+            from data_prep.media.packing import media_problems
+
             problems += media_problems(shard.prefix, shard.source, split.tokens)
         else:
             problems += _sidecar_problems(file, suffix, len(split.tokens))

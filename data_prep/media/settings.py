@@ -25,7 +25,7 @@ from megatron_sov.settings import (
     num_cores,
     only_with,
 )
-from megatron_sov.work.arrays import ClusterOptions
+from megatron_sov.work.cluster_options import ClusterOptions
 
 CODE_VERSION = 1
 """Raised when the same input and settings would give another unit."""

@@ -30,7 +30,6 @@ Temperature = Annotated[float, Ge(0), Le(2)]
 """Of a model that writes."""
 Grade = Annotated[float, Ge(0), Le(10)]
 """Least grade of a judge; 0: none is asked."""
-PairWeight = Annotated[float, Ge(0), Le(100)]
 T = TypeVar("T")
 
 # What is made: a record of an ordinary source, and what was checked of it.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from data_prep.synth.generator import Generator
 from megatron_sov.errors import UserError, how_to_install, nearest
+
+if TYPE_CHECKING:
+    from data_prep.synth.generator import Generator
 
 GENERATORS: dict[str, str] = {
     "answers": "data_prep.synth.generators.answers:Answers",

@@ -12,10 +12,12 @@ from annotated_types import Ge, Le
 from data_prep.synth.checks.arguments import CheckOptions
 from megatron_sov.errors import UserError
 from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, only_with
-from megatron_sov.work.arrays import ClusterOptions
+from megatron_sov.work.cluster_options import ClusterOptions
 
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)
+PairWeight = Annotated[float, Ge(0), Le(100)]
+"""What a pair of texts counts against a single one."""
 Threads = Annotated[AtLeastOne, Le(4096)]
 """Each is a thread of this process."""
 Timeout = Annotated[NotNegative, Ge(0.1)]

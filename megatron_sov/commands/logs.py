@@ -188,7 +188,7 @@ def run(typed: argparse.Namespace) -> int:
         UserError: the folder holds no run, the pattern is none, or no file is the rank's.
     """
     args = read_options(LogsOptions, typed)
-    from megatron_sov.commands.status import find_runs
+    from megatron_sov.commands.run_state import find_runs
 
     if find_runs(args.run)[-1] != args.run:
         raise UserError(f"{args.run}: holds runs and is none; name one of them: "
@@ -242,6 +242,6 @@ class _Reader:
                 yield from deque(lines, self._tail_lines) if first and self._tail_lines > 0 else lines
 
     def _has_ended(self) -> bool:
-        from megatron_sov.commands.status import read_state
+        from megatron_sov.commands.run_state import read_state
 
         return read_state(self._run).state not in ("running", "silent", "waiting")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.artifacts import write_output
-from megatron_sov.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.figures import size
@@ -235,6 +234,7 @@ def _version(given: str | None, store: Store) -> str | None:
 
 def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
     from megatron_sov.chat.folder import open_tokenizer
+    from megatron_sov.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 
     file = folder / TOKENIZER_JSON
     if not file.is_file():

@@ -10,15 +10,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import jinja2
-import numpy as np
-import numpy.typing as npt
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.version import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import plotly.graph_objects as go
 
 # Plotly figures on a page.  Colours are names of CSS variables, so that the page's light and dark themes
 # reach into charts.
@@ -89,11 +88,13 @@ def colour(i: int) -> str:
 def line_with_intervals(name: str, i: int, x: npt.NDArray[Any], value: npt.NDArray[np.float64],
                         low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> go.Scatter:
     """Return the i-th line of a chart, its points with their intervals."""
-    return go.Scatter(x=x, y=value.astype(np.float32), name=name, mode="lines+markers",
+    import plotly.graph_objects as go
+
+    return go.Scatter(x=x, y=value.astype("float32"), name=name, mode="lines+markers",
                       line={"color": colour(i), "width": 1.8},
                       error_y={"type": "data", "symmetric": False, "thickness": 1,
-                               "array": (high - value).astype(np.float32),
-                               "arrayminus": (value - low).astype(np.float32)})
+                               "array": (high - value).astype("float32"),
+                               "arrayminus": (value - low).astype("float32")})
 
 
 # What a page holds: chapters of sections of text, charts and tables.
@@ -215,6 +216,9 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         nothing: said in a chapter without sections.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_resource("page.html.j2"))
     plotly_js, draw_js = get_plotlyjs(), _resource("draw.js")

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.clusters import client, cluster, kubernetes
@@ -30,7 +30,7 @@ from megatron_sov.clusters.cluster import ClusterProfile
 from megatron_sov.clusters.kubernetes import KubernetesProfile, literal, pod_of, variables_of
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.sealed import read_json, try_read_json, write_json
-from megatron_sov.settings import Flag, only_with
+from megatron_sov.work.cluster_options import ClusterOptions
 from megatron_sov.work.folders import slurm_folder
 from megatron_sov.work.locks import holding
 
@@ -52,19 +52,6 @@ MAX_RESTARTS = 20
 DEFAULT_MAX_ARRAY = 1001
 _NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
 """What Slurm's names of logs, or the lines of a script for it, take for something else."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterOptions:
-    """Where a run is submitted to."""
-
-    cluster: Annotated[str, Flag(value="PROFILE")] = ""
-    """Submit the run to Slurm or Kubernetes: a cluster profile that comes with the package, or a YAML file of
-    your own."""
-    account: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
-    """Slurm account, where the profile names none."""
-    partition: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
-    """Slurm partition, in place of the profile's."""
 
 
 def profile_of(options: ClusterOptions) -> ClusterProfile | KubernetesProfile:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.commands import logs
-from megatron_sov.commands import status as states
+from megatron_sov.commands import run_state as states
 from megatron_sov.commands.logs import LONGEST_LINE_BYTES, LogFile, Tail, log_files
 from megatron_sov.obs.events import EventLog
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov import cli, recipes
-from megatron_sov.commands.status import SIGNS, RunState, Start, as_table, bar, find_runs, in_full, read_state
+from megatron_sov.commands.run_state import RunState, Start, find_runs, read_state
+from megatron_sov.commands.status import SIGNS, as_table, bar, in_full
 from megatron_sov.config import apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import UNFINISHED

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.scoring.ngram_settings import NgramSettings
-from data_prep.synth.generator import PairWeight
+from data_prep.synth.options import PairWeight
 from megatron_sov.errors import UserError
 from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 

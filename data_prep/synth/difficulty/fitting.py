@@ -36,7 +36,7 @@ from data_prep.synth.difficulty.estimator import (
 from data_prep.synth.difficulty.features import form
 from data_prep.synth.difficulty.judgement import figures
 from data_prep.synth.difficulty.labels import Labels, Problem, read_labels
-from data_prep.synth.generator import PairWeight
+from data_prep.synth.options import PairWeight
 from data_prep.synth.problems import TEXT_FIELDS, problem_text
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.errors import UserError
