@@ -54,7 +54,7 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
     if suffix == ".gz":
         stream = cast(IO[bytes], gzip.open(file, "rb"))  # noqa: SIM115  (closed below)
     elif suffix == ".zst":
-        from megatron_sov.documents.files import ZstdFile
+        from megatron_sov.documents.zstd import ZstdFile
 
         stream = io.BufferedReader(ZstdFile(file))
     else:
