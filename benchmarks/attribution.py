@@ -103,7 +103,7 @@ def world_value(mine: int, place: world.World, of_rank: int) -> int:
 
 def plant_bit(trainer: Any, case: int, kind: str) -> Callable[[dict[str, Any]], bool]:
     """Flip a high bit on one process; returns whether an attribution names that process alone."""
-    from megatron_sov.mcore.model import local_shards
+    from megatron_sov.mcore.model import replica_checks
 
     rank, bit = case % NUM_RANKS, 30 - case // NUM_RANKS % 2
     here = trainer.world.rank == rank
@@ -112,14 +112,14 @@ def plant_bit(trainer: Any, case: int, kind: str) -> Callable[[dict[str, Any]], 
     chosen = tensors[case % len(tensors)]
     if kind == "memory":
         if here:
-            local_shards.flip_bit(chosen, bit)
+            replica_checks.flip_bit(chosen, bit)
     else:
         wait, times = trainer.expert_load.before_sync, []
 
         def once() -> None:
             if here and not times:
                 times.append(1)
-                local_shards.flip_bit(chosen.main_grad, bit)
+                replica_checks.flip_bit(chosen.main_grad, bit)
             wait()
 
         trainer.expert_load.before_sync = once

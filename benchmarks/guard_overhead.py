@@ -67,7 +67,7 @@ def time_comparison(config: RunConfig, place: world.World) -> float:
     """Return the seconds in which all processes compare their replicas once."""
     from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.model.local_shards import differing_replicas
+    from megatron_sov.mcore.model.replica_checks import differing_replicas
 
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, 1)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from setting import Failed, Setting
 
-from megatron_sov.mcore.checkpoint.sharded_tensors import Snapshot
+from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
 from megatron_sov.mcore.model.local_shards import LocalShard
 
 TIMES = 3

@@ -462,7 +462,7 @@ class Compute:
 
 
 def flops_per_token(config: RunConfig, seq_len: int) -> float:
-    """Return the model FLOPs of a token in training (`models.flops`)."""
+    """Return the model FLOPs of a token in training (`models.count`)."""
     return train_flops_per_token(config.model, seq_len)
 
 

@@ -24,8 +24,8 @@ DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
 MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
 _MODULES = {"ParityCheck": "proof", "SentWeights": "changed_values", "average": "averaging",
-            "export_weights": "live_export", "from_hf": "hf_import", "import_weights": "live_import",
-            "is_hf_folder": "sources", "open_weights": "opening", "to_hf": "hf_export", "verify": "proof"}
+            "export_weights": "live_import", "from_hf": "hf_import", "import_weights": "live_import",
+            "is_hf_folder": "sources", "open_weights": "growing", "to_hf": "hf_export", "verify": "proof"}
 __all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "ParityCheck", "SentWeights", "average", "export_weights",
            "from_hf", "import_weights", "is_hf_folder", "open_weights", "to_hf", "verify"]
 

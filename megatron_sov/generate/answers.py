@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_sov.generate.decoding import Place, ranked
+from megatron_sov.generate.ranking import Place, ranked
 from megatron_sov.generate.request import Batching
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.mcore.decode.forward_only import ForwardModel

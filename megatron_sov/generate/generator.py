@@ -26,9 +26,10 @@ from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.data.routes import shape_of
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.generate.continuation import Continuation
-from megatron_sov.generate.decoding import Decoding, best_words, pieces_of, rows_of, table_of
+from megatron_sov.generate.decoding import Decoding, pieces_of, table_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import Batching, Bounds, Generated, Sampling, Stop, Tokens, Written
+from megatron_sov.generate.sampling import best_words, rows_of
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
 from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.mcore.model.kv_cache import CacheSize

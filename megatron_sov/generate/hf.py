@@ -21,7 +21,6 @@ from megatron_sov.convert.changed_values import Changed
 from megatron_sov.convert.sources import refuse_damaged_export, tensors_left_out
 from megatron_sov.convert.whole_model import checked
 from megatron_sov.errors import UserError
-from megatron_sov.generate.decoding import best_words, rows_of, seed_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import (
     Batching,
@@ -33,6 +32,7 @@ from megatron_sov.generate.request import (
     refuse_routes,
     refuse_rules,
 )
+from megatron_sov.generate.sampling import best_words, rows_of, seed_of
 from megatron_sov.pretrained import load_pretrained
 
 PAGE_TOKENS = 16

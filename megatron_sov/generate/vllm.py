@@ -18,7 +18,6 @@ from megatron_sov.convert.whole_model import checked
 from megatron_sov.data.routes import shape_of
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError, how_to_install
-from megatron_sov.generate.decoding import seed_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import (
     LENGTH,
@@ -32,6 +31,7 @@ from megatron_sov.generate.request import (
     refuse_drafts,
     refuse_rules,
 )
+from megatron_sov.generate.sampling import seed_of
 
 PICKLES = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 MESSAGE_BYTES = 1 << 30

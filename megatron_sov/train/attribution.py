@@ -17,7 +17,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_sov.mcore.model import local_shards
+from megatron_sov.mcore.model import replica_checks
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.obs.warning import warn
 from megatron_sov.train.computation import OwnPart
@@ -70,10 +70,10 @@ def _find(trainer: Trainer, batch: GlobalBatch, learned: GlobalBatch | None) -> 
     computation, step = trainer.computation, trainer.step
     first = computation.own
     again = computation.own_part(batch, trainer.objective, step)
-    if ranks := local_shards.ranks_where(first != again):
+    if ranks := replica_checks.ranks_where(first != again):
         return _named("process", ranks, "gave other numbers when it computed the step again: its machine is "
                                         "at fault, and neither the data nor the optimisation")
-    if ranks := local_shards.differing_replicas(trainer.model):
+    if ranks := replica_checks.differing_replicas(trainer.model):
         return _named("weights", ranks, "holds other weights than its replicas: a bit of its memory changed")
     if trainer.config.parallel.overlap_grad_reduce and not _same_norm(trainer, batch):
         return Attribution("process", "the gradient norm is another one when the step is computed again: a "
@@ -113,12 +113,12 @@ def _same_norm(trainer: Trainer, batch: GlobalBatch) -> bool:
     norm = _figures(trainer, batch)[1]
     differs = trainer.world.is_main and norm != refusal.grad_norm and not (
         math.isnan(norm) and math.isnan(refusal.grad_norm))
-    return not local_shards.ranks_where(differs)
+    return not replica_checks.ranks_where(differs)
 
 
 def _is_unusual(trainer: Trainer, batch: GlobalBatch) -> bool:
     loss, norm = _figures(trainer, batch)
-    return bool(local_shards.ranks_where(trainer.guards.step_guard.was_unusual(loss, norm)))
+    return bool(replica_checks.ranks_where(trainer.guards.step_guard.was_unusual(loss, norm)))
 
 
 def _worst_documents(trainer: Trainer, batch: GlobalBatch, own: OwnPart) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.decode.forward_only import split_depths
-from megatron_sov.mcore.model import local_shards, pipeline
+from megatron_sov.mcore.model import pipeline, replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.logprobs import head_of
@@ -126,7 +126,7 @@ class Computation:
 
     def _unsynced(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch],
                   objective: Objective) -> list[Any]:
-        with local_shards.unsynced(self._model, self._optimizer.wrapped):
+        with replica_checks.unsynced(self._model, self._optimizer.wrapped):
             return self._passes(batch, micro_batches, objective, 1.0)
 
     def _own(self, parts: list[Any], objective: Objective, gradients: int | None) -> OwnPart:
@@ -139,10 +139,10 @@ class Computation:
 
     def _miscompute(self, step: int) -> None:
         if (fault := self._faults.due("miscompute", "step", step)) is not None:
-            local_shards.flip_bit(local_shards.gradients(self._model)[0], fault.options.get("bit"))
+            replica_checks.flip_bit(replica_checks.gradients(self._model)[0], fault.options.get("bit"))
 
     def _checksum(self) -> int:
-        return int(local_shards.checksum(local_shards.gradients(self._model)))
+        return int(replica_checks.checksum(replica_checks.gradients(self._model)))
 
     def _shapes(self, objective: Objective) -> Shapes:
         """Return how the sums of a micro-batch lie in one flat tensor."""

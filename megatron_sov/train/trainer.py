@@ -22,7 +22,7 @@ from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.decode.forward_only import ForwardModel
-from megatron_sov.mcore.model import init, local_shards
+from megatron_sov.mcore.model import init, replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel, build
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
@@ -274,7 +274,7 @@ class Trainer:
         faults.tell(self.events)
         faults.trigger("step", step)
         if (fault := faults.due("bitflip", "step", step)) is not None:
-            local_shards.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2),
+            replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2),
                                     fault.options.get("bit"))
         if self.guards.sdc.probe_is_due(step):
             compute = partial(self.computation.own_gradients, batch, self.objective, step)
@@ -294,7 +294,7 @@ class Trainer:
                             f"new {start}, or switch on guards.skip")
         self.expert_load.undo()
         self.batches.ledger.pass_over(step - 1, step)
-        self.recorder.refused(step, refusal, local_shards.ranks_where(not self.computation.is_finite))
+        self.recorder.refused(step, refusal, replica_checks.ranks_where(not self.computation.is_finite))
         if self.config.guards.attribute:
             self.refused = batch
 

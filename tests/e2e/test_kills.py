@@ -28,7 +28,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.checkpoint.sharded_tensors import Snapshot
+    from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
     from megatron_sov.mcore.parallel.world import STORE_PORT
     from megatron_sov.obs.events import read_events
     from megatron_sov.runs.checkpoints import damage

@@ -62,7 +62,7 @@ def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -
 
 def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.mcore.model import local_shards
+    from megatron_sov.mcore.model import replica_checks
 
     trainer, told = make()
     assert update(trainer) is not None
@@ -70,7 +70,7 @@ def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
 
     def once() -> None:
         if faults:
-            local_shards.gradients(trainer.model)[0][0] = faults.pop()
+            replica_checks.gradients(trainer.model)[0][0] = faults.pop()
         sound()
 
     monkeypatch.setattr(trainer.expert_load, "before_sync", once)

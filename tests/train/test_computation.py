@@ -53,7 +53,7 @@ def flat(sums: Any) -> torch.Tensor:
 
 def gradients(model: Any) -> torch.Tensor:
     """Return copies of all gradients, as one vector."""
-    from megatron_sov.mcore.model.local_shards import gradients as of
+    from megatron_sov.mcore.model.replica_checks import gradients as of
 
     return torch.cat([g.detach().flatten().clone() for g in of(model)])
 

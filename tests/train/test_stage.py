@@ -121,10 +121,10 @@ def test_a_rank_refuses_what_its_own_gpu_has_no_room_for(
         patched.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
         stage_module._bytes_of_own_gpu(offloaded)
     monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
-    monkeypatch.setattr(stage_module.own_gpu, "kind", lambda: Gpu("Tiny", 20 << 20))
+    monkeypatch.setattr(stage_module.device, "kind", lambda: Gpu("Tiny", 20 << 20))
     with pytest.raises(UserError, match="of a Tiny with"):
         stage_module._bytes_of_own_gpu(config)
-    monkeypatch.setattr(stage_module.own_gpu, "kind", lambda: Gpu("Large", 40 << 30))
+    monkeypatch.setattr(stage_module.device, "kind", lambda: Gpu("Large", 40 << 30))
     assert stage_module._bytes_of_own_gpu(config) == fullest(config, 1)[1].total > 0
 
 

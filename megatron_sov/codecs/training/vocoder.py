@@ -1,7 +1,7 @@
 """How the vocoder learns: to sound like the speech whose tokens it reads, to the ear and to judges.
 
-The distance is of spectra at several resolutions (`sounds/spectral_loss.py`); judges
-(`sounds/discriminators.py`) add what makes BigVGAN's speech crisp.
+The distance is of spectra at several resolutions; judges
+add what makes BigVGAN's speech crisp.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.mcore.checkpoint.sharded_tensors import INDICES, Snapshot, Written, write_index
+from megatron_sov.mcore.checkpoint.host_snapshot import INDICES, Snapshot, Written
+from megatron_sov.mcore.checkpoint.sharded_tensors import write_index
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer

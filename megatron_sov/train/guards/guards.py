@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_sov.config import GuardConfig
 from megatron_sov.errors import ExitCode, SilentCorruption
-from megatron_sov.mcore.model import local_shards
+from megatron_sov.mcore.model import replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.parallel import collectives
@@ -56,15 +56,15 @@ class SdcChecks:
         found = []
         for turn in range(2):
             compute(turn)
-            found.append([int(local_shards.checksum([g])) for g in local_shards.gradients(model)])
-        self._measure(step, local_shards.ranks_where(found[0] != found[1]),
+            found.append([int(replica_checks.checksum([g])) for g in replica_checks.gradients(model)])
+        self._measure(step, replica_checks.ranks_where(found[0] != found[1]),
                     "the same micro-batch gave other gradients when it was computed again", events)
 
     def compare(self, step: int, model: LanguageModel, events: EventLog) -> None:
         """Compare the weights that several processes hold; called by all processes together,
         before a checkpoint."""
         if self._settings.compare_replicas:
-            self._measure(step, local_shards.differing_replicas(model),
+            self._measure(step, replica_checks.differing_replicas(model),
                           "weights differ from those of their replicas", events)
 
     def _measure(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:

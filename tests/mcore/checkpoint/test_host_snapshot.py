@@ -14,14 +14,9 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov.artifacts import FileRecord  # noqa: E402
-from megatron_sov.mcore.checkpoint import sharded_tensors  # noqa: E402
-from megatron_sov.mcore.checkpoint.sharded_tensors import (  # noqa: E402  # noqa: E402
-    Snapshot,
-    TensorReader,
-    Written,
-    run_in_threads,
-    write_index,
-)
+from megatron_sov.mcore.checkpoint import host_snapshot  # noqa: E402
+from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot, Written, run_in_threads  # noqa: E402
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
 from megatron_sov.mcore.model.local_shards import LocalShard  # noqa: E402
 
 
@@ -48,8 +43,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
         tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded_tensors, "MIN_FILE_BYTES", 1)
-    monkeypatch.setattr(sharded_tensors, "num_writers", lambda: 3)
+    monkeypatch.setattr(host_snapshot, "MIN_FILE_BYTES", 1)
+    monkeypatch.setattr(host_snapshot, "num_writers", lambda: 3)
     before = {key: t.clone() for key, t in tensors.items()}
     copy = Snapshot()
     copy.take({"model": blocks_of(tensors)})
@@ -111,7 +106,7 @@ def test_the_first_failure_of_a_thread_is_raised_when_all_have_ended() -> None:
 
 
 def test_threads_share_the_cores_with_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded_tensors.os, "sched_getaffinity", lambda pid: range(16))
+    monkeypatch.setattr(host_snapshot.os, "sched_getaffinity", lambda pid: range(16))
     for ranks, threads in (("1", 4), ("8", 4), ("16", 2), ("64", 2)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert sharded_tensors.num_writers() == threads
+        assert host_snapshot.num_writers() == threads

@@ -26,7 +26,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     while the model changes."""
     import torch
 
-    from megatron_sov.mcore.checkpoint import load, sharded_tensors
+    from megatron_sov.mcore.checkpoint import host_snapshot, load, sharded_tensors
     from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
     from megatron_sov.mcore.parallel.collectives import all_reduce_world
     from megatron_sov.mcore.parallel.named_values import sum_dict
@@ -39,7 +39,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
         assert released.wait(600)
         return now(*arguments)
 
-    sharded_tensors.write_file, sharded_tensors.MIN_FILE_BYTES, sharded_tensors.num_writers = (
+    sharded_tensors.write_file, host_snapshot.MIN_FILE_BYTES, host_snapshot.num_writers = (
         write_later, 1, lambda: 3)
     saver = Saver(saved.append)
     saver.begin(at / "step-2", model, optimizer, Companions({"step": 2, "tokens": 1}, {}, None))
@@ -68,7 +68,7 @@ def problems(folder: str) -> dict[str, Any]:
 
     from megatron_sov.errors import UserError
     from megatron_sov.mcore.checkpoint import save
-    from megatron_sov.mcore.checkpoint.sharded_tensors import Snapshot
+    from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
 
     model, optimizer = parts({"ep": 2})
     at, rank, said = Path(folder), dist.get_rank(), {}
@@ -124,7 +124,7 @@ def behind_an_error(folder: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_sov.mcore.checkpoint import save
-    from megatron_sov.mcore.checkpoint.sharded_tensors import Snapshot
+    from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
 
     model, optimizer = parts({"ep": 2})
     at, write, saved = Path(folder), Snapshot.write, list[str]()

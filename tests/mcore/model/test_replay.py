@@ -120,8 +120,8 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
     from megatron_sov.mcore.model import pipeline
     from megatron_sov.mcore.model.expert_load import ExpertLoad
     from megatron_sov.mcore.model.language_model import ModelInputs
-    from megatron_sov.mcore.model.local_shards import gradients
     from megatron_sov.mcore.model.logprobs import head_of
+    from megatron_sov.mcore.model.replica_checks import gradients
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.parallel import collectives, world
 
