@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron_sov.codecs.sounds.bigvgan_settings import UnitBigVGANSettings
+from megatron_sov.codecs.decoder_settings import UnitBigVGANSettings
 
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.generate.spoken import Audio, Image, MarkIds, Part, Reply, Text, parts_of, speak, transcript
