@@ -14,7 +14,7 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest
-from megatron_sov.bundle import gathering
+from megatron_sov.bundle import check
 
 pytest.importorskip("setuptools", minversion="77")
 
@@ -93,7 +93,7 @@ def test_a_bundle_holds_pinned_wheels_and_folders_with_hashes(made: Path, source
     assert manifest.content["python"] == PYTHON and manifest.content["wheels"] == 3
     assert (made / "requirements.txt").read_text() == "megatron_sov[more]==1.0\n"
     assert manifest.inputs[0]["kind"] == "tokenizer" and "folders/tokenizer/tokenizer.json" in manifest.files
-    assert damaged_files(made) == [] and gathering.problems(made) == []
+    assert damaged_files(made) == [] and check.problems(made) == []
     # nothing is left beside the sources
     assert not (source / "build").exists() and not list(source.glob("*.egg-info"))
 
@@ -130,7 +130,7 @@ def test_damage_and_another_machine_stop_it_before_anything_is_made(made: Path, 
     manifest = json.loads((moved / "manifest.json").read_text())
     manifest["content"] |= {"python": "2.7", "machine": "vax"}
     (moved / "manifest.json").write_text(json.dumps(manifest))
-    assert [text.partition(",")[0] for text in gathering.problems(moved)] == [
+    assert [text.partition(",")[0] for text in check.problems(moved)] == [
         "the bundle is for Python 2.7", "the bundle is for vax"]
 
 
@@ -153,10 +153,10 @@ def test_what_cannot_be_an_environment_is_one_sentence_and_changes_nothing(
 @pytest.mark.parametrize("manifest", ['{"a"', "{}", "[]", '{"content": {"python": "3", "machine": ""}}'])
 def test_a_torn_manifest_is_one_sentence(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
-    (said,) = gathering.problems(tmp_path)
+    (said,) = check.problems(tmp_path)
     assert said.startswith(f"{tmp_path}/manifest.json: cannot be read (") and said.endswith(
         "; copy the bundle again")
-    assert len(gathering.problems(tmp_path / "missing")) == 1
+    assert len(check.problems(tmp_path / "missing")) == 1
 
 
 def test_an_installation_that_fails_leaves_nothing_in_the_way_of_the_next(made: Path, tmp_path: Path) -> None:
