@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron_sov.codecs.decoder_settings import UnitBigVGANSettings
 
+from megatron_sov.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.generate.spoken import Audio, Image, MarkIds, Part, Reply, Text, parts_of, speak, transcript
 from megatron_sov.media import marks as spelling
