@@ -91,7 +91,7 @@ MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
              "megatron_sov/rewards/check_program.py": _INSIDE,
              "megatron_sov/rewards/solution_tests.py": _INSIDE}
 """File outside of work that starts processes or holds locks -> why."""
-MAY_RENAME = {"megatron_sov/mcore/checkpoint/sharded_tensors.py": "of a folder that has no name yet",
+MAY_RENAME = {"megatron_sov/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
               "megatron_sov/commands/eval_passk.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
