@@ -79,7 +79,7 @@ MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats
 JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py)) \
   $(addprefix tests/,convert extend generate ladder post train)
 LAYERS := $(addprefix tests/,mcore layouts te_double codecs data doctor models obs runs chat config plan \
-  data_prep/test_indexed.py data_prep/test_adopt.py data_prep/test_pack.py)
+  data_prep/test_adopt.py data_prep/test_pack.py)
 TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/work/sandbox/ \
   tests/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.

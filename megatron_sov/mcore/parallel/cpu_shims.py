@@ -2,7 +2,7 @@
 
 `prepare_megatron()` is called once, before megatron is imported anywhere else.  It does nothing where CUDA
 works.  Each patch is one function whose docstring names the assumption that it answers; what is wrong on
-any device is mended in `library_defects`.  No second implementation of anything is switched in: model,
+any device is mended by `mend`.  No second implementation of anything is switched in: model,
 schedules, dispatchers, optimizers and process groups are the library's own, on CPU tensors.
 """
 

@@ -47,7 +47,7 @@ def joining(timeout_s: float) -> list[Any]:
     from megatron.core import parallel_state
 
     from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.parallel import device, world
+    from megatron_sov.mcore.parallel import world
 
     asked: list[Any] = []
 
@@ -62,7 +62,7 @@ def joining(timeout_s: float) -> list[Any]:
         asked.append([given["create_gloo_process_groups"], given["distributed_timeout_minutes"]])
         raise Asked
 
-    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(device, "take", take),
+    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(world, "take_gpu", take),
           mock.patch.object(world.dist, "init_process_group", lambda backend, **given: asked.append(
               [backend, str(given["device_id"]), given["timeout"].total_seconds()])),
           mock.patch.object(parallel_state, "initialize_model_parallel", groups), pytest.raises(Asked)):
