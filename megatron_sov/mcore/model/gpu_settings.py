@@ -352,7 +352,7 @@ def _without_sinks(attention: str) -> list[str]:
     2568); of cuDNN only where its kernel is not left out."""
     from megatron.core.utils import get_te_version
 
-    te, cudnn = get_te_version(), torch.backends.cudnn.version()
-    return [*([f"Transformer Engine {te} never"] if te is not None and te.release < SINKS_TE else []),
+    version, cudnn = get_te_version(), torch.backends.cudnn.version()
+    return [*([f"Transformer Engine {version} never"] if version is not None and version.release < SINKS_TE else []),
             *([f"no fused kernel of cuDNN {cudnn}"] if cudnn is not None and cudnn < SINKS_CUDNN
               and attention != "unfused" else [])]
