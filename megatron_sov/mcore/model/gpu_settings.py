@@ -353,6 +353,7 @@ def _without_sinks(attention: str) -> list[str]:
     from megatron.core.utils import get_te_version
 
     version, cudnn = get_te_version(), torch.backends.cudnn.version()
-    return [*([f"Transformer Engine {version} never"] if version is not None and version.release < SINKS_TE else []),
+    return [*([f"Transformer Engine {version} never"]
+              if version is not None and version.release < SINKS_TE else []),
             *([f"no fused kernel of cuDNN {cudnn}"] if cudnn is not None and cudnn < SINKS_CUDNN
               and attention != "unfused" else [])]
